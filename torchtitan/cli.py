@@ -1,0 +1,65 @@
+"""The command `torchtitan`: a table of subcommands, each imported only when it is run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torchtitan
+from torchtitan.errors import ConfigError, TitanError, did_you_mean
+
+COMMANDS = {
+    "train": ("torchtitan.train", "train a model"),
+    "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
+}
+"""Name -> (module with `main(argv)`, one line of help)."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns a `TitanError` into one line on stderr and exit code 2; other errors pass.
+
+    Serves as a decorator too: `@exit_on_user_error()`.
+    """
+    try:
+        yield
+    except TitanError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+
+
+@exit_on_user_error()
+def main(argv: list[str] | None = None) -> int:
+    """Run `torchtitan <command> ...`; returns the exit code.
+
+    Raises:
+        SystemExit: code 2 for a user's mistake, which is printed to stderr.
+    """
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    if command in COMMANDS:
+        module = importlib.import_module(COMMANDS[command][0])
+        return module.main(arguments) or 0
+    if command in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0
+    if command == "--version":
+        sys.stdout.write(f"torchtitan {torchtitan.__version__}\n")
+        return 0
+    if not command:
+        sys.stderr.write(_usage())
+        return 2
+    raise ConfigError(f"no command {command!r}.{did_you_mean(command, COMMANDS)}")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: torchtitan <command> [options]\n\n"
+        f"{torchtitan.__doc__.splitlines()[0]}\n\n"
+        f"commands:\n{commands}\n\n"
+        "options:\n  -h, --help  show this help, or that of a command: torchtitan train --help\n"
+        "  --version   show the version\n"
+    )

@@ -1,0 +1,8 @@
+"""Reusable parts of a `TrainSpec`."""
+
+from .loss import build_loss
+from .lr_scheduler import build_lr_scheduler
+from .optimizer import build_optimizer
+from .tokenizer import build_tokenizer
+
+__all__ = ["build_loss", "build_lr_scheduler", "build_optimizer", "build_tokenizer"]

@@ -1,0 +1,155 @@
+"""Cross entropy fused with the output layer, which never holds the logits of all tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from torchtitan.components.loss import IGNORE_INDEX, VocabShard
+from torchtitan.errors import ConfigError
+
+
+class ChunkedCrossEntropy:
+    """`chunked_linear_cross_entropy` with the weight of the model's own output layer.
+
+    Once attached, the model returns the hidden states `[batch, seq, dim]` that its output layer
+    receives, and this loss applies the layer. Parameters keep their names.
+    """
+
+    def __init__(self, chunk_size: int, z_loss_weight: float) -> None:
+        self._chunk_size = chunk_size
+        self._z_loss_weight = z_loss_weight
+        self._output: nn.Linear | None = None
+
+    def attach(self, model_parts: list[nn.Module]) -> None:
+        """Take over `model.output`, in place. A pipeline stage without one is left as it is.
+
+        Raises:
+            ConfigError: a part has no output layer of the kind that can be fused.
+        """
+        for part in model_parts:
+            output = getattr(part, "output", part)
+            if output is None:
+                continue
+            if not isinstance(output, nn.Linear) or output.bias is not None:
+                raise ConfigError(
+                    "loss.name = 'chunked_cross_entropy' needs a model whose logits are "
+                    "`self.output(hidden)` with an `nn.Linear` without bias, which "
+                    f"{type(part).__name__} does not have. Use loss.name = 'cross_entropy'"
+                )
+            output.forward = _identity
+            if isinstance(output, FSDPModule):
+                # The loss needs the gathered weight after the layer's forward.
+                output.set_reshard_after_forward(False, recurse=False)
+            self._output = output
+
+    def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        assert self._output is not None, "attach() was not called with the last part of the model"
+        return chunked_linear_cross_entropy(
+            pred.flatten(end_dim=-2),
+            self._output.weight,
+            labels.flatten(),
+            self._chunk_size,
+            self._z_loss_weight,
+        )
+
+
+def _identity(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def chunked_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_size: int,
+    z_loss_weight: float = 0.0,
+) -> torch.Tensor:
+    """`cross_entropy(hidden @ weight.T, labels, z_loss_weight)`, a few tokens at a time.
+
+    The logits of a chunk become their own gradient in place, and the gradients of `hidden` and
+    `weight` are computed during the forward pass, so that at most one chunk's logits exist.
+
+    Args:
+        hidden: `[tokens, dim]`, plain tensor.
+        weight: `[vocab, dim]`. A DTensor on a one-dimensional mesh means tensor parallelism: each
+            rank applies its part of the vocabulary to the same `hidden`. Then the gradient of
+            `hidden` on each rank is a *partial* sum, which the caller has to reduce over the mesh.
+        labels: `[tokens]` int64.
+        chunk_size: tokens whose logits are held at once.
+        z_loss_weight: as in `cross_entropy`.
+
+    Returns:
+        The sum over valid tokens, a float32 scalar. It can be differentiated once.
+    """
+    shard = VocabShard()
+    if isinstance(weight, DTensor):
+        shard = VocabShard.of_dim(weight, 0)
+        weight = weight.redistribute(placements=[Shard(0)]).to_local()
+    # Inside the function below gradients are always off, so it has to be told.
+    training = torch.is_grad_enabled()
+    return _ChunkedLinearCrossEntropy.apply(
+        hidden, weight, labels, shard, chunk_size, z_loss_weight, training
+    )
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        shard: VocabShard,
+        chunk_size: int,
+        z_loss_weight: float,
+        training: bool,
+    ) -> torch.Tensor:
+        hidden_grad = weight_grad = None
+        if training and ctx.needs_input_grad[0]:
+            hidden_grad = torch.empty_like(hidden)
+        if training and ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = (hidden[chunk] @ weight.T).float()
+            valid = labels[chunk] != IGNORE_INDEX
+            log_partition, target_logit = shard.log_partition_and_target(logits, labels[chunk])
+            losses = log_partition - target_logit + z_loss_weight * log_partition.square()
+            loss += losses.where(valid, 0).sum()
+            if hidden_grad is None and weight_grad is None:
+                continue
+
+            # d loss / d logits = softmax * (1 + 2 z log_partition) - one_hot(label)
+            softmax_factor = (1 + 2 * z_loss_weight * log_partition).where(valid, 0)
+            logits.sub_(log_partition[:, None]).exp_().mul_(softmax_factor[:, None])
+            index, mine = shard.local_labels(labels[chunk], logits.size(-1))
+            logits.scatter_add_(-1, index[:, None], -mine.float()[:, None])
+            logits_grad = logits.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(logits_grad, weight, out=hidden_grad[chunk])
+            if weight_grad is not None:
+                if weight.dtype == torch.float32:
+                    weight_grad.addmm_(logits_grad.T, hidden[chunk])
+                else:
+                    weight_grad += logits_grad.T @ hidden[chunk]
+
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        # In place, to hold no second gradient of the weight.
+        if hidden_grad is not None:
+            hidden_grad.mul_(loss_grad)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(loss_grad).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None, None, None

@@ -1,0 +1,144 @@
+"""Losses: cross entropy with an optional z-loss, on whole logits or on shards of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+IGNORE_INDEX = -100
+"""Label of a position where nothing is to be predicted."""
+
+
+class Loss(Protocol):
+    """What `build_loss` returns."""
+
+    def attach(self, model_parts: list[nn.Module]) -> None:
+        """Prepare the parallelized model parts of this rank. Called once, before training.
+
+        Raises:
+            ConfigError: the loss cannot be used with this model.
+        """
+
+    def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The sum (not the mean) of the loss over the valid tokens, a float32 scalar.
+
+        Args:
+            pred: what the model returned, `[batch, seq, ...]`.
+            labels: `[batch, seq]` int64, `IGNORE_INDEX` where nothing is to be predicted.
+        """
+
+
+def build_loss(job_config: JobConfig) -> Loss:
+    """The loss named by `loss.name`, compiled if `compile` says so."""
+    # Imported here because that module builds on this one.
+    from torchtitan.components.chunked_loss import ChunkedCrossEntropy
+
+    config = job_config.loss
+    if config.name == "chunked_cross_entropy":
+        return ChunkedCrossEntropy(config.chunk_size, config.z_loss_weight)
+    return CrossEntropy(config.z_loss_weight, job_config)
+
+
+class CrossEntropy:
+    """Cross entropy of the logits that the model returns, `[batch, seq, vocab]`."""
+
+    def __init__(self, z_loss_weight: float, job_config: JobConfig) -> None:
+        self._z_loss_weight = z_loss_weight
+        self._function = cross_entropy
+        compile_config = job_config.compile
+        if compile_config.enable and "loss" in compile_config.components:
+            self._function = torch.compile(cross_entropy, backend=compile_config.backend)
+
+    def attach(self, model_parts: list[nn.Module]) -> None:
+        """Nothing to prepare."""
+
+    def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self._function(pred, labels, self._z_loss_weight)
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, z_loss_weight: float = 0.0
+) -> torch.Tensor:
+    """Cross entropy, plus `z_loss_weight` times the squared log-partition, summed over valid tokens.
+
+    The z-loss keeps the logits from drifting (PaLM, arXiv:2204.02311, section 5).
+
+    Args:
+        logits: `[..., vocab]` of any float dtype; the loss is computed in float32. A DTensor on a
+            one-dimensional mesh is kept sharded over the vocabulary: only per-token numbers are
+            exchanged (Megatron-LM, arXiv:1909.08053), and all ranks return the same loss.
+        labels: `[...]` int64, the same on all ranks of the mesh.
+        z_loss_weight: 0 turns the z-loss off.
+
+    Returns:
+        A float32 scalar, plain tensor.
+    """
+    labels = labels.flatten()
+    shard = VocabShard()
+    if isinstance(logits, DTensor):
+        shard = VocabShard.of_dim(logits, logits.ndim - 1)
+        logits = logits.redistribute(placements=[Shard(logits.ndim - 1)]).to_local()
+    logits = logits.flatten(end_dim=-2).float()
+    if shard.mesh is None and z_loss_weight == 0:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    log_partition, target_logit = shard.log_partition_and_target(logits, labels)
+    loss = log_partition - target_logit + z_loss_weight * log_partition.square()
+    return loss.where(labels != IGNORE_INDEX, 0).sum()
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The part of the vocabulary whose logits this rank has; by default all of it."""
+
+    mesh: DeviceMesh | None = None
+    """The ranks that share the vocabulary, in one dimension."""
+    start: int = 0
+    """First token of this rank's part."""
+
+    @classmethod
+    def of_dim(cls, tensor: DTensor, dim: int) -> VocabShard:
+        """The part that this rank has of a tensor whose dimension `dim` is the vocabulary."""
+        mesh = tensor.device_mesh
+        part = -(-tensor.size(dim) // mesh.size())  # as `Shard` divides: the last part is smaller
+        return cls(mesh, part * mesh.get_local_rank())
+
+    def log_partition_and_target(
+        self, logits: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each token, the log of the sum of exponentials over all ranks, and the label's logit.
+
+        Args:
+            logits: `[tokens, vocab of this rank]` float32.
+            labels: `[tokens]` int64; the target logit of ignored ones is 0.
+
+        Returns:
+            Two `[tokens]` float32 tensors, the same on all ranks of the mesh. Differentiable.
+        """
+        log_partition = logits.logsumexp(-1)
+        index, mine = self.local_labels(labels, logits.size(-1))
+        target_logit = logits.gather(-1, index[:, None]).squeeze(-1).where(mine, 0)
+        if self.mesh is not None:
+            peak = self._reduce(log_partition.detach(), "max")
+            log_partition = peak + self._reduce((log_partition - peak).exp()).log()
+            target_logit = self._reduce(target_logit)
+        return log_partition, target_logit
+
+    def local_labels(self, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels as indices into this rank's `size` logits (0 elsewhere), and where they belong."""
+        index = labels - self.start
+        mine = (index >= 0) & (index < size)  # IGNORE_INDEX is negative, so never among them
+        return index.where(mine, 0), mine
+
+    def _reduce(self, values: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """All-reduce. Every rank goes on to compute the same, so the gradient passes unchanged."""
+        return DTensor.from_local(values, self.mesh, [Partial(op)], run_check=False).full_tensor()

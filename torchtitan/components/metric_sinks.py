@@ -1,0 +1,151 @@
+"""Where the logged values go: JSON lines, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torchtitan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+logger = logging.getLogger("torchtitan")
+
+Group = Literal["train", "validation"]
+
+
+class Sink(Protocol):
+    """Receives the values of each logged step; NaN, infinities and None are possible values."""
+
+    def start(self, step: int) -> None:
+        """Called once, before the first write; forget what was written of later steps."""
+
+    def write(self, step: int, values: dict[str, Any], group: Group) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def build_sinks(job_config: JobConfig) -> list[Sink]:
+    """The sinks that `[metrics]` asks for; JSON lines always.
+
+    Raises:
+        ConfigError: W&B is asked for, and it is not installed or refuses to start.
+    """
+    folder = Path(job_config.job.dump_folder)
+    sinks: list[Sink] = [JsonLinesSink(folder)]
+    if job_config.metrics.enable_tensorboard:
+        sinks.append(TensorBoardSink(folder / job_config.metrics.save_tb_folder))
+    if job_config.metrics.enable_wandb:
+        sinks.append(WandbSink(job_config))
+    return sinks
+
+
+class JsonLinesSink:
+    """`metrics.jsonl` and `validation.jsonl`: one JSON object a step, null for what is not finite."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths: dict[Group, Path] = {
+            "train": folder / "metrics.jsonl",
+            "validation": folder / "validation.jsonl",
+        }
+
+    def start(self, step: int) -> None:
+        for path in self._paths.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _keep_steps_up_to(step, path)
+
+    def write(self, step: int, values: dict[str, Any], group: Group) -> None:
+        row = {"step": step} | {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        with self._paths[group].open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+def _keep_steps_up_to(step: int, path: Path) -> None:
+    """Drop the lines of later steps, and a last line that was cut off, in one atomic change."""
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    rewritten = path.with_name(path.name + ".tmp")
+    rewritten.write_text("".join(kept))
+    rewritten.replace(path)
+
+
+class TensorBoardSink:
+    """TensorBoard events, tagged `train/loss`, `validation/loss` and so on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer = None
+
+    def start(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        # A new run's first event has no earlier ones to hide.
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, Any], group: Group) -> None:
+        for key, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(f"{group}/{key}", value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run. Its project is `WANDB_PROJECT`, its name `job.description`.
+
+    Other settings come from W&B's own environment variables (`WANDB_MODE`, `WANDB_RUN_ID`, ...).
+    """
+
+    def __init__(self, job_config: JobConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "metrics.enable_wandb = true: the package wandb is not installed. "
+                "Run: pip install wandb"
+            ) from error
+        folder = Path(job_config.job.dump_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "torchtitan"),
+                name=job_config.job.description,
+                dir=str(folder),
+                config=asdict(job_config),
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"metrics.enable_wandb = true: wandb does not start: {error}. "
+                "Run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+
+    def start(self, step: int) -> None:
+        """W&B keeps a resumed run's history itself."""
+
+    def write(self, step: int, values: dict[str, Any], group: Group) -> None:
+        named = {f"{group}/{key}": value for key, value in values.items() if value is not None}
+        self._run.log(named, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,136 @@
+"""Text to token ids and back: bytes, or a Hugging Face `tokenizer.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torchtitan.errors import DataError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline and the tools need of a tokenizer."""
+
+    vocab_size: int
+    """One more than the largest id."""
+    bos_id: int | None
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; adds no special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens have none."""
+
+
+class BytesTokenizer:
+    """UTF-8 bytes as ids 0 to 255, then bos and eos. Needs no file and loses nothing."""
+
+    vocab_size = 258
+    bos_id = 256
+    eos_id = 257
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are not UTF-8 become U+FFFD: a model may stop inside a character."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """The `tokenizer.json` of a folder, run by the `tokenizers` library.
+
+    The end-of-sequence token (needed) and the beginning-of-sequence token (if any) are those named
+    in `tokenizer_config.json` or `special_tokens_map.json`, or numbered in `generation_config.json`
+    or `config.json`; the first file that has one counts.
+
+    Raises:
+        DataError: the folder or a file is missing or damaged, or no eos token is named.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        import tokenizers
+
+        self._folder = Path(folder)
+        path = self._folder / "tokenizer.json"
+        if not path.is_file():
+            missing = "has no tokenizer.json" if self._folder.is_dir() else "is not a folder"
+            raise DataError(
+                f"model.tokenizer_path = {str(folder)!r} {missing}. Give a folder with a Hugging "
+                "Face tokenizer.json, or 'bytes', which needs no file"
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower type
+            raise DataError(f"{path} is not a valid tokenizer: {error}") from error
+        # Some folders come set up for inference; here no token may be cut off or filled in.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Not the number of entries, since ids may have gaps.
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+        eos_id = self._special_id("eos")
+        if eos_id is None:
+            raise DataError(
+                f"{self._folder} does not say which token ends a document. Set eos_token in its "
+                "tokenizer_config.json"
+            )
+        self.eos_id = eos_id
+        self.bos_id = self._special_id("bos")
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _special_id(self, kind: str) -> int | None:
+        """Id of the token that the folder names `{kind}_token` or numbers `{kind}_token_id`."""
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = self._read(name).get(f"{kind}_token")
+            if isinstance(token, dict):  # an AddedToken written out
+                token = token.get("content")
+            if token is not None:
+                token_id = self._tokenizer.token_to_id(str(token))
+                if token_id is None:
+                    raise DataError(
+                        f"{self._folder / name}: {kind}_token = {token!r} is not in the vocabulary "
+                        "of tokenizer.json"
+                    )
+                return token_id
+        for name in ("generation_config.json", "config.json"):
+            token_id = self._read(name).get(f"{kind}_token_id")
+            if isinstance(token_id, list):  # several tokens may end a chat turn
+                token_id = token_id[0] if token_id else None
+            if token_id is not None:
+                if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                    raise DataError(
+                        f"{self._folder / name}: {kind}_token_id = {token_id!r} is not an id of "
+                        f"tokenizer.json (0 to {self.vocab_size - 1})"
+                    )
+                return token_id
+        return None
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self._folder / name
+        if not path.is_file():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are both ValueErrors
+            raise DataError(f"{path} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{path} must hold a JSON object, not {type(content).__name__}")
+        return content
+
+
+def build_tokenizer(job_config: JobConfig) -> Tokenizer:
+    """The tokenizer of `model.tokenizer_path`. Raises `DataError` where it cannot be loaded."""
+    path = job_config.model.tokenizer_path
+    return BytesTokenizer() if path == "bytes" else HuggingFaceTokenizer(Path(path).expanduser())

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from .base import Range
+
+
+@dataclass
+class ActivationCheckpoint:
+    """Trade compute for memory: recompute activations in the backward pass."""
+
+    mode: Literal["none", "full", "selective", "memory_budget"] = "selective"
+    """`full` recomputes every block, `selective` by `selective_ac_option`, `memory_budget` lets
+    the compiler choose (needs `compile.enable`)."""
+    selective_ac_option: str = "op"
+    """`op`: keep matrix products and attention, recompute the rest. An integer N: every N-th block."""
+    memory_budget: Annotated[float, Range(ge=0, le=1)] = 0.5
+    """Share of activation memory kept under `memory_budget`: 0 is like full, 1 like none."""

@@ -1,0 +1,160 @@
+"""Checks values of a TOML table or a command line against the annotations of the dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torchtitan.errors import did_you_mean
+
+from .base import Range
+
+T = TypeVar("T")
+Path = tuple[str | int, ...]
+"""Keys (and indices of arrays) that lead to a value: `("optimizer", "rules", 0, "pattern")`."""
+
+_SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+class BadValueError(Exception):
+    """A value that its annotation does not allow: where it is, and what is wrong with it."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+
+
+def fill(base: T, table: dict[str, Any], path: Path = ()) -> T:
+    """A copy of the dataclass instance `base` with the values of `table`, nested tables too.
+
+    Raises:
+        BadValueError: a key is unknown, or a value has the wrong type or is out of range.
+    """
+    values = _fields_from(type(base), table, path, base)
+    try:
+        return dataclasses.replace(base, **values)
+    except ValueError as error:  # a rule in `__post_init__` of a user's section
+        raise BadValueError(path, str(error)) from error
+
+
+def _fields_from(cls: type, table: Any, path: Path, base: Any = None) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise BadValueError(path, f"must be a table, not {show(table)}")
+    hints = get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls) if field.init]
+    values = {}
+    for key, value in table.items():
+        if key not in names:
+            kind = "key" if path else "section"
+            raise BadValueError((*path, key), f"unknown {kind}.{did_you_mean(key, names)}")
+        values[key] = convert(value, hints[key], (*path, key), getattr(base, key, None))
+    return values
+
+
+def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
+    """`value` as the type that the annotation `hint` names; a table fills in a copy of `default`.
+
+    Raises:
+        BadValueError: the annotation does not allow the value.
+        TypeError: the annotation is of a kind that a config cannot have.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _in_range(convert(value, args[0], path, default), args[1:], path)
+    if origin in (Union, types.UnionType):
+        return _member(value, args, path, default)
+    if origin is Literal:
+        if not any(type(choice) is type(value) and choice == value for choice in args):
+            near = did_you_mean(value if isinstance(value, str) else "", map(str, args))
+            raise BadValueError(path, f"{show(value)} is not allowed.{near}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise BadValueError(path, f"must be an array, not {show(value)}")
+        return [convert(item, args[0], (*path, i)) for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(hint):
+        return fill(default, value, path) if default is not None else _new(hint, value, path)
+    if hint in _SCALARS:
+        return _scalar(value, hint, path)
+    raise TypeError(
+        f"{'.'.join(map(str, path))}: the annotation {hint} is not supported. Use bool, int, "
+        "float, str, Literal, a list, a dataclass, or one of these with `| None`"
+    )
+
+
+def _new(cls: type, table: Any, path: Path) -> Any:
+    """An instance that no default stands behind: an element of an array of tables."""
+    values = _fields_from(cls, table, path)
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:  # a key without a default is missing
+        raise BadValueError(path, str(error)) from error
+
+
+def _member(value: Any, args: tuple, path: Path, default: Any) -> Any:
+    if value is None and type(None) in args:
+        return None
+    members = [arg for arg in args if arg is not type(None)]
+    for member in members[:-1]:
+        try:
+            return convert(value, member, path, default)
+        except BadValueError:
+            continue
+    return convert(value, members[-1], path, default)
+
+
+def _in_range(value: Any, metadata: tuple, path: Path) -> Any:
+    for bounds in metadata:
+        if isinstance(bounds, Range) and value is not None and not bounds.allows(value):
+            finite = "finite and " if isinstance(value, float) and math.isinf(value) else ""
+            raise BadValueError(path, f"must be {finite}{bounds}, not {show(value)}")
+    return value
+
+
+def _scalar(value: Any, kind: type, path: Path) -> Any:
+    if kind is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            raise BadValueError(path, "is too large for a floating-point number") from None
+    if type(value) is not kind:
+        raise BadValueError(path, f"must be {_SCALARS[kind]}, not {show(value)}")
+    if kind is int and not -(2**63) <= value < 2**63:
+        raise BadValueError(path, "must fit in 64 bits")
+    if kind is float and math.isnan(value):
+        raise BadValueError(path, "must be a number, not nan")
+    if kind is str and ("\0" in value or not _is_utf8(value)):
+        raise BadValueError(path, f"must be UTF-8 text without NUL, not {show(value)}")
+    return value
+
+
+def _is_utf8(text: str) -> bool:
+    """False for bytes of the command line that were no UTF-8 (Python makes lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def show(value: Any) -> str:
+    """A value as it stands in an error message: short, in TOML's words."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a table"
+        case list():
+            return "an array"
+        case str() if len(value) > 60:
+            return f"{value[:57]!r}..."
+        case int() if abs(value) >= 2**64:
+            return "a number of more than 64 bits"
+        case str() | int() | float():
+            return repr(value)
+        case None:
+            return "unset"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from .base import NonNegative, Positive, Range
+
+
+@dataclass
+class Checkpoint:
+    """Saving and resuming."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest when the folder holds one."""
+    folder: str = "checkpoint"
+    """Folder of the checkpoints, inside `job.dump_folder`."""
+    interval: Annotated[int, Positive] = 500
+    """Steps between checkpoints; the last step is always saved."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """`async` writes in the background while training goes on."""
+    keep_latest_k: Annotated[int, NonNegative] = 10
+    """Newest checkpoints to keep; 0 keeps all."""
+    load_step: Annotated[int, Range(ge=0, special=(-1,))] = -1
+    """Step to resume from; -1: the newest complete one."""
+    initial_load_path: str = ""
+    """Checkpoint (`.../checkpoint/step-N`) whose model weights start a new run; ignored on resume."""
+    exclude_from_loading: list[
+        Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]
+    ] = field(default_factory=list)
+    """Parts of the state not to load on resume."""
+    last_save_model_only: bool = False
+    """Save only the model at the last step (an export; such a checkpoint cannot resume)."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of a model-only save."""

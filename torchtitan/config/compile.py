@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Compile:
+    """`torch.compile`."""
+
+    enable: bool = False
+    """Compile the components."""
+    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
+    """What to compile."""
+    scope: Literal["block", "model"] = "block"
+    """Compile each transformer block (fast start, one graph reused) or the whole model."""
+    backend: str = "inductor"
+    """Compiler backend (`inductor`, `aot_eager`, `eager`, ...)."""

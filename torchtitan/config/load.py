@@ -1,0 +1,127 @@
+"""From the command line and a TOML file to a checked `JobConfig`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from torchtitan.errors import ConfigError
+
+from .check import BadValueError, fill
+from .custom import custom_job_config
+from .job import Job
+from .job_config import JobConfig
+from .toml_file import TomlFile, format_value, to_toml
+
+_registry = ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
+    """Booleans as in TOML: `--job.print_config`, `--checkpoint.enable=false`."""
+    if info.type is not bool:
+        return None
+
+    def parse(words: list[str]) -> bool:
+        written = " ".join(words).lower()
+        if written not in ("", "true", "false"):
+            raise ValueError(f"must be true or false, not {written!r}")
+        return written != "false"
+
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[{true,false}]",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [format_value(value)],
+    )
+
+
+def _parse(base: Any, argv: list[str], **options: Any) -> Any:
+    return tyro.cli(
+        type(base),
+        args=argv,
+        default=base,
+        prog="torchtitan train",
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+        registry=_registry,
+        **options,
+    )
+
+
+@dataclass
+class _JobOptions:
+    """What has to be known before the other options are."""
+
+    job: Job = field(default_factory=Job)
+
+
+def load_config(argv: list[str]) -> JobConfig:
+    """The config of a run: dataclass defaults, then the TOML file, then the command line.
+
+    `--help` and `--job.print_config` print to stdout and exit.
+
+    Raises:
+        ConfigError: an option, key, value or file is wrong.
+        SystemExit: code 0 after printing, 2 if the command line cannot be parsed.
+    """
+    early = _parse(_JobOptions(), argv, add_help=False, return_unknown_args=True)[0].job
+    file = TomlFile.read(early.config_file) if early.config_file is not None else None
+    config = _with_file(file, early.custom_config_module)
+    config = _parse(config, argv)
+    try:
+        config = fill(config, asdict(config))  # types are right by now, ranges may not be
+    except BadValueError as error:
+        raise ConfigError(f"--{'.'.join(map(str, error.path))}: {error.problem}") from error
+    if config.job.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stdout.write(to_toml(config))
+        raise SystemExit(0)
+    return config
+
+
+def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
+    """The defaults, extended by the user's module, under the values of the file."""
+    table = file.table if file else {}
+    job = table.get("job")
+    module = custom_config_module
+    if not module and isinstance(job, dict):
+        module = job.get("custom_config_module", "")
+    # A module of the wrong type is reported below, with its line.
+    base = custom_job_config(module) if module and isinstance(module, str) else JobConfig()
+    if file is None:
+        return base
+    try:
+        return fill(base, table)
+    except BadValueError as error:
+        raise ConfigError(f"{file.where(error.path)}: {error.problem}") from error
+
+
+def origin(config: JobConfig, key: str) -> str:
+    """How an error message names a value, by its dotted key (`training.seq_len`, `optimizer.rules.0`).
+
+    `run.toml:12: [training] seq_len = 100` if the value stands in the file, else
+    `training.seq_len = 100`: it is a default, or from the command line.
+    """
+    path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    value: Any = asdict(config)
+    for part in path:
+        value = value[part]
+    shown = f" = {format_value(value)}" if isinstance(value, str | int | float) else ""
+    if config.job.config_file is not None:
+        try:
+            file = TomlFile.read(config.job.config_file)
+            written: Any = file.table
+            for part in path:
+                written = written[part]
+        except (ConfigError, LookupError, TypeError):
+            return key + shown
+        if written == value:
+            return file.where(path) + shown
+    return key + shown

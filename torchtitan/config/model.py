@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class Model:
+    """Which model, and the assets that belong to it."""
+
+    name: str = "llama3"
+    """Model name in the registry (`torchtitan models` lists them)."""
+    flavor: str = "debugmodel"
+    """Size of the model, a key of its `MODEL_CONFIGS`."""
+    tokenizer_path: str = "bytes"
+    """`bytes` (UTF-8 bytes, needs no file) or a folder with a Hugging Face `tokenizer.json`."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Attention kernel. `auto`: flex for document masks on CUDA, else SDPA. CPU always uses SDPA,
+    since flex attention has no backward there."""

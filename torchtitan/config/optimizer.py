@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from .base import NonNegative, Range
+
+
+@dataclass
+class ParamRule:
+    """One `[[optimizer.rules]]` table: overrides for the parameters whose names match."""
+
+    pattern: str = ""
+    """Regular expression searched in the parameter's full name (`layers\\.0\\..*`)."""
+    lr_scale: Annotated[float, NonNegative] = 1.0
+    """Factor on the learning rate; 0 freezes."""
+    weight_decay: Annotated[float, NonNegative] | None = None
+    """Weight decay of these parameters; unset keeps the optimizer's."""
+
+
+@dataclass
+class Optimizer:
+    """How weights are updated."""
+
+    name: str = "AdamW"
+    """AdamW, Adam, SGD or Muon (Muon takes the hidden matrices; AdamW takes embeddings, norms,
+    biases and the output layer)."""
+    lr: Annotated[float, Range(gt=0)] = 8e-4
+    """Peak learning rate."""
+    beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
+    """Adam: decay of the first moment."""
+    beta2: Annotated[float, Range(ge=0, lt=1)] = 0.95
+    """Adam: decay of the second moment."""
+    eps: Annotated[float, Range(gt=0)] = 1e-8
+    """Adam: term added to the denominator."""
+    weight_decay: Annotated[float, NonNegative] = 0.1
+    """Decoupled weight decay (L2 for SGD and Adam)."""
+    no_decay: list[Literal["norm", "bias", "embedding"]] = field(default_factory=list)
+    """Kinds of parameters that get no weight decay."""
+    momentum: Annotated[float, Range(ge=0, lt=1)] = 0.95
+    """Momentum of SGD and Muon."""
+    muon_lr: Annotated[float, Range(gt=0)] = 0.02
+    """Peak learning rate of the matrices under Muon; `lr` stays that of the AdamW part."""
+    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    """Kernel of Adam, AdamW and SGD."""
+    rules: list[ParamRule] = field(default_factory=list)
+    """Overrides by parameter name, the last match wins (TOML only: `[[optimizer.rules]]`)."""

@@ -1,0 +1,159 @@
+"""TOML in and out: a file whose keys know their lines, and a config written as TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.errors import ConfigError
+
+from .check import Path as KeyPath
+
+# They say how to start the program, not what the run is.
+_NOT_SAVED = {("job", "config_file"), ("job", "print_config")}
+
+
+@dataclass
+class TomlFile:
+    """A TOML file and its parsed content."""
+
+    path: str
+    text: str
+    table: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str) -> TomlFile:
+        """Raises `ConfigError` if the file cannot be read or is not TOML in UTF-8."""
+        try:
+            data = Path(path).read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"job.config_file = {path!r}: cannot read it: {reason}") from error
+        try:
+            text = data.decode("utf-8-sig").replace("\r\n", "\n")
+            return cls(path, text, tomllib.loads(text))
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            problem = f"byte 0x{data[error.start]:02x} is not UTF-8 text"
+            raise ConfigError(f"{path}:{line}: {problem}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{path}: not valid TOML: nested too deeply") from error
+        except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
+            message = str(error).replace("(at end of document)", "(at the end of the file)")
+            position = re.search(r" \(at line (\d+), column (\d+)\)", message)
+            if position:
+                line, column = position.groups()
+                message = f"{message[: position.start()]} (column {column})"
+            else:
+                line = text.count("\n") + 1
+            raise ConfigError(f"{path}:{line}: not valid TOML: {message}") from error
+
+    def where(self, path: KeyPath) -> str:
+        """`file.toml:12: [section] key` for the path of a value in this file."""
+        lines = line_numbers(self.text)
+        known = path
+        while known not in lines and known:
+            known = known[:-1]
+        section, *keys = path
+        dotted = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
+        return f"{self.path}:{lines.get(known, 1)}: [{section}] {dotted}".rstrip()
+
+
+def line_numbers(text: str) -> dict[KeyPath, int]:
+    """The line of each table and key of a valid TOML document, by its path.
+
+    `tomllib` gives no positions. But each statement (a header, or `key = value` over one line or
+    more) is a TOML document of its own, and no proper part of one is; so lines are gathered until
+    they parse, and what they hold stands where the gathering began.
+    """
+    lines: dict[KeyPath, int] = {}
+    last_index: dict[KeyPath, int] = {}  # array of tables -> index of the element now open
+    header: KeyPath = ()
+    statement, start = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        statement += line + "\n"
+        try:
+            parsed = tomllib.loads(statement)
+        except ValueError:
+            continue
+        if statement.lstrip().startswith("["):
+            header = _open_table(parsed, last_index)
+            for depth in range(len(header)):
+                lines.setdefault(header[: depth + 1], start)
+        else:
+            _record(parsed, header, start, lines)
+        statement, start = "", number + 1
+    return lines
+
+
+def _open_table(parsed: dict[str, Any], last_index: dict[KeyPath, int]) -> KeyPath:
+    """The path that a header, parsed alone, opens: `[a.b]` or `[[a.b]]`."""
+    path: KeyPath = ()
+    node: Any = parsed
+    while node:
+        key, node = next(iter(node.items()))
+        path = (*path, key)
+        if isinstance(node, list):
+            last_index[path] = last_index.get(path, -1) + 1
+            node = None
+        if path in last_index:
+            path = (*path, last_index[path])
+    return path
+
+
+def _record(value: Any, path: KeyPath, line: int, lines: dict[KeyPath, int]) -> None:
+    todo = [(path, value)]
+    while todo:  # no recursion: dotted keys can be thousands of levels deep
+        path, value = todo.pop()
+        lines.setdefault(path, line)
+        if isinstance(value, dict):
+            todo += [((*path, key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            todo += [((*path, i), item) for i, item in enumerate(value)]
+
+
+def to_toml(config: Any) -> str:
+    """A config as TOML. Loading it gives an equal config, but for `job.config_file` and
+    `job.print_config`, which are left out. TOML has no null: unset values stand as comments.
+    """
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{_key(section.name)}]")
+        values = getattr(config, section.name)
+        for field in dataclasses.fields(values):
+            if (section.name, field.name) in _NOT_SAVED:
+                continue
+            value = getattr(values, field.name)
+            if value is None:
+                lines.append(f"# {field.name} is unset")
+            else:
+                lines.append(f"{_key(field.name)} = {format_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _key(name: str) -> str:
+    return name if name.isascii() else _string(name)
+
+
+def _string(text: str) -> str:
+    # JSON's escapes are TOML's, but JSON leaves DEL as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def format_value(value: Any) -> str:
+    """A value of a config in TOML's notation; dataclasses become inline tables."""
+    if dataclasses.is_dataclass(value):
+        pairs = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        written = [f"{_key(k)} = {format_value(v)}" for k, v in pairs.items() if v is not None]
+        return f"{{{', '.join(written)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(format_value, value))}]"
+    if isinstance(value, str):
+        return _string(value)
+    return str(value).lower() if isinstance(value, bool) else repr(value)

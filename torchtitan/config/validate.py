@@ -1,0 +1,200 @@
+"""Rules between sections, checked before a mesh is built and before weights are allocated.
+
+Each message opens with where the value comes from: the line of the TOML file, or the key.
+Imports of torch and of the registries are inside functions, so that `torchtitan.config` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from typing import NoReturn
+
+from torchtitan.errors import ConfigError, did_you_mean
+
+from .job_config import JobConfig
+from .load import origin
+
+_DATASETS_OF_FILES = ("text", "jsonl", "parquet")
+
+
+def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
+    """`(global_batch_size, accumulation_steps)`: sequences in a step, and forward passes of a rank.
+
+    Raises:
+        ConfigError: `training.global_batch_size` is not a whole number of passes of all ranks.
+    """
+    training = job_config.training
+    one_pass = training.local_batch_size * dp_world_size
+    if training.global_batch_size == -1:
+        return one_pass, 1
+    if training.global_batch_size % one_pass:
+        _fail(
+            job_config,
+            "training.global_batch_size",
+            f"must be a multiple of training.local_batch_size ({training.local_batch_size}) x data "
+            f"ranks ({dp_world_size}) = {one_pass}. "
+            f"Nearest: {_nearest_multiples(training.global_batch_size, one_pass)}",
+        )
+    return training.global_batch_size, training.global_batch_size // one_pass
+
+
+def validate(job_config: JobConfig, world_size: int) -> None:
+    """Check the rules between sections for a run of `world_size` processes.
+
+    Custom imports must be done before, as they may register datasets.
+
+    Raises:
+        ConfigError: a rule is broken.
+    """
+    _check_parallelism(job_config, world_size)
+    _check_data(job_config)
+    _check_optimizer(job_config)
+    _check_activation_checkpoint(job_config)
+    _check_compile(job_config)
+    _check_outputs(job_config)
+
+
+def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+    degrees = {
+        name: getattr(job_config.parallelism, name)
+        for name in (
+            "tensor_parallel_degree",
+            "data_parallel_shard_degree",
+            "data_parallel_replicate_degree",
+        )
+    }
+    try:
+        dims = ParallelDims.from_config(job_config.parallelism, world_size)
+    except ConfigError as error:
+        largest = max(degrees, key=degrees.__getitem__)
+        raise ConfigError(f"{origin(job_config, f'parallelism.{largest}')}: {error}") from error
+
+    resolve_batch(job_config, dims.dp)
+    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    for section in sections:
+        seq_len = getattr(job_config, section).seq_len
+        if seq_len % dims.tp:
+            _fail(
+                job_config,
+                f"{section}.seq_len",
+                f"must be a multiple of parallelism.tensor_parallel_degree ({dims.tp}), which "
+                f"shards the sequence too. Nearest: {_nearest_multiples(seq_len, dims.tp)}",
+            )
+    if job_config.training.enable_cpu_offload and not dims.dp_shard_enabled:
+        _fail(
+            job_config,
+            "training.enable_cpu_offload",
+            "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree comes to "
+            f"{dims.dp_shard} with {world_size} processes",
+        )
+
+
+def _check_data(job_config: JobConfig) -> None:
+    from torchtitan.data.sources import DATASETS
+
+    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    for section in sections:
+        name = getattr(job_config, section).dataset
+        if name not in DATASETS:
+            problem = f"no such dataset.{did_you_mean(name, DATASETS)}"
+            _fail(job_config, f"{section}.dataset", problem)
+        if name in _DATASETS_OF_FILES and not getattr(job_config, section).dataset_path:
+            problem = f"needs {section}.dataset_path: a file, a glob or a folder"
+            _fail(job_config, f"{section}.dataset", problem)
+
+    path = job_config.model.tokenizer_path
+    if path != "bytes" and not os.path.isfile(
+        os.path.join(os.path.expanduser(path), "tokenizer.json")
+    ):
+        _fail(
+            job_config,
+            "model.tokenizer_path",
+            "not a folder with a Hugging Face tokenizer.json. Use such a folder, or 'bytes', which "
+            "needs no file",
+        )
+
+
+def _check_optimizer(job_config: JobConfig) -> None:
+    from torchtitan.components.optimizer import OPTIMIZERS
+
+    name = job_config.optimizer.name
+    if name not in OPTIMIZERS:
+        problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)}"
+        _fail(job_config, "optimizer.name", problem)
+    for i, rule in enumerate(job_config.optimizer.rules):
+        key = f"optimizer.rules.{i}"
+        if not rule.pattern:
+            _fail(job_config, key, "needs a pattern")
+        try:
+            re.compile(rule.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            _fail(job_config, f"{key}.pattern", f"not a regular expression: {error}")
+
+    warmup_steps, steps = job_config.lr_scheduler.warmup_steps, job_config.training.steps
+    if warmup_steps > steps:
+        _fail(
+            job_config,
+            "lr_scheduler.warmup_steps",
+            f"exceeds training.steps = {steps}, so the peak learning rate would never be reached. "
+            f"Set lr_scheduler.warmup_steps to at most {steps}",
+        )
+
+
+def _check_activation_checkpoint(job_config: JobConfig) -> None:
+    config, compile_config = job_config.activation_checkpoint, job_config.compile
+    option = config.selective_ac_option
+    if option != "op" and not re.fullmatch("[1-9][0-9]{0,8}", option):
+        problem = "must be 'op', or a positive integer N for every N-th block"
+        _fail(job_config, "activation_checkpoint.selective_ac_option", problem)
+    compiles_model = compile_config.enable and "model" in compile_config.components
+    if config.mode == "memory_budget" and not compiles_model:
+        problem = "the compiler does it: set compile.enable, with 'model' in compile.components"
+        _fail(job_config, "activation_checkpoint.mode", problem)
+
+
+def _check_compile(job_config: JobConfig) -> None:
+    config = job_config.compile
+    if not config.enable or config.backend == "inductor":
+        return
+    from torch._dynamo import list_backends
+
+    known = list_backends(exclude_tags=())
+    if config.backend not in known:
+        _fail(
+            job_config, "compile.backend", f"no such backend.{did_you_mean(config.backend, known)}"
+        )
+
+
+def _check_outputs(job_config: JobConfig) -> None:
+    folder = existing = os.path.abspath(os.path.expanduser(job_config.job.dump_folder))
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        _fail(job_config, "job.dump_folder", f"{existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        _fail(job_config, "job.dump_folder", f"cannot write {folder}: no permission in {existing}")
+
+    checkpoint = job_config.checkpoint
+    if checkpoint.load_step != -1 and not checkpoint.enable:
+        problem = "nothing would be loaded, since checkpoint.enable is false"
+        _fail(job_config, "checkpoint.load_step", problem)
+    path = checkpoint.initial_load_path
+    if path and not os.path.isdir(os.path.expanduser(path)):
+        _fail(job_config, "checkpoint.initial_load_path", "no such folder")
+    if job_config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
+        problem = "wandb is not installed: pip install 'torchtitan[wandb]'"
+        _fail(job_config, "metrics.enable_wandb", problem)
+
+
+def _fail(job_config: JobConfig, key: str, problem: str) -> NoReturn:
+    raise ConfigError(f"{origin(job_config, key)}: {problem}")
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    """The multiples of `unit` around `value`, which is none itself: `96 or 104`."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else f"{unit}"

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from .base import Positive
+
+
+@dataclass
+class Validation:
+    """Loss on held-out data during training."""
+
+    enable: bool = False
+    """Validate every `freq` steps, and at the last one."""
+    freq: Annotated[int, Positive] = 100
+    """Training steps between validations."""
+    steps: Annotated[int, Positive] = 10
+    """Batches a data rank evaluates each time, always the same ones."""
+    dataset: str = "stdlib_validation"
+    """Dataset name, as `training.dataset`."""
+    dataset_path: str | None = None
+    """As `training.dataset_path`."""
+    local_batch_size: Annotated[int, Positive] = 8
+    """Sequences in one forward pass of one data rank."""
+    seq_len: Annotated[int, Positive] = 2048
+    """Tokens in a sequence."""

@@ -1,0 +1,177 @@
+"""Named datasets: the registry, and the sources that need nothing but files.
+
+A source is one of two kinds.
+
+* Random access: `len(source)` documents, `source[i]` is the text of one. They are shuffled anew in
+  every epoch. A plain list of texts is such a source.
+* Sequential: iterating over it yields the texts from the first one on, each time anew. The order
+  is kept.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from torchtitan.data import huggingface
+from torchtitan.errors import ConfigError, DataError, TitanError, did_you_mean
+
+
+class RandomAccess(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> str: ...
+
+
+Source = RandomAccess | Iterable[str]
+SourceFactory = Callable[[str | None, str], Source]
+"""`factory(dataset_path, text_key) -> Source`; raises a `TitanError` for a user's mistake."""
+
+DATASETS: dict[str, SourceFactory] = {}
+"""Name of a dataset (`training.dataset`) -> its factory."""
+
+
+def register_dataset(name: str, factory: SourceFactory) -> None:
+    """Make a dataset known as `training.dataset = name`. Repeating the same call is harmless.
+
+    Raises:
+        ValueError: the name is taken by another factory.
+    """
+    if DATASETS.setdefault(name, factory) is not factory:
+        raise ValueError(f"dataset {name!r} is already registered; choose another name")
+
+
+def open_dataset(
+    name: str, path: str | None, text_key: str = "text", section: str = "training"
+) -> Source:
+    """Open a dataset by name.
+
+    Args:
+        name: a key of `DATASETS`.
+        path: `dataset_path` of the config section.
+        text_key: field that holds the text, in formats that have fields.
+        section: config section to name in errors.
+
+    Raises:
+        ConfigError: there is no such dataset, or `path` is missing or of no use.
+        DataError: the data is missing, empty or malformed.
+    """
+    key = f"{section}.dataset = {name!r}"
+    if name not in DATASETS:
+        raise ConfigError(f"{key}: no such dataset.{did_you_mean(name, DATASETS)}")
+    try:
+        return DATASETS[name](path, text_key)
+    except TitanError as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
+class TextFiles:
+    """UTF-8 text files; each is a document."""
+
+    def __init__(self, files: list[str]) -> None:
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> str:
+        """Raises `DataError` where a file cannot be read or is not UTF-8."""
+        path = self._files[index]
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error
+
+
+def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]:
+    """Sorted files of a path, a glob (`**` crosses folders) or a folder with all its subfolders.
+
+    In a folder, hidden files and those that end in none of `suffixes` are left out.
+
+    Raises:
+        ConfigError: no path is given.
+        DataError: there is no such file.
+    """
+    if not path:
+        raise ConfigError("needs dataset_path: a file, a glob or a folder")
+    root = os.path.expanduser(path)
+    if os.path.isdir(root):
+        found = glob.glob(os.path.join(glob.escape(root), "**"), recursive=True)
+        found = [file for file in found if file.endswith(suffixes)]
+    elif os.path.exists(root):
+        found = [root]
+    else:
+        found = glob.glob(root, recursive=True)
+    files = sorted(file for file in found if os.path.isfile(file))
+    if not files:
+        of_kind = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
+        raise DataError(f"dataset_path = {path!r}: there is no such file{of_kind}")
+    return files
+
+
+def stdlib_files(held_out: bool) -> list[str]:
+    """Sources of the interpreter's standard library, sorted: about 5% are held out, by a hash.
+
+    Raises:
+        DataError: the interpreter comes without them.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    not_text = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+    names = (file.relative_to(root) for file in root.rglob("*.py"))
+    chosen = sorted(
+        name.as_posix()
+        for name in names
+        if not_text.isdisjoint(name.parts)
+        and not name.name.startswith("_sysconfigdata")  # written by the machine's build
+        and (zlib.crc32(name.as_posix().encode()) % 20 == 0) == held_out
+    )
+    if not chosen:
+        raise DataError(f"this Python has no library sources in {root}; use `text` with own files")
+    return [str(root / name) for name in chosen]
+
+
+def _open_stdlib(path: str | None, held_out: bool) -> TextFiles:
+    if path is not None:
+        raise ConfigError("dataset_path has no effect here; remove it, or use `text` for own files")
+    return TextFiles(stdlib_files(held_out))
+
+
+def _open_text(path: str | None, text_key: str) -> TextFiles:
+    return TextFiles(find_files(path))
+
+
+def _open_jsonl(path: str | None, text_key: str) -> RandomAccess:
+    plain = (".jsonl", ".json")
+    packed = tuple(suffix + ending for suffix in plain for ending in (".gz", ".zst"))
+    return huggingface.open_files("json", find_files(path, plain + packed), text_key)
+
+
+def _open_parquet(path: str | None, text_key: str) -> RandomAccess:
+    return huggingface.open_files("parquet", find_files(path, (".parquet",)), text_key)
+
+
+def _on_hub(repository: str, config: str | None = None, split: str = "train") -> SourceFactory:
+    return lambda path, text_key: huggingface.open_stream(
+        repository, config, split, path, text_key
+    )
+
+
+register_dataset("stdlib", lambda path, text_key: _open_stdlib(path, held_out=False))
+register_dataset("stdlib_validation", lambda path, text_key: _open_stdlib(path, held_out=True))
+register_dataset("text", _open_text)
+register_dataset("jsonl", _open_jsonl)
+register_dataset("parquet", _open_parquet)
+register_dataset("c4", _on_hub("allenai/c4", "en"))
+register_dataset("c4_validation", _on_hub("allenai/c4", "en", split="validation"))
+register_dataset("fineweb", _on_hub("HuggingFaceFW/fineweb"))
+register_dataset("fineweb_edu", _on_hub("HuggingFaceFW/fineweb-edu"))
+register_dataset("slimpajama", _on_hub("cerebras/SlimPajama-627B"))

@@ -1,0 +1,84 @@
+"""Activation checkpointing: recompute in the backward pass what would not fit in memory.
+
+A block's `forward` is replaced by one that checkpoints it. There is no wrapper module, so parameter
+names stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+_aten = torch.ops.aten
+SAVED_OPS = {
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops.higher_order.flex_attention,
+}
+"""Kept by selective checkpointing per op: dear to compute or to communicate, cheap to hold."""
+
+MATMUL_OPS = {_aten.mm.default, _aten.addmm.default}
+"""Of these, selective checkpointing per op keeps every other one."""
+
+
+def apply_ac(model: nn.Module, job_config: JobConfig) -> None:
+    """Checkpoint the blocks of `model.layers` in place, by `activation_checkpoint.mode`."""
+    config = job_config.activation_checkpoint
+    if config.mode == "none":
+        return
+    if config.mode == "memory_budget":
+        # The compiler's partitioner chooses what to recompute.
+        torch._functorch.config.activation_memory_budget = config.memory_budget
+        return
+
+    every, context_fn = 1, None
+    if config.mode == "selective":
+        if config.selective_ac_option == "op":
+            context_fn = _selective_contexts
+        else:
+            every = int(config.selective_ac_option)
+    for number, layer in enumerate(model.layers.values()):
+        if number % every == 0:
+            layer.forward = _checkpointed(layer.forward, context_fn)
+
+
+def _selective_contexts() -> Any:
+    """Contexts of one block's forward and recomputation, which must choose alike."""
+    matmuls: Counter[bool] = Counter()
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = op in SAVED_OPS
+        if op in MATMUL_OPS:
+            keep = matmuls[ctx.is_recompute] % 2 == 0
+            matmuls[ctx.is_recompute] += 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | None) -> Any:
+    options: dict[str, Any] = {"use_reentrant": False}
+    if context_fn is not None:
+        options["context_fn"] = context_fn
+
+    @wraps(forward)
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return checkpointed_forward

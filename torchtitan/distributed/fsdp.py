@@ -1,0 +1,87 @@
+"""Data parallelism: FSDP2, HSDP and DDP, all by `fully_shard`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """Shard parameters, gradients and optimizer state over the data ranks, in place.
+
+    `dp_mesh` is `world_mesh["dp"]`. Within it, `dp_shard` ranks shard and `dp_replicate` groups
+    hold replicas: HSDP when both exceed one, DDP when only the latter does.
+
+    Each block of `model.layers` is gathered on its own; so is the embedding. The last norm and the
+    output layer form one group that stays gathered, because the backward pass begins with it.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper delegates to the model
+    training = job_config.training
+    mesh = _sharding_mesh(dp_mesh)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=getattr(torch, training.mixed_precision_param),
+            reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+        ),
+    }
+    if training.enable_cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+
+    policy = job_config.parallelism.fsdp_reshard_after_forward
+    # With one rank to shard over, freeing what was gathered would save nothing.
+    reshard = policy != "never" and mesh["dp_shard"].size() > 1
+
+    for layer in model.layers.values():
+        fully_shard(layer, **options, reshard_after_forward=reshard)
+    embedding, head = model.tok_embeddings, [m for m in (model.norm, model.output) if m is not None]
+    tied = embedding is not None and model.output is not None
+    tied = tied and embedding.weight is model.output.weight
+    if not tied:  # a tied weight must be in one group, the root's
+        if embedding is not None:
+            fully_shard(embedding, **options, reshard_after_forward=reshard)
+        if head:
+            fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
+    fully_shard(model, **options)
+
+
+def _sharding_mesh(dp_mesh: DeviceMesh) -> DeviceMesh:
+    """The `dp_shard` mesh, or the two-dimensional one when there are replicas."""
+    world_mesh = dp_mesh._get_root_mesh()
+    if "dp_replicate" in world_mesh.mesh_dim_names:
+        return world_mesh["dp_replicate", "dp_shard"]
+    return world_mesh["dp_shard"]
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Have data ranks add their gradients rather than average them.
+
+    The trainer divides the loss by the number of tokens of all ranks, so the sum is the gradient of
+    the mean over tokens, also when ranks hold different numbers of tokens.
+    """
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def set_last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Postpone the all-reduce among replicas to the last micro-batch of a step."""
+    for module in fsdp_modules(model):
+        module.set_requires_all_reduce(last, recurse=False)
+        module.set_is_last_backward(last)

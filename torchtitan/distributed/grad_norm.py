@@ -1,0 +1,62 @@
+"""The norm of all gradients of a model that is spread over several meshes, and clipping to it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
+
+    Each gradient may be a plain tensor (the same on all ranks) or a DTensor on any mesh. Squares
+    are summed per set of mesh dimensions that the gradient is sharded over, and reduced over these
+    alone, so that nothing is counted twice and no gradient is gathered.
+
+    Returns:
+        The norm before clipping: a float32 scalar, the same on every rank, not synchronised with
+        the host.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    groups: dict[tuple[DeviceMesh, ...], list[torch.Tensor]] = defaultdict(list)
+    for grad in grads:
+        groups[_sharding_meshes(grad)].append(_local(grad))
+
+    device = _local(grads[0]).device
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for meshes, tensors in groups.items():
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+        squared = torch.stack(norms).square().sum()
+        for mesh in meshes:
+            # A gradient offloaded to the host is reduced on the mesh's device.
+            squared = squared.to(mesh.device_type)
+            torch.distributed.all_reduce(squared, group=mesh.get_group())
+        total += squared.to(device)
+    norm = total.sqrt()
+
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_([_local(grad) for grad in grads], scale)
+    return norm
+
+
+def _local(grad: torch.Tensor) -> torch.Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _sharding_meshes(grad: torch.Tensor) -> tuple[DeviceMesh, ...]:
+    """The one-dimensional meshes that `grad` is sharded over."""
+    if not isinstance(grad, DTensor):
+        return ()
+    mesh = grad.device_mesh
+    assert not any(placement.is_partial() for placement in grad.placements)
+    return tuple(
+        mesh[name]
+        for name, placement in zip(mesh.mesh_dim_names, grad.placements, strict=True)
+        if not isinstance(placement, Replicate)
+    )

@@ -1,0 +1,121 @@
+"""Weights that depend on the seed and the parameter's name alone, never on the layout.
+
+Parameters are initialised after they were sharded. An ordinary random number generator would give
+every layout other weights: each rank draws for its own shard, and a pipeline stage draws for fewer
+layers. Here every random operation gets a generator of its own, seeded with (seed, parameter name,
+how often that parameter was drawn for), and a sharded parameter draws the whole tensor and keeps its
+part. So two runs of one seed can be compared step by step, whatever their layouts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtitan.distributed.determinism import derive_seed
+from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.tying import preserve_tying
+from torchtitan.protocols.model import ModelProtocol
+
+
+def initialize_weights(model: ModelProtocol, seed: int, device: torch.device) -> None:
+    """Allocate a model that is on the meta device, and set all its weights.
+
+    As on a single device, every module first gets PyTorch's own defaults (`reset_parameters`), then
+    `model.init_weights()` decides.
+
+    Raises:
+        RuntimeError: a parameter or buffer was set by neither (the author's bug); names it.
+    """
+    with preserve_tying(model):
+        model.to_empty(device=device)
+    with torch.no_grad():
+        _poison(model)
+        with SeededInit(model, seed):
+            for module in model.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            model.init_weights()
+        _refuse_poison(model)
+
+
+class SeededInit(TorchDispatchMode):
+    """Makes each random operation a function of (seed, parameter name, count), layout-independent.
+
+    A random operation on a tensor that is no parameter (`torch.randn(...)`, or the temporaries in
+    `trunc_normal_`) belongs to the parameter that was drawn for last.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._names = {
+            _storage_key(tensor): canonical_name(name)
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+        self._current = ""
+        self._draws: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own_generator = kwargs.get("generator") is not None
+        if torch.Tag.nondeterministic_seeded not in func.tags or own_generator:
+            return func(*args, **kwargs)
+
+        target = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if target is not None:
+            self._current = self._names.get(_storage_key(target), self._current)
+        torch.manual_seed(self._next_seed())
+        if not isinstance(target, DTensor):
+            return func(*args, **kwargs)
+
+        local = target.to_local()
+        full = torch.empty(target.shape, dtype=target.dtype, device=local.device)
+        full = func(full, *args[1:], **kwargs)
+        sharded = distribute_tensor(
+            full, target.device_mesh, target.placements, src_data_rank=None
+        )
+        if not func._schema.is_mutable:
+            return sharded
+        local.copy_(sharded.to_local())
+        return target
+
+    def _next_seed(self) -> int:
+        count = self._draws[self._current]
+        self._draws[self._current] += 1
+        return derive_seed(self._seed, self._current, count)
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    """Identifies a tensor's memory, so that `weight.data` and `weight` are one."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()._cdata
+
+
+def _floating_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [(n, t.to_local() if isinstance(t, DTensor) else t) for n, t in tensors]
+    return [(n, t) for n, t in tensors if t.is_floating_point()]
+
+
+def _poison(model: nn.Module) -> None:
+    for _, tensor in _floating_tensors(model):
+        tensor.fill_(float("nan"))
+
+
+def _refuse_poison(model: nn.Module) -> None:
+    unset = [canonical_name(n) for n, t in _floating_tensors(model) if t.isnan().any()]
+    if unset:
+        raise RuntimeError(
+            f"{type(model).__name__}.init_weights() leaves {len(unset)} tensors unset: "
+            f"{', '.join(unset[:5])}{', ...' if len(unset) > 5 else ''}. Models are built without "
+            "memory and filled afterwards, so init_weights() must set every parameter and buffer "
+            "that no reset_parameters() sets"
+        )

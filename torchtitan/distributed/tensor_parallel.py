@@ -1,0 +1,88 @@
+"""Tensor parallelism with sequence parallelism (Megatron-LM, arXiv:1909.08053 and 2205.05198).
+
+A model gives its plan for one block (module name -> style); the embedding, the final norm and the
+output layer are the same for all models and are planned here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from torchtitan.distributed.tying import preserve_tying
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+Plan = dict[str, ParallelStyle]
+
+
+def apply_tensor_parallel(
+    model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig, block_plan: Plan
+) -> None:
+    """Split the matrices of `model` over `tp_mesh`, in place.
+
+    Between the split matrices the hidden states `[batch, seq, dim]` are sharded over the sequence,
+    so that norms and residuals are shared among the ranks too.
+    """
+    model_plan: Plan = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "output": _output_style(job_config),
+    }
+    model_plan = {name: s for name, s in model_plan.items() if getattr(model, name) is not None}
+    with preserve_tying(model):
+        parallelize_module(model, tp_mesh, model_plan)
+        for block in model.layers.values():
+            parallelize_module(block, tp_mesh, block_plan)
+
+
+def _output_style(job_config: JobConfig) -> ParallelStyle:
+    if job_config.loss.name == "chunked_cross_entropy":
+        return DeferredOutputParallel()
+    if job_config.parallelism.disable_loss_parallel:
+        return ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
+    # The logits stay sharded over the vocabulary, and the loss is computed on the shards.
+    return ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
+
+
+class DeferredOutputParallel(ParallelStyle):
+    """For an output layer that the chunked loss applies: shards its weight over the vocabulary.
+
+    The layer receives `[batch, seq / tp, dim]` and passes on all of `[batch, seq, dim]` as a plain
+    tensor whose gradient is a partial sum, since each rank's vocabulary contributes a part of it.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def shard_weight(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+            weight = distribute_tensor(module.weight, mesh, [Shard(0)])
+            module.register_parameter("weight", nn.Parameter(weight))
+
+        def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> torch.Tensor:
+            hidden = inputs[0]
+            if not isinstance(hidden, DTensor):
+                hidden = DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False)
+            hidden = hidden.redistribute(placements=[Replicate()])
+            partial: list[Placement] = [Partial()]
+            return hidden.to_local(grad_placements=partial)
+
+        return distribute_module(module, device_mesh, shard_weight, gather_sequence)

@@ -1,0 +1,26 @@
+"""Keep tied parameters tied while they are replaced."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn as nn
+
+
+@contextmanager
+def preserve_tying(model: nn.Module) -> Iterator[None]:
+    """Parameters that are one object on entry are one object again on exit.
+
+    `to_empty` and `distribute_module` replace each module's parameters one by one, which unties
+    them. The first module's parameter wins.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            places[id(param)].append((module, name))
+    yield
+    for (first, first_name), *others in places.values():
+        for module, name in others:
+            module.register_parameter(name, first.get_parameter(first_name))

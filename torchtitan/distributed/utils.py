@@ -1,0 +1,49 @@
+"""The process's device, and joining the other processes."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def device_type() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device() -> torch.device:
+    """The device of this process; torchrun gives each process of a host its own."""
+    if device_type() == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def world_size() -> int:
+    """Number of processes, known from torchrun's environment before they have met."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Number of this process, known before the processes have met."""
+    return int(os.environ.get("RANK", 0))
+
+
+def init_distributed(timeout_seconds: int) -> None:
+    """Join the process group; without torchrun, a group of one.
+
+    On CUDA the group also has gloo, so that host tensors can be exchanged without the GPU.
+    """
+    backend = "gloo"
+    if device_type() == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device())
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore()
+        )

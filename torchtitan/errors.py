@@ -1,0 +1,38 @@
+"""Errors that a user can cause and mend. Each is one message, printed without a traceback (exit code 2).
+
+Any other exception is a bug of ours (or of the model's author) and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TitanError(Exception):
+    """Base class of the errors a user can mend."""
+
+
+class ConfigError(TitanError):
+    """A key or value of the configuration is wrong."""
+
+
+class CheckpointError(TitanError):
+    """A checkpoint is missing, damaged, of another model, or cannot be written."""
+
+
+class DataError(TitanError):
+    """A dataset or a tokenizer is missing, empty or malformed."""
+
+
+class TrainingError(TitanError):
+    """The run cannot go on, for example because the loss is no longer finite."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """The tail of an error message about an unknown name: the nearest name, then all allowed ones."""
+    allowed = sorted(allowed)
+    lowered = {a.lower(): a for a in allowed}
+    near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
+    hint = f" Did you mean {lowered[near[0]]!r}?" if near else ""
+    return f"{hint} Allowed: {', '.join(allowed) if allowed else '(none)'}."

@@ -1,0 +1,9 @@
+"""The models. Each folder is self-contained; this table makes them known to the trainer."""
+
+from torchtitan.protocols.train_spec import MODEL_REGISTRY
+
+from .llama3 import get_train_spec as get_llama3_train_spec
+
+MODEL_REGISTRY["llama3"] = get_llama3_train_spec
+
+__all__ = ["MODEL_REGISTRY"]

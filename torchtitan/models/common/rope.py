@@ -1,0 +1,78 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864), with Llama 3.1's scaling to long contexts.
+
+Features i and i + head_dim / 2 of a head are the pair that turns ("half rotation"), as in Hugging
+Face checkpoints; Meta's own files pair 2i and 2i + 1. The two differ by a fixed permutation of the
+rows of wq and wk. With the half rotation, weights are exchanged with Hugging Face by renaming alone:
+no rows move between the ranks that share a matrix, and both halves are contiguous.
+
+There is no table of angles. The angles of the positions at hand are computed once a forward pass,
+which costs next to nothing, sets no limit on the length, and leaves no buffer to initialise, to save,
+or to lose precision when a model is cast to bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretches slow rotations by `factor`, for contexts beyond `original_max_seq_len` tokens.
+
+    Rotations that turn at least `high_freq_factor` times within the original context stay as they
+    are, those that turn at most `low_freq_factor` times are slowed down in full, and between the two
+    the change is gradual (Llama 3.1, arXiv:2407.21783).
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Turns the queries and keys of given positions.
+
+    One is made a forward pass, and all blocks share it. It is an object rather than a pair of
+    arguments because FSDP's mixed precision casts floating-point arguments to bfloat16, which is
+    too coarse for angles.
+    """
+
+    cos: torch.Tensor
+    """`[batch or 1, seq, 1, head_dim]`, float32."""
+    sin: torch.Tensor
+    """Like `cos`, with the sign that its feature takes: minus in the first half of a head."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate `x` `[batch, seq, heads, head_dim]`; computed in float32, returned in its dtype."""
+        wide = x.float()
+        partner = wide.roll(x.shape[-1] // 2, dims=-1)
+        return torch.addcmul(wide * self.cos, partner, self.sin).to(x.dtype)
+
+
+def rope_frequencies(
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Angle a position of each pair of features: `[head_dim / 2]`, float32, radians."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> Rotation:
+    """The rotation of `positions` `[batch or 1, seq]`, by `rope_frequencies` `[head_dim / 2]`."""
+    angles = positions[..., None, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))

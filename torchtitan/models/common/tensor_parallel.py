@@ -1,0 +1,30 @@
+"""The rule that a model's sizes divide over the tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torchtitan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:
+    """Check that tensor parallelism can cut every one of `sizes` (name -> size) in equal parts.
+
+    Raises:
+        ConfigError: it cannot; names the key, the sizes and the degrees that work.
+    """
+    degree = job_config.parallelism.tensor_parallel_degree
+    if all(size % degree == 0 for size in sizes.values()):
+        return
+    common = math.gcd(*sizes.values())
+    degrees = [d for d in range(1, common + 1) if common % d == 0]
+    written = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+    raise ConfigError(
+        f"parallelism.tensor_parallel_degree = {degree} does not divide the sizes of "
+        f"{job_config.model.name} {job_config.model.flavor} ({written}). "
+        f"Degrees that do: {', '.join(map(str, degrees))}"
+    )

@@ -1,0 +1,88 @@
+"""Hyperparameters of Llama 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.rope import RopeScaling
+from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
+from torchtitan.protocols.model import BaseModelArgs
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+@dataclass
+class Llama3ModelArgs(BaseModelArgs):
+    """Sizes and choices; the defaults are those of Llama 3 8B."""
+
+    dim: int = 4096
+    """Features of the hidden states."""
+    n_layers: int = 32
+    n_heads: int = 32
+    """Query heads, of `dim / n_heads` features each."""
+    n_kv_heads: int = 8
+    """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
+    ffn_dim: int = 14336
+    """Features inside the feed-forward layer."""
+    vocab_size: int = 128256
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1 and later; None: rotations as trained at first."""
+    tie_word_embeddings: bool = False
+    """The output layer shares the embedding's weight."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel, see `model.attention`."""
+    document_mask: bool = False
+    """Tokens attend only within their own document, where the documents are given."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads ({self.n_heads}) must divide dim ({self.dim}), and n_kv_heads "
+                f"({self.n_kv_heads}) must divide n_heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        """Exact number of parameters, and FLOPs a token of forward plus backward in matrix products.
+
+        A weight costs 6 FLOPs a token: a multiplication and an addition in the forward pass, twice
+        that in the backward pass. The embedding is a look-up and costs nothing; the output layer
+        counts, tied or not. Attention over `seq_len` tokens is counted in full, though a causal
+        kernel skips half of it: the convention of PaLM (arXiv:2204.02311, appendix B) for MFU.
+        """
+        kv_dim = self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim * self.dim + 2 * self.dim * kv_dim
+        matrices = self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
+        norms = (2 * self.n_layers + 1) * self.dim
+        vocabulary = self.vocab_size * self.dim
+        embeddings = vocabulary if self.tie_word_embeddings else 2 * vocabulary
+
+        flops = 6 * (matrices + vocabulary) + 12 * self.n_layers * self.dim * seq_len
+        return matrices + norms + embeddings, flops
+
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        """A copy with the attention that the job asks for.
+
+        Raises:
+            ConfigError: the heads or matrices do not divide over the tensor-parallel ranks.
+        """
+        require_divisible_by_tp(
+            job_config,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            ffn_dim=self.ffn_dim,
+            vocab_size=self.vocab_size,
+        )
+        return replace(
+            self,
+            attention=job_config.model.attention,
+            document_mask=job_config.training.document_mask,
+        )

@@ -1,0 +1,71 @@
+"""The contract between a model and the trainer: `BaseModelArgs` and `ModelProtocol`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch.nn as nn
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+@dataclass
+class BaseModelArgs:
+    """Hyperparameters of a model; subclasses add fields with defaults."""
+
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        """Return `(num_params, flops_per_token)`.
+
+        `flops_per_token` counts forward plus backward in training at sequences of `seq_len`
+        tokens; it is the numerator of TFLOP/s and MFU.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define get_nparams_and_flops")
+
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        """Return args adapted to a training config. Raise `ConfigError` if they cannot be.
+
+        Called before any weights are allocated. Return a copy rather than change a flavor in place.
+        """
+        return self
+
+
+class ModelProtocol(nn.Module):
+    """A single-device model. Parallelism is applied to it from outside.
+
+    `forward(tokens)` takes `[batch, seq]` int64 token ids and returns `[batch, seq, vocab]` logits.
+    A model that can use them declares optional keyword arguments, both `[batch, seq]` int64, and the
+    trainer fills those that it finds in the signature:
+
+    * `document_ids`: number of the document that each token belongs to;
+    * `positions`: position of each token in its document.
+
+    For pipeline parallelism, layers live in an `nn.ModuleDict` and the embedding, the final norm and
+    the output layer may be None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Set every parameter and buffer, recursively.
+
+        Called once after the model was moved from the meta device, with sharded parameters. Use
+        in-place initialisers (`nn.init.*`); they give the same values on every layout.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define init_weights")
+
+    def load_checkpoint(self, path: str | Path) -> Self:
+        """Load weights from a checkpoint folder of ours (DCP) or a Hugging Face safetensors folder.
+
+        Hugging Face folders go through the model's `state_dict_adapter_cls`. Raises
+        `CheckpointError` for a missing or damaged file, or keys and shapes that do not fit.
+        """
+        from torchtitan.components.checkpoint.load import load_model_weights
+
+        load_model_weights(self, path)
+        return self

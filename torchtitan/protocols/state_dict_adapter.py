@@ -1,0 +1,29 @@
+"""The contract for exchanging weights with Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from torchtitan.protocols.model import BaseModelArgs
+
+
+class BaseStateDictAdapter(ABC):
+    """Maps state dicts of a model to and from the Hugging Face layout.
+
+    Both directions are pure maps of keys and tensors. They must work on plain tensors and on
+    DTensors alike, so that sharded models exchange weights with no full copy on any rank.
+    """
+
+    def __init__(self, model_args: BaseModelArgs, hf_assets_path: str | Path | None = None) -> None:
+        self.model_args = model_args
+        self.hf_assets_path = Path(hf_assets_path) if hf_assets_path else None
+
+    @abstractmethod
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Convert our state dict to the Hugging Face format."""
+
+    @abstractmethod
+    def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Convert a Hugging Face state dict to ours."""

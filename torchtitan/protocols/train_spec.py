@@ -1,0 +1,78 @@
+"""`TrainSpec` says how to train a model; the registry maps a model's name to its factory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+
+TrainSpecFactory = Callable[[str], "TrainSpec"]
+
+MODEL_REGISTRY: dict[str, TrainSpecFactory] = {}
+"""Model name -> factory taking a flavor. `torchtitan.models.MODEL_REGISTRY` is this same table."""
+
+
+@dataclass
+class TrainSpec:
+    """Everything the trainer needs for one model of one size. Signatures of the builders:
+
+    * `parallelize_fn(model, world_mesh, parallel_dims, job_config) -> model`
+    * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`
+    * `build_lr_scheduler_fn(optimizers, job_config) -> LRSchedulersContainer`
+    * `build_dataloader_fn(job_config, tokenizer, dp_rank, dp_world_size) -> DataLoader`
+    * `build_tokenizer_fn(job_config) -> Tokenizer`
+    * `build_loss_fn(job_config) -> Loss`
+    * `build_validator_fn(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)`
+    * `build_metrics_processor_fn(job_config, parallel_dims, model_args)`
+    """
+
+    model_cls: type[ModelProtocol]
+    model_args: BaseModelArgs
+    parallelize_fn: Callable[..., Any]
+    pipeline_fn: Callable[..., Any] | None
+    build_optimizer_fn: Callable[..., Any]
+    build_lr_scheduler_fn: Callable[..., Any]
+    build_dataloader_fn: Callable[..., Any]
+    build_tokenizer_fn: Callable[..., Any] | None
+    build_loss_fn: Callable[..., Any]
+    state_dict_adapter: type[BaseStateDictAdapter] | None = None
+    build_validator_fn: Callable[..., Any] | None = None
+    build_metrics_processor_fn: Callable[..., Any] | None = None
+
+
+def register_train_spec(name: str, factory: TrainSpecFactory) -> None:
+    """Make a model known as `model.name = name`. Repeating the same call is harmless.
+
+    Raises:
+        ValueError: the name is taken by another factory.
+    """
+    known = MODEL_REGISTRY.setdefault(name, factory)
+    if known is not factory:
+        raise ValueError(
+            f"model {name!r} is already registered by {known.__module__}; choose another name"
+        )
+
+
+def model_flavors(name: str) -> list[str]:
+    """Flavors of a model: the keys of `MODEL_CONFIGS` in the module that defines its factory."""
+    factory = MODEL_REGISTRY[name]
+    configs = getattr(factory, "__globals__", {}).get("MODEL_CONFIGS", {})
+    return list(configs)
+
+
+def get_train_spec(name: str, flavor: str) -> TrainSpec:
+    """Look a model up. Raises `ConfigError` that lists what there is."""
+    if name not in MODEL_REGISTRY:
+        raise ConfigError(
+            f"model.name = {name!r}: no such model.{did_you_mean(name, MODEL_REGISTRY)}"
+        )
+    flavors = model_flavors(name)
+    if flavors and flavor not in flavors:
+        raise ConfigError(
+            f"model.flavor = {flavor!r}: {name} has no such flavor.{did_you_mean(flavor, flavors)}"
+        )
+    return MODEL_REGISTRY[name](flavor)

@@ -1,0 +1,78 @@
+"""What the device can do and how much memory the run took."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from torchtitan.distributed.utils import device_type
+
+# Dense bf16 matrix products with fp32 accumulation, FLOP/s, as in the vendors' data sheets (figures
+# "with sparsity" halved). The first pattern found in the device's name counts. A device that is not
+# listed has no MFU: better none than a wrong one.
+_BF16_PEAK_FLOPS = [
+    (r"\bGB200\b", 2.5e15),
+    (r"\bB200\b", 2.25e15),
+    (r"\bH200 NVL\b", 835e12),
+    (r"\bG?H200\b", 989e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100\b.*\bHBM3\b", 989e12),
+    (r"\bA100\b", 312e12),
+    (r"\bA40\b", 149.7e12),
+    (r"\bA30\b", 165e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL40\b", 181e12),
+    (r"\bL4\b", 121e12),
+    (r"\bRTX 4090$", 165.2e12),
+    (r"\bRTX 3090$", 71e12),
+    (r"\bMI355X\b", 2516.6e12),
+    (r"\bMI325X\b", 1307.4e12),
+    (r"\bMI300X\b", 1307.4e12),
+    (r"\bMI250X\b", 191.5e12),  # half a card: PyTorch sees each of its two dies as a device
+]
+
+
+def bf16_peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device, or None if it is not known.
+
+    `device_name` is what `torch.cuda.get_device_name()` returns. A MIG slice has no figure, as it
+    is only part of the device.
+    """
+    if re.search(r"\bMIG\b", device_name):
+        return None
+    for pattern, flops in _BF16_PEAK_FLOPS:
+        if re.search(pattern, device_name):
+            return flops
+    return None
+
+
+def this_device_peak_flops() -> float | None:
+    """`bf16_peak_flops` of this process's device; None on CPU."""
+    if device_type() == "cpu":
+        return None
+    return bf16_peak_flops(torch.cuda.get_device_name())
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The most memory this process has held since it started."""
+
+    bytes: int
+    """On CUDA, bytes in tensors; on CPU, resident set of the process."""
+    reserved_percent: float | None
+    """On CUDA, share of the device's memory that the caching allocator took; None on CPU."""
+
+
+def peak_memory() -> PeakMemory:
+    if device_type() == "cuda":
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        reserved = torch.cuda.max_memory_reserved()
+        return PeakMemory(torch.cuda.max_memory_allocated(), 100 * reserved / total)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts KiB, macOS bytes.
+    return PeakMemory(resident if sys.platform == "darwin" else resident * 1024, None)

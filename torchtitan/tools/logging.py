@@ -1,0 +1,57 @@
+"""The run's log: one line a message on stderr, from rank 0, and warnings from the other ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+logger = logging.getLogger("torchtitan")
+
+
+def init_logger(rank: int | None = None, level: int | None = None) -> None:
+    """Send the `torchtitan` logger to stderr. Calling it again replaces the earlier settings.
+
+    Args:
+        rank: number of this process; by default torchrun's `RANK`, or 0.
+        level: lowest level that is shown; by default INFO on rank 0 and WARNING on the others.
+    """
+    if rank is None:
+        rank = int(os.environ.get("RANK", 0))
+    if level is None:
+        level = logging.INFO if rank == 0 else logging.WARNING
+
+    for handler in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
+        logger.removeHandler(handler)
+    handler = _StderrHandler()
+    handler.setFormatter(_LineFormatter(rank))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Looks `sys.stderr` up at every message, so that lines go above a live progress bar.
+
+    While a bar is shown, `rich` puts a stand-in at `sys.stderr` that prints above it.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
+class _LineFormatter(logging.Formatter):
+    """`2026-11-24 11:26:03 [rank 3] WARNING message`; rank 0 and the level INFO go without saying."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
+        self._rank = f"[rank {rank}] " if rank else ""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the base class's name)
+        level = "" if record.levelno == logging.INFO else f"{record.levelname} "
+        time = self.formatTime(record, self.datefmt)
+        return f"{time} {self._rank}{level}{record.message}"

@@ -1,0 +1,114 @@
+"""`torchtitan models`: the models there are, their flavors and sizes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.plugins import load_plugins
+from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.tools.text import human
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """One line of the list."""
+
+    model: str
+    flavor: str
+    nparams: int
+    flops_per_token: int
+    """Forward and backward pass in training."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan models`; returns the exit code.
+
+    Raises:
+        ConfigError: an unknown model, or a custom import that fails.
+    """
+    args = _parser().parse_args(argv)
+    load_plugins(args.custom_import)
+    if args.name is not None and args.name not in MODEL_REGISTRY:
+        raise ConfigError(f"no model {args.name!r}.{did_you_mean(args.name, MODEL_REGISTRY)}")
+    names = [args.name] if args.name else sorted(MODEL_REGISTRY)
+    sizes = [size for name in names for size in model_sizes(name, args.seq_len)]
+
+    header = ["model", "flavor", "parameters", "exactly", f"GFLOP/token at {args.seq_len:,}"]
+    rows = [
+        [s.model, s.flavor, human(s.nparams), f"{s.nparams:,}", f"{s.flops_per_token / 1e9:,.3f}"]
+        for s in sizes
+    ]
+    if sys.stdout.isatty():
+        Console().print(_rich_table(header, rows))
+    else:
+        sys.stdout.write(_plain_table(header, rows))
+    return 0
+
+
+def model_sizes(name: str, seq_len: int) -> list[ModelSize]:
+    """Sizes of a model's flavors, in the order of its `MODEL_CONFIGS`."""
+    sizes = []
+    for flavor in model_flavors(name):
+        args = get_train_spec(name, flavor).model_args
+        sizes.append(ModelSize(name, flavor, *args.get_nparams_and_flops(seq_len)))
+    return sizes
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchtitan models", description="List models, their flavors and sizes."
+    )
+    parser.add_argument("name", nargs="?", help="only this model")
+    parser.add_argument(
+        "--custom-import",
+        "--job.custom_import",
+        default="",
+        metavar="MODULE",
+        help="Python module to import first, so that it can register a model",
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="sequence length of the FLOP count (default: 4096)",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _rich_table(header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column, title in enumerate(header):
+        table.add_column(title, justify="left" if column < 2 else "right")
+    previous = None
+    for row in rows:
+        if previous not in (None, row[0]):
+            table.add_section()
+        previous = row[0]
+        table.add_row(*row)
+    return table
+
+
+def _plain_table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in [header, *rows]:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*left, *right]) + "\n")
+    return "".join(lines)

@@ -1,0 +1,149 @@
+"""`torch.profiler` traces and CUDA memory snapshots, under `job.dump_folder`/profile/step-N."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
+
+from torchtitan.distributed.utils import device_type
+from torchtitan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+logger = logging.getLogger("torchtitan")
+
+# The first steps under the profiler are slower than usual; they are run with it but not kept.
+_WARMUP_STEPS = 2
+# Allocations and frees that a snapshot remembers: a few steps of a large model, about 100 MB.
+_MEMORY_EVENTS = 100_000
+
+
+def check_profiling(job_config: JobConfig) -> None:
+    """Raise `ConfigError` if this machine cannot do what `[profiling]` asks for."""
+    if job_config.profiling.enable_memory_snapshot and device_type() != "cuda":
+        raise ConfigError(
+            "profiling.enable_memory_snapshot = true: snapshots show CUDA memory, and this machine "
+            "has no CUDA device. Set it to false; enable_profiling works on CPU too"
+        )
+
+
+class Profiler:
+    """Call `step()` after each training step."""
+
+    def __init__(self, recorders: list[TraceRecorder | MemoryRecorder]) -> None:
+        self._recorders = recorders
+
+    def step(self) -> None:
+        for recorder in self._recorders:
+            recorder.step()
+
+
+@contextmanager
+def maybe_profile(job_config: JobConfig, rank: int, start_step: int) -> Iterator[Profiler]:
+    """Profile the steps after `start_step` as `[profiling]` asks; if it asks nothing, do nothing.
+
+    Raises:
+        ConfigError: as `check_profiling`.
+    """
+    check_profiling(job_config)
+    config = job_config.profiling
+    kinds = []
+    if config.enable_profiling:
+        kinds.append(TraceRecorder)
+    if config.enable_memory_snapshot:
+        kinds.append(MemoryRecorder)
+    folder = Path(job_config.job.dump_folder) / "profile"
+    with ExitStack() as stack:
+        recorders = [kind(folder, config.profile_freq, rank, start_step) for kind in kinds]
+        yield Profiler([stack.enter_context(recorder) for recorder in recorders])
+
+
+class TraceRecorder:
+    """Writes step-N/rank-R.json.gz (Chrome trace format) for each step N divisible by `freq`."""
+
+    def __init__(self, folder: Path, freq: int, rank: int, start_step: int) -> None:
+        self._folder = folder
+        self._freq = freq
+        self._rank = rank
+        self._start_step = start_step
+        self._finished_step = start_step
+        self._closing = False
+        activities = [ProfilerActivity.CPU]
+        if device_type() == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(
+            activities=activities,
+            schedule=self._schedule,
+            on_trace_ready=self._write,
+            record_shapes=True,
+        )
+
+    def __enter__(self) -> TraceRecorder:
+        self._profile.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._closing = True
+        self._profile.stop()
+
+    def step(self) -> None:
+        self._finished_step += 1
+        self._profile.step()
+
+    def _schedule(self, steps_done: int) -> ProfilerAction:
+        """What to do during the step that follows `steps_done` steps of this process."""
+        ahead = -(self._start_step + steps_done + 1) % self._freq
+        if ahead == 0:
+            return ProfilerAction.RECORD_AND_SAVE
+        return ProfilerAction.WARMUP if ahead <= _WARMUP_STEPS else ProfilerAction.NONE
+
+    def _write(self, trace: profile) -> None:
+        if self._closing:  # the run ends before the step that was to be recorded
+            return
+        path = self._folder / f"step-{self._finished_step}" / f"rank-{self._rank}.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(path))
+        logger.info("profiler trace of step %d: %s", self._finished_step, path)
+
+
+class MemoryRecorder:
+    """Writes step-N/memory-rank-R.pickle after each step N divisible by `freq`.
+
+    If memory runs out, it writes step-N/out-of-memory-rank-R.pickle of the step that failed. Both
+    open at https://pytorch.org/memory_viz.
+    """
+
+    def __init__(self, folder: Path, freq: int, rank: int, start_step: int) -> None:
+        self._folder = folder
+        self._freq = freq
+        self._rank = rank
+        self._finished_step = start_step
+
+    def __enter__(self) -> MemoryRecorder:
+        torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
+        try:
+            if exc_type is not None and issubclass(exc_type, torch.OutOfMemoryError):
+                self._write(self._finished_step + 1, "out-of-memory")
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def step(self) -> None:
+        self._finished_step += 1
+        if self._finished_step % self._freq == 0:
+            self._write(self._finished_step, "memory")
+
+    def _write(self, step: int, name: str) -> None:
+        path = self._folder / f"step-{step}" / f"{name}-rank-{self._rank}.pickle"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+        logger.info("memory snapshot of step %d: %s", step, path)

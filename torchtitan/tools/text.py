@@ -1,0 +1,30 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+
+def human(number: float, space: str = " ") -> str:
+    """Three significant digits and a unit: 8030261248 -> `8.03 B`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{three_digits(number / size)}{space}{unit}"
+    return three_digits(number)
+
+
+def three_digits(number: float) -> str:
+    """`0.0123`, `0.512`, `1.23`, `12.3`, `123`, `1234`; `nan` and `inf` as they are."""
+    if not math.isfinite(number) or number == 0:
+        return f"{number:g}"
+    decimals = 2 - math.floor(math.log10(abs(float(f"{number:.2e}"))))
+    return f"{number:.{max(decimals, 0)}f}"
+
+
+def duration(seconds: float) -> str:
+    """`0:01:05`, `23:59:59`, `2d 03:04`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{hours // 24}d {hours % 24:02}:{minutes:02}"
