@@ -47,7 +47,7 @@ def build_sinks(job_config: JobConfig) -> list[Sink]:
 
 
 class JsonLinesSink:
-    """`metrics.jsonl` and `validation.jsonl`: one JSON object a step, null for what is not finite."""
+    """`metrics.jsonl` and `validation.jsonl`: a JSON object a step, null for what is not finite."""
 
     def __init__(self, folder: Path) -> None:
         self._paths: dict[Group, Path] = {
@@ -97,8 +97,7 @@ class TensorBoardSink:
     def start(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        # A new run's first event has no earlier ones to hide.
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         for key, value in values.items():

@@ -21,7 +21,7 @@ _MAX_WIDTH = 100
 
 
 class Progress(Protocol):
-    """Shows how far a run is. `values` are those of `metrics.jsonl`; `eta_seconds` may be unknown."""
+    """Shows how far a run is. `values` are those of `metrics.jsonl`; the ETA may be unknown."""
 
     def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None: ...
 
@@ -83,7 +83,7 @@ class BarProgress:
         eta = "" if eta_seconds is None else f"  ETA {duration(eta_seconds)}"
         bar.add_row(
             f"step {step}/{self._total_steps}",
-            ProgressBar(total=self._total_steps, completed=step),
+            ProgressBar(total=self._total_steps, completed=step, complete_style="cyan"),
             f"{step / self._total_steps:4.0%}{eta}",
         )
         line = Text(_join_while_it_fits(_fields(values), width), no_wrap=True)
@@ -97,9 +97,10 @@ class BarProgress:
 
 def _fields(values: dict[str, Any]) -> list[str]:
     """The short forms of the values, the most important first; at most 80 columns together."""
+    loss = values["loss"]
     mantissa, exponent = f"{values['lr']:.1e}".split("e")
     fields = [
-        f"loss {values['loss']:.4f}",
+        f"loss {loss:.{3 if loss >= 10 else 4}f}",
         f"grad {three_digits(values['grad_norm'])}",
         f"lr {mantissa}e{int(exponent)}",
         f"{human(values['tokens_per_second'], space='')} tok/s",

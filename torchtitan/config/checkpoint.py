@@ -23,7 +23,7 @@ class Checkpoint:
     load_step: Annotated[int, Range(ge=0, special=(-1,))] = -1
     """Step to resume from; -1: the newest complete one."""
     initial_load_path: str = ""
-    """Checkpoint (`.../checkpoint/step-N`) whose model weights start a new run; ignored on resume."""
+    """Checkpoint (`.../checkpoint/step-N`) whose weights start a new run; ignored on resume."""
     exclude_from_loading: list[
         Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]
     ] = field(default_factory=list)

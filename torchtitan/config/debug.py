@@ -13,4 +13,4 @@ class Debug:
     seed: Annotated[int, Range(ge=0, lt=2**63)] = 42
     """Seed of the weights, the data order and dropout. Same seed, same run, on every layout."""
     deterministic: bool = False
-    """Use only deterministic kernels (slower); a run can then be repeated bit by bit on CUDA too."""
+    """Use only deterministic kernels (slower); a run can then be repeated bit by bit on CUDA."""

@@ -71,6 +71,8 @@ def load_config(argv: list[str]) -> JobConfig:
         ConfigError: an option, key, value or file is wrong.
         SystemExit: code 0 after printing, 2 if the command line cannot be parsed.
     """
+    if argv and argv[0].startswith("--tyro"):  # its shell completion, which asserts on bad input
+        raise ConfigError(f"{argv[0]}: unknown option")
     early = _parse(_JobOptions(), argv, add_help=False, return_unknown_args=True)[0].job
     file = TomlFile.read(early.config_file) if early.config_file is not None else None
     config = _with_file(file, early.custom_config_module)
@@ -104,7 +106,7 @@ def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
 
 
 def origin(config: JobConfig, key: str) -> str:
-    """How an error message names a value, by its dotted key (`training.seq_len`, `optimizer.rules.0`).
+    """How an error message names the value of a key, `training.seq_len` or `optimizer.rules.0`:
 
     `run.toml:12: [training] seq_len = 100` if the value stands in the file, else
     `training.seq_len = 100`: it is a default, or from the command line.
@@ -122,6 +124,6 @@ def origin(config: JobConfig, key: str) -> str:
                 written = written[part]
         except (ConfigError, LookupError, TypeError):
             return key + shown
-        if written == value:
+        if written == value or isinstance(value, dict):  # a table need not write every key
             return file.where(path) + shown
     return key + shown

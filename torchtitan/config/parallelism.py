@@ -19,4 +19,4 @@ class Parallelism:
     tensor_parallel_degree: Annotated[int, Positive] = 1
     """Ranks that share each layer's matrices."""
     disable_loss_parallel: bool = False
-    """Gather the logits under tensor parallel instead of computing the loss on vocabulary shards."""
+    """Gather the logits under tensor parallel instead of computing the loss on their shards."""

@@ -17,6 +17,9 @@ from .check import Path as KeyPath
 # They say how to start the program, not what the run is.
 _NOT_SAVED = {("job", "config_file"), ("job", "print_config")}
 
+# Lines are kept for paths up to this long; a config has shorter ones, hostile files can have any.
+_MAX_DEPTH = 16
+
 
 @dataclass
 class TomlFile:
@@ -83,8 +86,8 @@ def line_numbers(text: str) -> dict[KeyPath, int]:
             continue
         if statement.lstrip().startswith("["):
             header = _open_table(parsed, last_index)
-            for depth in range(len(header)):
-                lines.setdefault(header[: depth + 1], start)
+            for depth in range(1, min(len(header), _MAX_DEPTH) + 1):
+                lines.setdefault(header[:depth], start)
         else:
             _record(parsed, header, start, lines)
         statement, start = "", number + 1
@@ -108,8 +111,10 @@ def _open_table(parsed: dict[str, Any], last_index: dict[KeyPath, int]) -> KeyPa
 
 def _record(value: Any, path: KeyPath, line: int, lines: dict[KeyPath, int]) -> None:
     todo = [(path, value)]
-    while todo:  # no recursion: dotted keys can be thousands of levels deep
+    while todo:
         path, value = todo.pop()
+        if len(path) > _MAX_DEPTH:
+            continue
         lines.setdefault(path, line)
         if isinstance(value, dict):
             todo += [((*path, key), item) for key, item in value.items()]

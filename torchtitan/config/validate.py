@@ -1,7 +1,7 @@
 """Rules between sections, checked before a mesh is built and before weights are allocated.
 
 Each message opens with where the value comes from: the line of the TOML file, or the key.
-Imports of torch and of the registries are inside functions, so that `torchtitan.config` stays light.
+Imports of torch and of the registries are inside functions, so that `torchtitan.config` is light.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _check_compile(job_config: JobConfig) -> None:
 
 
 def _check_outputs(job_config: JobConfig) -> None:
-    folder = existing = os.path.abspath(os.path.expanduser(job_config.job.dump_folder))
+    folder = existing = os.path.abspath(job_config.job.dump_folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
@@ -183,7 +183,7 @@ def _check_outputs(job_config: JobConfig) -> None:
         problem = "nothing would be loaded, since checkpoint.enable is false"
         _fail(job_config, "checkpoint.load_step", problem)
     path = checkpoint.initial_load_path
-    if path and not os.path.isdir(os.path.expanduser(path)):
+    if path and not os.path.isdir(path):
         _fail(job_config, "checkpoint.initial_load_path", "no such folder")
     if job_config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         problem = "wandb is not installed: pip install 'torchtitan[wandb]'"

@@ -1,4 +1,4 @@
-"""Models from outside this package: a module the user names, and installed packages' entry points."""
+"""Models from outside this package: a module the user names, and entry points of packages."""
 
 from __future__ import annotations
 

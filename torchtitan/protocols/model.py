@@ -62,7 +62,7 @@ class ModelProtocol(nn.Module):
     def load_checkpoint(self, path: str | Path) -> Self:
         """Load weights from a checkpoint folder of ours (DCP) or a Hugging Face safetensors folder.
 
-        Hugging Face folders go through the model's `state_dict_adapter_cls`. Raises
+        Hugging Face folders go through the `state_dict_adapter` of the model's `TrainSpec`. Raises
         `CheckpointError` for a missing or damaged file, or keys and shapes that do not fit.
         """
         from torchtitan.components.checkpoint.load import load_model_weights

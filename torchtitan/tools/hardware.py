@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -73,6 +74,14 @@ def peak_memory() -> PeakMemory:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         reserved = torch.cuda.max_memory_reserved()
         return PeakMemory(torch.cuda.max_memory_allocated(), 100 * reserved / total)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts KiB, macOS bytes.
-    return PeakMemory(resident if sys.platform == "darwin" else resident * 1024, None)
+    return PeakMemory(_peak_resident_bytes(), None)
+
+
+def _peak_resident_bytes() -> int:
+    # On Linux `ru_maxrss` starts at what the process that launched this one (torchrun) held.
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        if match := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
+            return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

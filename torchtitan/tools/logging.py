@@ -45,13 +45,13 @@ class _StderrHandler(logging.StreamHandler):
 
 
 class _LineFormatter(logging.Formatter):
-    """`2026-11-24 11:26:03 [rank 3] WARNING message`; rank 0 and the level INFO go without saying."""
+    """`2026-11-24 11:26:03 [rank 3] WARNING message`; rank 0 and the level INFO are left out."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
         self._rank = f"[rank {rank}] " if rank else ""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the base class's name)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
         time = self.formatTime(record, self.datefmt)
         return f"{time} {self._rank}{level}{record.message}"

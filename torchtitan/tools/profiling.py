@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -95,7 +96,10 @@ class TraceRecorder:
 
     def step(self) -> None:
         self._finished_step += 1
-        self._profile.step()
+        with warnings.catch_warnings():
+            # Each trace is of one step alone, and torch warns that it is.
+            warnings.filterwarnings("ignore", message=".*Profiler clears events")
+            self._profile.step()
 
     def _schedule(self, steps_done: int) -> ProfilerAction:
         """What to do during the step that follows `steps_done` steps of this process."""

@@ -1,0 +1,6 @@
+"""Saving and resuming runs, and loading weights."""
+
+from .load import load_model_weights
+from .manager import CheckpointManager
+
+__all__ = ["CheckpointManager", "load_model_weights"]

@@ -85,9 +85,7 @@ def sdpa_mask(document_ids: torch.Tensor) -> torch.Tensor:
     return same & earlier
 
 
-def flex_mask(
-    seq_len: int, document_ids: torch.Tensor | None, device: torch.device
-) -> BlockMask:
+def flex_mask(seq_len: int, document_ids: torch.Tensor | None, device: torch.device) -> BlockMask:
     """`sdpa_mask`, or the plain causal mask, as a block mask for flex attention."""
 
     def earlier(

@@ -1,13 +1,13 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864), with Llama 3.1's scaling to long contexts.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864), with Llama 3.1's long-context scaling.
 
 Features i and i + head_dim / 2 of a head are the pair that turns ("half rotation"), as in Hugging
 Face checkpoints; Meta's own files pair 2i and 2i + 1. The two differ by a fixed permutation of the
-rows of wq and wk. With the half rotation, weights are exchanged with Hugging Face by renaming alone:
-no rows move between the ranks that share a matrix, and both halves are contiguous.
+rows of wq and wk. With the half rotation, weights are exchanged with Hugging Face by renaming
+alone: no rows move between the ranks that share a matrix, and both halves are contiguous.
 
 There is no table of angles. The angles of the positions at hand are computed once a forward pass,
-which costs next to nothing, sets no limit on the length, and leaves no buffer to initialise, to save,
-or to lose precision when a model is cast to bfloat16.
+which costs next to nothing, sets no limit on the length, and leaves no buffer to initialise, to
+save, or to lose precision when a model is cast to bfloat16.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class RopeScaling:
     """Stretches slow rotations by `factor`, for contexts beyond `original_max_seq_len` tokens.
 
     Rotations that turn at least `high_freq_factor` times within the original context stay as they
-    are, those that turn at most `low_freq_factor` times are slowed down in full, and between the two
-    the change is gradual (Llama 3.1, arXiv:2407.21783).
+    are, those that turn at most `low_freq_factor` times are slowed down in full, and between the
+    two the change is gradual (Llama 3.1, arXiv:2407.21783).
     """
 
     factor: float = 8.0
@@ -33,22 +33,24 @@ class RopeScaling:
     original_max_seq_len: int = 8192
 
 
-@dataclass(frozen=True)
 class Rotation:
     """Turns the queries and keys of given positions.
 
-    One is made a forward pass, and all blocks share it. It is an object rather than a pair of
-    arguments because FSDP's mixed precision casts floating-point arguments to bfloat16, which is
-    too coarse for angles.
+    One is made a forward pass, and all blocks share it. It is a plain object because FSDP's mixed
+    precision casts the floating-point arguments of blocks to bfloat16, those in tuples and
+    dataclasses too, and that is too coarse for angles.
+
+    Args:
+        cos: `[batch or 1, seq, 1, head_dim]`, float32.
+        sin: like `cos`, with the sign that its feature takes: minus in the first half of a head.
     """
 
-    cos: torch.Tensor
-    """`[batch or 1, seq, 1, head_dim]`, float32."""
-    sin: torch.Tensor
-    """Like `cos`, with the sign that its feature takes: minus in the first half of a head."""
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate `x` `[batch, seq, heads, head_dim]`; computed in float32, returned in its dtype."""
+        """Rotate `x` `[batch, seq, heads, head_dim]` in float32, and return it in its dtype."""
         wide = x.float()
         partner = wide.roll(x.shape[-1] // 2, dims=-1)
         return torch.addcmul(wide * self.cos, partner, self.sin).to(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from torchtitan.config.load import origin
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:
     degrees = [d for d in range(1, common + 1) if common % d == 0]
     written = ", ".join(f"{name} = {size}" for name, size in sizes.items())
     raise ConfigError(
-        f"parallelism.tensor_parallel_degree = {degree} does not divide the sizes of "
+        f"{origin(job_config, 'parallelism.tensor_parallel_degree')}: does not divide the sizes of "
         f"{job_config.model.name} {job_config.model.flavor} ({written}). "
         f"Degrees that do: {', '.join(map(str, degrees))}"
     )

@@ -51,7 +51,7 @@ class Llama3ModelArgs(BaseModelArgs):
         return self.dim // self.n_heads
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Exact number of parameters, and FLOPs a token of forward plus backward in matrix products.
+        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
 
         A weight costs 6 FLOPs a token: a multiplication and an addition in the forward pass, twice
         that in the backward pass. The embedding is a look-up and costs nothing; the output layer

@@ -90,7 +90,7 @@ class TransformerBlock(nn.Module):
 
 
 class Llama3Model(ModelProtocol):
-    """The language model. For a pipeline stage, any of its parts may be deleted or None."""
+    """The language model. In a pipeline stage, layers may be deleted and other parts be None."""
 
     state_dict_adapter_cls = Llama3StateDictAdapter
 

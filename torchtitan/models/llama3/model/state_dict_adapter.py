@@ -3,8 +3,8 @@
 Tensors keep their shapes and rows (see `models/common/rope.py` for why): only names change.
 
 Tied weights: our state dicts hold the one tensor under both names, `tok_embeddings.weight` and
-`output.weight`, as `nn.Module.state_dict` does, so that every part of a model finds its own names in
-a checkpoint. Hugging Face's hold it under `model.embed_tokens.weight` alone.
+`output.weight`, as `nn.Module.state_dict` does, so that every part of a model finds its own names
+in a checkpoint. Hugging Face's hold it under `model.embed_tokens.weight` alone.
 """
 
 from __future__ import annotations

@@ -1,0 +1,166 @@
+"""A run of a few parameters that saves and resumes as the trainer does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.config import JobConfig
+from torchtitan.protocols import BaseModelArgs, ModelProtocol
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass
+class TinyArgs(BaseModelArgs):
+    vocab_size: int = 16
+    dim: int = 4
+    n_layers: int = 2
+    tied: bool = False
+
+
+class TinyModel(ModelProtocol):
+    def __init__(self, args: TinyArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict(
+            {str(i): nn.Linear(args.dim, args.dim) for i in range(args.n_layers)}
+        )
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tied:
+            self.output.weight = self.tok_embeddings.weight
+        self.register_buffer("scale", torch.ones(args.dim), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        h = self.tok_embeddings(tokens) * self.scale
+        for layer in self.layers.values():
+            h = torch.tanh(layer(h))
+        return self.output(h)
+
+    def init_weights(self) -> None:
+        for param in self.parameters():
+            nn.init.normal_(param)
+        nn.init.ones_(self.scale)
+
+
+class CountingLoader:
+    """Row `b` of the global batch counts its own batches; tokens depend on nothing else."""
+
+    def __init__(self, global_batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        rows = torch.arange(global_batch_size).chunk(world_size)[rank]
+        self.global_batch_size = global_batch_size
+        self._rows = torch.stack([rows, torch.zeros_like(rows)], dim=1)
+
+    def __next__(self) -> torch.Tensor:
+        self._rows[:, 1] += 1
+        return (self._rows @ torch.tensor([[3], [5]]) + torch.arange(8)) % 16  # [rows, 8]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"rows": self._rows.clone()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        assert state["rows"].shape == self._rows.shape
+        self._rows = state["rows"].clone()
+
+
+class TrainState:
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+class Optimizers:
+    """One AdamW over the model, with a state as `OptimizersContainer` has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self.adamw, options=FLAT)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_optimizer_state_dict(self.model, self.adamw, state, options=FLAT)
+
+
+class Run:
+    """Builds everything anew, as another process would."""
+
+    def __init__(
+        self,
+        dump_folder: Path,
+        *,
+        seed: int = 0,
+        args: TinyArgs | None = None,
+        global_batch_size: int = 4,
+        steps: int = 10,
+        model: nn.Module | None = None,
+        **checkpoint: Any,
+    ) -> None:
+        config = JobConfig()
+        config.job.dump_folder = str(dump_folder)
+        config.training.steps = steps
+        for key, value in ({"enable": True, "interval": 2} | checkpoint).items():
+            setattr(config.checkpoint, key, value)
+        torch.manual_seed(seed)
+        self.model = model if model is not None else TinyModel(args or TinyArgs())
+        self.optimizers = Optimizers(self.model)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers.adamw, 20)
+        self.loader = CountingLoader(global_batch_size)
+        self.state = TrainState()
+        self.manager = CheckpointManager(
+            config,
+            model_parts=[self.model],
+            optimizers=self.optimizers,
+            lr_schedulers=self.schedule,
+            dataloader=self.loader,
+            train_state=self.state,
+            dp_mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)),
+        )
+
+    def train(self, until: int, last: bool = False) -> list[float]:
+        """The losses of the steps up to `until`, saving on the way."""
+        losses = []
+        while self.state.step < until:
+            tokens = next(self.loader)
+            logits = self.model(tokens)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            self.optimizers.adamw.step()
+            self.optimizers.adamw.zero_grad()
+            self.schedule.step()
+            self.state.step += 1
+            losses.append(loss.item())
+            self.manager.save(self.state.step, last=last and self.state.step == until)
+        return losses
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world_of_one():
+    """The process group that the trainer has when it runs without torchrun."""
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    if started:
+        dist.destroy_process_group()

@@ -1,0 +1,201 @@
+"""Damaged checkpoints are detected, and failed saves lose nothing."""
+
+import errno
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from torchtitan.components.checkpoint import folder as folders
+from torchtitan.components.checkpoint.writer import CheckpointWriter
+from torchtitan.errors import CheckpointError
+
+FILES = [".metadata", "__0_0.distcp", "manifest.json"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a checkpoint of step 2."""
+    Run(tmp_path).train(2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    return folder
+
+
+def assert_refused(tmp_path, file):
+    """Resuming and loading weights both fail with one message that names the file."""
+    with pytest.raises(CheckpointError) as resuming:
+        Run(tmp_path).manager.load()
+    with pytest.raises(CheckpointError) as loading:
+        TinyModel(TinyArgs()).load_checkpoint(file.parent)
+    for error in resuming, loading:
+        assert str(file) in str(error.value) or not file.exists()
+        assert "\n" not in str(error.value)
+    assert str(file) in str(resuming.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("size", [0, 10, -1])
+def test_a_truncated_file_is_named(tmp_path, saved, name, size):
+    file = saved / name
+    file.write_bytes(file.read_bytes()[:size])
+    assert_refused(tmp_path, file)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(tmp_path, saved, name):
+    (saved / name).unlink()
+    assert_refused(tmp_path, saved / name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_full_of_garbage_is_named(tmp_path, saved, name):
+    file = saved / name
+    file.write_bytes(b"\x93" * file.stat().st_size)
+    assert_refused(tmp_path, file)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"step": 2, "unknown": 1}'])
+def test_a_manifest_of_another_form_is_named(tmp_path, saved, text):
+    (saved / "manifest.json").write_text(text)
+    assert_refused(tmp_path, saved / "manifest.json")
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_metadata_cannot_run_code(tmp_path, saved):
+    victim = tmp_path / "executed"
+    (saved / ".metadata").write_bytes(pickle.dumps(Malicious(str(victim))))
+    manifest = folders.Manifest.read(saved)
+    (saved / "manifest.json").unlink()
+    manifest.write(saved)
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged: .*mkdir"):
+        Run(tmp_path).manager.load()
+    assert not victim.exists()
+
+
+def test_a_saved_object_cannot_run_code(tmp_path):
+    victim = tmp_path / "executed"
+    run = Run(tmp_path)
+    run.state.state_dict = lambda: {"step": Malicious(str(victim))}
+    run.train(2)
+    with pytest.raises(CheckpointError, match=r"distcp.*train_state\.step is .* more than plain"):
+        Run(tmp_path).manager.load()
+    assert not victim.exists()
+
+
+def warnings_in(caplog):
+    records = [r for r in caplog.records if r.name == "torchtitan"]
+    return [r for r in records if r.levelno >= logging.WARNING]
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+@pytest.mark.parametrize("where", ["write_data", "finish", "prepare_global_plan"])
+def test_training_outlives_a_failed_save(tmp_path, saved, monkeypatch, caplog, where, async_mode):
+    run = Run(tmp_path, async_mode=async_mode)
+    run.manager.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, where, no_space)
+        run.train(4)
+        run.manager.wait()
+    [record] = warnings_in(caplog)
+    assert record.getMessage() == (
+        f"The checkpoint of step 4 could not be saved in {saved.parent}: OSError: [Errno 28] No "
+        "space left on device. The newest checkpoint is step-2. Training goes on"
+    )
+    assert [path.name for path in saved.parent.iterdir()] == ["step-2"]
+
+    run.train(6)  # there is space again
+    run.manager.wait()
+    assert Run(tmp_path).manager.load() == 6
+
+
+def test_a_failed_last_save_is_an_error(tmp_path, saved, monkeypatch):
+    run = Run(tmp_path)
+    run.manager.load()
+    monkeypatch.setattr(CheckpointWriter, "write_data", no_space)
+    with pytest.raises(CheckpointError, match=r"step 3 .*No space left.* newest .* is step-2$"):
+        run.train(3, last=True)
+    assert Run(tmp_path).manager.load() == 2
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoint").write_text("a file in its place")
+    with pytest.raises(CheckpointError, match=rf"saved in {tmp_path}/checkpoint: \w+Error"):
+        Run(tmp_path).train(1, last=True)
+
+
+def test_a_write_error_that_pytorch_hides_is_shown(tmp_path, monkeypatch):
+    """`torch.save` turns a failed write of a full disk into "unexpected pos"."""
+
+    class FullDisk:
+        def __init__(self, stream):
+            self._stream = stream
+
+        def write(self, data):
+            return self._stream.write(data) if len(data) < 64 else no_space()
+
+        def __getattr__(self, name):
+            return getattr(self._stream, name)
+
+    create_stream = FileSystem.create_stream
+
+    @contextmanager
+    def create_on_full_disk(self, path, mode):
+        with create_stream(self, path, mode) as stream:
+            yield FullDisk(stream)
+
+    monkeypatch.setattr(FileSystem, "create_stream", create_on_full_disk)
+    with pytest.raises(CheckpointError, match=r"OSError: \[Errno 28\] No space left on device"):
+        Run(tmp_path).train(1, last=True)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+    """On a real file system of 1 MiB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here; the tests above simulate a full disk")
+    try:
+        run = Run(disk, args=TinyArgs(dim=16))
+        run.train(2)
+        ballast = disk / "ballast"
+        ballast.write_bytes(b"0" * (shutil.disk_usage(disk).free - 24_000))
+        with pytest.raises(CheckpointError, match=r"No space left on device"):
+            run.train(3, last=True)
+        ballast.unlink()
+        assert Run(disk, args=TinyArgs(dim=16)).manager.load() == 2
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_no_harm(tmp_path, monkeypatch, caplog):
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    run = Run(tmp_path, keep_latest_k=1)
+    run.train(2)
+    monkeypatch.setattr(folders.shutil, "rmtree", refuse)
+    run.train(4)
+    assert [r.getMessage() for r in warnings_in(caplog)] == [
+        "An old checkpoint could not be deleted: [Errno 13] Permission denied"
+    ]
+    assert run.manager.newest().name == "step-4"

@@ -1,0 +1,198 @@
+"""Model weights from our checkpoints and from Hugging Face folders."""
+
+import json
+import re
+
+import pytest
+import torch
+from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+from safetensors.torch import save_file
+
+from torchtitan.errors import CheckpointError
+from torchtitan.protocols import BaseStateDictAdapter, TrainSpec, register_train_spec
+from torchtitan.protocols.train_spec import MODEL_REGISTRY
+
+
+class TinyAdapter(BaseStateDictAdapter):
+    """Hugging Face's side has other names, and the matrices of the layers transposed."""
+
+    def to_hf(self, state_dict):
+        return {f"model.{key}": self._transposed(key, value) for key, value in state_dict.items()}
+
+    def from_hf(self, state_dict):
+        return {
+            key.removeprefix("model."): self._transposed(key, value)
+            for key, value in state_dict.items()
+            if not key.endswith("inv_freq")
+        }
+
+    def _transposed(self, key, value):
+        return value.t() if "layers." in key and value.ndim == 2 else value
+
+
+MODEL_CONFIGS = {"tiny": TinyArgs()}
+
+
+def get_train_spec(flavor):
+    return TrainSpec(
+        model_cls=TinyModel,
+        model_args=MODEL_CONFIGS[flavor],
+        parallelize_fn=lambda model, *_: model,
+        pipeline_fn=None,
+        build_optimizer_fn=None,
+        build_lr_scheduler_fn=None,
+        build_dataloader_fn=None,
+        build_tokenizer_fn=None,
+        build_loss_fn=None,
+        state_dict_adapter=TinyAdapter,
+    )
+
+
+@pytest.fixture
+def registered():
+    register_train_spec("tiny_with_adapter", get_train_spec)
+    yield
+    del MODEL_REGISTRY["tiny_with_adapter"]
+
+
+@pytest.fixture
+def source(registered):
+    """The model whose weights are saved."""
+    torch.manual_seed(7)
+    return TinyModel(TinyArgs())
+
+
+def hf_state(model, drop=()):
+    state = TinyAdapter(model.args).to_hf(model.state_dict())
+    return {key: value.contiguous() for key, value in state.items() if key not in drop}
+
+
+def save_shards(state, folder):
+    """Two files and an index, as `save_pretrained` writes a large model."""
+    keys = sorted(state)
+    shards = {"model-1.safetensors": keys[:3], "model-2.safetensors": keys[3:]}
+    for name, names in shards.items():
+        save_file({key: state[key] for key in names}, folder / name)
+    weight_map = {key: name for name, names in shards.items() for key in names}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def assert_same_weights(model, source):
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_loads_a_checkpoint_of_ours(tmp_path):
+    run = Run(tmp_path)
+    run.train(2)
+    model = TinyModel(TinyArgs())
+    assert model.load_checkpoint(tmp_path / "checkpoint" / "step-2") is model
+    assert_same_weights(model, run.model)
+
+
+def test_loads_one_safetensors_file(source, tmp_path):
+    save_file(hf_state(source), tmp_path / "model.safetensors")
+    assert_same_weights(TinyModel(TinyArgs()).load_checkpoint(tmp_path), source)
+
+
+def test_loads_safetensors_shards(source, tmp_path):
+    save_shards(hf_state(source), tmp_path)
+    save_file({"other": torch.ones(1)}, tmp_path / "consolidated.safetensors")  # not in the index
+    assert_same_weights(TinyModel(TinyArgs()).load_checkpoint(str(tmp_path)), source)
+
+
+def test_converts_the_dtype(source, tmp_path):
+    state = {key: value.bfloat16() for key, value in hf_state(source).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    model = TinyModel(TinyArgs()).load_checkpoint(tmp_path)
+    assert model.output.weight.dtype == torch.float32
+    assert torch.equal(model.output.weight, source.output.weight.bfloat16().float())
+
+
+def test_allocates_a_model_on_the_meta_device(source, tmp_path):
+    save_file(hf_state(source), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = TinyModel(TinyArgs())
+    model.load_checkpoint(tmp_path)
+    assert_same_weights(model, source)
+    assert torch.equal(model.scale, torch.ones(4))  # a buffer that no file holds
+
+
+@pytest.mark.parametrize("written_twice", [False, True])
+def test_tied_weights_need_to_be_in_the_file_only_once(registered, tmp_path, written_twice):
+    torch.manual_seed(7)
+    source = TinyModel(TinyArgs(tied=True))
+    state = hf_state(source, drop=() if written_twice else {"model.output.weight"})
+    save_file({key: value.clone() for key, value in state.items()}, tmp_path / "model.safetensors")
+    model = TinyModel(TinyArgs(tied=True)).load_checkpoint(tmp_path)
+    assert_same_weights(model, source)
+    assert model.output.weight is model.tok_embeddings.weight
+
+
+def test_the_adapter_may_pass_over_a_key(source, tmp_path):
+    state = hf_state(source) | {"model.layers.0.rotary.inv_freq": torch.ones(2)}
+    save_file(state, tmp_path / "model.safetensors")
+    assert_same_weights(TinyModel(TinyArgs()).load_checkpoint(tmp_path), source)
+
+
+def test_a_missing_key_is_named(source, tmp_path):
+    save_file(hf_state(source, drop={"model.output.weight"}), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} lacks model\.output\.weight$"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path)
+
+
+def test_an_unexpected_key_is_named(source, tmp_path):
+    save_file(hf_state(source) | {"model.bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has model\.bias, which this run has no place for"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path)
+
+
+def test_many_wrong_shapes_are_counted_and_the_first_few_named(source, tmp_path):
+    save_shards(hf_state(source), tmp_path)
+    message = (
+        r"layers\.0\.weight \(saved \[4, 4\] in model-1\.safetensors, needed \[8, 8\]\).* and 3 "
+    )
+    with pytest.raises(CheckpointError, match=message):
+        TinyModel(TinyArgs(dim=8)).load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 60, -1])
+def test_a_truncated_safetensors_file_is_named(source, tmp_path, keep):
+    save_shards(hf_state(source), tmp_path)
+    shard = tmp_path / "model-2.safetensors"
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=rf"{shard} is damaged"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path)
+
+
+def test_a_missing_shard_is_named(source, tmp_path):
+    save_shards(hf_state(source), tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors is missing"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"weight_map": {"a', "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(source, tmp_path, text):
+    save_shards(hf_state(source), tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(index))} is damaged"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path)
+
+
+def test_a_model_without_an_adapter_says_so(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"TrainSpec of TinyModel has a state_dict_adapter"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint_says_what_one_is(tmp_path):
+    with pytest.raises(CheckpointError, match=r"neither manifest\.json.*nor model\.safetensors"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nowhere is no folder"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path / "nowhere")
+    Run(tmp_path).train(2)
+    with pytest.raises(CheckpointError, match=r"Did you mean .*step-2\?"):
+        TinyModel(TinyArgs()).load_checkpoint(tmp_path / "checkpoint")

@@ -1,0 +1,243 @@
+"""Saving and resuming in one process."""
+
+import json
+import threading
+
+import pytest
+import torch
+from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+
+from torchtitan.components.checkpoint.writer import CheckpointWriter
+from torchtitan.errors import CheckpointError
+
+
+def steps_in(tmp_path):
+    return sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_a_resumed_run_continues_bitwise(tmp_path, async_mode):
+    expected = Run(tmp_path / "whole", enable=False).train(9)
+    first = Run(tmp_path, async_mode=async_mode)
+    first.train(6)
+    first.manager.close()
+
+    resumed = Run(tmp_path, seed=1)
+    assert resumed.manager.load() == 6
+    assert resumed.state.step == 6
+    assert resumed.train(9) == expected[6:]
+
+
+def test_a_new_run_starts_at_step_0(tmp_path):
+    assert Run(tmp_path).manager.load() == 0
+    assert Run(tmp_path).manager.newest() is None
+
+
+def test_saves_at_the_interval_and_at_the_end(tmp_path):
+    Run(tmp_path, interval=3).train(7, last=True)
+    assert steps_in(tmp_path) == ["step-3", "step-6", "step-7"]
+
+
+def test_a_disabled_manager_saves_and_resumes_nothing(tmp_path):
+    Run(tmp_path).train(2)
+    disabled = Run(tmp_path, enable=False)
+    assert disabled.manager.load() == 0
+    disabled.train(4, last=True)
+    assert steps_in(tmp_path) == ["step-2"]
+
+
+def test_load_step_chooses_the_checkpoint(tmp_path):
+    Run(tmp_path).train(6)
+    assert Run(tmp_path, load_step=4).manager.load() == 4
+    with pytest.raises(CheckpointError, match=r"load_step = 5.*step-5.*Steps.*: 2, 4, 6"):
+        Run(tmp_path, load_step=5).manager.load()
+
+
+def test_a_run_that_went_back_is_newer_than_what_it_left_behind(tmp_path):
+    Run(tmp_path).train(6)
+    back = Run(tmp_path, load_step=2, keep_latest_k=2)
+    back.manager.load()
+    back.train(4)
+    assert steps_in(tmp_path) == ["step-4", "step-6"]
+    assert Run(tmp_path).manager.load() == 4
+
+
+def test_keeps_the_newest_k(tmp_path):
+    Run(tmp_path, keep_latest_k=2).train(10)
+    assert steps_in(tmp_path) == ["step-10", "step-8"]
+
+
+def test_keep_0_keeps_all(tmp_path):
+    Run(tmp_path, keep_latest_k=0, interval=1).train(12)
+    assert len(steps_in(tmp_path)) == 12
+
+
+def test_exports_are_not_counted_as_kept_checkpoints(tmp_path):
+    Run(tmp_path, keep_latest_k=1, last_save_model_only=True, steps=4).train(4, last=True)
+    assert steps_in(tmp_path) == ["step-2", "step-4"]
+
+
+def test_a_save_is_invisible_until_it_is_committed(tmp_path, monkeypatch):
+    seen = []
+    finish = CheckpointWriter.finish
+
+    def spy(self, metadata, results):
+        seen.extend(steps_in(tmp_path))
+        return finish(self, metadata, results)
+
+    monkeypatch.setattr(CheckpointWriter, "finish", spy)
+    Run(tmp_path).train(2)
+    assert seen == ["step-2.partial"]
+    assert steps_in(tmp_path) == ["step-2"]
+
+
+def test_a_crash_while_saving_leaves_the_older_checkpoint_the_newest(tmp_path, monkeypatch):
+    def die(self, folder):
+        raise KeyboardInterrupt
+
+    run = Run(tmp_path)
+    run.train(2)
+    with monkeypatch.context() as patch:
+        patch.setattr("torchtitan.components.checkpoint.folder.Manifest.write", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(4)
+    assert steps_in(tmp_path) == ["step-2", "step-4.partial"]
+
+    resumed = Run(tmp_path)
+    assert resumed.manager.load() == 2
+    resumed.train(6)
+    assert steps_in(tmp_path) == ["step-2", "step-4", "step-6"]
+
+
+def test_a_crash_while_replacing_a_step_keeps_the_old_one(tmp_path):
+    Run(tmp_path).train(2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    folder.rename(folder.with_name("step-2.replaced"))
+    assert Run(tmp_path).manager.load() == 2
+    assert steps_in(tmp_path) == ["step-2"]
+
+
+def test_async_save_holds_the_state_of_its_step_while_training_goes_on(tmp_path, monkeypatch):
+    writing, training_went_on = threading.Event(), threading.Event()
+    write_data = CheckpointWriter.write_data
+
+    def write_late(self, plan, planner):
+        writing.set()
+        assert training_went_on.wait(timeout=60)
+        return write_data(self, plan, planner)
+
+    run = Run(tmp_path, async_mode="async")
+    run.train(1)
+    monkeypatch.setattr(CheckpointWriter, "write_data", write_late)
+    expected = Run(tmp_path / "whole", enable=False).train(5)
+    run.train(3)  # saves step 2
+    assert writing.wait(timeout=60)
+    assert steps_in(tmp_path) == ["step-2.partial"]
+    training_went_on.set()
+    run.manager.wait()
+    assert steps_in(tmp_path) == ["step-2"]
+
+    resumed = Run(tmp_path)
+    assert resumed.manager.load() == 2
+    assert resumed.train(5) == expected[2:]
+
+
+def test_the_next_async_save_waits_for_the_one_before(tmp_path):
+    run = Run(tmp_path, async_mode="async", interval=1)
+    run.train(4, last=True)
+    assert steps_in(tmp_path) == ["step-1", "step-2", "step-3", "step-4"]
+
+
+@pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "dataloader", "train_state"])
+def test_excluded_parts_start_anew(tmp_path, part):
+    first = Run(tmp_path)
+    first.train(2)
+    resumed = Run(tmp_path, seed=1, exclude_from_loading=[part])
+    assert resumed.manager.load() == 2
+    loaded = {
+        "optimizer": bool(resumed.optimizers.adamw.state),
+        "lr_scheduler": resumed.schedule.last_epoch == 2,
+        "dataloader": bool(resumed.loader.state_dict()["rows"][:, 1].any()),
+        "train_state": resumed.state.step == 2,
+    }
+    assert loaded == {name: name != part for name in loaded}
+    torch.testing.assert_close(resumed.model.state_dict(), first.model.state_dict())
+
+
+def test_another_global_batch_size_is_refused_by_name(tmp_path):
+    Run(tmp_path).train(2)
+    with pytest.raises(CheckpointError, match=r"4 seq.*training.global_batch_size is 6.*exclude"):
+        Run(tmp_path, global_batch_size=6).manager.load()
+    assert Run(tmp_path, global_batch_size=6, exclude_from_loading=["dataloader"]).manager.load()
+
+
+def test_another_model_is_refused_with_the_difference(tmp_path):
+    Run(tmp_path).train(2)
+    with pytest.raises(CheckpointError, match=r"step-2 has other shapes.*dim = 4 \(now 8\)"):
+        Run(tmp_path, args=TinyArgs(dim=8)).manager.load()
+    with pytest.raises(CheckpointError, match=r"lacks .*layers\.2.*n_layers = 2 \(now 3\)"):
+        Run(tmp_path, args=TinyArgs(n_layers=3)).manager.load()
+    with pytest.raises(CheckpointError, match=r"layers\.1.*no place for.*n_layers = 2 \(now 1\)"):
+        Run(tmp_path, args=TinyArgs(n_layers=1)).manager.load()
+
+
+def test_another_optimizer_is_refused_by_key(tmp_path):
+    Run(tmp_path).train(2)
+    other = Run(tmp_path)
+    other.optimizers.adamw = torch.optim.SGD(other.model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(CheckpointError, match=r"lacks optimizer\..*exclude_from_loading"):
+        other.manager.load()
+
+
+def test_an_export_has_the_dtype_asked_for_and_cannot_resume(tmp_path):
+    run = Run(tmp_path, last_save_model_only=True, export_dtype="bfloat16", steps=4)
+    run.train(4, last=True)
+    manifest = json.loads((tmp_path / "checkpoint" / "step-4" / "manifest.json").read_text())
+    assert manifest["model_only"]
+    with pytest.raises(CheckpointError, match=r"step-4.*cannot resume.*resume from: 2$"):
+        Run(tmp_path).manager.load()
+    assert Run(tmp_path, load_step=2).manager.load() == 2
+
+    weights = TinyModel(TinyArgs()).load_checkpoint(tmp_path / "checkpoint" / "step-4")
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(weights.state_dict()[name], value.bfloat16().float())
+
+
+def test_a_run_that_was_stopped_early_is_saved_whole(tmp_path):
+    Run(tmp_path, last_save_model_only=True, steps=10).train(3, last=True)
+    assert Run(tmp_path).manager.load() == 3
+
+
+def test_initial_load_path_gives_weights_to_a_new_run_only(tmp_path):
+    first = Run(tmp_path / "a")
+    first.train(2)
+    path = str(tmp_path / "a" / "checkpoint" / "step-2")
+    second = Run(tmp_path / "b", seed=1, initial_load_path=path)
+    assert second.manager.load() == 0
+    assert second.state.step == 0
+    torch.testing.assert_close(second.model.state_dict(), first.model.state_dict())
+
+    second.train(4)
+    resumed = Run(tmp_path / "b", initial_load_path=path)
+    assert resumed.manager.load() == 4
+    torch.testing.assert_close(resumed.model.state_dict(), second.model.state_dict())
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    compiled = torch.compile(TinyModel(TinyArgs()), backend="eager")
+    Run(tmp_path, model=compiled).train(2)
+    plain = Run(tmp_path)
+    assert plain.manager.load() == 2
+    for name, value in compiled._orig_mod.state_dict().items():
+        assert torch.equal(plain.model.state_dict()[name], value)
+    assert Run(tmp_path, model=torch.compile(TinyModel(TinyArgs()))).manager.load() == 2
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    first = Run(tmp_path, args=TinyArgs(tied=True))
+    expected = first.train(2)
+    expected = first.train(4)
+    resumed = Run(tmp_path, seed=1, args=TinyArgs(tied=True), load_step=2)
+    resumed.manager.load()
+    assert resumed.model.output.weight is resumed.model.tok_embeddings.weight
+    assert resumed.train(4) == expected

@@ -1,0 +1,344 @@
+"""The metrics processor: what it computes, and what reaches the files and services."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from torchtitan.components import metrics
+from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
+from torchtitan.config import JobConfig
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import ConfigError
+from torchtitan.protocols.model import BaseModelArgs
+
+
+class TinyArgs(BaseModelArgs):
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        return 1_000_000, 1000 * seq_len
+
+
+class Clock:
+    """Stands in for `perf_counter`; time passes when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(metrics, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> JobConfig:
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path / "run")
+    config.training.steps = 100
+    config.training.seq_len = 2000
+    config.metrics.progress = "plain"
+    return config
+
+
+def build(config: JobConfig, world_size: int = 1) -> MetricsProcessor:
+    return build_metrics_processor(config, ParallelDims(1, -1, 1, world_size), TinyArgs())
+
+
+def log(processor: MetricsProcessor, step: int, **values: object) -> None:
+    given = {"loss": 2.5, "grad_norm": 0.5, "lr": 3e-4, "ntokens_since_last": 1000}
+    processor.log(step, **(given | {"data_wait_seconds": 0.25} | values))
+
+
+def rows(config: JobConfig, name: str = "metrics.jsonl") -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (Path(config.job.dump_folder) / name).read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_throughput_counts_the_world_and_each_device(config: JobConfig, clock: Clock) -> None:
+    processor = build(config, world_size=4)
+    processor.start()
+    clock.now += 2
+    log(processor, 1, ntokens_since_last=8_000_000)
+    (row,) = rows(config)
+    assert row["tokens_per_second"] == pytest.approx(4_000_000)
+    assert row["tokens_per_second_per_device"] == pytest.approx(1_000_000)
+    # 2,000,000 FLOP a token at seq_len 2000
+    assert row["tflops_per_second_per_device"] == pytest.approx(2.0)
+    assert row["elapsed_seconds"] == pytest.approx(2)
+    assert row["peak_memory_bytes"] > 10e6
+    given = {key: row[key] for key in ("step", "loss", "grad_norm", "lr", "data_wait_seconds")}
+    assert given == {
+        "step": 1,
+        "loss": 2.5,
+        "grad_norm": 0.5,
+        "lr": 3e-4,
+        "data_wait_seconds": 0.25,
+    }
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_paused_time_does_not_count_in_the_throughput(
+    config: JobConfig, clock: Clock, paused: bool
+) -> None:
+    processor = build(config)
+    processor.start()
+    clock.now += 1
+    with processor.pause() if paused else nullcontext():
+        clock.now += 9
+    log(processor, 1)
+    clock.now += 1
+    log(processor, 2)
+    first, second = rows(config)
+    assert first["tokens_per_second"] == pytest.approx(1000 if paused else 100)
+    assert first["elapsed_seconds"] == pytest.approx(10)
+    assert second["tokens_per_second"] == pytest.approx(1000)  # the pause is over
+
+
+def test_setup_before_start_does_not_count_in_the_throughput(
+    config: JobConfig, clock: Clock
+) -> None:
+    processor = build(config)
+    clock.now += 60
+    processor.start()
+    clock.now += 1
+    log(processor, 1)
+    assert rows(config)[0]["tokens_per_second"] == pytest.approx(1000)
+
+
+def test_mfu_is_the_share_of_the_peak(
+    config: JobConfig, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "this_device_peak_flops", lambda: 8e12)
+    processor = build(config)
+    processor.start()
+    clock.now += 1
+    log(processor, 1, ntokens_since_last=2_000_000)  # 4 TFLOP/s
+    assert rows(config)[0]["mfu"] == pytest.approx(0.5)
+
+
+def test_no_mfu_on_cpu(config: JobConfig) -> None:
+    processor = build(config)
+    processor.start()
+    log(processor, 1)
+    assert "mfu" not in rows(config)[0]
+
+
+def test_no_mfu_in_fp32_whose_peak_is_another(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "this_device_peak_flops", lambda: 8e12)
+    config.training.mixed_precision_param = "float32"
+    processor = build(config)
+    processor.start()
+    log(processor, 1)
+    assert "mfu" not in rows(config)[0]
+
+
+def test_tokens_seen_go_on_after_a_resume(config: JobConfig) -> None:
+    processor = build(config)
+    processor.start(step=10, tokens_seen=10_000)
+    log(processor, 11)
+    log(processor, 12)
+    assert [row["tokens_seen"] for row in rows(config)] == [11_000, 12_000]
+
+
+def test_optional_values_are_written_when_given(config: JobConfig) -> None:
+    processor = build(config)
+    processor.start()
+    log(processor, 1)
+    log(processor, 2, max_loss=3.5, extra={"router_load": 0.75})
+    first, second = rows(config)
+    assert "max_loss" not in first
+    assert second["max_loss"] == 3.5
+    assert second["router_load"] == 0.75
+
+
+def test_values_that_are_not_finite_become_null(config: JobConfig) -> None:
+    processor = build(config)
+    processor.start()
+    log(processor, 1, loss=float("nan"), grad_norm=float("inf"))
+    assert rows(config)[0]["loss"] is None
+    assert rows(config)[0]["grad_norm"] is None
+
+
+def test_resume_drops_later_steps_and_a_line_cut_off(config: JobConfig) -> None:
+    first = build(config)
+    first.start()
+    for step in range(1, 6):
+        log(first, step)
+        first.log_validation(step, 2.0)
+    first.close()
+    path = Path(config.job.dump_folder) / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+
+    second = build(config)
+    second.start(step=3)
+    log(second, 4, loss=1.5)
+    assert [row["step"] for row in rows(config)] == [1, 2, 3, 4]
+    assert rows(config)[-1]["loss"] == 1.5
+    assert [row["step"] for row in rows(config, "validation.jsonl")] == [1, 2, 3]
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_a_new_run_starts_a_new_file(config: JobConfig) -> None:
+    for loss in (2.5, 1.5):
+        processor = build(config)
+        processor.start()
+        log(processor, 1, loss=loss)
+    assert [row["loss"] for row in rows(config)] == [1.5]
+
+
+def test_validation_has_a_file_of_its_own(config: JobConfig) -> None:
+    processor = build(config)
+    processor.start()
+    log(processor, 5)
+    processor.log_validation(5, 2.25)
+    assert [row["step"] for row in rows(config)] == [5]
+    assert rows(config, "validation.jsonl") == [{"step": 5, "loss": 2.25}]
+
+
+def test_only_rank_0_writes(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config.metrics.enable_tensorboard = True
+    monkeypatch.setenv("RANK", "1")
+    processor = build(config, world_size=2)
+    processor.start()
+    log(processor, 1)
+    processor.log_validation(1, 2.0)
+    processor.close()
+    assert not Path(config.job.dump_folder).exists()
+    assert not caplog.messages
+
+
+def test_plain_progress_line(
+    config: JobConfig, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    processor = build(config)
+    processor.start()
+    clock.now += 30  # the first step compiles; the ETA leaves it out
+    log(processor, 1)
+    clock.now += 9
+    log(processor, 10, ntokens_since_last=9_000_000)
+    first, second = caplog.messages
+    assert "ETA" not in first
+    assert second.startswith(
+        "step  10/100  loss 2.5000  grad 0.500  lr 3.0e-4  1.00M tok/s  2.00 TFLOP/s  "
+    )
+    assert second.endswith("GiB  ETA 0:01:30")
+
+
+def test_dump_folder_that_cannot_be_written_is_a_config_error(config: JobConfig) -> None:
+    Path(config.job.dump_folder).write_text("a file, not a folder")
+    with pytest.raises(ConfigError, match=r"job\.dump_folder"):
+        build(config).start()
+
+
+def test_a_full_disk_ends_the_file_but_not_the_run(
+    config: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = build(config)
+    processor.start()
+    (Path(config.job.dump_folder) / "metrics.jsonl").symlink_to("/dev/full")
+    caplog.set_level(logging.INFO)
+    log(processor, 1)
+    log(processor, 2)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == ["JsonLinesSink stops at step 1: [Errno 28] No space left on device"]
+    assert any(message.startswith("step   2/100") for message in caplog.messages)
+
+
+def test_tensorboard_receives_every_value_and_forgets_steps_redone(config: JobConfig) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config.metrics.enable_tensorboard = True
+    config.metrics.save_tb_folder = "events"
+    for resumed_at, last, loss in ((0, 4, 2.5), (2, 3, 1.5)):
+        processor = build(config)
+        processor.start(step=resumed_at)
+        for step in range(resumed_at + 1, last + 1):
+            log(processor, step, loss=loss)
+        processor.log_validation(last, 2.25)
+        processor.close()
+
+    events = EventAccumulator(str(Path(config.job.dump_folder) / "events"))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert losses == [(1, 2.5), (2, 2.5), (3, 1.5)]
+    assert [event.step for event in events.Scalars("validation/loss")] == [3]
+    expected = {f"train/{key}" for key in rows(config)[0] if key != "step"}
+    assert set(events.Tags()["scalars"]) == expected | {"validation/loss"}
+
+
+class FakeWandb(ModuleType):
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__("wandb")
+        self.error = error
+        self.logged: list[tuple[int, dict]] = []
+        self.finished = False
+
+    def init(self, **settings: object) -> FakeWandb:
+        if self.error:
+            raise self.error
+        self.settings = settings
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_wandb_receives_config_and_values(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    config.metrics.enable_wandb = True
+    config.job.description = "a fine run"
+    processor = build(config)
+    processor.start()
+    log(processor, 1)
+    processor.log_validation(1, 2.25)
+    processor.close()
+
+    assert wandb.settings["project"] == "torchtitan"
+    assert wandb.settings["name"] == "a fine run"
+    assert wandb.settings["config"]["training"]["steps"] == 100
+    (train_step, train), validation = wandb.logged
+    assert (train_step, train["train/loss"], train["train/lr"]) == (1, 2.5, 3e-4)
+    assert validation == (1, {"validation/loss": 2.25})
+    assert wandb.finished
+
+
+def test_missing_wandb_says_how_to_install_it(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
+    config.metrics.enable_wandb = True
+    with pytest.raises(ConfigError, match=r"metrics\.enable_wandb.*pip install wandb"):
+        build(config)
+
+
+def test_wandb_that_does_not_start_is_a_config_error(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(RuntimeError("no API key")))
+    config.metrics.enable_wandb = True
+    with pytest.raises(ConfigError, match=r"no API key.*WANDB_MODE=offline"):
+        build(config)

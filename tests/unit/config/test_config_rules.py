@@ -1,0 +1,214 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.optimizer import ParamRule
+from torchtitan.config.validate import resolve_batch, validate
+from torchtitan.errors import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path / "outputs" / "run")
+    return config
+
+
+def error_of(config, world_size=1):
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size)
+    return str(caught.value)
+
+
+def test_the_defaults_fit_any_world(config):
+    for world_size in (1, 2, 6, 512):
+        validate(config, world_size)
+    assert not Path(config.job.dump_folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "dp", "expected"),
+    [(-1, 1, (8, 1)), (-1, 4, (32, 1)), (32, 4, (32, 1)), (32, 1, (32, 4))],
+)
+def test_batch_of_a_step(config, global_batch_size, dp, expected):
+    config.training.global_batch_size = global_batch_size
+    assert resolve_batch(config, dp) == expected
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "nearest"), [(20, "16 or 24"), (4, "8"), (9, "8 or 16")]
+)
+def test_batch_that_does_not_divide(config, global_batch_size, nearest):
+    config.training.global_batch_size = global_batch_size
+    config.training.local_batch_size = 4
+    message = (
+        f"training.global_batch_size = {global_batch_size}: must be a multiple of "
+        f"training.local_batch_size (4) x data ranks (2) = 8. Nearest: {nearest}"
+    )
+    assert error_of(config, world_size=2) == message
+
+
+def test_messages_give_the_line_of_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nlocal_batch_size = 2\n\nglobal_batch_size = 3\n")
+    config = load_config(["--job.config_file", str(path)])
+    start = f"{path}:4: [training] global_batch_size = 3: must be a multiple of"
+    assert error_of(config).startswith(start)
+    path.write_text("\n[parallelism]\ntensor_parallel_degree = 3\n")
+    config = load_config(["--job.config_file", str(path)])
+    message = error_of(config, world_size=4)
+    assert message.startswith(f"{path}:3: [parallelism] tensor_parallel_degree = 3: ")
+    assert "does not divide the world size 4" in message
+
+
+def test_degrees_that_do_not_fit_the_world(config):
+    config.parallelism.data_parallel_shard_degree = 4
+    message = error_of(config, world_size=2)
+    assert message.startswith("parallelism.data_parallel_shard_degree = 4: ")
+    assert "Start 4 processes" in message
+
+
+def test_sequence_that_tensor_parallel_ranks_cannot_share(config):
+    config.parallelism.tensor_parallel_degree = 8
+    config.training.seq_len = 100
+    assert error_of(config, world_size=8) == (
+        "training.seq_len = 100: must be a multiple of parallelism.tensor_parallel_degree (8), "
+        "which shards the sequence too. Nearest: 96 or 104"
+    )
+    config.training.seq_len = 104
+    config.validation.seq_len = 100
+    validate(config, world_size=8)
+    config.validation.enable = True
+    assert error_of(config, world_size=8).startswith("validation.seq_len = 100: ")
+
+
+def test_offload_needs_sharding(config):
+    config.training.enable_cpu_offload = True
+    validate(config, world_size=2)
+    assert error_of(config).startswith("training.enable_cpu_offload = true: needs sharded")
+    config.parallelism.data_parallel_replicate_degree = 2
+    assert "comes to 1 with 2 processes" in error_of(config, world_size=2)
+
+
+def test_unknown_dataset(config):
+    config.training.dataset = "stdlb"
+    message = error_of(config)
+    start = "training.dataset = \"stdlb\": no such dataset. Did you mean 'stdlib'? Allowed: "
+    assert message.startswith(start)
+    config.training.dataset = "stdlib"
+    config.validation.dataset = "c5"
+    validate(config, 1)
+    config.validation.enable = True
+    assert error_of(config).startswith('validation.dataset = "c5": no such dataset.')
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl", "parquet"])
+def test_own_files_need_a_path(config, name):
+    config.training.dataset = name
+    assert error_of(config) == (
+        f'training.dataset = "{name}": needs training.dataset_path: a file, a glob or a folder'
+    )
+    config.training.dataset_path = "data/*"
+    validate(config, 1)
+
+
+def test_tokenizer_folder(config, tmp_path):
+    config.model.tokenizer_path = str(tmp_path)
+    message = f'model.tokenizer_path = "{tmp_path}": not a folder with a Hugging Face tokenizer.'
+    assert error_of(config).startswith(message)
+    (tmp_path / "tokenizer.json").touch()
+    validate(config, 1)
+
+
+def test_unknown_optimizer(config):
+    config.optimizer.name = "AdmW"
+    message = error_of(config)
+    assert message.startswith(
+        "optimizer.name = \"AdmW\": no such optimizer. Did you mean 'AdamW'? Allowed: Adam, AdamW, "
+    )
+
+
+def test_parameter_rules_need_a_valid_pattern(config):
+    config.optimizer.rules = [ParamRule(r"layers\.0\..*"), ParamRule("(")]
+    assert error_of(config).startswith(
+        'optimizer.rules.1.pattern = "(": not a regular expression: missing )'
+    )
+    config.optimizer.rules = [ParamRule()]
+    assert error_of(config) == "optimizer.rules.0: needs a pattern"
+
+
+def test_warm_up_longer_than_the_run(config):
+    config.training.steps = 20
+    assert error_of(config) == (
+        "lr_scheduler.warmup_steps = 200: exceeds training.steps = 20, so the peak learning rate "
+        "would never be reached. Set lr_scheduler.warmup_steps to at most 20"
+    )
+    config.lr_scheduler.warmup_steps = 20
+    validate(config, 1)
+
+
+def test_selective_checkpointing_option(config):
+    for option in ("op", "1", "12"):
+        config.activation_checkpoint.selective_ac_option = option
+        validate(config, 1)
+    for option in ("ops", "0", "-1", "1.5", "", "²"):
+        config.activation_checkpoint.selective_ac_option = option
+        message = error_of(config)
+        assert message.endswith(": must be 'op', or a positive integer N for every N-th block")
+
+
+def test_memory_budget_needs_the_compiler(config):
+    config.activation_checkpoint.mode = "memory_budget"
+    assert error_of(config) == (
+        'activation_checkpoint.mode = "memory_budget": the compiler does it: set compile.enable, '
+        "with 'model' in compile.components"
+    )
+    config.compile.enable = True
+    validate(config, 1)
+    config.compile.components = ["loss"]
+    assert error_of(config).startswith("activation_checkpoint.mode")
+
+
+def test_unknown_compiler_backend(config):
+    config.compile.backend = "inducter"
+    validate(config, 1)
+    config.compile.enable = True
+    message = error_of(config)
+    assert message.startswith('compile.backend = "inducter": no such backend. Did you mean')
+    assert "inductor" in message
+    config.compile.backend = "aot_eager"
+    validate(config, 1)
+
+
+def test_resuming_without_checkpoints(config):
+    config.checkpoint.load_step = 100
+    assert error_of(config) == (
+        "checkpoint.load_step = 100: nothing would be loaded, since checkpoint.enable is false"
+    )
+    config.checkpoint.enable = True
+    validate(config, 1)
+
+
+def test_missing_initial_checkpoint(config, tmp_path):
+    config.checkpoint.initial_load_path = str(tmp_path / "step-5")
+    assert error_of(config).endswith('step-5": no such folder')
+    (tmp_path / "step-5").mkdir()
+    validate(config, 1)
+
+
+def test_output_folder_that_cannot_be_made(config, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    config.job.dump_folder = str(tmp_path / "file" / "run")
+    assert error_of(config).endswith(f"{tmp_path / 'file'} is a file, not a folder")
+    config.job.dump_folder = str(tmp_path / "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert f"no permission in {tmp_path}" in error_of(config)
+
+
+def test_wandb_that_is_not_installed(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config.metrics.enable_wandb = True
+    assert "pip install 'torchtitan[wandb]'" in error_of(config)

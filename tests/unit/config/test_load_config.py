@@ -1,0 +1,352 @@
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config import JobConfig, load_config, origin, to_toml
+from torchtitan.config.optimizer import ParamRule
+from torchtitan.errors import ConfigError
+
+GUIDE_TOML = """\
+[job]
+dump_folder = "./outputs"
+description = "Your Model 8B training"
+
+[model]
+name = "your_model"
+flavor = "8B"
+
+[optimizer]
+name = "AdamW"
+lr = 3e-4
+
+[training]
+local_batch_size = 2
+seq_len = 8192
+steps = 1000
+dataset = "c4"
+
+[parallelism]
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 1
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a TOML file and returns the arguments that load it."""
+
+    def write(text: str | bytes) -> list[str]:
+        path = tmp_path / "run.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return ["--job.config_file", str(path)]
+
+    return write
+
+
+def error_of(argv: list[str]) -> str:
+    """The message for a wrong config, with the file's folder cut off."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(argv)
+    folder = f"{Path(argv[1]).parent}{os.sep}" if argv[0] == "--job.config_file" else "\0"
+    return str(caught.value).replace(folder, "")
+
+
+def test_no_arguments_give_the_defaults():
+    assert load_config([]) == JobConfig()
+
+
+def test_the_guides_toml_loads(write):
+    config = load_config(write(GUIDE_TOML))
+    assert config.model.name == "your_model"
+    assert config.optimizer.lr == 3e-4
+    assert config.training.seq_len == 8192
+    assert config.parallelism.data_parallel_shard_degree == -1
+
+
+def test_command_line_wins_over_file_over_defaults(write):
+    argv = write("[training]\nsteps = 20\nseq_len = 64\n")
+    config = load_config([*argv, "--training.steps", "30"])
+    assert (config.training.steps, config.training.seq_len) == (30, 64)
+    assert config.training.local_batch_size == JobConfig().training.local_batch_size
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--training.seq_len", "7"], ["--training.seq_len=7"], ["--training.seq-len=7"]],
+)
+def test_spellings_of_an_option(argv):
+    assert load_config(argv).training.seq_len == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--checkpoint.enable"], True),
+        (["--checkpoint.enable=false"], False),
+        (["--checkpoint.enable", "True"], True),
+    ],
+)
+def test_booleans_on_the_command_line(write, argv, value):
+    for in_file in ("true", "false"):
+        file = write(f"[checkpoint]\nenable = {in_file}\n")
+        assert load_config([*file, *argv]).checkpoint.enable is value
+
+
+def test_lists_and_unset_values_on_the_command_line(write):
+    file = write("[lr_scheduler]\ndecay_ratio = 0.5\n")
+    argv = ["--compile.components", "loss", "--lr_scheduler.decay_ratio", "None"]
+    config = load_config([*file, *argv])
+    assert config.compile.components == ["loss"]
+    assert config.lr_scheduler.decay_ratio is None
+    assert load_config(["--compile.components"]).compile.components == []
+
+
+def test_an_integer_is_fine_for_a_float_and_becomes_one(write):
+    lr = load_config(write("[optimizer]\nlr = 1\n")).optimizer.lr
+    assert type(lr) is float
+    assert lr == 1.0
+
+
+def test_infinity_where_it_has_a_meaning(write):
+    assert load_config(write("[training]\nmax_norm = inf\n")).training.max_norm == math.inf
+    assert load_config(["--training.max_norm", "inf"]).training.max_norm == math.inf
+
+
+def test_array_of_tables_and_inline_tables_are_alike(write):
+    tables = write('[[optimizer.rules]]\npattern = "a"\n[[optimizer.rules]]\nlr_scale = 2\n')
+    rules = load_config(tables).optimizer.rules
+    assert rules == [ParamRule("a"), ParamRule(lr_scale=2.0)]
+    inline = write('[optimizer]\nrules = [{pattern = "a"}, {lr_scale = 2}]\n')
+    assert load_config(inline).optimizer.rules == rules
+    dotted = write('optimizer.rules = [{pattern = "a"}, {lr_scale = 2}]\n')
+    assert load_config(dotted).optimizer.rules == rules
+    assert load_config([*tables, "--optimizer.rules.1.pattern", "b"]).optimizer.rules[1] == (
+        ParamRule("b", lr_scale=2.0)
+    )
+
+
+def test_windows_files_load(write):
+    argv = write(b"\xef\xbb\xbf[training]\r\nsteps = 3\r\n")
+    assert load_config(argv).training.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[loss]\nchunk_size = 2\nchunksize = 5\n",
+            "run.toml:3: [loss] chunksize: unknown key. Did you mean 'chunk_size'? "
+            "Allowed: chunk_size, name, z_loss_weight.",
+        ),
+        (
+            "\n# comment\n[optimizer]\n[[optimizer.rules]]\npattern = 'a'\n"
+            "[[optimizer.rules]]\n\npatern = 'b'\n",
+            "run.toml:8: [optimizer] rules[1].patern: unknown key. Did you mean 'pattern'? "
+            "Allowed: lr_scale, pattern, weight_decay.",
+        ),
+        (
+            "[training]\nsteps = 'abc'\n",
+            "run.toml:2: [training] steps: must be an integer, not 'abc'",
+        ),
+        (
+            "[training]\nsteps = true\n",
+            "run.toml:2: [training] steps: must be an integer, not true",
+        ),
+        (
+            "[training]\nsteps = 1.0\n",
+            "run.toml:2: [training] steps: must be an integer, not 1.0",
+        ),
+        ("[training]\nsteps = 0\n", "run.toml:2: [training] steps: must be >= 1, not 0"),
+        (
+            "[training]\nglobal_batch_size = 0\n",
+            "run.toml:2: [training] global_batch_size: must be >= 1 or -1, not 0",
+        ),
+        (
+            "[checkpoint]\nenable = 1\n",
+            "run.toml:2: [checkpoint] enable: must be true or false, not 1",
+        ),
+        ("[optimizer]\nlr = nan\n", "run.toml:2: [optimizer] lr: must be a number, not nan"),
+        (
+            "[optimizer]\nlr = inf\n",
+            "run.toml:2: [optimizer] lr: must be finite and > 0, not inf",
+        ),
+        (
+            "[lr_scheduler]\ndecay_type = 'lineer'\n",
+            "run.toml:2: [lr_scheduler] decay_type: 'lineer' is not allowed. Did you mean "
+            "'linear'? Allowed: cosine, linear, sqrt.",
+        ),
+        (
+            "[compile]\ncomponents = [\n  'model',\n  'los',\n]\n",
+            "run.toml:2: [compile] components[1]: 'los' is not allowed. Did you mean 'loss'? "
+            "Allowed: loss, model.",
+        ),
+        ("[compile]\ncomponents = 'model'\n", "run.toml:2: [compile] components: must be an array"
+         ", not 'model'"),
+        ("\ntraining = 5\n", "run.toml:2: [training]: must be a table, not 5"),
+        ("[[training]]\nsteps = 5\n", "run.toml:1: [training]: must be a table, not an array"),
+        (
+            "[model]\nname = 1979-05-27\n",
+            "run.toml:2: [model] name: must be a string, not a date",
+        ),
+        (
+            "[model]\nname = 'a\\u0000'\nflavor = \"a\\u0000\"\n",
+            "run.toml:3: [model] flavor: must be UTF-8 text without NUL, not 'a\\x00'",
+        ),
+        (
+            "[debug]\nseed = 9223372036854775808\n",
+            "run.toml:2: [debug] seed: must fit in 64 bits",
+        ),
+    ],
+)  # fmt: skip
+def test_message_for_a_wrong_value_in_the_file(write, text, message):
+    assert error_of(write(text)) == message
+
+
+def test_message_for_an_unknown_section(write):
+    message = error_of(write("[model]\n\n[trainin]\nsteps = 5\n"))
+    start = "run.toml:3: [trainin]: unknown section. Did you mean 'training'? Allowed: activation_"
+    assert message.startswith(start)
+    assert all(f.name in message for f in dataclasses.fields(JobConfig))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[model]\nname = \n",
+            "run.toml:2: not valid TOML: Invalid value (column 8)",
+        ),
+        ("[model]\nname = 'a", "run.toml:2: not valid TOML: "),
+        ("[model]\nname = 'a'\nname = 'b'\n", "run.toml:3: not valid TOML: "),
+        (b"[model]\n\nname = '\xff'\n", "run.toml:3: byte 0xff is not UTF-8 text"),
+        pytest.param(
+            f"a = {'[' * 100000}", "run.toml: not valid TOML: nested too deeply", id="nested"
+        ),
+        pytest.param(f"a = {'9' * 5000}", "run.toml:1: not valid TOML: ", id="many digits"),
+    ],
+)
+def test_message_for_a_corrupt_file(write, text, message):
+    assert error_of(write(text)).startswith(message)
+
+
+def test_message_for_a_file_that_cannot_be_read(tmp_path):
+    missing = tmp_path / "no.toml"
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--job.config_file", str(missing)])
+    expected = f"job.config_file = '{missing}': cannot read it: No such file or directory"
+    assert str(caught.value) == expected
+    with pytest.raises(ConfigError, match="cannot read it: Is a directory"):
+        load_config(["--job.config_file", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--training.steps", "0"], "--training.steps: must be >= 1, not 0"),
+        (["--training.steps=-1"], "--training.steps: must be >= 1, not -1"),
+        (["--training.max_norm", "nan"], "--training.max_norm: must be a number, not nan"),
+        (["--optimizer.beta1", "1"], "--optimizer.beta1: must be >= 0 and < 1, not 1.0"),
+        (["--debug.seed", str(2**64)], "--debug.seed: must fit in 64 bits"),
+        (
+            ["--tyro-print-completion", "zzz"],
+            "--tyro-print-completion: unknown option",
+        ),
+        (
+            ["--job.description", "\udcff"],
+            "--job.description: must be UTF-8 text without NUL, not '\\udcff'",
+        ),
+    ],
+)
+def test_message_for_a_wrong_value_on_the_command_line(argv, message):
+    assert error_of(argv) == message
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--training.stepz", "5"], ["--training.stepz", "--training.steps"]),
+        (["--training.steps", "abc"], ["--training.steps", "'abc'"]),
+        (["--training.steps"], ["--training.steps", "Missing"]),
+        (["--job.config_file"], ["--job.config_file", "Missing"]),
+        (["--loss.name", "l2"], ["--loss.name", "'l2'", "chunked_cross_entropy"]),
+        (["--checkpoint.enable", "maybe"], ["--checkpoint.enable", "true or false", "'maybe'"]),
+        (["train.toml"], ["Unrecognized", "train.toml"]),
+    ],
+)
+def test_a_command_line_that_cannot_be_parsed_exits_with_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(argv)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert all(word in captured.err for word in words)
+
+
+def test_help_lists_every_option_with_its_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        load_config(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for section in dataclasses.fields(JobConfig):
+        for field in dataclasses.fields(getattr(JobConfig(), section.name)):
+            if field.name != "rules":  # arrays of tables are for the file only
+                assert f"--{section.name}.{field.name} " in shown
+    assert "Optimizer steps of the run. (default: 10000)" in shown
+
+
+def test_print_config_prints_a_file_that_loads_to_the_same_config(write, capsys, tmp_path):
+    argv = ["--training.steps", "5", "--optimizer.lr=1e-9"]
+    with pytest.raises(SystemExit) as caught:
+        load_config([*argv, "--job.print_config"])
+    assert caught.value.code == 0
+    expected = load_config(argv)
+    again = load_config(write(capsys.readouterr().out))
+    again.job.config_file = None
+    assert again == expected
+
+
+def test_only_one_rank_prints_the_config(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        load_config(["--job.print_config"])
+    assert capsys.readouterr().out == ""
+
+
+def test_awkward_values_survive_the_round_trip(write):
+    config = JobConfig()
+    config.job.description = 'quotes " \\ \n\r\t \x7f \x01 é 😀 #'
+    config.training.max_norm = math.inf
+    config.optimizer.eps = 1e-300
+    config.optimizer.no_decay = ["norm", "bias"]
+    config.optimizer.rules = [ParamRule(r"layers\.0\..*", 0.5, 0.0), ParamRule("x")]
+    config.lr_scheduler.decay_ratio = 0.25
+    config.debug.seed = 2**63 - 1
+    argv = write(to_toml(config))
+    again = load_config(argv)
+    assert again.job.config_file == argv[1]
+    again.job.config_file = None
+    assert again == config
+
+
+def test_origin_names_the_line_or_the_key(write):
+    argv = write("[training]\n\nsteps = 5\nseq_len = 64\n[[optimizer.rules]]\npattern = 'a'\n")
+    config = load_config([*argv, "--training.seq_len", "32"])
+    assert origin(config, "training.steps") == f"{argv[1]}:3: [training] steps = 5"
+    assert origin(config, "training.seq_len") == "training.seq_len = 32"
+    assert origin(config, "model.name") == 'model.name = "llama3"'
+    rule = 'optimizer] rules[0].pattern = "a"'
+    assert origin(config, "optimizer.rules.0.pattern") == f"{argv[1]}:6: [{rule}"
+    assert origin(config, "optimizer.rules.0") == f"{argv[1]}:5: [optimizer] rules[0]"
+    Path(argv[1]).unlink()
+    assert origin(config, "training.steps") == "training.steps = 5"
+
+
+def test_importing_the_config_does_not_import_torch():
+    code = "import sys, torchtitan.config.validate; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

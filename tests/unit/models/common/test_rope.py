@@ -1,0 +1,54 @@
+import math
+
+import torch
+
+from torchtitan.models.common.rope import RopeScaling, rope_frequencies, rotation
+
+
+def test_pairs_turn_by_their_frequency_times_the_position():
+    frequencies = rope_frequencies(head_dim=4, theta=100.0)
+    torch.testing.assert_close(frequencies, torch.tensor([1.0, 0.1]))
+
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)  # each pair (i, i + 2) is (1, 0)
+    turned = rotation(torch.tensor([[3]]), frequencies)(x).flatten()
+    expected = [math.cos(3.0), math.cos(0.3), math.sin(3.0), math.sin(0.3)]
+    torch.testing.assert_close(turned, torch.tensor(expected))
+
+
+def test_scores_depend_on_the_distance_alone():
+    torch.manual_seed(0)
+    frequencies = rope_frequencies(head_dim=16, theta=10000.0)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def score(q_position: int, k_position: int) -> torch.Tensor:
+        turned_q = rotation(torch.tensor([[q_position]]), frequencies)(q)
+        turned_k = rotation(torch.tensor([[k_position]]), frequencies)(k)
+        return (turned_q * turned_k).sum()
+
+    torch.testing.assert_close(score(7, 3), score(104, 100), atol=1e-4, rtol=1e-4)
+    assert not torch.isclose(score(7, 3), score(7, 4))
+
+
+def test_scaling_keeps_fast_rotations_slows_slow_ones_and_is_gradual_between():
+    scaling = RopeScaling(factor=8.0, original_max_seq_len=8192)
+    plain = rope_frequencies(128, 500000.0)
+    scaled = rope_frequencies(128, 500000.0, scaling)
+    wavelengths = 2 * math.pi / plain
+    fast, slow = wavelengths < 8192 / 4, wavelengths > 8192 / 1
+    between = ~fast & ~slow
+
+    assert torch.equal(scaled[fast], plain[fast])
+    torch.testing.assert_close(scaled[slow], plain[slow] / 8)
+    assert fast.any() and slow.any() and between.any()
+    assert (scaled[between] < plain[between]).all()
+    assert (scaled[between] > plain[between] / 8).all()
+    assert (scaled.diff() < 0).all()
+
+
+def test_bfloat16_heads_are_rotated_in_float32():
+    x = torch.randn(1, 8, 2, 16, dtype=torch.bfloat16)
+    rotate = rotation(torch.arange(100_000, 100_008)[None], rope_frequencies(16, 10000.0))
+    assert rotate.cos.dtype == torch.float32
+    turned = rotate(x)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, rotate(x.float()).bfloat16())

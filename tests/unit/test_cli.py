@@ -1,0 +1,90 @@
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+import torchtitan
+from torchtitan import cli
+from torchtitan.errors import ConfigError, DataError
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torchtitan", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_help_lists_the_commands():
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for name, (_, text) in cli.COMMANDS.items():
+        assert f"  {name}" in done.stdout
+        assert text in done.stdout
+
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = (
+        "import sys; from torchtitan.cli import main; main(['--help']); "
+        "heavy = {'torch', 'numpy', 'tyro', 'rich', 'datasets'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_no_command_shows_the_help_and_fails():
+    done = run()
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("usage: torchtitan <command>")
+
+
+def test_version():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"torchtitan {torchtitan.__version__}\n")
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["trian", "--help"])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    allowed = ", ".join(sorted(cli.COMMANDS))
+    assert captured.err == (
+        f"error: no command 'trian'. Did you mean 'train'? Allowed: {allowed}.\n"
+    )
+
+
+def test_a_command_gets_its_arguments_and_gives_the_exit_code(monkeypatch):
+    received = []
+
+    def main(argv):
+        received.append(argv)
+        return 3
+
+    monkeypatch.setitem(sys.modules, "a_command", types.SimpleNamespace(main=main))
+    monkeypatch.setitem(cli.COMMANDS, "run", ("a_command", "runs"))
+    assert cli.main(["run", "--x", "1"]) == 3
+    monkeypatch.setattr(sys, "argv", ["torchtitan", "run"])
+    assert cli.main() == 3
+    assert received == [["--x", "1"], []]
+
+
+@pytest.mark.parametrize("error", [ConfigError("steps: too few"), DataError("steps: too few")])
+def test_a_users_mistake_is_one_line_and_exit_code_2(error, capsys):
+    with pytest.raises(SystemExit) as caught, cli.exit_on_user_error():
+        raise error
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: steps: too few\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), cli.exit_on_user_error():
+        raise ZeroDivisionError

@@ -1,0 +1,148 @@
+"""Traces of the right steps, and memory snapshots on CUDA."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torchtitan.config import JobConfig
+from torchtitan.errors import ConfigError
+from torchtitan.tools import profiling
+from torchtitan.tools.profiling import check_profiling, maybe_profile
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> JobConfig:
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    return config
+
+
+def train(config: JobConfig, first: int, last: int, rank: int = 0) -> None:
+    """Steps `first` to `last`; step N multiplies matrices of size N, so that its trace tells."""
+    with maybe_profile(config, rank, first - 1) as profiler:
+        for step in range(first, last + 1):
+            matrix = torch.ones(step, step)
+            torch.mm(matrix, matrix)
+            profiler.step()
+
+
+def written(config: JobConfig) -> list[str]:
+    folder = Path(config.job.dump_folder)
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def mm_shapes(path: Path) -> list[list[list[int]]]:
+    with gzip.open(path, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    return [event["args"]["Input Dims"] for event in events if event.get("name") == "aten::mm"]
+
+
+def test_trace_holds_the_operations_of_its_step(config: JobConfig, tmp_path: Path) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq = 4
+    train(config, 1, 11, rank=3)
+    assert written(config) == [
+        "profile/step-4/rank-3.json.gz",
+        "profile/step-8/rank-3.json.gz",
+    ]
+    for step in (4, 8):
+        path = tmp_path / "profile" / f"step-{step}" / "rank-3.json.gz"
+        assert mm_shapes(path) == [[[step, step], [step, step]]]
+
+
+def test_resumed_run_traces_the_same_steps(config: JobConfig, tmp_path: Path) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq = 4
+    train(config, 7, 9)
+    assert written(config) == ["profile/step-8/rank-0.json.gz"]
+    path = tmp_path / "profile" / "step-8" / "rank-0.json.gz"
+    assert mm_shapes(path) == [[[8, 8], [8, 8]]]
+
+
+@pytest.mark.parametrize("freq", [1, 2])
+def test_short_intervals(config: JobConfig, tmp_path: Path, freq: int) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq = freq
+    train(config, 1, 4)
+    steps = range(freq, 5, freq)
+    assert written(config) == [f"profile/step-{step}/rank-0.json.gz" for step in steps]
+    for step in steps:
+        path = tmp_path / "profile" / f"step-{step}" / "rank-0.json.gz"
+        assert mm_shapes(path) == [[[step, step], [step, step]]]
+
+
+def test_nothing_is_written_unless_asked(config: JobConfig) -> None:
+    config.profiling.profile_freq = 1
+    train(config, 1, 2)
+    assert written(config) == []
+
+
+def test_an_error_in_training_passes_through(config: JobConfig) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq = 2
+    with pytest.raises(ValueError, match="of the model"), maybe_profile(config, 0, 0) as profiler:
+        profiler.step()
+        raise ValueError("of the model")
+    assert written(config) == []
+
+
+def test_memory_snapshots_need_cuda(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "device_type", lambda: "cpu")
+    check_profiling(config)
+    config.profiling.enable_memory_snapshot = True
+    with pytest.raises(ConfigError, match=r"profiling\.enable_memory_snapshot.*CUDA"):
+        check_profiling(config)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for CUDA's memory recording."""
+    state = SimpleNamespace(recording=False)
+
+    def record(enabled: str | None = "all", max_entries: int = 0) -> None:
+        state.recording = enabled is not None
+
+    def dump(path: str) -> None:
+        assert state.recording
+        Path(path).write_text("snapshot")
+
+    monkeypatch.setattr(profiling, "device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
+    return state
+
+
+def test_memory_snapshot_every_freq_steps(config: JobConfig, cuda: SimpleNamespace) -> None:
+    config.profiling.enable_memory_snapshot = True
+    config.profiling.profile_freq = 2
+    train(config, 2, 5, rank=1)
+    assert written(config) == [
+        "profile/step-2/memory-rank-1.pickle",
+        "profile/step-4/memory-rank-1.pickle",
+    ]
+    assert not cuda.recording
+
+
+@pytest.mark.parametrize(
+    ("error", "files"),
+    [
+        (torch.OutOfMemoryError, ["profile/step-3/out-of-memory-rank-0.pickle"]),
+        (RuntimeError, []),
+    ],
+)
+def test_memory_snapshot_when_memory_runs_out(
+    config: JobConfig, cuda: SimpleNamespace, error: type[Exception], files: list[str]
+) -> None:
+    config.profiling.enable_memory_snapshot = True
+    with pytest.raises(error), maybe_profile(config, 0, 0) as profiler:
+        profiler.step()
+        profiler.step()
+        raise error("CUDA out of memory")
+    assert written(config) == files
+    assert not cuda.recording

@@ -1,0 +1,41 @@
+"""All ranks see the same outcome of what one of them did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+T = TypeVar("T")
+
+
+def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Call `function` on rank 0 alone; return its result, or raise its error, on every rank.
+
+    `group` holds all ranks; None: there is only this process.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    if group is None or dist.get_rank() == 0:
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+    if group is not None:
+        outcome = [result, error]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def first_failure(failure: CheckpointException) -> BaseException:
+    """The error of the first rank among those that failed to save or load.
+
+    torch.distributed.checkpoint collects errors from all ranks and raises them on all.
+    """
+    error, _ = failure.failures[min(failure.failures)]
+    return error

@@ -1,0 +1,182 @@
+"""Model weights from a checkpoint of ours or from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from torchtitan.distributed.names import canonical_name
+from torchtitan.errors import CheckpointError
+from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
+
+from .agreement import on_rank_zero
+from .folder import MANIFEST, Manifest, list_checkpoints
+from .reader import (
+    SAFETENSORS_FILE,
+    SAFETENSORS_INDEX,
+    CheckpointReader,
+    SafetensorsReader,
+    enumerate_few,
+    read_metadata,
+    read_safetensors_metadata,
+    read_state,
+)
+
+if TYPE_CHECKING:
+    from torchtitan.protocols import BaseStateDictAdapter, ModelProtocol
+
+
+def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
+    """Fill a model with the weights in the folder `path`, in place.
+
+    The folder is a `step-N` of ours, or holds `model.safetensors` or
+    `model.safetensors.index.json`. A model on the meta device is first allocated on the CPU. A
+    sharded model reads only its shards, and all ranks call this together.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or keys or shapes do not fit the model.
+    """
+    if any(param.is_meta for param in model.parameters()):
+        from torchtitan.distributed.init import initialize_weights
+
+        initialize_weights(model, seed=0, device=torch.device("cpu"))
+    sharded = any(isinstance(param, DTensor) for param in model.parameters())
+    load_weights_of_parts([model], Path(path), dist.group.WORLD if sharded else None)
+
+
+def load_weights_of_parts(
+    model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
+) -> None:
+    """`load_model_weights` for the parts of one model that a rank of `group` has."""
+    if on_rank_zero(lambda: _is_huggingface(path), group):
+        _load_huggingface(model_parts, path, group)
+    else:
+        checkpoint = OpenCheckpoint.open(path, group)
+        checkpoint.read_into({"model": model_state(model_parts)}, model_parts[0], group)
+
+
+def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
+    """Canonical name -> parameter or persistent buffer (the tensors themselves, not copies)."""
+    return {k: v for part in model_parts for k, v in get_model_state_dict(part).items()}
+
+
+def model_args(model: nn.Module) -> dict[str, Any]:
+    """The model's hyperparameters in the form that JSON gives back; empty if it has no `args`."""
+    args = getattr(model, "args", None)
+    plain = dataclasses.asdict(args) if dataclasses.is_dataclass(args) else {}
+    return json.loads(json.dumps(plain, default=str))
+
+
+@dataclass
+class OpenCheckpoint:
+    """A complete checkpoint of ours whose files are all there."""
+
+    folder: Path
+    manifest: Manifest
+    metadata: Metadata
+
+    @classmethod
+    def open(cls, folder: Path, group: dist.ProcessGroup | None) -> OpenCheckpoint:
+        """Raises `CheckpointError` on all ranks of `group` if a file is missing or truncated."""
+
+        def read() -> OpenCheckpoint:
+            manifest = Manifest.read(folder)
+            manifest.check_files(folder)
+            return cls(folder, manifest, read_metadata(folder))
+
+        return on_rank_zero(read, group)
+
+    def read_into(
+        self, state: dict[str, Any], model: nn.Module, group: dist.ProcessGroup | None
+    ) -> None:
+        """Fill the parts of `state` ("model", "optimizer", ...) in place; other parts stay unread.
+
+        Raises:
+            CheckpointError: a file is damaged, or keys or shapes do not fit. It says in which
+                hyperparameters `model` differs from the one that was saved.
+        """
+        parts = set(state)
+        reader = CheckpointReader(self.folder, self.metadata)
+        try:
+            read_state(state, reader, lambda key: key.partition(".")[0] in parts, group)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{self._difference_from(model)}") from error
+
+    def _difference_from(self, model: nn.Module) -> str:
+        saved, current = self.manifest.model.get("args", {}), model_args(model)
+        names = sorted(
+            name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name)
+        )
+        if not names:
+            return ""
+        differences = [f"{name} = {saved.get(name)} (now {current.get(name)})" for name in names]
+        return f". It was saved from another model: {enumerate_few(differences)}"
+
+
+def _is_huggingface(path: Path) -> bool:
+    """False for a checkpoint of ours. Raises `CheckpointError` for anything else."""
+    if (path / MANIFEST).is_file():
+        return False
+    if (path / SAFETENSORS_FILE).is_file() or (path / SAFETENSORS_INDEX).is_file():
+        return True
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder")
+    steps = list_checkpoints(path)
+    hint = f". Did you mean {steps[-1]}?" if steps else ""
+    raise CheckpointError(
+        f"{path} is no checkpoint: it has neither {MANIFEST} (complete checkpoint of ours) nor "
+        f"{SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face){hint}"
+    )
+
+
+def _load_huggingface(
+    model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
+) -> None:
+    adapter = _adapter_of(model_parts[0], path)
+    metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
+    tied = {name for part in model_parts for name in _tied_names(part)}
+    state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
+    hf_state = adapter.to_hf(state)
+
+    def is_wanted(key: str) -> bool:
+        # Adapters pass over what a file need not have: rotary frequencies, a copy of tied weights.
+        shape = metadata.state_dict_metadata[key].size
+        try:
+            converted = adapter.from_hf({key: torch.empty(shape, device="meta")})
+        except (CheckpointError, KeyError):
+            return True
+        return any(name not in tied for name in converted)
+
+    read_state(hf_state, SafetensorsReader(path, metadata), is_wanted, group)
+    converted = adapter.from_hf(hf_state)
+    for name, tensor in state.items():
+        tensor.copy_(converted[name])
+
+
+def _adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
+    """The adapter in the `TrainSpec` of the model's class."""
+    for name in MODEL_REGISTRY:
+        for flavor in model_flavors(name)[:1]:
+            spec = MODEL_REGISTRY[name](flavor)
+            if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
+                return spec.state_dict_adapter(model.args, hf_assets_path=path)
+    raise CheckpointError(
+        f"{path} holds Hugging Face weights, but no registered TrainSpec of {type(model).__name__} "
+        "has a state_dict_adapter to read them with"
+    )
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Second names of parameters that have two: Hugging Face files hold them once."""
+    all_names = {canonical_name(n) for n, _ in model.named_parameters(remove_duplicate=False)}
+    return all_names - {canonical_name(n) for n, _ in model.named_parameters()}

@@ -1,0 +1,268 @@
+"""Reads checkpoints of ours and Hugging Face safetensors, each rank only the slices that it needs.
+
+Nothing that is read can run code: of pickle, only plain data passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from torchtitan.errors import CheckpointError
+
+from .agreement import first_failure
+
+EXCLUDABLE_PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+SAFETENSORS_FILE = "model.safetensors"
+
+
+class CheckpointReader(dcp.FileSystemReader):
+    """Reads the files of a checkpoint of ours. An error names the file.
+
+    Args:
+        folder: the `step-N` folder.
+        metadata: which tensor is where, from `read_metadata`.
+    """
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        items_of_file: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            items_of_file[self.storage_data[item.storage_index].relative_path].append(item)
+        for name, items in items_of_file.items():
+            try:
+                self.read_file(name, dataclasses.replace(plan, items=items), planner)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.path / name} is damaged: {first_line(error)}"
+                ) from error
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
+        super().read_data(plan, planner)
+
+
+class SafetensorsReader(CheckpointReader):
+    """Reads the files of a Hugging Face folder. Metadata: from `read_safetensors_metadata`."""
+
+    def read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
+        with safe_open(self.path / name, framework="pt") as file:
+            for item in plan.items:
+                starts_and_lengths = zip(item.storage_offsets, item.lengths, strict=True)
+                part = tuple(slice(start, start + length) for start, length in starts_and_lengths)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(file.get_slice(item.storage_index.fqn)[part])
+                planner.commit_tensor(item, target)
+
+
+class ExactLoadPlanner(dcp.DefaultLoadPlanner):
+    """Accepts a checkpoint only if it has the keys and shapes of the state to be filled.
+
+    Args:
+        folder: for messages.
+        is_wanted: says of a key of the checkpoint whether it has to be read by some rank.
+    """
+
+    def __init__(self, folder: Path, is_wanted: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._folder = folder
+        self._is_wanted = is_wanted
+
+    def create_local_plan(self) -> LoadPlan:
+        saved = self.metadata.state_dict_metadata
+        missing = [key for key in self.state_dict if key not in saved]
+        if missing:
+            raise CheckpointError(
+                f"{self._folder} lacks {enumerate_few(missing)}{_way_out(missing)}"
+            )
+        files = {index.fqn: at.relative_path for index, at in self.metadata.storage_data.items()}
+        misfits = [
+            f"{key} (saved {list(saved[key].size)} in {files[key]}, needed {list(value.shape)})"
+            for key, value in self.state_dict.items()
+            if isinstance(value, torch.Tensor)
+            and isinstance(saved[key], TensorStorageMetadata)
+            and saved[key].size != value.shape
+        ]
+        if misfits:
+            raise CheckpointError(
+                f"{self._folder} has other shapes of {enumerate_few(misfits)}{_way_out(misfits)}"
+            )
+        return create_default_local_load_plan(self.state_dict, self.metadata)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        read = {item.dest_index.fqn for plan in global_plan for item in plan.items}
+        keys = self.metadata.state_dict_metadata
+        unread = [key for key in keys if key not in read and self._is_wanted(key)]
+        if unread:
+            raise CheckpointError(
+                f"{self._folder} has {enumerate_few(unread)}, which this run has no place for"
+                f"{_way_out(unread)}"
+            )
+        return super().create_global_plan(global_plan)
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        try:
+            torch.load(value, weights_only=True)  # the base class would run any code in it
+        except pickle.UnpicklingError:
+            key = read_item.storage_index.fqn
+            raise ValueError(f"{key} is damaged or more than plain data") from None
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def read_state(
+    state: dict[str, Any],
+    reader: CheckpointReader,
+    is_wanted: Callable[[str], bool],
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Fill `state` (nested dicts of tensors, DTensors and plain values) in place.
+
+    All ranks of `group` call this together; with None, this process reads on its own.
+
+    Raises:
+        CheckpointError: on all ranks, if on any of them something is damaged or does not fit.
+    """
+    planner = ExactLoadPlanner(reader.path, is_wanted)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(
+                state,
+                storage_reader=reader,
+                planner=planner,
+                process_group=group,
+                no_dist=group is None,
+            )
+    except CheckpointException as failure:
+        error = first_failure(failure)
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+            raise error from None
+        raise CheckpointError(f"{reader.path} cannot be read: {first_line(error)}") from error
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Which tensor is where in a checkpoint of ours. Raises `CheckpointError`."""
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            metadata = _PlainDataUnpickler(file).load()
+    except Exception as error:  # damaged pickles raise errors of any kind
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} is damaged: it holds no checkpoint metadata")
+    return metadata
+
+
+class _PlainDataUnpickler(pickle.Unpickler):
+    """Makes only the classes that checkpoint metadata consists of."""
+
+    _ALLOWED = frozenset(
+        {
+            "torch.Size",
+            "torch.serialization._get_layout",
+            "torch.distributed.checkpoint.filesystem._StorageInfo",
+            "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+            "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
+            "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+            "torch.distributed.checkpoint.metadata.Metadata",
+            "torch.distributed.checkpoint.metadata.MetadataIndex",
+            "torch.distributed.checkpoint.metadata.StorageMeta",
+            "torch.distributed.checkpoint.metadata.TensorProperties",
+            "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+        }
+    )
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        is_dtype = module_name == "torch" and isinstance(
+            getattr(torch, global_name, None), torch.dtype
+        )
+        if not is_dtype and f"{module_name}.{global_name}" not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def read_safetensors_metadata(folder: Path) -> Metadata:
+    """Which tensor is where in a Hugging Face folder: one file, or an index and its shards.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    metadata = Metadata(state_dict_metadata={}, storage_data={})
+    for name in _safetensors_files(folder):
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder / name} is missing") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / name} is damaged: {first_line(error)}") from error
+        for key, shape in shapes.items():
+            size, start = torch.Size(shape), torch.Size([0] * len(shape))
+            metadata.state_dict_metadata[key] = TensorStorageMetadata(
+                TensorProperties(), size, [ChunkStorageMetadata(offsets=start, sizes=size)]
+            )
+            metadata.storage_data[MetadataIndex(key, start)] = _StorageInfo(name, 0, 0)
+    return metadata
+
+
+def _safetensors_files(folder: Path) -> list[str]:
+    index = folder / SAFETENSORS_INDEX
+    if not index.is_file():
+        return [SAFETENSORS_FILE]
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged: {first_line(error)}") from error
+
+
+def _way_out(keys: list[str]) -> str:
+    part = keys[0].partition(".")[0]
+    if part not in EXCLUDABLE_PARTS:
+        return ""
+    return f'; checkpoint.exclude_from_loading = ["{part}"] would start it anew'
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message (PyTorch's go on with C++ frames)."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def enumerate_few(names: Iterable[str]) -> str:
+    """`a, b, c and 7 more`."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

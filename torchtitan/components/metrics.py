@@ -1,0 +1,191 @@
+"""What is measured at each logged step, and sent to the progress line and the sinks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from torchtitan.components.metric_sinks import Group, Sink, build_sinks
+from torchtitan.components.progress import Progress, build_progress
+from torchtitan.distributed.utils import rank
+from torchtitan.errors import ConfigError
+from torchtitan.tools.hardware import peak_memory, this_device_peak_flops
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.protocols.model import BaseModelArgs
+
+logger = logging.getLogger("torchtitan")
+
+
+def build_metrics_processor(
+    job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs
+) -> MetricsProcessor:
+    """The metrics of a run. Rank 0 shows and writes them; on other ranks every call does nothing.
+
+    Raises:
+        ConfigError: W&B is asked for, and it is not installed or refuses to start.
+    """
+    writes = rank() == 0
+    _, flops_per_token = model_args.get_nparams_and_flops(job_config.training.seq_len)
+    # The peak is that of bf16; a run in fp32 cannot be held against it.
+    in_bf16 = job_config.training.mixed_precision_param == "bfloat16"
+    return MetricsProcessor(
+        total_steps=job_config.training.steps,
+        devices=parallel_dims.world_size,
+        flops_per_token=flops_per_token,
+        peak_flops=this_device_peak_flops() if in_bf16 else None,
+        progress=build_progress(job_config.metrics.progress, job_config.training.steps)
+        if writes
+        else None,
+        sinks=build_sinks(job_config) if writes else [],
+    )
+
+
+class MetricsProcessor:
+    """Turns what the trainer knows about a step into the values that people watch.
+
+    The order of calls: `start` just before the first step, `log` after each step that is logged,
+    `log_validation` after each validation, `close` at the end, also when the run fails (it gives
+    the terminal back). Time spent inside `pause` does not count in the throughput.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        devices: int,
+        flops_per_token: int,
+        peak_flops: float | None,
+        progress: Progress | None,
+        sinks: list[Sink],
+    ) -> None:
+        self._total_steps = total_steps
+        self._devices = devices
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._progress = progress
+        self._sinks = sinks
+        self._tokens_seen = 0
+        self._started = self._logged = perf_counter()
+        self._paused_seconds = 0.0  # since the last logged step
+        self._first_logged: tuple[int, float] | None = None  # step and time
+
+    def start(self, step: int = 0, tokens_seen: int = 0) -> None:
+        """Begin a run after `step` (0, or the step of the checkpoint it resumes from).
+
+        Values of later steps, which an earlier attempt left in the dump folder, are dropped, so
+        that each file has one line a step.
+
+        Args:
+            tokens_seen: tokens trained on in the steps before.
+
+        Raises:
+            ConfigError: `job.dump_folder` cannot be written to.
+        """
+        for sink in self._sinks:
+            try:
+                sink.start(step)
+            except OSError as error:
+                raise ConfigError(f"job.dump_folder: cannot write metrics: {error}") from error
+        self._tokens_seen = tokens_seen
+        self._started = self._logged = perf_counter()
+        self._paused_seconds = 0.0
+        self._first_logged = None
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around work that is not training: validation, checkpoints, writing a trace."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_seconds += perf_counter() - begin
+
+    def log(
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        ntokens_since_last: int,
+        data_wait_seconds: float,
+        max_loss: float | None = None,
+        extra: dict[str, float] | None = None,
+    ) -> None:
+        """Log a step.
+
+        Args:
+            loss: mean over the tokens of the step, on all ranks.
+            grad_norm: global norm of the gradients before clipping.
+            ntokens_since_last: tokens that the whole world processed since the last logged step.
+            data_wait_seconds: time this rank waited for its data since the last logged step.
+            max_loss: largest of the ranks' own mean losses.
+            extra: further values, under the names they shall have in `metrics.jsonl`.
+        """
+        self._tokens_seen += ntokens_since_last
+        if self._progress is None:
+            return
+        now = perf_counter()
+        seconds = max(now - self._logged - self._paused_seconds, 1e-9)
+        tokens_per_second = ntokens_since_last / seconds
+        flops = tokens_per_second / self._devices * self._flops_per_token
+        memory = peak_memory()
+        values: dict[str, Any] = {
+            "loss": loss,
+            "max_loss": max_loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_device": tokens_per_second / self._devices,
+            "tflops_per_second_per_device": flops / 1e12,
+            "mfu": flops / self._peak_flops if self._peak_flops else None,
+            "peak_memory_bytes": memory.bytes,
+            "peak_memory_reserved_percent": memory.reserved_percent,
+            "data_wait_seconds": data_wait_seconds,
+            "elapsed_seconds": now - self._started,
+            "tokens_seen": self._tokens_seen,
+        }
+        values = {key: value for key, value in values.items() if value is not None}
+        values |= extra or {}
+        self._progress.update(step, values, self._eta_seconds(step, now))
+        self._write(step, values, "train")
+        # Time spent here is not the training's either.
+        self._logged = perf_counter()
+        self._paused_seconds = 0.0
+
+    def log_validation(self, step: int, loss: float) -> None:
+        """Log the loss on held-out data after `step`, a mean over all tokens of all ranks."""
+        if self._progress is None:
+            return
+        logger.info("validation after step %d: loss %.4f", step, loss)
+        self._write(step, {"loss": loss}, "validation")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+    def _eta_seconds(self, step: int, now: float) -> float | None:
+        """At the mean pace, pauses included, since the first logged step (which may compile)."""
+        if self._first_logged is None:
+            self._first_logged = (step, now)
+        first_step, first_time = self._first_logged
+        if step == first_step:
+            return None
+        return (now - first_time) / (step - first_step) * (self._total_steps - step)
+
+    def _write(self, step: int, values: dict[str, Any], group: Group) -> None:
+        for sink in list(self._sinks):
+            try:
+                sink.write(step, values, group)
+            except OSError as error:  # a full disk: no reason to lose the run
+                logger.warning("%s stops at step %d: %s", type(sink).__name__, step, error)
+                self._sinks.remove(sink)
