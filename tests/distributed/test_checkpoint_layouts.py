@@ -16,13 +16,9 @@ import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -31,6 +27,8 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.writer import CheckpointWriter
+from torchtitan.components.lr_scheduler import build_lr_scheduler
+from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import CheckpointError
@@ -45,7 +43,6 @@ from torchtitan.protocols import (
 multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])
 
 GLOBAL_BATCH_SIZE = 8
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 FULL = StateDictOptions(full_state_dict=True)
 
 # name -> dp_replicate, dp_shard, tp
@@ -84,13 +81,13 @@ class Net(ModelProtocol):
 
 
 class NetAdapter(BaseStateDictAdapter):
-    """Transposes matrices, so that sharded dimensions differ on the two sides."""
+    """Transposes a matrix, so that its sharded dimensions differ on the two sides."""
 
     def to_hf(self, state_dict):
-        return {f"hf.{k}": v.t() if v.ndim == 2 else v for k, v in state_dict.items()}
+        return {f"hf.{k}": v.t() if k == "output.weight" else v for k, v in state_dict.items()}
 
     def from_hf(self, state_dict):
-        return {k[3:]: v.t() if v.ndim == 2 else v for k, v in state_dict.items()}
+        return {k[3:]: v.t() if k == "hf.output.weight" else v for k, v in state_dict.items()}
 
 
 MODEL_CONFIGS = {"tiny": NetArgs()}
@@ -138,10 +135,15 @@ class Counter:
         self.step = state["step"]
 
 
+def full(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 class Run:
     def __init__(self, layout: str, folder: Path, seed: int = 0, **checkpoint) -> None:
         degrees = LAYOUTS[layout]
-        mesh = ParallelDims(*degrees, world_size=dist.get_world_size()).world_mesh
+        parallel_dims = ParallelDims(*degrees, world_size=dist.get_world_size())
+        mesh = parallel_dims.world_mesh
         self.dp_mesh = mesh["dp"]
         torch.manual_seed(seed)
         self.model = Net(NetArgs())
@@ -151,30 +153,24 @@ class Run:
         sharding = ("dp_replicate", "dp_shard") if degrees[0] > 1 else ("dp_shard",)
         fully_shard(self.model.layers["0"], mesh=mesh[sharding])
         fully_shard(self.model, mesh=mesh[sharding])
-        self.adamw = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.schedule = torch.optim.lr_scheduler.StepLR(self.adamw, 1, gamma=0.9)
-        self.loader, self.counter = Rows(self.dp_mesh), Counter()
         config = JobConfig()
         config.job.dump_folder = str(folder)
         config.checkpoint.enable, config.checkpoint.interval = True, 2
         for key, value in checkpoint.items():
             setattr(config.checkpoint, key, value)
+        config.training.steps, config.optimizer.lr, config.lr_scheduler.warmup_steps = 10, 1e-2, 1
+        self.optimizers = build_optimizer([self.model], config, parallel_dims)
+        self.schedule = build_lr_scheduler(self.optimizers, config)
+        self.loader, self.counter = Rows(self.dp_mesh), Counter()
         self.manager = CheckpointManager(
             config,
             model_parts=[self.model],
-            optimizers=self,
+            optimizers=self.optimizers,
             lr_schedulers=self.schedule,
             dataloader=self.loader,
             train_state=self.counter,
             dp_mesh=self.dp_mesh,
         )
-
-    def state_dict(self):
-        """That of the optimizer."""
-        return get_optimizer_state_dict(self.model, self.adamw, options=FLAT)
-
-    def load_state_dict(self, state):
-        set_optimizer_state_dict(self.model, self.adamw, state, options=FLAT)
 
     def train(self, until: int, last: bool = False) -> list[float]:
         """The losses over the global batch."""
@@ -185,8 +181,8 @@ class Run:
                 self.model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
             )
             loss.backward()
-            self.adamw.step()
-            self.adamw.zero_grad()
+            self.optimizers.step()
+            self.optimizers.zero_grad()
             self.schedule.step()
             self.counter.step += 1
             mean = loss.detach().clone()
@@ -201,9 +197,9 @@ class Run:
         dist.all_gather(rows, self.loader.rows, group=self.dp_mesh.get_group())
         state = {
             "model": get_model_state_dict(self.model, options=FULL),
-            "optimizer": get_optimizer_state_dict(self.model, self.adamw, options=FULL)["state"],
+            "optimizer": {k: full(v) for k, v in self.optimizers.state_dict().items()},
             "rows": torch.cat(rows),
-            "lr": self.schedule.get_last_lr(),
+            "lr": self.schedule.last_lr,
             "step": self.counter.step,
         }
         return copy.deepcopy(state)

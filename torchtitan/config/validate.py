@@ -134,15 +134,6 @@ def _check_optimizer(job_config: JobConfig) -> None:
         except (re.error, OverflowError, RecursionError) as error:
             _fail(job_config, f"{key}.pattern", f"not a regular expression: {error}")
 
-    warmup_steps, steps = job_config.lr_scheduler.warmup_steps, job_config.training.steps
-    if warmup_steps > steps:
-        _fail(
-            job_config,
-            "lr_scheduler.warmup_steps",
-            f"exceeds training.steps = {steps}, so the peak learning rate would never be reached. "
-            f"Set lr_scheduler.warmup_steps to at most {steps}",
-        )
-
 
 def _check_activation_checkpoint(job_config: JobConfig) -> None:
     config, compile_config = job_config.activation_checkpoint, job_config.compile

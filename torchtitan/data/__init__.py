@@ -1,5 +1,6 @@
 """From named datasets to batches of token ids."""
 
-from .loader import build_dataloader
+from .loader import DataLoader, build_dataloader, build_validation_dataloader
+from .sources import register_dataset
 
-__all__ = ["build_dataloader"]
+__all__ = ["DataLoader", "build_dataloader", "build_validation_dataloader", "register_dataset"]

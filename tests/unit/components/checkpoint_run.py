@@ -11,18 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
 
 from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.lr_scheduler import build_lr_scheduler
+from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import JobConfig
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols import BaseModelArgs, ModelProtocol
-
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass
@@ -89,20 +84,6 @@ class TrainState:
         self.step = state["step"]
 
 
-class Optimizers:
-    """One AdamW over the model, with a state as `OptimizersContainer` has it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-    def state_dict(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, self.adamw, options=FLAT)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_optimizer_state_dict(self.model, self.adamw, state, options=FLAT)
-
-
 class Run:
     """Builds everything anew, as another process would."""
 
@@ -115,17 +96,21 @@ class Run:
         global_batch_size: int = 4,
         steps: int = 10,
         model: nn.Module | None = None,
+        optimizer: str = "AdamW",
         **checkpoint: Any,
     ) -> None:
         config = JobConfig()
         config.job.dump_folder = str(dump_folder)
         config.training.steps = steps
+        config.optimizer.name, config.optimizer.lr = optimizer, 1e-2
+        config.lr_scheduler.warmup_steps = 1
         for key, value in ({"enable": True, "interval": 2} | checkpoint).items():
             setattr(config.checkpoint, key, value)
         torch.manual_seed(seed)
         self.model = model if model is not None else TinyModel(args or TinyArgs())
-        self.optimizers = Optimizers(self.model)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizers.adamw, 20)
+        parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, tp=1, world_size=1)
+        self.optimizers = build_optimizer([self.model], config, parallel_dims)
+        self.schedule = build_lr_scheduler(self.optimizers, config)
         self.loader = CountingLoader(global_batch_size)
         self.state = TrainState()
         self.manager = CheckpointManager(
@@ -135,7 +120,7 @@ class Run:
             lr_schedulers=self.schedule,
             dataloader=self.loader,
             train_state=self.state,
-            dp_mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)),
+            dp_mesh=parallel_dims.world_mesh["dp"],
         )
 
     def train(self, until: int, last: bool = False) -> list[float]:
@@ -146,8 +131,8 @@ class Run:
             logits = self.model(tokens)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
             loss.backward()
-            self.optimizers.adamw.step()
-            self.optimizers.adamw.zero_grad()
+            self.optimizers.step()
+            self.optimizers.zero_grad()
             self.schedule.step()
             self.state.step += 1
             losses.append(loss.item())

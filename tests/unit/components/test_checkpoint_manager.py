@@ -16,13 +16,14 @@ def steps_in(tmp_path):
 
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])
-def test_a_resumed_run_continues_bitwise(tmp_path, async_mode):
-    expected = Run(tmp_path / "whole", enable=False).train(9)
-    first = Run(tmp_path, async_mode=async_mode)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Muon"])
+def test_a_resumed_run_continues_bitwise(tmp_path, optimizer, async_mode):
+    expected = Run(tmp_path / "whole", optimizer=optimizer, enable=False).train(9)
+    first = Run(tmp_path, optimizer=optimizer, async_mode=async_mode)
     first.train(6)
     first.manager.close()
 
-    resumed = Run(tmp_path, seed=1)
+    resumed = Run(tmp_path, seed=1, optimizer=optimizer)
     assert resumed.manager.load() == 6
     assert resumed.state.step == 6
     assert resumed.train(9) == expected[6:]
@@ -155,8 +156,8 @@ def test_excluded_parts_start_anew(tmp_path, part):
     resumed = Run(tmp_path, seed=1, exclude_from_loading=[part])
     assert resumed.manager.load() == 2
     loaded = {
-        "optimizer": bool(resumed.optimizers.adamw.state),
-        "lr_scheduler": resumed.schedule.last_epoch == 2,
+        "optimizer": bool(next(iter(resumed.optimizers)).state),
+        "lr_scheduler": resumed.schedule.state_dict() == {"last_epoch": 2},
         "dataloader": bool(resumed.loader.state_dict()["rows"][:, 1].any()),
         "train_state": resumed.state.step == 2,
     }
@@ -183,10 +184,8 @@ def test_another_model_is_refused_with_the_difference(tmp_path):
 
 def test_another_optimizer_is_refused_by_key(tmp_path):
     Run(tmp_path).train(2)
-    other = Run(tmp_path)
-    other.optimizers.adamw = torch.optim.SGD(other.model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(CheckpointError, match=r"lacks optimizer\..*exclude_from_loading"):
-        other.manager.load()
+        Run(tmp_path, optimizer="SGD").manager.load()
 
 
 def test_an_export_has_the_dtype_asked_for_and_cannot_resume(tmp_path):

@@ -88,6 +88,10 @@ class CheckpointManager:
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[int, Future] | None = None
 
+    def is_due(self, step: int, last: bool = False) -> bool:
+        """Whether `save` would save."""
+        return self._config.enable and (last or step % self._config.interval == 0)
+
     def save(self, step: int, last: bool = False) -> None:
         """Save the state after `step` steps if it is time to. Call it after every step.
 
@@ -102,11 +106,9 @@ class CheckpointManager:
         Raises:
             CheckpointError: the last save failed.
         """
-        if not self._config.enable:
-            return
         if self._pending is not None and self._pending[1].done():
             self.wait()
-        if not last and step % self._config.interval != 0:
+        if not self.is_due(step, last):
             return
         self.wait()
 
@@ -165,7 +167,7 @@ class CheckpointManager:
         if self._config.initial_load_path:
             path = Path(self._config.initial_load_path)
             load_weights_of_parts(self._model_parts, path, self._group)
-            logger.info(f"Started from the weights in {path}")
+            logger.info("started from the weights in %s", path)
         return 0
 
     def _folder_to_resume(self) -> Path | None:
@@ -201,7 +203,7 @@ class CheckpointManager:
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
             self._dataloader.load_state_dict({"rows": rows})
-        logger.info(f"Resumed from {checkpoint.folder}")
+        logger.info("resumed from %s", checkpoint.folder)
         return checkpoint.manifest.step
 
     def _check_batch_size(self, checkpoint: OpenCheckpoint) -> None:
@@ -247,4 +249,4 @@ class CheckpointManager:
 
 def _log_failure(message: str) -> None:
     if dist.get_rank() == 0:
-        logger.error(f"{message}. Training goes on")
+        logger.error("%s. Training goes on", message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,15 @@ class CheckpointWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
-        except RuntimeError as error:
+        except Exception as error:
             # PyTorch's serialization hides a failed write (disk full) behind an error of its own.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            hidden = error.__context__
+            cause = hidden if isinstance(hidden, OSError) else error
+            # The frames hold views of buffers, which CPython (3.12.1, say) crashes on when its
+            # garbage collector frees them.
+            for failed in filter(None, (error, hidden)):
+                traceback.clear_frames(failed.__traceback__)
+            raise cause from None
 
     def storage_meta(self) -> StorageMeta:
         # The default records the folder, as a Path, whose pickled form depends on Python's version.
@@ -62,9 +67,9 @@ class CheckpointWriter(FileSystemWriter):
         super().finish(metadata, results)
         self._manifest.write(self.path)
         folders.commit(self._folder)
-        logger.info(f"Saved {self._folder}")
+        logger.info("saved %s", self._folder)
         if self._keep_latest:
             try:
                 folders.prune(self._folder.parent, self._keep_latest, newest=self._folder)
             except OSError as error:
-                logger.warning(f"An old checkpoint could not be deleted: {error}")
+                logger.warning("an old checkpoint could not be deleted: %s", error)

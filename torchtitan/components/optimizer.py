@@ -1,0 +1,202 @@
+"""Optimizers over the parameters of this rank, in groups by what they are and what they are named."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from torchtitan.distributed.names import canonical_name
+from torchtitan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.config.optimizer import Optimizer as OptimizerConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+_OUTPUT_NAMES = ("output", "lm_head")
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A trainable parameter and what the optimizers need to know of it."""
+
+    name: str
+    """As in checkpoints."""
+    param: nn.Parameter
+    kind: str
+    """`norm`, `bias`, `embedding`, `output` or `weight`."""
+    lr_scale: float
+    weight_decay: float
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        return self.kind == "weight" and self.param.ndim == 2
+
+
+Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Optimizer]]
+
+
+def _adam(cls: type[torch.optim.Optimizer]) -> Build:
+    def build(
+        params: list[NamedParameter], config: OptimizerConfig
+    ) -> list[torch.optim.Optimizer]:
+        betas = (config.beta1, config.beta2)
+        groups = _param_groups(params, config.lr)
+        return [cls(groups, lr=config.lr, betas=betas, eps=config.eps, **_kernel(config))]
+
+    return build
+
+
+def _sgd(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    groups = _param_groups(params, config.lr)
+    return [torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, **_kernel(config))]
+
+
+def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for hidden matrices, AdamW for all others.
+
+    Muon orthogonalises whole matrices; sharded ones are gathered as DTensor operations need them.
+    """
+    matrices = [p for p in params if p.is_hidden_matrix]
+    others = [p for p in params if not p.is_hidden_matrix]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        groups = _param_groups(matrices, config.muon_lr)
+        optimizers.append(
+            torch.optim.Muon(groups, lr=config.muon_lr, momentum=config.momentum)
+        )
+    if others:
+        optimizers += OPTIMIZERS["AdamW"](others, config)
+    return optimizers
+
+
+OPTIMIZERS: dict[str, Build] = {
+    "AdamW": _adam(torch.optim.AdamW),
+    "Adam": _adam(torch.optim.Adam),
+    "SGD": _sgd,
+    "Muon": _muon,
+}
+"""`optimizer.name` -> builder."""
+
+
+class OptimizersContainer:
+    """The optimizers of all model parts of this rank, as one."""
+
+    def __init__(self, parts: list[tuple[nn.Module, list[torch.optim.Optimizer]]]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
+        for _, optimizers in self._parts:
+            yield from optimizers
+
+    def step(self) -> None:
+        for optimizer in self:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flat, keyed by parameter name, so that it does not depend on the layout."""
+        merged: dict[str, Any] = {}
+        for model, optimizers in self._parts:
+            merged |= get_optimizer_state_dict(model, optimizers, options=_FLAT)
+        return merged
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for model, optimizers in self._parts:
+            set_optimizer_state_dict(model, optimizers, state_dict, options=_FLAT)
+
+
+def build_optimizer(
+    model_parts: list[nn.Module], job_config: JobConfig, parallel_dims: ParallelDims
+) -> OptimizersContainer:
+    """Optimizers by `[optimizer]`. Parameters with `lr_scale = 0` stop requiring gradients.
+
+    Raises:
+        ConfigError: the pattern of a rule matches no parameter.
+    """
+    config = job_config.optimizer
+    parts = [(model, _named_parameters(model, config)) for model in model_parts]
+    _refuse_idle_rules([p.name for _, params in parts for p in params], config)
+    built = []
+    for model, params in parts:
+        for p in params:
+            p.param.requires_grad_(p.lr_scale > 0)
+        trained = [p for p in params if p.lr_scale > 0]
+        built.append((model, OPTIMIZERS[config.name](trained, config)))
+    return OptimizersContainer(built)
+
+
+def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:
+    kinds = {}
+    for module_name, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            # A weight that the output layer shares with the embedding is an embedding.
+            kinds.setdefault(id(param), _kind(module_name, module, name))
+
+    named = []
+    for fqn, param in model.named_parameters():
+        name, kind = canonical_name(fqn), kinds[id(param)]
+        lr_scale, weight_decay = 1.0, 0.0 if kind in config.no_decay else config.weight_decay
+        for rule in config.rules:
+            if re.search(rule.pattern, name):
+                lr_scale = rule.lr_scale
+                if rule.weight_decay is not None:
+                    weight_decay = rule.weight_decay
+        named.append(NamedParameter(name, param, kind, lr_scale, weight_decay))
+    return named
+
+
+def _kind(module_name: str, module: nn.Module, name: str) -> str:
+    if name == "bias" or name.endswith("_bias"):
+        return "bias"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    if module_name.rpartition(".")[2] in _OUTPUT_NAMES:
+        return "output"
+    return "weight"
+
+
+def _refuse_idle_rules(names: Iterable[str], config: OptimizerConfig) -> None:
+    names = list(names)
+    for rule in config.rules:
+        if not any(re.search(rule.pattern, name) for name in names):
+            some = ", ".join(names[:: max(1, len(names) // 5)][:5])
+            raise ConfigError(
+                f"optimizer.rules: pattern {rule.pattern!r} matches no parameter. "
+                f"Some of their names: {some}"
+            )
+
+
+def _param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]]:
+    """One group for each learning rate, weight decay and mesh: fused kernels take one mesh."""
+    groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    for p in params:
+        mesh = p.param.device_mesh if isinstance(p.param, DTensor) else None
+        groups[lr * p.lr_scale, p.weight_decay, mesh].append(p.param)
+    return [
+        {"params": members, "lr": group_lr, "weight_decay": weight_decay}
+        for (group_lr, weight_decay, _), members in groups.items()
+    ]
+
+
+def _kernel(config: OptimizerConfig) -> dict[str, bool]:
+    fused = config.implementation == "fused"
+    return {"fused": fused, "foreach": config.implementation == "foreach"}

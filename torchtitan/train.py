@@ -1,0 +1,343 @@
+"""The trainer: set-up, then the step loop, from top to bottom.
+
+TOML + command line -> JobConfig -> ParallelDims -> mesh -> TrainSpec -> model on meta ->
+parallelize -> weights -> optimizer, schedule, data, loss -> steps -> metrics, validation, checkpoint
+
+Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torchtitan.train`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.cli import exit_on_user_error
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.metrics import build_metrics_processor
+from torchtitan.components.validate import build_validator
+from torchtitan.config import JobConfig, load_config, origin, to_toml
+from torchtitan.config.validate import resolve_batch, validate
+from torchtitan.distributed import utils
+from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
+from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch, sum_gradients
+from torchtitan.distributed.grad_norm import clip_grad_norm
+from torchtitan.distributed.init import initialize_weights
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import ConfigError, TrainingError
+from torchtitan.models.plugins import load_plugins
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.garbage_collection import GarbageCollection
+from torchtitan.tools.logging import init_logger
+from torchtitan.tools.profiling import check_profiling, maybe_profile
+from torchtitan.tools.stop_request import StopRequest
+
+logger = logging.getLogger("torchtitan")
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class TrainState:
+    """What a resumed run must know besides weights, optimizer, schedule and data position."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens_seen: int = 0
+    """Tokens trained on by all ranks together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": torch.tensor(self.step), "tokens_seen": torch.tensor(self.tokens_seen)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = int(state_dict["step"])
+        self.tokens_seen = int(state_dict["tokens_seen"])
+
+
+class Trainer:
+    """One training run."""
+
+    def __init__(self, job_config: JobConfig) -> None:
+        self.job_config = job_config
+
+        # Everything a user can get wrong is found before processes meet and memory is taken.
+        load_plugins(job_config.job.custom_import)
+        spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+        validate(job_config, utils.world_size())
+        check_profiling(job_config)
+        model_args = spec.model_args.update_from_config(job_config)
+        tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
+        _check_vocabulary(tokenizer, model_args, job_config)
+        parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
+        build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
+        self.metrics = build_metrics(job_config, parallel_dims, model_args)
+
+        if job_config.debug.deterministic:
+            use_deterministic_kernels()
+        utils.init_distributed(job_config.comm.timeout_seconds)
+        self.device = utils.device()
+        self.parallel_dims = parallel_dims
+        world_mesh = parallel_dims.world_mesh
+        self.dp_rank = world_mesh["dp"].get_local_rank()
+
+        with torch.device("meta"):
+            model = spec.model_cls(model_args)
+        self.model_inputs = _model_inputs(model, job_config)
+        self.model = spec.parallelize_fn(model, world_mesh, parallel_dims, job_config)
+        sum_gradients(self.model)
+        offload = job_config.training.enable_cpu_offload
+        initialize_weights(
+            self.model, job_config.debug.seed, torch.device("cpu") if offload else self.device
+        )
+        self.model.train()
+        self.autocast = _autocast(self.model, job_config, self.device)
+        logger.info(
+            "%s %s: %s parameters on %d ranks (dp_replicate %d, dp_shard %d, tp %d)",
+            job_config.model.name,
+            job_config.model.flavor,
+            f"{sum(p.numel() for p in self.model.parameters()):,}",
+            parallel_dims.world_size,
+            parallel_dims.dp_replicate,
+            parallel_dims.dp_shard,
+            parallel_dims.tp,
+        )
+
+        self.loss_fn = spec.build_loss_fn(job_config)
+        self.loss_fn.attach([self.model])
+        self.optimizers = spec.build_optimizer_fn([self.model], job_config, parallel_dims)
+        self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
+        self.dataloader = spec.build_dataloader_fn(
+            job_config, tokenizer, self.dp_rank, parallel_dims.dp
+        )
+        self.validator = None
+        if job_config.validation.enable:
+            self.validator = (spec.build_validator_fn or build_validator)(
+                job_config, tokenizer, self.loss_fn, parallel_dims, self.dp_rank, parallel_dims.dp
+            )
+        batch_size, self.accumulation_steps = resolve_batch(job_config, parallel_dims.dp)
+        self.tokens_per_step = batch_size * job_config.training.seq_len
+        self.state = TrainState()
+        self.checkpointer = CheckpointManager(
+            job_config,
+            model_parts=[self.model],
+            optimizers=self.optimizers,
+            lr_schedulers=self.lr_schedulers,
+            dataloader=self.dataloader,
+            train_state=self.state,
+            dp_mesh=world_mesh["dp"],
+        )
+        self.window = Window()
+        self.data_wait = 0.0
+
+    def train(self) -> None:
+        """Run the steps that are left; on SIGTERM or SIGINT, stop early with a checkpoint."""
+        config = self.job_config
+        self.checkpointer.load()
+        _write_resolved_config(config)
+        self.metrics.start(self.state.step, self.state.tokens_seen)
+        stop = StopRequest()
+        gc_control = GarbageCollection(config.training.gc_freq)
+        try:
+            with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
+                while self.state.step < config.training.steps:
+                    self.state.step += 1
+                    stopping = self.train_step(stop)
+                    self._after_step(stopping)
+                    with self.metrics.pause():
+                        profiler.step()
+                    gc_control.step(self.state.step)
+                    if stopping:
+                        logger.info("stopped after step %d", self.state.step)
+                        break
+        finally:
+            gc_control.close()
+            stop.close()
+            self.metrics.close()
+            self.close()
+        logger.info("training finished at step %d", self.state.step)
+
+    def train_step(self, stop: StopRequest) -> bool:
+        """One optimizer step. Returns whether a rank was asked to stop, the same on every rank."""
+        config, step = self.job_config, self.state.step
+        seed_step(config.debug.seed, step, self.dp_rank)
+        self.optimizers.zero_grad()
+
+        start = time.perf_counter()
+        batches = [next(self.dataloader) for _ in range(self.accumulation_steps)]
+        self.data_wait += time.perf_counter() - start
+
+        # The loss is divided by the tokens of the whole step, so that each token weighs the same.
+        tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+        counts = torch.tensor([tokens, int(stop.received)], device=self.device)
+        dist.all_reduce(counts)
+        global_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
+
+        loss_sum = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            set_last_micro_batch(self.model, number == len(batches))
+            pred, labels = self.predict(batch)
+            loss = self.loss_fn(pred, labels) / global_tokens
+            del pred  # its memory is needed in the backward pass
+            loss.backward()
+            loss_sum += loss.detach()
+
+        grad_norm = clip_grad_norm(self.model.parameters(), config.training.max_norm)
+        self.optimizers.step()
+        self.window.add(step, loss_sum, grad_norm)
+        self.lr = self.lr_schedulers.last_lr
+        self.lr_schedulers.step()
+        return bool(counts[1])
+
+    def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model on one micro-batch. Returns (what it returned, labels `[batch, seq]`)."""
+        batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
+        inputs = {name: batch[name] for name in self.model_inputs}
+        with self.autocast:
+            return self.model(batch["tokens"], **inputs), batch["labels"]
+
+    def _after_step(self, stopping: bool) -> None:
+        """Log, validate and save what is due after this step."""
+        config, step = self.job_config, self.state.step
+        last = step == config.training.steps
+        ending = last or stopping
+        logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
+        validation_due = self.validator and (step % config.validation.freq == 0 or last)
+        saving_due = self.checkpointer.is_due(step, ending)
+
+        # A checkpoint of a model that holds NaN would be worse than none, so look before saving.
+        if logging_due or saving_due:
+            self.window.read(self.parallel_dims, self._refuse_nonfinite)
+        if logging_due:
+            self.state.tokens_seen = step * self.tokens_per_step
+            self.metrics.log(
+                step,
+                loss=self.window.mean_loss,
+                max_loss=self.window.max_loss,
+                grad_norm=self.window.grad_norm,
+                lr=self.lr,
+                ntokens_since_last=self.window.steps * self.tokens_per_step,
+                data_wait_seconds=self.data_wait,
+            )
+            self.window = Window()
+            self.data_wait = 0.0
+        with self.metrics.pause():
+            if validation_due:
+                self.metrics.log_validation(step, self.validator.validate(self.model, self.predict))
+            self.checkpointer.save(step, last=ending)
+
+    def _refuse_nonfinite(self, step: int, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        newest = self.checkpointer.newest()
+        raise TrainingError(
+            f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}. "
+            f"The last good checkpoint is {newest or '(none)'}"
+        )
+
+    def close(self) -> None:
+        """Stop the background threads and leave the process group."""
+        self.dataloader.close()
+        if self.validator:
+            self.validator.close()
+        self.checkpointer.close()
+        dist.destroy_process_group()
+
+
+class Window:
+    """Losses and gradient norms since the last logged step, on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._losses: list[float] = []
+
+    def add(self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """`local_loss` is this rank's share of the step's loss, so the sum over ranks is whole."""
+        self.steps += 1
+        self._unread.append((step, local_loss, grad_norm))
+
+    def read(
+        self, parallel_dims: ParallelDims, check: Callable[[int, float, float], None]
+    ) -> None:
+        """Fetch what is new from the device, and hand each step's numbers to `check`."""
+        steps, losses, norms = zip(*self._unread, strict=True)
+        self._unread = []
+        summed = torch.stack(losses).double()
+        dist.all_reduce(summed)
+        values = (summed / parallel_dims.non_data_parallel_size).tolist()
+        for step, loss, norm in zip(steps, values, torch.stack(norms).tolist(), strict=True):
+            check(step, loss, norm)
+            self._losses.append(loss)
+            self.grad_norm = norm
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(self._losses) / len(self._losses)
+
+    @property
+    def max_loss(self) -> float:
+        return max(self._losses)
+
+
+def _check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:
+    """A token id beyond the embedding would be an index error on the device, hard to read."""
+    size = getattr(model_args, "vocab_size", None)
+    if tokenizer is None or size is None or tokenizer.vocab_size <= size:
+        return
+    raise ConfigError(
+        f"{origin(job_config, 'model.tokenizer_path')}: the tokenizer has {tokenizer.vocab_size} "
+        f"tokens, but {job_config.model.name} {job_config.model.flavor} has a vocabulary of {size}. "
+        f"Use the model's own tokenizer, or a flavor with a larger vocabulary"
+    )
+
+
+def _model_inputs(model: torch.nn.Module, job_config: JobConfig) -> list[str]:
+    """The inputs besides tokens that the model's forward takes, see `ModelProtocol`."""
+    if not job_config.training.document_mask:
+        return []
+    accepted = inspect.signature(model.forward).parameters
+    if "document_ids" not in accepted:
+        raise ConfigError(
+            f"{origin(job_config, 'training.document_mask')}: the forward() of "
+            f"{job_config.model.name} takes no document_ids"
+        )
+    return [name for name in ("positions", "document_ids") if name in accepted]
+
+
+def _autocast(model: torch.nn.Module, job_config: JobConfig, device: torch.device) -> Any:
+    """Mixed precision where FSDP does not provide it."""
+    dtype = getattr(torch, job_config.training.mixed_precision_param)
+    if fsdp_modules(model) or dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _write_resolved_config(job_config: JobConfig) -> None:
+    if dist.get_rank() == 0:
+        folder = Path(job_config.job.dump_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.resolved.toml").write_text(to_toml(job_config))
+
+
+@exit_on_user_error()
+def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says. Returns the exit code."""
+    init_logger()
+    job_config = load_config(sys.argv[1:] if argv is None else argv)
+    Trainer(job_config).train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
