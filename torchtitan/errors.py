@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend. Each is one message, printed without a traceback (exit code 2).
+"""Errors that a user can cause and mend: one message, no traceback, exit code 2.
 
 Any other exception is a bug of ours (or of the model's author) and shows its traceback.
 """
@@ -30,7 +30,7 @@ class TrainingError(TitanError):
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """The tail of an error message about an unknown name: the nearest name, then all allowed ones."""
+    """The end of a message about an unknown name: the nearest name, then all allowed ones."""
     allowed = sorted(allowed)
     lowered = {a.lower(): a for a in allowed}
     near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)

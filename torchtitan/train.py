@@ -1,7 +1,8 @@
 """The trainer: set-up, then the step loop, from top to bottom.
 
-TOML + command line -> JobConfig -> ParallelDims -> mesh -> TrainSpec -> model on meta ->
-parallelize -> weights -> optimizer, schedule, data, loss -> steps -> metrics, validation, checkpoint
+TOML + command line -> JobConfig -> ParallelDims -> mesh -> TrainSpec -> model on meta
+-> parallelize -> weights -> optimizer, schedule, data, loss
+-> steps -> metrics, validation, checkpoint
 
 Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torchtitan.train`.
 """
@@ -267,9 +268,7 @@ class Window:
         self.steps += 1
         self._unread.append((step, local_loss, grad_norm))
 
-    def read(
-        self, parallel_dims: ParallelDims, check: Callable[[int, float, float], None]
-    ) -> None:
+    def read(self, parallel_dims: ParallelDims, check: Callable[[int, float, float], None]) -> None:
         """Fetch what is new from the device, and hand each step's numbers to `check`."""
         steps, losses, norms = zip(*self._unread, strict=True)
         self._unread = []
@@ -297,8 +296,8 @@ def _check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) ->
         return
     raise ConfigError(
         f"{origin(job_config, 'model.tokenizer_path')}: the tokenizer has {tokenizer.vocab_size} "
-        f"tokens, but {job_config.model.name} {job_config.model.flavor} has a vocabulary of {size}. "
-        f"Use the model's own tokenizer, or a flavor with a larger vocabulary"
+        f"tokens, but {job_config.model.name} {job_config.model.flavor} has only {size} in its "
+        f"vocabulary. Use the model's own tokenizer, or a flavor with a larger vocabulary"
     )
 
 

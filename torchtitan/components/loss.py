@@ -68,7 +68,7 @@ class CrossEntropy:
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, z_loss_weight: float = 0.0
 ) -> torch.Tensor:
-    """Cross entropy, plus `z_loss_weight` times the squared log-partition, summed over valid tokens.
+    """Cross entropy plus `z_loss_weight` times the squared log-partition, summed over valid tokens.
 
     The z-loss keeps the logits from drifting (PaLM, arXiv:2204.02311, section 5).
 

@@ -1,84 +1,63 @@
-"""The learning rate over a run: linear warm-up, stable, decay."""
+"""The learning rate over the run: warm-up, stable, decay."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch.optim.lr_scheduler import LambdaLR
+import torch
 
 if TYPE_CHECKING:
-    from torchtitan.components.optimizer import OptimizersContainer
     from torchtitan.config import JobConfig
 
-_DECAY = {
+DecayType = Literal["linear", "cosine", "sqrt"]
+
+_DECAYS: dict[DecayType, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
-    "sqrt": lambda progress: 1 - math.sqrt(progress),
+    "sqrt": lambda progress: 1 - math.sqrt(progress),  # arXiv:2405.18392, section 3
 }
-"""Share of the peak that is left when `progress` of the decay, 0 to 1, is over."""
+"""From 1 at progress 0 to 0 at progress 1."""
 
 
 def lr_factor(
     step: int,
     *,
     steps: int,
-    warmup_steps: int,
-    decay_ratio: float | None,
-    decay_type: str,
-    min_lr_factor: float,
+    warmup_steps: int = 0,
+    decay_ratio: float | None = None,
+    decay_type: DecayType = "linear",
+    min_lr_factor: float = 0.0,
 ) -> float:
-    """Factor on the peak learning rate in step `step`, counted from 0.
+    """Learning rate as a factor of its peak, once `step` of `steps` optimizer steps are done.
 
-    The warm-up's first step has `1 / warmup_steps`, its last has 1. The decay takes the last
-    `decay_ratio * steps` steps, or as many as the warm-up leaves; None: all of those. It would
-    reach `min_lr_factor` in the step after the last one.
+    The warm-up goes in equal increments from `1 / warmup_steps` for the first step to 1 for the last
+    of them. The decay reaches `min_lr_factor` when all steps are done, so that no step is spent on a
+    learning rate of 0.
+
+    Args:
+        decay_ratio: share of the steps that decay; None, or more than the warm-up leaves, means all
+            steps after the warm-up.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    left = max(steps - warmup_steps, 0)
-    decay_steps = left if decay_ratio is None else min(round(decay_ratio * steps), left)
+    after_warmup = max(steps - warmup_steps, 0)
+    decay_steps = after_warmup
+    if decay_ratio is not None:
+        decay_steps = min(round(decay_ratio * steps), after_warmup)
     decayed = step - (steps - decay_steps)
-    if decayed <= 0:
+    if decay_steps == 0 or decayed <= 0:
         return 1.0
-    progress = min(decayed / decay_steps, 1.0) if decay_steps else 0.0
-    return min_lr_factor + (1 - min_lr_factor) * _DECAY[decay_type](progress)
-
-
-class LRSchedulersContainer:
-    """One schedule for all optimizers; groups keep the ratios of their learning rates."""
-
-    def __init__(self, schedulers: list[LambdaLR]) -> None:
-        self._schedulers = schedulers
-
-    def step(self) -> None:
-        for scheduler in self._schedulers:
-            scheduler.step()
-
-    @property
-    def last_lr(self) -> float:
-        """The largest learning rate in use."""
-        return max(lr for scheduler in self._schedulers for lr in scheduler.get_last_lr())
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of steps done, which is all there is to it on any layout."""
-        return {"last_epoch": self._schedulers[0].last_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for scheduler in self._schedulers:
-            scheduler.last_epoch = int(state_dict["last_epoch"])
-            # The peak and the schedule are the config's, also where a checkpoint says otherwise.
-            lrs = scheduler.get_lr()
-            for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr
-            scheduler._last_lr = lrs
+    progress = min(decayed / decay_steps, 1.0)
+    return min_lr_factor + (1 - min_lr_factor) * _DECAYS[decay_type](progress)
 
 
 def build_lr_scheduler(
-    optimizers: OptimizersContainer, job_config: JobConfig
+    optimizers: Iterable[torch.optim.Optimizer], job_config: JobConfig
 ) -> LRSchedulersContainer:
-    """The schedule of `[lr_scheduler]` over `training.steps`."""
+    """The schedule of `[lr_scheduler]` over `training.steps`, for all optimizers alike."""
     config = job_config.lr_scheduler
     factor = partial(
         lr_factor,
@@ -88,4 +67,40 @@ def build_lr_scheduler(
         decay_type=config.decay_type,
         min_lr_factor=config.min_lr_factor,
     )
-    return LRSchedulersContainer([LambdaLR(optimizer, factor) for optimizer in optimizers])
+    return LRSchedulersContainer(optimizers, factor)
+
+
+class LRSchedulersContainer:
+    """Scales the learning rates that the optimizers were built with, their peaks, by one factor.
+
+    Its state is the number of steps done, whatever the layout. Peaks and shape are those of the
+    config, so that a run can be resumed with other ones.
+    """
+
+    def __init__(
+        self, optimizers: Iterable[torch.optim.Optimizer], factor: Callable[[int], float]
+    ) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._peaks = [(group, group["lr"]) for group in groups]
+        self._factor = factor
+        self._set_step(0)
+
+    @property
+    def last_lr(self) -> float:
+        """The learning rate of the next step, in the group where it is highest."""
+        return max(group["lr"] for group, _ in self._peaks)
+
+    def step(self) -> None:
+        """Call after each optimizer step."""
+        self._set_step(self._step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._set_step(int(state_dict["step"]))
+
+    def _set_step(self, step: int) -> None:
+        self._step = step
+        for group, peak in self._peaks:
+            group["lr"] = peak * self._factor(step)

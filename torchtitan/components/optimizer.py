@@ -1,4 +1,4 @@
-"""Optimizers over the parameters of this rank, in groups by what they are and what they are named."""
+"""Optimizers over the parameters of this rank, in groups by kind and by name."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Opt
 
 
 def _adam(cls: type[torch.optim.Optimizer]) -> Build:
-    def build(
-        params: list[NamedParameter], config: OptimizerConfig
-    ) -> list[torch.optim.Optimizer]:
+    def build(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
         betas = (config.beta1, config.beta2)
         groups = _param_groups(params, config.lr)
         return [cls(groups, lr=config.lr, betas=betas, eps=config.eps, **_kernel(config))]
@@ -62,7 +60,9 @@ def _adam(cls: type[torch.optim.Optimizer]) -> Build:
 
 def _sgd(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     groups = _param_groups(params, config.lr)
-    return [torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, **_kernel(config))]
+    # The fused kernel of SGD knows no sharded parameters; foreach is its nearest.
+    foreach = config.implementation != "for-loop"
+    return [torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=foreach)]
 
 
 def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
@@ -75,9 +75,7 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         groups = _param_groups(matrices, config.muon_lr)
-        optimizers.append(
-            torch.optim.Muon(groups, lr=config.muon_lr, momentum=config.momentum)
-        )
+        optimizers.append(torch.optim.Muon(groups, lr=config.muon_lr, momentum=config.momentum))
     if others:
         optimizers += OPTIMIZERS["AdamW"](others, config)
     return optimizers

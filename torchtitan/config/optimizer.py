@@ -42,6 +42,6 @@ class Optimizer:
     muon_lr: Annotated[float, Range(gt=0)] = 0.02
     """Peak learning rate of the matrices under Muon; `lr` stays that of the AdamW part."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
-    """Kernel of Adam, AdamW and SGD."""
+    """Kernel of Adam, AdamW and SGD (which takes foreach for fused)."""
     rules: list[ParamRule] = field(default_factory=list)
     """Overrides by parameter name, the last match wins (TOML only: `[[optimizer.rules]]`)."""

@@ -15,15 +15,21 @@ from torch.distributed.tensor import DTensor, Replicate
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
 
-    Each gradient may be a plain tensor (the same on all ranks) or a DTensor on any mesh. Squares
-    are summed per set of mesh dimensions that the gradient is sharded over, and reduced over these
-    alone, so that nothing is counted twice and no gradient is gathered.
+    Each gradient may be a plain tensor (the same on all ranks) or a DTensor on any mesh; partial
+    sums are reduced first. Squares are summed per set of mesh dimensions that the gradient is
+    sharded over, and reduced over these alone, so that nothing is counted twice and no gradient is
+    gathered.
 
     Returns:
         The norm before clipping: a float32 scalar, the same on every rank, not synchronised with
         the host.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None]
+    for param in parameters:
+        # Of a weight that each rank applied to its part of the sequence, such as a norm's.
+        if isinstance(param.grad, DTensor) and any(x.is_partial() for x in param.grad.placements):
+            param.grad = param.grad.redistribute(placements=param.placements)
+    grads = [param.grad for param in parameters]
     groups: dict[tuple[DeviceMesh, ...], list[torch.Tensor]] = defaultdict(list)
     for grad in grads:
         groups[_sharding_meshes(grad)].append(_local(grad))
@@ -54,7 +60,6 @@ def _sharding_meshes(grad: torch.Tensor) -> tuple[DeviceMesh, ...]:
     if not isinstance(grad, DTensor):
         return ()
     mesh = grad.device_mesh
-    assert not any(placement.is_partial() for placement in grad.placements)
     return tuple(
         mesh[name]
         for name, placement in zip(mesh.mesh_dim_names, grad.placements, strict=True)

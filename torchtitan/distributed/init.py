@@ -2,9 +2,9 @@
 
 Parameters are initialised after they were sharded. An ordinary random number generator would give
 every layout other weights: each rank draws for its own shard, and a pipeline stage draws for fewer
-layers. Here every random operation gets a generator of its own, seeded with (seed, parameter name,
-how often that parameter was drawn for), and a sharded parameter draws the whole tensor and keeps its
-part. So two runs of one seed can be compared step by step, whatever their layouts.
+layers. Here every random operation gets a seed of its own, made of (seed, parameter name, how often
+that parameter was drawn for), and a sharded parameter draws the whole tensor and keeps its part.
+So two runs of one seed can be compared step by step, whatever their layouts.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ class SeededInit(TorchDispatchMode):
         local = target.to_local()
         full = torch.empty(target.shape, dtype=target.dtype, device=local.device)
         full = func(full, *args[1:], **kwargs)
-        sharded = distribute_tensor(
-            full, target.device_mesh, target.placements, src_data_rank=None
-        )
+        sharded = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
         if not func._schema.is_mutable:
             return sharded
         local.copy_(sharded.to_local())

@@ -32,9 +32,8 @@ class ParallelDims:
 
     def __post_init__(self) -> None:
         others = self.dp_replicate * self.tp
-        written = (
-            f"data_parallel_replicate_degree ({self.dp_replicate}) x tensor_parallel_degree ({self.tp})"
-        )
+        replicate = f"data_parallel_replicate_degree ({self.dp_replicate})"
+        written = f"{replicate} x tensor_parallel_degree ({self.tp})"
         if self.dp_shard == -1:
             if self.world_size % others:
                 divisors = [d for d in range(1, self.world_size + 1) if self.world_size % d == 0]

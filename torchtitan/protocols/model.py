@@ -37,14 +37,14 @@ class ModelProtocol(nn.Module):
     """A single-device model. Parallelism is applied to it from outside.
 
     `forward(tokens)` takes `[batch, seq]` int64 token ids and returns `[batch, seq, vocab]` logits.
-    A model that can use them declares optional keyword arguments, both `[batch, seq]` int64, and the
-    trainer fills those that it finds in the signature:
+    A model that can use them declares optional keyword arguments, both `[batch, seq]` int64, and
+    the trainer fills those that it finds in the signature under `training.document_mask`:
 
     * `document_ids`: number of the document that each token belongs to;
     * `positions`: position of each token in its document.
 
-    For pipeline parallelism, layers live in an `nn.ModuleDict` and the embedding, the final norm and
-    the output layer may be None.
+    For pipeline parallelism, layers live in an `nn.ModuleDict`, and the embedding, the final norm
+    and the output layer may be None.
     """
 
     def __init__(self) -> None:

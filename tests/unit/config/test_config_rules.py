@@ -140,13 +140,8 @@ def test_parameter_rules_need_a_valid_pattern(config):
     assert error_of(config) == "optimizer.rules.0: needs a pattern"
 
 
-def test_warm_up_longer_than_the_run(config):
-    config.training.steps = 20
-    assert error_of(config) == (
-        "lr_scheduler.warmup_steps = 200: exceeds training.steps = 20, so the peak learning rate "
-        "would never be reached. Set lr_scheduler.warmup_steps to at most 20"
-    )
-    config.lr_scheduler.warmup_steps = 20
+def test_a_run_may_be_shorter_than_its_warm_up(config):
+    config.training.steps = config.lr_scheduler.warmup_steps // 2
     validate(config, 1)
 
 

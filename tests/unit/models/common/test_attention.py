@@ -56,6 +56,7 @@ def test_sdpa_equals_attention_written_out(kv_heads, mask):
     torch.testing.assert_close(grads, expected_grads, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("document_ids", [None, documents()], ids=["causal", "document"])
 def test_flex_equals_sdpa(kv_heads, document_ids):

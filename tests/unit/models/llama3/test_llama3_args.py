@@ -46,13 +46,11 @@ def test_heads_that_do_not_divide_are_refused(heads, kv_heads):
         Llama3ModelArgs(dim=32, n_heads=heads, n_kv_heads=kv_heads)
 
 
-def test_the_job_decides_on_attention():
+def test_the_job_chooses_the_attention_kernel():
     config = JobConfig()
     config.model.attention = "sdpa"
-    config.training.document_mask = True
-    args = TINY.update_from_config(config)
-    assert (args.attention, args.document_mask) == ("sdpa", True)
-    assert (TINY.attention, TINY.document_mask) == ("auto", False), "a flavor was changed in place"
+    assert TINY.update_from_config(config).attention == "sdpa"
+    assert TINY.attention == "auto", "a flavor was changed in place"
 
 
 def test_a_tensor_parallel_degree_that_splits_a_head_is_refused():

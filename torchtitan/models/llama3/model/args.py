@@ -36,8 +36,6 @@ class Llama3ModelArgs(BaseModelArgs):
     """The output layer shares the embedding's weight."""
     attention: AttentionKernel = "auto"
     """Attention kernel, see `model.attention`."""
-    document_mask: bool = False
-    """Tokens attend only within their own document, where the documents are given."""
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
@@ -69,7 +67,7 @@ class Llama3ModelArgs(BaseModelArgs):
         return matrices + norms + embeddings, flops
 
     def update_from_config(self, job_config: JobConfig) -> Self:
-        """A copy with the attention that the job asks for.
+        """A copy with the attention kernel that the job asks for.
 
         Raises:
             ConfigError: the heads or matrices do not divide over the tensor-parallel ranks.
@@ -81,8 +79,4 @@ class Llama3ModelArgs(BaseModelArgs):
             ffn_dim=self.ffn_dim,
             vocab_size=self.vocab_size,
         )
-        return replace(
-            self,
-            attention=job_config.model.attention,
-            document_mask=job_config.training.document_mask,
-        )
+        return replace(self, attention=job_config.model.attention)

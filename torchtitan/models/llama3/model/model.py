@@ -116,26 +116,20 @@ class Llama3Model(ModelProtocol):
         Args:
             tokens: `[batch, seq]` int64; hidden states `[batch, seq, dim]` without an embedding.
             positions: `[batch, seq]` or `[1, seq]` int64; None counts from 0.
-            document_ids: `[batch, seq]` int64: a token sees its own document. Without
-                `args.document_mask` the whole sequence is one document: `positions`, which then
-                start anew within it, are not used either.
+            document_ids: `[batch, seq]` int64; tokens attend only within their document. None: the
+                sequence is one document.
 
         Returns:
             `[batch, seq, vocab]`; hidden states `[batch, seq, dim]` without an output layer.
         """
-        # Not from `tokens`: a later pipeline stage may receive a part of the sequence.
-        seq_len = (tokens if positions is None else positions).shape[1]
-        if document_ids is not None and not self.args.document_mask:
-            positions, document_ids = None, None
-        if positions is None:
-            positions = torch.arange(seq_len, device=tokens.device)[None]
-
         args = self.args
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         frequencies = rope_frequencies(
             args.head_dim, args.rope_theta, args.rope_scaling, tokens.device
         )
         rotate = rotation(positions, frequencies)
-        mask = attention_mask(args.attention, seq_len, document_ids, tokens.device)
+        mask = attention_mask(args.attention, positions.shape[1], document_ids, tokens.device)
 
         h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
         for layer in self.layers.values():

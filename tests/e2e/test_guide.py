@@ -1,0 +1,165 @@
+"""The guide works word for word: its code blocks, with `...` filled in, make a model that trains.
+
+`docs/adding_models.md` is the source of the blocks, so that what the docs state is what runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config import load_config
+
+GUIDE = Path(__file__).parents[2] / "docs" / "adding_models.md"
+
+BLOCK = """
+import torch
+import torch.nn.functional as F
+from torch.nn import RMSNorm
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.norm = RMSNorm(args.dim)
+        self.qkv = nn.Linear(args.dim, 3 * args.dim, bias=False)
+        self.proj = nn.Linear(args.dim, args.dim, bias=False)
+        self.heads = args.n_heads
+
+    def forward(self, x):
+        batch, seq, dim = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, seq, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.proj(out.transpose(1, 2).reshape(batch, seq, dim))
+"""
+
+PARALLELIZE_IMPORTS = """
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan.config import JobConfig
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.fsdp import apply_fsdp
+from torchtitan.distributed.parallel_dims import ParallelDims
+from {package}.model.model import YourModel
+"""
+
+SPEC_IMPORTS = """
+from torchtitan.components import build_loss, build_lr_scheduler, build_optimizer, build_tokenizer
+from torchtitan.data import build_dataloader
+"""
+
+DEBUG_FLAVOR = (
+    'MODEL_CONFIGS["debug"] = YourModelArgs(dim=32, n_layers=2, n_heads=2, vocab_size=264)'
+)
+
+
+def code_blocks() -> dict[str, str]:
+    """First line of each fenced block that names a file (`# model/args.py`) -> the block."""
+    blocks = re.findall(
+        r"```(?:python|toml)\n(# \S+\.(?:py|toml))\n(.*?)```", GUIDE.read_text(), re.S
+    )
+    return {name.removeprefix("# "): textwrap.dedent(body) for name, body in blocks}
+
+
+def write_model(folder: Path, package: str) -> None:
+    """Create the guide's folder from its blocks, filling only what the guide leaves open."""
+    blocks = code_blocks()
+    args = blocks["model/args.py"].replace("+ ...", "+ 0")
+    model = blocks["model/model.py"].replace("from .args import", BLOCK + "\nfrom .args import", 1)
+    files = {
+        "__init__.py": SPEC_IMPORTS
+        + blocks["__init__.py"].replace(
+            "def get_train_spec", f"{DEBUG_FLAVOR}\n\n\ndef get_train_spec"
+        ),
+        "model/__init__.py": "",
+        "model/args.py": args,
+        "model/model.py": model,
+        "model/state_dict_adapter.py": blocks["model/state_dict_adapter.py"],
+        "infra/__init__.py": "",
+        "infra/parallelize.py": PARALLELIZE_IMPORTS.format(package=package)
+        + blocks["infra/parallelize.py"],
+    }
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def run_training(folder: Path, processes: int, *options: str) -> list[dict]:
+    """Train out of tree, through `--job.custom_import`."""
+    write_model(folder / "my_pkg" / "your_model", "my_pkg.your_model")
+    launcher = ["torch.distributed.run", f"--nproc-per-node={processes}"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
+    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "torchtitan.train"]
+    command += ["--job.custom_import", "my_pkg.your_model", "--model.name", "your_model"]
+    command += ["--model.flavor", "debug", "--training.seq_len", "32", "--training.steps", "8"]
+    command += ["--training.mixed_precision_param", "float32", "--optimizer.lr", "1e-2"]
+    command += ["--training.global_batch_size", "8", "--metrics.log_freq", "1"]
+    command += ["--training.local_batch_size", str(8 // processes), *options]
+    command += ["--lr_scheduler.warmup_steps", "2", "--job.dump_folder", "run"]
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+
+
+def test_the_guides_model_trains_alike_on_one_and_four_processes(tmp_path: Path) -> None:
+    one = run_training(tmp_path / "one", 1)
+    four = run_training(tmp_path / "four", 4)
+    assert one[-1]["loss"] < one[0]["loss"] - 0.3
+    assert [line["loss"] for line in four] == pytest.approx(
+        [line["loss"] for line in one], rel=1e-4
+    )
+
+
+def test_the_guides_model_trains_with_whole_model_compile(tmp_path: Path) -> None:
+    options = ["--compile.enable", "--compile.backend=aot_eager"]
+    one = run_training(tmp_path / "one", 1)
+    compiled = run_training(tmp_path / "compiled", 2, *options)
+    assert [line["loss"] for line in compiled] == pytest.approx(
+        [line["loss"] for line in one], rel=1e-4
+    )
+
+
+def test_the_guides_training_config_loads_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "your_model_8b.toml"
+    path.write_text(code_blocks()["train_configs/your_model_8b.toml"])
+    config = load_config(["--job.config_file", str(path)])
+    assert (config.model.name, config.model.flavor) == ("your_model", "8B")
+    assert (config.optimizer.lr, config.training.seq_len) == (3e-4, 8192)
+
+
+def test_the_guides_registration_in_the_tree_works(tmp_path: Path) -> None:
+    """Step 7, on a copy of the package, so that the tree itself stays as it is."""
+    import shutil
+
+    import torchtitan
+
+    package = tmp_path / "torchtitan"
+    shutil.copytree(Path(torchtitan.__file__).parent, package)
+    write_model(package / "models" / "your_model", "torchtitan.models.your_model")
+    lines = re.search(
+        r"```python\n(from \.your_model import.*?)```", GUIDE.read_text(), re.S
+    ).group(1)
+    with (package / "models" / "__init__.py").open("a") as file:
+        file.write(lines)
+    script = (
+        "from torchtitan.models import MODEL_REGISTRY as r; print(r['your_model']('8B').model_args)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "YourModelArgs(dim=4096" in done.stdout, done.stderr

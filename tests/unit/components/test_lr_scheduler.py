@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchtitan.components.lr_scheduler import LRSchedulersContainer, lr_factor
+
+
+def test_warm_up_stable_and_decay_meet_at_their_boundaries() -> None:
+    shape = dict(steps=100, warmup_steps=10, decay_ratio=0.2, min_lr_factor=0.1)
+    assert lr_factor(0, **shape) == pytest.approx(0.1)
+    assert lr_factor(9, **shape) == 1
+    assert [lr_factor(s, **shape) for s in (10, 50, 80)] == [1, 1, 1]
+    assert lr_factor(90, **shape) == pytest.approx(0.55)
+    assert lr_factor(100, **shape) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("decay_type", "half"), [("linear", 0.5), ("cosine", 0.5), ("sqrt", 0.293)]
+)
+def test_decay_types_half_way(decay_type: str, half: float) -> None:
+    factor = lr_factor(60, steps=100, warmup_steps=20, decay_type=decay_type)
+    assert factor == pytest.approx(half, abs=1e-3)
+
+
+def test_a_run_shorter_than_its_warm_up_follows_the_warm_up() -> None:
+    assert lr_factor(9, steps=10, warmup_steps=200) == pytest.approx(0.05)
+
+
+def test_groups_keep_their_ratio_and_a_resumed_schedule_goes_on() -> None:
+    def build() -> tuple[torch.optim.Optimizer, LRSchedulersContainer]:
+        weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        groups = [{"params": [weights[0]], "lr": 1.0}, {"params": [weights[1]], "lr": 0.5}]
+        optimizer = torch.optim.SGD(groups, lr=1.0)
+        schedule = LRSchedulersContainer(
+            [optimizer], lambda step: lr_factor(step, steps=10, warmup_steps=4)
+        )
+        return optimizer, schedule
+
+    optimizer, schedule = build()
+    for _ in range(6):
+        schedule.step()
+    resumed_optimizer, resumed = build()
+    resumed.load_state_dict(schedule.state_dict())
+    for one in (optimizer, resumed_optimizer):
+        first, second = (group["lr"] for group in one.param_groups)
+        assert first == pytest.approx(2 / 3)
+        assert second == pytest.approx(first / 2)
+    assert resumed.last_lr == schedule.last_lr

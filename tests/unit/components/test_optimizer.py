@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+
+from torchtitan.components.optimizer import OPTIMIZERS, OptimizersContainer, build_optimizer
+from torchtitan.config import JobConfig
+from torchtitan.config.optimizer import ParamRule
+from torchtitan.errors import ConfigError
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tok_embeddings = nn.Embedding(16, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.norm = nn.RMSNorm(8)
+        self.output = nn.Linear(8, 16, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.output(self.norm(self.hidden(self.tok_embeddings(tokens))))
+
+
+def build(model: nn.Module, name: str = "AdamW", **options) -> OptimizersContainer:
+    config = JobConfig()
+    config.optimizer.name = name
+    for key, value in options.items():
+        setattr(config.optimizer, key, value)
+    return build_optimizer([model], config, None)
+
+
+def train(model: nn.Module, optimizers: OptimizersContainer, steps: int) -> None:
+    for step in range(steps):
+        tokens = (torch.arange(12).view(2, 6) * (step + 3)) % 16
+        optimizers.zero_grad()
+        model(tokens).square().mean().backward()
+        optimizers.step()
+
+
+def setting(model: nn.Module, optimizers: OptimizersContainer, key: str) -> dict[str, float]:
+    names = {id(param): name for name, param in model.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return {names[id(p)]: group[key] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
+def test_a_resumed_optimizer_goes_on_bit_by_bit(name: str, implementation: str) -> None:
+    model = Model()
+    optimizers = build(model, name, implementation=implementation)
+    train(model, optimizers, 3)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {
+        k: v.clone() if isinstance(v, torch.Tensor) else v
+        for k, v in optimizers.state_dict().items()
+    }
+    train(model, optimizers, 3)
+
+    resumed = Model()
+    resumed.load_state_dict(weights)
+    resumed_optimizers = build(resumed, name, implementation=implementation)
+    resumed_optimizers.load_state_dict(state)
+    train(resumed, resumed_optimizers, 3)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_implementations_agree() -> None:
+    results = []
+    for implementation in ("fused", "foreach", "for-loop"):
+        model = Model()
+        train(model, build(model, implementation=implementation), 5)
+        results.append(model.hidden.weight)
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+def test_no_decay_spares_the_kinds_asked_for() -> None:
+    model = Model()
+    decay = setting(model, build(model, no_decay=["norm", "bias", "embedding"]), "weight_decay")
+    assert decay == {
+        "tok_embeddings.weight": 0.0,
+        "hidden.weight": 0.1,
+        "hidden.bias": 0.0,
+        "norm.weight": 0.0,
+        "output.weight": 0.1,
+    }
+
+
+def test_muon_takes_the_hidden_matrices_alone() -> None:
+    model = Model()
+    muon, adamw = build(model, "Muon")
+    assert isinstance(muon, torch.optim.Muon)
+    assert [p is model.hidden.weight for g in muon.param_groups for p in g["params"]] == [True]
+    assert sum(len(group["params"]) for group in adamw.param_groups) == 4
+
+
+def test_the_last_matching_rule_wins_and_zero_freezes() -> None:
+    model = Model()
+    rules = [
+        ParamRule("hidden", lr_scale=0.5, weight_decay=0.0),
+        ParamRule(r"hidden\.bias", lr_scale=0.25),
+        ParamRule("norm", lr_scale=0.0),
+    ]
+    optimizers = build(model, lr=1.0, rules=rules)
+    lr = setting(model, optimizers, "lr")
+    assert (lr["hidden.weight"], lr["hidden.bias"], lr["output.weight"]) == (0.5, 0.25, 1.0)
+    train(model, optimizers, 2)
+    assert torch.equal(model.norm.weight, torch.ones(8))
+
+
+def test_a_rule_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"'hiden'.*hidden"):
+        build(Model(), rules=[ParamRule("hiden")])
+
+
+def test_a_tied_weight_is_one_parameter() -> None:
+    model = Model()
+    model.output.weight = model.tok_embeddings.weight
+    assert len(setting(model, build(model), "lr")) == 4
