@@ -33,9 +33,9 @@ def lr_factor(
 ) -> float:
     """Learning rate as a factor of its peak, once `step` of `steps` optimizer steps are done.
 
-    The warm-up goes in equal increments from `1 / warmup_steps` for the first step to 1 for the last
-    of them. The decay reaches `min_lr_factor` when all steps are done, so that no step is spent on a
-    learning rate of 0.
+    The warm-up goes in equal increments from `1 / warmup_steps` for the first step to 1 for the
+    last of them. The decay reaches `min_lr_factor` when all steps are done, so that no step is
+    spent on a learning rate of 0.
 
     Args:
         decay_ratio: share of the steps that decay; None, or more than the warm-up leaves, means all
@@ -80,15 +80,15 @@ class LRSchedulersContainer:
     def __init__(
         self, optimizers: Iterable[torch.optim.Optimizer], factor: Callable[[int], float]
     ) -> None:
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._peaks = [(group, group["lr"]) for group in groups]
+        # By optimizer and not by group, since loading a state gives an optimizer new group dicts.
+        self._peaks = [(o, [group["lr"] for group in o.param_groups]) for o in optimizers]
         self._factor = factor
         self._set_step(0)
 
     @property
     def last_lr(self) -> float:
         """The learning rate of the next step, in the group where it is highest."""
-        return max(group["lr"] for group, _ in self._peaks)
+        return max(group["lr"] for o, _ in self._peaks for group in o.param_groups)
 
     def step(self) -> None:
         """Call after each optimizer step."""
@@ -102,5 +102,6 @@ class LRSchedulersContainer:
 
     def _set_step(self, step: int) -> None:
         self._step = step
-        for group, peak in self._peaks:
-            group["lr"] = peak * self._factor(step)
+        for optimizer, peaks in self._peaks:
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * self._factor(step)

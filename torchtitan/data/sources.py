@@ -160,9 +160,7 @@ def _open_parquet(path: str | None, text_key: str) -> RandomAccess:
 
 
 def _on_hub(repository: str, config: str | None = None, split: str = "train") -> SourceFactory:
-    return lambda path, text_key: huggingface.open_stream(
-        repository, config, split, path, text_key
-    )
+    return lambda path, text_key: huggingface.open_stream(repository, config, split, path, text_key)
 
 
 register_dataset("stdlib", lambda path, text_key: _open_stdlib(path, held_out=False))
