@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config.validate import resolve_batch
-from torchtitan.errors import CheckpointError, DataError
+from torchtitan.errors import CheckpointError, DataError, TitanError
 
 from .order import ShuffledDocuments, StreamedDocuments
-from .packing import Row, pack
+from .packing import Row, encode_document, pack
 from .prefetch import Prefetcher
 from .sources import Source, open_dataset
 
@@ -80,133 +81,164 @@ class DataLoader:
         self.gradient_accumulation_steps = rows // local_batch_size
         self._rows = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
 
-        if _is_random_access(source) and not any(source[i] for i in range(len(source))):
+        if isinstance(source, Iterator):
+            raise TypeError("source is an iterator; give something that starts anew each time")
+        texts = (source[i] for i in range(len(source))) if _has_random_access(source) else source
+        if not any(texts):
             raise DataError("the dataset is empty: it has no document with text")
         self._prefetcher: Prefetcher[tuple[Batch, np.ndarray]] | None = None
         self.reset()
+
+    def reset(self) -> None:
+        """Go back to the first batch."""
+        self.close()
+        self._places = np.stack([self._rows, np.zeros_like(self._rows)], axis=1)
+
+    def close(self) -> None:
+        """Stop reading ahead. Iterating on starts again after the last complete step."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._batches(), PREFETCHED_BATCHES)
+            batches = _batches(
+                self._open_rows(), self._seq_len, self._local_batch_size, self._document_mask
+            )
+            self._prefetcher = Prefetcher(batches, PREFETCHED_BATCHES)
         batch, self._places = next(self._prefetcher)
         return batch
 
-    def reset(self) -> None:
-        """Begin again with the first batch."""
-        self._restart(np.stack([self._rows, np.zeros_like(self._rows)], axis=1))
+    def state_dict(self) -> dict[str, Any]:
+        """`{"rows": [rows of this rank, 2] int64}`, the place of each row after the last complete
+        step handed out: number of its document, and tokens of that document already used.
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """`rows`: `[rows of this rank, 2]` int64, each row's place after the last batch returned.
-
-        What is prefetched does not count: places travel with the batches.
+        The rows of all ranks in order are the state of the run, for any number of ranks.
         """
         return {"rows": torch.from_numpy(self._places.copy())}
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Go on from the places of this rank's rows.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state of `state_dict`; `seq_len` and the number of ranks may differ.
 
         Raises:
-            CheckpointError: the state is of another number of rows.
+            CheckpointError: the state is of another global batch size.
         """
-        rows = state_dict["rows"].numpy()
-        if len(rows) != len(self._rows):
-            raise CheckpointError(
-                f"the data position was saved for {len(rows) * self._dp_world_size} sequences a "
-                f"step, but training.global_batch_size is {self.global_batch_size} now. Restore "
-                'it, or set checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+        places = np.asarray(state_dict["rows"], dtype=np.int64)
+        rows = len(self._rows)
+        if places.shape != (rows, 2) or (places[:, 0] % self.global_batch_size != self._rows).any():
+            saved = len(places) * self._dp_world_size
+            change = (
+                f"global_batch_size changed from {saved} to {self.global_batch_size}"
+                if len(places) != rows
+                else "the rows are not those of this rank, as if global_batch_size had changed"
             )
-        self._restart(rows)
-
-    def close(self) -> None:
-        """Stop the background thread."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-
-    def _restart(self, places: np.ndarray) -> None:
+            raise CheckpointError(
+                f"the place in the data cannot be resumed: {change}. Restore "
+                "training.global_batch_size, or begin the data anew with "
+                'checkpoint.exclude_from_loading = ["dataloader"]'
+            )
         self.close()
         self._places = places.copy()
 
-    def _batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Micro-batches without end, each with the places of all rows after it."""
-        places = self._places.copy()
+    def _open_rows(self) -> list[Row]:
         stride = self.global_batch_size
+        encode = partial(encode_document, self._tokenizer)
         documents: ShuffledDocuments | StreamedDocuments
-        if _is_random_access(self._source):
-            documents = ShuffledDocuments(self._source, self._encode, self._seed)
+        if _has_random_access(self._source):
+            documents = ShuffledDocuments(self._source, encode, self._seed)
         else:
-            first = dict(zip(self._rows.tolist(), places[:, 0].tolist(), strict=True))
-            documents = StreamedDocuments(self._source, self._encode, stride, first)
-        rows = [Row(documents, stride, document, offset) for document, offset in places.tolist()]
-        size = self._local_batch_size
-        while True:
-            for start in range(0, len(rows), size):
-                group = rows[start : start + size]
-                batch = pack(group, self._seq_len, self._document_mask)
-                places[start : start + size] = [(row.document, row.offset) for row in group]
-                yield batch, places.copy()
-
-    def _encode(self, text: str) -> np.ndarray:
-        """Ids of a document and the eos token that ends it; an empty document has none."""
-        if not text:
-            return np.empty(0, dtype=np.int64)
-        if isinstance(self._tokenizer, BytesTokenizer):  # without a list of a million integers
-            ids = np.frombuffer(text.encode(), dtype=np.uint8)
-        else:
-            ids = np.asarray(self._tokenizer.encode(text))
-        return np.append(ids.astype(np.int64), self._tokenizer.eos_id)
+            first = dict(zip(self._rows.tolist(), self._places[:, 0].tolist(), strict=True))
+            documents = StreamedDocuments(self._source, encode, stride, first)
+        return [Row(documents, stride, *place) for place in self._places.tolist()]
 
 
-def _is_random_access(source: Source) -> bool:
-    return hasattr(source, "__len__") and hasattr(source, "__getitem__")
+def _has_random_access(source: Source) -> bool:
+    return hasattr(source, "__getitem__") and hasattr(source, "__len__")
+
+
+def _batches(
+    rows: list[Row], seq_len: int, local_batch_size: int, document_mask: bool
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Micro-batches, each with the places of all rows after the last complete step.
+
+    A function, not a method: the thread that runs it must not keep the loader alive.
+    """
+    places = np.array([(row.document, row.offset) for row in rows])
+    while True:
+        for first in range(0, len(rows), local_batch_size):
+            batch = pack(rows[first : first + local_batch_size], seq_len, document_mask)
+            if first + local_batch_size == len(rows):
+                places = np.array([(row.document, row.offset) for row in rows])
+            yield batch, places
 
 
 def build_dataloader(
     job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
 ) -> DataLoader:
-    """Training data by `[training]`.
+    """The training data of one data rank.
 
     Raises:
-        ConfigError, DataError: the dataset is unknown, missing, empty or malformed.
+        ConfigError: the dataset is unknown, or the batch sizes do not fit the ranks.
+        DataError: the data is missing, empty or malformed.
     """
-    training = job_config.training
-    return DataLoader(
-        open_dataset(training.dataset, training.dataset_path, training.text_key),
+    global_batch_size, _ = resolve_batch(job_config, dp_world_size)
+    return _build(
+        "training",
+        job_config,
         tokenizer,
-        seq_len=training.seq_len,
-        local_batch_size=training.local_batch_size,
-        global_batch_size=resolve_batch(job_config, dp_world_size)[0],
+        global_batch_size=global_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
-        seed=job_config.debug.seed,
-        document_mask=training.document_mask,
     )
 
 
 def build_validation_dataloader(
     job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
 ) -> DataLoader:
-    """Held-out data by `[validation]`: `local_batch_size` sequences of each data rank at a time.
+    """The validation data of one data rank: one validation is one global batch.
 
-    Layouts whose local_batch_size times data ranks agree see the same sequences.
+    A validation calls `reset()` and takes `gradient_accumulation_steps` batches. All ranks together
+    evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows, so
+    the sequences are the same on every layout where the ranks divide `validation.steps`; elsewhere
+    the steps are rounded up to a multiple of the ranks.
+
+    Raises:
+        ConfigError: the dataset is unknown.
+        DataError: the data is missing, empty or malformed.
     """
     validation = job_config.validation
-    return DataLoader(
-        open_dataset(
-            validation.dataset,
-            validation.dataset_path,
-            job_config.training.text_key,
-            section="validation",
-        ),
+    steps_per_rank = math.ceil(validation.steps / dp_world_size)
+    return _build(
+        "validation",
+        job_config,
         tokenizer,
-        seq_len=validation.seq_len,
-        local_batch_size=validation.local_batch_size,
-        global_batch_size=validation.local_batch_size * dp_world_size,
+        global_batch_size=steps_per_rank * dp_world_size * validation.local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
-        seed=job_config.debug.seed,
-        document_mask=job_config.training.document_mask,
     )
+
+
+def _build(
+    section: Literal["training", "validation"],
+    job_config: JobConfig,
+    tokenizer: Tokenizer,
+    **batch: int,
+) -> DataLoader:
+    """The loader of the dataset that a config section names; errors begin with that key."""
+    config = getattr(job_config, section)
+    try:
+        return DataLoader(
+            open_dataset(config.dataset, config.dataset_path, job_config.training.text_key),
+            tokenizer,
+            seq_len=config.seq_len,
+            local_batch_size=config.local_batch_size,
+            seed=job_config.debug.seed,
+            document_mask=job_config.training.document_mask,
+            **batch,
+        )
+    except TitanError as error:
+        message = f"{section}.dataset = {config.dataset!r}: {error}"
+        raise type(error)(message) from error

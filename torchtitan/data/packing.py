@@ -8,10 +8,30 @@ import numpy as np
 import torch
 
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.errors import DataError
 
 if TYPE_CHECKING:
+    from torchtitan.components.tokenizer import Tokenizer
+
     from .order import ShuffledDocuments, StreamedDocuments
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text and the eos that ends it, `[length]` int32; none at all for an empty text.
+
+    Raises:
+        DataError: the source gave something else than text.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"a document of the dataset is a {type(text).__name__}, not text")
+    if not text:
+        return np.empty(0, dtype=np.int32)
+    if isinstance(tokenizer, BytesTokenizer):  # without a list of integers, 8 bytes for each byte
+        ids = np.frombuffer(text.encode(), dtype=np.uint8)
+    else:
+        ids = np.array(tokenizer.encode(text), dtype=np.int32)
+    return np.append(ids, np.int32(tokenizer.eos_id))
 
 
 class Row:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from torchtitan.data import huggingface
-from torchtitan.errors import ConfigError, DataError, TitanError, did_you_mean
+from torchtitan.errors import ConfigError, DataError, did_you_mean
 
 
 class RandomAccess(Protocol):
@@ -45,28 +45,21 @@ def register_dataset(name: str, factory: SourceFactory) -> None:
         raise ValueError(f"dataset {name!r} is already registered; choose another name")
 
 
-def open_dataset(
-    name: str, path: str | None, text_key: str = "text", section: str = "training"
-) -> Source:
+def open_dataset(name: str, path: str | None, text_key: str = "text") -> Source:
     """Open a dataset by name.
 
     Args:
         name: a key of `DATASETS`.
         path: `dataset_path` of the config section.
         text_key: field that holds the text, in formats that have fields.
-        section: config section to name in errors.
 
     Raises:
         ConfigError: there is no such dataset, or `path` is missing or of no use.
         DataError: the data is missing, empty or malformed.
     """
-    key = f"{section}.dataset = {name!r}"
     if name not in DATASETS:
-        raise ConfigError(f"{key}: no such dataset.{did_you_mean(name, DATASETS)}")
-    try:
-        return DATASETS[name](path, text_key)
-    except TitanError as error:
-        raise type(error)(f"{key}: {error}") from error
+        raise ConfigError(f"no such dataset.{did_you_mean(name, DATASETS)}")
+    return DATASETS[name](path, text_key)
 
 
 class TextFiles:
