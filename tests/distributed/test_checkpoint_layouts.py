@@ -142,7 +142,12 @@ def full(value):
 class Run:
     def __init__(self, layout: str, folder: Path, seed: int = 0, **checkpoint) -> None:
         degrees = LAYOUTS[layout]
-        parallel_dims = ParallelDims(*degrees, world_size=dist.get_world_size())
+        parallel_dims = ParallelDims(
+            dp_replicate=degrees[0],
+            dp_shard=degrees[1],
+            tp=degrees[2],
+            world_size=dist.get_world_size(),
+        )
         mesh = parallel_dims.world_mesh
         self.dp_mesh = mesh["dp"]
         torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from .base import Positive, Range
@@ -15,8 +15,52 @@ class Parallelism:
     data_parallel_shard_degree: Annotated[int, Range(ge=1, special=(-1,))] = -1
     """Ranks that share parameters, gradients and optimizer state (FSDP2). -1: all that are left."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered parameters after the forward pass. `default` frees all but the last layers."""
+    """Free gathered parameters after the forward pass. `default` frees all but the last layers,
+    and under pipeline parallelism none, as they would be gathered for each micro-batch."""
     tensor_parallel_degree: Annotated[int, Positive] = 1
     """Ranks that share each layer's matrices."""
     disable_loss_parallel: bool = False
     """Gather the logits under tensor parallel instead of computing the loss on their shards."""
+    disable_sequence_parallel: bool = False
+    """Tensor parallel without sharding the sequence between the matrices: each rank holds all of
+    it, for models whose layers between the matrices need the whole sequence."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap the communication of tensor parallel with its matrix products (CUDA, needs
+    `compile.enable`)."""
+    context_parallel_degree: Annotated[int, Positive] = 1
+    """Ranks that share each sequence."""
+    context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
+    """How a query sees the other ranks' keys: `allgather` gathers keys and values, `ring` passes
+    them around, `ulysses` exchanges sequence shards for heads."""
+    pipeline_parallel_degree: Annotated[int, Positive] = 1
+    """Ranks that share the layers."""
+    pipeline_parallel_schedule: Literal[
+        "GPipe",
+        "1F1B",
+        "Interleaved1F1B",
+        "LoopedBFS",
+        "InterleavedZeroBubble",
+        "ZBVZeroBubble",
+        "DualPipeV",
+    ] = "1F1B"
+    """Order of the micro-batches' forward and backward passes."""
+    pipeline_parallel_schedule_csv: str = ""
+    """A file with the schedule (a line a rank, an action a cell, as PyTorch writes them), in place
+    of `pipeline_parallel_schedule`."""
+    pipeline_parallel_microbatch_size: Annotated[int, Positive] = 1
+    """Sequences in a micro-batch; `training.local_batch_size` of them go through the pipeline at a
+    time."""
+    pipeline_parallel_stages_per_rank: Annotated[int, Range(ge=1, special=(-1,))] = -1
+    """Stages of a rank. -1: 1 or 2, as the schedule needs."""
+    pipeline_parallel_split_points: list[str] = field(default_factory=list)
+    """First module of each stage but the first (`["layers.4", "layers.8"]`). Empty: stages
+    of equal cost, see the weights below."""
+    pipeline_parallel_embedding_weight: Annotated[float, Range(ge=0)] = 0.5
+    """Cost of a parameter of the embedding when stages are balanced, where one of a layer costs 1:
+    it takes memory, but no FLOPs."""
+    pipeline_parallel_output_weight: Annotated[float, Range(ge=0)] = 1.0
+    """The same for a parameter of the last norm and the output layer."""
+    expert_parallel_degree: Annotated[int, Positive] = 1
+    """Ranks that share the experts of a layer, out of those of dp_shard, cp and tp."""
+    expert_tensor_parallel_degree: Annotated[int, Positive] = 1
+    """Ranks that share each expert's matrices: 1, or `tensor_parallel_degree`."""

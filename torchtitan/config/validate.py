@@ -57,16 +57,9 @@ def validate(job_config: JobConfig, world_size: int) -> None:
 
 
 def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
-    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
 
-    degrees = {
-        name: getattr(job_config.parallelism, name)
-        for name in (
-            "tensor_parallel_degree",
-            "data_parallel_shard_degree",
-            "data_parallel_replicate_degree",
-        )
-    }
+    degrees = {key: getattr(job_config.parallelism, key) for key in CONFIG_KEYS.values()}
     try:
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
     except ConfigError as error:

@@ -22,7 +22,8 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> 
     """Shard parameters, gradients and optimizer state over the data ranks, in place.
 
     `dp_mesh` is `world_mesh["dp"]`. Within it, `dp_shard` ranks shard and `dp_replicate` groups
-    hold replicas: HSDP when both exceed one, DDP when only the latter does.
+    hold replicas: HSDP when both exceed one, DDP when only the latter does. Context ranks shard
+    too, as they hold the same parameters for other tokens.
 
     Each block of `model.layers` is gathered on its own; so is the embedding. The last norm and the
     output layer form one group that stays gathered, because the backward pass begins with it.
@@ -42,7 +43,7 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> 
 
     policy = job_config.parallelism.fsdp_reshard_after_forward
     # With one rank to shard over, freeing what was gathered would save nothing.
-    reshard = policy != "never" and mesh["dp_shard"].size() > 1
+    reshard = policy != "never" and mesh.size(-1) > 1
 
     for layer in model.layers.values():
         fully_shard(layer, **options, reshard_after_forward=reshard)
@@ -58,11 +59,11 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> 
 
 
 def _sharding_mesh(dp_mesh: DeviceMesh) -> DeviceMesh:
-    """The `dp_shard` mesh, or the two-dimensional one when there are replicas."""
+    """The `dp_shard_cp` mesh, or the two-dimensional one when there are replicas."""
     world_mesh = dp_mesh._get_root_mesh()
     if "dp_replicate" in world_mesh.mesh_dim_names:
-        return world_mesh["dp_replicate", "dp_shard"]
-    return world_mesh["dp_shard"]
+        return world_mesh["dp_replicate", "dp_shard_cp"]
+    return world_mesh["dp_shard_cp"]
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

@@ -1,8 +1,7 @@
-"""The degrees of parallelism and the device mesh they span."""
+"""The degrees of parallelism and the device meshes they span."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,10 +13,24 @@ if TYPE_CHECKING:
 
     from torchtitan.config.parallelism import Parallelism
 
+CONFIG_KEYS = {
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "ep": "expert_parallel_degree",
+    "etp": "expert_tensor_parallel_degree",
+}
+"""Degree -> its key in the section `parallelism`."""
 
-@dataclass
+
+@dataclass(kw_only=True)
 class ParallelDims:
-    """Degrees of parallelism whose product is the world size.
+    """Degrees of parallelism. `pp * dp_replicate * dp_shard * cp * tp` is the world size.
+
+    Experts have no ranks of their own: `ep * etp` divides `dp_shard * cp * tp`, whose ranks hold
+    the experts of a layer together (DeepSpeed-MoE, arXiv:2201.05596).
 
     `dp_shard = -1` takes the ranks that the other degrees leave.
 
@@ -25,15 +38,23 @@ class ParallelDims:
         ConfigError: the degrees do not fit the world.
     """
 
-    dp_replicate: int
-    dp_shard: int
-    tp: int
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
     world_size: int
 
     def __post_init__(self) -> None:
-        others = self.dp_replicate * self.tp
-        replicate = f"data_parallel_replicate_degree ({self.dp_replicate})"
-        written = f"{replicate} x tensor_parallel_degree ({self.tp})"
+        fixed = ("pp", "dp_replicate", "cp", "tp")
+        others = self.pp * self.dp_replicate * self.cp * self.tp
+        written = " x ".join(
+            f"{CONFIG_KEYS[name]} ({getattr(self, name)})"
+            for name in fixed
+            if getattr(self, name) > 1 or name in ("dp_replicate", "tp")
+        )
         if self.dp_shard == -1:
             if self.world_size % others:
                 divisors = [d for d in range(1, self.world_size + 1) if self.world_size % d == 0]
@@ -49,15 +70,29 @@ class ParallelDims:
                 f"{self.world_size}. Start {others * self.dp_shard} processes, or set "
                 f"data_parallel_shard_degree = -1 to use the ranks that are left"
             )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.etp not in (1, self.tp):
+            raise ConfigError(
+                f"parallelism: expert_tensor_parallel_degree ({self.etp}) must be 1 (experts are "
+                f"whole) or tensor_parallel_degree ({self.tp})"
+            )
+        ranks = self.dp_shard * self.cp * self.tp
+        if ranks % (self.ep * self.etp):
+            allowed = [d for d in range(1, ranks + 1) if ranks % (d * self.etp) == 0]
+            raise ConfigError(
+                f"parallelism: expert_parallel_degree ({self.ep}) x expert_tensor_parallel_degree "
+                f"({self.etp}) must divide the ranks that share a layer: "
+                f"data_parallel_shard_degree ({self.dp_shard}) x context_parallel_degree "
+                f"({self.cp}) x tensor_parallel_degree ({self.tp}) = {ranks}. "
+                f"Expert degrees that do: {allowed}"
+            )
 
     @classmethod
     def from_config(cls, parallelism: Parallelism, world_size: int) -> ParallelDims:
-        return cls(
-            dp_replicate=parallelism.data_parallel_replicate_degree,
-            dp_shard=parallelism.data_parallel_shard_degree,
-            tp=parallelism.tensor_parallel_degree,
-            world_size=world_size,
-        )
+        degrees = {name: getattr(parallelism, key) for name, key in CONFIG_KEYS.items()}
+        return cls(**degrees, world_size=world_size)
 
     @property
     def dp(self) -> int:
@@ -66,7 +101,10 @@ class ParallelDims:
 
     @property
     def dp_enabled(self) -> bool:
-        return self.dp > 1
+        """Whether several ranks hold the same weights for different tokens, so that FSDP (or DDP)
+        has something to do: data ranks, and context ranks, which have other parts of a sequence.
+        """
+        return self.dp * self.cp > 1
 
     @property
     def dp_replicate_enabled(self) -> bool:
@@ -77,29 +115,77 @@ class ParallelDims:
         return self.dp_shard > 1
 
     @property
+    def cp_enabled(self) -> bool:
+        return self.cp > 1
+
+    @property
     def tp_enabled(self) -> bool:
         return self.tp > 1
 
     @property
+    def pp_enabled(self) -> bool:
+        return self.pp > 1
+
+    @property
+    def ep_enabled(self) -> bool:
+        return self.ep > 1
+
+    @property
+    def etp_enabled(self) -> bool:
+        return self.etp > 1
+
+    @property
     def non_data_parallel_size(self) -> int:
-        """Ranks that work on the same data."""
-        return self.world_size // self.dp
+        """Ranks that work on the same tokens."""
+        return self.pp * self.tp
+
+    def __str__(self) -> str:
+        """`dp_replicate 1, dp_shard 4, tp 2`: what is used, and always the data ranks."""
+        shown = {name: getattr(self, name) for name in CONFIG_KEYS}
+        return ", ".join(
+            f"{name} {size}" for name, size in shown.items() if size > 1 or name == "dp_shard"
+        )
 
     @cached_property
     def world_mesh(self) -> DeviceMesh:
-        """The mesh of all ranks: dp_replicate, dp_shard, tp (outermost first) and the flat `dp`.
+        """The mesh of all ranks: pp, dp_replicate, dp_shard, cp, tp, outermost first.
 
-        Dimensions of degree 1 are left out, but for dp_shard, so that `world_mesh["dp"]` exists
-        on every layout. Needs an initialised process group.
+        Dimensions of degree 1 are left out, but for dp_shard. Besides, these names always exist:
+
+        * `dp`: ranks that read different data;
+        * `dp_shard_cp`: ranks that share parameters, gradients and optimizer state (FSDP);
+        * `dp_cp`: ranks that have different tokens.
+
+        Needs an initialised process group.
         """
-        from torch.distributed.device_mesh import init_device_mesh
-
-        from torchtitan.distributed.utils import device_type
-
-        dims = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
-        dims = {name: size for name, size in dims.items() if size > 1 or name == "dp_shard"}
-        assert math.prod(dims.values()) == self.world_size
-        mesh = init_device_mesh(device_type(), tuple(dims.values()), mesh_dim_names=tuple(dims))
-        data_dims = tuple(name for name in dims if name.startswith("dp_"))
-        mesh[data_dims]._flatten("dp")
+        sizes = {name: getattr(self, name) for name in ("pp", "dp_replicate", "dp_shard")}
+        sizes |= {"cp": self.cp, "tp": self.tp}
+        mesh = _mesh(sizes, always="dp_shard")
+        for flat, dims in {
+            "dp": ("dp_replicate", "dp_shard"),
+            "dp_shard_cp": ("dp_shard", "cp"),
+            "dp_cp": ("dp_replicate", "dp_shard", "cp"),
+        }.items():
+            mesh[tuple(dim for dim in dims if dim in mesh.mesh_dim_names)]._flatten(flat)
         return mesh
+
+    @cached_property
+    def expert_mesh(self) -> DeviceMesh:
+        """The same ranks as experts see them: pp, dp_replicate, expert_dp, ep, etp.
+
+        `ep` ranks have different experts, `etp` ranks share each expert's matrices, `expert_dp`
+        ranks hold the same experts and shard them (FSDP). Dimensions of degree 1 are left out, but
+        for expert_dp. Needs an initialised process group.
+        """
+        expert_dp = self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
+        sizes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "expert_dp": expert_dp}
+        return _mesh(sizes | {"ep": self.ep, "etp": self.etp}, always="expert_dp")
+
+
+def _mesh(sizes: dict[str, int], always: str) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from torchtitan.distributed.utils import device_type
+
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == always}
+    return init_device_mesh(device_type(), tuple(sizes.values()), mesh_dim_names=tuple(sizes))

@@ -48,7 +48,7 @@ def config(tmp_path: Path) -> JobConfig:
 
 
 def build(config: JobConfig, world_size: int = 1) -> MetricsProcessor:
-    return build_metrics_processor(config, ParallelDims(1, -1, 1, world_size), TinyArgs())
+    return build_metrics_processor(config, ParallelDims(world_size=world_size), TinyArgs())
 
 
 def log(processor: MetricsProcessor, step: int, **values: object) -> None:

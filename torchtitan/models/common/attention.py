@@ -1,6 +1,8 @@
 """Causal attention, optionally within documents, by PyTorch's fused kernels.
 
-A model builds the mask once a forward pass and hands it to all blocks. Its type chooses the kernel:
+A model builds the mask once a forward pass, by a `CausalMask`, and hands it to all blocks, which
+attend by a `ScaledDotProductAttention`. Both are modules without parameters, so that context
+parallelism can take their places. The type of the mask chooses the kernel:
 
 * None: plain causal; scaled dot product attention (SDPA) skips the upper triangle (flash kernel);
 * a boolean tensor, true where a query may look: SDPA with a mask, `seq * seq` bytes a sequence;
@@ -37,7 +39,7 @@ class ScaledDotProductAttention(nn.Module):
             q: `[batch, heads, seq, head_dim]`.
             k: `[batch, kv_heads, seq, head_dim]`; each serves `heads / kv_heads` query heads.
             v: like `k`.
-            mask: from `attention_mask`; None is causal.
+            mask: from `CausalMask`; None is causal.
 
         Returns:
             `[batch, heads, seq, head_dim]`.
@@ -54,27 +56,37 @@ class ScaledDotProductAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attention_mask(
-    kernel: AttentionKernel,
-    seq_len: int,
-    document_ids: torch.Tensor | None,
-    device: torch.device,
-) -> AttentionMask:
-    """The mask of a causal model.
+class CausalMask(nn.Module):
+    """Makes the mask of a causal model.
 
     Args:
         kernel: `model.attention`. `auto` is flex for documents on CUDA, else SDPA. CPU always
             uses SDPA, because flex attention has no backward pass there.
-        document_ids: `[batch, seq]` int64; tokens attend only within their document. None: the
-            sequence is one document.
     """
-    if device.type == "cuda" and (
-        kernel == "flex" or (kernel == "auto" and document_ids is not None)
-    ):
-        return flex_mask(seq_len, document_ids, device)
-    if document_ids is None:
-        return None
-    return sdpa_mask(document_ids)
+
+    def __init__(self, kernel: AttentionKernel = "auto") -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(
+        self, seq_len: int, document_ids: torch.Tensor | None, device: torch.device
+    ) -> AttentionMask:
+        """The mask of one batch.
+
+        Args:
+            seq_len: tokens in a sequence.
+            document_ids: `[batch, seq]` int64; tokens attend only within their document. None: the
+                sequence is one document.
+        """
+        if self.uses_flex(document_ids, device):
+            return flex_mask(seq_len, document_ids, device)
+        if document_ids is None:
+            return None
+        return sdpa_mask(document_ids)
+
+    def uses_flex(self, document_ids: torch.Tensor | None, device: torch.device) -> bool:
+        wanted = self.kernel == "flex" or (self.kernel == "auto" and document_ids is not None)
+        return wanted and device.type == "cuda"
 
 
 def sdpa_mask(document_ids: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchtitan.models.common.attention import (
+    CausalMask,
     ScaledDotProductAttention,
-    attention_mask,
     flex_mask,
     sdpa_mask,
 )
@@ -77,8 +77,8 @@ def test_sdpa_mask_is_causal_within_documents():
 
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex"])
 def test_cpu_uses_sdpa_whatever_is_asked(kernel):
-    assert attention_mask(kernel, SEQ, None, CPU) is None
-    assert isinstance(attention_mask(kernel, SEQ, documents(), CPU), torch.Tensor)
+    assert CausalMask(kernel)(SEQ, None, CPU) is None
+    assert isinstance(CausalMask(kernel)(SEQ, documents(), CPU), torch.Tensor)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_cpu_uses_sdpa_whatever_is_asked(kernel):
 def test_cuda_uses_flex_for_documents_or_when_asked(kernel, document_ids, flex, monkeypatch):
     built = object()
     monkeypatch.setattr("torchtitan.models.common.attention.flex_mask", lambda *arguments: built)
-    mask = attention_mask(kernel, SEQ, document_ids, torch.device("cuda"))
+    mask = CausalMask(kernel)(SEQ, document_ids, torch.device("cuda"))
     assert (mask is built) == flex
     if not flex:
         assert (mask is None) == (document_ids is None)

@@ -18,8 +18,8 @@ import torch.nn as nn
 
 from torchtitan.models.common.attention import (
     AttentionMask,
+    CausalMask,
     ScaledDotProductAttention,
-    attention_mask,
 )
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
@@ -103,6 +103,7 @@ class Llama3Model(ModelProtocol):
         )
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.mask = CausalMask(args.attention)
         self._tie_weights()
 
     def forward(
@@ -129,7 +130,7 @@ class Llama3Model(ModelProtocol):
             args.head_dim, args.rope_theta, args.rope_scaling, tokens.device
         )
         rotate = rotation(positions, frequencies)
-        mask = attention_mask(args.attention, positions.shape[1], document_ids, tokens.device)
+        mask = self.mask(positions.shape[1], document_ids, tokens.device)
 
         h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
         for layer in self.layers.values():
