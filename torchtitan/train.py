@@ -1,7 +1,7 @@
 """The trainer: set-up, then the step loop, from top to bottom.
 
 TOML + command line -> JobConfig -> ParallelDims -> mesh -> TrainSpec -> model on meta
--> parallelize -> weights -> optimizer, schedule, data, loss
+-> (pipeline stages) -> parallelize -> weights -> optimizer, schedule, data, loss
 -> steps -> metrics, validation, checkpoint
 
 Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torchtitan.train`.
@@ -38,7 +38,7 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, TrainingError
 from torchtitan.models.plugins import load_plugins
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import check_profiling, maybe_profile
@@ -76,6 +76,7 @@ class Trainer:
         load_plugins(job_config.job.custom_import)
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         validate(job_config, utils.world_size())
+        _check_pipeline(spec, job_config)
         check_profiling(job_config)
         model_args = spec.model_args.update_from_config(job_config)
         tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
@@ -91,32 +92,38 @@ class Trainer:
         self.parallel_dims = parallel_dims
         world_mesh = parallel_dims.world_mesh
         self.dp_rank = world_mesh["dp"].get_local_rank()
+        self.pp_mesh = world_mesh["pp"] if parallel_dims.pp_enabled else None
 
         with torch.device("meta"):
             model = spec.model_cls(model_args)
-        self.model_inputs = _model_inputs(model, job_config)
-        self.model = spec.parallelize_fn(model, world_mesh, parallel_dims, job_config)
-        sum_gradients(self.model)
-        offload = job_config.training.enable_cpu_offload
-        initialize_weights(
-            self.model, job_config.debug.seed, torch.device("cpu") if offload else self.device
-        )
-        self.model.train()
-        self.autocast = _autocast(self.model, job_config, self.device)
+        self.model_inputs = _model_inputs(model, parallel_dims, job_config)
         logger.info(
-            "%s %s: %s parameters on %d ranks (dp_replicate %d, dp_shard %d, tp %d)",
+            "%s %s: %s parameters on %d ranks (%s)",
             job_config.model.name,
             job_config.model.flavor,
-            f"{sum(p.numel() for p in self.model.parameters()):,}",
+            f"{sum(p.numel() for p in model.parameters()):,}",
             parallel_dims.world_size,
-            parallel_dims.dp_replicate,
-            parallel_dims.dp_shard,
-            parallel_dims.tp,
+            parallel_dims,
         )
-
         self.loss_fn = spec.build_loss_fn(job_config)
-        self.loss_fn.attach([self.model])
-        self.optimizers = spec.build_optimizer_fn([self.model], job_config, parallel_dims)
+        layout = world_mesh, parallel_dims, job_config
+        self.pipeline = None
+        if parallel_dims.pp_enabled:
+            self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize_fn, self.loss_fn)
+            self.model_parts = self.pipeline.model_parts
+        else:
+            self.model_parts = [spec.parallelize_fn(model, *layout)]
+        offload = job_config.training.enable_cpu_offload
+        for part in self.model_parts:
+            sum_gradients(part)
+            initialize_weights(
+                part, job_config.debug.seed, torch.device("cpu") if offload else self.device
+            )
+            part.train()
+        self.autocast = _autocast(self.model_parts, job_config, self.device)
+
+        self.loss_fn.attach(self.model_parts)
+        self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, parallel_dims)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.dataloader = spec.build_dataloader_fn(
             job_config, tokenizer, self.dp_rank, parallel_dims.dp
@@ -131,7 +138,7 @@ class Trainer:
         self.state = TrainState()
         self.checkpointer = CheckpointManager(
             job_config,
-            model_parts=[self.model],
+            model_parts=self.model_parts,
             optimizers=self.optimizers,
             lr_schedulers=self.lr_schedulers,
             dataloader=self.dataloader,
@@ -186,26 +193,45 @@ class Trainer:
 
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
-            set_last_micro_batch(self.model, number == len(batches))
-            pred, labels = self.predict(batch)
-            loss = self.loss_fn(pred, labels) / global_tokens
-            del pred  # its memory is needed in the backward pass
-            loss.backward()
-            loss_sum += loss.detach()
+            set_last_micro_batch(self.model_parts, number == len(batches))
+            loss_sum += self.forward_backward(batch, global_tokens)
 
-        grad_norm = clip_grad_norm(self.model.parameters(), config.training.max_norm)
+        parameters = [param for part in self.model_parts for param in part.parameters()]
+        grad_norm = clip_grad_norm(parameters, config.training.max_norm, self.pp_mesh)
         self.optimizers.step()
         self.window.add(step, loss_sum, grad_norm)
         self.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
 
-    def predict(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the model on one micro-batch. Returns (what it returned, labels `[batch, seq]`)."""
+    def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of one micro-batch. Returns its share of the step's loss."""
+        tokens, labels, inputs = self._to_device(batch)
+        with self.autocast:
+            if self.pipeline:
+                return self.pipeline.forward_backward(tokens, labels, inputs, global_tokens)
+            pred = self.model_parts[0](tokens, **inputs)
+        loss = self.loss_fn(pred, labels) / global_tokens
+        del pred  # its memory is needed in the backward pass
+        loss.backward()
+        return loss.detach()
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
+        tokens, labels, inputs = self._to_device(batch)
+        with self.autocast:
+            if self.pipeline:
+                return self.pipeline.evaluate(tokens, labels, inputs)
+            return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)
+
+    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Batch]:
+        """Tokens, labels and the model's other inputs, each `[batch, seq]`."""
+        if not self.job_config.training.document_mask:
+            # The sequence is one document to the model.
+            batch["positions"] = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
         batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
         inputs = {name: batch[name] for name in self.model_inputs}
-        with self.autocast:
-            return self.model(batch["tokens"], **inputs), batch["labels"]
+        return batch["tokens"], batch["labels"], inputs
 
     def _after_step(self, stopping: bool) -> None:
         """Log, validate and save what is due after this step."""
@@ -234,7 +260,9 @@ class Trainer:
             self.data_wait = 0.0
         with self.metrics.pause():
             if validation_due:
-                self.metrics.log_validation(step, self.validator.validate(self.model, self.predict))
+                self.metrics.log_validation(
+                    step, self.validator.validate(self.model_parts, self.evaluate)
+                )
             self.checkpointer.save(step, last=ending)
 
     def _refuse_nonfinite(self, step: int, loss: float, grad_norm: float) -> None:
@@ -274,7 +302,7 @@ class Window:
         self._unread = []
         summed = torch.stack(losses).double()
         dist.all_reduce(summed)
-        values = (summed / parallel_dims.non_data_parallel_size).tolist()
+        values = (summed / parallel_dims.loss_copies).tolist()
         for step, loss, norm in zip(steps, values, torch.stack(norms).tolist(), strict=True):
             check(step, loss, norm)
             self._losses.append(loss)
@@ -301,23 +329,38 @@ def _check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) ->
     )
 
 
-def _model_inputs(model: torch.nn.Module, job_config: JobConfig) -> list[str]:
-    """The inputs besides tokens that the model's forward takes, see `ModelProtocol`."""
-    if not job_config.training.document_mask:
-        return []
-    accepted = inspect.signature(model.forward).parameters
-    if "document_ids" not in accepted:
+def _check_pipeline(spec: TrainSpec, job_config: JobConfig) -> None:
+    if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
         raise ConfigError(
-            f"{origin(job_config, 'training.document_mask')}: the forward() of "
-            f"{job_config.model.name} takes no document_ids"
+            f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
+            f"{job_config.model.name} has no pipeline_fn in its TrainSpec"
         )
-    return [name for name in ("positions", "document_ids") if name in accepted]
 
 
-def _autocast(model: torch.nn.Module, job_config: JobConfig, device: torch.device) -> Any:
+def _model_inputs(
+    model: torch.nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
+) -> list[str]:
+    """The inputs besides tokens that the model's forward takes, see `ModelProtocol`."""
+    accepted = inspect.signature(model.forward).parameters
+    wanted = []
+    if job_config.training.document_mask:
+        if "document_ids" not in accepted:
+            raise ConfigError(
+                f"{origin(job_config, 'training.document_mask')}: the forward() of "
+                f"{job_config.model.name} takes no document_ids"
+            )
+        wanted = ["positions", "document_ids"]
+    elif parallel_dims.pp_enabled:
+        wanted = ["positions"]  # hidden states do not tell a stage how long the sequence is
+    return [name for name in wanted if name in accepted]
+
+
+def _autocast(
+    model_parts: list[torch.nn.Module], job_config: JobConfig, device: torch.device
+) -> Any:
     """Mixed precision where FSDP does not provide it."""
     dtype = getattr(torch, job_config.training.mixed_precision_param)
-    if fsdp_modules(model) or dtype == torch.float32:
+    if any(fsdp_modules(part) for part in model_parts) or dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 

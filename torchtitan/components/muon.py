@@ -22,8 +22,8 @@ class Muon(torch.optim.Optimizer):
     `[rows, columns]` moves by `lr * sqrt(max(1, rows / columns))` times an orthogonal matrix, and
     weight decay is decoupled. It differs in how it treats DTensors. Orthogonalising needs the whole
     matrix, which `torch.optim.Muon` communicates about in each of its bfloat16 products, so that
-    the result depends on the layout. Here each matrix is gathered once, the ranks that share parameters
-    orthogonalise one matrix each at a time, and tell one another the results.
+    the result depends on the layout. Here each matrix is gathered once, the ranks that share
+    parameters orthogonalise one matrix each at a time, and tell one another the results.
 
     Args:
         params: matrices, or groups of them that lie on one mesh each.

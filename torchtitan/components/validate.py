@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,39 +26,44 @@ class Validator:
         self,
         job_config: JobConfig,
         tokenizer: Tokenizer,
-        loss_fn: Loss,
         parallel_dims: ParallelDims,
         dp_rank: int,
         dp_world_size: int,
     ) -> None:
+        self._parallel_dims = parallel_dims
         self._steps = job_config.validation.steps
-        self._loss_fn = loss_fn
         self._dataloader = build_validation_dataloader(
             job_config, tokenizer, dp_rank, dp_world_size
         )
 
     @torch.no_grad()
     def validate(
-        self, model: nn.Module, predict: Callable[[dict[str, torch.Tensor]], Any]
+        self,
+        model_parts: list[nn.Module],
+        evaluate: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     ) -> float:
         """Mean loss per valid token over all data ranks.
 
         Args:
-            model: put into eval mode meanwhile.
-            predict: runs the model on one batch, as the trainer does; returns (pred, labels).
+            model_parts: put into eval mode meanwhile.
+            evaluate: the trainer's; gives the summed loss of one batch.
         """
-        model.eval()
+        for part in model_parts:
+            part.eval()
         total = None
         self._dataloader.reset()
         for _ in range(self._steps):
-            pred, labels = predict(next(self._dataloader))
-            tokens = (labels != IGNORE_INDEX).sum()
-            part = torch.stack([self._loss_fn(pred, labels).double(), tokens.double()])
-            total = part if total is None else total + part
-        model.train()
-        # Ranks that share data would count it several times, in both numbers alike.
+            batch = next(self._dataloader)
+            loss = evaluate(batch)
+            tokens = (batch["labels"] != IGNORE_INDEX).sum().to(loss.device)
+            sums = torch.stack([loss.double(), tokens.double()])
+            total = sums if total is None else total + sums
+        for part in model_parts:
+            part.train()
         dist.all_reduce(total)
-        return (total[0] / total[1]).item()
+        loss_sum = total[0] / self._parallel_dims.loss_copies
+        token_count = total[1] / self._parallel_dims.non_data_parallel_size
+        return (loss_sum / token_count).item()
 
     def close(self) -> None:
         self._dataloader.close()
@@ -72,4 +77,4 @@ def build_validator(
     dp_rank: int,
     dp_world_size: int,
 ) -> Validator:
-    return Validator(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)
+    return Validator(job_config, tokenizer, parallel_dims, dp_rank, dp_world_size)

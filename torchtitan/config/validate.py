@@ -77,6 +77,8 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
                 f"must be a multiple of parallelism.tensor_parallel_degree ({dims.tp}), which "
                 f"shards the sequence too. Nearest: {_nearest_multiples(seq_len, dims.tp)}",
             )
+    if dims.pp_enabled:
+        _check_pipeline(job_config)
     if job_config.training.enable_cpu_offload and not dims.dp_shard_enabled:
         _fail(
             job_config,
@@ -84,6 +86,58 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
             "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree comes to "
             f"{dims.dp_shard} with {world_size} processes",
         )
+
+
+def _check_pipeline(job_config: JobConfig) -> None:
+    from torchtitan.distributed.pipeline_split import SCHEDULE_KINDS, stages_per_rank
+
+    parallelism = job_config.parallelism
+    size = parallelism.pipeline_parallel_microbatch_size
+    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    for section in sections:
+        batch = getattr(job_config, section).local_batch_size
+        if batch % size:
+            _fail(
+                job_config,
+                f"{section}.local_batch_size",
+                f"must be a multiple of parallelism.pipeline_parallel_microbatch_size ({size}). "
+                f"Nearest: {_nearest_multiples(batch, size)}",
+            )
+    if parallelism.pipeline_parallel_schedule_csv:
+        if not os.path.isfile(parallelism.pipeline_parallel_schedule_csv):
+            _fail(job_config, "parallelism.pipeline_parallel_schedule_csv", "no such file")
+        return
+
+    schedule, pp = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_degree
+    per_rank = stages_per_rank(job_config)
+    kind = SCHEDULE_KINDS[schedule]
+    needed = {"single": "1 stage", "looped": "2 or more stages", "V": "2 stages"}[kind]
+    if not {"single": per_rank == 1, "looped": per_rank >= 2, "V": per_rank == 2}[kind]:
+        problem = f"{schedule} needs {needed} a rank"
+        _fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
+
+    for section in sections:
+        microbatches = getattr(job_config, section).local_batch_size // size
+        problem = _microbatch_problem(schedule, microbatches, pp, pp * per_rank)
+        if problem:
+            _fail(
+                job_config,
+                f"{section}.local_batch_size",
+                f"makes {microbatches} micro-batches of {size}; {schedule} over {pp} ranks needs "
+                f"{problem}",
+            )
+
+
+def _microbatch_problem(schedule: str, microbatches: int, pp: int, stages: int) -> str:
+    """What is wrong with the number of micro-batches; "" if nothing is."""
+    if schedule in ("1F1B", "DualPipeV") and microbatches < stages:
+        return f"at least {stages}, one for each stage"
+    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
+        # They go in rounds of about `pp` micro-batches, all of one size.
+        rounds = max(1, microbatches // pp)
+        if microbatches % rounds:
+            return f"fewer than {2 * pp}, or a multiple of {pp}"
+    return ""
 
 
 def _check_data(job_config: JobConfig) -> None:

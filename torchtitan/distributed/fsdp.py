@@ -42,6 +42,8 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> 
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
 
     policy = job_config.parallelism.fsdp_reshard_after_forward
+    if policy == "default" and job_config.parallelism.pipeline_parallel_degree > 1:
+        policy = "never"
     # With one rank to shard over, freeing what was gathered would save nothing.
     reshard = policy != "never" and mesh.size(-1) > 1
 
@@ -81,8 +83,9 @@ def sum_gradients(model: nn.Module) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def set_last_micro_batch(model: nn.Module, last: bool) -> None:
+def set_last_micro_batch(model_parts: list[nn.Module], last: bool) -> None:
     """Postpone the all-reduce among replicas to the last micro-batch of a step."""
-    for module in fsdp_modules(model):
-        module.set_requires_all_reduce(last, recurse=False)
-        module.set_is_last_backward(last)
+    for part in model_parts:
+        for module in fsdp_modules(part):
+            module.set_requires_all_reduce(last, recurse=False)
+            module.set_is_last_backward(last)

@@ -12,13 +12,19 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, pp_mesh: DeviceMesh | None = None
+) -> torch.Tensor:
     """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
 
     Each gradient may be a plain tensor (the same on all ranks) or a DTensor on any mesh; partial
     sums are reduced first. Squares are summed per set of mesh dimensions that the gradient is
     sharded over, and reduced over these alone, so that nothing is counted twice and no gradient is
     gathered.
+
+    Args:
+        parameters: of all model parts of this rank.
+        pp_mesh: the ranks that have the other stages of a pipeline.
 
     Returns:
         The norm before clipping: a float32 scalar, the same on every rank, not synchronised with
@@ -44,6 +50,10 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
             squared = squared.to(mesh.device_type)
             torch.distributed.all_reduce(squared, group=mesh.get_group())
         total += squared.to(device)
+    if pp_mesh is not None:
+        total = total.to(pp_mesh.device_type)
+        torch.distributed.all_reduce(total, group=pp_mesh.get_group())
+        total = total.to(device)
     norm = total.sqrt()
 
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

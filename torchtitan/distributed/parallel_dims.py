@@ -139,6 +139,11 @@ class ParallelDims:
         """Ranks that work on the same tokens."""
         return self.pp * self.tp
 
+    @property
+    def loss_copies(self) -> int:
+        """Ranks that compute the same loss. Of a pipeline, only the last stage has one."""
+        return self.tp
+
     def __str__(self) -> str:
         """`dp_replicate 1, dp_shard 4, tp 2`: what is used, and always the data ranks."""
         shown = {name: getattr(self, name) for name in CONFIG_KEYS}

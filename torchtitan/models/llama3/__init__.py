@@ -11,6 +11,7 @@ from torchtitan.models.common.rope import RopeScaling
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from .infra.parallelize import parallelize_llama
+from .infra.pipeline import pipeline_llama
 from .model import Llama3Model, Llama3ModelArgs, Llama3StateDictAdapter
 
 LLAMA_3_1 = RopeScaling(factor=8.0)
@@ -67,7 +68,7 @@ def get_train_spec(flavor: str) -> TrainSpec:
         model_cls=Llama3Model,
         model_args=MODEL_CONFIGS[flavor],
         parallelize_fn=parallelize_llama,
-        pipeline_fn=None,
+        pipeline_fn=pipeline_llama,
         build_optimizer_fn=build_optimizer,
         build_lr_scheduler_fn=build_lr_scheduler,
         build_dataloader_fn=build_dataloader,
