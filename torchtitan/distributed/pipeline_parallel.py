@@ -1,0 +1,206 @@
+"""Pipeline parallelism: the layers of a model on several groups of ranks, by PyTorch's schedules.
+
+A stage is a copy of the model with the modules of other stages deleted, so every stage is an
+instance of the same class, and names in checkpoints do not change. `split_model` decides who gets
+what; `Pipeline` runs a batch through the schedule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from torchtitan.config.load import origin
+from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
+from torchtitan.distributed.utils import device
+from torchtitan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchtitan.components.loss import Loss
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+logger = logging.getLogger("torchtitan")
+
+FIRST_MODULES = ("tok_embeddings",)
+LAST_MODULES = ("norm", "output")
+
+MakeSchedule = Callable[[list[PipelineStage], int, Callable[..., torch.Tensor]], Any]
+
+
+def build_pipeline(
+    model: nn.Module,
+    world_mesh: DeviceMesh,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+    parallelize_fn: Callable[..., nn.Module],
+    loss_fn: Loss,
+    first_modules: tuple[str, ...] = FIRST_MODULES,
+    last_modules: tuple[str, ...] = LAST_MODULES,
+) -> Pipeline:
+    """Split `model`, parallelize this rank's stages, and prepare the schedule.
+
+    This is a `TrainSpec.pipeline_fn`. Models whose modules have other names wrap it.
+
+    Args:
+        model: on the meta device; its layers are in `model.layers`.
+        parallelize_fn: applied to each stage.
+        loss_fn: applied by the last stage.
+        first_modules: modules before the layers, in the order of the forward pass.
+        last_modules: modules after the layers.
+
+    Raises:
+        ConfigError: the model has too few layers, cannot be cut at the split points, or shares
+            parameters between stages; or the CSV of the schedule is malformed.
+    """
+    pp_mesh = world_mesh["pp"]
+    stages = stages_of_rank(job_config, pp_mesh.get_local_rank())
+    parts = split_model(model, job_config, stages, first_modules, last_modules)
+    parts = [parallelize_fn(part, world_mesh, parallel_dims, job_config) for part in parts]
+    return Pipeline(parts, stages, pp_mesh, job_config, loss_fn)
+
+
+class Pipeline:
+    """This rank's stages of the model, and the schedule that runs micro-batches through them.
+
+    Args:
+        model_parts: the stages, parallelized.
+        stages: their numbers.
+    """
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        stages: list[int],
+        pp_mesh: DeviceMesh,
+        job_config: JobConfig,
+        loss_fn: Loss,
+    ) -> None:
+        self.model_parts = model_parts
+        self._stages = stages
+        self._pp_mesh = pp_mesh
+        self._config = job_config
+        self._loss_fn = loss_fn
+        self._microbatch_size = job_config.parallelism.pipeline_parallel_microbatch_size
+        self._num_stages = len(stages) * pp_mesh.size()
+        self._is_first = 0 in stages
+        self._is_last = self._num_stages - 1 in stages
+        self._divisor: torch.Tensor | float = 1.0
+        # Training and evaluation have schedules of their own: torch plans the communication anew
+        # whenever one schedule changes between them.
+        self._training = self._build_schedule(job_config.training.local_batch_size)
+        self._evaluation: Any = None
+
+    def forward_backward(
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        divisor: torch.Tensor,
+    ) -> torch.Tensor:
+        """Train on `[local_batch_size, seq]` tokens; gradients accumulate in the parameters.
+
+        Args:
+            inputs: what else the model's forward takes, each `[local_batch_size, seq]`.
+            divisor: of the summed loss.
+
+        Returns:
+            The loss over `divisor`, a scalar; 0 on ranks without the last stage.
+        """
+        self._divisor = divisor
+        return self._run(self._training.step, tokens, labels, inputs, return_outputs=False)
+
+    @torch.no_grad()
+    def evaluate(
+        self, tokens: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The summed loss of `[validation.local_batch_size, seq]` tokens; 0 without last stage."""
+        if self._evaluation is None:
+            self._evaluation = self._build_schedule(self._config.validation.local_batch_size)
+        self._divisor = 1.0
+        return self._run(self._evaluation.eval, tokens, labels, inputs)
+
+    def _run(
+        self,
+        run: Callable[..., Any],
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        **options: Any,
+    ) -> torch.Tensor:
+        losses: list[torch.Tensor] | None = [] if self._is_last else None
+        run(
+            *([tokens] if self._is_first else []),
+            target=labels if self._is_last else None,
+            losses=losses,
+            **inputs,
+            **options,
+        )
+        if losses is None:
+            return torch.zeros((), device=tokens.device)
+        return torch.stack([loss.detach() for loss in losses]).sum()
+
+    def _loss(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self._loss_fn(pred, labels) / self._divisor
+
+    def _build_schedule(self, local_batch_size: int) -> Any:
+        parallelism = self._config.parallelism
+        stages = [
+            _Stage(part, number, self._num_stages, device(), group=self._pp_mesh.get_group())
+            for number, part in zip(self._stages, self.model_parts, strict=True)
+        ]
+        csv = parallelism.pipeline_parallel_schedule_csv
+        name = "PipelineScheduleMulti" if csv else parallelism.pipeline_parallel_schedule
+        schedule_class = _PipelineScheduleRuntime if csv else get_schedule_class(name)
+        single = issubclass(schedule_class, PipelineScheduleSingle)
+        schedule = schedule_class(
+            stages[0] if single else stages,
+            n_microbatches=local_batch_size // self._microbatch_size,
+            loss_fn=self._loss,
+            scale_grads=False,  # the loss is divided by the tokens of the whole step
+        )
+        if csv:
+            try:
+                schedule._load_csv(csv)
+            except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+                key = origin(self._config, "parallelism.pipeline_parallel_schedule_csv")
+                raise ConfigError(f"{key}: not a schedule for this run: {error}") from error
+        return schedule
+
+
+class _Stage(PipelineStage):
+    """A stage that is in eval mode while PyTorch finds out the shapes of what it sends.
+
+    That is a forward pass with the first micro-batch (torch 2.13) or zeros (2.11), which must not
+    count as training: in the load statistics of experts, for example.
+    """
+
+    def _forward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
+        with _in_eval_mode(self.submod):
+            return super()._forward_metadata_inference(*args, **kwargs)
+
+    def _shape_inference(self, *args: Any, **kwargs: Any) -> Any:
+        with _in_eval_mode(self.submod):
+            return super()._shape_inference(*args, **kwargs)
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

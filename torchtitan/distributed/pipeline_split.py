@@ -1,0 +1,196 @@
+"""Which stage of a pipeline has which modules, and which rank has which stages."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from itertools import pairwise
+from typing import TYPE_CHECKING, NoReturn
+
+import torch.nn as nn
+
+from torchtitan.config.load import origin
+from torchtitan.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+logger = logging.getLogger("torchtitan")
+
+SCHEDULE_KINDS = {
+    "GPipe": "single",
+    "1F1B": "single",
+    "Interleaved1F1B": "looped",
+    "LoopedBFS": "looped",
+    "InterleavedZeroBubble": "looped",
+    "ZBVZeroBubble": "V",
+    "DualPipeV": "V",
+}
+"""`single`: a rank has one stage. `looped`: two or more, which go around the ranks: rank r has the
+stages r, r + pp, ... `V`: two, which go forth and back: rank r has
+the stages r and 2 pp - 1 - r."""
+
+
+def stages_per_rank(job_config: JobConfig) -> int:
+    """As configured, or the least that the schedule needs."""
+    parallelism = job_config.parallelism
+    if parallelism.pipeline_parallel_stages_per_rank != -1:
+        return parallelism.pipeline_parallel_stages_per_rank
+    if parallelism.pipeline_parallel_schedule_csv:
+        return 1
+    return 1 if SCHEDULE_KINDS[parallelism.pipeline_parallel_schedule] == "single" else 2
+
+
+def stages_of_rank(job_config: JobConfig, pp_rank: int) -> list[int]:
+    """Numbers of the stages of a rank of the pipeline, ascending."""
+    parallelism = job_config.parallelism
+    pp, count = parallelism.pipeline_parallel_degree, stages_per_rank(job_config)
+    is_v = SCHEDULE_KINDS[parallelism.pipeline_parallel_schedule] == "V"
+    if is_v and not parallelism.pipeline_parallel_schedule_csv:
+        return [pp_rank, 2 * pp - 1 - pp_rank]
+    return [pp_rank + i * pp for i in range(count)]
+
+
+def split_model(
+    model: nn.Module,
+    job_config: JobConfig,
+    stages: list[int],
+    first_modules: tuple[str, ...],
+    last_modules: tuple[str, ...],
+) -> list[nn.Module]:
+    """The parts of `model` (on the meta device) that belong to `stages`.
+
+    See `build_pipeline` for the arguments and errors. Modules without parameters are in every part.
+    """
+    layers = [f"layers.{name}" for name in model.layers]
+    first = [name for name in first_modules if getattr(model, name) is not None]
+    last = [name for name in last_modules if getattr(model, name) is not None]
+    units = [*first, *layers, *last]
+    _refuse_other_parameters(model, units)
+
+    number = job_config.parallelism.pipeline_parallel_degree * stages_per_rank(job_config)
+    points = job_config.parallelism.pipeline_parallel_split_points
+    if points:
+        cuts = _cuts_at(points, units, number, job_config)
+    else:
+        if number > len(layers):
+            key = origin(job_config, "parallelism.pipeline_parallel_degree")
+            raise ConfigError(
+                f"{key}: {number} stages, but the model has only {len(layers)} layers. Use at most "
+                f"{len(layers)} stages (degree x stages of a rank)"
+            )
+        cuts = balanced_cuts(_costs(model, units, len(first), len(last), job_config), number)
+    assignment = [units[start:end] for start, end in pairwise([0, *cuts, len(units)])]
+    _refuse_shared_parameters(model, assignment, job_config)
+    for stage, names in enumerate(assignment):
+        logger.info("pipeline stage %d of %d: %s", stage, number, _summary(names))
+    return [_part(model, units, assignment[stage]) for stage in stages]
+
+
+def balanced_cuts(costs: list[float], stages: int) -> list[int]:
+    """Where to cut a sequence into `stages` non-empty runs whose largest sum is least.
+
+    Returns:
+        The first index of every run but the first. Among equals, later runs are the shorter ones.
+    """
+    prefix = [0.0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    # best[k][n]: the least largest sum of the first n costs in k + 1 runs, and the last cut.
+    best = [[(prefix[n], 0) for n in range(len(costs) + 1)]]
+    for runs in range(2, stages + 1):
+        row = [(float("inf"), 0)] * (len(costs) + 1)
+        for n in range(runs, len(costs) + 1):
+            row[n] = min(
+                (max(best[-1][cut][0], prefix[n] - prefix[cut]), cut) for cut in range(runs - 1, n)
+            )
+        best.append(row)
+    cuts: list[int] = []
+    end = len(costs)
+    for row in reversed(best[1:]):
+        end = row[end][1]
+        cuts.insert(0, end)
+    return cuts
+
+
+def _costs(
+    model: nn.Module, units: list[str], firsts: int, lasts: int, job_config: JobConfig
+) -> list[float]:
+    """Cost of each unit: its parameters, which are its memory and, but for a factor, its FLOPs."""
+    parallelism = job_config.parallelism
+    weights = [1.0] * len(units)
+    weights[:firsts] = [parallelism.pipeline_parallel_embedding_weight] * firsts
+    weights[len(units) - lasts :] = [parallelism.pipeline_parallel_output_weight] * lasts
+    sizes = [sum(p.numel() for p in model.get_submodule(name).parameters()) for name in units]
+    return [size * weight for size, weight in zip(sizes, weights, strict=True)]
+
+
+def _cuts_at(points: list[str], units: list[str], number: int, job_config: JobConfig) -> list[int]:
+    def fail(problem: str) -> NoReturn:
+        key = origin(job_config, "parallelism.pipeline_parallel_split_points")
+        raise ConfigError(f"{key}: {problem}")
+
+    for point in points:
+        if point not in units[1:]:
+            fail(f"{point!r} is no place to cut.{did_you_mean(point, units[1:])}")
+    if len(points) != number - 1:
+        fail(
+            f"{len(points)} points make {len(points) + 1} stages, but pipeline_parallel_degree x "
+            f"stages of a rank is {number}"
+        )
+    cuts = [units.index(point) for point in points]
+    if cuts != sorted(set(cuts)):
+        fail("must be in the order of the model, each once")
+    return cuts
+
+
+def _refuse_other_parameters(model: nn.Module, units: list[str]) -> None:
+    """Every parameter must belong to a stage."""
+    for name, _ in model.named_parameters():
+        if not any(name == unit or name.startswith(f"{unit}.") for unit in units):
+            raise ConfigError(
+                f"parallelism.pipeline_parallel_degree: {type(model).__name__} has the parameter "
+                f"{name!r}, which is in no layer and not named by its pipeline_fn, so no stage "
+                "would have it"
+            )
+
+
+def _refuse_shared_parameters(
+    model: nn.Module, assignment: list[list[str]], job_config: JobConfig
+) -> None:
+    """A weight in two stages would be two weights, which drift apart."""
+    owners: dict[int, tuple[int, str]] = {}
+    for stage, names in enumerate(assignment):
+        for name in names:
+            for param in model.get_submodule(name).parameters():
+                other, other_name = owners.setdefault(id(param), (stage, name))
+                if other != stage:
+                    key = origin(job_config, "parallelism.pipeline_parallel_degree")
+                    raise ConfigError(
+                        f"{key}: {other_name} and {name} share a weight (tied embeddings) but are "
+                        f"in stages {other} and {stage}. Use a flavor without tied weights, or "
+                        "data and tensor parallelism"
+                    )
+
+
+def _part(model: nn.Module, units: list[str], own: list[str]) -> nn.Module:
+    part = copy.deepcopy(model)
+    for name in units:
+        if name in own:
+            continue
+        parent, _, child = name.rpartition(".")
+        if parent:
+            del part.layers[child]
+        else:
+            setattr(part, name, None)
+    return part
+
+
+def _summary(names: list[str]) -> str:
+    layers = [name for name in names if name.startswith("layers.")]
+    shown = [name for name in names if name not in layers]
+    if layers:
+        run = layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+        before = [n for n in shown if names.index(n) < names.index(layers[0])]
+        shown = [*before, run, *shown[len(before) :]]
+    return ", ".join(shown)
