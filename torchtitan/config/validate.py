@@ -89,7 +89,11 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
 
 
 def _check_pipeline(job_config: JobConfig) -> None:
-    from torchtitan.distributed.pipeline_split import SCHEDULE_KINDS, stages_per_rank
+    from torchtitan.distributed.pipeline_split import (
+        SCHEDULE_KINDS,
+        CsvSchedule,
+        stages_per_rank,
+    )
 
     parallelism = job_config.parallelism
     size = parallelism.pipeline_parallel_microbatch_size
@@ -104,8 +108,16 @@ def _check_pipeline(job_config: JobConfig) -> None:
                 f"Nearest: {_nearest_multiples(batch, size)}",
             )
     if parallelism.pipeline_parallel_schedule_csv:
-        if not os.path.isfile(parallelism.pipeline_parallel_schedule_csv):
-            _fail(job_config, "parallelism.pipeline_parallel_schedule_csv", "no such file")
+        needed = CsvSchedule.read(job_config).microbatches
+        for section in sections:
+            if getattr(job_config, section).local_batch_size != needed * size:
+                _fail(
+                    job_config,
+                    f"{section}.local_batch_size",
+                    f"must be {needed * size}: the schedule in "
+                    f"{parallelism.pipeline_parallel_schedule_csv} has {needed} micro-batches, of "
+                    f"parallelism.pipeline_parallel_microbatch_size ({size})",
+                )
         return
 
     schedule, pp = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_degree
@@ -183,12 +195,23 @@ def _check_optimizer(job_config: JobConfig) -> None:
 
 
 def _check_activation_checkpoint(job_config: JobConfig) -> None:
+    from torchtitan.distributed.pipeline_split import splits_backward
+
     config, compile_config = job_config.activation_checkpoint, job_config.compile
     option = config.selective_ac_option
     if option != "op" and not re.fullmatch("[1-9][0-9]{0,8}", option):
         problem = "must be 'op', or a positive integer N for every N-th block"
         _fail(job_config, "activation_checkpoint.selective_ac_option", problem)
     compiles_model = compile_config.enable and "model" in compile_config.components
+    per_op = config.mode == "selective" and option == "op"
+    if per_op and splits_backward(job_config) and not compiles_model:
+        _fail(
+            job_config,
+            "activation_checkpoint.selective_ac_option",
+            "keeps activations for one backward pass, and this pipeline schedule makes two, for "
+            "inputs and for weights. Use activation_checkpoint.mode 'full' or 'none', a number N, "
+            "or set compile.enable",
+        )
     if config.mode == "memory_budget" and not compiles_model:
         problem = "the compiler does it: set compile.enable, with 'model' in compile.components"
         _fail(job_config, "activation_checkpoint.mode", problem)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
+from torchtitan.distributed.pipeline_split import splits_backward
+
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
@@ -20,6 +22,9 @@ def apply_compile(model: nn.Module, job_config: JobConfig) -> nn.Module:
     config = job_config.compile
     if not config.enable or "model" not in config.components:
         return model
+    if splits_backward(job_config):
+        # The backward pass runs twice over one graph, so it may not overwrite what it reads.
+        torch._functorch.config.donated_buffer = False
     if config.scope == "model":
         return torch.compile(model, backend=config.backend)
     for layer in model.layers.values():

@@ -17,6 +17,12 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FULL_BACKWARD,
+    RECV_B,
+    REDUCE_GRAD,
+    SEND_B,
     PipelineScheduleSingle,
     _PipelineScheduleRuntime,
     get_schedule_class,
@@ -120,7 +126,7 @@ class Pipeline:
             The loss over `divisor`, a scalar; 0 on ranks without the last stage.
         """
         self._divisor = divisor
-        return self._run(self._training.step, tokens, labels, inputs, return_outputs=False)
+        return self._run(self._training.step, tokens, labels, inputs)
 
     @torch.no_grad()
     def evaluate(
@@ -129,6 +135,7 @@ class Pipeline:
         """The summed loss of `[validation.local_batch_size, seq]` tokens; 0 without last stage."""
         if self._evaluation is None:
             self._evaluation = self._build_schedule(self._config.validation.local_batch_size)
+            _drop_backward(self._evaluation)
         self._divisor = 1.0
         return self._run(self._evaluation.eval, tokens, labels, inputs)
 
@@ -138,15 +145,14 @@ class Pipeline:
         tokens: torch.Tensor,
         labels: torch.Tensor,
         inputs: dict[str, torch.Tensor],
-        **options: Any,
     ) -> torch.Tensor:
         losses: list[torch.Tensor] | None = [] if self._is_last else None
         run(
             *([tokens] if self._is_first else []),
             target=labels if self._is_last else None,
             losses=losses,
+            return_outputs=False,
             **inputs,
-            **options,
         )
         if losses is None:
             return torch.zeros((), device=tokens.device)
@@ -178,6 +184,18 @@ class Pipeline:
                 key = origin(self._config, "parallelism.pipeline_parallel_schedule_csv")
                 raise ConfigError(f"{key}: not a schedule for this run: {error}") from error
         return schedule
+
+
+def _drop_backward(schedule: Any) -> None:
+    """Leave only forward actions in a schedule; PyTorch's `eval` fails on those of V schedules."""
+    if not isinstance(schedule, _PipelineScheduleRuntime):
+        return
+    backward = (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, SEND_B, RECV_B, REDUCE_GRAD)
+    for rank, actions in schedule.pipeline_order_with_comms.items():
+        single = [part for action in actions for part in action.sub_actions or [action]]
+        schedule.pipeline_order_with_comms[rank] = [
+            action for action in single if action.computation_type not in backward
+        ]
 
 
 class _Stage(PipelineStage):

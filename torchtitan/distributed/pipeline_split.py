@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch.nn as nn
@@ -31,22 +34,81 @@ stages r, r + pp, ... `V`: two, which go forth and back: rank r has
 the stages r and 2 pp - 1 - r."""
 
 
+SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""They compute the gradients of inputs first and those of weights later, to fill the bubble."""
+
+
+@dataclass
+class CsvSchedule:
+    """What `parallelism.pipeline_parallel_schedule_csv` says: a row a rank, actions like `1F0`."""
+
+    stages: list[list[int]]
+    """Of each rank, ascending."""
+    microbatches: int
+    splits_backward: bool
+
+    @classmethod
+    def read(cls, job_config: JobConfig) -> CsvSchedule:
+        """Raises `ConfigError` if the file is missing, or not a schedule for this degree."""
+        parallelism = job_config.parallelism
+        try:
+            text = Path(parallelism.pipeline_parallel_schedule_csv).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            cls._fail(job_config, f"cannot be read: {error}")
+        rows = [
+            [(int(s), kind, int(m)) for s, kind, m in _ACTION.findall(row)]
+            for row in text.splitlines()
+            if row.strip()
+        ]
+        stages = [sorted({stage for stage, _, _ in row}) for row in rows]
+        every = sorted(stage for row in stages for stage in row)
+        pp = parallelism.pipeline_parallel_degree
+        if len(rows) != pp or not all(rows) or every != list(range(len(every))):
+            cls._fail(
+                job_config,
+                f"must have a row of actions like 0F0 for each of the {pp} ranks, and each stage "
+                f"from 0 on in one of them. It has {len(rows)} rows, with the stages {stages}",
+            )
+        if len({len(row) for row in stages}) > 1:
+            cls._fail(job_config, f"every rank must have as many stages, not {stages}")
+        microbatches = 1 + max(microbatch for row in rows for _, _, microbatch in row)
+        return cls(stages, microbatches, any(kind in "IW" for row in rows for _, kind, _ in row))
+
+    @staticmethod
+    def _fail(job_config: JobConfig, problem: str) -> NoReturn:
+        key = origin(job_config, "parallelism.pipeline_parallel_schedule_csv")
+        raise ConfigError(f"{key}: {problem}")
+
+
+_ACTION = re.compile(r"\b(\d+)([FBIW])(\d+)\b")
+
+
+def splits_backward(job_config: JobConfig) -> bool:
+    parallelism = job_config.parallelism
+    if parallelism.pipeline_parallel_degree == 1:
+        return False
+    if parallelism.pipeline_parallel_schedule_csv:
+        return CsvSchedule.read(job_config).splits_backward
+    return parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD_SCHEDULES
+
+
 def stages_per_rank(job_config: JobConfig) -> int:
     """As configured, or the least that the schedule needs."""
     parallelism = job_config.parallelism
+    if parallelism.pipeline_parallel_schedule_csv:
+        return len(CsvSchedule.read(job_config).stages[0])
     if parallelism.pipeline_parallel_stages_per_rank != -1:
         return parallelism.pipeline_parallel_stages_per_rank
-    if parallelism.pipeline_parallel_schedule_csv:
-        return 1
     return 1 if SCHEDULE_KINDS[parallelism.pipeline_parallel_schedule] == "single" else 2
 
 
 def stages_of_rank(job_config: JobConfig, pp_rank: int) -> list[int]:
     """Numbers of the stages of a rank of the pipeline, ascending."""
     parallelism = job_config.parallelism
+    if parallelism.pipeline_parallel_schedule_csv:
+        return CsvSchedule.read(job_config).stages[pp_rank]
     pp, count = parallelism.pipeline_parallel_degree, stages_per_rank(job_config)
-    is_v = SCHEDULE_KINDS[parallelism.pipeline_parallel_schedule] == "V"
-    if is_v and not parallelism.pipeline_parallel_schedule_csv:
+    if SCHEDULE_KINDS[parallelism.pipeline_parallel_schedule] == "V":
         return [pp_rank, 2 * pp - 1 - pp_rank]
     return [pp_rank + i * pp for i in range(count)]
 
