@@ -1,0 +1,231 @@
+"""Who gets which layers, and which settings of the pipeline are refused."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from torchtitan.config import JobConfig
+from torchtitan.config.validate import validate
+from torchtitan.distributed.pipeline_split import (
+    SCHEDULE_KINDS,
+    CsvSchedule,
+    balanced_cuts,
+    split_model,
+    stages_of_rank,
+    stages_per_rank,
+)
+from torchtitan.errors import ConfigError
+from torchtitan.models.llama3 import MODEL_CONFIGS, Llama3Model
+
+FIRST, LAST = ("tok_embeddings",), ("norm", "output")
+
+
+def job(pp: int = 2, **parallelism: object) -> JobConfig:
+    config = JobConfig()
+    config.parallelism.pipeline_parallel_degree = pp
+    for key, value in parallelism.items():
+        setattr(config.parallelism, f"pipeline_parallel_{key}", value)
+    return config
+
+
+def split(config: JobConfig, stages: list[int], model: nn.Module | None = None) -> list[nn.Module]:
+    if model is None:
+        with torch.device("meta"):
+            model = Llama3Model(MODEL_CONFIGS["debugmodel"])
+    return split_model(model, config, stages, FIRST, LAST)
+
+
+@given(
+    costs=st.lists(st.integers(0, 50), min_size=1, max_size=9),
+    data=st.data(),
+)
+def test_cuts_are_the_best_there_are(costs: list[int], data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(costs)))
+
+    def largest(cuts: tuple[int, ...] | list[int]) -> float:
+        return max(sum(costs[a:b]) for a, b in pairwise([0, *cuts, len(costs)]))
+
+    cuts = balanced_cuts([float(cost) for cost in costs], stages)
+    assert cuts == sorted(set(cuts))
+    assert len(cuts) == stages - 1
+    best = min(largest(c) for c in combinations(range(1, len(costs)), stages - 1))
+    assert largest(cuts) == best
+
+
+def test_the_parts_together_are_the_model_and_names_do_not_change() -> None:
+    with torch.device("meta"):
+        model = Llama3Model(MODEL_CONFIGS["debugmodel"])
+    parts = split(job(pp=4), [0, 1, 2, 3], model)
+    names = [name for part in parts for name, _ in part.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert parts[0].tok_embeddings is not None
+    assert parts[0].output is None
+    assert parts[3].tok_embeddings is None
+    assert parts[3].output is not None
+
+
+def test_an_expensive_output_layer_leaves_the_last_stage_fewer_layers() -> None:
+    light = [len(p.layers) for p in split(job(output_weight=0.0), [0, 1])]
+    heavy = [len(p.layers) for p in split(job(output_weight=20.0), [0, 1])]
+    assert light == [2, 2]
+    assert heavy == [3, 1]
+
+
+def test_stages_are_cut_where_the_user_says() -> None:
+    config = job(split_points=["layers.1"])
+    assert [list(p.layers) for p in split(config, [0, 1])] == [["0"], ["1", "2", "3"]]
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (["layer.1"], r"'layer.1' is no place to cut. Did you mean 'layers.1'"),
+        (["layers.1", "layers.2"], "2 points make 3 stages, but .* is 2"),
+    ],
+)
+def test_bad_split_points_are_named(points: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split(job(split_points=points), [0])
+    with pytest.raises(ConfigError, match="in the order of the model"):
+        split(job(pp=3, split_points=["layers.2", "layers.1"]), [0])
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="8 stages, but the model has only 4 layers"):
+        split(job(pp=8), [0])
+
+
+def test_tied_weights_in_two_stages_are_refused() -> None:
+    from dataclasses import replace
+
+    args = replace(MODEL_CONFIGS["debugmodel"], tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = Llama3Model(args)
+    with pytest.raises(ConfigError, match="tok_embeddings and output share a weight"):
+        split(job(), [0, 1], model)
+
+
+def test_a_parameter_in_no_stage_is_refused() -> None:
+    with torch.device("meta"):
+        model = Llama3Model(MODEL_CONFIGS["debugmodel"])
+        model.scale = nn.Parameter(torch.empty(4))
+    with pytest.raises(ConfigError, match="the parameter 'scale', which is in no layer"):
+        split(job(), [0], model)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_KINDS)
+@pytest.mark.parametrize("pp", [2, 3, 4])
+def test_every_stage_is_on_one_rank(schedule: str, pp: int) -> None:
+    config = job(pp, schedule=schedule)
+    stages = [stages_of_rank(config, rank) for rank in range(pp)]
+    assert sorted(s for own in stages for s in own) == list(range(pp * stages_per_rank(config)))
+
+
+def torch_accepts(schedule: str, pp: int, per_rank: int, microbatches: int) -> bool:
+    """Whether PyTorch can build the schedule, from stages that exist in name only."""
+    config = job(pp, schedule=schedule, stages_per_rank=per_rank)
+    stages = []
+    for number in stages_of_rank(config, 0):
+        stage = MagicMock(stage_index=number, num_stages=pp * per_rank, group_size=pp, group_rank=0)
+        stages.append(stage)
+    single = SCHEDULE_KINDS[schedule] == "single"
+    try:
+        get_schedule_class(schedule)(
+            stages[0] if single else stages, n_microbatches=microbatches, loss_fn=lambda x, y: x
+        )
+    except ValueError:
+        return False
+    return True
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    schedule=st.sampled_from(sorted(SCHEDULE_KINDS)),
+    pp=st.integers(2, 4),
+    microbatches=st.integers(1, 20),
+)
+def test_what_the_rules_accept_pytorch_builds(schedule: str, pp: int, microbatches: int) -> None:
+    config = job(pp, schedule=schedule)
+    config.training.local_batch_size = microbatches
+    config.activation_checkpoint.mode = "none"
+    try:
+        validate(config, world_size=pp)
+    except ConfigError as error:
+        assert "micro-batches of 1" in str(error)
+        return
+    assert torch_accepts(schedule, pp, stages_per_rank(config), microbatches)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "microbatches"),
+    [("1F1B", 1), ("DualPipeV", 3), ("Interleaved1F1B", 5), ("InterleavedZeroBubble", 5)],
+)
+def test_what_pytorch_refuses_is_a_config_error(schedule: str, microbatches: int) -> None:
+    config = job(2, schedule=schedule)
+    config.training.local_batch_size = microbatches
+    config.activation_checkpoint.mode = "none"
+    assert not torch_accepts(schedule, 2, stages_per_rank(config), microbatches)
+    with pytest.raises(ConfigError, match=r"training.local_batch_size .* micro-batches of 1"):
+        validate(config, world_size=2)
+
+
+def test_a_batch_of_no_whole_number_of_micro_batches_is_refused() -> None:
+    config = job(2, microbatch_size=3)
+    with pytest.raises(ConfigError, match=r"multiple of .*microbatch_size \(3\). Nearest: 6 or 9"):
+        validate(config, world_size=2)
+
+
+@pytest.mark.parametrize(("schedule", "per_rank"), [("1F1B", 2), ("ZBVZeroBubble", 3)])
+def test_a_schedule_says_how_many_stages_it_needs(schedule: str, per_rank: int) -> None:
+    config = job(2, schedule=schedule, stages_per_rank=per_rank)
+    with pytest.raises(ConfigError, match=f"stages_per_rank = {per_rank}: {schedule} needs"):
+        validate(config, world_size=2)
+
+
+def test_selective_recomputation_does_not_survive_two_backward_passes() -> None:
+    config = job(2, schedule="ZBVZeroBubble")
+    with pytest.raises(ConfigError, match="this pipeline schedule makes two"):
+        validate(config, world_size=2)
+    config.compile.enable = True
+    validate(config, world_size=2)
+
+
+CSV = "0F0,0F1,,0B0,0B1,3F0,3F1\n1F0,1F1,2F0,2F1,1I0,1W0\n"
+
+
+def test_a_csv_says_who_has_which_stages(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.csv"
+    path.write_text(CSV)
+    schedule = CsvSchedule.read(job(schedule_csv=str(path)))
+    assert schedule == CsvSchedule([[0, 3], [1, 2]], microbatches=2, splits_backward=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has 0 rows"),
+        ("0F0\n", "has 1 rows"),
+        ("0F0\n0B0\n", "each stage from 0 on in one of them"),
+        ("0F0\nhello\n", "each stage from 0 on"),
+        ("0F0,1F0,\n2F0\n", "every rank must have as many stages"),
+    ],
+)
+def test_a_bad_csv_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "schedule.csv"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"schedule_csv.*{message}"):
+        CsvSchedule.read(job(schedule_csv=str(path)))
+
+
+def test_a_missing_csv_is_named() -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        validate(job(schedule_csv="/nowhere.csv"), world_size=2)
