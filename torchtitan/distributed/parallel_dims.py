@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     from torchtitan.config.parallelism import Parallelism
@@ -185,6 +186,21 @@ class ParallelDims:
         expert_dp = self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
         sizes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "expert_dp": expert_dp}
         return _mesh(sizes | {"ep": self.ep, "etp": self.etp}, always="expert_dp")
+
+    def groups(self) -> dict[str, ProcessGroup]:
+        """Name -> process group that this rank is in, for the parallelisms that are enabled.
+
+        `fsdp` has the ranks that share parameters.
+        """
+        groups = {}
+        for name in ("pp", "dp_replicate", "cp", "tp"):
+            if getattr(self, name) > 1:
+                groups[name] = self.world_mesh[name].get_group()
+        groups["fsdp"] = self.world_mesh["dp_shard_cp"].get_group()
+        if self.ep_enabled or self.etp_enabled:
+            names = self.expert_mesh.mesh_dim_names
+            groups |= {name: self.expert_mesh[name].get_group() for name in names}
+        return groups
 
 
 def _mesh(sizes: dict[str, int], always: str) -> DeviceMesh:

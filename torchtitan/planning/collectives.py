@@ -1,0 +1,131 @@
+"""Records what the ranks send to each other: every collective, its group and its bytes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call on this rank."""
+
+    kind: str
+    """`all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all`, `broadcast`, `send`."""
+    group: str
+    """Name of the ranks that take part."""
+    ranks: int
+    """Ranks that take part."""
+    payload: int
+    """Bytes of the larger of what goes in and what comes out."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank sends in a ring, the bandwidth-optimal algorithm (Patarasuk and
+        Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
+        """
+        others = (self.ranks - 1) / self.ranks
+        factor = {"all_reduce": 2 * others, "send": 1.0, "broadcast": 1.0}
+        return self.payload * factor.get(self.kind, others)
+
+
+_KINDS = {
+    "c10d::_allgather_base_": "all_gather",
+    "c10d::allgather_": "all_gather",
+    "c10d::allgather_into_tensor_coalesced_": "all_gather",
+    "c10d::_reduce_scatter_base_": "reduce_scatter",
+    "c10d::reduce_scatter_": "reduce_scatter",
+    "c10d::reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "c10d::allreduce_": "all_reduce",
+    "c10d::alltoall_base_": "all_to_all",
+    "c10d::alltoall_": "all_to_all",
+    "c10d::broadcast_": "broadcast",
+    "c10d::send": "send",
+    "_c10d_functional::all_gather_into_tensor": "all_gather",
+    "_c10d_functional::all_gather_into_tensor_out": "all_gather",
+    "_c10d_functional::all_gather_into_tensor_coalesced": "all_gather",
+    "_c10d_functional::reduce_scatter_tensor": "reduce_scatter",
+    "_c10d_functional::reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "_c10d_functional::all_reduce": "all_reduce",
+    "_c10d_functional::all_reduce_": "all_reduce",
+    "_c10d_functional::all_to_all_single": "all_to_all",
+    "_c10d_functional::broadcast": "broadcast",
+    "_c10d_functional::isend": "send",
+}
+
+
+class CollectiveRecorder(TorchDispatchMode):
+    """Within it, every collective of this process is recorded in `collectives`.
+
+    Works on real and on fake tensors. Code compiled by inductor is not seen.
+
+    Args:
+        groups: name -> group, as `ParallelDims.groups()` gives them; the first of equals wins.
+    """
+
+    def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
+        super().__init__()
+        self.collectives: list[Collective] = []
+        self._names: dict[str, str] = {}
+        for name, group in groups.items():
+            self._names.setdefault(group.group_name, name)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        kind = _KINDS.get(func._schema.name)
+        if kind is not None:
+            group = _group_of(args)
+            sizes = [
+                sum(t.numel() * t.element_size() for t in tree_leaves(side) if _is_tensor(t))
+                for side in (args[:1], args[1:2], result)
+            ]
+            self.collectives.append(
+                Collective(
+                    kind,
+                    self._names.get(group.group_name, group.group_name),
+                    group.size(),
+                    max(sizes),
+                )
+            )
+        return result
+
+    def sent_by_group(self) -> dict[tuple[str, str], tuple[int, float]]:
+        return sent_by_group(self.collectives)
+
+
+def sent_by_group(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, float]]:
+    """`(group, kind)` -> (calls, bytes sent by this rank)."""
+    totals: dict[tuple[str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    for collective in collectives:
+        key = collective.group, collective.kind
+        calls, sent = totals[key]
+        totals[key] = calls + 1, sent + collective.sent
+    return dict(totals)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _group_of(args: Any) -> dist.ProcessGroup:
+    for value in reversed(args):
+        if isinstance(value, dist.ProcessGroup):
+            return value
+        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+            return dist.ProcessGroup.unbox(value)
+        if isinstance(value, str):
+            try:
+                return _resolve_process_group(value)
+            except (RuntimeError, ValueError):  # another string argument, such as the reduction
+                continue
+    raise AssertionError("a collective without a process group")
