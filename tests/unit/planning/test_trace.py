@@ -1,0 +1,91 @@
+"""Layouts of thousands of ranks build, shard and run a step, in one process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import torchtitan.models  # noqa: F401
+from torchtitan.config import load_config
+from torchtitan.planning.collectives import sent_by_group
+from torchtitan.planning.trace import StepTrace, fake_world, trace_step
+from torchtitan.protocols.train_spec import get_train_spec
+
+PREFIXES = {
+    "pp": "pipeline_parallel_degree",
+    "rep": "data_parallel_replicate_degree",
+    "tp": "tensor_parallel_degree",
+    "cp": "context_parallel_degree",
+}
+
+
+def trace(world_size: int, rank: int, flavor: str, *options: str, **degrees: int) -> StepTrace:
+    argv = [f"--model.flavor={flavor}", "--activation_checkpoint.mode=none", *options]
+    argv += [f"--parallelism.{PREFIXES[name]}={size}" for name, size in degrees.items()]
+    config = load_config(argv)
+    config.training.local_batch_size = max(1, degrees.get("pp", 1))
+    with fake_world(world_size, rank):
+        return trace_step(config)
+
+
+def nparams(flavor: str) -> int:
+    args = get_train_spec("llama3", flavor).model_args
+    return args.get_nparams_and_flops(1)[0]
+
+
+def test_fsdp_moves_the_parameters_three_times_a_step() -> None:
+    options = ["--parallelism.fsdp_reshard_after_forward=always", "--training.seq_len=64"]
+    options += ["--training.mixed_precision_param=float32"]
+    sent = sent_by_group(trace(8, 0, "debugmodel", *options).collectives)
+    once = nparams("debugmodel") * 4 * 7 / 8  # bytes
+    # The root's group is never resharded: of the debug model it has no parameter.
+    assert sent["fsdp", "all_gather"][1] == pytest.approx(2 * once, rel=0.01)
+    assert sent["fsdp", "reduce_scatter"][1] == pytest.approx(once, rel=0.01)
+
+
+def test_tensor_parallel_moves_the_hidden_states_eight_times_a_layer() -> None:
+    """Four collectives forward and four backward: into and out of attention and feed-forward."""
+    options = ["--training.seq_len=64", "--training.mixed_precision_param=float32"]
+    sent = sent_by_group(trace(2, 0, "debugmodel", *options, tp=2).collectives)
+    layers, hidden = 4, 64 * 256 * 4 / 2  # bytes of [seq, dim], of which a rank sends half
+    for kind in ("all_gather", "reduce_scatter"):
+        calls, total = sent["tp", kind]
+        # Besides the layers, the embedding scatters and the output layer gathers.
+        assert 4 * layers + 1 <= calls <= 4 * layers + 2
+        assert total == pytest.approx(calls * hidden)
+
+
+def test_a_rank_of_half_as_many_holds_twice_the_state() -> None:
+    """Activations and gathered parameters are the same, so the difference is the state."""
+    options = ["--training.seq_len=8", "--training.mixed_precision_param=float32"]
+    few, many = (trace(world, 3, "8B", *options).peak_memory for world in (32, 64))
+    state = 16 * nparams("8B")  # parameter, gradient, two moments, in float32
+    assert few - many == pytest.approx(state / 32 - state / 64, rel=0.1)
+
+
+LAYOUTS = {
+    "70B_512_pp8_rep2_fsdp4_tp8": ("70B", 512, {"pp": 8, "rep": 2, "tp": 8}),
+    "405B_4096_pp16_rep2_fsdp16_tp8": ("405B", 4096, {"pp": 16, "rep": 2, "tp": 8}),
+}
+RUNS = [(name, where) for name in LAYOUTS for where in ("first", "middle", "last")]
+QUICK = [RUNS[2], RUNS[4]]
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [pytest.param(*run, marks=[] if run in QUICK else [pytest.mark.long]) for run in RUNS],
+)
+def test_a_four_dimensional_layout_of_a_large_model_runs_a_step(name: str, where: str) -> None:
+    flavor, world_size, degrees = LAYOUTS[name]
+    rank = {"first": 0, "middle": world_size // 2 + 1, "last": world_size - 1}[where]
+    options = ["--training.seq_len=8192", "--activation_checkpoint.mode=full"]
+    result = trace(world_size, rank, flavor, *options, **degrees)
+    # A rank of the stage has about its share of all parameters.
+    share = nparams(flavor) / (world_size / degrees["rep"])
+    assert 0.5 * share < result.parameters < 1.5 * share
+    sent = sent_by_group(result.collectives)
+    assert {"fsdp", "tp", "dp_replicate"} <= {group for group, _ in sent}
+    assert math.isclose(
+        sent["dp_replicate", "all_reduce"][1], 2 * (1 / 2) * 4 * result.parameters, rel_tol=0.01
+    )
