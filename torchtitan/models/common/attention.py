@@ -1,4 +1,4 @@
-"""Causal attention, optionally within documents, by PyTorch's fused kernels.
+"""Causal attention, optionally within documents, windows or chunks, by PyTorch's fused kernels.
 
 A model builds the mask once a forward pass, by a `CausalMask`, and hands it to all blocks, which
 attend by a `ScaledDotProductAttention`. Both are modules without parameters, so that context
@@ -18,10 +18,15 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 AttentionKernel = Literal["auto", "sdpa", "flex"]
 AttentionMask = torch.Tensor | BlockMask | None
+
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Whether a query may look at a key: (batch, head, query, key) -> boolean, on index tensors that
+broadcast. The `mask_mod` of flex attention."""
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -39,14 +44,17 @@ class ScaledDotProductAttention(nn.Module):
             q: `[batch, heads, seq, head_dim]`.
             k: `[batch, kv_heads, seq, head_dim]`; each serves `heads / kv_heads` query heads.
             v: like `k`.
-            mask: from `CausalMask`; None is causal.
+            mask: from `CausalMask`. None is causal, where fewer queries than keys are the last.
 
         Returns:
             `[batch, heads, seq, head_dim]`.
         """
         grouped = q.shape[1] != k.shape[1]
-        if mask is None:
+        if mask is None and q.shape[2] == k.shape[2]:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        if mask is None:
+            mask = causal_lower_right(q.shape[2], k.shape[2])
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         if isinstance(mask, BlockMask):
             return _flex_attention(q.device)(q, k, v, block_mask=mask, enable_gqa=grouped)
         if grouped:
@@ -57,19 +65,29 @@ class ScaledDotProductAttention(nn.Module):
 
 
 class CausalMask(nn.Module):
-    """Makes the mask of a causal model.
+    """Makes the mask of a causal model: a query sees its own key and earlier ones, of its document.
 
     Args:
-        kernel: `model.attention`. `auto` is flex for documents on CUDA, else SDPA. CPU always
-            uses SDPA, because flex attention has no backward pass there.
+        kernel: `model.attention`. `auto` is plain causal SDPA where that is the rule, else flex on
+            CUDA. CPU always uses SDPA, because flex attention has no backward pass there.
+        window: keys that a query sees, the last of them its own (sliding window); None: all.
+        chunk: tokens in a chunk; a query sees keys of its own chunk alone. None: one chunk.
     """
 
-    def __init__(self, kernel: AttentionKernel = "auto") -> None:
+    def __init__(
+        self, kernel: AttentionKernel = "auto", window: int | None = None, chunk: int | None = None
+    ) -> None:
         super().__init__()
         self.kernel = kernel
+        self.window = window
+        self.chunk = chunk
 
     def forward(
-        self, seq_len: int, document_ids: torch.Tensor | None, device: torch.device
+        self,
+        seq_len: int,
+        document_ids: torch.Tensor | None,
+        device: torch.device,
+        queries: torch.Tensor | None = None,
     ) -> AttentionMask:
         """The mask of one batch.
 
@@ -77,45 +95,57 @@ class CausalMask(nn.Module):
             seq_len: tokens in a sequence.
             document_ids: `[batch, seq]` int64; tokens attend only within their document. None: the
                 sequence is one document.
+            queries: `[n]` int64, places in the sequence of the queries; None: all, in order.
+
+        Returns:
+            Of `n` queries and `seq` keys, for all heads. None: plain causal.
         """
-        if self.uses_flex(document_ids, device):
-            return flex_mask(seq_len, document_ids, device)
-        if document_ids is None:
+        limits = [limit for limit in (self.window, self.chunk) if limit is not None]
+        plain = document_ids is None and all(limit >= seq_len for limit in limits)
+        use_flex = self.kernel == "flex" or (self.kernel == "auto" and not plain)
+        use_flex = use_flex and device.type == "cuda"
+        if plain and not use_flex:
             return None
-        return sdpa_mask(document_ids)
+        batch = 1 if document_ids is None else document_ids.shape[0]
+        n = seq_len if queries is None else queries.shape[0]
+        build = flex_mask if use_flex else dense_mask
+        return build(self.rule(document_ids, queries), batch, n, seq_len, device)
 
-    def uses_flex(self, document_ids: torch.Tensor | None, device: torch.device) -> bool:
-        wanted = self.kernel == "flex" or (self.kernel == "auto" and document_ids is not None)
-        return wanted and device.type == "cuda"
+    def rule(self, document_ids: torch.Tensor | None, queries: torch.Tensor | None) -> Rule:
+        """What the mask allows, for the same arguments as `forward`."""
+        window, chunk = self.window, self.chunk
+
+        def may_look(
+            batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+        ) -> torch.Tensor:
+            if queries is not None:
+                query = queries[query]
+            allowed = query >= key
+            if window is not None:
+                allowed = allowed & (query - key < window)
+            if chunk is not None:
+                allowed = allowed & (query // chunk == key // chunk)
+            if document_ids is not None:
+                allowed = allowed & (document_ids[batch, query] == document_ids[batch, key])
+            return allowed
+
+        return may_look
 
 
-def sdpa_mask(document_ids: torch.Tensor) -> torch.Tensor:
-    """Causal within documents: boolean `[batch, 1, seq, seq]`, true where a query may look."""
-    seq_len = document_ids.shape[1]
-    earlier = torch.ones(seq_len, seq_len, dtype=torch.bool, device=document_ids.device).tril()
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same & earlier
+def dense_mask(
+    rule: Rule, batch: int, queries: int, keys: int, device: torch.device
+) -> torch.Tensor:
+    """Boolean `[batch, 1, queries, keys]`, true where a query may look."""
+    batch_index, query, key = (torch.arange(n, device=device) for n in (batch, queries, keys))
+    batch_index, query = batch_index[:, None, None, None], query[:, None]
+    allowed = rule(batch_index, torch.zeros_like(batch_index), query, key)
+    return allowed.expand(batch, 1, queries, keys)
 
 
-def flex_mask(seq_len: int, document_ids: torch.Tensor | None, device: torch.device) -> BlockMask:
-    """`sdpa_mask`, or the plain causal mask, as a block mask for flex attention."""
-
-    def earlier(
-        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
-        return query >= key
-
-    def earlier_in_document(
-        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> torch.Tensor:
-        same = document_ids[batch, query] == document_ids[batch, key]
-        return (query >= key) & same
-
+def flex_mask(rule: Rule, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The same as a block mask for flex attention."""
     create = _fused(create_block_mask, device)
-    if document_ids is None:
-        return create(earlier, None, None, seq_len, seq_len, device=device)
-    batch_size = document_ids.shape[0]
-    return create(earlier_in_document, batch_size, None, seq_len, seq_len, device=device)
+    return create(rule, batch, None, queries, keys, device=device)
 
 
 def _flex_attention(device: torch.device) -> Callable[..., torch.Tensor]:

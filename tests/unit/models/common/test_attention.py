@@ -5,8 +5,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtitan.models.common.attention import (
     CausalMask,
     ScaledDotProductAttention,
+    dense_mask,
     flex_mask,
-    sdpa_mask,
 )
 
 BATCH, SEQ, HEAD_DIM = 2, 160, 16
@@ -38,6 +38,24 @@ def documents() -> torch.Tensor:
     return torch.stack([first, second])
 
 
+RULES = {
+    "causal": (CausalMask(), None),
+    "document": (CausalMask(), documents()),
+    "window": (CausalMask(window=20), None),
+    "document window": (CausalMask(window=20), documents()),
+    "chunk": (CausalMask(chunk=30), None),
+}
+
+
+def masks(rule: str) -> tuple[torch.Tensor, BlockMask]:
+    """The mask of a rule, dense and for flex attention."""
+    mask, document_ids = RULES[rule]
+    batch = 1 if document_ids is None else BATCH
+    shape = (batch, SEQ, SEQ, CPU)
+    may_look = mask.rule(document_ids, None)
+    return dense_mask(may_look, *shape), flex_mask(may_look, *shape)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("mask", ["causal", "document"])
 def test_sdpa_equals_attention_written_out(kv_heads, mask):
@@ -46,7 +64,7 @@ def test_sdpa_equals_attention_written_out(kv_heads, mask):
     allowed = torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
     built = None
     if mask == "document":
-        allowed = built = sdpa_mask(documents())
+        allowed = built = CausalMask()(SEQ, documents(), CPU)
 
     out, expected = attend(*inputs, built), written_out(*inputs, allowed)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
@@ -56,23 +74,58 @@ def test_sdpa_equals_attention_written_out(kv_heads, mask):
     torch.testing.assert_close(grads, expected_grads, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("document_ids", [None, documents()], ids=["causal", "document"])
-def test_flex_equals_sdpa(kv_heads, document_ids):
+def test_fewer_queries_than_keys_are_the_last(kv_heads):
     attend = ScaledDotProductAttention()
-    inputs = heads(4, kv_heads)
-    block_mask = flex_mask(SEQ, document_ids, CPU)
-    dense_mask = None if document_ids is None else sdpa_mask(document_ids)
+    q, k, v = heads(4, kv_heads)
     torch.testing.assert_close(
-        attend(*inputs, block_mask), attend(*inputs, dense_mask), atol=1e-5, rtol=1e-5
+        attend(q[:, :, 100:], k, v), attend(q, k, v)[:, :, 100:], atol=1e-5, rtol=1e-5
     )
 
 
-def test_sdpa_mask_is_causal_within_documents():
-    mask = sdpa_mask(torch.tensor([[0, 0, 1, 1]]))
-    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert torch.equal(mask, torch.tensor(expected, dtype=torch.bool)[None, None])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_flex_equals_sdpa(kv_heads, rule):
+    attend = ScaledDotProductAttention()
+    inputs = heads(4, kv_heads)
+    dense, block = masks(rule)
+    torch.testing.assert_close(attend(*inputs, block), attend(*inputs, dense), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "document_ids", "expected"),
+    [
+        (CausalMask(), [0, 0, 1, 1], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]),
+        (CausalMask(window=2), None, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]),
+        (CausalMask(chunk=3), None, [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]),
+        (
+            CausalMask(window=2),
+            [0, 0, 0, 1],
+            [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]],
+        ),
+    ],
+    ids=["document", "window", "chunk", "window and document"],
+)
+def test_mask_says_where_a_query_may_look(mask, document_ids, expected):
+    if document_ids is not None:
+        document_ids = torch.tensor([document_ids])
+    built = mask(4, document_ids, CPU)
+    assert torch.equal(built, torch.tensor(expected, dtype=torch.bool)[None, None])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "causal"])
+def test_mask_of_some_queries_is_their_rows(rule):
+    mask, document_ids = RULES[rule]
+    queries = torch.tensor([3, 0, 150, 60])
+    some = mask(SEQ, document_ids, CPU, queries)
+    assert torch.equal(some, mask(SEQ, document_ids, CPU)[:, :, queries])
+
+
+@pytest.mark.parametrize("limit", ["window", "chunk"])
+def test_limit_as_long_as_the_sequence_is_plain_causal(limit):
+    assert CausalMask(**{limit: SEQ})(SEQ, None, CPU) is None
+    assert CausalMask(**{limit: SEQ - 1})(SEQ, None, CPU) is not None
 
 
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex"])
@@ -93,16 +146,19 @@ def test_cpu_uses_sdpa_whatever_is_asked(kernel):
     ],
 )
 def test_cuda_uses_flex_for_documents_or_when_asked(kernel, document_ids, flex, monkeypatch):
-    built = object()
-    monkeypatch.setattr("torchtitan.models.common.attention.flex_mask", lambda *arguments: built)
-    mask = CausalMask(kernel)(SEQ, document_ids, torch.device("cuda"))
-    assert (mask is built) == flex
-    if not flex:
-        assert (mask is None) == (document_ids is None)
+    for kind in ("flex", "dense"):
+        monkeypatch.setattr(
+            f"torchtitan.models.common.attention.{kind}_mask", lambda *_, kind=kind: kind
+        )
+    built = CausalMask(kernel)(SEQ, document_ids, torch.device("cuda"))
+    sdpa = None if document_ids is None else "dense"
+    assert built == ("flex" if flex else sdpa)
 
 
 def test_flex_skips_blocks_of_other_documents():
     ids = (torch.arange(1024) // 256)[None]
-    causal, document = flex_mask(1024, None, CPU), flex_mask(1024, ids, CPU)
+    causal, document = (
+        flex_mask(CausalMask().rule(i, None), 1, 1024, 1024, CPU) for i in (None, ids)
+    )
     assert isinstance(document, BlockMask)
     assert document.sparsity() > causal.sparsity()
