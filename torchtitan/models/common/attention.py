@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 AttentionKernel = Literal["auto", "sdpa", "flex"]
@@ -53,8 +52,12 @@ class ScaledDotProductAttention(nn.Module):
         if mask is None and q.shape[2] == k.shape[2]:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         if mask is None:
-            mask = causal_lower_right(q.shape[2], k.shape[2])
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            if _has_flash_kernel(q, v):
+                # Its triangle ends at the last key. SDPA's begins at the first.
+                return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+            before = k.shape[2] - q.shape[2]
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            mask = mask.tril(before)
         if isinstance(mask, BlockMask):
             return _flex_attention(q.device)(q, k, v, block_mask=mask, enable_gqa=grouped)
         if grouped:
@@ -62,6 +65,12 @@ class ScaledDotProductAttention(nn.Module):
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _has_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    fits = q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.device.type == "cuda" and half and fits
 
 
 class CausalMask(nn.Module):

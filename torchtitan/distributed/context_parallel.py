@@ -1,0 +1,176 @@
+"""Context parallelism: several ranks share each sequence.
+
+`shard_batch` leaves a rank its part of a batch, and `apply_cp` lets the model's attention see the
+other ranks' keys. All else in a transformer treats tokens one by one, so it needs to know nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan.config.load import origin
+from torchtitan.distributed.ring_attention import ring_attention
+from torchtitan.distributed.sequence_shards import SequenceShards
+from torchtitan.errors import ConfigError
+from torchtitan.models.common.attention import (
+    AttentionMask,
+    CausalMask,
+    ScaledDotProductAttention,
+)
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+Attend = Callable[..., torch.Tensor]
+"""(q, k, v, mask) -> output, as `ScaledDotProductAttention`."""
+
+
+def shard_batch(
+    batch: dict[str, torch.Tensor], cp_mesh: DeviceMesh, job_config: JobConfig
+) -> dict[str, torch.Tensor]:
+    """This rank's part of a batch.
+
+    Args:
+        batch: tensors `[batch, seq]`, the same on all ranks of the mesh, with `positions` that were
+            counted in the whole sequence. `seq` is a multiple of `2 * cp`.
+
+    Returns:
+        Tensors `[batch, seq / cp]`.
+    """
+    shards = _sequence_shards(cp_mesh, job_config)
+    return {name: shards.shard(tensor, 1) for name, tensor in batch.items()}
+
+
+def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """Attend over whole sequences of which each rank of `cp_mesh` has a part, in place.
+
+    Replaces the `forward` of each `CausalMask` and `ScaledDotProductAttention` in the model. Call
+    it before activation checkpointing and compilation.
+
+    Raises:
+        ConfigError: the model does not attend by these modules, or by a rule that the method of
+            `parallelism.context_parallel_method` cannot follow.
+    """
+    method = job_config.parallelism.context_parallel_method
+    masks = [m for m in model.modules() if isinstance(m, CausalMask)]
+    attentions = [m for m in model.modules() if isinstance(m, ScaledDotProductAttention)]
+    if not masks or (not attentions and model.layers):
+        raise ConfigError(
+            f"{origin(job_config, 'parallelism.context_parallel_degree')}: "
+            f"{job_config.model.name} does not attend by a CausalMask and a "
+            "ScaledDotProductAttention of torchtitan.models.common.attention, so its attention "
+            "cannot be shared. Set it to 1"
+        )
+    if method == "ring" and any(mask.window or mask.chunk for mask in masks):
+        raise ConfigError(
+            f"{origin(job_config, 'parallelism.context_parallel_method')}: a ring knows plain "
+            f"causal attention alone, but {job_config.model.name} has layers that attend in "
+            "windows or chunks. Use 'allgather' or 'ulysses'"
+        )
+    shards = _sequence_shards(cp_mesh, job_config)
+    for mask in masks:
+        mask.forward = _shared_mask(mask.forward, shards, method)
+    for attention in attentions:
+        attention.forward = _METHODS[method](attention.forward, shards)
+    model.applied_context_parallel = True
+
+
+def require_applied_cp(model_parts: list[nn.Module], job_config: JobConfig) -> None:
+    """Refuse a model that would attend within the parts of a sequence.
+
+    Raises:
+        ConfigError: its `parallelize_fn` did not call `apply_cp`.
+    """
+    if all(hasattr(part, "applied_context_parallel") for part in model_parts):
+        return
+    raise ConfigError(
+        f"{origin(job_config, 'parallelism.context_parallel_degree')}: the parallelize_fn of "
+        f"{job_config.model.name} does not support context parallelism: it does not call "
+        "torchtitan.distributed.context_parallel.apply_cp. Set it to 1"
+    )
+
+
+def _sequence_shards(cp_mesh: DeviceMesh, job_config: JobConfig) -> SequenceShards:
+    # Ulysses attends to whole sequences for some heads, which is balanced in any order.
+    balanced = job_config.parallelism.context_parallel_method != "ulysses"
+    return SequenceShards(cp_mesh, balanced)
+
+
+def _shared_mask(
+    whole: Callable[..., AttentionMask], shards: SequenceShards, method: str
+) -> Callable[..., AttentionMask]:
+    """The mask of the queries that this rank attends for, and all keys."""
+
+    def forward(
+        seq_len: int, document_ids: torch.Tensor | None, device: torch.device
+    ) -> AttentionMask:
+        seq_len = seq_len * shards.size
+        if method == "ring":
+            return None  # it knows no other rule than plain causal
+        if document_ids is not None:
+            document_ids = shards.gather(document_ids, 1)
+        queries = None
+        if method == "allgather":
+            queries = shards.shard(torch.arange(seq_len, device=device), 0)
+        return whole(seq_len, document_ids, device, queries)
+
+    return forward
+
+
+def _all_gather(attend: Attend, shards: SequenceShards) -> Attend:
+    """Gather the keys and values of all ranks (Llama 3, arXiv:2407.21783, section 3.3.2)."""
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
+    ) -> torch.Tensor:
+        k, v = shards.gather(k, 2), shards.gather(v, 2)  # [batch, kv_heads, seq, head_dim]
+        if mask is not None:
+            return attend(q, k, v, mask)
+        # Plain causal: each chunk of queries sees the keys up to its own end.
+        length = q.shape[2] // 2
+        ends = [(number + 1) * length for number in shards.chunks]
+        parts = zip(q.split(length, dim=2), ends, strict=True)
+        return torch.cat([attend(part, k[:, :, :end], v[:, :, :end]) for part, end in parts], dim=2)
+
+    return forward
+
+
+def _ulysses(attend: Attend, shards: SequenceShards) -> Attend:
+    """Exchange a part of the sequence for a part of the heads (arXiv:2309.14509)."""
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
+    ) -> torch.Tensor:
+        # A rank needs its query heads' key and value heads: repeat them if they are too few.
+        repeats = shards.size // math.gcd(k.shape[1], shards.size)
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        q, k, v = (shards.exchange(x, split_dim=1, join_dim=2) for x in (q, k, v))
+        out = attend(q, k, v, mask)  # [batch, heads / cp, seq, head_dim]
+        return shards.exchange(out, split_dim=2, join_dim=1)
+
+    return forward
+
+
+def _ring(attend: Attend, shards: SequenceShards) -> Attend:
+    """Pass keys and values around. Instead of `attend`, by a kernel that can be merged."""
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
+    ) -> torch.Tensor:
+        return ring_attention(q, k, v, shards)
+
+    return forward
+
+
+_METHODS: dict[str, Callable[[Attend, SequenceShards], Attend]] = {
+    "allgather": _all_gather,
+    "ulysses": _ulysses,
+    "ring": _ring,
+}

@@ -1,0 +1,151 @@
+"""Causal attention whose keys and values travel around a ring (arXiv:2310.01889).
+
+At each step a rank attends to the keys of one rank while it passes them on, so that no rank ever
+holds all of them. The parts are merged by the logarithms of their softmax denominators, which the
+flash kernels return; given those of the whole, the same kernels' backward passes return exactly
+this part's share of the gradients (FlashAttention-2, arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
+
+from torchtitan.distributed.sequence_shards import SequenceShards
+
+_aten = torch.ops.aten
+
+
+def ring_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards
+) -> torch.Tensor:
+    """Plain causal attention over sequences that the ranks share in balanced order.
+
+    Args:
+        q: `[batch, heads, seq / cp, head_dim]`; on CUDA bfloat16 or float16, for its flash kernel.
+        k: `[batch, kv_heads, seq / cp, head_dim]`; each serves `heads / kv_heads` query heads.
+        v: like `k`.
+
+    Returns:
+        Like `q`.
+    """
+    return _RingAttention.apply(q, k, v, shards)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards
+    ) -> torch.Tensor:
+        kv = torch.stack([k, v])
+        for step in range(shards.size):
+            # Sent now, waited for when the next step uses it.
+            coming = _pass_on(kv, shards) if step + 1 < shards.size else None
+            rows, keys = _block(shards, step, q.shape[2])
+            block_k, block_v = kv[:, :, :, keys].unbind()
+            block, block_lse, block_rng = _flash(q[:, :, rows], block_k, block_v, step == 0)
+            if step == 0:
+                out, lse, rng = block.float(), block_lse.contiguous(), block_rng
+            else:
+                _merge(out[:, :, rows], lse[:, :, rows], block, block_lse)
+            kv = _wait(coming)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, *rng)
+        ctx.shards = shards
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse, *rng = ctx.saved_tensors
+        shards = ctx.shards
+        kv = torch.stack([k, v])
+        q_grad = torch.zeros_like(q, dtype=torch.float32)
+        kv_grad = torch.zeros_like(kv, dtype=torch.float32)
+        for step in range(shards.size):
+            coming = _pass_on(kv, shards) if step + 1 < shards.size else None
+            rows, keys = _block(shards, step, q.shape[2])
+            queries = (x[:, :, rows].contiguous() for x in (grad, q, out, lse))
+            block_k, block_v = kv[:, :, :, keys].unbind()
+            block_q_grad, *block_kv_grad = _flash_backward(
+                *queries, block_k, block_v, rng, step == 0
+            )
+            q_grad[:, :, rows] += block_q_grad
+            kv_grad = _wait(kv_grad)
+            kv_grad[:, :, :, keys] += torch.stack(block_kv_grad)
+            # The gradients follow their keys, and are home after the last step.
+            kv_grad = _pass_on(kv_grad, shards)
+            kv = _wait(coming)
+        k_grad, v_grad = _wait(kv_grad).to(k.dtype).unbind()
+        return q_grad.to(q.dtype), k_grad, v_grad, None
+
+
+def _block(shards: SequenceShards, step: int, length: int) -> tuple[slice, slice]:
+    """Which of this rank's queries see which of the keys that are here at this step: all of them.
+
+    Two chunks are here, an early and a late one. Those of a lower rank are earlier than this rank's
+    early chunk and later than its late chunk; those of a higher rank lie between the two.
+    """
+    whole, early, late = slice(None), slice(length // 2), slice(length // 2, None)
+    if step == 0:
+        return whole, whole  # this rank's own keys: causal
+    if step <= shards.rank:
+        return whole, early
+    return late, whole
+
+
+def _pass_on(tensor: torch.Tensor, shards: SequenceShards) -> torch.Tensor:
+    """Send to the next rank, receive from the one before. The result may still be under way."""
+    to_next, from_previous = [0] * shards.size, [0] * shards.size
+    to_next[(shards.rank + 1) % shards.size] = len(tensor)
+    from_previous[(shards.rank - 1) % shards.size] = len(tensor)
+    return all_to_all_single(tensor, from_previous, to_next, (shards.mesh, 0))
+
+
+def _wait(tensor: Any) -> Any:
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+
+
+def _merge(
+    out: torch.Tensor, lse: torch.Tensor, block: torch.Tensor, block_lse: torch.Tensor
+) -> None:
+    """Add what more keys contribute to `out` and `lse`, in place."""
+    total = torch.logaddexp(lse, block_lse)
+    out.mul_((lse - total).exp()[..., None])
+    out.add_(block * (block_lse - total).exp()[..., None])
+    lse.copy_(total)
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Output, log of the softmax denominators `[batch, heads, seq]`, and what backward needs."""
+    if q.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        return out, lse, ()
+    out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal
+    )
+    return out, lse, (seed, offset)
+
+
+def _flash_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rng: list[torch.Tensor],
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v."""
+    if q.device.type == "cpu":
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal
+        )
+    lengths = (None, None, q.shape[2], k.shape[2])
+    return _aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, *lengths, 0.0, causal, *rng
+    )
