@@ -31,6 +31,7 @@ from torchtitan.components.validate import build_validator
 from torchtitan.config import JobConfig, load_config, origin, to_toml
 from torchtitan.config.validate import resolve_batch, validate
 from torchtitan.distributed import utils
+from torchtitan.distributed.context_parallel import require_applied_cp, shard_batch
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
 from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch, sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
@@ -92,6 +93,9 @@ class Trainer:
         self.parallel_dims = parallel_dims
         world_mesh = parallel_dims.world_mesh
         self.dp_rank = world_mesh["dp"].get_local_rank()
+        # Of the ranks that have different tokens, which must not draw the same random numbers.
+        self.token_rank = world_mesh["dp_cp"].get_local_rank()
+        self.cp_mesh = world_mesh["cp"] if parallel_dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if parallel_dims.pp_enabled else None
 
         with torch.device("meta"):
@@ -113,6 +117,8 @@ class Trainer:
             self.model_parts = self.pipeline.model_parts
         else:
             self.model_parts = [spec.parallelize_fn(model, *layout)]
+        if parallel_dims.cp_enabled:
+            require_applied_cp(self.model_parts, job_config)
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
             sum_gradients(part)
@@ -178,7 +184,7 @@ class Trainer:
     def train_step(self, stop: StopRequest) -> bool:
         """One optimizer step. Returns whether a rank was asked to stop, the same on every rank."""
         config, step = self.job_config, self.state.step
-        seed_step(config.debug.seed, step, self.dp_rank)
+        seed_step(config.debug.seed, step, self.token_rank)
         self.optimizers.zero_grad()
 
         start = time.perf_counter()
@@ -225,10 +231,15 @@ class Trainer:
             return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Batch]:
-        """Tokens, labels and the model's other inputs, each `[batch, seq]`."""
+        """Tokens, labels and the model's other inputs, each `[batch, seq]`.
+
+        Under context parallelism, this rank's part of the sequence.
+        """
         if not self.job_config.training.document_mask:
             # The sequence is one document to the model.
             batch["positions"] = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
+        if self.cp_mesh is not None:
+            batch = shard_batch(batch, self.cp_mesh, self.job_config)
         batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
         inputs = {name: batch[name] for name in self.model_inputs}
         return batch["tokens"], batch["labels"], inputs
@@ -350,8 +361,15 @@ def _model_inputs(
                 f"{job_config.model.name} takes no document_ids"
             )
         wanted = ["positions", "document_ids"]
-    elif parallel_dims.pp_enabled:
-        wanted = ["positions"]  # hidden states do not tell a stage how long the sequence is
+    elif parallel_dims.pp_enabled or parallel_dims.cp_enabled:
+        # Hidden states do not tell a stage how long the sequence is, nor a part of the sequence
+        # where it belongs.
+        wanted = ["positions"]
+    if parallel_dims.cp_enabled and "positions" not in accepted:
+        raise ConfigError(
+            f"{origin(job_config, 'parallelism.context_parallel_degree')}: the forward() of "
+            f"{job_config.model.name} takes no positions, so it cannot work on a part of a sequence"
+        )
     return [name for name in wanted if name in accepted]
 
 

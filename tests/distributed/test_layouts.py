@@ -55,8 +55,23 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return train(tmp_path_factory.mktemp("layouts") / "one", 1, 8)
 
 
+@pytest.fixture(scope="module")
+def one_process_of_documents(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return train(tmp_path_factory.mktemp("layouts") / "documents", 1, 8, DOCUMENTS)
+
+
+DOCUMENTS = "--training.document_mask"
 TP2 = "--parallelism.tensor_parallel_degree=2"
 REPLICATE2 = "--parallelism.data_parallel_replicate_degree=2"
+WHOLE_SEQUENCE = "--parallelism.disable_sequence_parallel"
+CP2 = "--parallelism.context_parallel_degree=2"
+CP4 = "--parallelism.context_parallel_degree=4"
+ULYSSES = "--parallelism.context_parallel_method=ulysses"
+RING = "--parallelism.context_parallel_method=ring"
+COMPILE = ("--compile.enable", "--compile.backend=aot_eager")
+CHUNKED = "--loss.name=chunked_cross_entropy"
+FULL_AC = "--activation_checkpoint.mode=full"
+OP_AC = "--activation_checkpoint.mode=selective"
 LAYOUTS = {
     "accumulation": (1, 2),
     "ddp2": (2, 4, REPLICATE2, "--parallelism.data_parallel_shard_degree=1"),
@@ -78,6 +93,11 @@ LAYOUTS = {
         "--activation_checkpoint.mode=selective",
         "--activation_checkpoint.selective_ac_option=2",
     ),
+    "cp2": (2, 8, CP2),
+    "cp2_ulysses_full_ac": (2, 8, CP2, ULYSSES, FULL_AC),
+    "cp2_ring_op_ac": (2, 8, CP2, RING, OP_AC),
+    "cp2xtp2": (4, 8, CP2, TP2),
+    "tp2_whole_sequence": (2, 8, TP2, WHOLE_SEQUENCE),
 }
 LONG_LAYOUTS = {
     "fsdp8": (8, 1),
@@ -87,6 +107,37 @@ LONG_LAYOUTS = {
     "fsdp2xtp4": (8, 4, "--parallelism.tensor_parallel_degree=4"),
     "never_reshard": (2, 4, "--parallelism.fsdp_reshard_after_forward=never"),
     "always_reshard": (2, 4, "--parallelism.fsdp_reshard_after_forward=always"),
+    "cp4": (4, 8, CP4),
+    "cp4_ulysses": (4, 8, CP4, ULYSSES),
+    "cp4_ring": (4, 8, CP4, RING),
+    "cp2_full_ac": (2, 8, CP2, FULL_AC),
+    "cp2_chunked_loss_accumulation": (2, 2, CP2, CHUNKED),
+    "cp2_compile": (2, 8, CP2, *COMPILE),
+    "cp2_compile_whole_model": (2, 8, CP2, *COMPILE, "--compile.scope=model"),
+    "cp2_op_ac_compile": (2, 8, CP2, OP_AC, *COMPILE),
+    "cp2_ulysses_compile": (2, 8, CP2, ULYSSES, *COMPILE),
+    "cp2_ring_full_ac_compile": (2, 8, CP2, RING, FULL_AC, *COMPILE),
+    "ddp2xcp2": (4, 4, REPLICATE2, CP2),
+    "fsdp2xcp2": (4, 4, CP2),
+    "hsdp2xfsdp2xcp2": (8, 2, REPLICATE2, CP2),
+    "fsdp2xcp2xtp2": (8, 4, CP2, TP2),
+    "cp2xtp2_whole_sequence": (4, 8, CP2, TP2, WHOLE_SEQUENCE),
+    "fsdp2xtp2_whole_sequence_chunked_loss": (4, 4, TP2, WHOLE_SEQUENCE, CHUNKED),
+    "tp2_whole_sequence_op_ac_compile": (
+        2,
+        8,
+        TP2,
+        WHOLE_SEQUENCE,
+        "--parallelism.disable_loss_parallel",
+        OP_AC,
+        *COMPILE,
+    ),
+}
+DOCUMENT_LAYOUTS = {"cp2": (2, 8, CP2)}
+LONG_DOCUMENT_LAYOUTS = {
+    "cp4_op_ac": (4, 8, CP4, OP_AC),
+    "cp4_ulysses": (4, 8, CP4, ULYSSES),
+    "fsdp2xcp2_compile": (4, 4, CP2, *COMPILE),
 }
 
 
@@ -112,3 +163,22 @@ def test_larger_layout_gives_the_losses_of_one_process(
 ) -> None:
     processes, local_batch_size, *options = LONG_LAYOUTS[name]
     check(train(tmp_path / name, processes, local_batch_size, *options), one_process)
+
+
+@pytest.mark.parametrize("name", DOCUMENT_LAYOUTS)
+def test_layout_gives_the_losses_of_one_process_on_documents(
+    name: str, one_process_of_documents: list[dict], tmp_path: Path
+) -> None:
+    processes, local_batch_size, *options = DOCUMENT_LAYOUTS[name]
+    lines = train(tmp_path / name, processes, local_batch_size, DOCUMENTS, *options)
+    check(lines, one_process_of_documents)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LONG_DOCUMENT_LAYOUTS)
+def test_larger_layout_gives_the_losses_of_one_process_on_documents(
+    name: str, one_process_of_documents: list[dict], tmp_path: Path
+) -> None:
+    processes, local_batch_size, *options = LONG_DOCUMENT_LAYOUTS[name]
+    lines = train(tmp_path / name, processes, local_batch_size, DOCUMENTS, *options)
+    check(lines, one_process_of_documents)

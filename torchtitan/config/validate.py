@@ -7,14 +7,18 @@ Imports of torch and of the registries are inside functions, so that `torchtitan
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from torchtitan.errors import ConfigError, did_you_mean
 
 from .job_config import JobConfig
 from .load import origin
+
+if TYPE_CHECKING:
+    from torchtitan.distributed.parallel_dims import ParallelDims
 
 _DATASETS_OF_FILES = ("text", "jsonl", "parquet")
 
@@ -67,16 +71,9 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
         raise ConfigError(f"{origin(job_config, f'parallelism.{largest}')}: {error}") from error
 
     resolve_batch(job_config, dims.dp)
-    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
-    for section in sections:
-        seq_len = getattr(job_config, section).seq_len
-        if seq_len % dims.tp:
-            _fail(
-                job_config,
-                f"{section}.seq_len",
-                f"must be a multiple of parallelism.tensor_parallel_degree ({dims.tp}), which "
-                f"shards the sequence too. Nearest: {_nearest_multiples(seq_len, dims.tp)}",
-            )
+    _check_sequence_length(job_config, dims)
+    _check_context_parallel(job_config, dims)
+    _check_tensor_parallel(job_config, dims)
     if dims.pp_enabled:
         _check_pipeline(job_config)
     if job_config.training.enable_cpu_offload and not dims.dp_shard_enabled:
@@ -86,6 +83,65 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
             "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree comes to "
             f"{dims.dp_shard} with {world_size} processes",
         )
+
+
+def _check_sequence_length(job_config: JobConfig, dims: ParallelDims) -> None:
+    unit, reasons = 1, []
+    if dims.cp_enabled:
+        unit = 2 * dims.cp
+        reasons = [f"parallelism.context_parallel_degree ({dims.cp}) cuts it in {unit} chunks"]
+    if dims.tp_enabled and not job_config.parallelism.disable_sequence_parallel:
+        unit = math.lcm(unit, dims.cp * dims.tp)
+        reasons += [f"parallelism.tensor_parallel_degree ({dims.tp}) shards the sequence too"]
+    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    for section in sections:
+        seq_len = getattr(job_config, section).seq_len
+        if seq_len % unit:
+            _fail(
+                job_config,
+                f"{section}.seq_len",
+                f"must be a multiple of {unit}, since {' and '.join(reasons)}. "
+                f"Nearest: {_nearest_multiples(seq_len, unit)}",
+            )
+
+
+def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
+    if not dims.cp_enabled or job_config.parallelism.context_parallel_method != "ring":
+        return
+    from torchtitan.distributed.utils import device_type
+
+    key = "parallelism.context_parallel_method"
+    if job_config.training.document_mask:
+        problem = "a ring knows no training.document_mask. Use 'allgather' or 'ulysses'"
+        _fail(job_config, key, problem)
+    if job_config.model.attention == "flex":
+        problem = "a ring has no flex attention (model.attention). Use 'allgather' or 'ulysses'"
+        _fail(job_config, key, problem)
+    if device_type() == "cuda" and job_config.training.mixed_precision_param == "float32":
+        _fail(
+            job_config,
+            key,
+            "the flash kernel of CUDA, which a ring needs, has no float32. Use 'allgather', "
+            "'ulysses' or training.mixed_precision_param = 'bfloat16'",
+        )
+
+
+def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
+    if not job_config.parallelism.enable_async_tensor_parallel:
+        return
+    from torchtitan.distributed.utils import device_type
+
+    config, key = job_config.compile, "parallelism.enable_async_tensor_parallel"
+    if not dims.tp_enabled:
+        _fail(job_config, key, "needs parallelism.tensor_parallel_degree of 2 or more")
+    if device_type() != "cuda":
+        _fail(job_config, key, "needs CUDA, whose devices can read each other's memory")
+    if not config.enable or "model" not in config.components or config.backend != "inductor":
+        problem = "the compiler does it: set compile.enable, 'model' in compile.components and "
+        _fail(job_config, key, problem + "compile.backend = 'inductor'")
+    if job_config.parallelism.disable_sequence_parallel:
+        problem = "needs sequence parallel: set parallelism.disable_sequence_parallel = false"
+        _fail(job_config, key, problem)
 
 
 def _check_pipeline(job_config: JobConfig) -> None:

@@ -18,14 +18,10 @@ from torchtitan.config.load import origin
 from torchtitan.distributed.ring_attention import ring_attention
 from torchtitan.distributed.sequence_shards import SequenceShards
 from torchtitan.errors import ConfigError
-from torchtitan.models.common.attention import (
-    AttentionMask,
-    CausalMask,
-    ScaledDotProductAttention,
-)
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+    from torchtitan.models.common.attention import AttentionMask
 
 Attend = Callable[..., torch.Tensor]
 """(q, k, v, mask) -> output, as `ScaledDotProductAttention`."""
@@ -57,6 +53,9 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
         ConfigError: the model does not attend by these modules, or by a rule that the method of
             `parallelism.context_parallel_method` cannot follow.
     """
+    # Models import this module.
+    from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
+
     method = job_config.parallelism.context_parallel_method
     masks = [m for m in model.modules() if isinstance(m, CausalMask)]
     attentions = [m for m in model.modules() if isinstance(m, ScaledDotProductAttention)]

@@ -22,9 +22,10 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def seed_step(seed: int, step: int, dp_rank: int) -> None:
+def seed_step(seed: int, step: int, token_rank: int) -> None:
     """Seed dropout and the like for one step, so that a resumed run draws what it would have drawn.
 
-    Ranks that share data (tensor parallel) draw alike; data ranks differ.
+    Ranks that work on the same tokens (tensor parallel) draw alike. `token_rank` is the number of a
+    rank among those that have different tokens (data and context parallel).
     """
-    torch.manual_seed(derive_seed(seed, "step", step, dp_rank))
+    torch.manual_seed(derive_seed(seed, "step", step, token_rank))

@@ -137,8 +137,8 @@ class ParallelDims:
 
     @property
     def non_data_parallel_size(self) -> int:
-        """Ranks that work on the same tokens."""
-        return self.pp * self.tp
+        """Ranks that read the same data."""
+        return self.pp * self.cp * self.tp
 
     @property
     def loss_copies(self) -> int:

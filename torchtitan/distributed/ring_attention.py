@@ -47,7 +47,8 @@ class _RingAttention(torch.autograd.Function):
             block_k, block_v = kv[:, :, :, keys].unbind()
             block, block_lse, block_rng = _flash(q[:, :, rows], block_k, block_v, step == 0)
             if step == 0:
-                out, lse, rng = block.float(), block_lse.contiguous(), block_rng
+                # Copies, as selective checkpointing may hold on to the kernel's outputs.
+                out, lse, rng = block.to(torch.float32, copy=True), block_lse.clone(), block_rng
             else:
                 _merge(out[:, :, rows], lse[:, :, rows], block, block_lse)
             kv = _wait(coming)

@@ -1,4 +1,4 @@
-"""Tensor parallelism with sequence parallelism (Megatron-LM, arXiv:1909.08053 and 2205.05198).
+"""Tensor parallelism, by default with sequence parallelism (arXiv:1909.08053 and 2205.05198).
 
 A model gives its plan for one block (module name -> style); the embedding, the final norm and the
 output layer are the same for all models and are planned here.
@@ -6,6 +6,8 @@ output layer are the same for all models and are planned here.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +44,8 @@ def apply_tensor_parallel(
     """Split the matrices of `model` over `tp_mesh`, in place.
 
     Between the split matrices the hidden states `[batch, seq, dim]` are sharded over the sequence,
-    so that norms and residuals are shared among the ranks too.
+    so that norms and residuals are shared among the ranks too. Plans are written for that, and
+    `Shard(1)` in them is the sequence; `parallelism.disable_sequence_parallel` keeps it whole.
     """
     model_plan: Plan = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
@@ -50,10 +53,44 @@ def apply_tensor_parallel(
         "output": _output_style(job_config),
     }
     model_plan = {name: s for name, s in model_plan.items() if getattr(model, name) is not None}
+    if job_config.parallelism.disable_sequence_parallel:
+        model_plan, block_plan = _with_whole_sequence(model_plan), _with_whole_sequence(block_plan)
+    if job_config.parallelism.enable_async_tensor_parallel:
+        _overlap_with_matmuls(tp_mesh)
     with preserve_tying(model):
         parallelize_module(model, tp_mesh, model_plan)
         for block in model.layers.values():
             parallelize_module(block, tp_mesh, block_plan)
+
+
+def _with_whole_sequence(value: Any) -> Any:
+    """A copy of a plan, or of a part of one, with `Replicate()` in each place of `Shard(1)`."""
+    if value == Shard(1):
+        return Replicate()
+    if isinstance(value, dict):
+        return {key: _with_whole_sequence(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_whole_sequence(item) for item in value)
+    if isinstance(value, ParallelStyle):
+        value = copy.copy(value)
+        vars(value).update(_with_whole_sequence(vars(value)))
+    return value
+
+
+def _overlap_with_matmuls(tp_mesh: DeviceMesh) -> None:
+    """Have the compiler cut matrix products, and send each part while the next is computed.
+
+    Async tensor parallelism (Wang et al., ASPLOS 2023, doi:10.1145/3567955.3567959); ranks read
+    each other's memory.
+    """
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    with warnings.catch_warnings():
+        # Needed by torch 2.11; 2.13 does it by itself, and says so.
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(tp_mesh.get_group().group_name)
 
 
 def _output_style(job_config: JobConfig) -> ParallelStyle:
@@ -72,6 +109,10 @@ class DeferredOutputParallel(ParallelStyle):
     tensor whose gradient is a partial sum, since each rank's vocabulary contributes a part of it.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layouts: tuple[Placement, ...] = (Shard(1),)
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def shard_weight(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
             weight = distribute_tensor(module.weight, mesh, [Shard(0)])
@@ -80,7 +121,7 @@ class DeferredOutputParallel(ParallelStyle):
         def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> torch.Tensor:
             hidden = inputs[0]
             if not isinstance(hidden, DTensor):
-                hidden = DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False)
+                hidden = DTensor.from_local(hidden, mesh, self.input_layouts, run_check=False)
             hidden = hidden.redistribute(placements=[Replicate()])
             partial: list[Placement] = [Partial()]
             return hidden.to_local(grad_placements=partial)

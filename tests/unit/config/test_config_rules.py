@@ -75,14 +75,73 @@ def test_sequence_that_tensor_parallel_ranks_cannot_share(config):
     config.parallelism.tensor_parallel_degree = 8
     config.training.seq_len = 100
     assert error_of(config, world_size=8) == (
-        "training.seq_len = 100: must be a multiple of parallelism.tensor_parallel_degree (8), "
-        "which shards the sequence too. Nearest: 96 or 104"
+        "training.seq_len = 100: must be a multiple of 8, since "
+        "parallelism.tensor_parallel_degree (8) shards the sequence too. Nearest: 96 or 104"
     )
     config.training.seq_len = 104
     config.validation.seq_len = 100
     validate(config, world_size=8)
     config.validation.enable = True
     assert error_of(config, world_size=8).startswith("validation.seq_len = 100: ")
+
+
+def test_tensor_parallel_without_sequence_parallel_takes_any_sequence(config):
+    config.parallelism.tensor_parallel_degree = 8
+    config.parallelism.disable_sequence_parallel = True
+    config.training.seq_len = 100
+    validate(config, world_size=8)
+
+
+def test_sequence_that_context_parallel_ranks_cannot_share(config):
+    config.parallelism.context_parallel_degree = 3
+    config.training.seq_len = 100
+    assert error_of(config, world_size=3) == (
+        "training.seq_len = 100: must be a multiple of 6, since "
+        "parallelism.context_parallel_degree (3) cuts it in 6 chunks. Nearest: 96 or 102"
+    )
+    config.training.seq_len = 102
+    validate(config, world_size=3)
+    config.parallelism.tensor_parallel_degree = 4
+    assert error_of(config, world_size=12) == (
+        "training.seq_len = 102: must be a multiple of 12, since "
+        "parallelism.context_parallel_degree (3) cuts it in 6 chunks and "
+        "parallelism.tensor_parallel_degree (4) shards the sequence too. Nearest: 96 or 108"
+    )
+
+
+def test_what_a_ring_cannot_do(config, monkeypatch):
+    config.parallelism.context_parallel_degree = 2
+    config.parallelism.context_parallel_method = "ring"
+    config.training.mixed_precision_param = "float32"
+    validate(config, world_size=2)
+    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
+    assert "has no float32. Use 'allgather'" in error_of(config, world_size=2)
+    config.training.mixed_precision_param = "bfloat16"
+    validate(config, world_size=2)
+    config.model.attention = "flex"
+    assert error_of(config, world_size=2) == (
+        'parallelism.context_parallel_method = "ring": a ring has no flex attention '
+        "(model.attention). Use 'allgather' or 'ulysses'"
+    )
+    config.training.document_mask = True
+    assert "knows no training.document_mask" in error_of(config, world_size=2)
+    config.parallelism.context_parallel_method = "ulysses"
+    validate(config, world_size=2)
+
+
+def test_what_async_tensor_parallel_needs(config, monkeypatch):
+    config.parallelism.enable_async_tensor_parallel = True
+    start = "parallelism.enable_async_tensor_parallel = true: "
+    assert error_of(config, 2) == start + "needs parallelism.tensor_parallel_degree of 2 or more"
+    config.parallelism.tensor_parallel_degree = 2
+    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cpu")
+    assert error_of(config, 2).startswith(start + "needs CUDA")
+    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
+    assert error_of(config, 2).startswith(start + "the compiler does it: set compile.enable")
+    config.compile.enable = True
+    validate(config, 2)
+    config.parallelism.disable_sequence_parallel = True
+    assert error_of(config, 2).startswith(start + "needs sequence parallel")
 
 
 def test_offload_needs_sharding(config):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask
 
 from torchtitan.models.common.attention import (
@@ -81,6 +82,16 @@ def test_fewer_queries_than_keys_are_the_last(kv_heads):
     torch.testing.assert_close(
         attend(q[:, :, 100:], k, v), attend(q, k, v)[:, :, 100:], atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fewer_queries_on_cuda(dtype):
+    with FakeTensorMode():  # no GPU needed: checks arguments and shapes
+        q = torch.empty(BATCH, 4, 60, HEAD_DIM, device="cuda", dtype=dtype)
+        k = torch.empty(BATCH, 2, SEQ, HEAD_DIM, device="cuda", dtype=dtype)
+        out = ScaledDotProductAttention()(q, k, k)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

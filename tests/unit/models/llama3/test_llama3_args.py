@@ -58,3 +58,15 @@ def test_a_tensor_parallel_degree_that_splits_a_head_is_refused():
     config.parallelism.tensor_parallel_degree = 4
     with pytest.raises(ConfigError, match=r"n_kv_heads = 2.*Degrees that do: 1, 2$"):
         TINY.update_from_config(config)
+
+
+def test_a_ulysses_degree_that_splits_a_head_is_refused():
+    config = JobConfig()
+    config.parallelism.tensor_parallel_degree = 2
+    config.parallelism.context_parallel_degree = 4
+    TINY.update_from_config(config)
+    config.parallelism.context_parallel_method = "ulysses"
+    with pytest.raises(ConfigError, match=r"a rank has 2 of them .*Degrees .* these: 1, 2\. The"):
+        TINY.update_from_config(config)
+    config.parallelism.context_parallel_degree = 2  # its one key and value head is repeated
+    TINY.update_from_config(config)

@@ -1,4 +1,4 @@
-"""How Llama 3 is spread over devices: a plan, and four calls in order."""
+"""How Llama 3 is spread over devices: a plan, and five calls in order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
@@ -30,9 +31,11 @@ def parallelize_llama(
     parallel_dims: ParallelDims,
     job_config: JobConfig,
 ) -> nn.Module:
-    """Apply tensor parallelism, activation checkpointing, compilation and data parallelism."""
+    """Apply tensor, context and data parallelism, activation checkpointing and compilation."""
     if parallel_dims.tp_enabled:
         apply_tp(model, world_mesh["tp"], job_config)
+    if parallel_dims.cp_enabled:
+        apply_cp(model, world_mesh["cp"], job_config)
     apply_ac(model, job_config)
     model = apply_compile(model, job_config)
     if parallel_dims.dp_enabled:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.rope import RopeScaling
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 from torchtitan.protocols.model import BaseModelArgs
@@ -70,7 +71,7 @@ class Llama3ModelArgs(BaseModelArgs):
         """A copy with the attention kernel that the job asks for.
 
         Raises:
-            ConfigError: the heads or matrices do not divide over the tensor-parallel ranks.
+            ConfigError: the heads or matrices do not divide over the ranks that share them.
         """
         require_divisible_by_tp(
             job_config,
@@ -79,4 +80,5 @@ class Llama3ModelArgs(BaseModelArgs):
             ffn_dim=self.ffn_dim,
             vocab_size=self.vocab_size,
         )
+        require_heads_divisible_by_cp(job_config, self.n_heads)
         return replace(self, attention=job_config.model.attention)

@@ -1,0 +1,56 @@
+"""What context parallelism refuses; that it computes the right thing is in tests/distributed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch.nn as nn
+
+from torchtitan.config import JobConfig
+from torchtitan.distributed.context_parallel import apply_cp, require_applied_cp
+from torchtitan.errors import ConfigError
+from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
+
+MESH = SimpleNamespace(get_local_rank=lambda: 1, size=lambda: 2)
+
+
+def model(*modules: nn.Module) -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleDict({str(i): module for i, module in enumerate(modules)})
+    return model
+
+
+@pytest.fixture
+def config():
+    config = JobConfig()
+    config.parallelism.context_parallel_degree = 2
+    return config
+
+
+@pytest.mark.parametrize("part", [ScaledDotProductAttention(), CausalMask(), nn.Linear(2, 2)])
+def test_a_model_with_attention_of_its_own_is_refused(part, config):
+    with pytest.raises(ConfigError, match="_degree = 2: llama3 does not attend by a CausalMask"):
+        apply_cp(model(part), MESH, config)
+
+
+def test_a_pipeline_stage_without_layers_is_fine(config):
+    stage = model()
+    stage.mask = CausalMask()
+    apply_cp(stage, MESH, config)
+    require_applied_cp([stage], config)
+
+
+@pytest.mark.parametrize("limit", ["window", "chunk"])
+def test_a_ring_refuses_layers_that_are_not_plain_causal(limit, config):
+    config.parallelism.context_parallel_method = "ring"
+    limited = model(CausalMask(**{limit: 8}), ScaledDotProductAttention())
+    with pytest.raises(ConfigError, match=r"_method = \"ring\": .*Use 'allgather' or 'ulysses'"):
+        apply_cp(limited, MESH, config)
+
+
+def test_a_model_whose_attention_was_not_shared_is_refused(config):
+    parts = [model(CausalMask(), ScaledDotProductAttention()) for _ in range(2)]
+    apply_cp(parts[0], MESH, config)
+    with pytest.raises(ConfigError, match="parallelize_fn of llama3 does not support context"):
+        require_applied_cp(parts, config)
+    apply_cp(parts[1], MESH, config)
+    require_applied_cp(parts, config)

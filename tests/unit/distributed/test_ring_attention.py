@@ -1,0 +1,36 @@
+"""The kernels of a ring; the ring itself is in tests/distributed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torchtitan.distributed.ring_attention import _flash, _flash_backward, _merge
+
+
+def heads(device: str, dtype: torch.dtype, keys: int) -> tuple[torch.Tensor, ...]:
+    q = torch.randn(2, 8, 32, 16, device=device, dtype=dtype)
+    k, v = torch.randn(2, 2, 2, keys, 16, device=device, dtype=dtype).unbind()
+    return q, k, v
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("keys", "causal"), [(32, True), (16, False)])
+def test_kernels_take_grouped_heads_and_fewer_keys(device, keys, causal):
+    with FakeTensorMode():  # no GPU needed: checks arguments and shapes
+        q, k, v = heads(device, torch.bfloat16, keys)
+        out, lse, rng = _flash(q, k, v, causal)
+        grads = _flash_backward(out, q, out, lse, k, v, list(rng), causal)
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:3]
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_merged_parts_are_attention_to_all_keys():
+    q, k, v = heads("cpu", torch.float32, 24)
+    (out, lse, _), (block, block_lse, _) = (
+        _flash(q, k[:, :, part], v[:, :, part], False) for part in (slice(16), slice(16, 24))
+    )
+    _merge(out, lse, block, block_lse)
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
