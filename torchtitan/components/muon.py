@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import ParamsT
+
+from torchtitan.components.matrix_exchange import MatrixExchange
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -20,26 +22,37 @@ class Muon(torch.optim.Optimizer):
 
     Computes what `torch.optim.Muon` does with its default learning-rate adjustment: a matrix
     `[rows, columns]` moves by `lr * sqrt(max(1, rows / columns))` times an orthogonal matrix, and
-    weight decay is decoupled. It differs in how it treats DTensors. Orthogonalising needs the whole
-    matrix, which `torch.optim.Muon` communicates about in each of its bfloat16 products, so that
-    the result depends on the layout. Here each matrix is gathered once, the ranks that share
-    parameters orthogonalise one matrix each at a time, and tell one another the results.
+    weight decay is decoupled. It differs in how it treats DTensors. `torch.optim.Muon`
+    communicates in each bfloat16 product, so that its result depends on the layout, and all ranks
+    do the work of one. Here each matrix comes together on one rank, which orthogonalizes it.
+
+    All ranks of a mesh call `step` together, whichever gradients they have. A parameter without a
+    gradient is left as it is.
 
     Args:
-        params: matrices, or groups of them that lie on one mesh each.
+        params: matrices, or groups of them. Those of a group are all plain, or lie on one mesh.
         lr: learning rate, before the adjustment for the shape.
         momentum: decay of the running mean of gradients.
-        weight_decay: decoupled, scaled with `lr`.
+        weight_decay: scaled with `lr`.
+
+    Raises:
+        ValueError: a parameter is no matrix, or a group spans several meshes.
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.02,
-        momentum: float = 0.95,
-        weight_decay: float = 0.1,
+        self, params: ParamsT, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.1
     ) -> None:
+        self._exchanges: dict[int, MatrixExchange] = {}  # by the number of the group
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
+        for param in params:
+            if param.ndim != 2:
+                raise ValueError(f"Muon is for matrices, but the parameter is {list(param.shape)}")
+        if len({_mesh(param) for param in params}) > 1:
+            raise ValueError("the parameters of a group must lie on one mesh")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -47,41 +60,59 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            at_once = _sharing_ranks(params[0])[1] if params else 1
-            for start in range(0, len(params), at_once):
-                self._step_together(params[start : start + at_once], group)
+        for number, group in enumerate(self.param_groups):
+            if _mesh(group["params"][0]) is None:
+                for param in group["params"]:
+                    direction = orthogonalize(self._momentum(param, group["momentum"]))
+                    self._move(param, direction, group)
+            else:
+                self._step_sharded(number, group)
         return loss
 
-    def _step_together(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """Update at most as many matrices as ranks share them: each rank orthogonalises one."""
-        rank, ranks, process_group = _sharing_ranks(params[0])
-        updates = [_gather(self._momentum(param, group["momentum"])) for param in params]
-        if rank < len(params):
-            updates[rank] = orthogonalize(updates[rank])
-        for owner, (param, update) in enumerate(zip(params, updates, strict=True)):
-            if ranks > 1:
-                dist.broadcast(update, group=process_group, group_src=owner)
-            rows, columns = param.shape
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.add_(
-                _scatter_like(update, param), alpha=-group["lr"] * math.sqrt(max(1, rows / columns))
-            )
+    def _step_sharded(self, number: int, group: dict[str, Any]) -> None:
+        exchange = self._exchanges.get(number)
+        if exchange is None:
+            exchange = self._exchanges[number] = MatrixExchange(group["params"])
+        # What is worked on side by side should take about the same time.
+        params = sorted(group["params"], key=torch.Tensor.numel, reverse=True)
+        for start in range(0, len(params), exchange.ranks):
+            matrices = params[start : start + exchange.ranks]
+            local = [self._momentum(param, group["momentum"]) for param in matrices]
+            directions = exchange.apply(orthogonalize, matrices, local)
+            for param, direction in zip(matrices, directions, strict=True):
+                self._move(param, direction, group)
 
     def _momentum(self, param: torch.Tensor, momentum: float) -> torch.Tensor:
-        """Add the gradient to the running mean; the Nesterov update, in bfloat16."""
+        """Add the gradient to the running mean. The Nesterov update, bfloat16, this rank's part.
+
+        Without a gradient it is zero and the mean stays, so that ranks always exchange the same.
+        """
         state = self.state[param]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(param.grad)
-        buffer = state["momentum_buffer"].lerp_(param.grad, 1 - momentum)
-        return param.grad.lerp(buffer, momentum).bfloat16()
+            state["momentum_buffer"] = torch.zeros_like(param)
+        buffer = _local(state["momentum_buffer"])
+        if param.grad is None:
+            return torch.zeros_like(buffer, dtype=torch.bfloat16)
+        grad = param.grad
+        if isinstance(grad, DTensor):  # it may be a sum yet to be made
+            grad = grad.redistribute(placements=param.placements).to_local()
+        buffer.lerp_(grad, 1 - momentum)
+        return grad.lerp(buffer, momentum).bfloat16()
+
+    def _move(self, param: torch.Tensor, direction: torch.Tensor, group: dict[str, Any]) -> None:
+        if param.grad is None:
+            return
+        rows, columns = param.shape
+        local = _local(param)
+        local.mul_(1 - group["lr"] * group["weight_decay"])
+        lr = group["lr"] * math.sqrt(max(1, rows / columns))
+        local.add_(direction.to(local.device), alpha=-lr)
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """About `U V^T` of the matrix `U S V^T`, by Newton-Schulz iteration in bfloat16.
 
-    The singular values of the result are between about 0.7 and 1.2, which serves as well as 1.
+    The singular values of the result lie between about 0.5 and 1.5, which serves as well as 1.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrix.bfloat16()
@@ -91,27 +122,13 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).contiguous()
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
-def _sharing_ranks(param: torch.Tensor) -> tuple[int, int, dist.ProcessGroup | None]:
-    """Rank, number and group of the ranks along the longest dimension of the parameter's mesh."""
-    if not isinstance(param, DTensor):
-        return 0, 1, None
-    mesh = param.device_mesh
-    dim = max(range(mesh.ndim), key=mesh.size)
-    return mesh.get_local_rank(dim), mesh.size(dim), mesh.get_group(dim)
+def _mesh(param: torch.Tensor) -> Any:
+    return param.device_mesh if isinstance(param, DTensor) else None
 
 
-def _gather(update: torch.Tensor) -> torch.Tensor:
-    return update.full_tensor() if isinstance(update, DTensor) else update
-
-
-def _scatter_like(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that all ranks hold; communicates nothing."""
-    if not isinstance(param, DTensor):
-        return full
-    mesh = param.device_mesh
-    replicated = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=param.placements)
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

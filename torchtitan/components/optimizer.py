@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from torchtitan.components.muon import Muon
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
 
@@ -68,14 +69,14 @@ def _sgd(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.op
 def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al., 2024) for hidden matrices, AdamW for all others.
 
-    Muon orthogonalises whole matrices; sharded ones are gathered as DTensor operations need them.
+    The others include stacked matrices, such as those of experts `[experts, in, out]`.
     """
     matrices = [p for p in params if p.is_hidden_matrix]
     others = [p for p in params if not p.is_hidden_matrix]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         groups = _param_groups(matrices, config.muon_lr)
-        optimizers.append(torch.optim.Muon(groups, lr=config.muon_lr, momentum=config.momentum))
+        optimizers.append(Muon(groups, lr=config.muon_lr, momentum=config.momentum))
     if others:
         optimizers += OPTIMIZERS["AdamW"](others, config)
     return optimizers

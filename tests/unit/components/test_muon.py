@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+
+from torchtitan.components.muon import Muon, orthogonalize
+
+SHAPES = [(8, 8), (24, 8), (8, 24), (1, 5), (5, 1)]
+
+
+def matrices() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+def test_it_is_the_muon_of_torch() -> None:
+    options = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.2}
+    ours, theirs = matrices(), matrices()
+    optimizer, reference = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for step in range(4):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step()
+        reference.step()
+    for ours_now, theirs_now in zip(ours, theirs, strict=True):
+        assert torch.equal(ours_now, theirs_now)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 16), (16, 40)])
+def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalize(matrix).float()
+    values = (u.T @ result @ v.T).diagonal()
+    assert values.min() > 0.5 and values.max() < 1.5, values
+    assert s.max() / s.min() > 2  # they were not about equal before
+
+
+def test_a_zero_gradient_gives_a_zero_update() -> None:
+    assert torch.equal(orthogonalize(torch.zeros(4, 6)), torch.zeros(4, 6, dtype=torch.bfloat16))
+
+
+def test_a_matrix_without_gradient_stays() -> None:
+    params = matrices()
+    before = [param.detach().clone() for param in params]
+    optimizer = Muon(params)
+    set_gradients(params, 0)
+    params[1].grad = None
+    optimizer.step()
+    stayed = [torch.equal(param, old) for param, old in zip(params, before, strict=True)]
+    assert stayed == [False, True, False, False, False]
+    assert len(optimizer.state) == len(params)  # so that a checkpoint has the same keys each time
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
+def test_only_matrices_are_accepted(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="matrices"):
+        Muon([nn.Parameter(torch.zeros(shape))])

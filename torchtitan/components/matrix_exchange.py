@@ -1,0 +1,131 @@
+"""Brings sharded matrices together, one on each rank, and takes the results apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+class Part(NamedTuple):
+    """What one rank has of a matrix."""
+
+    replica: int
+    """Which copy of the matrix it belongs to."""
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.columns
+
+    def of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """This part of the whole matrix, as a view."""
+        rows = slice(self.row, self.row + self.rows)
+        return matrix[rows, self.column : self.column + self.columns]
+
+
+class MatrixExchange:
+    """Works on whole matrices by two all-to-alls among the ranks of their mesh.
+
+    Rank `k` receives the parts of the `k`-th matrix, computes, and sends each rank its part of the
+    result. So the matrices are worked on side by side, a rank holds one whole matrix at a time, and
+    it moves about as many bytes as it owns; an all-gather would move all bytes to all ranks.
+
+    Args:
+        matrices: those that will be exchanged, DTensors on one mesh, sharded or replicated along
+            its dimensions. All ranks of the mesh construct and use the exchange together.
+    """
+
+    def __init__(self, matrices: Sequence[DTensor]) -> None:
+        mesh = matrices[0].device_mesh
+        self.ranks = mesh.size()
+        """How many matrices can be worked on at once."""
+        self._group = _group(mesh)
+        self._rank = dist.get_rank(self._group)
+        self._device = mesh.device_type
+        own = torch.tensor([_own_part(matrix) for matrix in matrices], device=self._device)
+        of_rank = [torch.empty_like(own) for _ in range(self.ranks)]
+        dist.all_gather(of_rank, own, group=self._group)
+        of_matrix = torch.stack(of_rank, dim=1).tolist()
+        self._parts = {
+            id(matrix): [Part(*numbers) for numbers in of_ranks]
+            for matrix, of_ranks in zip(matrices, of_matrix, strict=True)
+        }
+
+    def apply(
+        self,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        matrices: Sequence[DTensor],
+        local: Sequence[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """This rank's part of `function(matrix)` for each matrix.
+
+        Args:
+            function: keeps the shape.
+            matrices: at most `ranks` of those given at construction; they say where parts belong.
+            local: this rank's part of the values of each, `[rows, columns]`, all of one dtype.
+        """
+        me, parts = self._rank, [self._parts[id(matrix)] for matrix in matrices]
+        local = [values.to(self._device) for values in local]  # from the host, if offloaded
+        nothing = local[0].new_empty(0)
+
+        # A rank collects its matrix from the ranks that share its replica.
+        send = [
+            values if of_ranks[me].replica == of_ranks[owner].replica else nothing
+            for owner, (of_ranks, values) in enumerate(zip(parts, local, strict=True))
+        ]
+        mine = parts[me] if me < len(parts) else []
+        sizes = [part.size if part.replica == mine[me].replica else 0 for part in mine]
+        received = self._all_to_all(send, sizes)
+
+        send = [nothing]
+        if mine:
+            whole = nothing.new_empty(matrices[me].shape)
+            for part, values in zip(mine, received, strict=True):
+                if len(values):
+                    part.of(whole).copy_(values.view(part.rows, part.columns))
+            whole = function(whole)
+            send = [part.of(whole) for part in mine]
+        results = self._all_to_all(send, [of_ranks[me].size for of_ranks in parts])
+        return [values.view_as(old) for values, old in zip(results, local, strict=False)]
+
+    def _all_to_all(
+        self, send: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> Sequence[torch.Tensor]:
+        """Send `send[k]` to rank `k`, and receive `sizes[k]` values from it; beyond, nothing."""
+        sent = [values.numel() for values in send]
+        idle = [0] * (self.ranks - len(send)), [0] * (self.ranks - len(sizes))
+        values = torch.cat([values.flatten() for values in send])
+        received = values.new_empty(sum(sizes))
+        dist.all_to_all_single(
+            received, values, [*sizes, *idle[1]], [*sent, *idle[0]], group=self._group
+        )
+        return received.split([*sizes, *idle[1]])
+
+
+def _own_part(matrix: DTensor) -> Part:
+    mesh = matrix.device_mesh
+    replica = 0
+    for dim, placement in enumerate(matrix.placements):
+        if isinstance(placement, Replicate):
+            replica = replica * mesh.size(dim) + mesh.get_local_rank(dim)
+    shape, offset = compute_local_shape_and_global_offset(matrix.shape, mesh, matrix.placements)
+    return Part(replica, *offset, *shape)
+
+
+def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """All ranks of a mesh. Only these call it: ranks of other meshes may have no matrices."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    ranks = mesh.mesh.flatten().tolist()
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    return dist.new_group(ranks, use_local_synchronization=True)
