@@ -2,7 +2,6 @@
 
 import copy
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
+from ranks import on_ranks
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -39,8 +39,6 @@ from torchtitan.protocols import (
     TrainSpec,
     register_train_spec,
 )
-
-multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])
 
 GLOBAL_BATCH_SIZE = 8
 FULL = StateDictOptions(full_state_dict=True)
@@ -208,21 +206,6 @@ class Run:
             "step": self.counter.step,
         }
         return copy.deepcopy(state)
-
-
-def _join(rank: int, world_size: int, function, folder: Path, args: tuple) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store-{function.__name__}-{world_size}"), world_size)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
-    function(folder, *args)
-    dist.destroy_process_group()
-
-
-def on_ranks(world_size: int, function, folder: Path, *args) -> None:
-    """Call `function(folder, *args)` on each of `world_size` processes."""
-    mp.start_processes(
-        _join, (world_size, function, folder, args), world_size, start_method="forkserver"
-    )
 
 
 def world_size_of(layout: str) -> int:

@@ -98,6 +98,14 @@ def test_muon_takes_the_hidden_matrices_alone() -> None:
     assert sum(len(group["params"]) for group in adamw.param_groups) == 4
 
 
+def test_muon_leaves_stacked_matrices_to_adamw() -> None:
+    model = Model()
+    model.experts = nn.ParameterList([nn.Parameter(torch.zeros(3, 8, 8))])
+    muon, adamw = build(model, "Muon")
+    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    assert any(p.ndim == 3 for group in adamw.param_groups for p in group["params"])
+
+
 def test_the_last_matching_rule_wins_and_zero_freezes() -> None:
     model = Model()
     rules = [

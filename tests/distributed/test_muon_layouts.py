@@ -1,0 +1,224 @@
+"""Muon moves sharded parameters exactly as it moves whole ones.
+
+Inputs and weights of the loss are small integers, so that the gradients are exact in float32
+whatever the order of the sums, and the orthogonalization of a whole matrix is the same work on any
+rank. So the matrices have to be equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from ranks import on_ranks
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from torchtitan.components.muon import Muon
+from torchtitan.components.optimizer import build_optimizer
+from torchtitan.config import JobConfig
+from torchtitan.distributed.fsdp import sum_gradients
+from torchtitan.distributed.parallel_dims import ParallelDims
+
+# name -> dp_replicate, dp_shard, tp
+LAYOUTS = {
+    "one": (1, 1, 1),
+    "fsdp2": (1, 2, 1),
+    "tp2": (1, 1, 2),
+    "ddp2": (2, 1, 1),
+    "fsdp4": (1, 4, 1),
+    "fsdp2xtp2": (1, 2, 2),
+    "hsdp2x2": (2, 2, 1),
+    "hsdp2xtp2": (2, 1, 2),
+}
+# Five matrices: more than ranks, and never a multiple of them. Six rows do not divide by 4, nor
+# three rows, a half of them, by 2.
+SHAPES = {"0": (6, 10), "1": (10, 6), "2": (6, 6), "3": (2, 12), "4": (24, 4)}
+COLWISE = ("0", "2", "3")  # the others are sharded row-wise under TP
+BATCH = 8
+
+
+class Experts(nn.Module):
+    """A stack of matrices, which is not Muon's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6, 3))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict(
+            {name: nn.Linear(columns, rows) for name, (rows, columns) in SHAPES.items()}
+        )
+        self.experts = Experts()
+
+    def forward(self, step: int, share: slice, skip: str | None) -> torch.Tensor:
+        """A loss whose gradients are integers and depend on no weight."""
+        loss = self.experts.weight.sum() * (share.stop - share.start)
+        for name, layer in self.layers.items():
+            rows, columns = SHAPES[name]
+            if name != skip:
+                out = layer(integers((BATCH, columns), step)[share])
+                loss = loss + (out * integers((BATCH, rows), step + 100)[share]).sum()
+        return loss
+
+
+def integers(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+class Run:
+    def __init__(self, layout: str) -> None:
+        replicate, shard, tp = LAYOUTS[layout]
+        dims = ParallelDims(
+            dp_replicate=replicate, dp_shard=shard, tp=tp, world_size=replicate * shard * tp
+        )
+        self.model, self.share = Net(), slice(0, BATCH)
+        if layout != "one":
+            mesh = dims.world_mesh
+            size = BATCH // mesh["dp"].size()
+            self.share = slice(start := mesh["dp"].get_local_rank() * size, start + size)
+            if tp > 1:
+                plan = {
+                    f"layers.{name}": ColwiseParallel(output_layouts=Replicate())
+                    if name in COLWISE
+                    else RowwiseParallel(input_layouts=Replicate())
+                    for name in SHAPES
+                }
+                parallelize_module(self.model, mesh["tp"], plan)
+            sharding = mesh["dp_replicate", "dp_shard"] if replicate > 1 else mesh["dp_shard"]
+            for layer in self.model.layers.values():
+                fully_shard(layer, mesh=sharding)
+            fully_shard(self.model, mesh=sharding)
+            sum_gradients(self.model)
+        config = JobConfig()
+        config.optimizer.name = "Muon"
+        self.optimizers = build_optimizer([self.model], config, dims)
+
+    def step(self, number: int, skip: str | None = None) -> None:
+        self.optimizers.zero_grad()
+        self.model(number, self.share, skip).backward()
+        self.optimizers.step()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": self.optimizers.state_dict(),
+        }
+
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """The whole matrices that Muon moves, and their momentum."""
+        tensors = dict(self.model.named_parameters()) | self.optimizers.state_dict()
+        names = {f"layers.{name}.weight" for name in SHAPES}
+        names |= {f"state.{name}.momentum_buffer" for name in names}
+        return {name: full(tensors[name]).detach().clone() for name in names}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), (name, actual[name] - tensor)
+
+
+def compare_with_one_process(folder: Path, layouts: list[str]) -> None:
+    one = Run("one")
+    runs = [Run(layout) for layout in layouts]
+    for number, skip in enumerate([None, "2", None]):
+        one.step(number, skip)
+        for run in runs:
+            run.step(number, skip)
+            assert_equal(run.matrices(), one.matrices())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_layout_moves_matrices_as_one_process_does(tmp_path: Path, ranks: int) -> None:
+    layouts = [name for name, degrees in LAYOUTS.items() if math.prod(degrees) == ranks]
+    on_ranks(ranks, compare_with_one_process, tmp_path, layouts)
+
+
+def save(folder: Path, layout: str) -> None:
+    run = Run(layout)
+    for number in range(2):
+        run.step(number)
+    dcp.save(run.state(), checkpoint_id=folder / "checkpoint")
+
+
+def resume(folder: Path, layout: str) -> None:
+    run = Run(layout)
+    state = run.state()
+    dcp.load(state, checkpoint_id=folder / "checkpoint")
+    run.optimizers.load_state_dict(state["optimizer"])
+    one = Run("one")
+    for number in range(4):
+        one.step(number)
+        if number >= 2:
+            run.step(number)
+    assert_equal(run.matrices(), one.matrices())
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "resumed_on"), [("fsdp2xtp2", "fsdp2"), ("hsdp2x2", "tp2"), ("tp2", "fsdp4")]
+)
+def test_its_state_goes_to_another_layout(tmp_path: Path, saved_on: str, resumed_on: str) -> None:
+    on_ranks(math.prod(LAYOUTS[saved_on]), save, tmp_path, saved_on)
+    on_ranks(math.prod(LAYOUTS[resumed_on]), resume, tmp_path, resumed_on)
+
+
+def gradient_missing_on_one_rank(folder: Path) -> None:
+    run = Run("fsdp2")
+    weight = run.model.layers["3"].weight
+    run.step(0)
+    before = run.matrices()
+    run.model(1, run.share, None).backward()
+    if dist.get_rank() == 0:
+        weight.grad = None
+    run.optimizers.step()
+    after = run.matrices()
+    # Row 0 of the two is on rank 0, which leaves its part as it is.
+    moved = (after["layers.3.weight"] != before["layers.3.weight"]).any(1)
+    assert moved.tolist() == [False, True]
+
+
+def test_a_gradient_missing_on_one_rank_does_not_block_the_others(tmp_path: Path) -> None:
+    on_ranks(2, gradient_missing_on_one_rank, tmp_path)
+
+
+def matrices_on_some_ranks(folder: Path) -> None:
+    """Two stages of a pipeline with two replicas each, and matrices in the first stage only."""
+    dims = ParallelDims(pp=2, dp_replicate=2, dp_shard=1, world_size=4)
+    mesh = dims.world_mesh
+    matrix = nn.Parameter(
+        distribute_tensor(integers((6, 4), 0), mesh["dp_replicate", "dp_shard"], [Replicate()] * 2)
+    )
+    expected = nn.Parameter(integers((6, 4), 0))
+    params = [matrix, expected]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    if mesh["pp"].get_local_rank() == 0:
+        for param in params:
+            Muon([param]).step()
+    else:
+        Muon([nn.Parameter(torch.ones(3, 3))]).step()
+    assert torch.equal(matrix.full_tensor(), expected)
+
+
+def test_ranks_without_matrices_are_not_waited_for(tmp_path: Path) -> None:
+    on_ranks(4, matrices_on_some_ranks, tmp_path)
