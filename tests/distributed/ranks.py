@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,25 @@ multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "torch.d
 
 def on_ranks(world_size: int, function: Callable[..., None], folder: Path, *args: Any) -> None:
     """Call `function(folder, *args)` on each of `world_size` processes, joined by gloo."""
+    meeting_place = str(folder / f"store-{uuid.uuid4().hex}")
     mp.start_processes(
-        _join, (world_size, function, folder, args), world_size, start_method="forkserver"
+        _join,
+        (world_size, meeting_place, function, folder, args),
+        world_size,
+        start_method="forkserver",
     )
 
 
 def _join(
-    rank: int, world_size: int, function: Callable[..., None], folder: Path, args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    meeting_place: str,
+    function: Callable[..., None],
+    folder: Path,
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store-{function.__name__}-{world_size}"), world_size)
+    store = dist.FileStore(meeting_place, world_size)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, store=store)
     function(folder, *args)
     dist.destroy_process_group()

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Validator:
-    """Evaluates `validation.steps` batches, the same ones each time."""
+    """Evaluates the same sequences each time, and the same ones on every layout.
+
+    They are `validation.steps` batches, which the data ranks share.
+    """
 
     def __init__(
         self,
@@ -31,7 +34,6 @@ class Validator:
         dp_world_size: int,
     ) -> None:
         self._parallel_dims = parallel_dims
-        self._steps = job_config.validation.steps
         self._dataloader = build_validation_dataloader(
             job_config, tokenizer, dp_rank, dp_world_size
         )
@@ -42,7 +44,7 @@ class Validator:
         model_parts: list[nn.Module],
         evaluate: Callable[[dict[str, torch.Tensor]], torch.Tensor],
     ) -> float:
-        """Mean loss per valid token over all data ranks.
+        """Mean loss per valid token of all data ranks together.
 
         Args:
             model_parts: put into eval mode meanwhile.
@@ -52,12 +54,13 @@ class Validator:
             part.eval()
         total = None
         self._dataloader.reset()
-        for _ in range(self._steps):
+        for _ in range(self._dataloader.gradient_accumulation_steps):
             batch = next(self._dataloader)
             loss = evaluate(batch)
             tokens = (batch["labels"] != IGNORE_INDEX).sum().to(loss.device)
             sums = torch.stack([loss.double(), tokens.double()])
             total = sums if total is None else total + sums
+        self._dataloader.close()  # it need not read ahead until the next validation
         for part in model_parts:
             part.train()
         dist.all_reduce(total)

@@ -15,7 +15,8 @@ class Validation:
     freq: Annotated[int, Positive] = 100
     """Training steps between validations."""
     steps: Annotated[int, Positive] = 10
-    """Batches a data rank evaluates each time, always the same ones."""
+    """Batches of `local_batch_size` sequences in one validation, always the same ones. The data
+    ranks share them, so that the loss does not depend on the number of ranks."""
     dataset: str = "stdlib_validation"
     """Dataset name, as `training.dataset`."""
     dataset_path: str | None = None

@@ -33,19 +33,26 @@ class Table:
 
 
 class Stream:
-    """The texts of a `datasets.IterableDataset`, in its order."""
+    """The texts of a `datasets.IterableDataset`, in its order; its files are the shards."""
 
     def __init__(self, dataset: datasets.IterableDataset, text_key: str, name: str) -> None:
         if dataset.column_names is not None:  # else known only once rows are read
             _check_key(text_key, dataset.column_names)
             dataset = dataset.select_columns(text_key)
-        self._rows = dataset
+        self._dataset = dataset
         self._text_key = text_key
         self._name = name
+        self.num_shards = dataset.num_shards
 
     def __iter__(self) -> Iterator[str]:
+        return self._texts(self._dataset)
+
+    def shard(self, index: int) -> Iterator[str]:
+        return self._texts(self._dataset.shard(self.num_shards, index))
+
+    def _texts(self, rows: datasets.IterableDataset) -> Iterator[str]:
         try:
-            for index, row in enumerate(self._rows):
+            for index, row in enumerate(rows):
                 yield _text(row, self._text_key, index)
         except DataError:
             raise

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.validate import resolve_batch
 from torchtitan.errors import CheckpointError, DataError, TitanError
 
-from .order import ShuffledDocuments, StreamedDocuments
+from .order import Origin, ShuffledDocuments, StreamedDocuments
 from .packing import Row, encode_document, pack
 from .prefetch import Prefetcher
 from .sources import Source, open_dataset
@@ -34,6 +35,11 @@ class DataLoader:
     of `local_batch_size` of them. So it tokenizes only its own documents, and the global batch of a
     step is the same on every layout.
 
+    It has the interface of torchdata's `StatefulDataLoader`, which is not used because that one's
+    state belongs to a rank and its number of worker processes, so that a run could resume on the
+    same layout only. Here the state is a table of rows, which any number of ranks shares out. One
+    thread reads ahead, without worker processes, since tokenizers release the interpreter's lock.
+
     Each micro-batch is a dict of int64 tensors `[local_batch_size, seq_len]`: see `packing.pack`.
 
     Args:
@@ -42,11 +48,14 @@ class DataLoader:
         seq_len: tokens in a sequence.
         local_batch_size: sequences in a micro-batch.
         global_batch_size: sequences in a step of all ranks; a multiple of `local_batch_size *
-            dp_world_size`.
+            dp_world_size`, unless `pad` is set.
         dp_rank: number of this data rank.
         dp_world_size: data ranks.
         seed: of the order of documents.
         document_mask: predict nothing across the end of a document.
+        pad: fill the last micro-batches of a step up to such a multiple, with rows whose labels are
+            all `IGNORE_INDEX`.
+        name: what errors begin with, such as the config key and its value.
 
     Raises:
         DataError: the dataset is empty. Iterating raises it too, where data is malformed.
@@ -63,36 +72,43 @@ class DataLoader:
         dp_world_size: int = 1,
         seed: int = 0,
         document_mask: bool = False,
+        pad: bool = False,
+        name: str = "the dataset",
     ) -> None:
-        rows, remainder = divmod(global_batch_size, dp_world_size)
-        if remainder or rows % local_batch_size:
-            raise ValueError(
-                f"global_batch_size {global_batch_size} is no multiple of local_batch_size "
-                f"{local_batch_size} x dp_world_size {dp_world_size}"
-            )
+        passes, remainder = divmod(global_batch_size, local_batch_size * dp_world_size)
+        if remainder:
+            if not pad:
+                raise ValueError(
+                    f"global_batch_size {global_batch_size} is no multiple of local_batch_size "
+                    f"{local_batch_size} x dp_world_size {dp_world_size}"
+                )
+            passes += 1
         self._source = source
-        self._tokenizer = tokenizer
+        self._encode = partial(encode_document, tokenizer)
         self._seq_len = seq_len
         self._local_batch_size = local_batch_size
         self._dp_world_size = dp_world_size
         self._seed = seed
         self._document_mask = document_mask
+        self._name = name
         self.global_batch_size = global_batch_size
-        self.gradient_accumulation_steps = rows // local_batch_size
+        self.gradient_accumulation_steps = passes
+        rows = passes * local_batch_size
         self._rows = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
 
         if isinstance(source, Iterator):
             raise TypeError("source is an iterator; give something that starts anew each time")
         texts = (source[i] for i in range(len(source))) if _has_random_access(source) else source
-        if not any(texts):
-            raise DataError("the dataset is empty: it has no document with text")
+        with errors_begin_with(name):
+            if not any(texts):  # stops at the first text
+                raise DataError("empty: it has no document with text")
         self._prefetcher: Prefetcher[tuple[Batch, np.ndarray]] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Go back to the first batch."""
         self.close()
-        self._places = np.stack([self._rows, np.zeros_like(self._rows)], axis=1)
+        self._places = np.array([(row, 0, *Origin()) for row in self._rows.tolist()])
 
     def close(self) -> None:
         """Stop reading ahead. Iterating on starts again after the last complete step."""
@@ -104,17 +120,21 @@ class DataLoader:
         return self
 
     def __next__(self) -> Batch:
-        if self._prefetcher is None:
-            batches = _batches(
-                self._open_rows(), self._seq_len, self._local_batch_size, self._document_mask
-            )
-            self._prefetcher = Prefetcher(batches, PREFETCHED_BATCHES)
-        batch, self._places = next(self._prefetcher)
+        with errors_begin_with(self._name):
+            if self._prefetcher is None:
+                batches = _batches(
+                    self._open_rows(),
+                    self._local_batch_size,
+                    partial(pack, seq_len=self._seq_len, document_mask=self._document_mask),
+                    padding=self._rows >= self.global_batch_size,
+                )
+                self._prefetcher = Prefetcher(batches, PREFETCHED_BATCHES)
+            batch, self._places = next(self._prefetcher)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """`{"rows": [rows of this rank, 2] int64}`, the place of each row after the last complete
-        step handed out: number of its document, and tokens of that document already used.
+        """`{"rows": [rows of this rank, 4] int64}`: `Row.place` of each row after the last complete
+        step handed out.
 
         The rows of all ranks in order are the state of the run, for any number of ranks.
         """
@@ -127,12 +147,12 @@ class DataLoader:
             CheckpointError: the state is of another global batch size.
         """
         places = np.asarray(state_dict["rows"], dtype=np.int64)
-        rows = len(self._rows)
-        if places.shape != (rows, 2) or (places[:, 0] % self.global_batch_size != self._rows).any():
+        known = places.shape == self._places.shape
+        if not known or ((places[:, 0] - self._rows) % self.global_batch_size).any():
             saved = len(places) * self._dp_world_size
             change = (
                 f"global_batch_size changed from {saved} to {self.global_batch_size}"
-                if len(places) != rows
+                if len(places) != len(self._rows)
                 else "the rows are not those of this rank, as if global_batch_size had changed"
             )
             raise CheckpointError(
@@ -144,15 +164,14 @@ class DataLoader:
         self._places = places.copy()
 
     def _open_rows(self) -> list[Row]:
-        stride = self.global_batch_size
-        encode = partial(encode_document, self._tokenizer)
+        stride, places = self.global_batch_size, self._places.tolist()
         documents: ShuffledDocuments | StreamedDocuments
         if _has_random_access(self._source):
-            documents = ShuffledDocuments(self._source, encode, self._seed)
+            documents = ShuffledDocuments(self._source, self._encode, self._seed)
         else:
-            first = dict(zip(self._rows.tolist(), self._places[:, 0].tolist(), strict=True))
-            documents = StreamedDocuments(self._source, encode, stride, first)
-        return [Row(documents, stride, *place) for place in self._places.tolist()]
+            first = [(document, Origin(*origin)) for document, _, *origin in places]
+            documents = StreamedDocuments(self._source, self._encode, stride, first)
+        return [Row(documents, stride, document, offset) for document, offset, *_ in places]
 
 
 def _has_random_access(source: Source) -> bool:
@@ -160,19 +179,35 @@ def _has_random_access(source: Source) -> bool:
 
 
 def _batches(
-    rows: list[Row], seq_len: int, local_batch_size: int, document_mask: bool
+    rows: list[Row],
+    local_batch_size: int,
+    pack_rows: Callable[[list[Row]], Batch],
+    padding: np.ndarray,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Micro-batches, each with the places of all rows after the last complete step.
 
-    A function, not a method: the thread that runs it must not keep the loader alive.
+    `padding` `[rows]` is true for rows that predict nothing. A function, not a method: the thread
+    that runs it must not keep the loader alive.
     """
-    places = np.array([(row.document, row.offset) for row in rows])
+    places = np.array([row.place for row in rows])
+    padding = torch.from_numpy(padding)
     while True:
         for first in range(0, len(rows), local_batch_size):
-            batch = pack(rows[first : first + local_batch_size], seq_len, document_mask)
-            if first + local_batch_size == len(rows):
-                places = np.array([(row.document, row.offset) for row in rows])
+            part = slice(first, first + local_batch_size)
+            batch = pack_rows(rows[part])
+            batch["labels"][padding[part]] = IGNORE_INDEX
+            if part.stop == len(rows):
+                places = np.array([row.place for row in rows])
             yield batch, places
+
+
+@contextmanager
+def errors_begin_with(name: str) -> Iterator[None]:
+    """Say in a user's error which setting it is about."""
+    try:
+        yield
+    except TitanError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def build_dataloader(
@@ -201,23 +236,23 @@ def build_validation_dataloader(
     """The validation data of one data rank: one validation is one global batch.
 
     A validation calls `reset()` and takes `gradient_accumulation_steps` batches. All ranks together
-    evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows, so
-    the sequences are the same on every layout where the ranks divide `validation.steps`; elsewhere
-    the steps are rounded up to a multiple of the ranks.
+    evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows,
+    the same ones on every layout. Where the ranks do not divide the steps, the last of them get
+    batches without labels, since all must run the model equally often.
 
     Raises:
         ConfigError: the dataset is unknown.
         DataError: the data is missing, empty or malformed.
     """
     validation = job_config.validation
-    steps_per_rank = math.ceil(validation.steps / dp_world_size)
     return _build(
         "validation",
         job_config,
         tokenizer,
-        global_batch_size=steps_per_rank * dp_world_size * validation.local_batch_size,
+        global_batch_size=validation.steps * validation.local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
+        pad=True,
     )
 
 
@@ -229,16 +264,16 @@ def _build(
 ) -> DataLoader:
     """The loader of the dataset that a config section names; errors begin with that key."""
     config = getattr(job_config, section)
-    try:
-        return DataLoader(
-            open_dataset(config.dataset, config.dataset_path, job_config.training.text_key),
-            tokenizer,
-            seq_len=config.seq_len,
-            local_batch_size=config.local_batch_size,
-            seed=job_config.debug.seed,
-            document_mask=job_config.training.document_mask,
-            **batch,
-        )
-    except TitanError as error:
-        message = f"{section}.dataset = {config.dataset!r}: {error}"
-        raise type(error)(message) from error
+    name = f"{section}.dataset = {config.dataset!r}"
+    with errors_begin_with(name):
+        source = open_dataset(config.dataset, config.dataset_path, job_config.training.text_key)
+    return DataLoader(
+        source,
+        tokenizer,
+        seq_len=config.seq_len,
+        local_batch_size=config.local_batch_size,
+        seed=job_config.debug.seed,
+        document_mask=job_config.training.document_mask,
+        name=name,
+        **batch,
+    )

@@ -1,22 +1,37 @@
 """Which document comes when: a dataset as an endless, numbered series of documents.
 
-The series depends on the source and the seed alone. Ranks and rows of a batch share it out by
-number, so every layout of ranks sees the same data.
+The series depends on the source, the seed and the size of the global batch alone. Ranks and rows of
+a batch share it out by number, so every layout of ranks sees the same data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from torchtitan.errors import DataError
 
-from .sources import RandomAccess
+from .sources import RandomAccess, Sequential, Sharded
 
 Encode = Callable[[str], np.ndarray]
 _MASK_64 = 2**64 - 1
+_MAX_LANES = 64
+"""A lane has a file open and a block of it in memory, 10 to 30 MB."""
+_SHARDS_PER_LANE = 8
+"""At least, so that lanes, and with them the rows of a batch, go through about as much text."""
+
+
+class Origin(NamedTuple):
+    """Where a sequential source has a document, so that a resumed run finds it soon."""
+
+    turn: int = 0
+    """Number of the shard in its lane, counted on over the epochs."""
+    first: int = 0
+    """Number in its lane of the shard's first document."""
 
 
 class ShuffledDocuments:
@@ -36,18 +51,23 @@ class ShuffledDocuments:
         # In a small dataset several rows have the same document open.
         self._open: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()
 
-    def tokens(self, number: int) -> np.ndarray:
-        """Ids of document `number`."""
+    def open(self, number: int) -> tuple[np.ndarray, Origin]:
+        """Ids of document `number`, and where it is, which is of no need here."""
         epoch, place = divmod(number, self.size)
         index = permute(place, self.size, _mix(self._seed, epoch))
         tokens = self._open.get(index)
         if tokens is None:
             self._open[index] = tokens = self._encode(self._source[index])
-        return tokens
+        return tokens, Origin()
 
 
 class StreamedDocuments:
-    """Documents of a sequential source, which is read once for all the rows of this rank.
+    """Documents of a sequential source, for the rows of one rank.
+
+    Rows share the source out by lanes of equally many consecutive rows. A lane reads every
+    `lanes`-th shard (file) of the source, over and over, and deals the documents to its rows in
+    turn. So a rank reads the lanes of its own rows alone, each once. A source without shards is
+    one lane, which all ranks read; but each tokenizes only its own documents.
 
     Empty documents have no number. Texts that a row will ask for later wait in memory; others are
     skipped before they are tokenized.
@@ -56,50 +76,99 @@ class StreamedDocuments:
         source: the texts, in order.
         encode: text -> ids.
         stride: number of rows of the global batch; row `b` takes documents `b`, `b + stride`, ...
-        first: row -> the first document that it will ask for, for the rows of this rank.
+        first: for each row of this rank, the first document that it will ask for, and its origin.
     """
 
     size = None
 
     def __init__(
-        self, source: Iterable[str], encode: Encode, stride: int, first: Mapping[int, int]
+        self,
+        source: Sequential,
+        encode: Encode,
+        stride: int,
+        first: Iterable[tuple[int, Origin]],
     ) -> None:
         self._encode = encode
         self._stride = stride
-        self._first = first
-        self._stream = repeat(source, start=min(first.values()))
-        self._waiting: dict[int, str] = {}
+        lanes = count_lanes(_num_shards(source), stride)
+        self._width = stride // lanes
+        starts: dict[int, list[tuple[int, Origin]]] = defaultdict(list)
+        for number, origin in first:
+            lane, number = self._in_lane(number)
+            starts[lane].append((number, origin))
+        self._lanes = {
+            lane: Lane(source, lane, lanes, self._width, start) for lane, start in starts.items()
+        }
 
-    def tokens(self, number: int) -> np.ndarray:
-        """Ids of document `number`. Each row must ask in ascending order."""
+    def open(self, number: int) -> tuple[np.ndarray, Origin]:
+        """Ids of document `number` and where it is. Each row must ask in ascending order."""
+        lane, number = self._in_lane(number)
+        text, origin = self._lanes[lane].take(number)
+        return self._encode(text), origin
+
+    def _in_lane(self, number: int) -> tuple[int, int]:
+        """The lane of document `number`, and its number there."""
+        turn, row = divmod(number, self._stride)
+        lane, place = divmod(row, self._width)
+        return lane, turn * self._width + place
+
+
+def count_lanes(shards: int, stride: int) -> int:
+    """The most lanes that divide the rows of a batch and have enough shards."""
+    most = min(_MAX_LANES, shards // _SHARDS_PER_LANE, stride)
+    return max((lanes for lanes in range(1, most + 1) if stride % lanes == 0), default=1)
+
+
+class Lane:
+    """Every `lanes`-th shard of a sequential source, for `width` rows that take turns."""
+
+    def __init__(
+        self,
+        source: Sequential,
+        lane: int,
+        lanes: int,
+        width: int,
+        starts: list[tuple[int, Origin]],
+    ) -> None:
+        self._width = width
+        self._first = {number % width: number for number, _ in starts}
+        self._documents = repeat(source, lane, lanes, min(origin for _, origin in starts))
+        self._waiting: dict[int, tuple[str, Origin]] = {}
+
+    def take(self, number: int) -> tuple[str, Origin]:
+        """Text of document `number` of the lane, and where it is."""
         while number not in self._waiting:
-            read, text = next(self._stream)
-            first = self._first.get(read % self._stride)
+            read, text, origin = next(self._documents)
+            first = self._first.get(read % self._width)
             if first is not None and read >= first:
-                self._waiting[read] = text
-        return self._encode(self._waiting.pop(number))
+                self._waiting[read] = text, origin
+        return self._waiting.pop(number)
 
 
-def repeat(source: Iterable[str], start: int) -> Iterator[tuple[int, str]]:
-    """Number and text of the non-empty documents from number `start` on, over and over.
+def repeat(
+    source: Sequential, lane: int, lanes: int, origin: Origin
+) -> Iterator[tuple[int, str, Origin]]:
+    """Number, text and origin of the non-empty documents of a lane, from a shard on, over and over.
 
     Raises:
         DataError: there is none.
     """
-    number = 0
-    while True:
-        before = number
-        for text in source:
-            if not text:
-                continue
-            if number >= start:
-                yield number, text
-            number += 1
-        size = number - before
-        if size == 0:
-            raise DataError("the dataset is empty: it has no document with text")
-        if number < start:  # whole epochs that were used before a resume
-            number += (start - number) // size * size
+    shards = _num_shards(source)
+    turn, number = origin
+    last_with_text = turn - 1
+    while turn - last_with_text <= shards:
+        here = Origin(turn, number)
+        for text in source.shard((lane + turn * lanes) % shards) if shards > 1 else source:
+            if text:
+                yield number, text, here
+                number += 1
+                last_with_text = turn
+        turn += 1
+    raise DataError("empty: it has no document with text")
+
+
+def _num_shards(source: Sequential) -> int:
+    return source.num_shards if isinstance(source, Sharded) else 1
 
 
 def permute(index: int, size: int, key: int) -> int:

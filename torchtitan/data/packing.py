@@ -38,7 +38,8 @@ class Row:
     """One row of the global batch: an endless stream of tokens, cut into sequences.
 
     Row `b` of `stride` rows joins the documents `b`, `b + stride`, `b + 2 stride`, ... Its place in
-    the stream is `(document, offset)`: the document of the next token, and the tokens before it.
+    the stream is the document of the next token, the tokens of it before that, and the document's
+    `Origin`.
 
     A dataset with fewer documents than rows is still worth training on (one big text file, say):
     the rows that share a document then begin at evenly spaced places in it.
@@ -56,18 +57,23 @@ class Row:
     ) -> None:
         self._documents = documents
         self._stride = stride
-        self.document = document
-        self.offset = offset
-        self._tokens = documents.tokens(document)
+        self._document = document
+        self._offset = offset
+        self._tokens, self._origin = documents.open(document)
         length = len(self._tokens)
         if offset == 0 and documents.size is not None and document < stride:
-            self.offset = length * (document - document % documents.size) // stride
+            self._offset = length * (document - document % documents.size) // stride
         elif offset > 0 and offset >= length:
             raise DataError(
                 f"the checkpoint is at token {offset} of document {document}, but the document has "
                 f"{length} tokens: the dataset or the tokenizer has changed. Restore it, or set "
                 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
             )
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """`(document, offset, *origin)` of the next token."""
+        return self._document, self._offset, *self._origin
 
     def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> None:
         """Write the next sequence and one token more, which also begins the sequence after it.
@@ -77,19 +83,19 @@ class Row:
         """
         filled, count = 0, 0
         while filled < len(tokens):
-            while self.offset == len(self._tokens):  # more than once where documents are empty
-                self.document += self._stride
-                self.offset = 0
-                self._tokens = self._documents.tokens(self.document)
-            n = min(len(self._tokens) - self.offset, len(tokens) - filled)
+            while self._offset == len(self._tokens):  # more than once where documents are empty
+                self._document += self._stride
+                self._offset = 0
+                self._tokens, self._origin = self._documents.open(self._document)
+            n = min(len(self._tokens) - self._offset, len(tokens) - filled)
             part = slice(filled, filled + n)
-            tokens[part] = self._tokens[self.offset : self.offset + n]
+            tokens[part] = self._tokens[self._offset : self._offset + n]
             positions[part] = np.arange(n)
             document_ids[part] = count
-            self.offset += n
+            self._offset += n
             filled += n
             count += 1
-        self.offset -= 1
+        self._offset -= 1
 
 
 def pack(rows: list[Row], seq_len: int, document_mask: bool) -> dict[str, torch.Tensor]:

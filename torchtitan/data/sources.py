@@ -5,29 +5,49 @@ A source is one of two kinds.
 * Random access: `len(source)` documents, `source[i]` is the text of one. They are shuffled anew in
   every epoch. A plain list of texts is such a source.
 * Sequential: iterating over it yields the texts from the first one on, each time anew. The order
-  is kept.
+  is kept. It may consist of shards (files) that can be read one by one: then ranks share the
+  reading out among them, and a resumed run reads on from its shard, not from the beginning.
 """
 
 from __future__ import annotations
 
+import bisect
 import glob
+import itertools
+import math
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 from torchtitan.data import huggingface
 from torchtitan.errors import ConfigError, DataError, did_you_mean
 
 
 class RandomAccess(Protocol):
+    """A source whose texts can be had in any order."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> str: ...
 
 
-Source = RandomAccess | Iterable[str]
+Sequential = Iterable[str]
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A sequential source with shards."""
+
+    num_shards: int
+
+    def __iter__(self) -> Iterator[str]: ...
+    def shard(self, index: int) -> Iterable[str]:
+        """The texts of one of the `num_shards` shards."""
+
+
+Source = RandomAccess | Sequential
 SourceFactory = Callable[[str | None, str], Source]
 """`factory(dataset_path, text_key) -> Source`; raises a `TitanError` for a user's mistake."""
 
@@ -63,26 +83,71 @@ def open_dataset(name: str, path: str | None, text_key: str = "text") -> Source:
 
 
 class TextFiles:
-    """UTF-8 text files; each is a document."""
+    """UTF-8 text files; each is a document.
 
-    def __init__(self, files: list[str]) -> None:
+    A file of more than `piece_bytes` is cut at line ends into pieces of about that size, each a
+    document, so that a whole corpus in one file is shuffled too and need not fit into memory.
+
+    Raises:
+        DataError: a file cannot be read or, where its text is asked for, is not UTF-8.
+    """
+
+    def __init__(self, files: list[str], piece_bytes: int = 2**20) -> None:
         self._files = files
+        self._piece_bytes = piece_bytes
+        pieces = (max(1, math.ceil(_file_size(file) / piece_bytes)) for file in files)
+        self._ends = list(itertools.accumulate(pieces))
 
     def __len__(self) -> int:
-        return len(self._files)
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> str:
-        """Raises `DataError` where a file cannot be read or is not UTF-8."""
-        path = self._files[index]
+        number = bisect.bisect_right(self._ends, index)
+        piece = index - (self._ends[number - 1] if number else 0)
+        path = self._files[number]
         try:
-            content = Path(path).read_bytes()
+            with open(path, "rb") as file:
+                start = self._cut(file, piece)
+                end = self._cut(file, piece + 1)
+                file.seek(start)
+                content = file.read(end - start)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
         try:
             return content.decode()
         except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
+            line = _line_number(path, start + error.start)
             raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error
+
+    def _cut(self, file: BinaryIO, piece: int) -> int:
+        """Where a piece begins: after the first line end in its share of the file's bytes."""
+        if piece == 0:
+            return 0
+        start = piece * self._piece_bytes
+        file.seek(start)
+        share = file.read(self._piece_bytes)
+        line_end = share.find(b"\n")
+        if line_end >= 0:
+            return start + line_end + 1
+        # One very long line is cut anywhere, but not within a character (10xxxxxx goes on one).
+        inside = itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, share[:3])
+        return start + len(list(inside))
+
+
+def _file_size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _line_number(path: str, offset: int) -> int:
+    """Number, from 1, of the line that byte `offset` of a file is in."""
+    line, block = 1, 2**20
+    with open(path, "rb") as file:
+        for start in range(0, offset, block):
+            line += file.read(min(block, offset - start)).count(b"\n")
+    return line
 
 
 def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]:

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
+from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.components.validate import Validator, build_validator
+from torchtitan.config import JobConfig
+from torchtitan.data import build_validation_dataloader
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import DataError
+
+STEPS, BATCH, SEQ_LEN = 5, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def world_of_one():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> JobConfig:
+    for number in range(23):
+        (tmp_path / f"{number:02d}.txt").write_text(f"document {number} " * (number % 4 + 1))
+    config = JobConfig()
+    config.validation.dataset, config.validation.dataset_path = "text", str(tmp_path)
+    config.validation.steps, config.validation.local_batch_size = STEPS, BATCH
+    config.validation.seq_len = SEQ_LEN
+    return config
+
+
+class Bigram(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.logits = nn.Embedding(258, 258)
+        self.modes: list[bool] = []
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.modes.append(self.training)
+        return self.logits(tokens)
+
+
+def validator(config: JobConfig) -> Validator:
+    dims = ParallelDims(world_size=1)
+    return build_validator(config, BytesTokenizer(), cross_entropy, dims, 0, 1)
+
+
+def evaluate_with(model: nn.Module):
+    return lambda batch: cross_entropy(model(batch["tokens"]), batch["labels"])
+
+
+def test_it_is_the_mean_loss_per_token_of_the_validation_batches(config: JobConfig) -> None:
+    config.training.document_mask = True  # so that batches have different numbers of valid tokens
+    model = Bigram()
+    loader = build_validation_dataloader(config, BytesTokenizer(), 0, 1)
+    batches = [next(loader) for _ in range(STEPS)]
+    assert len({int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches}) > 1
+    tokens, labels = (torch.cat([batch[key] for batch in batches]) for key in ("tokens", "labels"))
+    expected = nn.functional.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()).item()
+    assert validator(config).validate([model], evaluate_with(model)) == pytest.approx(expected)
+
+
+def test_it_evaluates_the_same_sequences_each_time(config: JobConfig) -> None:
+    model, seen = Bigram(), []
+
+    def evaluate(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(batch["tokens"])
+        return evaluate_with(model)(batch)
+
+    one = validator(config)
+    assert one.validate([model], evaluate) == one.validate([model], evaluate)
+    assert len(seen) == 2 * STEPS
+    assert all(map(torch.equal, seen[:STEPS], seen[STEPS:]))
+    assert not all(map(torch.equal, seen[:STEPS], seen[1:]))
+
+
+def test_the_model_is_in_eval_mode_meanwhile_and_has_no_gradients(config: JobConfig) -> None:
+    model = Bigram()
+    losses = []
+    validator(config).validate(
+        [model], lambda batch: losses.append(evaluate_with(model)(batch)) or losses[-1]
+    )
+    assert model.modes == [False] * STEPS and model.training
+    assert not any(loss.requires_grad for loss in losses)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
+def test_the_ranks_share_the_same_sequences(config: JobConfig, ranks: int) -> None:
+    tokenizer = BytesTokenizer()
+    one = build_validation_dataloader(config, tokenizer, 0, 1)
+    expected = [next(one) for _ in range(STEPS)]
+    shares, passes = [], set()
+    for rank in range(ranks):
+        loader = build_validation_dataloader(config, tokenizer, rank, ranks)
+        passes.add(loader.gradient_accumulation_steps)
+        shares += [next(loader) for _ in range(loader.gradient_accumulation_steps)]
+        loader.close()
+    assert passes == {-(-STEPS // ranks)}  # all ranks run the model equally often
+    for key in ("tokens", "labels"):
+        rows = torch.cat([batch[key] for batch in shares])
+        assert torch.equal(rows[: STEPS * BATCH], torch.cat([batch[key] for batch in expected]))
+    beyond = torch.cat([batch["labels"] for batch in shares])[STEPS * BATCH :]
+    assert (beyond == IGNORE_INDEX).all()
+
+
+def test_a_missing_dataset_is_named(config: JobConfig) -> None:
+    config.validation.dataset_path += "/nowhere"
+    with pytest.raises(DataError, match=r"validation\.dataset = 'text'.*nowhere"):
+        validator(config)
