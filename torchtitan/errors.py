@@ -6,7 +6,8 @@ Any other exception is a bug of ours (or of the model's author) and shows its tr
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class TitanError(Exception):
@@ -27,6 +28,15 @@ class DataError(TitanError):
 
 class TrainingError(TitanError):
     """The run cannot go on, for example because the loss is no longer finite."""
+
+
+@contextmanager
+def begin_errors_with(where: str) -> Iterator[None]:
+    """Have the message of a user's error say where it belongs: a key, or a file and line."""
+    try:
+        yield
+    except TitanError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

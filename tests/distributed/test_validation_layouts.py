@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 from ranks import on_ranks
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss import cross_entropy
 from torchtitan.components.tokenizer import BytesTokenizer
@@ -26,9 +28,14 @@ def validate(folder: Path, degrees: dict[str, int]) -> None:
     config.validation.seq_len = 32
     torch.manual_seed(0)
     model = nn.Embedding(258, 258)
-    rank = dims.world_mesh["dp"].get_local_rank()
+    mesh = dims.world_mesh
+    sharding = mesh["dp_replicate", "dp_shard"] if dims.dp_replicate_enabled else mesh["dp_shard"]
+    fully_shard(model, mesh=sharding, reshard_after_forward=False)
+    rank = mesh["dp"].get_local_rank()
     validator = build_validator(config, BytesTokenizer(), cross_entropy, dims, rank, dims.dp)
     loss = validator.validate([model], lambda b: cross_entropy(model(b["tokens"]), b["labels"]))
+    # As a checkpoint that follows needs them.
+    assert all(isinstance(param, DTensor) for param in model.parameters())
     expected = folder / "one"
     if dims.world_size == 1:
         expected.write_text(str(loss))

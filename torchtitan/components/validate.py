@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.data import build_validation_dataloader
+from torchtitan.distributed.fsdp import fsdp_modules
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
@@ -63,6 +64,9 @@ class Validator:
         self._dataloader.close()  # it need not read ahead until the next validation
         for part in model_parts:
             part.train()
+            # A backward pass would have freed these; a checkpoint needs the parameters sharded.
+            for module in fsdp_modules(part):
+                module.reshard()
         dist.all_reduce(total)
         loss_sum = total[0] / self._parallel_dims.loss_copies
         token_count = total[1] / self._parallel_dims.non_data_parallel_size

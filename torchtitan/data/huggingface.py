@@ -8,35 +8,50 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torchtitan.errors import DataError, did_you_mean
+from torchtitan.errors import DataError, begin_errors_with, did_you_mean
 
 if TYPE_CHECKING:
     import datasets
 
 
 class Table:
-    """Random access to the text column of a memory-mapped `datasets.Dataset`."""
+    """Random access to the text column of a memory-mapped `datasets.Dataset`.
 
-    def __init__(self, dataset: datasets.Dataset, text_key: str) -> None:
+    Args:
+        dataset: the rows.
+        text_key: column that holds the text.
+        locate: called when a row is bad; raises a `DataError` that says where it is in the files,
+            if it finds it.
+    """
+
+    def __init__(
+        self, dataset: datasets.Dataset, text_key: str, locate: Callable[[], None]
+    ) -> None:
         _check_key(text_key, dataset.column_names)
         self._rows = dataset.select_columns(text_key)
         self._text_key = text_key
+        self._locate = locate
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> str:
-        return _text(self._rows[index], self._text_key, index)
+        """Raises `DataError` where there is no text, or none in UTF-8."""
+        try:
+            return _text(self._rows[index], self._text_key)
+        except (DataError, UnicodeDecodeError) as error:
+            self._locate()
+            raise DataError(f"row {index} (from 0): {error}") from error
 
 
 class Stream:
     """The texts of a `datasets.IterableDataset`, in its order; its files are the shards."""
 
     def __init__(self, dataset: datasets.IterableDataset, text_key: str, name: str) -> None:
-        if dataset.column_names is not None:  # else known only once rows are read
+        if dataset.column_names:  # else known only once rows are read
             _check_key(text_key, dataset.column_names)
             dataset = dataset.select_columns(text_key)
         self._dataset = dataset
@@ -45,19 +60,22 @@ class Stream:
         self.num_shards = dataset.num_shards
 
     def __iter__(self) -> Iterator[str]:
-        return self._texts(self._dataset)
+        return self._texts(self._dataset, f"{self._name!r}")
 
     def shard(self, index: int) -> Iterator[str]:
-        return self._texts(self._dataset.shard(self.num_shards, index))
+        rows = self._dataset.shard(self.num_shards, index)
+        return self._texts(rows, f"{self._name!r}, file {index} (from 0)")
 
-    def _texts(self, rows: datasets.IterableDataset) -> Iterator[str]:
+    def _texts(self, rows: datasets.IterableDataset, where: str) -> Iterator[str]:
         try:
             for index, row in enumerate(rows):
-                yield _text(row, self._text_key, index)
+                with begin_errors_with(f"{where}, row {index} (from 0)"):
+                    text = _text(row, self._text_key)
+                yield text
         except DataError:
             raise
         except Exception as error:
-            raise _unreadable(self._name, error) from error
+            raise _unreadable(where, error) from error
 
 
 def open_files(kind: str, files: list[str], text_key: str) -> Table:
@@ -73,13 +91,16 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     """
     import datasets
 
+    def locate() -> None:
+        if kind == "json":
+            _check_json_lines(files, text_key)
+
     try:
         dataset = datasets.load_dataset(kind, data_files=files, split="train")
     except Exception as error:  # the readers behind `datasets` raise their own types
-        if kind == "json":
-            _check_json_lines(files)
-        raise _unreadable(files[0] if len(files) == 1 else f"one of {files}", error) from error
-    return Table(dataset, text_key)
+        locate()
+        raise _unreadable(_name_of(files), error) from error
+    return Table(dataset, text_key, locate)
 
 
 def open_stream(
@@ -107,20 +128,28 @@ def open_stream(
                 config = None  # a folder of data files alone has no named configurations
         dataset = datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # of `datasets`, `huggingface_hub`, `fsspec` or the file format
-        raise _unreadable(name, error) from error
+        raise _unreadable(repr(name), error) from error
     return Stream(dataset, text_key, name)
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
     cause = error.__cause__ or error  # `datasets` wraps errors of file formats
+    if isinstance(cause, StopIteration):
+        return DataError(f"{name} is empty")
     detail = f"{type(cause).__name__}: {cause}"
     if isinstance(error, ConnectionError):
         return DataError(
-            f"{name!r}: the Hugging Face hub could not be reached ({detail}). Without a network "
-            "use `stdlib`, own files with `text`, `jsonl` or `parquet`, or a local copy of the "
-            "dataset with dataset_path"
+            f"{name}: the Hugging Face hub could not be reached ({detail}). Without a network use "
+            "`stdlib`, own files with `text`, `jsonl` or `parquet`, or a local copy of the dataset "
+            "with dataset_path"
         )
-    return DataError(f"{name!r} cannot be read as a dataset ({detail})")
+    return DataError(f"{name} cannot be read as a dataset ({detail})")
+
+
+def _name_of(files: list[str]) -> str:
+    if len(files) == 1:
+        return repr(files[0])
+    return f"one of the {len(files)} files {files[0]!r} to {files[-1]!r}"
 
 
 def _check_key(text_key: str, keys: Iterable[str]) -> None:
@@ -128,26 +157,51 @@ def _check_key(text_key: str, keys: Iterable[str]) -> None:
         raise DataError(f"text_key = {text_key!r}: no such field.{did_you_mean(text_key, keys)}")
 
 
-def _text(row: dict[str, Any], text_key: str, index: int) -> str:
+def _text(row: dict[str, Any], text_key: str) -> str:
     _check_key(text_key, row)
     text = row[text_key]
     if not isinstance(text, str):
         kind = "missing" if text is None else f"{type(text).__name__}, not text"
-        raise DataError(f"row {index} (from 0): the field {text_key!r} is {kind}")
+        raise DataError(f"the field {text_key!r} is {kind}")
     return text
 
 
-def _check_json_lines(files: list[str]) -> None:
-    """Raise `DataError` for the first line that is no JSON object in UTF-8."""
+def _check_json_lines(files: list[str], text_key: str) -> None:
+    """Raise `DataError` for the first line that is no JSON object in UTF-8 with a text.
+
+    Raises it too where there is no line at all. A file that is one JSON array is passed over.
+    """
     import fsspec
 
+    rows = 0
     for file in files:
-        with fsspec.open(file, "rb", compression="infer") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    if line.strip() and not isinstance(json.loads(line), dict):
-                        raise DataError(f"{file}:{number}: must be a JSON object")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{file}:{number}: not UTF-8 text") from error
-                except ValueError as error:
-                    raise DataError(f"{file}:{number}: not valid JSON ({error})") from error
+        try:
+            with fsspec.open(file, "rb", compression="infer") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if rows == 0 and line.lstrip().startswith(b"["):
+                        return
+                    if line.strip():
+                        with begin_errors_with(f"{file}:{number}"):
+                            _check_json_line(line, text_key)
+                        rows += 1
+        except DataError:
+            raise
+        except Exception as error:  # damaged compression has many types
+            raise _unreadable(repr(file), error) from error
+    if rows == 0:
+        raise DataError(f"{_name_of(files)}: empty")
+
+
+def _check_json_line(line: bytes, text_key: str) -> None:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text ({error.reason})") from error
+    except ValueError as error:
+        raise DataError(f"not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"must be a JSON object, not {type(row).__name__}")
+    try:
+        _text(row, text_key).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"not Unicode text ({error.reason})") from error

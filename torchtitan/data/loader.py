@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +11,7 @@ import torch
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.validate import resolve_batch
-from torchtitan.errors import CheckpointError, DataError, TitanError
+from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 
 from .order import Origin, ShuffledDocuments, StreamedDocuments
 from .packing import Row, encode_document, pack
@@ -99,7 +98,7 @@ class DataLoader:
         if isinstance(source, Iterator):
             raise TypeError("source is an iterator; give something that starts anew each time")
         texts = (source[i] for i in range(len(source))) if _has_random_access(source) else source
-        with errors_begin_with(name):
+        with begin_errors_with(name):
             if not any(texts):  # stops at the first text
                 raise DataError("empty: it has no document with text")
         self._prefetcher: Prefetcher[tuple[Batch, np.ndarray]] | None = None
@@ -120,7 +119,7 @@ class DataLoader:
         return self
 
     def __next__(self) -> Batch:
-        with errors_begin_with(self._name):
+        with begin_errors_with(self._name):
             if self._prefetcher is None:
                 batches = _batches(
                     self._open_rows(),
@@ -201,15 +200,6 @@ def _batches(
             yield batch, places
 
 
-@contextmanager
-def errors_begin_with(name: str) -> Iterator[None]:
-    """Say in a user's error which setting it is about."""
-    try:
-        yield
-    except TitanError as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
 def build_dataloader(
     job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
 ) -> DataLoader:
@@ -265,7 +255,7 @@ def _build(
     """The loader of the dataset that a config section names; errors begin with that key."""
     config = getattr(job_config, section)
     name = f"{section}.dataset = {config.dataset!r}"
-    with errors_begin_with(name):
+    with begin_errors_with(name):
         source = open_dataset(config.dataset, config.dataset_path, job_config.training.text_key)
     return DataLoader(
         source,

@@ -21,14 +21,18 @@ def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """Ids of a text and the eos that ends it, `[length]` int32; none at all for an empty text.
 
     Raises:
-        DataError: the source gave something else than text.
+        DataError: the source gave something else than Unicode text.
     """
     if not isinstance(text, str):
         raise DataError(f"a document of the dataset is a {type(text).__name__}, not text")
     if not text:
         return np.empty(0, dtype=np.int32)
+    try:
+        utf8 = text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a document of the dataset is not Unicode text ({error})") from error
     if isinstance(tokenizer, BytesTokenizer):  # without a list of integers, 8 bytes for each byte
-        ids = np.frombuffer(text.encode(), dtype=np.uint8)
+        ids = np.frombuffer(utf8, dtype=np.uint8)
     else:
         ids = np.array(tokenizer.encode(text), dtype=np.int32)
     return np.append(ids, np.int32(tokenizer.eos_id))

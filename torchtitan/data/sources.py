@@ -184,13 +184,18 @@ def stdlib_files(held_out: bool) -> list[str]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     not_text = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    names = (file.relative_to(root) for file in root.rglob("*.py"))
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in not_text]  # walk into no others
+        inside = Path(folder).relative_to(root)
+        names += [(inside / file).as_posix() for file in files if file.endswith(".py")]
     chosen = sorted(
-        name.as_posix()
+        name
         for name in names
-        if not_text.isdisjoint(name.parts)
-        and not name.name.startswith("_sysconfigdata")  # written by the machine's build
-        and (zlib.crc32(name.as_posix().encode()) % 20 == 0) == held_out
+        if not name.rpartition("/")[2].startswith(
+            "_sysconfigdata"
+        )  # written by the machine's build
+        and (zlib.crc32(name.encode()) % 20 == 0) == held_out
     )
     if not chosen:
         raise DataError(f"this Python has no library sources in {root}; use `text` with own files")

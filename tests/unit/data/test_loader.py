@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.data import DataLoader
-from torchtitan.data.order import permute
-from torchtitan.errors import CheckpointError, DataError
+from torchtitan.config import JobConfig
+from torchtitan.data import DataLoader, build_dataloader
+from torchtitan.data.order import ShuffledDocuments
+from torchtitan.data.packing import encode_document
+from torchtitan.errors import CheckpointError, ConfigError, DataError
 
 TEXTS = [f"document {i} " + "abcdefg"[: i % 7] * (i % 5) for i in range(37)]
 ROWS, SEQ_LEN = 8, 24
@@ -20,8 +28,11 @@ ROWS, SEQ_LEN = 8, 24
 class Stream:
     """A sequential source."""
 
+    def __init__(self, texts: Sequence[str] = ("", *TEXTS)) -> None:
+        self._texts = texts
+
     def __iter__(self):
-        return iter(["", *TEXTS])
+        return iter(self._texts)
 
 
 def loader(rank: int = 0, ranks: int = 1, local: int = 1, source=TEXTS, **options) -> DataLoader:
@@ -135,7 +146,130 @@ def test_an_error_while_reading_reaches_the_consumer() -> None:
         list(loader(local=8, source=Broken()))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 37, 1000])
-def test_the_shuffle_is_a_permutation(size: int) -> None:
-    for key in (0, 1, 2**63):
-        assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
+@given(
+    texts=st.lists(st.text(alphabet="ab\n é", max_size=30), min_size=1, max_size=12).filter(any),
+    sequential=st.booleans(),
+    seq_len=st.integers(1, 20),
+    taken=st.integers(0, 5),
+    layouts=st.tuples(*[st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])] * 2),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_are_their_documents_and_go_on_after_a_resume(
+    texts: list[str], sequential: bool, seq_len: int, taken: int, layouts: tuple
+) -> None:
+    """Of any texts, on any layout, resumed at any step on any other layout."""
+    source = Stream(texts) if sequential else texts
+
+    def loaders(ranks: int, local: int) -> list[DataLoader]:
+        return [
+            DataLoader(source, BytesTokenizer(), seq_len, local, 4, rank, ranks, seed=1)
+            for rank in range(ranks)
+        ]
+
+    before = loaders(*layouts[0])
+    got = steps(before, taken)
+    state = torch.cat([loader.state_dict()["rows"] for loader in before])
+    after = loaders(*layouts[1])
+    for loader, rows in zip(after, state.chunk(len(after)), strict=True):
+        loader.load_state_dict({"rows": rows})
+    got += steps(after, 4)
+    for loader in before + after:
+        loader.close()
+
+    encode = partial(encode_document, BytesTokenizer())
+    shuffled, numbered = ShuffledDocuments(texts, encode, seed=1), [text for text in texts if text]
+
+    def document(number: int) -> list[int]:
+        if sequential:
+            return encode(numbered[number % len(numbered)]).tolist()
+        return shuffled.open(number)[0].tolist()
+
+    for row in range(4):
+        tokens = torch.cat([batch[row] for batch in got]).tolist()
+        start = 0
+        if not sequential:  # rows that share a document of the first epoch begin within it
+            start = len(document(row)) * (row - row % len(texts)) // 4
+        stream = itertools.chain.from_iterable(document(n) for n in itertools.count(row, 4))
+        assert tokens == list(itertools.islice(stream, start, start + len(tokens)))
+
+
+def test_where_ranks_do_not_divide_the_batch_the_rest_predicts_nothing() -> None:
+    def labels(rank: int, ranks: int) -> torch.Tensor:
+        one = DataLoader(TEXTS, BytesTokenizer(), SEQ_LEN, 2, 6, rank, ranks, seed=3, pad=True)
+        assert one.gradient_accumulation_steps == 3 // ranks + (3 % ranks > 0)
+        return torch.cat([next(one)["labels"] for _ in range(one.gradient_accumulation_steps)])
+
+    expected = labels(0, 1)
+    shared = torch.cat([labels(rank, 2) for rank in range(2)])
+    assert torch.equal(shared[:6], expected)
+    assert shared.shape[0] == 8 and (shared[6:] == IGNORE_INDEX).all()
+
+
+def test_a_batch_that_ranks_do_not_divide_is_otherwise_refused() -> None:
+    with pytest.raises(ValueError, match="global_batch_size 6 is no multiple"):
+        DataLoader(TEXTS, BytesTokenizer(), SEQ_LEN, 2, 6, 0, 2)
+
+
+def test_looking_for_text_reads_no_more_than_the_first() -> None:
+    class Table:
+        asked: ClassVar[list[int]] = []
+
+        def __len__(self) -> int:
+            return 10**12
+
+        def __getitem__(self, index: int) -> str:
+            self.asked.append(index)
+            return "text"
+
+    one = loader(local=8, source=Table())
+    assert Table.asked == [0]
+    next(one)
+    assert max(Table.asked) > 10**9  # and the shuffle needs no table
+    one.close()
+
+
+def test_reset_goes_back_to_the_first_batch() -> None:
+    one = loader(local=8)
+    first = next(one)
+    next(one)
+    one.reset()
+    assert torch.equal(next(one)["tokens"], first["tokens"])
+
+
+def test_an_iterator_is_no_source() -> None:
+    with pytest.raises(TypeError, match="starts anew"):
+        loader(source=iter(TEXTS))
+
+
+def config_of(path: Path, **training) -> JobConfig:
+    config = JobConfig()
+    config.training.dataset, config.training.dataset_path = "text", str(path)
+    config.training.local_batch_size, config.training.seq_len = 2, 16
+    for key, value in training.items():
+        setattr(config.training, key, value)
+    return config
+
+
+def test_the_loader_of_a_config(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    config = config_of(tmp_path, global_batch_size=8, document_mask=True)
+    one = build_dataloader(config, BytesTokenizer(), 1, 2)
+    assert (one.global_batch_size, one.gradient_accumulation_steps) == (8, 2)
+    batch = next(one)
+    assert batch["tokens"].shape == (2, 16)
+    one.close()
+    with pytest.raises(ConfigError, match=r"training\.global_batch_size"):
+        build_dataloader(config, BytesTokenizer(), 0, 3)
+
+
+def test_errors_name_the_setting_when_opened_and_while_reading(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^training\.dataset = 'text': dataset_path = .*no such"):
+        build_dataloader(config_of(tmp_path), BytesTokenizer(), 0, 1)
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"^training\.dataset = 'text': empty"):
+        build_dataloader(config_of(tmp_path), BytesTokenizer(), 0, 1)
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.txt").write_bytes(b"fine\n\xff")
+    one = build_dataloader(config_of(tmp_path), BytesTokenizer(), 0, 1)
+    with pytest.raises(DataError, match=r"^training\.dataset = 'text': .*b\.txt:2: not UTF-8"):
+        list(itertools.islice(one, 20))

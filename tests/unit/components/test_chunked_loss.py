@@ -1,0 +1,129 @@
+"""The chunked loss in a model; test_loss compares its values and gradients with the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchtitan.components.chunked_loss import ChunkedCrossEntropy, chunked_linear_cross_entropy
+from torchtitan.components.loss import IGNORE_INDEX, build_loss, cross_entropy
+from torchtitan.config import JobConfig
+
+DIM, VOCAB, BATCH, SEQ = 8, 19, 2, 24
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, DIM)
+        self.output = nn.Linear(DIM, VOCAB, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.output(self.embedding(tokens).tanh())
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = torch.randint(VOCAB, (2, BATCH, SEQ), generator=generator)
+    labels[0, ::3] = IGNORE_INDEX
+    return tokens, labels
+
+
+def chunked(model: nn.Module, chunk_size: int = 5) -> ChunkedCrossEntropy:
+    loss = ChunkedCrossEntropy(chunk_size, z_loss_weight=0.01)
+    loss.attach([model])
+    return loss
+
+
+def test_a_model_trains_as_with_the_plain_loss_under_the_same_names() -> None:
+    tokens, labels = batch()
+    plain, fused = Model(), Model()
+    cross_entropy(plain(tokens), labels, 0.01).backward()
+    loss = chunked(fused)
+    loss(fused(tokens), labels).backward()
+    expected = dict(plain.named_parameters())
+    for name, param in fused.named_parameters():
+        torch.testing.assert_close(param.grad, expected.pop(name).grad, rtol=1e-5, atol=1e-6)
+    assert not expected and fused.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_the_last_part_of_a_pipeline_has_the_output_layer() -> None:
+    first, last = Model(), Model()
+    first.output = None
+    loss = ChunkedCrossEntropy(5, 0.0)
+    loss.attach([first, last])
+    tokens, labels = batch()
+    expected = cross_entropy(Model()(tokens), labels)
+    torch.testing.assert_close(loss(last(tokens), labels), expected)
+
+
+def test_evaluation_computes_no_gradients() -> None:
+    tokens, labels = batch()
+    model = Model()
+    loss = chunked(model)
+    with torch.no_grad(), Sizes() as sizes:
+        value = loss(model(tokens), labels)
+    assert not value.requires_grad
+    assert (VOCAB, DIM) not in sizes.made
+    torch.testing.assert_close(value, cross_entropy(Model()(tokens), labels, 0.01))
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the shape of every tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+            self.made |= {tuple(tensor.shape) for tensor in outputs}
+        return result
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 24])
+def test_the_logits_of_at_most_one_chunk_exist(chunk_size: int) -> None:
+    tokens, labels = batch()
+    model = Model()
+    loss = chunked(model, chunk_size)
+    with Sizes() as sizes:
+        loss(model(tokens), labels).backward()
+    rows = [shape[0] for shape in sizes.made if len(shape) == 2 and shape[1] == VOCAB]
+    assert max(rows) == chunk_size
+    assert not any(len(shape) == 3 and shape[-1] == VOCAB for shape in sizes.made)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    tensors = {
+        "hidden": torch.randn(9, DIM, requires_grad=frozen != "hidden"),
+        "weight": torch.randn(VOCAB, DIM, requires_grad=frozen != "weight"),
+    }
+    labels = torch.arange(9)
+    (trained,) = tensors.keys() - {frozen}
+    expected = cross_entropy(tensors["hidden"] @ tensors["weight"].T, labels)
+    (grad,) = torch.autograd.grad(expected, tensors[trained])
+    chunked_linear_cross_entropy(**tensors, labels=labels, chunk_size=4).backward()
+    torch.testing.assert_close(tensors[trained].grad, grad, rtol=1e-5, atol=1e-6)
+    assert tensors[frozen].grad is None
+
+
+def test_a_batch_without_labels_has_loss_and_gradients_of_zero() -> None:
+    model = Model()
+    loss = chunked(model)
+    value = loss(model(batch()[0]), torch.full((BATCH, SEQ), IGNORE_INDEX))
+    value.backward()
+    assert value == 0
+    assert all(not param.grad.any() for param in model.parameters())
+
+
+def test_the_config_chooses_it() -> None:
+    config = JobConfig()
+    config.loss.name = "chunked_cross_entropy"
+    assert isinstance(build_loss(config), ChunkedCrossEntropy)

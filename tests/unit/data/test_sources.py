@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchtitan.data.sources import (
+    DATASETS,
+    TextFiles,
+    find_files,
+    open_dataset,
+    register_dataset,
+    stdlib_files,
+)
+from torchtitan.errors import ConfigError, DataError
+
+
+def names(files: list[str], root: Path) -> list[str]:
+    return [os.path.relpath(file, root) for file in files]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("b.txt", "a.md", "sub/c.txt", "sub/deep/d.txt", ".hidden", ".git/e.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path
+
+
+def test_a_folder_means_all_files_below_it_but_hidden_ones(tree: Path) -> None:
+    expected = ["a.md", "b.txt", "sub/c.txt", "sub/deep/d.txt"]
+    assert names(find_files(str(tree)), tree) == expected
+    assert names(find_files(str(tree), (".txt",)), tree) == expected[1:]
+
+
+def test_a_file_or_a_glob_is_taken_whatever_its_suffix(tree: Path) -> None:
+    assert names(find_files(str(tree / "a.md"), (".txt",)), tree) == ["a.md"]
+    assert names(find_files(str(tree / "*.md"), (".txt",)), tree) == ["a.md"]
+    assert names(find_files(f"{tree}/**/*.txt"), tree) == ["b.txt", "sub/c.txt", "sub/deep/d.txt"]
+
+
+def test_a_folder_with_glob_characters_in_its_name_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "[x]" / "a").write_text("a")
+    assert names(find_files(str(tmp_path / "[x]")), tmp_path) == ["[x]/a"]
+
+
+def test_the_home_folder_is_expanded(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tree))
+    assert names(find_files("~/sub/c.txt"), tree) == ["sub/c.txt"]
+
+
+@pytest.mark.parametrize("path", ["nowhere", "*.nothing", "empty"])
+def test_no_file_is_an_error(tmp_path: Path, path: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"dataset_path = .*no such file that ends in \.x or \.y"):
+        find_files(str(tmp_path / path), (".x", ".y"))
+
+
+def test_a_path_is_needed() -> None:
+    with pytest.raises(ConfigError, match="needs dataset_path"):
+        open_dataset("text", None)
+
+
+def test_an_unknown_dataset_gives_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'fineweb_edu'\? Allowed: c4,"):
+        open_dataset("finewebedu", None)
+
+
+def test_a_registered_dataset_is_opened_with_path_and_key(monkeypatch) -> None:
+    monkeypatch.setattr("torchtitan.data.sources.DATASETS", dict(DATASETS))
+
+    def factory(path: str | None, text_key: str) -> list[str]:
+        return [f"{path} {text_key}"]
+
+    register_dataset("own", factory)
+    register_dataset("own", factory)
+    assert open_dataset("own", "a", "b") == ["a b"]
+    with pytest.raises(ValueError, match="'own' is already registered"):
+        register_dataset("own", lambda path, text_key: [])
+
+
+def test_each_text_file_is_a_document(tree: Path) -> None:
+    source = open_dataset("text", str(tree))
+    assert list(source) == ["a.md", "b.txt", "sub/c.txt", "sub/deep/d.txt"]
+
+
+def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("eins\nzwei\ndr\xfci\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin1\.txt:3: not UTF-8 text"):
+        TextFiles([str(path)])[0]
+    with pytest.raises(DataError, match=r"latin1\.txt:3: not UTF-8 text"):
+        list(TextFiles([str(path)], piece_bytes=4))
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    source = TextFiles([str(path)])
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.txt cannot be read: No such file"):
+        source[0]
+    with pytest.raises(DataError, match=r"a\.txt cannot be read: No such file"):
+        TextFiles([str(path)])
+
+
+def test_a_large_file_is_cut_at_line_ends(tmp_path: Path) -> None:
+    lines = [f"line {i}\n" for i in range(100)]
+    (tmp_path / "large").write_text("".join(lines))
+    (tmp_path / "small").write_text("small")
+    source = TextFiles([str(tmp_path / "large"), str(tmp_path / "small")], piece_bytes=50)
+    pieces = list(source)
+    assert pieces[-1] == "small"
+    assert "".join(pieces[:-1]) == "".join(lines)
+    assert len(pieces) == len(source) > 10
+    assert all(piece.endswith("\n") and len(piece) < 100 for piece in pieces[:-1])
+
+
+@given(text=st.text(alphabet="aé漢😀\n", max_size=60), piece_bytes=st.integers(4, 20))
+def test_pieces_join_to_the_file(tmp_path_factory, text: str, piece_bytes: int) -> None:
+    path = tmp_path_factory.mktemp("pieces") / "file"
+    path.write_bytes(text.encode())
+    pieces = list(TextFiles([str(path)], piece_bytes))
+    assert "".join(pieces) == text
+    assert all(len(piece.encode()) <= 2 * piece_bytes + 3 for piece in pieces)
+
+
+def test_of_a_huge_file_only_a_piece_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge"
+    path.touch()
+    os.truncate(path, 2**40)  # takes no space on the disk
+    source = TextFiles([str(path)])
+    assert len(source) == 2**20
+    assert len(source[2**19]) == 2**20
+
+
+def test_the_standard_library_is_split_for_good() -> None:
+    train, held_out = stdlib_files(held_out=False), stdlib_files(held_out=True)
+    assert not set(train) & set(held_out)
+    assert 0.02 < len(held_out) / len(train + held_out) < 0.1
+    assert train == sorted(train) and all(file.endswith(".py") for file in train)
+    assert len(open_dataset("stdlib", None)) >= len(train)
+    assert len(open_dataset("stdlib_validation", None)) >= len(held_out)
+
+
+def test_the_standard_library_takes_no_path() -> None:
+    with pytest.raises(ConfigError, match="dataset_path has no effect"):
+        open_dataset("stdlib", "somewhere")
+
+
+def test_an_interpreter_without_sources_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(DataError, match=r"no library sources.*use `text`"):
+        open_dataset("stdlib", None)
