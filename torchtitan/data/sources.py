@@ -117,19 +117,20 @@ def stdlib_files(held_out: bool) -> list[str]:
     Raises:
         DataError: the interpreter comes without them.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = sysconfig.get_paths()["stdlib"]
     not_text = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    names = (file.relative_to(root) for file in root.rglob("*.py"))
-    chosen = sorted(
-        name.as_posix()
-        for name in names
-        if not_text.isdisjoint(name.parts)
-        and not name.name.startswith("_sysconfigdata")  # written by the machine's build
-        and (zlib.crc32(name.as_posix().encode()) % 20 == 0) == held_out
-    )
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = set(subfolders) - not_text  # the others are not entered
+        names += [
+            Path(folder, file).relative_to(root).as_posix()
+            for file in files
+            if file.endswith(".py") and not file.startswith("_sysconfigdata")  # of this build
+        ]
+    chosen = sorted(name for name in names if (zlib.crc32(name.encode()) % 20 == 0) == held_out)
     if not chosen:
         raise DataError(f"this Python has no library sources in {root}; use `text` with own files")
-    return [str(root / name) for name in chosen]
+    return [os.path.join(root, name) for name in chosen]
 
 
 def _open_stdlib(path: str | None, held_out: bool) -> TextFiles:
