@@ -9,6 +9,7 @@ Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torc
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import math
@@ -382,4 +383,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what imports made stays, so no collection need look at it
     sys.exit(main())
