@@ -116,11 +116,19 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
 
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = min(chunk_size, len(hidden))
+        buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits = (hidden[chunk] @ weight.T).float()
+            logits = buffer[: len(hidden[chunk])]
+            if hidden.dtype == torch.float32:
+                torch.mm(hidden[chunk], weight.T, out=logits)
+            else:
+                logits.copy_(hidden[chunk] @ weight.T)
             valid = labels[chunk] != IGNORE_INDEX
-            log_partition, target_logit = shard.log_partition_and_target(logits, labels[chunk])
+            target_logit = shard.target_logit(logits, labels[chunk])
+            peak, total = shard.exponentials_(logits)
+            log_partition = peak + total.log()
             losses = log_partition - target_logit + z_loss_weight * log_partition.square()
             loss += losses.where(valid, 0).sum()
             if hidden_grad is None and weight_grad is None:
@@ -128,7 +136,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
             # d loss / d logits = softmax * (1 + 2 z log_partition) - one_hot(label)
             softmax_factor = (1 + 2 * z_loss_weight * log_partition).where(valid, 0)
-            logits.sub_(log_partition[:, None]).exp_().mul_(softmax_factor[:, None])
+            logits.mul_((softmax_factor / total)[:, None])
             index, mine = shard.local_labels(labels[chunk], logits.size(-1))
             logits.scatter_add_(-1, index[:, None], -mine.float()[:, None])
             logits_grad = logits.to(hidden.dtype)
