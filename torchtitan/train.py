@@ -213,7 +213,7 @@ class Trainer:
             if self.pipeline:
                 return self.pipeline.forward_backward(tokens, labels, inputs, global_tokens)
             pred = self.model_parts[0](tokens, **inputs)
-        loss = self.loss_fn(pred, labels) / global_tokens
+            loss = self.loss_fn(pred, labels) / global_tokens
         del pred  # its memory is needed in the backward pass
         loss.backward()
         return loss.detach()

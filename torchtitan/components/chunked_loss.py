@@ -75,7 +75,8 @@ def chunked_linear_cross_entropy(
     `weight` are computed during the forward pass, so that at most one chunk's logits exist.
 
     Args:
-        hidden: `[tokens, dim]`, plain tensor.
+        hidden: `[tokens, dim]`, plain tensor. Products are computed in its dtype, which is that of
+            `weight`; under autocast, in autocast's.
         weight: `[vocab, dim]`. A DTensor on a one-dimensional mesh means tensor parallelism: each
             rank applies its part of the vocabulary to the same `hidden`. Then the gradient of
             `hidden` on each rank is a *partial* sum, which the caller has to reduce over the mesh.
@@ -90,6 +91,10 @@ def chunked_linear_cross_entropy(
     if isinstance(weight, DTensor):
         shard = VocabShard.of_dim(weight, 0)
         weight = weight.redistribute(placements=[Shard(0)]).to_local()
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # which knows nothing of products with `out`
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     # Inside the function below gradients are always off, so it has to be told.
     training = torch.is_grad_enabled()
     return _ChunkedLinearCrossEntropy.apply(
