@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torchtitan
 from torchtitan.errors import ConfigError, TitanError, did_you_mean
@@ -39,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if command in COMMANDS:
-        module = importlib.import_module(COMMANDS[command][0])
-        return module.main(arguments) or 0
+        return _import(COMMANDS[command][0]).main(arguments) or 0
     if command in ("-h", "--help"):
         sys.stdout.write(_usage())
         return 0
@@ -51,6 +52,18 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(_usage())
         return 2
     raise ConfigError(f"no command {command!r}.{did_you_mean(command, COMMANDS)}")
+
+
+def _import(name: str) -> ModuleType:
+    """Import a command's module. What imports make stays, so no collection need look at it: that
+    saves more than a second of CPU time from the start of a training to its end.
+    """
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _usage() -> str:

@@ -9,6 +9,7 @@ Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torc
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import math
@@ -126,7 +127,8 @@ class Trainer:
                 part, job_config.debug.seed, torch.device("cpu") if offload else self.device
             )
             part.train()
-        self.autocast = _autocast(self.model_parts, job_config, self.device)
+        self.fsdp_modules = [module for part in self.model_parts for module in fsdp_modules(part)]
+        self.autocast = _autocast(bool(self.fsdp_modules), job_config, self.device)
 
         self.loss_fn.attach(self.model_parts)
         self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, parallel_dims)
@@ -199,7 +201,7 @@ class Trainer:
 
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
-            set_last_micro_batch(self.model_parts, number == len(batches))
+            set_last_micro_batch(self.fsdp_modules, number == len(batches))
             loss_sum += self.forward_backward(batch, global_tokens)
 
         parameters = [param for part in self.model_parts for param in part.parameters()]
@@ -217,7 +219,7 @@ class Trainer:
             if self.pipeline:
                 return self.pipeline.forward_backward(tokens, labels, inputs, global_tokens)
             pred = self.model_parts[0](tokens, **inputs)
-        loss = self.loss_fn(pred, labels) / global_tokens
+            loss = self.loss_fn(pred, labels) / global_tokens
         del pred  # its memory is needed in the backward pass
         loss.backward()
         return loss.detach()
@@ -373,12 +375,10 @@ def _model_inputs(
     return [name for name in wanted if name in accepted]
 
 
-def _autocast(
-    model_parts: list[torch.nn.Module], job_config: JobConfig, device: torch.device
-) -> Any:
+def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
     """Mixed precision where FSDP does not provide it."""
     dtype = getattr(torch, job_config.training.mixed_precision_param)
-    if any(fsdp_modules(part) for part in model_parts) or dtype == torch.float32:
+    if fsdp or dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
@@ -400,4 +400,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what imports made stays, so no collection need look at it
     sys.exit(main())

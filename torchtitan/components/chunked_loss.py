@@ -75,7 +75,8 @@ def chunked_linear_cross_entropy(
     `weight` are computed during the forward pass, so that at most one chunk's logits exist.
 
     Args:
-        hidden: `[tokens, dim]`, plain tensor.
+        hidden: `[tokens, dim]`, plain tensor. Products are computed in its dtype, which is that of
+            `weight`; under autocast, in autocast's.
         weight: `[vocab, dim]`. A DTensor on a one-dimensional mesh means tensor parallelism: each
             rank applies its part of the vocabulary to the same `hidden`. Then the gradient of
             `hidden` on each rank is a *partial* sum, which the caller has to reduce over the mesh.
@@ -90,6 +91,10 @@ def chunked_linear_cross_entropy(
     if isinstance(weight, DTensor):
         shard = VocabShard.of_dim(weight, 0)
         weight = weight.redistribute(placements=[Shard(0)]).to_local()
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # which knows nothing of products with `out`
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     # Inside the function below gradients are always off, so it has to be told.
     training = torch.is_grad_enabled()
     return _ChunkedLinearCrossEntropy.apply(
@@ -116,11 +121,19 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
 
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        rows = min(chunk_size, len(hidden))
+        buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits = (hidden[chunk] @ weight.T).float()
+            logits = buffer[: len(hidden[chunk])]
+            if hidden.dtype == torch.float32:
+                torch.mm(hidden[chunk], weight.T, out=logits)
+            else:
+                logits.copy_(hidden[chunk] @ weight.T)
             valid = labels[chunk] != IGNORE_INDEX
-            log_partition, target_logit = shard.log_partition_and_target(logits, labels[chunk])
+            target_logit = shard.target_logit(logits, labels[chunk])
+            peak, total = shard.exponentials_(logits)
+            log_partition = peak + total.log()
             losses = log_partition - target_logit + z_loss_weight * log_partition.square()
             loss += losses.where(valid, 0).sum()
             if hidden_grad is None and weight_grad is None:
@@ -128,7 +141,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
             # d loss / d logits = softmax * (1 + 2 z log_partition) - one_hot(label)
             softmax_factor = (1 + 2 * z_loss_weight * log_partition).where(valid, 0)
-            logits.sub_(log_partition[:, None]).exp_().mul_(softmax_factor[:, None])
+            logits.mul_((softmax_factor / total)[:, None])
             index, mine = shard.local_labels(labels[chunk], logits.size(-1))
             logits.scatter_add_(-1, index[:, None], -mine.float()[:, None])
             logits_grad = logits.to(hidden.dtype)

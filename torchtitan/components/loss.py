@@ -125,13 +125,25 @@ class VocabShard:
             Two `[tokens]` float32 tensors, the same on all ranks of the mesh. Differentiable.
         """
         log_partition = logits.logsumexp(-1)
-        index, mine = self.local_labels(labels, logits.size(-1))
-        target_logit = logits.gather(-1, index[:, None]).squeeze(-1).where(mine, 0)
         if self.mesh is not None:
             peak = self._reduce(log_partition.detach(), "max")
             log_partition = peak + self._reduce((log_partition - peak).exp()).log()
-            target_logit = self._reduce(target_logit)
-        return log_partition, target_logit
+        return log_partition, self.target_logit(logits, labels)
+
+    def exponentials_(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn `logits` in place into `exp(logits - peak)`, to hold no second tensor of their size.
+
+        Returns:
+            `peak` and the sum of the exponentials over all ranks, each `[tokens]` float32.
+        """
+        peak = self._reduce(logits.amax(-1), "max")
+        total = self._reduce(logits.sub_(peak[:, None]).exp_().sum(-1))
+        return peak, total
+
+    def target_logit(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The logit of each label, `[tokens]` float32, the same on all ranks; 0 of ignored ones."""
+        index, mine = self.local_labels(labels, logits.size(-1))
+        return self._reduce(logits.gather(-1, index[:, None]).squeeze(-1).where(mine, 0))
 
     def local_labels(self, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels as indices into this rank's `size` logits (0 elsewhere), and where they belong."""
@@ -141,4 +153,6 @@ class VocabShard:
 
     def _reduce(self, values: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """All-reduce. Every rank goes on to compute the same, so the gradient passes unchanged."""
+        if self.mesh is None:
+            return values
         return DTensor.from_local(values, self.mesh, [Partial(op)], run_check=False).full_tensor()

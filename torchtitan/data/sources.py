@@ -182,24 +182,20 @@ def stdlib_files(held_out: bool) -> list[str]:
     Raises:
         DataError: the interpreter comes without them.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = sysconfig.get_paths()["stdlib"]
     not_text = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
     names = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in not_text]  # walk into no others
-        inside = Path(folder).relative_to(root)
-        names += [(inside / file).as_posix() for file in files if file.endswith(".py")]
-    chosen = sorted(
-        name
-        for name in names
-        if not name.rpartition("/")[2].startswith(
-            "_sysconfigdata"
-        )  # written by the machine's build
-        and (zlib.crc32(name.encode()) % 20 == 0) == held_out
-    )
+        subfolders[:] = set(subfolders) - not_text  # the others are not entered
+        names += [
+            Path(folder, file).relative_to(root).as_posix()
+            for file in files
+            if file.endswith(".py") and not file.startswith("_sysconfigdata")  # of this build
+        ]
+    chosen = sorted(name for name in names if (zlib.crc32(name.encode()) % 20 == 0) == held_out)
     if not chosen:
         raise DataError(f"this Python has no library sources in {root}; use `text` with own files")
-    return [str(root / name) for name in chosen]
+    return [os.path.join(root, name) for name in chosen]
 
 
 def _open_stdlib(path: str | None, held_out: bool) -> TextFiles:

@@ -83,9 +83,8 @@ def sum_gradients(model: nn.Module) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def set_last_micro_batch(model_parts: list[nn.Module], last: bool) -> None:
+def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
     """Postpone the all-reduce among replicas to the last micro-batch of a step."""
-    for part in model_parts:
-        for module in fsdp_modules(part):
-            module.set_requires_all_reduce(last, recurse=False)
-            module.set_is_last_backward(last)
+    for module in modules:
+        module.set_requires_all_reduce(last, recurse=False)
+        module.set_is_last_backward(last)

@@ -59,6 +59,20 @@ def test_chunked_loss_in_bfloat16_is_close() -> None:
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
+def test_chunked_loss_under_autocast_computes_products_in_bfloat16() -> None:
+    hidden, weight, labels = example()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = chunked_linear_cross_entropy(hidden, weight, labels, 8)
+    actual.backward()
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    expected = chunked_linear_cross_entropy(*low, labels, 8)
+    expected.backward()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    for ours, theirs in zip((hidden, weight), low, strict=True):
+        assert ours.grad.dtype == torch.float32
+        torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=0, atol=0)
+
+
 def test_chunked_loss_needs_an_output_layer_that_it_can_fuse() -> None:
     model = nn.Module()
     model.output = nn.Linear(4, 4, bias=True)
