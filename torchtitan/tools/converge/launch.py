@@ -34,7 +34,7 @@ def launch(run: Run) -> str | None:
     run.folder.mkdir(parents=True, exist_ok=True)
     for name in (METRICS_FILE, CONFIG_FILE):  # of an earlier comparison
         (run.folder / name).unlink(missing_ok=True)
-    logger.info("%s: %d processes (%s), log in %s", run.name, run.processes, run.layout, log)
+    logger.info("%s: world of %d (%s), log in %s", run.name, run.processes, run.layout, log)
     start = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(command(run), stdout=output, stderr=subprocess.STDOUT)

@@ -41,6 +41,8 @@ every key that a user's module adds, must be the same unless the user allows it.
 WHAT = ("checkpoint.initial_load_path",)
 """Keys of those sections that must be the same nevertheless."""
 
+_BATCH = "training.global_batch_size"
+
 _NOT_SHOWN = ("job.config_file", "job.dump_folder", "job.description", "job.print_config")
 
 
@@ -67,23 +69,14 @@ def check_match(control: Run, tests: Sequence[Run], allowed: Sequence[str]) -> N
             and not _covers(allowed, key)
         ]
         if differing:
-            lines = [
-                f"  {key} = {_show(expected.get(key))} in {control.argument}, "
-                f"{_show(found.get(key))} in {test.argument}"
-                for key in differing
-            ]
-            raise ConfigError(
-                f"{test.argument} does not compute the same as {control.argument}:\n"
-                + "\n".join(lines)
-                + "\nIf that is what you test, say so: "
-                + " ".join(f"--allow-different {key}" for key in differing)
-            )
+            raise ConfigError(_mismatch(control, test, differing))
 
 
 def warn_of_repeats(control: Run, tests: Sequence[Run]) -> None:
-    """Say so if a test is the control once more, since it proves little."""
+    """Say so if a job is the control's once more. (A finished run may be of other code.)"""
     for test in tests:
-        if not differences([control, test]) and control.processes == test.processes:
+        started = not control.finished and not test.finished
+        if started and test.processes == control.processes and not differences([control, test]):
             logger.warning(
                 "%s has the config and layout of %s: this only shows that a run repeats",
                 test.name,
@@ -111,7 +104,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 def flat_config(run: Run) -> dict[str, Any]:
     """`{"training.seq_len": 256, ...}`, with the resolved global batch size."""
     table = _flatten(asdict(run.config))
-    return table | {"training.global_batch_size": run.global_batch_size}
+    return table | {_BATCH: run.global_batch_size}
 
 
 def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -137,3 +130,15 @@ def _check_known(key: str, known: Sequence[str]) -> None:
 
 def _show(value: Any) -> str:
     return "unset" if value is None else format_value(value)
+
+
+def _mismatch(control: Run, test: Run, keys: Sequence[str]) -> str:
+    expected, found = flat_config(control), flat_config(test)
+    lines = [f"{test.argument} does not compute the same as {control.argument}:"]
+    for key in keys:
+        values = _show(expected.get(key)), _show(found.get(key))
+        lines.append(f"  {key} = {values[0]} in {control.argument}, {values[1]} in {test.argument}")
+    if _BATCH in keys and -1 in [r.config.training.global_batch_size for r in (control, test)]:
+        lines.append("  (-1 stands for local_batch_size x data ranks: set it to the same number)")
+    options = " ".join(f"--allow-different {key}" for key in keys)
+    return "\n".join([*lines, f"If that is what you test, say so: {options}"])

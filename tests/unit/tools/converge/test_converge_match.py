@@ -87,8 +87,9 @@ def test_the_resolved_batch_counts(tmp_path: Path) -> None:
     """-1 means another batch on two ranks, whatever the files say."""
     path = write_config(tmp_path / "one.toml", "--training.global_batch_size=-1")
     control, test = plan_runs([str(path), str(path)], tmp_path / "runs", ["one-2=2"], [])
-    with pytest.raises(ConfigError, match=r"global_batch_size = 2 in .*, 4 in"):
+    with pytest.raises(ConfigError, match=r"global_batch_size = 2 in .*, 4 in") as caught:
         check_match(control, [test], [])
+    assert "-1 stands for local_batch_size x data ranks" in str(caught.value)
 
 
 def test_a_finished_run_must_match_too(tmp_path: Path) -> None:
