@@ -14,6 +14,10 @@ from torchtitan.errors import ConfigError, TitanError, did_you_mean
 
 COMMANDS = {
     "train": ("torchtitan.train", "train a model"),
+    "converge": (
+        "torchtitan.tools.converge.command",
+        "train under several layouts from one seed, and compare the curves",
+    ),
     "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
 }
 """Name -> (module with `main(argv)`, one line of help)."""

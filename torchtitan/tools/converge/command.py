@@ -1,0 +1,136 @@
+"""`torchtitan converge`: the command line, and the comparison from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from torchtitan.errors import ConfigError
+from torchtitan.tools.logging import init_logger
+
+from .compare import Outcome, judge
+from .curves import no_curves, read_curves
+from .launch import launch
+from .match import check_match, warn_of_repeats
+from .page import can_plot, write_page
+from .report import Result, show, write_text
+from .runs import Run, plan_runs
+
+DESCRIPTION = """\
+Train a control and one or more tests from the same seed and data, and compare their losses and
+gradient norms step by step. The tests may differ from the control in layout and technique
+(parallelism, activation checkpointing, compile, precision, kernels); what they compute must be
+the same. See docs/converging.md.
+
+  torchtitan converge one.toml fsdp2.toml tp2.toml -- --training.steps 50
+  torchtitan converge model.toml model.toml --nproc model-2=2
+  torchtitan converge outputs/last_week model.toml
+
+Each run is a TOML file, which is trained on this machine with as many processes as its degrees of
+parallelism need, or the folder of a finished run that logged every step. Options after -- go to
+every job that is started, as to `torchtitan train`.
+
+Exit code: 0 if all tests are equal to the control, 1 if one diverged or failed, 2 for a mistake
+in the command or a config."""
+
+
+def _option(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar)
+
+
+@dataclass
+class Options:
+    control: Annotated[tyro.conf.Positional[str], _option("CONTROL")]
+    """TOML file or run folder that the others are compared with."""
+    tests: Annotated[tyro.conf.Positional[list[str]], _option("TEST [TEST ...]")]
+    """TOML files or run folders."""
+    nproc: Annotated[tyro.conf.UseAppendAction[list[str]], _option("NAME=N")] = field(
+        default_factory=list
+    )
+    """Processes of a run. NAME is the file, or its name in the report: without .toml, and with -2
+    if it is the second of that name. Default: the product of the degrees of parallelism, where
+    data_parallel_shard_degree = -1 counts as 1."""
+    allow_different: Annotated[tyro.conf.UseAppendAction[list[str]], _option("KEY")] = field(
+        default_factory=list
+    )
+    """Key or section of the config that may differ though it changes what is computed (debug.seed,
+    optimizer)."""
+    rtol: Annotated[float | None, _option("FLOAT")] = None
+    """Relative tolerance of the loss. Default: 1e-4, or 2e-2 where one of the two is in bfloat16"""
+    grad_norm_rtol: Annotated[float | None, _option("FLOAT")] = None
+    """The same for the gradient norm. Default: 1e-2, or 2e-1 where one of the two is in bfloat16"""
+    out: str = "./outputs/converge"
+    """Folder that gets verdict.json, table.md, report.html, curves.png and the new runs."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan converge`; returns the exit code.
+
+    Raises:
+        ConfigError: an argument or a config is wrong, or the runs cannot be compared.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    own, overrides = argv, []
+    if "--" in argv:
+        end = argv.index("--")
+        own, overrides = argv[:end], argv[end + 1 :]
+    options = tyro.cli(Options, args=own, prog="torchtitan converge", description=DESCRIPTION)
+    if not options.tests:
+        raise ConfigError("give at least one test: torchtitan converge CONTROL TEST [TEST ...]")
+    for name in ("rtol", "grad_norm_rtol"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 0, and finite")
+    init_logger()
+    result = converge(options, overrides, shlex.join(["torchtitan", "converge", *argv]))
+    return 0 if result.equal else 1
+
+
+def converge(options: Options, overrides: list[str], command: str) -> Result:
+    """Plan, run, compare and report.
+
+    Args:
+        overrides: options of `torchtitan train` for every job.
+        command: what the user typed, for the report.
+
+    Raises:
+        ConfigError: as `main`.
+    """
+    out = Path(options.out)
+    arguments = [options.control, *options.tests]
+    runs = plan_runs(arguments, out / "runs", options.nproc, overrides)
+    check_match(runs[0], runs[1:], options.allow_different)
+    warn_of_repeats(runs[0], runs[1:])
+    plots = can_plot()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot write there: {error.strerror}") from error
+
+    control, *tests = _run_all(runs)
+    verdicts = [judge(control, test, options.rtol, options.grad_norm_rtol) for test in tests]
+    result = Result(control, verdicts, options.allow_different, command)
+    write_text(result, out)
+    write_page(result, out, plots)
+    show(result, out)
+    return result
+
+
+def _run_all(runs: list[Run]) -> list[Outcome]:
+    """The outcome of each run. If the control fails, no test is started."""
+    outcomes: list[Outcome] = []
+    for run in runs:
+        if run.finished:
+            outcomes.append(Outcome(run, read_curves(run.folder)))
+        elif outcomes and outcomes[0].problems():
+            outcomes.append(Outcome(run, no_curves(), "not started"))
+        else:
+            failure = launch(run)
+            outcomes.append(Outcome(run, read_curves(run.folder), failure))
+    return outcomes

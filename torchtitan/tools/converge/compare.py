@@ -1,0 +1,145 @@
+"""The judgement: two curves, a tolerance, and where they part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchtitan.config import JobConfig
+
+from .curves import METRICS, Curve
+from .runs import Run
+
+# Rounding differs between layouts, since sums are done in another order, and training amplifies
+# it. docs/converging.md has the measurements behind these numbers.
+RTOL_FLOAT32 = {"loss": 1e-4, "grad_norm": 1e-2}
+RTOL_BFLOAT16 = {"loss": 2e-2, "grad_norm": 2e-1}
+
+
+def default_tolerances(configs: Iterable[JobConfig]) -> dict[str, float]:
+    """Relative tolerance of each metric: wider where one of the runs computes in bfloat16."""
+    precisions = {
+        precision
+        for config in configs
+        for precision in (
+            config.training.mixed_precision_param,
+            config.training.mixed_precision_reduce,
+        )
+    }
+    return RTOL_BFLOAT16 if "bfloat16" in precisions else RTOL_FLOAT32
+
+
+@dataclass
+class Outcome:
+    """A run that has ended."""
+
+    run: Run
+    curves: dict[str, Curve]
+    failure: str | None = None
+    """Exit code and end of the log of a job that failed."""
+
+    def problems(self) -> list[str]:
+        """Why its curves cannot be compared in full."""
+        problems = [self.failure] if self.failure else []
+        steps = range(1, self.run.config.training.steps + 1)
+        for name, curve in self.curves.items():
+            missing = [step for step in steps if step not in curve]
+            if missing:
+                problems.append(f"no {name} of {_ranges(missing)} (of {len(steps)})")
+            bad = [step for step, value in sorted(curve.items()) if math.isnan(value)]
+            if bad:
+                problems.append(f"{name} is not finite at {_ranges(bad)}")
+        return problems
+
+
+@dataclass
+class Difference:
+    """How far a test's curve is from the control's."""
+
+    tolerance: float
+    relative: Curve
+    """Step -> |test - control| / |control|; NaN where either is not finite."""
+
+    @property
+    def worst_step(self) -> int | None:
+        """NaN is worse than any number; None if there is no common step."""
+        return max(self.relative, key=lambda step: _nan_last(self.relative[step]), default=None)
+
+    @property
+    def worst(self) -> float:
+        return math.nan if self.worst_step is None else self.relative[self.worst_step]
+
+    @property
+    def final(self) -> float:
+        return self.relative[max(self.relative)] if self.relative else math.nan
+
+    @property
+    def first_exceeding(self) -> int | None:
+        """The first step beyond the tolerance."""
+        beyond = (s for s, value in sorted(self.relative.items()) if not value <= self.tolerance)
+        return next(beyond, None)
+
+
+@dataclass
+class Verdict:
+    """A test against the control."""
+
+    outcome: Outcome
+    differences: dict[str, Difference]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.outcome.run.name
+
+    @property
+    def state(self) -> Literal["equal", "diverged", "failed"]:
+        if self.problems:
+            return "failed"
+        exceeding = [d.first_exceeding for d in self.differences.values()]
+        return "equal" if exceeding == [None] * len(exceeding) else "diverged"
+
+
+def judge(
+    control: Outcome, test: Outcome, rtol: float | None = None, grad_norm_rtol: float | None = None
+) -> Verdict:
+    """Compare a test with the control. None: `default_tolerances` of the two."""
+    tolerances = dict(default_tolerances([control.run.config, test.run.config]))
+    chosen = {"loss": rtol, "grad_norm": grad_norm_rtol}
+    tolerances |= {name: value for name, value in chosen.items() if value is not None}
+    differences = {
+        name: Difference(tolerances[name], relative(control.curves[name], test.curves[name]))
+        for name in METRICS
+    }
+    control_failed = ["the control failed"] if control.problems() else []
+    return Verdict(test, differences, control_failed + test.problems())
+
+
+def relative(control: Curve, test: Curve) -> Curve:
+    """Relative difference at each step that both have."""
+    return {step: _relative(control[step], test[step]) for step in sorted({*control} & {*test})}
+
+
+def _relative(control: float, test: float) -> float:
+    if control == test:
+        return 0.0
+    return abs(test - control) / abs(control) if control else math.inf
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    return (True, 0.0) if math.isnan(value) else (False, value)
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """`steps 3-7, 9`, at most three ranges."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in ranges[:3]]
+    more = ", ..." if len(ranges) > 3 else ""
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(shown)}{more}"

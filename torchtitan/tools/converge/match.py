@@ -1,0 +1,144 @@
+"""Which configs may be compared: those that compute the same thing from the same seed and data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torchtitan.config.toml_file import format_value
+from torchtitan.errors import ConfigError, did_you_mean
+
+from .runs import Run
+
+logger = logging.getLogger("torchtitan")
+
+HOW = (
+    "job",
+    "parallelism",
+    "activation_checkpoint",
+    "compile",
+    "checkpoint",
+    "metrics",
+    "profiling",
+    "validation",
+    "comm",
+    "model.attention",
+    "optimizer.implementation",
+    "training.local_batch_size",  # the global one is what counts
+    "training.mixed_precision_param",
+    "training.mixed_precision_reduce",
+    "training.enable_cpu_offload",
+    "training.gc_freq",
+    "loss.name",
+    "loss.chunk_size",
+    "debug.deterministic",
+)
+"""Sections and keys that say how a run computes, not what; they may differ. Any other key, and
+every key that a user's module adds, must be the same unless the user allows it."""
+
+WHAT = ("checkpoint.initial_load_path",)
+"""Keys of those sections that must be the same nevertheless."""
+
+_BATCH = "training.global_batch_size"
+
+_NOT_SHOWN = ("job.config_file", "job.dump_folder", "job.description", "job.print_config")
+
+
+def check_match(control: Run, tests: Sequence[Run], allowed: Sequence[str]) -> None:
+    """Refuse a test that differs from the control in more than how it computes.
+
+    Args:
+        allowed: keys (`optimizer.lr`) or sections (`optimizer`) that may differ besides.
+
+    Raises:
+        ConfigError: names each key that differs and both values; or an allowed key is unknown.
+    """
+    tables = {run.name: flat_config(run) for run in [control, *tests]}
+    for key in allowed:
+        _check_known(key, [known for table in tables.values() for known in table])
+    expected = tables[control.name]
+    for test in tests:
+        found = tables[test.name]
+        differing = [
+            key
+            for key in sorted({*expected, *found})
+            if expected.get(key) != found.get(key)
+            and not may_differ(key)
+            and not _covers(allowed, key)
+        ]
+        if differing:
+            raise ConfigError(_mismatch(control, test, differing))
+
+
+def warn_of_repeats(control: Run, tests: Sequence[Run]) -> None:
+    """Say so if a job is the control's once more. (A finished run may be of other code.)"""
+    for test in tests:
+        started = not control.finished and not test.finished
+        if started and test.processes == control.processes and not differences([control, test]):
+            logger.warning(
+                "%s has the config and layout of %s: this only shows that a run repeats",
+                test.name,
+                control.name,
+            )
+
+
+def may_differ(key: str) -> bool:
+    """Whether runs that differ in this key only should have the same curves."""
+    return _covers(HOW, key) and not _covers(WHAT, key)
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Key -> its value in each run, as in TOML, for the keys that are not the same in all."""
+    tables = [flat_config(run) for run in runs]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    shown = {key: [_show(table.get(key)) for table in tables] for key in keys}
+    return {
+        key: values
+        for key, values in shown.items()
+        if len(set(values)) > 1 and key not in _NOT_SHOWN
+    }
+
+
+def flat_config(run: Run) -> dict[str, Any]:
+    """`{"training.seq_len": 256, ...}`, with the resolved global batch size."""
+    table = _flatten(asdict(run.config))
+    return table | {_BATCH: run.global_batch_size}
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in table.items():
+        name = prefix + key
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _covers(names: Sequence[str], key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _check_known(key: str, known: Sequence[str]) -> None:
+    if any(_covers([key], name) for name in known):
+        return
+    section = key.partition(".")[0]
+    siblings = [name for name in known if _covers([section], name)]
+    candidates = siblings or {name.partition(".")[0] for name in known}
+    raise ConfigError(f"--allow-different {key}: no such key.{did_you_mean(key, candidates)}")
+
+
+def _show(value: Any) -> str:
+    return "unset" if value is None else format_value(value)
+
+
+def _mismatch(control: Run, test: Run, keys: Sequence[str]) -> str:
+    expected, found = flat_config(control), flat_config(test)
+    lines = [f"{test.argument} does not compute the same as {control.argument}:"]
+    for key in keys:
+        values = _show(expected.get(key)), _show(found.get(key))
+        lines.append(f"  {key} = {values[0]} in {control.argument}, {values[1]} in {test.argument}")
+    if _BATCH in keys and -1 in [r.config.training.global_batch_size for r in (control, test)]:
+        lines.append("  (-1 stands for local_batch_size x data ranks: set it to the same number)")
+    options = " ".join(f"--allow-different {key}" for key in keys)
+    return "\n".join([*lines, f"If that is what you test, say so: {options}"])
