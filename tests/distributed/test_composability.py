@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 
 import pytest
-
 from harness import command, read_lines, train
 
 PAGE = Path(__file__).parents[2] / "docs" / "composability.md"
