@@ -41,10 +41,9 @@ def clip_grad_norm(
         groups[_sharding_meshes(grad)].append(_local(grad))
 
     device = _local(grads[0]).device
-    total = torch.zeros((), dtype=torch.float32, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for meshes, tensors in groups.items():
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-        squared = torch.stack(norms).square().sum()
+        squared = _sum_of_squares(tensors)
         for mesh in meshes:
             # A gradient offloaded to the host is reduced on the mesh's device.
             squared = squared.to(mesh.device_type)
@@ -54,11 +53,23 @@ def clip_grad_norm(
         total = total.to(pp_mesh.device_type)
         torch.distributed.all_reduce(total, group=pp_mesh.get_group())
         total = total.to(device)
-    norm = total.sqrt()
+    norm = total.sqrt().float()
 
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     torch._foreach_mul_([_local(grad) for grad in grads], scale)
     return norm
+
+
+def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Of all elements of all tensors, a float64 scalar, exact to about 1e-7 for any size."""
+    if tensors[0].device.type == "cpu":
+        # Over a whole tensor, the CPU kernel adds up float32 in a few long chains: of 64 million
+        # elements it misses 0.5%, and it misses less of the shards of the same tensor. By rows it
+        # is right, and as fast.
+        norms = [torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32) for t in tensors]
+        return torch.cat([norm.flatten() for norm in norms]).double().square().sum()
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return torch.stack(norms).double().square().sum()
 
 
 def _local(grad: torch.Tensor) -> torch.Tensor:

@@ -167,16 +167,16 @@ def test_ranks_share_the_files_of_a_stream_and_resume(c4: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\n{"text": "b"\n', r"'.*data' cannot be read.*JSON parse error"),
-        (json_lines({"text": "a"}, {"text": None}), r"'.*data', row 1 \(from 0\).*is missing"),
+        (b'{"text": "a"}\n{"text": "b"\n', r"data' cannot be read.*JSON parse error"),
+        (json_lines({"text": "a"}, {"text": None}), r"data', row 1 \(from 0\).*is missing"),
         (json_lines({"txt": "a"}), r"text_key = 'text'.*Did you mean 'txt'"),
-        (b"", r"'.*data' is empty"),
+        (b"", r"empty"),
         (b"\n", r"empty: it has no document with text"),
     ],
 )
 def test_bad_streams_are_refused(folder: Path, content: bytes, message: str) -> None:
     (folder / "train.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=rf"^training\.dataset = 'c4': {message}"):
+    with pytest.raises(DataError, match=rf"^training\.dataset = 'c4': .*{message}"):
         read_on(load("c4", folder))
 
 

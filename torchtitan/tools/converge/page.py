@@ -32,7 +32,7 @@ h1 { font-size: 1.5em; margin-bottom: .2em; } h2 { font-size: 1.15em; margin-top
 .control { background: #555; }
 table { border-collapse: collapse; } .wide { overflow-x: auto; }
 th, td { text-align: left; padding: .3em .8em; border-bottom: 1px solid #ddd;
-         vertical-align: top; }
+         white-space: nowrap; }
 th { border-bottom: 2px solid #888; } td { font-variant-numeric: tabular-nums; }
 pre { background: #f5f5f5; padding: .8em; overflow-x: auto; font-size: 13px;
       white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -36,7 +36,8 @@ def draw(result: Result) -> Figure:
             _draw_values(panels[0, column], result, metric)
             _draw_differences(panels[1, column], result, metric)
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        columns = len(labels) if sum(map(len, labels)) < 100 else 3
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
         figure.suptitle(_title(result), fontsize=12)
     return figure
 
@@ -83,11 +84,10 @@ def _draw_differences(axes: Axes, result: Result, metric: str) -> None:
         axes.axhline(tolerance, color=_LIMIT, linestyle="--", linewidth=1.2)
         axes.annotate(
             f"tolerance {scientific(tolerance, 3)}",
-            (0.995, tolerance),
+            (0.01, tolerance),  # on the left, where the runs have had no time to part
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
-            ha="right",
             color=_LIMIT,
         )
     axes.set_yscale("log")
