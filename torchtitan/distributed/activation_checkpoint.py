@@ -30,10 +30,12 @@ SAVED_OPS = {
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops.higher_order.flex_attention,
+    _aten.topk.default,
 }
-"""Kept by selective checkpointing per op: dear to compute or to communicate, cheap to hold."""
+"""Kept by selective checkpointing per op: dear to compute or to communicate, cheap to hold. And
+what chooses experts, which must choose the same again."""
 
-MATMUL_OPS = {_aten.mm.default, _aten.addmm.default}
+MATMUL_OPS = {_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default}
 """Of these, selective checkpointing per op keeps every other one."""
 
 
