@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import (
+    all_gather_tensor,
+    all_to_all_single_autograd,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel
@@ -40,9 +43,11 @@ def router_plan(moe: str = "moe") -> Plan:
     Args:
         moe: name of the `MoE` module in the block; it comes after a `SequenceParallel` norm.
     """
-    own_tokens = (Shard(1),)
+    own = (Shard(1),)
     return {
-        moe: PrepareModuleInput(input_layouts=own_tokens, desired_input_layouts=own_tokens),
+        moe: PrepareModuleInput(
+            input_layouts=own, desired_input_layouts=own, use_local_output=True
+        ),
         f"{moe}.router.gate": SequenceParallel(sequence_dim=0, use_local_output=True),
     }
 
@@ -140,8 +145,7 @@ class RowExchange:
             dist.all_to_all_single(incoming, outgoing.contiguous(), group=ep)
         sources = incoming[None]  # [etp rank, ep rank, this rank's expert]
         if etp is not None:
-            sources = incoming.new_empty(etp_size, *incoming.shape)
-            dist.all_gather_into_tensor(sources, incoming, group=etp)
+            sources = all_gather_tensor(incoming, 0, etp).view(etp_size, *incoming.shape)
         self.counts = sources.sum(dim=(0, 1))
         """Rows for each expert of this rank, `[experts of a rank]` int64."""
 

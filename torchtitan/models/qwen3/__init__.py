@@ -24,12 +24,12 @@ MODEL_CONFIGS = {
         dim=256, n_layers=4, n_heads=16, n_kv_heads=8, head_dim=32, ffn_dim=768, vocab_size=264
     ),
     "debugmodel_moe": Qwen3ModelArgs(
-        dim=256,
+        dim=128,
         n_layers=4,
-        n_heads=16,
-        n_kv_heads=8,
+        n_heads=8,
+        n_kv_heads=4,
         head_dim=32,
-        moe=MoEArgs(num_experts=8, top_k=2, hidden_dim=256, aux_loss_weight=1e-2),
+        moe=MoEArgs(num_experts=8, top_k=2, hidden_dim=128, aux_loss_weight=1e-2),
         vocab_size=264,
     ),
     "0.6B": Qwen3ModelArgs(
