@@ -1,4 +1,4 @@
-"""How Qwen3 is spread over devices: a plan, and five calls in order."""
+"""How Qwen3 is spread over devices: a plan, and six calls in order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.distributed.expert_parallel import apply_expert_parallel, router_plan
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -31,9 +32,11 @@ def parallelize_qwen3(
     parallel_dims: ParallelDims,
     job_config: JobConfig,
 ) -> nn.Module:
-    """Apply tensor and expert parallelism, activation checkpointing, compilation and FSDP."""
+    """Apply tensor, context, expert and data parallelism, checkpointing and compilation."""
     if parallel_dims.tp_enabled:
         apply_tp(model, world_mesh["tp"], job_config)
+    if parallel_dims.cp_enabled:
+        apply_cp(model, world_mesh["cp"], job_config)
     expert_meshes = apply_expert_parallel(model, parallel_dims)
     apply_ac(model, job_config)
     model = apply_compile(model, job_config)
