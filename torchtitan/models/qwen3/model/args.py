@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.tensor_parallel import (
@@ -75,7 +76,7 @@ class Qwen3ModelArgs(BaseModelArgs):
         """A copy with the attention kernel that the job asks for.
 
         Raises:
-            ConfigError: the heads or matrices do not divide over the tensor-parallel ranks.
+            ConfigError: the heads or matrices do not divide over the ranks that share them.
         """
         sizes = {} if self.moe else {"ffn_dim": self.ffn_dim}
         require_divisible_by_tp(
@@ -87,6 +88,7 @@ class Qwen3ModelArgs(BaseModelArgs):
         )
         if self.moe:
             require_splittable_experts(job_config, self.moe.hidden_dim)
+        require_heads_divisible_by_cp(job_config, self.n_heads)
         return replace(self, attention=job_config.model.attention)
 
     @classmethod
