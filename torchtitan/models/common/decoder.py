@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from torchtitan.models.common.attention import CausalMask
-from torchtitan.models.common.rope import rope_frequencies, rotation
+from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
 from torchtitan.protocols.model import ModelProtocol
 
 INIT_STD = 0.02
@@ -51,6 +51,10 @@ class Decoder(ModelProtocol):
         """Angle a position of each pair of features: `[head_dim / 2]`, float32, radians."""
         return rope_frequencies(self.args.head_dim, self.args.rope_theta, device=device)
 
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """What blocks turn the queries and keys of `positions` `[batch or 1, seq]` by."""
+        return rotation(positions, self.rope_frequencies(positions.device))
+
     def forward(
         self,
         tokens: torch.Tensor,
@@ -70,7 +74,7 @@ class Decoder(ModelProtocol):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        rotate = rotation(positions, self.rope_frequencies(tokens.device))
+        rotate = self.rotation(positions)
         mask = self.mask(positions.shape[1], document_ids, tokens.device)
 
         h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens

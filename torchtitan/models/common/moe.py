@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torchtitan.tools.rows import inverse_permutation, select_rows
 
 from .feed_forward import FeedForward
-from .router import GROUP_SCORE_EXPERTS, TopKRouter
+from .router import TopKRouter
 
 ALIGNMENT = 8
 """Sizes of experts are multiples of this: rows of 16 bytes in bfloat16, as `grouped_mm` needs."""
@@ -45,6 +45,8 @@ class MoEArgs:
     """Groups of experts, in the order of their numbers (experts of one node, say)."""
     top_groups: int = 1
     """Groups that the experts of a token come from."""
+    group_score_experts: int = 2
+    """A group is as good as the sum of so many of its best experts (DeepSeek-V2: 1, V3: 2)."""
     use_bias: bool = False
     """Balance the load by a bias on the scores when experts are chosen."""
     bias_update_rate: float = 1e-3
@@ -65,10 +67,11 @@ class MoEArgs:
             )
         elif self.n_groups > 1:
             size = self.num_experts // self.n_groups
-            if size < GROUP_SCORE_EXPERTS or self.top_groups * size < self.top_k:
+            if size < self.group_score_experts or self.top_groups * size < self.top_k:
                 problem = (
-                    f"groups of {size} experts are too small: at least {GROUP_SCORE_EXPERTS}, and "
-                    f"top_groups ({self.top_groups}) of them must have top_k ({self.top_k})"
+                    f"groups of {size} experts are too small: group_score_experts "
+                    f"({self.group_score_experts}) at least, and top_groups ({self.top_groups}) of "
+                    f"them must have top_k ({self.top_k})"
                 )
         if problem:
             raise ValueError(problem)

@@ -24,9 +24,6 @@ import torch.nn as nn
 if TYPE_CHECKING:
     from .moe import MoEArgs
 
-GROUP_SCORE_EXPERTS = 2
-"""A group of experts is as good as the sum of its best ones (DeepSeek-V3)."""
-
 
 class TopKRouter(nn.Module):
     """Chooses the experts of each token, and their weights in its output.
@@ -87,10 +84,11 @@ class TopKRouter(nn.Module):
 
     def _within_best_groups(self, ranking: torch.Tensor) -> torch.Tensor:
         """Rule out the experts of all but the best groups (node-limited routing, DeepSeek-V3)."""
-        groups = ranking.unflatten(-1, (self.args.n_groups, -1))  # [tokens, groups, experts]
-        quality = groups.topk(GROUP_SCORE_EXPERTS, dim=-1).values.sum(dim=-1)  # [tokens, groups]
-        best = quality.topk(self.args.top_groups, dim=-1).indices
-        ruled_out = torch.ones_like(quality, dtype=torch.bool).scatter_(-1, best, False)
+        args = self.args
+        groups = ranking.unflatten(-1, (args.n_groups, -1))  # [tokens, groups, experts]
+        best_experts = groups.topk(args.group_score_experts, dim=-1).values
+        best = best_experts.sum(dim=-1).topk(args.top_groups, dim=-1).indices
+        ruled_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
         return groups.masked_fill(ruled_out[..., None], float("-inf")).flatten(start_dim=-2)
 
     def _auxiliary_loss(self, scores: torch.Tensor) -> torch.Tensor | None:
