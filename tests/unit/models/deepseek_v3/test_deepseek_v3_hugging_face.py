@@ -216,5 +216,5 @@ def test_scales_of_fp8_weights_are_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj\.weight_scale_inv"):
         DeepSeekV3Model(V3).load_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="weight_scale_inv.* FP8 .*to bfloat16"):
+    with pytest.raises(CheckpointError, match=r"weight_scale_inv.* FP8 .*to bfloat16"):
         DeepSeekV3StateDictAdapter(V3).from_hf(tensors)
