@@ -51,5 +51,5 @@ def test_it_is_read_from_a_config():
     [{"rope_type": "linear"}, {"factor": None}, {"mscale": 0.7}, {"attention_factor": 1.2}],
 )
 def test_what_is_not_supported_is_refused(changes):
-    with pytest.raises(CheckpointError, match="rope_scaling = .* is not supported"):
+    with pytest.raises(CheckpointError, match=r"rope_scaling = .* is not supported"):
         yarn_from_hf(HF | changes)

@@ -6,6 +6,7 @@ first. They also hold a layer for the prediction of more tokens, which is left o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torchtitan.errors import CheckpointError
@@ -51,16 +52,17 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
     training_state: ClassVar = frozenset({"layers.{}.moe.router.load"})
 
     def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        read = {}
-        for key, value in state_dict.items():
-            if key.endswith(".weight_scale_inv"):
+        self.check_names(state_dict)
+        read = {k: v for k, v in state_dict.items() if not self._predicts_more_tokens(k)}
+        return super().from_hf(read)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name.endswith(".weight_scale_inv"):
                 raise CheckpointError(
-                    f"checkpoint: tensor {key!r} scales an FP8 weight, which is not read. "
+                    f"checkpoint: tensor {name!r} scales an FP8 weight, which is not read. "
                     "Convert the checkpoint to bfloat16"
                 )
-            if not self._predicts_more_tokens(key):
-                read[key] = value
-        return super().from_hf(read)
 
     def _predicts_more_tokens(self, key: str) -> bool:
         args = self.model_args
