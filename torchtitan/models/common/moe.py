@@ -43,6 +43,8 @@ class MoEArgs:
     """Divide the weights of a token's experts by their sum."""
     route_scale: float = 1.0
     """Factor of these weights."""
+    weight_inputs: bool = False
+    """Multiply by them what experts read, not what they make of it (Llama 4)."""
     n_groups: int = 1
     """Groups of experts, in the order of their numbers (experts of one node, say)."""
     top_groups: int = 1
@@ -98,6 +100,7 @@ class MoE(nn.Module):
 
     def __init__(self, dim: int, args: MoEArgs, experts: nn.Module | None = None) -> None:
         super().__init__()
+        self.weight_inputs = args.weight_inputs
         self.router = TopKRouter(dim, args)
         self.experts = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
         self.shared_experts = None
@@ -113,10 +116,15 @@ class MoE(nn.Module):
         place = inverse_permutation(order)
         top_k = experts.size(-1)
         rows = select_rows(tokens, order, place, copies=top_k)  # [tokens * top_k, dim]
+        if self.weight_inputs:
+            rows = rows * select_rows(weights.view(-1, 1), order, place).to(rows.dtype)
         rows = self.experts(rows, counts)
         outputs = select_rows(rows, place, order)  # by token again
         outputs = outputs.view(len(tokens), top_k, -1)
-        out = torch.bmm(weights[:, None].to(outputs.dtype), outputs).view_as(x)
+        if self.weight_inputs:
+            out = outputs.sum(dim=1).view_as(x)
+        else:
+            out = torch.bmm(weights[:, None].to(outputs.dtype), outputs).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
     def init_weights(self, std: float, output_std: float) -> None:

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from .hf_config import unsupported
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,24 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+
+
+def rope_scaling_from_hf(rope_scaling: dict[str, Any]) -> RopeScaling:
+    """From the field `rope_scaling` of a `config.json`, as `HuggingFaceConfig.take_rope` gives it.
+
+    Raises:
+        CheckpointError: it is of another kind, incomplete, or has parts that are not supported.
+    """
+    names = {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_seq_len",
+    }
+    fields = dict(rope_scaling)
+    if fields.pop("rope_type", None) != "llama3" or fields.keys() != names.keys():
+        raise unsupported("rope_scaling", rope_scaling)
+    return RopeScaling(**{names[key]: value for key, value in fields.items()})
 
 
 class Rotation:
