@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torchtitan.config.load import origin
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.tensor_parallel import (
@@ -124,6 +125,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             job_config, n_heads=self.n_heads, ffn_dim=self.ffn_dim, vocab_size=self.vocab_size
         )
         require_splittable_experts(job_config, self.moe.hidden_dim)
+        require_heads_divisible_by_cp(job_config, self.n_heads)
         parallelism = job_config.parallelism
         ring = parallelism.context_parallel_method == "ring"
         if ring and parallelism.context_parallel_degree > 1 and self.qk_dim != self.v_dim:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torchtitan.config.load import origin
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf
@@ -110,7 +111,7 @@ class Llama4ModelArgs(BaseModelArgs):
         """A copy with the attention kernel that the job asks for.
 
         Raises:
-            ConfigError: the heads or matrices do not divide over the tensor-parallel ranks, or
+            ConfigError: the heads or matrices do not divide over the ranks that share them, or
                 experts are to be split, whose gate and input matrices are one.
         """
         require_divisible_by_tp(
@@ -120,6 +121,7 @@ class Llama4ModelArgs(BaseModelArgs):
             ffn_dim=self.ffn_dim,
             vocab_size=self.vocab_size,
         )
+        require_heads_divisible_by_cp(job_config, self.n_heads)
         if job_config.parallelism.expert_tensor_parallel_degree > 1:
             key = "parallelism.expert_tensor_parallel_degree"
             raise ConfigError(
