@@ -44,7 +44,7 @@ def parallelize_deepseek_v3(
         apply_cp(model, world_mesh["cp"], job_config)
     apply_ac(model, job_config)
     model = apply_compile(model, job_config)
-    if parallel_dims.dp_enabled or parallel_dims.cp_enabled or expert_meshes:
+    if parallel_dims.dp_enabled or expert_meshes:
         apply_fsdp(model, world_mesh["dp"], job_config, expert_meshes)
     return model
 
