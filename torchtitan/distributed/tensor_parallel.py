@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
+    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -39,13 +41,19 @@ Plan = dict[str, ParallelStyle]
 
 
 def apply_tensor_parallel(
-    model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig, block_plan: Plan
+    model: nn.Module,
+    tp_mesh: DeviceMesh,
+    job_config: JobConfig,
+    block_plan: Plan | Callable[[nn.Module], Plan],
 ) -> None:
     """Split the matrices of `model` over `tp_mesh`, in place.
 
     Between the split matrices the hidden states `[batch, seq, dim]` are sharded over the sequence,
     so that norms and residuals are shared among the ranks too. Plans are written for that, and
     `Shard(1)` in them is the sequence; `parallelism.disable_sequence_parallel` keeps it whole.
+
+    Args:
+        block_plan: of each block; where blocks differ, what makes it from the block.
     """
     model_plan: Plan = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
@@ -53,14 +61,25 @@ def apply_tensor_parallel(
         "output": _output_style(job_config),
     }
     model_plan = {name: s for name, s in model_plan.items() if getattr(model, name) is not None}
-    if job_config.parallelism.disable_sequence_parallel:
-        model_plan, block_plan = _with_whole_sequence(model_plan), _with_whole_sequence(block_plan)
+    plan_of = block_plan if callable(block_plan) else lambda block: block_plan
+    whole_sequence = job_config.parallelism.disable_sequence_parallel
+    adapt = _with_whole_sequence if whole_sequence else lambda plan: plan
     if job_config.parallelism.enable_async_tensor_parallel:
         _overlap_with_matmuls(tp_mesh)
     with preserve_tying(model):
-        parallelize_module(model, tp_mesh, model_plan)
+        parallelize_module(model, tp_mesh, adapt(model_plan))
         for block in model.layers.values():
-            parallelize_module(block, tp_mesh, block_plan)
+            parallelize_module(block, tp_mesh, adapt(plan_of(block)))
+
+
+def feed_forward_plan(name: str) -> Plan:
+    """The part of a block's plan that splits the features inside its `FeedForward` `name`."""
+    return {
+        name: PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        f"{name}.w1": ColwiseParallel(),
+        f"{name}.w2": RowwiseParallel(output_layouts=Shard(1)),
+        f"{name}.w3": ColwiseParallel(),
+    }
 
 
 def _with_whole_sequence(value: Any) -> Any:
@@ -102,6 +121,24 @@ def _output_style(job_config: JobConfig) -> ParallelStyle:
     return ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
 
 
+class SharedInput(ParallelStyle):
+    """For a module without parameters whose input all ranks use, each for heads of its own.
+
+    The input `[batch, seq / tp, ...]` is gathered to all of `[batch, seq, ...]` as a plain tensor
+    whose gradient is a partial sum. Other arguments stay as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layouts: tuple[Placement, ...] = (Shard(1),)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def gather(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            return gather_for_parts(inputs[0], mesh, self.input_layouts), *inputs[1:]
+
+        return distribute_module(module, device_mesh, input_fn=gather)
+
+
 class DeferredOutputParallel(ParallelStyle):
     """For an output layer that the chunked loss applies: shards its weight over the vocabulary.
 
@@ -119,11 +156,19 @@ class DeferredOutputParallel(ParallelStyle):
             module.register_parameter("weight", nn.Parameter(weight))
 
         def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> torch.Tensor:
-            hidden = inputs[0]
-            if not isinstance(hidden, DTensor):
-                hidden = DTensor.from_local(hidden, mesh, self.input_layouts, run_check=False)
-            hidden = hidden.redistribute(placements=[Replicate()])
-            partial: list[Placement] = [Partial()]
-            return hidden.to_local(grad_placements=partial)
+            return gather_for_parts(inputs[0], mesh, self.input_layouts)
 
         return distribute_module(module, device_mesh, shard_weight, gather_sequence)
+
+
+def gather_for_parts(
+    tensor: torch.Tensor, mesh: DeviceMesh, layouts: tuple[Placement, ...]
+) -> torch.Tensor:
+    """All of `tensor`, which a plain tensor is the part of that `layouts` say, as a plain tensor.
+
+    What is computed from it differs on each rank, so that its gradient is a partial sum.
+    """
+    if not isinstance(tensor, DTensor):
+        tensor = DTensor.from_local(tensor, mesh, layouts, run_check=False)
+    partial: list[Placement] = [Partial()]
+    return tensor.redistribute(placements=[Replicate()]).to_local(grad_placements=partial)

@@ -80,7 +80,8 @@ class CausalMask(nn.Module):
         kernel: `model.attention`. `auto` is plain causal SDPA where that is the rule, else flex on
             CUDA. CPU always uses SDPA, because flex attention has no backward pass there.
         window: keys that a query sees, the last of them its own (sliding window); None: all.
-        chunk: tokens in a chunk; a query sees keys of its own chunk alone. None: one chunk.
+        chunk: tokens in a chunk, counted from the beginning of each document; a query sees keys of
+            its own chunk alone. None: one chunk.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class CausalMask(nn.Module):
     def rule(self, document_ids: torch.Tensor | None, queries: torch.Tensor | None) -> Rule:
         """What the mask allows, for the same arguments as `forward`."""
         window, chunk = self.window, self.chunk
+        places = None if document_ids is None else places_in_documents(document_ids)
 
         def may_look(
             batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
@@ -132,13 +134,23 @@ class CausalMask(nn.Module):
             allowed = query >= key
             if window is not None:
                 allowed = allowed & (query - key < window)
-            if chunk is not None:
-                allowed = allowed & (query // chunk == key // chunk)
             if document_ids is not None:
                 allowed = allowed & (document_ids[batch, query] == document_ids[batch, key])
+            if chunk is not None:
+                if places is not None:
+                    query, key = places[batch, query], places[batch, key]
+                allowed = allowed & (query // chunk == key // chunk)
             return allowed
 
         return may_look
+
+
+def places_in_documents(document_ids: torch.Tensor) -> torch.Tensor:
+    """How many tokens of its document come before each token; both `[batch, seq]` int64."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    begins = document_ids != document_ids.roll(1, dims=1)
+    begins[:, 0] = True
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
 
 
 def dense_mask(

@@ -50,6 +50,8 @@ class HuggingFaceConfig:
     def take(self, *names: str, kind: type, default: Any = _REQUIRED) -> Any:
         """The value of a field, which has several names if it was renamed.
 
+        Where there is a default, it stands for null too.
+
         Raises:
             CheckpointError: it is missing and there is no default, or it is not of type `kind`.
         """
@@ -59,6 +61,8 @@ class HuggingFaceConfig:
                 raise CheckpointError(f"config.json lacks {names[0]!r}")
             return default
         name, value = present[0]
+        if value is None and default is not _REQUIRED:
+            return default
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:

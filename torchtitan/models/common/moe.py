@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torchtitan.tools.rows import inverse_permutation, select_rows
 
 from .feed_forward import FeedForward
-from .router import GROUP_SCORE_EXPERTS, TopKRouter
+from .router import TopKRouter
 
 ALIGNMENT = 8
 """Sizes of experts are multiples of this: rows of 16 bytes in bfloat16, as `grouped_mm` needs."""
@@ -37,14 +37,20 @@ class MoEArgs:
     """Experts that process every token, besides; in effect one, of so many times `hidden_dim`."""
     score_func: Literal["softmax", "sigmoid"] = "softmax"
     """From the gate's logits to the scores that experts are chosen and weighted by."""
+    gate_bias: bool = False
+    """The gate adds a learned bias to its logits."""
     normalize_weights: bool = True
     """Divide the weights of a token's experts by their sum."""
     route_scale: float = 1.0
     """Factor of these weights."""
+    weight_inputs: bool = False
+    """Multiply by them what experts read, not what they make of it (Llama 4)."""
     n_groups: int = 1
     """Groups of experts, in the order of their numbers (experts of one node, say)."""
     top_groups: int = 1
     """Groups that the experts of a token come from."""
+    group_score_experts: int = 2
+    """A group is as good as the sum of so many of its best experts (DeepSeek-V2: 1, V3: 2)."""
     use_bias: bool = False
     """Balance the load by a bias on the scores when experts are chosen."""
     bias_update_rate: float = 1e-3
@@ -65,10 +71,11 @@ class MoEArgs:
             )
         elif self.n_groups > 1:
             size = self.num_experts // self.n_groups
-            if size < GROUP_SCORE_EXPERTS or self.top_groups * size < self.top_k:
+            if size < self.group_score_experts or self.top_groups * size < self.top_k:
                 problem = (
-                    f"groups of {size} experts are too small: at least {GROUP_SCORE_EXPERTS}, and "
-                    f"top_groups ({self.top_groups}) of them must have top_k ({self.top_k})"
+                    f"groups of {size} experts are too small: group_score_experts "
+                    f"({self.group_score_experts}) at least, and top_groups ({self.top_groups}) of "
+                    f"them must have top_k ({self.top_k})"
                 )
         if problem:
             raise ValueError(problem)
@@ -77,6 +84,7 @@ class MoEArgs:
         """Parameters of the layer, and how many of them process each token."""
         expert = 3 * dim * self.hidden_dim
         always = dim * self.num_experts + self.num_shared_experts * expert
+        always += self.num_experts * self.gate_bias
         return always + self.num_experts * expert, always + self.top_k * expert
 
 
@@ -86,12 +94,15 @@ class MoE(nn.Module):
     Args:
         dim: features of the hidden states, a multiple of 8.
         args: sizes and choices.
+        experts: in place of `GroupedExperts`; has its `forward` and `init_weights`, and in every
+            parameter, the first dimension is the expert's number.
     """
 
-    def __init__(self, dim: int, args: MoEArgs) -> None:
+    def __init__(self, dim: int, args: MoEArgs, experts: nn.Module | None = None) -> None:
         super().__init__()
+        self.weight_inputs = args.weight_inputs
         self.router = TopKRouter(dim, args)
-        self.experts = GroupedExperts(args.num_experts, dim, args.hidden_dim)
+        self.experts = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
         self.shared_experts = None
         if args.num_shared_experts > 0:
             self.shared_experts = FeedForward(dim, args.num_shared_experts * args.hidden_dim)
@@ -105,10 +116,15 @@ class MoE(nn.Module):
         place = inverse_permutation(order)
         top_k = experts.size(-1)
         rows = select_rows(tokens, order, place, copies=top_k)  # [tokens * top_k, dim]
+        if self.weight_inputs:
+            rows = rows * select_rows(weights.view(-1, 1), order, place).to(rows.dtype)
         rows = self.experts(rows, counts)
         outputs = select_rows(rows, place, order)  # by token again
         outputs = outputs.view(len(tokens), top_k, -1)
-        out = torch.bmm(weights[:, None].to(outputs.dtype), outputs).view_as(x)
+        if self.weight_inputs:
+            out = outputs.sum(dim=1).view_as(x)
+        else:
+            out = torch.bmm(weights[:, None].to(outputs.dtype), outputs).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
     def init_weights(self, std: float, output_std: float) -> None:

@@ -24,9 +24,6 @@ import torch.nn as nn
 if TYPE_CHECKING:
     from .moe import MoEArgs
 
-GROUP_SCORE_EXPERTS = 2
-"""A group of experts is as good as the sum of its best ones (DeepSeek-V3)."""
-
 
 class TopKRouter(nn.Module):
     """Chooses the experts of each token, and their weights in its output.
@@ -45,7 +42,7 @@ class TopKRouter(nn.Module):
     def __init__(self, dim: int, args: MoEArgs) -> None:
         super().__init__()
         self.args = args
-        self.gate = nn.Linear(dim, args.num_experts, bias=False)
+        self.gate = nn.Linear(dim, args.num_experts, bias=args.gate_bias)
         # Only the auxiliary loss needs the last load, so only then does it go into checkpoints.
         load, tally = torch.zeros(args.num_experts), torch.zeros(args.num_experts)
         self.register_buffer("load", load, persistent=args.aux_loss_weight > 0)
@@ -87,10 +84,11 @@ class TopKRouter(nn.Module):
 
     def _within_best_groups(self, ranking: torch.Tensor) -> torch.Tensor:
         """Rule out the experts of all but the best groups (node-limited routing, DeepSeek-V3)."""
-        groups = ranking.unflatten(-1, (self.args.n_groups, -1))  # [tokens, groups, experts]
-        quality = groups.topk(GROUP_SCORE_EXPERTS, dim=-1).values.sum(dim=-1)  # [tokens, groups]
-        best = quality.topk(self.args.top_groups, dim=-1).indices
-        ruled_out = torch.ones_like(quality, dtype=torch.bool).scatter_(-1, best, False)
+        args = self.args
+        groups = ranking.unflatten(-1, (args.n_groups, -1))  # [tokens, groups, experts]
+        best_experts = groups.topk(args.group_score_experts, dim=-1).values
+        best = best_experts.sum(dim=-1).topk(args.top_groups, dim=-1).indices
+        ruled_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
         return groups.masked_fill(ruled_out[..., None], float("-inf")).flatten(start_dim=-2)
 
     def _auxiliary_loss(self, scores: torch.Tensor) -> torch.Tensor | None:
@@ -123,6 +121,8 @@ class TopKRouter(nn.Module):
 
     def init_weights(self, std: float) -> None:
         nn.init.normal_(self.gate.weight, std=std)
+        if self.gate.bias is not None:
+            nn.init.zeros_(self.gate.bias)
         self.reset_parameters()
 
 

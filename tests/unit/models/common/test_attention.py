@@ -45,6 +45,7 @@ RULES = {
     "window": (CausalMask(window=20), None),
     "document window": (CausalMask(window=20), documents()),
     "chunk": (CausalMask(chunk=30), None),
+    "document chunk": (CausalMask(chunk=30), documents()),
 }
 
 
@@ -115,8 +116,13 @@ def test_flex_equals_sdpa(kv_heads, rule):
             [0, 0, 0, 1],
             [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]],
         ),
+        (
+            CausalMask(chunk=2),  # counted from the beginning of each document
+            [0, 1, 1, 1],
+            [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]],
+        ),
     ],
-    ids=["document", "window", "chunk", "window and document"],
+    ids=["document", "window", "chunk", "window and document", "chunk and document"],
 )
 def test_mask_says_where_a_query_may_look(mask, document_ids, expected):
     if document_ids is not None:

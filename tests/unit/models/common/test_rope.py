@@ -52,3 +52,20 @@ def test_bfloat16_heads_are_rotated_in_float32():
     turned = rotate(x)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, rotate(x.float()).bfloat16())
+
+
+def test_interleaved_pairs_are_a_permutation_of_halves():
+    torch.manual_seed(0)
+    x, positions = torch.randn(1, 8, 2, 16), torch.arange(8)[None]
+    frequencies = rope_frequencies(16, 10000.0)
+    order = torch.cat([torch.arange(0, 16, 2), torch.arange(1, 16, 2)])
+    interleaved = rotation(positions, frequencies, interleaved=True)(x)
+    halves = rotation(positions, frequencies)(x[..., order])
+    torch.testing.assert_close(interleaved[..., order], halves)
+
+
+def test_a_factor_multiplies_what_is_rotated():
+    x, positions = torch.randn(1, 8, 2, 16), torch.arange(8)[None]
+    frequencies = rope_frequencies(16, 10000.0)
+    plain, grown = rotation(positions, frequencies), rotation(positions, frequencies, factor=1.5)
+    torch.testing.assert_close(grown(x), 1.5 * plain(x))

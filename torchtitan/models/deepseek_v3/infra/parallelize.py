@@ -1,0 +1,80 @@
+"""How DeepSeek-V3 is spread over devices: a plan, and six calls in order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_cp
+from torchtitan.distributed.expert_parallel import apply_expert_parallel, router_plan
+from torchtitan.distributed.fsdp import apply_fsdp
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import (
+    Plan,
+    SharedInput,
+    apply_tensor_parallel,
+    feed_forward_plan,
+)
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+def parallelize_deepseek_v3(
+    model: nn.Module,
+    world_mesh: DeviceMesh,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+) -> nn.Module:
+    """Apply tensor, expert and context parallelism, checkpointing, compilation and FSDP."""
+    if parallel_dims.tp_enabled:
+        apply_tensor_parallel(model, world_mesh["tp"], job_config, plan_of_block)
+    expert_meshes = apply_expert_parallel(model, parallel_dims)
+    if parallel_dims.cp_enabled:
+        apply_cp(model, world_mesh["cp"], job_config)
+    apply_ac(model, job_config)
+    model = apply_compile(model, job_config)
+    if parallel_dims.dp_enabled or expert_meshes:
+        apply_fsdp(model, world_mesh["dp"], job_config, expert_meshes)
+    return model
+
+
+def plan_of_block(block: nn.Module) -> Plan:
+    """Split heads and feed-forward features; between them, the sequence.
+
+    Each rank makes the latents of its part of the sequence. They are gathered, rather than the
+    hidden states, which are several times as large.
+    """
+    plan = {
+        "attention_norm": SequenceParallel(),
+        "attention.wkv_a": SequenceParallel(),
+        "attention.kv_norm": SequenceParallel(),
+        "attention.wkv_b": ColwiseParallel(input_layouts=Shard(1)),
+        "attention.rotary_key": SharedInput(),
+        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+        "ffn_norm": SequenceParallel(),
+    }
+    if block.attention.wq is not None:
+        plan |= {"attention.wq": ColwiseParallel(input_layouts=Shard(1))}
+    else:
+        plan |= {
+            "attention.wq_a": SequenceParallel(),
+            "attention.q_norm": SequenceParallel(),
+            "attention.wq_b": ColwiseParallel(input_layouts=Shard(1)),
+        }
+    if block.moe is None:
+        return plan | feed_forward_plan("feed_forward")
+    plan |= router_plan()
+    if block.moe.shared_experts is not None:
+        plan |= feed_forward_plan("moe.shared_experts")
+    return plan

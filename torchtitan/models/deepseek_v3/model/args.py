@@ -1,0 +1,212 @@
+"""Hyperparameters of DeepSeek-V3 and V2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from torchtitan.config.load import origin
+from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
+from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.tensor_parallel import (
+    require_divisible_by_tp,
+    require_splittable_experts,
+)
+from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf
+from torchtitan.protocols.model import BaseModelArgs
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+MOE_V3 = MoEArgs(
+    num_experts=256,
+    top_k=8,
+    hidden_dim=2048,
+    num_shared_experts=1,
+    score_func="sigmoid",
+    route_scale=2.5,
+    n_groups=8,
+    top_groups=4,
+    use_bias=True,
+)
+
+
+@dataclass
+class DeepSeekV3ModelArgs(BaseModelArgs):
+    """Sizes and choices; the defaults are those of DeepSeek-V3, 671B."""
+
+    dim: int = 7168
+    """Features of the hidden states."""
+    n_layers: int = 61
+    n_dense_layers: int = 3
+    """The first layers, which have one feed-forward layer each in place of a mixture."""
+    n_heads: int = 128
+    q_rank: int | None = 1536
+    """Features of the vector that a token's queries are made from; None: made directly."""
+    kv_rank: int = 512
+    """Features of the vector that a token's keys and values are made from (the latent)."""
+    qk_nope_dim: int = 128
+    """Features of a head's queries and keys without positions."""
+    qk_rope_dim: int = 64
+    """Features of a head's queries and keys that are rotated."""
+    v_dim: int = 128
+    """Features of a head's values."""
+    ffn_dim: int = 18432
+    """Features inside the feed-forward layers of `n_dense_layers`."""
+    moe: MoEArgs = field(default_factory=lambda: MOE_V3)
+    vocab_size: int = 129280
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    yarn: YarnScaling | None = None
+    """For contexts longer than those trained on; None: rotations as trained at first."""
+    tie_word_embeddings: bool = False
+    """The output layer shares the embedding's weight."""
+    mtp_layers: int = 0
+    """Layers for the prediction of more tokens in Hugging Face files, which are left unread."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel, see `model.attention`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n_dense_layers <= self.n_layers:
+            raise ValueError(
+                f"n_dense_layers ({self.n_dense_layers}) must be from 0 to n_layers "
+                f"({self.n_layers})"
+            )
+
+    @property
+    def num_experts(self) -> int:
+        return self.moe.num_experts if self.n_dense_layers < self.n_layers else 0
+
+    @property
+    def qk_dim(self) -> int:
+        """Features of a head's queries and keys."""
+        return self.qk_nope_dim + self.qk_rope_dim
+
+    @property
+    def score_factor(self) -> float:
+        """What attention scores are multiplied by, besides 1 / sqrt(qk_dim)."""
+        return self.yarn.score_factor if self.yarn else 1.0
+
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+
+        Of the experts, only those that a token uses cost FLOPs. The rest is counted as for Llama 3:
+        6 FLOPs a weight and token, the output layer included and the embedding not, and attention
+        in full although it is causal (arXiv:2204.02311, appendix B).
+        """
+        q_dim, o_dim = self.n_heads * self.qk_dim, self.n_heads * self.v_dim
+        q_rank = self.q_rank or 0
+        queries = self.dim * q_dim if self.q_rank is None else q_rank * (self.dim + q_dim)
+        attention = queries + self.dim * (self.kv_rank + self.qk_rope_dim)
+        attention += self.kv_rank * self.n_heads * (self.qk_nope_dim + self.v_dim)
+        attention += o_dim * self.dim
+        held, used = self.moe.count_parameters(self.dim)
+        dense, n_moe = 3 * self.dim * self.ffn_dim, self.n_layers - self.n_dense_layers
+        norms = self.n_layers * (2 * self.dim + q_rank + self.kv_rank) + self.dim
+        vocabulary = self.vocab_size * self.dim
+        embeddings = vocabulary if self.tie_word_embeddings else 2 * vocabulary
+
+        everywhere = self.n_layers * attention + self.n_dense_layers * dense
+        nparams = everywhere + n_moe * held + norms + embeddings
+        matrices = everywhere + n_moe * used + vocabulary
+        return nparams, 6 * matrices + 6 * self.n_layers * (q_dim + o_dim) * seq_len
+
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        """A copy with the attention kernel that the job asks for.
+
+        Raises:
+            ConfigError: heads or matrices do not divide over the ranks that share them, or a ring
+                of context parallelism would have to pass on keys and values of different sizes.
+        """
+        require_divisible_by_tp(
+            job_config, n_heads=self.n_heads, ffn_dim=self.ffn_dim, vocab_size=self.vocab_size
+        )
+        require_splittable_experts(job_config, self.moe.hidden_dim)
+        require_heads_divisible_by_cp(job_config, self.n_heads)
+        parallelism = job_config.parallelism
+        ring = parallelism.context_parallel_method == "ring"
+        if ring and parallelism.context_parallel_degree > 1 and self.qk_dim != self.v_dim:
+            raise ConfigError(
+                f"{origin(job_config, 'parallelism.context_parallel_method')}: a ring passes on "
+                f"keys and values of one size, but {job_config.model.name} has keys of "
+                f"{self.qk_dim} features and values of {self.v_dim}. Use 'allgather' or 'ulysses'"
+            )
+        return replace(self, attention=job_config.model.attention)
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> Self:
+        """The args from a `config.json` (`DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM`).
+
+        Raises:
+            CheckpointError: a field is missing, unknown, or has a value that is not supported.
+        """
+        hf = HuggingFaceConfig(config, "deepseek_v3", "deepseek_v2")
+        hf.require("hidden_act", "silu")
+        hf.require("attention_bias", False)
+        hf.require("attention_dropout", 0.0)
+        hf.require("mlp_bias", False)
+        hf.require("rope_interleave", True)
+        hf.require("quantization_config", None)  # FP8 weights are not read
+        hf.ignore("auto_map", "aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
+        n_heads = hf.take("num_attention_heads", kind=int)
+        hf.require("num_key_value_heads", n_heads, None)
+        sizes = {
+            "qk_nope_dim": hf.take("qk_nope_head_dim", kind=int),
+            "qk_rope_dim": hf.take("qk_rope_head_dim", kind=int),
+        }
+        hf.require("head_dim", sizes["qk_rope_dim"], None)
+        hf.require("qk_head_dim", sum(sizes.values()))
+        rope_theta, rope_scaling = hf.take_rope()
+        try:
+            args = cls(
+                dim=hf.take("hidden_size", kind=int),
+                n_layers=hf.take("num_hidden_layers", kind=int),
+                n_dense_layers=hf.take("first_k_dense_replace", kind=int),
+                n_heads=n_heads,
+                q_rank=hf.take("q_lora_rank", kind=int, default=None),
+                kv_rank=hf.take("kv_lora_rank", kind=int),
+                v_dim=hf.take("v_head_dim", kind=int),
+                ffn_dim=hf.take("intermediate_size", kind=int),
+                moe=_moe_from_hf(hf),
+                vocab_size=hf.take("vocab_size", kind=int),
+                norm_eps=hf.take("rms_norm_eps", kind=float),
+                rope_theta=rope_theta,
+                yarn=None if rope_scaling is None else yarn_from_hf(rope_scaling),
+                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
+                mtp_layers=hf.take("num_nextn_predict_layers", kind=int, default=0),
+                **sizes,
+            )
+        except ValueError as error:  # sizes that do not fit together
+            raise CheckpointError(f"config.json: {error}") from error
+        hf.finish()
+        return args
+
+
+def _moe_from_hf(hf: HuggingFaceConfig) -> MoEArgs:
+    hf.require("moe_layer_freq", 1)
+    v3 = hf.model_type == "deepseek_v3"
+    method = hf.take("topk_method", kind=str, default="noaux_tc" if v3 else "greedy")
+    if method not in (("noaux_tc",) if v3 else ("greedy", "group_limited_greedy")):
+        raise unsupported("topk_method", method)
+    hf.require("scoring_func", "sigmoid" if v3 else "softmax")
+    if not v3:
+        hf.require("norm_topk_prob", False)
+    n_groups = hf.take("n_group", kind=int, default=1)
+    top_groups = hf.take("topk_group", kind=int, default=1)
+    grouped = method != "greedy"
+    return MoEArgs(
+        num_experts=hf.take("n_routed_experts", "num_local_experts", "num_experts", kind=int),
+        top_k=hf.take("num_experts_per_tok", kind=int),
+        hidden_dim=hf.take("moe_intermediate_size", kind=int),
+        num_shared_experts=hf.take("n_shared_experts", kind=int),
+        score_func="sigmoid" if v3 else "softmax",
+        normalize_weights=hf.take("norm_topk_prob", kind=bool) if v3 else False,
+        route_scale=hf.take("routed_scaling_factor", kind=float),
+        n_groups=n_groups if grouped else 1,
+        top_groups=top_groups if grouped else 1,
+        group_score_experts=2 if v3 else 1,
+        use_bias=v3,
+    )

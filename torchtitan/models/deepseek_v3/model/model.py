@@ -1,0 +1,142 @@
+"""DeepSeek-V3 ("DeepSeek-V3 Technical Report", arXiv:2412.19437), and V2 (arXiv:2405.04434).
+
+A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). What is different:
+
+* multi-head latent attention (MLA): keys and values are made from a small vector a token, the
+  latent, which alone would be cached when generating; in the larger models, queries too;
+* positions are in features of their own: of each head's key, a part without positions comes from
+  the latent, and a rotated part is one for all heads; values are smaller than keys;
+* rotary pairs are interleaved, and stretched by YaRN, which also raises attention scores;
+* but for the first layers, each feed-forward layer is a mixture of many small experts besides some
+  shared ones. V3 scores experts by sigmoids, chooses within the best groups of experts, and
+  balances their load by a bias on the choice alone; V2 scores by a softmax.
+
+What the published V3 has for the prediction of more than one token is not implemented.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from torchtitan.models.common.attention import AttentionMask, ScaledDotProductAttention
+from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.models.common.moe import MoE
+from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
+from torchtitan.models.common.yarn import yarn_frequencies
+
+from .args import DeepSeekV3ModelArgs
+
+LATENT_NORM_EPS = 1e-6
+"""Of the norms of latents, whatever `norm_eps` is."""
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention."""
+
+    def __init__(self, args: DeepSeekV3ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        q_dim = args.n_heads * args.qk_dim
+        self.wq = self.wq_a = self.q_norm = self.wq_b = None
+        if args.q_rank is None:
+            self.wq = nn.Linear(args.dim, q_dim, bias=False)
+        else:
+            self.wq_a = nn.Linear(args.dim, args.q_rank, bias=False)
+            self.q_norm = nn.RMSNorm(args.q_rank, eps=LATENT_NORM_EPS)
+            self.wq_b = nn.Linear(args.q_rank, q_dim, bias=False)
+        self.wkv_a = nn.Linear(args.dim, args.kv_rank + args.qk_rope_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(args.kv_rank, eps=LATENT_NORM_EPS)
+        kv_dim = args.n_heads * (args.qk_nope_dim + args.v_dim)
+        self.wkv_b = nn.Linear(args.kv_rank, kv_dim, bias=False)
+        self.rotary_key = RotaryKey()
+        self.inner_attention = ScaledDotProductAttention()
+        self.wo = nn.Linear(args.n_heads * args.v_dim, args.dim, bias=False)
+
+    def forward(self, x: torch.Tensor, rotate: Rotation, mask: AttentionMask) -> torch.Tensor:
+        """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
+        args = self.args
+        # The number of heads is left to unflatten(): under tensor parallel, a rank has its share.
+        q = self.wq(x) if self.wq is not None else self.wq_b(self.q_norm(self.wq_a(x)))
+        q = q.unflatten(-1, (-1, args.qk_dim))  # [batch, seq, heads, qk_dim]
+        q_nope, q_rope = q.split([args.qk_nope_dim, args.qk_rope_dim], dim=-1)
+        q = torch.cat([q_nope, rotate(q_rope)], dim=-1) * args.score_factor
+
+        latent, k_rope = self.wkv_a(x).split([args.kv_rank, args.qk_rope_dim], dim=-1)
+        kv = self.wkv_b(self.kv_norm(latent))  # [batch, seq, heads * (qk_nope_dim + v_dim)]
+        kv = kv.unflatten(-1, (-1, args.qk_nope_dim + args.v_dim))
+        k_nope, v = kv.split([args.qk_nope_dim, args.v_dim], dim=-1)  # [batch, seq, heads, _]
+        k_rope = self.rotary_key(k_rope, rotate)  # [batch, seq, 1, qk_rope_dim]
+        k = torch.cat([k_nope, k_rope.expand(-1, -1, k_nope.shape[2], -1)], dim=-1)
+
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [batch, heads, seq, _]
+        out = self.inner_attention(q, k, v, mask)  # [batch, heads, seq, v_dim]
+        return self.wo(out.transpose(1, 2).flatten(start_dim=2))  # [batch, seq, dim]
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        """Normal weights; `output_std` is for wo, which writes to the residual stream."""
+        for linear in (self.wq, self.wq_a, self.wq_b, self.wkv_a, self.wkv_b):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=std)
+        nn.init.normal_(self.wo.weight, std=output_std)
+        for norm in (self.q_norm, self.kv_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+
+class RotaryKey(nn.Module):
+    """The part of the keys that has positions, one for all heads.
+
+    A module without parameters, so that tensor parallelism can give it to the heads of all ranks.
+    """
+
+    def forward(self, k_rope: torch.Tensor, rotate: Rotation) -> torch.Tensor:
+        """`[batch, seq, qk_rope_dim]` -> `[batch, seq, 1, qk_rope_dim]`."""
+        return rotate(k_rope.unsqueeze(2))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then one feed-forward layer or a mixture of them, `feed_forward` or `moe`."""
+
+    def __init__(self, layer_id: int, args: DeepSeekV3ModelArgs) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.attention = Attention(args)
+        dense = layer_id < args.n_dense_layers
+        self.feed_forward = FeedForward(args.dim, args.ffn_dim) if dense else None
+        self.moe = None if dense else MoE(args.dim, args.moe)
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: torch.Tensor, rotate: Rotation, mask: AttentionMask) -> torch.Tensor:
+        """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
+        x = x + self.attention(self.attention_norm(x), rotate, mask)
+        feed_forward = self.feed_forward if self.moe is None else self.moe
+        return x + feed_forward(self.ffn_norm(x))
+
+    def init_weights(self) -> None:
+        output_std = residual_std(self.layer_id)
+        for sublayer in (self.attention, self.feed_forward, self.moe):
+            if sublayer is not None:
+                sublayer.init_weights(INIT_STD, output_std)
+        self.attention_norm.reset_parameters()
+        self.ffn_norm.reset_parameters()
+
+
+class DeepSeekV3Model(Decoder):
+    """The language model."""
+
+    def __init__(self, args: DeepSeekV3ModelArgs) -> None:
+        super().__init__(args, TransformerBlock)
+
+    def rope_frequencies(self, device: torch.device) -> torch.Tensor:
+        args = self.args
+        if args.yarn is None:
+            return rope_frequencies(args.qk_rope_dim, args.rope_theta, device=device)
+        return yarn_frequencies(args.qk_rope_dim, args.rope_theta, args.yarn, device)
+
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        factor = 1.0 if self.args.yarn is None else self.args.yarn.rotation_factor
+        frequencies = self.rope_frequencies(positions.device)
+        return rotation(positions, frequencies, interleaved=True, factor=factor)

@@ -1,0 +1,70 @@
+"""Exchange of weights with Hugging Face's `DeepseekV3ForCausalLM` and `DeepseekV2ForCausalLM`.
+
+Published files of V3 hold FP8 weights with scales, which are refused: convert them to bfloat16
+first. They also hold a layer for the prediction of more tokens, which is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torchtitan.errors import CheckpointError
+from torchtitan.models.common.expert_state_dict import ExpertsAdapter
+from torchtitan.models.common.state_dict import numbers_of
+
+
+class DeepSeekV3StateDictAdapter(ExpertsAdapter):
+    names: ClassVar = {
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+        "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+        "layers.{}.attention.wq_a.weight": "model.layers.{}.self_attn.q_a_proj.weight",
+        "layers.{}.attention.q_norm.weight": "model.layers.{}.self_attn.q_a_layernorm.weight",
+        "layers.{}.attention.wq_b.weight": "model.layers.{}.self_attn.q_b_proj.weight",
+        "layers.{}.attention.wkv_a.weight": "model.layers.{}.self_attn.kv_a_proj_with_mqa.weight",
+        "layers.{}.attention.kv_norm.weight": "model.layers.{}.self_attn.kv_a_layernorm.weight",
+        "layers.{}.attention.wkv_b.weight": "model.layers.{}.self_attn.kv_b_proj.weight",
+        "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+        "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+        "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+        "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+        "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+        "layers.{}.moe.router.gate.weight": "model.layers.{}.mlp.gate.weight",
+        "layers.{}.moe.router.selection_bias": "model.layers.{}.mlp.gate.e_score_correction_bias",
+        "layers.{}.moe.shared_experts.w1.weight": (
+            "model.layers.{}.mlp.shared_experts.gate_proj.weight"
+        ),
+        "layers.{}.moe.shared_experts.w2.weight": (
+            "model.layers.{}.mlp.shared_experts.down_proj.weight"
+        ),
+        "layers.{}.moe.shared_experts.w3.weight": (
+            "model.layers.{}.mlp.shared_experts.up_proj.weight"
+        ),
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    expert_names: ClassVar = {
+        "layers.{}.moe.experts.w1": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+        "layers.{}.moe.experts.w2": "model.layers.{}.mlp.experts.{}.down_proj.weight",
+        "layers.{}.moe.experts.w3": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    }
+    training_state: ClassVar = frozenset({"layers.{}.moe.router.load"})
+
+    def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self.check_names(state_dict)
+        read = {k: v for k, v in state_dict.items() if not self._predicts_more_tokens(k)}
+        return super().from_hf(read)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name.endswith(".weight_scale_inv"):
+                raise CheckpointError(
+                    f"checkpoint: tensor {name!r} scales an FP8 weight, which is not read. "
+                    "Convert the checkpoint to bfloat16"
+                )
+
+    def _predicts_more_tokens(self, key: str) -> bool:
+        args = self.model_args
+        layer = next(map(int, numbers_of(key)), 0)
+        return args.n_layers <= layer < args.n_layers + args.mtp_layers

@@ -1,0 +1,5 @@
+"""How Llama 4 is cut into pipeline stages: as every model with these module names."""
+
+from torchtitan.distributed.pipeline_parallel import build_pipeline as pipeline_llama4
+
+__all__ = ["pipeline_llama4"]

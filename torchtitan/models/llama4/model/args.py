@@ -1,0 +1,186 @@
+"""Hyperparameters of Llama 4's text model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from torchtitan.config.load import origin
+from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
+from torchtitan.models.common.hf_config import HuggingFaceConfig
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf
+from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
+from torchtitan.protocols.model import BaseModelArgs
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+MOE = MoEArgs(
+    num_experts=16,
+    top_k=1,
+    hidden_dim=8192,
+    num_shared_experts=1,
+    score_func="sigmoid",
+    normalize_weights=False,
+    weight_inputs=True,
+)
+
+
+@dataclass
+class Llama4ModelArgs(BaseModelArgs):
+    """Sizes and choices; the defaults are those of Scout, 109B-A17B, before long contexts."""
+
+    dim: int = 5120
+    """Features of the hidden states."""
+    n_layers: int = 48
+    n_heads: int = 40
+    """Query heads."""
+    n_kv_heads: int = 8
+    """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
+    head_dim: int = 128
+    """Features of a head."""
+    ffn_dim: int = 16384
+    """Features inside the feed-forward layers of layers without experts."""
+    moe: MoEArgs = field(default_factory=lambda: MOE)
+    moe_interval: int = 1
+    """Each layer whose number, counted from 1, is a multiple of it has experts."""
+    nope_interval: int = 4
+    """Each layer whose number, counted from 1, is a multiple of it has no positions."""
+    chunk: int = 8192
+    """Tokens that layers with positions attend within."""
+    qk_norm: bool = True
+    """Divide rotated queries and keys by their root mean square."""
+    temperature_floor: int = 8192
+    """In layers without positions, queries grow at multiples of so many tokens."""
+    temperature_scale: float = 0.1
+    """How much they grow; 0: not at all."""
+    vocab_size: int = 202048
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    """For contexts longer than those trained on; None: rotations as trained at first."""
+    tie_word_embeddings: bool = False
+    """The output layer shares the embedding's weight."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel, see `model.attention`."""
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
+
+    @property
+    def num_experts(self) -> int:
+        return self.moe.num_experts
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the layer of this number, counted from 0, is a mixture of experts."""
+        return (layer + 1) % self.moe_interval == 0
+
+    def has_positions(self, layer: int) -> bool:
+        """Whether the layer of this number, counted from 0, rotates, and attends in chunks."""
+        return (layer + 1) % self.nope_interval != 0
+
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+
+        Of the experts, only those that a token uses cost FLOPs. The rest is counted as for Llama 3:
+        6 FLOPs a weight and token, the output layer included and the embedding not. As in that
+        convention a query sees all `seq_len` keys although it is causal, it sees
+        `min(seq_len, chunk)` of them in layers that attend in chunks.
+        """
+        layers = range(self.n_layers)
+        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
+        held, used = self.moe.count_parameters(self.dim)
+        dense, n_moe = 3 * self.dim * self.ffn_dim, sum(map(self.has_experts, layers))
+        vocabulary = self.vocab_size * self.dim
+        embeddings = vocabulary if self.tie_word_embeddings else 2 * vocabulary
+
+        everywhere = self.n_layers * attention + (self.n_layers - n_moe) * dense
+        norms = (2 * self.n_layers + 1) * self.dim
+        nparams = everywhere + n_moe * held + norms + embeddings
+        matrices = everywhere + n_moe * used + vocabulary
+        chunked = sum(map(self.has_positions, layers))
+        keys = chunked * min(seq_len, self.chunk) + (self.n_layers - chunked) * seq_len
+        return nparams, 6 * matrices + 12 * q_dim * keys
+
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        """A copy with the attention kernel that the job asks for.
+
+        Raises:
+            ConfigError: the heads or matrices do not divide over the ranks that share them, or
+                experts are to be split, whose gate and input matrices are one.
+        """
+        require_divisible_by_tp(
+            job_config,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            ffn_dim=self.ffn_dim,
+            vocab_size=self.vocab_size,
+        )
+        require_heads_divisible_by_cp(job_config, self.n_heads)
+        if job_config.parallelism.expert_tensor_parallel_degree > 1:
+            key = "parallelism.expert_tensor_parallel_degree"
+            raise ConfigError(
+                f"{origin(job_config, key)}: the experts of {job_config.model.name} cannot be "
+                "split, as their gate and input matrices are one. Set it to 1, and use "
+                "parallelism.expert_parallel_degree"
+            )
+        return replace(self, attention=job_config.model.attention)
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> Self:
+        """The args of a model from its `config.json` (`Llama4ForCausalLM`).
+
+        Raises:
+            CheckpointError: a field is missing, unknown, or has a value that is not supported.
+        """
+        hf = HuggingFaceConfig(config, "llama4_text")
+        hf.require("hidden_act", "silu")
+        hf.require("attention_bias", False)
+        hf.require("attention_dropout", 0.0)
+        hf.require("router_jitter_noise", 0.0)
+        hf.require("for_llm_compressor", False)
+        tuned = bool(config.get("attn_temperature_tuning", True))
+        hf.require("attn_temperature_tuning", True, False, 4)  # 4: what Meta's first files say
+        scale = hf.take("attn_scale", kind=float, default=0.1)
+        rope_theta, rope_scaling = hf.take_rope()
+        try:
+            args = cls(
+                dim=hf.take("hidden_size", kind=int),
+                n_layers=hf.take("num_hidden_layers", kind=int),
+                n_heads=hf.take("num_attention_heads", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=int),
+                head_dim=hf.take("head_dim", kind=int),
+                ffn_dim=hf.take("intermediate_size_mlp", kind=int),
+                moe=replace(
+                    MOE,
+                    num_experts=hf.take("num_local_experts", kind=int),
+                    top_k=hf.take("num_experts_per_tok", kind=int),
+                    hidden_dim=hf.take("intermediate_size", kind=int),
+                ),
+                moe_interval=hf.take("interleave_moe_layer_step", kind=int),
+                nope_interval=hf.take("no_rope_layer_interval", kind=int, default=4),
+                chunk=hf.take("attention_chunk_size", kind=int),
+                qk_norm=hf.take("use_qk_norm", kind=bool, default=True),
+                temperature_floor=hf.take("floor_scale", kind=int, default=8192),
+                temperature_scale=scale if tuned else 0.0,
+                vocab_size=hf.take("vocab_size", kind=int),
+                norm_eps=hf.take("rms_norm_eps", kind=float),
+                rope_theta=rope_theta,
+                rope_scaling=None if rope_scaling is None else rope_scaling_from_hf(rope_scaling),
+                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
+            )
+        except ValueError as error:  # sizes that do not fit together
+            raise CheckpointError(f"config.json: {error}") from error
+        # These lists say once more what the intervals say.
+        positions = [args.has_positions(layer) for layer in range(args.n_layers)]
+        kinds = ["chunked_attention" if has else "full_attention" for has in positions]
+        hf.require("no_rope_layers", [int(has) for has in positions], [], None)
+        hf.require("layer_types", kinds, None)
+        hf.require("moe_layers", list(filter(args.has_experts, range(args.n_layers))), None)
+        hf.finish()
+        return args
