@@ -27,6 +27,7 @@ from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
+from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.validate import build_validator
 from torchtitan.config import JobConfig, load_config, origin, to_toml
 from torchtitan.config.validate import resolve_batch, validate
@@ -122,12 +123,12 @@ class Trainer:
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
             sum_gradients(part)
-            initialize_weights(
-                part, job_config.debug.seed, torch.device("cpu") if offload else self.device
-            )
+            params_device = torch.device("cpu") if offload else self.device
+            initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()
         self.autocast = _autocast(self.model_parts, job_config, self.device)
 
+        self.expert_balance = ExpertBalance(self.model_parts, parallel_dims)
         self.loss_fn.attach(self.model_parts)
         self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, parallel_dims)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
@@ -205,6 +206,7 @@ class Trainer:
         parameters = [param for part in self.model_parts for param in part.parameters()]
         grad_norm = clip_grad_norm(parameters, config.training.max_norm, self.pp_mesh)
         self.optimizers.step()
+        self.expert_balance.step()
         self.window.add(step, loss_sum, grad_norm)
         self.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
@@ -266,6 +268,7 @@ class Trainer:
                 lr=self.lr,
                 ntokens_since_last=self.window.steps * self.tokens_per_step,
                 data_wait_seconds=self.data_wait,
+                extra=self.expert_balance.metrics(),
             )
             self.window = Window()
             self.data_wait = 0.0

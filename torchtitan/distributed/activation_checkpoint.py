@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -30,10 +31,12 @@ SAVED_OPS = {
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops.higher_order.flex_attention,
+    _aten.topk.default,
 }
-"""Kept by selective checkpointing per op: dear to compute or to communicate, cheap to hold."""
+"""Kept by selective checkpointing per op: dear to compute or to communicate, cheap to hold. And
+what chooses experts, which must choose the same again."""
 
-MATMUL_OPS = {_aten.mm.default, _aten.addmm.default}
+MATMUL_OPS = {_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default}
 """Of these, selective checkpointing per op keeps every other one."""
 
 
@@ -69,7 +72,31 @@ def _selective_contexts() -> Any:
             matmuls[ctx.is_recompute] += 1
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    forward, recomputation = create_selective_checkpoint_contexts(policy)
+    return forward, _OnlyKeptOps(recomputation)
+
+
+class _OnlyKeptOps(TorchDispatchMode):
+    """Hands on to selective checkpointing's own mode only what it may have kept.
+
+    Torch's mode expects the recomputation to run each operation as often as the forward pass did.
+    But the hooks of FSDP on modules within a block (experts) gather weights only if they have to.
+    """
+
+    def __init__(self, inner: TorchDispatchMode) -> None:
+        super().__init__()
+        self._inner = inner
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in SAVED_OPS or func in MATMUL_OPS:
+            return self._inner.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | None) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
+from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.pipeline_split import splits_backward
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ def apply_compile(model: nn.Module, job_config: JobConfig) -> nn.Module:
 
     Per block (the default), the blocks share one graph, which is compiled once, and parameter names
     stay as they are. Over the whole model the result is `torch.compile`'s wrapper.
+
+    A block must be one graph, unless it has experts: where these are dispatched to other ranks,
+    sharded apart from their block, or in float32, the graph is in two, before and after them.
     """
     config = job_config.compile
     if not config.enable or "model" not in config.components:
@@ -25,8 +29,13 @@ def apply_compile(model: nn.Module, job_config: JobConfig) -> nn.Module:
     if splits_backward(job_config):
         # The backward pass runs twice over one graph, so it may not overwrite what it reads.
         torch._functorch.config.donated_buffer = False
+    if job_config.training.mixed_precision_param == "float32":
+        for moe in moe_layers(model):  # the compiler knows grouped_mm in bfloat16 alone
+            moe.experts.forward = torch.compiler.disable(moe.experts.forward)
     if config.scope == "model":
         return torch.compile(model, backend=config.backend)
     for layer in model.layers.values():
-        layer.forward = torch.compile(layer.forward, backend=config.backend, fullgraph=True)
+        layer.forward = torch.compile(
+            layer.forward, backend=config.backend, fullgraph=not moe_layers(layer)
+        )
     return model

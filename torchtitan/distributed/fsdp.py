@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +14,18 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor, Shard
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 
-def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> None:
+def apply_fsdp(
+    model: nn.Module,
+    dp_mesh: DeviceMesh,
+    job_config: JobConfig,
+    own_meshes: Mapping[nn.Module, DeviceMesh] | None = None,
+) -> None:
     """Shard parameters, gradients and optimizer state over the data ranks, in place.
 
     `dp_mesh` is `world_mesh["dp"]`. Within it, `dp_shard` ranks shard and `dp_replicate` groups
@@ -27,6 +34,10 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> 
 
     Each block of `model.layers` is gathered on its own; so is the embedding. The last norm and the
     output layer form one group that stays gathered, because the backward pass begins with it.
+
+    Args:
+        own_meshes: modules within blocks that are sharded over other meshes, each as a group of its
+            own: experts, see `apply_expert_parallel`.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper delegates to the model
     training = job_config.training
@@ -48,7 +59,20 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> 
     reshard = policy != "never" and mesh.size(-1) > 1
 
     for layer in model.layers.values():
-        fully_shard(layer, **options, reshard_after_forward=reshard)
+        for module in [m for m in layer.modules() if m in (own_meshes or {})]:
+            own = own_meshes[module]
+            fully_shard(
+                module,
+                **options | {"mesh": own},
+                reshard_after_forward=policy != "never" and own.size(-1) > 1,
+                shard_placement_fn=_placement_over(own),
+            )
+        fully_shard(
+            layer,
+            **options,
+            reshard_after_forward=reshard,
+            shard_placement_fn=_placement_over(mesh),
+        )
     embedding, head = model.tok_embeddings, [m for m in (model.norm, model.output) if m is not None]
     tied = embedding is not None and model.output is not None
     tied = tied and embedding.weight is model.output.weight
@@ -58,6 +82,29 @@ def apply_fsdp(model: nn.Module, dp_mesh: DeviceMesh, job_config: JobConfig) -> 
         if head:
             fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
     fully_shard(model, **options)
+
+
+def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
+    """How parameters of a block are cut: along rows (None), but experts as evenly as possible.
+
+    With more ranks than experts, a cut between experts would leave ranks without any.
+    """
+    ranks = mesh.size(-1)
+
+    def placement(param: nn.Parameter) -> Shard | None:
+        if param.ndim < 3:
+            return None
+        taken = {0: 1}  # dimension -> ranks that share it already (expert parallelism)
+        if isinstance(param, DTensor):
+            for size, place in zip(param.device_mesh.shape, param.placements, strict=True):
+                taken[place.dim] = taken.get(place.dim, 1) * size
+        # FSDP cuts other dimensions than the first only evenly, and here none that is cut already.
+        free = [dim for dim in (1, 2) if dim not in taken and param.size(dim) % ranks == 0]
+        if param.size(0) // taken[0] % ranks == 0 or not free:
+            return None
+        return Shard(free[0])
+
+    return placement
 
 
 def _sharding_mesh(dp_mesh: DeviceMesh) -> DeviceMesh:

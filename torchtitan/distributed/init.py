@@ -23,11 +23,21 @@ from torchtitan.distributed.tying import preserve_tying
 from torchtitan.protocols.model import ModelProtocol
 
 
-def initialize_weights(model: ModelProtocol, seed: int, device: torch.device) -> None:
+def initialize_weights(
+    model: ModelProtocol,
+    seed: int,
+    device: torch.device,
+    buffer_device: torch.device | None = None,
+) -> None:
     """Allocate a model that is on the meta device, and set all its weights.
 
     As on a single device, every module first gets PyTorch's own defaults (`reset_parameters`), then
     `model.init_weights()` decides.
+
+    Args:
+        device: where parameters live.
+        buffer_device: where buffers live; None: with the parameters. They differ when parameters
+            are offloaded to the host.
 
     Raises:
         RuntimeError: a parameter or buffer was set by neither (the author's bug); names it.
@@ -42,6 +52,10 @@ def initialize_weights(model: ModelProtocol, seed: int, device: torch.device) ->
                     module.reset_parameters()
             model.init_weights()
         _refuse_poison(model)
+    if buffer_device is not None:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(buffer_device))
 
 
 class SeededInit(TorchDispatchMode):

@@ -136,6 +136,11 @@ class ParallelDims:
         return self.etp > 1
 
     @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same experts for different tokens, within a replica of the model."""
+        return self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
+
+    @property
     def non_data_parallel_size(self) -> int:
         """Ranks that read the same data."""
         return self.pp * self.cp * self.tp
@@ -183,8 +188,7 @@ class ParallelDims:
         ranks hold the same experts and shard them (FSDP). Dimensions of degree 1 are left out, but
         for expert_dp. Needs an initialised process group.
         """
-        expert_dp = self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
-        sizes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "expert_dp": expert_dp}
+        sizes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "expert_dp": self.expert_dp}
         return _mesh(sizes | {"ep": self.ep, "etp": self.etp}, always="expert_dp")
 
     def groups(self) -> dict[str, ProcessGroup]:

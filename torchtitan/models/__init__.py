@@ -3,7 +3,9 @@
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
 from .llama3 import get_train_spec as get_llama3_train_spec
+from .qwen3 import get_train_spec as get_qwen3_train_spec
 
 MODEL_REGISTRY["llama3"] = get_llama3_train_spec
+MODEL_REGISTRY["qwen3"] = get_qwen3_train_spec
 
 __all__ = ["MODEL_REGISTRY"]

@@ -25,6 +25,11 @@ class BaseModelArgs:
         """
         raise NotImplementedError(f"{type(self).__name__} must define get_nparams_and_flops")
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of a mixture-of-experts layer, which expert parallelism divides; 0: none."""
+        return 0
+
     def update_from_config(self, job_config: JobConfig) -> Self:
         """Return args adapted to a training config. Raise `ConfigError` if they cannot be.
 

@@ -159,8 +159,10 @@ def _load_huggingface(
 
     read_state(hf_state, SafetensorsReader(path, metadata), is_wanted, group)
     converted = adapter.from_hf(hf_state)
+    buffers = {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
     for name, tensor in state.items():
-        tensor.copy_(converted[name])
+        if name in converted or name not in buffers:  # files lack what belongs to training
+            tensor.copy_(converted[name])
 
 
 def _adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:

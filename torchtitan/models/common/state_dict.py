@@ -1,13 +1,52 @@
-"""Renaming the tensors of a checkpoint by a table."""
+"""Exchange of weights with Hugging Face by a table of names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torchtitan.errors import CheckpointError, did_you_mean
+from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class RenamingAdapter(BaseStateDictAdapter):
+    """For models whose tensors Hugging Face holds in the same shapes under other names.
+
+    Tied weights: our state dicts hold the one tensor under both names, `tok_embeddings.weight` and
+    `output.weight`, as `nn.Module.state_dict` does, so that every part of a model finds its own
+    names in a checkpoint. Hugging Face's hold it under the embedding's name alone.
+
+    Both directions raise `CheckpointError` for a name that is not in the table.
+    """
+
+    names: ClassVar[Mapping[str, str]]
+    """Our name -> theirs, with `{}` for a layer's number; see `rename`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tied = self.model_args.tie_word_embeddings
+        self._from_hf = {theirs: ours for ours, theirs in self.names.items()}
+        self._to_hf = dict(self.names)
+        if self._tied:
+            self._to_hf["output.weight"] = self.names["tok_embeddings.weight"]
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {rename(key, self._to_hf): value for key, value in state_dict.items()}
+
+    def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        converted = {}
+        for key, value in state_dict.items():
+            if key.endswith(".rotary_emb.inv_freq"):
+                continue  # older files hold what rope_theta already says
+            if self._tied and key == self.names["output.weight"]:
+                continue  # a copy of the embedding, which some files hold
+            converted[rename(key, self._from_hf)] = value
+        if self._tied and "tok_embeddings.weight" in converted:
+            converted["output.weight"] = converted["tok_embeddings.weight"]
+        return converted
 
 
 def rename(key: str, names: Mapping[str, str]) -> str:
@@ -18,9 +57,19 @@ def rename(key: str, names: Mapping[str, str]) -> str:
     Raises:
         CheckpointError: the table has no such name.
     """
-    pattern = _NUMBER.sub("{}", key)
+    pattern = pattern_of(key)
     if pattern not in names:
         raise CheckpointError(
             f"checkpoint: tensor {key!r} is not one of this model's.{did_you_mean(pattern, names)}"
         )
-    return names[pattern].format(*_NUMBER.findall(key))
+    return names[pattern].format(*numbers_of(key))
+
+
+def pattern_of(key: str) -> str:
+    """`layers.3.norm.weight` -> `layers.{}.norm.weight`."""
+    return _NUMBER.sub("{}", key)
+
+
+def numbers_of(key: str) -> list[str]:
+    """`layers.3.experts.12.weight` -> `["3", "12"]`."""
+    return _NUMBER.findall(key)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.config.load import origin
 from torchtitan.errors import ConfigError
+from torchtitan.models.common.moe import ALIGNMENT
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -27,5 +28,24 @@ def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:
     raise ConfigError(
         f"{origin(job_config, 'parallelism.tensor_parallel_degree')}: does not divide the sizes of "
         f"{job_config.model.name} {job_config.model.flavor} ({written}). "
+        f"Degrees that do: {', '.join(map(str, degrees))}"
+    )
+
+
+def require_splittable_experts(job_config: JobConfig, hidden_dim: int) -> None:
+    """Check that expert tensor parallelism can cut experts of `hidden_dim` features.
+
+    Raises:
+        ConfigError: the parts would be uneven, or not be multiples of 8 as `grouped_mm` needs.
+    """
+    degree = job_config.parallelism.expert_tensor_parallel_degree
+    if hidden_dim % (degree * ALIGNMENT) == 0:
+        return
+    parts = hidden_dim // ALIGNMENT
+    degrees = [d for d in range(1, parts + 1) if parts % d == 0]
+    raise ConfigError(
+        f"{origin(job_config, 'parallelism.expert_tensor_parallel_degree')}: cannot cut the "
+        f"experts of {job_config.model.name} {job_config.model.flavor} (hidden_dim = {hidden_dim}) "
+        f"into parts of a multiple of {ALIGNMENT}. "
         f"Degrees that do: {', '.join(map(str, degrees))}"
     )

@@ -1,0 +1,70 @@
+"""The load of experts over a whole step: what balances it, and what is reported of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from torchtitan.distributed.utils import device
+from torchtitan.models.common.router import TopKRouter
+
+if TYPE_CHECKING:
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+class ExpertBalance:
+    """All `TopKRouter`s of this rank's model parts; for a model without any it does nothing.
+
+    Each router tallies the tokens of its experts. After a step the tallies of all ranks are added
+    up, and every router is told the load, so that it can balance the next step.
+
+    Args:
+        model_parts: of this rank, parallelized and initialised.
+        parallel_dims: the ranks of one pipeline stage route different tokens, those of tensor
+            parallelism too.
+    """
+
+    def __init__(self, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
+        modules = [module for part in model_parts for module in part.modules()]
+        self._routers = [module for module in modules if isinstance(module, TopKRouter)]
+        mesh = parallel_dims.world_mesh
+        self._groups = [mesh["dp_cp"].get_group()]
+        if parallel_dims.tp_enabled:
+            self._groups.append(mesh["tp"].get_group())
+        # Other stages of a pipeline may have experts where this one has none.
+        number = torch.tensor(len(self._routers), device=device())
+        dist.all_reduce(number)
+        self._enabled = bool(number)
+
+    def step(self) -> None:
+        """Call after each optimizer step, on all ranks."""
+        if not self._routers:
+            return
+        load = torch.cat([router.tally for router in self._routers])
+        for group in self._groups:
+            dist.all_reduce(load, group=group)
+        parts = load.split([len(router.tally) for router in self._routers])
+        for router, part in zip(self._routers, parts, strict=True):
+            router.end_step(part)
+
+    def metrics(self) -> dict[str, float]:
+        """How uneven the last step was; all ranks call this. Empty for a model without experts.
+
+        * `expert_imbalance`: tokens of a layer's busiest expert over the mean of its experts (1 is
+          even), the mean over layers;
+        * `expert_imbalance_max`: the same of the most uneven layer.
+        """
+        if not self._enabled:
+            return {}
+        layers = torch.zeros(1 + len(self._routers), device=device())
+        for i, router in enumerate(self._routers, start=1):
+            layers[i] = router.load.max() / router.load.mean()
+        total = torch.stack([layers.sum(), (layers > 0).sum(dtype=layers.dtype)])
+        worst = layers.max()
+        dist.all_reduce(total)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        mean = total[0] / total[1]
+        return {"expert_imbalance": mean.item(), "expert_imbalance_max": worst.item()}

@@ -1,0 +1,195 @@
+"""Expert parallelism: the experts of each mixture-of-experts layer are spread over ranks.
+
+The router runs on each rank for the rank's own tokens, under tensor parallelism for its part of the
+sequence. Rows of tokens, sorted by expert, travel to the ranks that have their experts and back
+(GShard, arXiv:2006.16668). If each expert's matrices are split too (expert tensor parallelism), the
+ranks that share an expert first show one another their rows, and add up their results afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed._functional_collectives import (
+    all_gather_tensor,
+    all_to_all_single_autograd,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel
+
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import Plan
+from torchtitan.tools.rows import inverse_permutation, select_rows
+
+if TYPE_CHECKING:
+    from torchtitan.models.common.moe import MoE
+
+SPLIT_DIMS = {"w1": 1, "w2": 2, "w3": 1}
+"""Parameter of `GroupedExperts` -> dimension of the features inside an expert."""
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def router_plan(moe: str = "moe") -> Plan:
+    """The part of a block's tensor-parallel plan that has each rank route its part of the sequence.
+
+    Args:
+        moe: name of the `MoE` module in the block; it comes after a `SequenceParallel` norm.
+    """
+    own = (Shard(1),)
+    return {
+        moe: PrepareModuleInput(
+            input_layouts=own, desired_input_layouts=own, use_local_output=True
+        ),
+        f"{moe}.router.gate": SequenceParallel(sequence_dim=0, use_local_output=True),
+    }
+
+
+def apply_expert_parallel(
+    model: nn.Module, parallel_dims: ParallelDims, split_dims: dict[str, int] = SPLIT_DIMS
+) -> dict[nn.Module, DeviceMesh]:
+    """Give each rank its part of the experts of every `MoE` in `model`, in place.
+
+    Args:
+        split_dims: parameter of the experts -> dimension that expert tensor parallelism splits.
+
+    Returns:
+        Experts -> the mesh that `apply_fsdp` is to shard them over. Empty if they need none of
+        their own, because they are held by the same ranks as the rest of their block.
+    """
+    layers = moe_layers(model)
+    if not layers or (not parallel_dims.ep_enabled and not parallel_dims.tp_enabled):
+        return {}
+    mesh = parallel_dims.expert_mesh
+    dims = tuple(name for name in ("ep", "etp") if name in mesh.mesh_dim_names)
+    if dims:
+        groups = {name: mesh[name].get_group() for name in dims}
+        for layer in layers:
+            _shard_experts(layer.experts, mesh[dims], split_dims)
+            layer.experts.forward = _dispatched(layer.experts, **groups)
+    if not parallel_dims.dp_enabled and parallel_dims.expert_dp == 1:
+        return {}
+    replicas = ("dp_replicate",) if parallel_dims.dp_replicate_enabled else ()
+    return {layer.experts: mesh[*replicas, "expert_dp"] for layer in layers}
+
+
+def moe_layers(model: nn.Module) -> list[MoE]:
+    # Imported here because the package of models imports this module.
+    from torchtitan.models.common.moe import MoE
+
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def _shard_experts(experts: nn.Module, mesh: DeviceMesh, split_dims: dict[str, int]) -> None:
+    for name, param in list(experts.named_parameters()):
+        placements = {"ep": Shard(0), "etp": Shard(split_dims[name])}
+        sharded = distribute_tensor(param, mesh, [placements[dim] for dim in mesh.mesh_dim_names])
+        experts.register_parameter(name, nn.Parameter(sharded))
+
+
+def _dispatched(
+    experts: nn.Module, ep: dist.ProcessGroup | None = None, etp: dist.ProcessGroup | None = None
+) -> Forward:
+    """The forward of `experts` that takes rows for all experts, wherever they are."""
+    forward = experts.forward
+
+    @wraps(forward)
+    @torch.compiler.disable  # how many rows travel is known only when they do
+    def dispatched_forward(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        exchange = RowExchange(counts, ep, etp)
+        rows = exchange.send(rows)
+        with _local_parameters(experts):
+            rows = forward(rows, exchange.counts)
+        return exchange.send_back(rows)
+
+    return dispatched_forward
+
+
+@contextmanager
+def _local_parameters(module: nn.Module) -> Iterator[None]:
+    """Meanwhile the module's parameters are this rank's parts, as plain tensors."""
+    whole = dict(module._parameters)
+    module._parameters.update({name: param.to_local() for name, param in whole.items()})
+    try:
+        yield
+    finally:
+        module._parameters.update(whole)
+
+
+class RowExchange:
+    """Moves the rows of one forward pass to the ranks that have their experts, and back.
+
+    Args:
+        counts: rows that this rank has for each expert of all ranks, `[num_experts]` int64.
+        ep: the ranks that have different experts; None if every rank has all.
+        etp: the ranks that each have a part of the same experts; None if experts are whole.
+    """
+
+    def __init__(
+        self, counts: torch.Tensor, ep: dist.ProcessGroup | None, etp: dist.ProcessGroup | None
+    ) -> None:
+        self._ep, self._etp = ep, etp
+        ep_size, etp_size = _size(ep), _size(etp)
+        outgoing = counts.view(ep_size, -1)  # [rank, its expert]
+        incoming = torch.empty_like(outgoing)  # [rank, this rank's expert]
+        if ep is None:
+            incoming.copy_(outgoing)
+        else:
+            dist.all_to_all_single(incoming, outgoing.contiguous(), group=ep)
+        sources = incoming[None]  # [etp rank, ep rank, this rank's expert]
+        if etp is not None:
+            sources = all_gather_tensor(incoming, 0, etp).view(etp_size, *incoming.shape)
+        self.counts = sources.sum(dim=(0, 1))
+        """Rows for each expert of this rank, `[experts of a rank]` int64."""
+
+        numbers = torch.cat([outgoing.sum(1), incoming.sum(1), sources.sum((1, 2))]).tolist()
+        self._sent = numbers[:ep_size]
+        self._arrived = numbers[ep_size : 2 * ep_size]
+        self._shown = numbers[2 * ep_size :]
+        # Rows arrive by source, then expert; experts take them by expert.
+        expert = torch.arange(len(self.counts), device=counts.device).repeat(etp_size * ep_size)
+        expert = expert.repeat_interleave(sources.flatten(), output_size=sum(self._shown))
+        self._order = expert.argsort(stable=True)
+        self._place = inverse_permutation(self._order)
+
+    def send(self, rows: torch.Tensor) -> torch.Tensor:
+        """From this rank's rows, sorted by expert, to all rows for the experts of this rank.
+
+        Args:
+            rows: `[sum of the counts given, dim]`.
+
+        Returns:
+            `[sum of self.counts, dim]`, sorted by expert.
+        """
+        if self._ep is not None:
+            rows = all_to_all_single_autograd(rows, self._arrived, self._sent, self._ep)
+        if self._etp is not None:
+            rows = all_to_all_single_autograd(
+                rows.repeat(len(self._shown), 1), self._shown, self._own_copies, self._etp
+            )
+        return select_rows(rows, self._order, self._place)
+
+    def send_back(self, rows: torch.Tensor) -> torch.Tensor:
+        """The way back of `send`; what the ranks of `etp` made of one row is added up."""
+        rows = select_rows(rows, self._place, self._order)
+        if self._etp is not None:
+            rows = all_to_all_single_autograd(rows, self._own_copies, self._shown, self._etp)
+            rows = rows.view(len(self._shown), sum(self._arrived), -1).sum(dim=0)
+        if self._ep is not None:
+            rows = all_to_all_single_autograd(rows, self._sent, self._arrived, self._ep)
+        return rows
+
+    @property
+    def _own_copies(self) -> list[int]:
+        return [sum(self._arrived)] * len(self._shown)
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()

@@ -1,0 +1,106 @@
+"""What decoder-only language models have in common: everything around the blocks.
+
+A model names its block and its hyperparameters; see `models/llama3/model/model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn as nn
+
+from torchtitan.models.common.attention import CausalMask
+from torchtitan.models.common.rope import rope_frequencies, rotation
+from torchtitan.protocols.model import ModelProtocol
+
+INIT_STD = 0.02
+
+
+def residual_std(layer_id: int) -> float:
+    """Standard deviation for matrices that write to the residual stream, in layer `layer_id`.
+
+    2 (layer_id + 1) sublayers have written to the stream by then; their sum stays level (GPT-2).
+    """
+    return INIT_STD / (2 * (layer_id + 1)) ** 0.5
+
+
+class Decoder(ModelProtocol):
+    """A decoder-only language model. In a pipeline stage, layers may be deleted and other parts be
+    None.
+
+    Args:
+        args: with `dim`, `n_layers`, `vocab_size`, `norm_eps`, `head_dim`, `rope_theta`,
+            `tie_word_embeddings` and `attention`.
+        block: makes the block of a layer from its number and `args`. The block has
+            `forward(x, rotate, mask)` and `init_weights()`.
+    """
+
+    def __init__(self, args: Any, block: Callable[[int, Any], nn.Module]) -> None:
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict({str(i): block(i, args) for i in range(args.n_layers)})
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.mask = CausalMask(args.attention)
+        self._tie_weights()
+
+    def rope_frequencies(self, device: torch.device) -> torch.Tensor:
+        """Angle a position of each pair of features: `[head_dim / 2]`, float32, radians."""
+        return rope_frequencies(self.args.head_dim, self.args.rope_theta, device=device)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: `[batch, seq]` int64; hidden states `[batch, seq, dim]` without an embedding.
+            positions: `[batch, seq]` or `[1, seq]` int64; None counts from 0.
+            document_ids: `[batch, seq]` int64; tokens attend only within their document. None: the
+                sequence is one document.
+
+        Returns:
+            `[batch, seq, vocab]`; hidden states `[batch, seq, dim]` without an output layer.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        rotate = rotation(positions, self.rope_frequencies(tokens.device))
+        mask = self.mask(positions.shape[1], document_ids, tokens.device)
+
+        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        for layer in self.layers.values():
+            h = layer(h, rotate, mask)
+        h = self.norm(h) if self.norm is not None else h
+        return self.output(h) if self.output is not None else h
+
+    def init_weights(self) -> None:
+        """Normal weights of std 0.02, less for what writes to the residual stream (GPT-2)."""
+        if self.tok_embeddings is not None:
+            nn.init.normal_(self.tok_embeddings.weight, std=INIT_STD)
+        for layer in self.layers.values():
+            layer.init_weights()
+        if self.norm is not None:
+            self.norm.reset_parameters()
+        if self.output is not None and not self._is_tied:
+            nn.init.normal_(self.output.weight, std=INIT_STD)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """As `nn.Module.to_empty`, which gives every module memory of its own, but still tied."""
+        super().to_empty(device=device, recurse=recurse)
+        self._tie_weights()
+        return self
+
+    @property
+    def _is_tied(self) -> bool:
+        both = self.tok_embeddings is not None and self.output is not None
+        return both and self.args.tie_word_embeddings
+
+    def _tie_weights(self) -> None:
+        if self._is_tied:
+            self.output.weight = self.tok_embeddings.weight

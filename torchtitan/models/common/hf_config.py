@@ -1,0 +1,113 @@
+"""Reading the `config.json` of a Hugging Face model, and refusing what is not understood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchtitan.errors import CheckpointError
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",  # training starts from our own initialisation or from weights
+        "max_position_embeddings",  # rotary positions have no end
+        "model_type",
+        "output_router_logits",
+        "pad_token_id",
+        "router_aux_loss_coef",  # of a training run
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Fields that say nothing about what a model computes."""
+
+_REQUIRED = object()
+
+
+class HuggingFaceConfig:
+    """The fields of a `config.json`, each to be asked for once.
+
+    Args:
+        fields: the parsed file.
+        model_types: values of `model_type` that the caller can read.
+
+    Raises:
+        CheckpointError: the file is of another architecture.
+    """
+
+    def __init__(self, fields: dict[str, Any], *model_types: str) -> None:
+        self._fields = dict(fields)
+        self.model_type = self._fields.get("model_type")
+        if self.model_type not in model_types:
+            expected = " or ".join(map(repr, model_types))
+            raise CheckpointError(f"config.json: model_type is {self.model_type!r}, not {expected}")
+
+    def take(self, *names: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """The value of a field, which has several names if it was renamed.
+
+        Raises:
+            CheckpointError: it is missing and there is no default, or it is not of type `kind`.
+        """
+        present = [(name, self._fields.pop(name)) for name in names if name in self._fields]
+        if not present:
+            if default is _REQUIRED:
+                raise CheckpointError(f"config.json lacks {names[0]!r}")
+            return default
+        name, value = present[0]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise CheckpointError(
+                f"config.json: {name} = {value!r} must be of type {kind.__name__}"
+            )
+        return value
+
+    def require(self, name: str, *supported: Any) -> None:
+        """Accept the field `name` if it is missing or has one of the values given.
+
+        Raises:
+            CheckpointError: it has another value.
+        """
+        value = self._fields.pop(name, supported[0])
+        if value not in supported:
+            raise unsupported(name, value)
+
+    def ignore(self, *names: str) -> None:
+        """Fields that have no effect, given the values of others."""
+        for name in names:
+            self._fields.pop(name, None)
+
+    def take_rope(self) -> tuple[float, dict[str, Any] | None]:
+        """Rotary base, and the scaling as a dict with `rope_type`; None without scaling.
+
+        Since transformers 5 one field `rope_parameters` holds both.
+        """
+        scaling = dict(self._fields.pop("rope_parameters", None) or {})
+        scaling |= self._fields.pop("rope_scaling", None) or {}
+        if "rope_theta" in scaling:
+            self._fields.setdefault("rope_theta", scaling.pop("rope_theta"))
+        if "type" in scaling:  # its name in older files
+            scaling.setdefault("rope_type", scaling.pop("type"))
+        theta = self.take("rope_theta", kind=float)
+        return theta, None if scaling.get("rope_type", "default") == "default" else scaling
+
+    def finish(self) -> None:
+        """Call when all that is understood was asked for.
+
+        Raises:
+            CheckpointError: a field is left that may have an effect.
+        """
+        left = sorted(self._fields.keys() - _WITHOUT_EFFECT)
+        if left:
+            fields = ", ".join(f"{name} = {self._fields[name]!r}" for name in left)
+            raise CheckpointError(f"config.json: unknown fields: {fields}")
+
+
+def unsupported(name: str, value: Any) -> CheckpointError:
+    """The error for a field whose value we do not implement."""
+    return CheckpointError(f"config.json: {name} = {value!r} is not supported")

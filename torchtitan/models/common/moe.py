@@ -1,0 +1,171 @@
+"""Mixture-of-experts layers: each token is processed by the few experts that a router chooses.
+
+The layer has three parts. The router (`router.py`) chooses; the experts are one module with the
+weights of all of them, which processes tokens sorted by expert; the layer sorts, and adds up.
+Expert parallelism takes the place of the experts' `forward` and moves the sorted tokens to the
+ranks that have their experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from torchtitan.tools.rows import inverse_permutation, select_rows
+
+from .feed_forward import FeedForward
+from .router import GROUP_SCORE_EXPERTS, TopKRouter
+
+ALIGNMENT = 8
+"""Sizes of experts are multiples of this: rows of 16 bytes in bfloat16, as `grouped_mm` needs."""
+
+
+@dataclass(frozen=True)
+class MoEArgs:
+    """Sizes and choices of a mixture-of-experts layer."""
+
+    num_experts: int = 8
+    top_k: int = 2
+    """Experts of a token."""
+    hidden_dim: int = 256
+    """Features inside each expert."""
+    num_shared_experts: int = 0
+    """Experts that process every token, besides; in effect one, of so many times `hidden_dim`."""
+    score_func: Literal["softmax", "sigmoid"] = "softmax"
+    """From the gate's logits to the scores that experts are chosen and weighted by."""
+    normalize_weights: bool = True
+    """Divide the weights of a token's experts by their sum."""
+    route_scale: float = 1.0
+    """Factor of these weights."""
+    n_groups: int = 1
+    """Groups of experts, in the order of their numbers (experts of one node, say)."""
+    top_groups: int = 1
+    """Groups that the experts of a token come from."""
+    use_bias: bool = False
+    """Balance the load by a bias on the scores when experts are chosen."""
+    bias_update_rate: float = 1e-3
+    """What the bias changes by after each step (DeepSeek-V3's is 0.001)."""
+    aux_loss_weight: float = 0.0
+    """Weight of the auxiliary loss for balance; the logged loss does not contain it."""
+
+    def __post_init__(self) -> None:
+        problem = ""
+        if not 1 <= self.top_k <= self.num_experts:
+            problem = f"top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})"
+        elif self.hidden_dim % ALIGNMENT:
+            problem = f"hidden_dim ({self.hidden_dim}) must be a multiple of {ALIGNMENT}"
+        elif self.num_experts % self.n_groups or not 1 <= self.top_groups <= self.n_groups:
+            problem = (
+                f"n_groups ({self.n_groups}) must divide num_experts ({self.num_experts}), and "
+                f"top_groups ({self.top_groups}) be from 1 to n_groups"
+            )
+        elif self.n_groups > 1:
+            size = self.num_experts // self.n_groups
+            if size < GROUP_SCORE_EXPERTS or self.top_groups * size < self.top_k:
+                problem = (
+                    f"groups of {size} experts are too small: at least {GROUP_SCORE_EXPERTS}, and "
+                    f"top_groups ({self.top_groups}) of them must have top_k ({self.top_k})"
+                )
+        if problem:
+            raise ValueError(problem)
+
+    def count_parameters(self, dim: int) -> tuple[int, int]:
+        """Parameters of the layer, and how many of them process each token."""
+        expert = 3 * dim * self.hidden_dim
+        always = dim * self.num_experts + self.num_shared_experts * expert
+        return always + self.num_experts * expert, always + self.top_k * expert
+
+
+class MoE(nn.Module):
+    """A feed-forward layer of experts, of which each token uses `top_k`.
+
+    Args:
+        dim: features of the hidden states, a multiple of 8.
+        args: sizes and choices.
+    """
+
+    def __init__(self, dim: int, args: MoEArgs) -> None:
+        super().__init__()
+        self.router = TopKRouter(dim, args)
+        self.experts = GroupedExperts(args.num_experts, dim, args.hidden_dim)
+        self.shared_experts = None
+        if args.num_shared_experts > 0:
+            self.shared_experts = FeedForward(dim, args.num_shared_experts * args.hidden_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
+        tokens = x.flatten(end_dim=-2)  # [tokens, dim]
+        weights, experts, counts = self.router(tokens)  # [tokens, top_k] twice, [num_experts]
+
+        order = experts.flatten().argsort(stable=True)  # rows by expert: [tokens * top_k]
+        place = inverse_permutation(order)
+        top_k = experts.size(-1)
+        rows = select_rows(tokens, order, place, copies=top_k)  # [tokens * top_k, dim]
+        rows = self.experts(rows, counts)
+        outputs = select_rows(rows, place, order)  # by token again
+        outputs = outputs.view(len(tokens), top_k, -1)
+        out = torch.bmm(weights[:, None].to(outputs.dtype), outputs).view_as(x)
+        return out if self.shared_experts is None else out + self.shared_experts(x)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        """Normal weights; `output_std` is for w2, which writes to the residual stream."""
+        self.router.init_weights(std)
+        self.experts.init_weights(std, output_std)
+        if self.shared_experts is not None:
+            self.shared_experts.init_weights(std, output_std)
+
+
+class GroupedExperts(nn.Module):
+    """Gated feed-forward experts (SwiGLU), the weights of all in one tensor a matrix.
+
+    The first dimension of every parameter is the expert's number; expert parallelism relies on it.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        if dim % ALIGNMENT:
+            raise ValueError(f"dim ({dim}) must be a multiple of {ALIGNMENT}")
+        self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+
+    def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Process rows that are sorted by expert.
+
+        Args:
+            rows: `[rows, dim]`.
+            counts: rows of each expert, `[num_experts]` int64.
+
+        Returns:
+            `[rows, dim]`.
+        """
+        ends = counts.cumsum(0, dtype=torch.int32)
+        hidden = F.silu(grouped_linear(rows, self.w1, ends)) * grouped_linear(rows, self.w3, ends)
+        return grouped_linear(hidden, self.w2, ends)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        nn.init.normal_(self.w1, std=std)
+        nn.init.normal_(self.w3, std=std)
+        nn.init.normal_(self.w2, std=output_std)
+
+
+def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Multiply each expert's rows by its matrix.
+
+    Args:
+        rows: `[rows, in]`, sorted by expert.
+        weight: `[num_experts, out, in]`.
+        ends: where each expert's rows end, `[num_experts]` int32.
+
+    Returns:
+        `[rows, out]`.
+    """
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # which does not know grouped_mm
+        dtype = torch.get_autocast_dtype(device)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+    return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)

@@ -1,0 +1,155 @@
+"""The router of a mixture-of-experts layer, and what keeps its experts evenly loaded.
+
+Both ways to balance need the load of the whole batch, that is of all ranks and micro-batches of a
+step, which is known only when the step is over. So each step is balanced by the load of the one
+before. As nothing depends on how the batch was divided, every layout trains alike.
+
+* The bias of loss-free balancing (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) is added to the
+  scores when experts are chosen, and moves by a fixed amount after each step: up where the load was
+  below the mean, down where it was above.
+* The auxiliary loss (GShard, arXiv:2006.16668; Switch, arXiv:2101.03961) is
+  `weight * num_experts * sum_e f_e P_e`, with f_e the share of the load that expert e had, and P_e
+  its mean probability. It equals `weight` where the load is even. f has no gradient, so the load of
+  the step before serves as well. It is taken over the global batch, not over each rank's tokens,
+  which would hinder experts to specialise (arXiv:2501.11873; also used for Qwen3).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+if TYPE_CHECKING:
+    from .moe import MoEArgs
+
+GROUP_SCORE_EXPERTS = 2
+"""A group of experts is as good as the sum of its best ones (DeepSeek-V3)."""
+
+
+class TopKRouter(nn.Module):
+    """Chooses the experts of each token, and their weights in its output.
+
+    Three buffers of shape `[num_experts]`, float32, none of them trained:
+
+    * `load`: how many tokens of the last step each expert had, on all ranks;
+    * `tally`: the same of the current step, on this rank, so far;
+    * `selection_bias`: added to the scores when experts are chosen; None without `args.use_bias`.
+
+    Args:
+        dim: features of the hidden states.
+        args: sizes and choices.
+    """
+
+    def __init__(self, dim: int, args: MoEArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.gate = nn.Linear(dim, args.num_experts, bias=False)
+        # Only the auxiliary loss needs the last load, so only then does it go into checkpoints.
+        load, tally = torch.zeros(args.num_experts), torch.zeros(args.num_experts)
+        self.register_buffer("load", load, persistent=args.aux_loss_weight > 0)
+        self.register_buffer("tally", tally, persistent=False)
+        self.register_buffer(
+            "selection_bias", torch.zeros(args.num_experts) if args.use_bias else None
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route `x` `[tokens, dim]`.
+
+        Returns:
+            weights: of the chosen experts, `[tokens, top_k]` float32.
+            experts: their numbers, `[tokens, top_k]` int64.
+            counts: how many tokens each expert got, `[num_experts]` int64.
+        """
+        args = self.args
+        logits = self.gate(x).float()  # [tokens, num_experts]
+        scores = logits.softmax(dim=-1) if args.score_func == "softmax" else logits.sigmoid()
+
+        ranking = scores.detach()
+        if self.selection_bias is not None:
+            ranking = ranking + self.selection_bias
+        if args.n_groups > 1:
+            ranking = self._within_best_groups(ranking)
+        experts = ranking.topk(args.top_k, dim=-1).indices  # [tokens, top_k]
+
+        weights = scores.gather(-1, experts)
+        if args.normalize_weights:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights * args.route_scale
+
+        chosen = experts.flatten()
+        counts = chosen.new_zeros(args.num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+        if self.training:
+            loss = self._auxiliary_loss(scores)
+            weights = _OnBackward.apply(weights, loss, self.tally, counts)
+        return weights, experts, counts
+
+    def _within_best_groups(self, ranking: torch.Tensor) -> torch.Tensor:
+        """Rule out the experts of all but the best groups (node-limited routing, DeepSeek-V3)."""
+        groups = ranking.unflatten(-1, (self.args.n_groups, -1))  # [tokens, groups, experts]
+        quality = groups.topk(GROUP_SCORE_EXPERTS, dim=-1).values.sum(dim=-1)  # [tokens, groups]
+        best = quality.topk(self.args.top_groups, dim=-1).indices
+        ruled_out = torch.ones_like(quality, dtype=torch.bool).scatter_(-1, best, False)
+        return groups.masked_fill(ruled_out[..., None], float("-inf")).flatten(start_dim=-2)
+
+    def _auxiliary_loss(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """This rank's share of the auxiliary loss: a scalar; the shares of a step add up to it."""
+        args = self.args
+        if args.aux_loss_weight == 0:
+            return None
+        probabilities = scores
+        if args.score_func == "sigmoid":
+            probabilities = scores / scores.sum(dim=-1, keepdim=True)
+        total = self.load.sum().clamp(min=1)  # the load is 0 before the first step
+        tokens = total / args.top_k
+        share = self.load / total
+        return args.aux_loss_weight * args.num_experts * (probabilities * share).sum() / tokens
+
+    @torch.no_grad()
+    def end_step(self, load: torch.Tensor) -> None:
+        """Take `load` `[num_experts]`, the tally of all ranks, as that of the step now done."""
+        self.load.copy_(load)
+        self.tally.zero_()
+        if self.selection_bias is not None:
+            self.selection_bias += self.args.bias_update_rate * (load.mean() - load).sign()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As before the first step."""
+        for buffer in (self.load, self.tally, self.selection_bias):
+            if buffer is not None:
+                buffer.zero_()
+
+    def init_weights(self, std: float) -> None:
+        nn.init.normal_(self.gate.weight, std=std)
+        self.reset_parameters()
+
+
+class _OnBackward(torch.autograd.Function):
+    """Passes its first argument through. Its backward pass does what must happen once a token.
+
+    It counts the tokens, and it gives the auxiliary loss the gradient 1, as if the loss were a term
+    of the training loss. The forward pass would be the wrong place: activation checkpointing runs
+    it twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: torch.Tensor,
+        loss: torch.Tensor | None,
+        tally: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(counts)
+        ctx.tally = tally
+        ctx.has_loss = loss is not None
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (counts,) = ctx.saved_tensors
+        ctx.tally.add_(counts)
+        loss_grad = torch.ones((), device=grad.device) if ctx.has_loss else None
+        return grad, loss_grad, None, None

@@ -1,0 +1,138 @@
+"""Hyperparameters of Qwen3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from torchtitan.errors import CheckpointError
+from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.tensor_parallel import (
+    require_divisible_by_tp,
+    require_splittable_experts,
+)
+from torchtitan.protocols.model import BaseModelArgs
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+@dataclass
+class Qwen3ModelArgs(BaseModelArgs):
+    """Sizes and choices; the defaults are those of Qwen3 8B."""
+
+    dim: int = 4096
+    """Features of the hidden states."""
+    n_layers: int = 36
+    n_heads: int = 32
+    """Query heads."""
+    n_kv_heads: int = 8
+    """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
+    head_dim: int = 128
+    """Features of a head."""
+    ffn_dim: int = 12288
+    """Features inside the feed-forward layer of a dense model."""
+    moe: MoEArgs | None = None
+    """A mixture of experts in place of each feed-forward layer; None: a dense model."""
+    vocab_size: int = 151936
+    norm_eps: float = 1e-6
+    rope_theta: float = 1000000.0
+    tie_word_embeddings: bool = False
+    """The output layer shares the embedding's weight."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel, see `model.attention`."""
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
+
+    @property
+    def num_experts(self) -> int:
+        return self.moe.num_experts if self.moe else 0
+
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+
+        Of the experts, only those that a token uses cost FLOPs. The rest is counted as for Llama 3:
+        6 FLOPs a weight and token, the output layer included and the embedding not, and attention
+        in full although it is causal (arXiv:2204.02311, appendix B).
+        """
+        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
+        dense = 3 * self.dim * self.ffn_dim
+        held, used = self.moe.count_parameters(self.dim) if self.moe else (dense, dense)
+        norms = (2 * self.n_layers + 1) * self.dim + 2 * self.n_layers * self.head_dim
+        vocabulary = self.vocab_size * self.dim
+        embeddings = vocabulary if self.tie_word_embeddings else 2 * vocabulary
+
+        nparams = self.n_layers * (attention + held) + norms + embeddings
+        matrices = self.n_layers * (attention + used) + vocabulary
+        return nparams, 6 * matrices + 12 * self.n_layers * q_dim * seq_len
+
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        """A copy with the attention kernel that the job asks for.
+
+        Raises:
+            ConfigError: the heads or matrices do not divide over the tensor-parallel ranks.
+        """
+        sizes = {} if self.moe else {"ffn_dim": self.ffn_dim}
+        require_divisible_by_tp(
+            job_config,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            vocab_size=self.vocab_size,
+            **sizes,
+        )
+        if self.moe:
+            require_splittable_experts(job_config, self.moe.hidden_dim)
+        return replace(self, attention=job_config.model.attention)
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> Self:
+        """The args of a model from its `config.json` (`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`).
+
+        Raises:
+            CheckpointError: a field is missing, unknown, or has a value that is not supported.
+        """
+        hf = HuggingFaceConfig(config, "qwen3", "qwen3_moe")
+        hf.require("hidden_act", "silu")
+        hf.require("attention_bias", False)
+        hf.require("attention_dropout", 0.0)
+        hf.require("use_sliding_window", False)
+        hf.ignore("sliding_window", "max_window_layers")
+        n_layers = hf.take("num_hidden_layers", kind=int)
+        hf.require("layer_types", ["full_attention"] * n_layers)
+        rope_theta, rope_scaling = hf.take_rope()
+        if rope_scaling is not None:
+            raise unsupported("rope_scaling", rope_scaling)
+        try:
+            args = cls(
+                dim=hf.take("hidden_size", kind=int),
+                n_layers=n_layers,
+                n_heads=hf.take("num_attention_heads", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=int),
+                head_dim=hf.take("head_dim", kind=int),
+                ffn_dim=hf.take("intermediate_size", kind=int),
+                moe=_moe_from_hf(hf) if hf.model_type == "qwen3_moe" else None,
+                vocab_size=hf.take("vocab_size", kind=int),
+                norm_eps=hf.take("rms_norm_eps", kind=float),
+                rope_theta=rope_theta,
+                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
+            )
+        except ValueError as error:  # sizes that do not fit together
+            raise CheckpointError(f"config.json: {error}") from error
+        hf.finish()
+        return args
+
+
+def _moe_from_hf(hf: HuggingFaceConfig) -> MoEArgs:
+    hf.require("decoder_sparse_step", 1)
+    hf.require("mlp_only_layers", [], None)
+    return MoEArgs(
+        num_experts=hf.take("num_experts", "num_local_experts", kind=int),
+        top_k=hf.take("num_experts_per_tok", kind=int),
+        hidden_dim=hf.take("moe_intermediate_size", kind=int),
+        normalize_weights=hf.take("norm_topk_prob", kind=bool, default=False),
+    )
