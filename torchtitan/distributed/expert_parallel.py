@@ -89,8 +89,8 @@ def moe_layers(model: nn.Module) -> list[MoE]:
 
 def _shard_experts(experts: nn.Module, mesh: DeviceMesh, split_dims: dict[str, int]) -> None:
     for name, param in list(experts.named_parameters()):
-        placements = {"ep": Shard(0), "etp": Shard(split_dims[name])}
-        sharded = distribute_tensor(param, mesh, [placements[dim] for dim in mesh.mesh_dim_names])
+        placements = [Shard(0 if dim == "ep" else split_dims[name]) for dim in mesh.mesh_dim_names]
+        sharded = distribute_tensor(param, mesh, placements)
         experts.register_parameter(name, nn.Parameter(sharded))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ class BaseStateDictAdapter(ABC):
     def __init__(self, model_args: BaseModelArgs, hf_assets_path: str | Path | None = None) -> None:
         self.model_args = model_args
         self.hf_assets_path = Path(hf_assets_path) if hf_assets_path else None
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse a checkpoint of a kind that cannot be read, given its tensors' names.
+
+        Raises:
+            CheckpointError: it is of such a kind.
+        """
+        return
 
     @abstractmethod
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def _load_huggingface(
 ) -> None:
     adapter = _adapter_of(model_parts[0], path)
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
+    adapter.check_names(metadata.state_dict_metadata)
     tied = {name for part in model_parts for name in _tied_names(part)}
     state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
     hf_state = adapter.to_hf(state)

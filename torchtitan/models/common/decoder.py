@@ -11,8 +11,8 @@ from typing import Any, Self
 import torch
 import torch.nn as nn
 
-from torchtitan.models.common.attention import CausalMask
-from torchtitan.models.common.rope import rope_frequencies, rotation
+from torchtitan.models.common.attention import AttentionMask, CausalMask
+from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
 from torchtitan.protocols.model import ModelProtocol
 
 INIT_STD = 0.02
@@ -51,6 +51,25 @@ class Decoder(ModelProtocol):
         """Angle a position of each pair of features: `[head_dim / 2]`, float32, radians."""
         return rope_frequencies(self.args.head_dim, self.args.rope_theta, device=device)
 
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """What blocks turn the queries and keys of `positions` `[batch or 1, seq]` by."""
+        return rotation(positions, self.rope_frequencies(positions.device))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[batch, seq]` int64 -> `[batch, seq, dim]`."""
+        return self.tok_embeddings(tokens)
+
+    def attention_inputs(
+        self, positions: torch.Tensor, document_ids: torch.Tensor | None
+    ) -> dict[str, tuple[Rotation, AttentionMask]]:
+        """Name of each layer -> what it turns its queries and keys by, and how it attends.
+
+        Here the same for all layers. The arguments are those of `forward`.
+        """
+        rotate = self.rotation(positions)
+        mask = self.mask(positions.shape[1], document_ids, positions.device)
+        return dict.fromkeys(self.layers, (rotate, mask))
+
     def forward(
         self,
         tokens: torch.Tensor,
@@ -70,12 +89,11 @@ class Decoder(ModelProtocol):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        rotate = rotation(positions, self.rope_frequencies(tokens.device))
-        mask = self.mask(positions.shape[1], document_ids, tokens.device)
+        inputs = self.attention_inputs(positions, document_ids)
 
-        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
-        for layer in self.layers.values():
-            h = layer(h, rotate, mask)
+        h = self.embed(tokens) if self.tok_embeddings is not None else tokens
+        for name, layer in self.layers.items():
+            h = layer(h, *inputs[name])
         h = self.norm(h) if self.norm is not None else h
         return self.output(h) if self.output is not None else h
 

@@ -37,6 +37,8 @@ class MoEArgs:
     """Experts that process every token, besides; in effect one, of so many times `hidden_dim`."""
     score_func: Literal["softmax", "sigmoid"] = "softmax"
     """From the gate's logits to the scores that experts are chosen and weighted by."""
+    gate_bias: bool = False
+    """The gate adds a learned bias to its logits."""
     normalize_weights: bool = True
     """Divide the weights of a token's experts by their sum."""
     route_scale: float = 1.0
@@ -77,6 +79,7 @@ class MoEArgs:
         """Parameters of the layer, and how many of them process each token."""
         expert = 3 * dim * self.hidden_dim
         always = dim * self.num_experts + self.num_shared_experts * expert
+        always += self.num_experts * self.gate_bias
         return always + self.num_experts * expert, always + self.top_k * expert
 
 
@@ -86,12 +89,14 @@ class MoE(nn.Module):
     Args:
         dim: features of the hidden states, a multiple of 8.
         args: sizes and choices.
+        experts: in place of `GroupedExperts`; has its `forward` and `init_weights`, and in every
+            parameter, the first dimension is the expert's number.
     """
 
-    def __init__(self, dim: int, args: MoEArgs) -> None:
+    def __init__(self, dim: int, args: MoEArgs, experts: nn.Module | None = None) -> None:
         super().__init__()
         self.router = TopKRouter(dim, args)
-        self.experts = GroupedExperts(args.num_experts, dim, args.hidden_dim)
+        self.experts = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
         self.shared_experts = None
         if args.num_shared_experts > 0:
             self.shared_experts = FeedForward(dim, args.num_shared_experts * args.hidden_dim)

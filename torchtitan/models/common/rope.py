@@ -1,9 +1,11 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864), with Llama 3.1's long-context scaling.
 
-Features i and i + head_dim / 2 of a head are the pair that turns ("half rotation"), as in Hugging
-Face checkpoints; Meta's own files pair 2i and 2i + 1. The two differ by a fixed permutation of the
-rows of wq and wk. With the half rotation, weights are exchanged with Hugging Face by renaming
-alone: no rows move between the ranks that share a matrix, and both halves are contiguous.
+Which features of a head are a pair that turns is a convention, and the two in use differ by a fixed
+permutation of the rows of wq and wk. Each model here follows its Hugging Face checkpoints, so that
+weights are exchanged by renaming alone and no rows move between the ranks that share a matrix:
+
+* features i and i + head_dim / 2 ("half rotation"), most models; both halves are contiguous;
+* features 2i and 2i + 1 ("interleaved"), DeepSeek and Llama 4, and Meta's own files of Llama 3.
 
 There is no table of angles. The angles of the positions at hand are computed once a forward pass,
 which costs next to nothing, sets no limit on the length, and leaves no buffer to initialise, to
@@ -42,17 +44,22 @@ class Rotation:
 
     Args:
         cos: `[batch or 1, seq, 1, head_dim]`, float32.
-        sin: like `cos`, with the sign that its feature takes: minus in the first half of a head.
+        sin: like `cos`, with the sign that its feature takes: minus for the first of each pair.
+        interleaved: features 2i and 2i + 1 are a pair, rather than i and i + head_dim / 2.
     """
 
-    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> None:
         self.cos = cos
         self.sin = sin
+        self.interleaved = interleaved
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate `x` `[batch, seq, heads, head_dim]` in float32, and return it in its dtype."""
         wide = x.float()
-        partner = wide.roll(x.shape[-1] // 2, dims=-1)
+        if self.interleaved:
+            partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            partner = wide.roll(x.shape[-1] // 2, dims=-1)
         return torch.addcmul(wide * self.cos, partner, self.sin).to(x.dtype)
 
 
@@ -73,8 +80,23 @@ def rope_frequencies(
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> Rotation:
-    """The rotation of `positions` `[batch or 1, seq]`, by `rope_frequencies` `[head_dim / 2]`."""
+def rotation(
+    positions: torch.Tensor,
+    frequencies: torch.Tensor,
+    interleaved: bool = False,
+    factor: float = 1.0,
+) -> Rotation:
+    """The rotation of given positions.
+
+    Args:
+        positions: `[batch or 1, seq]`.
+        frequencies: `[head_dim / 2]`, from `rope_frequencies` or the like.
+        interleaved: see `Rotation`.
+        factor: what is rotated is multiplied by this too (YaRN).
+    """
     angles = positions[..., None, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    if interleaved:
+        cos, sin = torch.stack([cos, cos], dim=-1), torch.stack([-sin, sin], dim=-1)
+        return Rotation(cos.flatten(-2), sin.flatten(-2), interleaved)
     return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))

@@ -45,7 +45,7 @@ class TopKRouter(nn.Module):
     def __init__(self, dim: int, args: MoEArgs) -> None:
         super().__init__()
         self.args = args
-        self.gate = nn.Linear(dim, args.num_experts, bias=False)
+        self.gate = nn.Linear(dim, args.num_experts, bias=args.gate_bias)
         # Only the auxiliary loss needs the last load, so only then does it go into checkpoints.
         load, tally = torch.zeros(args.num_experts), torch.zeros(args.num_experts)
         self.register_buffer("load", load, persistent=args.aux_loss_weight > 0)
@@ -123,6 +123,8 @@ class TopKRouter(nn.Module):
 
     def init_weights(self, std: float) -> None:
         nn.init.normal_(self.gate.weight, std=std)
+        if self.gate.bias is not None:
+            nn.init.zeros_(self.gate.bias)
         self.reset_parameters()
 
 

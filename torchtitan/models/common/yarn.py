@@ -1,0 +1,96 @@
+"""YaRN: rotary positions for contexts longer than those trained on (arXiv:2309.00071).
+
+Fast rotations stay as they are, slow ones are slowed down by the factor of the extension, and the
+attention scores grow with its logarithm.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .hf_config import unsupported
+from .rope import rope_frequencies
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Stretches rotations by `factor`, for contexts beyond `original_max_seq_len` tokens."""
+
+    factor: float = 40.0
+    original_max_seq_len: int = 4096
+    beta_fast: float = 32.0
+    """Rotations that turn at least so often within the original context stay as they are."""
+    beta_slow: float = 1.0
+    """Rotations that turn at most so often are slowed down in full."""
+    mscale: float = 1.0
+    """Growth of what is rotated, queries and keys, as a multiple of the paper's."""
+    mscale_all_dim: float = 0.0
+    """DeepSeek: all features of queries and keys grow by this, and those rotated that much less."""
+    truncate: bool = True
+    """Let the change begin and end at whole pairs of features."""
+
+    @property
+    def rotation_factor(self) -> float:
+        """What rotated queries and keys are multiplied by."""
+        return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+
+    @property
+    def score_factor(self) -> float:
+        """What attention scores are multiplied by, besides."""
+        return self._growth(self.mscale_all_dim) ** 2
+
+    def _growth(self, mscale: float) -> float:
+        return 1.0 + 0.1 * mscale * math.log(max(self.factor, 1.0))
+
+
+def yarn_frequencies(
+    head_dim: int, theta: float, scaling: YarnScaling, device: torch.device | None = None
+) -> torch.Tensor:
+    """Angle a position of each pair of features: `[head_dim / 2]`, float32, radians."""
+
+    def pair_that_turns(times: float) -> float:
+        """Number of the pair that turns so often within the original context, a fraction."""
+        wavelength = scaling.original_max_seq_len / times
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    last = max(last, first + 0.001)  # else a division by zero
+
+    frequencies = rope_frequencies(head_dim, theta, device=device)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+    slowed = ((pairs - first) / (last - first)).clamp(0, 1)
+    return frequencies * (1 - slowed) + frequencies / scaling.factor * slowed
+
+
+def yarn_from_hf(rope_scaling: dict[str, Any]) -> YarnScaling:
+    """From the field `rope_scaling` of a `config.json`, as `HuggingFaceConfig.take_rope` gives it.
+
+    Raises:
+        CheckpointError: it is of another kind, incomplete, or has parts that are not supported.
+    """
+    names = {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_max_seq_len",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+        "truncate": "truncate",
+    }
+    fields = {key: value for key, value in rope_scaling.items() if value is not None}
+    is_yarn = fields.pop("rope_type", None) == "yarn"
+    complete = {"factor", "original_max_position_embeddings"} <= fields.keys()
+    # transformers does not follow DeepSeek where one mscale is given alone.
+    both_or_none = bool(fields.get("mscale")) == bool(fields.get("mscale_all_dim"))
+    if not is_yarn or not complete or not both_or_none or fields.keys() - names.keys():
+        raise unsupported("rope_scaling", rope_scaling)
+    if not fields.get("mscale"):
+        fields = {key: value for key, value in fields.items() if not key.startswith("mscale")}
+    return YarnScaling(**{names[key]: value for key, value in fields.items()})
