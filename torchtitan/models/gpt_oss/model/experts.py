@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -43,14 +45,12 @@ class GptOssExperts(nn.Module):
             `[rows, dim]`.
         """
         ends = counts.cumsum(0, dtype=torch.int32)
-        expert = torch.arange(len(counts), device=counts.device)
-        expert = expert.repeat_interleave(counts, output_size=len(rows))  # of each row
-
-        gate_up = grouped_linear(rows, self.gate_up.mT, ends) + bias_of(expert, self.gate_up_bias)
+        gate_up = grouped_linear(rows, self.gate_up.mT, ends)
+        gate_up = add_bias(gate_up, self.gate_up_bias, counts)
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]  # [rows, hidden_dim]
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         hidden = gate * torch.sigmoid(ALPHA * gate) * (up + 1)
-        return grouped_linear(hidden, self.down.mT, ends) + bias_of(expert, self.down_bias)
+        return add_bias(grouped_linear(hidden, self.down.mT, ends), self.down_bias, counts)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Normal weights; `output_std` is for `down`, which writes to the residual stream."""
@@ -60,10 +60,36 @@ class GptOssExperts(nn.Module):
         nn.init.zeros_(self.down_bias)
 
 
-def bias_of(expert: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Row `expert[i]` of `bias` for each i.
+def add_bias(rows: torch.Tensor, bias: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Add to each row the bias of its expert.
 
-    A look-up as in an embedding, whose gradients are added up in order and in float32, unlike those
-    of indexing: they are the same in each run, and exact for many rows in bfloat16 too.
+    Args:
+        rows: `[rows, features]`, sorted by expert.
+        bias: `[num_experts, features]`.
+        counts: rows of each expert, `[num_experts]` int64.
     """
-    return F.embedding(expert, bias)
+    return _AddBias.apply(rows, bias, counts)
+
+
+class _AddBias(torch.autograd.Function):
+    """The gradient of a bias is a sum over its rows, by the kernel that multiplies matrices.
+
+    Unlike that of indexing, it is the same in each run, and adds up in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, bias: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(counts)
+        ctx.bias_dtype = bias.dtype
+        bias = bias.to(rows.dtype)
+        return rows + bias.repeat_interleave(counts, dim=0, output_size=len(rows))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (counts,) = ctx.saved_tensors
+        ones = grad.new_ones(len(grad), ALIGNMENT)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        sums = F.grouped_mm(ones.mT, grad.contiguous(), offs=ends)  # [num_experts, 8, features]
+        return grad, sums[:, 0].to(ctx.bias_dtype), None
