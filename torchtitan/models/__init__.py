@@ -2,10 +2,12 @@
 
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
+from .gemma3 import get_train_spec as get_gemma3_train_spec
 from .gpt_oss import get_train_spec as get_gpt_oss_train_spec
 from .llama3 import get_train_spec as get_llama3_train_spec
 from .qwen3 import get_train_spec as get_qwen3_train_spec
 
+MODEL_REGISTRY["gemma3"] = get_gemma3_train_spec
 MODEL_REGISTRY["gpt_oss"] = get_gpt_oss_train_spec
 MODEL_REGISTRY["llama3"] = get_llama3_train_spec
 MODEL_REGISTRY["qwen3"] = get_qwen3_train_spec
