@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from test_layouts import train
 
-MODELS = ("gemma3", "gpt_oss")
 LAYOUTS = {
     "fsdp2": (2, 4),
     "tp2": (2, 8, "--parallelism.tensor_parallel_degree=2"),
@@ -22,6 +21,9 @@ LAYOUTS = {
         "--parallelism.context_parallel_method=ulysses",
     ),
 }
+CASES = [("gpt_oss", layout) for layout in LAYOUTS]
+# Gemma 3 has no experts, and its tied weights are in the first and the last stage of a pipeline.
+CASES += [("gemma3", layout) for layout in LAYOUTS if layout not in ("ep2", "pp2")]
 STEPS = 10
 
 
@@ -33,12 +35,11 @@ def run(model: str, folder: Path, processes: int, batch: int, *options: str) -> 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("one_process")
-    return {model: run(model, folder / model, 1, 8) for model in MODELS}
+    return {model: run(model, folder / model, 1, 8) for model in ("gpt_oss", "gemma3")}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "layout"), CASES)
 def test_layout_gives_the_losses_of_one_process(
     model: str, layout: str, one_process: dict[str, list[dict]], tmp_path: Path
 ) -> None:

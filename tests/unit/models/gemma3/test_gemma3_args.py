@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan.config import JobConfig
+from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.gemma3 import MODEL_CONFIGS, Gemma3Model, Gemma3ModelArgs
 
@@ -105,6 +106,26 @@ def test_a_degree_that_splits_a_head_is_refused():
     config = JobConfig()
     config.parallelism.tensor_parallel_degree = 4
     with pytest.raises(ConfigError, match=r"n_kv_heads = 2.*Degrees that do: 1, 2$"):
+        TINY.update_from_config(config)
+
+
+def test_a_ring_is_refused_since_it_knows_no_windows():
+    config = JobConfig()
+    config.model.name = "gemma3"
+    config.parallelism.context_parallel_method = "ring"
+    with torch.device("meta"):
+        model = Gemma3Model(TINY)
+    with pytest.raises(
+        ConfigError, match=r"a ring knows.*gemma3 has layers that attend in windows"
+    ):
+        apply_cp(model, None, config)
+
+
+def test_ulysses_needs_heads_for_every_rank():
+    config = JobConfig()
+    config.parallelism.context_parallel_method = "ulysses"
+    config.parallelism.context_parallel_degree = 8
+    with pytest.raises(ConfigError, match=r"n_heads = 4.*Degrees that divide these: 1, 2, 4"):
         TINY.update_from_config(config)
 
 

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan.config import JobConfig
+from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.sink_attention import SINK_FEATURES
@@ -119,6 +120,26 @@ def test_degrees_that_split_a_head_or_an_expert_are_refused():
     TINY.update_from_config(config)
     config.parallelism.expert_tensor_parallel_degree = 2
     with pytest.raises(ConfigError, match=r"expert_tensor_parallel_degree = 2.*output biases"):
+        TINY.update_from_config(config)
+
+
+def test_a_ring_is_refused_since_it_knows_no_windows():
+    config = JobConfig()
+    config.model.name = "gpt_oss"
+    config.parallelism.context_parallel_method = "ring"
+    with torch.device("meta"):
+        model = GptOssModel(TINY)
+    with pytest.raises(
+        ConfigError, match=r"a ring knows.*gpt_oss has layers that attend in windows"
+    ):
+        apply_cp(model, None, config)
+
+
+def test_ulysses_needs_heads_for_every_rank():
+    config = JobConfig()
+    config.parallelism.context_parallel_method = "ulysses"
+    config.parallelism.context_parallel_degree = 8
+    with pytest.raises(ConfigError, match=r"n_heads = 4.*Degrees that divide these: 1, 2, 4"):
         TINY.update_from_config(config)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 from torchtitan.protocols.model import BaseModelArgs
@@ -80,7 +81,7 @@ class Gemma3ModelArgs(BaseModelArgs):
         """A copy with the attention kernel that the job asks for.
 
         Raises:
-            ConfigError: the heads or matrices do not divide over the tensor-parallel ranks.
+            ConfigError: the heads or matrices do not divide over the ranks that share them.
         """
         require_divisible_by_tp(
             job_config,
@@ -89,6 +90,7 @@ class Gemma3ModelArgs(BaseModelArgs):
             ffn_dim=self.ffn_dim,
             vocab_size=self.vocab_size,
         )
+        require_heads_divisible_by_cp(job_config, self.n_heads)
         return replace(self, attention=job_config.model.attention)
 
     @classmethod

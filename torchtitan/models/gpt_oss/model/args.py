@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torchtitan.config.load import origin
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
@@ -93,7 +94,7 @@ class GptOssModelArgs(BaseModelArgs):
         """A copy with the attention kernel that the job asks for.
 
         Raises:
-            ConfigError: the heads or matrices do not divide over the tensor-parallel ranks, or
+            ConfigError: the heads or matrices do not divide over the ranks that share them, or
                 experts are to be split, whose biases cannot.
         """
         require_divisible_by_tp(
@@ -102,6 +103,7 @@ class GptOssModelArgs(BaseModelArgs):
             n_kv_heads=self.n_kv_heads,
             vocab_size=self.vocab_size,
         )
+        require_heads_divisible_by_cp(job_config, self.n_heads)
         key = "parallelism.expert_tensor_parallel_degree"
         if job_config.parallelism.expert_tensor_parallel_degree > 1:
             raise ConfigError(
