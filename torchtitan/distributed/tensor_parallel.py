@@ -139,6 +139,27 @@ class SharedInput(ParallelStyle):
         return distribute_module(module, device_mesh, input_fn=gather)
 
 
+class HeadwiseParallel(ParallelStyle):
+    """For a module with parameters `[heads, ...]` and an input `[batch, seq, heads, _]`.
+
+    Shards both over the heads. Input and output are plain tensors, each rank's heads.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def shard_parameters(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+            for key, param in list(module.named_parameters(recurse=False)):
+                sharded = distribute_tensor(param, mesh, [Shard(0)])
+                module.register_parameter(key, nn.Parameter(sharded))
+
+        def from_heads(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+            return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False)
+
+        def to_heads(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> torch.Tensor:
+            return output.to_local()
+
+        return distribute_module(module, device_mesh, shard_parameters, from_heads, to_heads)
+
+
 class DeferredOutputParallel(ParallelStyle):
     """For an output layer that the chunked loss applies: shards its weight over the vocabulary.
 

@@ -29,10 +29,17 @@ broadcast. The `mask_mod` of flex attention."""
 
 
 class ScaledDotProductAttention(nn.Module):
-    """softmax(q k^T / sqrt(head_dim)) v.
+    """softmax(scale * q k^T) v.
 
     A module without parameters, so that parallelism can wrap it: it sees the heads of its rank.
+
+    Args:
+        scale: None: 1 / sqrt(head_dim).
     """
+
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
@@ -48,23 +55,27 @@ class ScaledDotProductAttention(nn.Module):
         Returns:
             `[batch, heads, seq, head_dim]`.
         """
-        grouped = q.shape[1] != k.shape[1]
+        grouped, scale = q.shape[1] != k.shape[1], self.scale
         if mask is None and q.shape[2] == k.shape[2]:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+            )
         if mask is None:
             if _has_flash_kernel(q, v):
                 # Its triangle ends at the last key. SDPA's begins at the first.
-                return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+                flash = torch.ops.aten._scaled_dot_product_flash_attention
+                return flash(q, k, v, 0.0, True, scale=scale)[0]
             before = k.shape[2] - q.shape[2]
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = mask.tril(before)
         if isinstance(mask, BlockMask):
-            return _flex_attention(q.device)(q, k, v, block_mask=mask, enable_gqa=grouped)
+            attend = fused_flex_attention(q.device)
+            return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
         if grouped:
             # CUDA's memory-efficient kernel, the one that takes masks, knows no grouped heads.
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def _has_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
@@ -169,7 +180,8 @@ def flex_mask(rule: Rule, batch: int, queries: int, keys: int, device: torch.dev
     return create(rule, batch, None, queries, keys, device=device)
 
 
-def _flex_attention(device: torch.device) -> Callable[..., torch.Tensor]:
+def fused_flex_attention(device: torch.device) -> Callable[..., Any]:
+    """`flex_attention`, compiled where it needs to be."""
     return _fused(flex_attention, device)
 
 

@@ -1,6 +1,8 @@
-"""The gated feed-forward layer SwiGLU (arXiv:2002.05202)."""
+"""Gated feed-forward layers: SwiGLU, GeGLU (arXiv:2002.05202)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -8,22 +10,29 @@ import torch.nn.functional as F
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x), without biases.
+    """w2(activation(w1 x) * w3 x), without biases.
 
     Args:
         dim: features of the hidden states.
         hidden_dim: features between the matrices.
+        activation: applied to each number; silu makes SwiGLU, gelu GeGLU.
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.activation(self.w1(x)) * self.w3(x))
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Normal weights; `output_std` is for w2, which writes to the residual stream."""

@@ -81,11 +81,11 @@ class MoEArgs:
             raise ValueError(problem)
 
     def count_parameters(self, dim: int) -> tuple[int, int]:
-        """Parameters of the layer, and how many of them process each token."""
+        """Parameters of the layer, and how many of its matrices' process each token."""
         expert = 3 * dim * self.hidden_dim
         always = dim * self.num_experts + self.num_shared_experts * expert
-        always += self.num_experts * self.gate_bias
-        return always + self.num_experts * expert, always + self.top_k * expert
+        held = always + self.num_experts * (expert + self.gate_bias)
+        return held, always + self.top_k * expert
 
 
 class MoE(nn.Module):

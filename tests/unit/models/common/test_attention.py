@@ -76,6 +76,19 @@ def test_sdpa_equals_attention_written_out(kv_heads, mask):
     torch.testing.assert_close(grads, expected_grads, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kernel", ["plain", "fewer queries", "dense", "flex"])
+def test_every_kernel_takes_the_scale(kernel):
+    q, k, v = heads(4, 2)
+    scaled, plain = ScaledDotProductAttention(scale=0.5), ScaledDotProductAttention()
+    dense, block = masks("window")
+    mask = {"dense": dense, "flex": block}.get(kernel)
+    if kernel == "fewer queries":
+        q = q[:, :, 100:]
+    expected = plain(q * 0.5 * HEAD_DIM**0.5, k, v, mask)
+    torch.testing.assert_close(scaled(q, k, v, mask), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_fewer_queries_than_keys_are_the_last(kv_heads):
     attend = ScaledDotProductAttention()

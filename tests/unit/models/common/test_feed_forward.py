@@ -1,4 +1,5 @@
 import torch
+import torch.nn.functional as F
 
 from torchtitan.models.common.feed_forward import FeedForward
 
@@ -8,6 +9,15 @@ def test_swiglu_written_out():
     layer, x = FeedForward(8, 24), torch.randn(2, 3, 8)
     gate = x @ layer.w1.weight.T
     expected = (gate * gate.sigmoid() * (x @ layer.w3.weight.T)) @ layer.w2.weight.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_another_activation_makes_geglu():
+    torch.manual_seed(0)
+    layer, x = FeedForward(8, 24, activation=F.gelu), torch.randn(2, 3, 8)
+    gate = x @ layer.w1.weight.T
+    normal = torch.distributions.Normal(0, 1)
+    expected = (gate * normal.cdf(gate) * (x @ layer.w3.weight.T)) @ layer.w2.weight.T
     torch.testing.assert_close(layer(x), expected)
 
 

@@ -1,0 +1,31 @@
+"""Norms that PyTorch does not have."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class ZeroCenteredRMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), in float32 (Gemma, arXiv:2403.08295).
+
+    The weight starts at 0, where bfloat16 tells small changes apart better than near 1.
+
+    Args:
+        dim: size of the last dimension, which is normalised.
+        eps: added to the mean of the squares.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., dim]` -> `[..., dim]`, of the same dtype."""
+        weight = 1 + self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)

@@ -1,0 +1,99 @@
+"""Attention sinks: a learned logit a head that takes its part of the softmax (arXiv:2309.17453).
+
+The weights of a query sum up to less than 1, so that a head can attend to next to nothing:
+weight_j = exp(s_j) / (exp(sink) + sum_i exp(s_i)).
+
+The fused kernels know no sinks. But a sink is a key of which each query of a head has the same
+score, and whose value is 0. So each query carries its head's sink in a feature more, of which that
+first key has 1 and all others have 0. This works with every kernel of SDPA, gradients included.
+As the sinks travel with the queries, context parallelism needs to know nothing of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+
+from torchtitan.models.common.attention import (
+    AttentionMask,
+    ScaledDotProductAttention,
+    fused_flex_attention,
+)
+
+SINK_FEATURES = 8
+"""The sink's and zeros: rows of a multiple of 16 bytes in bfloat16, as CUDA's kernels need."""
+
+
+class Sinks(nn.Module):
+    """The sinks of a layer, one a head."""
+
+    def __init__(self, n_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_heads))
+        self.scale = head_dim**-0.5
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries `[batch, seq, heads, head_dim]` -> `[batch, seq, heads, head_dim + 8]`."""
+        sinks = (self.weight / self.scale).to(q.dtype)  # attention multiplies by the scale
+        features = F.pad(sinks[:, None], (0, SINK_FEATURES - 1))  # [heads, 8]
+        return torch.cat([q, features.expand(*q.shape[:-1], -1)], dim=-1)
+
+    def reset_parameters(self) -> None:
+        """Zeros: as if each query saw one key more, with the score 0 and the value 0."""
+        nn.init.zeros_(self.weight)
+
+
+class SinkAttention(ScaledDotProductAttention):
+    """softmax([sink, q k^T / sqrt(head_dim)]) [0, v].
+
+    Args:
+        head_dim: of keys and values.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__(scale=head_dim**-0.5)
+        self.head_dim = head_dim
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            q: `[batch, heads, seq, head_dim + 8]`, from `Sinks`.
+            k: `[batch, kv_heads, seq, head_dim]`; each serves `heads / kv_heads` query heads.
+            v: like `k`.
+            mask: from `CausalMask`.
+
+        Returns:
+            `[batch, heads, seq, head_dim]`.
+        """
+        if isinstance(mask, BlockMask):
+            return self._rescaled(q, k, v, mask)
+        sink_key = F.pad(k.new_ones(1), (self.head_dim, SINK_FEATURES - 1))
+        sink_key = sink_key.expand(*k.shape[:2], 1, -1)
+        k = torch.cat([sink_key, F.pad(k, (0, SINK_FEATURES))], dim=2)
+        v = F.pad(v, (0, SINK_FEATURES, 1, 0))  # the value 0 of the first key
+        if mask is not None:
+            mask = F.pad(mask, (1, 0), value=True)
+        # Without a mask, attention is causal, and queries are the last where there are more keys.
+        return super().forward(q, k, v, mask)[..., : self.head_dim]
+
+    def _rescaled(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask
+    ) -> torch.Tensor:
+        """Flex attention returns the log of the denominators, to which the sinks can be added."""
+        q, sinks = q[..., : self.head_dim], q[..., self.head_dim] * self.scale
+        attend = fused_flex_attention(q.device)
+        out, aux = attend(
+            q,
+            k,
+            v,
+            block_mask=mask,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
+        return out * torch.sigmoid(aux.lse - sinks)[..., None].to(out.dtype)

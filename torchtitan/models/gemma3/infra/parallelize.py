@@ -1,0 +1,70 @@
+"""How Gemma 3 is spread over devices: a plan, and five calls in order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_cp
+from torchtitan.distributed.fsdp import apply_fsdp
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+def parallelize_gemma3(
+    model: nn.Module,
+    world_mesh: DeviceMesh,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+) -> nn.Module:
+    """Apply tensor, context and data parallelism, activation checkpointing and compilation."""
+    if parallel_dims.tp_enabled:
+        apply_tp(model, world_mesh["tp"], job_config)
+    if parallel_dims.cp_enabled:
+        apply_cp(model, world_mesh["cp"], job_config)
+    apply_ac(model, job_config)
+    model = apply_compile(model, job_config)
+    if parallel_dims.dp_enabled:
+        apply_fsdp(model, world_mesh["dp"], job_config)
+    return model
+
+
+def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """Split heads and feed-forward features; between them, the sequence."""
+    block_plan = {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(
+            input_layouts=(Shard(1), None, None),  # hidden states, rotation, mask
+            desired_input_layouts=(Replicate(), None, None),
+        ),
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),  # heads
+        "attention.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
+        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+        "attention_post_norm": SequenceParallel(use_local_output=True),
+        "ffn_norm": SequenceParallel(),
+        "feed_forward": PrepareModuleInput(
+            input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
+        ),
+        "feed_forward.w1": ColwiseParallel(),
+        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+        "feed_forward.w3": ColwiseParallel(),
+        "ffn_post_norm": SequenceParallel(use_local_output=True),
+    }
+    apply_tensor_parallel(model, tp_mesh, job_config, block_plan)

@@ -1,0 +1,5 @@
+"""How Gemma 3 is cut into pipeline stages: as every model with these module names."""
+
+from torchtitan.distributed.pipeline_parallel import build_pipeline as pipeline_gemma3
+
+__all__ = ["pipeline_gemma3"]

@@ -1,0 +1,171 @@
+"""Hyperparameters of Gemma 3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from torchtitan.errors import CheckpointError
+from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
+from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
+from torchtitan.protocols.model import BaseModelArgs
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+@dataclass
+class Gemma3ModelArgs(BaseModelArgs):
+    """Sizes and choices; the defaults are those of the text model of Gemma 3 4B."""
+
+    dim: int = 2560
+    """Features of the hidden states."""
+    n_layers: int = 34
+    n_heads: int = 8
+    """Query heads."""
+    n_kv_heads: int = 4
+    """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
+    head_dim: int = 256
+    """Features of a head."""
+    query_pre_attn_scalar: int = 256
+    """Scores are divided by the square root of this."""
+    ffn_dim: int = 10240
+    """Features inside the feed-forward layer."""
+    sliding_window: int = 1024
+    """Keys that a query sees in layers with a window, the last of them its own."""
+    full_attention_every: int = 6
+    """Of so many layers, the last has no window."""
+    vocab_size: int = 262208
+    norm_eps: float = 1e-6
+    rope_theta: float = 1000000.0
+    """Of layers without a window."""
+    rope_factor: float = 8.0
+    """In layers without a window, rotations are slower by this (linear scaling)."""
+    window_rope_theta: float = 10000.0
+    """Of layers with a window."""
+    tie_word_embeddings: bool = True
+    """The output layer shares the embedding's weight."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel, see `model.attention`."""
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
+
+    def has_window(self, layer: int) -> bool:
+        """Whether the layer of this number, counted from 0, attends in a sliding window."""
+        return (layer + 1) % self.full_attention_every != 0
+
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+
+        Counted as for Llama 3: 6 FLOPs a weight and token, the output layer included and the
+        embedding not. Attention to n keys costs 12 n FLOPs a query feature. As in that convention a
+        query sees all `seq_len` keys although it is causal, it sees `min(seq_len, sliding_window)`
+        in layers with a window.
+        """
+        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
+        matrices = self.n_layers * (attention + 3 * self.dim * self.ffn_dim)
+        norms = (4 * self.n_layers + 1) * self.dim + 2 * self.n_layers * self.head_dim
+        vocabulary = self.vocab_size * self.dim
+        embeddings = vocabulary if self.tie_word_embeddings else 2 * vocabulary
+
+        windowed = sum(self.has_window(i) for i in range(self.n_layers))
+        keys = windowed * min(seq_len, self.sliding_window) + (self.n_layers - windowed) * seq_len
+        return matrices + norms + embeddings, 6 * (matrices + vocabulary) + 12 * q_dim * keys
+
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        """A copy with the attention kernel that the job asks for.
+
+        Raises:
+            ConfigError: the heads or matrices do not divide over the ranks that share them.
+        """
+        require_divisible_by_tp(
+            job_config,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            ffn_dim=self.ffn_dim,
+            vocab_size=self.vocab_size,
+        )
+        require_heads_divisible_by_cp(job_config, self.n_heads)
+        return replace(self, attention=job_config.model.attention)
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> Self:
+        """The args of a model from its `config.json` (`Gemma3ForCausalLM`).
+
+        Raises:
+            CheckpointError: a field is missing, unknown, or has a value that is not supported.
+        """
+        hf = HuggingFaceConfig(config, "gemma3_text")
+        hf.require("hidden_activation", "gelu_pytorch_tanh")
+        hf.require("attention_bias", False)
+        hf.require("attention_dropout", 0.0)
+        hf.require("attn_logit_softcapping", None)
+        hf.require("final_logit_softcapping", None)
+        hf.require("use_bidirectional_attention", False, None)
+        hf.ignore("cache_implementation")
+        n_layers = hf.take("num_hidden_layers", kind=int)
+        rope_theta, rope_factor, window_rope_theta = _take_rope(hf)
+        try:
+            args = cls(
+                dim=hf.take("hidden_size", kind=int),
+                n_layers=n_layers,
+                n_heads=hf.take("num_attention_heads", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=int),
+                head_dim=hf.take("head_dim", kind=int),
+                query_pre_attn_scalar=hf.take("query_pre_attn_scalar", kind=int),
+                ffn_dim=hf.take("intermediate_size", kind=int),
+                sliding_window=hf.take("sliding_window", kind=int),
+                full_attention_every=_take_pattern(hf, n_layers),
+                vocab_size=hf.take("vocab_size", kind=int),
+                norm_eps=hf.take("rms_norm_eps", kind=float),
+                rope_theta=rope_theta,
+                rope_factor=rope_factor,
+                window_rope_theta=window_rope_theta,
+                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=True),
+            )
+        except ValueError as error:  # sizes that do not fit together
+            raise CheckpointError(f"config.json: {error}") from error
+        hf.finish()
+        return args
+
+
+def _take_pattern(hf: HuggingFaceConfig, n_layers: int) -> int:
+    """Of how many layers the last has no window."""
+    every = hf.take("sliding_window_pattern", "_sliding_window_pattern", kind=int, default=6)
+    kinds = hf.take("layer_types", kind=list, default=None)
+    if kinds is None:
+        return every
+    if "full_attention" in kinds:
+        every = kinds.index("full_attention") + 1
+    cycle = ["sliding_attention"] * (every - 1) + ["full_attention"]
+    if kinds != (cycle * n_layers)[:n_layers]:
+        raise unsupported("layer_types", kinds)
+    return every
+
+
+def _take_rope(hf: HuggingFaceConfig) -> tuple[float, float, float]:
+    """`rope_theta`, `rope_factor` and `window_rope_theta`.
+
+    Since transformers 5, `rope_parameters` holds those of both kinds of layers.
+    """
+    both = hf.take("rope_parameters", kind=dict, default=None)
+    if both is None:
+        theta, scaling = hf.take_rope()
+        window_theta = hf.take("rope_local_base_freq", kind=float)
+    else:
+        full, window = (dict(both.get(f"{kind}_attention", {})) for kind in ("full", "sliding"))
+        theta, window_theta = full.pop("rope_theta", None), window.pop("rope_theta", None)
+        scaling = None if full == {"rope_type": "default"} else full
+        kinds = {"full_attention", "sliding_attention"}
+        if both.keys() != kinds or window != {"rope_type": "default"} or not theta:
+            raise unsupported("rope_parameters", both)
+    if scaling is None:
+        return float(theta), 1.0, float(window_theta)
+    if scaling.keys() != {"rope_type", "factor"} or scaling["rope_type"] != "linear":
+        raise unsupported("rope_scaling", scaling)
+    return float(theta), float(scaling["factor"]), float(window_theta)

@@ -1,0 +1,63 @@
+"""How gpt-oss is spread over devices: a plan, and six calls in order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_cp
+from torchtitan.distributed.expert_parallel import apply_expert_parallel, router_plan
+from torchtitan.distributed.fsdp import apply_fsdp
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import HeadwiseParallel, apply_tensor_parallel
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+def parallelize_gpt_oss(
+    model: nn.Module,
+    world_mesh: DeviceMesh,
+    parallel_dims: ParallelDims,
+    job_config: JobConfig,
+) -> nn.Module:
+    """Apply tensor, context, expert and data parallelism, checkpointing and compilation."""
+    if parallel_dims.tp_enabled:
+        apply_tp(model, world_mesh["tp"], job_config)
+    if parallel_dims.cp_enabled:
+        apply_cp(model, world_mesh["cp"], job_config)
+    expert_meshes = apply_expert_parallel(model, parallel_dims, split_dims={})
+    apply_ac(model, job_config)
+    model = apply_compile(model, job_config)
+    if parallel_dims.dp_enabled or expert_meshes:
+        apply_fsdp(model, world_mesh["dp"], job_config, expert_meshes)
+    return model
+
+
+def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """Split heads; between attention and experts, the sequence."""
+    block_plan = {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(
+            input_layouts=(Shard(1), None, None),  # hidden states, rotation, mask
+            desired_input_layouts=(Replicate(), None, None),
+        ),
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.sinks": HeadwiseParallel(),
+        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+        "ffn_norm": SequenceParallel(),
+    }
+    apply_tensor_parallel(model, tp_mesh, job_config, block_plan | router_plan())

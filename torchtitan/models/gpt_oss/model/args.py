@@ -1,0 +1,165 @@
+"""Hyperparameters of gpt-oss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from torchtitan.config.load import origin
+from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.models.common.attention import AttentionKernel
+from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
+from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
+from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf
+from torchtitan.protocols.model import BaseModelArgs
+
+from .experts import ALPHA
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+YARN = YarnScaling(factor=32.0, original_max_seq_len=4096, truncate=False)
+
+
+@dataclass
+class GptOssModelArgs(BaseModelArgs):
+    """Sizes and choices; the defaults are those of gpt-oss-20b."""
+
+    dim: int = 2880
+    """Features of the hidden states."""
+    n_layers: int = 24
+    n_heads: int = 64
+    """Query heads."""
+    n_kv_heads: int = 8
+    """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
+    head_dim: int = 64
+    """Features of a head."""
+    sliding_window: int = 128
+    """Keys that a query sees in the layers 0, 2, 4, ..., the last of them its own."""
+    moe: MoEArgs = field(
+        default_factory=lambda: MoEArgs(num_experts=32, top_k=4, hidden_dim=2880, gate_bias=True)
+    )
+    swiglu_limit: float = 7.0
+    """Bound of the features inside an expert."""
+    vocab_size: int = 201088
+    norm_eps: float = 1e-5
+    rope_theta: float = 150000.0
+    rope_scaling: YarnScaling = YARN
+    tie_word_embeddings: bool = False
+    """The output layer shares the embedding's weight."""
+    attention: AttentionKernel = "auto"
+    """Attention kernel, see `model.attention`."""
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
+
+    @property
+    def num_experts(self) -> int:
+        return self.moe.num_experts
+
+    def has_window(self, layer: int) -> bool:
+        """Whether the layer of this number, counted from 0, attends in a sliding window."""
+        return layer % 2 == 0
+
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+
+        Of the experts, only those that a token uses cost FLOPs. The rest is counted as for Llama 3:
+        6 FLOPs a weight and token, the output layer included and the embedding not. Attention to n
+        keys costs 12 n FLOPs a query feature. As in that convention a query sees all `seq_len` keys
+        although it is causal, it sees `min(seq_len, sliding_window)` in layers with a window.
+        """
+        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
+        router = self.dim * self.num_experts
+        expert = 3 * self.dim * self.moe.hidden_dim
+        vocabulary = self.vocab_size * self.dim
+        embeddings = vocabulary if self.tie_word_embeddings else 2 * vocabulary
+
+        biases = q_dim + 2 * kv_dim + self.dim  # of attention
+        biases += self.num_experts * (1 + 2 * self.moe.hidden_dim + self.dim)
+        vectors = biases + self.n_heads + 2 * self.dim  # with sinks and norms
+        layer = attention + router + self.num_experts * expert + vectors
+        nparams = self.n_layers * layer + self.dim + embeddings
+
+        matrices = self.n_layers * (attention + router + self.moe.top_k * expert) + vocabulary
+        windowed = sum(self.has_window(i) for i in range(self.n_layers))
+        keys = windowed * min(seq_len, self.sliding_window) + (self.n_layers - windowed) * seq_len
+        return nparams, 6 * matrices + 12 * q_dim * keys
+
+    def update_from_config(self, job_config: JobConfig) -> Self:
+        """A copy with the attention kernel that the job asks for.
+
+        Raises:
+            ConfigError: the heads or matrices do not divide over the ranks that share them, or
+                experts are to be split, whose biases cannot.
+        """
+        require_divisible_by_tp(
+            job_config,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            vocab_size=self.vocab_size,
+        )
+        require_heads_divisible_by_cp(job_config, self.n_heads)
+        key = "parallelism.expert_tensor_parallel_degree"
+        if job_config.parallelism.expert_tensor_parallel_degree > 1:
+            raise ConfigError(
+                f"{origin(job_config, key)}: the experts of {job_config.model.name} have output "
+                "biases, which every rank that shares an expert would add. Set it to 1, and use "
+                "parallelism.expert_parallel_degree"
+            )
+        return replace(self, attention=job_config.model.attention)
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> Self:
+        """The args of a model from its `config.json` (`GptOssForCausalLM`).
+
+        Raises:
+            CheckpointError: a field is missing, unknown, or has a value that is not supported.
+        """
+        hf = HuggingFaceConfig(config, "gpt_oss")
+        if "quantization_config" in config:
+            raise CheckpointError(
+                f"config.json: quantization_config = {config['quantization_config']!r} is not "
+                "supported. Let transformers dequantize the model (Mxfp4Config(dequantize=True)) "
+                "and save it in bfloat16"
+            )
+        hf.require("hidden_act", "silu")
+        hf.require("attention_bias", True)
+        hf.require("attention_dropout", 0.0)
+        hf.require("swiglu_alpha", ALPHA)
+        hf.ignore("initial_context_length", "experts_per_token")  # said by other fields too
+        n_layers = hf.take("num_hidden_layers", kind=int)
+        alternating = ["sliding_attention", "full_attention"] * n_layers
+        hf.require("layer_types", alternating[:n_layers])
+        rope_theta, rope_scaling = hf.take_rope()
+        if rope_scaling is None:
+            raise unsupported("rope_scaling", None)
+        try:
+            args = cls(
+                dim=hf.take("hidden_size", kind=int),
+                n_layers=n_layers,
+                n_heads=hf.take("num_attention_heads", kind=int),
+                n_kv_heads=hf.take("num_key_value_heads", kind=int),
+                head_dim=hf.take("head_dim", kind=int),
+                sliding_window=hf.take("sliding_window", kind=int),
+                moe=MoEArgs(
+                    num_experts=hf.take("num_local_experts", kind=int),
+                    top_k=hf.take("num_experts_per_tok", kind=int),
+                    hidden_dim=hf.take("intermediate_size", kind=int),
+                    gate_bias=True,
+                ),
+                swiglu_limit=hf.take("swiglu_limit", kind=float, default=7.0),
+                vocab_size=hf.take("vocab_size", kind=int),
+                norm_eps=hf.take("rms_norm_eps", kind=float),
+                rope_theta=rope_theta,
+                rope_scaling=yarn_from_hf(rope_scaling),
+                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
+            )
+        except ValueError as error:  # sizes that do not fit together
+            raise CheckpointError(f"config.json: {error}") from error
+        hf.finish()
+        return args
