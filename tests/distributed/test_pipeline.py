@@ -1,0 +1,179 @@
+"""A pipeline trains like one process, under every schedule and with every other parallelism."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from harness import read_lines, train
+
+DENSE = "torchtitan/models/llama3/train_configs/debug_model.toml"
+MOE = "torchtitan/models/qwen3/train_configs/debug_model_moe.toml"
+SMALL = (
+    "--training.steps=20",
+    "--training.seq_len=64",
+    "--training.global_batch_size=8",
+    "--training.mixed_precision_param=float32",
+    "--metrics.log_freq=1",
+    "--activation_checkpoint.mode=none",
+)
+VALIDATION = (
+    "--validation.enable=true",
+    "--validation.freq=10",
+    "--validation.local_batch_size=8",
+    "--validation.seq_len=128",
+    "--validation.steps=2",
+)
+CSV = "0F0,0F1,,,0B0,0B1\n,1F0,1B0,1F1,1B1,\n"
+
+
+def pipeline(degree: int = 2, **others: object) -> tuple[str, ...]:
+    names = {"schedule": "pipeline_parallel_schedule"}
+    names |= {"microbatch": "pipeline_parallel_microbatch_size"}
+    names |= {key: f"{key}_parallel_degree" for key in ("tensor", "context", "expert")}
+    names |= {"rep": "data_parallel_replicate_degree", "shard": "data_parallel_shard_degree"}
+    options = [f"--parallelism.pipeline_parallel_degree={degree}"]
+    return (*options, *(f"--parallelism.{names[key]}={value}" for key, value in others.items()))
+
+
+LAYOUTS = {
+    "gpipe": (2, 8, pipeline(schedule="GPipe")),
+    "1f1b": (2, 8, pipeline()),
+    "interleaved": (2, 8, pipeline(schedule="Interleaved1F1B")),
+    "looped_bfs": (2, 8, pipeline(schedule="LoopedBFS")),
+    "interleaved_zero_bubble": (2, 8, pipeline(schedule="InterleavedZeroBubble")),
+    "zbv": (2, 8, pipeline(schedule="ZBVZeroBubble")),
+    "dual_pipe_v": (2, 8, pipeline(schedule="DualPipeV")),
+    "accumulation": (2, 4, pipeline(microbatch=2)),
+    "chunked_loss": (2, 8, (*pipeline(), "--loss.name=chunked_cross_entropy")),
+    "pp2_fsdp2": (4, 4, pipeline(shard=2)),
+    "pp2_tp2": (4, 8, pipeline(tensor=2)),
+    "pp2_cp2": (4, 8, pipeline(context=2)),
+}
+LONG_LAYOUTS = {
+    "pp4": (4, 8, pipeline(4)),
+    "pp2_hsdp": (8, 2, pipeline(rep=2, shard=2)),
+    "pp2_fsdp2_tp2": (8, 4, pipeline(shard=2, tensor=2)),
+    "pp2_cp2_tp2": (8, 8, pipeline(context=2, tensor=2)),
+    "pp2_cp2_tp2_zbv": (8, 8, pipeline(context=2, tensor=2, schedule="ZBVZeroBubble")),
+    "pp2_fsdp2_dual_pipe_v": (4, 4, pipeline(shard=2, schedule="DualPipeV")),
+    "pp2_fsdp2_ac_full_zbv": (
+        4,
+        4,
+        (*pipeline(shard=2, schedule="ZBVZeroBubble"), "--activation_checkpoint.mode=full"),
+    ),
+    "compiled_zbv": (
+        2,
+        8,
+        (
+            *pipeline(schedule="ZBVZeroBubble"),
+            "--compile.enable=true",
+            "--compile.backend=aot_eager",
+        ),
+    ),
+}
+
+
+def check(lines: list[dict], expected: list[dict]) -> None:
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for line, reference in zip(lines, expected, strict=True):
+        for key in {"loss", "grad_norm"} & reference.keys():
+            assert math.isclose(line[key], reference[key], rel_tol=1e-4), (key, line, reference)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    train(folder, f"--job.config_file={DENSE}", *SMALL, "--training.local_batch_size=8", *VALIDATION)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_LAYOUTS)],
+)
+def test_a_pipeline_trains_like_one_process(
+    name: str, one_process: Path, tmp_path: Path
+) -> None:
+    ranks, batch, options = (LAYOUTS | LONG_LAYOUTS)[name]
+    lines = train(
+        tmp_path,
+        f"--job.config_file={DENSE}",
+        *SMALL,
+        f"--training.local_batch_size={batch}",
+        *options,
+        ranks=ranks,
+    )
+    check(lines, read_lines(one_process / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
+def test_validation_gives_the_loss_of_one_process(
+    schedule: str, one_process: Path, tmp_path: Path
+) -> None:
+    options = (*SMALL, "--training.local_batch_size=8", *VALIDATION, *pipeline(schedule=schedule))
+    train(tmp_path, f"--job.config_file={DENSE}", *options, ranks=2)
+    check(read_lines(tmp_path / "validation.jsonl"), read_lines(one_process / "validation.jsonl"))
+
+
+def test_a_schedule_from_a_file(one_process: Path, tmp_path: Path) -> None:
+    path = tmp_path / "schedule.csv"
+    path.write_text(CSV)
+    options = (
+        *pipeline(microbatch=4),
+        f"--parallelism.pipeline_parallel_schedule_csv={path}",
+        "--parallelism.pipeline_parallel_split_points",
+        "layers.1",
+        "--training.local_batch_size=8",
+    )
+    lines = train(tmp_path / "run", f"--job.config_file={DENSE}", *SMALL, *options, ranks=2)
+    check(lines, read_lines(one_process / "metrics.jsonl"))
+
+
+@pytest.mark.long
+def test_experts_in_a_pipeline(tmp_path: Path) -> None:
+    one = train(tmp_path / "1", f"--job.config_file={MOE}", *SMALL, "--training.local_batch_size=8")
+    options = (*pipeline(shard=2, expert=2), "--training.local_batch_size=4")
+    lines = train(tmp_path / "4", f"--job.config_file={MOE}", *SMALL, *options, ranks=4)
+    check(lines, one)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ((2, 8, pipeline()), (1, 8, ())),
+        ((1, 8, ()), (2, 8, pipeline(schedule="ZBVZeroBubble"))),
+        pytest.param(
+            (4, 4, pipeline(shard=2)),
+            (2, 8, ("--parallelism.tensor_parallel_degree=2",)),
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["pp2-one", "one-zbv", "pp2_fsdp2-tp2"],
+)
+def test_a_checkpoint_of_a_pipeline_resumes_on_another_layout(
+    saved: tuple, resumed: tuple, tmp_path: Path
+) -> None:
+    for steps, (ranks, batch, options) in ((10, saved), (20, resumed)):
+        lines = train(
+            tmp_path,
+            f"--job.config_file={DENSE}",
+            *SMALL,
+            f"--training.local_batch_size={batch}",
+            "--checkpoint.enable=true",
+            "--checkpoint.interval=10",
+            f"--training.steps={steps}",
+            "--lr_scheduler.decay_ratio=0",  # the schedule of 10 steps is that of 20
+            *options,
+            ranks=ranks,
+        )
+    whole = train(
+        tmp_path / "whole",
+        f"--job.config_file={DENSE}",
+        *SMALL,
+        "--training.local_batch_size=8",
+        "--lr_scheduler.decay_ratio=0",
+    )
+    check(lines, whole)
