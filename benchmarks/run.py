@@ -1,0 +1,46 @@
+"""Runs a suite of benchmarks and writes a dated Markdown page.
+
+python -m benchmarks.run --suite cpu
+python -m benchmarks.run --suite gpu
+python -m benchmarks.run --suite cpu --only loss
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import date
+from pathlib import Path
+
+from benchmarks import gpu_llama3, loss, startup, trainer
+from benchmarks.report import machine
+
+BENCHMARKS = {"trainer": trainer, "startup": startup, "loss": loss, "gpu_llama3": gpu_llama3}
+"""Name -> module with `run(quick) -> list[Table]`."""
+
+SUITES = {"cpu": ["trainer", "startup", "loss"], "gpu": ["gpu_llama3", "loss"]}
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", help="these of the suite")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
+    args = parser.parse_args(argv)
+
+    names = args.only or SUITES[args.suite]
+    tables = [table for name in names for table in BENCHMARKS[name].run(args.quick)]
+    today = date.today().isoformat()
+    page = f"# Benchmarks, {args.suite}, {today}\n\n{machine()}.\n"
+    page += "".join(f"\n{table.markdown()}" for table in tables)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{today}-{args.suite}.md"
+    path.write_text(page)
+    print(f"{page}\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The benchmarks run, at tiny sizes, and find what they claim to find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_llama3, loss, run, startup, trainer
+from benchmarks.report import Spread, Table, verdict
+from torchtitan.config import load_config
+
+TINY = """
+[job]
+custom_import = "benchmarks.models"
+[model]
+name = "benchmark_llama3"
+flavor = "tiny"
+[lr_scheduler]
+warmup_steps = 0
+decay_ratio = 0.0
+[training]
+local_batch_size = 1
+global_batch_size = 2
+seq_len = 32
+mixed_precision_param = "float32"
+[activation_checkpoint]
+mode = "none"
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def test_spread_is_median_and_range():
+    assert str(Spread.of([1.0, 4.0, 2.0])) == "2.00 (1.00 to 4.00)"
+
+
+def test_table_is_markdown():
+    text = Table("Title", ["a", "b"], [["1", "2"]], "A note.").markdown()
+    assert text == "## Title\n\nA note.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+def test_verdict():
+    assert verdict(4.1, at_least=4) == ">= 4: met"
+    assert verdict(0.97, at_least=0.98) == ">= 0.98: missed"
+    assert verdict(7, at_most=6) == "<= 6: missed"
+
+
+def test_trainer_and_bare_loop_take_turns_and_get_the_same_losses(tiny: Path):
+    found = trainer.compare(tiny, rounds=3, steps_per_turn=2)
+    assert len(found.trainer.wall) == len(found.bare.wall) == 3
+    assert found.tokens_per_turn == 2 * 2 * 32
+    assert found.loss_difference < 1e-6
+    assert 0 < found.ratio("cpu").low <= found.ratio("cpu").median
+    assert "| tiny |" in trainer.table([found]).markdown()
+
+
+def test_a_loop_that_does_other_work_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    step = trainer.BareLoop.step
+
+    def skip_a_micro_batch(self, micro_batches):
+        return step(self, micro_batches[:1])
+
+    monkeypatch.setattr(trainer.BareLoop, "step", skip_a_micro_batch)
+    with pytest.raises(RuntimeError, match="losses of trainer and bare loop differ"):
+        trainer.compare(tiny, rounds=1, steps_per_turn=1)
+
+
+def test_chunked_loss_takes_less_memory_than_plain():
+    # 256 tokens x 16,384 entries: 16 MiB of logits, three times over; far above what else varies.
+    plain, chunked = (loss.measure(loss.Case(size, 16, 16384, 256)) for size in (0, 32))
+    assert plain.peak_bytes > 40 * 2**20
+    assert plain.peak_bytes > 4 * chunked.peak_bytes
+    assert loss.relative_error(chunked.loss, plain.loss) < 1e-5
+    for ours, theirs in zip(chunked.gradients, plain.gradients, strict=True):
+        assert loss.relative_error(ours, theirs) < 1e-5
+
+
+def test_startup_ends_at_a_line_or_at_the_end():
+    code = "import sys, time; sys.stderr.write('ready\\n'); sys.stderr.flush(); time.sleep(0.5)"
+    until_end = startup.Command("to the end", ["-c", code])
+    until_line = startup.Command("to a line", ["-c", code], until="ready")
+    for command in (until_end, until_line):
+        command.measure()
+    assert until_end.wall[0] > 0.5
+    assert until_line.cpu[0] > 0
+
+    with pytest.raises(RuntimeError, match="no such line: exit code 0\nready"):
+        startup.Command("no such line", ["-c", code], until="step 1").measure()
+    with pytest.raises(RuntimeError, match="fails: exit code 3"):
+        startup.Command("fails", ["-c", "raise SystemExit(3)"]).measure()
+
+
+def test_importing_torchtitan_imports_no_torch(tmp_path: Path):
+    probe = next(c for c in startup.commands(tmp_path) if "no torch" in c.name)
+    probe.measure()  # the exit code says it
+    assert len(probe.wall) == 1
+
+
+@pytest.mark.parametrize("path", sorted(trainer.CONFIGS.glob("*.toml")), ids=lambda p: p.stem)
+def test_configs_load(path: Path):
+    config = load_config(["--job.config_file", str(path)])
+    assert getattr(torch, config.training.mixed_precision_param)
+
+
+@pytest.mark.long
+def test_gpu_benchmark_runs_on_cpu():
+    (table,) = gpu_llama3.run(quick=True)
+    assert [row[0] for row in table.rows] == ["eager", "compiled"]
+    assert all(float(row[1].split()[0]) > 0 for row in table.rows)
+
+
+@pytest.mark.long
+def test_suite_writes_a_page(tmp_path: Path):
+    assert run.main(["--suite", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    (page,) = tmp_path.glob("*-cpu.md")
+    text = page.read_text()
+    for title in ("Trainer against a bare loop", "Start-up", "Loss and backward pass"):
+        assert f"## {title}" in text

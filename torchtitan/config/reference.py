@@ -1,0 +1,135 @@
+"""The reference page of the configuration, made from the sections' dataclasses and docstrings.
+
+python -m torchtitan.config.reference > docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .base import Range
+from .job_config import JobConfig
+from .toml_file import format_value
+
+_INTRODUCTION = """\
+<!-- Made by `python -m torchtitan.config.reference > docs/configuration.md`; do not edit. -->
+
+# Configuration
+
+Every option has a default. A TOML file changes some (`--job.config_file run.toml`), the command
+line wins over the file:
+
+```toml
+[training]
+steps = 1000
+```
+
+```bash
+torchtitan train --job.config_file run.toml --training.steps 20
+```
+
+An unknown section or key, a value of the wrong type or out of range ends the run before it starts,
+with the line of the file and the nearest name that exists. `--job.print_config` prints the result
+of file and command line as TOML; each run keeps it as `config.resolved.toml`. An option
+without a default below is unset.
+"""
+
+_BAR = r"\|"
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+def reference(config: type = JobConfig) -> str:
+    """The page, in Markdown."""
+    hints = get_type_hints(config)
+    sections = [_section(f"[{f.name}]", hints[f.name]) for f in dataclasses.fields(config)]
+    return "\n".join([_INTRODUCTION, *sections])
+
+
+def _section(header: str, cls: type) -> str:
+    """One table of TOML, and the arrays of tables inside it."""
+    default, hints, texts = cls(), get_type_hints(cls, include_extras=True), docstrings(cls)
+    rows = ["| key | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
+    inner = []
+    for field in dataclasses.fields(cls):
+        hint, value = hints[field.name], getattr(default, field.name)
+        shown = "" if value is None else f"`{format_value(value)}`"
+        cells = [f"`{field.name}`", _type(hint), shown, _allowed(hint), texts[field.name]]
+        rows.append(f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |")
+        inner += [
+            _section(f"[[{header.strip('[]')}.{field.name}]]", item)
+            for item in _parts(hint)
+            if _is_table(item)
+        ]
+    text = " ".join(inspect.getdoc(cls).split())
+    return "\n".join([f"## `{header}`", "", text, "", *rows, "", *inner])
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """Field -> the string below it in the source of a dataclass, in one line. Python drops these.
+
+    Raises:
+        ValueError: a field has none.
+    """
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    found = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                found[name] = " ".join(text.split())
+    for field in dataclasses.fields(cls):
+        if field.name not in found:
+            raise ValueError(f"{cls.__name__}.{field.name} has no docstring")
+    return found
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """The members of a type and the bounds annotated to it: what is not made of other types."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        inner, *metadata = get_args(hint)
+        yield from _parts(inner)
+        yield from metadata
+    elif origin in (Union, types.UnionType, list):
+        for member in get_args(hint):
+            yield from _parts(member)
+    elif hint is not type(None):
+        yield hint
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is list:
+        return f"array of {_type(*get_args(hint))}s"
+    kinds = [part for part in _parts(hint) if not isinstance(part, Range)]
+    return " or ".join(dict.fromkeys(map(_kind, kinds)))
+
+
+def _kind(part: Any) -> str:
+    if get_origin(part) is Literal:
+        return _TYPES[type(get_args(part)[0])]
+    return "table" if _is_table(part) else _TYPES[part]
+
+
+def _is_table(part: Any) -> bool:
+    return isinstance(part, type) and dataclasses.is_dataclass(part)
+
+
+def _allowed(hint: Any) -> str:
+    """The choices or the bounds of a value; empty where any of its type will do."""
+    allowed = []
+    for part in _parts(hint):
+        if isinstance(part, Range):
+            allowed.append(str(part))
+        elif get_origin(part) is Literal:
+            allowed += [f"`{format_value(choice)}`" for choice in get_args(part)]
+    return ", ".join(allowed)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
