@@ -1,0 +1,21 @@
+"""Llama 3 with 0.2 million parameters, for runs of a second: `--job.custom_import tiny_llama`."""
+
+from dataclasses import replace
+
+from torchtitan.models import llama3
+from torchtitan.models.llama3.model import Llama3ModelArgs
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+MODEL_CONFIGS = {
+    # As many layers and heads as the debugmodel has, so that it can be split in the same ways.
+    "tiny": Llama3ModelArgs(
+        dim=64, n_layers=4, n_heads=16, n_kv_heads=8, ffn_dim=192, vocab_size=264
+    ),
+}
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return replace(llama3.get_train_spec("debugmodel"), model_args=MODEL_CONFIGS[flavor])
+
+
+register_train_spec("tiny_llama", get_train_spec)
