@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
-from ranks import on_ranks
+from harness import on_ranks
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -31,6 +30,7 @@ from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.ranks import RanksFailedError
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols import (
     BaseModelArgs,
@@ -333,7 +333,7 @@ def resume_after_death(folder: Path) -> None:
 
 
 def test_a_killed_save_is_invisible(tmp_path):
-    with pytest.raises(mp.ProcessExitedException):
+    with pytest.raises(RanksFailedError, match="rank 1: killed by SIGKILL"):
         on_ranks(2, die_while_saving, tmp_path)
     assert sorted(os.listdir(tmp_path / "checkpoint")) == ["step-2", "step-4.partial"]
     on_ranks(2, resume_after_death, tmp_path)

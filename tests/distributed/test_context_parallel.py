@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
+from harness import on_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
@@ -92,24 +92,20 @@ def attend_shared(case: tuple[Any, ...], mesh: DeviceMesh) -> list[torch.Tensor]
     return wholes
 
 
-def work(rank: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=RANKS, init_method=f"file://{folder}/store"
-    )
+def work(folder: Path) -> None:
     meshes = {
         cp: init_device_mesh("cpu", (RANKS // cp, cp), mesh_dim_names=("dp", "cp"))["cp"]
         for cp in (2, 4)
     }
     results = {case: attend_shared(case, meshes[case[0]]) for case in CASES}
-    if rank == 0:
+    if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], list[torch.Tensor]]:
     folder = tmp_path_factory.mktemp("context_parallel")
-    mp.spawn(work, (folder,), nprocs=RANKS)
+    on_ranks(RANKS, work, folder)
     return torch.load(folder / "results.pt")
 
 

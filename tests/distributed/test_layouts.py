@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from harness import train
 
 CONFIG = """
+[job]
+custom_import = "tiny_llama"
 [model]
-name = "llama3"
-flavor = "debugmodel"
+name = "tiny_llama"
+flavor = "tiny"
 [optimizer]
 lr = 1e-3
 [lr_scheduler]
@@ -33,31 +32,20 @@ mode = "none"
 """
 
 
-def train(folder: Path, processes: int, local_batch_size: int, *options: str) -> list[dict]:
-    """Run the trainer as a user would; return the lines of metrics.jsonl."""
-    folder.mkdir(parents=True)
+def train_layout(folder: Path, processes: int, local_batch_size: int, *options: str) -> list[dict]:
     config = folder / "config.toml"
     config.write_text(CONFIG.format(local_batch_size=local_batch_size))
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"]
-        launcher[-2:-2] = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [*launcher, "torchtitan.train", "--job.config_file", str(config)]
-    command += ["--job.dump_folder", str(folder / "run"), *options]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    return train(folder / "run", "--job.config_file", str(config), *options, ranks=processes)
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return train(tmp_path_factory.mktemp("layouts") / "one", 1, 8)
+    return train_layout(tmp_path_factory.mktemp("layouts"), 1, 8)
 
 
 @pytest.fixture(scope="module")
 def one_process_of_documents(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return train(tmp_path_factory.mktemp("layouts") / "documents", 1, 8, DOCUMENTS)
+    return train_layout(tmp_path_factory.mktemp("layouts"), 1, 8, DOCUMENTS)
 
 
 DOCUMENTS = "--training.document_mask"
@@ -153,7 +141,7 @@ def test_layout_gives_the_losses_of_one_process(
     name: str, one_process: list[dict], tmp_path: Path
 ) -> None:
     processes, local_batch_size, *options = LAYOUTS[name]
-    check(train(tmp_path / name, processes, local_batch_size, *options), one_process)
+    check(train_layout(tmp_path, processes, local_batch_size, *options), one_process)
 
 
 @pytest.mark.long
@@ -162,7 +150,7 @@ def test_larger_layout_gives_the_losses_of_one_process(
     name: str, one_process: list[dict], tmp_path: Path
 ) -> None:
     processes, local_batch_size, *options = LONG_LAYOUTS[name]
-    check(train(tmp_path / name, processes, local_batch_size, *options), one_process)
+    check(train_layout(tmp_path, processes, local_batch_size, *options), one_process)
 
 
 @pytest.mark.parametrize("name", DOCUMENT_LAYOUTS)
@@ -170,7 +158,7 @@ def test_layout_gives_the_losses_of_one_process_on_documents(
     name: str, one_process_of_documents: list[dict], tmp_path: Path
 ) -> None:
     processes, local_batch_size, *options = DOCUMENT_LAYOUTS[name]
-    lines = train(tmp_path / name, processes, local_batch_size, DOCUMENTS, *options)
+    lines = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
     check(lines, one_process_of_documents)
 
 
@@ -180,5 +168,5 @@ def test_larger_layout_gives_the_losses_of_one_process_on_documents(
     name: str, one_process_of_documents: list[dict], tmp_path: Path
 ) -> None:
     processes, local_batch_size, *options = LONG_DOCUMENT_LAYOUTS[name]
-    lines = train(tmp_path / name, processes, local_batch_size, DOCUMENTS, *options)
+    lines = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
     check(lines, one_process_of_documents)

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from harness import command, read_lines, shell
 
+import torchtitan
 from torchtitan.config import load_config
 
 GUIDE = Path(__file__).parents[2] / "docs" / "adding_models.md"
@@ -93,41 +95,41 @@ def write_model(folder: Path, package: str) -> None:
         path.write_text(text)
 
 
-def run_training(folder: Path, processes: int, *options: str) -> list[dict]:
-    """Train out of tree, through `--job.custom_import`."""
+def options(folder: Path, processes: int, *more: str) -> list[str]:
+    """Writes the model, and gives the options to train it with `folder` as working directory."""
     write_model(folder / "my_pkg" / "your_model", "my_pkg.your_model")
-    launcher = ["torch.distributed.run", f"--nproc-per-node={processes}"]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
-    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "torchtitan.train"]
-    command += ["--job.custom_import", "my_pkg.your_model", "--model.name", "your_model"]
-    command += ["--model.flavor", "debug", "--training.seq_len", "32", "--training.steps", "8"]
-    command += ["--training.mixed_precision_param", "float32", "--optimizer.lr", "1e-2"]
-    command += ["--training.global_batch_size", "8", "--metrics.log_freq", "1"]
-    command += ["--training.local_batch_size", str(8 // processes), *options]
-    command += ["--lr_scheduler.warmup_steps", "2", "--job.dump_folder", "run"]
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    words = "--job.custom_import my_pkg.your_model --model.name your_model --model.flavor debug "
+    words += "--training.seq_len 32 --training.steps 8 --training.mixed_precision_param float32 "
+    words += "--optimizer.lr 1e-2 --lr_scheduler.warmup_steps 2 --metrics.log_freq 1 "
+    words += f"--training.global_batch_size 8 --training.local_batch_size {8 // processes} "
+    return [*words.split(), "--job.dump_folder", str(folder / "run"), *more]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(folder / "run" / "metrics.jsonl")]
 
 
 def test_the_guides_model_trains_alike_on_one_and_four_processes(tmp_path: Path) -> None:
-    one = run_training(tmp_path / "one", 1)
-    four = run_training(tmp_path / "four", 4)
-    assert one[-1]["loss"] < one[0]["loss"] - 0.3
-    assert [line["loss"] for line in four] == pytest.approx(
-        [line["loss"] for line in one], rel=1e-4
-    )
+    """With the commands as users type them."""
+    one, four = tmp_path / "one", tmp_path / "four"
+    python = ["python", "-m", "torchtitan.train"]
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "torchtitan.train"]
+    shell([*python, *options(one, 1)], cwd=one)
+    shell([*torchrun, *options(four, 4)], cwd=four)
+    assert losses(one)[-1] < losses(one)[0] - 0.3
+    assert losses(four) == pytest.approx(losses(one), rel=1e-4)
 
 
-def test_the_guides_model_trains_with_whole_model_compile(tmp_path: Path) -> None:
-    options = ["--compile.enable", "--compile.backend=aot_eager"]
-    one = run_training(tmp_path / "one", 1)
-    compiled = run_training(tmp_path / "compiled", 2, *options)
-    assert [line["loss"] for line in compiled] == pytest.approx(
-        [line["loss"] for line in one], rel=1e-4
-    )
+def test_the_guides_model_trains_with_whole_model_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, compiled = tmp_path / "one", tmp_path / "compiled"
+    shell(["torchtitan", "train", *options(one, 1)], cwd=one)
+    more = options(compiled, 2, "--compile.enable", "--compile.backend=aot_eager")
+    monkeypatch.chdir(compiled)
+    done = command("train", *more, ranks=2)
+    assert done.exit_code == 0, done.err
+    assert losses(compiled) == pytest.approx(losses(one), rel=1e-4)
 
 
 def test_the_guides_training_config_loads_as_it_stands(tmp_path: Path) -> None:
@@ -140,10 +142,6 @@ def test_the_guides_training_config_loads_as_it_stands(tmp_path: Path) -> None:
 
 def test_the_guides_registration_in_the_tree_works(tmp_path: Path) -> None:
     """Step 7, on a copy of the package, so that the tree itself stays as it is."""
-    import shutil
-
-    import torchtitan
-
     package = tmp_path / "torchtitan"
     shutil.copytree(Path(torchtitan.__file__).parent, package)
     write_model(package / "models" / "your_model", "torchtitan.models.your_model")

@@ -1,0 +1,147 @@
+"""Runs the command `torchtitan train` and other functions on ranks forked from a warm server.
+
+See `torchtitan.distributed.ranks`: a run starts in milliseconds instead of the seconds that a new
+Python takes to import PyTorch. Everything runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch.distributed as dist
+
+from torchtitan import cli
+from torchtitan.distributed.ranks import Ranks, RanksFailedError
+from torchtitan.distributed.utils import init_distributed
+
+TIMEOUT = 120.0
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT
+) -> list[Any]:
+    """`torchtitan.distributed.ranks.run_ranks`, on the CPU."""
+    with Ranks(function, world_size, *args, env=_environment()) as ranks:
+        return ranks.wait(timeout)
+
+
+def on_ranks(world_size: int, function: Callable[..., None], folder: Path, *args: Any) -> None:
+    """Call `function(folder, *args)` on each of `world_size` ranks that have joined by gloo."""
+    run_ranks(_join, world_size, function, folder, args)
+
+
+def _join(function: Callable[..., None], folder: Path, args: tuple[Any, ...]) -> None:
+    init_distributed(timeout_seconds=60)
+    function(folder, *args)
+    dist.destroy_process_group()
+
+
+def train(folder: Path, *options: str, ranks: int = 1, timeout: float = TIMEOUT) -> list[dict]:
+    """`torchtitan train` with `options`, into `folder`; the lines of its metrics.jsonl."""
+    done = command("train", *options, "--job.dump_folder", str(folder), ranks=ranks)
+    assert done.exit_code == 0, done.err
+    return read_lines(folder / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@dataclass
+class Finished:
+    """What is left of a command."""
+
+    exit_codes: list[int | None]
+    """Of each rank; None for one that had to be stopped."""
+    out: str
+    """stdout of all ranks, one after the other."""
+    err: str
+    """The same of stderr."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """The first that is not 0, else 0."""
+        return next((code for code in self.exit_codes if code != 0), 0)
+
+
+def command(*arguments: str, ranks: int = 1, timeout: float = TIMEOUT, **env: str) -> Finished:
+    """`torchtitan ARGUMENTS`; with several ranks as under torchrun, with one without it."""
+    with Running(*arguments, ranks=ranks, **env) as running:
+        return running.wait(timeout)
+
+
+class Running:
+    """`command`, while it runs. Leaving the `with` block kills it."""
+
+    def __init__(self, *arguments: str, ranks: int = 1, **env: str) -> None:
+        self._folder = TemporaryDirectory(prefix="torchtitan-test-")
+        self._size = ranks
+        self._ranks = Ranks(
+            _run_command,
+            ranks,
+            list(arguments),
+            env=_environment() | env,
+            output_folder=Path(self._folder.name),
+        )
+        self.pids = self._ranks.pids
+
+    def wait(self, timeout: float = TIMEOUT) -> Finished:
+        exit_codes: list[int | None] = [0] * self._size
+        tracebacks = ""
+        try:
+            self._ranks.wait(timeout)
+        except RanksFailedError as error:
+            for failure in error.failures:
+                exit_codes[failure.rank] = failure.exit_code
+                tracebacks += failure.traceback
+        return Finished(exit_codes, self._read("out"), self._read("err") + tracebacks)
+
+    def _read(self, suffix: str) -> str:
+        folder = Path(self._folder.name)
+        return "".join((folder / f"rank-{i}.{suffix}").read_text() for i in range(self._size))
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ranks.__exit__(*exc_info)
+        self._folder.cleanup()
+
+
+def shell(words: list[str], *, cwd: Path | None = None, check: bool = True) -> Finished:
+    """A command as a user types it: a new Python, seconds to start.
+
+    The programs (`python`, `torchrun`, `torchtitan`) are those of the running environment.
+    """
+    program = Path(sysconfig.get_path("scripts"), words[0])
+    env = _environment() | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [program, *words[1:]], cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return Finished([done.returncode], done.stdout, done.stderr)
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _run_command(arguments: list[str]) -> None:
+    if os.environ["WORLD_SIZE"] == "1":
+        for name in [name for name in os.environ if _is_of_torchrun(name)]:
+            del os.environ[name]
+    sys.argv[1:] = arguments
+    sys.exit(cli.main(arguments))
+
+
+def _is_of_torchrun(name: str) -> bool:
+    return name.endswith(("RANK", "WORLD_SIZE")) or name.startswith(("MASTER_", "TORCHELASTIC_"))

@@ -1,0 +1,300 @@
+"""Starts the ranks of a world in milliseconds, and says what became of them.
+
+Importing PyTorch takes seconds. So each rank is forked from a server that has imported it once:
+Python's `multiprocessing` forkserver. The server runs nothing else, has one thread and never
+touches CUDA, which is what makes its forks sound; the caller may have threads and use CUDA.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PRELOADED = ("torchtitan.train", "torchtitan.models", "torch.distributed.pipelining")
+"""What the server imports. None of it may start a thread or touch CUDA."""
+
+# Once a rank has failed the others are of no use, but what they say may help: the first to report
+# is not always the one at fault.
+_SECONDS_AFTER_A_FAILURE = 5.0
+_SECONDS_TO_DUMP_STACKS = 5.0
+_SHOWN_OUTPUT = 4000  # characters
+
+
+@dataclass
+class RankFailure:
+    """What became of a rank that did not return."""
+
+    rank: int
+    reason: str
+    """One line: `ValueError: ...`, `killed by SIGSEGV`, `exit code 2`, `not done after 60 s`."""
+    traceback: str = ""
+    """Of its exception; of all its threads if it crashed or had to be stopped."""
+    output: str = ""
+    """The end of what it wrote to stdout and stderr."""
+    exit_code: int | None = None
+    """As of `multiprocessing.Process`; None if it had to be stopped."""
+
+    def __str__(self) -> str:
+        parts = [f"rank {self.rank}: {self.reason}", self.traceback, self.output]
+        return "\n".join(part.rstrip() for part in parts if part.strip())
+
+
+class RanksFailedError(RuntimeError):
+    """Some ranks raised an exception, died, or did not return in time.
+
+    Args:
+        failures: in the order in which they were noticed; ranks that had to be stopped come last.
+        world_size: number of all ranks.
+    """
+
+    def __init__(self, failures: list[RankFailure], world_size: int) -> None:
+        self.failures = failures
+        shown = "\n\n".join(map(str, failures))
+        super().__init__(f"{len(failures)} of {world_size} ranks failed\n\n{shown}")
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
+) -> list[Any]:
+    """`function(*args)` on each of `world_size` new ranks; their results, by rank.
+
+    Raises:
+        RanksFailedError: after `timeout` seconds at the latest.
+    """
+    with Ranks(function, world_size, *args) as ranks:
+        return ranks.wait(timeout)
+
+
+class Ranks:
+    """Processes that each call `function(*args)` as one rank of a world of their own.
+
+    They have the environment that torchrun gives (`RANK`, `MASTER_ADDR`, ...), one thread for
+    computing, and stdout and stderr of their own. Leaving the `with` block stops those that run.
+
+    Args:
+        function: of a module, so that it can be pickled; so must `args` and the results be.
+        world_size: number of ranks.
+        env: the environment of the ranks before torchrun's variables; by default the caller's.
+        output_folder: receives `rank-N.out` and `rank-N.err`; by default a temporary one.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        env: Mapping[str, str] | None = None,
+        output_folder: Path | None = None,
+    ) -> None:
+        # As torchrun does: the launcher holds the store, so its port is free for certain.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._temporary = TemporaryDirectory(prefix="torchtitan-ranks-")
+        # Pickled here, since `multiprocessing` would share the memory of tensors, by a thread.
+        call = pickle.dumps((function, args))
+        env = dict(os.environ if env is None else env)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        self._ranks = [
+            _Rank(
+                rank=rank,
+                env=env | _torchrun_env(rank, world_size, self._store.port),
+                call=call,
+                output=(output_folder or Path(self._temporary.name)) / f"rank-{rank}",
+                stacks=Path(self._temporary.name) / f"stacks-{rank}",
+            )
+            for rank in range(world_size)
+        ]
+        for rank in self._ranks:
+            rank.start(context)
+
+    @property
+    def pids(self) -> list[int]:
+        return [rank.process.pid for rank in self._ranks]
+
+    def wait(self, timeout: float) -> list[Any]:
+        """The results of all ranks. Raises `RanksFailedError`, after `timeout` seconds at most."""
+        deadline, limit = time.monotonic() + timeout, f"not done after {timeout:g} s"
+        failures: list[RankFailure] = []
+        running = {rank.process.sentinel: rank for rank in self._ranks}
+        pipes = {rank.pipe: rank for rank in self._ranks}
+        while running:
+            ready = connection.wait([*running, *pipes], deadline - time.monotonic())
+            if not ready:
+                break
+            for source in ready:
+                if source in pipes:
+                    pipes.pop(source).receive()
+                elif source in running:
+                    rank = running.pop(source)
+                    pipes.pop(rank.pipe, rank).receive()
+                    if failure := rank.failure():
+                        failures.append(failure)
+                        limit = "stopped, since another rank had failed"
+                        soon = time.monotonic() + _SECONDS_AFTER_A_FAILURE
+                        deadline = min(deadline, soon)
+        failures += _stop(running.values(), limit)
+        if failures:
+            raise RanksFailedError(failures, len(self._ranks))
+        return [rank.result for rank in self._ranks]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for rank in self._ranks:
+            rank.process.kill()
+            rank.process.join()
+            rank.pipe.close()
+        self._temporary.cleanup()
+
+
+@dataclass(eq=False)
+class _Rank:
+    """The caller's side of one rank."""
+
+    rank: int
+    env: dict[str, str]
+    call: bytes
+    output: Path
+    stacks: Path
+    result: Any = None
+    error: tuple[str, str] | None = None
+    """An exception in one line, and its traceback."""
+    process: multiprocessing.process.BaseProcess = field(init=False)
+    pipe: connection.Connection = field(init=False)
+
+    def output_files(self) -> list[Path]:
+        """Of stdout and stderr."""
+        return [self.output.with_suffix(suffix) for suffix in (".out", ".err")]
+
+    def start(self, context: Any) -> None:
+        for file in self.output_files():
+            file.touch()
+        self.pipe, theirs = context.Pipe(duplex=False)
+        arguments = (theirs, self.call, self.env, os.getcwd(), self.output_files(), self.stacks)
+        self.process = context.Process(target=_run_rank, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> None:
+        """What the rank has sent; nothing, if it was sent before or the rank died."""
+        with suppress(EOFError, OSError):
+            if self.pipe.poll():
+                self.result, self.error = pickle.loads(self.pipe.recv_bytes())
+
+    def failure(self, stopped: str = "") -> RankFailure | None:
+        """Why the rank failed, now that it has ended; None if it returned.
+
+        `stopped` says why it was stopped, if it was.
+        """
+        self.process.join()
+        code = self.process.exitcode
+        if code == 0 and not stopped:
+            return None
+        if stopped:
+            reason, details = stopped, _read_stacks(self.stacks)
+        elif self.error:
+            reason, details = self.error
+        elif code < 0:
+            reason, details = f"killed by {signal.Signals(-code).name}", _read_stacks(self.stacks)
+        else:
+            reason, details = f"exit code {code}", ""
+        output = "".join(map(_read, self.output_files()))
+        return RankFailure(
+            self.rank, reason, details, output[-_SHOWN_OUTPUT:], None if stopped else code
+        )
+
+
+def _stop(ranks: Iterable[_Rank], reason: str) -> list[RankFailure]:
+    """End ranks that still run, having them write down where they are."""
+    ranks = list(ranks)
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank.process.pid, signal.SIGABRT)  # faulthandler writes the stacks
+    deadline = time.monotonic() + _SECONDS_TO_DUMP_STACKS
+    for rank in ranks:
+        rank.process.join(max(0.0, deadline - time.monotonic()))
+        rank.process.kill()
+    return [rank.failure(stopped=reason) for rank in ranks]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _read_stacks(path: Path) -> str:
+    """What faulthandler wrote, without what is the same in every rank."""
+    threads = _read(path).partition("\nExtension modules:")[0].split("\n\n")
+    return "\n\n".join(thread for thread in threads if _end_with_parent.__name__ not in thread)
+
+
+def _torchrun_env(rank: int, world_size: int, port: int) -> dict[str, str]:
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "GROUP_RANK": 0,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "GROUP_WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "OMP_NUM_THREADS": 1,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _run_rank(
+    pipe: connection.Connection,
+    call: bytes,
+    env: dict[str, str],
+    cwd: str,
+    output_files: list[Path],
+    stacks: Path,
+) -> None:
+    """The life of a rank, in its own process."""
+    gc.freeze()  # what the server has imported; walking it would copy its memory into each rank
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for descriptor, path in enumerate(output_files, start=1):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), descriptor)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a crash, the stacks are enough
+    stacks_file = open(stacks, "w")  # noqa: SIM115 (open as long as the process lives)
+    faulthandler.enable(stacks_file)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        function, args = pickle.loads(call)
+        reply = pickle.dumps((function(*args), None))
+    except Exception as error:
+        line = f"{type(error).__name__}: {error}"
+        pipe.send_bytes(pickle.dumps((None, (line, traceback.format_exc()))))
+        raise SystemExit(1) from None
+    pipe.send_bytes(reply)
+
+
+def _end_with_parent() -> None:
+    """A rank must not outlive its caller, waiting for other ranks."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
