@@ -74,6 +74,7 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
     _check_sequence_length(job_config, dims)
     _check_context_parallel(job_config, dims)
     _check_tensor_parallel(job_config, dims)
+    _check_experts(job_config, dims)
     if dims.pp_enabled:
         _check_pipeline(job_config)
     if job_config.training.enable_cpu_offload and not dims.dp_shard_enabled:
@@ -142,6 +143,41 @@ def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     if job_config.parallelism.disable_sequence_parallel:
         problem = "needs sequence parallel: set parallelism.disable_sequence_parallel = false"
         _fail(job_config, key, problem)
+
+
+def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
+    if not (dims.ep_enabled or dims.tp_enabled):
+        return
+    import torchtitan.models  # noqa: F401  (fills the registry)
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    model = job_config.model
+    experts = get_train_spec(model.name, model.flavor).model_args.num_experts
+    if experts == 0:
+        for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
+            if getattr(job_config.parallelism, name) > 1:
+                problem = f"{model.name} {model.flavor} has no experts. Use 1"
+                _fail(job_config, f"parallelism.{name}", problem)
+        return
+    if experts % dims.ep:
+        degrees = [d for d in range(1, experts + 1) if experts % d == 0]
+        _fail(
+            job_config,
+            "parallelism.expert_parallel_degree",
+            f"must divide the {experts} experts of {model.name} {model.flavor}. Degrees that do: "
+            f"{', '.join(map(str, degrees))}",
+        )
+    unit = dims.cp * dims.tp  # each rank routes its part of the sequence
+    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    for section in sections:
+        seq_len = getattr(job_config, section).seq_len
+        if dims.tp_enabled and seq_len % unit:
+            _fail(
+                job_config,
+                f"{section}.seq_len",
+                f"must be a multiple of {unit}, since each rank of tensor parallel routes a part "
+                f"of the sequence to experts. Nearest: {_nearest_multiples(seq_len, unit)}",
+            )
 
 
 def _check_pipeline(job_config: JobConfig) -> None:

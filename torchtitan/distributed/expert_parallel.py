@@ -22,10 +22,10 @@ from torch.distributed._functional_collectives import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel
+from torch.distributed.tensor.parallel import SequenceParallel
 
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import Plan
+from torchtitan.distributed.tensor_parallel import OwnTokens, Plan
 from torchtitan.tools.rows import inverse_permutation, select_rows
 
 if TYPE_CHECKING:
@@ -41,13 +41,10 @@ def router_plan(moe: str = "moe") -> Plan:
     """The part of a block's tensor-parallel plan that has each rank route its part of the sequence.
 
     Args:
-        moe: name of the `MoE` module in the block; it comes after a `SequenceParallel` norm.
+        moe: name of the `MoE` module in the block.
     """
-    own = (Shard(1),)
     return {
-        moe: PrepareModuleInput(
-            input_layouts=own, desired_input_layouts=own, use_local_output=True
-        ),
+        moe: OwnTokens(),
         f"{moe}.router.gate": SequenceParallel(sequence_dim=0, use_local_output=True),
     }
 

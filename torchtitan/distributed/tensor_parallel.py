@@ -63,7 +63,7 @@ def apply_tensor_parallel(
     model_plan = {name: s for name, s in model_plan.items() if getattr(model, name) is not None}
     plan_of = block_plan if callable(block_plan) else lambda block: block_plan
     whole_sequence = job_config.parallelism.disable_sequence_parallel
-    adapt = _with_whole_sequence if whole_sequence else lambda plan: plan
+    adapt = _plan_for_whole_sequence if whole_sequence else lambda plan: plan
     if job_config.parallelism.enable_async_tensor_parallel:
         _overlap_with_matmuls(tp_mesh)
     with preserve_tying(model):
@@ -82,8 +82,17 @@ def feed_forward_plan(name: str) -> Plan:
     }
 
 
+def _plan_for_whole_sequence(plan: Plan) -> Plan:
+    """The plan without sequence parallelism, but for the inside of modules of `OwnTokens`."""
+    own = tuple(f"{name}." for name, style in plan.items() if isinstance(style, OwnTokens))
+    return {
+        name: style if name.startswith(own) else _with_whole_sequence(style)
+        for name, style in plan.items()
+    }
+
+
 def _with_whole_sequence(value: Any) -> Any:
-    """A copy of a plan, or of a part of one, with `Replicate()` in each place of `Shard(1)`."""
+    """A copy of a part of a plan, with `Replicate()` in each place of `Shard(1)`."""
     if value == Shard(1):
         return Replicate()
     if isinstance(value, dict):
@@ -137,6 +146,31 @@ class SharedInput(ParallelStyle):
             return gather_for_parts(inputs[0], mesh, self.input_layouts), *inputs[1:]
 
         return distribute_module(module, device_mesh, input_fn=gather)
+
+
+class OwnTokens(ParallelStyle):
+    """For a module that treats each token by itself, such as a mixture of experts.
+
+    Each rank gives it the part `[batch, seq / tp, dim]` of the sequence, as a plain tensor, also
+    where the sequence is whole between the modules.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer_layouts: tuple[Placement, ...] = (Shard(1),)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def take_own(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            x = inputs[0]
+            if not isinstance(x, DTensor):
+                x = DTensor.from_local(x, mesh, self.outer_layouts, run_check=False)
+            return x.redistribute(placements=[Shard(1)]).to_local(), *inputs[1:]
+
+        def give_all(module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+            output = DTensor.from_local(output, mesh, [Shard(1)], run_check=False)
+            return output.redistribute(placements=self.outer_layouts).to_local()
+
+        return distribute_module(module, device_mesh, None, take_own, give_all)
 
 
 class HeadwiseParallel(ParallelStyle):

@@ -266,3 +266,38 @@ def test_wandb_that_is_not_installed(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config.metrics.enable_wandb = True
     assert "pip install 'torchtitan[wandb]'" in error_of(config)
+
+
+def test_expert_parallel_needs_experts_that_divide(config):
+    config.parallelism.expert_parallel_degree = 2
+    assert error_of(config, world_size=2) == (
+        "parallelism.expert_parallel_degree = 2: llama3 debugmodel has no experts. Use 1"
+    )
+    config.model.name, config.model.flavor = "qwen3", "debugmodel_moe"
+    validate(config, world_size=2)
+    config.parallelism.expert_parallel_degree = 3
+    assert error_of(config, world_size=3) == (
+        "parallelism.expert_parallel_degree = 3: must divide the 8 experts of qwen3 "
+        "debugmodel_moe. Degrees that do: 1, 2, 4, 8"
+    )
+
+
+def test_expert_tensor_parallel_needs_experts(config):
+    config.parallelism.tensor_parallel_degree = 2
+    config.parallelism.expert_tensor_parallel_degree = 2
+    assert "expert_tensor_parallel_degree = 2: llama3 debugmodel has no experts" in error_of(
+        config, world_size=2
+    )
+    config.model.name, config.model.flavor = "qwen3", "debugmodel_moe"
+    validate(config, world_size=2)
+
+
+def test_each_rank_of_tensor_parallel_routes_a_part_of_a_whole_sequence(config):
+    config.parallelism.tensor_parallel_degree = 2
+    config.parallelism.disable_sequence_parallel = True
+    config.training.seq_len = 101
+    validate(config, world_size=2)
+    config.model.name, config.model.flavor = "qwen3", "debugmodel_moe"
+    message = error_of(config, world_size=2)
+    assert message.startswith("training.seq_len = 101: must be a multiple of 2, since each rank")
+    assert message.endswith("Nearest: 100 or 102")

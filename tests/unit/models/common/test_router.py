@@ -1,0 +1,119 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.router import TopKRouter
+
+ARGS = MoEArgs(num_experts=8, top_k=2)
+
+
+def build(**changes) -> TopKRouter:
+    torch.manual_seed(0)
+    router = TopKRouter(16, dataclasses.replace(ARGS, **changes))
+    router.init_weights(std=0.5)
+    return router
+
+
+def tokens(number: int = 50) -> torch.Tensor:
+    return torch.randn(number, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_weights_are_those_of_the_best_experts(score_func, normalize):
+    router = build(score_func=score_func, normalize_weights=normalize, route_scale=2.5)
+    weights, experts, counts = router(tokens())
+    logits = router.gate(tokens())
+    scores = logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
+    for own_weights, own_experts, own_scores in zip(weights, experts, scores, strict=True):
+        best, expected = own_scores.sort(descending=True)
+        assert own_experts.tolist() == expected[:2].tolist()
+        factor = 2.5 / best[:2].sum() if normalize else 2.5
+        torch.testing.assert_close(own_weights, best[:2] * factor)
+    assert torch.equal(counts, torch.bincount(experts.flatten(), minlength=8))
+
+
+def test_only_the_best_groups_are_chosen_from():
+    router = build(n_groups=4, top_groups=2, top_k=3, use_bias=True)
+    router.selection_bias.copy_(torch.randn(8))
+    _, experts, _ = router(tokens())
+    ranking = router.gate(tokens()).softmax(-1) + router.selection_bias
+    quality = ranking.view(-1, 4, 2).sum(-1)  # both experts of a group count
+    allowed = quality.topk(2).indices
+    for own_experts, own_groups in zip(experts, allowed, strict=True):
+        assert {e // 2 for e in own_experts.tolist()} == set(own_groups.tolist())
+
+
+def test_the_bias_chooses_but_does_not_weigh():
+    router = build(use_bias=True, normalize_weights=False)
+    router.selection_bias[5] = 10.0
+    weights, experts, _ = router(tokens())
+    assert (experts[:, 0] == 5).all()
+    scores = router.gate(tokens()).softmax(-1)
+    torch.testing.assert_close(weights[:, 0], scores[:, 5])
+
+
+def test_the_bias_moves_against_the_load():
+    router = build(use_bias=True, bias_update_rate=0.25)
+    router.end_step(torch.tensor([4.0, 8.0, 0.0, 4.0, 4.0, 4.0, 4.0, 4.0]))
+    assert router.selection_bias.tolist() == [0, -0.25, 0.25, 0, 0, 0, 0, 0]
+    assert router.load[1] == 8
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_the_auxiliary_loss_adds_its_gradient(score_func):
+    """As a term of the training loss would, with the load of the last step (Switch, GShard)."""
+    router = build(score_func=score_func, aux_loss_weight=0.3)
+    x = tokens()
+    load = torch.tensor([10.0, 40, 5, 5, 20, 10, 5, 5])  # of 50 tokens
+    router.end_step(load)
+
+    weights, _, _ = router(x)
+    (2 * weights.sin().sum()).backward()
+    ours = router.gate.weight.grad.clone()
+
+    router.zero_grad()
+    router.eval()
+    weights, _, _ = router(x)
+    logits = router.gate(x)
+    scores = logits.softmax(-1) if score_func == "softmax" else logits.sigmoid()
+    mean_probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    loss = 0.3 * 8 * (load / load.sum() * mean_probability).sum()
+    (2 * weights.sin().sum() + loss).backward()
+    torch.testing.assert_close(ours, router.gate.weight.grad)
+    assert not torch.equal(ours, torch.zeros_like(ours))
+
+
+def test_micro_batches_share_the_auxiliary_loss():
+    whole, parts = build(aux_loss_weight=1.0), build(aux_loss_weight=1.0)
+    for router in (whole, parts):
+        router.end_step(torch.tensor([10.0, 40, 5, 5, 20, 10, 5, 5]))
+    whole(tokens())[0].sum().backward()
+    for part in tokens().split([10, 25, 15]):
+        parts(part)[0].sum().backward()
+    torch.testing.assert_close(whole.gate.weight.grad, parts.gate.weight.grad)
+    assert torch.equal(whole.tally, parts.tally)
+
+
+def test_each_token_is_counted_once_a_backward_pass():
+    router = build()
+    _, _, counts = router(tokens())
+    assert router.tally.sum() == 0, "a forward pass alone does not train"
+    weights, _, _ = checkpoint(router, tokens().requires_grad_(), use_reentrant=False)
+    weights.sum().backward()  # runs the forward pass once more
+    assert torch.equal(router.tally, counts.float())
+    router.eval()
+    router(tokens())[0].sum().backward()
+    assert torch.equal(router.tally, counts.float())
+    router.end_step(router.tally)
+    assert torch.equal(router.load, counts.float())
+    assert router.tally.sum() == 0
+
+
+def test_state_that_training_goes_on_from_is_in_checkpoints():
+    assert build().state_dict().keys() == {"gate.weight"}
+    state = build(aux_loss_weight=0.1, use_bias=True).state_dict()
+    assert state.keys() == {"gate.weight", "load", "selection_bias"}
