@@ -20,11 +20,30 @@ def get_train_spec(flavor: str) -> TrainSpec:
 
 register_train_spec("tiny_llama", get_train_spec)
 
-OPTIONS = """
---job.custom_import tiny_llama --model.name tiny_llama --model.flavor tiny
---training.steps 6 --training.seq_len 32 --training.global_batch_size 8
---training.local_batch_size 4 --training.mixed_precision_param float32
---optimizer.lr 1e-2 --lr_scheduler.warmup_steps 2
---activation_checkpoint.mode none --metrics.log_freq 1
-""".split()
+OPTIONS = [
+    "--job.custom_import",
+    "tiny_llama",
+    "--model.name",
+    "tiny_llama",
+    "--model.flavor",
+    "tiny",
+    "--training.steps",
+    "6",
+    "--training.seq_len",
+    "32",
+    "--training.global_batch_size",
+    "8",
+    "--training.local_batch_size",
+    "4",
+    "--training.mixed_precision_param",
+    "float32",
+    "--optimizer.lr",
+    "1e-2",
+    "--lr_scheduler.warmup_steps",
+    "2",
+    "--activation_checkpoint.mode",
+    "none",
+    "--metrics.log_freq",
+    "1",
+]
 """Of a short run in float32, for 1 or 2 data ranks."""

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-
 from harness import read_lines, train
 
 DENSE = "torchtitan/models/llama3/train_configs/debug_model.toml"
@@ -86,7 +85,9 @@ def check(lines: list[dict], expected: list[dict]) -> None:
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    train(folder, f"--job.config_file={DENSE}", *SMALL, "--training.local_batch_size=8", *VALIDATION)
+    train(
+        folder, f"--job.config_file={DENSE}", *SMALL, "--training.local_batch_size=8", *VALIDATION
+    )
     return folder
 
 
@@ -94,9 +95,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "name",
     [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_LAYOUTS)],
 )
-def test_a_pipeline_trains_like_one_process(
-    name: str, one_process: Path, tmp_path: Path
-) -> None:
+def test_a_pipeline_trains_like_one_process(name: str, one_process: Path, tmp_path: Path) -> None:
     ranks, batch, options = (LAYOUTS | LONG_LAYOUTS)[name]
     lines = train(
         tmp_path,
