@@ -66,6 +66,14 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             "ScaledDotProductAttention of torchtitan.models.common.attention, so its attention "
             "cannot be shared. Set it to 1"
         )
+    # Its kernels are called with the default scale, and know nothing that a subclass adds.
+    plain = all(type(a) is ScaledDotProductAttention and a.scale is None for a in attentions)
+    if method == "ring" and not plain:
+        raise ConfigError(
+            f"{origin(job_config, 'parallelism.context_parallel_method')}: a ring knows scaled dot "
+            f"product attention alone, but {job_config.model.name} has layers with a scale or "
+            "terms of their own. Use 'allgather' or 'ulysses'"
+        )
     if method == "ring" and any(mask.window or mask.chunk for mask in masks):
         raise ConfigError(
             f"{origin(job_config, 'parallelism.context_parallel_method')}: a ring knows plain "

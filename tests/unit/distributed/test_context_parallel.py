@@ -47,6 +47,18 @@ def test_a_ring_refuses_layers_that_are_not_plain_causal(limit, config):
         apply_cp(limited, MESH, config)
 
 
+class OtherAttention(ScaledDotProductAttention):
+    """Adds something to the scores."""
+
+
+@pytest.mark.parametrize("attention", [ScaledDotProductAttention(scale=0.1), OtherAttention()])
+def test_a_ring_refuses_attention_that_its_kernels_do_not_compute(attention, config):
+    apply_cp(model(CausalMask(), attention), MESH, config)
+    config.parallelism.context_parallel_method = "ring"
+    with pytest.raises(ConfigError, match="a ring knows scaled dot product attention alone"):
+        apply_cp(model(CausalMask(), attention), MESH, config)
+
+
 def test_a_model_whose_attention_was_not_shared_is_refused(config):
     parts = [model(CausalMask(), ScaledDotProductAttention()) for _ in range(2)]
     apply_cp(parts[0], MESH, config)
