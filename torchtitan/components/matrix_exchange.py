@@ -69,7 +69,7 @@ class MatrixExchange:
         """This rank's part of `function(matrix)` for each matrix.
 
         Args:
-            function: keeps the shape.
+            function: keeps shape and dtype.
             matrices: at most `ranks` of those given at construction; they say where parts belong.
             local: this rank's part of the values of each, `[rows, columns]`, all of one dtype.
         """
