@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
@@ -56,7 +57,7 @@ def apply_tensor_parallel(
         block_plan: of each block; where blocks differ, what makes it from the block.
     """
     model_plan: Plan = {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "tok_embeddings": EmbeddingParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "output": _output_style(job_config),
     }
@@ -192,6 +193,24 @@ class HeadwiseParallel(ParallelStyle):
             return output.to_local()
 
         return distribute_module(module, device_mesh, shard_parameters, from_heads, to_heads)
+
+
+class EmbeddingParallel(RowwiseParallel):
+    """`RowwiseParallel` whose output has arrived.
+
+    A compiled block that receives a tensor still on its way gives back a gradient of the wrong type
+    (seen with torch 2.13): an error in the backward pass of the redistribution.
+    """
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, module: nn.Module, outputs: Any, mesh: Any
+    ) -> Any:
+        output = RowwiseParallel._prepare_output_fn(
+            output_layouts, use_local_output, module, outputs, mesh
+        )
+        # Any operation waits; a copy of `[batch, seq / tp, dim]` is the least of them.
+        return output.clone() if isinstance(output, AsyncCollectiveTensor) else output
 
 
 class DeferredOutputParallel(ParallelStyle):
