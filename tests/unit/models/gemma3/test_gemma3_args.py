@@ -109,15 +109,13 @@ def test_a_degree_that_splits_a_head_is_refused():
         TINY.update_from_config(config)
 
 
-def test_a_ring_is_refused_since_it_knows_no_windows():
+def test_a_ring_is_refused_since_it_computes_other_attention():
     config = JobConfig()
     config.model.name = "gemma3"
     config.parallelism.context_parallel_method = "ring"
     with torch.device("meta"):
         model = Gemma3Model(TINY)
-    with pytest.raises(
-        ConfigError, match=r"a ring knows.*gemma3 has layers that attend in windows"
-    ):
+    with pytest.raises(ConfigError, match=r"a ring knows.*gemma3 has layers with a scale or terms"):
         apply_cp(model, None, config)
 
 

@@ -123,14 +123,14 @@ def test_degrees_that_split_a_head_or_an_expert_are_refused():
         TINY.update_from_config(config)
 
 
-def test_a_ring_is_refused_since_it_knows_no_windows():
+def test_a_ring_is_refused_since_it_computes_other_attention():
     config = JobConfig()
     config.model.name = "gpt_oss"
     config.parallelism.context_parallel_method = "ring"
     with torch.device("meta"):
         model = GptOssModel(TINY)
     with pytest.raises(
-        ConfigError, match=r"a ring knows.*gpt_oss has layers that attend in windows"
+        ConfigError, match=r"a ring knows.*gpt_oss has layers with a scale or terms"
     ):
         apply_cp(model, None, config)
 
