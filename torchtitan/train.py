@@ -196,7 +196,8 @@ class Trainer:
 
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
-        counts = torch.tensor([tokens, int(stop.received)], device=self.device)
+        # Host tensors go over gloo, so that the host need not wait for the device to read them.
+        counts = torch.tensor([tokens, int(stop.received)])
         dist.all_reduce(counts)
         global_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
 
