@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_layouts import train
+from test_layouts import train_layout
 
 MODELS = ("deepseek_v3", "llama4")
 TP2 = "--parallelism.tensor_parallel_degree=2"
@@ -27,7 +27,7 @@ STEPS = 10
 def run(model: str, folder: Path, processes: int, batch: int, *options: str) -> list[dict]:
     # Two chunks of Llama 4's debug model are in a sequence.
     shared = (f"--model.name={model}", f"--training.steps={STEPS}", "--training.seq_len=128")
-    return train(folder, processes, batch, *shared, *options)
+    return train_layout(folder, processes, batch, *shared, *options)
 
 
 @pytest.fixture(scope="module")

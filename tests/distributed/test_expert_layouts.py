@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_layouts import train
+from test_layouts import train_layout
 
 # At test_layouts.py's rate, Adam makes rounding errors grow until, at step 15, a token whose second
 # and third expert are nearly equal goes to the other one. That is one of 512 tokens, and changes
@@ -59,7 +59,7 @@ LONG_LAYOUTS = {
 
 def run(folder: Path, layout: tuple, *options: str) -> list[dict]:
     processes, local_batch_size, *own = layout
-    return train(folder, processes, local_batch_size, *SHARED, *own, *options)
+    return train_layout(folder, processes, local_batch_size, *SHARED, *own, *options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ mode = "none"
 
 
 def train_layout(folder: Path, processes: int, local_batch_size: int, *options: str) -> list[dict]:
+    folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.toml"
     config.write_text(CONFIG.format(local_batch_size=local_batch_size))
     return train(folder / "run", "--job.config_file", str(config), *options, ranks=processes)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_layouts import train
+from test_layouts import train_layout
 
 LAYOUTS = {
     "fsdp2": (2, 4),
@@ -29,7 +29,7 @@ STEPS = 10
 
 def run(model: str, folder: Path, processes: int, batch: int, *options: str) -> list[dict]:
     options = (f"--model.name={model}", f"--training.steps={STEPS}", *options)
-    return train(folder, processes, batch, *options)
+    return train_layout(folder, processes, batch, *options)
 
 
 @pytest.fixture(scope="module")

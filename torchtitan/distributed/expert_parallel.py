@@ -178,7 +178,7 @@ class RowExchange:
         rows = select_rows(rows, self._place, self._order)
         if self._etp is not None:
             rows = all_to_all_single_autograd(rows, self._own_copies, self._shown, self._etp)
-            rows = rows.view(len(self._shown), sum(self._arrived), -1).sum(dim=0)
+            rows = rows.view(len(self._shown), sum(self._arrived), rows.size(-1)).sum(dim=0)
         if self._ep is not None:
             rows = all_to_all_single_autograd(rows, self._sent, self._arrived, self._ep)
         return rows

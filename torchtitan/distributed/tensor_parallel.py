@@ -161,17 +161,20 @@ class OwnTokens(ParallelStyle):
         self.outer_layouts: tuple[Placement, ...] = (Shard(1),)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def take_own(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        def take_own(module: nn.Module, inputs: Any) -> Any:
             x = inputs[0]
             if not isinstance(x, DTensor):
-                x = DTensor.from_local(x, mesh, self.outer_layouts, run_check=False)
+                x = DTensor.from_local(x, device_mesh, self.outer_layouts, run_check=False)
             return x.redistribute(placements=[Shard(1)]).to_local(), *inputs[1:]
 
-        def give_all(module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-            output = DTensor.from_local(output, mesh, [Shard(1)], run_check=False)
+        def give_all(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            output = DTensor.from_local(output, device_mesh, [Shard(1)], run_check=False)
             return output.redistribute(placements=self.outer_layouts).to_local()
 
-        return distribute_module(module, device_mesh, None, take_own, give_all)
+        # Not by distribute_module, which would replicate the parameters too.
+        module.register_forward_pre_hook(take_own)
+        module.register_forward_hook(give_all)
+        return module
 
 
 class HeadwiseParallel(ParallelStyle):
