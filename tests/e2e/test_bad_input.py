@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_llama
-from harness import Finished, command
+from harness import Finished, command, shell, train
 
 SAVING = ["--checkpoint.enable", "--checkpoint.interval=2"]
 
