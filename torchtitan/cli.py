@@ -32,8 +32,19 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except TitanError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _report(f"error: {error}")
         raise SystemExit(2) from error
+
+
+def _report(message: str) -> None:
+    """Show an error on stderr: of several ranks with the same one, once."""
+    from torchtitan.distributed.first_report import claim_report, write_error_file
+
+    write_error_file(message)
+    with claim_report(message) as first:
+        if first:
+            sys.stderr.write(message + "\n")
+            sys.stderr.flush()
 
 
 @exit_on_user_error()

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.moe_balance import ExpertBalance
@@ -388,10 +389,19 @@ def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
 
 
 def _write_resolved_config(job_config: JobConfig) -> None:
-    if dist.get_rank() == 0:
-        folder = Path(job_config.job.dump_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.resolved.toml").write_text(to_toml(job_config))
+    """Raises `ConfigError`, on all ranks, if the folder cannot be written."""
+    folder = Path(job_config.job.dump_folder)
+
+    def write() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.resolved.toml").write_text(to_toml(job_config))
+        except OSError as error:
+            raise ConfigError(
+                f"{origin(job_config, 'job.dump_folder')}: cannot write there: {error}"
+            ) from error
+
+    on_rank_zero(write, dist.group.WORLD)
 
 
 @exit_on_user_error()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_llama
-from harness import Finished, command
+from harness import Finished, command, shell, train
 
 SAVING = ["--checkpoint.enable", "--checkpoint.interval=2"]
 
@@ -49,3 +52,131 @@ def test_a_mistake_in_the_config(mistake: str, tmp_path: Path) -> None:
     done = refused(tmp_path / "run", *options, ranks=2)
     assert_one_message(done, *(word for word in words if not word.startswith("--")))
     assert not (tmp_path / "run").exists()
+
+
+def test_corrupt_toml(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("[training]\nsteps = = 3\n")
+    done = refused(tmp_path / "run", f"--job.config_file={config}", ranks=2)
+    assert_one_message(done, f"{config}:2: not valid TOML")
+
+
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_an_empty_dataset(section: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    options = [f"--{section}.dataset=text", f"--{section}.dataset_path={tmp_path}/empty.txt"]
+    done = refused(tmp_path / "run", "--validation.enable", *options, ranks=2)
+    assert_one_message(done, f"{section}.dataset", "empty")
+
+
+def test_malformed_data(tmp_path: Path) -> None:
+    """Found by the thread that reads ahead, while training."""
+    (tmp_path / "bad.txt").write_bytes(b"text\n\xff\n")
+    options = ["--training.dataset=text", f"--training.dataset_path={tmp_path}/bad.txt"]
+    assert_one_message(refused(tmp_path / "run", *options, ranks=2), "bad.txt:2", "UTF-8")
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written(folder: str) -> None:
+    assert_one_message(refused(Path(folder), ranks=2), "job.dump_folder")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that saved step 2 and step 4."""
+    folder = tmp_path_factory.mktemp("saved")
+    train(folder, *tiny_llama.OPTIONS, *SAVING, "--training.steps=4", ranks=2)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", [".metadata", "__1_0.distcp", "manifest.json"])
+def test_a_truncated_checkpoint(
+    name: str, ranks: int, two_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(two_checkpoints, folder)
+    file = folder / "checkpoint" / "step-4" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    assert_one_message(refused(folder, *SAVING, ranks=ranks), str(file), "damaged")
+    if name != ".metadata":
+        file.write_bytes(b"\x93" * file.stat().st_size)
+        assert_one_message(refused(folder, *SAVING, ranks=ranks), str(file), "damaged")
+    train(folder, *tiny_llama.OPTIONS, *SAVING, "--checkpoint.load_step=2", ranks=ranks)
+
+
+def test_a_checkpoint_of_another_model_or_step(two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(two_checkpoints, folder)
+    done = refused(folder, *SAVING, "--checkpoint.load_step=3", ranks=2)
+    assert_one_message(done, "checkpoint.load_step = 3", "2, 4")
+    debug = ["--model.name=llama3", "--model.flavor=debugmodel"]
+    assert_one_message(refused(folder, *SAVING, *debug, ranks=2), "dim = 64 (now 256)")
+    done = refused(folder, *SAVING, "--training.global_batch_size=16", ranks=2)
+    assert_one_message(done, "training.global_batch_size is 16 now")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_not_finite(ranks: int, tmp_path: Path) -> None:
+    options = ["--optimizer.lr=1e37", "--lr_scheduler.warmup_steps=3", "--training.max_norm=inf"]
+    folder = tmp_path / "run"
+    saving = ["--checkpoint.enable", "--checkpoint.interval=1"]
+    done = refused(folder, *options, *saving, "--metrics.log_freq=4", ranks=ranks)
+    found = re.search(r"step (\d+): the loss is .* gradients is (nan|inf)", done.err)
+    assert found, done.err
+    last_good = folder / "checkpoint" / f"step-{int(found.group(1)) - 1}"
+    assert_one_message(done, f"The last good checkpoint is {last_good}")
+    assert last_good.is_dir()
+
+
+def finishes_from_step_4(folder: Path, whole: list[dict]) -> None:
+    lines = train(folder, *tiny_llama.OPTIONS, *SAVING)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
+
+
+def test_files_that_may_not_grow(tmp_path: Path) -> None:
+    """The limit that a shell sets; a real command."""
+    folder = tmp_path / "run"
+    whole = train(folder, *tiny_llama.OPTIONS, *SAVING)
+    shutil.rmtree(folder / "checkpoint" / "step-6")
+    options = [*tiny_llama.OPTIONS, *SAVING, f"--job.dump_folder={folder}"]
+    done = shell(
+        ["python", "-c", LIMITED, "train", *options],
+        cwd=Path(tiny_llama.__file__).parent,
+        check=False,
+    )
+    assert_one_message(done, "step 6 could not be saved", "File too large", "step-4")
+    assert not list((folder / "checkpoint").glob("*.partial"))
+    finishes_from_step_4(folder, whole)
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+from torchtitan.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_full_disk(mode: str, small_disk: Path, tmp_path: Path) -> None:
+    """There is room for two checkpoints. The third fails, while the old ones stay."""
+    whole = train(tmp_path / "whole", *tiny_llama.OPTIONS)
+    folder = small_disk / "run"
+    done = refused(folder, *SAVING, f"--checkpoint.async_mode={mode}", ranks=1)
+    assert_one_message(done, "step 6 could not be saved", "No space left", "step-4")
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-2", "step-4"]
+    shutil.rmtree(folder / "checkpoint" / "step-2")
+    finishes_from_step_4(folder, whole)

@@ -68,7 +68,8 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
     except ConfigError as error:
         largest = max(degrees, key=degrees.__getitem__)
-        raise ConfigError(f"{origin(job_config, f'parallelism.{largest}')}: {error}") from error
+        problem = str(error).removeprefix("parallelism: ")  # of those who build ParallelDims
+        raise ConfigError(f"{origin(job_config, f'parallelism.{largest}')}: {problem}") from error
 
     resolve_batch(job_config, dims.dp)
     _check_sequence_length(job_config, dims)

@@ -5,9 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from typing import TextIO
 
 logger = logging.getLogger("torchtitan")
+
+# Warnings of PyTorch in ordinary runs that a user can do nothing about.
+_HARMLESS = (
+    # `world_mesh["dp"]` is the documented way to a flattened mesh, and works in 2.11 to 2.13.
+    "Slicing a flattened dim from root mesh will be deprecated",
+)
 
 
 def init_logger(rank: int | None = None, level: int | None = None) -> None:
@@ -21,6 +28,8 @@ def init_logger(rank: int | None = None, level: int | None = None) -> None:
         rank = int(os.environ.get("RANK", 0))
     if level is None:
         level = logging.INFO if rank == 0 else logging.WARNING
+    for message in _HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
 
     for handler in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
         logger.removeHandler(handler)

@@ -1,0 +1,104 @@
+"""Runs that were stopped or killed go on exactly, on their layout and on others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from harness import command, read_lines, train
+from tiny_llama import OPTIONS
+
+SAVING = ("--checkpoint.enable", "--checkpoint.interval=2")
+TP2 = "--parallelism.tensor_parallel_degree=2"
+
+
+def numbers(lines: list[dict]) -> list[tuple[int, float, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in lines]
+
+
+def steps_saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+
+
+LAYOUTS = {
+    "one": (1, "--training.local_batch_size=8"),
+    "one_accumulation": (1, "--training.local_batch_size=2"),
+    "one_async": (1, "--checkpoint.async_mode=async"),
+    "fsdp2_async": (2, "--checkpoint.async_mode=async"),
+    "tp2_accumulation": (2, TP2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_is_equal_bit_for_bit(layout: str, tmp_path: Path) -> None:
+    ranks, option = LAYOUTS[layout]
+    arguments = (*OPTIONS, option)
+    whole = train(tmp_path / "whole", *arguments, ranks=ranks)
+    parts = tmp_path / "parts"
+    assert numbers(train(parts, *arguments, *SAVING, ranks=ranks)) == numbers(whole)
+    assert steps_saved(parts) == ["step-2", "step-4", "step-6"]
+    shutil.rmtree(parts / "checkpoint" / "step-6")
+    shutil.rmtree(parts / "checkpoint" / "step-4")
+    assert numbers(train(parts, *arguments, *SAVING, ranks=ranks)) == numbers(whole)
+
+
+def test_a_run_goes_on_from_layout_to_layout(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", *OPTIONS)
+    parts = tmp_path / "parts"
+    train(parts, *OPTIONS, *SAVING, ranks=2)
+    shutil.rmtree(parts / "checkpoint" / "step-6")
+    shutil.rmtree(parts / "checkpoint" / "step-4")
+    train(parts, *OPTIONS, *SAVING, TP2, ranks=2)
+    shutil.rmtree(parts / "checkpoint" / "step-6")
+    lines = train(parts, *OPTIONS, *SAVING)
+    for line, expected in zip(numbers(lines), numbers(whole), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("ranks", "signalled"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize("signal", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_one_rank_ends_the_step_and_saves(
+    signal: str, ranks: int, signalled: int, tmp_path: Path
+) -> None:
+    interrupted = ("--job.custom_import=interrupted_llama", "--model.name=interrupted_llama")
+    arguments = (*OPTIONS, *interrupted, "--checkpoint.enable", "--checkpoint.interval=100")
+    whole = train(tmp_path / "whole", *OPTIONS, ranks=ranks)
+    folder = tmp_path / "parts"
+    done = command(
+        "train",
+        *arguments,
+        f"--job.dump_folder={folder}",
+        ranks=ranks,
+        INTERRUPT=f"{signal} 3 {signalled}",
+    )
+    assert set(done.exit_codes) == {0}, done.err
+    assert f"{signal}: stopping after this step" in done.err
+    assert steps_saved(folder) == ["step-3"]
+    assert numbers(read_lines(folder / "metrics.jsonl")) == numbers(whole)[:3]
+    assert numbers(train(folder, *arguments, ranks=ranks)) == numbers(whole)
+
+
+def test_an_export_starts_a_new_run(tmp_path: Path) -> None:
+    saving = ("--checkpoint.enable", "--checkpoint.interval=100")
+    full, export = tmp_path / "full", tmp_path / "export"
+    first = train(full, *OPTIONS, *saving, ranks=2)
+    train(export, *OPTIONS, *saving, "--checkpoint.last_save_model_only", ranks=2)
+    starts = [
+        train(
+            tmp_path / f"from_{folder.name}",
+            *OPTIONS,
+            f"--checkpoint.initial_load_path={folder}/checkpoint/step-6",
+        )
+        for folder in (full, export)
+    ]
+    assert numbers(starts[0]) == numbers(starts[1])
+    assert starts[0][0]["loss"] < first[0]["loss"] - 0.5
+    done = command("train", *OPTIONS, *saving, f"--job.dump_folder={export}")
+    assert done.exit_code == 2 and "cannot resume a run" in done.err
+
+
+def test_only_the_latest_checkpoints_are_kept(tmp_path: Path) -> None:
+    options = ("--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=2")
+    train(tmp_path, *OPTIONS, *options)
+    assert steps_saved(tmp_path) == ["step-5", "step-6"]

@@ -1,0 +1,56 @@
+"""All ranks find the same mistake in a config; the user should read of it once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+_PATIENCE = timedelta(seconds=5)
+
+
+@contextmanager
+def claim_report(message: str) -> Iterator[bool]:
+    """Yields whether this rank is to show `message`: under torchrun, the first to ask is.
+
+    The others leave the `with` block after that rank has: a rank that ends has torchrun stop all
+    others at once. Ranks find each other by the store of torchrun, so it works before (and after)
+    they have formed a process group; where there is no such store, every rank is the first.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        yield True
+        return
+    import torch.distributed as dist
+
+    digest = hashlib.blake2b(message.encode(), digest_size=8).hexdigest()
+    key = f"torchtitan/report/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{digest}"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=_PATIENCE)
+        first = store.add(f"{key}/asked", 1) == 1
+    except RuntimeError:  # torchrun is gone, or on a host that cannot be reached
+        yield True
+        return
+    yield first
+    try:
+        if first:
+            store.set(f"{key}/shown", "yes")
+        else:
+            store.wait([f"{key}/shown"], _PATIENCE)
+    except RuntimeError:
+        pass
+
+
+def write_error_file(message: str) -> None:
+    """Have torchrun show the message in its summary, the last that a user reads.
+
+    torch.distributed.elastic reads the file; its own `record` would put a traceback into it.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with open(path, "w") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
