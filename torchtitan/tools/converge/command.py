@@ -64,7 +64,7 @@ class Options:
     rtol: Annotated[float | None, _option("FLOAT")] = None
     """Relative tolerance of the loss. Default: 1e-4, or 2e-2 where one of the two is in bfloat16"""
     grad_norm_rtol: Annotated[float | None, _option("FLOAT")] = None
-    """The same for the gradient norm. Default: 1e-2, or 2e-1 where one of the two is in bfloat16"""
+    """The same for the gradient norm. Default: 1e-2, or 0.2 where one of the two is in bfloat16"""
     out: str = "./outputs/converge"
     """Folder that gets verdict.json, table.md, report.html, curves.png and the new runs."""
 

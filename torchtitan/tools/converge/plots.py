@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from .curves import METRICS, Curve
-from .report import scientific
+from .report import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def _draw_differences(axes: Axes, result: Result, metric: str) -> None:
     for tolerance in tolerances:
         axes.axhline(tolerance, color=_LIMIT, linestyle="--", linewidth=1.2)
         axes.annotate(
-            f"tolerance {scientific(tolerance, 3)}",
+            f"tolerance {short(tolerance, 3)}",
             (0.01, tolerance),  # on the left, where the runs have had no time to part
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
@@ -95,7 +95,7 @@ def _draw_differences(axes: Axes, result: Result, metric: str) -> None:
     axes.yaxis.set_major_locator(FixedLocator([10.0**power for power in range(-9, 10)]))
     axes.yaxis.set_minor_locator(FixedLocator([]))
     axes.yaxis.set_major_formatter(FuncFormatter(_power))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("step")
     axes.set_ylabel(f"relative difference of {metric}")
     _grid(axes)

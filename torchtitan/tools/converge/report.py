@@ -95,13 +95,11 @@ def verdict_line(verdict: Verdict, control: str) -> str:
         first = difference.first_exceeding
         if verdict.state == "equal":
             within = _at_step(difference)
-            parts.append(
-                f"{name} within {within} (tolerance {scientific(difference.tolerance, 3)})"
-            )
+            parts.append(f"{name} within {within} (tolerance {short(difference.tolerance, 3)})")
         elif first is not None:
             parts.append(
-                f"{name} beyond {scientific(difference.tolerance, 3)} from step {first} "
-                f"({scientific(difference.relative[first])}), at most {_at_step(difference)}"
+                f"{name} beyond {short(difference.tolerance, 3)} from step {first} "
+                f"({short(difference.relative[first])}), at most {_at_step(difference)}"
             )
     word = "EQUAL to" if verdict.state == "equal" else "DIVERGED from"
     return f"{verdict.name}: {word} {control}: {'; '.join(parts)}"
@@ -118,8 +116,8 @@ def detail_rows(result: Result) -> list[list[str]]:
     for verdict in result.verdicts:
         for name, difference in verdict.differences.items():
             first = difference.first_exceeding
-            cells = [verdict.name, name, scientific(difference.tolerance, 3), str(first or "none")]
-            details.append([*cells, _at_step(difference), scientific(difference.final)])
+            cells = [verdict.name, name, short(difference.tolerance, 3), str(first or "none")]
+            details.append([*cells, _at_step(difference), short(difference.final)])
     return details
 
 
@@ -205,11 +203,11 @@ def _commit() -> str:
     return f" ({done.stdout.strip()})" if done.returncode == 0 else ""
 
 
-def scientific(value: float, digits: int = 2) -> str:
-    """`1.2e-6`, `1e-4`, `0`, `nan`."""
+def short(value: float, digits: int = 2) -> str:
+    """`1.2e-6`, `1e-4`, `0.16`, `0`, `nan`."""
+    if not 0 < value < 0.1:
+        return f"{value:.{digits}g}"
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-    if not exponent or value == 0:
-        return f"{value:g}"
     if "." in mantissa:
         mantissa = mantissa.rstrip("0").rstrip(".")
     return f"{mantissa}e{int(exponent)}"
@@ -231,7 +229,7 @@ def _at_step(difference: Difference) -> str:
         return "-"
     if difference.worst == 0:
         return "0"
-    return f"{scientific(difference.worst)} (step {difference.worst_step})"
+    return f"{short(difference.worst)} (step {difference.worst_step})"
 
 
 def _difference_json(difference: Difference) -> dict[str, Any]:

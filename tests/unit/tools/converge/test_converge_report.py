@@ -12,7 +12,7 @@ from run_folder import write_run
 
 from torchtitan.tools.converge import page as page_module
 from torchtitan.tools.converge.command import main
-from torchtitan.tools.converge.report import scientific
+from torchtitan.tools.converge.report import short
 
 LOSSES = [3.0, 2.0, 1.0]
 
@@ -67,7 +67,7 @@ def test_divergence_gives_1_and_says_where(
     printed = capsys.readouterr().out
     assert "good: EQUAL to control" in printed
     assert (
-        "bad: DIVERGED from control: loss beyond 1e-4 from step 2 (1e-1), at most 5e-1 (step 3)"
+        "bad: DIVERGED from control: loss beyond 1e-4 from step 2 (0.1), at most 0.5 (step 3)"
         in printed
     )
     assert "Not all equal" in printed
@@ -152,7 +152,16 @@ def test_a_mistake_is_a_config_error(
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (1e-4, "1e-4"), (1.234e-12, "1.2e-12"), (25.0, "2.5e1"), (float("nan"), "nan")],
+    [
+        (0.0, "0"),
+        (1e-4, "1e-4"),
+        (1.234e-12, "1.2e-12"),
+        (0.02, "2e-2"),
+        (0.16, "0.16"),
+        (25.0, "25"),
+        (1.0, "1"),
+        (float("nan"), "nan"),
+    ],
 )
 def test_numbers(value: float, text: str) -> None:
-    assert scientific(value) == text
+    assert short(value) == text
