@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ class PeakMemory(TorchDispatchMode):
         self.current = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
+        self._paused = False
 
     def add(self, *tensors: torch.Tensor) -> None:
         """Count tensors that exist already, such as parameters."""
@@ -32,13 +34,17 @@ class PeakMemory(TorchDispatchMode):
             for plain in _plain(tensor):
                 self._see(plain.untyped_storage())
 
+    def reset_peak(self) -> None:
+        """Forget what was before."""
+        self.peak = self.current
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if DTensor in types:
             return NotImplemented  # it comes back with the operations on its parts
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in [] if self._paused else tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and not is_traceable_wrapper_subclass(leaf):
                 self._see(leaf.untyped_storage())
         return result
@@ -53,10 +59,22 @@ class PeakMemory(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = resize_
+        # DTensor works out shapes with fake tensors of global size, which have no memory.
+        propagate = self._original_propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def propagate_unseen(*args: Any, **kwargs: Any) -> Any:
+            self._paused = True
+            try:
+                return propagate(*args, **kwargs)
+            finally:
+                self._paused = False
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = propagate_unseen
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._original_resize
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._original_propagate
         super().__exit__(*error)
 
     def _see(self, storage: torch.UntypedStorage) -> None:

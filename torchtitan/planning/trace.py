@@ -112,6 +112,7 @@ def trace_step(job_config: JobConfig) -> StepTrace:
                     param.grad = torch.zeros_like(param)
             optimizers.step()
             optimizers.zero_grad()
+        memory.reset_peak()
         tokens = torch.zeros(batch, seq, dtype=torch.int64)
         inputs = {"positions": tokens.clone()} if accepts_positions else {}
         with memory, recorder:
