@@ -70,8 +70,9 @@ def test_if_the_control_fails_no_test_is_started(
     assert main([str(first), str(second), "--out", str(tmp_path / "out")]) == 1
     assert started == ["first"]
     printed = capsys.readouterr().out
-    assert "first (control): FAILED: exit code 1" in printed
-    assert "second: FAILED: the control failed; not started" in printed
+    steps = "no loss and grad_norm of steps 1-3 (of 3)"
+    assert f"first (control): FAILED: {steps}; exit code 1; the end of" in printed
+    assert f"second: FAILED: the control failed; {steps}; not started" in printed
 
 
 def test_sigterm_ends_the_job_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
