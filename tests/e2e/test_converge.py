@@ -83,9 +83,9 @@ def test_a_job_that_crashes_is_a_failure_with_its_last_words(tmp_path: Path) -> 
     nproc = ["--nproc", "broken=2", "--allow-different", "model.name"]
     done = converge(tmp_path, "broken.toml", "model.toml", *nproc, "--", "--training.steps", "1")
     assert done.returncode == 1, done.stderr[-4000:]
-    assert "broken (control): FAILED: exit code 1; the end of" in done.stdout
+    assert "exit code 1; the end of outputs/converge/runs/broken/log.txt" in done.stdout
     assert "RuntimeError: planted in parallelize" in done.stdout
     assert "ChildFailedError" not in done.stdout
-    assert "model: FAILED: the control failed; not started" in done.stdout
+    assert "model: FAILED: the control failed" in done.stdout
     report = (tmp_path / "outputs" / "converge" / "report.html").read_text()
     assert "planted in parallelize" in report

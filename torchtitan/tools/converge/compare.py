@@ -42,15 +42,19 @@ class Outcome:
 
     def problems(self) -> list[str]:
         """Why its curves cannot be compared in full."""
-        problems = [self.failure] if self.failure else []
+        problems = []
         steps = range(1, self.run.config.training.steps + 1)
+        missing = {n: {step for step in steps if step not in c} for n, c in self.curves.items()}
+        if any(missing.values()):
+            names = " and ".join(name for name in missing if missing[name])
+            absent = _ranges(sorted(set.union(*missing.values())))
+            problems.append(f"no {names} of {absent} (of {len(steps)})")
         for name, curve in self.curves.items():
-            missing = [step for step in steps if step not in curve]
-            if missing:
-                problems.append(f"no {name} of {_ranges(missing)} (of {len(steps)})")
             bad = [step for step, value in sorted(curve.items()) if math.isnan(value)]
             if bad:
                 problems.append(f"{name} is not finite at {_ranges(bad)}")
+        if self.failure:  # last, as it has many lines
+            problems.append(self.failure)
         return problems
 
 

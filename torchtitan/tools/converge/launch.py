@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -36,11 +39,11 @@ def launch(run: Run) -> str | None:
         (run.folder / name).unlink(missing_ok=True)
     logger.info("%s: world of %d (%s), log in %s", run.name, run.processes, run.layout, log)
     start = time.perf_counter()
-    with log.open("w") as output:
+    with log.open("w") as output, _exit_on_sigterm():
         process = subprocess.Popen(command(run), stdout=output, stderr=subprocess.STDOUT)
         try:
             _show_progress(run, lambda: process.poll() is None)
-        except BaseException:  # Ctrl-C: leave no processes behind
+        except BaseException:  # Ctrl-C or SIGTERM: leave no processes behind
             process.terminate()
             process.wait()
             raise
@@ -48,6 +51,20 @@ def launch(run: Run) -> str | None:
     if process.returncode == 0:
         return None
     return f"exit code {process.returncode}; the end of {log}:\n{tail(log.read_text())}"
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM is an exception, as Ctrl-C is, and not the end at once."""
+
+    def leave(signum: int, _frame: Any) -> None:
+        raise SystemExit(128 + signum)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def command(run: Run) -> list[str]:

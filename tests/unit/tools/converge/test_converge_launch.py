@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -68,8 +70,26 @@ def test_if_the_control_fails_no_test_is_started(
     assert main([str(first), str(second), "--out", str(tmp_path / "out")]) == 1
     assert started == ["first"]
     printed = capsys.readouterr().out
-    assert "first (control): FAILED: exit code 1" in printed
-    assert "second: FAILED: the control failed; not started" in printed
+    steps = "no loss and grad_norm of steps 1-3 (of 3)"
+    assert f"first (control): FAILED: {steps}; exit code 1; the end of" in printed
+    assert f"second: FAILED: the control failed; {steps}; not started" in printed
+
+
+def test_sigterm_ends_the_job_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = plan(tmp_path)
+    code = (
+        "import os, signal, time; open('pid', 'w').write(str(os.getpid())); "
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(200)"
+    )
+    monkeypatch.setattr(launch_module, "command", lambda run: [sys.executable, "-c", code])
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        launch(run)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_tail_leaves_out_the_launchers_report() -> None:

@@ -84,8 +84,8 @@ def test_nan_and_missing_steps_are_failures_in_every_form(
     assert converge(tmp_path, control, nan, short, empty) == 1
     printed = capsys.readouterr().out
     assert "nan: FAILED: loss is not finite at step 2" in printed
-    assert "short: FAILED: no loss of steps 2-3 (of 3)" in printed
-    assert "empty: FAILED: no loss of steps 1-3 (of 3)" in printed
+    assert "short: FAILED: no loss and grad_norm of steps 2-3 (of 3)" in printed
+    assert "empty: FAILED: no loss and grad_norm of steps 1-3 (of 3)" in printed
     verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
     assert [test["state"] for test in verdict["tests"]] == ["failed"] * 3
     assert verdict["tests"][0]["metrics"]["loss"]["largest"] is None
@@ -97,7 +97,7 @@ def test_a_failed_control_is_named(
     short = write_run(tmp_path / "short", [3.0])
     assert converge(tmp_path, short, control) == 1
     printed = capsys.readouterr().out
-    assert "short (control): FAILED: no loss of steps 2-3 (of 3)" in printed
+    assert "short (control): FAILED: no loss and grad_norm of steps 2-3 (of 3)" in printed
     assert "control: FAILED: the control failed" in printed
 
 
