@@ -52,7 +52,6 @@ LAYOUTS = {
     "PP 2 ZBVZeroBubble": (2, 8, degrees(pp=2, schedule="ZBVZeroBubble")),
     "EP 2 (FSDP 2)": (2, 4, degrees(shard=2, ep=2)),
     "EP 2 x TP 2, whole experts": (4, 4, degrees(shard=2, tp=2, ep=2)),
-    "EP 2 x TP 2, split experts": (4, 4, degrees(shard=2, tp=2, ep=2, etp=2)),
     "HSDP 2 x 2": (4, 2, degrees(rep=2, shard=2)),
     "FSDP 2 x TP 2": (4, 4, degrees(shard=2, tp=2)),
     "CP 2 x TP 2": (4, 8, degrees(cp=2, tp=2)),
@@ -66,10 +65,6 @@ FEATURES = {
     "plain": ("--activation_checkpoint.mode=none",),
     "AC full": ("--activation_checkpoint.mode=full",),
     "AC per op": ("--activation_checkpoint.mode=selective",),
-    "AC per layer": (
-        "--activation_checkpoint.mode=selective",
-        "--activation_checkpoint.selective_ac_option=2",
-    ),
     "AC budget": (
         "--activation_checkpoint.mode=memory_budget",
         "--compile.enable=true",
@@ -86,10 +81,6 @@ FEATURES = {
     ),
     "documents": ("--activation_checkpoint.mode=none", "--training.document_mask=true"),
     "Muon": ("--activation_checkpoint.mode=none", "--optimizer.name=Muon"),
-    "CPU offload": (
-        "--activation_checkpoint.mode=none",
-        "--training.enable_cpu_offload=true",
-    ),
 }
 CHANGES_THE_RUN = ("documents", "Muon")
 """Features whose control is one process with the same feature."""
