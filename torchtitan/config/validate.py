@@ -305,6 +305,14 @@ def _check_activation_checkpoint(job_config: JobConfig) -> None:
             "inputs and for weights. Use activation_checkpoint.mode 'full' or 'none', a number N, "
             "or set compile.enable",
         )
+    parallelism = job_config.parallelism
+    shared = max(parallelism.tensor_parallel_degree, parallelism.context_parallel_degree) > 1
+    if config.mode == "memory_budget" and shared:
+        problem = (
+            "the compiler cannot weigh blocks that communicate, as under tensor and context "
+            "parallelism (torch 2.13). Use 'selective' or 'full'"
+        )
+        _fail(job_config, "activation_checkpoint.mode", problem)
     if config.mode == "memory_budget" and not compiles_model:
         problem = "the compiler does it: set compile.enable, with 'model' in compile.components"
         _fail(job_config, "activation_checkpoint.mode", problem)

@@ -301,3 +301,13 @@ def test_each_rank_of_tensor_parallel_routes_a_part_of_a_whole_sequence(config):
     message = error_of(config, world_size=2)
     assert message.startswith("training.seq_len = 101: must be a multiple of 2, since each rank")
     assert message.endswith("Nearest: 100 or 102")
+
+
+@pytest.mark.parametrize("degree", ["tensor_parallel_degree", "context_parallel_degree"])
+def test_a_memory_budget_needs_blocks_that_do_not_communicate(degree):
+    config = JobConfig()
+    config.activation_checkpoint.mode = "memory_budget"
+    config.compile.enable = True
+    setattr(config.parallelism, degree, 2)
+    with pytest.raises(ConfigError, match=r"activation_checkpoint.mode.*blocks that communicate"):
+        validate(config, world_size=2)
