@@ -185,8 +185,17 @@ def _check_pipeline(job_config: JobConfig) -> None:
     from torchtitan.distributed.pipeline_split import (
         SCHEDULE_KINDS,
         CsvSchedule,
+        splits_backward,
         stages_per_rank,
     )
+
+    if job_config.loss.name == "chunked_cross_entropy" and splits_backward(job_config):
+        _fail(
+            job_config,
+            "loss.name",
+            "has its gradients once, and this pipeline schedule asks twice, for inputs and for "
+            "weights. Use 'cross_entropy', or another schedule",
+        )
 
     parallelism = job_config.parallelism
     size = parallelism.pipeline_parallel_microbatch_size

@@ -199,6 +199,16 @@ def test_selective_recomputation_does_not_survive_two_backward_passes() -> None:
     validate(config, world_size=2)
 
 
+def test_the_chunked_loss_does_not_survive_two_backward_passes() -> None:
+    config = job(2, schedule="DualPipeV")
+    config.activation_checkpoint.mode = "none"
+    config.loss.name = "chunked_cross_entropy"
+    with pytest.raises(ConfigError, match=r"loss.name.*asks twice"):
+        validate(config, world_size=2)
+    config.parallelism.pipeline_parallel_schedule = "1F1B"
+    validate(config, world_size=2)
+
+
 CSV = "0F0,0F1,,0B0,0B1,3F0,3F1\n1F0,1F1,2F0,2F1,1I0,1W0\n"
 
 
