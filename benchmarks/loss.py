@@ -181,7 +181,7 @@ def run(quick: bool = False) -> list[Table]:
     """The cases of the suites."""
     if quick:
         return [table([32], 1024, 64, [16])]
-    return [table([768, 2048], 128_256, 4096, [1024, 512])]
+    return [table([2048], 128_256, 4096, [1024, 512])]
 
 
 def main(argv: list[str] | None = None) -> int:

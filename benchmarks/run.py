@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     page = f"# Benchmarks, {args.suite}, {today}\n\n{machine()}.\n"
     page += "".join(f"\n{table.markdown()}" for table in tables)
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{today}-{args.suite}.md"
+    # A part of a suite must not take the place of the whole one's page.
+    path = args.out / f"{'-'.join([today, args.suite, *(args.only or [])])}.md"
     path.write_text(page)
     print(f"{page}\nwritten to {path}")
     return 0
