@@ -14,6 +14,7 @@ from torchtitan.errors import ConfigError, TitanError, did_you_mean
 
 COMMANDS = {
     "train": ("torchtitan.train", "train a model"),
+    "verify": ("torchtitan.authoring.verify.command", "prove a model right, without a GPU"),
     "converge": (
         "torchtitan.tools.converge.command",
         "train under several layouts from one seed, and compare the curves",

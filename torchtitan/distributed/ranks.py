@@ -51,6 +51,8 @@ class RankFailure:
     """The end of what it wrote to stdout and stderr."""
     exit_code: int | None = None
     """As of `multiprocessing.Process`; None if it had to be stopped."""
+    exception: Exception | None = None
+    """What it raised, if that can be pickled."""
 
     def __str__(self) -> str:
         parts = [f"rank {self.rank}: {self.reason}", self.traceback, self.output]
@@ -176,8 +178,8 @@ class _Rank:
     output: Path
     stacks: Path
     result: Any = None
-    error: tuple[str, str] | None = None
-    """An exception in one line, and its traceback."""
+    error: tuple[str, str, bytes] | None = None
+    """An exception in one line, its traceback, and itself, pickled (b"" if it cannot be)."""
     process: multiprocessing.process.BaseProcess = field(init=False)
     pipe: connection.Connection = field(init=False)
 
@@ -209,17 +211,24 @@ class _Rank:
         code = self.process.exitcode
         if code == 0 and not stopped:
             return None
+        exception = None
         if stopped:
             reason, details = stopped, _read_stacks(self.stacks)
         elif self.error:
-            reason, details = self.error
+            reason, details, pickled = self.error
+            exception = _unpickle(pickled)
         elif code < 0:
             reason, details = f"killed by {signal.Signals(-code).name}", _read_stacks(self.stacks)
         else:
             reason, details = f"exit code {code}", ""
         output = "".join(map(_read, self.output_files()))
         return RankFailure(
-            self.rank, reason, details, output[-_SHOWN_OUTPUT:], None if stopped else code
+            rank=self.rank,
+            reason=reason,
+            traceback=details,
+            output=output[-_SHOWN_OUTPUT:],
+            exit_code=None if stopped else code,
+            exception=exception,
         )
 
 
@@ -234,6 +243,21 @@ def _stop(ranks: Iterable[_Rank], reason: str) -> list[RankFailure]:
         rank.process.join(max(0.0, deadline - time.monotonic()))
         rank.process.kill()
     return [rank.failure(stopped=reason) for rank in ranks]
+
+
+def _pickle(exception: Exception) -> bytes:
+    try:
+        return pickle.dumps(exception)
+    except Exception:
+        return b""
+
+
+def _unpickle(pickled: bytes) -> Exception | None:
+    """The exception; None if its class is not known here or takes other arguments."""
+    try:
+        return pickle.loads(pickled)
+    except Exception:
+        return None
 
 
 def _read(path: Path) -> str:
@@ -289,7 +313,8 @@ def _run_rank(
         reply = pickle.dumps((function(*args), None))
     except Exception as error:
         line = f"{type(error).__name__}: {error}"
-        pipe.send_bytes(pickle.dumps((None, (line, traceback.format_exc()))))
+        error = (line, traceback.format_exc(), _pickle(error))
+        pipe.send_bytes(pickle.dumps((None, error)))
         raise SystemExit(1) from None
     pipe.send_bytes(reply)
 

@@ -1,0 +1,46 @@
+"""All checks, in the order in which they are run and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torchtitan.errors import ConfigError, did_you_mean
+
+from . import contract
+from .check import Check
+
+MODULES = (contract,)
+"""Each has `CHECKS`."""
+
+
+def all_checks() -> list[Check]:
+    return [check for module in MODULES for check in module.CHECKS]
+
+
+def choose(only: Iterable[str] = (), quick: bool = False) -> list[Check]:
+    """The checks to run.
+
+    Args:
+        only: names of checks or groups; none: all. What they need is added.
+        quick: leave out those that are not `quick`, unless `only` names them.
+
+    Raises:
+        ConfigError: `only` names what there is not.
+    """
+    checks = {check.name: check for check in all_checks()}
+    groups = {check.group for check in checks.values()}
+    only = list(only)
+    for name in only:
+        if name not in checks and name not in groups:
+            allowed = [*groups, *checks]
+            raise ConfigError(f"--only {name}: no such check.{did_you_mean(name, allowed)}")
+    if only:
+        chosen = {n for n, check in checks.items() if n in only or check.group in only}
+    else:
+        chosen = {n for n, check in checks.items() if check.quick or not quick}
+    missing = list(chosen)
+    while missing:
+        needed = set(checks[missing.pop()].needs) - chosen
+        chosen |= needed
+        missing += needed
+    return [check for name, check in checks.items() if name in chosen]

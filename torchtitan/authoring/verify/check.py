@@ -1,0 +1,79 @@
+"""What a check is, and what can become of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .subject import Subject
+
+
+class CheckFailedError(Exception):
+    """The model does not do what the check asks for.
+
+    Args:
+        problem: what differs, where and by how much: one or two sentences.
+        hint: where the author should look, and the usual mistake.
+    """
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(problem, hint)  # both, so that it can be pickled
+        self.problem = problem
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.problem
+
+
+class NotApplicableError(Exception):
+    """The check has nothing to ask of this model; the message says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to a model, with a name that `--only` and the table show."""
+
+    name: str
+    """`group.question`, such as `contract.init_weights` or `layouts.fsdp2_tp2`."""
+    asks: str
+    """What must hold, in a line."""
+    run: Callable[[Subject], str]
+    """Called on each rank. Returns what was measured, in a few words, or "".
+
+    Must be a function of a module (or a `functools.partial` of one), so that it can be pickled.
+
+    Raises:
+        CheckFailedError: it does not hold.
+        NotApplicableError: it does not apply to this model.
+    """
+    ranks: int = 1
+    """Processes. With several, `run` is called on all, in a process group over gloo."""
+    timeout: float = 60.0
+    """Seconds; a check that takes longer has failed, most likely in a collective."""
+    quick: bool = True
+    """Part of `--quick`."""
+    needs: tuple[str, ...] = ()
+    """Checks that must have passed before, since this one reads what they leave in
+    `Subject.folder`."""
+
+    @property
+    def group(self) -> str:
+        return self.name.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a check."""
+
+    check: Check
+    status: str
+    """`pass`, `fail`, or `skip` if it does not apply."""
+    message: str = ""
+    """What was measured (pass), the problem (fail), or the reason (skip)."""
+    hint: str = ""
+    """Where to look after a failure."""
+    details: str = ""
+    """A traceback, or the stacks of the ranks, where there is one."""
+    seconds: float = 0.0

@@ -1,0 +1,105 @@
+"""`torchtitan verify`: the command line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import tyro
+
+from torchtitan.errors import ConfigError, did_you_mean
+
+DESCRIPTION = """\
+Prove a model right on this machine, without a GPU: its contract, its numbers under every
+parallelism against one process, checkpoints, exchange with Hugging Face, and that it learns.
+
+  torchtitan verify llama3
+  torchtitan verify my_model --custom-import my_package.my_model --quick
+  torchtitan verify my_model --only layouts --only contract.init_weights
+
+Exit code: 0 if no check failed, 1 if one did, 2 for a mistake in the command."""
+
+
+@dataclass
+class Options:
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """The model, as in `model.name`."""
+    flavor: str = ""
+    """Default: debugmodel."""
+    custom_import: Annotated[str, tyro.conf.arg(aliases=["--job.custom_import"])] = ""
+    """Python module to import first, so that it can register the model."""
+    hf: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Folder of a Hugging Face checkpoint of this flavor, to compare with."""
+    only: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="CHECK")] = field(
+        default_factory=list
+    )
+    """A check or a group of checks; may be given several times."""
+    quick: bool = False
+    """Leave out what takes long."""
+    list_checks: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """List the checks, and run none."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File for the report as JSON, with tracebacks."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan verify`; returns the exit code.
+
+    Raises:
+        ConfigError: an argument is wrong, or there is no such model.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    options = tyro.cli(Options, args=argv, prog="torchtitan verify", description=DESCRIPTION)
+    # Imports PyTorch, which --help need not wait for.
+    from .catalog import choose
+
+    checks = choose(options.only, options.quick)
+    if options.list_checks:
+        width = max(len(check.name) for check in checks)
+        sys.stdout.writelines(f"{check.name:{width}}  {check.asks}\n" for check in checks)
+        return 0
+    return verify(options, checks)
+
+
+def verify(options: Options, checks: list) -> int:
+    """Run the checks and show what became of them."""
+    from . import report
+    from .run import run_checks
+    from .subject import Subject, default_flavor
+
+    with TemporaryDirectory(prefix="torchtitan-verify-") as folder:
+        _import(options)
+        flavor = options.flavor or default_flavor(options.name)
+        if options.hf is not None and not options.hf.is_dir():
+            raise ConfigError(f"--hf {options.hf}: no such folder")
+        subject = Subject(
+            options.name,
+            flavor,
+            Path(folder),
+            options.custom_import,
+            options.hf.resolve() if options.hf else None,
+        )
+        subject.spec  # noqa: B018 (raises if there is no such flavor)
+        running = report.Running(len(checks))
+        running.console.print(f"verify {options.name} {flavor}: {len(checks)} checks\n")
+        outcomes = report.show(run_checks(checks, subject, running.started), checks, running)
+    result = report.to_json(outcomes, options.name, flavor)
+    if options.json:
+        report.write_json(options.json, result)
+    return 0 if result["passed"] else 1
+
+
+def _import(options: Options) -> None:
+    """Make the model known. Raises `ConfigError` if it is not."""
+    from torchtitan.models import MODEL_REGISTRY
+    from torchtitan.models.plugins import load_plugins
+
+    load_plugins(options.custom_import)
+    if options.name not in MODEL_REGISTRY:
+        raise ConfigError(
+            f"no model {options.name!r}.{did_you_mean(options.name, MODEL_REGISTRY)} A model "
+            "outside of torchtitan is made known by --custom-import MODULE"
+        )

@@ -1,0 +1,117 @@
+"""Shows the outcomes: a table while checks run, and JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+from torchtitan.errors import ConfigError
+
+from .check import Check, Outcome
+
+STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow"}
+_WIDTH = 110  # of a log file; a terminal has its own
+
+
+def show(outcomes: Iterator[Outcome], checks: Sequence[Check], running: Running) -> list[Outcome]:
+    """Print a line for each outcome as it comes, then the sum; returns them in `checks`' order."""
+    console = running.console
+    width = max((len(check.name) for check in checks), default=0)
+    done: dict[str, Outcome] = {}
+    with running:
+        for outcome in outcomes:
+            done[outcome.check.name] = outcome
+            running.finished(outcome.check)
+            console.print(_line(outcome, width))
+    counts = Counter(outcome.status for outcome in done.values())
+    console.print(
+        f"\n{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} do not apply"
+    )
+    return [done[check.name] for check in checks]
+
+
+def _line(outcome: Outcome, width: int) -> Text:
+    text = Text()
+    text.append(f"{outcome.status:4}  ", STYLES[outcome.status])
+    text.append(f"{outcome.check.name:{width}}  ", "bold" if outcome.status == "fail" else "")
+    text.append(f"{outcome.seconds:5.1f} s  ", "dim")
+    text.append(outcome.message or outcome.check.asks)
+    indent = "\n" + " " * 6
+    if outcome.status == "fail":
+        text.append(f"{indent}must hold: {outcome.check.asks}", "dim")
+        if outcome.hint:
+            text.append(f"{indent}look at: {outcome.hint}", "cyan")
+    return text
+
+
+class Running:
+    """A line at the bottom of a terminal that names the checks at work. Used from threads."""
+
+    def __init__(self, total: int) -> None:
+        terminal = sys.stdout.isatty()
+        self.console = Console(
+            width=None if terminal else _WIDTH, highlight=False, soft_wrap=not terminal
+        )
+        self._status = Status("", console=self.console)
+        self._total, self._done = total, 0
+        self._names: list[str] = []
+
+    def started(self, check: Check) -> None:
+        self._names.append(check.name)
+        self._update()
+
+    def finished(self, check: Check) -> None:
+        self._done += 1
+        if check.name in self._names:
+            self._names.remove(check.name)
+        self._update()
+
+    def _update(self) -> None:
+        self._status.update(f"{self._done}/{self._total}  {', '.join(self._names)}")
+
+    def __enter__(self) -> Running:
+        if self.console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._status.stop()
+
+
+def to_json(outcomes: Iterable[Outcome], model: str, flavor: str) -> dict[str, Any]:
+    """The report as `--json` writes it."""
+    outcomes = list(outcomes)
+    return {
+        "model": model,
+        "flavor": flavor,
+        "passed": all(outcome.status != "fail" for outcome in outcomes),
+        "checks": [
+            {
+                "name": outcome.check.name,
+                "asks": outcome.check.asks,
+                "status": outcome.status,
+                "message": outcome.message,
+                "hint": outcome.hint,
+                "details": outcome.details,
+                "seconds": round(outcome.seconds, 3),
+            }
+            for outcome in outcomes
+        ],
+    }
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Raises `ConfigError` if the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot write there: {error.strerror}") from error

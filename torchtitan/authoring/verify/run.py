@@ -1,0 +1,119 @@
+"""Runs checks on processes of their own: a model that crashes or hangs fails one check, not all.
+
+Processes are forked from a warm server (`torchtitan.distributed.ranks`), several checks at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any
+
+from torchtitan.distributed.ranks import RankFailure, RanksFailedError, run_ranks
+
+from .check import Check, CheckFailedError, NotApplicableError, Outcome
+from .diagnose import explain
+from .subject import Subject
+
+Notify = Callable[[Check], None]
+
+
+def run_checks(
+    checks: Sequence[Check], subject: Subject, started: Notify | None = None
+) -> Iterator[Outcome]:
+    """Run `checks`, each after those that it needs; yields outcomes as they come.
+
+    Args:
+        checks: with all that they need, in such an order that these come first.
+        started: called from a thread when a check begins.
+    """
+    slots = _Slots(os.cpu_count() or 1)
+    futures: dict[str, Future[Outcome]] = {}
+    with ThreadPoolExecutor(max_workers=max(len(checks), 1)) as pool:
+        for check in checks:
+            needs = [futures[name] for name in check.needs]
+            futures[check.name] = pool.submit(_run_in_turn, check, subject, needs, slots, started)
+        for future in as_completed(futures.values()):
+            yield future.result()
+
+
+def _run_in_turn(
+    check: Check,
+    subject: Subject,
+    needs: list[Future[Outcome]],
+    slots: _Slots,
+    started: Notify | None,
+) -> Outcome:
+    for needed in (future.result() for future in needs):
+        if needed.status != "pass":
+            return Outcome(check, "skip", f"needs {needed.check.name}, which did not pass")
+    with slots.take(check.ranks):
+        if started:
+            started(check)
+        return run_check(check, subject)
+
+
+def run_check(check: Check, subject: Subject) -> Outcome:
+    """Run one check on new processes."""
+    start = time.monotonic()
+    try:
+        results = run_ranks(_on_rank, check.ranks, check, subject, timeout=check.timeout)
+        status, message, hint, details = "pass", results[0], "", ""
+    except RanksFailedError as error:
+        status, message, hint, details = _judge(error.failures)
+    return Outcome(check, status, message, hint, details, time.monotonic() - start)
+
+
+def _on_rank(check: Check, subject: Subject) -> str:
+    """The life of a rank of a check."""
+    import torch.distributed as dist
+
+    from torchtitan.distributed.utils import init_distributed
+
+    if check.ranks > 1:
+        init_distributed(timeout_seconds=max(1, round(check.timeout)))
+    message = check.run(subject)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return message
+
+
+def _judge(failures: list[RankFailure]) -> tuple[str, str, str, str]:
+    """Status, message, hint and details from what became of the ranks.
+
+    Ranks that the check itself stopped know best; then those that raised another exception or died;
+    those that hung because of it come last.
+    """
+    for failure in failures:
+        if isinstance(failure.exception, NotApplicableError):
+            return "skip", str(failure.exception), "", ""
+    for failure in failures:
+        if isinstance(failure.exception, CheckFailedError):
+            return "fail", failure.exception.problem, failure.exception.hint, ""
+    message, hint = explain(failures)
+    return "fail", message, hint, "\n\n".join(map(str, failures))
+
+
+class _Slots:
+    """As many processes at a time as there are processors; a check may need more than that."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, count: int) -> Iterator[Any]:
+        count = min(count, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()

@@ -1,0 +1,109 @@
+"""The model under test, as every check gets it: small enough to send to other processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchtitan.errors import ConfigError
+from torchtitan.models.plugins import load_plugins
+from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchtitan.config import JobConfig
+    from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
+    from torchtitan.protocols.train_spec import TrainSpec
+
+
+@dataclass
+class Subject:
+    """A model and a flavor, and how checks should use it."""
+
+    name: str
+    flavor: str
+    folder: Path
+    """For what checks leave to others: references, checkpoints."""
+    custom_import: str = ""
+    """`job.custom_import`."""
+    hf_path: Path | None = None
+    """Folder of a Hugging Face checkpoint of this model, to compare with."""
+    seq_len: int = 64
+    seed: int = 0
+
+    @cached_property
+    def spec(self) -> TrainSpec:
+        """Raises `ConfigError` if there is no such model or flavor."""
+        load_plugins(self.custom_import)
+        return get_train_spec(self.name, self.flavor)
+
+    @cached_property
+    def args(self) -> BaseModelArgs:
+        """The model's arguments, for one process."""
+        return self.spec.model_args.update_from_config(self.config())
+
+    def config(self, *options: str) -> JobConfig:
+        """A job of the model in float32, with the options of `torchtitan train`."""
+        from torchtitan.config import load_config
+
+        return load_config(
+            [
+                f"--model.name={self.name}",
+                f"--model.flavor={self.flavor}",
+                f"--job.custom_import={self.custom_import}",
+                f"--job.dump_folder={self.folder}",
+                f"--training.seq_len={self.seq_len}",
+                f"--debug.seed={self.seed}",
+                "--training.mixed_precision_param=float32",
+                "--activation_checkpoint.mode=none",
+                *options,
+            ]
+        )
+
+    def build(self, seed: int | None = None) -> ModelProtocol:
+        """The whole model on the CPU, its weights set from the seed, in evaluation mode."""
+        import torch
+
+        from torchtitan.distributed.init import initialize_weights
+
+        with torch.device("meta"):
+            model = self.spec.model_cls(self.args)
+        initialize_weights(model, self.seed if seed is None else seed, torch.device("cpu"))
+        return model.eval()
+
+    @property
+    def vocab_size(self) -> int:
+        """Raises `ConfigError` if the arguments have none."""
+        size = getattr(self.args, "vocab_size", None)
+        if not isinstance(size, int):
+            raise ConfigError(
+                f"{type(self.args).__name__} has no vocab_size, so no tokens can be made for it"
+            )
+        return size
+
+    def tokens(self, batch: int, seq: int | None = None, seed: int = 0) -> torch.Tensor:
+        """Random tokens, `[batch, seq]` int64; `seq_len` tokens by default."""
+        import torch
+
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + seed)
+        return torch.randint(self.vocab_size, (batch, seq or self.seq_len), generator=generator)
+
+
+def default_flavor(name: str) -> str:
+    """`debugmodel` if the model has it, else the only flavor.
+
+    Raises:
+        ConfigError: there are several others, so the user must choose.
+    """
+    flavors = model_flavors(name)
+    if "debugmodel" in flavors or not flavors:
+        return "debugmodel"
+    if len(flavors) == 1:
+        return flavors[0]
+    raise ConfigError(
+        f"{name} has no flavor debugmodel, so choose a small one with --flavor: "
+        f"{', '.join(flavors)}. A debugmodel is worth having: every check is then fast"
+    )
