@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
+from equality import SAVE, assert_equal_runs
 from harness import train
 
 CONFIG = """
@@ -32,20 +32,23 @@ mode = "none"
 """
 
 
-def train_layout(folder: Path, processes: int, local_batch_size: int, *options: str) -> list[dict]:
+def train_layout(folder: Path, processes: int, local_batch_size: int, *options: str) -> Path:
+    """Train into `folder`; returns its dump folder, with a checkpoint of the last step."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.toml"
     config.write_text(CONFIG.format(local_batch_size=local_batch_size))
-    return train(folder / "run", "--job.config_file", str(config), *options, ranks=processes)
+    options = ("--job.config_file", str(config), *SAVE, *options)
+    train(folder / "run", *options, ranks=processes)
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_layout(tmp_path_factory.mktemp("layouts"), 1, 8)
 
 
 @pytest.fixture(scope="module")
-def one_process_of_documents(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def one_process_of_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_layout(tmp_path_factory.mktemp("layouts"), 1, 8, DOCUMENTS)
 
 
@@ -130,44 +133,37 @@ LONG_DOCUMENT_LAYOUTS = {
 }
 
 
-def check(lines: list[dict], reference: list[dict]) -> None:
-    assert [line["step"] for line in lines] == list(range(1, 21))
-    for line, expected in zip(lines, reference, strict=True):
-        for key in ("loss", "grad_norm"):
-            assert math.isclose(line[key], expected[key], rel_tol=1e-4), (key, line, expected)
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_gives_the_losses_of_one_process(
-    name: str, one_process: list[dict], tmp_path: Path
+    name: str, one_process: Path, tmp_path: Path
 ) -> None:
     processes, local_batch_size, *options = LAYOUTS[name]
-    check(train_layout(tmp_path, processes, local_batch_size, *options), one_process)
+    assert_equal_runs(train_layout(tmp_path, processes, local_batch_size, *options), one_process)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", LONG_LAYOUTS)
 def test_larger_layout_gives_the_losses_of_one_process(
-    name: str, one_process: list[dict], tmp_path: Path
+    name: str, one_process: Path, tmp_path: Path
 ) -> None:
     processes, local_batch_size, *options = LONG_LAYOUTS[name]
-    check(train_layout(tmp_path, processes, local_batch_size, *options), one_process)
+    assert_equal_runs(train_layout(tmp_path, processes, local_batch_size, *options), one_process)
 
 
 @pytest.mark.parametrize("name", DOCUMENT_LAYOUTS)
 def test_layout_gives_the_losses_of_one_process_on_documents(
-    name: str, one_process_of_documents: list[dict], tmp_path: Path
+    name: str, one_process_of_documents: Path, tmp_path: Path
 ) -> None:
     processes, local_batch_size, *options = DOCUMENT_LAYOUTS[name]
-    lines = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
-    check(lines, one_process_of_documents)
+    folder = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
+    assert_equal_runs(folder, one_process_of_documents)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", LONG_DOCUMENT_LAYOUTS)
 def test_larger_layout_gives_the_losses_of_one_process_on_documents(
-    name: str, one_process_of_documents: list[dict], tmp_path: Path
+    name: str, one_process_of_documents: Path, tmp_path: Path
 ) -> None:
     processes, local_batch_size, *options = LONG_DOCUMENT_LAYOUTS[name]
-    lines = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
-    check(lines, one_process_of_documents)
+    folder = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
+    assert_equal_runs(folder, one_process_of_documents)

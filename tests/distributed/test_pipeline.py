@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
+from equality import SAVE, assert_equal_curves, assert_equal_runs
 from harness import read_lines, train
 
 DENSE = "torchtitan/models/llama3/train_configs/debug_model.toml"
@@ -75,19 +75,11 @@ LONG_LAYOUTS = {
 }
 
 
-def check(lines: list[dict], expected: list[dict]) -> None:
-    assert [line["step"] for line in lines] == [line["step"] for line in expected]
-    for line, reference in zip(lines, expected, strict=True):
-        for key in {"loss", "grad_norm"} & reference.keys():
-            assert math.isclose(line[key], reference[key], rel_tol=1e-4), (key, line, reference)
-
-
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    train(
-        folder, f"--job.config_file={DENSE}", *SMALL, "--training.local_batch_size=8", *VALIDATION
-    )
+    options = (*SMALL, *SAVE, "--training.local_batch_size=8", *VALIDATION)
+    train(folder, f"--job.config_file={DENSE}", *options)
     return folder
 
 
@@ -97,15 +89,16 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_pipeline_trains_like_one_process(name: str, one_process: Path, tmp_path: Path) -> None:
     ranks, batch, options = (LAYOUTS | LONG_LAYOUTS)[name]
-    lines = train(
+    train(
         tmp_path,
         f"--job.config_file={DENSE}",
         *SMALL,
+        *SAVE,
         f"--training.local_batch_size={batch}",
         *options,
         ranks=ranks,
     )
-    check(lines, read_lines(one_process / "metrics.jsonl"))
+    assert_equal_runs(tmp_path, one_process)
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
@@ -114,7 +107,8 @@ def test_validation_gives_the_loss_of_one_process(
 ) -> None:
     options = (*SMALL, "--training.local_batch_size=8", *VALIDATION, *pipeline(schedule=schedule))
     train(tmp_path, f"--job.config_file={DENSE}", *options, ranks=2)
-    check(read_lines(tmp_path / "validation.jsonl"), read_lines(one_process / "validation.jsonl"))
+    curves = [read_lines(folder / "validation.jsonl") for folder in (tmp_path, one_process)]
+    assert_equal_curves(*curves)
 
 
 def test_a_schedule_from_a_file(one_process: Path, tmp_path: Path) -> None:
@@ -127,16 +121,17 @@ def test_a_schedule_from_a_file(one_process: Path, tmp_path: Path) -> None:
         "layers.1",
         "--training.local_batch_size=8",
     )
-    lines = train(tmp_path / "run", f"--job.config_file={DENSE}", *SMALL, *options, ranks=2)
-    check(lines, read_lines(one_process / "metrics.jsonl"))
+    train(tmp_path / "run", f"--job.config_file={DENSE}", *SMALL, *SAVE, *options, ranks=2)
+    assert_equal_runs(tmp_path / "run", one_process)
 
 
 @pytest.mark.long
 def test_experts_in_a_pipeline(tmp_path: Path) -> None:
-    one = train(tmp_path / "1", f"--job.config_file={MOE}", *SMALL, "--training.local_batch_size=8")
+    shared = (f"--job.config_file={MOE}", *SMALL, *SAVE)
+    train(tmp_path / "1", *shared, "--training.local_batch_size=8")
     options = (*pipeline(shard=2, expert=2), "--training.local_batch_size=4")
-    lines = train(tmp_path / "4", f"--job.config_file={MOE}", *SMALL, *options, ranks=4)
-    check(lines, one)
+    train(tmp_path / "4", *shared, *options, ranks=4)
+    assert_equal_runs(tmp_path / "4", tmp_path / "1")
 
 
 @pytest.mark.parametrize(
@@ -175,4 +170,4 @@ def test_a_checkpoint_of_a_pipeline_resumes_on_another_layout(
         "--training.local_batch_size=8",
         "--lr_scheduler.decay_ratio=0",
     )
-    check(lines, whole)
+    assert_equal_curves(lines, whole)
