@@ -3,27 +3,47 @@
     python -m benchmarks.parallel
 
 One process traces one rank of each layout with fake tensors (`torchtitan.planning.trace`): the real
-model, the real `parallelize_fn`, the real optimizer. The sizes are such that parameters outweigh
+model, the real `parallelize_fn`, the real optimizer. Pipelines send as their schedule says, so they
+run for real, a process each rank over gloo. The sizes are such that parameters outweigh
 activations, as the memory formula counts the former alone.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torchtitan.config import load_config
-from torchtitan.models.llama3 import MODEL_CONFIGS, Llama3ModelArgs
-from torchtitan.planning.collectives import sent_by_group
+import torch
+
+from benchmarks.report import Table, verdict
+from torchtitan.config import JobConfig, load_config
+from torchtitan.distributed.ranks import run_ranks
+from torchtitan.models import llama3, qwen3
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.planning.collectives import CollectiveRecorder, sent_by_group
+from torchtitan.planning.memory import PeakMemory
 from torchtitan.planning.trace import fake_world, trace_step
 
-FLOAT = 4  # bytes
 FLAVOR = "benchmark"
-ARGS = Llama3ModelArgs(
+DENSE = llama3.Llama3ModelArgs(
     dim=1024, n_layers=16, n_heads=16, n_kv_heads=8, ffn_dim=4096, vocab_size=8192
 )
+MOE = qwen3.Qwen3ModelArgs(
+    dim=1024,
+    n_layers=8,
+    n_heads=16,
+    n_kv_heads=8,
+    head_dim=64,
+    vocab_size=8192,
+    moe=MoEArgs(num_experts=8, top_k=2, hidden_dim=512),
+)
 SEQ = 32
+FLOAT = 4  # bytes; of gradients, moments and weights
 TOLERANCE = 0.1
+
+Sent = dict[tuple[str, str], float]
+"""`(group, kind)` -> bytes that a rank sends in a step."""
 
 
 @dataclass
@@ -34,13 +54,50 @@ class Layout:
     shard: int = 1
     cp: int = 1
     tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    """Of the `shard` ranks, those that have different experts."""
 
     @property
     def world_size(self) -> int:
-        return self.rep * self.shard * self.cp * self.tp
+        return self.rep * self.shard * self.cp * self.tp * self.pp
+
+    @property
+    def args(self) -> llama3.Llama3ModelArgs | qwen3.Qwen3ModelArgs:
+        return MOE if self.ep > 1 else DENSE
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of what is computed with: PyTorch traces grouped matrix products in bfloat16 only."""
+        return 2 if self.ep > 1 else FLOAT
+
+    @property
+    def micro_batches(self) -> int:
+        return 4 if self.pp > 1 else 1
+
+    def config(self) -> JobConfig:
+        return load_config(
+            [
+                f"--model.name={'qwen3' if self.ep > 1 else 'llama3'}",
+                f"--model.flavor={FLAVOR}",
+                f"--training.seq_len={SEQ}",
+                f"--training.local_batch_size={self.micro_batches}",
+                f"--training.mixed_precision_param={'bfloat16' if self.ep > 1 else 'float32'}",
+                "--activation_checkpoint.mode=none",
+                "--parallelism.fsdp_reshard_after_forward=always",
+                f"--parallelism.data_parallel_replicate_degree={self.rep}",
+                f"--parallelism.data_parallel_shard_degree={self.shard}",
+                f"--parallelism.context_parallel_degree={self.cp}",
+                f"--parallelism.tensor_parallel_degree={self.tp}",
+                f"--parallelism.pipeline_parallel_degree={self.pp}",
+                f"--parallelism.expert_parallel_degree={self.ep}",
+                "--training.dataset=stdlib",
+            ]
+        )
 
     def __str__(self) -> str:
         used = {"DDP": self.rep, "FSDP": self.shard, "CP": self.cp, "TP": self.tp}
+        used |= {"PP": self.pp, "EP": self.ep}
         return " x ".join(f"{name} {size}" for name, size in used.items() if size > 1)
 
 
@@ -55,96 +112,170 @@ LAYOUTS = [
     Layout(shard=4, tp=2),
     Layout(shard=4, cp=2),
     Layout(rep=2, shard=4, cp=2, tp=2),
+    Layout(shard=4, ep=4),
+    Layout(shard=8, ep=4),
+    Layout(pp=2),
+    Layout(pp=2, shard=2),
 ]
 
 
-def parameters() -> tuple[float, float]:
-    """All of the model, and those of its largest group that FSDP gathers (a block)."""
-    total, _ = ARGS.get_nparams_and_flops(SEQ)
-    block = (total - 2 * ARGS.vocab_size * ARGS.dim - ARGS.dim) / ARGS.n_layers
-    return total, block
+@dataclass
+class Parameters:
+    """Numbers of parameters."""
+
+    total: float
+    experts: float
+    block: float
+    """The largest group that FSDP gathers: a block, without the experts that are sharded apart."""
+
+    @classmethod
+    def of(cls, layout: Layout) -> Parameters:
+        args = layout.args
+        total, _ = args.get_nparams_and_flops(SEQ)
+        experts = 0.0
+        if layout.ep > 1:
+            experts = args.n_layers * args.moe.num_experts * 3 * args.dim * args.moe.hidden_dim
+        blocks = total - experts - 2 * args.vocab_size * args.dim - args.dim
+        return cls(total, experts, blocks / args.n_layers)
 
 
-def expected_bytes(layout: Layout) -> dict[tuple[str, str], float]:
-    """`(group, kind)` -> bytes that a rank sends in a step, ring algorithms."""
-    total, _ = parameters()
-    shards = layout.shard * layout.cp
-    held = total / layout.tp * FLOAT  # a tensor-parallel rank's part of the parameters
-    expected: dict[tuple[str, str], float] = {}
-    if shards > 1:  # gathered forward and backward, and the gradients scattered
-        others = (shards - 1) / shards
-        fsdp = "fsdp" if layout.shard > 1 else "cp"  # the same ranks
-        expected[fsdp, "all_gather"] = 2 * held * others
-        expected[fsdp, "reduce_scatter"] = held * others
+def expected_bytes(layout: Layout) -> Sent:
+    """Ring algorithms."""
+    args, parameters = layout.args, Parameters.of(layout)
+    shards, compute = layout.shard * layout.cp, layout.compute_bytes
+    # A rank's part of the parameters, but for what FSDP does.
+    held = (parameters.total - parameters.experts) / layout.tp / layout.pp
+    expected: Sent = {}
+
+    # Parameters are gathered for each forward and each backward pass. Between the micro-batches of
+    # a pipeline they stay gathered after the backward pass, so that the last one needs its own.
+    gathers = layout.micro_batches + 1
+
+    def gather_and_scatter(group: str, kept: float, ranks: int) -> None:
+        moved = kept * (ranks - 1) / ranks
+        expected[group, "all_gather"] = gathers * moved * compute
+        expected[group, "reduce_scatter"] = moved * FLOAT
+
+    if shards > 1:
+        gather_and_scatter("fsdp" if layout.shard > 1 else "cp", held, shards)  # the same ranks
     if layout.rep > 1:
-        expected["dp_replicate", "all_reduce"] = 2 * (layout.rep - 1) / layout.rep * held / shards
+        once = held / shards * FLOAT
+        expected["dp_replicate", "all_reduce"] = 2 * (layout.rep - 1) / layout.rep * once
     if layout.tp > 1:
         # Into and out of attention and feed-forward, forward and backward; embedding and output.
-        hidden = SEQ / layout.cp * ARGS.dim * FLOAT * (layout.tp - 1) / layout.tp
+        hidden = SEQ / layout.cp * args.dim * compute * (layout.tp - 1) / layout.tp
         for kind in ("all_gather", "reduce_scatter"):
-            expected["tp", kind] = (4 * ARGS.n_layers + 2) * hidden
+            expected["tp", kind] = (4 * args.n_layers + 2) * hidden
     if layout.cp > 1:
         # Keys and values are gathered, and their gradients scattered.
-        kv = 2 * SEQ * ARGS.n_kv_heads * ARGS.head_dim / layout.tp * FLOAT
+        kv = 2 * SEQ * args.n_kv_heads * args.head_dim / layout.tp * compute
         for kind in ("all_gather", "reduce_scatter"):
-            moved = ARGS.n_layers * kv * (layout.cp - 1) / layout.cp
+            moved = args.n_layers * kv * (layout.cp - 1) / layout.cp
             expected["cp", kind] = expected.get(("cp", kind), 0.0) + moved
+    if layout.ep > 1:
+        # Each token goes to its experts and back, forward and backward; the load is even.
+        rows = SEQ * args.moe.top_k * args.dim * compute
+        group = "ep" if layout.ep < layout.shard else "fsdp"  # the same ranks
+        expected[group, "all_to_all"] = 4 * args.n_layers * rows * (layout.ep - 1) / layout.ep
+        if layout.shard > layout.ep:
+            copies = layout.shard // layout.ep
+            gather_and_scatter("expert_dp", parameters.experts / layout.ep, copies)
+    if layout.pp > 1:
+        # A rank sends hidden states to the next, or gradients to the one before.
+        expected["pp", "send"] = layout.micro_batches * SEQ * args.dim * compute
     return expected
 
 
 def expected_memory(layout: Layout) -> float:
     """Bytes at the peak, which is at the end of the backward pass.
 
-    The state, and under FSDP four copies of a block: the parameters of the one at work and of the
-    next, the gradients, and these again as the collective sends them.
+    The state, and under FSDP copies of a block: the parameters of the one at work and of the next,
+    the gradients, and these again as the collective sends them. Between the micro-batches of a
+    pipeline, all of the stage's parameters and gradients are whole.
     """
-    total, block = parameters()
+    parameters = Parameters.of(layout)
     shards = layout.shard * layout.cp
-    state = 4 * FLOAT * total / shards  # parameter, gradient, two moments
-    gathered = 4 * FLOAT * block if shards * layout.rep > 1 else 0.0
-    return (state + gathered) / layout.tp
+    state = 4 * FLOAT * parameters.total / shards  # parameter, gradient, two moments
+    whole = 0.0
+    if shards * layout.rep > 1:
+        whole = (2 * layout.compute_bytes + 2 * FLOAT) * parameters.block
+    if shards > 1 and layout.pp > 1:
+        state -= FLOAT * parameters.total / shards
+        whole = 2 * FLOAT * parameters.total / layout.pp
+    return (state / layout.pp + whole) / layout.tp
 
 
-def measure(layout: Layout) -> tuple[dict[tuple[str, str], float], float]:
-    config = load_config(
-        [
-            f"--model.flavor={FLAVOR}",
-            f"--training.seq_len={SEQ}",
-            "--training.local_batch_size=1",
-            "--training.mixed_precision_param=float32",
-            "--activation_checkpoint.mode=none",
-            "--parallelism.fsdp_reshard_after_forward=always",
-            f"--parallelism.data_parallel_replicate_degree={layout.rep}",
-            f"--parallelism.data_parallel_shard_degree={layout.shard}",
-            f"--parallelism.context_parallel_degree={layout.cp}",
-            f"--parallelism.tensor_parallel_degree={layout.tp}",
-        ]
-    )
+def measure(layout: Layout) -> tuple[Sent, float]:
+    """What a rank sends in a step, and its peak memory in bytes."""
+    if layout.pp > 1:
+        of_ranks = run_ranks(train_and_record, layout.world_size, layout)
+        return of_ranks[0][0], max(memory for _, memory in of_ranks)
+    register()
     with fake_world(layout.world_size, rank=0):
-        trace = trace_step(config)
-    sent = {key: total for key, (_, total) in sent_by_group(trace.collectives).items()}
-    return sent, trace.peak_memory
+        trace = trace_step(layout.config())
+    return _bytes(sent_by_group(trace.collectives)), trace.peak_memory
 
 
-def main() -> int:
-    """Print the table; 1 if a figure is off by more than 10%."""
-    MODEL_CONFIGS[FLAVOR] = ARGS
-    print("| layout | what | measured | formula | ratio |\n|---|---|---|---|---|")
-    worst = 0.0
-    for layout in LAYOUTS:
+def train_and_record(layout: Layout) -> tuple[Sent, float]:
+    """On a rank: the second step of a training, when the optimizer has its state."""
+    from torchtitan.tools.stop_request import StopRequest
+    from torchtitan.train import Trainer
+
+    register()
+    trainer, stop = Trainer(layout.config()), StopRequest()
+    recorder, memory = CollectiveRecorder(trainer.parallel_dims.groups()), PeakMemory()
+    for step in (1, 2):
+        trainer.state.step = step
+        if step == 1:
+            trainer.train_step(stop)
+            trainer.optimizers.zero_grad()
+            continue
+        memory.add(*_state(trainer))
+        with memory, recorder:
+            trainer.train_step(stop)
+    trainer.close()
+    return _bytes(recorder.sent_by_group()), memory.peak
+
+
+def _state(trainer) -> Iterator[torch.Tensor]:
+    for part in trainer.model_parts:
+        yield from (*part.parameters(), *part.buffers())
+    for value in trainer.optimizers.state_dict().values():
+        if isinstance(value, torch.Tensor):
+            yield value
+
+
+def _bytes(sent: dict[tuple[str, str], tuple[int, float]]) -> Sent:
+    return {key: total for key, (_, total) in sent.items()}
+
+
+def register() -> None:
+    """Make the models known, on whichever rank."""
+    llama3.MODEL_CONFIGS[FLAVOR] = DENSE
+    qwen3.MODEL_CONFIGS[FLAVOR] = MOE
+
+
+def run(quick: bool = False) -> list[Table]:
+    """The table; `quick` takes one layout of each kind of measurement."""
+    table = Table(
+        "Bytes sent and memory, against the formulas",
+        ["layout", "what", "measured", "formula", "ratio", "off by"],
+        note="A rank of each layout in one step. The formulas are in `benchmarks/parallel.py`.",
+    )
+    for layout in [LAYOUTS[3], LAYOUTS[-2]] if quick else LAYOUTS:
         sent, memory = measure(layout)
-        rows = [("peak memory", memory, expected_memory(layout))]
-        rows += [
+        figures = [("peak memory", memory, expected_memory(layout))]
+        figures += [
             (f"{kind} over {group}", sent.get((group, kind), 0.0), formula)
             for (group, kind), formula in expected_bytes(layout).items()
         ]
-        for what, measured, formula in rows:
+        for what, measured, formula in figures:
             ratio = measured / formula
-            worst = max(worst, abs(ratio - 1))
-            mib = f"{measured / 2**20:.2f} MiB | {formula / 2**20:.2f} MiB"
-            print(f"| {layout} | {what} | {mib} | {ratio:.3f} |")
-    return int(worst > TOLERANCE)
+            sizes = [f"{size / 2**20:.2f} MiB" for size in (measured, formula)]
+            within = verdict(abs(ratio - 1), at_most=TOLERANCE)
+            table.rows.append([str(layout), what, *sizes, f"{ratio:.3f}", within])
+    return [table]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.write("".join(table.markdown() for table in run()))

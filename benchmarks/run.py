@@ -12,13 +12,19 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks import gpu_llama3, loss, startup, trainer
+from benchmarks import gpu_llama3, loss, parallel, startup, trainer
 from benchmarks.report import machine
 
-BENCHMARKS = {"trainer": trainer, "startup": startup, "loss": loss, "gpu_llama3": gpu_llama3}
+BENCHMARKS = {
+    "trainer": trainer,
+    "startup": startup,
+    "loss": loss,
+    "parallel": parallel,
+    "gpu_llama3": gpu_llama3,
+}
 """Name -> module with `run(quick) -> list[Table]`."""
 
-SUITES = {"cpu": ["trainer", "startup", "loss"], "gpu": ["gpu_llama3", "loss"]}
+SUITES = {"cpu": ["trainer", "startup", "loss", "parallel"], "gpu": ["gpu_llama3", "loss"]}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -33,7 +33,7 @@ def go_and_return(folder: Path, degrees: dict[str, int]) -> None:
         own = torch.arange(len(expert)) + 100 * dist.get_rank()
         rows = torch.stack([expert, own], dim=1).double().requires_grad_()
 
-        exchange = RowExchange(counts, **groups)
+        exchange = RowExchange(counts, len(rows), **groups)
         arrived = exchange.send(rows)
         expected = torch.arange(first, first + 4 // dims.ep).repeat_interleave(exchange.counts)
         assert arrived[:, 0].tolist() == expected.tolist()

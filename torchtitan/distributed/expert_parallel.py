@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import (
     all_gather_tensor,
     all_to_all_single_autograd,
@@ -100,7 +101,7 @@ def _dispatched(
     @wraps(forward)
     @torch.compiler.disable  # how many rows travel is known only when they do
     def dispatched_forward(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        exchange = RowExchange(counts, ep, etp)
+        exchange = RowExchange(counts, len(rows), ep, etp)
         rows = exchange.send(rows)
         with _local_parameters(experts):
             rows = forward(rows, exchange.counts)
@@ -125,12 +126,17 @@ class RowExchange:
 
     Args:
         counts: rows that this rank has for each expert of all ranks, `[num_experts]` int64.
+        rows: their sum.
         ep: the ranks that have different experts; None if every rank has all.
         etp: the ranks that each have a part of the same experts; None if experts are whole.
     """
 
     def __init__(
-        self, counts: torch.Tensor, ep: dist.ProcessGroup | None, etp: dist.ProcessGroup | None
+        self,
+        counts: torch.Tensor,
+        rows: int,
+        ep: dist.ProcessGroup | None,
+        etp: dist.ProcessGroup | None,
     ) -> None:
         self._ep, self._etp = ep, etp
         ep_size, etp_size = _size(ep), _size(etp)
@@ -146,7 +152,10 @@ class RowExchange:
         self.counts = sources.sum(dim=(0, 1))
         """Rows for each expert of this rank, `[experts of a rank]` int64."""
 
-        numbers = torch.cat([outgoing.sum(1), incoming.sum(1), sources.sum((1, 2))]).tolist()
+        if isinstance(counts, FakeTensor):  # when a run is planned, the load is taken to be even
+            numbers = [rows // ep_size] * (2 * ep_size) + [rows] * etp_size
+        else:
+            numbers = torch.cat([outgoing.sum(1), incoming.sum(1), sources.sum((1, 2))]).tolist()
         self._sent = numbers[:ep_size]
         self._arrived = numbers[ep_size : 2 * ep_size]
         self._shown = numbers[2 * ep_size :]
