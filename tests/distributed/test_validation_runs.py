@@ -14,6 +14,7 @@ VALIDATION = (
     "--validation.enable",
     "--validation.freq=2",
     "--validation.steps=2",
+    "--validation.local_batch_size=4",  # two batches of it, whatever the layout
     "--validation.seq_len=32",
     "--training.document_mask",
 )
@@ -33,8 +34,7 @@ QUICK = ("cp2", "ep2")
 
 
 def validate(folder: Path, processes: int, local_batch_size: int, *options: str) -> list[dict]:
-    size = f"--validation.local_batch_size={local_batch_size}"
-    run = train_layout(folder, processes, local_batch_size, *VALIDATION, size, *options)
+    run = train_layout(folder, processes, local_batch_size, *VALIDATION, *options)
     return read_lines(run / "validation.jsonl")
 
 
