@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,19 +162,20 @@ class OwnTokens(ParallelStyle):
         self.outer_layouts: tuple[Placement, ...] = (Shard(1),)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def take_own(module: nn.Module, inputs: Any) -> Any:
-            x = inputs[0]
+        forward = module.forward
+
+        @wraps(forward)
+        def forward_own(x: torch.Tensor, *args: Any) -> torch.Tensor:
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, device_mesh, self.outer_layouts, run_check=False)
-            return x.redistribute(placements=[Shard(1)]).to_local(), *inputs[1:]
-
-        def give_all(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            output = DTensor.from_local(output, device_mesh, [Shard(1)], run_check=False)
-            return output.redistribute(placements=self.outer_layouts).to_local()
+            out = forward(x.redistribute(placements=[Shard(1)]).to_local(), *args)
+            # The whole shape is told, as one token (generation) is no equal share for each rank.
+            whole = {"shape": x.shape, "stride": x.stride()}
+            out = DTensor.from_local(out, device_mesh, [Shard(1)], run_check=False, **whole)
+            return out.redistribute(placements=self.outer_layouts).to_local()
 
         # Not by distribute_module, which would replicate the parameters too.
-        module.register_forward_pre_hook(take_own)
-        module.register_forward_hook(give_all)
+        module.forward = forward_own
         return module
 
 

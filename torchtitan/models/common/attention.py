@@ -60,6 +60,8 @@ class ScaledDotProductAttention(nn.Module):
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
             )
+        if mask is None and q.shape[2] == 1:  # the last token, which sees all keys
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
         if mask is None:
             if _has_flash_kernel(q, v):
                 # Its triangle ends at the last key. SDPA's begins at the first.
@@ -121,8 +123,7 @@ class CausalMask(nn.Module):
         Returns:
             Of `n` queries and `seq` keys, for all heads. None: plain causal.
         """
-        limits = [limit for limit in (self.window, self.chunk) if limit is not None]
-        plain = document_ids is None and all(limit >= seq_len for limit in limits)
+        plain = self.is_plain(seq_len, document_ids)
         use_flex = self.kernel == "flex" or (self.kernel == "auto" and not plain)
         use_flex = use_flex and device.type == "cuda"
         if plain and not use_flex:
@@ -131,6 +132,11 @@ class CausalMask(nn.Module):
         n = seq_len if queries is None else queries.shape[0]
         build = flex_mask if use_flex else dense_mask
         return build(self.rule(document_ids, queries), batch, n, seq_len, device)
+
+    def is_plain(self, seq_len: int, document_ids: torch.Tensor | None) -> bool:
+        """Whether the mask is plain causal, for the same arguments as `forward`."""
+        limits = [limit for limit in (self.window, self.chunk) if limit is not None]
+        return document_ids is None and all(limit >= seq_len for limit in limits)
 
     def rule(self, document_ids: torch.Tensor | None, queries: torch.Tensor | None) -> Rule:
         """What the mask allows, for the same arguments as `forward`."""

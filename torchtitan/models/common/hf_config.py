@@ -29,6 +29,18 @@ _WITHOUT_EFFECT = frozenset(
 _REQUIRED = object()
 
 
+class OtherArchitectureError(CheckpointError):
+    """A `config.json` is of another model than the one that was to read it.
+
+    Args:
+        model_types: values of `model_type` that the model can read.
+    """
+
+    def __init__(self, message: str, model_types: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.model_types = model_types
+
+
 class HuggingFaceConfig:
     """The fields of a `config.json`, each to be asked for once.
 
@@ -37,7 +49,7 @@ class HuggingFaceConfig:
         model_types: values of `model_type` that the caller can read.
 
     Raises:
-        CheckpointError: the file is of another architecture.
+        OtherArchitectureError: the file is of another architecture.
     """
 
     def __init__(self, fields: dict[str, Any], *model_types: str) -> None:
@@ -45,7 +57,9 @@ class HuggingFaceConfig:
         self.model_type = self._fields.get("model_type")
         if self.model_type not in model_types:
             expected = " or ".join(map(repr, model_types))
-            raise CheckpointError(f"config.json: model_type is {self.model_type!r}, not {expected}")
+            raise OtherArchitectureError(
+                f"config.json: model_type is {self.model_type!r}, not {expected}", model_types
+            )
 
     def take(self, *names: str, kind: type, default: Any = _REQUIRED) -> Any:
         """The value of a field, which has several names if it was renamed.

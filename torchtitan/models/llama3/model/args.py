@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
-from torchtitan.models.common.rope import RopeScaling
+from torchtitan.models.common.hf_config import HuggingFaceConfig
+from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -82,3 +84,38 @@ class Llama3ModelArgs(BaseModelArgs):
         )
         require_heads_divisible_by_cp(job_config, self.n_heads)
         return replace(self, attention=job_config.model.attention)
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> Self:
+        """The args of a model from its `config.json` (`LlamaForCausalLM`: Llama 3, SmolLM2, ...).
+
+        Raises:
+            CheckpointError: a field is missing, unknown, or has a value that is not supported.
+        """
+        hf = HuggingFaceConfig(config, "llama")
+        hf.require("hidden_act", "silu")
+        hf.require("attention_bias", False)
+        hf.require("attention_dropout", 0.0)
+        hf.require("mlp_bias", False)
+        hf.require("rope_interleaved", False)
+        hf.ignore("pretraining_tp", "is_llama_config")
+        dim, n_heads = hf.take("hidden_size", kind=int), hf.take("num_attention_heads", kind=int)
+        hf.require("head_dim", dim // max(n_heads, 1), None)
+        rope_theta, rope_scaling = hf.take_rope()
+        try:
+            args = cls(
+                dim=dim,
+                n_layers=hf.take("num_hidden_layers", kind=int),
+                n_heads=n_heads,
+                n_kv_heads=hf.take("num_key_value_heads", kind=int, default=n_heads),
+                ffn_dim=hf.take("intermediate_size", kind=int),
+                vocab_size=hf.take("vocab_size", kind=int),
+                norm_eps=hf.take("rms_norm_eps", kind=float),
+                rope_theta=rope_theta,
+                rope_scaling=rope_scaling_from_hf(rope_scaling) if rope_scaling else None,
+                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
+            )
+        except ValueError as error:  # sizes that do not fit together
+            raise CheckpointError(f"config.json: {error}") from error
+        hf.finish()
+        return args

@@ -1,0 +1,121 @@
+"""Keys and values of the tokens so far, so that each new token costs one token's work.
+
+The cache is put into a model from outside, as context parallelism is: while it is attached, each
+`ScaledDotProductAttention` attends to the keys of all tokens so far, and each `CausalMask` makes
+the mask of the new tokens' queries. A model needs no code for it, and none runs in training.
+
+Sequences of unequal lengths begin with padding, which counts as a document of its own, so that the
+rules for documents keep it out of windows, chunks and positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+from torchtitan.models.common.attention import (
+    AttentionMask,
+    CausalMask,
+    ScaledDotProductAttention,
+    dense_mask,
+)
+
+
+def can_cache(model: nn.Module) -> bool:
+    """Whether tokens see each other only by the parts of `models.common.attention`, as far as the
+    modules tell, and the model can be told where in the text its tokens are.
+    """
+    kinds = {type_ for m in model.modules() for type_ in type(m).__mro__}
+    takes_positions = "positions" in inspect.signature(model.forward).parameters
+    return takes_positions and {CausalMask, ScaledDotProductAttention} <= kinds
+
+
+class KVCache:
+    """The keys and values of a batch, `[batch, kv_heads, capacity, head_dim]` a layer.
+
+    They are what the layer's kernel reads: of tensor parallelism, this rank's heads; of sliding
+    windows, all tokens, most of them unseen; of multi-head latent attention, each head's keys.
+
+    Args:
+        model: one that `can_cache`.
+        capacity: tokens of a sequence, padding included.
+        padding: how many tokens at the beginning of each sequence are no text, `[batch]` int64.
+    """
+
+    def __init__(self, model: nn.Module, capacity: int, padding: torch.Tensor) -> None:
+        self.length = 0
+        """Tokens of a sequence so far, padding included."""
+        self._model = model
+        self._padding = padding
+        slots = torch.arange(capacity, device=padding.device)[None]
+        self._positions = (slots - padding[:, None]).clamp(min=0)  # [batch, capacity]
+        self._document_ids = None
+        if padding.any():
+            self._document_ids = (slots >= padding[:, None]).long()  # [batch, capacity]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Meanwhile the model attends through the cache."""
+        original: dict[nn.Module, Callable[..., object] | None] = {}
+        for module in self._model.modules():
+            if isinstance(module, CausalMask):
+                cached = self._cached_mask(module)
+            elif isinstance(module, ScaledDotProductAttention):
+                cached = self._cached_attention(module.forward)
+            else:
+                continue
+            original[module] = vars(module).get("forward")
+            module.forward = cached
+        try:
+            yield
+        finally:
+            for module, forward in original.items():
+                del module.forward
+                if forward is not None:  # one that was put there before
+                    module.forward = forward
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Run the model, with the cache attached, on the next tokens of each sequence.
+
+        Args:
+            tokens: `[batch, seq]` int64.
+
+        Returns:
+            Logits `[batch, seq, vocab]`.
+        """
+        begin, self.length = self.length, self.length + tokens.shape[1]
+        return self._model(tokens, positions=self._positions[:, begin : self.length])
+
+    def _cached_mask(self, causal: CausalMask) -> Callable[..., AttentionMask]:
+        def forward(seq_len: int, document_ids: None, device: torch.device) -> AttentionMask:
+            ids = self._document_ids
+            ids = None if ids is None else ids[:, : self.length]
+            if causal.is_plain(self.length, ids):
+                return None
+            # Never a block mask: to compile one for each length would take longer than it saves.
+            queries = torch.arange(self.length - seq_len, self.length, device=device)
+            batch = 1 if ids is None else len(ids)
+            return dense_mask(causal.rule(ids, queries), batch, seq_len, self.length, device)
+
+        return forward
+
+    def _cached_attention(self, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        keys = values = torch.empty(0)
+
+        def forward(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
+        ) -> torch.Tensor:
+            nonlocal keys, values
+            begin = self.length - k.shape[2]
+            if begin == 0:
+                capacity = self._positions.shape[1]
+                keys, values = (x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in (k, v))
+            keys[:, :, begin : self.length] = k
+            values[:, :, begin : self.length] = v
+            return attend(q, keys[:, :, : self.length], values[:, :, : self.length], mask)
+
+        return forward

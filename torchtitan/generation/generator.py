@@ -1,0 +1,178 @@
+"""Continues a batch of prompts, token by token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan.errors import DataError
+from torchtitan.generation.cache import KVCache, can_cache
+from torchtitan.generation.sampling import Sampler, Sampling
+
+logger = logging.getLogger("torchtitan")
+
+NextLogits = Callable[[list[list[int]]], torch.Tensor]
+"""The tokens of each sequence so far -> logits of the next ones, `[batch, vocab]`."""
+
+
+@dataclass
+class Completion:
+    """What a model made of a prompt."""
+
+    tokens: list[int] = field(default_factory=list)
+    """Those generated, without the one that ended the text."""
+    finish_reason: Literal["stop", "length"] = "length"
+    """`stop`: the model ended the text. `length`: the limit of tokens was reached."""
+
+
+class Generator:
+    """Generates with a model.
+
+    Models that attend by `torchtitan.models.common.attention` keep the keys and values of earlier
+    tokens; for others, the whole sequence is computed anew for every token.
+
+    Args:
+        model: with its weights, on its device. It is put into eval mode.
+        stop_tokens: those that end a text.
+        group: the ranks that share the model (tensor parallelism), which call everything together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stop_tokens: Iterable[int] = (),
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.stop_tokens = frozenset(stop_tokens)
+        self.device = next(model.parameters()).device
+        self.uses_cache = can_cache(model) and (_is_ours(model) or self._cache_is_right())
+        self._group = group
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        streams: Sequence[int] | None = None,
+        on_token: Callable[[int, int | None], None] | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt until it ends or has `max_new_tokens` more.
+
+        Args:
+            prompts: token ids, at least one a prompt; their lengths may differ.
+            streams: number of each prompt's stream of random numbers; None counts from 0.
+            on_token: called with the number of a prompt and its next token; None when it is over.
+
+        Raises:
+            DataError: a prompt is empty.
+        """
+        if not all(prompts):
+            raise DataError("a prompt has no tokens; give it at least one, such as bos or eos")
+        sampler = Sampler(sampling, range(len(prompts)) if streams is None else streams)
+        completions = [Completion() for _ in prompts]
+        sequences = [list(prompt) for prompt in prompts]
+        active = set(range(len(prompts))) if max_new_tokens > 0 else set()
+        open_logits = self._cached if self.uses_cache else self._recomputed
+        with open_logits(sequences, max_new_tokens) as next_logits:
+            while active:
+                tokens = sampler.next_tokens(next_logits(sequences))
+                if self._group is not None:  # ranks must not part over the last bit of a logit
+                    dist.broadcast(tokens, group=self._group, group_src=0)
+                for number, token in enumerate(tokens.tolist()):
+                    sequences[number].append(token)  # also where the text is over: of no effect
+                    if number not in active:
+                        continue
+                    completion = completions[number]
+                    if token in self.stop_tokens:
+                        completion.finish_reason = "stop"
+                    else:
+                        completion.tokens.append(token)
+                        if on_token:
+                            on_token(number, token)
+                    if token in self.stop_tokens or len(completion.tokens) == max_new_tokens:
+                        active.remove(number)
+                        if on_token:
+                            on_token(number, None)
+        return completions
+
+    @contextmanager
+    def _cached(self, sequences: list[list[int]], max_new_tokens: int) -> Iterator[NextLogits]:
+        longest = max(map(len, sequences), default=0)
+        padding = torch.tensor([longest - len(s) for s in sequences], device=self.device)
+        cache = KVCache(self.model, longest + max_new_tokens, padding)
+
+        def next_logits(sequences: list[list[int]]) -> torch.Tensor:
+            new = [[0] * (longest - len(s)) + s for s in sequences]
+            new = [s[-1:] for s in new] if cache.length else new
+            return _whole(cache.forward(torch.tensor(new, device=self.device))[:, -1])
+
+        with cache.attached(), _last_token_only(self.model):
+            yield next_logits
+
+    @contextmanager
+    def _recomputed(self, sequences: list[list[int]], max_new_tokens: int) -> Iterator[NextLogits]:
+        yield self._logits_of_last
+
+    def _logits_of_last(self, sequences: list[list[int]]) -> torch.Tensor:
+        # Padding at the end, where a causal model does not see it.
+        longest = max(map(len, sequences))
+        tokens = [s + [0] * (longest - len(s)) for s in sequences]
+        logits = _whole(self.model(torch.tensor(tokens, device=self.device)))
+        last = torch.tensor([len(s) - 1 for s in sequences], device=self.device)
+        return logits[torch.arange(len(sequences), device=self.device), last]
+
+    @torch.no_grad()
+    def _cache_is_right(self) -> bool:
+        """Try the cache of a model that we do not know: it may mix tokens in other ways too."""
+        tokens = torch.arange(6, device=self.device)[None]
+        whole = _whole(self.model(tokens))
+        cache = KVCache(self.model, 6, torch.zeros(1, dtype=torch.int64, device=self.device))
+        try:
+            with cache.attached():
+                parts = [_whole(cache.forward(part)) for part in tokens.split([3, 1, 1, 1], dim=1)]
+        except (RuntimeError, TypeError, ValueError) as error:
+            difference, reason = float("inf"), f": {error}"
+        else:
+            difference, reason = (torch.cat(parts, 1) - whole).norm() / whole.norm(), ""
+        right = bool(difference < (1e-3 if whole.dtype == torch.float32 else 5e-2))
+        if not right:
+            logger.warning(
+                "%s computes something else with a key-value cache%s. It generates without one, "
+                "which takes longer for each token",
+                type(self.model).__name__,
+                reason,
+            )
+        return right
+
+
+def _is_ours(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("torchtitan.models.")
+
+
+def _whole(logits: torch.Tensor) -> torch.Tensor:
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+
+@contextmanager
+def _last_token_only(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the output layer sees the last token alone: nobody needs the logits of a prompt."""
+    output = getattr(model, "output", None)
+    if not isinstance(output, nn.Module):
+        yield
+        return
+    # First, so that it sees what the last block gave, before tensor parallelism does.
+    handle = output.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],), prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()

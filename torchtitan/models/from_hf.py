@@ -1,0 +1,60 @@
+"""Which of our models a Hugging Face folder holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torchtitan.errors import CheckpointError, begin_errors_with, did_you_mean
+from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.common.hf_config import OtherArchitectureError
+from torchtitan.protocols.train_spec import TrainSpec, model_flavors
+
+CONFIG = "config.json"
+
+
+def train_spec_of_hf_folder(folder: Path) -> tuple[str, TrainSpec]:
+    """The name of the model that reads `config.json`, and its `TrainSpec` with the args in there.
+
+    Every registered model whose args have `from_hf_config` is asked.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, no model reads it, or the one that does
+            has no support for a field in it.
+    """
+    with begin_errors_with(str(folder)):
+        return _train_spec(read_hf_config(folder))
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """The fields of `config.json`. Raises `CheckpointError` if it is missing or damaged."""
+    try:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{CONFIG} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG} is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{CONFIG} is damaged: it holds no JSON object")
+    return fields
+
+
+def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
+    known: list[str] = []
+    for name, factory in MODEL_REGISTRY.items():
+        for flavor in model_flavors(name)[:1]:
+            spec = factory(flavor)
+            from_hf_config = getattr(spec.model_args, "from_hf_config", None)
+            if from_hf_config is None:
+                continue
+            try:
+                return name, replace(spec, model_args=from_hf_config(config))
+            except OtherArchitectureError as error:
+                known += error.model_types
+    model_type = config.get("model_type")
+    raise CheckpointError(
+        f"{CONFIG}: model_type = {model_type!r} is no model that can be read."
+        f"{did_you_mean(str(model_type), set(known))}"
+    )
