@@ -19,6 +19,11 @@ COMMANDS = {
         "torchtitan.tools.converge.command",
         "train under several layouts from one seed, and compare the curves",
     ),
+    "generate": ("torchtitan.tools.generate", "continue prompts with a trained model"),
+    "eval": (
+        "torchtitan.tools.evaluate.command",
+        "perplexity on a dataset, or tasks of lm-evaluation-harness",
+    ),
     "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
 }
 """Name -> (module with `main(argv)`, one line of help)."""

@@ -88,6 +88,12 @@ class HuggingFaceTokenizer:
         # The fast one leaves out where each token stands in the text, for half of the time.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """As `transformers` gives a text to a model: with the tokens that tokenizer.json adds (bos
+        with many models).
+        """
+        return self._tokenizer.encode(text).ids
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 

@@ -1,0 +1,288 @@
+"""A trained model and its tokenizer from a checkpoint folder, ready to be run.
+
+Two kinds of folders tell which model they hold: a checkpoint of ours by its manifest and the
+`config.resolved.toml` of its run, a Hugging Face folder by its `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtitan.components.checkpoint.folder import MANIFEST, Manifest, list_checkpoints
+from torchtitan.components.checkpoint.load import load_model_weights
+from torchtitan.components.checkpoint.reader import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.parallelism import Parallelism
+from torchtitan.distributed import utils
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tying import preserve_tying
+from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_folder
+from torchtitan.models.plugins import load_plugins
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
+
+RESOLVED_CONFIG = "config.resolved.toml"
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class ModelOptions:
+    """Which model, and how it is run."""
+
+    checkpoint: str
+    """A checkpoint of ours (step-N, or its run's folder: the newest), or a Hugging Face folder."""
+    model: str | None = None
+    """Model name in the registry, where the folder does not tell, or tells another."""
+    flavor: str | None = None
+    """Size of the model, along with --model."""
+    custom_import: str = ""
+    """Python module to import first, so that it can register a model."""
+    tokenizer: str | None = None
+    """`bytes`, or a folder with a tokenizer.json. Default: that of the run, or the checkpoint's"""
+    dtype: DTypeName = "auto"
+    """Of the weights and of the computation. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    tensor_parallel_degree: int = 1
+    """Ranks (of torchrun) that share each layer's matrices."""
+
+
+@dataclass
+class Source:
+    """What a checkpoint folder holds, as far as can be told without reading weights."""
+
+    folder: Path
+    model_name: str
+    spec: TrainSpec
+    job_config: JobConfig
+    """That of the run, or the defaults, but with the options' model and layout."""
+    tokenizer: Tokenizer
+    is_hf: bool
+    stop_tokens: frozenset[int] = field(default_factory=frozenset)
+    """Tokens that end a text."""
+    max_seq_len: int | None = None
+    """Longest sequence that the model is made for; None: no limit is known."""
+
+
+@dataclass
+class LoadedModel:
+    """A model with its weights."""
+
+    source: Source
+    model: nn.Module
+    parallel_dims: ParallelDims
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        dims = self.parallel_dims
+        return dims.world_mesh["tp"].get_group() if dims.tp_enabled else None
+
+
+def open_source(options: ModelOptions) -> Source:
+    """Find out what the folder holds, and check that model, tokenizer and layout fit together.
+
+    Raises:
+        CheckpointError: the folder is missing, no checkpoint, or of a model that is not known.
+        ConfigError: an unknown model, or an option that does not fit.
+        DataError: the tokenizer cannot be loaded.
+    """
+    load_plugins(options.custom_import)
+    folder = _checkpoint_folder(Path(options.checkpoint).expanduser())
+    is_hf = not (folder / MANIFEST).is_file()
+    job_config = JobConfig() if is_hf else _config_of_run(folder)
+    if options.flavor is not None and options.model is None:
+        raise ConfigError("--flavor needs --model")
+    if options.model is not None:
+        flavor = options.flavor
+        if flavor is None:
+            known = ", ".join(model_flavors(options.model)) if _is_known(options.model) else ""
+            if known:
+                raise ConfigError(f"--model {options.model} needs --flavor. Allowed: {known}")
+        name, spec = options.model, get_train_spec(options.model, flavor or "")
+    elif is_hf:
+        name, spec = train_spec_of_hf_folder(folder)
+        flavor = ""
+    else:
+        model = Manifest.read(folder).model
+        name, flavor = model.get("name", ""), model.get("flavor", "")
+        if not _is_known(name):
+            raise CheckpointError(
+                f"{folder} was saved from the model {name!r}, which is not registered. Name the "
+                "module that registers it: --custom-import MODULE"
+            )
+        spec = get_train_spec(name, flavor)
+    job_config.model.name, job_config.model.flavor = name, flavor or ""
+    if options.tokenizer is not None:
+        job_config.model.tokenizer_path = options.tokenizer
+    elif is_hf:
+        job_config.model.tokenizer_path = _own_tokenizer(folder)
+    _set_layout(job_config, options, spec)
+    if spec.build_tokenizer_fn is None:
+        raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
+    spec = replace(spec, model_args=spec.model_args.update_from_config(job_config))
+    tokenizer = spec.build_tokenizer_fn(job_config)
+    source = Source(folder, name, spec, job_config, tokenizer, is_hf)
+    _check_vocabulary(source)
+    source.stop_tokens = _stop_tokens(source)
+    source.max_seq_len = getattr(spec.model_args, "max_seq_len", None)
+    if is_hf and source.max_seq_len is None and (folder / CONFIG).is_file():
+        source.max_seq_len = read_hf_config(folder).get("max_position_embeddings")
+    return source
+
+
+def load_model(source: Source) -> LoadedModel:
+    """Build the model, spread it over the ranks, and read its weights.
+
+    With more than one rank, they must have joined a process group.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or keys or shapes do not fit the model.
+    """
+    config, spec = source.job_config, source.spec
+    dims = ParallelDims.from_config(config.parallelism, utils.world_size())
+    dtype = getattr(torch, config.training.mixed_precision_param)
+    with torch.device("meta"):
+        model = spec.model_cls(spec.model_args)
+    for param in model.parameters():  # not the buffers: routers keep their state in float32
+        param.data = param.data.to(dtype)
+    if dims.world_size > 1:
+        model = spec.parallelize_fn(model, dims.world_mesh, dims, config)
+    _allocate(model, utils.device())
+    load_model_weights(model, source.folder)
+    return LoadedModel(source, model.eval(), dims)
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    """The checkpoint that the user means: a folder of its own, or the newest of a run."""
+    if not path.is_dir():
+        raise CheckpointError(f"--checkpoint {path}: there is no such folder")
+    if any((path / name).is_file() for name in (MANIFEST, SAFETENSORS_FILE, SAFETENSORS_INDEX)):
+        return path
+    for folder in (path, path / "checkpoint"):
+        complete = [step for step in list_checkpoints(folder) if (step / MANIFEST).is_file()]
+        if complete:
+            return complete[-1]
+    raise CheckpointError(
+        f"--checkpoint {path} holds no checkpoint: neither {MANIFEST} or step-N folders (ours) nor "
+        f"{SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face)"
+    )
+
+
+def _config_of_run(folder: Path) -> JobConfig:
+    """The config of the run that saved a checkpoint; the defaults if it is not beside it."""
+    for parent in folder.parents[:2]:
+        path = parent / RESOLVED_CONFIG
+        if path.is_file():
+            config = load_config(["--job.config_file", str(path)])
+            load_plugins(config.job.custom_import)
+            return config
+    return JobConfig()
+
+
+def _is_known(model_name: str) -> bool:
+    from torchtitan.models import MODEL_REGISTRY
+
+    return model_name in MODEL_REGISTRY
+
+
+def _own_tokenizer(folder: Path) -> str:
+    if (folder / "tokenizer.json").is_file():
+        return str(folder)
+    raise ConfigError(
+        f"{folder} has no tokenizer.json. Give --tokenizer FOLDER, or --tokenizer bytes for a "
+        "model of bytes"
+    )
+
+
+def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> None:
+    """Leave what belongs to training, and spread the model as the options say."""
+    degree = options.tensor_parallel_degree
+    if degree < 1 or utils.world_size() % degree:
+        raise ConfigError(
+            f"--tensor-parallel-degree {degree} must divide the number of processes, "
+            f"{utils.world_size()}; start them with torchrun --nproc-per-node N"
+        )
+    experts = spec.model_args.num_experts
+    config.parallelism = Parallelism(
+        tensor_parallel_degree=degree,
+        expert_parallel_degree=degree if experts and experts % degree == 0 else 1,
+        disable_sequence_parallel=True,  # a single token cannot be shared
+        disable_loss_parallel=True,
+    )
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if utils.device_type() == "cuda" else "float32"
+    config.training.mixed_precision_param = dtype
+    config.training.enable_cpu_offload = False
+    config.activation_checkpoint.mode = "none"
+    config.compile.enable = False
+    config.loss.name = "cross_entropy"
+
+
+def _check_vocabulary(source: Source) -> None:
+    size = getattr(source.spec.model_args, "vocab_size", None)
+    if size is None or source.tokenizer.vocab_size <= size:
+        return
+    raise ConfigError(
+        f"the tokenizer {source.job_config.model.tokenizer_path} has "
+        f"{source.tokenizer.vocab_size} tokens, but the model {source.model_name} of "
+        f"{source.folder} has only {size} in its vocabulary. Use the model's own: --tokenizer"
+    )
+
+
+def _stop_tokens(source: Source) -> frozenset[int]:
+    """The tokenizer's eos, and what `generation_config.json` says besides (ends of chat turns)."""
+    tokens = {source.tokenizer.eos_id}
+    path = source.folder / "generation_config.json"
+    if source.is_hf and path.is_file():
+        try:
+            also: Any = json.loads(path.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        tokens.update(also if isinstance(also, list) else [] if also is None else [also])
+    return frozenset(tokens)
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device memory, and set what no checkpoint holds.
+
+    The weights are about to be read, so nothing is drawn at random, which would take longer.
+    """
+    with preserve_tying(model):
+        model.to_empty(device=device)
+    with torch.no_grad(), _NoRandomDraws():
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        model.init_weights()
+
+
+class _NoRandomDraws(TorchDispatchMode):
+    """Leaves out random operations that are in place."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def process_group(timeout_seconds: int = 600) -> Iterator[None]:
+    """Meanwhile the ranks of torchrun can speak to one another; nothing for a single process."""
+    if utils.world_size() == 1:
+        yield
+        return
+    utils.init_distributed(timeout_seconds)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,231 @@
+"""`torchtitan generate`: continue prompts with a trained model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from torchtitan.distributed import utils
+from torchtitan.errors import ConfigError, DataError
+from torchtitan.generation.generator import Completion, Generator
+from torchtitan.generation.load import (
+    LoadedModel,
+    ModelOptions,
+    Source,
+    load_model,
+    open_source,
+    process_group,
+)
+from torchtitan.generation.sampling import Sampling
+from torchtitan.generation.text import TextStream, encode_prompt
+from torchtitan.tools.logging import init_logger
+
+DESCRIPTION = """\
+Continue prompts with a trained model, from a checkpoint of ours or a Hugging Face folder. See
+docs/generating.md.
+
+  torchtitan generate --checkpoint outputs --prompt "def main(" --temperature 0
+  torchtitan generate --checkpoint Qwen3-0.6B --prompt "Once" --top-p 0.9 --num-samples 3
+  torchrun --nproc-per-node 2 -m torchtitan generate --checkpoint Llama-3.1-8B \\
+    --tensor-parallel-degree 2 --prompt "The capital of France is"
+
+The text goes to stdout as it is made, that of several prompts or samples one after the other.
+
+Exit code: 0, or 2 for a mistake in the command or the checkpoint."""
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass
+class Options(ModelOptions):
+    prompt: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="TEXT")] = field(
+        default_factory=list
+    )
+    """What to continue; may be given several times."""
+    prompt_file: str | None = None
+    """A file whose text is the prompt; if its name ends in .jsonl, a prompt a line:
+    {"prompt": "..."}"""
+    max_new_tokens: int | None = None
+    """Tokens to generate. Default: 256, or what the model's longest sequence leaves"""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token (greedy)."""
+    top_k: int | None = None
+    """Draw among the so many most likely tokens."""
+    top_p: float | None = None
+    """Draw among the most likely tokens that together have this probability."""
+    seed: int = 0
+    """The same seed gives the same text, whatever the batch and the number of ranks."""
+    num_samples: int = 1
+    """Texts for each prompt."""
+    batch_size: int = 16
+    """Texts generated at a time."""
+    ignore_eos: bool = False
+    """Go on where the model ends the text."""
+    add_special_tokens: bool | None = None
+    """Begin with the tokens that tokenizer.json adds, such as bos. Default: for Hugging Face
+    folders only, since our training adds none"""
+    json: str | None = None
+    """File that gets a JSON object a text: prompt, text, tokens, finish_reason."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan generate`; returns the exit code.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: a mistake of the user's.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    options = tyro.cli(Options, args=argv, prog="torchtitan generate", description=DESCRIPTION)
+    init_logger()
+    for name in ("max_new_tokens", "num_samples", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    if utils.world_size() != options.tensor_parallel_degree:
+        raise ConfigError(
+            f"--tensor-parallel-degree {options.tensor_parallel_degree}: generation shares the "
+            f"model among all processes, of which there are {utils.world_size()}"
+        )
+    texts = read_prompts(options)
+    source = open_source(options)
+    special = source.is_hf if options.add_special_tokens is None else options.add_special_tokens
+    prompts = [encode_prompt(source.tokenizer, text, special) for text in texts]
+    max_new_tokens = limit_of_new_tokens(source, prompts, options.max_new_tokens)
+    with process_group():
+        return _generate(options, load_model(source), texts, prompts, max_new_tokens, sampling)
+
+
+def read_prompts(options: Options) -> list[str]:
+    """The texts of `--prompt` and `--prompt-file`. Raises `ConfigError` or `DataError`."""
+    texts = list(options.prompt)
+    if options.prompt_file is not None:
+        path = Path(options.prompt_file)
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"--prompt-file {path} cannot be read: {reason}") from error
+        if path.suffix != ".jsonl":
+            return [*texts, content]
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                prompt = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f'{path}:{number}: not {{"prompt": "..."}}') from error
+            if not isinstance(prompt, str):
+                raise DataError(f"{path}:{number}: prompt is no text")
+            texts.append(prompt)
+    if not texts:
+        raise ConfigError("no prompt: give --prompt TEXT or --prompt-file FILE")
+    return texts
+
+
+def limit_of_new_tokens(source: Source, prompts: list[list[int]], wanted: int | None) -> int:
+    """How many tokens to generate. Raises `ConfigError` if the model is made for fewer."""
+    limit, longest = source.max_seq_len, max(map(len, prompts))
+    if limit is None:
+        return wanted or DEFAULT_NEW_TOKENS
+    if longest >= limit or longest + (wanted or 1) > limit:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens and {wanted or 1} or more are to follow, but "
+            f"{source.model_name} of {source.folder} is made for sequences of at most {limit}"
+        )
+    return wanted or min(DEFAULT_NEW_TOKENS, limit - longest)
+
+
+def _generate(
+    options: Options,
+    loaded: LoadedModel,
+    texts: list[str],
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> int:
+    source = loaded.source
+    stop_tokens = () if options.ignore_eos else source.stop_tokens
+    generator = Generator(loaded.model, stop_tokens, loaded.tp_group)
+    samples = options.num_samples
+    texts = [text for text in texts for _ in range(samples)]
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
+    titles = [""] * len(texts)
+    if len(texts) > 1:
+        titles = [f"--- prompt {i // samples + 1}, sample {i % samples + 1}\n" for i in range(len(texts))]
+    printer = Printer(source, titles, texts, prompts)
+    completions: list[Completion] = []
+    start = time.perf_counter()
+    for first in range(0, len(prompts), options.batch_size):
+        numbers = range(first, min(first + options.batch_size, len(prompts)))
+        completions += generator.generate(
+            [prompts[i] for i in numbers],
+            max_new_tokens,
+            sampling,
+            streams=numbers,
+            on_token=lambda i, token, first=first: printer.add(first + i, token),
+        )
+    seconds = time.perf_counter() - start
+    if utils.rank() == 0:
+        tokens = sum(len(completion.tokens) for completion in completions)
+        sys.stderr.write(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s\n")
+        if options.json is not None:
+            _write_json(Path(options.json), texts, completions, printer)
+    return 0
+
+
+class Printer:
+    """Writes texts to stdout, in order: the first that is not over, while it is made."""
+
+    def __init__(
+        self, source: Source, titles: list[str], texts: list[str], prompts: list[list[int]]
+    ) -> None:
+        self.generated = [""] * len(texts)
+        self._unwritten = [title + text for title, text in zip(titles, texts, strict=True)]
+        self._streams = [TextStream(source.tokenizer, prompt) for prompt in prompts]
+        self._over = [False] * len(texts)
+        self._current = 0
+        self._write()
+
+    def add(self, number: int, token: int | None) -> None:
+        """Of text `number`, the next token; None when it is over."""
+        stream = self._streams[number]
+        text = stream.end() if token is None else stream.add(token)
+        self.generated[number] += text
+        self._unwritten[number] += text
+        if token is None:
+            self._unwritten[number] += "\n"
+            self._over[number] = True
+        self._write()
+
+    def _write(self) -> None:
+        while self._current < len(self._over):
+            text, self._unwritten[self._current] = self._unwritten[self._current], ""
+            if utils.rank() == 0 and text:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            if not self._over[self._current]:
+                return
+            self._current += 1
+
+
+def _write_json(
+    path: Path, texts: list[str], completions: list[Completion], printer: Printer
+) -> None:
+    lines = [
+        {
+            "prompt": text,
+            "text": generated,
+            "tokens": completion.tokens,
+            "finish_reason": completion.finish_reason,
+        }
+        for text, generated, completion in zip(texts, printer.generated, completions, strict=True)
+    ]
+    try:
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot write there: {error.strerror}") from error
