@@ -64,14 +64,15 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling,
         streams: Sequence[int] | None = None,
-        on_token: Callable[[int, int | None], None] | None = None,
+        on_token: Callable[[int, int | None], bool | None] | None = None,
     ) -> list[Completion]:
         """Continue each prompt until it ends or has `max_new_tokens` more.
 
         Args:
             prompts: token ids, at least one a prompt; their lengths may differ.
             streams: number of each prompt's stream of random numbers; None counts from 0.
-            on_token: called with the number of a prompt and its next token; None when it is over.
+            on_token: called with the number of a prompt and its next token, and with None when the
+                text is over; ends the text by returning true.
 
         Raises:
             DataError: a prompt is empty.
@@ -93,13 +94,13 @@ class Generator:
                     if number not in active:
                         continue
                     completion = completions[number]
-                    if token in self.stop_tokens:
-                        completion.finish_reason = "stop"
-                    else:
+                    over = token in self.stop_tokens
+                    if not over:
                         completion.tokens.append(token)
-                        if on_token:
-                            on_token(number, token)
-                    if token in self.stop_tokens or len(completion.tokens) == max_new_tokens:
+                        over = bool(on_token and on_token(number, token))
+                    if over:
+                        completion.finish_reason = "stop"
+                    if over or len(completion.tokens) == max_new_tokens:
                         active.remove(number)
                         if on_token:
                             on_token(number, None)

@@ -154,9 +154,11 @@ def _generate(
     samples = options.num_samples
     texts = [text for text in texts for _ in range(samples)]
     prompts = [prompt for prompt in prompts for _ in range(samples)]
-    titles = [""] * len(texts)
-    if len(texts) > 1:
-        titles = [f"--- prompt {i // samples + 1}, sample {i % samples + 1}\n" for i in range(len(texts))]
+    titles = [
+        f"--- prompt {i // samples + 1}, sample {i % samples + 1}\n" for i in range(len(texts))
+    ]
+    if len(texts) == 1:
+        titles = [""]
     printer = Printer(source, titles, texts, prompts)
     completions: list[Completion] = []
     start = time.perf_counter()

@@ -1,0 +1,89 @@
+"""Log-likelihoods of given texts under a model, as evaluations of language models need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a continuation, given what comes before."""
+
+    log_likelihood: float
+    """Natural logarithm of its probability."""
+    is_greedy: bool
+    """Each of its tokens is the most likely one."""
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    batch_size: int,
+    max_seq_len: int | None = None,
+) -> list[Score]:
+    """Score continuations.
+
+    Args:
+        model: on its device, in eval mode.
+        pairs: token ids of a context, at least one, and of a continuation, at least one.
+        batch_size: pairs in one forward pass; those of like lengths go together.
+        max_seq_len: of longer ones, only the last so many tokens are seen besides the predicted.
+
+    Returns:
+        One a pair, in their order.
+    """
+    device = next(model.parameters()).device
+    texts = [(*context, *continuation) for context, continuation in pairs]
+    if max_seq_len is not None:
+        texts = [text[-max_seq_len - 1 :] for text in texts]
+    order = sorted(range(len(pairs)), key=lambda i: -len(texts[i]))
+    scores: dict[int, Score] = {}
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        longest = max(len(texts[i]) for i in numbers) - 1
+        # Padding is at the end, where a causal model does not see it.
+        tokens = [[*texts[i][:-1], *[0] * (longest + 1 - len(texts[i]))] for i in numbers]
+        logits = model(torch.tensor(tokens, device=device))
+        logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+        for number, row in zip(numbers, logits, strict=True):
+            scores[number] = _score(row, texts[number], len(pairs[number][1]))
+    return [scores[i] for i in range(len(pairs))]
+
+
+def _score(logits: torch.Tensor, text: Sequence[int], length: int) -> Score:
+    """`logits` `[seq, vocab]` of all of `text` but its last token; the last `length` are scored."""
+    length = min(length, len(text) - 1)
+    end = len(text) - 1
+    logits = logits[end - length : end].float()
+    targets = torch.tensor(text[-length:], device=logits.device)
+    log_likelihood = -F.cross_entropy(logits, targets, reduction="sum").item()
+    return Score(log_likelihood, bool((logits.argmax(-1) == targets).all()))
+
+
+def rolling_windows(
+    tokens: Sequence[int], before: int, window: int
+) -> list[tuple[list[int], list[int]]]:
+    """Cut a text into pairs of context and continuation in which each token is predicted once.
+
+    All but the last window are disjoint, with the token before as context; the last one reaches
+    back to have a full context too.
+
+    Args:
+        tokens: of the text.
+        before: what the first token follows, such as bos.
+        window: tokens that the model sees at a time.
+    """
+    text = [before, *tokens]
+    pairs = []
+    for start in range(1, len(text), window):
+        end = min(start + window, len(text))
+        first = max(end - window, 1) - 1
+        pairs.append((text[first:start], text[start:end]))
+    return pairs

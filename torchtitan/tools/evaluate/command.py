@@ -1,0 +1,150 @@
+"""`torchtitan eval`: perplexity on a dataset, or tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from torchtitan.data.sources import Source as Dataset
+from torchtitan.data.sources import open_dataset
+from torchtitan.distributed import utils
+from torchtitan.errors import ConfigError, begin_errors_with
+from torchtitan.generation.load import (
+    LoadedModel,
+    ModelOptions,
+    load_model,
+    open_source,
+    process_group,
+)
+from torchtitan.tools.evaluate.lm_eval_adapter import TaskModel, require_lm_eval, run_tasks
+from torchtitan.tools.evaluate.perplexity import evaluate
+from torchtitan.tools.logging import init_logger
+
+DESCRIPTION = """\
+Evaluate a trained model, from a checkpoint of ours or a Hugging Face folder: its perplexity on a
+dataset, or tasks of lm-evaluation-harness (pip install lm_eval). See docs/generating.md.
+
+  torchtitan eval --checkpoint outputs --dataset stdlib_validation --max-tokens 100000
+  torchtitan eval --checkpoint Qwen3-0.6B --dataset text --dataset-path notes.txt --json loss.json
+  torchrun --nproc-per-node 8 -m torchtitan eval --checkpoint Llama-3.1-8B --dataset c4_validation
+  torchtitan eval --checkpoint Qwen3-0.6B --tasks hellaswag arc_easy --limit 100
+
+Exit code: 0, or 2 for a mistake in the command, the checkpoint or the data."""
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass
+class Options(ModelOptions):
+    dataset: str | None = None
+    """Dataset name, as training.dataset."""
+    dataset_path: str | None = None
+    """File, glob or folder of the dataset, as training.dataset_path."""
+    text_key: str = "text"
+    """Field that holds the text, in formats that have fields."""
+    seq_len: int | None = None
+    """Tokens that the model sees at a time. Default: 2048, or as many as it is made for"""
+    batch_size: int = 4
+    """Sequences in one forward pass of one data rank."""
+    max_tokens: int | None = None
+    """Stop after the document with which so many tokens are reached. Default: all documents"""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, instead of a dataset."""
+    num_fewshot: int | None = None
+    """Examples in the context of a task. Default: as the task says"""
+    limit: int | None = None
+    """Documents of each task. Default: all"""
+    include_path: str | None = None
+    """Folder with definitions of tasks of your own."""
+    add_bos: bool = False
+    """Begin the contexts of tasks with bos."""
+    json: str | None = None
+    """File that gets the result."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan eval`; returns the exit code.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: a mistake of the user's.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    options = tyro.cli(Options, args=argv, prog="torchtitan eval", description=DESCRIPTION)
+    init_logger()
+    dataset = _check(options)
+    source = open_source(options)
+    if options.seq_len is None:
+        options.seq_len = min(DEFAULT_SEQ_LEN, source.max_seq_len or DEFAULT_SEQ_LEN)
+    elif source.max_seq_len is not None and options.seq_len > source.max_seq_len:
+        raise ConfigError(
+            f"--seq-len {options.seq_len}: {source.model_name} of {source.folder} is made for "
+            f"sequences of at most {source.max_seq_len} tokens"
+        )
+    with process_group():
+        loaded = load_model(source)
+        if dataset is None:
+            result = _evaluate_tasks(loaded, options)
+        else:
+            result = _evaluate_dataset(loaded, dataset, options)
+        if utils.rank() == 0 and options.json is not None:
+            _write(Path(options.json), result | {"checkpoint": str(source.folder)})
+    return 0
+
+
+def _check(options: Options) -> Dataset | None:
+    """The dataset, if one is asked for. Raises `ConfigError` or `DataError`."""
+    for name in ("seq_len", "batch_size", "max_tokens", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if bool(options.tasks) == (options.dataset is not None):
+        raise ConfigError("give either --dataset NAME or --tasks TASK [TASK ...]")
+    if options.tasks:
+        require_lm_eval()
+        if utils.world_size() != options.tensor_parallel_degree:
+            raise ConfigError(
+                f"--tasks shares the model among all processes: set --tensor-parallel-degree to "
+                f"their number, {utils.world_size()}"
+            )
+        return None
+    with begin_errors_with(f"--dataset {options.dataset}"):
+        return open_dataset(options.dataset, options.dataset_path, options.text_key)
+
+
+def _evaluate_dataset(loaded: LoadedModel, dataset: Dataset, options: Options) -> dict[str, Any]:
+    with begin_errors_with(f"--dataset {options.dataset}"):
+        result = evaluate(loaded, dataset, options.seq_len, options.batch_size, options.max_tokens)
+    if utils.rank() == 0:
+        sys.stdout.write(
+            f"loss           {result.loss:.4f} nats a token\n"
+            f"perplexity     {result.perplexity:.3f}\n"
+            f"bits per byte  {result.bits_per_byte:.4f}\n"
+            f"tokens         {result.tokens:,} ({result.documents:,} documents, "
+            f"{result.bytes:,} bytes)\n"
+        )
+    return asdict(result) | {"dataset": options.dataset, "seq_len": options.seq_len}
+
+
+def _evaluate_tasks(loaded: LoadedModel, options: Options) -> dict[str, Any]:
+    model = TaskModel(loaded, options.batch_size, options.seq_len, options.add_bos)
+    results = run_tasks(
+        model, options.tasks, options.num_fewshot, options.limit, options.include_path
+    )["results"]
+    if utils.rank() == 0:
+        for task, metrics in results.items():
+            for name, value in metrics.items():
+                if isinstance(value, float) and "stderr" not in name:
+                    sys.stdout.write(f"{task}  {name.partition(',')[0]}  {value:.4f}\n")
+    return {"results": results}
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot write there: {error.strerror}") from error

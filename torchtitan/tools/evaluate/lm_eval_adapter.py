@@ -1,0 +1,192 @@
+"""A model of ours as a language model of lm-evaluation-harness (github.com/EleutherAI).
+
+`TaskModel` answers the three kinds of requests and needs nothing of that package; `run_tasks` hands
+it over, and is all that does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from torchtitan.errors import ConfigError
+from torchtitan.generation.generator import Generator
+from torchtitan.generation.load import LoadedModel
+from torchtitan.generation.sampling import Sampling
+from torchtitan.generation.scoring import rolling_windows, score
+from torchtitan.generation.text import first_token
+
+DEFAULT_NEW_TOKENS = 256
+DEFAULT_WINDOW = 2048
+
+
+class Request(Protocol):
+    """`lm_eval.api.instance.Instance`."""
+
+    args: tuple[Any, ...]
+
+
+class TaskModel:
+    """The requests of `lm_eval.api.model.LM`, in its terms.
+
+    Args:
+        loaded: the model; with several ranks, they share it, and each gets all requests.
+        batch_size: texts in one forward pass.
+        max_seq_len: tokens that the model may see at a time. None: what it is made for, or 2048.
+        add_bos: begin every context with bos.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batch_size: int = 8,
+        max_seq_len: int | None = None,
+        add_bos: bool = False,
+    ) -> None:
+        self._model = loaded.model
+        self._tokenizer = loaded.source.tokenizer
+        self._generator = Generator(loaded.model, loaded.source.stop_tokens, loaded.tp_group)
+        self._batch_size = batch_size
+        self._window = max_seq_len or loaded.source.max_seq_len or DEFAULT_WINDOW
+        self._before = first_token(self._tokenizer)
+        self._prefix = [self._before] if add_bos else []
+
+    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """For `(context, continuation)`: its log-likelihood, and whether it is greedy."""
+        pairs = [self._encode_pair(*request.args) for request in requests]
+        scores = score(self._model, pairs, self._batch_size, self._window)
+        return [(s.log_likelihood, s.is_greedy) for s in scores]
+
+    def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
+        """For `(text,)`: its log-likelihood, each token given as many as the model may see."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = list(self._tokenizer.encode(request.args[0]))
+            for pair in rolling_windows(tokens, self._before, self._window):
+                windows.append(pair)
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        scores = score(self._model, windows, self._batch_size, self._window)
+        for number, result in zip(owners, scores, strict=True):
+            sums[number] += result.log_likelihood
+        return sums
+
+    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+        """For `(context, options)`: the text that follows, up to the first of `options["until"]`.
+
+        The options are those of `transformers`: `max_gen_toks`, `do_sample`, `temperature`,
+        `top_k`, `top_p`.
+        """
+        texts: list[str] = []
+        for number, request in enumerate(requests):
+            context, options = request.args
+            options = dict(options)
+            until = options.get("until") or []
+            until = [until] if isinstance(until, str) else list(until)
+            limit = options.get("max_gen_toks") or options.get("max_new_tokens")
+            limit = min(limit or DEFAULT_NEW_TOKENS, self._window - 1)
+            prompt = self._context_tokens(context)[-(self._window - limit) :]
+            text = self._generate(prompt, limit, _sampling(options), number, until)
+            ends = [text.find(stop) for stop in until if stop and stop in text]
+            texts.append(text[: min(ends, default=len(text))])
+        return texts
+
+    def _generate(
+        self, prompt: list[int], limit: int, sampling: Sampling, stream: int, until: list[str]
+    ) -> str:
+        """The text of at most `limit` tokens, or that which first holds one of `until`."""
+        tokens: list[int] = []
+
+        def on_token(number: int, token: int | None) -> bool:
+            if token is None:
+                return True
+            tokens.append(token)
+            return any(stop and stop in self._tokenizer.decode(tokens) for stop in until)
+
+        self._generator.generate([prompt], limit, sampling, [stream], on_token)
+        return self._tokenizer.decode(tokens)
+
+    def _context_tokens(self, context: str) -> list[int]:
+        return [*self._prefix, *self._tokenizer.encode(context)] or [self._before]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, as they are in the joined text, whose space may belong to either."""
+        if not context:
+            return [self._before], list(self._tokenizer.encode(continuation))
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        whole = list(self._tokenizer.encode(context + continuation))
+        length = min(len(self._tokenizer.encode(context)), len(whole) - 1)
+        return [*self._prefix, *whole[:length]] or [self._before], whole[length:]
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    temperature = options.get("temperature")
+    if not options.get("do_sample", bool(temperature)) or temperature == 0:
+        return Sampling(temperature=0)
+    temperature = 1.0 if temperature is None else temperature
+    return Sampling(temperature, options.get("top_k"), options.get("top_p"))
+
+
+def require_lm_eval() -> None:
+    """Raises `ConfigError` where the package is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "--tasks needs lm-evaluation-harness, which is missing: pip install lm_eval"
+        )
+
+
+def run_tasks(
+    model: TaskModel,
+    tasks: Iterable[str],
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    include_path: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate on tasks of lm-evaluation-harness.
+
+    Args:
+        tasks: their names.
+        num_fewshot: examples in each context; None: as the task says.
+        limit: documents of each task; None: all.
+        include_path: folder with tasks of one's own.
+
+    Returns:
+        What `lm_eval.simple_evaluate` returns: `results` has the metrics of each task.
+
+    Raises:
+        ConfigError: the package is missing, or there is no such task.
+    """
+    require_lm_eval()
+    import lm_eval
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    class Model(LM):
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return model.loglikelihood(requests)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return model.loglikelihood_rolling(requests)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return model.generate_until(requests)
+
+    manager = TaskManager(include_path=include_path)
+    tasks = list(tasks)
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
+        hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise ConfigError(f"--tasks {unknown[0]}: lm_eval has no such task.{hint}")
+    return lm_eval.simple_evaluate(
+        model=Model(),
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+    )

@@ -1,0 +1,145 @@
+"""Loss of a model on the documents of a dataset, each token predicted once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.data.packing import encode_document
+from torchtitan.data.sources import Source
+from torchtitan.errors import DataError
+from torchtitan.generation.load import LoadedModel
+from torchtitan.generation.text import first_token
+
+
+@dataclass
+class Perplexity:
+    """What `evaluate` found; the loss is in nats, per token."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    """Bits to predict all tokens, the ends of documents included, over the bytes of the text."""
+    tokens: int
+    """Predicted: those of the documents, and the eos that ends each."""
+    bytes: int
+    """Of the documents' text in UTF-8."""
+    documents: int
+
+
+class TokenStream:
+    """The documents of a dataset in their order, each ended by eos, as one stream of tokens that is
+    cut into sequences. The last is shorter.
+
+    Args:
+        max_tokens: stop after the document that reaches so many; None: never.
+    """
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, max_tokens: int | None) -> None:
+        self._source, self._tokenizer, self._max_tokens = source, tokenizer, max_tokens
+        self.tokens = self.bytes = self.documents = 0
+        """Of the documents read so far."""
+
+    def sequences(self, seq_len: int) -> Iterator[list[int]]:
+        """Of `seq_len + 1` tokens at most; each begins with the last token of the one before, so
+        that every token of the documents has one before it.
+
+        Raises:
+            DataError: the dataset holds no text, or something else.
+        """
+        pending = [first_token(self._tokenizer)]
+        for text in self._texts():
+            tokens = encode_document(self._tokenizer, text).tolist()
+            if not tokens:
+                continue
+            self.tokens += len(tokens)
+            self.bytes += len(text.encode())
+            self.documents += 1
+            pending += tokens
+            whole = (len(pending) - 1) // seq_len * seq_len
+            for start in range(0, whole, seq_len):
+                yield pending[start : start + seq_len + 1]
+            pending = pending[whole:]
+            if self._max_tokens is not None and self.tokens >= self._max_tokens:
+                break
+        if len(pending) > 1:
+            yield pending
+        if not self.tokens:
+            raise DataError("empty: it has no document with text")
+
+    def _texts(self) -> Iterator[str]:
+        source = self._source
+        if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+            return (source[i] for i in range(len(source)))
+        return iter(source)
+
+
+@torch.no_grad()
+def evaluate(
+    loaded: LoadedModel,
+    source: Source,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+) -> Perplexity:
+    """Evaluate a model on all documents of a dataset, or the first ones.
+
+    The data ranks take turns at the batches. All read all documents, so that the result does not
+    depend on how many they are.
+
+    Args:
+        seq_len: tokens in a sequence; the model sees none before it.
+        batch_size: sequences in one forward pass.
+    """
+    dims = loaded.parallel_dims
+    rank = dims.world_mesh["dp"].get_local_rank() if dims.world_size > 1 else 0
+    device = next(loaded.model.parameters()).device
+    spec, config = loaded.source.spec, loaded.source.job_config
+    loss_fn = spec.build_loss_fn(config)
+    stream = TokenStream(source, loaded.source.tokenizer, max_tokens)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    batches = _batched(stream.sequences(seq_len), batch_size)
+    for turn in _batched(batches, dims.dp):
+        # Ranks without a batch of their own run one too: sharded weights are gathered by all.
+        batch = turn[rank] if rank < len(turn) else turn[0]
+        tokens, labels = (x.to(device) for x in pad_batch(batch))
+        loss = loss_fn(loaded.model(tokens), labels)
+        if rank < len(turn):
+            loss_sum += loss.double()
+    if dims.dp > 1:
+        dist.all_reduce(loss_sum, group=dims.world_mesh["dp"].get_group())
+    total = loss_sum.item()
+    loss = total / stream.tokens
+    return Perplexity(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=total / math.log(2) / stream.bytes,
+        tokens=stream.tokens,
+        bytes=stream.bytes,
+        documents=stream.documents,
+    )
+
+
+def pad_batch(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels `[batch, longest - 1]` int64 of sequences; what is missing at the end of
+    one predicts nothing, and nothing before it sees it.
+    """
+    longest = max(map(len, sequences))
+    missing = [longest - len(s) for s in sequences]
+    padded = zip(sequences, missing, strict=True)
+    tokens = [s[:-1] + [0] * n for s, n in padded]
+    labels = [s[1:] + [IGNORE_INDEX] * n for s, n in zip(sequences, missing, strict=True)]
+    return torch.tensor(tokens), torch.tensor(labels)
+
+
+def _batched(items: Iterator, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
