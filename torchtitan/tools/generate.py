@@ -25,6 +25,7 @@ from torchtitan.generation.load import (
 from torchtitan.generation.sampling import Sampling
 from torchtitan.generation.text import TextStream, encode_prompt
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
 Continue prompts with a trained model, from a checkpoint of ours or a Hugging Face folder. See
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--tensor-parallel-degree {options.tensor_parallel_degree}: generation shares the "
             f"model among all processes, of which there are {utils.world_size()}"
         )
+    require_folder(options.json, "--json")
     texts = read_prompts(options)
     source = open_source(options)
     special = source.is_hf if options.add_special_tokens is None else options.add_special_tokens
@@ -176,7 +178,7 @@ def _generate(
         tokens = sum(len(completion.tokens) for completion in completions)
         sys.stderr.write(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s\n")
         if options.json is not None:
-            _write_json(Path(options.json), texts, completions, printer)
+            write_result(options.json, _json_lines(texts, completions, printer), "--json")
     return 0
 
 
@@ -215,9 +217,7 @@ class Printer:
             self._current += 1
 
 
-def _write_json(
-    path: Path, texts: list[str], completions: list[Completion], printer: Printer
-) -> None:
+def _json_lines(texts: list[str], completions: list[Completion], printer: Printer) -> str:
     lines = [
         {
             "prompt": text,
@@ -227,7 +227,4 @@ def _write_json(
         }
         for text, generated, completion in zip(texts, printer.generated, completions, strict=True)
     ]
-    try:
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    except OSError as error:
-        raise ConfigError(f"--json {path}: cannot write there: {error.strerror}") from error
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -120,7 +120,7 @@ class MoE(nn.Module):
             rows = rows * select_rows(weights.view(-1, 1), order, place).to(rows.dtype)
         rows = self.experts(rows, counts)
         outputs = select_rows(rows, place, order)  # by token again
-        outputs = outputs.view(len(tokens), top_k, -1)
+        outputs = outputs.view(len(tokens), top_k, x.size(-1))
         if self.weight_inputs:
             out = outputs.sum(dim=1).view_as(x)
         else:

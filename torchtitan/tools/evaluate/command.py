@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -24,6 +23,7 @@ from torchtitan.generation.load import (
 from torchtitan.tools.evaluate.lm_eval_adapter import TaskModel, require_lm_eval, run_tasks
 from torchtitan.tools.evaluate.perplexity import evaluate
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
 Evaluate a trained model, from a checkpoint of ours or a Hugging Face folder: its perplexity on a
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan eval", description=DESCRIPTION)
     init_logger()
+    require_folder(options.json, "--json")
     dataset = _check(options)
     source = open_source(options)
     if options.seq_len is None:
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             result = _evaluate_dataset(loaded, dataset, options)
         if utils.rank() == 0 and options.json is not None:
-            _write(Path(options.json), result | {"checkpoint": str(source.folder)})
+            result["checkpoint"] = str(source.folder)
+            write_result(options.json, json.dumps(result, indent=1, default=str) + "\n", "--json")
     return 0
 
 
@@ -141,10 +143,3 @@ def _evaluate_tasks(loaded: LoadedModel, options: Options) -> dict[str, Any]:
                 if isinstance(value, float) and "stderr" not in name:
                     sys.stdout.write(f"{task}  {name.partition(',')[0]}  {value:.4f}\n")
     return {"results": results}
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {path}: cannot write there: {error.strerror}") from error

@@ -1,0 +1,137 @@
+"""Models and tokenizers are found from what a folder says, and misfits are refused."""
+
+import json
+import shutil
+
+import pytest
+import tiny_hf
+import tiny_llama
+import torch
+from harness import train
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+
+from torchtitan.errors import CheckpointError, ConfigError, DataError, TitanError
+from torchtitan.generation.load import ModelOptions, load_model, open_source
+from torchtitan.generation.text import encode_prompt
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The folder of a short training run."""
+    folder = tmp_path_factory.mktemp("run")
+    train(folder, *tiny_llama.OPTIONS, "--checkpoint.enable", "--checkpoint.interval=3")
+    return folder
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    folder = tmp_path / "hf"
+    tiny_hf.hf_model("llama3").save_pretrained(folder)
+    return folder
+
+
+def write_tokenizer(folder, size: int, eos: str = "w1") -> None:
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+
+
+def test_a_run_of_ours(run_folder):
+    for folder in (run_folder, run_folder / "checkpoint", run_folder / "checkpoint" / "step-6"):
+        source = open_source(ModelOptions(str(folder)))
+        assert source.folder.name == "step-6"
+        assert source.model_name == "tiny_llama"
+        assert source.tokenizer.vocab_size == 258
+        assert source.stop_tokens == {257}
+    model = load_model(source).model
+    expected = source.spec.model_cls(source.spec.model_args).load_checkpoint(source.folder)
+    for name, param in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), param), name
+
+
+@pytest.mark.parametrize("name", tiny_hf.CONFIGS)
+def test_a_hugging_face_folder(name, tmp_path):
+    hf, ours = tiny_hf.saved(name, tmp_path)
+    loaded = load_model(open_source(ModelOptions(str(tmp_path), tokenizer="bytes")))
+    assert loaded.source.model_name == name
+    assert loaded.source.max_seq_len == hf.config.max_position_embeddings
+    state = loaded.model.state_dict()
+    for key, tensor in ours.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+    tokens = torch.randint(tiny_hf.VOCAB_SIZE, (1, 9))
+    assert torch.equal(loaded.model(tokens), ours(tokens))
+
+
+def test_the_weights_have_the_dtype_asked_for(hf_folder):
+    options = ModelOptions(str(hf_folder), tokenizer="bytes", dtype="bfloat16")
+    model = load_model(open_source(options)).model
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    assert model.tok_embeddings.weight is model.output.weight  # tied
+    assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
+
+
+def test_the_tokenizer_of_the_folder(hf_folder):
+    write_tokenizer(hf_folder, 264)
+    (hf_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    source = open_source(ModelOptions(str(hf_folder)))
+    assert source.stop_tokens == {1, 5, 6}
+    assert encode_prompt(source.tokenizer, "w7", add_special_tokens=True) == [2, 7]
+    assert encode_prompt(source.tokenizer, "w7", add_special_tokens=False) == [7]
+
+
+def fails(error: type[TitanError], *words: str, **options: str) -> None:
+    with pytest.raises(error) as caught:
+        open_source(ModelOptions(**options))
+    for word in words:
+        assert word in str(caught.value), caught.value
+
+
+def test_no_such_folder(tmp_path):
+    missing = str(tmp_path / "none")
+    fails(CheckpointError, "no such folder", missing, checkpoint=missing)
+    fails(CheckpointError, "holds no checkpoint", "step-N", checkpoint=str(tmp_path))
+
+
+def test_unknown_models(run_folder, hf_folder):
+    folder = str(run_folder)
+    fails(ConfigError, "Did you mean 'llama3'", checkpoint=folder, model="lama3", flavor="x")
+    fails(ConfigError, "'debugmodle'", checkpoint=folder, model="llama3", flavor="debugmodle")
+    fails(ConfigError, "needs --flavor", "debugmodel", checkpoint=folder, model="llama3")
+    fails(ConfigError, "needs --model", checkpoint=folder, flavor="debugmodel")
+    config = hf_folder / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"model_type": "lama"}))
+    fails(CheckpointError, "'lama'", "Did you mean 'llama'", checkpoint=str(hf_folder))
+    config.write_text(json.dumps(fields | {"mlp_bias": True}))
+    fails(CheckpointError, "mlp_bias = True", str(hf_folder), checkpoint=str(hf_folder))
+    config.write_text("{")
+    fails(CheckpointError, "config.json is damaged", checkpoint=str(hf_folder))
+    config.unlink()
+    fails(CheckpointError, "config.json cannot be read", checkpoint=str(hf_folder))
+
+
+def test_a_model_that_nobody_registered(run_folder, tmp_path):
+    folder = tmp_path / "step-6"
+    shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model"]["name"] = "of_somebody"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    fails(CheckpointError, "'of_somebody'", "--custom-import", checkpoint=str(folder))
+
+
+def test_tokenizers_that_do_not_fit(hf_folder, tmp_path):
+    fails(ConfigError, "no tokenizer.json", "--tokenizer bytes", checkpoint=str(hf_folder))
+    fails(DataError, "tokenizer.json", checkpoint=str(hf_folder), tokenizer=str(tmp_path / "no"))
+    write_tokenizer(tmp_path / "large", 300)
+    large = str(tmp_path / "large")
+    fails(ConfigError, "300 tokens", "only 264", checkpoint=str(hf_folder), tokenizer=large)
+
+
+def test_a_degree_that_does_not_fit_the_processes(hf_folder):
+    options = ModelOptions(str(hf_folder), tokenizer="bytes", tensor_parallel_degree=3)
+    with pytest.raises(ConfigError, match="--tensor-parallel-degree 3 must divide"):
+        open_source(options)

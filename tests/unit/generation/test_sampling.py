@@ -1,0 +1,93 @@
+"""Tokens are drawn from the distribution that temperature, top-k and top-p describe."""
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from torchtitan.errors import ConfigError
+from torchtitan.generation.sampling import Sampler, Sampling
+
+CASES = [
+    Sampling(),
+    Sampling(temperature=0.5),
+    Sampling(temperature=2.0, top_k=5),
+    Sampling(top_p=0.7),
+    Sampling(temperature=1.5, top_k=12, top_p=0.9),
+    Sampling(top_k=1000),
+]
+
+
+def random_logits(rows: int) -> torch.Tensor:
+    return 2 * torch.randn(rows, 20, generator=torch.Generator().manual_seed(0))
+
+
+def by_transformers(sampling: Sampling, logits: torch.Tensor) -> torch.Tensor:
+    logits = TemperatureLogitsWarper(float(sampling.temperature))(None, logits)
+    if sampling.top_k is not None:
+        logits = TopKLogitsWarper(sampling.top_k)(None, logits)
+    if sampling.top_p is not None:
+        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+    return logits.softmax(-1)
+
+
+@pytest.mark.parametrize("sampling", CASES, ids=str)
+def test_probabilities_are_those_of_transformers(sampling):
+    logits = random_logits(50)
+    expected = by_transformers(sampling, logits)
+    torch.testing.assert_close(sampling.probabilities(logits), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", CASES, ids=str)
+def test_draws_follow_the_probabilities(sampling):
+    """Pearson's chi-squared test, with fixed seeds."""
+    n = 20_000
+    logits = random_logits(1)
+    sampler = Sampler(sampling, range(100))
+    draws = torch.cat([sampler.next_tokens(logits.expand(100, -1)) for _ in range(n // 100)])
+    counts = draws.bincount(minlength=20).double()
+    expected = by_transformers(sampling, logits)[0].double() * n
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    if possible.sum() > 1:
+        expected = expected[possible] * (n / expected[possible].sum())
+        statistic = ((counts[possible] - expected).square() / expected).sum()
+        degrees = torch.tensor(len(expected) - 1.0, dtype=torch.float64)
+        assert torch.special.gammaincc(degrees / 2, statistic / 2) > 0.001  # the p-value
+
+
+def test_greedy_takes_the_most_likely_token():
+    logits = random_logits(50)
+    tokens = Sampler(Sampling(temperature=0), range(50)).next_tokens(logits)
+    assert torch.equal(tokens, logits.argmax(-1))
+
+
+def test_a_stream_of_random_numbers_belongs_to_its_seed_and_number():
+    logits = random_logits(1).expand(64, -1)
+
+    def draw(seed: int, streams: list[int]) -> list[list[int]]:
+        sampler = Sampler(Sampling(seed=seed), streams)
+        rows = logits[: len(streams)]
+        return torch.stack([sampler.next_tokens(rows) for _ in range(30)], dim=1).tolist()
+
+    together = draw(0, [0, 1, 2])
+    assert draw(0, [2, 0]) == [together[2], together[0]]
+    assert together[0] != together[1]
+    assert draw(1, [0]) != draw(0, [0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -1.0}, "temperature = -1.0"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": float("inf")}, "temperature = inf"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"top_p": 1.5}, "top_p = 1.5"),
+        ({"top_p": float("nan")}, "top_p = nan"),
+        ({"temperature": 0, "top_p": 0.9}, "top_p has no effect"),
+    ],
+)
+def test_nonsense_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**fields)

@@ -1,0 +1,107 @@
+"""`torchtitan eval --dataset`: each token is predicted once, whatever the batches."""
+
+import itertools
+import json
+import math
+
+import pytest
+import tiny_hf
+import torch
+
+from torchtitan.cli import main
+from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.errors import DataError
+from torchtitan.generation.load import ModelOptions, load_model, open_source
+from torchtitan.tools.evaluate.perplexity import TokenStream, evaluate
+
+TEXTS = ["first document", "", "the second, with é and 東京", "x" * 40]
+NBYTES = sum(len(text.encode()) for text in TEXTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    tiny_hf.hf_model("gemma3").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_model(open_source(ModelOptions(str(folder), tokenizer="bytes")))
+
+
+def test_sequences_overlap_in_one_token():
+    stream = TokenStream(TEXTS, BytesTokenizer(), max_tokens=None)
+    sequences = list(stream.sequences(8))
+    eos = BytesTokenizer.eos_id
+    tokens = [id for text in TEXTS if text for id in [*text.encode(), eos]]
+    assert [id for sequence in sequences for id in sequence[1:]] == tokens
+    assert sequences[0][0] == BytesTokenizer.bos_id
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(sequences))
+    assert {len(sequence) for sequence in sequences[:-1]} == {9}
+    assert (stream.tokens, stream.bytes, stream.documents) == (len(tokens), NBYTES, 3)
+
+
+def test_max_tokens_ends_after_a_whole_document():
+    stream = TokenStream(TEXTS, BytesTokenizer(), max_tokens=16)
+    list(stream.sequences(8))
+    assert stream.documents == 2
+    assert stream.tokens == sum(len(text.encode()) + 1 for text in TEXTS[:3] if text)
+
+
+def test_an_empty_dataset_is_refused():
+    with pytest.raises(DataError, match="no document with text"):
+        list(TokenStream(["", ""], BytesTokenizer(), None).sequences(8))
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_every_token(loaded):
+    """Against the log-likelihoods of one sequence after the other."""
+    sequences = list(TokenStream(TEXTS, BytesTokenizer(), None).sequences(20))
+    total = 0.0
+    for sequence in sequences:
+        logits = loaded.model(torch.tensor([sequence[:-1]]))[0]
+        targets = torch.tensor(sequence[1:])
+        total -= logits.log_softmax(-1).gather(-1, targets[:, None]).sum().item()
+    tokens = sum(len(sequence) - 1 for sequence in sequences)
+    for batch_size in (1, 3, 50):
+        result = evaluate(loaded, TEXTS, 20, batch_size)
+        assert result.tokens == tokens and result.bytes == NBYTES
+        assert result.loss == pytest.approx(total / tokens, rel=1e-5)
+        assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
+        assert result.bits_per_byte == pytest.approx(total / math.log(2) / NBYTES, rel=1e-5)
+
+
+def test_the_command(folder, tmp_path, capsys):
+    texts, out = tmp_path / "texts.txt", tmp_path / "out.json"
+    texts.write_text("some text to evaluate")
+    command = ["eval", "--checkpoint", str(folder), "--tokenizer", "bytes"]
+    command += ["--dataset", "text", "--dataset-path", str(texts)]
+    assert main([*command, "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["tokens"] == 22 and result["bytes"] == 21 and result["seq_len"] == 512
+    assert f"{result['loss']:.4f}" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "neither": ([], "give either --dataset NAME or --tasks"),
+    "both": (["--dataset", "stdlib", "--tasks", "x"], "give either"),
+    "dataset": (
+        ["--dataset", "sdtlib"],
+        "--dataset sdtlib: no such dataset. Did you",
+    ),
+    "path": (["--dataset", "text"], "needs dataset_path"),
+    "seq_len": (["--dataset", "stdlib", "--seq-len", "513"], "at most 512"),
+    "batch": (["--dataset", "stdlib", "--batch-size", "0"], "--batch-size 0"),
+    "json": (["--dataset", "stdlib", "--json", "/no/such/file"], "--json /no/such/file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake(mistake, folder, capsys):
+    options, message = MISTAKES[mistake]
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", "--checkpoint", str(folder), "--tokenizer", "bytes", *options])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 1 and message in err, err

@@ -1,0 +1,125 @@
+"""The requests of lm-evaluation-harness, answered without that package."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import tiny_hf
+import torch
+
+from torchtitan.cli import main
+from torchtitan.generation.load import ModelOptions, load_model, open_source
+from torchtitan.generation.scoring import rolling_windows, score
+from torchtitan.tools.evaluate.lm_eval_adapter import TaskModel
+
+BOS = 256
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    tiny_hf.hf_model("llama3").save_pretrained(folder)
+    return load_model(open_source(ModelOptions(str(folder), tokenizer="bytes")))
+
+
+def requests(*args):
+    return [SimpleNamespace(args=one) for one in args]
+
+
+@torch.no_grad()
+def log_likelihood(model, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    logits = model(torch.tensor([context + continuation]))[0, len(context) - 1 : -1]
+    targets = torch.tensor(continuation)
+    total = logits.log_softmax(-1).gather(-1, targets[:, None]).sum().item()
+    return total, bool((logits.argmax(-1) == targets).all())
+
+
+def test_scores_do_not_depend_on_the_batch(loaded):
+    pairs = [([1, 2, 3], [4]), ([5], [6, 7, 8, 9]), ([10] * 30, [11, 12])]
+    for batch_size in (1, 2, 8):
+        scores = score(loaded.model, pairs, batch_size)
+        for result, pair in zip(scores, pairs, strict=True):
+            expected, greedy = log_likelihood(loaded.model, *pair)
+            assert result.log_likelihood == pytest.approx(expected, rel=1e-4)
+            assert result.is_greedy == greedy
+
+
+def test_what_is_too_long_loses_its_beginning(loaded):
+    context, continuation = list(range(40)), [3, 4]
+    [result] = score(loaded.model, [(context, continuation)], 1, max_seq_len=10)
+    expected, _ = log_likelihood(loaded.model, context[-9:], continuation)
+    assert result.log_likelihood == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_continuation_that_is_greedy(loaded):
+    context = [65, 66]
+    token = int(loaded.model(torch.tensor([context]))[0, -1].argmax())
+    other = (token + 1) % 256
+    results = score(loaded.model, [(context, [token]), (context, [other])], 2)
+    assert [result.is_greedy for result in results] == [True, False]
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 10, 11, 100])
+def test_rolling_windows_predict_each_token_once(window):
+    tokens = list(range(10))
+    pairs = rolling_windows(tokens, BOS, window)
+    assert [token for _, continuation in pairs for token in continuation] == tokens
+    text = [BOS, *tokens]
+    for context, continuation in pairs:
+        joined = [*context, *continuation]
+        assert len(joined) <= window + 1 and context
+        start = text.index(joined[0])
+        assert text[start : start + len(joined)] == joined
+    if len(pairs) > 1:
+        assert len(pairs[-1][0]) + len(pairs[-1][1]) == window + 1
+
+
+def test_loglikelihood(loaded):
+    model = TaskModel(loaded)
+    with_space, joined, alone = model.loglikelihood(
+        requests(("a question ", "yes"), ("a question", " yes"), ("", "yes"))
+    )
+    assert with_space == joined  # the space moves to the continuation
+    expected = log_likelihood(loaded.model, list(b"a question"), list(b" yes"))
+    assert joined == (pytest.approx(expected[0], rel=1e-4), expected[1])
+    assert alone[0] == pytest.approx(log_likelihood(loaded.model, [BOS], list(b"yes"))[0], rel=1e-4)
+
+
+def test_loglikelihood_with_bos(loaded):
+    [(result, _)] = TaskModel(loaded, add_bos=True).loglikelihood(requests(("a", "b")))
+    expected, _ = log_likelihood(loaded.model, [BOS, *b"a"], list(b"b"))
+    assert result == pytest.approx(expected, rel=1e-4)
+
+
+def test_loglikelihood_rolling(loaded):
+    whole, windows = (
+        TaskModel(loaded, max_seq_len=n).loglikelihood_rolling(requests(("abcdefg",), ("hi",)))
+        for n in (100, 4)
+    )
+    assert whole[0] == pytest.approx(log_likelihood(loaded.model, [BOS], list(b"abcdefg"))[0])
+    assert whole[1] == pytest.approx(windows[1])
+    parts = [([BOS], list(b"abcd")), (list(b"cd"), list(b"efg"))]
+    assert windows[0] == pytest.approx(
+        sum(log_likelihood(loaded.model, *part)[0] for part in parts)
+    )
+
+
+def test_generate_until(loaded):
+    model = TaskModel(loaded)
+    options = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    [text] = model.generate_until(requests(("some context", options)))
+    assert len(text) >= 6
+    stop = text[4:6]
+    [stopped] = model.generate_until(requests(("some context", options | {"until": [stop]})))
+    assert stopped == text[: text.index(stop)]
+    [also] = model.generate_until(requests(("some context", options | {"until": stop})))
+    assert also == stopped
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_the_package_is_missing(loaded, capsys):
+    checkpoint = str(loaded.source.folder)
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", "--checkpoint", checkpoint, "--tokenizer", "bytes", "--tasks", "hellaswag"])
+    assert caught.value.code == 2
+    assert "pip install lm_eval" in capsys.readouterr().err

@@ -1,0 +1,25 @@
+"""Files that a command writes its result to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchtitan.errors import ConfigError
+
+
+def require_folder(path: str | None, option: str) -> None:
+    """Check, before the work is done, that its result can be written.
+
+    Raises:
+        ConfigError: the folder of `path` does not exist.
+    """
+    if path is not None and not Path(path).expanduser().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no such folder")
+
+
+def write_result(path: str, text: str, option: str) -> None:
+    """Write a file. Raises `ConfigError`, which names the option, if that fails."""
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot write there: {error.strerror}") from error
