@@ -33,7 +33,7 @@ MODES = {
     "compiled": ["--compile.enable=true"],
 }
 TINY = [
-    *["--job.custom_import", "benchmarks.models", "--model.name", "benchmark_llama3"],
+    *["--job.custom_import", "benchmarks.flavors", "--model.name", "benchmark_llama3"],
     *["--model.flavor", "tiny", "--training.seq_len", "64", "--training.local_batch_size", "1"],
     *["--training.steps", "6", "--metrics.log_freq", "2"],
 ]

@@ -13,7 +13,7 @@ from torchtitan.config import load_config
 
 TINY = """
 [job]
-custom_import = "benchmarks.models"
+custom_import = "benchmarks.flavors"
 [model]
 name = "benchmark_llama3"
 flavor = "tiny"

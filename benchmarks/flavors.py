@@ -1,0 +1,28 @@
+"""Llama 3 with the layers of its larger flavors, but few of them, so that a CPU steps in seconds.
+
+`--job.custom_import benchmarks.flavors` registers them under the name `benchmark_llama3`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torchtitan.models import llama3
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+
+_VOCAB_SIZE = 8192  # else the output layer would take most of the time
+
+MODEL_CONFIGS = {
+    "tiny": replace(
+        llama3.MODEL_CONFIGS["debugmodel"], dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64
+    ),
+    "150M-4-layers": replace(llama3.MODEL_CONFIGS["150M"], n_layers=4, vocab_size=_VOCAB_SIZE),
+    "1B-1-layer": replace(llama3.MODEL_CONFIGS["1B"], n_layers=1, vocab_size=_VOCAB_SIZE),
+}
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return replace(llama3.get_train_spec("debugmodel"), model_args=MODEL_CONFIGS[flavor])
+
+
+register_train_spec("benchmark_llama3", get_train_spec)
