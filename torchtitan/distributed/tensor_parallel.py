@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -164,17 +165,21 @@ class OwnTokens(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         forward = module.forward
 
+        # Not by distribute_module, which would replicate the parameters too.
         @wraps(forward)
         def forward_own(x: torch.Tensor, *args: Any) -> torch.Tensor:
             if not isinstance(x, DTensor):
                 x = DTensor.from_local(x, device_mesh, self.outer_layouts, run_check=False)
+            seq_len = x.size(1)
+            missing = -seq_len % device_mesh.size()
+            if missing:  # a whole sequence of odd length, when generating
+                x = F.pad(x.to_local(), (0, 0, 0, missing))
+                x = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
             out = forward(x.redistribute(placements=[Shard(1)]).to_local(), *args)
-            # The whole shape is told, as one token (generation) is no equal share for each rank.
-            whole = {"shape": x.shape, "stride": x.stride()}
-            out = DTensor.from_local(out, device_mesh, [Shard(1)], run_check=False, **whole)
-            return out.redistribute(placements=self.outer_layouts).to_local()
+            out = DTensor.from_local(out, device_mesh, [Shard(1)], run_check=False)
+            out = out.redistribute(placements=self.outer_layouts).to_local()
+            return out[:, :seq_len] if missing else out
 
-        # Not by distribute_module, which would replicate the parameters too.
         module.forward = forward_own
         return module
 
