@@ -12,19 +12,23 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks import gpu_llama3, loss, parallel, startup, trainer
+from benchmarks import gpu_llama3, loss, models, parallel, startup, trainer
 from benchmarks.report import machine
 
 BENCHMARKS = {
     "trainer": trainer,
     "startup": startup,
     "loss": loss,
+    "models": models,
     "parallel": parallel,
     "gpu_llama3": gpu_llama3,
 }
 """Name -> module with `run(quick) -> list[Table]`."""
 
-SUITES = {"cpu": ["trainer", "startup", "loss", "parallel"], "gpu": ["gpu_llama3", "loss"]}
+SUITES = {
+    "cpu": ["trainer", "startup", "loss", "models", "parallel"],
+    "gpu": ["gpu_llama3", "loss"],
+}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_llama3, loss, run, startup, trainer
+from benchmarks import gpu_llama3, loss, models, run, startup, trainer
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.config import load_config
 
@@ -116,10 +116,16 @@ def test_gpu_benchmark_runs_on_cpu():
     assert all(float(row[1].split()[0]) > 0 for row in table.rows)
 
 
+def test_models_do_the_same_work():
+    found = models.compare_training("llama3", rounds=1, quick=True)
+    assert found.difference < 1e-5 and found.ratio("cpu").low > 0
+    assert "| llama3 |" in models.training_table([found]).markdown()
+
+
 @pytest.mark.long
 def test_suite_writes_a_page(tmp_path: Path):
     assert run.main(["--suite", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     (page,) = tmp_path.glob("*-cpu.md")
     text = page.read_text()
-    for title in ("Trainer against a bare loop", "Start-up", "Loss and backward pass"):
-        assert f"## {title}" in text
+    for title in ("Trainer against a bare", "Start-up", "Loss and", "Forward and", "Greedy"):
+        assert f"## {title}" in text, title
