@@ -84,7 +84,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 """Row of the table -> fields of a `config.json`."""
-_TINY = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
+_TINY = {"num_hidden_layers": 1, "vocab_size": 128}
 
 
 @dataclass
