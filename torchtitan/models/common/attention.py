@@ -73,11 +73,14 @@ class ScaledDotProductAttention(nn.Module):
         if isinstance(mask, BlockMask):
             attend = fused_flex_attention(q.device)
             return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-        if grouped:
+        if grouped and q.device.type != "cpu":
             # CUDA's memory-efficient kernel, the one that takes masks, knows no grouped heads.
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            grouped = False
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
 
 
 def _has_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
