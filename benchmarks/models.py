@@ -251,7 +251,7 @@ def _versions() -> str:
 
 def run(quick: bool = False) -> list[Table]:
     """All models."""
-    names, rounds = (["llama3", "gpt_oss"], 2) if quick else (list(CONFIGS), 9)
+    names, rounds = (["llama3", "gpt_oss"], 2) if quick else (list(CONFIGS), 7)
     return [
         training_table([compare_training(name, rounds, quick) for name in names]),
         generation_table([compare_generation(name, rounds, quick) for name in names]),
