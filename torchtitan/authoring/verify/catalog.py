@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torchtitan.errors import ConfigError, did_you_mean
 
-from . import contract
+from . import contract, cost, learning, numerics, parts, semantics, weights
 from .check import Check
 
-MODULES = (contract,)
+MODULES = (contract, weights, parts, semantics, numerics, cost, learning)
 """Each has `CHECKS`."""
 
 

@@ -1,12 +1,198 @@
-"""The contract of a model: what the guide's steps 1, 2 and 4 ask of it."""
+"""The contract of a model: what the guide's steps 1, 2 and 4 ask of its parts and signatures."""
 
 from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 
+from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
+from torchtitan.protocols.train_spec import get_train_spec
+
 from .check import Check, CheckFailedError
+from .probe import some
 from .subject import Subject
+
+OPTIONAL_INPUTS = ("positions", "document_ids")
+"""Of `forward`; what the trainer can fill."""
+
+PARAMETERS = {
+    "parallelize_fn": ("model", "world_mesh", "parallel_dims", "job_config"),
+    "pipeline_fn": (
+        "model",
+        "world_mesh",
+        "parallel_dims",
+        "job_config",
+        "parallelize_fn",
+        "loss_fn",
+    ),
+    "build_optimizer_fn": ("model_parts", "job_config", "parallel_dims"),
+    "build_lr_scheduler_fn": ("optimizers", "job_config"),
+    "build_dataloader_fn": ("job_config", "tokenizer", "dp_rank", "dp_world_size"),
+    "build_tokenizer_fn": ("job_config",),
+    "build_loss_fn": ("job_config",),
+    "build_validator_fn": (
+        "job_config",
+        "tokenizer",
+        "loss_fn",
+        "parallel_dims",
+        "dp_rank",
+        "dp_world_size",
+    ),
+    "build_metrics_processor_fn": ("job_config", "parallel_dims", "model_args"),
+}
+"""Callables of a `TrainSpec` -> what the trainer calls them with, by position."""
+
+MAY_BE_NONE = {
+    "pipeline_fn",
+    "build_tokenizer_fn",
+    "build_validator_fn",
+    "build_metrics_processor_fn",
+}
+
+
+def spec_is_complete(subject: Subject) -> str:
+    """The fields of the `TrainSpec` are what they should be."""
+    spec = subject.spec
+    if not isinstance(spec, TrainSpec):
+        raise CheckFailedError(
+            f"get_train_spec({subject.flavor!r}) returns {type(spec).__name__}, not a TrainSpec",
+            "Return torchtitan.protocols.TrainSpec(...) from the factory in __init__.py.",
+        )
+    _require_subclass("model_cls", spec.model_cls, ModelProtocol)
+    if not isinstance(spec.model_args, BaseModelArgs):
+        raise CheckFailedError(
+            f"TrainSpec.model_args is {type(spec.model_args).__name__}, not a BaseModelArgs",
+            "args.py: class YourModelArgs(BaseModelArgs).",
+        )
+    _require_dataclass(type(spec.model_args))
+    for name in PARAMETERS:
+        value = getattr(spec, name)
+        if not callable(value) and not (value is None and name in MAY_BE_NONE):
+            raise CheckFailedError(
+                f"TrainSpec.{name} is {value!r}, which cannot be called",
+                f"It is called with ({', '.join(PARAMETERS[name])}).",
+            )
+    if spec.state_dict_adapter is not None:
+        _require_subclass("state_dict_adapter", spec.state_dict_adapter, BaseStateDictAdapter)
+    return f"{spec.model_cls.__name__}, {type(spec.model_args).__name__}"
+
+
+def _require_subclass(field: str, value: Any, base: type) -> None:
+    if not isinstance(value, type) or not issubclass(value, base):
+        raise CheckFailedError(
+            f"TrainSpec.{field} is {value!r}, not a subclass of {base.__name__}",
+            f"Give the class itself, derived from torchtitan.protocols.{base.__name__}.",
+        )
+    missing = sorted(
+        name
+        for name in dir(base)
+        if getattr(getattr(base, name), "__isabstractmethod__", False)
+        and getattr(value, name) is getattr(base, name)
+    )
+    if missing:
+        raise CheckFailedError(f"{value.__name__} does not define {some(missing)}")
+
+
+def _require_dataclass(args_cls: type) -> None:
+    fields = {field.name for field in dataclasses.fields(args_cls)}
+    forgotten = [name for name in inspect.get_annotations(args_cls) if name not in fields]
+    forgotten = [n for n in forgotten if "ClassVar" not in str(args_cls.__annotations__[n])]
+    if forgotten:
+        raise CheckFailedError(
+            f"{args_cls.__name__} declares {some(forgotten)}, which are not fields",
+            "args.py: put @dataclass above the class.",
+        )
+
+
+def signatures_fit(subject: Subject) -> str:
+    """Everything can be called as the trainer calls it."""
+    spec = subject.spec
+    _require_call(f"{spec.model_cls.__name__}.__init__", spec.model_cls, ("args",))
+    forward = spec.model_cls.forward
+    _require_call(f"{spec.model_cls.__name__}.forward", forward, ("self", "tokens"))
+    extra = list(inspect.signature(forward).parameters.values())[2:]
+    named = [p.name for p in extra if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    similar = {
+        "position_ids": "positions",
+        "doc_ids": "document_ids",
+        "document_id": "document_ids",
+    }
+    for name in named:
+        if name in similar:
+            raise CheckFailedError(
+                f"forward() takes {name!r}, which the trainer never fills",
+                f"Call it {similar[name]!r}: [batch, seq] int64, by default None.",
+            )
+    for name, expected in PARAMETERS.items():
+        if (function := getattr(spec, name)) is not None:
+            _require_call(f"TrainSpec.{name}", function, expected)
+    args_name = type(spec.model_args).__name__
+    _require_call(f"{args_name}.get_nparams_and_flops", subject.args.get_nparams_and_flops, ("s",))
+    _require_call(f"{args_name}.update_from_config", spec.model_args.update_from_config, ("job",))
+    if spec.state_dict_adapter is not None:
+        adapter = spec.state_dict_adapter
+        _require_call(f"{adapter.__name__}.__init__", adapter, ("model_args",), ("hf_assets_path",))
+    takes = [name for name in OPTIONAL_INPUTS if name in named]
+    return f"forward(tokens{''.join(f', {name}' for name in takes)})"
+
+
+def _require_call(
+    name: str, function: Callable, positional: tuple[str, ...], keywords: tuple[str, ...] = ()
+) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin, which does not tell
+        return
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        called = ", ".join([*positional, *(f"{keyword}=..." for keyword in keywords)])
+        raise CheckFailedError(
+            f"{name}{signature} cannot be called with ({called}): {error}",
+            "Others than these arguments need defaults, and these may have any names.",
+        ) from error
+
+
+def args_are_not_modified(subject: Subject) -> str:
+    """`update_from_config` returns args and leaves the flavor as it is; sizes are integers."""
+    args = get_train_spec(subject.name, subject.flavor).model_args
+    before = copy.deepcopy(vars(args))
+    # Two jobs that differ in all that args may take from one.
+    first = args.update_from_config(subject.config())
+    args.update_from_config(subject.config("--training.seq_len=4096", "--debug.seed=1"))
+    if not isinstance(first, type(args)):
+        raise CheckFailedError(
+            f"{type(args).__name__}.update_from_config returns {type(first).__name__}",
+            "args.py: return dataclasses.replace(self, ...), or self if nothing changes.",
+        )
+    again = get_train_spec(subject.name, subject.flavor).model_args
+    for now in (args, again):
+        changed = sorted(k for k in before.keys() | vars(now).keys() if _differs(k, before, now))
+        if changed:
+            values = [f"{k} = {before.get(k)!r} became {getattr(now, k, None)!r}" for k in changed]
+            raise CheckFailedError(
+                f"{type(args).__name__}.update_from_config changes the flavor in place: "
+                f"{some(values)}",
+                "args.py: return dataclasses.replace(self, ...) instead of assigning to self. A "
+                "flavor is shared by all jobs of a process.",
+            )
+    vocab_size = getattr(first, "vocab_size", None)
+    if type(vocab_size) is not int or vocab_size < 2:
+        raise CheckFailedError(
+            f"{type(args).__name__}.vocab_size is {vocab_size!r}, not a number of tokens",
+            "args.py: vocab_size: int = ... The trainer compares it with the tokenizer's.",
+        )
+    return f"{len(before)} fields, vocab_size {vocab_size}"
+
+
+def _differs(key: str, before: dict[str, Any], now: BaseModelArgs) -> bool:
+    return before.get(key) != getattr(now, key, None)
 
 
 def layers_are_a_dict(subject: Subject) -> str:
@@ -14,16 +200,36 @@ def layers_are_a_dict(subject: Subject) -> str:
     with torch.device("meta"):
         model = subject.spec.model_cls(subject.args)
     layers = getattr(model, "layers", None)
-    if isinstance(layers, nn.ModuleDict):
-        return f"{len(layers)} layers"
-    raise CheckFailedError(
-        f"{type(model).__name__}.layers is {type(layers).__name__}, not nn.ModuleDict",
-        "model.py: self.layers = nn.ModuleDict({str(i): Block(args) for i in ...}). A list would "
-        "rename the layers that are left when a pipeline stage deletes some.",
-    )
+    if not isinstance(layers, nn.ModuleDict):
+        raise CheckFailedError(
+            f"{type(model).__name__}.layers is {type(layers).__name__}, not nn.ModuleDict",
+            "model.py: self.layers = nn.ModuleDict({str(i): Block(args) for i in ...}). A list "
+            "would rename the layers that are left when a pipeline stage deletes some.",
+        )
+    expected = [str(number) for number in range(len(layers))]
+    if list(layers) != expected:
+        raise CheckFailedError(
+            f"{type(model).__name__}.layers has the keys {some(list(layers))}, not "
+            f"{some(expected)} in this order",
+            'model.py: the key of a layer is its number from 0, as text: "0", "1", ...',
+        )
+    wanted = getattr(subject.args, "n_layers", len(layers))
+    if len(layers) != wanted:
+        raise CheckFailedError(
+            f"{type(model).__name__} has {len(layers)} layers, but n_layers is {wanted}",
+            "model.py: make args.n_layers of them.",
+        )
+    return f"{len(layers)} layers"
 
 
 CHECKS = (
+    Check("contract.spec", "the TrainSpec's fields are of the right kinds", spec_is_complete),
+    Check("contract.signatures", "all can be called as the trainer calls it", signatures_fit),
+    Check(
+        "contract.args",
+        "update_from_config returns args and leaves the flavor as it is",
+        args_are_not_modified,
+    ),
     Check(
         "contract.layers",
         "the layers are an nn.ModuleDict keyed by their number",

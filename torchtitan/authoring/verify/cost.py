@@ -1,0 +1,184 @@
+"""`get_nparams_and_flops` against the model itself.
+
+FLOPs are measured by running the forward and backward pass under PyTorch's counter, at two short
+lengths: what grows with the length is attention's, the rest is the weights'. Conventions differ, so
+some counts pass that leave something out, and the outcome says what:
+
+* attention may count all keys (as measured), or half of them (causal), or those in its window;
+* `6 * num_params` (the guide's approximation) counts the embedding, which is a look-up, and no
+  attention; with or without the embedding's weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+
+from .check import Check, CheckFailedError, NotApplicableError
+from .probe import loss_of, some
+from .subject import Subject
+from .weights import BUILDS
+
+_LENGTHS = (8, 16)  # tokens; no longer than the windows of debug models
+_TOLERANCE = 0.02
+
+
+def nparams_are_exact(subject: Subject) -> str:
+    """The number of parameters, for every flavor that can be built without memory."""
+    flavors = model_flavors(subject.name) or [subject.flavor]
+    wrong = []
+    for flavor in dict.fromkeys([subject.flavor, *flavors]):
+        spec = get_train_spec(subject.name, flavor)
+        claimed = _claim(spec.model_args, subject.seq_len)[0]
+        with torch.device("meta"):
+            model = spec.model_cls(spec.model_args)
+        counted = sum(parameter.numel() for parameter in model.parameters())
+        if claimed != counted:
+            wrong.append((flavor, claimed, counted, model))
+    if not wrong:
+        return f"{len(flavors)} flavors"
+    flavor, claimed, counted, model = wrong[0]
+    others = f" (and of {len(wrong) - 1} other flavors)" if len(wrong) > 1 else ""
+    raise CheckFailedError(
+        f"{flavor}{others}: {claimed:,} parameters are claimed, but the model has {counted:,}, "
+        f"{abs(claimed - counted):,} {'more' if counted > claimed else 'less'}",
+        f"args.py: get_nparams_and_flops. {_guess_of_difference(model, claimed - counted)}",
+    )
+
+
+def _claim(args: Any, seq_len: int) -> tuple[int, int]:
+    try:
+        nparams, flops = args.get_nparams_and_flops(seq_len)
+    except NotImplementedError as error:
+        raise CheckFailedError(
+            f"{type(args).__name__} does not define get_nparams_and_flops(seq_len)",
+            "args.py: return (num_params, flops_per_token). MFU and TFLOP/s come from it.",
+        ) from error
+    return nparams, flops
+
+
+def _guess_of_difference(model: nn.Module, difference: int) -> str:
+    """What has as many parameters as there are too many or too few."""
+    all_names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    tied = all_names - {n for n, _ in model.named_parameters()}
+    for name in sorted(tied):
+        if model.get_parameter(name).numel() == difference:
+            return f"{name} shares its weight with another, so it counts once."
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        pattern = ".".join("N" if part.isdigit() else part for part in name.split("."))
+        sizes[pattern] = sizes.get(pattern, 0) + parameter.numel()
+    alike = [name for name, size in sizes.items() if size == abs(difference)]
+    if alike:
+        kind = "counted twice" if difference > 0 else "not counted"
+        return f"As many parameters as {some(alike)} has: perhaps {kind}."
+    return "Count every weight, bias and norm once."
+
+
+def flops_are_as_measured(subject: Subject) -> str:
+    """FLOPs of a token, forward and backward."""
+    model = subject.build().train()
+    measured = [_measure(model, subject, seq) for seq in _LENGTHS]
+    nparams, _ = _claim(subject.args, _LENGTHS[0])
+    claimed = [float(_claim(subject.args, seq)[1]) for seq in _LENGTHS]
+    weights, attention = _split(measured)
+    claimed_weights, claimed_attention = _split(claimed)
+    notes = [
+        _judge_weights(claimed_weights, weights, nparams, model),
+        _judge_attention(claimed_attention, attention, claimed_weights / weights),
+    ]
+    return "; ".join(note for note in notes if note)
+
+
+def _split(flops: list[float]) -> tuple[float, float]:
+    """FLOPs a token that the length does not change, and what each token of length adds."""
+    short, long = _LENGTHS
+    slope = (flops[1] - flops[0]) / (long - short)
+    return flops[0] - slope * short, slope
+
+
+def _measure(model: nn.Module, subject: Subject, seq: int) -> float:
+    """Per token. The kernels of plain attention are those that the counter knows."""
+    tokens = subject.tokens(2, seq)
+    model.zero_grad()
+    grouped = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=grouped)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        loss_of(model(tokens), tokens).backward()
+    if counter.get_total_flops() == 0:
+        raise NotApplicableError("the model uses no operation whose FLOPs PyTorch counts")
+    return counter.get_total_flops() / tokens.numel()
+
+
+def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
+    """Of a product of groups of rows or columns, given as shapes; each group meets one matrix."""
+    batches = a[0] if len(a) == len(b) == 3 else 1
+    return 2 * batches * a[-2] * a[-1] * b[-1]
+
+
+def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:
+    ratio = claimed / measured
+    if abs(ratio - 1) < _TOLERANCE:
+        return f"weights: {measured:,.0f} FLOPs a token, as measured"
+    embedding = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    has_experts = measured < 0.9 * 6 * (nparams - embedding)
+    if not has_experts:
+        for params, text in (
+            (nparams, "6 x all parameters"),
+            (nparams - embedding, "6 x the parameters without the embedding"),
+        ):
+            if abs(claimed / (6 * params) - 1) < _TOLERANCE / 2:
+                return f"weights: approximate, {text}, {ratio - 1:+.0%} of what is measured"
+    hint = "6 FLOPs a weight that multiplies the token: 2 forward and 4 backward. "
+    for factor, reason in (
+        (2, "Twice that: a multiplication and an addition are already 2 FLOPs."),
+        (1 / 2, "Half of that: 3 a weight counts multiplications alone."),
+        (1 / 3, "A third of that: the forward pass alone."),
+        (4 / 3, "A third more: recomputation (activation checkpointing) does not count."),
+    ):
+        if abs(ratio / factor - 1) < 0.05:
+            hint += reason
+    if has_experts and abs(claimed / (6 * nparams) - 1) < 0.1:
+        hint += "Of a mixture of experts, count only the experts that a token uses."
+    raise CheckFailedError(
+        f"{claimed:,.0f} FLOPs a token are claimed for the weights, {ratio:.2f} times the "
+        f"{measured:,.0f} that are measured",
+        f"args.py: get_nparams_and_flops. {hint} The output layer counts, the embedding does not.",
+    )
+
+
+def _judge_attention(claimed: float, measured: float, scale: float) -> str:
+    if measured <= 0:
+        return ""
+    ratio = claimed / measured
+    if ratio > 1 + 2 * _TOLERANCE or ratio < -_TOLERANCE:
+        raise CheckFailedError(
+            f"{claimed:,.0f} FLOPs are claimed for each key that a token attends to, {ratio:.2f} "
+            f"times the {measured:,.0f} that are measured",
+            "args.py: get_nparams_and_flops. 12 x layers x heads x head_dim a key: 2 products of 2 "
+            "FLOPs a feature, forward and twice backward.",
+        )
+    if ratio < _TOLERANCE:
+        return "attention is left out, so that MFU is too low at long contexts"
+    if abs(ratio - 1) < 2 * _TOLERANCE:
+        return "attention as measured"
+    if abs(ratio - 0.5) < _TOLERANCE:
+        return "attention counted as causal, half of what is measured"
+    raise CheckFailedError(
+        f"{claimed:,.0f} FLOPs are claimed for each key that a token attends to, {ratio:.2f} "
+        f"times the {measured:,.0f} that are measured",
+        "args.py: get_nparams_and_flops. 12 x layers x heads x head_dim a key, or 6 if it counts "
+        "as causal. Count each layer once.",
+    )
+
+
+CHECKS = (
+    Check("cost.nparams", "the number of parameters is exact", nparams_are_exact),
+    Check("cost.flops", "FLOPs a token are as measured", flops_are_as_measured, needs=(BUILDS,)),
+)

@@ -1,0 +1,128 @@
+"""The model learns: every parameter gets a gradient, and the loss falls."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import torch
+
+from torchtitan.errors import ConfigError
+
+from .check import Check, CheckFailedError, NotApplicableError
+from .probe import loss_of, some
+from .subject import Subject
+from .weights import BUILDS
+
+_STEPS = 40
+_FALL = 0.5
+"""Share of the first loss that is left after `_STEPS` steps on one batch, at most."""
+_DEAD = 1e-10
+"""A largest gradient below this share of the model's largest is rounding, or none."""
+
+
+def one_batch_is_learned(subject: Subject) -> str:
+    """The model learns a batch by heart."""
+    model, tokens = subject.build().train(), subject.tokens(4, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    losses = []
+    for step in range(_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 5)
+        optimizer.zero_grad()
+        loss = loss_of(model(tokens), tokens)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise CheckFailedError(f"the loss is {losses[-1]} after {step} steps on one batch")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    if losses[-1] > _FALL * losses[0]:
+        raise CheckFailedError(
+            f"after {_STEPS} steps on one batch of 128 tokens, the loss fell from {losses[0]:.2f} "
+            f"to {losses[-1]:.2f} only, not below {_FALL * losses[0]:.2f}",
+            "Look at learning.gradients for dead parameters; then for detach(), no_grad() or argmax "
+            "in forward(), a residual connection that is missing, and norms.",
+        )
+    return f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {_STEPS} steps"
+
+
+def every_parameter_gets_a_gradient(subject: Subject) -> str:
+    """No parameter is dead, over some steps and enough tokens for every expert."""
+    model = subject.build().train()
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise CheckFailedError(
+            f"{len(frozen)} parameters do not require gradients: {some(frozen)}",
+            "What is not trained is a buffer; what a user wants frozen is optimizer.rules.",
+        )
+    largest = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(3):  # weights that start at 0 hide others in the first step
+        tokens = subject.tokens(8, 128, seed=step)
+        optimizer.zero_grad()
+        loss_of(model(tokens), tokens).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                largest[name] = max(largest[name], parameter.grad.abs().max().item())
+        optimizer.step()
+    limit = _DEAD * max(largest.values())
+    dead = [name for name, value in largest.items() if value <= limit]
+    if dead:
+        experts = [name for name in dead if re.search(r"experts?\.\d+\.", name)]
+        note = ""
+        if len(experts) == len(dead):
+            note = " Of 3,072 tokens the router sent none to these experts: it starts too uneven. "
+        raise CheckFailedError(
+            f"{len(dead)} of {len(largest)} parameters get no gradient: {some(dead)}",
+            f"{note}They are not used in forward(), or behind detach(), no_grad() or a factor of "
+            "0. Remove them, or use them.",
+        )
+    return f"{len(largest)} parameters"
+
+
+def training_lowers_the_loss(subject: Subject) -> str:
+    """`torchtitan train` on the CPU, with the TrainSpec's own builders and default data."""
+    from torchtitan.train import Trainer
+
+    steps = 20
+    folder = subject.folder / "learning"
+    config = subject.config(
+        f"--training.steps={steps}",
+        "--training.local_batch_size=8",
+        "--optimizer.lr=3e-3",
+        "--lr_scheduler.warmup_steps=3",
+        "--metrics.log_freq=1",
+        f"--job.dump_folder={folder}",
+    )
+    try:
+        trainer = Trainer(config)
+    except ConfigError as error:
+        raise NotApplicableError(f"it does not train with default options: {error}") from error
+    trainer.train()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    if losses[-1] > 0.9 * losses[0]:
+        raise CheckFailedError(
+            f"in {steps} steps of training the loss went from {losses[0]:.2f} to {losses[-1]:.2f}",
+            "If learning.one_batch passes, look at the TrainSpec's builders: the optimizer's "
+            "parameters, the learning rate, labels and loss.",
+        )
+    return f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {steps} steps"
+
+
+CHECKS = (
+    Check(
+        "learning.gradients",
+        "every parameter gets a gradient",
+        every_parameter_gets_a_gradient,
+        needs=(BUILDS,),
+    ),
+    Check(
+        "learning.one_batch", "one batch is learned by heart", one_batch_is_learned, needs=(BUILDS,)
+    ),
+    Check(
+        "learning.training", "training lowers the loss", training_lowers_the_loss, needs=(BUILDS,)
+    ),
+)

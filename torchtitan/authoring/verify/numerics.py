@@ -1,0 +1,232 @@
+"""Precision: bfloat16 near float32, no float64 by accident, and finite numbers at long contexts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
+
+from .check import Check, CheckFailedError
+from .probe import loss_of, recorded_outputs, some
+from .subject import Subject
+from .weights import BUILDS
+
+LONG_CONTEXT = 2048
+"""Tokens; less if the args have a smaller `max_seq_len`."""
+BF16_TOLERANCE = 0.05
+"""Root mean square of the difference that bfloat16 makes in logits, over that of the logits."""
+
+_WIDE = (torch.float64, torch.complex128)
+
+
+def bf16_is_near_float32(subject: Subject) -> str:
+    """The same weights give nearly the same logits and loss in bfloat16, at a long context."""
+    model = subject.build()
+    tokens = subject.tokens(1, _long(subject, 1024))
+    with torch.no_grad(), recorded_outputs(model) as wide:
+        expected = model(tokens)
+    worst = 0.0
+    for cast, description in ((_autocast, "autocast"), (_cast_parameters, "bfloat16 parameters")):
+        with torch.no_grad(), cast(model), recorded_outputs(model) as narrow:
+            actual = model(tokens)
+        difference = _rms(actual.float() - expected.float()) / _rms(expected)
+        losses = loss_of(actual, tokens).item(), loss_of(expected, tokens).item()
+        worst = max(worst, difference)
+        if not difference < BF16_TOLERANCE or abs(losses[0] - losses[1]) > 0.02 * losses[1]:
+            raise CheckFailedError(
+                f"with {description}, logits differ from float32 by {difference:.1%} (loss "
+                f"{losses[0]:.4f}, not {losses[1]:.4f}){_first_coarse(narrow, wide)}",
+                "Compute in float32 what needs it: rotary angles and positions (bfloat16 has no "
+                "integers above 256), the mean of squares in norms, softmax and routing scores. "
+                "Buffers with angles stay float32.",
+            )
+    return f"logits within {worst:.1%} at {tokens.shape[1]} tokens"
+
+
+def _first_coarse(narrow: dict[str, torch.Tensor], wide: dict[str, torch.Tensor]) -> str:
+    for name, expected in wide.items():
+        actual = narrow.get(name)
+        if actual is None or actual.shape != expected.shape or not expected.is_floating_point():
+            continue
+        if not _rms(actual.float() - expected.float()) < BF16_TOLERANCE * _rms(expected):
+            return f"; the first module that differs so much is {name}"
+    return ""
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return tensor.float().square().mean().sqrt().item()
+
+
+@contextmanager
+def _autocast(model: nn.Module) -> Iterator[None]:
+    """As training on one process does."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        yield
+
+
+@contextmanager
+def _cast_parameters(model: nn.Module) -> Iterator[None]:
+    """As FSDP does: parameters in bfloat16, buffers as they are."""
+    kept = {name: parameter.data for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = kept[name]
+
+
+def _long(subject: Subject, wanted: int = LONG_CONTEXT) -> int:
+    longest = getattr(subject.args, "max_seq_len", None)
+    return min(wanted, longest) if isinstance(longest, int) else wanted
+
+
+def logits_are_of_the_right_dtype(subject: Subject) -> str:
+    """Logits and what flows between layers follow the dtype of the parameters."""
+    model, tokens = subject.build(), subject.tokens(1)
+    with torch.no_grad():
+        found = {torch.float32: model(tokens).dtype}
+        with _cast_parameters(model):
+            found[torch.bfloat16] = model(tokens).dtype
+    for weights, logits in found.items():
+        if logits not in (weights, torch.float32):
+            raise CheckFailedError(
+                f"with weights in {weights}, the logits are {logits}",
+                "Return logits in the dtype of the weights or in float32.",
+            )
+    return ", ".join(f"{weights} -> {logits}" for weights, logits in found.items()).replace(
+        "torch.", ""
+    )
+
+
+def nothing_is_float64(subject: Subject) -> str:
+    """No operation of the forward or backward pass makes a float64 tensor."""
+    model, tokens = subject.build().train(), subject.tokens(1)
+    with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
+        loss_of(model(tokens), tokens).backward()
+    if wide.found:
+        (module, operation, dtype), count = next(iter(wide.found.items())), len(wide.found)
+        raise CheckFailedError(
+            f"{operation} in {module} makes a {dtype} tensor"
+            + (f" (and {count - 1} other operations)" if count > 1 else ""),
+            "Give the dtype: torch.arange(..., dtype=torch.float32), torch.tensor(x, "
+            "dtype=torch.float32), and from numpy tensor.float(). float64 is many times slower on "
+            "GPUs, and spreads.",
+        )
+    return f"{wide.operations} operations"
+
+
+class _WideTensors(TorchDispatchMode):
+    """Remembers which operations in which modules make float64 or complex128 tensors."""
+
+    def __init__(self, tracker: ModuleTracker) -> None:
+        super().__init__()
+        self.found: dict[tuple[str, str, str], None] = {}
+        self.operations = 0
+        self._tracker = tracker
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in _WIDE:
+                # The names of all modules that it is in, each the beginning of the next.
+                module = max(self._tracker.parents - {"Global"}, key=len, default="the loss")
+                self.found[module, str(func), str(tensor.dtype)] = None
+        return result
+
+
+def long_contexts_are_finite(subject: Subject) -> str:
+    """No NaN or infinity in outputs and gradients, in float32 and in bfloat16."""
+    model, seq = subject.build().train(), _long(subject)
+    tokens = subject.tokens(1, seq)
+    for cast, dtype in ((None, "float32"), (_autocast, "bfloat16")):
+        model.zero_grad()
+        with recorded_outputs(model) as outputs:
+            if cast is None:
+                logits = model(tokens)
+            else:
+                with cast(model):
+                    logits = model(tokens)
+        loss = loss_of(logits, tokens)
+        bad = [name for name, out in outputs.items() if not out.isfinite().all()]
+        if bad or not logits.isfinite().all():
+            first = outputs[bad[0]] if bad else logits
+            places = (~first.isfinite()).nonzero()
+            where = f", first at index {places[0].tolist()} of {list(first.shape)}"
+            raise CheckFailedError(
+                f"at {seq} tokens in {dtype}, the output of {bad[0] if bad else 'the model'} is "
+                f"not finite{where}",
+                "Usual causes: a row of the mask without any key (softmax of -inf alone), float16 "
+                "or exp() that overflows, a division by a sum that can be 0, a position table that "
+                "is too short.",
+            )
+        loss.backward()
+        bad = [n for n, p in model.named_parameters() if p.grad is not None and _broken(p.grad)]
+        if bad:
+            raise CheckFailedError(
+                f"at {seq} tokens in {dtype}, gradients of {len(bad)} parameters are not finite: "
+                f"{some(bad)}",
+                "The outputs are finite: look for sqrt() or a norm at 0, and for where() over a "
+                "branch that is not finite.",
+            )
+    return f"{seq} tokens, float32 and bfloat16"
+
+
+def _broken(tensor: torch.Tensor) -> bool:
+    return not bool(tensor.isfinite().all())
+
+
+@torch.no_grad()
+def first_loss_is_that_of_guessing(subject: Subject) -> str:
+    """An untrained model neither knows the next token nor is sure of a wrong one."""
+    model, tokens = subject.build(), subject.tokens(4)
+    guessing = math.log(subject.vocab_size)
+    loss = loss_of(model(tokens), tokens).item()
+    if loss < 0.9 * guessing:
+        raise CheckFailedError(
+            f"the untrained loss on random tokens is {loss:.2f}, below log(vocab_size) = "
+            f"{guessing:.2f}, which nobody can beat",
+            "The model sees the tokens that it is to predict: look at the causal mask.",
+        )
+    if not loss < 1.5 * guessing + 1:
+        raise CheckFailedError(
+            f"the untrained loss is {loss:.2f}, far above log(vocab_size) = {guessing:.2f}",
+            "The initial weights are too large. Usual: std=0.02, less for what writes to the "
+            "residual stream, and a final norm before the output layer.",
+        )
+    return f"{loss:.2f}, log(vocab_size) = {guessing:.2f}"
+
+
+CHECKS = (
+    Check("numerics.bf16", "bfloat16 is near float32", bf16_is_near_float32, needs=(BUILDS,)),
+    Check(
+        "numerics.dtype",
+        "logits are in the weights' dtype or float32",
+        logits_are_of_the_right_dtype,
+        needs=(BUILDS,),
+    ),
+    Check("numerics.float64", "nothing is float64", nothing_is_float64, needs=(BUILDS,)),
+    Check(
+        "numerics.finite",
+        "outputs and gradients at a long context are finite",
+        long_contexts_are_finite,
+        needs=(BUILDS,),
+    ),
+    Check(
+        "numerics.first_loss",
+        "the untrained loss is near log(vocab_size)",
+        first_loss_is_that_of_guessing,
+        needs=(BUILDS,),
+    ),
+)

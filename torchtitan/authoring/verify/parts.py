@@ -1,0 +1,188 @@
+"""Parts of a model, as pipeline stages are: names, initial weights and the forward pass.
+
+The numbers of whole pipelines are compared elsewhere; here it is one process, and one cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+
+from torchtitan.distributed.init import initialize_weights
+
+from .check import Check, CheckFailedError, NotApplicableError
+from .probe import relative_difference, some
+from .subject import Subject
+from .weights import BUILDS, state_of
+
+
+def init_is_recursive(subject: Subject) -> str:
+    """Any part of the model gets the values that it has in the whole."""
+    whole = dict(state_of(subject.build()))
+    count = 0
+    for part, description in parts_of(subject):
+        try:
+            initialize_weights(part, subject.seed, torch.device("cpu"))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckFailedError(
+                f"init_weights() fails on {description}: {type(error).__name__}: {error}",
+                "Walk over the modules that there are (self.layers.values()), and guard "
+                "self.tok_embeddings, self.norm and self.output by `is not None`.",
+            ) from error
+        for name, tensor in state_of(part):
+            if name not in whole:
+                raise CheckFailedError(
+                    f"{description} has {name}, which the whole model has not",
+                    "Names must not depend on which parts of the model there are.",
+                )
+            if not torch.equal(tensor, whole[name]):
+                raise CheckFailedError(
+                    f"{description} gets another {name} than the whole model",
+                    "Draw in place (nn.init.*, or weight.normal_()): torch.randn(...) and copy_() "
+                    "has no name to be seeded by. And nothing may depend on how many layers exist.",
+                )
+            count += 1
+    return f"{count} tensors of parts as in the whole"
+
+
+def parts_of(subject: Subject) -> Iterator[tuple[nn.Module, str]]:
+    """Parts of the model as pipeline stages are, on the meta device, and a description of each.
+
+    Layers can be deleted from every model; other modules only from those that can be split. Where
+    weights are tied, both modules stay.
+    """
+    with torch.device("meta"):
+        model = subject.spec.model_cls(subject.args)
+    layers = list(model.layers)
+    for kept in sorted({layers[0], layers[-1]}):
+        part = copy.deepcopy(model)
+        for name in layers:
+            if name != kept:
+                del part.layers[name]
+        yield part, f"the model with layers.{kept} alone"
+    first, last = absent_modules(subject)
+    for name in [*first, *last]:
+        part = copy.deepcopy(model)
+        setattr(part, name, None)
+        yield part, f"the model without {name}"
+
+
+def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
+    """Modules before and after the layers that a pipeline stage may lack; none if never split."""
+    from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
+
+    pipeline = subject.spec.pipeline_fn
+    if pipeline is None:
+        return [], []
+    chosen = getattr(pipeline, "keywords", {})  # of a functools.partial
+    with torch.device("meta"):
+        model = subject.spec.model_cls(subject.args)
+    first, last = (
+        [name for name in names if getattr(model, name, None) is not None]
+        for names in (
+            chosen.get("first_modules", FIRST_MODULES),
+            chosen.get("last_modules", LAST_MODULES),
+        )
+    )
+    owners: dict[int, set[str]] = {}
+    for name in [*first, *last]:
+        for parameter in getattr(model, name).parameters():
+            owners.setdefault(id(parameter), set()).add(name)
+    tied = {name for shared in owners.values() if len(shared) > 1 for name in shared}
+    return [n for n in first if n not in tied], [n for n in last if n not in tied]
+
+
+def names_are_kept(subject: Subject) -> str:
+    """Deleting layers and other modules renames nothing."""
+    with torch.device("meta"):
+        whole = subject.spec.model_cls(subject.args).state_dict()
+    count = 0
+    for part, description in parts_of(subject):
+        for name, tensor in part.state_dict().items():
+            if name not in whole:
+                raise CheckFailedError(
+                    f"{description} has {name}, a name that the whole model has not",
+                    "model.py: keep layers in an nn.ModuleDict keyed by number.",
+                )
+            if tensor.shape != whole[name].shape:
+                raise CheckFailedError(
+                    f"in {description}, {name} is {list(tensor.shape)}, not "
+                    f"{list(whole[name].shape)} as in the whole model"
+                )
+            count += 1
+    return f"{count} names of parts"
+
+
+def forward_without_modules(subject: Subject) -> str:
+    """A model cut in two gives the numbers of the whole."""
+    if subject.spec.pipeline_fn is None:
+        raise NotApplicableError("pipeline_fn is None: the model is never cut into stages")
+    before, after = absent_modules(subject)
+    if not before or not after:
+        raise NotApplicableError("the embedding and the output layer share a weight, so they stay")
+    whole, first, last = (subject.build() for _ in range(3))
+    layers = list(whole.layers)
+    _remove(first, after, [])
+    _remove(last, before, layers)
+    tokens = subject.tokens(2)
+    with torch.no_grad():
+        expected = whole(tokens)
+        hidden = _call(first, tokens, f"without {', '.join(after)}")
+        if list(hidden.shape[:2]) != list(tokens.shape) or not hidden.is_floating_point():
+            raise CheckFailedError(
+                f"without {', '.join(after)}, forward() returns {hidden.dtype} "
+                f"{list(hidden.shape)}, not the hidden states [batch, seq, dim]"
+            )
+        actual = _call(last, hidden, f"without {', '.join(before)} and layers")
+    difference = relative_difference(actual, expected)
+    if actual.shape != expected.shape or difference > 1e-5:
+        raise CheckFailedError(
+            f"{', '.join(before)} and the layers, then {', '.join(after)}: as two parts they give "
+            f"logits that differ from the whole model's by {difference:.1e} of the largest",
+            "forward() must do nothing else between modules that may be absent: no scaling or "
+            "second norm outside of `if self.norm is not None`.",
+        )
+    return f"without {', '.join([*before, *after])}: equal to {difference:.0e}"
+
+
+def _remove(model: nn.Module, names: list[str], layers: list[str]) -> None:
+    for name in names:
+        setattr(model, name, None)
+    for name in layers:
+        del model.layers[name]
+
+
+def _call(model: nn.Module, inputs: torch.Tensor, description: str) -> torch.Tensor:
+    try:
+        return model(inputs)
+    except Exception as error:
+        raise CheckFailedError(
+            f"forward() fails {description}: {type(error).__name__}: {error}",
+            "model.py: `h = self.norm(h) if self.norm is not None else h`, and so for the embedding "
+            "and the output layer; what takes their place in a pipeline stage is hidden states.",
+        ) from error
+
+
+CHECKS = (
+    Check(
+        "contract.names",
+        "deleting layers renames nothing",
+        names_are_kept,
+        needs=("contract.layers",),
+    ),
+    Check(
+        "contract.recursive",
+        "parts of the model get the same weights as the whole",
+        init_is_recursive,
+        needs=("contract.layers", BUILDS),
+    ),
+    Check(
+        "contract.absent",
+        "forward works where embedding, norm or output is absent",
+        forward_without_modules,
+        needs=("contract.layers", BUILDS),
+    ),
+)

@@ -1,0 +1,170 @@
+"""Looking into a model: what flows between its layers, and where two runs part."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class CutLayer:
+    """A layer whose input was cut off from what came before it."""
+
+    name: str
+    module: nn.Module
+    input: torch.Tensor
+    """`[batch, seq, dim]`, a leaf that requires gradients."""
+    output: torch.Tensor
+    """`[batch, seq, dim]`."""
+
+    def gradient(self, where: tuple[Any, ...]) -> torch.Tensor:
+        """How the output at the places `where` depends on each feature of the input.
+
+        Returns:
+            `[batch, seq]`: for each token, the largest gradient of a random weighting of the output
+            at `where`. 0 exactly where there is no path.
+        """
+        generator = torch.Generator().manual_seed(0)
+        part = self.output[where]
+        weights = torch.randn(part.shape, generator=generator).to(part.dtype)
+        (grad,) = torch.autograd.grad(
+            part, self.input, weights, retain_graph=True, allow_unused=True
+        )
+        if grad is None:
+            return torch.zeros(self.input.shape[:2])
+        return grad.abs().amax(dim=tuple(range(2, grad.ndim)))
+
+
+def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> list[CutLayer]:
+    """Run the model with its graph cut before each layer, so that each can be asked alone."""
+    cuts: list[CutLayer] = []
+
+    def before(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            hidden = hidden_states(args, kwargs)
+            leaf = hidden.detach().requires_grad_()
+            cuts.append(CutLayer(name, module, leaf, leaf))
+            args = tuple(leaf if value is hidden else value for value in args)
+            return args, {k: leaf if v is hidden else v for k, v in kwargs.items()}
+
+        return hook
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        cuts[-1].output = hidden_states((output,), {})
+
+    with ExitStack() as stack:
+        for name, layer in model.layers.items():
+            handle = layer.register_forward_pre_hook(before(f"layers.{name}"), with_kwargs=True)
+            stack.callback(handle.remove)
+            stack.callback(layer.register_forward_hook(after).remove)
+        model(tokens, **inputs)
+    return cuts
+
+
+def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The first floating-point tensor of three dimensions or more among arguments or results.
+
+    Raises:
+        TypeError: there is none.
+    """
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 3:
+            return value
+        if isinstance(value, tuple | list):
+            return hidden_states(tuple(value), {})
+    raise TypeError("a layer has no hidden states [batch, seq, dim] among its inputs or results")
+
+
+def rerun(cut: CutLayer, hidden: torch.Tensor, calls: dict[str, Any]) -> torch.Tensor:
+    """The layer's output for other hidden states, all its other inputs as in `calls`."""
+    args, kwargs = calls[cut.name]
+    args = tuple(hidden if value is REPLACED else value for value in args)
+    kwargs = {k: hidden if v is REPLACED else v for k, v in kwargs.items()}
+    return hidden_states((cut.module(*args, **kwargs),), {})
+
+
+REPLACED = object()
+"""Stands for the hidden states in what `layer_calls` returns."""
+
+
+def layer_calls(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> dict[str, Any]:
+    """Name of each layer -> the arguments it is called with, `REPLACED` for the hidden states."""
+    calls: dict[str, Any] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden = hidden_states(args, kwargs)
+            args = tuple(REPLACED if value is hidden else value for value in args)
+            calls[name] = args, {k: REPLACED if v is hidden else v for k, v in kwargs.items()}
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in model.layers.items():
+            handle = layer.register_forward_pre_hook(before(f"layers.{name}"), with_kwargs=True)
+            stack.callback(handle.remove)
+        model(tokens, **inputs)
+    return calls
+
+
+@contextmanager
+def recorded_outputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Name of each module -> its last output, in the order in which they finish."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if isinstance(output, tuple | list) and output:
+                output = output[0]
+            if isinstance(output, torch.Tensor):
+                outputs.pop(name, None)
+                outputs[name] = output.detach()
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name:
+                stack.callback(module.register_forward_hook(record(name)).remove)
+        yield outputs
+
+
+def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, over the largest of the expected values."""
+    if actual.numel() == 0:
+        return 0.0
+    scale = expected.abs().max().clamp(min=1e-30)
+    return ((actual.float() - expected.float()).abs().max() / scale).item()
+
+
+def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of each next token, a float32 scalar.
+
+    Args:
+        logits: `[batch, seq, vocab]`.
+        tokens: `[batch, seq]`.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def accepts(model_cls: type, name: str) -> bool:
+    """Whether `forward` has the optional argument `name`."""
+    return name in inspect.signature(model_cls.forward).parameters
+
+
+def layers_with(model: nn.Module, kinds: type | tuple[type, ...]) -> list[str]:
+    """Names of modules of these kinds."""
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def some(names: list[str], limit: int = 5) -> str:
+    """`a, b, c and 7 more`."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,241 @@
+"""Construction and initialisation: nothing is allocated, and then every tensor is set, always alike.
+
+Models are built on the meta device, allocated after they were sharded or cut into pipeline stages,
+and filled by `init_weights`.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchtitan.distributed.init import SeededInit
+from torchtitan.distributed.tying import preserve_tying
+from torchtitan.protocols import ModelProtocol
+
+from .check import Check, CheckFailedError
+from .probe import loss_of, some
+from .subject import Subject
+
+BUILDS = "contract.forward"
+"""The check that the whole model can be built and run. Others need it."""
+
+_SCRATCH_BYTES = 4096  # for a table of a few numbers, such as rates by layer
+
+
+def construction_allocates_nothing(subject: Subject) -> str:
+    """On the meta device, the constructor makes no tensor that takes memory."""
+    with torch.device("meta"), _Allocations() as allocations:
+        model = subject.spec.model_cls(subject.args)
+    real = [name for name, tensor in _all_tensors(model) if not tensor.is_meta]
+    if real:
+        raise CheckFailedError(
+            f"built on the meta device, {len(real)} tensors take memory: {some(real)}",
+            "model.py: make tensors in __init__ without device=... and without numpy, so that they "
+            "follow the device that the model is built on.",
+        )
+    if allocations.bytes > _SCRATCH_BYTES:
+        raise CheckFailedError(
+            f"the constructor allocates {allocations.bytes:,} bytes on the CPU, most of it by "
+            f"{allocations.largest}",
+            "Make it in init_weights() or in forward(), on the device of the weights.",
+        )
+    return f"{sum(1 for _ in model.parameters())} parameters"
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts what is allocated outside of the meta device, and remembers where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self._most = 0
+        self.largest = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {id(value) for value in tree_leaves((args, kwargs))}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and id(tensor) not in inputs:
+                self.bytes += tensor.nbytes
+                if tensor.nbytes > self._most:
+                    self._most = tensor.nbytes
+                    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
+                    place = frames[-2]
+                    self.largest = f"{func} ({place.filename}:{place.lineno})"
+        return result
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers, and tensors that are plain attributes of modules."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    for module_name, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{module_name}.{name}".lstrip("."), value
+
+
+def init_weights_sets_everything(subject: Subject) -> str:
+    """No element of a parameter or buffer is what it was before."""
+    poisoned = [_initialised(subject, poison) for poison in (0, 1)]
+    unset = []
+    for (name, a), (_, b) in zip(*map(state_of, poisoned), strict=True):
+        left = a.isnan().any() if a.is_floating_point() or a.is_complex() else (a != b).any()
+        if left:
+            unset.append(name)
+    if unset:
+        parameters = dict(poisoned[0].named_parameters(remove_duplicate=False))
+        buffers = [name for name in unset if name not in parameters]
+        fix = "self.NAME.copy_(...) for buffers, " if buffers else ""
+        raise CheckFailedError(
+            f"{type(poisoned[0]).__name__}.init_weights() leaves {len(unset)} tensors unset: "
+            f"{some(unset)}",
+            f"init_weights() must set them ({fix}nn.init.* for parameters), in each module that "
+            "has them. What __init__ computes is lost, since models are built without memory.",
+        )
+    left = [name for name, tensor in _all_tensors(poisoned[0]) if tensor.is_meta]
+    if left:
+        raise CheckFailedError(
+            f"after init_weights(), {some(left)} is still without memory (on the meta device)",
+            "A tensor that is a plain attribute is not moved with the model: register_buffer(NAME, "
+            "tensor, persistent=False), and set it in init_weights().",
+        )
+    return f"{sum(1 for _ in state_of(poisoned[0]))} tensors"
+
+
+def _initialised(subject: Subject, poison: int) -> ModelProtocol:
+    """As `initialize_weights`, but what is left unset stays, and differs with `poison`."""
+    with torch.device("meta"):
+        model = subject.spec.model_cls(subject.args)
+    with preserve_tying(model):
+        model.to_empty(device="cpu")
+    with torch.no_grad():
+        for _, tensor in state_of(model):
+            floating = tensor.is_floating_point() or tensor.is_complex()
+            tensor.fill_(float("nan") if floating else poison)
+        with SeededInit(model, subject.seed):
+            for module in model.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            model.init_weights()
+    return model
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, tied ones once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def init_is_deterministic(subject: Subject) -> str:
+    """The weights are a function of the seed alone."""
+    states = []
+    for state_of_python, seed in ((1, 0), (2, 0), (1, 1)):
+        # The generators that a model might draw from by mistake.
+        random.seed(state_of_python)
+        torch.manual_seed(state_of_python)
+        _seed_numpy(state_of_python)
+        states.append(dict(state_of(subject.build(subject.seed + seed))))
+    first, again, other = states
+    differing = [name for name in first if not torch.equal(first[name], again[name])]
+    if differing:
+        raise CheckFailedError(
+            f"two models of one seed differ in {len(differing)} tensors: {some(differing)}",
+            "init_weights() may draw from PyTorch's own generator alone: no generator=..., no "
+            "numpy or random. Ranks would else start from different weights.",
+        )
+    if all(torch.equal(first[name], other[name]) for name in first):
+        raise CheckFailedError(
+            "models of two seeds have the same weights",
+            "init_weights() must not set a seed of its own.",
+        )
+    return f"{len(first)} tensors alike"
+
+
+def _seed_numpy(seed: int) -> None:
+    import numpy
+
+    numpy.random.seed(seed)
+
+
+def state_dict_is_enough(subject: Subject) -> str:
+    """Parameters and persistent buffers are all that must be saved."""
+    model, other = subject.build(), subject.build(subject.seed + 1)
+    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
+    if missing or unexpected:
+        raise CheckFailedError(f"load_state_dict: {some([*missing, *unexpected])} do not fit")
+    tokens = subject.tokens(2)
+    with torch.no_grad():
+        expected, actual = model(tokens), other(tokens)
+    if torch.equal(actual, expected):
+        return f"{len(model.state_dict())} tensors"
+    lost = [
+        name
+        for (name, a), (_, b) in zip(_all_tensors(model), _all_tensors(other), strict=True)
+        if a.shape != b.shape or not torch.equal(a, b)
+    ]
+    raise CheckFailedError(
+        "a model that was saved and loaded gives other logits: its state_dict lacks "
+        f"{some(lost) or 'something'}",
+        "Register with persistent=True what is drawn or trained; only what init_weights() computes "
+        "from the args alone may be persistent=False.",
+    )
+
+
+def forward_gives_logits(subject: Subject) -> str:
+    """Tokens in, logits of the vocabulary out, and a gradient back."""
+    model = subject.build()
+    tokens = subject.tokens(2, 16)
+    logits = model(tokens)
+    expected = [2, 16, subject.vocab_size]
+    if not isinstance(logits, torch.Tensor):
+        raise CheckFailedError(
+            f"forward() returns {type(logits).__name__}, not logits",
+            "Return the tensor [batch, seq, vocab] alone. Losses of the model's own, such as those "
+            "that balance experts, are added in its backward pass.",
+        )
+    if list(logits.shape) != expected:
+        raise CheckFailedError(
+            f"forward() of tokens [2, 16] returns {list(logits.shape)}, not {expected}",
+            "The last module is the output layer, nn.Linear(dim, vocab_size).",
+        )
+    if not torch.isfinite(logits).all():
+        raise CheckFailedError("logits of an untrained model are not finite")
+    loss_of(logits, tokens).backward()
+    return f"[batch, seq] -> [batch, seq, {subject.vocab_size}]"
+
+
+CHECKS = (
+    Check(
+        "contract.meta",
+        "building on the meta device allocates nothing",
+        construction_allocates_nothing,
+    ),
+    Check(
+        "contract.init_weights",
+        "init_weights sets every parameter and buffer",
+        init_weights_sets_everything,
+    ),
+    Check(BUILDS, "forward gives logits [batch, seq, vocab]", forward_gives_logits),
+    Check(
+        "contract.deterministic",
+        "the weights are a function of the seed alone",
+        init_is_deterministic,
+        needs=(BUILDS,),
+    ),
+    Check(
+        "contract.state_dict",
+        "the state_dict is all that must be saved",
+        state_dict_is_enough,
+        needs=(BUILDS,),
+    ),
+)
