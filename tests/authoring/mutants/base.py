@@ -1,4 +1,4 @@
-"""A small Llama-like model, written by the guide: the right one, of which each mutant breaks a part.
+"""A small Llama-like model, written by the guide: right, and each mutant breaks a part of it.
 
 It has its own code, and from torchtitan takes only what an author would: attention that context
 parallelism knows, and the building blocks of `parallelize`. Hugging Face's `LlamaForCausalLM` with

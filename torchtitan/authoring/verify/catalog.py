@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torchtitan.errors import ConfigError, did_you_mean
 
-from . import contract, cost, learning, numerics, parts, semantics, weights
+from . import adapter, contract, cost, hugging_face, learning, numerics, parts, semantics, weights
 from .check import Check
 
-MODULES = (contract, weights, parts, semantics, numerics, cost, learning)
+MODULES = (contract, weights, parts, semantics, numerics, cost, adapter, hugging_face, learning)
 """Each has `CHECKS`."""
 
 

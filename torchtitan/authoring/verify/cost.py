@@ -91,7 +91,7 @@ def flops_are_as_measured(subject: Subject) -> str:
     claimed_weights, claimed_attention = _split(claimed)
     notes = [
         _judge_weights(claimed_weights, weights, nparams, model),
-        _judge_attention(claimed_attention, attention, claimed_weights / weights),
+        _judge_attention(claimed_attention, attention),
     ]
     return "; ".join(note for note in notes if note)
 
@@ -153,7 +153,7 @@ def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Modu
     )
 
 
-def _judge_attention(claimed: float, measured: float, scale: float) -> str:
+def _judge_attention(claimed: float, measured: float) -> str:
     if measured <= 0:
         return ""
     ratio = claimed / measured
@@ -168,13 +168,13 @@ def _judge_attention(claimed: float, measured: float, scale: float) -> str:
         return "attention is left out, so that MFU is too low at long contexts"
     if abs(ratio - 1) < 2 * _TOLERANCE:
         return "attention as measured"
-    if abs(ratio - 0.5) < _TOLERANCE:
-        return "attention counted as causal, half of what is measured"
+    if ratio > 0.5 - _TOLERANCE:  # causal kernels skip half; some compute with padded heads
+        return f"attention counted as {ratio:.0%} of what is measured"
     raise CheckFailedError(
         f"{claimed:,.0f} FLOPs are claimed for each key that a token attends to, {ratio:.2f} "
-        f"times the {measured:,.0f} that are measured",
+        f"times the {measured:,.0f} that are measured, less than causal attention's half",
         "args.py: get_nparams_and_flops. 12 x layers x heads x head_dim a key, or 6 if it counts "
-        "as causal. Count each layer once.",
+        "as causal. Count each layer.",
     )
 
 

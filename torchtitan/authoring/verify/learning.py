@@ -15,7 +15,7 @@ from .probe import loss_of, some
 from .subject import Subject
 from .weights import BUILDS
 
-_STEPS = 40
+_STEPS = 30
 _FALL = 0.5
 """Share of the first loss that is left after `_STEPS` steps on one batch, at most."""
 _DEAD = 1e-10
@@ -42,8 +42,8 @@ def one_batch_is_learned(subject: Subject) -> str:
         raise CheckFailedError(
             f"after {_STEPS} steps on one batch of 128 tokens, the loss fell from {losses[0]:.2f} "
             f"to {losses[-1]:.2f} only, not below {_FALL * losses[0]:.2f}",
-            "Look at learning.gradients for dead parameters; then for detach(), no_grad() or argmax "
-            "in forward(), a residual connection that is missing, and norms.",
+            "Look at learning.gradients for dead parameters; then for detach(), no_grad() or "
+            "argmax in forward(), a residual connection that is missing, and norms.",
         )
     return f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {_STEPS} steps"
 
@@ -60,7 +60,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     largest = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(3):  # weights that start at 0 hide others in the first step
-        tokens = subject.tokens(8, 128, seed=step)
+        tokens = subject.tokens(8, 64, seed=step)
         optimizer.zero_grad()
         loss_of(model(tokens), tokens).backward()
         for name, parameter in model.named_parameters():
@@ -73,7 +73,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
         experts = [name for name in dead if re.search(r"experts?\.\d+\.", name)]
         note = ""
         if len(experts) == len(dead):
-            note = " Of 3,072 tokens the router sent none to these experts: it starts too uneven. "
+            note = " Of 1,536 tokens the router sent none to these experts: it starts too uneven. "
         raise CheckFailedError(
             f"{len(dead)} of {len(largest)} parameters get no gradient: {some(dead)}",
             f"{note}They are not used in forward(), or behind detach(), no_grad() or a factor of "
@@ -90,7 +90,7 @@ def training_lowers_the_loss(subject: Subject) -> str:
     folder = subject.folder / "learning"
     config = subject.config(
         f"--training.steps={steps}",
-        "--training.local_batch_size=8",
+        "--training.local_batch_size=4",
         "--optimizer.lr=3e-3",
         "--lr_scheduler.warmup_steps=3",
         "--metrics.log_freq=1",

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torchtitan.distributed.init import initialize_weights
 
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import relative_difference, some
+from .probe import relative_difference
 from .subject import Subject
 from .weights import BUILDS, state_of
 
@@ -161,8 +161,8 @@ def _call(model: nn.Module, inputs: torch.Tensor, description: str) -> torch.Ten
     except Exception as error:
         raise CheckFailedError(
             f"forward() fails {description}: {type(error).__name__}: {error}",
-            "model.py: `h = self.norm(h) if self.norm is not None else h`, and so for the embedding "
-            "and the output layer; what takes their place in a pipeline stage is hidden states.",
+            "model.py: `h = self.norm(h) if self.norm is not None else h`, and so for the "
+            "embedding and the output layer; a pipeline stage gets and gives hidden states.",
         ) from error
 
 

@@ -49,6 +49,8 @@ def _run_in_turn(
     started: Notify | None,
 ) -> Outcome:
     for needed in (future.result() for future in needs):
+        if needed.status == "skip":
+            return Outcome(check, "skip", needed.message)
         if needed.status != "pass":
             return Outcome(check, "skip", f"needs {needed.check.name}, which did not pass")
     with slots.take(check.ranks):
@@ -73,7 +75,9 @@ def _on_rank(check: Check, subject: Subject) -> str:
     import torch.distributed as dist
 
     from torchtitan.distributed.utils import init_distributed
+    from torchtitan.models.plugins import load_plugins
 
+    load_plugins(subject.custom_import)  # so that checks may look the model up by its name
     if check.ranks > 1:
         init_distributed(timeout_seconds=max(1, round(check.timeout)))
     message = check.run(subject)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
@@ -33,6 +33,10 @@ class Subject:
     """Folder of a Hugging Face checkpoint of this model, to compare with."""
     seq_len: int = 64
     seed: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is derived, since classes that a factory makes cannot be pickled."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def spec(self) -> TrainSpec:

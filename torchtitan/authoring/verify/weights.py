@@ -1,4 +1,4 @@
-"""Construction and initialisation: nothing is allocated, and then every tensor is set, always alike.
+"""Construction and initialisation: nothing is allocated, then every tensor is set, always alike.
 
 Models are built on the meta device, allocated after they were sharded or cut into pipeline stages,
 and filled by `init_weights`.

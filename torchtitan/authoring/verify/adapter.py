@@ -1,0 +1,293 @@
+"""The state dict adapter alone: a pure map of names and tensors, there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from torchtitan.protocols import BaseStateDictAdapter
+from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+
+from .check import Check, CheckFailedError, NotApplicableError
+from .probe import some
+from .subject import Subject
+
+State = dict[str, Any]
+
+_HINT = "state_dict_adapter.py: "
+
+
+def adapter_of(subject: Subject) -> BaseStateDictAdapter:
+    """Raises `NotApplicableError` if the model has none."""
+    if subject.spec.state_dict_adapter is None:
+        raise NotApplicableError("the TrainSpec has no state_dict_adapter")
+    return subject.spec.state_dict_adapter(subject.args)
+
+
+def meta_model(subject: Subject) -> nn.Module:
+    with torch.device("meta"):
+        return subject.spec.model_cls(subject.args)
+
+
+def distinct_state(model: nn.Module) -> State:
+    """The model's state dict with other random numbers in every tensor, but tied ones."""
+    generator = torch.Generator().manual_seed(0)
+    made: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            values = torch.randn(tensor.shape, generator=generator)
+            made[id(tensor)] = values.to(tensor.dtype)
+        state[name] = made[id(tensor)]
+    return state
+
+
+def _tied(state: State) -> set[str]:
+    """Names of tensors that are there under several names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name for several in names.values() if len(several) > 1 for name in several}
+
+
+def maps_there_and_back(subject: Subject) -> str:
+    """`from_hf(to_hf(state))` is the state, exactly, and nothing is changed in place."""
+    model, adapter = meta_model(subject), adapter_of(subject)
+    state = distinct_state(model)
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    hf = _convert(adapter.to_hf, dict(state), "to_hf")
+    _require_all_in(hf, state, model)
+    hf_kept = {name: tensor.clone() for name, tensor in hf.items()}
+    back = _convert(adapter.from_hf, dict(hf), "from_hf")
+    dropped = _compare(back, kept, _buffers(model), "from_hf(to_hf(state))")
+    for name, tensor in state.items():
+        if not torch.equal(tensor, kept[name]):
+            raise CheckFailedError(
+                f"the adapter changes {name} in place", f"{_HINT}clone() before operations with _."
+            )
+    again = _convert(adapter.to_hf, back, "to_hf")
+    _compare(again, hf_kept, set(), "to_hf(from_hf(hf))")
+    note = f"; {some(dropped)} stays with us" if dropped else ""
+    return f"{len(state)} tensors <-> {len(hf)} of Hugging Face{note}"
+
+
+def _convert(function: Any, state: State, name: str) -> State:
+    try:
+        converted = function(state)
+    except Exception as error:
+        raise CheckFailedError(
+            f"{name}() fails: {type(error).__name__}: {error}",
+            f"{_HINT}every name of model.state_dict() needs one of Hugging Face's.",
+        ) from error
+    if not isinstance(converted, dict):
+        raise CheckFailedError(f"{name}() returns {type(converted).__name__}, not a dict")
+    return converted
+
+
+def _require_all_in(hf: State, state: State, model: nn.Module) -> None:
+    """No two of our tensors may have gone to one name: then one is lost."""
+    ours = {id(t): t.numel() for name, t in state.items() if name not in _buffers(model)}
+    theirs = sum(tensor.numel() for tensor in {id(t): t for t in hf.values()}.values())
+    if theirs < sum(ours.values()):
+        raise CheckFailedError(
+            f"to_hf() loses numbers: {sum(ours.values()):,} went in, {theirs:,} came out"
+            f"{_lost(hf, state)}",
+            f"{_HINT}two names were mapped to one, or a name was dropped. The map must be "
+            "one-to-one.",
+        )
+
+
+def _lost(hf: State, state: State) -> str:
+    """Names whose values are nowhere in the result."""
+    values = {_fingerprint(tensor) for tensor in hf.values()}
+    lost = [name for name, tensor in state.items() if _fingerprint(tensor) not in values]
+    return f", without {some(lost)}" if 0 < len(lost) < len(state) else ""
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[int, float]:
+    """Equal for tensors with the same numbers in another order."""
+    return tensor.numel(), round(tensor.double().sort().values.sum().item(), 3)
+
+
+def _buffers(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_buffers()}
+
+
+def _compare(actual: State, expected: State, may_lack: set[str], what: str) -> list[str]:
+    """Names that are missing and may be. Raises `CheckFailedError` for other differences."""
+    missing = [name for name in expected if name not in actual]
+    refused = [name for name in missing if name not in may_lack]
+    if refused:
+        raise CheckFailedError(
+            f"{what} lacks {some(refused)}",
+            f"{_HINT}a name is dropped, or two are mapped to one.",
+        )
+    if extra := [name for name in actual if name not in expected]:
+        raise CheckFailedError(
+            f"{what} has {some(extra)}, which were not there before",
+            f"{_HINT}from_hf() must give back the names of model.state_dict().",
+        )
+    for name, tensor in actual.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise CheckFailedError(
+                f"in {what}, {name} is {_kind(tensor)}, not {_kind(wanted)}",
+                f"{_HINT}what to_hf() transposes, splits or casts, from_hf() must undo.",
+            )
+        if not torch.equal(tensor, wanted):
+            raise CheckFailedError(
+                f"in {what}, {name} has other values{_explain(tensor, wanted)}",
+                f"{_HINT}what to_hf() permutes or transposes, from_hf() must undo: the inverse "
+                "permutation, not the same one again.",
+            )
+    return missing
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _explain(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    if actual.ndim == 2 and actual.shape[0] == actual.shape[1] and torch.equal(actual.T, expected):
+        return ": it is transposed"
+    if torch.equal(actual.flatten().sort().values, expected.flatten().sort().values):
+        if actual.ndim == 2 and torch.equal(_sorted_rows(actual), _sorted_rows(expected)):
+            return ": its rows are in another order"
+        return ": the same numbers in another order"
+    return ""
+
+
+def _sorted_rows(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix[matrix[:, 0].argsort()]
+
+
+def parts_map_alike(subject: Subject) -> str:
+    """The names of a pipeline stage alone are mapped as within the whole."""
+    adapter = adapter_of(subject)
+    state = distinct_state(meta_model(subject))
+    whole, tied = adapter.to_hf(dict(state)), _tied(state)
+    buffers = _buffers(meta_model(subject))
+    count = 0
+    for description, part in _stages(state):
+        hf = _convert(adapter.to_hf, dict(part), f"with the names of {description} alone, to_hf")
+        wrong = [n for n, t in hf.items() if n not in whole or not torch.equal(t, whole[n])]
+        if wrong:
+            raise CheckFailedError(
+                f"{description} alone gives another {wrong[0]} than within the whole",
+                f"{_HINT}a name must be mapped by itself, whatever else is there.",
+            )
+        back = _convert(adapter.from_hf, dict(hf), f"with {description} alone, from_hf")
+        back = {name: tensor for name, tensor in back.items() if name in part or name not in tied}
+        _compare(back, part, buffers, f"from_hf(to_hf()) of {description} alone")
+        count += 1
+    return f"{count} parts"
+
+
+def _stages(state: State) -> Iterator[tuple[str, State]]:
+    """Each layer's tensors, and those of each other module."""
+    groups: dict[str, State] = {}
+    for name, tensor in state.items():
+        words = name.split(".")
+        group = ".".join(words[:2]) if words[0] == "layers" else words[0]
+        groups.setdefault(group, {})[name] = tensor
+    yield from groups.items()
+
+
+def flavors_map(subject: Subject) -> str:
+    """The larger flavors' names and shapes are mapped there and back too."""
+    adapter_of(subject)
+    flavors = [flavor for flavor in model_flavors(subject.name) if flavor != subject.flavor]
+    if not flavors:
+        raise NotApplicableError("there are no other flavors")
+    for flavor in flavors:
+        spec = get_train_spec(subject.name, flavor)
+        if spec.state_dict_adapter is None:
+            continue
+        with torch.device("meta"):
+            model = spec.model_cls(spec.model_args)
+        adapter, state = spec.state_dict_adapter(spec.model_args), model.state_dict()
+        hf = _convert(adapter.to_hf, dict(state), f"{flavor}: to_hf")
+        back = _convert(adapter.from_hf, hf, f"{flavor}: from_hf")
+        missing = [n for n in state if n not in back and n not in _buffers(model)]
+        shapes = [n for n, t in back.items() if n not in state or t.shape != state[n].shape]
+        if missing or shapes:
+            raise CheckFailedError(
+                f"{flavor}: from_hf(to_hf()) lacks or misshapes {some(missing or shapes)}",
+                f"{_HINT}look at numbers of layers with two digits, and at options that only the "
+                "larger flavors have.",
+            )
+    return f"{len(flavors)} flavors"
+
+
+def works_on_dtensors(subject: Subject) -> str:
+    """Sharded tensors are mapped there and back without gathering them. Called on two ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = meta_model(subject)
+    state = distinct_state(model)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    for dim in (0, 1):
+        adapter = adapter_of(subject)
+        sharded = {
+            name: distribute_tensor(tensor, mesh, [Shard(dim if tensor.ndim > dim else 0)])
+            if tensor.ndim
+            else tensor
+            for name, tensor in state.items()
+        }
+        what = f"of tensors sharded over dimension {dim}, from_hf(to_hf(state))"
+        hf = _convert(adapter.to_hf, dict(sharded), f"with DTensors of Shard({dim}), to_hf")
+        held, given = _local_bytes(hf), _local_bytes(sharded)
+        if held > 1.25 * given:
+            raise CheckFailedError(
+                f"to_hf() of DTensors gives {held:,} bytes on a rank that holds {given:,}",
+                f"{_HINT}no full_tensor(): sharded models are saved without a full copy.",
+            )
+        back = _convert(adapter.from_hf, hf, f"with DTensors of Shard({dim}), from_hf")
+        plain = [
+            n for n, t in back.items() if isinstance(sharded[n], DTensor) and not _is_sharded(t)
+        ]
+        if plain:
+            raise CheckFailedError(
+                f"{what} has {some(plain)} as plain tensors",
+                f"{_HINT}use operations that DTensors know, not .data, .numpy() or to_local().",
+            )
+        full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in back.items()}
+        _compare(full, state, _buffers(model), what)
+    return "2 ranks, Shard(0) and Shard(1)"
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def _local_bytes(state: State) -> int:
+    locals_ = {id(t): t.to_local() if isinstance(t, DTensor) else t for t in state.values()}
+    return sum(tensor.nbytes for tensor in locals_.values())
+
+
+CHECKS = (
+    Check("adapter.round_trip", "from_hf(to_hf(state)) is the state", maps_there_and_back),
+    Check(
+        "adapter.parts",
+        "a stage's names alone are mapped as within the whole",
+        parts_map_alike,
+        needs=("adapter.round_trip",),
+    ),
+    Check(
+        "adapter.flavors",
+        "all flavors' names are mapped",
+        flavors_map,
+        needs=("adapter.round_trip",),
+    ),
+    Check(
+        "adapter.dtensor",
+        "sharded tensors are mapped without gathering them",
+        works_on_dtensors,
+        ranks=2,
+        needs=("adapter.round_trip",),
+    ),
+)

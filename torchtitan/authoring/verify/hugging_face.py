@@ -1,0 +1,371 @@
+"""A Hugging Face checkpoint (`--hf`) against the model: sizes, names, and the numbers of each layer.
+
+Both models get the same tokens. Hidden states are compared before the first layer, after each
+layer, and at the end; within the first layer that differs, the outputs of the modules whose weights
+the adapter maps onto each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from torchtitan.errors import TitanError
+from torchtitan.protocols import BaseModelArgs
+
+from .adapter import adapter_of
+from .check import Check, CheckFailedError, NotApplicableError
+from .probe import hidden_states, relative_difference, some
+from .subject import Subject
+
+TOLERANCE = 1e-4
+"""Of hidden states and logits in float32, over the largest."""
+
+_SIZES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+"""Usual fields of args -> those of `config.json`, for args without `from_hf_config`."""
+_NOT_IN_CONFIG = {"attention", "aux_loss_weight"}
+"""Fields of args, or of what they hold, that say how to train."""
+
+
+def folder_of(subject: Subject) -> Path:
+    """Raises `NotApplicableError` without `--hf`."""
+    if subject.hf_path is None:
+        raise NotApplicableError("give --hf PATH to compare with a Hugging Face checkpoint")
+    return subject.hf_path
+
+
+def read_config(subject: Subject) -> dict[str, Any]:
+    path = folder_of(subject) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckFailedError(f"{path} cannot be read: {error}") from error
+    return config.get("text_config", config)
+
+
+def args_of(subject: Subject) -> BaseModelArgs:
+    """The args that `config.json` gives, or else the flavor's."""
+    make = getattr(type(subject.spec.model_args), "from_hf_config", None)
+    return subject.args if make is None else make(read_config(subject))
+
+
+def config_matches(subject: Subject) -> str:
+    """The flavor's args are what the `config.json` says."""
+    config, ours = read_config(subject), subject.args
+    if hasattr(type(ours), "from_hf_config"):
+        try:
+            theirs = args_of(subject)
+        except TitanError as error:
+            raise CheckFailedError(
+                f"{type(ours).__name__}.from_hf_config refuses it: {error}",
+                "It is of another architecture, or has an option that the model does not have.",
+            ) from error
+        differences = [
+            f"{name} = {a!r} (config.json: {b!r})"
+            for name, a, b in _fields(ours, theirs)
+            if a != b and name.rpartition(".")[2] not in _NOT_IN_CONFIG
+        ]
+    else:
+        differences = [
+            f"{name} = {getattr(ours, name)!r} (config.json: {key} = {config[key]!r})"
+            for name, key in _SIZES.items()
+            if hasattr(ours, name) and config.get(key) not in (None, getattr(ours, name))
+        ]
+    if differences:
+        raise CheckFailedError(
+            f"flavor {subject.flavor} is not the model of {folder_of(subject)}: "
+            f"{some(differences)}",
+            "__init__.py: the flavor's arguments; or choose the checkpoint's flavor by --flavor.",
+        )
+    return f"model_type {config.get('model_type')}"
+
+
+def _fields(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Name and both values of each field, of those that are dataclasses too."""
+    rows = []
+    for field in dataclasses.fields(ours):
+        a, b, name = getattr(ours, field.name), getattr(theirs, field.name), prefix + field.name
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            rows += _fields(a, b, f"{name}.")
+        else:
+            rows.append((name, a, b))
+    return rows
+
+
+def names_match(subject: Subject) -> str:
+    """The adapter's names and shapes are those of the files."""
+    from torchtitan.components.checkpoint.reader import read_safetensors_metadata
+
+    metadata = read_safetensors_metadata(folder_of(subject)).state_dict_metadata
+    files = {name: list(entry.size) for name, entry in metadata.items()}
+    model, adapter = _meta(subject), _adapter(subject)
+    state = {n: t for n, t in model.state_dict().items() if n not in _tied_names(model)}
+    ours = {name: list(tensor.shape) for name, tensor in adapter.to_hf(state).items()}
+    buffers = adapter.to_hf({n: t for n, t in model.named_buffers() if n in state})
+    if missing := [name for name in ours if name not in files and name not in buffers]:
+        raise CheckFailedError(
+            f"to_hf() gives {some(missing)}, which the files do not have; they have "
+            f"{some(_closest(missing, files))}",
+            "state_dict_adapter.py: the names of model.safetensors.index.json.",
+        )
+    for name, shape in ours.items():
+        if name in files and files[name] != shape:
+            turned = " (it is transposed)" if files[name] == shape[::-1] else ""
+            raise CheckFailedError(
+                f"to_hf() gives {name} as {shape}, but in the files it is {files[name]}{turned}",
+                "state_dict_adapter.py, or the args.",
+            )
+    left = [name for name in files if name not in ours and not _is_passed_over(adapter, name)]
+    if left:
+        raise CheckFailedError(
+            f"the files have {some(left)}, which the model has not",
+            "A bias or norm may be missing in the model. What really is not needed, from_hf() must "
+            "leave out without an error.",
+        )
+    return f"{len(ours)} tensors"
+
+
+def _closest(names: list[str], files: dict[str, Any]) -> list[str]:
+    """Of the files' names, those most like the first of `names`."""
+    from difflib import get_close_matches
+
+    return get_close_matches(names[0], files, n=3, cutoff=0.0)
+
+
+def _is_passed_over(adapter: Any, name: str) -> bool:
+    """Whether `from_hf` leaves a tensor out."""
+    try:
+        return not adapter.from_hf({name: torch.empty(0, device="meta")})
+    except Exception:
+        return False
+
+
+def _meta(subject: Subject) -> nn.Module:
+    with torch.device("meta"):
+        return subject.spec.model_cls(args_of(subject))
+
+
+def _adapter(subject: Subject) -> Any:
+    adapter_of(subject)
+    return subject.spec.state_dict_adapter(args_of(subject), hf_assets_path=folder_of(subject))
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    first = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+
+
+def numbers_match(subject: Subject) -> str:
+    """The same logits; else the first layer that differs, and what in it."""
+    folder = folder_of(subject)
+    theirs = _load_theirs(folder)
+    ours = _load_ours(subject, folder)
+    tokens = subject.tokens(2)
+    tokens = tokens % min(subject.vocab_size, theirs.config.vocab_size)
+    pairs = _pairs(ours, theirs, _adapter(subject))
+    record = [_Record(ours), _Record(theirs)]
+    with torch.no_grad(), record[0] as a, record[1] as b:
+        for mine, other in pairs:
+            a.watch(mine), b.watch(other)
+        our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
+        if len(our_layers) != len(their_layers):
+            raise CheckFailedError(f"{len(our_layers)} layers, not {len(their_layers)}")
+        for mine, other in zip(our_layers, their_layers, strict=True):
+            a.watch(mine), b.watch(other)
+        our_logits, their_logits = ours(tokens), theirs(tokens, use_cache=False).logits
+    worst = 0.0
+    for number, (mine, other) in enumerate(zip(our_layers, their_layers, strict=True)):
+        if number == 0 and (d := _difference(a.inputs[mine], b.inputs[other])) > TOLERANCE:
+            raise CheckFailedError(
+                f"what {mine} gets differs by {d:.1e} of the largest: the embedding",
+                "Look at a factor of the embedding (Gemma: sqrt(dim)), positions, or a norm.",
+            )
+        difference = _difference(a.outputs[mine], b.outputs[other])
+        if difference > TOLERANCE:
+            inner = [pair for pair in pairs if pair[0].startswith(f"{mine}.")]
+            where, hint = _within(inner, a, b, ours)
+            raise CheckFailedError(
+                f"{mine} is the first layer that differs from {other}, by {difference:.1e} of the "
+                f"largest{where}",
+                hint,
+            )
+        worst = max(worst, difference)
+    difference = relative_difference(our_logits, their_logits)
+    if difference > TOLERANCE:
+        raise CheckFailedError(
+            f"all layers are alike, but the logits differ by {difference:.1e} of the largest",
+            "Look at the final norm, at the output layer (tied?), and at a factor or soft limit of "
+            "the logits.",
+        )
+    return f"logits equal to {difference:.0e}, layers to {worst:.0e}"
+
+
+def _load_theirs(folder: Path) -> nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise NotApplicableError(
+            "transformers is not installed: pip install transformers to compare numbers"
+        ) from error
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    return model.eval()
+
+
+def _load_ours(subject: Subject, folder: Path) -> nn.Module:
+    """By the adapter of this spec, whatever other models are registered."""
+    from safetensors.torch import load_file
+
+    from torchtitan.distributed.init import initialize_weights
+
+    model = _meta(subject)
+    initialize_weights(model, subject.seed, torch.device("cpu"))
+    hf: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        hf |= load_file(file)
+    state = _adapter(subject).from_hf(hf)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = _tied_names(model)
+    buffers = {name for name, _ in model.named_buffers()}
+    missing = [name for name in missing if name not in tied and name not in buffers]
+    if missing or unexpected:
+        raise CheckFailedError(
+            f"from_hf() of the files lacks or has too many of {some([*missing, *unexpected])}",
+            "state_dict_adapter.py: from_hf() must give the names of model.state_dict().",
+        )
+    return model.float().eval()
+
+
+def _layers_of(theirs: nn.Module) -> list[str]:
+    for name, module in theirs.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h"):
+            return [f"{name}.{number}" for number in range(len(module))]
+    raise NotApplicableError(f"{type(theirs).__name__} has no list of layers")
+
+
+def _pairs(ours: nn.Module, theirs: nn.Module, adapter: Any) -> list[tuple[str, str]]:
+    """Modules of both models with the same weight, by the adapter's names, one by one."""
+    modules = dict(theirs.named_modules())
+    pairs = []
+    for name, module in ours.named_modules():
+        key = f"{name}.weight"
+        if not isinstance(getattr(module, "weight", None), nn.Parameter):
+            continue
+        try:
+            (other,) = adapter.to_hf({key: module.weight.detach()})
+        except Exception:
+            continue
+        other = other.removesuffix(".weight")
+        if other in modules:
+            pairs.append((name, other))
+    return pairs
+
+
+class _Record:
+    """Inputs and outputs of the modules that are watched."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
+        self._model, self._stack = model, ExitStack()
+
+    def watch(self, name: str) -> None:
+        hook = self._model.get_submodule(name).register_forward_hook(
+            self._hook(name), with_kwargs=True
+        )
+        self._stack.callback(hook.remove)
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            try:
+                self.inputs[name] = hidden_states(args, kwargs)
+                self.outputs[name] = hidden_states((output,), {})
+            except TypeError:  # of an embedding, or of experts without a batch dimension
+                pass
+
+        return hook
+
+    def __enter__(self) -> _Record:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+
+def _difference(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+    if a is None or b is None or a.numel() != b.numel():
+        return float("inf")
+    return relative_difference(a.flatten(2), b.flatten(2).view_as(a.flatten(2)))
+
+
+def _within(
+    pairs: list[tuple[str, str]], a: _Record, b: _Record, ours: nn.Module
+) -> tuple[str, str]:
+    """What in a layer differs first, and the likely mistake."""
+    order = list(a.outputs)  # by when they were done
+    pairs = [pair for pair in pairs if pair[0] in a.outputs and pair[1] in b.outputs]
+    for mine, other in sorted(pairs, key=lambda pair: order.index(pair[0])):
+        if _difference(a.inputs[mine], b.inputs[other]) > TOLERANCE:
+            return (
+                f"; in it, the input of {mine} (theirs: {other})",
+                f"Everything that leads to {mine} is alike in modules with weights, so what is "
+                "between them differs. Before attention's output: how queries and keys are turned "
+                "(features i and i + head_dim / 2, or 2i and 2i + 1: one convention may need a "
+                "permutation of the rows of wq and wk, the other none), rope_theta and its "
+                "scaling, the scale of scores, the mask, and which query heads share a key. "
+                "Elsewhere: the activation, gate and up exchanged, the residual, or routing.",
+            )
+        ours_out, theirs_out = a.outputs[mine], b.outputs[other]
+        if _difference(ours_out, theirs_out) > TOLERANCE:
+            flat = ours_out.flatten(2), theirs_out.flatten(2)
+            same_numbers = flat[0].shape == flat[1].shape and (
+                _difference(flat[0].sort().values, flat[1].sort().values) < TOLERANCE
+            )
+            if same_numbers:
+                return (
+                    f"; in it, {mine} gives the features of {other} in another order",
+                    "The adapter permutes rows where it should not (or the other way round). "
+                    "Hugging Face's wq and wk are for rotary pairs i and i + head_dim / 2 in most "
+                    "models: permute q and k only if the model turns pairs 2i and 2i + 1.",
+                )
+            return (
+                f"; in it, {mine} (theirs: {other}), for the same input",
+                "Its weight or bias is another: two names exchanged in the adapter, a transposed "
+                "or permuted matrix, a bias left out; or a norm with another eps or offset.",
+            )
+    return (
+        "; no module with a weight of its own differs",
+        "Look at experts and their router: normalised weights, the scale, which are chosen; and at "
+        "the residual connections.",
+    )
+
+
+CHECKS = (
+    Check("hf.config", "the flavor is the checkpoint's model", config_matches),
+    Check("hf.names", "the adapter's names and shapes are the files'", names_match),
+    Check(
+        "hf.numbers",
+        "logits and every layer are equal to transformers'",
+        numbers_match,
+        timeout=600,
+        quick=False,
+        needs=("hf.names",),
+    ),
+)
