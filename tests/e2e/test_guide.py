@@ -42,6 +42,10 @@ class TransformerBlock(nn.Module):
         return x + self.proj(out.transpose(1, 2).reshape(batch, seq, dim))
 """
 
+REST_OF_PARAMETERS = (  # the output layer, the blocks above, and the last norm
+    "+ (1 + self.vocab_size) * self.dim + self.n_layers * (4 * self.dim + 1) * self.dim"
+)
+
 PARALLELIZE_IMPORTS = """
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -74,7 +78,7 @@ def code_blocks() -> dict[str, str]:
 def write_model(folder: Path, package: str) -> None:
     """Create the guide's folder from its blocks, filling only what the guide leaves open."""
     blocks = code_blocks()
-    args = blocks["model/args.py"].replace("+ ...", "+ 0")
+    args = blocks["model/args.py"].replace("+ ...", REST_OF_PARAMETERS)
     model = blocks["model/model.py"].replace("from .args import", BLOCK + "\nfrom .args import", 1)
     files = {
         "__init__.py": SPEC_IMPORTS

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint (`--hf`) against the model: sizes, names, and the numbers of each layer.
+"""A Hugging Face checkpoint (`--hf`) against the model: sizes, names, and each layer's numbers.
 
 Both models get the same tokens. Hidden states are compared before the first layer, after each
 layer, and at the end; within the first layer that differs, the outputs of the modules whose weights
@@ -358,14 +358,13 @@ def _within(
 
 
 CHECKS = (
-    Check("hf.config", "the flavor is the checkpoint's model", config_matches),
-    Check("hf.names", "the adapter's names and shapes are the files'", names_match),
+    Check("adapter.hf_config", "the flavor is the checkpoint's model", config_matches),
+    Check("adapter.hf_names", "the adapter's names and shapes are the files'", names_match),
     Check(
-        "hf.numbers",
+        "adapter.hf_numbers",
         "logits and every layer are equal to transformers'",
         numbers_match,
         timeout=600,
-        quick=False,
-        needs=("hf.names",),
+        needs=("adapter.hf_names",),
     ),
 )

@@ -1,0 +1,22 @@
+"""The adapter leaves out the norm before the feed-forward layer."""
+
+from __future__ import annotations
+
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("adapter.round_trip",)
+SAYS = r"layers\.0\.ffn_norm\.weight"
+
+
+class Adapter(base.Adapter):
+    def to_hf(self, state_dict):
+        return super().to_hf({k: v for k, v in state_dict.items() if "ffn_norm" not in k})
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, state_dict_adapter=Adapter)
+
+
+register_train_spec("adapter_drops_a_key", get_train_spec)

@@ -1,0 +1,23 @@
+"""The adapter transposes square matrices on the way out alone."""
+
+from __future__ import annotations
+
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("adapter.round_trip",)
+SAYS = r"layers\.0\.attention\.wq\.weight has other values: it is transposed"
+
+
+class Adapter(base.Adapter):
+    def to_hf(self, state_dict):
+        hf = super().to_hf(state_dict)
+        return {k: v.T.contiguous() if "q_proj" in k else v for k, v in hf.items()}
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, state_dict_adapter=Adapter)
+
+
+register_train_spec("adapter_transposes", get_train_spec)

@@ -1,0 +1,24 @@
+"""Something is divided by seq - 1."""
+
+from __future__ import annotations
+
+import torch
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("semantics.lengths",)
+SAYS = r"sequences of 1 tokens"
+
+
+class Attention(base.Attention):
+    def forward(self, x, positions, mask):
+        share = torch.arange(x.shape[1]) / torch.tensor(x.shape[1] - 1)
+        return super().forward(x, positions, mask) + 0 * share[:, None]
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
+
+
+register_train_spec("fails_on_one_token", get_train_spec)

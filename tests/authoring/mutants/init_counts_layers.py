@@ -1,0 +1,25 @@
+"""The initial scale depends on how many layers exist, not on how many the model has."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("contract.recursive",)
+SAYS = r"layers\.0 alone gets another layers\.0\.attention\.wo\.weight"
+
+
+class Model(base.Model):
+    def init_weights(self) -> None:
+        super().init_weights()
+        for layer in self.layers.values():
+            nn.init.normal_(layer.attention.wo.weight, std=0.02 / len(self.layers) ** 0.5)
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model)
+
+
+register_train_spec("init_counts_layers", get_train_spec)

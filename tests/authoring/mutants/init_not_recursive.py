@@ -1,0 +1,24 @@
+"""init_weights wants all layers to be there, which a pipeline stage does not have."""
+
+from __future__ import annotations
+
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("contract.recursive",)
+SAYS = r"fails on the model with layers\.0 alone: KeyError"
+
+
+class Model(base.Model):
+    def init_weights(self) -> None:
+        for number in range(self.args.n_layers):
+            self.layers[str(number)].attention.wq.reset_parameters()
+        super().init_weights()
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model)
+
+
+register_train_spec("init_not_recursive", get_train_spec)

@@ -1,0 +1,29 @@
+"""Layers in an nn.ModuleList, which renames those that are left when some are deleted."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("contract.layers",)
+SAYS = r"layers is ModuleList, not nn\.ModuleDict"
+
+
+class Listed(nn.ModuleList):
+    def values(self):
+        return iter(self)
+
+
+class Model(base.Model):
+    def __init__(self, args: base.Args) -> None:
+        super().__init__(args)
+        self.layers = Listed(self.layers.values())
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model)
+
+
+register_train_spec("layers_in_a_list", get_train_spec)

@@ -1,0 +1,23 @@
+"""Hidden states are detached before the output layer, and that does not learn either."""
+
+from __future__ import annotations
+
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("learning.one_batch", "learning.gradients")
+SAYS = r"the loss fell from \d\.\d+ to \d\.\d+ only"
+
+
+class Model(base.Model):
+    def forward(self, tokens, positions=None, document_ids=None):
+        logits = super().forward(tokens, positions, document_ids)
+        return logits.detach() + 0 * logits
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model)
+
+
+register_train_spec("learns_nothing", get_train_spec)

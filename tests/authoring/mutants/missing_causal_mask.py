@@ -1,0 +1,24 @@
+"""Attention without a mask: every token sees the later ones, which it is to predict."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("semantics.causality",)
+SAYS = r"layers\.0: token 0 sees 63 later tokens"
+
+
+class Unmasked(base.Attention):
+    def __init__(self, args: base.Args) -> None:
+        super().__init__(args)
+        self.inner_attention = lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v)
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Unmasked))
+
+
+register_train_spec("missing_causal_mask", get_train_spec)

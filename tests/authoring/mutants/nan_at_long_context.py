@@ -1,0 +1,23 @@
+"""A temperature by position is the root of a negative number from 1,025 tokens on."""
+
+from __future__ import annotations
+
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("numerics.finite",)
+SAYS = r"at 2048 tokens in float32, the output of layers\.0\.attention.* is not finite"
+
+
+class Attention(base.Attention):
+    def rotate(self, x, positions):
+        temperature = (1024.0 - positions[..., None, None]).sqrt() / 32
+        return super().rotate(x, positions) * temperature
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
+
+
+register_train_spec("nan_at_long_context", get_train_spec)

@@ -1,0 +1,30 @@
+"""Hidden states are scaled where the embedding is absent too: in every pipeline stage."""
+
+from __future__ import annotations
+
+import torch
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("contract.absent",)
+SAYS = r"as two parts they give logits that differ"
+
+
+class Model(base.Model):
+    def forward(self, tokens, positions=None, document_ids=None):
+        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        h = h * 8.0
+        positions = torch.arange(tokens.shape[1])[None] if positions is None else positions
+        mask = self.mask(positions.shape[1], document_ids, positions.device)
+        for layer in self.layers.values():
+            h = layer(h, positions, mask)
+        h = self.norm(h + 1) if self.norm is not None else h
+        return self.output(h) if self.output is not None else h
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model)
+
+
+register_train_spec("scaled_outside_of_the_embedding", get_train_spec)

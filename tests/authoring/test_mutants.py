@@ -1,0 +1,143 @@
+"""`torchtitan verify` finds each planted bug, and says where it is; and it passes what is right.
+
+Each file of `mutants/` has, besides `get_train_spec`:
+
+* `CAUGHT_BY`: names of the checks that must fail, the most telling first;
+* `SAYS`: what the first one's problem and hint must match;
+* `HF_CONFIG`, if it is to be compared with a Hugging Face model: its `config.json`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchtitan.authoring.verify.catalog import all_checks, choose
+from torchtitan.authoring.verify.check import Outcome
+from torchtitan.authoring.verify.run import run_check, run_checks
+from torchtitan.authoring.verify.subject import Subject
+
+MUTANTS = sorted(
+    path.stem
+    for path in (Path(__file__).parent / "mutants").glob("*.py")
+    if "CAUGHT_BY" in path.read_text()
+)
+QUICK = {
+    "adapter_permutes_queries",
+    "dead_parameter",
+    "document_mask_ignored",
+    "float64_leak",
+    "flops_off_by_two",
+    "init_not_recursive",
+    "layers_in_a_list",
+    "mask_off_by_one",
+    "router_not_normalised",
+    "uninitialised_buffer",
+}
+"""Those that CI looks for, one or two of a kind; the others are `long`."""
+
+CHECKS = {check.name: check for check in all_checks()}
+
+
+def subject_of(name: str, folder: Path, hf_path: Path | None = None) -> Subject:
+    return Subject(name, "debugmodel", folder, f"mutants.{name}", hf_path)
+
+
+def write_hf_model(config: dict, folder: Path) -> Path:
+    """A checkpoint of random weights, far from zero, so that a difference would show."""
+    import transformers
+
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    hf_config = transformers.AutoConfig.from_pretrained(folder)
+    hf_config.initializer_range = 0.1
+    transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
+    return folder
+
+
+def test_there_are_mutants_for_every_kind_of_check() -> None:
+    caught = {name for mutant in MUTANTS for name in module_of(mutant).CAUGHT_BY}
+    assert caught <= CHECKS.keys()
+    assert {name.partition(".")[0] for name in caught} == {c.group for c in CHECKS.values()}
+    assert set(MUTANTS) >= QUICK
+
+
+def module_of(mutant: str):
+    return importlib.import_module(f"mutants.{mutant}")
+
+
+def require_caught(mutant: str, folder: Path) -> None:
+    module = module_of(mutant)
+    hf_path = None
+    if hasattr(module, "HF_CONFIG"):
+        hf_path = write_hf_model(module.HF_CONFIG, folder)
+    subject = subject_of(mutant, folder, hf_path)
+    for number, name in enumerate(module.CAUGHT_BY):
+        outcome = run_check(CHECKS[name], subject)
+        assert outcome.status == "fail", f"{name}: {outcome.message}"
+        assert not outcome.details, f"{name} crashed: {outcome.details}"
+        if number == 0:
+            said = f"{outcome.message} {outcome.hint}"
+            assert re.search(module.SAYS, said, re.S), said
+
+
+@pytest.mark.parametrize("mutant", sorted(QUICK))
+def test_a_planted_bug_is_found(mutant: str, tmp_path: Path) -> None:
+    require_caught(mutant, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mutant", sorted(set(MUTANTS) - QUICK))
+def test_every_other_planted_bug_is_found(mutant: str, tmp_path: Path) -> None:
+    require_caught(mutant, tmp_path)
+
+
+def failures(subject: Subject) -> list[str]:
+    outcomes: list[Outcome] = list(run_checks(choose(), subject))
+    return [f"{o.check.name}: {o.message}\n{o.details}" for o in outcomes if o.status == "fail"]
+
+
+def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
+    """So that a failure of a mutant is due to its bug."""
+    config = importlib.import_module("mutants.base").hf_config()
+    (tmp_path / "hf").mkdir()
+    subject = subject_of("base", tmp_path, write_hf_model(config, tmp_path / "hf"))
+    outcomes = list(run_checks([CHECKS[n] for n in ("contract.forward",)], subject))
+    outcomes += list(run_checks(choose(["adapter"]), subject))
+    assert {o.status for o in outcomes if o.check.name != "adapter.flavors"} == {"pass"}, outcomes
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "flavor", "custom_import"),
+    [
+        ("base", "debugmodel", "mutants.base"),
+        ("deepseek_v3", "debugmodel", ""),
+        ("gemma3", "debugmodel", ""),
+        ("gpt_oss", "debugmodel", ""),
+        ("llama3", "debugmodel", ""),
+        ("llama4", "debugmodel", ""),
+        ("qwen3", "debugmodel", ""),
+        ("qwen3", "debugmodel_moe", ""),
+        ("tiny_llama", "tiny", "tiny_llama"),
+    ],
+)
+def test_a_right_model_passes(name: str, flavor: str, custom_import: str, tmp_path: Path) -> None:
+    assert not failures(Subject(name, flavor, tmp_path, custom_import))
+
+
+def test_the_guides_model_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of `docs/adding_models.md`, as it is tested there."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "e2e"))
+    from test_guide import write_model
+
+    write_model(tmp_path / "guides_package" / "your_model", "guides_package.your_model")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    subject = Subject("your_model", "debug", tmp_path, "guides_package.your_model")
+    assert not failures(subject)
