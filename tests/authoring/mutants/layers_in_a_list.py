@@ -8,7 +8,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.layers",)
-SAYS = r"layers is ModuleList, not nn\.ModuleDict"
+SAYS = r"layers is Listed, not nn\.ModuleDict"
 
 
 class Listed(nn.ModuleList):

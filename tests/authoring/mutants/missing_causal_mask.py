@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn as nn
 import torch.nn.functional as F
 from mutants import base
 
@@ -11,14 +12,19 @@ CAUGHT_BY = ("semantics.causality",)
 SAYS = r"layers\.0: token 0 sees 63 later tokens"
 
 
-class Unmasked(base.Attention):
+class Unmasked(nn.Module):
+    def forward(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(base.Attention):
     def __init__(self, args: base.Args) -> None:
         super().__init__(args)
-        self.inner_attention = lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v)
+        self.inner_attention = Unmasked()
 
 
 def get_train_spec(flavor: str) -> TrainSpec:
-    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Unmasked))
+    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
 
 
 register_train_spec("missing_causal_mask", get_train_spec)

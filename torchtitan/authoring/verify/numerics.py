@@ -117,7 +117,7 @@ def nothing_is_float64(subject: Subject) -> str:
     with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
         loss_of(model(tokens), tokens).backward()
     if wide.found:
-        (module, operation, dtype), count = next(iter(wide.found.items())), len(wide.found)
+        (module, operation, dtype), count = next(iter(wide.found)), len(wide.found)
         raise CheckFailedError(
             f"{operation} in {module} makes a {dtype} tensor"
             + (f" (and {count - 1} other operations)" if count > 1 else ""),

@@ -50,7 +50,8 @@ def no_token_sees_a_later_one(subject: Subject) -> str:
                     f"most of all token {leak}",
                     _mask_hint(query, later),
                 )
-    _changing_a_token_changes_only_later_ones(model, tokens)
+    for seed in (1, 2, 3):
+        _later_tokens_change_nothing(model, tokens, subject.tokens(1, seed=seed))
     return f"{len(model.layers)} layers, queries {some([str(q) for q in queries])} of {seq}"
 
 
@@ -64,20 +65,22 @@ def _mask_hint(query: int, later: torch.Tensor) -> str:
 
 
 @torch.no_grad()
-def _changing_a_token_changes_only_later_ones(model: torch.nn.Module, tokens: torch.Tensor) -> None:
+def _later_tokens_change_nothing(
+    model: torch.nn.Module, tokens: torch.Tensor, others: torch.Tensor
+) -> None:
     """Routing has no gradient, so this asks the whole model."""
-    changed = tokens.clone()
     place = tokens.shape[1] // 2
-    changed[:, place:] = changed[:, place:].roll(1, dims=1)
+    changed = torch.cat([tokens[:, :place], others[:, place:]], dim=1)
     with recorded_outputs(model) as before:
         expected = model(tokens)
     with recorded_outputs(model) as after:
         actual = model(changed)
     difference = relative_difference(actual[:, :place], expected[:, :place])
-    if difference > TOLERANCE:
+    module = _first_module(after, before, slice(0, place))
+    if difference > TOLERANCE or module:
         raise CheckFailedError(
             f"changing tokens from {place} on changes logits of earlier ones by {difference:.1e} "
-            f"of the largest{_first_module(after, before, slice(0, place))}",
+            f"of the largest; the first module that differs is {module or 'unknown'}",
             f"It is no path that gradients take, so a choice. {_ROUTING}",
         )
 
@@ -86,19 +89,24 @@ def _first_module(
     actual: dict[str, torch.Tensor],
     expected: dict[str, torch.Tensor],
     places: slice = slice(None),
-    batch: int | None = None,
+    rows: slice = slice(None),
 ) -> str:
-    """`; the first module that differs is ...`, by the outputs [batch, seq, ...] of modules."""
+    """The first module whose output `[batch, seq, features]` differs, by its own scale; or "".
+
+    More sensitive than logits, since what layers add to an untrained model's residual stream is
+    small.
+
+    Args:
+        places: tokens to compare.
+        rows: sequences of `expected` that `actual` has.
+    """
     for name, tensor in expected.items():
         other = actual.get(name)
-        if other is None or tensor.ndim < 3 or not tensor.is_floating_point():
-            continue
-        rows = slice(None) if batch is None else slice(batch, batch + 1)
-        if other.ndim != tensor.ndim:
+        if other is None or tensor.ndim != 3 or other.ndim != 3 or not tensor.is_floating_point():
             continue
         a, b = other[:, places], tensor[rows, places]
         if a.shape == b.shape and relative_difference(a, b) > TOLERANCE:
-            return f"; the first module that differs is {name}"
+            return name
     return ""
 
 
@@ -262,10 +270,11 @@ def rows_are_independent(subject: Subject) -> str:
         with recorded_outputs(model) as alone:
             single = model(tokens[1:2])
     difference = relative_difference(single, batched[1:2])
-    if difference > TOLERANCE:
+    module = _first_module(alone, in_batch, rows=slice(1, 2))
+    if difference > TOLERANCE or module:
         raise CheckFailedError(
             f"a sequence alone gives other logits than in a batch of 3, by {difference:.1e} of the "
-            f"largest{_first_module(alone, in_batch, batch=1)}",
+            f"largest; the first module that differs is {module or 'unknown'}",
             f"Nothing may depend on the size of the batch or on other sequences. {_ROUTING}",
         )
     return f"equal to {difference:.0e}"
@@ -283,11 +292,12 @@ def trailing_tokens_do_not_matter(subject: Subject) -> str:
     with recorded_outputs(model) as short:
         actual = model(tokens[:, :length])
     difference = relative_difference(actual, expected)
-    if difference > TOLERANCE:
+    module = _first_module(short, long, slice(0, length))
+    if difference > TOLERANCE or module:
         raise CheckFailedError(
             f"{length} tokens give other logits alone than with {tokens.shape[1] - length} tokens "
-            f"of padding behind them, by {difference:.1e} of the largest"
-            f"{_first_module(short, long, slice(0, length))}",
+            f"of padding behind them, by {difference:.1e} of the largest; the first module that "
+            f"differs is {module or 'unknown'}",
             "Nothing may depend on the length of the sequence: no mean over it, and positions "
             "count from its beginning.",
         )
