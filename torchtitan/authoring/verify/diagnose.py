@@ -55,9 +55,10 @@ def _collective(stacks: str) -> tuple[str, str]:
 
 
 def _where(traceback: str) -> str:
-    """The innermost frame of an exception's traceback that is not PyTorch's."""
-    frames = [f for f in _FRAME.finditer(traceback) if "/torch/" not in f["file"]]
+    """The innermost frame of an exception's traceback or a crash's stacks that is not PyTorch's."""
+    current = traceback.partition("Current thread")[2]  # faulthandler's, the most recent call first
+    frames = [f for f in _FRAME.finditer(current or traceback) if "/torch/" not in f["file"]]
     if not frames:
         return ""
-    last = frames[-1]
-    return f"{last['file']}:{last['line']} in {last['function']}"
+    innermost = frames[0] if current else frames[-1]
+    return f"{innermost['file']}:{innermost['line']} in {innermost['function']}"

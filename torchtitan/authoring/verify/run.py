@@ -48,15 +48,23 @@ def _run_in_turn(
     slots: _Slots,
     started: Notify | None,
 ) -> Outcome:
-    for needed in (future.result() for future in needs):
-        if needed.status == "skip":
-            return Outcome(check, "skip", needed.message)
-        if needed.status != "pass":
-            return Outcome(check, "skip", f"needs {needed.check.name}, which did not pass")
+    skipped = skipped_for(check, [future.result() for future in needs])
+    if skipped:
+        return skipped
     with slots.take(check.ranks):
         if started:
             started(check)
         return run_check(check, subject)
+
+
+def skipped_for(check: Check, needs: Sequence[Outcome]) -> Outcome | None:
+    """The outcome of a check that cannot run because of what became of those that it needs."""
+    for needed in needs:
+        if needed.status == "skip":
+            return Outcome(check, "skip", needed.message)
+        if needed.status != "pass":
+            return Outcome(check, "skip", f"needs {needed.check.name}, which did not pass")
+    return None
 
 
 def run_check(check: Check, subject: Subject) -> Outcome:

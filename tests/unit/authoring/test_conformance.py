@@ -1,0 +1,81 @@
+"""`conformance_tests` in an author's test file: a test for each check."""
+
+import subprocess
+import sys
+import textwrap
+
+pytest_plugins = ["pytester"]
+
+MODEL = """
+from dataclasses import replace
+
+from torchtitan.models import llama3
+from torchtitan.models.llama3 import Llama3Model, Llama3ModelArgs
+from torchtitan.protocols import register_train_spec
+
+MODEL_CONFIGS = {
+    "debugmodel": Llama3ModelArgs(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=64, vocab_size=264
+    )
+}
+
+
+class Model(Llama3Model):
+    def forward(self, tokens, positions=None, document_ids=None):
+        return super().forward(tokens, positions)
+
+
+def get_train_spec(flavor):
+    return replace(
+        llama3.get_train_spec("debugmodel"),
+        model_cls=Model,
+        model_args=MODEL_CONFIGS[flavor],
+        state_dict_adapter=None,
+    )
+
+
+register_train_spec("forgets_documents", get_train_spec)
+"""
+
+TEST = """
+from torchtitan.authoring import conformance_tests
+
+test_conformance = conformance_tests(
+    "forgets_documents",
+    custom_import="forgets_documents",
+    only=["contract.layers", "semantics.documents", "adapter.parts"],
+)
+"""
+
+
+def test_each_check_is_a_test(pytester, monkeypatch):
+    pytester.makepyfile(forgets_documents=MODEL, test_mine=TEST)
+    monkeypatch.syspath_prepend(str(pytester.path))
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v", "-rs")
+    # Besides the three, the check that the second one needs, and the one that the third needs.
+    result.assert_outcomes(passed=2, failed=1, skipped=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*test_conformance?contract.layers? PASSED*",
+            "*layers.0: tokens of the second document, from 21 on, see 21 tokens of the first*",
+            "*look at: The mask must hold*",
+            "*no state_dict_adapter*",
+        ]
+    )
+    assert "Traceback" not in result.stdout.str()
+
+
+def test_one_check_alone_runs_what_it_needs(pytester, monkeypatch):
+    pytester.makepyfile(forgets_documents=MODEL, test_mine=TEST)
+    monkeypatch.syspath_prepend(str(pytester.path))
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-k", "documents]")
+    result.assert_outcomes(failed=1, deselected=4)
+
+
+def test_neither_pytest_nor_torch_is_imported_with_the_package():
+    script = """
+        import sys
+        from torchtitan.authoring import conformance_tests
+        assert not {"pytest", "torch"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)

@@ -1,0 +1,108 @@
+"""The command line of `torchtitan verify`: what it accepts, its exit codes and its report."""
+
+import json
+
+import pytest
+
+from torchtitan.authoring.verify.catalog import all_checks, choose
+from torchtitan.authoring.verify.command import main
+from torchtitan.errors import ConfigError
+
+
+def test_names_are_unique_and_needs_come_first():
+    seen = []
+    for check in all_checks():
+        assert check.name not in seen
+        assert set(check.needs) <= set(seen), check.name
+        seen.append(check.name)
+
+
+def test_only_takes_checks_and_groups_and_adds_what_they_need():
+    names = [check.name for check in choose(["cost", "semantics.batch"])]
+    assert {"cost.nparams", "cost.flops", "semantics.batch", "contract.forward"} <= set(names)
+    assert "semantics.order" not in names
+
+
+def test_quick_leaves_out_what_is_not_quick():
+    assert all(check.quick for check in choose(quick=True))
+
+
+def test_an_unknown_check_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"--only semantics\.batches: .*semantics\.batch"):
+        choose(["semantics.batches"])
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"no model 'lama3'.*llama3"):
+        main(["lama3"])
+
+
+def test_an_unknown_flavor_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.flavor = 'huge'"):
+        main(["llama3", "--flavor", "huge"])
+
+
+def test_a_module_that_does_not_import_is_refused():
+    with pytest.raises(ConfigError, match="no_such_module"):
+        main(["mine", "--custom-import", "no_such_module"])
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        main(["llama3", "--hf", str(tmp_path / "nowhere")])
+
+
+def test_the_list_runs_nothing(capsys):
+    assert main(["llama3", "--list", "--only", "cost.nparams"]) == 0
+    assert capsys.readouterr().out == "cost.nparams  the number of parameters is exact\n"
+
+
+def test_a_right_model_gives_0_and_a_report(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    code = main(["llama3", "--only", "contract.layers", "--json", str(file)])
+    assert code == 0
+    assert "1 passed, 0 failed" in capsys.readouterr().out
+    (check,) = json.loads(file.read_text())["checks"]
+    assert (check["name"], check["status"]) == ("contract.layers", "pass")
+
+
+BROKEN = '''
+"""Llama 3 that claims one parameter too many."""
+from dataclasses import dataclass, replace
+
+from torchtitan.models import llama3
+from torchtitan.models.llama3 import Llama3ModelArgs
+from torchtitan.protocols import register_train_spec
+
+@dataclass
+class Args(Llama3ModelArgs):
+    def get_nparams_and_flops(self, seq_len):
+        nparams, flops = super().get_nparams_and_flops(seq_len)
+        return nparams + 1, flops
+
+MODEL_CONFIGS = {"debugmodel": Args(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=64,
+                                    vocab_size=264)}
+
+def get_train_spec(flavor):
+    return replace(llama3.get_train_spec("debugmodel"), model_args=MODEL_CONFIGS[flavor])
+
+register_train_spec("one_too_many", get_train_spec)
+'''
+
+
+@pytest.fixture
+def broken_model(tmp_path, monkeypatch):
+    """The name of a module in the working directory."""
+    (tmp_path / "one_too_many.py").write_text(BROKEN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "one_too_many"
+
+
+def test_a_wrong_model_gives_1_and_says_why(broken_model, capsys):
+    code = main([broken_model, "--custom-import", broken_model, "--only", "cost.nparams"])
+    assert code == 1
+    out = capsys.readouterr().out
+    assert "0 passed, 1 failed" in out
+    assert "1 less" in out
+    assert "look at: args.py: get_nparams_and_flops" in out
