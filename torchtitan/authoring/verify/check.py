@@ -55,8 +55,8 @@ class Check:
     quick: bool = True
     """Part of `--quick`."""
     needs: tuple[str, ...] = ()
-    """Checks that must have passed before, since this one reads what they leave in
-    `Subject.folder`."""
+    """Checks that must have passed before: this one reads what they leave in `Subject.folder`, or
+    would only fail for their reason once more."""
 
     @property
     def group(self) -> str:

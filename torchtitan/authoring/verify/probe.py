@@ -159,11 +159,6 @@ def accepts(model_cls: type, name: str) -> bool:
     return name in inspect.signature(model_cls.forward).parameters
 
 
-def layers_with(model: nn.Module, kinds: type | tuple[type, ...]) -> list[str]:
-    """Names of modules of these kinds."""
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
 def some(names: list[str], limit: int = 5) -> str:
     """`a, b, c and 7 more`."""
     more = len(names) - limit
