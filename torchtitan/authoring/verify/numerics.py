@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
-from .check import Check, CheckFailedError
-from .probe import loss_of, recorded_outputs, some
+from .check import Check, CheckFailedError, NotApplicableError
+from .probe import accepts, loss_of, recorded_outputs, some
 from .subject import Subject
 from .weights import BUILDS
 
@@ -51,12 +51,64 @@ def bf16_is_near_float32(subject: Subject) -> str:
     return f"logits within {worst:.1%} at {tokens.shape[1]} tokens"
 
 
+@torch.no_grad()
+def positions_are_exact_in_bf16(subject: Subject) -> str:
+    """bfloat16 makes no larger difference at late positions than at early ones.
+
+    An untrained model attends nearly evenly, so that wrong angles hardly show. Larger weights make
+    the scores matter.
+    """
+    if not accepts(subject.spec.model_cls, "positions"):
+        raise NotApplicableError("forward() takes no positions")
+    model, tokens = subject.build(), subject.tokens(1, 256)
+    for parameter in model.layers.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(_SHARPER)
+    early = torch.arange(256)[None]
+    late = early + _long(subject, 4256) - 256
+    worst = 0.0
+    for cast, description in ((_autocast, "autocast"), (_cast_parameters, "bfloat16 parameters")):
+        differences, modules = [], []
+        for positions in (early, late):
+            with recorded_outputs(model) as wide:
+                expected = model(tokens, positions=positions)
+            with cast(model), recorded_outputs(model) as narrow:
+                actual = model(tokens, positions=positions)
+            differences.append(_median_difference(actual, expected))
+            modules.append(_differences(narrow, wide))
+        ratio = differences[1] / max(differences[0], 1e-6)
+        worst = max(worst, ratio)
+        if ratio > 2:
+            names = [n for n, d in modules[1].items() if d > 1e-3 + 2 * modules[0].get(n, d)]
+            raise CheckFailedError(
+                f"with {description}, logits differ from float32 by {differences[1]:.1%} at "
+                f"positions from {int(late[0, 0])} on, but by {differences[0]:.1%} from 0 on"
+                + (f"; the first module where it shows is {names[0]}" if names else ""),
+                "Positions and rotary angles must stay float32: bfloat16 has no integers above "
+                "256. Make them by positions.float() * frequencies, not by einsum or @, which "
+                "autocast casts; and rotate in float32.",
+            )
+    return f"{worst:.2f} times the difference at position {int(late[0, 0])}"
+
+
+_SHARPER = 4.0
+"""Factor of the layers' matrices for `positions_are_exact_in_bf16`."""
+
+
+def _differences(
+    narrow: dict[str, torch.Tensor], wide: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Of modules with outputs `[batch, seq, features]`, how much these differ."""
+    return {
+        name: _median_difference(narrow[name], expected)
+        for name, expected in wide.items()
+        if expected.ndim == 3 and name in narrow and narrow[name].shape == expected.shape
+    }
+
+
 def _first_coarse(narrow: dict[str, torch.Tensor], wide: dict[str, torch.Tensor]) -> str:
-    for name, expected in wide.items():
-        actual = narrow.get(name)
-        if expected.ndim != 3 or actual is None or actual.shape != expected.shape:
-            continue
-        if not _median_difference(actual, expected) < BF16_TOLERANCE:
+    for name, difference in _differences(narrow, wide).items():
+        if not difference < BF16_TOLERANCE:
             return f"; the first module that differs so much is {name}"
     return ""
 
@@ -214,6 +266,12 @@ def first_loss_is_that_of_guessing(subject: Subject) -> str:
 
 CHECKS = (
     Check("numerics.bf16", "bfloat16 is near float32", bf16_is_near_float32, needs=(BUILDS,)),
+    Check(
+        "numerics.bf16_positions",
+        "bfloat16 leaves positions exact",
+        positions_are_exact_in_bf16,
+        needs=("contract.layers", BUILDS),
+    ),
     Check(
         "numerics.dtype",
         "logits are in the weights' dtype or float32",
