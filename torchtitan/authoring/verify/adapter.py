@@ -13,6 +13,7 @@ from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
 from .check import Check, CheckFailedError, NotApplicableError
+from .contract import SPEC
 from .probe import some
 from .subject import Subject
 
@@ -248,7 +249,9 @@ def works_on_dtensors(subject: Subject) -> str:
             )
         back = _convert(adapter.from_hf, hf, f"with DTensors of Shard({dim}), from_hf")
         plain = [
-            n for n, t in back.items() if isinstance(sharded[n], DTensor) and not _is_sharded(t)
+            name
+            for name, tensor in back.items()
+            if isinstance(sharded[name], DTensor) and not isinstance(tensor, DTensor)
         ]
         if plain:
             raise CheckFailedError(
@@ -260,17 +263,18 @@ def works_on_dtensors(subject: Subject) -> str:
     return "2 ranks, Shard(0) and Shard(1)"
 
 
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
 def _local_bytes(state: State) -> int:
     locals_ = {id(t): t.to_local() if isinstance(t, DTensor) else t for t in state.values()}
     return sum(tensor.nbytes for tensor in locals_.values())
 
 
 CHECKS = (
-    Check("adapter.round_trip", "from_hf(to_hf(state)) is the state", maps_there_and_back),
+    Check(
+        "adapter.round_trip",
+        "from_hf(to_hf(state)) is the state",
+        maps_there_and_back,
+        needs=(SPEC,),
+    ),
     Check(
         "adapter.parts",
         "a stage's names alone are mapped as within the whole",

@@ -222,17 +222,27 @@ def layers_are_a_dict(subject: Subject) -> str:
     return f"{len(layers)} layers"
 
 
+SPEC = "contract.spec"
+"""The check that there is a model to ask. Others need it."""
+
 CHECKS = (
-    Check("contract.spec", "the TrainSpec's fields are of the right kinds", spec_is_complete),
-    Check("contract.signatures", "all can be called as the trainer calls it", signatures_fit),
+    Check(SPEC, "the TrainSpec's fields are of the right kinds", spec_is_complete),
+    Check(
+        "contract.signatures",
+        "all can be called as the trainer calls it",
+        signatures_fit,
+        needs=(SPEC,),
+    ),
     Check(
         "contract.args",
         "update_from_config returns args and leaves the flavor as it is",
         args_are_not_modified,
+        needs=(SPEC,),
     ),
     Check(
         "contract.layers",
         "the layers are an nn.ModuleDict keyed by their number",
         layers_are_a_dict,
+        needs=(SPEC,),
     ),
 )

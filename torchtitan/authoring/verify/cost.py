@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
 from .check import Check, CheckFailedError, NotApplicableError
+from .contract import SPEC
 from .probe import loss_of, some
 from .subject import Subject
 from .weights import BUILDS
@@ -179,6 +180,6 @@ def _judge_attention(claimed: float, measured: float) -> str:
 
 
 CHECKS = (
-    Check("cost.nparams", "the number of parameters is exact", nparams_are_exact),
+    Check("cost.nparams", "the number of parameters is exact", nparams_are_exact, needs=(SPEC,)),
     Check("cost.flops", "FLOPs a token are as measured", flops_are_as_measured, needs=(BUILDS,)),
 )

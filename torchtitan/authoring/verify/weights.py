@@ -21,6 +21,7 @@ from torchtitan.distributed.tying import preserve_tying
 from torchtitan.protocols import ModelProtocol
 
 from .check import Check, CheckFailedError
+from .contract import SPEC
 from .probe import loss_of, some
 from .subject import Subject
 
@@ -219,13 +220,15 @@ CHECKS = (
         "contract.meta",
         "building on the meta device allocates nothing",
         construction_allocates_nothing,
+        needs=(SPEC,),
     ),
     Check(
         "contract.init_weights",
         "init_weights sets every parameter and buffer",
         init_weights_sets_everything,
+        needs=(SPEC,),
     ),
-    Check(BUILDS, "forward gives logits [batch, seq, vocab]", forward_gives_logits),
+    Check(BUILDS, "forward gives logits [batch, seq, vocab]", forward_gives_logits, needs=(SPEC,)),
     Check(
         "contract.deterministic",
         "the weights are a function of the seed alone",
