@@ -121,6 +121,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
     ("name", "flavor", "custom_import"),
     [
         ("base", "debugmodel", "mutants.base"),
+        ("learned_positions", "debugmodel", "learned_positions"),
         ("deepseek_v3", "debugmodel", ""),
         ("gemma3", "debugmodel", ""),
         ("gpt_oss", "debugmodel", ""),

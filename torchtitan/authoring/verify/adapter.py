@@ -91,7 +91,8 @@ def _convert(function: Any, state: State, name: str) -> State:
 
 def _require_all_in(hf: State, state: State, model: nn.Module) -> None:
     """No two of our tensors may have gone to one name: then one is lost."""
-    ours = {id(t): t.numel() for name, t in state.items() if name not in _buffers(model)}
+    buffers = _buffers(model)
+    ours = {id(t): t.numel() for name, t in state.items() if name not in buffers}
     theirs = sum(tensor.numel() for tensor in {id(t): t for t in hf.values()}.values())
     if theirs < sum(ours.values()):
         raise CheckFailedError(

@@ -60,12 +60,16 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
     """
     if not accepts(subject.spec.model_cls, "positions"):
         raise NotApplicableError("forward() takes no positions")
-    model, tokens = subject.build(), subject.tokens(1, 256)
+    seq = _long(subject, 256)
+    shift = _long(subject, _LATE + seq) - seq
+    if shift < 256:  # all positions are exact in bfloat16
+        raise NotApplicableError(f"max_seq_len = {shift + seq}, so there are no late positions")
+    model, tokens = subject.build(), subject.tokens(1, seq)
     for parameter in model.layers.parameters():
         if parameter.ndim > 1:
             parameter.mul_(_SHARPER)
-    early = torch.arange(256)[None]
-    late = early + _long(subject, 4256) - 256
+    early = torch.arange(seq)[None]
+    late = early + shift
     worst = 0.0
     for cast, description in ((_autocast, "autocast"), (_cast_parameters, "bfloat16 parameters")):
         differences, modules = [], []
@@ -82,15 +86,17 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
             names = [n for n, d in modules[1].items() if d > 1e-3 + 2 * modules[0].get(n, d)]
             raise CheckFailedError(
                 f"with {description}, logits differ from float32 by {differences[1]:.1%} at "
-                f"positions from {int(late[0, 0])} on, but by {differences[0]:.1%} from 0 on"
+                f"positions from {shift} on, but by {differences[0]:.1%} from 0 on"
                 + (f"; the first module where it shows is {names[0]}" if names else ""),
                 "Positions and rotary angles must stay float32: bfloat16 has no integers above "
                 "256. Make them by positions.float() * frequencies, not by einsum or @, which "
                 "autocast casts; and rotate in float32.",
             )
-    return f"{worst:.2f} times the difference at position {int(late[0, 0])}"
+    return f"{worst:.2f} times the difference at position {shift}"
 
 
+_LATE = 4000
+"""The position from which `positions_are_exact_in_bf16` looks."""
 _SHARPER = 4.0
 """Factor of the layers' matrices for `positions_are_exact_in_bf16`."""
 

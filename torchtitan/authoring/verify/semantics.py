@@ -199,14 +199,14 @@ def positions_are_used(subject: Subject) -> str:
                     f"by {difference:.1e} of the largest",
                     "By default, positions = torch.arange(seq)[None].",
                 )
-        stretched = relative_difference(model(tokens, positions=5 * counted), expected)
-    if stretched < 1e-6:
+        turned = relative_difference(model(tokens, positions=counted.flip(1)), expected)
+    if turned < 1e-6:
         raise CheckFailedError(
-            f"positions 0, 5, 10, ... change no logit (at most {stretched:.1e} of the largest)",
+            f"positions in the reverse order change no logit (at most {turned:.1e} of the largest)",
             "forward() takes `positions` and must turn queries and keys by them, not by "
             "torch.arange(seq).",
         )
-    return f"positions 5 times as far apart change logits by {stretched:.0e}"
+    return f"positions in the reverse order change logits by {turned:.0e}"
 
 
 @torch.no_grad()
