@@ -6,10 +6,32 @@ from collections.abc import Iterable
 
 from torchtitan.errors import ConfigError, did_you_mean
 
-from . import adapter, contract, cost, hugging_face, learning, numerics, parts, semantics, weights
+from . import (
+    adapter,
+    contract,
+    cost,
+    hugging_face,
+    layouts,
+    learning,
+    numerics,
+    parts,
+    semantics,
+    weights,
+)
 from .check import Check
 
-MODULES = (contract, weights, parts, semantics, numerics, cost, adapter, hugging_face, learning)
+MODULES = (
+    contract,
+    weights,
+    parts,
+    semantics,
+    numerics,
+    cost,
+    adapter,
+    hugging_face,
+    learning,
+    layouts,
+)
 """Each has `CHECKS`."""
 
 

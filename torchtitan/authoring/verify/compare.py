@@ -1,0 +1,240 @@
+"""Compares what a rank recorded with its part of the reference, and says where they part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from torchtitan.distributed.context_parallel import _sequence_shards
+
+from .observe import Outputs
+from .reference import BATCH, Tensors
+
+if TYPE_CHECKING:
+    from torchtitan.train import Trainer
+
+Indices = list[torch.Tensor]
+"""For each dimension of a tensor, the places of the whole tensor that a rank's part has."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor that is not what it is in the reference."""
+
+    name: str
+    relative: float
+    """Norm of the difference over the norm of the reference; NaN if a number is not finite."""
+    where: str = ""
+    """Which part of the tensor, in words."""
+    problem: str = ""
+    """What is wrong, where that is not a number."""
+    rank: int = 0
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"{self.problem} (rank {self.rank})"
+        part = f" in {self.where}" if self.where else ""
+        return f"by {self.relative:.2g} of its norm{part} (rank {self.rank})"
+
+
+class RankPart:
+    """Which part of the batch this rank has, so that plain tensors can be compared too."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        dims, mesh = trainer.parallel_dims, trainer.parallel_dims.world_mesh
+        self.seq_len = trainer.job_config.training.seq_len
+        rows = torch.arange(BATCH).chunk(dims.dp)
+        self._rows = rows[trainer.dp_rank]
+        sequence = torch.arange(self.seq_len)
+        if trainer.cp_mesh is not None:
+            sequence = _sequence_shards(trainer.cp_mesh, trainer.job_config).shard(sequence, 0)
+        self._sequence = sequence
+        self._tp = dims.tp
+        self._tp_rank = mesh["tp"].get_local_rank() if dims.tp_enabled else 0
+
+    def indices(self, shape: Sequence[int], part: torch.Tensor) -> Indices | None:
+        """Where `part` lies in the whole `[batch, seq, ...]` or `[batch, heads, seq, _]`.
+
+        A DTensor is placed as it says. Of a plain tensor, each dimension is the batch, the
+        sequence, or features, which tensor parallelism may share. None if it cannot be placed.
+        """
+        sequence = next((d for d in (1, 2) if len(shape) > d and shape[d] == self.seq_len), None)
+        if len(shape) != part.ndim or shape[0] != BATCH or sequence is None:
+            return None
+        indices = [torch.arange(size) for size in shape]
+        indices[0], indices[sequence] = self._rows, self._sequence
+        if isinstance(part, DTensor):
+            for size, rank, placement in zip(
+                part.device_mesh.shape,
+                part.device_mesh.get_coordinate(),
+                part.placements,
+                strict=True,
+            ):
+                if type(placement) is Shard:
+                    chunks = indices[placement.dim].chunk(size)
+                    indices[placement.dim] = chunks[rank] if rank < len(chunks) else chunks[0][:0]
+                elif not isinstance(placement, Replicate):
+                    return None
+            part = part.to_local()
+        else:
+            for dim in range(1, part.ndim):
+                if len(indices[dim]) == self._tp * part.shape[dim]:
+                    indices[dim] = indices[dim].chunk(self._tp)[self._tp_rank]
+        fits = [len(places) for places in indices] == list(part.shape)
+        return indices if fits else None
+
+
+def compare_outputs(
+    outputs: Outputs, reference: Outputs, part: RankPart, rank: int, tolerance: float
+) -> tuple[list[Difference], int, int]:
+    """The modules whose output differs, in forward order; how many were compared; how many not."""
+    differences, compared, left_out = [], 0, 0
+    for name, whole in reference.items():
+        calls = outputs.get(name)
+        if not calls:
+            continue  # of another stage
+        local = _join(calls)
+        expected = whole[0]
+        indices = None
+        if len(whole) == 1 and local is not None:
+            indices = part.indices(expected.shape, local)
+        if indices is None:
+            left_out += 1
+            continue
+        compared += 1
+        local = local.to_local() if isinstance(local, DTensor) else local
+        for dim, places in enumerate(indices):
+            expected = expected.index_select(dim, places)
+        relative = _relative(local, expected, float(expected.norm()))
+        if not relative <= tolerance:
+            where = _where(local, expected, indices, whole[0].shape, part.seq_len, tolerance)
+            differences.append(Difference(name, relative, where, rank=rank))
+    return differences, compared, left_out
+
+
+def _join(calls: list[torch.Tensor]) -> torch.Tensor | None:
+    """The micro-batches of a tensor as one, along the batch."""
+    if len(calls) == 1:
+        return calls[0]
+    first = calls[0]
+    if not all(type(call) is type(first) and call.ndim == first.ndim > 0 for call in calls):
+        return None
+    if any(call.shape[1:] != first.shape[1:] for call in calls):
+        return None
+    if not isinstance(first, DTensor):
+        return torch.cat(calls)
+    local = torch.cat([call.to_local() for call in calls])
+    return DTensor.from_local(local, first.device_mesh, first.placements, run_check=False)
+
+
+def compare_tensors(
+    tensors: Tensors, reference: Tensors, rank: int, tolerance: float, floor: float = 0.0
+) -> tuple[list[Difference], float]:
+    """The tensors that differ from this rank's part of those in `reference`, by name.
+
+    Args:
+        tolerance: norm of the difference over the norm of the whole tensor in the reference.
+        floor: a root mean square. A tensor whose own is less is held against this one, since
+            what should be 0 is rounding error in the reference too.
+
+    Returns:
+        The differences in the order of the reference, and the largest relative one of all tensors.
+    """
+    differences, largest = [], 0.0
+    for name, whole in reference.items():
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.shape != whole.shape:
+            problem = f"its shape is {list(tensor.shape)}, not {list(whole.shape)}"
+            differences.append(Difference(name, math.inf, problem=problem, rank=rank))
+            continue
+        local, expected = local_part(tensor, whole)
+        norm = float(whole.double().norm()) if whole.is_floating_point() else 0.0
+        norm = max(norm, floor * whole.numel() ** 0.5)
+        relative = _relative(local, expected, norm)
+        largest = max(largest, relative) if not math.isnan(relative) else relative
+        if not relative <= tolerance:
+            placed = "" if not isinstance(tensor, DTensor) else _placed(tensor)
+            differences.append(Difference(name, relative, placed, rank=rank))
+    return differences, largest
+
+
+def local_part(tensor: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of `tensor`, and the same part of `whole`."""
+    if not isinstance(tensor, DTensor):
+        return tensor, whole
+    return tensor.to_local(), place(whole, tensor.device_mesh, tensor.placements)
+
+
+def place(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> torch.Tensor:
+    """This rank's part, cut without communication."""
+    return distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None).to_local()
+
+
+def _relative(local: torch.Tensor, expected: torch.Tensor, norm: float) -> float:
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(local, expected) else math.inf
+    error = float((local.double() - expected.double()).norm())
+    if error == 0:
+        return 0.0
+    return error / norm if norm else math.inf
+
+
+def _placed(tensor: DTensor) -> str:
+    sharded = [
+        f"{name} {rank} of {size}"
+        for name, size, rank, placement in zip(
+            tensor.device_mesh.mesh_dim_names or (),
+            tensor.device_mesh.shape,
+            tensor.device_mesh.get_coordinate(),
+            tensor.placements,
+            strict=False,
+        )
+        if not isinstance(placement, Replicate)
+    ]
+    return f"the shard {', '.join(sharded)}" if sharded else ""
+
+
+def _where(
+    local: torch.Tensor,
+    expected: torch.Tensor,
+    indices: Indices,
+    shape: Sequence[int],
+    seq_len: int,
+    tolerance: float,
+) -> str:
+    """The places of the whole tensor that differ: `rows 4-7, tokens 32-63`."""
+    error = (local.double() - expected.double()).abs()
+    scale = expected.double().square().mean().sqrt()
+    wrong = ~(error <= tolerance * scale)
+    if not wrong.any():
+        wrong = error == error.max()
+    names = ["sequences", "tokens", *["features"] * (len(shape) - 2)]
+    if len(shape) == 4 and shape[1] != seq_len:
+        names = ["sequences", "heads", "tokens", "features"]
+    parts = []
+    for dim, (name, places) in enumerate(zip(names, indices, strict=True)):
+        others = [d for d in range(wrong.ndim) if d != dim]
+        found = places[wrong.any(dim=others)].tolist()
+        if len(found) < shape[dim]:
+            parts.append(f"{name} {_ranges(found)}")
+    return ", ".join(parts)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 8`, at most three ranges."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in ranges[:3]]
+    return ", ".join(shown) + (", ..." if len(ranges) > 3 else "")

@@ -1,0 +1,206 @@
+"""Every parallelism trains like one process: losses, gradients and weights.
+
+Each layout trains for a few steps in float32 from the same seed, and is held against the run on one
+process, tensor by tensor. What decides is the loss, the norm of the gradients, the gradients of the
+first step and the weights after the last one: these belong to a layout exactly. The outputs of
+modules only show where a difference begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from torchtitan.errors import ConfigError
+from torchtitan.train import Trainer
+
+from .check import Check, CheckFailedError, NotApplicableError
+from .reference import BATCH, Recording, build_trainer, train, whole
+from .subject import Subject
+from .verdict import Comparison, compare, judge
+
+REFERENCE = "layouts.one_device"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A number of ranks, and how they share the work."""
+
+    ranks: int = 1
+    data_ranks: int = 1
+    options: tuple[str, ...] = ()
+    quick: bool = False
+    timeout: float = 90.0
+    accumulation: int = 1
+
+
+def _degree(name: str, degree: int = 2) -> str:
+    return f"--parallelism.{name}_parallel_degree={degree}"
+
+
+TP2 = _degree("tensor")
+CP2 = _degree("context")
+PP2 = _degree("pipeline")
+EP2 = _degree("expert")
+REPLICATE2 = "--parallelism.data_parallel_replicate_degree=2"
+COMPILE = ("--compile.enable", "--compile.backend=aot_eager")
+AC = "--activation_checkpoint.mode="
+
+
+def _schedule(name: str) -> str:
+    return f"--parallelism.pipeline_parallel_schedule={name}"
+
+
+LAYOUTS = {
+    "accumulation": Layout(accumulation=4),
+    "fsdp2": Layout(2, 2, quick=True),
+    "ddp2": Layout(2, 2, (REPLICATE2, "--parallelism.data_parallel_shard_degree=1")),
+    "hsdp2x2": Layout(4, 4, (REPLICATE2,)),
+    "tp2": Layout(2, 1, (TP2,), quick=True),
+    "tp2_whole_sequence": Layout(2, 1, (TP2, "--parallelism.disable_sequence_parallel")),
+    "cp2": Layout(2, 1, (CP2,), quick=True),
+    "cp2_ulysses": Layout(2, 1, (CP2, "--parallelism.context_parallel_method=ulysses")),
+    "cp2_ring": Layout(2, 1, (CP2, "--parallelism.context_parallel_method=ring")),
+    "pp2": Layout(2, 1, (PP2,), quick=True),
+    "pp2_gpipe": Layout(2, 1, (PP2, _schedule("GPipe"))),
+    "pp2_interleaved": Layout(2, 1, (PP2, _schedule("Interleaved1F1B"))),
+    "pp2_looped_bfs": Layout(2, 1, (PP2, _schedule("LoopedBFS"))),
+    "pp2_zero_bubble": Layout(2, 1, (PP2, _schedule("InterleavedZeroBubble"))),
+    "pp2_zbv": Layout(2, 1, (PP2, _schedule("ZBVZeroBubble"))),
+    "pp2_dualpipe_v": Layout(2, 1, (PP2, _schedule("DualPipeV"))),
+    "ep2": Layout(2, 2, (EP2,), quick=True),
+    "ac_full": Layout(options=(AC + "full",)),
+    "ac_selective_op": Layout(options=(AC + "selective",), quick=True),
+    "ac_selective_layer": Layout(
+        options=(AC + "selective", "--activation_checkpoint.selective_ac_option=2")
+    ),
+    "compile_aot_eager": Layout(options=COMPILE, quick=True),
+    "compile_inductor": Layout(options=("--compile.enable",), timeout=240.0),
+    "ac_memory_budget": Layout(options=(*COMPILE, AC + "memory_budget")),
+    "fsdp2_ac_full_compile": Layout(2, 2, (*COMPILE, AC + "full")),
+    "fsdp2_tp2": Layout(4, 2, (TP2, AC + "selective"), timeout=120.0),
+    "fsdp2_cp2": Layout(4, 2, (CP2,), timeout=120.0),
+    "fsdp2_ep2": Layout(4, 4, (EP2,), timeout=120.0),
+    "pp2_tp2": Layout(4, 1, (PP2, TP2), timeout=120.0),
+    "pp2_fsdp2": Layout(4, 2, (PP2,), timeout=120.0),
+    "pp2_fsdp2_tp2": Layout(8, 2, (PP2, TP2), timeout=180.0),
+}
+
+
+def options_of(layout: Layout) -> list[str]:
+    local_batch_size = BATCH // layout.data_ranks // layout.accumulation
+    return [f"--training.local_batch_size={local_batch_size}", *layout.options]
+
+
+def one_device(subject: Subject) -> str:
+    """Leaves the reference in `subject.folder`."""
+    try:
+        trainer = build_trainer(subject, f"--training.local_batch_size={BATCH}")
+    except ConfigError as error:
+        raise CheckFailedError(
+            f"the model cannot be trained on one process: {error}",
+            "Train it: torchtitan train --model.name ...",
+        ) from error
+    recording = train(trainer)
+    for tensors in (recording.initial, recording.gradients, recording.weights):
+        tensors.update({name: whole(tensor) for name, tensor in tensors.items()})
+    recording.save(reference_path(subject))
+    _require_repeatable(trainer, subject)
+    losses = " ".join(f"{loss:.4f}" for loss in recording.losses)
+    return f"losses {losses}"
+
+
+def reference_path(subject: Subject) -> Path:
+    return subject.folder / "one_device.pt"
+
+
+def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
+    """Two forward passes in training mode give the same, else no layouts can be compared."""
+    tokens = subject.tokens(2)
+    logits = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            logits.append(trainer.model_parts[0](tokens))
+    first, same_seed, other_seed = map(whole, logits)
+    if not torch.equal(first, same_seed):
+        by = float((first - same_seed).norm() / first.norm())
+        raise CheckFailedError(
+            f"two forward passes of the same tokens differ by {by:.2g} of the logits' norm",
+            "forward() must not keep state from one call to the next: activation checkpointing "
+            "and pipelines call it more than once a step, gradient accumulation too.",
+        )
+    if not torch.equal(first, other_seed):
+        raise NotApplicableError(
+            "forward() draws random numbers in training mode, and layouts draw different ones. Set "
+            "the dropout rates of this flavor to 0 to have its layouts checked"
+        )
+
+
+def trains_like_one_device(name: str, subject: Subject) -> str:
+    """The check of a layout, on each of its ranks."""
+    layout = LAYOUTS[name]
+    try:
+        trainer = build_trainer(subject, *options_of(layout))
+    except ConfigError as error:
+        raise NotApplicableError(str(error)) from error
+    comparison = compare(trainer, train(trainer), Recording.load(reference_path(subject)))
+    found: list[Comparison] = [comparison] * dist.get_world_size()
+    dist.all_gather_object(found, comparison)
+    _require_effect(trainer, comparison)
+    return judge(found, trainer.job_config)
+
+
+def _require_effect(trainer: Trainer, comparison: Comparison) -> None:
+    """An option that the model ignores would pass every comparison."""
+    config, dims = trainer.job_config, trainer.parallel_dims
+    ignored = ""
+    if dims.tp_enabled and not _is_sharded(trainer, "tp"):
+        ignored = "tensor_parallel_degree"
+    elif dims.ep_enabled and not _is_sharded(trainer, "ep"):
+        ignored = "expert_parallel_degree"
+    elif config.activation_checkpoint.mode == "full" and not config.compile.enable:
+        ignored = "" if comparison.recomputes else "activation_checkpoint.mode"
+    if ignored:
+        raise CheckFailedError(
+            f"{ignored} = 2 has no effect: no parameter is divided over these ranks"
+            if "degree" in ignored
+            else f"{ignored} = full has no effect: nothing is recomputed in the backward pass",
+            "parallelize.py must apply it, or raise ConfigError if the model cannot have it.",
+        )
+
+
+def _is_sharded(trainer: Trainer, mesh_dim: str) -> bool:
+    for part in trainer.model_parts:
+        for param in part.parameters():
+            if isinstance(param, DTensor) and mesh_dim in (param.device_mesh.mesh_dim_names or ()):
+                place = param.placements[param.device_mesh.mesh_dim_names.index(mesh_dim)]
+                if not isinstance(place, Replicate):
+                    return True
+    return False
+
+
+CHECKS = (
+    Check(
+        REFERENCE,
+        "the model trains on one process, and a forward pass can be repeated",
+        one_device,
+    ),
+    *(
+        Check(
+            f"layouts.{name}",
+            "losses, gradients and weights are those of one process",
+            partial(trains_like_one_device, name),
+            ranks=layout.ranks,
+            timeout=layout.timeout,
+            quick=layout.quick,
+            needs=(REFERENCE,),
+        )
+        for name, layout in LAYOUTS.items()
+    ),
+)

@@ -1,0 +1,80 @@
+"""Records what each module of a model returns, on this rank."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from torchtitan.distributed.names import canonical_name
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+Outputs = dict[str, list[torch.Tensor]]
+"""Module -> its output in each call: one a micro-batch, if it is called once in a forward pass."""
+
+
+class ModuleOutputs:
+    """While open, records the outputs of all modules in training mode, in the order of their ends.
+
+    Modules inside of what is compiled are left out: the compiler would have to trace the recording.
+    """
+
+    def __init__(self, model_parts: list[nn.Module], job_config: JobConfig) -> None:
+        self.outputs: Outputs = defaultdict(list)
+        self.recomputed: Outputs = defaultdict(list)
+        """Outputs in the backward pass, where activation checkpointing runs modules again."""
+        compiles = job_config.compile.enable and "model" in job_config.compile.components
+        self._hooks = []
+        for part in model_parts:
+            for name, module in part.named_modules():
+                if compiles and _is_compiled(name, job_config.compile.scope):
+                    continue
+                hook = partial(self._record, canonical_name(name))
+                self._hooks.append(module.register_forward_hook(hook))
+
+    def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        # Pipelines try a forward pass in evaluation mode, to learn shapes.
+        if not module.training:
+            return
+        # Selective checkpointing watches operations; these are none of its business.
+        with torch.no_grad(), _disable_current_modes():
+            tensor = _first_tensor(output)
+            if tensor is None or not tensor.is_floating_point():
+                return
+            if isinstance(tensor, AsyncCollectiveTensor):
+                tensor = tensor.wait()
+            in_backward = torch._C._current_graph_task_id() != -1
+            outputs = self.recomputed if in_backward else self.outputs
+            outputs[name].append(tensor.detach().clone())
+
+    def __enter__(self) -> ModuleOutputs:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.outputs, self.recomputed = dict(self.outputs), dict(self.recomputed)
+
+
+def _is_compiled(name: str, scope: str) -> bool:
+    if scope == "model":
+        return name != ""
+    return canonical_name(name).startswith("layers.") and canonical_name(name).count(".") > 1
+
+
+def _first_tensor(output: Any) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        return next((t for t in map(_first_tensor, output) if t is not None), None)
+    return None

@@ -1,0 +1,197 @@
+"""A short training run of the subject on random tokens, by the real trainer.
+
+Tokens are a function of (seed, step), and any vocabulary will do: no tokenizer, no dataset. What a
+run on one process leaves is the reference that every layout must reproduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from torchtitan.components.checkpoint.load import model_state
+from torchtitan.distributed.names import canonical_name
+from torchtitan.protocols.train_spec import MODEL_REGISTRY
+from torchtitan.tools.stop_request import StopRequest
+
+from .check import CheckFailedError
+from .observe import ModuleOutputs, Outputs
+
+if TYPE_CHECKING:
+    from torchtitan.train import Trainer
+
+    from .subject import Subject
+
+BATCH = 8
+"""Sequences in a step of all ranks."""
+STEPS = 4
+LEARNING_RATE = 1e-3
+OPTIONS = (
+    f"--training.global_batch_size={BATCH}",
+    "--training.max_norm=inf",  # a wrong norm must not spoil the gradients that are compared
+    f"--optimizer.lr={LEARNING_RATE}",
+    # Adam turns the rounding error of a gradient that should be 0 into a whole step. With this, a
+    # gradient below 1e-5 makes a smaller one.
+    "--optimizer.eps=1e-5",
+    "--lr_scheduler.warmup_steps=0",
+    "--parallelism.pipeline_parallel_microbatch_size=2",
+)
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Recording:
+    """What a rank saw of a run, in local tensors and DTensors, by their names in checkpoints."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    initial: Tensors = field(default_factory=dict)
+    """Parameters and buffers before the first step."""
+    outputs: Outputs = field(default_factory=dict)
+    """Of each module in the first step, in the order in which modules finish; "" is the model."""
+    recomputed: Outputs = field(default_factory=dict)
+    """The same, as activation checkpointing computed them again in the backward pass."""
+    gradients: Tensors = field(default_factory=dict)
+    """Of each parameter that has one, after the first step's backward pass."""
+    weights: Tensors = field(default_factory=dict)
+    """Parameters and buffers after the last step."""
+
+    def save(self, path: Path) -> None:
+        torch.save(vars(self), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Recording:
+        """Tensors are read when they are used."""
+        return cls(**torch.load(path, mmap=True))
+
+
+class RandomTokens:
+    """Endless micro-batches of random tokens, in the place of `torchtitan.data.DataLoader`."""
+
+    def __init__(self, subject: Subject, local_batch_size: int, dp_rank: int, dp_size: int) -> None:
+        self.global_batch_size = BATCH
+        self._subject = subject
+        self._local_batch_size = local_batch_size
+        share = BATCH // dp_size
+        self._rows = torch.arange(dp_rank * share, (dp_rank + 1) * share)
+        self._step = 0
+        self._waiting: list[torch.Tensor] = []
+
+    def __iter__(self) -> RandomTokens:
+        return self
+
+    def __next__(self) -> Tensors:
+        if not self._waiting:
+            self._step += 1
+            tokens = self._subject.tokens(BATCH, self._subject.seq_len + 1, seed=self._step)
+            self._waiting = list(tokens[self._rows].split(self._local_batch_size))
+        tokens = self._waiting.pop(0)
+        return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": torch.stack([self._rows, torch.full_like(self._rows, self._step)], dim=1)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._step = int(state_dict["rows"][0, 1])
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+def build_trainer(subject: Subject, *options: str) -> Trainer:
+    """The trainer of a run that this rank takes part in. Raises `ConfigError` as it does."""
+    from torchtitan.train import Trainer
+
+    spec = subject.spec
+
+    def build_dataloader(config: Any, tokenizer: Any, dp_rank: int, dp_size: int) -> RandomTokens:
+        return RandomTokens(subject, config.training.local_batch_size, dp_rank, dp_size)
+
+    # In this process alone, which ends with the check.
+    MODEL_REGISTRY[subject.name] = lambda flavor: replace(
+        spec, build_dataloader_fn=build_dataloader, build_tokenizer_fn=None
+    )
+    if dist.is_initialized():  # the trainer joins the others by itself
+        dist.destroy_process_group()
+    return Trainer(subject.config(*OPTIONS, *options))
+
+
+def train(
+    trainer: Trainer,
+    steps: int = STEPS,
+    observe: bool = True,
+    after_step: Callable[[int], None] | None = None,
+) -> Recording:
+    """Resume if there is a checkpoint, and train up to step `steps`.
+
+    Args:
+        observe: record more than losses, gradient norms and final weights.
+        after_step: called with the number of each step that was done.
+
+    Raises:
+        CheckFailedError: a loss or gradient norm is not finite.
+    """
+    recording = Recording()
+
+    def read(step: int, loss: float, grad_norm: float) -> None:
+        if not loss < float("inf") or not grad_norm < float("inf"):
+            raise CheckFailedError(
+                f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}",
+                "See the checks of `numerics`.",
+            )
+        recording.losses.append(loss)
+        recording.grad_norms.append(grad_norm)
+
+    trainer.checkpointer.load()
+    if observe:
+        recording.initial = copies(state(trainer))
+    stop = StopRequest()
+    while trainer.state.step < steps:
+        trainer.state.step += 1
+        if observe and trainer.state.step == 1:
+            with ModuleOutputs(trainer.model_parts, trainer.job_config) as seen:
+                trainer.train_step(stop)
+            recording.outputs, recording.recomputed = seen.outputs, seen.recomputed
+            recording.gradients = copies(gradients(trainer))
+        else:
+            trainer.train_step(stop)
+        trainer.window.read(trainer.parallel_dims, read)
+        trainer.checkpointer.save(trainer.state.step)
+        if after_step:
+            after_step(trainer.state.step)
+    recording.weights = copies(state(trainer))
+    return recording
+
+
+def state(trainer: Trainer) -> Tensors:
+    """This rank's parameters and buffers by their names in checkpoints, and other buffers."""
+    buffers = {
+        canonical_name(name): buffer
+        for part in trainer.model_parts
+        for name, buffer in part.named_buffers()
+    }
+    return buffers | model_state(trainer.model_parts)
+
+
+def gradients(trainer: Trainer) -> Tensors:
+    return {
+        canonical_name(name): param.grad
+        for part in trainer.model_parts
+        for name, param in part.named_parameters()
+        if param.grad is not None
+    }
+
+
+def copies(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

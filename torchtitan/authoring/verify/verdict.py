@@ -1,0 +1,276 @@
+"""The verdict on a layout: does it train as one process does, and if not, where does it part?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
+
+import torch.distributed as dist
+
+from torchtitan.distributed.parallel_dims import CONFIG_KEYS
+
+from .check import CheckFailedError
+from .compare import Difference, RankPart, compare_outputs, compare_tensors
+from .reference import LEARNING_RATE, STEPS, Recording
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.train import Trainer
+
+# The sums of a matrix product are done in another order in another layout. See MEASURED below.
+LOSS_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-3
+WEIGHT_TOLERANCE = 1e-4
+OUTPUT_TOLERANCE = 1e-4
+INITIAL_TOLERANCE = 1e-6
+
+
+@dataclass
+class Comparison:
+    """What a rank found, to be shown to the others."""
+
+    losses: list[float]
+    loss_error: float
+    norm_error: float
+    names: set[str] = field(default_factory=set)
+    """Of this rank's parameters and buffers."""
+    order: list[str] = field(default_factory=list)
+    """Modules of the reference, in forward order."""
+    expected_names: set[str] = field(default_factory=set)
+    initial: list[Difference] = field(default_factory=list)
+    outputs: list[Difference] = field(default_factory=list)
+    recomputed: list[Difference] = field(default_factory=list)
+    gradients: list[Difference] = field(default_factory=list)
+    weights: list[Difference] = field(default_factory=list)
+    gradient_error: float = 0.0
+    weight_error: float = 0.0
+    compared: int = 0
+    """Outputs of modules that could be compared."""
+    left_out: int = 0
+    recomputes: bool = True
+
+
+def compare(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
+    """This rank's recording against the reference."""
+    rank = dist.get_rank()
+    found = Comparison(
+        losses=run.losses,
+        loss_error=_largest_relative(run.losses, reference.losses),
+        norm_error=_largest_relative(run.grad_norms, reference.grad_norms),
+        names=set(run.weights),
+        expected_names=set(reference.weights),
+        order=list(reference.outputs),
+        recomputes=bool(run.recomputed),
+    )
+    found.initial, _ = compare_tensors(run.initial, reference.initial, rank, INITIAL_TOLERANCE)
+    found.outputs, found.compared, found.left_out = compare_outputs(
+        run.outputs, reference.outputs, RankPart(trainer), rank, OUTPUT_TOLERANCE
+    )
+    found.recomputed = _compare_recomputed(run, rank)
+
+    # A gradient that should be 0 is rounding error: it is held against the other gradients.
+    squares = sum(float(g.double().square().sum()) for g in reference.gradients.values())
+    numbers = sum(g.numel() for g in reference.gradients.values())
+    found.gradients, found.gradient_error = compare_tensors(
+        run.gradients,
+        reference.gradients,
+        rank,
+        GRADIENT_TOLERANCE,
+        floor=1e-2 * math.sqrt(squares / max(numbers, 1)),
+    )
+    for name in reference.gradients:
+        if name in run.weights and name not in run.gradients:
+            problem = "it gets no gradient"
+            found.gradients.append(Difference(name, math.inf, problem=problem, rank=rank))
+    found.weights, found.weight_error = compare_tensors(
+        run.weights, reference.weights, rank, WEIGHT_TOLERANCE, floor=LEARNING_RATE * STEPS
+    )
+    return found
+
+
+def judge(found: list[Comparison], job_config: JobConfig) -> str:
+    """The same on all ranks, given what each of them found. Returns what was measured.
+
+    Raises:
+        CheckFailedError: the layout trains otherwise. Names where that begins.
+    """
+    first = found[0]
+    _judge_names(found)
+    initial = [d for comparison in found for d in comparison.initial]
+    if initial:
+        _fail(job_config, "initial", min(initial, key=_position(first.order)), initial, "")
+
+    errors = {
+        "loss": (max_error(c.loss_error for c in found), LOSS_TOLERANCE),
+        "gradient norm": (max_error(c.norm_error for c in found), GRADIENT_TOLERANCE),
+        "gradient": (max_error(c.gradient_error for c in found), GRADIENT_TOLERANCE),
+        "weight": (max_error(c.weight_error for c in found), WEIGHT_TOLERANCE),
+    }
+    gradients = [d for comparison in found for d in comparison.gradients]
+    wrong = {name: error for name, (error, tolerance) in errors.items() if not error <= tolerance}
+    compared = sum(c.compared for c in found)
+    if not wrong and not gradients:
+        left_out = max(c.left_out for c in found)
+        not_placed = f", {left_out} outputs not comparable" if left_out and compared else ""
+        return (
+            f"off by {errors['loss'][0]:.0e} of the loss, {errors['gradient'][0]:.0e} of a "
+            f"gradient, {errors['weight'][0]:.0e} of a weight{not_placed}"
+        )
+
+    summary = ", ".join(f"{name} by {error:.2g}" for name, error in wrong.items())
+    summary = f". Off in all: {summary}" if summary else ""
+    forward = _position(first.order)
+    outputs = [d for comparison in found for d in comparison.outputs]
+    recomputed = [d for comparison in found for d in comparison.recomputed]
+    weights = [d for comparison in found for d in comparison.weights]
+    if outputs:
+        _fail(job_config, "output", min(outputs, key=forward), outputs, summary)
+    if recomputed:
+        _fail(job_config, "recomputed", min(recomputed, key=forward), recomputed, summary)
+    if gradients:  # an error spreads backwards, so it begins at the last of them
+        _fail(job_config, "gradient", max(gradients, key=forward), gradients, summary)
+    if weights:
+        _fail(job_config, "weight", min(weights, key=forward), weights, summary)
+    raise CheckFailedError(
+        f"outputs, gradients and weights agree, but not what the trainer reports{summary}",
+        "The loss of the last stage, or of a rank, is not that of its tokens.",
+    )
+
+
+def _judge_names(found: list[Comparison]) -> None:
+    expected, names = found[0].expected_names, set().union(*(c.names for c in found))
+    missing, extra = sorted(expected - names), sorted(names - expected)
+    if missing or extra:
+        lacks = f"no rank has {_few(missing)}" if missing else ""
+        has = f"there is {_few(extra)}, which one process does not have" if extra else ""
+        raise CheckFailedError(
+            f"parameters and buffers have other names: {'; '.join(filter(None, (lacks, has)))}",
+            "A checkpoint could not be loaded in another layout. A wrapper module must not change "
+            "names (replace module.forward instead), and weights that are tied on one process "
+            "must be so in each stage, or pipelines be refused.",
+        )
+
+
+def _fail(
+    job_config: JobConfig,
+    kind: str,
+    difference: Difference,
+    all_of_kind: list[Difference],
+    end: str,
+) -> None:
+    name = difference.name or "the model"
+    others = len({d.name for d in alike}) - 1
+    place, more = {
+        "initial": ("the initial value of {}", "tensors"),
+        "output": ("the first module whose output differs is {}", "modules after it"),
+        "recomputed": ("recomputed in the backward pass, {} gives another output", "modules"),
+        "gradient": ("outputs agree; the last parameter whose gradient differs is {}", "before it"),
+        "weight": ("gradients agree in step 1; the weight {} differs at the end", "weights"),
+    }[kind]
+    verb = "" if kind in ("output", "gradient", "recomputed", "weight") else " differs"
+    also = f"; so do {others} {more}" if others else ""
+    raise CheckFailedError(
+        f"{place.format(name)}{verb}: {difference}{also}{end}", _hint(kind, job_config)
+    )
+
+
+_HINTS = {
+    ("output", "tp"): "the tensor-parallel plan in parallelize.py. Usual mistakes: RowwiseParallel "
+    "left out for a matrix that reads split features (its result is a part of a sum); a norm that "
+    "is not SequenceParallel; view() with the number of all heads instead of -1; a bias that each "
+    "rank adds",
+    ("output", "cp"): "RoPE must turn by the `positions` that forward() is given, not by "
+    "arange(seq); attention and its mask must be ScaledDotProductAttention and CausalMask",
+    ("output", "pp"): "a stage has some of the layers, under their old names: what depends on a "
+    "layer must use its own number, not its place in self.layers; and forward() must use "
+    "`positions`",
+    ("output", "ep"): "the router must score each token by itself, and experts take rows in any "
+    "order",
+    ("output", "dp"): "something is computed over the batch, which other ranks have a part of",
+    ("output", ""): "something depends on the number of sequences in a forward pass, or is kept "
+    "from one to the next",
+    ("gradient", "tp"): "the tensor-parallel plan: a parameter that is used for a part of the "
+    "sequence must be replicated as a DTensor (SequenceParallel), so that its gradients are added",
+    ("gradient", "cp"): "apply_fsdp must be called when parallel_dims.dp_enabled, which is true "
+    "under context parallelism too; no parameter may stay outside",
+    ("gradient", "pp"): "every micro-batch must add to the gradients; tied weights in two stages "
+    "drift apart",
+    ("gradient", "ep"): "experts are sharded over meshes of their own: own_meshes of apply_fsdp",
+    ("gradient", "dp"): "fully_shard must be called for the whole model after its blocks, and "
+    "leave no parameter out: gradients of others are not added up over the data ranks",
+    ("gradient", "ac"): "what is recomputed must not differ from the first time: no state, no "
+    "random numbers outside of torch, apply_ac around whole blocks",
+    ("gradient", "compile"): "the compiled block computes something else: try "
+    "compile.backend = 'eager' to tell tracing from code generation",
+}
+
+
+def _hint(kind: str, job_config: JobConfig) -> str:
+    used = parallelisms(job_config)
+    if kind == "initial":
+        return (
+            "init_weights() must be a function of the parameter: no random generator of its own, "
+            "no counter over layers; use nn.init and the layer's own number"
+        )
+    if kind == "weight":
+        return (
+            "all parameters must be given to the optimizer with requires_grad, in each stage and "
+            "shard; see build_optimizer_fn"
+        )
+    kind = "gradient" if kind == "recomputed" else kind
+    hints = [_HINTS[kind, name] for name in used if (kind, name) in _HINTS]
+    return ". ".join(hints) or _HINTS.get((kind, ""), "parallelize.py")
+
+
+def parallelisms(job_config: JobConfig) -> list[str]:
+    """What the layout uses: tp, cp, pp, ep, dp, ac, compile."""
+    degrees = {name: getattr(job_config.parallelism, key) for name, key in CONFIG_KEYS.items()}
+    used = [name for name in ("tp", "cp", "pp", "ep") if degrees[name] > 1]
+    others = math.prod(degrees[name] for name in ("tp", "cp", "pp"))
+    if dist.get_world_size() > others and not used:
+        used.append("dp")
+    if job_config.activation_checkpoint.mode != "none":
+        used.append("ac")
+    if job_config.compile.enable:
+        used.append("compile")
+    return used
+
+
+def _position(order: list[str]):
+    """Key of a difference: where its module ends in the forward pass; then the rank."""
+    places = {name: place for place, name in enumerate(order)}
+
+    def position(difference: Difference) -> tuple[int, int]:
+        name = difference.name
+        while name and name not in places:
+            name = name.rpartition(".")[0]
+        return places.get(name, len(places)), difference.rank
+
+    return position
+
+
+def _compare_recomputed(run: Recording, rank: int) -> list[Difference]:
+    """Modules whose output in the backward pass is not the one of the forward pass."""
+    differences = []
+    for name, outputs in run.recomputed.items():
+        before = run.outputs.get(name, [])
+        if len(before) != 1 or len(outputs) != 1 or outputs[0].shape != before[0].shape:
+            continue  # micro-batches come back in another order
+        found, _ = compare_tensors({name: outputs[0]}, {name: before[0]}, rank, 1e-5)
+        differences += found
+    return differences
+
+
+def max_error(errors: Iterable[float]) -> float:
+    """The largest; NaN is worse than any number."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+def _largest_relative(values: list[float], reference: list[float]) -> float:
+    return max_error(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
