@@ -50,6 +50,8 @@ class Check:
     """
     ranks: int = 1
     """Processes. With several, `run` is called on all, in a process group over gloo."""
+    joins: bool = False
+    """`run` joins the process group itself, as the trainer does."""
     timeout: float = 60.0
     """Seconds; a check that takes longer has failed, most likely in a collective."""
     quick: bool = True

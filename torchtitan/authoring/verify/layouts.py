@@ -197,6 +197,7 @@ CHECKS = (
             "losses, gradients and weights are those of one process",
             partial(trains_like_one_device, name),
             ranks=layout.ranks,
+            joins=True,
             timeout=layout.timeout,
             quick=layout.quick,
             needs=(REFERENCE,),

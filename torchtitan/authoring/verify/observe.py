@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchtitan.distributed.names import canonical_name
@@ -49,11 +50,9 @@ class ModuleOutputs:
             tensor = _first_tensor(output)
             if tensor is None or not tensor.is_floating_point():
                 return
-            if isinstance(tensor, AsyncCollectiveTensor):
-                tensor = tensor.wait()
             in_backward = torch._C._current_graph_task_id() != -1
             outputs = self.recomputed if in_backward else self.outputs
-            outputs[name].append(tensor.detach().clone())
+            outputs[name].append(_copy(tensor))
 
     def __enter__(self) -> ModuleOutputs:
         return self
@@ -62,6 +61,24 @@ class ModuleOutputs:
         for hook in self._hooks:
             hook.remove()
         self.outputs, self.recomputed = dict(self.outputs), dict(self.recomputed)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, DTensor):
+        local = _copy(tensor._local_tensor)
+        return DTensor.from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+    if isinstance(tensor, AsyncCollectiveTensor):
+        # Still on its way. Waiting counts as a change to it, which selective checkpointing refuses;
+        # it is there when the step has ended.
+        return tensor.elem
+    return tensor.detach().clone()
 
 
 def _is_compiled(name: str, scope: str) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.checkpoint.load import model_state
@@ -118,8 +117,6 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
     MODEL_REGISTRY[subject.name] = lambda flavor: replace(
         spec, build_dataloader_fn=build_dataloader, build_tokenizer_fn=None
     )
-    if dist.is_initialized():  # the trainer joins the others by itself
-        dist.destroy_process_group()
     return Trainer(subject.config(*OPTIONS, *options))
 
 

@@ -86,7 +86,7 @@ def _on_rank(check: Check, subject: Subject) -> str:
     from torchtitan.models.plugins import load_plugins
 
     load_plugins(subject.custom_import)  # so that checks may look the model up by its name
-    if check.ranks > 1:
+    if check.ranks > 1 and not check.joins:
         init_distributed(timeout_seconds=max(1, round(check.timeout)))
     message = check.run(subject)
     if dist.is_initialized():

@@ -157,9 +157,9 @@ def _fail(
     job_config: JobConfig,
     kind: str,
     difference: Difference,
-    all_of_kind: list[Difference],
+    alike: list[Difference],
     end: str,
-) -> None:
+) -> NoReturn:
     name = difference.name or "the model"
     others = len({d.name for d in alike}) - 1
     place, more = {
