@@ -6,32 +6,11 @@ from collections.abc import Iterable
 
 from torchtitan.errors import ConfigError, did_you_mean
 
-from . import (
-    adapter,
-    contract,
-    cost,
-    hugging_face,
-    layouts,
-    learning,
-    numerics,
-    parts,
-    semantics,
-    weights,
-)
+<<<<<<< HEAD
+from . import (adapter, checkpoints, contract, cost, hugging_face, layouts, learning, numerics, parts, semantics, stages, weights)
 from .check import Check
 
-MODULES = (
-    contract,
-    weights,
-    parts,
-    semantics,
-    numerics,
-    cost,
-    adapter,
-    hugging_face,
-    learning,
-    layouts,
-)
+MODULES = (contract, weights, parts, semantics, numerics, cost, adapter, hugging_face, learning, stages, layouts, checkpoints)
 """Each has `CHECKS`."""
 
 

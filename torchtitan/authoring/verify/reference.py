@@ -6,7 +6,6 @@ run on one process leaves is the reference that every layout must reproduce.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,17 +119,11 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
     return Trainer(subject.config(*OPTIONS, *options))
 
 
-def train(
-    trainer: Trainer,
-    steps: int = STEPS,
-    observe: bool = True,
-    after_step: Callable[[int], None] | None = None,
-) -> Recording:
+def train(trainer: Trainer, steps: int = STEPS, observe: bool = True) -> Recording:
     """Resume if there is a checkpoint, and train up to step `steps`.
 
     Args:
         observe: record more than losses, gradient norms and final weights.
-        after_step: called with the number of each step that was done.
 
     Raises:
         CheckFailedError: a loss or gradient norm is not finite.
@@ -150,19 +143,20 @@ def train(
     if observe:
         recording.initial = copies(state(trainer))
     stop = StopRequest()
-    while trainer.state.step < steps:
-        trainer.state.step += 1
-        if observe and trainer.state.step == 1:
-            with ModuleOutputs(trainer.model_parts, trainer.job_config) as seen:
+    try:
+        while trainer.state.step < steps:
+            trainer.state.step += 1
+            if observe and trainer.state.step == 1:
+                with ModuleOutputs(trainer.model_parts, trainer.job_config) as seen:
+                    trainer.train_step(stop)
+                recording.outputs, recording.recomputed = seen.outputs, seen.recomputed
+                recording.gradients = copies(gradients(trainer))
+            else:
                 trainer.train_step(stop)
-            recording.outputs, recording.recomputed = seen.outputs, seen.recomputed
-            recording.gradients = copies(gradients(trainer))
-        else:
-            trainer.train_step(stop)
-        trainer.window.read(trainer.parallel_dims, read)
-        trainer.checkpointer.save(trainer.state.step)
-        if after_step:
-            after_step(trainer.state.step)
+            trainer.window.read(trainer.parallel_dims, read)
+            trainer.checkpointer.save(trainer.state.step)
+    finally:
+        stop.close()
     recording.weights = copies(state(trainer))
     return recording
 

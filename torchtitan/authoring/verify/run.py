@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any
 
-from torchtitan.distributed.ranks import RankFailure, RanksFailedError, run_ranks
+from torchtitan.distributed.ranks import RankFailure, Ranks, RanksFailedError
 
 from .check import Check, CheckFailedError, NotApplicableError, Outcome
 from .diagnose import explain
@@ -27,34 +27,23 @@ def run_checks(
 ) -> Iterator[Outcome]:
     """Run `checks`, each after those that it needs; yields outcomes as they come.
 
+    Closing the iterator, or an exception such as Ctrl-C, stops the checks that run.
+
     Args:
         checks: with all that they need, in such an order that these come first.
         started: called from a thread when a check begins.
     """
-    slots = _Slots(os.cpu_count() or 1)
+    runner = _Runner(subject, started)
     futures: dict[str, Future[Outcome]] = {}
     with ThreadPoolExecutor(max_workers=max(len(checks), 1)) as pool:
-        for check in checks:
-            needs = [futures[name] for name in check.needs]
-            futures[check.name] = pool.submit(_run_in_turn, check, subject, needs, slots, started)
-        for future in as_completed(futures.values()):
-            yield future.result()
-
-
-def _run_in_turn(
-    check: Check,
-    subject: Subject,
-    needs: list[Future[Outcome]],
-    slots: _Slots,
-    started: Notify | None,
-) -> Outcome:
-    skipped = skipped_for(check, [future.result() for future in needs])
-    if skipped:
-        return skipped
-    with slots.take(check.ranks):
-        if started:
-            started(check)
-        return run_check(check, subject)
+        try:
+            for check in checks:
+                needs = [futures[name] for name in check.needs]
+                futures[check.name] = pool.submit(runner.run_in_turn, check, needs)
+            for future in as_completed(futures.values()):
+                yield future.result()
+        finally:
+            runner.stop()
 
 
 def skipped_for(check: Check, needs: Sequence[Outcome]) -> Outcome | None:
@@ -69,13 +58,62 @@ def skipped_for(check: Check, needs: Sequence[Outcome]) -> Outcome | None:
 
 def run_check(check: Check, subject: Subject) -> Outcome:
     """Run one check on new processes."""
-    start = time.monotonic()
-    try:
-        results = run_ranks(_on_rank, check.ranks, check, subject, timeout=check.timeout)
-        status, message, hint, details = "pass", results[0], "", ""
-    except RanksFailedError as error:
-        status, message, hint, details = _judge(error.failures)
-    return Outcome(check, status, message, hint, details, time.monotonic() - start)
+    return _Runner(subject).run(check)
+
+
+class _Runner:
+    """Runs checks, from several threads, and can stop them all."""
+
+    def __init__(self, subject: Subject, started: Notify | None = None) -> None:
+        self._subject = subject
+        self._started = started
+        self._slots = _Slots(os.cpu_count() or 1)
+        self._running: set[Ranks] = set()
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def run_in_turn(self, check: Check, needs: list[Future[Outcome]]) -> Outcome:
+        """`run`, when what it needs has passed and a processor is free."""
+        skipped = skipped_for(check, [future.result() for future in needs])
+        if skipped:
+            return skipped
+        with self._slots.take(check.ranks):
+            if self._stopped:
+                return Outcome(check, "skip", "stopped")
+            if self._started:
+                self._started(check)
+            return self.run(check)
+
+    def run(self, check: Check) -> Outcome:
+        start = time.monotonic()
+        try:
+            with self._ranks(check) as ranks:
+                results = ranks.wait(check.timeout)
+            status, message, hint, details = "pass", results[0], "", ""
+        except RanksFailedError as error:
+            status, message, hint, details = _judge(error.failures)
+        return Outcome(check, status, message, hint, details, time.monotonic() - start)
+
+    def stop(self) -> None:
+        """End the processes of checks that run; those that wait for their turn never start."""
+        with self._lock:
+            self._stopped = True
+            for ranks in self._running:
+                ranks.kill()
+
+    @contextmanager
+    def _ranks(self, check: Check) -> Iterator[Ranks]:
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # more ranks than a machine may have GPUs
+        with Ranks(_on_rank, check.ranks, check, self._subject, env=env) as ranks:
+            with self._lock:
+                self._running.add(ranks)
+                if self._stopped:
+                    ranks.kill()
+            try:
+                yield ranks
+            finally:
+                with self._lock:
+                    self._running.discard(ranks)
 
 
 def _on_rank(check: Check, subject: Subject) -> str:
@@ -87,7 +125,8 @@ def _on_rank(check: Check, subject: Subject) -> str:
 
     load_plugins(subject.custom_import)  # so that checks may look the model up by its name
     if check.ranks > 1 and not check.joins:
-        init_distributed(timeout_seconds=max(1, round(check.timeout)))
+        # The check's own limit comes first, as it can tell where each rank is.
+        init_distributed(timeout_seconds=2 * round(check.timeout) + 60)
     message = check.run(subject)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -101,11 +140,10 @@ def _judge(failures: list[RankFailure]) -> tuple[str, str, str, str]:
     those that hung because of it come last.
     """
     for failure in failures:
-        if isinstance(failure.exception, NotApplicableError):
-            return "skip", str(failure.exception), "", ""
-    for failure in failures:
         if isinstance(failure.exception, CheckFailedError):
             return "fail", failure.exception.problem, failure.exception.hint, ""
+    if all(isinstance(failure.exception, NotApplicableError) for failure in failures):
+        return "skip", str(failures[0].exception), "", ""
     message, hint = explain(failures)
     return "fail", message, hint, "\n\n".join(map(str, failures))
 

@@ -1,0 +1,195 @@
+"""A saved run resumes as if it had never stopped, also on another layout."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.errors import ConfigError
+from torchtitan.train import Trainer
+
+from .check import Check, CheckFailedError, NotApplicableError
+from .compare import compare_tensors
+from .layouts import LAYOUTS, REFERENCE, options_of, reference_path
+from .reference import (
+    LEARNING_RATE,
+    STEPS,
+    Recording,
+    Tensors,
+    build_trainer,
+    copies,
+    state,
+    train,
+    whole,
+)
+from .subject import Subject
+from .verdict import LOSS_TOLERANCE, WEIGHT_TOLERANCE, max_error
+
+SAVED_STEP = STEPS // 2
+SAVE = "checkpoints.save"
+ONE = "accumulation"
+"""The layout of one process, which takes each batch in parts."""
+
+
+def resumes_bitwise(layout: str, subject: Subject) -> str:
+    """Stop after some steps and go on in a new trainer: weights and optimizer as without a stop."""
+    options = (*options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
+    try:
+        trainer = build_trainer(subject, *options)
+    except ConfigError as error:
+        raise NotApplicableError(str(error)) from error
+    straight = train(trainer, observe=False)
+    optimizer = copies(_tensors(trainer.optimizers.state_dict()))
+    trainer.close()
+
+    # As a launcher that starts the ranks again: they must not meet at the addresses of before.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    trainer = _resume(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
+    resumed = train(trainer, observe=False)
+    _require_equal(resumed.weights, straight.weights, "the weight")
+    _require_equal(copies(_tensors(trainer.optimizers.state_dict())), optimizer, "the state")
+    if resumed.losses != straight.losses[SAVED_STEP:]:
+        raise CheckFailedError(
+            f"the losses after a resume are {resumed.losses}, not {straight.losses[SAVED_STEP:]}",
+            "forward() uses something that is in no checkpoint: a buffer with persistent=False "
+            "that training changes, or an attribute.",
+        )
+    return f"{len(straight.weights)} tensors of the model, {len(optimizer)} of the optimizer"
+
+
+def save(subject: Subject) -> str:
+    """Leaves a checkpoint of four ranks in `subject.folder`, and what is in it as whole tensors."""
+    reasons = []
+    for name in ("fsdp2_tp2", "hsdp2x2"):
+        try:
+            options = (*options_of(LAYOUTS[name]), *_in_folder("shared"))
+            trainer = build_trainer(subject, *options)
+            break
+        except ConfigError as error:
+            reasons.append(str(error))
+            if dist.is_initialized():
+                raise NotApplicableError(reasons[-1]) from error
+    else:
+        raise NotApplicableError(reasons[0])
+    train(trainer, steps=SAVED_STEP, observe=False)
+    full = {key: whole(tensor) for key, tensor in state(trainer).items()}
+    if dist.get_rank() == 0:
+        torch.save(full, _saved_path(subject))
+    return f"saved on {name} after step {SAVED_STEP}"
+
+
+def loads_on(layout: str, subject: Subject) -> str:
+    """Resume the checkpoint of other ranks: the same weights, and the next losses."""
+    options = (*options_of(LAYOUTS[layout]), *_in_folder("shared"), "--checkpoint.interval=1000")
+    trainer = _resume(subject, *options)
+    saved = torch.load(_saved_path(subject), mmap=True)
+    trainer.checkpointer.load()
+    rank = dist.get_rank()
+    wrong, _ = compare_tensors(state(trainer), saved, rank, tolerance=0.0)
+    if wrong:
+        raise CheckFailedError(
+            f"the checkpoint loaded on {layout} gives another {wrong[0].name}: {wrong[0]}; so do "
+            f"{len(wrong) - 1} others",
+            "Parameters must be DTensors whose placements say which part a rank has, and have the "
+            "same name and meaning in every layout.",
+        )
+    resumed = train(trainer, observe=False)
+    reference = Recording.load(reference_path(subject))
+    expected = reference.losses[SAVED_STEP:]
+    pairs = zip(resumed.losses, expected, strict=True)
+    error = max_error(abs(a - b) / abs(b) for a, b in pairs)
+    different, _ = compare_tensors(
+        resumed.weights, reference.weights, rank, WEIGHT_TOLERANCE, LEARNING_RATE * STEPS
+    )
+    if not error <= LOSS_TOLERANCE or different:
+        weight = f"; {different[0].name} is off {different[0]}" if different else ""
+        raise CheckFailedError(
+            f"resumed on {layout} with the weights that were saved, the next losses are off by "
+            f"{error:.2g}{weight}",
+            "The optimizer's state is not that of the same parameters, or forward() uses what is "
+            "in no checkpoint.",
+        )
+    return f"weights exact, next losses off by {error:.0e}"
+
+
+def _in_folder(name: str) -> tuple[str, ...]:
+    return (
+        "--checkpoint.enable",
+        f"--checkpoint.folder={name}",
+        f"--checkpoint.interval={SAVED_STEP}",
+    )
+
+
+def _resume(subject: Subject, *options: str) -> Trainer:
+    try:
+        return build_trainer(subject, *options)
+    except ConfigError as error:
+        raise NotApplicableError(str(error)) from error
+
+
+def _tensors(state_dict: dict) -> Tensors:
+    return {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+
+
+def _require_equal(tensors: Tensors, expected: Tensors, kind: str) -> None:
+    for name in sorted(tensors.keys() ^ expected.keys()):
+        where = "after the resume" if name in tensors else "without a stop"
+        raise CheckFailedError(f"{kind} {name} exists only {where}")
+    expected = {name: whole(tensor) for name, tensor in expected.items()}
+    wrong, _ = compare_tensors(tensors, expected, dist.get_rank(), tolerance=0.0)
+    if wrong:
+        raise CheckFailedError(
+            f"after a resume {kind} {wrong[0].name} is another: {wrong[0]}; so do "
+            f"{len(wrong) - 1} others differ",
+            "What training changes must be a parameter, a persistent buffer or state of the "
+            "optimizer, so that it is saved.",
+        )
+
+
+def _saved_path(subject: Subject) -> Path:
+    return subject.folder / "saved.pt"
+
+
+CHECKS = (
+    Check(
+        "checkpoints.resume",
+        "a run that stops and resumes ends with the same bits",
+        partial(resumes_bitwise, ONE),
+        joins=True,
+    ),
+    Check(
+        "checkpoints.resume_fsdp2",
+        "the same on two ranks that shard the weights",
+        partial(resumes_bitwise, "fsdp2"),
+        ranks=2,
+        joins=True,
+        timeout=90.0,
+        quick=False,
+    ),
+    Check(
+        SAVE,
+        "four ranks that shard and split the weights save a checkpoint",
+        save,
+        ranks=4,
+        joins=True,
+        timeout=120.0,
+        quick=False,
+    ),
+    *(
+        Check(
+            f"checkpoints.load_{'one' if layout == ONE else layout}",
+            "that checkpoint resumes here: weights exact, next losses those of one process",
+            partial(loads_on, layout),
+            ranks=LAYOUTS[layout].ranks,
+            joins=True,
+            timeout=90.0,
+            quick=False,
+            needs=(SAVE, REFERENCE),
+        )
+        for layout in (ONE, "tp2", "pp2")
+    ),
+)

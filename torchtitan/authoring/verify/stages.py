@@ -1,0 +1,193 @@
+"""Pipeline stages in one process: the parts of a model are the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from torchtitan.config import JobConfig
+from torchtitan.config.validate import validate
+from torchtitan.distributed.init import initialize_weights
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
+from torchtitan.errors import ConfigError
+
+from .check import Check, CheckFailedError, NotApplicableError
+from .subject import Subject
+
+SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V": (2, "DualPipeV")}
+"""Name -> degree and schedule."""
+
+
+def names_are_kept(subject: Subject) -> str:
+    """Every layer can be deleted; the names of all other parameters stay."""
+    with torch.device("meta"):
+        model = subject.spec.model_cls(subject.args)
+        names = _names(model)
+        layers = list(model.layers)
+    for deleted in layers:
+        with torch.device("meta"):
+            model = subject.spec.model_cls(subject.args)
+        del model.layers[deleted]
+        expected = {name for name in names if not name.startswith(f"layers.{deleted}.")}
+        if _names(model) != expected:
+            changed = sorted(_names(model) ^ expected)
+            raise CheckFailedError(
+                f"without layer {deleted}, other names changed: {', '.join(changed[:4])}",
+                "Nothing outside of self.layers may hold a layer or its parameters.",
+            )
+    return f"{len(layers)} layers, {len(names)} tensors"
+
+
+def numbers_are_kept(subject: Subject) -> str:
+    """Any split, its stages called one after the other, gives the logits of the whole model."""
+    if subject.spec.pipeline_fn is None:
+        raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
+    tokens = subject.tokens(2)
+    positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
+    whole = subject.build()
+    with torch.no_grad():
+        expected = whole(tokens)
+    done, refused = [], ""
+    for split, (degree, schedule) in SPLITS.items():
+        try:
+            stages = _stages(subject, degree, schedule)
+        except ConfigError as error:
+            refused = str(error)
+            continue
+        _require_same_names(whole, stages, split)
+        h = tokens
+        for stage in stages:
+            takes_positions = "positions" in inspect.signature(stage.forward).parameters
+            with torch.no_grad():
+                h = stage(h, **({"positions": positions} if takes_positions else {}))
+        if not torch.equal(h, expected):
+            first = _first_part_that_differs(whole, stages, tokens, positions)
+            by = float((h - expected).norm() / expected.norm())
+            raise CheckFailedError(
+                f"split in {split}, the logits differ by {by:.2g} of their norm; the first layer "
+                f"whose output differs is {first}",
+                "A stage has some of the layers, under their old names. What depends on a layer "
+                "must use its own number, never its place in self.layers or their count; and only "
+                "embedding, norm and output may be None.",
+            )
+        done.append(split)
+    if not done:
+        raise NotApplicableError(refused)
+    return f"exact for {', '.join(done)}"
+
+
+def _names(model: nn.Module) -> set[str]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name for name, _ in tensors}
+
+
+def _require_same_names(whole: nn.Module, stages: list[nn.Module], split: str) -> None:
+    expected = {n for n, _ in whole.named_parameters(remove_duplicate=False)}
+    found = [n for stage in stages for n, _ in stage.named_parameters(remove_duplicate=False)]
+    missing, extra = sorted(expected - set(found)), sorted(set(found) - expected)
+    twice = sorted({name for name in found if found.count(name) > 1})
+    for problem, names in (("has", missing), ("should have", extra), ("alone has", twice)):
+        if names:
+            raise CheckFailedError(
+                f"split in {split}, no stage {problem} {', '.join(names[:4])}",
+                "pipeline.py: every parameter must be in one stage, under its name in the whole "
+                "model. Name the modules before and after the layers to build_pipeline.",
+            )
+
+
+def _first_part_that_differs(
+    whole: nn.Module, stages: list[nn.Module], tokens: torch.Tensor, positions: torch.Tensor
+) -> str:
+    expected, found = _layer_outputs(whole), {}
+    with torch.no_grad():
+        whole(tokens)
+        h = tokens
+        for stage in stages:
+            found |= (outputs := _layer_outputs(stage))
+            takes_positions = "positions" in inspect.signature(stage.forward).parameters
+            h = stage(h, **({"positions": positions} if takes_positions else {}))
+            found |= outputs
+    for name, output in expected.items():
+        if name not in found or not torch.equal(found[name], output):
+            return f"layers.{name}"
+    return "after the layers (norm or output)"
+
+
+def _layer_outputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Filled with the output of each layer when the model is called."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        outputs[name] = output
+
+    for name, layer in model.layers.items():
+        layer.register_forward_hook(lambda m, args, output, name=name: keep(name, output))
+    return outputs
+
+
+def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:
+    """The stages that the model's own `pipeline_fn` makes, each with its weights, in order.
+
+    Raises:
+        ConfigError: the model cannot be split so.
+    """
+    config = subject.config(
+        f"--parallelism.pipeline_parallel_degree={degree}",
+        f"--parallelism.pipeline_parallel_schedule={schedule}",
+        "--training.local_batch_size=8",
+    )
+    validate(config, degree)
+    loss_fn = subject.spec.build_loss_fn(config)
+    stages = {}
+    for rank in range(degree):
+        with _alone_as(rank, degree):
+            parts = _parts_of_rank(subject, config, degree, loss_fn)
+            for number, part in zip(stages_of_rank(config, rank), parts, strict=True):
+                initialize_weights(part, subject.seed, torch.device("cpu"))
+                stages[number] = part.eval()
+    return [stages[number] for number in range(degree * stages_per_rank(config))]
+
+
+def _parts_of_rank(
+    subject: Subject, config: JobConfig, degree: int, loss_fn: object
+) -> list[nn.Module]:
+    dims = ParallelDims.from_config(config.parallelism, degree)
+    with torch.device("meta"):
+        model = subject.spec.model_cls(subject.spec.model_args.update_from_config(config))
+    mesh = dims.world_mesh
+    pipeline = subject.spec.pipeline_fn(
+        model, mesh, dims, config, lambda part, *layout: part, loss_fn
+    )
+    return pipeline.model_parts
+
+
+@contextmanager
+def _alone_as(rank: int, world_size: int) -> Iterator[None]:
+    """Be one of several ranks whose others do not exist: groups and meshes, but no messages."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+CHECKS = (
+    Check(
+        "stages.names",
+        "deleting layers, as a pipeline stage does, renames no parameter",
+        names_are_kept,
+    ),
+    Check(
+        "stages.numbers",
+        "the stages of any pipeline split, one after the other, are the whole model, bit by bit",
+        numbers_are_kept,
+    ),
+)
