@@ -157,12 +157,17 @@ class Ranks:
             raise RanksFailedError(failures, len(self._ranks))
         return [rank.result for rank in self._ranks]
 
+    def kill(self) -> None:
+        """End all ranks at once. `wait`, maybe in another thread, then raises."""
+        for rank in self._ranks:
+            rank.process.kill()
+
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.kill()
         for rank in self._ranks:
-            rank.process.kill()
             rank.process.join()
             rank.pipe.close()
         self._temporary.cleanup()
@@ -221,7 +226,7 @@ class _Rank:
             reason, details = f"killed by {signal.Signals(-code).name}", _read_stacks(self.stacks)
         else:
             reason, details = f"exit code {code}", ""
-        output = "".join(map(_read, self.output_files()))
+        output = "".join(_read_end(file, _SHOWN_OUTPUT) for file in self.output_files())
         return RankFailure(
             rank=self.rank,
             reason=reason,
@@ -264,6 +269,13 @@ def _read(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
+def _read_end(path: Path, size: int) -> str:
+    """The last `size` bytes of a file that may be large."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read().decode(errors="replace")
+
+
 def _read_stacks(path: Path) -> str:
     """What faulthandler wrote, without what is the same in every rank."""
     threads = _read(path).partition("\nExtension modules:")[0].split("\n\n")
@@ -304,6 +316,8 @@ def _run_rank(
         with open(path, "ab") as file:
             os.dup2(file.fileno(), descriptor)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a crash, the stacks are enough
+    with suppress(OSError):  # when memory runs out, Linux is to end a rank, not its caller
+        Path("/proc/self/oom_score_adj").write_text("1000")
     stacks_file = open(stacks, "w")  # noqa: SIM115 (open as long as the process lives)
     faulthandler.enable(stacks_file)
     threading.Thread(target=_end_with_parent, daemon=True).start()

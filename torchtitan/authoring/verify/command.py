@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,7 +86,8 @@ def verify(options: Options, checks: list) -> int:
         subject.spec  # noqa: B018 (raises if there is no such flavor)
         running = report.Running(len(checks))
         running.console.print(f"verify {options.name} {flavor}: {len(checks)} checks\n")
-        outcomes = report.show(run_checks(checks, subject, running.started), checks, running)
+        with closing(run_checks(checks, subject, running.started)) as coming:
+            outcomes = report.show(coming, checks, running)
     result = report.to_json(outcomes, options.name, flavor)
     if options.json:
         report.write_json(options.json, result)

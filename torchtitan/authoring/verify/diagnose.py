@@ -11,22 +11,42 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<functi
 _COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py")
 
 
+# What the others see when a rank has died.
+_LOST_PEER = re.compile(r"closed by peer|Connection refused|Connection reset|Broken pipe", re.I)
+_NO_MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|out of memory")
+
+
 def explain(failures: list[RankFailure]) -> tuple[str, str]:
     """What happened, and where to look."""
-    first = failures[0]
-    if first.exit_code is None:  # it had to be stopped
+    ended = [failure for failure in failures if failure.exit_code is not None]
+    if not ended:
         return _explain_hang(failures)
+    first = min(ended, key=_innocence)
+    place = _collective(first.traceback)[1] if first.exit_code < 0 else _where(first.traceback)
     if "SIGKILL" in first.reason:
         return (
             f"rank {first.rank} was {first.reason}, most likely for want of memory",
             "Use a smaller flavor; its weights, gradients and optimizer state are held at once.",
         )
-    return f"rank {first.rank}: {first.reason}", _where(first.traceback)
+    if _NO_MEMORY.search(first.reason):
+        return (
+            f"rank {first.rank} ran out of memory: {first.reason}",
+            f"{place}. Use a smaller flavor; weights, gradients and optimizer state are held at "
+            "once.",
+        )
+    return f"rank {first.rank}: {first.reason}", place
+
+
+def _innocence(failure: RankFailure) -> int:
+    """Ranks that died come first, then errors, then those that only lost the others."""
+    if failure.exit_code < 0:
+        return 0
+    return 2 if _LOST_PEER.search(failure.reason) else 1
 
 
 def _explain_hang(failures: list[RankFailure]) -> tuple[str, str]:
     waiting = []
-    for failure in failures:
+    for failure in sorted(failures, key=lambda failure: failure.rank):
         collective, place = _collective(failure.traceback)
         waiting.append(f"rank {failure.rank} in {collective or 'no collective'} ({place})")
     return (

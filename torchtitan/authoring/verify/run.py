@@ -142,8 +142,9 @@ def _judge(failures: list[RankFailure]) -> tuple[str, str, str, str]:
     for failure in failures:
         if isinstance(failure.exception, CheckFailedError):
             return "fail", failure.exception.problem, failure.exception.hint, ""
-    if all(isinstance(failure.exception, NotApplicableError) for failure in failures):
-        return "skip", str(failures[0].exception), "", ""
+    for failure in failures:
+        if isinstance(failure.exception, NotApplicableError):
+            return "skip", str(failure.exception), "", ""
     message, hint = explain(failures)
     return "fail", message, hint, "\n\n".join(map(str, failures))
 
