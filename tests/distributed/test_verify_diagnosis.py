@@ -210,7 +210,8 @@ def test_ctrl_c_ends_the_command_and_its_processes(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode != 0
+    assert process.returncode == 130, output
+    assert output.rstrip().endswith("stopped")
     assert "Traceback" not in output
     deadline = time.monotonic() + 20
     while _processes_of_group(process.pid) and time.monotonic() < deadline:

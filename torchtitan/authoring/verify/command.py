@@ -21,7 +21,7 @@ parallelism against one process, checkpoints, exchange with Hugging Face, and th
   torchtitan verify my_model --custom-import my_package.my_model --quick
   torchtitan verify my_model --only layouts --only contract.init_weights
 
-Exit code: 0 if no check failed, 1 if one did, 2 for a mistake in the command."""
+Exit code: 0 if no check failed, 1 if one did, 2 for a mistake in the command, 130 after Ctrl-C."""
 
 
 @dataclass
@@ -86,8 +86,12 @@ def verify(options: Options, checks: list) -> int:
         subject.spec  # noqa: B018 (raises if there is no such flavor)
         running = report.Running(len(checks))
         running.console.print(f"verify {options.name} {flavor}: {len(checks)} checks\n")
-        with closing(run_checks(checks, subject, running.started)) as coming:
-            outcomes = report.show(coming, checks, running)
+        try:
+            with closing(run_checks(checks, subject, running.started)) as coming:
+                outcomes = report.show(coming, checks, running)
+        except KeyboardInterrupt:
+            running.console.print("\nstopped")
+            return 130
     result = report.to_json(outcomes, options.name, flavor)
     if options.json:
         report.write_json(options.json, result)

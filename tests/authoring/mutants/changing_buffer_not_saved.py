@@ -1,0 +1,32 @@
+"""A buffer that training changes is not persistent, so that a resumed run begins it anew."""
+
+from __future__ import annotations
+
+import torch
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("checkpoints.resume",)
+SAYS = r"after a resume the weight layers\.0\.feed_forward\.steps"
+
+
+class FeedForward(base.FeedForward):
+    def __init__(self, args):
+        super().__init__(args)
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
+        self.w2.weight.register_hook(self.count)
+
+    def count(self, grad):
+        self.steps += 1
+        return grad
+
+    def reset_parameters(self):
+        self.steps.zero_()
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=base.with_layers(feed_forward=FeedForward))
+
+
+register_train_spec("changing_buffer_not_saved", get_train_spec)

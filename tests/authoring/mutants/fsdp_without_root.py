@@ -1,0 +1,27 @@
+"""Blocks are sharded, but not what is around them, whose gradients are then not added up."""
+
+from __future__ import annotations
+
+from mutants import base
+from mutants.parallel import parallelize_with
+from torch.distributed.fsdp import fully_shard
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = (
+    "layouts.fsdp2",
+    "layouts.cp2",
+)
+SAYS = r"gradient differs is output\.weight.*fully_shard must be called for the whole model"
+
+
+def apply_fsdp(model, dp_mesh, job_config):
+    for layer in model.layers.values():
+        fully_shard(layer, mesh=dp_mesh._get_root_mesh()["dp_shard_cp"])
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, parallelize_fn=parallelize_with(apply_fsdp=apply_fsdp))
+
+
+register_train_spec("fsdp_without_root", get_train_spec)

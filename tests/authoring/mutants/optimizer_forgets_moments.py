@@ -1,0 +1,29 @@
+"""The optimizer loads nothing on resume, so its moments begin at zero."""
+
+from __future__ import annotations
+
+from mutants import base
+
+from torchtitan.components import build_optimizer
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = (
+    "checkpoints.resume",
+    "checkpoints.load_one",
+)
+SAYS = r"after a resume the (weight|state) .* is another"
+
+
+def build(model_parts, job_config, parallel_dims):
+    optimizers = build_optimizer(model_parts, job_config, parallel_dims)
+    optimizers.load_state_dict = lambda state_dict: None
+    state_dict = optimizers.state_dict
+    optimizers.state_dict = lambda: {k: v.clone() for k, v in state_dict().items()}
+    return optimizers
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, build_optimizer_fn=build)
+
+
+register_train_spec("optimizer_forgets_moments", get_train_spec)

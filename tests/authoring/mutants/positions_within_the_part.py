@@ -1,0 +1,27 @@
+"""Rotary positions are counted within a rank's part of the sequence, not those that it is given."""
+
+from __future__ import annotations
+
+import torch
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = (
+    "layouts.cp2",
+    "layouts.cp2_ulysses",
+)
+SAYS = r"first module whose output differs is layers\.0\.attention\..* tokens .* `positions`"
+
+
+class Model(base.Model):
+    def forward(self, tokens, positions=None, document_ids=None):
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return super().forward(tokens, positions, document_ids)
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model)
+
+
+register_train_spec("positions_within_the_part", get_train_spec)
