@@ -10,6 +10,7 @@ from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("layouts.fsdp2",)
 SAYS = r"rank 0 in recv \(.*collective_of_one_rank\.py:\d+ in forward\); rank 1 in "
+CRASHES = True
 
 
 class Model(base.Model):

@@ -11,6 +11,7 @@ CAUGHT_BY = (
     "layouts.tp2_whole_sequence",
 )
 SAYS = r"RuntimeError.*heads_of_all_ranks\.py:\d+ in forward"
+CRASHES = True
 
 
 class Attention(base.Attention):

@@ -6,11 +6,36 @@ from collections.abc import Iterable
 
 from torchtitan.errors import ConfigError, did_you_mean
 
-<<<<<<< HEAD
-from . import (adapter, checkpoints, contract, cost, hugging_face, layouts, learning, numerics, parts, semantics, stages, weights)
+from . import (
+    adapter,
+    checkpoints,
+    contract,
+    cost,
+    hugging_face,
+    layouts,
+    learning,
+    numerics,
+    parts,
+    semantics,
+    stages,
+    weights,
+)
 from .check import Check
 
-MODULES = (contract, weights, parts, semantics, numerics, cost, adapter, hugging_face, learning, stages, layouts, checkpoints)
+MODULES = (
+    contract,
+    weights,
+    parts,
+    semantics,
+    numerics,
+    cost,
+    adapter,
+    hugging_face,
+    learning,
+    stages,
+    layouts,
+    checkpoints,
+)
 """Each has `CHECKS`."""
 
 
