@@ -15,11 +15,11 @@ class FeedForward(base.FeedForward):
     def __init__(self, args):
         super().__init__(args)
         self.register_buffer("steps", torch.zeros(()), persistent=False)
-        self.w2.weight.register_hook(self.count)
 
-    def count(self, grad):
-        self.steps += 1
-        return grad
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+        return super().forward(x)
 
     def reset_parameters(self):
         self.steps.zero_()

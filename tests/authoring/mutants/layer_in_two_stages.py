@@ -17,7 +17,6 @@ def pipeline(model, *args):
     built = base.build_pipeline(model, *args)
     for part in built.model_parts:
         if part.output is not None:
-            part.output.tok_embeddings = embedding
             part.tok_embeddings = embedding
     return built
 

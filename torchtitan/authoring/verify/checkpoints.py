@@ -13,7 +13,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.train import Trainer
 
 from .check import Check, CheckFailedError, NotApplicableError
-from .compare import compare_tensors
+from .compare import Difference, compare_tensors
 from .layouts import LAYOUTS, REFERENCE, options_of, reference_path
 from .reference import (
     LEARNING_RATE,
@@ -92,8 +92,8 @@ def loads_on(layout: str, subject: Subject) -> str:
     wrong, _ = compare_tensors(state(trainer), saved, rank, tolerance=0.0)
     if wrong:
         raise CheckFailedError(
-            f"the checkpoint loaded on {layout} gives another {wrong[0].name}: {wrong[0]}; so do "
-            f"{len(wrong) - 1} others",
+            f"the checkpoint loaded on {layout} gives another {wrong[0].name}: {wrong[0]}"
+            f"{_others(wrong)}",
             "Parameters must be DTensors whose placements say which part a rank has, and have the "
             "same name and meaning in every layout.",
         )
@@ -143,11 +143,14 @@ def _require_equal(tensors: Tensors, expected: Tensors, kind: str) -> None:
     wrong, _ = compare_tensors(tensors, expected, dist.get_rank(), tolerance=0.0)
     if wrong:
         raise CheckFailedError(
-            f"after a resume {kind} {wrong[0].name} is another: {wrong[0]}; so do "
-            f"{len(wrong) - 1} others differ",
+            f"after a resume {kind} {wrong[0].name} is another: {wrong[0]}{_others(wrong)}",
             "What training changes must be a parameter, a persistent buffer or state of the "
             "optimizer, so that it is saved.",
         )
+
+
+def _others(differences: list[Difference]) -> str:
+    return f"; {len(differences) - 1} others differ too" if len(differences) > 1 else ""
 
 
 def _saved_path(subject: Subject) -> Path:

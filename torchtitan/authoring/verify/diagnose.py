@@ -28,13 +28,14 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
             f"rank {first.rank} was {first.reason}, most likely for want of memory",
             "Use a smaller flavor; its weights, gradients and optimizer state are held at once.",
         )
+    reason = first.reason.strip().partition("\n")[0]  # the rest is in the details
     if _NO_MEMORY.search(first.reason):
         return (
-            f"rank {first.rank} ran out of memory: {first.reason}",
+            f"rank {first.rank} ran out of memory: {reason}",
             f"{place}. Use a smaller flavor; weights, gradients and optimizer state are held at "
             "once.",
         )
-    return f"rank {first.rank}: {first.reason}", place
+    return f"rank {first.rank}: {reason}", place
 
 
 def _innocence(failure: RankFailure) -> int:
