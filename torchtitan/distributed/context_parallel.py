@@ -39,7 +39,7 @@ def shard_batch(
     Returns:
         Tensors `[batch, seq / cp]`.
     """
-    shards = _sequence_shards(cp_mesh, job_config)
+    shards = sequence_shards(cp_mesh, job_config)
     return {name: shards.shard(tensor, 1) for name, tensor in batch.items()}
 
 
@@ -80,7 +80,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             f"causal attention alone, but {job_config.model.name} has layers that attend in "
             "windows or chunks. Use 'allgather' or 'ulysses'"
         )
-    shards = _sequence_shards(cp_mesh, job_config)
+    shards = sequence_shards(cp_mesh, job_config)
     for mask in masks:
         mask.forward = _shared_mask(mask.forward, shards, method)
     for attention in attentions:
@@ -103,7 +103,8 @@ def require_applied_cp(model_parts: list[nn.Module], job_config: JobConfig) -> N
     )
 
 
-def _sequence_shards(cp_mesh: DeviceMesh, job_config: JobConfig) -> SequenceShards:
+def sequence_shards(cp_mesh: DeviceMesh, job_config: JobConfig) -> SequenceShards:
+    """Which part of each sequence a rank of the mesh has."""
     # Ulysses attends to whole sequences for some heads, which is balanced in any order.
     balanced = job_config.parallelism.context_parallel_method != "ulysses"
     return SequenceShards(cp_mesh, balanced)

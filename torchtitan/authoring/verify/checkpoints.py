@@ -163,6 +163,7 @@ CHECKS = (
         "a run that stops and resumes ends with the same bits",
         partial(resumes_bitwise, ONE),
         joins=True,
+        timeout=180.0,
     ),
     Check(
         "checkpoints.resume_fsdp2",
@@ -170,7 +171,7 @@ CHECKS = (
         partial(resumes_bitwise, "fsdp2"),
         ranks=2,
         joins=True,
-        timeout=90.0,
+        timeout=180.0,
         quick=False,
     ),
     Check(
@@ -179,7 +180,7 @@ CHECKS = (
         save,
         ranks=4,
         joins=True,
-        timeout=120.0,
+        timeout=180.0,
         quick=False,
     ),
     *(
@@ -189,7 +190,7 @@ CHECKS = (
             partial(loads_on, layout),
             ranks=LAYOUTS[layout].ranks,
             joins=True,
-            timeout=90.0,
+            timeout=180.0,
             quick=False,
             needs=(SAVE, REFERENCE),
         )

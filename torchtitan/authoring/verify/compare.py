@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from torchtitan.distributed.context_parallel import _sequence_shards
+from torchtitan.distributed.context_parallel import sequence_shards
 
 from .observe import Outputs
 from .reference import BATCH, Tensors
@@ -53,7 +53,7 @@ class RankPart:
         self._rows = rows[trainer.dp_rank]
         sequence = torch.arange(self.seq_len)
         if trainer.cp_mesh is not None:
-            sequence = _sequence_shards(trainer.cp_mesh, trainer.job_config).shard(sequence, 0)
+            sequence = sequence_shards(trainer.cp_mesh, trainer.job_config).shard(sequence, 0)
         self._sequence = sequence
         self._tp = dims.tp
         self._tp_rank = mesh["tp"].get_local_rank() if dims.tp_enabled else 0

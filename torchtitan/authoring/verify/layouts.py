@@ -35,7 +35,7 @@ class Layout:
     data_ranks: int = 1
     options: tuple[str, ...] = ()
     quick: bool = False
-    timeout: float = 90.0
+    timeout: float = 120.0
     accumulation: int = 1
 
 
@@ -83,12 +83,12 @@ LAYOUTS = {
     "compile_inductor": Layout(options=("--compile.enable",), timeout=240.0),
     "ac_memory_budget": Layout(options=(*COMPILE, AC + "memory_budget")),
     "fsdp2_ac_full_compile": Layout(2, 2, (*COMPILE, AC + "full")),
-    "fsdp2_tp2": Layout(4, 2, (TP2, AC + "selective"), timeout=120.0),
-    "fsdp2_cp2": Layout(4, 2, (CP2,), timeout=120.0),
-    "fsdp2_ep2": Layout(4, 4, (EP2,), timeout=120.0),
-    "pp2_tp2": Layout(4, 1, (PP2, TP2), timeout=120.0),
-    "pp2_fsdp2": Layout(4, 2, (PP2,), timeout=120.0),
-    "pp2_fsdp2_tp2": Layout(8, 2, (PP2, TP2), timeout=180.0),
+    "fsdp2_tp2": Layout(4, 2, (TP2, AC + "selective"), timeout=180.0),
+    "fsdp2_cp2": Layout(4, 2, (CP2,), timeout=180.0),
+    "fsdp2_ep2": Layout(4, 4, (EP2,), timeout=180.0),
+    "pp2_tp2": Layout(4, 1, (PP2, TP2), timeout=180.0),
+    "pp2_fsdp2": Layout(4, 2, (PP2,), timeout=180.0),
+    "pp2_fsdp2_tp2": Layout(8, 2, (PP2, TP2), timeout=240.0),
 }
 
 

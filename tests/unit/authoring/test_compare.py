@@ -1,0 +1,101 @@
+"""Which part of the reference a rank's tensor is held against, and how a difference is told."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torchtitan.authoring.verify.check import CheckFailedError
+from torchtitan.authoring.verify.compare import (
+    Difference,
+    RankPart,
+    compare_outputs,
+    compare_tensors,
+)
+from torchtitan.authoring.verify.reference import BATCH
+from torchtitan.authoring.verify.verdict import Comparison, judge
+from torchtitan.config import load_config
+
+SEQ, HEADS, DIM = 16, 4, 6
+
+
+def rank_part(dp: int = 1, dp_rank: int = 0, tp: int = 1, tp_rank: int = 0) -> RankPart:
+    mesh = {"tp": SimpleNamespace(get_local_rank=lambda: tp_rank)}
+    dims = SimpleNamespace(dp=dp, tp=tp, tp_enabled=tp > 1, world_mesh=mesh)
+    config = SimpleNamespace(training=SimpleNamespace(seq_len=SEQ))
+    return RankPart(
+        SimpleNamespace(parallel_dims=dims, job_config=config, dp_rank=dp_rank, cp_mesh=None)
+    )
+
+
+def difference(part: RankPart, local: torch.Tensor, whole: torch.Tensor) -> Difference | None:
+    found, compared, _ = compare_outputs({"m": [local]}, {"m": [whole]}, part, 0, 1e-4)
+    assert compared == 1
+    return found[0] if found else None
+
+
+def test_plain_tensors_are_matched_by_batch_sequence_heads_and_features() -> None:
+    part = rank_part(dp=2, dp_rank=1, tp=2, tp_rank=1)
+    hidden, heads = torch.randn(BATCH, SEQ, DIM), torch.randn(BATCH, HEADS, SEQ, DIM)
+    assert difference(part, hidden[4:], hidden) is None
+    assert difference(part, hidden[4:, 8:], hidden) is None
+    assert difference(part, hidden[4:, :, 3:], hidden) is None
+    assert difference(part, heads[4:, 2:], heads) is None
+
+
+def test_a_difference_names_the_part_of_the_whole_tensor() -> None:
+    whole = torch.randn(BATCH, SEQ, DIM)
+    local = whole[4:, 8:].clone()
+    local[1, 2:4] += 1
+    found = difference(rank_part(dp=2, dp_rank=1, tp=2, tp_rank=1), local, whole)
+    assert found is not None
+    assert found.where == "sequences 5, tokens 10-11"
+    assert found.relative > 0.1
+
+
+def test_micro_batches_are_joined_and_what_has_another_shape_is_left_out() -> None:
+    part, whole = rank_part(), torch.randn(BATCH, SEQ, DIM)
+    rows = torch.randn(BATCH * SEQ, DIM)
+    found, compared, left_out = compare_outputs(
+        {"a": list(whole.split(2)), "b": [rows]}, {"a": [whole], "b": [rows]}, part, 0, 1e-4
+    )
+    assert (found, compared, left_out) == ([], 1, 1)
+
+
+def test_tensors_that_should_be_zero_are_held_against_the_floor() -> None:
+    reference = {"bias": torch.full((4,), 1e-9)}
+    noise = {"bias": torch.full((4,), -1e-9)}
+    assert compare_tensors(noise, reference, 0, 1e-3)[0]
+    assert not compare_tensors(noise, reference, 0, 1e-3, floor=1e-3)[0]
+    assert compare_tensors({"bias": torch.full((4,), float("nan"))}, reference, 0, 1e-3, 1e-3)[0]
+
+
+def comparison(**fields: object) -> Comparison:
+    names = {"layers.0.w.weight", "layers.1.w.weight"}
+    order = ["layers.0.w", "layers.0", "layers.1.w", "layers.1", ""]
+    given = {"loss_error": 0.0, "norm_error": 0.0, "names": names}
+    return Comparison(**given | {"expected_names": names, "order": order} | fields)
+
+
+def judged(*found: Comparison) -> CheckFailedError:
+    config = load_config(["--activation_checkpoint.mode=full"])
+    with pytest.raises(CheckFailedError) as error, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.get_world_size", lambda: 2)
+        judge(list(found), config)
+    return error.value
+
+
+def test_the_first_output_and_the_last_gradient_are_named() -> None:
+    outputs = [Difference("layers.1.w", 0.5, "tokens 3", rank=0), Difference("layers.0", 0.1)]
+    first = comparison(loss_error=0.1, outputs=outputs)
+    assert "output differs is layers.0: by 0.1 of its norm" in judged(first).problem
+    gradients = [Difference("layers.0.w.weight", 0.5), Difference("layers.1.w.weight", 0.2)]
+    second = comparison(gradients=gradients, gradient_error=0.5)
+    assert "gradient differs is layers.1.w.weight: by 0.2" in judged(comparison(), second).problem
+
+
+def test_names_of_all_ranks_together_must_be_those_of_one_process() -> None:
+    error = judged(comparison(names={"layers.0.w.weight", "layers.1.inner.w.weight"}))
+    assert "no rank has layers.1.w.weight; there is layers.1.inner.w.weight" in error.problem
