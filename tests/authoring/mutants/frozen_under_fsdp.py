@@ -1,7 +1,10 @@
-"""The final norm is frozen where the model is sharded."""
+"""Where the model is sharded, the final norm's weight is used as a constant."""
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch.nn.functional as F
 from mutants import base
 from mutants.parallel import parallelize_with
 
@@ -12,9 +15,13 @@ SAYS = r"gradient differs is norm\.weight: it gets no gradient"
 
 
 def apply_fsdp(model, dp_mesh, job_config):
-    if model.norm is not None:
-        model.norm.requires_grad_(False)
     base.apply_fsdp(model, dp_mesh, job_config)
+    if model.norm is not None:
+        model.norm.forward = partial(constant_norm, model.norm)
+
+
+def constant_norm(norm, x):
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.detach(), norm.eps)
 
 
 def get_train_spec(flavor: str) -> TrainSpec:
