@@ -163,18 +163,15 @@ def _fail(
 ) -> NoReturn:
     name = difference.name or "the model"
     others = len({d.name for d in alike}) - 1
-    place, more = {
-        "initial": ("the initial value of {}", "tensors"),
-        "output": ("the first module whose output differs is {}", "modules after it"),
-        "recomputed": ("recomputed in the backward pass, {} gives another output", "modules"),
-        "gradient": ("outputs agree; the last parameter whose gradient differs is {}", "before it"),
-        "weight": ("gradients agree in step 1; the weight {} differs at the end", "weights"),
+    place = {
+        "initial": f"the initial value of {name} differs",
+        "output": f"the first module whose output differs is {name}",
+        "recomputed": f"recomputed in the backward pass, {name} gives another output",
+        "gradient": f"outputs agree; the last parameter whose gradient differs is {name}",
+        "weight": f"gradients agree in step 1; the weight {name} differs at the end",
     }[kind]
-    verb = "" if kind in ("output", "gradient", "recomputed", "weight") else " differs"
-    also = f"; so do {others} {more}" if others else ""
-    raise CheckFailedError(
-        f"{place.format(name)}{verb}: {difference}{also}{end}", _hint(kind, job_config)
-    )
+    also = f"; {others} more differ" if others else ""
+    raise CheckFailedError(f"{place}: {difference}{also}{end}", _hint(kind, job_config))
 
 
 _HINTS = {
