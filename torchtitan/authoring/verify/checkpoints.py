@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from .reference import (
     Recording,
     Tensors,
     build_trainer,
-    copies,
     state,
     train,
     whole,
@@ -35,30 +34,32 @@ ONE = "accumulation"
 """The layout of one process, which takes each batch in parts."""
 
 
-def resumes_bitwise(layout: str, subject: Subject) -> str:
-    """Stop after some steps and go on in a new trainer: weights and optimizer as without a stop."""
-    options = (*options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
-    try:
-        trainer = build_trainer(subject, *options)
-    except ConfigError as error:
-        raise NotApplicableError(str(error)) from error
-    straight = train(trainer, observe=False)
-    optimizer = copies(_tensors(trainer.optimizers.state_dict()))
-    trainer.close()
+def runs_without_a_stop(layout: str, subject: Subject) -> str:
+    """Leaves a checkpoint from the middle of a run, and how the run went on from there."""
+    trainer = _trainer(subject, *options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
+    recording = train(trainer, observe=False)
+    weights, optimizer = _whole(recording.weights), _whole(_optimizer_state(trainer))
+    if dist.get_rank() == 0:
+        losses = recording.losses[SAVED_STEP:]
+        torch.save((losses, weights, optimizer), _straight_path(subject, layout))
+    return f"{STEPS} steps, saved after {SAVED_STEP}"
 
-    # As a launcher that starts the ranks again: they must not meet at the addresses of before.
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
-    trainer = _resume(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
+
+def resumes_bitwise(layout: str, subject: Subject) -> str:
+    """Go on from that checkpoint: losses, weights and optimizer are those without a stop."""
+    options = (*options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
+    trainer = _trainer(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
     resumed = train(trainer, observe=False)
-    _require_equal(resumed.weights, straight.weights, "the weight")
-    _require_equal(copies(_tensors(trainer.optimizers.state_dict())), optimizer, "the state")
-    if resumed.losses != straight.losses[SAVED_STEP:]:
+    losses, weights, optimizer = torch.load(_straight_path(subject, layout), mmap=True)
+    _require_equal(resumed.weights, weights, "the weight")
+    _require_equal(_optimizer_state(trainer), optimizer, "the state")
+    if resumed.losses != losses:
         raise CheckFailedError(
-            f"the losses after a resume are {resumed.losses}, not {straight.losses[SAVED_STEP:]}",
+            f"the losses after a resume are {resumed.losses}, not {losses}",
             "forward() uses something that is in no checkpoint: a buffer with persistent=False "
             "that training changes, or an attribute.",
         )
-    return f"{len(straight.weights)} tensors of the model, {len(optimizer)} of the optimizer"
+    return f"{len(weights)} tensors of the model, {len(optimizer)} of the optimizer"
 
 
 def save(subject: Subject) -> str:
@@ -76,7 +77,7 @@ def save(subject: Subject) -> str:
     else:
         raise NotApplicableError(reasons[0])
     train(trainer, steps=SAVED_STEP, observe=False)
-    full = {key: whole(tensor) for key, tensor in state(trainer).items()}
+    full = _whole(state(trainer))
     if dist.get_rank() == 0:
         torch.save(full, _saved_path(subject))
     return f"saved on {name} after step {SAVED_STEP}"
@@ -85,7 +86,7 @@ def save(subject: Subject) -> str:
 def loads_on(layout: str, subject: Subject) -> str:
     """Resume the checkpoint of other ranks: the same weights, and the next losses."""
     options = (*options_of(LAYOUTS[layout]), *_in_folder("shared"), "--checkpoint.interval=1000")
-    trainer = _resume(subject, *options)
+    trainer = _trainer(subject, *options)
     saved = torch.load(_saved_path(subject), mmap=True)
     trainer.checkpointer.load()
     rank = dist.get_rank()
@@ -124,22 +125,26 @@ def _in_folder(name: str) -> tuple[str, ...]:
     )
 
 
-def _resume(subject: Subject, *options: str) -> Trainer:
+def _trainer(subject: Subject, *options: str) -> Trainer:
     try:
         return build_trainer(subject, *options)
     except ConfigError as error:
         raise NotApplicableError(str(error)) from error
 
 
-def _tensors(state_dict: dict) -> Tensors:
-    return {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+def _optimizer_state(trainer: Trainer) -> Tensors:
+    state = trainer.optimizers.state_dict()
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _whole(tensors: Tensors) -> Tensors:
+    return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
 def _require_equal(tensors: Tensors, expected: Tensors, kind: str) -> None:
     for name in sorted(tensors.keys() ^ expected.keys()):
         where = "after the resume" if name in tensors else "without a stop"
         raise CheckFailedError(f"{kind} {name} exists only {where}")
-    expected = {name: whole(tensor) for name, tensor in expected.items()}
     wrong, _ = compare_tensors(tensors, expected, dist.get_rank(), tolerance=0.0)
     if wrong:
         raise CheckFailedError(
@@ -153,27 +158,37 @@ def _others(differences: list[Difference]) -> str:
     return f"; {len(differences) - 1} others differ too" if len(differences) > 1 else ""
 
 
+def _straight_path(subject: Subject, layout: str) -> Path:
+    return subject.folder / f"straight_{layout}.pt"
+
+
 def _saved_path(subject: Subject) -> Path:
     return subject.folder / "saved.pt"
 
 
+def _resume_checks(layout: str, suffix: str) -> tuple[Check, Check]:
+    run = Check(
+        f"checkpoints.run{suffix}",
+        "a run saves a checkpoint on its way",
+        partial(runs_without_a_stop, layout),
+        ranks=LAYOUTS[layout].ranks,
+        joins=True,
+        timeout=180.0,
+        quick=not suffix,
+    )
+    resume = replace(
+        run,
+        name=f"checkpoints.resume{suffix}",
+        asks="a run that stops there and resumes ends with the same bits",
+        run=partial(resumes_bitwise, layout),
+        needs=(run.name,),
+    )
+    return run, resume
+
+
 CHECKS = (
-    Check(
-        "checkpoints.resume",
-        "a run that stops and resumes ends with the same bits",
-        partial(resumes_bitwise, ONE),
-        joins=True,
-        timeout=180.0,
-    ),
-    Check(
-        "checkpoints.resume_fsdp2",
-        "the same on two ranks that shard the weights",
-        partial(resumes_bitwise, "fsdp2"),
-        ranks=2,
-        joins=True,
-        timeout=180.0,
-        quick=False,
-    ),
+    *_resume_checks(ONE, ""),
+    *_resume_checks("fsdp2", "_fsdp2"),
     Check(
         SAVE,
         "four ranks that shard and split the weights save a checkpoint",
