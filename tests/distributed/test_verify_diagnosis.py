@@ -106,7 +106,8 @@ def test_a_hang_names_the_collective_and_the_line_on_each_rank(tmp_path: Path) -
 def test_a_rank_that_waits_for_one_that_has_returned(tmp_path: Path) -> None:
     outcome = run(returns_without_the_other, tmp_path, ranks=2, timeout=8.0)
     assert outcome.status == "fail"
-    assert "rank 0 in recv (" in outcome.message or "closed by peer" in outcome.message
+    # It depends on the moment whether gloo waits for the other or sees that it has left.
+    assert "rank 0 in recv (" in outcome.message or "[127.0.0.1]" in outcome.message
     assert "returns_without_the_other" in outcome.message + outcome.hint
 
 

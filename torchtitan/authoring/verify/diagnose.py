@@ -12,7 +12,9 @@ _COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py")
 
 
 # What the others see when a rank has died.
-_LOST_PEER = re.compile(r"closed by peer|Connection refused|Connection reset|Broken pipe", re.I)
+_LOST_PEER = re.compile(
+    r"closed by peer|Read error|Connection refused|Connection reset|Broken pipe", re.I
+)
 _NO_MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|out of memory")
 
 
