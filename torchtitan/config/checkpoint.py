@@ -23,12 +23,19 @@ class Checkpoint:
     load_step: Annotated[int, Range(ge=0, special=(-1,))] = -1
     """Step to resume from; -1: the newest complete one."""
     initial_load_path: str = ""
-    """Checkpoint (`.../checkpoint/step-N`) whose weights start a new run; ignored on resume."""
+    """Checkpoint (`.../checkpoint/step-N`) or Hugging Face folder whose weights start a new run;
+    ignored on resume."""
+    initial_load_in_hf: bool = False
+    """Start a new run from a Hugging Face folder: `initial_load_path`, or that of
+    `model.tokenizer_path` where it is empty."""
     exclude_from_loading: list[
         Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]
     ] = field(default_factory=list)
     """Parts of the state not to load on resume."""
     last_save_model_only: bool = False
     """Save only the model at the last step (an export; such a checkpoint cannot resume)."""
+    last_save_in_hf: bool = False
+    """Save the model at the last step as a Hugging Face folder, `step-N-hf`, which
+    `transformers` opens: besides the checkpoint, or in its place with `last_save_model_only`."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of a model-only save."""
+    """Dtype of a model-only save and of a Hugging Face folder."""

@@ -353,12 +353,35 @@ def _check_outputs(job_config: JobConfig) -> None:
     if checkpoint.load_step != -1 and not checkpoint.enable:
         problem = "nothing would be loaded, since checkpoint.enable is false"
         _fail(job_config, "checkpoint.load_step", problem)
-    path = checkpoint.initial_load_path
-    if path and not os.path.isdir(path):
-        _fail(job_config, "checkpoint.initial_load_path", "no such folder")
+    _check_initial_load(job_config)
+    if checkpoint.last_save_in_hf and not checkpoint.enable:
+        problem = "nothing would be saved, since checkpoint.enable is false"
+        _fail(job_config, "checkpoint.last_save_in_hf", problem)
     if job_config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         problem = "wandb is not installed: pip install 'torchtitan[wandb]'"
         _fail(job_config, "metrics.enable_wandb", problem)
+
+
+def _check_initial_load(job_config: JobConfig) -> None:
+    in_hf, path = job_config.checkpoint.initial_load_in_hf, job_config.checkpoint.initial_load_path
+    key = "checkpoint.initial_load_path" if path else "checkpoint.initial_load_in_hf"
+    if in_hf and not path:
+        path = job_config.model.tokenizer_path
+        if path == "bytes":
+            problem = (
+                "needs a Hugging Face folder: set checkpoint.initial_load_path, or "
+                "model.tokenizer_path if the weights lie with the tokenizer"
+            )
+            _fail(job_config, key, problem)
+    if not path:
+        return
+    folder = os.path.expanduser(path)
+    if not os.path.isdir(folder):
+        _fail(job_config, key, "no such folder")
+    names = ("model.safetensors.index.json", "model.safetensors")
+    if in_hf and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
+        problem = f"{path} holds no Hugging Face weights ({' or '.join(names)})"
+        _fail(job_config, key, problem)
 
 
 def _fail(job_config: JobConfig, key: str, problem: str) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch.nn as nn
 
@@ -36,6 +36,14 @@ class BaseModelArgs:
         Called before any weights are allocated. Return a copy rather than change a flavor in place.
         """
         return self
+
+    def to_hf_config(self) -> dict[str, Any] | None:
+        """The `config.json` that Hugging Face's implementation of this model needs.
+
+        It is the inverse of a class method `from_hf_config(config)`, which a model that reads
+        Hugging Face's files defines too. None: there is no such implementation, or it is unknown.
+        """
+        return None
 
 
 class ModelProtocol(nn.Module):

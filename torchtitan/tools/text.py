@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 
 def human(number: float, space: str = " ") -> str:
@@ -28,3 +29,14 @@ def duration(seconds: float) -> str:
     if hours < 24:
         return f"{hours}:{minutes:02}:{seconds:02}"
     return f"{hours // 24}d {hours % 24:02}:{minutes:02}"
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort by, with numbers in a name in their order: `layers.2` before `layers.10`."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message (PyTorch's go on with C++ frames)."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,6 @@ from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
 from .agreement import on_rank_zero
 from .folder import MANIFEST, Manifest, list_checkpoints
 from .reader import (
-    SAFETENSORS_FILE,
-    SAFETENSORS_INDEX,
     CheckpointReader,
     SafetensorsReader,
     enumerate_few,
@@ -31,6 +30,7 @@ from .reader import (
     read_safetensors_metadata,
     read_state,
 )
+from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
 
 if TYPE_CHECKING:
     from torchtitan.protocols import BaseStateDictAdapter, ModelProtocol
@@ -142,23 +142,16 @@ def _is_huggingface(path: Path) -> bool:
 def _load_huggingface(
     model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
 ) -> None:
-    adapter = _adapter_of(model_parts[0], path)
+    adapter = adapter_of(model_parts[0], path)
+    on_rank_zero(lambda: check_hf_config(path, model_parts[0]), group)
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
     adapter.check_names(metadata.state_dict_metadata)
-    tied = {name for part in model_parts for name in _tied_names(part)}
+    tied = tied_names(model_parts)
     state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
     hf_state = adapter.to_hf(state)
 
-    def is_wanted(key: str) -> bool:
-        # Adapters pass over what a file need not have: rotary frequencies, a copy of tied weights.
-        shape = metadata.state_dict_metadata[key].size
-        try:
-            converted = adapter.from_hf({key: torch.empty(shape, device="meta")})
-        except (CheckpointError, KeyError):
-            return True
-        return any(name not in tied for name in converted)
-
-    read_state(hf_state, SafetensorsReader(path, metadata), is_wanted, group)
+    wanted = wanted_keys(adapter, metadata, tied)
+    read_state(hf_state, SafetensorsReader(path, metadata), wanted.__contains__, group)
     converted = adapter.from_hf(hf_state)
     buffers = {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
     for name, tensor in state.items():
@@ -166,8 +159,40 @@ def _load_huggingface(
             tensor.copy_(converted[name])
 
 
-def _adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
-    """The adapter in the `TrainSpec` of the model's class."""
+def wanted_keys(
+    adapter: BaseStateDictAdapter, metadata: Metadata, tied: Collection[str]
+) -> set[str]:
+    """The tensors of a Hugging Face folder that the model must have a place for.
+
+    Adapters pass over what a file need not have: rotary frequencies, a copy of tied weights.
+    """
+    wanted = set()
+    for key, entry in metadata.state_dict_metadata.items():
+        try:
+            converted = adapter.from_hf({key: torch.empty(entry.size, device="meta")})
+        except (CheckpointError, KeyError):
+            wanted.add(key)
+            continue
+        if any(name not in tied for name in converted):
+            wanted.add(key)
+    return wanted
+
+
+def check_hf_config(path: Path, model: nn.Module) -> None:
+    """Raises `CheckpointError` if the `config.json` in `path` is not that of `model`."""
+    from .huggingface import check_same_model
+
+    args = getattr(model, "args", None)
+    if args is not None:
+        check_same_model(path, args)
+
+
+def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
+    """The adapter in the `TrainSpec` of the model's class; `path` is the folder it is for.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     for name in MODEL_REGISTRY:
         for flavor in model_flavors(name)[:1]:
             spec = MODEL_REGISTRY[name](flavor)
@@ -179,7 +204,10 @@ def _adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
     )
 
 
-def _tied_names(model: nn.Module) -> set[str]:
+def tied_names(model_parts: list[nn.Module]) -> set[str]:
     """Second names of parameters that have two: Hugging Face files hold them once."""
-    all_names = {canonical_name(n) for n, _ in model.named_parameters(remove_duplicate=False)}
-    return all_names - {canonical_name(n) for n, _ in model.named_parameters()}
+    tied: set[str] = set()
+    for part in model_parts:
+        all_names = {canonical_name(n) for n, _ in part.named_parameters(remove_duplicate=False)}
+        tied |= all_names - {canonical_name(n) for n, _ in part.named_parameters()}
+    return tied

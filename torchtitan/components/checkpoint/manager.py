@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .folder import (
@@ -29,8 +30,9 @@ from .folder import (
     step_folder,
     step_of,
 )
+from .huggingface import ExportAssets, initial_load_path
+from .huggingface_save import save_huggingface
 from .load import OpenCheckpoint, load_weights_of_parts, model_args, model_state
-from .reader import first_line
 from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
@@ -69,6 +71,8 @@ class CheckpointManager:
         dp_mesh: DeviceMesh,
     ) -> None:
         self._config = job_config.checkpoint
+        self._initial_load_path = initial_load_path(job_config)
+        self._export_assets = ExportAssets.of_job(job_config)
         self._root = Path(job_config.job.dump_folder, self._config.folder)
         self._total_steps = job_config.training.steps
         self._model_parts = model_parts
@@ -83,6 +87,8 @@ class CheckpointManager:
             "name": job_config.model.name,
             "flavor": job_config.model.flavor,
             "args": model_args(model_parts[0]),
+            "tokenizer": _absolute(job_config.model.tokenizer_path),
+            "seq_len": job_config.training.seq_len,
         }
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo")
@@ -101,7 +107,8 @@ class CheckpointManager:
             step: optimizer steps done.
             last: the run ends here, as planned or because it was told to stop: save in any case,
                 and wait for it. Only a planned end is saved as an export
-                (`checkpoint.last_save_model_only`), since a stopped run is to be resumed.
+                (`checkpoint.last_save_model_only`, `checkpoint.last_save_in_hf`), since a stopped
+                run is to be resumed.
 
         Raises:
             CheckpointError: the last save failed.
@@ -112,7 +119,12 @@ class CheckpointManager:
             return
         self.wait()
 
-        export = last and self._config.last_save_model_only and step >= self._total_steps
+        finished = last and step >= self._total_steps
+        export = finished and self._config.last_save_model_only
+        in_hf = finished and self._config.last_save_in_hf
+        if export and in_hf:
+            self._save_huggingface(step)
+            return
         state = self._export_state() if export else self._state()
         manifest = Manifest(step=step, model_only=export, model=self._model_description)
         folder = step_folder(self._root, step)
@@ -128,6 +140,18 @@ class CheckpointManager:
             if last:
                 raise CheckpointError(message) from failure
             _log_failure(message)
+        if in_hf:
+            self._save_huggingface(step)
+
+    def _save_huggingface(self, step: int) -> None:
+        folder = step_folder(self._root, step)
+        save_huggingface(
+            self._model_parts,
+            folder.with_name(f"{folder.name}-hf"),
+            getattr(torch, self._config.export_dtype),
+            self._export_assets,
+            self._group,
+        )
 
     def wait(self) -> None:
         """Wait for the save in the background, if there is one."""
@@ -153,6 +177,9 @@ class CheckpointManager:
     def load(self) -> int:
         """Resume, or else start from the weights in `checkpoint.initial_load_path` if it is set.
 
+        With `checkpoint.initial_load_in_hf`, these are in a Hugging Face folder, by default that
+        of the tokenizer.
+
         Returns:
             The number of steps done when the checkpoint was saved; 0 for a new run.
 
@@ -164,8 +191,8 @@ class CheckpointManager:
             folder = on_rank_zero(self._folder_to_resume, self._group)
             if folder is not None:
                 return self._resume(OpenCheckpoint.open(folder, self._group))
-        if self._config.initial_load_path:
-            path = Path(self._config.initial_load_path)
+        path = self._initial_load_path
+        if path is not None:
             load_weights_of_parts(self._model_parts, path, self._group)
             logger.info("started from the weights in %s", path)
         return 0
@@ -245,6 +272,10 @@ class CheckpointManager:
             f"The checkpoint of step {step} could not be saved in {self._root}: "
             f"{first_line(error)}. The newest checkpoint is {newest.name if newest else '(none)'}"
         )
+
+
+def _absolute(tokenizer: str) -> str:
+    return tokenizer if tokenizer == "bytes" else str(Path(tokenizer).expanduser().absolute())
 
 
 def _log_failure(message: str) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -33,12 +32,12 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.text import first_line
 
 from .agreement import first_failure
+from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
 
 EXCLUDABLE_PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state")
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-SAFETENSORS_FILE = "model.safetensors"
 
 
 class CheckpointReader(dcp.FileSystemReader):
@@ -79,12 +78,12 @@ class SafetensorsReader(CheckpointReader):
     """Reads the files of a Hugging Face folder. Metadata: from `read_safetensors_metadata`."""
 
     def read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
-        with safe_open(self.path / name, framework="pt") as file:
+        with SafetensorsFile(self.path / name) as file:
             for item in plan.items:
                 starts_and_lengths = zip(item.storage_offsets, item.lengths, strict=True)
                 part = tuple(slice(start, start + length) for start, length in starts_and_lengths)
                 target = planner.resolve_tensor(item).detach()
-                target.copy_(file.get_slice(item.storage_index.fqn)[part])
+                file.read_part(item.storage_index.fqn, part, target)
                 planner.commit_tensor(item, target)
 
 
@@ -223,17 +222,13 @@ def read_safetensors_metadata(folder: Path) -> Metadata:
     """
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     for name in _safetensors_files(folder):
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{folder / name} is missing") from error
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder / name} is damaged: {first_line(error)}") from error
-        for key, shape in shapes.items():
-            size, start = torch.Size(shape), torch.Size([0] * len(shape))
+        with SafetensorsFile(folder / name) as file:
+            specs = file.specs
+        for key, spec in specs.items():
+            size, start = torch.Size(spec.shape), torch.Size([0] * len(spec.shape))
+            whole = ChunkStorageMetadata(offsets=start, sizes=size)
             metadata.state_dict_metadata[key] = TensorStorageMetadata(
-                TensorProperties(), size, [ChunkStorageMetadata(offsets=start, sizes=size)]
+                TensorProperties(dtype=spec.dtype), size, [whole]
             )
             metadata.storage_data[MetadataIndex(key, start)] = _StorageInfo(name, 0, 0)
     return metadata
@@ -254,11 +249,6 @@ def _way_out(keys: list[str]) -> str:
     if part not in EXCLUDABLE_PARTS:
         return ""
     return f'; checkpoint.exclude_from_loading = ["{part}"] would start it anew'
-
-
-def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message (PyTorch's go on with C++ frames)."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def enumerate_few(names: Iterable[str]) -> str:

@@ -38,22 +38,32 @@ class RopeScaling:
     original_max_seq_len: int = 8192
 
 
+_HF_NAMES = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_seq_len",
+}
+
+
 def rope_scaling_from_hf(rope_scaling: dict[str, Any]) -> RopeScaling:
     """From the field `rope_scaling` of a `config.json`, as `HuggingFaceConfig.take_rope` gives it.
 
     Raises:
         CheckpointError: it is of another kind, incomplete, or has parts that are not supported.
     """
-    names = {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-    }
     fields = dict(rope_scaling)
-    if fields.pop("rope_type", None) != "llama3" or fields.keys() != names.keys():
+    if fields.pop("rope_type", None) != "llama3" or fields.keys() != _HF_NAMES.keys():
         raise unsupported("rope_scaling", rope_scaling)
-    return RopeScaling(**{names[key]: value for key, value in fields.items()})
+    return RopeScaling(**{_HF_NAMES[key]: value for key, value in fields.items()})
+
+
+def rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The field `rope_scaling` of a `config.json`."""
+    if scaling is None:
+        return None
+    fields = {theirs: getattr(scaling, ours) for theirs, ours in _HF_NAMES.items()}
+    return {"rope_type": "llama3"} | fields
 
 
 class Rotation:

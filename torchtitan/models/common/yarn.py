@@ -47,6 +47,17 @@ class YarnScaling:
         return 1.0 + 0.1 * mscale * math.log(max(self.factor, 1.0))
 
 
+_HF_NAMES = {
+    "factor": "factor",
+    "original_max_position_embeddings": "original_max_seq_len",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
+}
+
+
 def yarn_frequencies(
     head_dim: int, theta: float, scaling: YarnScaling, device: torch.device | None = None
 ) -> torch.Tensor:
@@ -75,22 +86,21 @@ def yarn_from_hf(rope_scaling: dict[str, Any]) -> YarnScaling:
     Raises:
         CheckpointError: it is of another kind, incomplete, or has parts that are not supported.
     """
-    names = {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_max_seq_len",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
-        "truncate": "truncate",
-    }
     fields = {key: value for key, value in rope_scaling.items() if value is not None}
     is_yarn = fields.pop("rope_type", None) == "yarn"
     complete = {"factor", "original_max_position_embeddings"} <= fields.keys()
     # transformers does not follow DeepSeek where one mscale is given alone.
     both_or_none = bool(fields.get("mscale")) == bool(fields.get("mscale_all_dim"))
-    if not is_yarn or not complete or not both_or_none or fields.keys() - names.keys():
+    if not is_yarn or not complete or not both_or_none or fields.keys() - _HF_NAMES.keys():
         raise unsupported("rope_scaling", rope_scaling)
     if not fields.get("mscale"):
         fields = {key: value for key, value in fields.items() if not key.startswith("mscale")}
-    return YarnScaling(**{names[key]: value for key, value in fields.items()})
+    return YarnScaling(**{_HF_NAMES[key]: value for key, value in fields.items()})
+
+
+def yarn_to_hf(scaling: YarnScaling) -> dict[str, Any]:
+    """The field `rope_scaling` of a `config.json`."""
+    fields = {theirs: getattr(scaling, ours) for theirs, ours in _HF_NAMES.items()}
+    if not scaling.mscale_all_dim:  # one mscale alone is not read alike everywhere
+        del fields["mscale"], fields["mscale_all_dim"]
+    return {"rope_type": "yarn"} | fields

@@ -10,12 +10,13 @@ from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.hf_export import hf_fields
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.tensor_parallel import (
     require_divisible_by_tp,
     require_splittable_experts,
 )
-from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf
+from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf, yarn_to_hf
 from torchtitan.protocols.model import BaseModelArgs
 
 if TYPE_CHECKING:
@@ -113,6 +114,44 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         nparams = everywhere + n_moe * held + norms + embeddings
         matrices = everywhere + n_moe * used + vocabulary
         return nparams, 6 * matrices + 6 * self.n_layers * (q_dim + o_dim) * seq_len
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The `config.json` of `DeepseekV3ForCausalLM`, or of V2's; see `BaseModelArgs`.
+
+        The two differ in how experts are chosen. Layers for the prediction of more tokens are left
+        out, as the model has none.
+        """
+        moe, v3 = self.moe, self.moe.score_func == "sigmoid"
+        kind = ("deepseek_v3", "DeepseekV3ForCausalLM")
+        method = "noaux_tc"
+        if not v3:
+            kind = ("deepseek_v2", "DeepseekV2ForCausalLM")
+            method = "greedy" if moe.n_groups == 1 else "group_limited_greedy"
+        return hf_fields(self, *kind) | {
+            "num_key_value_heads": self.n_heads,
+            "q_lora_rank": self.q_rank,
+            "kv_lora_rank": self.kv_rank,
+            "qk_nope_head_dim": self.qk_nope_dim,
+            "qk_rope_head_dim": self.qk_rope_dim,
+            "v_head_dim": self.v_dim,
+            "intermediate_size": self.ffn_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rope_scaling": None if self.yarn is None else yarn_to_hf(self.yarn),
+            "first_k_dense_replace": self.n_dense_layers,
+            "moe_layer_freq": 1,
+            "num_nextn_predict_layers": 0,
+            "n_routed_experts": moe.num_experts,
+            "n_shared_experts": moe.num_shared_experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.hidden_dim,
+            "scoring_func": moe.score_func,
+            "topk_method": method,
+            "n_group": moe.n_groups,
+            "topk_group": moe.top_groups,
+            "norm_topk_prob": moe.normalize_weights,
+            "routed_scaling_factor": moe.route_scale,
+        }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         """A copy with the attention kernel that the job asks for.

@@ -9,6 +9,7 @@ from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.hf_export import hf_fields
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -76,6 +77,28 @@ class Gemma3ModelArgs(BaseModelArgs):
         windowed = sum(self.has_window(i) for i in range(self.n_layers))
         keys = windowed * min(seq_len, self.sliding_window) + (self.n_layers - windowed) * seq_len
         return matrices + norms + embeddings, 6 * (matrices + vocabulary) + 12 * q_dim * keys
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The `config.json` of `Gemma3ForCausalLM` for these args; see `BaseModelArgs`."""
+        scaling = None
+        if self.rope_factor != 1.0:
+            scaling = {"rope_type": "linear", "factor": self.rope_factor}
+        windows = [self.has_window(layer) for layer in range(self.n_layers)]
+        return hf_fields(self, "gemma3_text", "Gemma3ForCausalLM") | {
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+            "intermediate_size": self.ffn_dim,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "attention_bias": False,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window": self.sliding_window,
+            "sliding_window_pattern": self.full_attention_every,
+            "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+            "rope_local_base_freq": self.window_rope_theta,
+            "rope_scaling": scaling,
+        }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         """A copy with the attention kernel that the job asks for.

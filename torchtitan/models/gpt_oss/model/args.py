@@ -10,9 +10,10 @@ from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.hf_export import hf_fields
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
-from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf
+from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf, yarn_to_hf
 from torchtitan.protocols.model import BaseModelArgs
 
 from .experts import ALPHA
@@ -89,6 +90,23 @@ class GptOssModelArgs(BaseModelArgs):
         windowed = sum(self.has_window(i) for i in range(self.n_layers))
         keys = windowed * min(seq_len, self.sliding_window) + (self.n_layers - windowed) * seq_len
         return nparams, 6 * matrices + 12 * q_dim * keys
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The `config.json` of `GptOssForCausalLM` for these args; see `BaseModelArgs`."""
+        windows = [self.has_window(layer) for layer in range(self.n_layers)]
+        return hf_fields(self, "gpt_oss", "GptOssForCausalLM") | {
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.moe.hidden_dim,
+            "hidden_act": "silu",
+            "attention_bias": True,
+            "sliding_window": self.sliding_window,
+            "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+            "num_local_experts": self.moe.num_experts,
+            "num_experts_per_tok": self.moe.top_k,
+            "swiglu_limit": self.swiglu_limit,
+            "rope_scaling": yarn_to_hf(self.rope_scaling),
+        }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         """A copy with the attention kernel that the job asks for.

@@ -9,7 +9,8 @@ from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig
-from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf
+from torchtitan.models.common.hf_export import hf_fields
+from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf, rope_scaling_to_hf
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -68,6 +69,18 @@ class Llama3ModelArgs(BaseModelArgs):
 
         flops = 6 * (matrices + vocabulary) + 12 * self.n_layers * self.dim * seq_len
         return matrices + norms + embeddings, flops
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The `config.json` of `LlamaForCausalLM` for these args; see `BaseModelArgs`."""
+        return hf_fields(self, "llama", "LlamaForCausalLM") | {
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.ffn_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_scaling": rope_scaling_to_hf(self.rope_scaling),
+        }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         """A copy with the attention kernel that the job asks for.

@@ -10,8 +10,9 @@ from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig
+from torchtitan.models.common.hf_export import hf_fields
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf
+from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf, rope_scaling_to_hf
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 from torchtitan.protocols.model import BaseModelArgs
 
@@ -106,6 +107,32 @@ class Llama4ModelArgs(BaseModelArgs):
         chunked = sum(map(self.has_positions, layers))
         keys = chunked * min(seq_len, self.chunk) + (self.n_layers - chunked) * seq_len
         return nparams, 6 * matrices + 12 * q_dim * keys
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The `config.json` of `Llama4ForCausalLM` for these args; see `BaseModelArgs`."""
+        layers = range(self.n_layers)
+        positions = [self.has_positions(layer) for layer in layers]
+        return hf_fields(self, "llama4_text", "Llama4ForCausalLM") | {
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.moe.hidden_dim,
+            "intermediate_size_mlp": self.ffn_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "use_qk_norm": self.qk_norm,
+            "attention_chunk_size": self.chunk,
+            "no_rope_layer_interval": self.nope_interval,
+            "no_rope_layers": [int(has) for has in positions],
+            "layer_types": ["chunked_attention" if p else "full_attention" for p in positions],
+            "attn_temperature_tuning": self.temperature_scale != 0,
+            "attn_scale": self.temperature_scale or 0.1,
+            "floor_scale": self.temperature_floor,
+            "num_local_experts": self.moe.num_experts,
+            "num_experts_per_tok": self.moe.top_k,
+            "interleave_moe_layer_step": self.moe_interval,
+            "moe_layers": [layer for layer in layers if self.has_experts(layer)],
+            "rope_scaling": rope_scaling_to_hf(self.rope_scaling),
+        }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         """A copy with the attention kernel that the job asks for.

@@ -9,6 +9,7 @@ from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
 from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.hf_export import hf_fields
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.tensor_parallel import (
     require_divisible_by_tp,
@@ -71,6 +72,29 @@ class Qwen3ModelArgs(BaseModelArgs):
         nparams = self.n_layers * (attention + held) + norms + embeddings
         matrices = self.n_layers * (attention + used) + vocabulary
         return nparams, 6 * matrices + 12 * self.n_layers * q_dim * seq_len
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The `config.json` of `Qwen3ForCausalLM` or `Qwen3MoeForCausalLM`; see `BaseModelArgs`."""
+        kind = ("qwen3_moe", "Qwen3MoeForCausalLM") if self.moe else ("qwen3", "Qwen3ForCausalLM")
+        fields = hf_fields(self, *kind) | {
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.ffn_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rope_scaling": None,
+            "use_sliding_window": False,
+        }
+        if self.moe:
+            fields |= {
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+                "num_experts": self.moe.num_experts,
+                "num_experts_per_tok": self.moe.top_k,
+                "moe_intermediate_size": self.moe.hidden_dim,
+                "norm_topk_prob": self.moe.normalize_weights,
+            }
+        return fields
 
     def update_from_config(self, job_config: JobConfig) -> Self:
         """A copy with the attention kernel that the job asks for.

@@ -1,0 +1,183 @@
+"""Models saved as Hugging Face folders open in `transformers`, and compute the same there."""
+
+import dataclasses
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_run import world_of_one  # noqa: F401
+from safetensors.torch import load_file
+from tiny_models import TINY, tiny_spec
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from torchtitan.components.checkpoint import safetensors_files
+from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config
+from torchtitan.components.checkpoint.huggingface_save import save_huggingface
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.distributed.init import initialize_weights
+from torchtitan.errors import CheckpointError
+from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.qwen3 import Qwen3ModelArgs
+from torchtitan.protocols.train_spec import model_flavors
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
+ASSETS = ExportAssets("bytes", max_seq_len=128)
+TEXT = "Zero-bubble schedules: ∂L/∂w comes later.\n\tEnd."
+
+
+def build(name, seed=0):
+    spec = tiny_spec(name)
+    model = spec.model_cls(spec.model_args)
+    initialize_weights(model, seed, torch.device("cpu"))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # far from zero, so that a difference would show
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def save(model, folder, dtype=torch.float32, **options):
+    save_huggingface([model], folder, dtype, ASSETS, dist.group.WORLD, **options)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_transformers_opens_the_folder_and_computes_the_same_logits(tmp_path, name):
+    model, folder = build(name), tmp_path / "out"
+    save(model, folder)
+    theirs, found = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(found.values()), found
+    assert theirs.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(TEXT, return_tensors="pt", add_special_tokens=False).input_ids
+    assert ids[0].tolist() == BytesTokenizer().encode(TEXT)
+    assert tokenizer.decode(ids[0]) == TEXT
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_config_json_travels_through_transformers_and_back(name, tmp_path):
+    args = TINY[name]
+    config = export_config(args) | {"max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.architectures == config["architectures"]
+    theirs.save_pretrained(tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    for fields in (config, back):
+        assert type(args).from_hf_config(fields).to_hf_config() == args.to_hf_config()
+
+
+@pytest.mark.parametrize("name", sorted(MODEL_REGISTRY))
+def test_every_flavor_can_be_exported(name):
+    flavors = model_flavors(name)
+    assert flavors
+    for flavor in flavors:
+        args = MODEL_REGISTRY[name](flavor).model_args
+        back = type(args).from_hf_config(export_config(args))
+        assert back.get_nparams_and_flops(4096) == args.get_nparams_and_flops(4096), flavor
+
+
+def test_what_hugging_face_cannot_express_is_refused():
+    moe = MoEArgs(num_experts=4, top_k=2, hidden_dim=32, num_shared_experts=1)
+    with pytest.raises(CheckpointError, match=r"Qwen3MoeForCausalLM.*moe\.num_shared_experts"):
+        export_config(Qwen3ModelArgs(moe=moe))
+
+
+@pytest.mark.parametrize("name", ["llama3, tied", "qwen3, experts", "deepseek_v3"])
+def test_ours_reads_it_back(tmp_path, name):
+    model, other = build(name), build(name, seed=1)
+    save(model, tmp_path / "out", max_file_bytes=50_000)
+    other.load_checkpoint(tmp_path / "out")
+    for key, value in model.state_dict().items():
+        if not key.endswith("router.load"):
+            assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_files_are_what_the_safetensors_library_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchtitan.components.checkpoint.huggingface_save.PIECE_BYTES", 1000)
+    model, folder = build("llama3, tied"), tmp_path / "out"
+    save(model, folder, torch.bfloat16, max_file_bytes=50_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    adapter = tiny_spec("llama3, tied").state_dict_adapter(model.args)
+    expected = adapter.to_hf(model.state_dict())
+    assert "lm_head.weight" not in expected
+    assert index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == 2 * sum(t.numel() for t in expected.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) == 4 and files[-1] == "model-00004-of-00004.safetensors"
+    for file in files:
+        assert (folder / file).stat().st_size < 60_000
+        for key, tensor in load_file(folder / file).items():
+            assert index["weight_map"][key] == file
+            assert torch.equal(tensor, expected[key].bfloat16())
+    config = json.loads((folder / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16" and config["max_position_embeddings"] == 128
+    assert (config["bos_token_id"], config["eos_token_id"]) == (256, 257)
+    assert HuggingFaceTokenizer(folder).vocab_size == 258
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_fields_of_the_folder_that_the_run_started_from_are_kept(tmp_path):
+    model, first = build("qwen3"), tmp_path / "first"
+    save(model, first)
+    path = first / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 999}))
+    (first / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    (first / "chat_template.jinja").write_text("{{ messages }}")
+    assets = ExportAssets(str(first), 128, (first,))
+    save_huggingface([model], tmp_path / "next", torch.float16, assets, dist.group.WORLD)
+    config = json.loads((tmp_path / "next" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 999 and config["torch_dtype"] == "float16"
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "next" / name).read_bytes() == (first / name).read_bytes()
+
+    other = build("llama3")  # whose config.json would be wrong
+    save_huggingface([other], tmp_path / "other", torch.float16, assets, dist.group.WORLD)
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["max_position_embeddings"] == 512
+
+
+def test_a_failed_save_leaves_the_older_folder(tmp_path, monkeypatch):
+    model, folder = build("llama3"), tmp_path / "out"
+    save(model, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def disk_full(self, name, tensor, start=0):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors_files.SafetensorsWriter, "write", disk_full)
+    with pytest.raises(CheckpointError, match=r"out could not be saved: OSError.*No space"):
+        save(build("llama3", seed=1), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    save(build("llama3", seed=1), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} != before
+
+
+def test_a_folder_of_another_model_is_refused_whatever_the_shapes(tmp_path, caplog):
+    save(build("llama3"), tmp_path / "out")
+    spec = tiny_spec("llama3")
+    for changes, message in (
+        ({"n_heads": 8, "n_kv_heads": 4}, r"n_heads = 4 \(now 8\)"),
+        ({"norm_eps": 1e-6}, r"norm_eps = 1e-05 \(now 1e-06\)"),
+    ):
+        model = spec.model_cls(dataclasses.replace(spec.model_args, **changes))
+        with pytest.raises(CheckpointError, match=message):
+            model.load_checkpoint(tmp_path / "out")
+    with caplog.at_level(logging.WARNING, logger="torchtitan"):
+        longer = dataclasses.replace(spec.model_args, rope_theta=1e6)
+        spec.model_cls(longer).load_checkpoint(tmp_path / "out")
+    assert "other rotary positions: rope_theta = 500000.0 (now 1000000.0)" in caplog.text
+    with pytest.raises(CheckpointError, match=r"out: config\.json: model_type is 'llama'"):
+        build("qwen3").load_checkpoint(tmp_path / "out")

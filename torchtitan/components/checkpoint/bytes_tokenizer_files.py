@@ -1,0 +1,42 @@
+"""The tokenizer `bytes` as files that `transformers.AutoTokenizer` opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torchtitan.components.tokenizer import BytesTokenizer
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+
+
+def write_bytes_tokenizer(folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`: the ids of `BytesTokenizer`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # A byte-level BPE without merges: every byte is a token. Its vocabulary names bytes by the
+    # printable characters of GPT-2, which the library knows, but not by number.
+    vocabulary = {_character(byte): byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(BOS, special=True), AddedToken(EOS, special=True)])
+    assert tokenizer.token_to_id(BOS) == BytesTokenizer.bos_id
+    assert tokenizer.token_to_id(EOS) == BytesTokenizer.eos_id
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _character(byte: int) -> str:
+    """GPT-2's name of a byte: the printable ones of Latin-1 are themselves, others follow 255."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    if byte in printable:
+        return chr(byte)
+    others = [other for other in range(256) if other not in printable]
+    return chr(256 + others.index(byte))

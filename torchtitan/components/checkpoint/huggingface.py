@@ -1,0 +1,242 @@
+"""What a Hugging Face folder holds besides weights: `config.json` and the tokenizer's files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
+from torchtitan.config.load import origin
+from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_errors_with
+
+from .bytes_tokenizer_files import write_bytes_tokenizer
+from .reader import enumerate_few
+from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.protocols import BaseModelArgs, TrainSpec
+
+logger = logging.getLogger("torchtitan")
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TRAINING_ONLY = frozenset({"attention", "aux_loss_weight", "bias_update_rate", "use_bias"})
+_OF_EXTRA_LAYERS = frozenset({"mtp_layers"})
+_ROTARY = ("rope_", "yarn", "window_rope_theta", "temperature_")
+_OUTDATED = ("dtype", "transformers_version", "quantization_config", "_name_or_path")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportAssets:
+    """Where the files of a Hugging Face folder that are not weights come from."""
+
+    tokenizer: str
+    """`bytes`, or a folder (`model.tokenizer_path`); "": none."""
+    max_seq_len: int
+    """Longest sequence trained on."""
+    like: tuple[Path, ...] = ()
+    """Folders whose `config.json` and `generation_config.json` are kept if they fit the model."""
+
+    @classmethod
+    def of_job(cls, job_config: JobConfig) -> ExportAssets:
+        tokenizer = job_config.model.tokenizer_path
+        folders = [initial_load_path(job_config)]
+        if tokenizer != "bytes":
+            folders.append(Path(tokenizer).expanduser())
+        like = tuple(folder for folder in folders if folder is not None)
+        return cls(tokenizer, job_config.training.seq_len, like)
+
+
+def initial_load_path(job_config: JobConfig) -> Path | None:
+    """The folder whose weights start a new run."""
+    checkpoint = job_config.checkpoint
+    if checkpoint.initial_load_path:
+        return Path(checkpoint.initial_load_path).expanduser()
+    if checkpoint.initial_load_in_hf:
+        return Path(job_config.model.tokenizer_path).expanduser()
+    return None
+
+
+def is_hf_weights(folder: Path) -> bool:
+    return (folder / SAFETENSORS_FILE).is_file() or (folder / SAFETENSORS_INDEX).is_file()
+
+
+def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) -> None:
+    """Find out before weights are allocated whether a run can load and save as it is told to.
+
+    Raises:
+        ConfigError: the model has no adapter.
+        CheckpointError: the folder to start from is of another model, or Hugging Face's format
+            cannot express this one.
+    """
+    checkpoint = job_config.checkpoint
+    for key in ("initial_load_in_hf", "last_save_in_hf"):
+        if getattr(checkpoint, key) and spec.state_dict_adapter is None:
+            raise ConfigError(
+                f"{origin(job_config, f'checkpoint.{key}')}: {job_config.model.name} has no "
+                "state_dict_adapter in its TrainSpec"
+            )
+    path = initial_load_path(job_config)
+    if path is not None and is_hf_weights(path):
+        check_same_model(path, args)
+    if checkpoint.last_save_in_hf:
+        export_config(args)
+
+
+def check_same_model(folder: Path, args: BaseModelArgs) -> None:
+    """Refuse a folder whose `config.json` is of another model than `args`.
+
+    Other rotary positions only give a warning: a run may be there to stretch the context.
+
+    Raises:
+        CheckpointError: it is of another model, or has fields that are not known.
+    """
+    saved = _read_args(folder, args)
+    if saved is None:
+        return
+    differences = list(_differences(saved, args, _TRAINING_ONLY | _OF_EXTRA_LAYERS))
+    rotary = [text for name, text in differences if name.startswith(_ROTARY)]
+    others = [text for name, text in differences if not name.startswith(_ROTARY)]
+    if others:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is of another model: {enumerate_few(others)}"
+        )
+    if rotary:
+        logger.warning(
+            "%s has other rotary positions: %s", folder / "config.json", enumerate_few(rotary)
+        )
+
+
+def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
+    """`args.to_hf_config()`, if it says all that `args` say.
+
+    Raises:
+        CheckpointError: Hugging Face's implementation lacks something that the model has.
+    """
+    config = args.to_hf_config()
+    if config is None or not hasattr(args, "from_hf_config"):
+        return config
+    back = type(args).from_hf_config(config)
+    lost = [text for _, text in _differences(back, args, _TRAINING_ONLY | _OF_EXTRA_LAYERS)]
+    if lost:
+        raise CheckpointError(
+            f"Hugging Face's {config['architectures'][0]} cannot express this model: it would have "
+            f"{enumerate_few(lost)}"
+        )
+    return config
+
+
+def write_assets(
+    folder: Path, args: BaseModelArgs, dtype: torch.dtype, assets: ExportAssets
+) -> None:
+    """Write `config.json`, `generation_config.json` if one is known, and the tokenizer's files.
+
+    Raises:
+        CheckpointError: see `export_config`.
+    """
+    tokenizer = _write_tokenizer(folder, assets.tokenizer)
+    config = _config(args, tokenizer, assets)
+    if config is None:
+        logger.warning("%s: no config.json, as %s has no to_hf_config", folder, type(args).__name__)
+    else:
+        for name in _OUTDATED:
+            config.pop(name, None)
+        # The name that transformers 4 and 5 read alike.
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for other in assets.like:
+        if (other / "generation_config.json").is_file():
+            shutil.copyfile(other / "generation_config.json", folder / "generation_config.json")
+            break
+
+
+def _config(
+    args: BaseModelArgs, tokenizer: Tokenizer | None, assets: ExportAssets
+) -> dict[str, Any] | None:
+    ours = export_config(args)
+    for folder in assets.like:
+        path = folder / "config.json"
+        try:
+            saved = _read_args(folder, args)
+        except CheckpointError:
+            continue  # of another model
+        same = saved is not None and not any(
+            _differences(saved, args, _TRAINING_ONLY | _OF_EXTRA_LAYERS)
+        )
+        if same or (ours is None and path.is_file()):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if "num_nextn_predict_layers" in kept:
+                kept["num_nextn_predict_layers"] = 0
+            return kept
+    if ours is None:
+        return None
+    ours["max_position_embeddings"] = _longest(ours, assets.max_seq_len)
+    if tokenizer is not None:
+        ours |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return ours
+
+
+def _longest(config: dict[str, Any], max_seq_len: int) -> int:
+    """Positions that the model is made for: those trained on, or those rotations stretch to."""
+    scaling = config.get("rope_scaling") or {}
+    stretched = scaling.get("original_max_position_embeddings", 0) * scaling.get("factor", 0)
+    return max(max_seq_len, int(stretched))
+
+
+def _write_tokenizer(folder: Path, tokenizer: str) -> Tokenizer | None:
+    if not tokenizer:
+        return None
+    if tokenizer == "bytes":
+        write_bytes_tokenizer(folder)
+        return BytesTokenizer()
+    source = Path(tokenizer).expanduser()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    try:
+        return HuggingFaceTokenizer(source)
+    except DataError as error:
+        logger.warning("no tokenizer for %s: %s", folder, error)
+        return None
+
+
+def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
+    """The args in the folder's `config.json`; None if it has none or the model reads none."""
+    from torchtitan.models.from_hf import read_hf_config
+
+    if not (folder / "config.json").is_file() or not hasattr(args, "from_hf_config"):
+        return None
+    with begin_errors_with(str(folder)):
+        return type(args).from_hf_config(read_hf_config(folder))
+
+
+def _differences(
+    saved: Any, current: Any, ignored: frozenset[str], prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Of two dataclasses: name of each field that differs, and a text with both values."""
+    for field in dataclasses.fields(current):
+        if field.name in ignored:
+            continue
+        a, b = getattr(saved, field.name), getattr(current, field.name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            yield from _differences(a, b, ignored, f"{prefix}{field.name}.")
+        elif a != b:
+            name = f"{prefix}{field.name}"
+            yield name, f"{name} = {a} (now {b})"

@@ -1,0 +1,218 @@
+"""Safetensors files, read and written a few rows at a time.
+
+The library `safetensors` writes a file from tensors that are all in memory, and reads by mapping
+the file, whose pages then count as the process's memory. These classes keep no more than the rows
+that they are given or asked for.
+
+A file is: the length of the header (8 bytes, little endian), the header (JSON: name -> dtype, shape
+and where its bytes begin and end, counted from the end of the header), then the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from torchtitan.errors import CheckpointError
+from torchtitan.tools.text import first_line, natural_order
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+SAFETENSORS_FILE = "model.safetensors"
+MAX_FILE_BYTES = 5 * 10**9
+"""Larger models are written as several files, as `save_pretrained` does."""
+PIECE_BYTES = 64 * 2**20
+"""Rows are read, sent and written in pieces of so many bytes."""
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one entry of the first dimension."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        """Size of the first dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+        """First row and one past the last, of pieces of about `piece_bytes`."""
+        step = max(1, piece_bytes // max(1, self.row_bytes))
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+
+class SafetensorsFile:
+    """A file to read from. Use it in a `with` block.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # the library checks that header and length of the file are in order
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+        header_bytes = int.from_bytes(self._file.read(8), "little")
+        header = json.loads(self._file.read(header_bytes))
+        header.pop("__metadata__", None)
+        self.specs: dict[str, TensorSpec] = {}
+        self._starts: dict[str, int] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(
+                    f"{path} is not readable: {name} has dtype {entry['dtype']}. Known: "
+                    f"{', '.join(_DTYPES)}"
+                )
+            self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            self._starts[name] = 8 + header_bytes + entry["data_offsets"][0]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `start` to `stop` of a tensor, in the file's dtype; a scalar has one row."""
+        spec = self.specs[name]
+        stop = spec.rows if stop is None else stop
+        shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
+        tensor = torch.empty(shape, dtype=spec.dtype)
+        if tensor.numel():
+            self._file.seek(self._starts[name] + start * spec.row_bytes)
+            buffer = memoryview(_bytes_of(tensor).numpy())
+            while len(buffer):
+                got = self._file.readinto(buffer)
+                if not got:
+                    raise CheckpointError(f"{self.path} is damaged: it ends within {name}")
+                buffer = buffer[got:]
+        return tensor
+
+    def read_part(self, name: str, part: tuple[slice, ...], target: torch.Tensor) -> None:
+        """Copy a part of a tensor into `target`, which may have another dtype and device."""
+        if not part:
+            target.copy_(self.read(name))
+            return
+        rows, *rest = part
+        columns = (slice(None), *rest)
+        spec = self.specs[name]
+        for start, stop in TensorSpec(
+            spec.dtype, (rows.stop - rows.start, *spec.shape[1:])
+        ).pieces():
+            piece = self.read(name, rows.start + start, rows.start + stop)
+            target[start:stop].copy_(piece[columns])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class SafetensorsWriter:
+    """A file to write to, in any order. It is whole when all rows of all tensors were written."""
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.specs = specs
+        self._starts: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, spec in specs.items():
+            self._starts[name] = end
+            header[name] = {
+                "dtype": _DTYPE_NAMES[spec.dtype],
+                "shape": spec.shape,
+                "data_offsets": [end, end + spec.nbytes],
+            }
+            end += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
+        self._data = 8 + len(text)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._data + end)
+
+    def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
+        """Write rows, from row `start` on. The tensor is on the CPU and has the file's dtype."""
+        spec = self.specs[name]
+        assert tensor.dtype == spec.dtype and tensor.shape[1:] == spec.shape[1:], name
+        if tensor.numel():
+            self._file.seek(self._data + self._starts[name] + start * spec.row_bytes)
+            buffer = memoryview(_bytes_of(tensor.contiguous()).numpy())
+            while len(buffer):
+                buffer = buffer[self._file.write(buffer) :]
+
+    def close(self) -> None:
+        """Returns when the file is on the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def plan_files(
+    specs: Mapping[str, TensorSpec], max_file_bytes: int = MAX_FILE_BYTES
+) -> dict[str, dict[str, TensorSpec]]:
+    """Which tensors go into which file, `model-00001-of-00002.safetensors` and so on.
+
+    It depends on names, dtypes and shapes alone. A tensor is in one file, however large it is.
+    """
+    files: list[dict[str, TensorSpec]] = []
+    size = 0
+    for name in sorted(specs, key=natural_order):
+        if not files or size + specs[name].nbytes > max_file_bytes:
+            files.append({})
+            size = 0
+        files[-1][name] = specs[name]
+        size += specs[name].nbytes
+    return {f"model-{i:05}-of-{len(files):05}.safetensors": f for i, f in enumerate(files, 1)}
+
+
+def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorSpec]]) -> None:
+    """Write `model.safetensors.index.json`, which says of each tensor in which file it is."""
+    index = {
+        "metadata": {"total_size": sum(s.nbytes for f in files.values() for s in f.values())},
+        "weight_map": {name: file for file, specs in files.items() for name in specs},
+    }
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
