@@ -24,6 +24,11 @@ COMMANDS = {
         "torchtitan.tools.evaluate.command",
         "perplexity on a dataset, or tasks of lm-evaluation-harness",
     ),
+    "convert": (
+        "torchtitan.tools.convert.command",
+        "convert checkpoints from and to Hugging Face folders, and look into both",
+    ),
+    "download": ("torchtitan.tools.download", "fetch weights and tokenizer from the hub"),
     "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
 }
 """Name -> (module with `main(argv)`, one line of help)."""

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human
 
 
@@ -46,10 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         [s.model, s.flavor, human(s.nparams), f"{s.nparams:,}", f"{s.flops_per_token / 1e9:,.3f}"]
         for s in sizes
     ]
-    if sys.stdout.isatty():
-        Console().print(_rich_table(header, rows))
-    else:
-        sys.stdout.write(_plain_table(header, rows))
+    print_table(header, rows, left=2, sections=True)
     return 0
 
 
@@ -89,26 +82,3 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
-
-
-def _rich_table(header: list[str], rows: list[list[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, title in enumerate(header):
-        table.add_column(title, justify="left" if column < 2 else "right")
-    previous = None
-    for row in rows:
-        if previous not in (None, row[0]):
-            table.add_section()
-        previous = row[0]
-        table.add_row(*row)
-    return table
-
-
-def _plain_table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in [header, *rows]:
-        left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join([*left, *right]) + "\n")
-    return "".join(lines)

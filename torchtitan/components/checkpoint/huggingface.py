@@ -37,7 +37,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_TRAINING_ONLY = frozenset({"attention", "aux_loss_weight", "bias_update_rate", "use_bias"})
+TRAINING_ONLY = frozenset({"attention", "aux_loss_weight", "bias_update_rate", "use_bias"})
+"""Args that `config.json` knows nothing of."""
 _OF_EXTRA_LAYERS = frozenset({"mtp_layers"})
 _ROTARY = ("rope_", "yarn", "window_rope_theta", "temperature_")
 _OUTDATED = ("dtype", "transformers_version", "quantization_config", "_name_or_path")
@@ -111,9 +112,9 @@ def check_same_model(folder: Path, args: BaseModelArgs) -> None:
     saved = _read_args(folder, args)
     if saved is None:
         return
-    differences = list(_differences(saved, args, _TRAINING_ONLY | _OF_EXTRA_LAYERS))
-    rotary = [text for name, text in differences if name.startswith(_ROTARY)]
-    others = [text for name, text in differences if not name.startswith(_ROTARY)]
+    found = list(differences(saved, args, TRAINING_ONLY | _OF_EXTRA_LAYERS))
+    rotary = [text for name, text in found if name.startswith(_ROTARY)]
+    others = [text for name, text in found if not name.startswith(_ROTARY)]
     if others:
         raise CheckpointError(
             f"{folder / 'config.json'} is of another model: {enumerate_few(others)}"
@@ -134,7 +135,7 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
     if config is None or not hasattr(args, "from_hf_config"):
         return config
     back = type(args).from_hf_config(config)
-    lost = [text for _, text in _differences(back, args, _TRAINING_ONLY | _OF_EXTRA_LAYERS)]
+    lost = [text for _, text in differences(back, args, TRAINING_ONLY | _OF_EXTRA_LAYERS)]
     if lost:
         raise CheckpointError(
             f"Hugging Face's {config['architectures'][0]} cannot express this model: it would have "
@@ -178,7 +179,7 @@ def _config(
         except CheckpointError:
             continue  # of another model
         same = saved is not None and not any(
-            _differences(saved, args, _TRAINING_ONLY | _OF_EXTRA_LAYERS)
+            differences(saved, args, TRAINING_ONLY | _OF_EXTRA_LAYERS)
         )
         if same or (ours is None and path.is_file()):
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -227,7 +228,7 @@ def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
         return type(args).from_hf_config(read_hf_config(folder))
 
 
-def _differences(
+def differences(
     saved: Any, current: Any, ignored: frozenset[str], prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
     """Of two dataclasses: name of each field that differs, and a text with both values."""
@@ -236,7 +237,7 @@ def _differences(
             continue
         a, b = getattr(saved, field.name), getattr(current, field.name)
         if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            yield from _differences(a, b, ignored, f"{prefix}{field.name}.")
+            yield from differences(a, b, ignored, f"{prefix}{field.name}.")
         elif a != b:
             name = f"{prefix}{field.name}"
             yield name, f"{name} = {a} (now {b})"

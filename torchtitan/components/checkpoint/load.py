@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.names import canonical_name
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, begin_errors_with
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
 
 from .agreement import on_rank_zero
@@ -58,7 +58,7 @@ def load_weights_of_parts(
     model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
 ) -> None:
     """`load_model_weights` for the parts of one model that a rank of `group` has."""
-    if on_rank_zero(lambda: _is_huggingface(path), group):
+    if on_rank_zero(lambda: is_huggingface(path), group):
         _load_huggingface(model_parts, path, group)
     else:
         checkpoint = OpenCheckpoint.open(path, group)
@@ -123,8 +123,12 @@ class OpenCheckpoint:
         return f". It was saved from another model: {enumerate_few(differences)}"
 
 
-def _is_huggingface(path: Path) -> bool:
-    """False for a checkpoint of ours. Raises `CheckpointError` for anything else."""
+def is_huggingface(path: Path) -> bool:
+    """True for a Hugging Face folder, False for a checkpoint of ours.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
     if (path / MANIFEST).is_file():
         return False
     if (path / SAFETENSORS_FILE).is_file() or (path / SAFETENSORS_INDEX).is_file():
@@ -145,7 +149,8 @@ def _load_huggingface(
     adapter = adapter_of(model_parts[0], path)
     on_rank_zero(lambda: check_hf_config(path, model_parts[0]), group)
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
-    adapter.check_names(metadata.state_dict_metadata)
+    with begin_errors_with(str(path)):
+        adapter.check_names(metadata.state_dict_metadata)
     tied = tied_names(model_parts)
     state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
     hf_state = adapter.to_hf(state)
@@ -206,8 +211,14 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
 
 def tied_names(model_parts: list[nn.Module]) -> set[str]:
     """Second names of parameters that have two: Hugging Face files hold them once."""
-    tied: set[str] = set()
-    for part in model_parts:
-        all_names = {canonical_name(n) for n, _ in part.named_parameters(remove_duplicate=False)}
-        tied |= all_names - {canonical_name(n) for n, _ in part.named_parameters()}
-    return tied
+    return {name for part in model_parts for name in first_names(part)}
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Second name of each parameter that has two -> its first name."""
+    first = {id(param): canonical_name(name) for name, param in model.named_parameters()}
+    names = {
+        canonical_name(name): first[id(param)]
+        for name, param in model.named_parameters(remove_duplicate=False)
+    }
+    return {name: other for name, other in names.items() if name != other}

@@ -10,7 +10,7 @@ import json
 import pickle
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,31 @@ class CheckpointReader(dcp.FileSystemReader):
     def read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
         super().read_data(plan, planner)
 
+    def read_tensor(self, key: str) -> torch.Tensor:
+        """A whole tensor, as it was saved. Beside it, no more than one saved shard is in memory.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        entry = self._metadata.state_dict_metadata[key]
+        whole = None
+        for chunk in entry.chunks:
+            info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            path = self.path / info.relative_path
+            try:
+                with open(path, "rb") as file:
+                    stored = self._slice_file(file, info)
+                    part = torch.load(stored, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+            if len(entry.chunks) == 1:
+                return part
+            if whole is None:
+                whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+            place = zip(chunk.offsets, chunk.sizes, strict=True)
+            whole[tuple(slice(start, start + size) for start, size in place)] = part
+        return whole
+
 
 class SafetensorsReader(CheckpointReader):
     """Reads the files of a Hugging Face folder. Metadata: from `read_safetensors_metadata`."""
@@ -101,35 +126,12 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         self._is_wanted = is_wanted
 
     def create_local_plan(self) -> LoadPlan:
-        saved = self.metadata.state_dict_metadata
-        missing = [key for key in self.state_dict if key not in saved]
-        if missing:
-            raise CheckpointError(
-                f"{self._folder} lacks {enumerate_few(missing)}{_way_out(missing)}"
-            )
-        files = {index.fqn: at.relative_path for index, at in self.metadata.storage_data.items()}
-        misfits = [
-            f"{key} (saved {list(saved[key].size)} in {files[key]}, needed {list(value.shape)})"
-            for key, value in self.state_dict.items()
-            if isinstance(value, torch.Tensor)
-            and isinstance(saved[key], TensorStorageMetadata)
-            and saved[key].size != value.shape
-        ]
-        if misfits:
-            raise CheckpointError(
-                f"{self._folder} has other shapes of {enumerate_few(misfits)}{_way_out(misfits)}"
-            )
+        check_keys_and_shapes(self._folder, self.metadata, self.state_dict)
         return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         read = {item.dest_index.fqn for plan in global_plan for item in plan.items}
-        keys = self.metadata.state_dict_metadata
-        unread = [key for key in keys if key not in read and self._is_wanted(key)]
-        if unread:
-            raise CheckpointError(
-                f"{self._folder} has {enumerate_few(unread)}, which this run has no place for"
-                f"{_way_out(unread)}"
-            )
+        check_no_more(self._folder, self.metadata, read, self._is_wanted)
         return super().create_global_plan(global_plan)
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
@@ -171,6 +173,39 @@ def read_state(
         if isinstance(error, CheckpointError) or not isinstance(error, Exception):
             raise error from None
         raise CheckpointError(f"{reader.path} cannot be read: {first_line(error)}") from error
+
+
+def check_keys_and_shapes(folder: Path, metadata: Metadata, state: dict[str, Any]) -> None:
+    """Raises `CheckpointError` if the checkpoint lacks a key of `state`, or has other shapes."""
+    saved = metadata.state_dict_metadata
+    missing = [key for key in state if key not in saved]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {enumerate_few(missing)}{_way_out(missing)}")
+    files = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
+    misfits = [
+        f"{key} (saved {list(saved[key].size)} in {files[key]}, needed {list(value.shape)})"
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+        and isinstance(saved[key], TensorStorageMetadata)
+        and saved[key].size != value.shape
+    ]
+    if misfits:
+        raise CheckpointError(
+            f"{folder} has other shapes of {enumerate_few(misfits)}{_way_out(misfits)}"
+        )
+
+
+def check_no_more(
+    folder: Path, metadata: Metadata, read: Collection[str], is_wanted: Callable[[str], bool]
+) -> None:
+    """Raises `CheckpointError` if a key that has to be read is not among those that are."""
+    keys = metadata.state_dict_metadata
+    unread = [key for key in keys if key not in read and is_wanted(key)]
+    if unread:
+        raise CheckpointError(
+            f"{folder} has {enumerate_few(unread)}, which this run has no place for"
+            f"{_way_out(unread)}"
+        )
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -50,14 +50,7 @@ class CheckpointWriter(FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except Exception as error:
-            # PyTorch's serialization hides a failed write (disk full) behind an error of its own.
-            hidden = error.__context__
-            cause = hidden if isinstance(hidden, OSError) else error
-            # The frames hold views of buffers, which CPython (3.12.1, say) crashes on when its
-            # garbage collector frees them.
-            for failed in filter(None, (error, hidden)):
-                traceback.clear_frames(failed.__traceback__)
-            raise cause from None
+            raise cause_of_failed_write(error) from None
 
     def storage_meta(self) -> StorageMeta:
         # The default records the folder, as a Path, whose pickled form depends on Python's version.
@@ -73,3 +66,13 @@ class CheckpointWriter(FileSystemWriter):
                 folders.prune(self._folder.parent, self._keep_latest, newest=self._folder)
             except OSError as error:
                 logger.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def cause_of_failed_write(error: Exception) -> Exception:
+    """What PyTorch's serialization hides behind an error of its own, such as a full disk."""
+    hidden = error.__context__
+    # The frames hold views of buffers, which CPython (3.12.1, say) crashes on when its garbage
+    # collector frees them.
+    for failed in filter(None, (error, hidden)):
+        traceback.clear_frames(failed.__traceback__)
+    return hidden if isinstance(hidden, OSError) else error

@@ -1,0 +1,88 @@
+"""`torchtitan convert`: checkpoints from and to Hugging Face folders, and a look into both."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from torchtitan.errors import ConfigError
+from torchtitan.models.plugins import load_plugins
+from torchtitan.tools.text import human, three_digits
+
+from .from_hf import convert_from_hf
+from .inspect import show
+from .output import refuse_existing
+from .to_hf import convert_to_hf
+from .which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan convert`; returns the exit code.
+
+    Raises:
+        ConfigError: an unknown model, or a custom import that fails.
+        CheckpointError: see `convert_from_hf`, `convert_to_hf` and `inspect`.
+    """
+    args = _parser().parse_args(argv)
+    load_plugins(args.custom_import)
+    if args.action == "inspect":
+        show(args.path)
+        return 0
+    if not args.source.is_dir():
+        raise ConfigError(f"{args.source}: no such folder")
+    refuse_existing(args.out)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    told = model_of_options(args.model, args.flavor)
+    start = time.perf_counter()
+    if args.action == "from-hf":
+        known = model_of_hf_folder(args.source, told)
+        written = sum(convert_from_hf(args.source, args.out, known, dtype).files.values())
+    else:
+        known = model_of_checkpoint(args.source, told)
+        written = convert_to_hf(args.source, args.out, known, dtype, args.tokenizer)
+    seconds = time.perf_counter() - start
+    sys.stdout.write(f"{args.out}: {known}, {human(written)}B in {three_digits(seconds)} s\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchtitan convert",
+        description="Convert checkpoints from and to Hugging Face folders, and look into both.",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    from_hf = actions.add_parser("from-hf", help="make a checkpoint of a Hugging Face folder")
+    from_hf.add_argument("source", type=Path, metavar="HF_DIR")
+    from_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+
+    to_hf = actions.add_parser("to-hf", help="make a Hugging Face folder of a checkpoint (step-N)")
+    to_hf.add_argument("source", type=Path, metavar="CKPT")
+    to_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    to_hf.add_argument(
+        "--tokenizer",
+        metavar="bytes|FOLDER",
+        help="tokenizer to put in (default: that of the run)",
+    )
+
+    inspect = actions.add_parser("inspect", help="list the tensors of either")
+    inspect.add_argument("path", type=Path, metavar="PATH")
+    for action in (from_hf, to_hf, inspect):
+        action.add_argument(
+            "--custom-import",
+            "--job.custom_import",
+            default="",
+            metavar="MODULE",
+            help="Python module to import first, so that it can register a model",
+        )
+    for action in (from_hf, to_hf):
+        action.add_argument("--dtype", choices=DTYPES, help="default: keep that of the tensors")
+        action.add_argument("--model", metavar="NAME", help="where the folder does not tell")
+        action.add_argument("--flavor", metavar="F", help="its flavor")
+    return parser

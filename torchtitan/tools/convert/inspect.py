@@ -1,0 +1,116 @@
+"""What is in a checkpoint: names, shapes, dtypes and sizes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from torchtitan.components.checkpoint.folder import MANIFEST, Manifest
+from torchtitan.components.checkpoint.load import is_huggingface
+from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
+from torchtitan.errors import CheckpointError
+from torchtitan.models import MODEL_REGISTRY
+from torchtitan.protocols import BaseStateDictAdapter
+from torchtitan.protocols.train_spec import model_flavors
+from torchtitan.tools.tables import print_table
+from torchtitan.tools.text import human, natural_order
+
+from .which_model import model_of_checkpoint, model_of_hf_folder
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What there is to tell about a folder."""
+
+    kind: str
+    model: str
+    metadata: Metadata
+
+
+def inspect(folder: Path) -> Contents:
+    """Look into a checkpoint of ours or a Hugging Face folder; no tensor is read.
+
+    Raises:
+        CheckpointError: it is neither, or a file is missing or damaged.
+    """
+    if (folder / ".metadata").is_file() and not (folder / MANIFEST).is_file():
+        return Contents("torch.distributed.checkpoint", "unknown", read_metadata(folder))
+    if is_huggingface(folder):
+        metadata = read_safetensors_metadata(folder)
+        return Contents("Hugging Face", _hf_model(folder, metadata), metadata)
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder)
+    content = "model alone" if manifest.model_only else "resumable"
+    kind = f"checkpoint of ours, step {manifest.step}, {content}"
+    return Contents(kind, _our_model(folder, manifest), read_metadata(folder))
+
+
+def show(folder: Path) -> None:
+    """Print what `inspect` finds."""
+    contents = inspect(folder)
+    files: dict[str, set[str]] = {}
+    for index, at in contents.metadata.storage_data.items():
+        files.setdefault(index.fqn, set()).add(at.relative_path)
+    entries: dict[str, Any] = contents.metadata.state_dict_metadata
+    rows, elements, size = [], 0, 0
+    for name in sorted(entries, key=natural_order):
+        of = sorted(files.get(name, ()))
+        where = of[0] if len(of) == 1 else f"{len(of)} files"
+        entry = entries[name]
+        if not isinstance(entry, TensorStorageMetadata):
+            rows.append([name, "", "plain value", where, ""])
+            continue
+        count = math.prod(entry.size)
+        nbytes = count * entry.properties.dtype.itemsize
+        elements, size = elements + count, size + nbytes
+        dtype = str(entry.properties.dtype).removeprefix("torch.")
+        rows.append([name, str(list(entry.size)), dtype, where, f"{human(nbytes)}B"])
+    if rows:
+        print_table(["name", "shape", "dtype", "file", "size"], rows, left=4)
+    sys.stdout.write(
+        f"{folder}: {contents.kind}\nmodel: {contents.model}\n"
+        f"{len(rows)} entries, {elements:,} elements, {human(size)}B\n"
+    )
+
+
+def _hf_model(folder: Path, metadata: Metadata) -> str:
+    if (folder / "config.json").is_file():
+        try:
+            return str(model_of_hf_folder(folder))
+        except CheckpointError as error:
+            return f"none of ours ({error})"
+    fitting = [name for name in sorted(MODEL_REGISTRY) if _knows_names(name, metadata)]
+    return f"no config.json; by its names {' or '.join(fitting) or 'none of ours'}"
+
+
+def _knows_names(model: str, metadata: Metadata) -> bool:
+    """Whether the model's adapter knows all tensors' names."""
+    for flavor in model_flavors(model):
+        spec = MODEL_REGISTRY[model](flavor)
+        if spec.state_dict_adapter is None:
+            continue
+        adapter = spec.state_dict_adapter(spec.model_args)
+        if all(_knows(adapter, key, entry) for key, entry in metadata.state_dict_metadata.items()):
+            return True
+    return False
+
+
+def _knows(adapter: BaseStateDictAdapter, key: str, entry: TensorStorageMetadata) -> bool:
+    try:
+        adapter.from_hf({key: torch.empty(entry.size, device="meta")})
+    except CheckpointError as error:
+        return str(error).endswith("is missing")  # one of several that make a tensor
+    return True
+
+
+def _our_model(folder: Path, manifest: Manifest) -> str:
+    try:
+        return str(model_of_checkpoint(folder))
+    except CheckpointError:
+        return f"{manifest.model.get('name')} {manifest.model.get('flavor')} (not registered here)"

@@ -1,0 +1,61 @@
+"""The folder that a conversion makes, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+from torchtitan.components.checkpoint.folder import partial_folder
+from torchtitan.errors import CheckpointError
+from torchtitan.tools.text import first_line
+
+T = TypeVar("T")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """`OUT.partial` to write to, which becomes `OUT` at the end. An error deletes it.
+
+    Raises:
+        CheckpointError: `OUT` exists, or it cannot be written.
+    """
+    refuse_existing(out)
+    partial = partial_folder(out)
+    try:
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _refuse(out)
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{out} could not be written: {first_line(error)}") from error
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises `CheckpointError` if the folder, or an unfinished one of its name, is there."""
+    _refuse(out)
+    if partial_folder(out).exists():
+        raise CheckpointError(
+            f"{partial_folder(out)} exists, perhaps left by a conversion that was cut off. Delete "
+            "it first"
+        )
+
+
+def _refuse(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f"{out} exists: nothing is written over")
+
+
+def with_progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """The items, with a bar on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, total=total, console=console, disable=not console.is_terminal)

@@ -1,0 +1,91 @@
+"""A checkpoint of ours becomes a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config, write_assets
+from torchtitan.components.checkpoint.load import OpenCheckpoint, model_state, tied_names
+from torchtitan.components.checkpoint.reader import (
+    CheckpointReader,
+    check_keys_and_shapes,
+    check_no_more,
+)
+from torchtitan.components.checkpoint.safetensors_files import (
+    MAX_FILE_BYTES,
+    SafetensorsWriter,
+    TensorSpec,
+    plan_files,
+    write_index,
+)
+
+from .output import new_folder, refuse_existing, with_progress
+from .which_model import KnownModel
+
+PREFIX = "model."
+
+
+def convert_to_hf(
+    folder: Path,
+    out: Path,
+    known: KnownModel,
+    dtype: torch.dtype | None,
+    tokenizer: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> int:
+    """Write the model in the checkpoint `folder` into the Hugging Face folder `out`.
+
+    Args:
+        dtype: of floating-point tensors; None: as they were saved.
+        tokenizer: `bytes` or a folder; None: what the run had.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, Hugging
+            Face cannot express it, `out` exists or cannot be written.
+    """
+    refuse_existing(out)
+    checkpoint = OpenCheckpoint.open(folder, None)
+    metadata = checkpoint.metadata
+    adapter = known.adapter(folder)
+    export_config(known.args)
+    model = known.build()
+    state, tied = model_state([model]), tied_names([model])
+    saved = {PREFIX + name: tensor for name, tensor in state.items()}
+    check_keys_and_shapes(folder, metadata, saved)
+    check_no_more(folder, metadata, saved, lambda key: key.startswith(PREFIX))
+
+    names = [name for name in state if name not in tied]
+    specs = {}
+    for name in names:
+        own = metadata.state_dict_metadata[PREFIX + name].properties.dtype
+        target = dtype if dtype is not None and own.is_floating_point else own
+        for key, tensor in adapter.to_hf({name: state[name]}).items():
+            specs[key] = TensorSpec(target, tuple(tensor.shape))
+    files = plan_files(specs, max_file_bytes)
+    file_of = {key: file for file, of_file in files.items() for key in of_file}
+
+    described = checkpoint.manifest.model
+    tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
+    like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
+    assets = ExportAssets(tokenizer, described.get("seq_len", 0), like)
+    reader = CheckpointReader(folder, metadata)
+    with new_folder(out) as partial:
+        writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
+        for name in with_progress(names, len(names), "converting"):
+            tensor = reader.read_tensor(PREFIX + name)
+            for key, part in adapter.to_hf({name: tensor}).items():
+                for start, stop in specs[key].pieces():
+                    rows = part[start:stop] if part.ndim else part
+                    writers[file_of[key]].write(key, rows.to(specs[key].dtype), start)
+            del tensor, part
+        for writer in writers.values():
+            writer.close()
+        write_index(partial, files)
+        floating = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
+        write_assets(partial, known.args, dtype or floating[0], assets)
+    return sum(spec.nbytes for spec in specs.values())

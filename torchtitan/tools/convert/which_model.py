@@ -1,0 +1,132 @@
+"""Which model a folder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from torchtitan.components.checkpoint.folder import MANIFEST, Manifest
+from torchtitan.components.checkpoint.huggingface import (
+    TRAINING_ONLY,
+    check_same_model,
+    differences,
+)
+from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.from_hf import train_spec_of_hf_folder
+from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
+from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model of the registry, with the args of one checkpoint."""
+
+    name: str
+    flavor: str
+    """"": none of the flavors has these args."""
+    spec: TrainSpec
+    args: BaseModelArgs
+
+    def build(self) -> ModelProtocol:
+        """On the meta device."""
+        with torch.device("meta"):
+            return self.spec.model_cls(self.args)
+
+    def adapter(self, folder: Path) -> BaseStateDictAdapter:
+        """Raises `CheckpointError` if the model has none."""
+        if self.spec.state_dict_adapter is None:
+            raise CheckpointError(
+                f"the model {self.name} has no state_dict_adapter in its TrainSpec"
+            )
+        return self.spec.state_dict_adapter(self.args, hf_assets_path=folder)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.flavor}" if self.flavor else f"{self.name} (no flavor of ours)"
+
+
+def model_of_options(name: str | None, flavor: str | None) -> KnownModel | None:
+    """What `--model` and `--flavor` say; None without them.
+
+    Raises:
+        ConfigError: an unknown name, or one without the other.
+    """
+    if (name is None) != (flavor is None):
+        raise ConfigError("--model and --flavor go together")
+    if name is None:
+        return None
+    spec = get_train_spec(name, flavor)
+    return KnownModel(name, flavor, spec, spec.model_args)
+
+
+def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownModel:
+    """From `config.json`, or as it was told where there is none.
+
+    Raises:
+        CheckpointError: there is neither, or `config.json` is of another model or not understood.
+    """
+    if told is not None:
+        check_same_model(folder, told.args)
+        return told
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json: name the model by --model and --flavor"
+        )
+    name, spec = train_spec_of_hf_folder(folder)
+    flavor = _flavor_of(name, spec.model_args, TRAINING_ONLY)
+    if flavor:  # whose args say how it is trained, too
+        spec = get_train_spec(name, flavor)
+    return KnownModel(name, flavor, spec, spec.model_args)
+
+
+def model_of_checkpoint(folder: Path, told: KnownModel | None = None) -> KnownModel:
+    """From the manifest of a checkpoint of ours, or as it was told.
+
+    Raises:
+        CheckpointError: the model is not registered, or its args have changed since.
+    """
+    if told is not None:
+        return told
+    model = Manifest.read(folder).model
+    name = model.get("name")
+    if name not in MODEL_REGISTRY:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: there is no model {name!r}. Give --custom-import if it is one "
+            "of yours, or --model and --flavor"
+        )
+    flavors = model_flavors(name)
+    flavor = model.get("flavor", "")
+    spec = MODEL_REGISTRY[name](flavor if flavor in flavors else flavors[0])
+    if not model.get("args"):
+        return KnownModel(name, flavor, spec, spec.model_args)
+    try:
+        args = dataclass_of(type(spec.model_args), model["args"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: the args of {name}: {error}") from error
+    return KnownModel(name, _flavor_of(name, args, frozenset({"attention"})), spec, args)
+
+
+def dataclass_of(cls: type, fields: dict[str, Any]) -> Any:
+    """The inverse of `dataclasses.asdict`. Raises `TypeError` for an unknown field."""
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in fields.items():
+        kinds = (hints.get(name), *get_args(hints.get(name)))
+        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        values[name] = (
+            dataclass_of(nested[0], value) if isinstance(value, dict) and nested else value
+        )
+    return cls(**values)
+
+
+def _flavor_of(name: str, args: BaseModelArgs, ignored: frozenset[str]) -> str:
+    """The flavor that differs from `args` only in what is ignored; "" if there is none."""
+    for flavor in model_flavors(name):
+        of_flavor = MODEL_REGISTRY[name](flavor).model_args
+        if type(of_flavor) is type(args) and not any(differences(of_flavor, args, ignored)):
+            return flavor
+    return ""
