@@ -14,6 +14,14 @@ def human(number: float, space: str = " ") -> str:
     return three_digits(number)
 
 
+def human_bytes(number: float) -> str:
+    """`512 B`, `8.19 kB`, `2.28 GB`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{three_digits(number / size)} {unit}"
+    return f"{number:.0f} B"
+
+
 def three_digits(number: float) -> str:
     """`0.0123`, `0.512`, `1.23`, `12.3`, `123`, `1234`; `nan` and `inf` as they are."""
     if not math.isfinite(number) or number == 0:

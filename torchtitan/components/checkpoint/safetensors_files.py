@@ -16,13 +16,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from torchtitan.errors import CheckpointError
 from torchtitan.tools.text import first_line, natural_order
+
+from .saved_tensors import read_all
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
@@ -114,15 +116,18 @@ class SafetensorsFile:
         stop = spec.rows if stop is None else stop
         shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
         tensor = torch.empty(shape, dtype=spec.dtype)
-        if tensor.numel():
-            self._file.seek(self._starts[name] + start * spec.row_bytes)
-            buffer = memoryview(_bytes_of(tensor).numpy())
-            while len(buffer):
-                got = self._file.readinto(buffer)
-                if not got:
-                    raise CheckpointError(f"{self.path} is damaged: it ends within {name}")
-                buffer = buffer[got:]
+        self.read_elements(name, start * spec.row_bytes // spec.dtype.itemsize, tensor.view(-1))
         return tensor
+
+    def read_elements(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out`, flat and of the file's dtype, with the elements from number `start` on."""
+        if out.numel():
+            self._file.seek(self._starts[name] + start * out.itemsize)
+            read_all(self._file, memoryview(out.view(torch.uint8).numpy()), self.path)
+
+    def place_of(self, name: str) -> tuple[BinaryIO, int]:
+        """The open file, and where in it a tensor begins."""
+        return self._file, self._starts[name]
 
     def read_part(self, name: str, part: tuple[slice, ...], target: torch.Tensor) -> None:
         """Copy a part of a tensor into `target`, which may have another dtype and device."""
@@ -174,21 +179,27 @@ class SafetensorsWriter:
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
         """Write rows, from row `start` on. The tensor is on the CPU and has the file's dtype."""
         spec = self.specs[name]
-        assert tensor.dtype == spec.dtype and tensor.shape[1:] == spec.shape[1:], name
+        assert tensor.shape[1:] == spec.shape[1:], name
+        first = start * spec.row_bytes // spec.dtype.itemsize
+        self.write_elements(name, tensor.contiguous().view(-1), first)
+
+    def write_elements(self, name: str, tensor: torch.Tensor, start: int) -> None:
+        """The same for neighbouring elements, from number `start` on; the tensor is flat."""
+        assert tensor.dtype == self.specs[name].dtype, name
         if tensor.numel():
-            self._file.seek(self._data + self._starts[name] + start * spec.row_bytes)
-            buffer = memoryview(_bytes_of(tensor.contiguous()).numpy())
+            self._file.seek(self._data + self._starts[name] + start * tensor.itemsize)
+            buffer = memoryview(tensor.detach().view(torch.uint8).numpy())
             while len(buffer):
                 buffer = buffer[self._file.write(buffer) :]
+
+    def place_of(self, name: str) -> tuple[BinaryIO, int]:
+        """The open file, and where in it a tensor begins."""
+        return self._file, self._data + self._starts[name]
 
     def close(self) -> None:
         """Returns when the file is on the disk."""
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def plan_files(

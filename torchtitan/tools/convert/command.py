@@ -11,7 +11,7 @@ import torch
 
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
-from torchtitan.tools.text import human, three_digits
+from torchtitan.tools.text import human_bytes, three_digits
 
 from .from_hf import convert_from_hf
 from .inspect import show
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         known = model_of_checkpoint(args.source, told)
         written = convert_to_hf(args.source, args.out, known, dtype, args.tokenizer)
     seconds = time.perf_counter() - start
-    sys.stdout.write(f"{args.out}: {known}, {human(written)}B in {three_digits(seconds)} s\n")
+    sys.stdout.write(f"{args.out}: {known}, {human_bytes(written)} in {three_digits(seconds)} s\n")
     return 0
 
 

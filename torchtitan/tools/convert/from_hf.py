@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,7 +15,6 @@ from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, S
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -32,10 +33,12 @@ from torchtitan.components.checkpoint.reader import (
     read_safetensors_metadata,
 )
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
+from torchtitan.components.checkpoint.saved_tensors import save_hole
 from torchtitan.components.checkpoint.writer import cause_of_failed_write
 from torchtitan.errors import begin_errors_with
 
 from .output import new_folder, with_progress
+from .parts import Buffer, contiguous_parts, copy_bytes
 from .which_model import KnownModel
 
 FILE = "__0_0.distcp"
@@ -77,20 +80,6 @@ def convert_from_hf(
         return dtype if dtype is not None and own.is_floating_point else own
 
     file_of = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
-    files: dict[str, SafetensorsFile] = {}
-
-    def read(name: str) -> torch.Tensor:
-        if not sources[name]:
-            return torch.zeros(state[name].shape, dtype=dtype_of(name))
-        parts = {}
-        for key in sources[name]:
-            path = file_of[key]
-            if path not in files:
-                files[path] = SafetensorsFile(folder / path)
-            parts[key] = files[path].read(key)
-        converted = adapter.from_hf(parts)[first_name.get(name, name)]
-        return converted.to(dtype_of(name)).contiguous()
-
     planned = {
         name: torch.empty(tensor.shape, dtype=dtype_of(name), device="meta")
         for name, tensor in state.items()
@@ -105,68 +94,75 @@ def convert_from_hf(
             "tokenizer": str(folder.absolute()),
         },
     )
-    try:
+    buffer = Buffer()
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(SafetensorsFile(folder / name))
+            for name in set(file_of.values())
+        }
+
+        def write(name: str, file: BinaryIO) -> None:
+            """Append a tensor to `file`."""
+            target, own_name = planned[name], first_name.get(name, name)
+            if not sources[name]:
+                torch.save(torch.zeros_like(target, device="cpu"), file)
+                return
+            parts = contiguous_parts(adapter, own_name, tuple(target.shape))
+            if parts is None:
+                read = {key: files[file_of[key]].read(key) for key in sources[name]}
+                torch.save(adapter.from_hf(read)[own_name].to(target.dtype).contiguous(), file)
+                return
+            data = save_hole(file, target.shape, target.dtype)
+            for key, first in parts.items():
+                entry, at = entries[key], data + first * target.itemsize
+                if entry.properties.dtype == target.dtype:
+                    source, position = files[file_of[key]].place_of(key)
+                    copy_bytes(source, position, file, at, entry.size.numel() * target.itemsize)
+                    continue
+                for start, piece in buffer.pieces(entry.size.numel(), entry.properties.dtype):
+                    files[file_of[key]].read_elements(key, start, piece)
+                    file.seek(at + start * target.itemsize)
+                    file.write(piece.to(target.dtype).view(torch.uint8).numpy())
+            file.seek(0, os.SEEK_END)
+
         with new_folder(out) as partial:
-            _save(planned, read, partial, manifest)
-    finally:
-        for file in files.values():
-            file.close()
+            _save(planned, _Writer(partial, manifest, write))
     return manifest
 
 
-def _save(
-    planned: dict[str, torch.Tensor],
-    read: Callable[[str], torch.Tensor],
-    folder: Path,
-    manifest: Manifest,
-) -> None:
+def _save(planned: dict[str, torch.Tensor], writer: _Writer) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.save(
-                {"model": planned},
-                storage_writer=_Writer(folder, manifest),
-                planner=_ReadingPlanner(read),
-                no_dist=True,
-            )
+            dcp.save({"model": planned}, storage_writer=writer, no_dist=True)
         except CheckpointException as failure:
             raise first_failure(failure) from failure
 
 
-class _ReadingPlanner(dcp.DefaultSavePlanner):
-    """Gets each tensor when it is to be written. The state's own are on the meta device."""
-
-    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
-        super().__init__()
-        self._read = read
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._read(write_item.index.fqn.removeprefix("model."))
-
-
 class _Writer(FileSystemWriter):
-    """Writes one file, and keeps no tensor that it has written.
+    """Has tensors written into one file, and keeps none of them.
 
     PyTorch's own writers keep all tensors of a file until it is done.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, write: Callable[[str, BinaryIO], None]
+    ) -> None:
         super().__init__(folder)
         self._manifest = manifest
+        self._write = write
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
-        with open(self.path / FILE, "wb") as file:
+        with open(self.path / FILE, "w+b") as file:
             for item in with_progress(plan.items, len(plan.items), "converting"):
-                tensor = planner.resolve_data(item)
                 start = file.tell()
                 try:
-                    torch.save(tensor, file)
+                    self._write(item.index.fqn.removeprefix("model."), file)
                 except Exception as error:
                     raise cause_of_failed_write(error) from None
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(FILE, start, length)))
-                del tensor
             file.flush()
             os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()

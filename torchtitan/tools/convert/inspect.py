@@ -19,7 +19,7 @@ from torchtitan.models import MODEL_REGISTRY
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import model_flavors
 from torchtitan.tools.tables import print_table
-from torchtitan.tools.text import human, natural_order
+from torchtitan.tools.text import human_bytes, natural_order
 
 from .which_model import model_of_checkpoint, model_of_hf_folder
 
@@ -70,12 +70,12 @@ def show(folder: Path) -> None:
         nbytes = count * entry.properties.dtype.itemsize
         elements, size = elements + count, size + nbytes
         dtype = str(entry.properties.dtype).removeprefix("torch.")
-        rows.append([name, str(list(entry.size)), dtype, where, f"{human(nbytes)}B"])
+        rows.append([name, str(list(entry.size)), dtype, where, human_bytes(nbytes)])
     if rows:
         print_table(["name", "shape", "dtype", "file", "size"], rows, left=4)
     sys.stdout.write(
         f"{folder}: {contents.kind}\nmodel: {contents.model}\n"
-        f"{len(rows)} entries, {elements:,} elements, {human(size)}B\n"
+        f"{len(rows)} entries, {elements:,} elements, {human_bytes(size)}\n"
     )
 
 

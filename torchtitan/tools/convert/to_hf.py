@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from torchtitan.components.checkpoint.safetensors_files import (
     plan_files,
     write_index,
 )
+from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 
 from .output import new_folder, refuse_existing, with_progress
+from .parts import Buffer, contiguous_parts, copy_bytes
 from .which_model import KnownModel
 
 PREFIX = "model."
@@ -73,19 +76,40 @@ def convert_to_hf(
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
     assets = ExportAssets(tokenizer, described.get("seq_len", 0), like)
-    reader = CheckpointReader(folder, metadata)
+    reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
         for name in with_progress(names, len(names), "converting"):
-            tensor = reader.read_tensor(PREFIX + name)
-            for key, part in adapter.to_hf({name: tensor}).items():
-                for start, stop in specs[key].pieces():
-                    rows = part[start:stop] if part.ndim else part
-                    writers[file_of[key]].write(key, rows.to(specs[key].dtype), start)
-            del tensor, part
+            parts = contiguous_parts(adapter, name, tuple(state[name].shape))
+            saved_tensor = SavedTensor.find(folder, metadata, PREFIX + name)
+            if parts is not None and saved_tensor is not None:
+                for key, first in parts.items():
+                    _stream(saved_tensor, first, key, writers[file_of[key]], buffer)
+                continue
+            whole = reader.read_tensor(PREFIX + name)
+            for key, tensor in adapter.to_hf({name: whole}).items():
+                writers[file_of[key]].write(key, tensor.to(specs[key].dtype))
+            del whole, tensor
         for writer in writers.values():
             writer.close()
         write_index(partial, files)
         floating = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
         write_assets(partial, known.args, dtype or floating[0], assets)
     return sum(spec.nbytes for spec in specs.values())
+
+
+def _stream(
+    source: SavedTensor, first: int, key: str, writer: SafetensorsWriter, buffer: Buffer
+) -> None:
+    """Write the tensor `key`, whose elements are those of `source` from number `first` on."""
+    spec = writer.specs[key]
+    count = math.prod(spec.shape)
+    if spec.dtype == source.dtype:
+        target, begin = writer.place_of(key)
+        for path, position, length, at in source.places(first, first + count):
+            with open(path, "rb", buffering=0) as file:
+                copy_bytes(file, position, target, begin + at, length)
+        return
+    for start, piece in buffer.pieces(count, source.dtype):
+        source.read(first + start, piece)
+        writer.write_elements(key, piece.to(spec.dtype), start)

@@ -129,7 +129,7 @@ def test_inspect_lists_both_kinds(tmp_path, capsys):
         "[32, 64]",
         "float32",
         "model-00002-of-00002.safetensors",
-        "8.19 KB",
+        "8.19 kB",
         "Hugging Face",
         "model: qwen3 (no flavor of ours)",
     ):
@@ -310,12 +310,12 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
     def disk_full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SafetensorsWriter, "write", disk_full)
-    message = refused(capsys, "to-hf", tmp_path / "ours", tmp_path / "out")
-    assert "out could not be written: OSError: [Errno 28] No space left" in message
-    monkeypatch.setattr(torch, "save", disk_full)
-    message = refused(capsys, "from-hf", source, tmp_path / "out")
-    assert "No space left" in message
+    for action, given in (("to-hf", tmp_path / "ours"), ("from-hf", source)):
+        module = f"torchtitan.tools.convert.{action.replace('-', '_')}"
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.copy_bytes", disk_full)
+            message = refused(capsys, action, given, tmp_path / "out")
+        assert "out could not be written: OSError: [Errno 28] No space left" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
 
 
@@ -367,9 +367,9 @@ def test_conversion_takes_little_more_memory_than_the_largest_tensor(tmp_path):
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         return int(done.stdout.split()[-1])
 
-    assert peak_of("from-hf", source, tmp_path / "ours") < 0.4 * whole
+    assert peak_of("from-hf", source, tmp_path / "ours") < 0.2 * whole
     shutil.rmtree(source)
-    assert peak_of("to-hf", tmp_path / "ours", tmp_path / "back") < 0.4 * whole
+    assert peak_of("to-hf", tmp_path / "ours", tmp_path / "back") < 0.2 * whole
 
 
 def test_the_library_functions_refuse_what_exists(tmp_path):

@@ -1,0 +1,120 @@
+"""Where the bytes of a tensor are in what `torch.save` wrote, so that they can be streamed.
+
+torch.distributed.checkpoint saves every tensor, or each rank's part of it, by `torch.save`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.serialization import skip_data
+
+from torchtitan.errors import CheckpointError
+from torchtitan.tools.text import first_line
+
+
+def save_hole(file: BinaryIO, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Save a tensor without its bytes at the end of `file`. Returns where these belong."""
+    start = file.tell()
+    with skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), file)
+    end = file.tell()
+    file.flush()
+    data = start + _data_offset(file, start, end - start)
+    file.seek(end)
+    return data
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring elements of a tensor in a file."""
+
+    start: int
+    stop: int
+    path: Path
+    data: int
+    """Where in the file the first of them is."""
+
+
+class SavedTensor:
+    """A tensor of a checkpoint whose elements are read in their order, some at a time."""
+
+    def __init__(self, runs: list[_Run], dtype: torch.dtype) -> None:
+        self._runs = runs
+        self.dtype = dtype
+
+    @classmethod
+    def find(cls, folder: Path, metadata: Metadata, key: str) -> SavedTensor | None:
+        """None: it is stored in parts that are no runs of neighbouring elements.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        entry = metadata.state_dict_metadata[key]
+        row = math.prod(entry.size[1:])
+        runs = []
+        for chunk in entry.chunks:
+            if chunk.sizes[1:] != entry.size[1:]:
+                return None
+            info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            path = folder / info.relative_path
+            try:
+                with open(path, "rb") as file:
+                    view = _create_file_view(file, info.offset, info.length)
+                    with skip_data():
+                        saved = torch.load(view, map_location="cpu", weights_only=True)
+                    data = info.offset + _data_offset(file, info.offset, info.length)
+            except Exception as error:
+                raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+            if not saved.is_contiguous() or saved.storage_offset():
+                return None
+            start = chunk.offsets[0] * row if chunk.offsets else 0
+            runs.append(_Run(start, start + math.prod(chunk.sizes), path, data))
+        return cls(runs, entry.properties.dtype)
+
+    def places(self, start: int, stop: int) -> Iterator[tuple[Path, int, int, int]]:
+        """Where the elements from number `start` to `stop` are, as runs of bytes.
+
+        Yields:
+            A file, where in it a run begins, its length, and at which byte of all these it is.
+        """
+        size = self.dtype.itemsize
+        for run in self._runs:
+            first, end = max(start, run.start), min(stop, run.stop)
+            if first < end:
+                position = run.data + (first - run.start) * size
+                yield run.path, position, (end - first) * size, (first - start) * size
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        """Fill `out`, flat and of the tensor's dtype, with the elements from number `start` on.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        buffer = memoryview(out.view(torch.uint8).numpy())
+        for path, position, length, at in self.places(start, start + len(out)):
+            with open(path, "rb", buffering=0) as file:
+                file.seek(position)
+                read_all(file, buffer[at : at + length], path)
+
+
+def read_all(file: BinaryIO, buffer: memoryview, path: Path) -> None:
+    """Fill the buffer. Raises `CheckpointError` if the file ends before."""
+    while len(buffer):
+        got = file.readinto(buffer)
+        if not got:
+            raise CheckpointError(f"{path} is damaged: it ends too early")
+        buffer = buffer[got:]
+
+
+def _data_offset(file: BinaryIO, start: int, length: int) -> int:
+    """Where the elements of the one tensor that was saved at `start` are, counted from there."""
+    view = _create_file_view(file, start, length)
+    return torch._C.PyTorchFileReader(view).get_record_offset("data/0")

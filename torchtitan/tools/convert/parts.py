@@ -1,0 +1,77 @@
+"""How tensors of ours are made of those of Hugging Face, and pieces to stream them by."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import torch
+
+from torchtitan.components.checkpoint.saved_tensors import read_all
+from torchtitan.errors import CheckpointError
+from torchtitan.protocols import BaseStateDictAdapter
+
+PIECE_BYTES = 4 * 2**20
+"""Small enough to stay in the processor's cache between reading and writing."""
+
+
+def contiguous_parts(
+    adapter: BaseStateDictAdapter, name: str, shape: tuple[int, ...]
+) -> dict[str, int] | None:
+    """The Hugging Face tensors that `name` consists of, one after the other: key -> first element.
+
+    None: the adapter does more than to rename and to split by the first dimension, so that the
+    tensor has to be converted as a whole.
+    """
+    whole = torch.empty(shape, device="meta")
+    parts = adapter.to_hf({name: whole})
+    storage = whole.untyped_storage()._cdata
+    for part in parts.values():
+        if part.untyped_storage()._cdata != storage or not part.is_contiguous():
+            return None
+    if sum(part.numel() for part in parts.values()) != whole.numel():
+        return None
+    return {key: part.storage_offset() for key, part in parts.items()}
+
+
+class Buffer:
+    """Memory that is used again for each piece."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+
+    def pieces(self, elements: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """Number of the first element, and the memory, of one piece of a tensor after the other."""
+        step = PIECE_BYTES // dtype.itemsize
+        memory = self._memory.view(dtype)
+        for start in range(0, elements, step):
+            yield start, memory[: min(step, elements - start)]
+
+
+def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
+    """Copy a part of a file into another, within the kernel where it can.
+
+    Raises:
+        CheckpointError: the source ends too early.
+    """
+    target.flush()
+    if sys.platform != "linux":
+        _copy_by_memory(source, start, target, at, count)
+        return
+    os.lseek(target.fileno(), at, os.SEEK_SET)
+    end = start + count
+    while start < end:
+        sent = os.sendfile(target.fileno(), source.fileno(), start, end - start)
+        if not sent:
+            raise CheckpointError(f"{source.name} is damaged: it ends too early")
+        start += sent
+
+
+def _copy_by_memory(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
+    source.seek(start)
+    target.seek(at)
+    for _, piece in Buffer().pieces(count, torch.uint8):
+        read_all(source, memoryview(piece.numpy()), source.name)
+        target.write(piece.numpy())
