@@ -1,0 +1,137 @@
+"""`torchtitan download`: weights, tokenizer and config of a model from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torchtitan.errors import ConfigError, DataError
+from torchtitan.tools.text import first_line, human_bytes
+
+PARTS = {
+    "weights": ("*.safetensors", "*.safetensors.index.json"),
+    "tokenizer": (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.*",
+    ),
+    "config": ("config.json", "generation_config.json"),
+}
+"""What to download -> patterns of its files."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan download`; returns the exit code.
+
+    Raises:
+        ConfigError: the package `huggingface_hub` is missing, or `--out` is a file.
+        DataError: the hub cannot be reached, or has no such model, revision or files for us.
+    """
+    args = _parser().parse_args(argv)
+    out = args.out or Path("assets", args.repo.rpartition("/")[2])
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file, not a folder")
+    patterns = [p for part in args.include or PARTS for p in PARTS[part]]
+    _download(args.repo, args.revision, patterns, out)
+    files = [path for path in out.rglob("*") if path.is_file() and ".cache" not in path.parts]
+    if not files:
+        parts = ", ".join(args.include or PARTS)
+        raise DataError(f"{args.repo} has no files for {parts} ({' '.join(patterns)})")
+    size = human_bytes(sum(path.stat().st_size for path in files))
+    sys.stdout.write(f"{out}: {len(files)} files, {size}\n")
+    return 0
+
+
+def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -> None:
+    """Fetch what is not there yet; files that were cut off go on from where they were."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise ConfigError(
+            "torchtitan download needs huggingface_hub: pip install 'torchtitan[hub]'"
+        ) from error
+    try:
+        huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_dir=out
+        )
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{repo!r} is not the name of a model: ORGANISATION/NAME") from error
+    except errors.RevisionNotFoundError as error:
+        raise DataError(f"{repo} has no revision {revision!r}") from error
+    except errors.GatedRepoError as error:
+        raise DataError(
+            f"{repo} is open only to those who accepted its terms: do so at {_url(repo)}, and "
+            f"{_token_hint()}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:  # 404, and 401 of private ones
+        raise DataError(
+            f"there is no {repo} at {_endpoint()}, or it is private. Check the name; for a private "
+            f"one, {_token_hint()}"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        _fail_with_status(repo, error)
+    except (errors.LocalEntryNotFoundError, OSError) as error:
+        _fail_unreachable(error)
+    except Exception as error:
+        # Of the library that the hub's package uses: requests, httpx, httpx2, ...
+        if type(error).__module__.startswith(("http", "requests", "urllib3")):
+            _fail_unreachable(error)
+        raise
+
+
+def _fail_with_status(repo: str, error: Any) -> NoReturn:
+    status = getattr(error.response, "status_code", None)
+    if status in (401, 403):
+        problem = f"{_endpoint()} refuses access to {repo} (status {status}): {_token_hint()}"
+        raise DataError(problem) from error
+    raise DataError(f"{_endpoint()} answers with status {status} for {repo}") from error
+
+
+def _fail_unreachable(error: Exception) -> NoReturn:
+    if isinstance(error, OSError) and error.filename:  # of our own disk
+        raise DataError(f"{error.filename} cannot be written: {error.strerror}") from error
+    cause = error.__cause__ or error
+    raise DataError(
+        f"{_endpoint()} cannot be reached ({first_line(cause)}). Is this machine online, and is "
+        "HF_HUB_OFFLINE unset? HF_ENDPOINT names another hub. What was fetched is kept: the same "
+        "command goes on from there"
+    ) from error
+
+
+def _token_hint() -> str:
+    if os.environ.get("HF_TOKEN"):
+        return "check the token in HF_TOKEN"
+    return "set HF_TOKEN to your token"
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def _url(repo: str) -> str:
+    return f"{_endpoint()}/{repo}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchtitan download",
+        description="Download a model from the Hugging Face hub. HF_TOKEN in the environment is "
+        "your token, where one is needed. A download that was cut off goes on.",
+    )
+    parser.add_argument("repo", metavar="REPO", help="such as HuggingFaceTB/SmolLM2-135M")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: assets/NAME")
+    parser.add_argument(
+        "--include",
+        action="append",
+        choices=PARTS,
+        help="only this; may be given more than once (default: all three)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit (default: main)")
+    return parser
