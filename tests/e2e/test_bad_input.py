@@ -38,6 +38,8 @@ MISTAKES = {
     "import": ("--job.custom_import=nothing_there", "job.custom_import", "nothing_there"),
     "config": ("--job.config_file=/no/such.toml", "/no/such.toml", "No such file"),
     "weights": ("--checkpoint.initial_load_path=/no/such", "initial_load_path", "no such folder"),
+    "hf weights": ("--checkpoint.initial_load_in_hf", "initial_load_in_hf", "initial_load_path"),
+    "hf export": ("--checkpoint.last_save_in_hf", "last_save_in_hf", "checkpoint.enable is false"),
     "seq_len": ("--training.seq_len=31", "--parallelism.tensor_parallel_degree=2", "30 or 32"),
     "world": ("--parallelism.tensor_parallel_degree=3", "world size 2", "[1, 2]"),
     "batch": ("--training.global_batch_size=9", "global_batch_size = 9", "Nearest: 8 or 16"),
@@ -114,6 +116,35 @@ def test_a_checkpoint_of_another_model_or_step(two_checkpoints: Path, tmp_path: 
     assert_one_message(refused(folder, *SAVING, *debug, ranks=2), "dim = 64 (now 256)")
     done = refused(folder, *SAVING, "--training.global_batch_size=16", ranks=2)
     assert_one_message(done, "training.global_batch_size is 16 now")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_hugging_face_folder_that_is_damaged_or_of_another_model(
+    ranks: int, tmp_path: Path
+) -> None:
+    export = ["--training.steps=1", "--checkpoint.enable", "--checkpoint.last_save_in_hf"]
+    train(tmp_path / "first", *tiny_llama.OPTIONS, *export)
+    source = tmp_path / "first" / "checkpoint" / "step-1-hf"
+    start = ["--checkpoint.initial_load_in_hf", f"--checkpoint.initial_load_path={source}"]
+
+    other = ["--model.name=llama3", "--model.flavor=debugmodel"]
+    done = refused(tmp_path / "run", *start, *other, ranks=ranks)
+    assert_one_message(done, "config.json is of another model", "dim = 64 (now 256)", str(source))
+    done = refused(tmp_path / "run", *start, "--model.name=gemma3", *other[1:], ranks=ranks)
+    assert_one_message(done, str(source), "model_type is 'llama', not 'gemma3_text'")
+
+    (shard,) = source.glob("*.safetensors")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-20])
+    assert_one_message(refused(tmp_path / "run", *start, ranks=ranks), str(shard), "damaged")
+    shard.write_bytes(content.replace(b"model.norm.weight", b"model.form.weight"))
+    done = refused(tmp_path / "run", *start, ranks=ranks)
+    assert_one_message(done, str(source), "lacks model.norm.weight")
+    shard.unlink()
+    assert_one_message(refused(tmp_path / "run", *start, ranks=ranks), str(shard), "is missing")
+    (source / "model.safetensors.index.json").unlink()
+    done = refused(tmp_path / "run", *start, ranks=ranks)
+    assert_one_message(done, "initial_load_path", "holds no Hugging Face weights")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
