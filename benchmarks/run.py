@@ -12,7 +12,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks import gpu_llama3, loss, models, parallel, startup, trainer
+from benchmarks import convert, gpu_llama3, loss, models, parallel, startup, trainer
 from benchmarks.report import machine
 
 BENCHMARKS = {
@@ -21,12 +21,13 @@ BENCHMARKS = {
     "loss": loss,
     "models": models,
     "parallel": parallel,
+    "convert": convert,
     "gpu_llama3": gpu_llama3,
 }
 """Name -> module with `run(quick) -> list[Table]`."""
 
 SUITES = {
-    "cpu": ["trainer", "startup", "loss", "models", "parallel"],
+    "cpu": ["trainer", "startup", "loss", "models", "parallel", "convert"],
     "gpu": ["gpu_llama3", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -> None:
-    """Fetch what is not there yet; files that were cut off go on from where they were."""
+    """Fetch the files that are not there yet."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -100,8 +100,8 @@ def _fail_unreachable(error: Exception) -> NoReturn:
     cause = error.__cause__ or error
     raise DataError(
         f"{_endpoint()} cannot be reached ({first_line(cause)}). Is this machine online, and is "
-        "HF_HUB_OFFLINE unset? HF_ENDPOINT names another hub. What was fetched is kept: the same "
-        "command goes on from there"
+        "HF_HUB_OFFLINE unset? HF_ENDPOINT names another hub. Files that are complete are kept: "
+        "the same command fetches the rest"
     ) from error
 
 
@@ -123,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchtitan download",
         description="Download a model from the Hugging Face hub. HF_TOKEN in the environment is "
-        "your token, where one is needed. A download that was cut off goes on.",
+        "your token, where one is needed. After a break, the same command fetches the files that "
+        "are not complete.",
     )
     parser.add_argument("repo", metavar="REPO", help="such as HuggingFaceTB/SmolLM2-135M")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: assets/NAME")

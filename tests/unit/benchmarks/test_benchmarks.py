@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_llama3, loss, models, run, startup, trainer
+from benchmarks import convert, gpu_llama3, loss, models, run, startup, trainer
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.config import load_config
 
@@ -82,6 +82,12 @@ def test_chunked_loss_takes_less_memory_than_plain():
         assert loss.relative_error(ours, theirs) < 1e-5
 
 
+def test_conversion_against_a_copy():
+    table = convert.measure(rounds=1, layers=1)
+    assert [row[0] for row in table.rows] == ["plain copy", "from-hf", "to-hf"]
+    assert all(float(row[1]) > 0 for row in table.rows)
+
+
 def test_startup_ends_at_a_line_or_at_the_end():
     code = "import sys, time; sys.stderr.write('ready\\n'); sys.stderr.flush(); time.sleep(0.5)"
     until_end = startup.Command("to the end", ["-c", code])
@@ -127,5 +133,6 @@ def test_suite_writes_a_page(tmp_path: Path):
     assert run.main(["--suite", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     (page,) = tmp_path.glob("*-cpu.md")
     text = page.read_text()
-    for title in ("Trainer against a bare", "Start-up", "Loss and", "Forward and", "Greedy"):
+    titles = "Trainer against a bare", "Start-up", "Loss and", "Forward and", "Greedy", "Conversion"
+    for title in titles:
         assert f"## {title}" in text, title
