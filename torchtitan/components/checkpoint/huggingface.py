@@ -51,7 +51,7 @@ class ExportAssets:
     tokenizer: str
     """`bytes`, or a folder (`model.tokenizer_path`); "": none."""
     max_seq_len: int
-    """Longest sequence trained on."""
+    """Longest sequence trained on; 0: unknown."""
     like: tuple[Path, ...] = ()
     """Folders whose `config.json` and `generation_config.json` are kept if they fit the model."""
 
@@ -188,7 +188,9 @@ def _config(
             return kept
     if ours is None:
         return None
-    ours["max_position_embeddings"] = _longest(ours, assets.max_seq_len)
+    longest = _longest(ours, assets.max_seq_len)
+    if longest:
+        ours["max_position_embeddings"] = longest
     if tokenizer is not None:
         ours |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return ours

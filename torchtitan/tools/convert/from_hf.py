@@ -36,6 +36,7 @@ from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
 from torchtitan.components.checkpoint.saved_tensors import save_hole
 from torchtitan.components.checkpoint.writer import cause_of_failed_write
 from torchtitan.errors import begin_errors_with
+from torchtitan.models.from_hf import read_hf_config
 
 from .output import new_folder, with_progress
 from .parts import Buffer, contiguous_parts, copy_bytes
@@ -92,6 +93,7 @@ def convert_from_hf(
             "flavor": known.flavor,
             "args": model_args(model),
             "tokenizer": str(folder.absolute()),
+            "seq_len": _max_seq_len(folder),
         },
     )
     buffer = Buffer()
@@ -128,6 +130,13 @@ def convert_from_hf(
         with new_folder(out) as partial:
             _save(planned, _Writer(partial, manifest, write))
     return manifest
+
+
+def _max_seq_len(folder: Path) -> int:
+    """`max_position_embeddings` in `config.json`; 0 where there is none."""
+    if not (folder / "config.json").is_file():
+        return 0
+    return read_hf_config(folder).get("max_position_embeddings") or 0
 
 
 def _save(planned: dict[str, torch.Tensor], writer: _Writer) -> None:

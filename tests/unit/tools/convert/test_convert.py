@@ -118,6 +118,20 @@ def test_the_manifest_says_which_model_it_is(tmp_path):
     assert manifest["model_only"] and manifest["step"] == 0
 
 
+@pytest.mark.parametrize("longest", [None, 4096])
+def test_without_the_first_folder_config_json_is_made_anew(longest, tmp_path):
+    source = hf_folder(tmp_path / "hf", "qwen3")
+    if longest:
+        change_config(source, max_position_embeddings=longest)
+    convert("from-hf", source, tmp_path / "ours")
+    shutil.rmtree(source)
+    convert("to-hf", tmp_path / "ours", tmp_path / "back", "--tokenizer", "bytes")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config.get("max_position_embeddings") == longest
+    assert config["eos_token_id"] == 257
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
 def test_inspect_lists_both_kinds(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf", "qwen3, experts")
     convert("from-hf", source, tmp_path / "ours")
