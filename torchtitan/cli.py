@@ -14,6 +14,7 @@ from torchtitan.errors import ConfigError, TitanError, did_you_mean
 
 COMMANDS = {
     "train": ("torchtitan.train", "train a model"),
+    "new": ("torchtitan.authoring.new.command", "start a model of your own"),
     "verify": ("torchtitan.authoring.verify.command", "prove a model right, without a GPU"),
     "converge": (
         "torchtitan.tools.converge.command",

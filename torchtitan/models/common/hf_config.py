@@ -6,7 +6,7 @@ from typing import Any
 
 from torchtitan.errors import CheckpointError
 
-_WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset(
     {
         "_name_or_path",
         "architectures",
@@ -120,7 +120,7 @@ class HuggingFaceConfig:
         Raises:
             CheckpointError: a field is left that may have an effect.
         """
-        left = sorted(self._fields.keys() - _WITHOUT_EFFECT)
+        left = sorted(self._fields.keys() - WITHOUT_EFFECT)
         if left:
             fields = ", ".join(f"{name} = {self._fields[name]!r}" for name in left)
             raise CheckpointError(f"config.json: unknown fields: {fields}")

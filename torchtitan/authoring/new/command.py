@@ -1,0 +1,255 @@
+"""`torchtitan new`: the command line, and what is written where."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+import torchtitan
+from torchtitan.errors import ConfigError, did_you_mean
+
+from . import templates
+from .source import DEBUG_FLAVOR, ModelSource, Names
+
+if TYPE_CHECKING:
+    from .hugging_face import Findings
+
+DESCRIPTION = """\
+Start a model: the whole folder of docs/adding_models.md, as a package of your own, which trains and
+verifies at once.
+
+  torchtitan new my_model
+  torchtitan new my_model --like qwen3 --out ~/models
+  torchtitan new my_model --from-hf path/to/folder
+  torchtitan new my_model --in-tree"""
+
+MODELS = Path(torchtitan.__file__).parent / "models"
+
+
+@dataclass
+class Options:
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """Name of the model, of its folder and, in CamelCase, of its classes."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(".")
+    """Folder that gets a package NAME to install."""
+    like: Annotated[str, tyro.conf.arg(metavar="MODEL")] = ""
+    """Model to start from. Default: llama3, or the one that reads --from-hf."""
+    from_hf: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Folder with a config.json, and perhaps weights, that gives sizes and names of tensors."""
+    in_tree: bool = False
+    """Write to torchtitan/models/NAME of this checkout, and register the model there."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan new`; returns the exit code.
+
+    Raises:
+        ConfigError: an argument is wrong, or something of that name exists already.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    options = tyro.cli(Options, args=argv, prog="torchtitan new", description=DESCRIPTION)
+    names = Names.of(options.name)
+    models = sorted(path.parent.parent.name for path in MODELS.glob("*/model/model.py"))
+    if options.like and options.like not in models:
+        raise ConfigError(
+            f"--like {options.like}: no such model.{did_you_mean(options.like, models)}"
+        )
+    if names.model in models or names.model == "common":
+        raise ConfigError(f"NAME {names.model!r} is taken by torchtitan/models/{names.model}")
+    place = InTree(names) if options.in_tree else Package(names, options.out)
+
+    findings = None
+    if options.from_hf is not None:
+        from .hugging_face import find_out  # imports PyTorch
+
+        findings = find_out(options.from_hf, options.like)
+    like = findings.like if findings else options.like or "llama3"
+    files = model_files(ModelSource(MODELS / like, names), place, options.from_hf, findings)
+    place.write(files)
+    sys.stdout.write(_summary(place, findings))
+    return 0
+
+
+class Package:
+    """A package of its own, with an entry point: `OUT/NAME/NAME/...`.
+
+    Raises:
+        ConfigError: the folder exists already.
+    """
+
+    def __init__(self, names: Names, out: Path) -> None:
+        self.names = names
+        self.root = out / names.model
+        self.folder = self.root / names.model
+        self.custom_import = names.model
+        """`job.custom_import`, with which the model trains without being installed."""
+        self.configs = f"{names.model}/train_configs"
+        self.test = f"tests/test_{names.model}.py"
+        _refuse_existing(self.root)
+
+    def write(self, files: dict[str, str]) -> None:
+        values = {"model": self.names.model, "title": self.names.title, "test": self.test}
+        test = templates.TEST.substitute(values, import_model="")
+        _write(self.root / "pyproject.toml", templates.PYPROJECT.substitute(values))
+        _write(self.root / self.test, test)
+        for name, text in files.items():
+            _write(self.folder / name, text)
+
+    def next_steps(self) -> list[str]:
+        configs = f"{self.configs}/debug_model.toml"
+        return [
+            f"cd {self.root}",
+            'pip install -e ".[dev]"   # makes the model known by its name',
+            f"torchtitan verify {self.names.model} --quick",
+            f"torchtitan train --job.config_file {configs}",
+            "pytest",
+        ]
+
+
+class InTree:
+    """A folder in this checkout of torchtitan.
+
+    Raises:
+        ConfigError: torchtitan is not run from a checkout, or the folder exists already.
+    """
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self.root = MODELS.parent.parent
+        self.folder = MODELS / names.model
+        self.custom_import = ""
+        self.configs = f"torchtitan/models/{names.model}/train_configs"
+        self.test = f"tests/unit/models/test_{names.model}.py"
+        if not (self.root / "pyproject.toml").is_file():
+            raise ConfigError(
+                f"--in-tree: {MODELS} is not in a checkout of torchtitan, and an installed package "
+                "is no place for a model; leave out --in-tree to make a package of your own"
+            )
+        _refuse_existing(self.folder)
+
+    def write(self, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            _write(self.folder / name, text)
+        test = templates.TEST.substitute(model=self.names.model, test=self.test, import_model="")
+        _write(self.root / self.test, test)
+        self._register()
+
+    def _register(self) -> None:
+        """Add the two lines of the guide's last step to `torchtitan/models/__init__.py`."""
+        name, path = self.names.model, MODELS / "__init__.py"
+        lines = path.read_text().splitlines(keepends=True)
+        imports = [f"from .{name} import get_train_spec as get_{name}_train_spec\n"]
+        entries = [f'MODEL_REGISTRY["{name}"] = get_{name}_train_spec\n']
+        for new, start in ((entries, "MODEL_REGISTRY["), (imports, "from .")):
+            found = [i for i, line in enumerate(lines) if line.startswith(start)]
+            after = [i for i in found if lines[i] < new[0]]
+            place = after[-1] + 1 if after else found[0]
+            lines[place:place] = new
+        _write(path, "".join(lines))
+
+    def next_steps(self) -> list[str]:
+        return [
+            f"torchtitan verify {self.names.model} --quick",
+            f"torchtitan train --job.config_file {self.configs}/debug_model.toml",
+            f"pytest {self.test}",
+        ]
+
+
+def model_files(
+    source: ModelSource, place: Package | InTree, hf: Path | None, findings: Findings | None
+) -> dict[str, str]:
+    """Path in the model's folder -> text."""
+    names, like = source.names, source.folder.name
+    files = source.copies()
+    flavor, flavors, notes = DEBUG_FLAVOR, {}, ""
+    verify_import = f" --custom-import {place.custom_import}" if place.custom_import else ""
+    shared = {"model": names.model, "title": names.title, "verify_import": verify_import}
+    if findings:
+        from .hugging_face import adapter_table
+
+        flavor, flavors = findings.flavor, {findings.flavor: findings.args_source}
+        files["model/args.py"] = _with_config(files["model/args.py"], findings)
+        if findings.names:
+            adapter = "model/state_dict_adapter.py"
+            files[adapter] = _with_table(files[adapter], adapter_table(findings))
+        notes = templates.HF_NOTES.substitute(
+            shared, flavor=flavor, path=hf.resolve(), findings=_notes(findings)
+        )
+    custom_import = f'custom_import = "{place.custom_import}"\n' if place.custom_import else ""
+    toml = shared | {"custom_import": custom_import}
+    files |= {
+        "__init__.py": source.init(flavors),
+        "README.md": templates.README.substitute(
+            shared, like=like, configs=place.configs, custom_import="", notes=notes
+        ),
+        "train_configs/debug_model.toml": templates.DEBUG_TOML.substitute(toml),
+    }
+    full = f"train_configs/{names.model}_{(flavor if findings else '8b').lower()}.toml"
+    if findings:
+        tokenizer = hf.resolve()
+        files[full] = templates.FULL_TOML.substitute(toml, flavor=flavor, tokenizer=tokenizer)
+    return files
+
+
+def _with_config(args: str, findings: Findings) -> str:
+    """The args, reading a `config.json` of this kind, in which absent features must stay absent."""
+    absent = {k: v for k, v in findings.absent.items() if f'"{k}"' not in args}
+    lines = [f'        hf.require("{key}", {value!r})\n' for key, value in absent.items()]
+    return re.sub(
+        r'(        hf = HuggingFaceConfig\(\w+, )"[^"]+"(.*\n)',
+        lambda match: f'{match[1]}"{findings.model_type}"{match[2]}{"".join(lines)}',
+        args,
+        count=1,
+    )
+
+
+def _with_table(adapter: str, table: str) -> str:
+    """The adapter with other lines in its table `names`."""
+    return re.sub(
+        r"(    names: ClassVar = \{\n).*?(\n    \})",
+        lambda match: f"{match[1]}{table}{match[2]}",
+        adapter,
+        count=1,
+        flags=re.S,
+    )
+
+
+def _notes(findings: Findings) -> str:
+    lines = []
+    if findings.not_understood:
+        lines.append("Its `config.json` says more; see what of it your model needs:")
+        lines += [f"* `{key} = {value!r}`" for key, value in findings.not_understood.items()]
+    todo = len(findings.missing) + len(findings.without_counterpart)
+    if todo:
+        lines.append(f"In the table of `model/state_dict_adapter.py`, {todo} names are left to do.")
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _summary(place: Package | InTree, findings: Findings | None) -> str:
+    lines = [f"wrote {place.folder}"]
+    if findings:
+        lines.append(f"flavor {findings.flavor} from config.json, started from {findings.like}")
+        if findings.not_understood:
+            lines.append(f"not understood: {', '.join(findings.not_understood)}; see README.md")
+        if findings.missing or findings.without_counterpart:
+            lines.append("some names of tensors are left to do: model/state_dict_adapter.py")
+    lines.append("next:")
+    return "\n".join([*lines, *(f"  {step}" for step in place.next_steps())]) + "\n"
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise ConfigError(f"{path} exists already; choose another name or another folder")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write there: {error.strerror}") from error

@@ -1,0 +1,171 @@
+"""Copies the source files of a model of the zoo under another name.
+
+The new model starts from code that trains under every parallelism, and cannot fall behind it, as a
+template of its own would.
+"""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan.errors import ConfigError
+
+DEBUG_FLAVOR = "debugmodel"
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a model's things are called: `your_model`, `YourModel`, `YourModelArgs`, ..."""
+
+    model: str
+    """Of the folder and in `model.name`."""
+    prefix: str
+    """Of the classes."""
+
+    @classmethod
+    def of(cls, name: str) -> Names:
+        """Raises `ConfigError` if no folder and no class can be named after it."""
+        if not _NAME.fullmatch(name) or keyword.iskeyword(name):
+            proposal = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "my_model"
+            proposal = f"model_{proposal}" if proposal[0].isdigit() else proposal
+            raise ConfigError(
+                f"NAME {name!r}: must be a Python name of small letters, digits and single "
+                f"underscores, as {proposal!r}"
+            )
+        words = name.split("_")
+        if words[-1] == "model" and len(words) > 1:
+            words.pop()  # YourModel rather than YourModelModel
+        return cls(name, "".join(word[0].upper() + word[1:] for word in words))
+
+    @property
+    def title(self) -> str:
+        return self.model.replace("_", " ").capitalize()
+
+
+class ModelSource:
+    """The source of a model that `new` copies.
+
+    Args:
+        folder: `torchtitan/models/NAME`.
+    """
+
+    def __init__(self, folder: Path, names: Names) -> None:
+        self.folder = folder
+        self.names = names
+        self._init = (folder / "__init__.py").read_text()
+        match = re.search(r"class (\w+)Model\(", self._read("model/model.py"))
+        assert match, f"{folder} has no class ...Model"
+        self._prefix = match[1]
+
+    def copies(self) -> dict[str, str]:
+        """Path in the new folder -> text, of the files of `model/` and `infra/`."""
+        first_lines = {
+            "model/args.py": f"Hyperparameters of {self.names.model}.",
+            "model/model.py": f"The model {self.names.model}; started as a copy of "
+            f"{self.folder.name}.",
+            "model/state_dict_adapter.py": "Exchange of weights with Hugging Face.",
+            "infra/parallelize.py": f"How {self.names.model} is spread over devices.",
+            "infra/pipeline.py": f"How {self.names.model} is cut into pipeline stages.",
+        }
+        copies = {}
+        for part in ("model", "infra"):
+            for path in sorted((self.folder / part).glob("*.py")):
+                name = f"{part}/{path.name}"
+                text = self.rename(path.read_text())
+                copies[name] = _replace_docstring(text, first_lines.get(name))
+        return copies
+
+    def init(self, flavors: dict[str, str]) -> str:
+        """The text of the new `__init__.py`.
+
+        Args:
+            flavors: besides the debug flavor: name -> the source of its args.
+        """
+        tree = ast.parse(self._init)
+        configs = next(node for node in tree.body if _assigned(node) == "MODEL_CONFIGS")
+        entries = {DEBUG_FLAVOR: self.debug_args} | flavors
+        lines = [f'    "{name}": {source},' for name, source in entries.items()]
+        new = "\n".join(["MODEL_CONFIGS = {", *lines, "}"])
+        text = _replace_node(self._init, configs, new)
+        text = _drop_unused(text)
+        return _replace_docstring(self.rename(text), f"{self.names.title}. See README.md.")
+
+    @property
+    def debug_args(self) -> str:
+        """The source of the args of the debug flavor, as in the original."""
+        tree = ast.parse(self._init)
+        configs = next(node for node in tree.body if _assigned(node) == "MODEL_CONFIGS")
+        for key, value in zip(configs.value.keys, configs.value.values, strict=True):
+            if ast.literal_eval(key) == DEBUG_FLAVOR:
+                return ast.get_source_segment(self._init, value)
+        raise AssertionError(f"{self.folder} has no {DEBUG_FLAVOR}")
+
+    def rename(self, text: str) -> str:
+        """The text with this model's names in place of the original's."""
+        text = re.sub(rf"\b{self._prefix}(?=[A-Z])", self.names.prefix, text)
+        text = re.sub(r"\b(parallelize|pipeline)_" + self._suffix, rf"\1_{self.names.model}", text)
+        return text.replace(
+            f'register_train_spec("{self.folder.name}"', f'register_train_spec("{self.names.model}"'
+        )
+
+    @property
+    def _suffix(self) -> str:
+        """`llama` of `parallelize_llama`."""
+        match = re.search(r"def parallelize_(\w+)\(", self._read("infra/parallelize.py"))
+        assert match, f"{self.folder} has no parallelize_..."
+        return rf"{match[1]}\b"
+
+    def _read(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+
+def _assigned(node: ast.stmt) -> str:
+    """The name that a statement assigns to, "" if it is no such statement."""
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        return node.targets[0].id
+    return ""
+
+
+def _drop_unused(text: str) -> str:
+    """Without constants and imported names that nothing uses, and the comments above them."""
+    tree = ast.parse(text)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used -= {node.id for node in ast.walk(tree) if _is_stored_only(node, tree)}
+    lines = text.splitlines(keepends=True)
+    for node in reversed(tree.body):
+        if isinstance(node, ast.ImportFrom):
+            unused = not any((alias.asname or alias.name) in used for alias in node.names)
+        else:
+            unused = bool(_assigned(node)) and _assigned(node) not in used
+        if unused:
+            first = node.lineno - 1
+            while lines[first - 1].startswith("#"):
+                first -= 1
+            del lines[first : node.end_lineno]
+    return re.sub(r"\n{4,}", "\n\n\n", "".join(lines))
+
+
+def _is_stored_only(node: ast.AST, tree: ast.Module) -> bool:
+    if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Store):
+        return False
+    loads = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+    return all(load.id != node.id for load in loads)
+
+
+def _replace_node(text: str, node: ast.stmt, new: str) -> str:
+    lines = text.splitlines(keepends=True)
+    lines[node.lineno - 1 : node.end_lineno] = [new + "\n"]
+    return "".join(lines)
+
+
+def _replace_docstring(text: str, first_line: str | None) -> str:
+    """With another docstring of the module; unchanged if None or if there is none."""
+    body = ast.parse(text).body
+    if first_line is None or not body or ast.get_docstring(ast.parse(text)) is None:
+        return text
+    return _replace_node(text, body[0], f'"""{first_line}"""')

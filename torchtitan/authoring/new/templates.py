@@ -1,0 +1,156 @@
+"""The files of a new model that are not copied from another one."""
+
+from __future__ import annotations
+
+from string import Template
+
+README = Template("""\
+# $title
+
+$model started as a copy of $like (`torchtitan new $model`). It trains and verifies as it is; make
+it your model one change at a time, and verify after each.
+
+```sh
+torchtitan train --job.config_file $configs/debug_model.toml$custom_import
+torchtitan verify $model$verify_import --quick
+```
+
+| file | what is in it |
+|---|---|
+| `model/args.py` | sizes; counts of parameters and FLOPs; from and to `config.json` |
+| `model/model.py` | the model, for one device |
+| `model/state_dict_adapter.py` | names of its tensors in Hugging Face checkpoints |
+| `infra/parallelize.py` | tensor, context and data parallelism, activation checkpointing, compile |
+| `infra/pipeline.py` | pipeline stages |
+| `train_configs/` | training runs |
+| `__init__.py` | flavors and registration |
+$notes""")
+
+HF_NOTES = Template("""
+## From Hugging Face
+
+Flavor `$flavor` has the sizes of `$path`.
+$findings
+Compare with the original, layer by layer:
+
+```sh
+torchtitan verify $model$verify_import --flavor $flavor --hf $path --only adapter
+```
+""")
+
+DEBUG_TOML = Template("""\
+# Learns the bytes of Python's standard library, on a CPU, without any download.
+
+[job]
+dump_folder = "./outputs"
+description = "$title debug model on the standard library's sources"
+$custom_import
+[model]
+name = "$model"
+flavor = "debugmodel"
+tokenizer_path = "bytes"
+
+[optimizer]
+name = "AdamW"
+lr = 2e-3
+
+[lr_scheduler]
+warmup_steps = 20
+
+[training]
+dataset = "stdlib"
+local_batch_size = 1
+global_batch_size = 8 # the same steps, and losses, on 1, 2, 4 and 8 ranks
+seq_len = 256
+steps = 200
+mixed_precision_param = "float32" # bfloat16 is slow on most CPUs
+
+[parallelism]
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 1
+
+[activation_checkpoint]
+mode = "none"
+""")
+
+FULL_TOML = Template("""\
+# A start for a real run: set the tokenizer, the sizes of the batch and the learning rate.
+
+[job]
+dump_folder = "./outputs/$model"
+description = "$title $flavor on C4"
+$custom_import
+[model]
+name = "$model"
+flavor = "$flavor"
+tokenizer_path = "$tokenizer"
+
+[optimizer]
+name = "AdamW"
+lr = 3e-4
+
+[lr_scheduler]
+warmup_steps = 2000
+decay_type = "cosine"
+min_lr_factor = 0.1
+
+[training]
+dataset = "c4"
+local_batch_size = 1
+global_batch_size = 512
+seq_len = 4096
+steps = 40000
+
+[parallelism]
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 1
+
+[activation_checkpoint]
+mode = "selective"
+selective_ac_option = "op"
+
+[compile]
+enable = true
+
+[checkpoint]
+enable = true
+interval = 500
+async_mode = "async"
+""")
+
+TEST = Template('''\
+"""What `torchtitan verify $model` checks, as tests: `pytest $test`."""
+$import_model
+from torchtitan.authoring import conformance_tests
+
+test_conformance = conformance_tests("$model", quick=True)
+''')
+
+PYPROJECT = Template("""\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "$model"
+version = "0.1.0"
+description = "$title for torchtitan"
+requires-python = ">=3.11"
+dependencies = ["torchtitan"]
+
+[project.optional-dependencies]
+dev = ["pytest"]
+
+# Once this package is installed, torchtitan knows the model by its name.
+[project.entry-points."torchtitan.models"]
+$model = "$model:get_train_spec"
+
+[tool.setuptools.packages.find]
+include = ["$model*"]
+
+[tool.setuptools.package-data]
+$model = ["train_configs/*.toml", "README.md"]
+
+[tool.pytest.ini_options]
+pythonpath = ["."]
+""")
