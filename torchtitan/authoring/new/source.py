@@ -134,8 +134,7 @@ def _assigned(node: ast.stmt) -> str:
 def _drop_unused(text: str) -> str:
     """Without constants and imported names that nothing uses, and the comments above them."""
     tree = ast.parse(text)
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    used -= {node.id for node in ast.walk(tree) if _is_stored_only(node, tree)}
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     lines = text.splitlines(keepends=True)
     for node in reversed(tree.body):
         if isinstance(node, ast.ImportFrom):
@@ -147,14 +146,8 @@ def _drop_unused(text: str) -> str:
             while lines[first - 1].startswith("#"):
                 first -= 1
             del lines[first : node.end_lineno]
-    return re.sub(r"\n{4,}", "\n\n\n", "".join(lines))
-
-
-def _is_stored_only(node: ast.AST, tree: ast.Module) -> bool:
-    if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Store):
-        return False
-    loads = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
-    return all(load.id != node.id for load in loads)
+    shorter = re.sub(r"\n{3,}(?=[A-Z])", "\n\n", "".join(lines))
+    return shorter if shorter == text else _drop_unused(shorter)  # what only these used is left
 
 
 def _replace_node(text: str, node: ast.stmt, new: str) -> str:
