@@ -73,7 +73,7 @@ def test_a_model_like_any_other_has_the_guides_files_and_its_own_names(like, her
     original = get_train_spec(like, "debugmodel")
     assert vars(spec.model_args) == vars(original.model_args)
     for path in folder.rglob("*.py"):
-        assert not re.search(rf"\b{original.model_cls.__name__}", path.read_text()), path
+        assert not re.search(rf"\b{original.model_cls.__name__}\b", path.read_text()), path
 
 
 def test_a_new_model_trains_on_one_and_two_ranks(here):

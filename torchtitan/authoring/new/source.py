@@ -61,6 +61,9 @@ class ModelSource:
         match = re.search(r"class (\w+)Model\(", self._read("model/model.py"))
         assert match, f"{folder} has no class ...Model"
         self._prefix = match[1]
+        sources = "".join(path.read_text() for path in folder.glob("model/*.py"))
+        # Others may begin so too: Qwen3ForCausalLM is Hugging Face's.
+        self._classes = re.findall(rf"^class ({self._prefix}\w+)", sources, re.M)
 
     def copies(self) -> dict[str, str]:
         """Path in the new folder -> text, of the files of `model/` and `infra/`."""
@@ -107,7 +110,9 @@ class ModelSource:
 
     def rename(self, text: str) -> str:
         """The text with this model's names in place of the original's."""
-        text = re.sub(rf"\b{self._prefix}(?=[A-Z])", self.names.prefix, text)
+        for name in self._classes:
+            new = self.names.prefix + name.removeprefix(self._prefix)
+            text = re.sub(rf"\b{name}\b", new, text)
         text = re.sub(r"\b(parallelize|pipeline)_" + self._suffix, rf"\1_{self.names.model}", text)
         return text.replace(
             f'register_train_spec("{self.folder.name}"', f'register_train_spec("{self.names.model}"'
