@@ -42,9 +42,11 @@ def test_an_unknown_flavor_is_refused():
         main(["llama3", "--flavor", "huge"])
 
 
-def test_a_module_that_does_not_import_is_refused():
-    with pytest.raises(ConfigError, match="no_such_module"):
-        main(["mine", "--custom-import", "no_such_module"])
+def test_a_module_that_does_not_import_is_a_failed_check(capsys):
+    assert main(["mine", "--custom-import", "no_such_module", "--only", "cost"]) == 1
+    out = capsys.readouterr().out
+    assert "fail  contract.import" in out and "no_such_module" in out
+    assert "0 passed, 1 failed" in out
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torchtitan.errors import ConfigError, did_you_mean
 
@@ -21,6 +22,7 @@ from . import (
     weights,
 )
 from .check import Check
+from .contract import IMPORT
 
 MODULES = (
     contract,
@@ -40,7 +42,9 @@ MODULES = (
 
 
 def all_checks() -> list[Check]:
-    return [check for module in MODULES for check in module.CHECKS]
+    """Those that need no other one need that the model can be imported."""
+    checks = [check for module in MODULES for check in module.CHECKS]
+    return [IMPORT, *(replace(c, needs=c.needs or (IMPORT.name,)) for c in checks)]
 
 
 def choose(only: Iterable[str] = (), quick: bool = False) -> list[Check]:

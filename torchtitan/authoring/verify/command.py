@@ -72,8 +72,8 @@ def verify(options: Options, checks: list) -> int:
     from .subject import Subject, default_flavor
 
     with TemporaryDirectory(prefix="torchtitan-verify-") as folder:
-        _import(options)
-        flavor = options.flavor or default_flavor(options.name)
+        imported = _import(options)
+        flavor = options.flavor or (default_flavor(options.name) if imported else "")
         if options.hf is not None and not options.hf.is_dir():
             raise ConfigError(f"--hf {options.hf}: no such folder")
         subject = Subject(
@@ -83,7 +83,8 @@ def verify(options: Options, checks: list) -> int:
             options.custom_import,
             options.hf.resolve() if options.hf else None,
         )
-        subject.spec  # noqa: B018 (raises if there is no such flavor)
+        if imported:
+            subject.spec  # noqa: B018 (raises if there is no such flavor)
         running = report.Running(len(checks))
         running.console.print(f"verify {options.name} {flavor}: {len(checks)} checks\n")
         try:
@@ -98,14 +99,22 @@ def verify(options: Options, checks: list) -> int:
     return 0 if result["passed"] else 1
 
 
-def _import(options: Options) -> None:
-    """Make the model known. Raises `ConfigError` if it is not."""
+def _import(options: Options) -> bool:
+    """Make the model known; False if its module cannot be imported, which a check then tells.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     from torchtitan.models import MODEL_REGISTRY
     from torchtitan.models.plugins import load_plugins
 
-    load_plugins(options.custom_import)
+    try:
+        load_plugins(options.custom_import)
+    except ConfigError:
+        return False
     if options.name not in MODEL_REGISTRY:
         raise ConfigError(
             f"no model {options.name!r}.{did_you_mean(options.name, MODEL_REGISTRY)} A model "
             "outside of torchtitan is made known by --custom-import MODULE"
         )
+    return True

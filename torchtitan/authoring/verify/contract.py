@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from torchtitan.errors import ConfigError
+from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -221,6 +223,18 @@ def layers_are_a_dict(subject: Subject) -> str:
         )
     return f"{len(layers)} layers"
 
+
+def can_be_imported(subject: Subject) -> str:
+    try:
+        load_plugins(subject.custom_import)
+    except ConfigError as error:
+        raise CheckFailedError(str(error), "the module that --custom-import names") from error
+    return ""
+
+
+IMPORT = Check(
+    "contract.import", "the module that registers the model can be imported", can_be_imported
+)
 
 SPEC = "contract.spec"
 """The check that there is a model to ask. Others need it."""

@@ -146,7 +146,7 @@ def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Modu
         if abs(ratio / factor - 1) < 0.05:
             hint += reason
     if has_experts and abs(claimed / (6 * nparams) - 1) < 0.1:
-        hint += "Of a mixture of experts, count only the experts that a token uses."
+        hint = f"{hint.rstrip()} Of a mixture of experts, count only the experts that a token uses."
     raise CheckFailedError(
         f"{claimed:,.0f} FLOPs a token are claimed for the weights, {ratio:.2f} times the "
         f"{measured:,.0f} that are measured",
