@@ -56,16 +56,17 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
 
 def test_the_list_runs_nothing(capsys):
     assert main(["llama3", "--list", "--only", "cost.nparams"]) == 0
-    assert "\ncost.nparams   the number of parameters is exact\n" in capsys.readouterr().out
+    assert "\ncost.nparams     the number of parameters is exact\n" in capsys.readouterr().out
 
 
 def test_a_right_model_gives_0_and_a_report(tmp_path, capsys):
     file = tmp_path / "report.json"
     code = main(["llama3", "--only", "contract.layers", "--json", str(file)])
     assert code == 0
-    assert "2 passed, 0 failed" in capsys.readouterr().out
+    assert "3 passed, 0 failed" in capsys.readouterr().out
     checks = json.loads(file.read_text())["checks"]
-    assert [check["name"] for check in checks] == ["contract.spec", "contract.layers"]
+    names = [check["name"] for check in checks]
+    assert names == ["contract.import", "contract.spec", "contract.layers"]
     assert {check["status"] for check in checks} == {"pass"}
 
 
@@ -106,6 +107,6 @@ def test_a_wrong_model_gives_1_and_says_why(broken_model, capsys):
     code = main([broken_model, "--custom-import", broken_model, "--only", "cost.nparams"])
     assert code == 1
     out = capsys.readouterr().out
-    assert "1 passed, 1 failed" in out
+    assert "2 passed, 1 failed" in out
     assert "1 less" in out
     assert "look at: args.py: get_nparams_and_flops" in out
