@@ -52,8 +52,8 @@ def test_each_check_is_a_test(pytester, monkeypatch):
     pytester.makepyfile(forgets_documents=MODEL, test_mine=TEST)
     monkeypatch.syspath_prepend(str(pytester.path))
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-v", "-rs")
-    # Besides the three, those that they need: contract.spec and .forward, adapter.round_trip.
-    result.assert_outcomes(passed=3, failed=1, skipped=2)
+    # Besides the three: contract.import, .spec and .forward, and adapter.round_trip.
+    result.assert_outcomes(passed=4, failed=1, skipped=2)
     result.stdout.fnmatch_lines(
         [
             "*test_conformance?contract.layers? PASSED*",
@@ -69,7 +69,7 @@ def test_one_check_alone_runs_what_it_needs(pytester, monkeypatch):
     pytester.makepyfile(forgets_documents=MODEL, test_mine=TEST)
     monkeypatch.syspath_prepend(str(pytester.path))
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-k", "documents]")
-    result.assert_outcomes(failed=1, deselected=5)
+    result.assert_outcomes(failed=1, deselected=6)
 
 
 def test_neither_pytest_nor_torch_is_imported_with_the_package():
