@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torchtitan.tools.convert.which_model import model_of_hf_folder
 
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.components.checkpoint.huggingface import export_config
@@ -36,7 +37,6 @@ from torchtitan.models.llama3 import MODEL_CONFIGS, Llama3Model, Llama3StateDict
 from torchtitan.tools.convert import command
 from torchtitan.tools.convert.from_hf import convert_from_hf
 from torchtitan.tools.convert.to_hf import convert_to_hf
-from torchtitan.tools.convert.which_model import model_of_hf_folder
 from torchtitan.tools.text import human_bytes
 
 TARGET = 0.5

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan.components.checkpoint.folder import MANIFEST, Manifest, list_checkpoints
+from torchtitan.components.checkpoint.folder import MANIFEST, list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.reader import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from torchtitan.components.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_folder
 from torchtitan.models.plugins import load_plugins
+from torchtitan.models.which_model import model_of_checkpoint
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
 
 RESOLVED_CONFIG = "config.resolved.toml"
@@ -112,14 +113,8 @@ def open_source(options: ModelOptions) -> Source:
         name, spec = train_spec_of_hf_folder(folder)
         flavor = ""
     else:
-        model = Manifest.read(folder).model
-        name, flavor = model.get("name", ""), model.get("flavor", "")
-        if not _is_known(name):
-            raise CheckpointError(
-                f"{folder} was saved from the model {name!r}, which is not registered. Name the "
-                "module that registers it: --custom-import MODULE"
-            )
-        spec = get_train_spec(name, flavor)
+        known = model_of_checkpoint(folder)
+        name, flavor, spec = known.name, known.flavor, replace(known.spec, model_args=known.args)
     job_config.model.name, job_config.model.flavor = name, flavor or ""
     if options.tokenizer is not None:
         job_config.model.tokenizer_path = options.tokenizer

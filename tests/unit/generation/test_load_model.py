@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from torchtitan.errors import CheckpointError, ConfigError, DataError, TitanError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
+from torchtitan.tools.convert.command import main as convert
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +136,12 @@ def test_a_degree_that_does_not_fit_the_processes(hf_folder):
     options = ModelOptions(str(hf_folder), tokenizer="bytes", tensor_parallel_degree=3)
     with pytest.raises(ConfigError, match="--tensor-parallel-degree 3 must divide"):
         open_source(options)
+
+
+def test_a_converted_model_of_no_flavor_is_found_by_its_args(hf_folder, tmp_path):
+    assert convert(["from-hf", str(hf_folder), str(tmp_path / "ours")]) == 0
+    source = open_source(ModelOptions(str(tmp_path / "ours"), tokenizer="bytes"))
+    expected = open_source(ModelOptions(str(hf_folder), tokenizer="bytes"))
+    assert source.model_name == "llama3"
+    model, original = (load_model(s).model.state_dict() for s in (source, expected))
+    torch.testing.assert_close(model, original, rtol=0, atol=0)

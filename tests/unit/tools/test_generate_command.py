@@ -83,7 +83,7 @@ MISTAKES = {
     "model": (["--prompt", "x", "--model", "qwen4", "--flavor", "1B"], "Did you mean 'qwen3'"),
     "shapes": (
         ["--prompt", "x", "--model", "llama3", "--flavor", "debugmodel"],
-        "lacks lm_head.weight",
+        "config.json is of another model: dim = 64 (now 256)",
     ),
     "ranks": (["--prompt", "x", "--tensor-parallel-degree", "2"], "there are 1"),
     "json": (["--prompt", "x", "--max-new-tokens", "1", "--json", "/no/such/file"], "--json"),

@@ -11,13 +11,13 @@ import torch
 
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
+from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
 from torchtitan.tools.text import human_bytes, three_digits
 
 from .from_hf import convert_from_hf
 from .inspect import show
 from .output import refuse_existing
 from .to_hf import convert_to_hf
-from .which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
 
 DTYPES = ("float32", "bfloat16", "float16")
 

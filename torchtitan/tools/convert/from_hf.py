@@ -37,10 +37,10 @@ from torchtitan.components.checkpoint.saved_tensors import save_hole
 from torchtitan.components.checkpoint.writer import cause_of_failed_write
 from torchtitan.errors import begin_errors_with
 from torchtitan.models.from_hf import read_hf_config
+from torchtitan.models.which_model import KnownModel
 
 from .output import new_folder, with_progress
 from .parts import Buffer, contiguous_parts, copy_bytes
-from .which_model import KnownModel
 
 FILE = "__0_0.distcp"
 

@@ -16,12 +16,11 @@ from torchtitan.components.checkpoint.load import is_huggingface
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.errors import CheckpointError
 from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import model_flavors
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human_bytes, natural_order
-
-from .which_model import model_of_checkpoint, model_of_hf_folder
 
 
 @dataclass(frozen=True)

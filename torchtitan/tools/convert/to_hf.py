@@ -22,10 +22,10 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
+from torchtitan.models.which_model import KnownModel
 
 from .output import new_folder, refuse_existing, with_progress
 from .parts import Buffer, contiguous_parts, copy_bytes
-from .which_model import KnownModel
 
 PREFIX = "model."
 

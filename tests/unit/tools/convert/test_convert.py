@@ -24,9 +24,9 @@ from torchtitan.components.checkpoint.safetensors_files import (
 )
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError
+from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
 from torchtitan.tools.convert.from_hf import convert_from_hf
 from torchtitan.tools.convert.to_hf import convert_to_hf
-from torchtitan.tools.convert.which_model import model_of_checkpoint, model_of_hf_folder
 
 
 def build(name: str):

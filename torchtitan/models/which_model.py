@@ -100,7 +100,7 @@ def model_of_checkpoint(folder: Path, told: KnownModel | None = None) -> KnownMo
         )
     flavors = model_flavors(name)
     flavor = model.get("flavor", "")
-    spec = MODEL_REGISTRY[name](flavor if flavor in flavors else flavors[0])
+    spec = MODEL_REGISTRY[name](flavors[0] if flavors and flavor not in flavors else flavor)
     if not model.get("args"):
         return KnownModel(name, flavor, spec, spec.model_args)
     try:
