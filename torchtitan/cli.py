@@ -30,6 +30,7 @@ COMMANDS = {
         "convert checkpoints from and to Hugging Face folders, and look into both",
     ),
     "download": ("torchtitan.tools.download", "fetch weights and tokenizer from the hub"),
+    "data": ("torchtitan.data.command", "prepare token shards, or look at data"),
     "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
 }
 """Name -> (module with `main(argv)`, one line of help)."""

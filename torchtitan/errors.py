@@ -26,6 +26,10 @@ class DataError(TitanError):
     """A dataset or a tokenizer is missing, empty or malformed."""
 
 
+class BadDocumentError(DataError):
+    """One document of a dataset is malformed; `data.on_error` says whether it may be skipped."""
+
+
 class TrainingError(TitanError):
     """The run cannot go on, for example because the loss is no longer finite."""
 

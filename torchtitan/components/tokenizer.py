@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +36,7 @@ class BytesTokenizer:
     vocab_size = 258
     bos_id = 256
     eos_id = 257
+    fingerprint = "bytes"
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -84,6 +87,11 @@ class HuggingFaceTokenizer:
         self.eos_id = eos_id
         self.bos_id = self._special_id("bos")
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of `tokenizer.json`: the same for the same tokenizer, wherever it lies."""
+        return hashlib.sha256((self._folder / "tokenizer.json").read_bytes()).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         # The fast one leaves out where each token stands in the text, for half of the time.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -93,6 +101,11 @@ class HuggingFaceTokenizer:
         with many models).
         """
         return self._tokenizer.encode(text).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, on as many cores as the library may use."""
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -6,12 +6,13 @@ of it.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from torchtitan.errors import DataError, begin_errors_with, did_you_mean
+from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
+
+from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
     import datasets
@@ -30,7 +31,7 @@ class Table:
     def __init__(
         self, dataset: datasets.Dataset, text_key: str, locate: Callable[[], None]
     ) -> None:
-        _check_key(text_key, dataset.column_names)
+        check_key(text_key, dataset.column_names)
         self._rows = dataset.select_columns(text_key)
         self._text_key = text_key
         self._locate = locate
@@ -38,40 +39,48 @@ class Table:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> str:
-        """Raises `DataError` where there is no text, or none in UTF-8."""
+    def __getitem__(self, index: int) -> object:
+        """Raises `BadDocumentError` where there is no text, or none in UTF-8."""
         try:
-            return _text(self._rows[index], self._text_key)
+            return document_of(self._rows[index], self._text_key)
         except (DataError, UnicodeDecodeError) as error:
-            self._locate()
-            raise DataError(f"row {index} (from 0): {error}") from error
+            try:
+                self._locate()
+            except DataError as located:
+                raise BadDocumentError(str(located)) from error
+            raise BadDocumentError(f"row {index} (from 0): {error}") from error
 
 
 class Stream:
-    """The texts of a `datasets.IterableDataset`, in its order; its files are the shards."""
+    """The texts of a `datasets.IterableDataset`, in its order; its files are the shards.
+
+    A row without text comes as a `BadDocumentError`, for the reader to raise or to skip.
+    """
 
     def __init__(self, dataset: datasets.IterableDataset, text_key: str, name: str) -> None:
         if dataset.column_names:  # else known only once rows are read
-            _check_key(text_key, dataset.column_names)
+            check_key(text_key, dataset.column_names)
             dataset = dataset.select_columns(text_key)
         self._dataset = dataset
         self._text_key = text_key
         self._name = name
         self.num_shards = dataset.num_shards
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[object]:
         return self._texts(self._dataset, f"{self._name!r}")
 
-    def shard(self, index: int) -> Iterator[str]:
+    def shard(self, index: int) -> Iterator[object]:
         rows = self._dataset.shard(self.num_shards, index)
         return self._texts(rows, f"{self._name!r}, file {index} (from 0)")
 
-    def _texts(self, rows: datasets.IterableDataset, where: str) -> Iterator[str]:
+    def _texts(self, rows: datasets.IterableDataset, where: str) -> Iterator[object]:
         try:
             for index, row in enumerate(rows):
-                with begin_errors_with(f"{where}, row {index} (from 0)"):
-                    text = _text(row, self._text_key)
-                yield text
+                try:
+                    document = document_of(row, self._text_key)
+                except DataError as error:
+                    document = BadDocumentError(f"{where}, row {index} (from 0): {error}")
+                yield document
         except DataError:
             raise
         except Exception as error:
@@ -82,8 +91,8 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     """Local files as a table. `datasets` keeps a memory-mapped copy in its cache folder.
 
     Args:
-        kind: `json` (lines) or `parquet`.
-        files: paths; `json` files may be compressed.
+        kind: `json` (lines), `parquet` or `arrow`.
+        files: paths or URLs; `json` files may be compressed.
         text_key: field that holds the text.
 
     Raises:
@@ -101,6 +110,28 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
         locate()
         raise _unreadable(_name_of(files), error) from error
     return Table(dataset, text_key, locate)
+
+
+def open_saved(folder: str, text_key: str, split: str | None) -> Table:
+    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped.
+
+    Raises:
+        DataError: it is damaged, has no such split, or the text is not under `text_key`.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(folder)
+    except Exception as error:
+        raise _unreadable(repr(folder), error) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        name = split or "train"
+        if name not in dataset:
+            raise DataError(f"{folder!r} has no split {name!r}.{did_you_mean(name, dataset)}")
+        dataset = dataset[name]
+    elif split:
+        raise ConfigError(f"split = {split!r} has no effect: {folder!r} is of one split")
+    return Table(dataset, text_key, lambda: None)
 
 
 def open_stream(
@@ -152,20 +183,6 @@ def _name_of(files: list[str]) -> str:
     return f"one of the {len(files)} files {files[0]!r} to {files[-1]!r}"
 
 
-def _check_key(text_key: str, keys: Iterable[str]) -> None:
-    if text_key not in keys:
-        raise DataError(f"text_key = {text_key!r}: no such field.{did_you_mean(text_key, keys)}")
-
-
-def _text(row: dict[str, Any], text_key: str) -> str:
-    _check_key(text_key, row)
-    text = row[text_key]
-    if not isinstance(text, str):
-        kind = "missing" if text is None else f"{type(text).__name__}, not text"
-        raise DataError(f"the field {text_key!r} is {kind}")
-    return text
-
-
 def _check_json_lines(files: list[str], text_key: str) -> None:
     """Raise `DataError` for the first line that is no JSON object in UTF-8 with a text.
 
@@ -181,8 +198,7 @@ def _check_json_lines(files: list[str], text_key: str) -> None:
                     if rows == 0 and line.lstrip().startswith(b"["):
                         return
                     if line.strip():
-                        with begin_errors_with(f"{file}:{number}"):
-                            _check_json_line(line, text_key)
+                        read_line(line, text_key, file, number)
                         rows += 1
         except DataError:
             raise
@@ -190,18 +206,3 @@ def _check_json_lines(files: list[str], text_key: str) -> None:
             raise _unreadable(repr(file), error) from error
     if rows == 0:
         raise DataError(f"{_name_of(files)}: empty")
-
-
-def _check_json_line(line: bytes, text_key: str) -> None:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text ({error.reason})") from error
-    except ValueError as error:
-        raise DataError(f"not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"must be a JSON object, not {type(row).__name__}")
-    try:
-        _text(row, text_key).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"not Unicode text ({error.reason})") from error

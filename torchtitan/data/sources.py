@@ -2,17 +2,21 @@
 
 A source is one of two kinds.
 
-* Random access: `len(source)` documents, `source[i]` is the text of one. They are shuffled anew in
-  every epoch. A plain list of texts is such a source.
+* Random access: `len(source)` documents, `source[i]` is one. They are shuffled anew in every epoch.
+  A plain list of texts is such a source.
 * Sequential: iterating over it yields the texts from the first one on, each time anew. The order
   is kept. It may consist of shards (files) that can be read one by one: then ranks share the
   reading out among them, and a resumed run reads on from its shard, not from the beginning.
+
+A document is a text; a list of messages (`[{"role": ..., "content": ...}, ...]`), which becomes a
+text by the chat template; or an array of token ids, which is taken as it is. One that is malformed
+is a `BadDocumentError`, raised by `source[i]` and yielded by a sequential source.
 """
 
 from __future__ import annotations
 
 import bisect
-import glob
+import inspect
 import itertools
 import math
 import os
@@ -23,17 +27,21 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 from torchtitan.data import huggingface
-from torchtitan.errors import ConfigError, DataError, did_you_mean
+from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
+
+from .files import file_size, find_files, is_url, line_number, open_file, unreadable
+from .json_lines import JsonLines, JsonLineStream, is_array
+from .token_files import open_token_files
 
 
 class RandomAccess(Protocol):
     """A source whose texts can be had in any order."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> object: ...
 
 
-Sequential = Iterable[str]
+Sequential = Iterable[object]
 
 
 @runtime_checkable
@@ -42,14 +50,17 @@ class Sharded(Protocol):
 
     num_shards: int
 
-    def __iter__(self) -> Iterator[str]: ...
-    def shard(self, index: int) -> Iterable[str]:
-        """The texts of one of the `num_shards` shards."""
+    def __iter__(self) -> Iterator[object]: ...
+    def shard(self, index: int) -> Iterable[object]:
+        """The documents of one of the `num_shards` shards."""
 
 
 Source = RandomAccess | Sequential
-SourceFactory = Callable[[str | None, str], Source]
-"""`factory(dataset_path, text_key) -> Source`; raises a `TitanError` for a user's mistake."""
+SourceFactory = Callable[..., Source]
+"""`factory(dataset_path, text_key) -> Source`; raises a `TitanError` for a user's mistake.
+
+One that has splits takes a third parameter, `split: str | None`.
+"""
 
 DATASETS: dict[str, SourceFactory] = {}
 """Name of a dataset (`training.dataset`) -> its factory."""
@@ -65,21 +76,29 @@ def register_dataset(name: str, factory: SourceFactory) -> None:
         raise ValueError(f"dataset {name!r} is already registered; choose another name")
 
 
-def open_dataset(name: str, path: str | None, text_key: str = "text") -> Source:
+def open_dataset(
+    name: str, path: str | None, text_key: str = "text", split: str | None = None
+) -> Source:
     """Open a dataset by name.
 
     Args:
         name: a key of `DATASETS`.
         path: `dataset_path` of the config section.
         text_key: field that holds the text, in formats that have fields.
+        split: part of the dataset, None for the usual one.
 
     Raises:
-        ConfigError: there is no such dataset, or `path` is missing or of no use.
+        ConfigError: there is no such dataset, or `path` or `split` is missing or of no use.
         DataError: the data is missing, empty or malformed.
     """
     if name not in DATASETS:
         raise ConfigError(f"no such dataset.{did_you_mean(name, DATASETS)}")
-    return DATASETS[name](path, text_key)
+    factory = DATASETS[name]
+    if split is None:
+        return factory(path, text_key)
+    if "split" not in inspect.signature(factory).parameters:
+        raise ConfigError(f"split = {split!r} has no effect here; remove it")
+    return factory(path, text_key, split=split)
 
 
 class TextFiles:
@@ -89,13 +108,14 @@ class TextFiles:
     document, so that a whole corpus in one file is shuffled too and need not fit into memory.
 
     Raises:
-        DataError: a file cannot be read or, where its text is asked for, is not UTF-8.
+        DataError: a file cannot be read. Taking a document raises `BadDocumentError` where it is
+            not UTF-8.
     """
 
     def __init__(self, files: list[str], piece_bytes: int = 2**20) -> None:
-        self._files = files
+        self.files = files
         self._piece_bytes = piece_bytes
-        pieces = (max(1, math.ceil(_file_size(file) / piece_bytes)) for file in files)
+        pieces = (max(1, math.ceil(file_size(file) / piece_bytes)) for file in files)
         self._ends = list(itertools.accumulate(pieces))
 
     def __len__(self) -> int:
@@ -104,20 +124,20 @@ class TextFiles:
     def __getitem__(self, index: int) -> str:
         number = bisect.bisect_right(self._ends, index)
         piece = index - (self._ends[number - 1] if number else 0)
-        path = self._files[number]
+        path = self.files[number]
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 start = self._cut(file, piece)
                 end = self._cut(file, piece + 1)
                 file.seek(start)
                 content = file.read(end - start)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            raise unreadable(path, error) from error
         try:
             return content.decode()
         except UnicodeDecodeError as error:
-            line = _line_number(path, start + error.start)
-            raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error
+            line = line_number(path, start + error.start)
+            raise BadDocumentError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error
 
     def _cut(self, file: BinaryIO, piece: int) -> int:
         """Where a piece begins: after the first line end in its share of the file's bytes."""
@@ -132,48 +152,6 @@ class TextFiles:
         # One very long line is cut anywhere, but not within a character (10xxxxxx goes on one).
         inside = itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, share[:3])
         return start + len(list(inside))
-
-
-def _file_size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _line_number(path: str, offset: int) -> int:
-    """Number, from 1, of the line that byte `offset` of a file is in."""
-    line, block = 1, 2**20
-    with open(path, "rb") as file:
-        for start in range(0, offset, block):
-            line += file.read(min(block, offset - start)).count(b"\n")
-    return line
-
-
-def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Sorted files of a path, a glob (`**` crosses folders) or a folder with all its subfolders.
-
-    In a folder, hidden files and those that end in none of `suffixes` are left out.
-
-    Raises:
-        ConfigError: no path is given.
-        DataError: there is no such file.
-    """
-    if not path:
-        raise ConfigError("needs dataset_path: a file, a glob or a folder")
-    root = os.path.expanduser(path)
-    if os.path.isdir(root):
-        found = glob.glob(os.path.join(glob.escape(root), "**"), recursive=True)
-        found = [file for file in found if file.endswith(suffixes)]
-    elif os.path.exists(root):
-        found = [root]
-    else:
-        found = glob.glob(root, recursive=True)
-    files = sorted(file for file in found if os.path.isfile(file))
-    if not files:
-        of_kind = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
-        raise DataError(f"dataset_path = {path!r}: there is no such file{of_kind}")
-    return files
 
 
 def stdlib_files(held_out: bool) -> list[str]:
@@ -208,18 +186,52 @@ def _open_text(path: str | None, text_key: str) -> TextFiles:
     return TextFiles(find_files(path))
 
 
-def _open_jsonl(path: str | None, text_key: str) -> RandomAccess:
+def _open_jsonl(path: str | None, text_key: str) -> Source:
     plain = (".jsonl", ".json")
     packed = tuple(suffix + ending for suffix in plain for ending in (".gz", ".zst"))
-    return huggingface.open_files("json", find_files(path, plain + packed), text_key)
+    files = find_files(path, plain + packed)
+    if any(map(is_url, files)):
+        return JsonLineStream(files, text_key)
+    if any(file.endswith((".gz", ".zst")) for file in files) or is_array(files[0]):
+        return huggingface.open_files("json", files, text_key)
+    return JsonLines(files, text_key)
 
 
 def _open_parquet(path: str | None, text_key: str) -> RandomAccess:
     return huggingface.open_files("parquet", find_files(path, (".parquet",)), text_key)
 
 
-def _on_hub(repository: str, config: str | None = None, split: str = "train") -> SourceFactory:
-    return lambda path, text_key: huggingface.open_stream(repository, config, split, path, text_key)
+def _open_arrow(path: str | None, text_key: str, split: str | None = None) -> RandomAccess:
+    folder = Path(path or "").expanduser()
+    if path and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return huggingface.open_saved(str(folder), text_key, split)
+    if split is not None:
+        raise ConfigError(f"split = {split!r} has no effect on plain .arrow files; remove it")
+    return huggingface.open_files("arrow", find_files(path, (".arrow",)), text_key)
+
+
+def _open_hub(path: str | None, text_key: str, split: str | None = None) -> Sequential:
+    """`path` is `REPOSITORY`, `REPOSITORY:CONFIGURATION`, or a local copy."""
+    if not path:
+        raise ConfigError(
+            "needs dataset_path: a repository of the Hugging Face hub, such as "
+            "'HuggingFaceFW/fineweb' or 'allenai/c4:en', or a local copy"
+        )
+    repository, _, config = path.partition(":")
+    return huggingface.open_stream(repository, config or None, split or "train", None, text_key)
+
+
+def _open_tokens(path: str | None, text_key: str) -> RandomAccess:
+    return open_token_files(path)
+
+
+def _on_hub(
+    repository: str, config: str | None = None, usual_split: str = "train"
+) -> SourceFactory:
+    def factory(path: str | None, text_key: str, split: str | None = None) -> Sequential:
+        return huggingface.open_stream(repository, config, split or usual_split, path, text_key)
+
+    return factory
 
 
 register_dataset("stdlib", lambda path, text_key: _open_stdlib(path, held_out=False))
@@ -227,8 +239,11 @@ register_dataset("stdlib_validation", lambda path, text_key: _open_stdlib(path, 
 register_dataset("text", _open_text)
 register_dataset("jsonl", _open_jsonl)
 register_dataset("parquet", _open_parquet)
+register_dataset("arrow", _open_arrow)
+register_dataset("hf", _open_hub)
+register_dataset("tokens", _open_tokens)
 register_dataset("c4", _on_hub("allenai/c4", "en"))
-register_dataset("c4_validation", _on_hub("allenai/c4", "en", split="validation"))
+register_dataset("c4_validation", _on_hub("allenai/c4", "en", "validation"))
 register_dataset("fineweb", _on_hub("HuggingFaceFW/fineweb"))
 register_dataset("fineweb_edu", _on_hub("HuggingFaceFW/fineweb-edu"))
 register_dataset("slimpajama", _on_hub("cerebras/SlimPajama-627B"))

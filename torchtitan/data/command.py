@@ -1,0 +1,157 @@
+"""`torchtitan data`: prepare tokens, and look at data."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from torchtitan.tools.logging import init_logger
+from torchtitan.tools.text import duration, human
+
+from .inspect import inspect
+from .prepare import Progress, Task, prepare
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan data`; returns the exit code.
+
+    Raises:
+        TitanError: an option, the data or the tokenizer is wrong.
+    """
+    args = _parser().parse_args(argv)
+    init_logger()
+    if args.command == "inspect":
+        inspect(
+            args.path,
+            dataset=args.dataset,
+            text_key=args.text_key,
+            split=args.split,
+            tokenizer_path=args.tokenizer_path,
+            samples=args.samples,
+            characters=args.characters,
+            verify=args.verify,
+        )
+        return 0
+    task = Task(
+        dataset=args.dataset,
+        dataset_path=args.dataset_path,
+        text_key=args.text_key,
+        split=args.split,
+        tokenizer_path=args.tokenizer_path,
+        on_error=args.on_error,
+        custom_import=args.custom_import,
+    )
+    with _Bar() as bar:
+        index = prepare(task, Path(args.out), args.workers, args.shards, bar.show)
+    skipped = f", {index['skipped']:,} documents skipped" if index["skipped"] else ""
+    sys.stdout.write(
+        f"{args.out}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
+        f"{len(index['shards'])} shards{skipped}\n"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="torchtitan data", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = commands.add_parser("prepare", help="tokenize a dataset into memory-mapped shards")
+    one.add_argument("--out", required=True, metavar="FOLDER", help="of the shards and their index")
+    one.add_argument("--dataset", default="text", help="as training.dataset (default: text)")
+    one.add_argument("--dataset-path", metavar="PATH", help="as training.dataset_path")
+    _add_fields(one)
+    one.add_argument("--tokenizer-path", default="bytes", help="as model.tokenizer_path")
+    one.add_argument(
+        "--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: cores)"
+    )
+    one.add_argument(
+        "--shards", type=_positive, metavar="N", help="default: 64, more for large data"
+    )
+    one.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do with a malformed document (default: stop)",
+    )
+    one.add_argument(
+        "--custom-import",
+        default="",
+        metavar="MODULE",
+        help="Python module to import first, so that it can register a dataset",
+    )
+
+    two = commands.add_parser("inspect", help="show statistics and decoded samples of data")
+    two.add_argument("path", metavar="PATH", help="prepared tokens, or what --dataset reads")
+    two.add_argument("--dataset", default="tokens", help="as training.dataset (default: tokens)")
+    _add_fields(two)
+    two.add_argument("--tokenizer-path", help="default: the one the tokens were prepared with")
+    two.add_argument("--samples", type=_positive, default=3, metavar="N", help="default: 3")
+    two.add_argument(
+        "--characters", type=_positive, default=400, metavar="N", help="of a sample (default: 400)"
+    )
+    two.add_argument("--verify", action="store_true", help="check the content hashes first")
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text-key", default="text", help="as training.text_key (default: text)")
+    parser.add_argument("--split", help="as training.split")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+class _Bar:
+    """The progress of a preparation: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._live = Live(console=self._console, auto_refresh=False)
+        self._terminal = self._console.is_terminal
+        self._started = self._shown = time.monotonic()
+        self._first_tokens: int | None = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def show(self, progress: Progress) -> None:
+        if self._first_tokens is None:
+            self._first_tokens = progress.tokens
+        now = time.monotonic()
+        last = progress.shards_done == progress.shards
+        if not (self._terminal or last or now - self._shown > 10):
+            return
+        self._shown = now
+        total = progress.total_documents
+        share = progress.documents / total if total else progress.shards_done / progress.shards
+        share = 1.0 if last else min(share, 1.0)
+        seconds = max(now - self._started, 1e-9)
+        rate = (progress.tokens - self._first_tokens) / seconds
+        text = (
+            f"shard {progress.shards_done}/{progress.shards}  {human(progress.documents)} documents"
+            f"  {human(progress.tokens)} tokens  {human(rate)} tok/s  {duration(seconds)}"
+        )
+        if not self._terminal:
+            sys.stderr.write(f"{share:4.0%}  {text}\n")
+            return
+        if not self._live.is_started:
+            self._live.start()
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=1.0, completed=share, width=30), f"{share:4.0%}", text)
+        self._live.update(grid, refresh=True)

@@ -1,0 +1,140 @@
+"""Documents of a source become token ids.
+
+A token that is read but not learned, such as the user's words in a conversation, is stored as its
+complement `~id`, a negative number; so a document stays one array.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.errors import BadDocumentError
+
+if TYPE_CHECKING:
+    from torchtitan.components.tokenizer import Tokenizer
+
+    from .chat import ChatTemplate
+
+logger = logging.getLogger("torchtitan")
+_REPORTED = 10
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids of a text and the eos that ends it, `[length]` int32; none at all for an empty text.
+
+    Raises:
+        BadDocumentError: the source gave something else than Unicode text.
+    """
+    if not isinstance(text, str):
+        raise BadDocumentError(f"a document of the dataset is a {type(text).__name__}, not text")
+    if not text:
+        return np.empty(0, dtype=np.int32)
+    return np.append(_encode(tokenizer, text), np.int32(tokenizer.eos_id))
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    try:
+        utf8 = text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"a document of the dataset is not Unicode text ({error})"
+        raise BadDocumentError(problem) from error
+    if isinstance(tokenizer, BytesTokenizer):  # without a list of integers, 8 bytes for each byte
+        return np.frombuffer(utf8, dtype=np.uint8)
+    return np.array(tokenizer.encode(text), dtype=np.int32)
+
+
+class Encoder:
+    """Token ids of a source's documents, of every kind that `sources` describes.
+
+    Args:
+        tokenizer: its eos token ends every document but one of ids, which is taken as it is.
+        chat: for conversations; they are refused without it.
+        on_error: what happens to a malformed document: `stop` raises, `skip` leaves it out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: ChatTemplate | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._chat = chat
+        self._on_error = on_error
+        self.skipped = 0
+        """Malformed documents left out so far."""
+        self._lock = threading.Lock()
+
+    def __call__(self, document: object) -> np.ndarray:
+        """`[length]`, of an integer type; of length 0 for a document that is empty or skipped.
+
+        Raises:
+            BadDocumentError: the document is malformed, or an error in a document's place.
+        """
+        if isinstance(document, np.ndarray):
+            return document
+        try:
+            if isinstance(document, BadDocumentError):
+                raise document
+            if isinstance(document, list) and self._chat is not None:
+                return self._encode_chat(document)
+            return encode_document(self.tokenizer, document)
+        except BadDocumentError as error:
+            return self.skip(error)
+
+    def skip(self, error: BadDocumentError) -> np.ndarray:
+        """Leave out a document: an empty one in its place. Raises the error under `stop`."""
+        if self._on_error == "stop":
+            raise error
+        with self._lock:
+            self.skipped += 1
+            if self.skipped <= _REPORTED:
+                last = " (further ones are only counted)" if self.skipped == _REPORTED else ""
+                logger.warning("skipped: %s%s", error, last)
+        return np.empty(0, dtype=np.int32)
+
+    def check(self, source: object) -> None:
+        """Have a source of ids look at the tokenizer. Raises `DataError`: they do not fit."""
+        use_tokenizer = getattr(source, "use_tokenizer", None)
+        if use_tokenizer is not None:
+            use_tokenizer(self.tokenizer)
+
+    def _encode_chat(self, messages: list) -> np.ndarray:
+        parts = []
+        for text, trained in self._chat.segments(messages):
+            ids = _encode(self.tokenizer, text).astype(np.int32)
+            parts.append(ids if trained else ~ids)
+        last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
+        if last[-1] != eos_id:  # of many templates it ends the assistant's message
+            parts.append(np.array([~eos_id]))
+        return np.concatenate(parts)
+
+
+def first_document(source: object, encoder: Encoder) -> object | None:
+    """The first document that is not empty and not skipped; None if there is none.
+
+    Raises:
+        DataError: a document on the way there cannot be read.
+    """
+    has_random_access = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    indices = range(len(source)) if has_random_access else None
+    documents = map(lambda index: take(source, index), indices) if has_random_access else source
+    for document in documents:
+        if isinstance(document, BadDocumentError):
+            encoder.skip(document)
+        elif not hasattr(document, "__len__") or len(document):
+            return document
+    return None
+
+
+def take(source: object, index: int) -> object:
+    """Document `index` of a random-access source; the error in its place if it is malformed."""
+    try:
+        return source[index]
+    except BadDocumentError as error:
+        return error

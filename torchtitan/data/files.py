@@ -1,0 +1,183 @@
+"""Files of a dataset: found by path, glob, folder or URL, and looked into in part.
+
+A URL is whatever `fsspec` opens: `s3://`, `gs://`, `https://`, `memory://`, ...
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from torchtitan.errors import ConfigError, DataError
+
+_BLOCK = 2**24
+
+
+def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]:
+    """Sorted files of a path, a glob (`**` crosses folders), a folder with all its subfolders, or
+    the same behind a URL.
+
+    In a folder, hidden files and those that end in none of `suffixes` are left out.
+
+    Raises:
+        ConfigError: no path is given, or the URL's protocol is unknown or not installed.
+        DataError: there is no such file.
+    """
+    if not path:
+        raise ConfigError("needs dataset_path: a file, a glob or a folder")
+    files = _find_remote(path, suffixes) if is_url(path) else _find_local(path, suffixes)
+    if not files:
+        of_kind = f" that ends in {' or '.join(suffixes)}" if any(suffixes) else ""
+        raise DataError(f"dataset_path = {path!r}: there is no such file{of_kind}")
+    return files
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def _find_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    root = os.path.expanduser(path)
+    if os.path.isdir(root):
+        found = glob.glob(os.path.join(glob.escape(root), "**"), recursive=True)
+        found = [file for file in found if file.endswith(suffixes)]
+    elif os.path.exists(root):
+        found = [root]
+    else:
+        found = glob.glob(root, recursive=True)
+    return sorted(file for file in found if os.path.isfile(file))
+
+
+def _find_remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
+    import fsspec
+
+    try:
+        system, path = fsspec.url_to_fs(url)
+        if glob.has_magic(path):
+            found = [file for file in system.glob(path) if system.isfile(file)]
+        elif system.isdir(path):
+            found = [file for file in system.find(path) if file.endswith(suffixes)]
+        else:
+            found = [path] if system.exists(path) else []
+        return sorted(system.unstrip_protocol(file) for file in found)
+    except (ImportError, ValueError) as error:  # of an unknown protocol
+        raise ConfigError(f"dataset_path = {url!r}: {error}") from error
+    except Exception as error:  # each file system has types of its own
+        raise DataError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file or URL for reading bytes at any place. Raises `DataError`."""
+    try:
+        if not is_url(path):
+            return open(path, "rb")
+        import fsspec
+
+        return fsspec.open(path, "rb").open()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def file_size(path: str) -> int:
+    """Bytes. Raises `DataError`."""
+    try:
+        if not is_url(path):
+            return os.path.getsize(path)
+        import fsspec
+
+        system, inner = fsspec.url_to_fs(path)
+        return system.size(inner)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def line_number(path: str, offset: int) -> int:
+    """Number, from 1, of the line that byte `offset` of a file is in."""
+    line, block = 1, 2**20
+    with open_file(path) as file:
+        for start in range(0, offset, block):
+            line += file.read(min(block, offset - start)).count(b"\n")
+    return line
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's content, in hexadecimal. Raises `DataError`."""
+    digest = hashlib.sha256()
+    with open_file(str(path)) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.ndarray:
+    """Where the pieces of a local file end that each close with `value`, a line end for example.
+
+    The file is read once; the result is kept in the user's cache folder and memory-mapped, so that
+    it costs neither time nor memory later.
+
+    Args:
+        path: the file.
+        value: what ends a piece.
+        dtype: of the file's items.
+        start: byte at which the items begin.
+
+    Returns:
+        `[pieces]` int64: the item after the end of each piece, in order, counted from `start`.
+        The last is the number of items, whether or not the file ends with `value`.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    key = [os.path.abspath(path), status.st_size, status.st_mtime_ns, value, dtype, start]
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+    cached = cache_folder() / "ends" / f"{name}.npy"
+    try:
+        return np.load(cached, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError):
+        found = _find_ends(path, value, np.dtype(dtype), start)
+    _keep(cached, found)
+    return found
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "torchtitan"
+
+
+def _find_ends(path: str, value: int, dtype: np.dtype, start: int) -> np.ndarray:
+    found, items = [], 0
+    with open_file(path) as file:
+        file.seek(start)
+        while block := file.read(_BLOCK):
+            part = np.frombuffer(block[: len(block) // dtype.itemsize * dtype.itemsize], dtype)
+            found.append(np.flatnonzero(part == value) + (items + 1))
+            items += len(part)
+    ends = np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+    if items and (not len(ends) or ends[-1] != items):
+        ends = np.append(ends, items)
+    return ends
+
+
+def _keep(path: Path, array: np.ndarray) -> None:
+    """Write to the cache, for good or not at all: several ranks may do so at once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            np.save(file, array)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a cache that cannot be written only costs time

@@ -1,0 +1,147 @@
+"""`torchtitan data inspect`: what is in a dataset, as numbers and as text."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
+from torchtitan.errors import ConfigError, DataError, begin_errors_with
+
+from .chat import load_template
+from .encode import Encoder, take
+from .order import permute
+from .sources import Source, open_dataset
+from .token_files import PreparedTokens, TokenFiles
+
+_MEASURED = 20_000
+"""Documents that the statistics of a large dataset are taken from."""
+
+
+def inspect(
+    path: str,
+    *,
+    dataset: str = "tokens",
+    text_key: str = "text",
+    split: str | None = None,
+    tokenizer_path: str | None = None,
+    samples: int = 3,
+    characters: int = 400,
+    verify: bool = False,
+) -> None:
+    """Write statistics and decoded samples of a dataset to stdout.
+
+    The documents are picked by a fixed pseudo-random permutation; from a dataset that can only be
+    read in order, the first are taken.
+
+    Args:
+        path: `dataset_path`, or "" for none.
+        tokenizer_path: None for the one that prepared tokens were made with.
+        samples: documents to show.
+        characters: the most to show of each.
+        verify: check the content hashes of prepared tokens.
+
+    Raises:
+        TitanError: the data or the tokenizer is missing, damaged, or they do not fit.
+    """
+    with begin_errors_with(f"--dataset {dataset}"):
+        source = open_dataset(dataset, path or None, text_key, split)
+    tokenizer, tokenizer_path = _tokenizer(source, tokenizer_path)
+    if verify:
+        if not isinstance(source, PreparedTokens):
+            raise ConfigError("--verify: only prepared tokens have content hashes")
+        source.verify()
+    encoder = Encoder(tokenizer, load_template(None, tokenizer_path), on_error="skip")
+    encoder.check(source)
+
+    lengths, counts = [], np.zeros(tokenizer.vocab_size, np.int64)
+    shown: list[tuple[str, np.ndarray]] = []
+    for name, document in _documents(source):
+        ids = encoder(document)
+        if not len(ids):
+            continue
+        lengths.append(len(ids))
+        counts += np.bincount(np.where(ids < 0, ~ids, ids), minlength=len(counts))
+        if len(shown) < samples:
+            shown.append((name, ids))
+    if not lengths:
+        raise DataError(f"{path}: empty: it has no document with text")
+    lines = [*_facts(source, path), f"tokenizer      {tokenizer_path}"]
+    lines += _statistics(np.array(lengths), counts, tokenizer, encoder)
+    for name, ids in shown:
+        lines += ["", f"--- {name}: {len(ids):,} tokens ---", _text(ids, tokenizer, characters)]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _tokenizer(source: Source, path: str | None) -> tuple[Tokenizer, str]:
+    if path is None:
+        path = source.index["tokenizer"]["path"] if isinstance(source, PreparedTokens) else "bytes"
+    with begin_errors_with("--tokenizer-path"):
+        return (BytesTokenizer() if path == "bytes" else HuggingFaceTokenizer(path)), path
+
+
+def _documents(source: Source) -> Iterator[tuple[str, object]]:
+    """Some documents, each with what to call it."""
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        size = len(source)
+        for place in range(min(size, _MEASURED)):
+            index = permute(place, size, 0)
+            yield f"document {index:,} of {size:,}", take(source, index)
+    else:
+        for number, document in enumerate(itertools.islice(source, _MEASURED)):
+            yield f"document {number:,}", document
+
+
+def _facts(source: Source, path: str) -> list[str]:
+    """What is known without reading documents."""
+    lines = [f"data           {path}"]
+    if isinstance(source, TokenFiles):
+        lines += [
+            f"documents      {len(source):,}",
+            f"tokens         {source.num_tokens:,}",
+            f"shards         {len(source.shards)}, of {source.shards[0].tokens.dtype.name}",
+        ]
+    elif hasattr(source, "__len__"):
+        lines.append(f"documents      {len(source):,}")
+    if isinstance(source, PreparedTokens):
+        origin = source.index["source"]
+        lines.append(f"made from      {origin['dataset']} {Path(origin['dataset_path'] or '')}")
+        if source.index["skipped"]:
+            lines.append(f"left out       {source.index['skipped']:,} malformed documents")
+    return lines
+
+
+def _statistics(
+    lengths: np.ndarray, counts: np.ndarray, tokenizer: Tokenizer, encoder: Encoder
+) -> list[str]:
+    quantiles = np.quantile(lengths, (0, 0.1, 0.5, 0.9, 1)).astype(int)
+    used = np.flatnonzero(counts)
+    common = used[np.argsort(-counts[used], kind="stable")][:10]
+    lines = [
+        f"measured       {len(lengths):,} documents, {counts.sum():,} tokens",
+        f"length         mean {lengths.mean():,.0f}; least, 10%, median, 90%, most: "
+        + ", ".join(f"{n:,}" for n in quantiles),
+        f"vocabulary     {len(used):,} of {len(counts):,} ids occur",
+        "most frequent  "
+        + ", ".join(
+            f"{tokenizer.decode([int(i)])!r} {counts[i] / counts.sum():.1%}" for i in common
+        ),
+    ]
+    if encoder.skipped:
+        lines.append(f"malformed      {encoder.skipped:,} documents")
+    return lines
+
+
+def _text(ids: np.ndarray, tokenizer: Tokenizer, characters: int) -> str:
+    """The beginning; what is not trained on in [[double brackets]]."""
+    ids = ids[: 8 * characters]
+    parts = []
+    for trained, run in itertools.groupby(ids.tolist(), lambda i: i >= 0):
+        text = tokenizer.decode([i if trained else ~i for i in run])
+        parts.append(text if trained else f"[[{text}]]")
+    text = "".join(parts)
+    return text if len(text) <= characters else f"{text[:characters]} ..."

@@ -1,0 +1,117 @@
+"""JSON Lines: one object a line, read where the lines lie."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import mmap
+from collections.abc import Iterator
+
+from torchtitan.errors import BadDocumentError, DataError, begin_errors_with
+
+from .files import ends_of, open_file, unreadable
+from .rows import check_key, read_line
+
+
+class JsonLines:
+    """Random access to the lines of local, uncompressed files; each is a document.
+
+    A blank line is an empty document.
+
+    Args:
+        files: paths.
+        text_key: field that holds the text, or the messages of a conversation.
+
+    Raises:
+        DataError: a file cannot be read, all are empty, or the first object lacks `text_key`.
+            Taking a document raises `BadDocumentError` where its line is no such object.
+    """
+
+    def __init__(self, files: list[str], text_key: str) -> None:
+        self.files = files
+        self._text_key = text_key
+        self._line_ends = [ends_of(file, ord("\n")) for file in files]
+        self._ends = list(itertools.accumulate(map(len, self._line_ends)))
+        self._maps = [_map(file) for file in files]
+        self._check_first()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> object:
+        number = bisect.bisect_right(self._ends, index)
+        line = index - (self._ends[number - 1] if number else 0)
+        return read_line(self._line(number, line), self._text_key, self.files[number], line + 1)
+
+    def _line(self, number: int, line: int) -> bytes:
+        ends = self._line_ends[number]
+        return self._maps[number][int(ends[line - 1]) if line else 0 : int(ends[line])]
+
+    def _check_first(self) -> None:
+        """A wrong `text_key` is found at the start, and is not every line's fault."""
+        for number, ends in enumerate(self._line_ends):
+            for line in range(len(ends)):
+                content = self._line(number, line)
+                if not content.strip():
+                    continue
+                try:
+                    row = json.loads(content)
+                except ValueError:
+                    return
+                if isinstance(row, dict):
+                    with begin_errors_with(f"{self.files[number]}:{line + 1}"):
+                        check_key(self._text_key, row)
+                return
+        name = repr(self.files[0]) if len(self.files) == 1 else f"{self.files[0]!r} and the others"
+        raise DataError(f"{name}: empty")
+
+
+class JsonLineStream:
+    """The lines of files that cannot be mapped (URLs, perhaps compressed); files are the shards.
+
+    A line that is no such object as `text_key` asks for comes as a `BadDocumentError`, for the
+    reader to raise or to skip.
+    """
+
+    def __init__(self, files: list[str], text_key: str) -> None:
+        self.files = files
+        self._text_key = text_key
+        self.num_shards = len(files)
+
+    def __iter__(self) -> Iterator[object]:
+        return itertools.chain.from_iterable(map(self.shard, range(self.num_shards)))
+
+    def shard(self, index: int) -> Iterator[object]:
+        """Raises `DataError` where the file cannot be read."""
+        import fsspec
+
+        path = self.files[index]
+        try:
+            with fsspec.open(path, "rb", compression="infer") as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        document = read_line(line, self._text_key, path, number)
+                    except BadDocumentError as error:
+                        document = error
+                    yield document
+        except DataError:
+            raise
+        except Exception as error:  # of `fsspec`, or of damaged compression
+            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def is_array(path: str) -> bool:
+    """Whether a file is one JSON array."""
+    with open_file(path) as file:
+        return file.read(4096).lstrip().startswith(b"[")
+
+
+def _map(path: str) -> mmap.mmap | bytes:
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:  # an empty file
+        return b""
+    except OSError as error:
+        raise unreadable(path, error) from error

@@ -1,0 +1,410 @@
+"""Tokenizes a dataset into memory-mapped shards, by several processes, and goes on after a kill.
+
+The documents are cut into ranges, a shard each, which does not depend on the number of processes.
+A shard counts as done once its record is there, which is written last; what a killed process left
+is written again. docs/data.md describes the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import queue
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
+from torchtitan.errors import ConfigError, DataError, TitanError, begin_errors_with
+from torchtitan.models.plugins import load_plugins
+
+from .encode import Encoder, take
+from .sources import Source, open_dataset
+from .token_files import FORMAT, INDEX, VERSION, read_index
+
+SETTINGS = "prepare.json"
+_BATCH_CHARACTERS = 2**20
+_BATCH_DOCUMENTS = 1024
+
+logger = logging.getLogger("torchtitan")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is prepared, and how."""
+
+    dataset: str
+    dataset_path: str | None
+    text_key: str
+    split: str | None
+    tokenizer_path: str
+    on_error: str
+    custom_import: str = ""
+
+    def open(self) -> tuple[Source, Tokenizer]:
+        """Raises `TitanError`, which names the option."""
+        if self.custom_import:
+            load_plugins(self.custom_import)
+        with begin_errors_with("--tokenizer-path"):
+            path = self.tokenizer_path
+            tokenizer = BytesTokenizer() if path == "bytes" else HuggingFaceTokenizer(path)
+        with begin_errors_with(f"--dataset {self.dataset}"):
+            source = open_dataset(self.dataset, self.dataset_path, self.text_key, self.split)
+        return source, tokenizer
+
+
+@dataclass
+class Progress:
+    """How far the preparation is."""
+
+    shards_done: int
+    shards: int
+    documents: int
+    tokens: int
+    total_documents: int | None
+    """None where a dataset does not know."""
+
+
+def prepare(
+    task: Task,
+    out: Path,
+    workers: int,
+    shards: int | None = None,
+    show: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Write the folder `out`, or what is missing of it. Returns its index.
+
+    Args:
+        task: what to prepare.
+        out: folder; made if it is not there.
+        workers: processes.
+        shards: number of shards; None for one that suits the dataset.
+        show: called now and then.
+
+    Raises:
+        ConfigError: `out` holds something else, or cannot be written.
+        DataError: the dataset is missing, empty or malformed, or a process died.
+    """
+    source, tokenizer = task.open()
+    total = _length(source)
+    parts = _count_parts(source, total, shards)
+    settings = {
+        **{key: value for key, value in asdict(task).items() if key != "custom_import"},
+        "tokenizer": _tokenizer_record(task, tokenizer),
+        "source": _fingerprint(source),
+        "shards": parts,
+    }
+    if _is_finished(out, settings):
+        logger.info("%s is complete already", out)
+        return read_index(out)
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+
+    todo = [part for part in range(parts) if _record(out, part) is None]
+    done = [record for part in range(parts) if (record := _record(out, part))]
+    progress = Progress(
+        len(done),
+        parts,
+        sum(record["documents"] for record in done),
+        sum(record["tokens"] for record in done),
+        total,
+    )
+    job = _Job(task, out, dtype, parts, todo)
+    for progress.shards_done, documents, tokens in _run(job, max(1, min(workers, len(todo)))):
+        progress.shards_done += len(done)
+        progress.documents = sum(record["documents"] for record in done) + documents
+        progress.tokens = sum(record["tokens"] for record in done) + tokens
+        show(progress)
+    return _write_index(out, settings, dtype, parts)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the processes share out."""
+
+    task: Task
+    out: Path
+    dtype: str
+    parts: int
+    todo: list[int]
+    """Shards to write."""
+
+
+def _run(job: _Job, workers: int) -> Iterator[tuple[int, int, int]]:
+    """Have processes write the shards. Yields shards, documents and tokens done, now and then.
+
+    Raises:
+        TitanError: of a process; the others are stopped.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    counters = context.Array("q", 3)  # shards begun, documents, tokens
+    messages = context.Queue()
+    processes = [
+        context.Process(target=_work, args=(job, counters, messages), daemon=True)
+        for _ in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    done = 0
+    try:
+        while done < len(job.todo):
+            try:
+                error = messages.get(timeout=0.2)
+                if error is not None:
+                    raise error
+                done += 1
+            except queue.Empty:
+                if any(process.exitcode for process in processes):
+                    raise DataError(
+                        "a process of the preparation died (memory used up?). The same command "
+                        "goes on with what is missing; --workers sets the number of processes"
+                    ) from None
+            yield done, counters[1], counters[2]
+    finally:
+        for process in processes:
+            if done < len(job.todo):
+                process.terminate()
+            process.join()
+
+
+def _work(job: _Job, counters: Any, messages: Any) -> None:
+    """What a process does: write shards until none is left."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share out the cores
+    try:
+        source, tokenizer = job.task.open()
+        encoder = Encoder(tokenizer, on_error=job.task.on_error)
+        encoder.check(source)
+        while True:
+            with counters.get_lock():
+                turn = counters[0]
+                counters[0] += 1
+            if turn >= len(job.todo):
+                return
+            _write_shard(job, job.todo[turn], source, encoder, counters)
+            messages.put(None)
+    except TitanError as error:
+        messages.put(type(error)(str(error)))
+
+
+def _write_shard(job: _Job, part: int, source: Source, encoder: Encoder, counters: Any) -> None:
+    """Write tokens, then ends, then the record; each file is there whole or not at all."""
+    skipped, out = encoder.skipped, job.out
+    name = f"shard-{part:05d}"
+    ends, tokens = [], 0
+    with _Writer(out / f"{name}.bin") as file:
+        for encoded in _encoded(_documents(source, part, job.parts), encoder):
+            encoded = [ids for ids in encoded if len(ids)]
+            if not encoded:
+                continue
+            lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+            ends.append(tokens + np.cumsum(lengths))
+            tokens += int(lengths.sum())
+            file.write(np.concatenate(encoded).astype(job.dtype))
+            with counters.get_lock():
+                counters[1] += len(encoded)
+                counters[2] += int(lengths.sum())
+    with _Writer(out / f"{name}.idx") as index:
+        all_ends = np.concatenate(ends) if ends else np.empty(0, np.int64)
+        index.write(all_ends.astype("<i8"))
+    record = {
+        "name": name,
+        "documents": len(all_ends),
+        "tokens": tokens,
+        "skipped": encoder.skipped - skipped,
+        "bin_sha256": file.sha256,
+        "idx_sha256": index.sha256,
+    }
+    _write_json(out / f"{name}.json", record)
+
+
+def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
+    """Those of one shard."""
+    total = _length(source)
+    if total is not None:
+        for index in range(part * total // parts, (part + 1) * total // parts):
+            yield take(source, index)
+    elif parts > 1:
+        yield from source.shard(part)
+    else:
+        yield from source
+
+
+def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:
+    """Batches of encoded documents, in order.
+
+    Texts are handed to the tokenizer many at a time, which spares it most of its overhead.
+    """
+    encode_batch = getattr(encoder.tokenizer, "encode_batch", None)
+    eos = np.int32(encoder.tokenizer.eos_id)
+    batch, characters = [], 0
+
+    def encode() -> list[np.ndarray]:
+        if encode_batch is None or not all(type(d) is str and _is_unicode(d) for d in batch):
+            return list(map(encoder, batch))
+        texts = [text for text in batch if text]
+        return [np.append(np.array(ids, np.int32), eos) for ids in encode_batch(texts)]
+
+    for document in documents:
+        batch.append(document)
+        characters += len(document) if isinstance(document, str) else 0
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield encode()
+            batch, characters = [], 0
+    if batch:
+        yield encode()
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Writer:
+    """A file that takes its name when it is complete, with the hash of what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(f"{path.name}.partial")
+        self._digest = hashlib.sha256()
+        self._file: BinaryIO
+
+    def __enter__(self) -> _Writer:
+        self._file = _writing(self._partial.open, "wb")
+        return self
+
+    def write(self, array: np.ndarray) -> None:
+        content = array.tobytes()
+        self._digest.update(content)
+        _writing(self._file.write, content)
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is not None:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+            return
+        _writing(self._file.flush)
+        _writing(os.fsync, self._file.fileno())
+        self._file.close()
+        _writing(os.replace, self._partial, self._path)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _writing(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write there: {error}") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    _writing(partial.write_text, json.dumps(content, indent=1) + "\n")
+    _writing(os.replace, partial, path)
+
+
+def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether `out` is complete. Makes it if it is not there.
+
+    Raises:
+        ConfigError: it holds something else than a part of this preparation.
+    """
+    path = out / SETTINGS
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged; remove {out}") from error
+        differing = [key for key in settings if found.get(key) != settings[key]]
+        if differing:
+            key = differing[0]
+            raise ConfigError(
+                f"--out {out}: was begun with another {key} ({found.get(key)}; now "
+                f"{settings[key]}). Give another folder, or remove it"
+            )
+        return (out / INDEX).is_file()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}: is not empty, and not a folder of prepared tokens")
+    _writing(lambda: out.mkdir(parents=True, exist_ok=True))
+    _write_json(path, settings)
+    return False
+
+
+def _record(out: Path, part: int) -> dict[str, Any] | None:
+    """The record of a shard that is done."""
+    path = out / f"shard-{part:05d}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) -> dict[str, Any]:
+    shards = [_record(out, part) for part in range(parts)]
+    documents = sum(shard["documents"] for shard in shards)
+    if documents == 0:
+        raise DataError(f"--dataset {settings['dataset']}: empty: it has no document with text")
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": dtype,
+        "documents": documents,
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "skipped": sum(shard["skipped"] for shard in shards),
+        "tokenizer": settings["tokenizer"],
+        "source": {key: settings[key] for key in ("dataset", "dataset_path", "text_key", "split")},
+        "shards": shards,
+    }
+    _write_json(out / INDEX, index)
+    for part in range(parts):
+        (out / f"shard-{part:05d}.json").unlink(missing_ok=True)
+    return index
+
+
+def _length(source: Source) -> int | None:
+    return len(source) if hasattr(source, "__getitem__") and hasattr(source, "__len__") else None
+
+
+def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
+    if total is None:  # its own files are the shards
+        return getattr(source, "num_shards", 1)
+    if total == 0:
+        raise DataError("the dataset is empty: it has no document with text")
+    return min(total, wanted or max(64, total // 100_000))
+
+
+def _tokenizer_record(task: Task, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "path": task.tokenizer_path,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+    }
+
+
+def _fingerprint(source: Source) -> str:
+    """Of the files' names, sizes and times, so that no shard is added to those of other data."""
+    files = getattr(source, "files", [])
+    known = [(file, *_size_and_time(file)) for file in files]
+    return hashlib.sha256(repr((known, _length(source))).encode()).hexdigest()[:16]
+
+
+def _size_and_time(file: str) -> tuple[int, int]:
+    try:
+        status = os.stat(file)
+    except OSError:  # a URL
+        return 0, 0
+    return status.st_size, status.st_mtime_ns

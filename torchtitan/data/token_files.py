@@ -1,0 +1,347 @@
+"""Documents that are token ids already, in memory-mapped files: the dataset `tokens`.
+
+Three formats are read; docs/data.md describes the first.
+
+* The folder that `torchtitan data prepare` writes: `index.json` and shards.
+* Megatron-LM's indexed dataset: `NAME.bin` beside `NAME.idx`.
+* nanoGPT's `.bin`: uint16 ids alone, or with modded-nanogpt's header.
+
+Neither tokens nor an index are loaded: a document costs the pages that it lies on.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchtitan.errors import ConfigError, DataError
+
+from .files import ends_of, find_files, is_url, sha256
+
+if TYPE_CHECKING:
+    from torchtitan.components.tokenizer import Tokenizer
+
+FORMAT = "torchtitan-tokens"
+VERSION = 1
+INDEX = "index.json"
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_NANOGPT_MAGIC = 20240520
+_NANOGPT_HEADER_BYTES = 1024
+_BLOCK_TOKENS = 2**16
+"""Of a file in which no token ends a document."""
+
+
+@dataclass
+class Shard:
+    """One file of tokens and where its documents are."""
+
+    path: str
+    tokens: np.ndarray
+    """`[tokens]`, of an integer type, memory-mapped."""
+    ends: Sequence[int] | np.ndarray
+    """`[documents]`: the token after the last one of each document."""
+
+    @property
+    def documents(self) -> int:
+        return len(self.ends)
+
+    def document(self, index: int) -> np.ndarray:
+        start = self.ends[index - 1] if index else 0
+        return self.tokens[int(start) : int(self.ends[index])]
+
+
+@dataclass
+class MegatronShard:
+    """A `.bin` of Megatron-LM: a document is a range of sequences, which lie one after another."""
+
+    path: str
+    tokens: np.ndarray
+    """`[tokens]`"""
+    lengths: np.ndarray
+    """`[sequences]` int32: tokens."""
+    pointers: np.ndarray
+    """`[sequences]` int64: first byte."""
+    bounds: np.ndarray
+    """`[documents + 1]` int64: number of each document's first sequence."""
+
+    @property
+    def documents(self) -> int:
+        return max(0, len(self.bounds) - 1)
+
+    def document(self, index: int) -> np.ndarray:
+        first, last = int(self.bounds[index]), int(self.bounds[index + 1]) - 1
+        size = self.tokens.itemsize
+        end = int(self.pointers[last]) // size + int(self.lengths[last])
+        return self.tokens[int(self.pointers[first]) // size : end]
+
+
+class TokenFiles:
+    """Random access to documents of token ids: `source[i]` is `[length]`, of an integer type."""
+
+    def __init__(self, shards: Sequence[Shard | MegatronShard]) -> None:
+        self.shards = shards
+        self._vocab_size: int | None = None
+        self._count()
+
+    def _count(self) -> None:
+        self._ends = list(itertools.accumulate(shard.documents for shard in self.shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        number = bisect.bisect_right(self._ends, index)
+        shard = self.shards[number]
+        place = index - (self._ends[number - 1] if number else 0)
+        tokens = shard.document(place)
+        if self._vocab_size is not None and len(tokens):
+            _check_ids(tokens, self._vocab_size, f"{shard.path}, document {place} (from 0)")
+        return tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(shard.tokens) for shard in self.shards)
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Called before documents are taken.
+
+        Raises:
+            DataError: the tokens are not this tokenizer's.
+        """
+
+
+class PreparedTokens(TokenFiles):
+    """A folder of `torchtitan data prepare`.
+
+    Raises:
+        DataError: it is damaged, unfinished, or of a later version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        super().__init__([self._open(entry) for entry in self.index["shards"]])
+
+    def _open(self, entry: dict[str, Any]) -> Shard:
+        path = self.folder / f"{entry['name']}.bin"
+        index = self.folder / f"{entry['name']}.idx"
+        dtype = np.dtype(self.index["dtype"])
+        _require_size(path, entry["tokens"] * dtype.itemsize)
+        _require_size(index, entry["documents"] * 8)
+        return Shard(str(path), map_file(path, dtype), map_file(index, np.dtype("<i8")))
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        prepared = self.index["tokenizer"]
+        for key in ("fingerprint", "eos_id", "vocab_size"):
+            now = getattr(tokenizer, key, None)
+            if now != prepared[key] and not (key == "fingerprint" and now is None):
+                raise DataError(
+                    f"{self.folder} was prepared with the tokenizer {prepared['path']!r} ({key} "
+                    f"{prepared[key]}), but model.tokenizer_path is another one ({key} {now}). Use "
+                    "that tokenizer, or prepare the data again"
+                )
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the content hashes of every `parts`-th shard with those of the index.
+
+        Raises:
+            DataError: a shard has changed.
+        """
+        for entry in self.index["shards"][part::parts]:
+            for suffix in ("bin", "idx"):
+                path = self.folder / f"{entry['name']}.{suffix}"
+                if sha256(path) != entry[f"{suffix}_sha256"]:
+                    raise _changed(path, "its content hash is another")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`index.json` of a prepared folder. Raises `DataError`."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index["format"] != FORMAT or index["version"] > VERSION:
+            raise DataError(
+                f"{path} is of format {index['format']!r} version {index['version']}; this version "
+                f"reads {FORMAT!r} up to {VERSION}"
+            )
+        _ = index["dtype"], index["tokenizer"]["fingerprint"], index["shards"][0]["documents"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return index
+
+
+class MegatronTokens(TokenFiles):
+    """Megatron-LM's `.bin` files, each beside its `.idx`.
+
+    A document gets the end-of-sequence token that it lacks, unless it was prepared with one
+    (`--append-eod`).
+
+    Raises:
+        DataError: a file is missing, damaged, or not of integers.
+    """
+
+    def __init__(self, files: list[str]) -> None:
+        super().__init__([_open_megatron(Path(file)) for file in files])
+        self._eos_id: int | None = None
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._eos_id, self._vocab_size = tokenizer.eos_id, tokenizer.vocab_size
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        tokens = super().__getitem__(index)
+        if self._eos_id is not None and len(tokens) and tokens[-1] != self._eos_id:
+            tokens = np.append(tokens.astype(np.int32), np.int32(self._eos_id))
+        return tokens
+
+
+class NanoGPTTokens(TokenFiles):
+    """nanoGPT's `.bin` files. The tokenizer's end-of-sequence token ends each document.
+
+    A file without that token, as nanoGPT's characters, is cut into blocks of 65,536 tokens.
+
+    Raises:
+        DataError: a file is empty, or of an odd number of bytes.
+    """
+
+    def __init__(self, files: list[str]) -> None:
+        self._headers = [_nanogpt_header(Path(file)) for file in files]
+        shards = []
+        for file, header in zip(files, self._headers, strict=True):
+            tokens = map_file(Path(file), np.dtype("<u2"), header)
+            shards.append(Shard(file, tokens, _blocks(len(tokens))))
+        super().__init__(shards)
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._vocab_size = tokenizer.vocab_size
+        if tokenizer.eos_id < 2**16:
+            for shard, header in zip(self.shards, self._headers, strict=True):
+                ends = ends_of(shard.path, tokenizer.eos_id, "<u2", header)
+                shard.ends = ends if len(ends) > 1 else _blocks(len(shard.tokens))
+        self._count()
+
+
+def open_token_files(path: str | None) -> TokenFiles:
+    """Prepared tokens of any of the three formats, at a folder, a file or a glob.
+
+    Raises:
+        ConfigError: no path is given, or it is a URL.
+        DataError: there is no such file, or it is damaged.
+    """
+    if path and is_url(path):
+        raise ConfigError(
+            f"dataset_path = {path!r}: tokens are memory-mapped and must be local files. Copy them"
+        )
+    folder = Path(path or "").expanduser()
+    if path and (folder / INDEX).is_file():
+        return PreparedTokens(folder)
+    if path and (folder / "prepare.json").is_file():
+        raise DataError(
+            f"{folder} is not finished: run the same `torchtitan data prepare` again, which goes on"
+        )
+    files = [file for file in find_files(path, (".bin",)) if not file.endswith(".idx")]
+    with_index = [file for file in files if _megatron_index(file).is_file()]
+    if with_index and len(with_index) < len(files):
+        lacking = next(file for file in files if file not in with_index)
+        raise DataError(f"{lacking} has no .idx beside it, unlike {with_index[0]}")
+    return MegatronTokens(files) if with_index else NanoGPTTokens(files)
+
+
+def map_file(path: Path, dtype: np.dtype, start: int = 0) -> np.ndarray:
+    """A file's items from byte `start` on, memory-mapped: `[items]`. Raises `DataError`."""
+    try:
+        if path.stat().st_size == start:
+            return np.empty(0, dtype)
+        return np.memmap(path, dtype, "r", start).view(np.ndarray)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: it is no whole number of {dtype.name} ids") from error
+
+
+def _open_megatron(path: Path) -> MegatronShard:
+    index = _megatron_index(str(path))
+    try:
+        with index.open("rb") as file:
+            magic = file.read(len(_MEGATRON_MAGIC))
+            version = int.from_bytes(file.read(8), "little")
+            code = int.from_bytes(file.read(1), "little")
+            sequences = int.from_bytes(file.read(8), "little")
+            bounds = int.from_bytes(file.read(8), "little")
+            start = file.tell()
+    except OSError as error:
+        raise DataError(f"{index} cannot be read: {error.strerror}") from error
+    if magic != _MEGATRON_MAGIC or version != 1:
+        raise DataError(f"{index} is not an index of Megatron-LM's indexed datasets, version 1")
+    if code not in _MEGATRON_TYPES:
+        raise DataError(f"{index} is of a data type ({code}) that token ids do not have")
+    if index.stat().st_size < start + 12 * sequences + 8 * bounds:
+        raise DataError(f"{index} is damaged: it is too short for its {sequences} sequences")
+
+    def section(dtype: str, items: int) -> np.ndarray:
+        nonlocal start
+        found = np.memmap(index, dtype, "r", start, (items,)).view(np.ndarray) if items else []
+        start += items * np.dtype(dtype).itemsize
+        return np.asarray(found)
+
+    lengths, pointers = section("<i4", sequences), section("<i8", sequences)
+    documents = section("<i8", bounds)
+    tokens = map_file(path, np.dtype(_MEGATRON_TYPES[code]).newbyteorder("<"))
+    if sequences and pointers[-1] // tokens.itemsize + lengths[-1] > len(tokens):
+        raise DataError(f"{path} is damaged: it is too short for {index}")
+    return MegatronShard(str(path), tokens, lengths, pointers, documents)
+
+
+def _megatron_index(path: str) -> Path:
+    return Path(path).with_suffix(".idx")
+
+
+def _nanogpt_header(path: Path) -> int:
+    """Bytes before the tokens."""
+    head = np.fromfile(path, "<i4", 3)
+    if len(head) < 3 or head[0] != _NANOGPT_MAGIC:
+        return 0
+    expected = _NANOGPT_HEADER_BYTES + 2 * int(head[2])
+    if head[1] != 1 or os.path.getsize(path) != expected:
+        raise DataError(f"{path} is damaged: its header says {head[2]} uint16 tokens, version 1")
+    return _NANOGPT_HEADER_BYTES
+
+
+def _blocks(tokens: int) -> Sequence[int]:
+    """Ends of blocks of equal size; the last one has the rest too."""
+    blocks = max(1, tokens // _BLOCK_TOKENS)
+    if tokens == 0:
+        return ()
+    if blocks * _BLOCK_TOKENS == tokens:
+        return range(_BLOCK_TOKENS, tokens + 1, _BLOCK_TOKENS)
+    return [*range(_BLOCK_TOKENS, blocks * _BLOCK_TOKENS, _BLOCK_TOKENS), tokens]
+
+
+def _check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    largest = int(tokens.max())
+    if largest >= vocab_size or tokens.min() < 0:
+        raise DataError(
+            f"{where}: token {largest} is outside of the tokenizer's vocabulary of {vocab_size}. "
+            "The file was made with another tokenizer than model.tokenizer_path"
+        )
+
+
+def _require_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if size != expected:
+        raise _changed(path, f"it has {size} bytes instead of {expected}")
+
+
+def _changed(path: Path, how: str) -> DataError:
+    return DataError(f"{path} has changed since it was prepared: {how}. Prepare the data again")
