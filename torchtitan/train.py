@@ -274,7 +274,7 @@ class Trainer:
                 lr=self.lr,
                 ntokens_since_last=self.window.steps * self.tokens_per_step,
                 data_wait_seconds=self.data_wait,
-                extra=self.expert_balance.metrics(),
+                extra=self.expert_balance.metrics() | self._data_metrics(),
             )
             self.window = Window()
             self.data_wait = 0.0
@@ -284,6 +284,17 @@ class Trainer:
                     step, self.validator.validate(self.model_parts, self.evaluate)
                 )
             self.checkpointer.save(step, last=ending)
+
+    def _data_metrics(self) -> dict[str, float]:
+        """What the loader tells about itself, if it does: the mean over the data ranks."""
+        tell = getattr(self.dataloader, "metrics", None)
+        values = tell() if tell else {}
+        if not values:
+            return {}
+        means = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+        return dict(zip(values, means.tolist(), strict=True))
 
     def _refuse_nonfinite(self, step: int, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):

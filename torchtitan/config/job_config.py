@@ -8,6 +8,7 @@ from .activation_checkpoint import ActivationCheckpoint
 from .checkpoint import Checkpoint
 from .comm import Comm
 from .compile import Compile
+from .data import Data
 from .debug import Debug
 from .job import Job
 from .loss import Loss
@@ -28,6 +29,7 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
+    data: Data = field(default_factory=Data)
     loss: Loss = field(default_factory=Loss)
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

@@ -11,11 +11,15 @@ class Training:
     """Data, batch and precision."""
 
     dataset: str = "stdlib"
-    """Dataset name: `stdlib` (offline), `text`, `jsonl`, `parquet` (own files), `c4`, ... (hub)."""
+    """Dataset name: `stdlib` (offline); `text`, `jsonl`, `parquet`, `arrow` (own files); `tokens`
+    (prepared); `hf`, `c4`, `fineweb`, ... (hub). See docs/data.md; mixtures: `data.sources`."""
     dataset_path: str | None = None
-    """File, glob or folder for `text`, `jsonl` and `parquet`; overrides the hub path of others."""
+    """File, glob, folder or URL of own files; `REPOSITORY[:CONFIGURATION]` for `hf`; a local copy
+    for other hub datasets."""
     text_key: str = "text"
-    """Field that holds the text in `jsonl`, `parquet` and hub datasets."""
+    """Field that holds the text, or a conversation's messages, in datasets with fields."""
+    split: str | None = None
+    """Split of hub and `arrow` datasets; unset: `train`."""
     local_batch_size: Annotated[int, Positive] = 8
     """Sequences in one forward pass of one data rank."""
     global_batch_size: Annotated[int, Range(ge=1, special=(-1,))] = -1

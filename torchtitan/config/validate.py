@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import re
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torchtitan.errors import ConfigError, did_you_mean
 
@@ -20,7 +20,14 @@ from .load import origin
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
 
-_DATASETS_OF_FILES = ("text", "jsonl", "parquet")
+_DATASETS_WITH_PATH = {
+    "text": "a file, a glob or a folder",
+    "jsonl": "a file, a glob or a folder",
+    "parquet": "a file, a glob or a folder",
+    "arrow": "a file, a glob or a folder",
+    "tokens": "a folder of `torchtitan data prepare`, or .bin files",
+    "hf": "a repository of the Hugging Face hub, or a local copy",
+}
 
 
 def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
@@ -255,17 +262,33 @@ def _microbatch_problem(schedule: str, microbatches: int, pp: int, stages: int) 
 
 
 def _check_data(job_config: JobConfig) -> None:
-    from torchtitan.data.sources import DATASETS
+    data = job_config.data
+    for i, source in enumerate(data.sources):
+        _check_dataset(job_config, f"data.sources.{i}", source)
+    if not data.sources:
+        _check_dataset(job_config, "training", job_config.training)
+    if job_config.validation.enable:
+        _check_dataset(job_config, "validation", job_config.validation)
 
-    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
-    for section in sections:
-        name = getattr(job_config, section).dataset
-        if name not in DATASETS:
-            problem = f"no such dataset.{did_you_mean(name, DATASETS)}"
-            _fail(job_config, f"{section}.dataset", problem)
-        if name in _DATASETS_OF_FILES and not getattr(job_config, section).dataset_path:
-            problem = f"needs {section}.dataset_path: a file, a glob or a folder"
-            _fail(job_config, f"{section}.dataset", problem)
+    names = [source.name or source.dataset for source in data.sources]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            problem = f"{name!r} is the name of another source too. Give each a name of its own"
+            _fail(job_config, f"data.sources.{i}.name", problem)
+    if data.sources and not any(source.weight for source in data.sources):
+        _fail(job_config, "data.sources", "all weights are 0")
+    begins = [phase.from_step for phase in data.phases]
+    for i, phase in enumerate(data.phases):
+        if not data.sources:
+            _fail(job_config, "data.phases", "needs data.sources, whose weights it changes")
+        if len(phase.weights) != len(data.sources):
+            problem = f"must have one for each of data.sources, {len(data.sources)} in all"
+            _fail(job_config, f"data.phases.{i}.weights", problem)
+        if not any(phase.weights):
+            _fail(job_config, f"data.phases.{i}.weights", "all weights are 0")
+        if i and begins[i] <= begins[i - 1]:
+            problem = f"must be more than that of the phase before, {begins[i - 1]}"
+            _fail(job_config, f"data.phases.{i}.from_step", problem)
 
     path = job_config.model.tokenizer_path
     if path != "bytes" and not os.path.isfile(
@@ -277,6 +300,17 @@ def _check_data(job_config: JobConfig) -> None:
             "not a folder with a Hugging Face tokenizer.json. Use such a folder, or 'bytes', which "
             "needs no file",
         )
+
+
+def _check_dataset(job_config: JobConfig, section: str, config: Any) -> None:
+    from torchtitan.data.sources import DATASETS
+
+    if config.dataset not in DATASETS:
+        problem = f"no such dataset.{did_you_mean(config.dataset, DATASETS)}"
+        _fail(job_config, f"{section}.dataset", problem)
+    if config.dataset in _DATASETS_WITH_PATH and not config.dataset_path:
+        problem = f"needs {section}.dataset_path: {_DATASETS_WITH_PATH[config.dataset]}"
+        _fail(job_config, f"{section}.dataset", problem)
 
 
 def _check_optimizer(job_config: JobConfig) -> None:

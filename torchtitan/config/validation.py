@@ -21,6 +21,8 @@ class Validation:
     """Dataset name, as `training.dataset`."""
     dataset_path: str | None = None
     """As `training.dataset_path`."""
+    split: str | None = None
+    """As `training.split`."""
     local_batch_size: Annotated[int, Positive] = 8
     """Sequences in one forward pass of one data rank."""
     seq_len: Annotated[int, Positive] = 2048

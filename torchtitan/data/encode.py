@@ -6,14 +6,16 @@ complement `~id`, a negative number; so a document stays one array.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.errors import BadDocumentError
+from torchtitan.errors import BadDocumentError, DataError
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("torchtitan")
 _REPORTED = 10
+_MOST_IN_A_ROW = 10_000
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -53,21 +56,22 @@ class Encoder:
 
     Args:
         tokenizer: its eos token ends every document but one of ids, which is taken as it is.
-        chat: for conversations; they are refused without it.
+        chat: gives the template for conversations, once one comes; they are refused without it.
         on_error: what happens to a malformed document: `stop` raises, `skip` leaves it out.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        chat: ChatTemplate | None = None,
+        chat: Callable[[], ChatTemplate] | None = None,
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.tokenizer = tokenizer
-        self._chat = chat
+        self._chat = None if chat is None else functools.cache(chat)
         self._on_error = on_error
         self.skipped = 0
         """Malformed documents left out so far."""
+        self._in_a_row = 0
         self._lock = threading.Lock()
 
     def __call__(self, document: object) -> np.ndarray:
@@ -82,8 +86,11 @@ class Encoder:
             if isinstance(document, BadDocumentError):
                 raise document
             if isinstance(document, list) and self._chat is not None:
-                return self._encode_chat(document)
-            return encode_document(self.tokenizer, document)
+                ids = self._encode_chat(document)
+            else:
+                ids = encode_document(self.tokenizer, document)
+            self._in_a_row = 0
+            return ids
         except BadDocumentError as error:
             return self.skip(error)
 
@@ -93,6 +100,9 @@ class Encoder:
             raise error
         with self._lock:
             self.skipped += 1
+            self._in_a_row += 1
+            if self._in_a_row > _MOST_IN_A_ROW:
+                raise DataError(f"{_MOST_IN_A_ROW:,} malformed documents in a row: {error}")
             if self.skipped <= _REPORTED:
                 last = " (further ones are only counted)" if self.skipped == _REPORTED else ""
                 logger.warning("skipped: %s%s", error, last)
@@ -106,7 +116,7 @@ class Encoder:
 
     def _encode_chat(self, messages: list) -> np.ndarray:
         parts = []
-        for text, trained in self._chat.segments(messages):
+        for text, trained in self._chat().segments(messages):
             ids = _encode(self.tokenizer, text).astype(np.int32)
             parts.append(ids if trained else ~ids)
         last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)

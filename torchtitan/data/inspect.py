@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def inspect(
         if not isinstance(source, PreparedTokens):
             raise ConfigError("--verify: only prepared tokens have content hashes")
         source.verify()
-    encoder = Encoder(tokenizer, load_template(None, tokenizer_path), on_error="skip")
+    encoder = Encoder(tokenizer, partial(load_template, None, tokenizer_path), on_error="skip")
     encoder.check(source)
 
     lengths, counts = [], np.zeros(tokenizer.vocab_size, np.int64)
@@ -109,7 +109,7 @@ def _facts(source: Source, path: str) -> list[str]:
         lines.append(f"documents      {len(source):,}")
     if isinstance(source, PreparedTokens):
         origin = source.index["source"]
-        lines.append(f"made from      {origin['dataset']} {Path(origin['dataset_path'] or '')}")
+        lines.append(f"made from      {origin['dataset']} {origin['dataset_path'] or ''}")
         if source.index["skipped"]:
             lines.append(f"left out       {source.index['skipped']:,} malformed documents")
     return lines

@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.validate import resolve_batch
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 
-from .order import Origin, ShuffledDocuments, StreamedDocuments
-from .packing import Row, encode_document, pack
+from .best_fit import BestFitRow
+from .chat import ChatTemplate, load_template
+from .collect import Batch, Counts, Sequence, collect, naming, read_rows
+from .encode import Encoder, first_document
+from .mixing import Blend, Mixture, Phase
+from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs, has_random_access
+from .packing import Row, to_batch
 from .prefetch import Prefetcher
 from .sources import Source, open_dataset
+from .token_files import PreparedTokens
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
+    from torchtitan.config.data import Data
 
-Batch = dict[str, torch.Tensor]
 PREFETCHED_BATCHES = 4
 
 
@@ -36,13 +41,14 @@ class DataLoader:
 
     It has the interface of torchdata's `StatefulDataLoader`, which is not used because that one's
     state belongs to a rank and its number of worker processes, so that a run could resume on the
-    same layout only. Here the state is a table of rows, which any number of ranks shares out. One
-    thread reads ahead, without worker processes, since tokenizers release the interpreter's lock.
+    same layout only. Here the state is a table of rows, which any number of ranks shares out.
+    Threads read ahead, without worker processes, since tokenizers release the interpreter's lock.
 
-    Each micro-batch is a dict of int64 tensors `[local_batch_size, seq_len]`: see `packing.pack`.
+    Each micro-batch is a dict of int64 tensors `[local_batch_size, seq_len]`: see
+    `packing.to_batch`.
 
     Args:
-        source: documents, of either kind that `sources` describes.
+        source: documents, of either kind that `sources` describes, or several to mix.
         tokenizer: its eos token ends every document.
         seq_len: tokens in a sequence.
         local_batch_size: sequences in a micro-batch.
@@ -55,14 +61,19 @@ class DataLoader:
         pad: fill the last micro-batches of a step up to such a multiple, with rows whose labels are
             all `IGNORE_INDEX`.
         name: what errors begin with, such as the config key and its value.
+        packing: see `packing` and `best_fit`.
+        workers: threads that read ahead; the data do not depend on it.
+        chat: gives the template for conversations.
+        on_error: what a malformed document does, see `encode.Encoder`.
 
     Raises:
-        DataError: the dataset is empty. Iterating raises it too, where data is malformed.
+        DataError: the dataset is empty, or was made with another tokenizer. Iterating raises it
+            too, where data is malformed.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Blend,
         tokenizer: Tokenizer,
         seq_len: int,
         local_batch_size: int,
@@ -73,6 +84,10 @@ class DataLoader:
         document_mask: bool = False,
         pad: bool = False,
         name: str = "the dataset",
+        packing: Literal["contiguous", "best_fit"] = "contiguous",
+        workers: int = 1,
+        chat: Callable[[], ChatTemplate] | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         passes, remainder = divmod(global_batch_size, local_batch_size * dp_world_size)
         if remainder:
@@ -82,32 +97,42 @@ class DataLoader:
                     f"{local_batch_size} x dp_world_size {dp_world_size}"
                 )
             passes += 1
-        self._source = source
-        self._encode = partial(encode_document, tokenizer)
+        self._blend = source if isinstance(source, Blend) else _only(source)
+        self._encoder = Encoder(tokenizer, chat, on_error)
+        self._on_error = on_error
         self._seq_len = seq_len
         self._local_batch_size = local_batch_size
         self._dp_world_size = dp_world_size
         self._seed = seed
         self._document_mask = document_mask
+        self._packing = packing
+        self._workers = min(workers, passes * local_batch_size)
         self._name = name
         self.global_batch_size = global_batch_size
         self.gradient_accumulation_steps = passes
         rows = passes * local_batch_size
         self._rows = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
 
-        if isinstance(source, Iterator):
-            raise TypeError("source is an iterator; give something that starts anew each time")
-        texts = (source[i] for i in range(len(source))) if _has_random_access(source) else source
-        with begin_errors_with(name):
-            if not any(texts):  # stops at the first text
-                raise DataError("empty: it has no document with text")
-        self._prefetcher: Prefetcher[tuple[Batch, np.ndarray]] | None = None
+        for key, part in self._blend.sources.items():
+            if isinstance(part, Iterator):
+                raise TypeError("source is an iterator; give something that starts anew each time")
+            with begin_errors_with(name), naming(key):
+                self._encoder.check(part)
+                if first_document(part, self._encoder) is None:
+                    raise DataError("empty: it has no document with text")
+        self._prefetcher: Prefetcher[tuple[Batch, np.ndarray, Counts]] | None = None
+        self._counts = Counts()
         self.reset()
 
     def reset(self) -> None:
         """Go back to the first batch."""
         self.close()
-        self._places = np.array([(row, 0, *Origin()) for row in self._rows.tolist()])
+        start = (*Origin(), 0) if self._packing == "best_fit" else Origin()
+        sources = len(self._blend.sources)
+        schedule = [0] * Mixture.state_size(sources)
+        self._places = np.array(
+            [[*schedule, *(row, 0, *start) * sources] for row in self._rows.tolist()]
+        )
 
     def close(self) -> None:
         """Stop reading ahead. Iterating on starts again after the last complete step."""
@@ -121,19 +146,43 @@ class DataLoader:
     def __next__(self) -> Batch:
         with begin_errors_with(self._name):
             if self._prefetcher is None:
-                batches = _batches(
-                    self._open_rows(),
-                    self._local_batch_size,
-                    partial(pack, seq_len=self._seq_len, document_mask=self._document_mask),
-                    padding=self._rows >= self.global_batch_size,
-                )
-                self._prefetcher = Prefetcher(batches, PREFETCHED_BATCHES)
-            batch, self._places = next(self._prefetcher)
+                self._prefetcher = Prefetcher(self._batches(), PREFETCHED_BATCHES)
+            batch, self._places, self._counts = next(self._prefetcher)
         return batch
 
+    def metrics(self) -> dict[str, float]:
+        """Values whose means over the data ranks describe the batches that were handed out.
+
+        `data_epoch`: how often the dataset has been read. `data_epoch/NAME` and `data_tokens/NAME`:
+        the same, and the tokens so far, of each source of a mixture. `data_padding_share`: of the
+        tokens since this process began, under best-fit packing. `data_skipped_documents`: since
+        then, under `on_error = "skip"`.
+        """
+        found: dict[str, float] = {}
+        sources = self._blend.sources
+        schedule, *parts = self._split(self._places)
+        drawn = Mixture.drawn(schedule[0].tolist(), len(sources))
+        for number, ((name, source), places) in enumerate(zip(sources.items(), parts, strict=True)):
+            ending = f"/{name}" if len(sources) > 1 else ""
+            found[f"data_epoch{ending}"] = float(
+                np.mean(
+                    [
+                        epochs(source, self.global_batch_size, document, Origin(*rest[:2]))
+                        for document, _, *rest in places.tolist()
+                    ]
+                )
+            )
+            if drawn:
+                found[f"data_tokens{ending}"] = float(drawn[number] * self._seq_len)
+        if self._packing == "best_fit":
+            found["data_padding_share"] = self._counts.padding / max(self._counts.tokens, 1)
+        if self._on_error == "skip":
+            found["data_skipped_documents"] = float(self._counts.skipped * self._dp_world_size)
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        """`{"rows": [rows of this rank, 4] int64}`: `Row.place` of each row after the last complete
-        step handed out.
+        """`{"rows": [rows of this rank, k] int64}`: where each row is after the last complete step
+        handed out. That is `Mixture.state`, then `Row.place` for each source; k is 4 for one.
 
         The rows of all ranks in order are the state of the run, for any number of ranks.
         """
@@ -143,61 +192,84 @@ class DataLoader:
         """Go on from a state of `state_dict`; `seq_len` and the number of ranks may differ.
 
         Raises:
-            CheckpointError: the state is of another global batch size.
+            CheckpointError: the state is of another global batch size, mixture or packing.
         """
         places = np.asarray(state_dict["rows"], dtype=np.int64)
-        known = places.shape == self._places.shape
-        if not known or ((places[:, 0] - self._rows) % self.global_batch_size).any():
+        change = None
+        if len(places) != len(self._rows):
             saved = len(places) * self._dp_world_size
-            change = (
-                f"global_batch_size changed from {saved} to {self.global_batch_size}"
-                if len(places) != len(self._rows)
-                else "the rows are not those of this rank, as if global_batch_size had changed"
-            )
+            change = f"global_batch_size changed from {saved} to {self.global_batch_size}"
+            remedy = "training.global_batch_size"
+        elif places.shape != self._places.shape:
+            change = "the number of data.sources or data.packing changed"
+            remedy = "them"
+        elif any(
+            ((part[:, 0] - self._rows) % self.global_batch_size).any()
+            for part in self._split(places)[1:]
+        ):
+            change = "the rows are not those of this rank, as if global_batch_size had changed"
+            remedy = "training.global_batch_size"
+        if change:
             raise CheckpointError(
-                f"the place in the data cannot be resumed: {change}. Restore "
-                "training.global_batch_size, or begin the data anew with "
-                'checkpoint.exclude_from_loading = ["dataloader"]'
+                f"the place in the data cannot be resumed: {change}. Restore {remedy}, or begin "
+                'the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
             )
         self.close()
         self._places = places.copy()
 
-    def _open_rows(self) -> list[Row]:
-        stride, places = self.global_batch_size, self._places.tolist()
+    def _split(self, places: np.ndarray) -> list[np.ndarray]:
+        """Columns of a state: those of the mixture, then those of each source."""
+        sources = len(self._blend.sources)
+        size = Mixture.state_size(sources)
+        return [places[:, :size], *np.split(places[:, size:], sources, axis=1)]
+
+    def _batches(self) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
+        schedule, *parts = self._split(self._places.copy())
+        by_source = [
+            self._open_rows(name, source, part.tolist())
+            for (name, source), part in zip(self._blend.sources.items(), parts, strict=True)
+        ]
+        rows = list(zip(self._rows.tolist(), zip(*by_source, strict=True), strict=True))
+        readers: list[Iterator[Sequence]] = []
+        for worker in range(self._workers):
+            mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed)
+            mixture.load_state(schedule[0].tolist())
+            share = rows[worker :: self._workers]
+            reader = read_rows(share, list(self._blend.sources), mixture, self._seq_len)
+            if self._workers > 1:
+                reader = Prefetcher(reader, PREFETCHED_BATCHES * len(share))
+            readers.append(reader)
+        return collect(
+            readers,
+            self._local_batch_size,
+            partial(to_batch, document_mask=self._document_mask),
+            padding=torch.from_numpy(self._rows >= self.global_batch_size),
+            places=self._places,
+            encoder=self._encoder,
+        )
+
+    def _open_rows(
+        self, name: str, source: Source, places: list[list[int]]
+    ) -> list[Row | BestFitRow]:
+        """The rows of this rank in one source."""
+        stride = self.global_batch_size
         documents: ShuffledDocuments | StreamedDocuments
-        if _has_random_access(self._source):
-            documents = ShuffledDocuments(self._source, self._encode, self._seed)
+        if has_random_access(source):
+            documents = ShuffledDocuments(source, self._encoder, self._seed, stride)
         else:
-            first = [(document, Origin(*origin)) for document, _, *origin in places]
-            documents = StreamedDocuments(self._source, self._encode, stride, first)
-        return [Row(documents, stride, document, offset) for document, offset, *_ in places]
+            first = [(document, Origin(*rest[:2])) for document, _, *rest in places]
+            documents = StreamedDocuments(source, self._encoder, stride, first)
+        with naming(name):
+            if self._packing == "contiguous":
+                return [Row(documents, stride, document, at) for document, at, *_ in places]
+            return [
+                BestFitRow(documents, stride, self._seq_len, document, at, sequence)
+                for document, at, *_, sequence in places
+            ]
 
 
-def _has_random_access(source: Source) -> bool:
-    return hasattr(source, "__getitem__") and hasattr(source, "__len__")
-
-
-def _batches(
-    rows: list[Row],
-    local_batch_size: int,
-    pack_rows: Callable[[list[Row]], Batch],
-    padding: np.ndarray,
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Micro-batches, each with the places of all rows after the last complete step.
-
-    `padding` `[rows]` is true for rows that predict nothing. A function, not a method: the thread
-    that runs it must not keep the loader alive.
-    """
-    places = np.array([row.place for row in rows])
-    padding = torch.from_numpy(padding)
-    while True:
-        for first in range(0, len(rows), local_batch_size):
-            part = slice(first, first + local_batch_size)
-            batch = pack_rows(rows[part])
-            batch["labels"][padding[part]] = IGNORE_INDEX
-            if part.stop == len(rows):
-                places = np.array([row.place for row in rows])
-            yield batch, places
+def _only(source: Source) -> Blend:
+    return Blend({"": source}, (Phase(1, (1.0,)),))
 
 
 def build_dataloader(
@@ -250,13 +322,31 @@ def _build(
     section: Literal["training", "validation"],
     job_config: JobConfig,
     tokenizer: Tokenizer,
-    **batch: int,
+    **batch: Any,
 ) -> DataLoader:
-    """The loader of the dataset that a config section names; errors begin with that key."""
-    config = getattr(job_config, section)
-    name = f"{section}.dataset = {config.dataset!r}"
-    with begin_errors_with(name):
-        source = open_dataset(config.dataset, config.dataset_path, job_config.training.text_key)
+    """The loader of what a config section names; errors begin with that key."""
+    config, data = getattr(job_config, section), job_config.data
+    verify = partial(verify_hashes, batch["dp_rank"], batch["dp_world_size"])
+    source: Source | Blend
+    if section == "training" and data.sources:
+        name = "data.sources"
+        with begin_errors_with(name):
+            source = open_blend(data)
+        opened = list(source.sources.values())
+    else:
+        name = f"{section}.dataset = {config.dataset!r}"
+        with begin_errors_with(name):
+            source = open_dataset(
+                config.dataset, config.dataset_path, job_config.training.text_key, config.split
+            )
+        opened = [source]
+    if data.verify_hashes:
+        with begin_errors_with(name):
+            for part in opened:
+                verify(part)
+    load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
+    if data.chat_template:
+        load_chat()  # so that a bad one is found at once
     return DataLoader(
         source,
         tokenizer,
@@ -265,5 +355,28 @@ def _build(
         seed=job_config.debug.seed,
         document_mask=job_config.training.document_mask,
         name=name,
+        packing=data.packing,
+        workers=data.workers,
+        chat=load_chat,
+        on_error=data.on_error,
         **batch,
     )
+
+
+def open_blend(data: Data) -> Blend:
+    """The sources of `[[data.sources]]`. Raises `TitanError`, which names the one."""
+    sources: dict[str, Source] = {}
+    for part in data.sources:
+        name = part.name or part.dataset
+        with begin_errors_with(repr(name)):
+            sources[name] = open_dataset(part.dataset, part.dataset_path, part.text_key, part.split)
+    phases = [Phase(phase.from_step, tuple(phase.weights)) for phase in data.phases]
+    if not phases or phases[0].from_step > 1:
+        phases.insert(0, Phase(1, tuple(part.weight for part in data.sources)))
+    return Blend(sources, tuple(phases))
+
+
+def verify_hashes(part: int, parts: int, source: Source) -> None:
+    """Check a part of the shards of a source, if it has hashes. Raises `DataError`."""
+    if isinstance(source, PreparedTokens):
+        source.verify(part, parts)

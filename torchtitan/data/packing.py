@@ -8,34 +8,10 @@ import numpy as np
 import torch
 
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.errors import DataError
 
 if TYPE_CHECKING:
-    from torchtitan.components.tokenizer import Tokenizer
-
     from .order import ShuffledDocuments, StreamedDocuments
-
-
-def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Ids of a text and the eos that ends it, `[length]` int32; none at all for an empty text.
-
-    Raises:
-        DataError: the source gave something else than Unicode text.
-    """
-    if not isinstance(text, str):
-        raise DataError(f"a document of the dataset is a {type(text).__name__}, not text")
-    if not text:
-        return np.empty(0, dtype=np.int32)
-    try:
-        utf8 = text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"a document of the dataset is not Unicode text ({error})") from error
-    if isinstance(tokenizer, BytesTokenizer):  # without a list of integers, 8 bytes for each byte
-        ids = np.frombuffer(utf8, dtype=np.uint8)
-    else:
-        ids = np.array(tokenizer.encode(text), dtype=np.int32)
-    return np.append(ids, np.int32(tokenizer.eos_id))
 
 
 class Row:
@@ -65,25 +41,22 @@ class Row:
         self._offset = offset
         self._tokens, self._origin = documents.open(document)
         length = len(self._tokens)
-        if offset == 0 and documents.size is not None and document < stride:
-            self._offset = length * (document - document % documents.size) // stride
-        elif offset > 0 and offset >= length:
-            raise DataError(
-                f"the checkpoint is at token {offset} of document {document}, but the document has "
-                f"{length} tokens: the dataset or the tokenizer has changed. Restore it, or set "
-                'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
-            )
+        if offset == 0:
+            self._offset = begin_of(documents, stride, document, length)
+        else:
+            require_place(document, offset, length)
 
     @property
     def place(self) -> tuple[int, ...]:
         """`(document, offset, *origin)` of the next token."""
         return self._document, self._offset, *self._origin
 
-    def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> None:
+    def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
         """Write the next sequence and one token more, which also begins the sequence after it.
 
-        All are `[seq_len + 1]` int64. Positions count from the start of the document or of the
-        sequence, whichever is later; documents are numbered within the sequence.
+        All are `[seq_len + 1]` integers. Positions count from the start of the document or of the
+        sequence, whichever is later; documents are numbered within the sequence. Returns the
+        number of padding tokens, which is 0.
         """
         filled, count = 0, 0
         while filled < len(tokens):
@@ -94,31 +67,63 @@ class Row:
             n = min(len(self._tokens) - self._offset, len(tokens) - filled)
             part = slice(filled, filled + n)
             tokens[part] = self._tokens[self._offset : self._offset + n]
-            positions[part] = np.arange(n)
+            positions[part] = np.arange(n, dtype=positions.dtype)
             document_ids[part] = count
             self._offset += n
             filled += n
             count += 1
         self._offset -= 1
+        return 0
 
 
-def pack(rows: list[Row], seq_len: int, document_mask: bool) -> dict[str, torch.Tensor]:
-    """The next batch of some rows: `tokens`, `labels`, `positions`, `document_ids`.
+def require_place(document: int, offset: int, length: int) -> None:
+    """Raises `DataError`: a saved place is not in the data."""
+    if offset > 0 and offset >= length:
+        raise DataError(
+            f"the checkpoint is at token {offset} of document {document}, but the document has "
+            f"{length} tokens: the dataset or the tokenizer has changed. Restore it, or set "
+            'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+        )
 
-    All are `[len(rows), seq_len]` int64. A label is the next token of the row; under
-    `document_mask` the end of a document predicts nothing (`IGNORE_INDEX`), since what follows
-    cannot be known.
+
+def begin_of(
+    documents: ShuffledDocuments | StreamedDocuments, stride: int, document: int, length: int
+) -> int:
+    """Where a row begins in its first document: see `Row`."""
+    if documents.size is None or document >= stride:
+        return 0
+    return length * (document - document % documents.size) // stride
+
+
+def to_batch(
+    tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray, document_mask: bool
+) -> dict[str, torch.Tensor]:
+    """A batch of some rows: `tokens`, `labels`, `positions`, `document_ids`.
+
+    The arguments are `[rows, seq_len + 1]`, the results `[rows, seq_len]` int64. A label is
+    the next token of the row, or `IGNORE_INDEX` where that is a complement (see `encode`). Under
+    `document_mask` the end of a document predicts nothing either, since what follows cannot be
+    known.
     """
-    tokens, positions, document_ids = np.empty((3, len(rows), seq_len + 1), dtype=np.int64)
-    for row, *out in zip(rows, tokens, positions, document_ids, strict=True):
-        row.fill(*out)
-    labels = tokens[:, 1:].copy()
+    labels = tokens[:, 1:].astype(np.int64)
+    inputs = tokens[:, :-1].astype(np.int64)
+    if tokens.min() < 0:
+        labels[labels < 0] = IGNORE_INDEX
+        np.bitwise_xor(inputs, inputs >> 63, out=inputs)  # ~id where id is negative
     if document_mask:
         labels[document_ids[:, 1:] != document_ids[:, :-1]] = IGNORE_INDEX
     batch = {
-        "tokens": tokens[:, :-1],
+        "tokens": inputs,
         "labels": labels,
-        "positions": positions[:, :-1],
-        "document_ids": document_ids[:, :-1],
+        "positions": positions[:, :-1].astype(np.int64),
+        "document_ids": document_ids[:, :-1].astype(np.int64),
     }
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def pack(rows: list[Row], seq_len: int, document_mask: bool) -> dict[str, torch.Tensor]:
+    """The next batch of some rows, see `to_batch`."""
+    arrays = np.empty((3, len(rows), seq_len + 1), dtype=np.int64)
+    for row, *out in zip(rows, *arrays, strict=True):
+        row.fill(*out)
+    return to_batch(*arrays, document_mask)

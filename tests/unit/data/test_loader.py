@@ -17,8 +17,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import DataLoader, build_dataloader
+from torchtitan.data.encode import encode_document
 from torchtitan.data.order import ShuffledDocuments
-from torchtitan.data.packing import encode_document
 from torchtitan.errors import CheckpointError, ConfigError, DataError
 
 TEXTS = [f"document {i} " + "abcdefg"[: i % 7] * (i % 5) for i in range(37)]

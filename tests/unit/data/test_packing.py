@@ -8,8 +8,9 @@ import torch
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.data.encode import encode_document
 from torchtitan.data.order import Origin, ShuffledDocuments
-from torchtitan.data.packing import Row, encode_document, pack
+from torchtitan.data.packing import Row, pack
 from torchtitan.errors import DataError
 
 EOS = BytesTokenizer.eos_id

@@ -67,7 +67,7 @@ def test_a_path_is_needed() -> None:
 
 
 def test_an_unknown_dataset_gives_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match=r"Did you mean 'fineweb_edu'\? Allowed: c4,"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'fineweb_edu'\? Allowed: arrow, c4,"):
         open_dataset("finewebedu", None)
 
 

@@ -242,6 +242,13 @@ class CheckpointManager:
                 f"training.global_batch_size is {current} now. Set it to {saved}, or set "
                 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
             )
+        columns = self._dataloader.state_dict()["rows"].shape[1]
+        if rows is not None and rows.size[1] != columns:
+            raise CheckpointError(
+                f"{checkpoint.folder} was saved with another number of data.sources or another "
+                "data.packing. Restore them, or set "
+                'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+            )
 
     def _state(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """All that a run resumes from, by part: nested dicts of tensors and plain values."""

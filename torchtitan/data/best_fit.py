@@ -1,0 +1,143 @@
+"""Packs whole documents into sequences: best-fit decreasing over a pool of documents.
+
+Ding et al., "Fewer Truncations Improve Language Modeling", 2024. A document is cut only where it is
+longer than a sequence; the room that is left is padding, which predicts nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .order import mix, permute
+from .packing import begin_of, require_place
+
+if TYPE_CHECKING:
+    from .order import ShuffledDocuments, StreamedDocuments
+
+POOL_SEQUENCES = 32
+"""Documents for this many sequences are packed at once."""
+
+
+class BestFitRow:
+    """One row of the global batch, as `packing.Row`, whose sequences hold whole documents.
+
+    Its place is the first document of a pool, the tokens of that before the pool, its `Origin`, and
+    the number of the pool's next sequence. A resumed row packs the pool anew.
+
+    Raises:
+        DataError: the place does not exist, since the dataset is not the one it was saved with.
+    """
+
+    def __init__(
+        self,
+        documents: ShuffledDocuments | StreamedDocuments,
+        stride: int,
+        seq_len: int,
+        document: int,
+        offset: int,
+        sequence: int,
+    ) -> None:
+        self._documents = documents
+        self._stride = stride
+        self._seq_len = seq_len
+        self._document = document
+        self._next, self._next_origin = documents.open(document)
+        if offset == 0 and sequence == 0:
+            offset = begin_of(documents, stride, document, len(self._next))
+        require_place(document, offset, len(self._next))
+        self._offset = offset
+        self._open_pool()
+        self._sequence = sequence
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """`(document, offset, *origin, sequence)`."""
+        return (*self._pool_place, self._sequence)
+
+    def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
+        """Write the next sequence and one token more, which is only a label.
+
+        All are `[seq_len + 1]` integers. Padding is a document of its own, of complements (see
+        `encode`). Returns its number of tokens, without the one that is only a label.
+        """
+        filled = 0
+        pieces = self._sequences[self._sequence]
+        for count, piece in enumerate(pieces):
+            part = slice(filled, filled + len(piece))
+            tokens[part] = piece
+            positions[part] = np.arange(len(piece))
+            document_ids[part] = count
+            filled += len(piece)
+        padding = len(tokens) - filled
+        if padding:
+            last = int(tokens[filled - 1])  # the end of a document: a token that is surely known
+            tokens[filled:] = last if last < 0 else ~last
+            positions[filled:] = np.arange(padding)
+            document_ids[filled:] = len(pieces)
+        self._sequence += 1
+        if self._sequence == len(self._sequences):
+            self._open_pool()
+            self._sequence = 0
+        return max(padding - 1, 0)
+
+    def _open_pool(self) -> None:
+        """Take documents for some sequences, and pack them."""
+        self._pool_place = (self._document, self._offset, *self._next_origin)
+        pieces, tokens = [], 0
+        while tokens < POOL_SEQUENCES * self._seq_len:
+            for piece in cut(self._next[self._offset :], self._seq_len):
+                pieces.append(piece)
+                tokens += len(piece)
+            self._document += self._stride
+            self._offset = 0
+            self._next, self._next_origin = self._documents.open(self._document)
+        packed = best_fit([len(piece) for piece in pieces], self._seq_len + 1)
+        # Else the longest documents of every row would come in the same steps.
+        key = mix(self._pool_place[0], self._pool_place[1])
+        self._sequences = [
+            [pieces[piece] for piece in packed[permute(place, len(packed), key)]]
+            for place in range(len(packed))
+        ]
+
+
+def cut(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:
+    """Pieces of at most `seq_len + 1` tokens, which follow on one another in one token.
+
+    That token is the label at the end of one piece, and no label at the start of the next.
+    """
+    pieces = [tokens[: seq_len + 1]] if len(tokens) else []
+    for start in range(seq_len, len(tokens) - 1, seq_len):
+        piece = tokens[start : start + seq_len + 1].astype(np.int32)
+        if piece[0] >= 0:
+            piece[0] = ~piece[0]
+        pieces.append(piece)
+    return pieces
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Which items share a bin: each goes, the longest first, into the fullest bin that has room.
+
+    Args:
+        lengths: of the items, none above `capacity`.
+        capacity: of a bin.
+
+    Returns:
+        The numbers of the items of each bin, ascending.
+    """
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room, bin), ascending
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        length = lengths[item]
+        at = bisect.bisect_left(rooms, (length, -1))
+        if at == len(rooms):
+            bins.append([])
+            room, number = capacity, len(bins) - 1
+        else:
+            room, number = rooms.pop(at)
+        bins[number].append(item)
+        if room > length:
+            bisect.insort(rooms, (room - length, number))
+    return [sorted(items) for items in bins]

@@ -1,0 +1,114 @@
+"""From the rows of a rank to its micro-batches: what the reading threads run.
+
+Functions, not methods of the loader: a thread that runs them must not keep it alive.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.errors import begin_errors_with
+
+if TYPE_CHECKING:
+    from .best_fit import BestFitRow
+    from .encode import Encoder
+    from .mixing import Mixture
+    from .packing import Row
+
+Batch = dict[str, torch.Tensor]
+
+
+class Sequence(NamedTuple):
+    """The next sequence of a row."""
+
+    arrays: np.ndarray
+    """`[3, seq_len + 1]` int32: tokens, positions, document ids."""
+    padding: int
+    """Tokens of it that are padding."""
+    place: list[int]
+    """Where the row is after this step: a row of `DataLoader.state_dict`."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the sequences up to a micro-batch, since the process began."""
+
+    tokens: int = 0
+    padding: int = 0
+    skipped: int = 0
+    """Malformed documents left out, a few of them in batches to come."""
+
+
+def naming(source: str) -> AbstractContextManager[None]:
+    """Has errors begin with the name of a source of a mixture."""
+    return begin_errors_with(repr(source)) if source else nullcontext()
+
+
+def read_rows(
+    rows: list[tuple[int, tuple[Row | BestFitRow, ...]]],
+    names: list[str],
+    mixture: Mixture,
+    seq_len: int,
+) -> Iterator[Sequence]:
+    """The sequences of some rows, row by row and step by step, for ever.
+
+    Args:
+        rows: for each, its number in the global batch, and the row of each source.
+        names: of the sources.
+        mixture: says which source a row's next sequence is from.
+        seq_len: tokens in a sequence.
+    """
+    while True:
+        chosen = mixture.step()
+        schedule = mixture.state
+        for number, streams in rows:
+            source = chosen[number % len(chosen)]
+            arrays = np.empty((3, seq_len + 1), np.int32)
+            with naming(names[source]):
+                padding = streams[source].fill(*arrays)
+            places = itertools.chain.from_iterable(stream.place for stream in streams)
+            yield Sequence(arrays, padding, [*schedule, *places])
+
+
+def collect(
+    readers: list[Iterator[Sequence]],
+    local_batch_size: int,
+    to_batch: Callable[[np.ndarray, np.ndarray, np.ndarray], Batch],
+    padding: torch.Tensor,
+    places: np.ndarray,
+    encoder: Encoder,
+) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
+    """Micro-batches, each with the places of all rows after the last complete step, and counts.
+
+    Args:
+        readers: of the rows, which they have in turn: the first has rows 0, n, 2 n, ... of n.
+        local_batch_size: rows in a micro-batch.
+        to_batch: makes a batch of tokens, positions and document ids `[rows, seq_len + 1]`.
+        padding: `[rows]`, true for rows that predict nothing.
+        places: where the rows are now.
+        encoder: that of all rows.
+    """
+    tokens = pads = 0
+    while True:
+        after = []
+        for first in range(0, len(padding), local_batch_size):
+            part = slice(first, first + local_batch_size)
+            sequences = [
+                next(readers[row % len(readers)]) for row in range(*part.indices(len(padding)))
+            ]
+            batch = to_batch(*np.stack([sequence.arrays for sequence in sequences], axis=1))
+            batch["labels"][padding[part]] = IGNORE_INDEX
+            after += [sequence.place for sequence in sequences]
+            tokens += batch["tokens"].numel()
+            pads += sum(sequence.padding for sequence in sequences)
+            if part.stop >= len(padding):
+                places = np.array(after)
+            yield batch, places, Counts(tokens, pads, encoder.skipped)

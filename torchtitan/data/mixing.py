@@ -1,0 +1,137 @@
+"""Which source each sequence of a global batch is taken from.
+
+Sequences are numbered over the whole run, and each number is given to a source by Tijdeman's
+algorithm ("The chairman assignment problem", 1980): after any number of sequences since a phase
+began, each source has had its share to within less than one sequence. So the tokens of a source in
+any window of a phase are exact to less than two sequences, whatever the weights.
+
+Sources are spread over the rows of a batch by a permutation of its own for each step, so that no
+row keeps to one source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from .order import mix, permute
+from .sources import Source
+
+_LARGEST = 2**40
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Weights from a training step on."""
+
+    from_step: int
+    weights: tuple[float, ...]
+    """One for each source; not all 0."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Several sources and how much of each: what a loader mixes."""
+
+    sources: dict[str, Source]
+    """By their names in the metrics."""
+    phases: tuple[Phase, ...]
+
+
+class Mixture:
+    """A schedule of sources, with a state of `2 + 2 sources` integers.
+
+    Args:
+        phases: by ascending `from_step`; the first from step 1. All have equally many weights.
+        rows: sequences in a global batch.
+        seed: of the order within a step.
+    """
+
+    def __init__(self, phases: Sequence[Phase], rows: int, seed: int) -> None:
+        self._phases = [(phase.from_step, integer_weights(phase.weights)) for phase in phases]
+        self._rows = rows
+        self._seed = seed
+        self.sources = len(phases[0].weights)
+        self._steps = 0
+        self._total = sum(self._phases[0][1])
+        self._lags = [0] * self.sources
+        self._drawn = [0] * self.sources
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """Steps done and the sum of the weights; then, of each source, its lag and its sequences.
+
+        A mixture of one source has nothing to remember, and an empty state.
+        """
+        if self.sources == 1:
+            return ()
+        return (self._steps, self._total, *self._lags, *self._drawn)
+
+    @staticmethod
+    def state_size(sources: int) -> int:
+        return 0 if sources == 1 else 2 + 2 * sources
+
+    @staticmethod
+    def drawn(state: Sequence[int], sources: int) -> list[int]:
+        """The sequences taken from each source, by a state."""
+        return list(state[2 + sources : 2 + 2 * sources])
+
+    def load_state(self, state: Sequence[int]) -> None:
+        if self.sources > 1:
+            self._steps, self._total, *rest = state
+            self._lags, self._drawn = rest[: self.sources], rest[self.sources :]
+
+    def step(self) -> np.ndarray:
+        """The source of each row of the next step: `[rows]` int64."""
+        chosen = np.zeros(self._rows, np.int64)
+        if self.sources == 1:
+            return chosen
+        self._steps += 1
+        begin, weights = [phase for phase in self._phases if phase[0] <= self._steps][-1]
+        if begin == self._steps or self._total != sum(weights):  # the config may have changed
+            self._total = sum(weights)
+            self._lags = [0] * self.sources
+        key = mix(self._seed, self._steps)
+        for place in range(self._rows):
+            chosen[permute(place, self._rows, key)] = self._draw(weights)
+        return chosen
+
+    def _draw(self, weights: list[int]) -> int:
+        """The next sequence's source.
+
+        `lag / total` is by how many sequences a source is behind its share. Of those that can take
+        one without getting too far ahead, it is the one that must have it soonest.
+        """
+        total, slack = self._total, max(2 * sum(weight > 0 for weight in weights) - 2, 1)
+        chosen, time_left = -1, 0
+        for source, weight in enumerate(weights):
+            self._lags[source] += weight
+            if weight == 0 or self._lags[source] * slack < total:
+                continue
+            # Until the lag is 1 - 1 / slack; times `weight`, so that all numbers are whole.
+            left = total * (slack - 1) - slack * self._lags[source]
+            if chosen < 0 or left * weights[chosen] < time_left * weight:
+                chosen, time_left = source, left
+        self._lags[chosen] -= total
+        self._drawn[chosen] += 1
+        return chosen
+
+
+def integer_weights(weights: Sequence[float]) -> list[int]:
+    """The smallest integers in the ratio of the weights, taken as the decimals they are written.
+
+    Where these are beyond 2^40, integers near them, of which only 0 becomes 0.
+    """
+    fractions = [Fraction(repr(weight)) for weight in weights]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    whole = [int(fraction * scale) for fraction in fractions]
+    divisor = math.gcd(*whole)
+    whole = [number // divisor for number in whole]
+    largest = max(whole)
+    if largest > _LARGEST:
+        whole = [max(number * _LARGEST // largest, int(number > 0)) for number in whole]
+    return whole
