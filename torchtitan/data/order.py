@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from torchtitan.errors import DataError
+from torchtitan.errors import BadDocumentError, DataError
 
 from .encode import take
 from .sources import RandomAccess, Sequential, Sharded
@@ -87,8 +87,8 @@ class StreamedDocuments:
     turn. So a rank reads the lanes of its own rows alone, each once. A source without shards is
     one lane, which all ranks read; but each tokenizes only its own documents.
 
-    Empty documents have no number. Texts that a row will ask for later wait in memory; others are
-    skipped before they are tokenized.
+    Empty and malformed documents have no number. Texts that a row will ask for later wait in
+    memory; others are skipped before they are tokenized.
 
     Args:
         source: the documents, in order.
@@ -116,7 +116,8 @@ class StreamedDocuments:
             lane, number = self._in_lane(number)
             starts[lane].append((number, origin))
         self._lanes = {
-            lane: Lane(source, lane, lanes, self._width, start) for lane, start in starts.items()
+            lane: Lane(source, lane, lanes, self._width, start, encode)
+            for lane, start in starts.items()
         }
 
     def open(self, number: int) -> tuple[np.ndarray, Origin]:
@@ -140,7 +141,10 @@ def count_lanes(shards: int, stride: int) -> int:
 
 
 class Lane:
-    """Every `lanes`-th shard of a sequential source, for `width` rows that take turns."""
+    """Every `lanes`-th shard of a sequential source, for `width` rows that take turns.
+
+    `refuse` is called with malformed documents, and may raise them.
+    """
 
     def __init__(
         self,
@@ -149,8 +153,10 @@ class Lane:
         lanes: int,
         width: int,
         starts: list[tuple[int, Origin]],
+        refuse: Callable[[BadDocumentError], object],
     ) -> None:
         self._width = width
+        self._refuse = refuse
         self._first = {number % width: number for number, _ in starts}
         self._documents = repeat(source, lane, lanes, min(origin for _, origin in starts))
         self._waiting: dict[int, tuple[object, Origin]] = {}
@@ -160,7 +166,11 @@ class Lane:
         while number not in self._waiting:
             read, document, origin = next(self._documents)
             first = self._first.get(read % self._width)
-            if first is not None and read >= first:
+            if first is None or read < first:
+                continue
+            if isinstance(document, BadDocumentError):
+                self._refuse(document)  # by the row whose turn it is, so that it is counted once
+            else:
                 self._waiting[read] = document, origin
         return self._waiting.pop(number)
 
@@ -169,6 +179,8 @@ def repeat(
     source: Sequential, lane: int, lanes: int, origin: Origin
 ) -> Iterator[tuple[int, object, Origin]]:
     """Number, document and origin of a lane's non-empty documents, from a shard on, over and over.
+
+    A malformed one comes with the number of the next that is not.
 
     Raises:
         DataError: there is none.
@@ -179,7 +191,9 @@ def repeat(
     while turn - last_with_text <= shards:
         here = Origin(turn, number)
         for document in source.shard((lane + turn * lanes) % shards) if shards > 1 else source:
-            if document:
+            if isinstance(document, BadDocumentError):
+                yield number, document, here
+            elif document:
                 yield number, document, here
                 number += 1
                 last_with_text = turn

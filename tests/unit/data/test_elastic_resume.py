@@ -1,0 +1,155 @@
+"""A run that is killed and resumed on other ranks sees the data of one that is not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.data import DataLoader
+from torchtitan.data.mixing import Blend, Phase
+from torchtitan.data.token_files import Shard, TokenFiles
+from torchtitan.errors import BadDocumentError, CheckpointError
+
+ROWS = 8
+SEQ_LEN = 12
+
+
+class Files:
+    """A sequential source with shards; some of its documents are empty or malformed."""
+
+    num_shards = 17
+
+    def __iter__(self) -> Iterator[object]:
+        return itertools.chain.from_iterable(map(self.shard, range(self.num_shards)))
+
+    def shard(self, index: int) -> Iterator[object]:
+        for i in range(index % 4 + 1):
+            yield f"file {index} {'x' * (7 * i)}"
+            yield ""
+            yield BadDocumentError(f"file {index}, row {i}")
+
+
+def tokens() -> TokenFiles:
+    ends = np.cumsum(np.arange(41) * 7 % 30 + 1)
+    return TokenFiles([Shard("a", (np.arange(ends[-1]) % 256).astype(np.uint16), ends)])
+
+
+SOURCES = {
+    "texts": [f"text {i} {'y' * (i * 5 % 23)}" for i in range(29)],
+    "files": Files(),
+    "tokens": tokens(),
+}
+PHASES = (Phase(1, (0.5, 0.3, 0.2)), Phase(4, (0.0, 1.0, 3.0)), Phase(7, (1.0, 0.0, 0.0)))
+BLEND = Blend(SOURCES, PHASES)
+KINDS = {**SOURCES, "blend": BLEND}
+LAYOUTS = [(ranks, local) for ranks in (1, 2, 4, 8) for local in (1, 2, 4, 8) if ranks * local <= 8]
+
+
+def open_ranks(kind: str, ranks: int, local: int, workers: int, **options) -> list[DataLoader]:
+    options = {"document_mask": True, "on_error": "skip", "workers": workers, "seed": 11} | options
+    return [
+        DataLoader(KINDS[kind], BytesTokenizer(), SEQ_LEN, local, ROWS, rank, ranks, **options)
+        for rank in range(ranks)
+    ]
+
+
+def step(loaders: list[DataLoader]) -> list[torch.Tensor]:
+    """The next global batch: each tensor `[rows, seq]`."""
+    batches = [next(one) for one in loaders for _ in range(one.gradient_accumulation_steps)]
+    return [torch.cat([batch[name] for batch in batches]) for name in batches[0]]
+
+
+def close(loaders: list[DataLoader]) -> None:
+    for loader in loaders:
+        loader.close()
+
+
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    packing=st.sampled_from(["contiguous", "best_fit"]),
+    runs=st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from(LAYOUTS), st.integers(1, 3), st.booleans()),
+        min_size=1,
+        max_size=4,
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_run_in_pieces_is_the_run_in_one(kind: str, packing: str, runs: list) -> None:
+    """Each piece has its own number of ranks, micro-batches and threads, and may be killed within
+    a step, whose data come again.
+    """
+    whole = open_ranks(kind, 1, ROWS, 1, packing=packing)
+    expected = [step(whole) for _ in range(sum(steps for steps, *_ in runs) + 2)]
+    close(whole)
+
+    got, rows = [], None
+    for steps, (ranks, local), workers, within_step in [*runs, (2, (1, 4), 2, False)]:
+        loaders = open_ranks(kind, ranks, local, workers, packing=packing)
+        if rows is not None:
+            for loader, share in zip(loaders, rows.chunk(ranks), strict=True):
+                loader.load_state_dict({"rows": share})
+        got += [step(loaders) for _ in range(steps)]
+        if within_step and loaders[0].gradient_accumulation_steps > 1:
+            next(loaders[0])  # of a step that is never finished
+        rows = torch.cat([loader.state_dict()["rows"] for loader in loaders])
+        close(loaders)
+    for number, (actual, wanted) in enumerate(zip(got, expected, strict=True)):
+        assert all(map(torch.equal, actual, wanted)), f"step {number}"
+
+
+def test_the_state_is_small_and_the_same_on_every_layout() -> None:
+    states = []
+    for ranks, local, workers in ((1, 8, 1), (4, 1, 2), (2, 2, 3)):
+        loaders = open_ranks("blend", ranks, local, workers)
+        for _ in range(5):
+            step(loaders)
+        states.append(torch.cat([loader.state_dict()["rows"] for loader in loaders]))
+        close(loaders)
+    assert states[0].shape == (ROWS, 2 + 2 * 3 + 4 * 3)
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "packing"), [("blend", "contiguous"), ("texts", "best_fit"), ("tokens", "best_fit")]
+)
+def test_a_state_of_another_mixture_or_packing_is_refused(kind: str, packing: str) -> None:
+    (one,) = open_ranks("texts", 1, ROWS, 1)
+    (other,) = open_ranks(kind, 1, ROWS, 1, packing=packing)
+    with pytest.raises(CheckpointError, match=r"data\.sources or data\.packing changed"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_skipped_documents_are_counted_and_not_skipped_unless_asked() -> None:
+    (one,) = open_ranks("files", 1, ROWS, 1)
+    for _ in range(20):
+        next(one)
+    assert one.metrics()["data_skipped_documents"] > 10
+    one.close()
+    (two,) = open_ranks("files", 1, ROWS, 1, on_error="stop")
+    with pytest.raises(BadDocumentError, match=r"file \d+, row 0"):
+        for _ in range(20):
+            next(two)
+
+
+def test_a_place_far_in_the_data_is_found_at_once() -> None:
+    class Endless:
+        def __len__(self) -> int:
+            return 10**12
+
+        def __getitem__(self, index: int) -> str:
+            return f"document {index}"
+
+    one = DataLoader(Endless(), BytesTokenizer(), SEQ_LEN, ROWS, ROWS, workers=2)
+    far = torch.tensor([[row + ROWS * 10**9, 3, 0, 0] for row in range(ROWS)])
+    one.load_state_dict({"rows": far})
+    batch = next(one)
+    assert bytes(batch["tokens"][0, :9].tolist()).startswith(b"ument ")
+    assert one.metrics()["data_epoch"] == pytest.approx(ROWS * 1e9 / 1e12, rel=1e-6)
+    one.close()

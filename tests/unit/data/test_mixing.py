@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.config.data import DataPhase, DataSource
+from torchtitan.config.validate import validate
+from torchtitan.data import DataLoader, build_dataloader
+from torchtitan.data.mixing import Blend, Mixture, Phase, integer_weights
+from torchtitan.errors import ConfigError, DataError
+
+weights = st.lists(st.integers(0, 50).map(lambda n: n / 10), min_size=2, max_size=6).filter(any)
+
+
+def draw(mixture: Mixture, steps: int) -> np.ndarray:
+    """`[steps, rows]`"""
+    return np.stack([mixture.step() for _ in range(steps)])
+
+
+@given(weights=weights, rows=st.integers(1, 9), steps=st.integers(1, 60))
+@settings(max_examples=100, deadline=None)
+def test_every_window_has_its_share_of_each_source(
+    weights: list[float], rows: int, steps: int
+) -> None:
+    """Sequences have equally many tokens, so what holds for them holds for tokens."""
+    chosen = draw(Mixture([Phase(1, tuple(weights))], rows, seed=0), steps)
+    whole = integer_weights(weights)
+    for source, weight in enumerate(whole):
+        share = Fraction(weight, sum(whole))
+        counts = np.cumsum([0, *(chosen == source).sum(axis=1)]).tolist()
+        ahead = [count - share * rows * step for step, count in enumerate(counts)]
+        assert max(map(abs, ahead)) < 1  # from the start on; so a window is off by less than 2
+        assert weight or counts[-1] == 0
+
+
+def test_every_row_gets_every_source() -> None:
+    """Also where the pattern of sources would fit the number of rows."""
+    chosen = draw(Mixture([Phase(1, (0.5, 0.5))], rows=8, seed=0), 400)
+    shares = (chosen == 0).mean(axis=0)
+    assert shares.min() > 0.4 and shares.max() < 0.6
+
+
+def test_phases_change_the_weights_at_their_steps() -> None:
+    phases = [Phase(1, (1.0, 1.0)), Phase(11, (0.0, 1.0)), Phase(21, (3.0, 1.0))]
+    chosen = draw(Mixture(phases, rows=4, seed=0), 40)
+    counts = [(chosen[start:end] == 0).sum() for start, end in ((0, 10), (10, 20), (20, 40))]
+    assert counts == [20, 0, 60]
+
+
+@given(weights=weights, taken=st.integers(0, 20))
+@settings(max_examples=30, deadline=None)
+def test_the_state_goes_on(weights: list[float], taken: int) -> None:
+    phases = [Phase(1, tuple(weights)), Phase(9, tuple(reversed(weights)))]
+    whole = Mixture(phases, rows=5, seed=3)
+    draw(whole, taken) if taken else None
+    resumed = Mixture(phases, rows=5, seed=3)
+    resumed.load_state(whole.state)
+    assert np.array_equal(draw(resumed, 10), draw(whole, 10))
+    assert sum(Mixture.drawn(whole.state, len(weights))) == 5 * (taken + 10)
+
+
+@pytest.mark.parametrize(
+    ("weights", "whole"),
+    [
+        ((0.7, 0.2, 0.1), [7, 2, 1]),
+        ((1.0, 1.0), [1, 1]),
+        ((0.0, 2.5), [0, 1]),
+        ((1e300, 1e-300), [2**40, 1]),
+    ],
+)
+def test_weights_are_taken_as_written(weights: tuple[float, ...], whole: list[int]) -> None:
+    assert integer_weights(weights) == whole
+
+
+def test_the_metrics_count_tokens_and_epochs_of_each_source() -> None:
+    sources = {"a": ["aaa"] * 10, "b": ["b" * 15] * 4}
+    blend = Blend(sources, (Phase(1, (3.0, 1.0)),))
+    loader = DataLoader(blend, BytesTokenizer(), 8, 4, 4)
+    batches = [next(loader) for _ in range(25)]
+    metrics = loader.metrics()
+    loader.close()
+    assert metrics["data_tokens/a"] == 75 * 8 and metrics["data_tokens/b"] == 25 * 8
+    rows = [row for batch in batches for row in batch["tokens"].tolist()]
+    assert sum(ord("a") in row for row in rows) == 75
+    assert metrics["data_epoch/a"] == pytest.approx(75 * 8 / 40, abs=0.5)
+    assert metrics["data_epoch/b"] == pytest.approx(25 * 8 / 64, abs=1.0)
+
+
+def config_of(*sources: DataSource, phases: tuple[DataPhase, ...] = ()) -> JobConfig:
+    config = JobConfig()
+    config.model.name, config.model.flavor = "llama3", "debugmodel"
+    config.data.sources, config.data.phases = list(sources), list(phases)
+    return config
+
+
+STDLIB = DataSource(name="code", dataset="stdlib", weight=0.5)
+TEXT = DataSource(name="text", dataset="text", dataset_path="/no/such/file")
+
+MISTAKES = {
+    "unknown": ((DataSource(dataset="stdlb"),), (), r"data\.sources\.0\.dataset.*Did you mean"),
+    "path": ((DataSource(dataset="jsonl"),), (), r"needs data\.sources\.0\.dataset_path"),
+    "twice": ((STDLIB, STDLIB), (), r"data\.sources\.1\.name.*is the name of another"),
+    "weights": ((DataSource(dataset="stdlib", weight=0.0),), (), "all weights are 0"),
+    "count": (
+        (STDLIB, TEXT),
+        (DataPhase(2, [1.0]),),
+        r"phases\.0\.weights: must have one for each",
+    ),
+    "zeros": ((STDLIB,), (DataPhase(2, [0.0]),), r"phases\.0\.weights: all weights are 0"),
+    "order": (
+        (STDLIB,),
+        (DataPhase(5, [1.0]), DataPhase(5, [2.0])),
+        r"phases\.1\.from_step.*more than that of the phase before, 5",
+    ),
+    "no sources": ((), (DataPhase(2, [1.0]),), r"data\.phases.*needs data\.sources"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_in_a_mixture_are_found_before_the_run(case: str) -> None:
+    sources, phases, message = MISTAKES[case]
+    with pytest.raises(ConfigError, match=message):
+        validate(config_of(*sources, phases=phases), 1)
+
+
+def test_an_error_names_the_source() -> None:
+    with pytest.raises(DataError, match=r"^data\.sources: 'text': dataset_path = '/no/such/file'"):
+        build_dataloader(config_of(STDLIB, TEXT), BytesTokenizer(), 0, 1)
+
+
+def test_before_the_first_phase_the_sources_own_weights_count() -> None:
+    other = DataSource(name="rest", dataset="stdlib_validation", weight=1.5)
+    config = config_of(STDLIB, other, phases=(DataPhase(3, [1.0, 0.0]),))
+    config.training.local_batch_size, config.training.seq_len = 4, 16
+    loader = build_dataloader(config, BytesTokenizer(), 0, 1)
+    found = []
+    for _ in range(4):
+        next(loader)
+        found.append(loader.metrics()["data_tokens/code"] / 16)
+    loader.close()
+    assert found == [1, 2, 6, 10]

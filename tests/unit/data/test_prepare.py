@@ -1,0 +1,285 @@
+"""`torchtitan data prepare` and what reads its folders, run as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from torchtitan.cli import main
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.data.encode import encode_document
+from torchtitan.data.sources import open_dataset
+from torchtitan.data.token_files import PreparedTokens
+from torchtitan.errors import ConfigError, DataError
+
+TEXTS = [f"document {i} é\n" * (i % 9) for i in range(300)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+def prepare(out: Path, *options: str) -> None:
+    assert main(["data", "prepare", "--out", str(out), *options]) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_the_documents_are_those_of_the_source(
+    lines: Path, tmp_path: Path, bpe: Path, kind: str, workers: int
+) -> None:
+    tokenizer = BytesTokenizer() if kind == "bytes" else HuggingFaceTokenizer(bpe)
+    path = "bytes" if kind == "bytes" else str(bpe)
+    options = ["--dataset", "jsonl", "--dataset-path", str(lines), "--tokenizer-path", path]
+    prepare(tmp_path / "out", *options, "--workers", str(workers), "--shards", "7")
+    source = open_dataset("tokens", str(tmp_path / "out"))
+    expected = [encode_document(tokenizer, text).tolist() for text in TEXTS if text]
+    assert [source[i].tolist() for i in range(len(source))] == expected
+    assert source.num_tokens == sum(map(len, expected))
+    source.use_tokenizer(tokenizer)
+    source.verify()
+
+
+def test_any_number_of_processes_writes_the_same_bytes(lines: Path, tmp_path: Path) -> None:
+    for workers in ("1", "2"):
+        options = ["--dataset", "jsonl", "--dataset-path", str(lines), "--workers", workers]
+        prepare(tmp_path / workers, *options)
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "2").iterdir())
+    assert not [name for name in files if name.endswith(".partial")]
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_a_stream_is_prepared_too(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        rows = [json.dumps({"text": f"{number} {i}"}) for i in range(5)]
+        (data / f"train-{number}.jsonl").write_text("\n".join(rows))
+    prepare(tmp_path / "out", "--dataset", "hf", "--dataset-path", str(data))
+    source = open_dataset("tokens", str(tmp_path / "out"))
+    texts = [BytesTokenizer().decode(source[i].tolist()) for i in range(len(source))]
+    assert texts == [f"{number} {i}" for number in range(3) for i in range(5)]
+
+
+def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
+    """Real processes, killed by SIGKILL in the middle of shards."""
+    lines = tmp_path / "lines.jsonl"
+    with lines.open("w") as file:
+        for i in range(30_000):
+            file.write(json.dumps({"text": f"text {i} " * 40}) + "\n")
+    options = ["data", "prepare", "--dataset", "jsonl", "--dataset-path", str(lines)]
+    options += ["--workers", "2", "--shards", "40"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "torchtitan", *options, "--out", str(killed)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+    while not list(killed.glob("shard-*.json")) and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    kept = {path.name: path.stat().st_mtime_ns for path in killed.glob("shard-*.bin")}
+    done = [path.name for path in killed.glob("shard-*.json")]
+    assert 0 < len(done) < 40 and not (killed / "index.json").exists()
+    with pytest.raises(DataError, match="is not finished: run the same"):
+        open_dataset("tokens", str(killed))
+
+    prepare(killed, *options[2:])
+    prepare(whole, *options[2:])
+    for path in whole.iterdir():
+        assert (killed / path.name).read_bytes() == path.read_bytes()
+    for name in done:  # was not written again
+        name = name.replace(".json", ".bin")
+        assert (killed / name).stat().st_mtime_ns == kept[name]
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_another_preparation_is_not_mixed_in(lines: Path, tmp_path: Path) -> None:
+    options = ["--dataset", "jsonl", "--dataset-path", str(lines)]
+    prepare(tmp_path / "out", *options)
+    prepare(tmp_path / "out", *options)  # is complete
+    with pytest.raises(SystemExit) as stopped:
+        prepare(tmp_path / "out", *options, "--shards", "3")
+    assert stopped.value.code == 2
+    lines.write_text(json.dumps({"text": "other"}) + "\n")
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "out", *options)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.doc").touch()
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "full", *options)
+
+
+def test_a_malformed_document_stops_or_is_counted(tmp_path: Path, capsys) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "a"}\n{"text": \n{"text": "b"}\n')
+    options = ["--dataset", "jsonl", "--dataset-path", str(lines)]
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "stop", *options)
+    assert "lines.jsonl:2: not valid JSON" in capsys.readouterr().err
+    prepare(tmp_path / "skip", *options, "--on-error", "skip")
+    assert "2 documents, 4 tokens, 3 shards, 1 documents skipped" in capsys.readouterr().out
+
+
+def change(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_shard_is_named(lines: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(out, "--dataset", "jsonl", "--dataset-path", str(lines), "--shards", "3")
+    change(out / "shard-00001.bin")
+    source = PreparedTokens(out)
+    source.verify(0, 3)  # the first shard
+    with pytest.raises(DataError, match=r"shard-00001\.bin has changed since it was prepared"):
+        source.verify(1, 3)
+    with (out / "shard-00002.idx").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match=r"shard-00002\.idx has changed .* bytes instead of"):
+        PreparedTokens(out)
+    (out / "shard-00000.bin").unlink()
+    with pytest.raises(DataError, match=r"shard-00000\.bin cannot be read"):
+        PreparedTokens(out)
+    (out / "index.json").write_text("{")
+    with pytest.raises(DataError, match=r"index\.json is damaged"):
+        PreparedTokens(out)
+
+
+def test_tokens_of_another_tokenizer_are_refused(lines: Path, tmp_path: Path, bpe: Path) -> None:
+    prepare(tmp_path / "out", "--dataset", "jsonl", "--dataset-path", str(lines))
+    with pytest.raises(DataError, match="was prepared with the tokenizer 'bytes'"):
+        open_dataset("tokens", str(tmp_path / "out")).use_tokenizer(HuggingFaceTokenizer(bpe))
+
+
+def test_inspect_shows_statistics_and_samples(lines: Path, tmp_path: Path, capsys) -> None:
+    prepare(tmp_path / "out", "--dataset", "jsonl", "--dataset-path", str(lines))
+    capsys.readouterr()
+    assert main(["data", "inspect", str(tmp_path / "out"), "--samples", "2", "--verify"]) == 0
+    shown = capsys.readouterr().out
+    count = sum(1 for text in TEXTS if text)
+    assert f"documents      {count:,}" in shown and "of uint16" in shown
+    assert shown.count("\n--- document ") == 2 and "document 1" in shown
+    assert main(["data", "inspect", str(lines), "--dataset", "jsonl"]) == 0
+    assert "documents      300" in capsys.readouterr().out
+
+
+def test_inspect_marks_what_is_not_trained_on(tmp_path: Path, capsys) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": chat}) + "\n")
+    assert main(["data", "inspect", str(path), "--dataset", "jsonl", "--text-key", "messages"]) == 0
+    shown = capsys.readouterr().out
+    assert "[[<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n]]Hello<|im_end|>\n" in shown
+
+
+def write_megatron(path: Path, documents: list[list[list[int]]], dtype: str = "uint16") -> None:
+    """As Megatron-LM's `IndexedDatasetBuilder` does; a document is a list of sequences."""
+    code = {"uint16": 8, "int32": 4}[dtype]
+    sequences = [sequence for document in documents for sequence in document]
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    bounds = np.cumsum([0, *map(len, documents)]).astype(np.int64)
+    np.concatenate([np.array(s, dtype) for s in sequences]).tofile(path)
+    with path.with_suffix(".idx").open("wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + bytes([code]))
+        file.write(len(lengths).to_bytes(8, "little") + len(bounds).to_bytes(8, "little"))
+        file.write(lengths.tobytes() + (pointers * np.dtype(dtype).itemsize).tobytes())
+        file.write(bounds.tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_megatron_files_are_read(tmp_path: Path, dtype: str) -> None:
+    write_megatron(tmp_path / "a.bin", [[[1, 2], [3]], [[4, 257]]], dtype)
+    write_megatron(tmp_path / "b.bin", [[[5]]], dtype)
+    source = open_dataset("tokens", str(tmp_path))
+    source.use_tokenizer(BytesTokenizer())
+    documents = [source[i].tolist() for i in range(len(source))]
+    assert documents == [[1, 2, 3, 257], [4, 257], [5, 257]]  # which lacked the end
+
+
+def test_a_damaged_megatron_file_is_named(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "a.bin", [[[1, 2]], [[300]]])
+    source = open_dataset("tokens", str(tmp_path))
+    source.use_tokenizer(BytesTokenizer())
+    with pytest.raises(DataError, match=r"a\.bin, document 1 .*token 300 is outside"):
+        source[1]
+    index = tmp_path / "a.idx"
+    content = index.read_bytes()
+    (tmp_path / "a.bin").write_bytes(b"\0\0")
+    with pytest.raises(DataError, match=r"a\.bin is damaged: it is too short"):
+        open_dataset("tokens", str(tmp_path))
+    for damaged in (content[:-9], b"MMIDIDX\x00\x00" + bytes(30), b"short"):
+        index.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.idx is"):
+            open_dataset("tokens", str(tmp_path))
+    (tmp_path / "b.bin").write_bytes(b"\0\0")
+    with pytest.raises(DataError, match=r"b\.bin has no \.idx"):
+        open_dataset("tokens", str(tmp_path))
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_nanogpt_files_are_read(tmp_path: Path, header: bool) -> None:
+    ids = np.array([1, 2, 257, 3, 257, 4], np.uint16)
+    head = np.zeros(256, np.int32)
+    head[:3] = 20240520, 1, len(ids)
+    (tmp_path / "a.bin").write_bytes((head.tobytes() if header else b"") + ids.tobytes())
+    for _ in range(2):  # the second time from the cache
+        source = open_dataset("tokens", str(tmp_path / "a.bin"))
+        source.use_tokenizer(BytesTokenizer())
+        documents = [source[i].tolist() for i in range(len(source))]
+        assert documents == [[1, 2, 257], [3, 257], [4]]
+    with (tmp_path / "a.bin").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(DataError, match=r"a\.bin is damaged"):
+        open_dataset("tokens", str(tmp_path / "a.bin"))
+
+
+@pytest.mark.parametrize("tokens", [1, 65536, 65537, 3 * 65536, 200_000])
+def test_nanogpt_files_without_ends_are_cut_into_blocks(tmp_path: Path, tokens: int) -> None:
+    ids = (np.arange(tokens) % 256).astype(np.uint16)
+    ids.tofile(tmp_path / "a.bin")
+    source = open_dataset("tokens", str(tmp_path / "a.bin"))
+    source.use_tokenizer(BytesTokenizer())
+    documents = [source[i] for i in range(len(source))]
+    assert len(documents) == max(1, tokens // 65536)
+    assert np.array_equal(np.concatenate(documents), ids)
+
+
+def test_tokens_are_local_files() -> None:
+    with pytest.raises(ConfigError, match="must be local"):
+        open_dataset("tokens", "memory://tokens")
