@@ -17,6 +17,7 @@ import numpy as np
 from torchtitan.errors import ConfigError, DataError
 
 _BLOCK = 2**24
+_KEPT_FROM_BYTES = 2**20
 
 
 def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]:
@@ -122,8 +123,8 @@ def sha256(path: str | Path) -> str:
 def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.ndarray:
     """Where the pieces of a local file end that each close with `value`, a line end for example.
 
-    The file is read once; the result is kept in the user's cache folder and memory-mapped, so that
-    it costs neither time nor memory later.
+    The file is read once. Of a large one the result is kept in the user's cache folder and
+    memory-mapped, so that it costs neither time nor memory later.
 
     Args:
         path: the file.
@@ -149,7 +150,8 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
         return np.load(cached, mmap_mode="r").view(np.ndarray)
     except (OSError, ValueError):
         found = _find_ends(path, value, np.dtype(dtype), start)
-    _keep(cached, found)
+    if status.st_size >= _KEPT_FROM_BYTES:
+        _keep(cached, found)
     return found
 
 

@@ -14,6 +14,7 @@ from torchtitan.data.order import (
     StreamedDocuments,
     count_lanes,
     permute,
+    permute_all,
 )
 from torchtitan.errors import DataError
 
@@ -57,6 +58,14 @@ def value(documents: StreamedDocuments, number: int) -> int:
 def test_the_shuffle_is_a_permutation(size: int) -> None:
     for key in (0, 1, 2**63):
         assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000, 2**40 + 7])
+def test_many_at_once_go_where_each_would(size: int) -> None:
+    indices = np.random.default_rng(0).integers(0, size, 100)
+    for key in (0, 2**64 - 1):
+        expected = [permute(int(index), size, key) for index in indices]
+        assert permute_all(indices, size, key).tolist() == expected
 
 
 def test_each_epoch_has_every_document_once_in_an_order_of_its_own() -> None:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import gzip
+import json
 import os
 from pathlib import Path
 
+import datasets
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +19,7 @@ from torchtitan.data.sources import (
     register_dataset,
     stdlib_files,
 )
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import BadDocumentError, ConfigError, DataError
 
 
 def names(files: list[str], root: Path) -> list[str]:
@@ -157,3 +161,86 @@ def test_an_interpreter_without_sources_is_an_error(tmp_path: Path, monkeypatch)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match=r"no library sources.*use `text`"):
         open_dataset("stdlib", None)
+
+
+@pytest.fixture
+def remote() -> str:
+    """A folder in `fsspec`'s memory, as a bucket would be."""
+    system = fsspec.filesystem("memory")
+    for name, content in {
+        "a.txt": "eins",
+        "sub/b.txt": "zwei é",
+        "lines.jsonl": '{"text": "a"}\n\n{"text": \n{"text": "b"}\n',
+        "more.jsonl.gz": gzip.compress(b'{"text": "c"}\n'),
+    }.items():
+        system.pipe(f"/bucket/{name}", content if isinstance(content, bytes) else content.encode())
+    yield "memory://bucket"
+    system.rm("/bucket", recursive=True)
+
+
+def test_text_behind_a_url(remote: str) -> None:
+    assert list(open_dataset("text", f"{remote}/a.txt")) == ["eins"]
+    assert list(open_dataset("text", f"{remote}/**/*.txt")) == ["eins", "zwei é"]
+    assert len(find_files(remote)) == 4
+    with pytest.raises(DataError, match="there is no such file"):
+        open_dataset("text", f"{remote}/nothing.txt")
+    with pytest.raises(ConfigError, match=r"dataset_path = 'nosuch://x'.*nosuch"):
+        open_dataset("text", "nosuch://x")
+
+
+def test_json_lines_behind_a_url_are_streamed(remote: str) -> None:
+    source = open_dataset("jsonl", remote)
+    assert source.num_shards == 2
+    first, blank, bad, last, packed = source
+    assert (first, blank, last, packed) == ("a", "", "b", "c")
+    assert isinstance(bad, BadDocumentError) and "lines.jsonl:3: not valid JSON" in str(bad)
+    assert list(source.shard(1)) == ["c"]
+
+
+def test_large_json_lines_are_read_where_they_lie(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("torchtitan.data.files._KEPT_FROM_BYTES", 1)
+    rows = [{"text": f"é {i} \n" * (i % 4), "id": i} for i in range(500)]
+    for name, part in (("a.jsonl", rows[:200]), ("b.jsonl", []), ("c.json", rows[200:])):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, part)))  # no end of line at the end
+    for _ in range(2):  # the second time with the line ends in the cache
+        source = open_dataset("jsonl", str(tmp_path))
+        assert [source[i] for i in range(len(source))] == [row["text"] for row in rows]
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 2
+    (tmp_path / "a.jsonl").write_text('{"text": "new"}\n')
+    assert open_dataset("jsonl", str(tmp_path))[0] == "new"
+
+
+def test_arrow_files_and_saved_folders(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(
+        tmp_path / "both"
+    )
+
+    def texts(path: str, split: str | None = None) -> list[str]:
+        source = open_dataset("arrow", str(tmp_path / path), split=split)
+        return [source[i] for i in range(len(source))]
+
+    assert texts("saved") == ["a", "b"]
+    assert texts("saved/*.arrow") == ["a", "b"]
+    assert texts("both") == ["a", "b"]
+    assert texts("both", "test") == ["b"]
+    with pytest.raises(DataError, match=r"no split 'tset'. Did you mean 'test'"):
+        texts("both", "tset")
+    with pytest.raises(ConfigError, match="split = 'x' has no effect"):
+        texts("saved", "x")
+
+
+def test_a_hub_repository_is_a_dataset(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": "b"}\n')
+    assert list(open_dataset("hf", str(tmp_path))) == ["a"]
+    assert list(open_dataset("hf", str(tmp_path), split="test")) == ["b"]
+    with pytest.raises(ConfigError, match="needs dataset_path: a repository"):
+        open_dataset("hf", None)
+
+
+def test_a_split_where_there_are_none_is_refused(tree: Path) -> None:
+    with pytest.raises(ConfigError, match="split = 'test' has no effect here"):
+        open_dataset("text", str(tree), split="test")

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.data import DataLoader
+from torchtitan.data.best_fit import POOL_SEQUENCES, BestFitRow, best_fit, cut
+from torchtitan.data.order import Origin
+from torchtitan.data.packing import to_batch
+from torchtitan.models import llama3
+
+EOS = BytesTokenizer.eos_id
+
+
+@given(lengths=st.lists(st.integers(1, 20), max_size=60))
+def test_bins_hold_every_item_once_and_are_not_overfull(lengths: list[int]) -> None:
+    bins = best_fit(lengths, 20)
+    assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[item] for item in items) <= 20 for items in bins)
+    # No bin is less than half full but one, as of two such the second would have been the first's.
+    assert sum(sum(lengths[item] for item in items) <= 10 for items in bins) <= 1
+
+
+@given(length=st.integers(0, 50), seq_len=st.integers(1, 12))
+def test_the_pieces_of_a_document_have_every_label_once(length: int, seq_len: int) -> None:
+    pieces = cut(np.arange(length), seq_len)
+    assert all(len(piece) <= seq_len + 1 for piece in pieces)
+    pairs = [(abs_id(a), b) for piece in pieces for a, b in itertools.pairwise(piece)]
+    assert pairs == [(i, i + 1) for i in range(length - 1)]
+    assert all(piece[0] < 0 for piece in pieces[1:])  # read, not learned again
+
+
+def abs_id(token: int) -> int:
+    return int(~token if token < 0 else token)
+
+
+class Documents:
+    """Document `n` is the tokens `1000 n`, `1000 n + 1`, ..., so that none is like another."""
+
+    size = None
+
+    def __init__(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+
+    def open(self, number: int) -> tuple[np.ndarray, Origin]:
+        length = self._lengths[number % len(self._lengths)]
+        return 1000 * number + np.arange(length, dtype=np.int32), Origin()
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=30).filter(any),
+    seq_len=st.integers(2, 12),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_token_is_lost_or_repeated(
+    document_mask: bool, lengths: list[int], seq_len: int
+) -> None:
+    """Of whole pools, each token but the first of a document is a label once."""
+    documents = Documents(lengths)
+    row = BestFitRow(documents, 1, seq_len, document=0, offset=0, sequence=0)
+    found, pools = Counter(), 0
+    while pools < 2:
+        arrays = np.empty((3, 1, seq_len + 1), np.int32)
+        row.fill(*arrays[:, 0])
+        batch = to_batch(*arrays, document_mask)
+        for token, label in zip(
+            batch["tokens"][0].tolist(), batch["labels"][0].tolist(), strict=True
+        ):
+            if label != IGNORE_INDEX and (document_mask or label == token + 1):
+                found[token, label] += 1
+        pools += row.place[-1] == 0
+    expected = Counter()
+    for number in range(row.place[0]):
+        expected.update(itertools.pairwise(documents.open(number)[0].tolist()))
+    assert found == expected
+
+
+def test_whole_documents_stay_whole_and_padding_predicts_nothing() -> None:
+    texts = ["a" * n for n in (5, 9, 3, 12, 7, 2, 10)]
+    loader = DataLoader(texts, BytesTokenizer(), 16, 1, 1, packing="best_fit", document_mask=True)
+    for batch in itertools.islice(loader, 200):
+        tokens, labels = batch["tokens"][0], batch["labels"][0]
+        for number in batch["document_ids"][0].unique():
+            part = batch["document_ids"][0] == number
+            positions = batch["positions"][0][part]
+            assert torch.equal(positions, torch.arange(len(positions)))
+            document = tokens[part].tolist()
+            learned = labels[part] != IGNORE_INDEX
+            if not learned.any():  # padding
+                assert set(document) <= {EOS} and number == batch["document_ids"].max()
+                continue
+            ids = [*document, *labels[part][-1:].tolist()]
+            length = ids.index(EOS) if EOS in ids else -1
+            assert length in {len(text) for text in texts}
+    loader.close()
+
+
+def test_the_share_of_padding_is_reported_and_small() -> None:
+    rng = np.random.default_rng(0)
+    texts = ["x" * n for n in rng.integers(1, 200, 500)]
+    loader = DataLoader(texts, BytesTokenizer(), 128, 4, 4, packing="best_fit", document_mask=True)
+    padding = tokens = 0
+    for _ in range(3 * POOL_SEQUENCES):
+        batch = next(loader)
+        tokens += batch["tokens"].numel()
+        last = batch["document_ids"].max(dim=1, keepdim=True).values
+        is_pad = (batch["document_ids"] == last) & (batch["labels"] == IGNORE_INDEX)
+        is_pad &= batch["tokens"] == EOS
+        padding += int((is_pad & (batch["positions"] > 0)).sum())
+    share = loader.metrics()["data_padding_share"]
+    loader.close()
+    assert 0 < share < 0.05
+    assert share >= padding / tokens  # which leaves out the first of each
+
+
+def test_a_packed_sequence_gives_what_its_documents_give_alone() -> None:
+    """The model's attention with masks and positions, against each document on its own."""
+    spec = llama3.get_train_spec("debugmodel")
+    torch.manual_seed(0)
+    args = spec.model_args
+    model = spec.model_cls(args)
+    model.init_weights()
+    model.eval()
+    texts = ["a few", "documents of", "several lengths", "are packed into", "one"]
+    for packing in ("best_fit", "contiguous"):
+        loader = DataLoader(
+            texts, BytesTokenizer(), 24, 2, 2, packing=packing, document_mask=True, seed=1
+        )
+        batch = next(loader)
+        loader.close()
+        with torch.no_grad():
+            packed = model(
+                batch["tokens"], positions=batch["positions"], document_ids=batch["document_ids"]
+            )
+            for row in range(2):
+                for number in batch["document_ids"][row].unique():
+                    part = batch["document_ids"][row] == number
+                    alone = model(batch["tokens"][row][part][None])[0]
+                    torch.testing.assert_close(packed[row][part], alone, atol=1e-5, rtol=1e-5)
