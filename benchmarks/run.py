@@ -12,7 +12,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks import convert, gpu_llama3, loss, models, parallel, startup, trainer
+from benchmarks import convert, data, gpu_llama3, loss, models, parallel, startup, trainer
 from benchmarks.report import machine
 
 BENCHMARKS = {
@@ -22,12 +22,13 @@ BENCHMARKS = {
     "models": models,
     "parallel": parallel,
     "convert": convert,
+    "data": data,
     "gpu_llama3": gpu_llama3,
 }
 """Name -> module with `run(quick) -> list[Table]`."""
 
 SUITES = {
-    "cpu": ["trainer", "startup", "loss", "models", "parallel", "convert"],
+    "cpu": ["trainer", "startup", "loss", "models", "parallel", "convert", "data"],
     "gpu": ["gpu_llama3", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"
