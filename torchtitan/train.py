@@ -202,7 +202,8 @@ class Trainer:
         # Host tensors go over gloo, so that the host need not wait for the device to read them.
         counts = torch.tensor([tokens, int(stop.received)])
         dist.all_reduce(counts)
-        global_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
+        # At least 1: a step of prompts alone teaches nothing, and has a loss of 0.
+        global_tokens = (counts[0] // self.parallel_dims.non_data_parallel_size).clamp(min=1)
 
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):

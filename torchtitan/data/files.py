@@ -146,13 +146,21 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
     key = [os.path.abspath(path), status.st_size, status.st_mtime_ns, value, dtype, start]
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     cached = cache_folder() / "ends" / f"{name}.npy"
-    try:
-        return np.load(cached, mmap_mode="r").view(np.ndarray)
-    except (OSError, ValueError):
+    found = _load(cached)
+    if found is None:
         found = _find_ends(path, value, np.dtype(dtype), start)
-    if status.st_size >= _KEPT_FROM_BYTES:
-        _keep(cached, found)
+        if status.st_size >= _KEPT_FROM_BYTES:
+            _keep(cached, found)
+            kept = _load(cached)
+            found = found if kept is None else kept
     return found
+
+
+def _load(path: Path) -> np.ndarray | None:
+    try:
+        return np.load(path, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError):
+        return None
 
 
 def cache_folder() -> Path:

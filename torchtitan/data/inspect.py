@@ -19,7 +19,8 @@ from .sources import Source, open_dataset
 from .token_files import PreparedTokens, TokenFiles
 
 _MEASURED = 20_000
-"""Documents that the statistics of a large dataset are taken from."""
+_MEASURED_TOKENS = 20_000_000
+"""The statistics of a large dataset are taken from so many documents or tokens."""
 
 
 def inspect(
@@ -58,16 +59,19 @@ def inspect(
     encoder = Encoder(tokenizer, partial(load_template, None, tokenizer_path), on_error="skip")
     encoder.check(source)
 
-    lengths, counts = [], np.zeros(tokenizer.vocab_size, np.int64)
+    lengths, measured, counts = [], 0, np.zeros(tokenizer.vocab_size, np.int64)
     shown: list[tuple[str, np.ndarray]] = []
     for name, document in _documents(source):
         ids = encoder(document)
         if not len(ids):
             continue
         lengths.append(len(ids))
+        measured += len(ids)
         counts += np.bincount(np.where(ids < 0, ~ids, ids), minlength=len(counts))
         if len(shown) < samples:
             shown.append((name, ids))
+        elif measured > _MEASURED_TOKENS:
+            break
     if not lengths:
         raise DataError(f"{path}: empty: it has no document with text")
     lines = [*_facts(source, path), f"tokenizer      {tokenizer_path}"]

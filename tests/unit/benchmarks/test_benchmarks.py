@@ -134,5 +134,6 @@ def test_suite_writes_a_page(tmp_path: Path):
     (page,) = tmp_path.glob("*-cpu.md")
     text = page.read_text()
     titles = "Trainer against a bare", "Start-up", "Loss and", "Forward and", "Greedy", "Conversion"
+    titles += "Memory-mapped tokens", "Resume", "Preparing", "JSON lines", "Waiting for data"
     for title in titles:
         assert f"## {title}" in text, title
