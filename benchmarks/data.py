@@ -138,7 +138,7 @@ def prepare(folder: Path, rounds: int, quick: bool) -> Table:
     """`torchtitan data prepare` against the tokenizers library alone, on all cores."""
     texts = list(_texts())[: 40 if quick else None]
     _train_tokenizer(texts, folder)
-    copies = 1 if quick else 4
+    copies = 1 if quick else 2
     lines = folder / "lines.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * copies))
     megabytes = sum(len(text.encode()) for text in texts) * copies / 1e6
