@@ -12,6 +12,8 @@ from harness import Finished, command, read_lines, train
 from test_bad_input import assert_one_message
 from tiny_llama import OPTIONS
 
+from torchtitan.cli import main
+
 SAVING = ["--checkpoint.enable", "--checkpoint.interval=3"]
 MIXTURE = """
 [training]
@@ -43,15 +45,16 @@ weights = [0, 1, 1]
 """
 
 
+def prepare(text: Path, out: Path) -> None:
+    """In this process, since the harness's may have no children."""
+    assert main(["data", "prepare", "--dataset-path", str(text), "--out", str(out)]) == 0
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("mixture")
     (folder / "words.txt").write_text("".join(f"{i} words\n" * (i % 5) for i in range(400)))
-    done = command(
-        *("data", "prepare", "--dataset-path", str(folder / "words.txt")),
-        *("--out", str(folder / "tokens"), "--workers", "1"),
-    )
-    assert done.exit_code == 0, done.err
+    prepare(folder / "words.txt", folder / "tokens")
     lines = [json.dumps({"content": f"line {i} " * (i % 7)}) for i in range(100)]
     lines[::10] = ["{broken"] * 10
     (folder / "lines.jsonl").write_text("\n".join(lines))
@@ -139,8 +142,7 @@ def test_tokens_that_do_not_fit(tmp_path: Path) -> None:
     """Another tokenizer's ids, a shard that has changed, an unfinished folder, no path."""
     (tmp_path / "words.txt").write_text("some words\n" * 100)
     out = tmp_path / "tokens"
-    prepare = ["data", "prepare", "--dataset-path", str(tmp_path / "words.txt"), "--out", str(out)]
-    assert command(*prepare).exit_code == 0
+    prepare(tmp_path / "words.txt", out)
     tokens = ["--training.dataset=tokens", f"--training.dataset_path={out}"]
 
     shard = out / "shard-00000.bin"
