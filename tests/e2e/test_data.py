@@ -11,6 +11,7 @@ import pytest
 from harness import Finished, command, read_lines, train
 from test_bad_input import assert_one_message
 from tiny_llama import OPTIONS
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from torchtitan.cli import main
 
@@ -167,6 +168,22 @@ def test_tokens_that_do_not_fit(tmp_path: Path) -> None:
         refused(tmp_path, *options), "gpt2.bin, document 0", "token 40000 is outside"
     )
     assert_one_message(refused(tmp_path, options[0]), "needs training.dataset_path")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(tmp_path: Path) -> None:
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.train_from_iterator(["some words and others, worse"] * 9, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    done = refused(tmp_path, f"--model.tokenizer_path={tmp_path}", ranks=2)
+    ids = tokenizer.get_vocab_size()
+    assert_one_message(done, "model.tokenizer_path", f"has {ids} tokens, but", "has only 264")
 
 
 def test_what_a_run_says_of_its_data(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -60,7 +61,7 @@ class Task:
         return source, tokenizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """How far the preparation is."""
 
@@ -108,19 +109,12 @@ def prepare(
 
     todo = [part for part in range(parts) if _record(out, part) is None]
     done = [record for part in range(parts) if (record := _record(out, part))]
-    progress = Progress(
-        len(done),
-        parts,
-        sum(record["documents"] for record in done),
-        sum(record["tokens"] for record in done),
-        total,
-    )
-    job = _Job(task, out, dtype, parts, todo)
-    for progress.shards_done, documents, tokens in _run(job, max(1, min(workers, len(todo)))):
-        progress.shards_done += len(done)
-        progress.documents = sum(record["documents"] for record in done) + documents
-        progress.tokens = sum(record["tokens"] for record in done) + tokens
-        show(progress)
+    documents = sum(record["documents"] for record in done)
+    tokens = sum(record["tokens"] for record in done)
+    job = _Job(task, out, dtype, parts, todo, os.getpid())
+    for new_shards, new_documents, new_tokens in _run(job, max(1, min(workers, len(todo)))):
+        shards_done = len(done) + new_shards
+        show(Progress(shards_done, parts, documents + new_documents, tokens + new_tokens, total))
     return _write_index(out, settings, dtype, parts)
 
 
@@ -134,6 +128,8 @@ class _Job:
     parts: int
     todo: list[int]
     """Shards to write."""
+    parent: int
+    """The process that began it; without it the others end."""
 
 
 def _run(job: _Job, workers: int) -> Iterator[tuple[int, int, int]]:
@@ -176,6 +172,7 @@ def _run(job: _Job, workers: int) -> Iterator[tuple[int, int, int]]:
 def _work(job: _Job, counters: Any, messages: Any) -> None:
     """What a process does: write shards until none is left."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share out the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
     try:
         source, tokenizer = job.task.open()
         encoder = Encoder(tokenizer, on_error=job.task.on_error)
@@ -199,6 +196,8 @@ def _write_shard(job: _Job, part: int, source: Source, encoder: Encoder, counter
     ends, tokens = [], 0
     with _Writer(out / f"{name}.bin") as file:
         for encoded in _encoded(_documents(source, part, job.parts), encoder):
+            if os.getppid() != job.parent:  # killed; its shards may be another run's by now
+                sys.exit(1)
             encoded = [ids for ids in encoded if len(ids)]
             if not encoded:
                 continue

@@ -127,6 +127,27 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
     assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
 
 
+def test_processes_end_with_the_one_that_began(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"text": "words " * 50}) + "\n")
+    lines.write_text(lines.read_text() * 100_000)
+    options = ["--dataset", "jsonl", "--dataset-path", str(lines), "--shards", "1"]
+    command = [sys.executable, "-m", "torchtitan", "data", "prepare", *options]
+    out = tmp_path / "out"
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE)
+    partial = out / "shard-00000.bin.partial"
+    while not partial.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    for _ in range(400):
+        if not partial.exists():  # removed by the process that ended
+            break
+        time.sleep(0.05)
+    assert not partial.exists() and not (out / "shard-00000.json").exists()
+
+
 def test_another_preparation_is_not_mixed_in(lines: Path, tmp_path: Path) -> None:
     options = ["--dataset", "jsonl", "--dataset-path", str(lines)]
     prepare(tmp_path / "out", *options)
