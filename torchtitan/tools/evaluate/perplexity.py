@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.data.packing import encode_document
+from torchtitan.data.encode import encode_document
 from torchtitan.data.sources import Source
 from torchtitan.errors import DataError
 from torchtitan.generation.load import LoadedModel
