@@ -68,9 +68,9 @@ class Encoder:
     ) -> None:
         self.tokenizer = tokenizer
         self._chat = None if chat is None else functools.cache(chat)
-        self._on_error = on_error
+        self.skips = on_error == "skip"
         self.skipped = 0
-        """Malformed documents left out so far."""
+        """Malformed documents left out so far, each as often as it came."""
         self._in_a_row = 0
         self._lock = threading.Lock()
 
@@ -96,7 +96,7 @@ class Encoder:
 
     def skip(self, error: BadDocumentError) -> np.ndarray:
         """Leave out a document: an empty one in its place. Raises the error under `stop`."""
-        if self._on_error == "stop":
+        if not self.skips:
             raise error
         with self._lock:
             self.skipped += 1
@@ -126,7 +126,7 @@ class Encoder:
 
 
 def first_document(source: object, encoder: Encoder) -> object | None:
-    """The first document that is not empty and not skipped; None if there is none.
+    """The first document that is not empty and not skipped; None if there is none. Counts nothing.
 
     Raises:
         DataError: a document on the way there cannot be read.
@@ -136,7 +136,8 @@ def first_document(source: object, encoder: Encoder) -> object | None:
     documents = map(lambda index: take(source, index), indices) if has_random_access else source
     for document in documents:
         if isinstance(document, BadDocumentError):
-            encoder.skip(document)
+            if not encoder.skips:
+                raise document
         elif not hasattr(document, "__len__") or len(document):
             return document
     return None

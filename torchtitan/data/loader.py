@@ -99,7 +99,6 @@ class DataLoader:
             passes += 1
         self._blend = source if isinstance(source, Blend) else _only(source)
         self._encoder = Encoder(tokenizer, chat, on_error)
-        self._on_error = on_error
         self._seq_len = seq_len
         self._local_batch_size = local_batch_size
         self._dp_world_size = dp_world_size
@@ -176,7 +175,7 @@ class DataLoader:
                 found[f"data_tokens{ending}"] = float(drawn[number] * self._seq_len)
         if self._packing == "best_fit":
             found["data_padding_share"] = self._counts.padding / max(self._counts.tokens, 1)
-        if self._on_error == "skip":
+        if self._encoder.skips:
             found["data_skipped_documents"] = float(self._counts.skipped * self._dp_world_size)
         return found
 

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.data.encode import Encoder, first_document
+from torchtitan.errors import BadDocumentError, DataError
+
+EOS = BytesTokenizer.eos_id
+
+
+class Rows:
+    """Random access; an error stands for a malformed row."""
+
+    def __init__(self, *rows: object) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> object:
+        if isinstance(self._rows[index], BadDocumentError):
+            raise self._rows[index]
+        return self._rows[index]
+
+
+def test_ids_are_taken_as_they_are() -> None:
+    ids = np.array([5, 6], np.uint16)
+    assert Encoder(BytesTokenizer())(ids) is ids
+    assert Encoder(BytesTokenizer())("a").tolist() == [97, EOS]
+
+
+@pytest.mark.parametrize(
+    "document", [5, [{"role": "user"}], "a \ud800", BadDocumentError("line 7")]
+)
+def test_what_is_malformed_stops_or_is_counted(document: object) -> None:
+    with pytest.raises(BadDocumentError):
+        Encoder(BytesTokenizer())(document)
+    encoder = Encoder(BytesTokenizer(), on_error="skip")
+    assert encoder(document).size == 0 and encoder("a").size == 2
+    assert encoder.skipped == 1
+
+
+def test_the_first_skipped_documents_are_in_the_log(caplog) -> None:
+    encoder = Encoder(BytesTokenizer(), on_error="skip")
+    with caplog.at_level(logging.WARNING, logger="torchtitan"):
+        for number in range(20):
+            encoder(BadDocumentError(f"line {number}"))
+    assert len(caplog.messages) == 10 and caplog.messages[0] == "skipped: line 0"
+    assert caplog.messages[-1] == "skipped: line 9 (further ones are only counted)"
+    assert encoder.skipped == 20
+
+
+def test_a_dataset_of_malformed_documents_does_not_run_for_ever() -> None:
+    encoder = Encoder(BytesTokenizer(), on_error="skip")
+    with pytest.raises(DataError, match=r"10,000 malformed documents in a row: line 1"):
+        while True:
+            encoder(BadDocumentError("line 1"))
+
+
+@pytest.mark.parametrize("kind", ["random_access", "stream"])
+def test_looking_for_the_first_document_counts_nothing(kind: str) -> None:
+    rows = ["", BadDocumentError("line 2"), "text", BadDocumentError("line 4")]
+    source = Rows(*rows) if kind == "random_access" else iter(rows)
+    encoder = Encoder(BytesTokenizer(), on_error="skip")
+    assert first_document(source, encoder) == "text" and encoder.skipped == 0
+    with pytest.raises(BadDocumentError, match="line 2"):
+        first_document(Rows(*rows), Encoder(BytesTokenizer()))
+    assert first_document(Rows("", rows[1]), encoder) is None
