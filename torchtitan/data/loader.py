@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from torchtitan.config.validate import resolve_batch
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
@@ -325,7 +326,6 @@ def _build(
 ) -> DataLoader:
     """The loader of what a config section names; errors begin with that key."""
     config, data = getattr(job_config, section), job_config.data
-    verify = partial(verify_hashes, batch["dp_rank"], batch["dp_world_size"])
     source: Source | Blend
     if section == "training" and data.sources:
         name = "data.sources"
@@ -341,8 +341,7 @@ def _build(
         opened = [source]
     if data.verify_hashes:
         with begin_errors_with(name):
-            for part in opened:
-                verify(part)
+            verify_hashes(opened, batch["dp_rank"], batch["dp_world_size"])
     load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
     if data.chat_template:
         load_chat()  # so that a bad one is found at once
@@ -375,7 +374,22 @@ def open_blend(data: Data) -> Blend:
     return Blend(sources, tuple(phases))
 
 
-def verify_hashes(part: int, parts: int, source: Source) -> None:
-    """Check a part of the shards of a source, if it has hashes. Raises `DataError`."""
-    if isinstance(source, PreparedTokens):
-        source.verify(part, parts)
+def verify_hashes(sources: Iterable[Source], part: int, parts: int) -> None:
+    """Check a part of the shards of sources that have hashes.
+
+    Raises:
+        DataError: a shard has changed; on all ranks, whichever of them found it.
+    """
+    found: list[DataError | None] = [None]
+    try:
+        for source in sources:
+            if isinstance(source, PreparedTokens):
+                source.verify(part, parts)
+    except DataError as error:
+        found = [error]
+    if dist.is_initialized():
+        own, found = found[0], [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+    for error in found:
+        if error is not None:
+            raise error
