@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from torchtitan.models.plugins import load_plugins
 from .encode import Encoder, take
 from .sources import Source, open_dataset
 from .token_files import FORMAT, INDEX, VERSION, read_index
+from .whole_files import FileWriter, write_json, writing
 
 SETTINGS = "prepare.json"
 _BATCH_CHARACTERS = 2**20
@@ -194,7 +195,7 @@ def _write_shard(job: _Job, part: int, source: Source, encoder: Encoder, counter
     skipped, out = encoder.skipped, job.out
     name = f"shard-{part:05d}"
     ends, tokens = [], 0
-    with _Writer(out / f"{name}.bin") as file:
+    with FileWriter(out / f"{name}.bin") as file:
         for encoded in _encoded(_documents(source, part, job.parts), encoder):
             if os.getppid() != job.parent:  # killed; its shards may be another run's by now
                 sys.exit(1)
@@ -208,7 +209,7 @@ def _write_shard(job: _Job, part: int, source: Source, encoder: Encoder, counter
             with counters.get_lock():
                 counters[1] += len(encoded)
                 counters[2] += int(lengths.sum())
-    with _Writer(out / f"{name}.idx") as index:
+    with FileWriter(out / f"{name}.idx") as index:
         all_ends = np.concatenate(ends) if ends else np.empty(0, np.int64)
         index.write(all_ends.astype("<i8"))
     record = {
@@ -219,7 +220,7 @@ def _write_shard(job: _Job, part: int, source: Source, encoder: Encoder, counter
         "bin_sha256": file.sha256,
         "idx_sha256": index.sha256,
     }
-    _write_json(out / f"{name}.json", record)
+    write_json(out / f"{name}.json", record)
 
 
 def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
@@ -269,52 +270,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-class _Writer:
-    """A file that takes its name when it is complete, with the hash of what was written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._partial = path.with_name(f"{path.name}.partial")
-        self._digest = hashlib.sha256()
-        self._file: BinaryIO
-
-    def __enter__(self) -> _Writer:
-        self._file = _writing(self._partial.open, "wb")
-        return self
-
-    def write(self, array: np.ndarray) -> None:
-        content = array.tobytes()
-        self._digest.update(content)
-        _writing(self._file.write, content)
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
-            return
-        _writing(self._file.flush)
-        _writing(os.fsync, self._file.fileno())
-        self._file.close()
-        _writing(os.replace, self._partial, self._path)
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
-def _writing(function: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return function(*args)
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write there: {error}") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    _writing(partial.write_text, json.dumps(content, indent=1) + "\n")
-    _writing(os.replace, partial, path)
-
-
 def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` is complete. Makes it if it is not there.
 
@@ -337,8 +292,8 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
         return (out / INDEX).is_file()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: is not empty, and not a folder of prepared tokens")
-    _writing(lambda: out.mkdir(parents=True, exist_ok=True))
-    _write_json(path, settings)
+    writing(lambda: out.mkdir(parents=True, exist_ok=True))
+    write_json(path, settings)
     return False
 
 
@@ -367,7 +322,7 @@ def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) ->
         "source": {key: settings[key] for key in ("dataset", "dataset_path", "text_key", "split")},
         "shards": shards,
     }
-    _write_json(out / INDEX, index)
+    write_json(out / INDEX, index)
     for part in range(parts):
         (out / f"shard-{part:05d}.json").unlink(missing_ok=True)
     return index
