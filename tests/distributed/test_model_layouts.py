@@ -18,6 +18,7 @@ LAYOUTS = {
     "ep2": (2, 4, EP2),
     "tp2_ep2": (2, 8, TP2, EP2),
     "pp2": (2, 8, PP2),
+    "pp2_zbv": (2, 8, PP2, "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"),
     "cp2": (2, 8, CP2),
     "cp2_ulysses": (2, 8, CP2, "--parallelism.context_parallel_method=ulysses"),
     "fsdp2xtp2": (4, 4, TP2),

@@ -27,6 +27,7 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
+from torch.distributed.tensor import DTensor
 
 from torchtitan.config.load import origin
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
@@ -126,7 +127,10 @@ class Pipeline:
             The loss over `divisor`, a scalar; 0 on ranks without the last stage.
         """
         self._divisor = divisor
-        return self._run(self._training.step, tokens, labels, inputs)
+        loss = self._run(self._training.step, tokens, labels, inputs)
+        for part in self.model_parts:
+            _lay_out_gradients_like_weights(part)
+        return loss
 
     @torch.no_grad()
     def evaluate(
@@ -184,6 +188,32 @@ class Pipeline:
                 key = origin(self._config, "parallelism.pipeline_parallel_schedule_csv")
                 raise ConfigError(f"{key}: not a schedule for this run: {error}") from error
         return schedule
+
+
+@torch.no_grad()
+def _lay_out_gradients_like_weights(part: nn.Module) -> None:
+    """Copy gradients whose strides are not their parameter's.
+
+    `backward()` does so itself. Schedules that compute the gradients of weights apart store what
+    `torch.autograd.grad` gives, and fused optimizers then pair the wrong numbers without a word
+    (seen with torch 2.13).
+    """
+    for param in part.parameters():
+        if param.grad is None:
+            continue
+        local, grad = (t.to_local() if isinstance(t, DTensor) else t for t in (param, param.grad))
+        if grad.stride() == local.stride():
+            continue
+        grad = torch.empty_like(local).copy_(grad)
+        if isinstance(param, DTensor):
+            grad = DTensor.from_local(
+                grad,
+                param.grad.device_mesh,
+                param.grad.placements,
+                shape=param.shape,
+                stride=param.stride(),
+            )
+        param.grad = grad
 
 
 def _drop_backward(schedule: Any) -> None:
