@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,11 +30,38 @@ from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.planning.collectives import Collective, CollectiveRecorder
 from torchtitan.planning.memory import PeakMemory
+from torchtitan.planning.operations import Operation, OperationRecorder
 from torchtitan.protocols.train_spec import get_train_spec
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
     from torchtitan.config import JobConfig
+
+
+@dataclass
+class PassTrace:
+    """What a forward or backward pass of one stage, or the optimizer step, does."""
+
+    operations: Counter[Operation] = field(default_factory=Counter)
+    collectives: list[Collective] = field(default_factory=list)
+
+
+@dataclass
+class StageTrace:
+    """One stage of this rank, on one micro-batch. Bytes of this rank."""
+
+    parameters: int = 0
+    buffers: int = 0
+    gradients: int = 0
+    optimizer_state: int = 0
+    activations: int = 0
+    """What the forward pass keeps for the backward pass, its output included."""
+    output: int = 0
+    """What goes to the next stage."""
+    temporary: int = 0
+    """At the peak of a forward and backward pass, above all the others."""
+    forward: PassTrace = field(default_factory=PassTrace)
+    backward: PassTrace = field(default_factory=PassTrace)
 
 
 @dataclass
@@ -46,6 +74,8 @@ class StepTrace:
     """Of the forward and backward pass and the optimizer step, in order."""
     peak_memory: int = 0
     """Bytes of all tensors at the peak: parameters, gradients, optimizer state, activations."""
+    stages: list[StageTrace] = field(default_factory=list)
+    optimizer: PassTrace = field(default_factory=PassTrace)
 
 
 @contextmanager
@@ -98,6 +128,7 @@ def trace_step(job_config: JobConfig) -> StepTrace:
     memory, recorder = PeakMemory(), CollectiveRecorder(groups)
     # Each rank keeps only its part of a sequence.
     seq = job_config.training.seq_len // dims.cp
+    stage_traces = []
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for part in parts:
@@ -106,47 +137,99 @@ def trace_step(job_config: JobConfig) -> StepTrace:
         loss_fn.attach(parts)
         optimizers = spec.build_optimizer_fn(parts, job_config, dims)
         memory.add(*(tensor for part in parts for tensor in (*part.parameters(), *part.buffers())))
+        held = memory.current
         with memory:  # the optimizer makes its state in its first step
             for part in parts:
                 for param in part.parameters():
                     param.grad = torch.zeros_like(param)
+            gradients = memory.current - held
             optimizers.step()
+            state = memory.current - held - gradients
             optimizers.zero_grad()
         memory.reset_peak()
         tokens = torch.zeros(batch, seq, dtype=torch.int64)
         inputs = {"positions": tokens.clone()} if accepts_positions else {}
+        numels = [sum(_local_numel(p) for p in part.parameters()) for part in parts]
         with memory, recorder:
-            for part in parts:
-                _forward_backward(part, tokens, inputs, loss_fn, dims, job_config)
-            optimizers.step()
+            for part, numel in zip(parts, numels, strict=True):
+                step = _Step(memory, recorder, dims, job_config)
+                trace = step.forward_backward(part, tokens, inputs, loss_fn)
+                share = numel / max(sum(numels), 1)
+                trace.gradients, trace.optimizer_state = int(gradients * share), int(state * share)
+                stage_traces.append(trace)
+            first = len(recorder.collectives)
+            with OperationRecorder() as operations:
+                optimizers.step()
             optimizers.zero_grad()
     return StepTrace(
-        parameters=sum(_local_numel(p) for part in parts for p in part.parameters()),
+        parameters=sum(numels),
         collectives=recorder.collectives,
         peak_memory=memory.peak,
+        stages=stage_traces,
+        optimizer=PassTrace(operations.operations, recorder.collectives[first:]),
     )
 
 
-def _forward_backward(
-    part: nn.Module,
-    tokens: torch.Tensor,
-    inputs: dict[str, torch.Tensor],
-    loss_fn: Loss,
-    dims: ParallelDims,
-    job_config: JobConfig,
-) -> None:
-    """Run a whole model, or a stage of a pipeline with hidden states of the right shape."""
-    entry = tokens
-    if part.tok_embeddings is None:
-        sequence_parallel = dims.tp > 1 and not job_config.parallelism.disable_sequence_parallel
-        seq = tokens.shape[1] // (dims.tp if sequence_parallel else 1)
-        dtype = getattr(torch, job_config.training.mixed_precision_param)
-        entry = torch.zeros(tokens.shape[0], seq, part.args.dim, dtype=dtype, requires_grad=True)
-    out = part(entry, **inputs)
-    if part.output is None:
-        out.backward(torch.zeros_like(out))
-    else:
-        loss_fn(out, tokens).backward()
+class _Step:
+    """Runs a whole model, or a stage of a pipeline with hidden states of the right shape."""
+
+    def __init__(
+        self,
+        memory: PeakMemory,
+        recorder: CollectiveRecorder,
+        dims: ParallelDims,
+        job_config: JobConfig,
+    ) -> None:
+        self._memory, self._recorder = memory, recorder
+        self._dims, self._config = dims, job_config
+
+    def forward_backward(
+        self,
+        part: nn.Module,
+        tokens: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+        loss_fn: Loss,
+    ) -> StageTrace:
+        trace, memory = StageTrace(), self._memory
+        trace.parameters = sum(_local_bytes(param) for param in part.parameters())
+        trace.buffers = sum(_local_bytes(buffer) for buffer in part.buffers())
+        entry = tokens if part.tok_embeddings is not None else self._hidden_states(part, tokens)
+        before = memory.current
+        outer_peak, memory.peak = memory.peak, before
+        with self._recording(trace.forward):
+            out = part(entry, **inputs)
+            loss = None if part.output is None else loss_fn(out, tokens)
+        trace.activations = memory.current - before
+        trace.output = _local_bytes(out) if loss is None else 0
+        with self._recording(trace.backward):
+            if loss is None:
+                out.backward(torch.zeros_like(out))
+            else:
+                del out  # as the trainer does
+                loss.backward()
+        trace.temporary = memory.peak - before
+        memory.peak = max(memory.peak, outer_peak)
+        return trace
+
+    def _hidden_states(self, part: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        parallelism = self._config.parallelism
+        sequence_parallel = self._dims.tp > 1 and not parallelism.disable_sequence_parallel
+        seq = tokens.shape[1] // (self._dims.tp if sequence_parallel else 1)
+        dtype = getattr(torch, self._config.training.mixed_precision_param)
+        return torch.zeros(tokens.shape[0], seq, part.args.dim, dtype=dtype, requires_grad=True)
+
+    @contextmanager
+    def _recording(self, pass_trace: PassTrace) -> Iterator[None]:
+        first = len(self._recorder.collectives)
+        with OperationRecorder() as recorder:
+            yield
+        pass_trace.operations = recorder.operations
+        pass_trace.collectives = self._recorder.collectives[first:]
+
+
+def _local_bytes(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
 
 
 def _local_numel(param: nn.Parameter) -> int:

@@ -1,0 +1,58 @@
+"""What devices can do, from their makers' data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchtitan.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator and what connects it. FLOP/s are dense; rates are of one direction."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    flops: float
+    """FLOP/s of matrix products in bfloat16."""
+    bandwidth: float
+    """Bytes/s of its memory."""
+    link: float
+    """Bytes/s to the other devices of its host."""
+    network: float
+    """Bytes/s of its share of the host's network cards."""
+    host_memory_reserved: float = 1.5e9
+    """Bytes that the CUDA context, NCCL's buffers and fragmentation take from `memory`."""
+
+    matmul_efficiency: float = 0.75
+    """Share of `flops` that large matrix products reach (about 800 of 989 TFLOP/s were measured on
+    an H100 alone; within a training step clocks are lower)."""
+    bandwidth_efficiency: float = 0.8
+    """Share of `bandwidth` that element-wise kernels reach."""
+    link_efficiency: float = 0.75
+    """Share of `link` and `network` that collectives of many megabytes reach."""
+    latency: float = 2e-5
+    """Seconds that a collective takes before bytes flow."""
+    launch: float = 4e-6
+    """Seconds that the host takes to launch a kernel."""
+
+
+_GIB = 2**30
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100", 79.2 * _GIB, 312e12, 2.04e12, 300e9, 25e9),
+        Device("h100", 79.1 * _GIB, 989e12, 3.35e12, 450e9, 50e9),
+        Device("h200", 139.8 * _GIB, 989e12, 4.8e12, 450e9, 50e9),
+        Device("b200", 178.0 * _GIB, 2250e12, 8.0e12, 900e9, 50e9),
+        Device("mi300x", 191.5 * _GIB, 1307e12, 5.3e12, 448e9, 50e9),
+    )
+}
+
+
+def get_device(name: str) -> Device:
+    """Raises `ConfigError` for an unknown one."""
+    if name not in DEVICES:
+        raise ConfigError(f"--device {name}: no such device.{did_you_mean(name, DEVICES)}")
+    return DEVICES[name]

@@ -1,0 +1,92 @@
+"""Records what a device computes: each operation's FLOPs and the bytes that it moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kind of call, with one set of shapes."""
+
+    name: str
+    flops: int
+    """Of matrix products; 0 for others."""
+    moved: int
+    """Bytes read and written."""
+
+
+class OperationRecorder(TorchDispatchMode):
+    """Within it, every operation on local tensors is counted in `operations`.
+
+    Views cost nothing. Works on real and on fake tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[Operation] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it comes back with the operations on its parts
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and not _is_free(func):
+            operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+            moved = sum(t.numel() * t.element_size() for t in (*operands, *results))
+            flops = _flops(func, args, kwargs or {}, result)
+            self.operations[Operation(func.overloadpacket._qualified_op_name, flops, moved)] += 1
+        return result
+
+
+_FREE = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "_unsafe_view",  # a view, though its schema does not say so
+)
+
+
+def _is_free(func: Any) -> bool:
+    """A view, or memory that nothing is written to."""
+    returns = func._schema.returns
+    alias = returns[0].alias_info if returns else None
+    is_view = alias is not None and not alias.is_write
+    return is_view or func.overloadpacket.__name__ in _FREE
+
+
+def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    name = func.overloadpacket.__name__
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        return _attention_flops(args[0], args[1])
+    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+        return _attention_flops(args[1], args[2]) * 5 // 2
+    if name == "_grouped_mm":
+        return 2 * result.numel() * args[0].shape[-1] if result.dim() == 2 else _grouped(args)
+    formula = flop_registry.get(func.overloadpacket)
+    return int(formula(*args, **kwargs, out_val=result)) if formula else 0
+
+
+def _attention_flops(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Two products, whose upper half a causal kernel skips. `[batch, heads, seq, head_dim]`."""
+    batch, heads, seq, head_dim = q.shape
+    return 2 * batch * heads * seq * k.shape[2] * head_dim
+
+
+def _grouped(args: Any) -> int:
+    """Of the gradient of the weights: rows are shared out among the groups."""
+    a, b = args[0], args[1]
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]

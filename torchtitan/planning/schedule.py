@@ -1,0 +1,188 @@
+"""When each stage of a pipeline works, waits and holds activations: PyTorch's schedules, played.
+
+The order of actions is that of the schedule class that the training will use; only the durations
+are estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from torchtitan.planning.trace import fake_world
+
+FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something that a rank does for one micro-batch."""
+
+    stage: int
+    kind: str
+    """`F`orward; `B`ackward, or its two parts: of the `I`nput and of the `W`eights."""
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds and bytes of one micro-batch."""
+
+    forward: float
+    backward: float
+    send: float = 0.0
+    """Seconds until the next stage has the output, or the one before the gradient."""
+    activations: float = 0.0
+    """Bytes from the forward pass until the backward pass."""
+
+    def seconds(self, kind: str) -> float:
+        if kind == FORWARD:
+            return self.forward
+        return self.backward if kind == BACKWARD else self.backward / 2
+
+
+@dataclass
+class Timeline:
+    """What became of a schedule."""
+
+    seconds: float
+    """From the first action to the last."""
+    spans: dict[int, list[tuple[Action, float, float]]] = field(default_factory=dict)
+    """Rank -> its actions, with start and end in seconds."""
+    held: dict[int, float] = field(default_factory=dict)
+    """Rank -> bytes of activations at their peak."""
+
+    @property
+    def bubble(self) -> float:
+        """Share of the time in which a rank waits, on average."""
+        busy = sum(end - start for spans in self.spans.values() for _, start, end in spans)
+        return 1 - busy / (self.seconds * len(self.spans)) if self.seconds else 0.0
+
+
+def actions_of(
+    schedule: str, stages_of_rank: Sequence[Sequence[int]], micro_batches: int
+) -> dict[int, list[Action]]:
+    """Rank -> its actions in order.
+
+    Args:
+        schedule: `parallelism.pipeline_parallel_schedule`.
+        stages_of_rank: numbers of the stages of each rank.
+    """
+    schedule_class = get_schedule_class(schedule)
+    if issubclass(schedule_class, PipelineScheduleSingle):
+        return {
+            rank: _one_stage(schedule, rank, len(stages_of_rank), micro_batches)
+            for rank in range(len(stages_of_rank))
+        }
+    number = sum(map(len, stages_of_rank))
+    # Every rank of a schedule knows all ranks' actions.
+    with fake_world(len(stages_of_rank), rank=0):
+        stages = [
+            PipelineStage(nn.Identity(), stage, number, "cpu", group=dist.group.WORLD)
+            for stage in stages_of_rank[0]
+        ]
+        built = schedule_class(
+            stages, n_microbatches=micro_batches, loss_fn=lambda *_: None, scale_grads=False
+        )
+    return {rank: list(_flatten(order)) for rank, order in built.pipeline_order.items()}
+
+
+def _one_stage(schedule: str, stage: int, stages: int, micro_batches: int) -> list[Action]:
+    """GPipe and 1F1B, which PyTorch has as code alone (the orders that it prints are off)."""
+    ahead = micro_batches if schedule == "GPipe" else min(micro_batches, stages - stage)
+    actions = [Action(stage, FORWARD, number) for number in range(ahead)]
+    for number in range(micro_batches):
+        actions.append(Action(stage, BACKWARD, number))
+        if ahead + number < micro_batches:
+            actions.append(Action(stage, FORWARD, ahead + number))
+    return actions
+
+
+def _flatten(actions: Sequence[Any]) -> Iterator[Action]:
+    """Without communication, and with actions that are done together one after the other."""
+    for action in filter(None, actions):
+        for part in action.sub_actions or [action]:
+            kind = part.computation_type.value
+            if kind in (FORWARD, BACKWARD, INPUT, WEIGHT):
+                yield Action(part.stage_index, kind, part.microbatch_index)
+
+
+def play(actions: Mapping[int, Sequence[Action]], costs: Sequence[StageCost]) -> Timeline:
+    """Let each rank do its actions in order, each as soon as what it needs has arrived.
+
+    Args:
+        actions: rank -> its actions, from `actions_of`.
+        costs: of each stage.
+
+    Raises:
+        ValueError: the actions wait for one another in a circle.
+    """
+    rank_of = {action.stage: rank for rank, todo in actions.items() for action in todo}
+    ends: dict[Action, float] = {}
+    clock = dict.fromkeys(actions, 0.0)
+    done = dict.fromkeys(actions, 0)
+    timeline = Timeline(0.0, {rank: [] for rank in actions})
+    left = sum(map(len, actions.values()))
+    while left:
+        before = left
+        for rank, todo in actions.items():
+            while done[rank] < len(todo):
+                action = todo[done[rank]]
+                ready = _ready(action, ends, costs, rank_of)
+                if ready is None:
+                    break
+                start = max(clock[rank], ready)
+                end = start + costs[action.stage].seconds(action.kind)
+                timeline.spans[rank].append((action, start, end))
+                ends[action] = clock[rank] = end
+                done[rank] += 1
+                left -= 1
+        if left == before:
+            raise ValueError("the actions of the pipeline schedule wait for one another")
+    timeline.seconds = max(clock.values(), default=0.0)
+    timeline.held = {rank: _most_held(todo, costs) for rank, todo in actions.items()}
+    return timeline
+
+
+def _ready(
+    action: Action,
+    ends: Mapping[Action, float],
+    costs: Sequence[StageCost],
+    rank_of: Mapping[int, int],
+) -> float | None:
+    """When what the action needs is there; None if that is not known yet."""
+    stage, micro_batch = action.stage, action.micro_batch
+    if action.kind == WEIGHT:
+        return ends.get(Action(stage, INPUT, micro_batch))
+    if action.kind == FORWARD:
+        neighbour, sources = stage - 1, [Action(stage - 1, FORWARD, micro_batch)]
+    else:
+        own = ends.get(Action(stage, FORWARD, micro_batch))
+        if own is None or stage == len(costs) - 1:
+            return own
+        neighbour = stage + 1
+        sources = [Action(neighbour, kind, micro_batch) for kind in (BACKWARD, INPUT)]
+    if neighbour < 0:
+        return 0.0
+    end = next((ends[source] for source in sources if source in ends), None)
+    if end is None:
+        return None
+    sender = min(stage, neighbour)
+    return end + (0.0 if rank_of[neighbour] == rank_of[stage] else costs[sender].send)
+
+
+def _most_held(actions: Sequence[Action], costs: Sequence[StageCost]) -> float:
+    held = most = 0.0
+    for action in actions:
+        if action.kind == FORWARD:
+            held += costs[action.stage].activations
+        most = max(most, held)
+        if action.kind in (BACKWARD, WEIGHT):
+            held -= costs[action.stage].activations
+    return most
