@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,17 +102,20 @@ class CollectiveRecorder(TorchDispatchMode):
             )
         return result
 
-    def sent_by_group(self) -> dict[tuple[str, str], tuple[int, float]]:
+    def sent_by_group(self) -> dict[tuple[str, str], tuple[float, float]]:
         return sent_by_group(self.collectives)
 
 
-def sent_by_group(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, float]]:
-    """`(group, kind)` -> (calls, bytes sent by this rank)."""
-    totals: dict[tuple[str, str], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
-    for collective in collectives:
+def sent_by_group(
+    collectives: Iterable[Collective] | Mapping[Collective, float],
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """`(group, kind)` -> (calls, bytes sent by this rank). A mapping says how often each is done."""
+    counts = collectives if isinstance(collectives, Mapping) else Counter(collectives)
+    totals: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0, 0.0))
+    for collective, times in counts.items():
         key = collective.group, collective.kind
         calls, sent = totals[key]
-        totals[key] = calls + 1, sent + collective.sent
+        totals[key] = calls + times, sent + times * collective.sent
     return dict(totals)
 
 

@@ -8,11 +8,12 @@ computing and overlapped communication is longer; the pipeline's schedule is pla
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
+import torch.nn as nn
 
 from torchtitan.config import JobConfig
 from torchtitan.config.validate import resolve_batch
@@ -22,8 +23,12 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import Collective
 from .devices import Device
+from .extrapolate import extrapolate
+from .layers import PERIODS, Repetition, layer_signatures
+from .memory import Memory
+from .records import PassTrace, StageTrace, StepTrace
 from .schedule import StageCost, Timeline, actions_of, play
-from .trace import PassTrace, StageTrace, StepTrace, fake_world, trace_step
+from .trace import fake_world, meta_parts, repetition_of, trace_step
 
 OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate")
 """Groups whose collectives run while the device computes; others are waited for."""
@@ -52,13 +57,8 @@ class RankPlan:
 
     pp_rank: int
     stages: list[int]
-    parameters: int
-    """Bytes, as the others."""
-    gradients: int
-    optimizer_state: int
-    activations: int
-    """Of all micro-batches that are under way at the peak."""
-    temporary: int
+    memory: Memory
+    """At the peak."""
     compute_seconds: float
     """Matrix products in a step."""
     other_seconds: float
@@ -68,9 +68,8 @@ class RankPlan:
     traffic: list[Traffic] = field(default_factory=list)
 
     @property
-    def peak(self) -> int:
-        kept = self.parameters + self.gradients + self.optimizer_state
-        return kept + self.activations + self.temporary
+    def peak(self) -> float:
+        return self.memory.total
 
 
 @dataclass
@@ -102,7 +101,7 @@ class Plan:
         return self.timeline.bubble if self.timeline else 0.0
 
     @property
-    def peak(self) -> int:
+    def peak(self) -> float:
         """Bytes of the rank that needs most."""
         return max(rank.peak for rank in self.ranks)
 
@@ -163,6 +162,8 @@ def plan_run(config: JobConfig, world_size: int, device: Device, host_size: int 
         seconds = ordered[0].forward + ordered[0].backward
     optimizer = max(estimator.seconds(trace.optimizer, groups) for trace, groups in traces)
     step_seconds = accumulation * seconds + optimizer
+    if pp == 1:
+        step_seconds += ordered[0].finish
     nparams, flops = model_args.get_nparams_and_flops(config.training.seq_len)
     return Plan(
         config=config,
@@ -170,7 +171,7 @@ def plan_run(config: JobConfig, world_size: int, device: Device, host_size: int 
         world_size=world_size,
         ranks=[
             estimator.rank_plan(
-                rank, stages[rank], trace, groups, micro_batches * accumulation, timeline
+                rank, stages[rank], trace, groups, micro_batches, accumulation, timeline
             )
             for rank, (trace, groups) in enumerate(traces)
         ],
@@ -202,10 +203,11 @@ def _trace_pipeline(
     traces: dict[str, tuple[StepTrace, Groups]] = {}
     result = []
     for place in range(dims.pp):
-        key = _likeness(config, dims, place)
+        parts = meta_parts(config, place)
+        key = repr([_likeness(part) for part in parts])
         if key not in traces:
             with fake_world(world_size, rank=place * ranks_of_place):
-                trace = trace_step(config)
+                trace = _trace_deep(config, [repetition_of(part, config) for part in parts])
                 groups = ParallelDims.from_config(config.parallelism, world_size).groups()
                 ranks = {name: dist.get_process_group_ranks(g) for name, g in groups.items()}
             traces[key] = trace, ranks
@@ -213,25 +215,16 @@ def _trace_pipeline(
     return result
 
 
-def _likeness(config: JobConfig, dims: ParallelDims, place: int) -> str:
-    """Equal for places in the pipeline whose stages have modules of equal kinds and shapes."""
-    if dims.pp == 1:
-        return ""
-    import torch
+def _likeness(part: nn.Module) -> tuple[object, ...]:
+    """Equal for stages that cost the same."""
+    others = [(name, tuple(p.shape)) for name, p in part.named_parameters() if "layers." not in name]
+    return (*others, *layer_signatures(part))
 
-    from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
-    from torchtitan.distributed.pipeline_split import split_model
 
-    spec = get_train_spec(config.model.name, config.model.flavor)
-    with torch.device("meta"):
-        model = spec.model_cls(spec.model_args.update_from_config(config))
-    stages = stages_of_rank(config, place)
-    parts = split_model(model, config, stages, FIRST_MODULES, LAST_MODULES)
-    shapes = [
-        [(name.rpartition(".")[2], tuple(p.shape)) for name, p in part.named_parameters()]
-        for part in parts
-    ]
-    return repr(shapes)
+def _trace_deep(config: JobConfig, repetitions: list[Repetition]) -> StepTrace:
+    if not any(repetition.worth_extrapolating for repetition in repetitions):
+        return trace_step(config)
+    return extrapolate(*(trace_step(config, repeats) for repeats in PERIODS), repetitions)
 
 
 class _Estimator:
@@ -243,11 +236,15 @@ class _Estimator:
         self._compiled = compiled
 
     def cost(self, stage: StageTrace, groups: Groups) -> StageCost:
+        forward = self.seconds(stage.forward, groups)
+        first = stage.forward.collectives + stage.start.collectives
         return StageCost(
-            forward=self.seconds(stage.forward, groups),
+            forward=forward,
             backward=self.seconds(stage.backward, groups),
-            send=self._transfer(stage.output, groups.get("pp", [0])) if stage.output else 0.0,
+            send=self._transfer(stage.hidden_out, groups.get("pp", [0])) if stage.hidden_out else 0,
             activations=stage.activations,
+            start=self.seconds(PassTrace(stage.forward.operations, first), groups) - forward,
+            finish=self.seconds(stage.finish, groups),
         )
 
     def seconds(self, trace: PassTrace, groups: Groups) -> float:
@@ -273,12 +270,12 @@ class _Estimator:
         return matrix, other
 
     def _communication(
-        self, collectives: Iterable[Collective], groups: Groups
+        self, collectives: Mapping[Collective, float], groups: Groups
     ) -> tuple[float, float]:
         """Seconds that are waited for, and that overlap with computing."""
         waited = overlapped = 0.0
-        for collective in collectives:
-            seconds = self._transfer(collective.sent, groups.get(collective.group, [0]))
+        for collective, calls in collectives.items():
+            seconds = calls * self._transfer(collective.sent, groups.get(collective.group, [0]))
             if collective.group in OVERLAPPED:
                 overlapped += seconds
             else:
@@ -307,50 +304,43 @@ class _Estimator:
         stages: list[int],
         trace: StepTrace,
         groups: Groups,
-        passes: int,
+        micro_batches: int,
+        accumulation: int,
         timeline: Timeline | None,
     ) -> RankPlan:
-        """Args: passes: micro-batches of a step that this rank sees."""
+        """Args: micro_batches: of one run through the pipeline."""
         matrix = other = waiting = 0.0
-        collectives: list[tuple[Collective, int]] = []
+        collectives: Counter[Collective] = Counter()
+        passes = [(trace.optimizer, 1)]
         for stage in trace.stages:
-            for part in (stage.forward, stage.backward):
-                seconds = self.compute(part)
-                matrix += passes * seconds[0]
-                other += passes * seconds[1]
-                waiting += passes * (self.seconds(part, groups) - sum(seconds))
-                collectives += [(collective, passes) for collective in part.collectives]
-        seconds = self.compute(trace.optimizer)
-        other += sum(seconds)
-        waiting += self.seconds(trace.optimizer, groups) - sum(seconds)
-        collectives += [(collective, 1) for collective in trace.optimizer.collectives]
-
-        held = timeline.held[rank] if timeline else sum(s.activations for s in trace.stages)
-        one = max(stage.activations for stage in trace.stages)
+            passes += [(part, micro_batches * accumulation) for part in (stage.forward, stage.backward)]
+            passes += [(part, accumulation if timeline else 1) for part in (stage.start, stage.finish)]
+            if timeline and stage.hidden_out:
+                sent = Collective("send", "pp", 2, int(stage.hidden_out))
+                collectives[sent] += micro_batches * accumulation
+            if timeline and stage.hidden_in:
+                sent = Collective("send", "pp", 2, int(stage.hidden_in))
+                collectives[sent] += micro_batches * accumulation
+        for part, times in passes:
+            seconds = self.compute(part)
+            matrix += times * seconds[0]
+            other += times * seconds[1]
+            waiting += times * (self.seconds(part, groups) - sum(seconds))
+            for collective, calls in part.collectives.items():
+                collectives[collective] += times * calls
         return RankPlan(
             pp_rank=rank,
             stages=stages,
-            parameters=sum(stage.parameters + stage.buffers for stage in trace.stages),
-            gradients=sum(stage.gradients for stage in trace.stages),
-            optimizer_state=sum(stage.optimizer_state for stage in trace.stages),
-            activations=int(held),
-            temporary=self._temporary(trace, one),
+            memory=max(_moments(rank, trace, micro_batches, timeline), key=lambda m: m.total),
             compute_seconds=matrix,
             other_seconds=other,
             waiting_seconds=waiting,
             traffic=self._traffic(collectives, groups),
         )
 
-    @staticmethod
-    def _temporary(trace: StepTrace, activations: int) -> int:
-        """The traced peak of one micro-batch, less what is counted apart: the gradients grow to
-        their full size in the backward pass, as activations go."""
-        peak = max(stage.temporary for stage in trace.stages)
-        return max(0, peak - activations)
-
-    def _traffic(self, collectives: list[tuple[Collective, int]], groups: Groups) -> list[Traffic]:
+    def _traffic(self, collectives: Mapping[Collective, float], groups: Groups) -> list[Traffic]:
         totals: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-        for collective, times in collectives:
+        for collective, times in collectives.items():
             total = totals[collective.group, collective.kind, collective.ranks]
             ranks = groups.get(collective.group, [0])
             total[0] += times
@@ -360,3 +350,31 @@ class _Estimator:
             Traffic(group, kind, ranks, self.link(groups.get(group, [0])), *total)
             for (group, kind, ranks), total in totals.items()
         ]
+
+
+def _moments(
+    rank: int, trace: StepTrace, micro_batches: int, timeline: Timeline | None
+) -> list[Memory]:
+    """The fullest moments of the parts of a step, of all stages of a rank."""
+    stages = trace.stages
+    state = Memory(
+        parameters=sum(stage.parameters for stage in stages),
+        optimizer_state=sum(stage.optimizer_state for stage in stages),
+    )
+    # Buffers for all micro-batches: inputs, their gradients, and gradients of outputs.
+    buffers = sum(2 * stage.hidden_in + stage.hidden_out for stage in stages)
+    pipeline = Memory(pipeline_buffers=micro_batches * buffers if timeline else 0)
+    gradients = Memory(gradients=sum(stage.gradients for stage in stages))
+    optimizer = state + pipeline + gradients + Memory(temporary=trace.optimizer_temporary)
+    if timeline is None:
+        return [*(state + moment for moment in stages[0].moments), optimizer]
+    working = Memory(activations=timeline.held[rank])
+    moments = [optimizer]
+    # Stages hold their whole parameters and gradients until the end; one at a time computes.
+    kept = sum((replace(s.moments[0], temporary=0) for s in stages), state + pipeline)
+    for stage in stages:
+        moments.append(kept + working + Memory(temporary=stage.moments[0].temporary))
+        for reducing in stage.moments[1:]:
+            more = Memory(gradients=reducing.gradients, temporary=reducing.temporary)
+            moments.append(kept + more)
+    return moments

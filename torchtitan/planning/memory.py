@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,34 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at one moment, by what they are for."""
+
+    parameters: float = 0
+    """This rank's part, and buffers of the model."""
+    gradients: float = 0
+    """This rank's part."""
+    optimizer_state: float = 0
+    whole_parameters: float = 0
+    """What FSDP has gathered of other ranks' parameters."""
+    whole_gradients: float = 0
+    """What FSDP has yet to scatter, between the micro-batches of a pipeline."""
+    activations: float = 0
+    """What forward passes keep for backward passes."""
+    pipeline_buffers: float = 0
+    """What stages of a pipeline receive from their neighbours."""
+    temporary: float = 0
+    """All else."""
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class PeakMemory(TorchDispatchMode):
@@ -25,7 +54,14 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.current = 0
         self.peak = 0
-        self._sizes: dict[int, int] = {}
+        self.resized: set[int] = set()
+        """Numbers of the storages that were resized: what FSDP gathers into."""
+        self._sizes: dict[int, int] = {}  # address -> bytes
+        self._numbers: dict[int, int] = {}  # address -> number; addresses are used again
+        self._seen = 0
+        self._events: list[tuple[int, int]] = []  # number, change in bytes
+        self._start: dict[int, int] = {}  # of the events: number -> bytes
+        self._peak_at = 0  # events until then
         self._paused = False
 
     def add(self, *tensors: torch.Tensor) -> None:
@@ -36,7 +72,19 @@ class PeakMemory(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Forget what was before."""
-        self.peak = self.current
+        self.peak, self._peak_at = self.current, 0
+        self._start, self._events = self.live(), []
+
+    def live(self) -> dict[int, int]:
+        """Number of each storage that exists -> its bytes. A number is never used again."""
+        return {self._numbers[address]: size for address, size in self._sizes.items()}
+
+    def live_at_peak(self) -> dict[int, int]:
+        """`live()`, at the peak since the last reset."""
+        sizes = dict(self._start)
+        for number, change in self._events[: self._peak_at]:
+            sizes[number] = sizes.get(number, 0) + change
+        return sizes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -55,6 +103,7 @@ class PeakMemory(TorchDispatchMode):
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             result = original(storage, size)
             if storage._cdata in self._sizes:
+                self.resized.add(self._numbers[storage._cdata])
                 self._set(storage._cdata, storage.nbytes())
             return result
 
@@ -81,15 +130,24 @@ class PeakMemory(TorchDispatchMode):
         key = storage._cdata
         if key not in self._sizes:
             weakref.finalize(storage, self._forget, key).atexit = False
+            self._numbers[key] = self._seen
+            self._seen += 1
         self._set(key, storage.nbytes())
 
     def _set(self, key: int, size: int) -> None:
-        self.current += size - self._sizes.get(key, 0)
+        change = size - self._sizes.get(key, 0)
         self._sizes[key] = size
-        self.peak = max(self.peak, self.current)
+        if not change:
+            return
+        self.current += change
+        self._events.append((self._numbers[key], change))
+        if self.current > self.peak:
+            self.peak, self._peak_at = self.current, len(self._events)
 
     def _forget(self, key: int) -> None:
-        self.current -= self._sizes.pop(key)
+        size = self._sizes.pop(key)
+        self.current -= size
+        self._events.append((self._numbers.pop(key), -size))
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -15,9 +15,9 @@ import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from torchtitan.planning.trace import fake_world
+from .trace import fake_world
 
-FORWARD, BACKWARD, INPUT, WEIGHT = "F", "B", "I", "W"
+FORWARD, BACKWARD, INPUT, WEIGHT, REDUCE = "F", "B", "I", "W", "R"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Action:
 
     stage: int
     kind: str
-    """`F`orward; `B`ackward, or its two parts: of the `I`nput and of the `W`eights."""
+    """`F`orward; `B`ackward, or its two parts: of the `I`nput and of the `W`eights; `R`eduction of
+    the gradients among data ranks, after the last micro-batch."""
     micro_batch: int
 
 
@@ -40,11 +41,17 @@ class StageCost:
     """Seconds until the next stage has the output, or the one before the gradient."""
     activations: float = 0.0
     """Bytes from the forward pass until the backward pass."""
+    start: float = 0.0
+    """Seconds that the first forward pass takes longer, as it waits for parameters."""
+    finish: float = 0.0
+    """Seconds of the reduction of the gradients."""
 
-    def seconds(self, kind: str) -> float:
-        if kind == FORWARD:
-            return self.forward
-        return self.backward if kind == BACKWARD else self.backward / 2
+    def seconds(self, action: Action) -> float:
+        if action.kind == FORWARD:
+            return self.forward + (self.start if action.micro_batch == 0 else 0.0)
+        if action.kind == REDUCE:
+            return self.finish
+        return self.backward if action.kind == BACKWARD else self.backward / 2
 
 
 @dataclass
@@ -138,13 +145,18 @@ def play(actions: Mapping[int, Sequence[Action]], costs: Sequence[StageCost]) ->
                 if ready is None:
                     break
                 start = max(clock[rank], ready)
-                end = start + costs[action.stage].seconds(action.kind)
+                end = start + costs[action.stage].seconds(action)
                 timeline.spans[rank].append((action, start, end))
                 ends[action] = clock[rank] = end
                 done[rank] += 1
                 left -= 1
         if left == before:
             raise ValueError("the actions of the pipeline schedule wait for one another")
+    for rank, todo in actions.items():
+        for stage in sorted({action.stage for action in todo}):
+            if costs[stage].finish:
+                start, clock[rank] = clock[rank], clock[rank] + costs[stage].finish
+                timeline.spans[rank].append((Action(stage, REDUCE, -1), start, clock[rank]))
     timeline.seconds = max(clock.values(), default=0.0)
     timeline.held = {rank: _most_held(todo, costs) for rank, todo in actions.items()}
     return timeline

@@ -9,7 +9,8 @@ import pytest
 import torchtitan.models  # noqa: F401
 from torchtitan.config import load_config
 from torchtitan.planning.collectives import sent_by_group
-from torchtitan.planning.trace import StepTrace, fake_world, trace_step
+from torchtitan.planning.records import StepTrace
+from torchtitan.planning.trace import fake_world, trace_step
 from torchtitan.protocols.train_spec import get_train_spec
 
 PREFIXES = {

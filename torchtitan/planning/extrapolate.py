@@ -1,0 +1,78 @@
+"""Traces of deep models from two traces of shallow ones: costs are linear in the layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import astuple, fields
+from typing import Any
+
+from .layers import PERIODS, Repetition
+from .memory import Memory
+from .records import PassTrace, StageTrace, StepTrace
+
+
+
+def extrapolate(few: StepTrace, more: StepTrace, repetitions: list[Repetition]) -> StepTrace:
+    """The trace of the whole stages, whose layers repeat as `repetitions` say.
+
+    Args:
+        few: with `PERIODS[0]` repetitions of each stage's layers.
+        more: with `PERIODS[1]`.
+    """
+    stages = [
+        _stage(a, b, _steps(repetition))
+        for a, b, repetition in zip(few.stages, more.stages, repetitions, strict=True)
+    ]
+    # The optimizer knows no stages. What it does is in proportion to the parameters.
+    sizes = [sum(stage.parameters for stage in s) for s in (few.stages, more.stages, stages)]
+    steps = (sizes[2] - sizes[0]) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else 0.0
+    return StepTrace(
+        parameters=_line(few.parameters, more.parameters, steps),
+        stages=stages,
+        optimizer=_pass(few.optimizer, more.optimizer, steps),
+        optimizer_temporary=_line(few.optimizer_temporary, more.optimizer_temporary, steps),
+    )
+
+
+def _steps(repetition: Repetition) -> float:
+    """How far the whole stage is from the first trace, where the second is at 1."""
+    if not repetition.worth_extrapolating:
+        return 0.0  # both traces are of the whole
+    return (repetition.repeats - PERIODS[0]) / (PERIODS[1] - PERIODS[0])
+
+
+def _line(few: float, more: float, steps: float) -> float:
+    return max(0.0, few + steps * (more - few))
+
+
+def _stage(few: StageTrace, more: StageTrace, steps: float) -> StageTrace:
+    stage = StageTrace()
+    for item in fields(StageTrace):
+        a, b = getattr(few, item.name), getattr(more, item.name)
+        if isinstance(a, PassTrace):
+            value: object = _pass(a, b, steps)
+        elif isinstance(a, list):
+            value = [_memory(x, y, steps) for x, y in zip(a, b, strict=True)]
+        else:
+            value = _line(a, b, steps)
+        setattr(stage, item.name, value)
+    return stage
+
+
+def _memory(few: Memory, more: Memory, steps: float) -> Memory:
+    pairs = zip(astuple(few), astuple(more), strict=True)
+    return Memory(*(_line(a, b, steps) for a, b in pairs))
+
+
+def _pass(few: PassTrace, more: PassTrace, steps: float) -> PassTrace:
+    return PassTrace(
+        _counts(few.operations, more.operations, steps),
+        _counts(few.collectives, more.collectives, steps),
+    )
+
+
+def _counts(few: Counter[Any], more: Counter[Any], steps: float) -> Counter[Any]:
+    """Negative for what only the smaller trace has: an optimizer's one call on all parameters is
+    longer in the other, and the sum of both is right."""
+    counts = {key: few[key] + steps * (more[key] - few[key]) for key in few | more}
+    return Counter({key: count for key, count in counts.items() if count})

@@ -1,0 +1,83 @@
+"""Layers that repeat: a few of them are traced, and the rest follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+PERIODS = (2, 3)
+"""Repetitions in the two traces from which a deep model is extrapolated. FSDP holds a layer and the
+next, so that one would not do."""
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """The layers of a model: `first` that are unlike, then `repeats` times the same `period`."""
+
+    first: int
+    period: int
+    repeats: int
+
+    @classmethod
+    def of(cls, model: nn.Module, multiple: int = 1) -> Repetition:
+        """The one with the fewest different layers.
+
+        Args:
+            multiple: the period is a multiple of this, as every n-th layer is treated differently.
+        """
+        signatures = layer_signatures(model)
+        layers = len(signatures)
+        best = cls(layers, multiple, 0)
+        for period in range(multiple, layers // 2 + 1, multiple):
+            same = 0
+            while same < layers - period and signatures[-1 - same] == signatures[-1 - same - period]:
+                same += 1
+            repeats = (same + period) // period
+            found = cls(layers - repeats * period, period, repeats)
+            if found.first + period < best.first + best.period:
+                best = found
+        return best
+
+    def depth(self, repeats: int) -> int:
+        """Layers with only so many repetitions."""
+        return self.first + repeats * self.period
+
+    @property
+    def worth_extrapolating(self) -> bool:
+        """Whether two small traces have fewer layers than the model."""
+        return sum(map(self.depth, PERIODS)) < self.depth(self.repeats)
+
+
+def keep_layers(model: nn.Module, count: int) -> None:
+    """Remove all but the first `count` of `model.layers`."""
+    for name in list(model.layers)[count:]:
+        del model.layers[name]
+
+
+def layer_signatures(model: nn.Module) -> list[str]:
+    """Of each of `model.layers`: equal for those with the same modules, shapes and settings."""
+    settings = [_settings(layer) for layer in model.layers.values()]
+    numbers = [int(name) if name.isdecimal() else -1 for name in model.layers]
+    # A layer that knows its number is not different for it.
+    shared = set.intersection(*(set(s) for s in settings)) if settings else set()
+    own_number = {
+        key
+        for key in shared
+        if all(s[key] == n for s, n in zip(settings, numbers, strict=True)) and len(settings) > 1
+    }
+    return [
+        repr([(key, value) for key, value in s.items() if key not in own_number]) for s in settings
+    ]
+
+
+def _settings(layer: nn.Module) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, module in layer.named_modules():
+        found[f"{name}:class"] = type(module).__qualname__
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | tuple | None) and key != "training":
+                found[f"{name}.{key}"] = value
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        found[f"{name}:shape"] = (*tensor.shape, str(tensor.dtype))
+    return found

@@ -1,0 +1,245 @@
+"""Traces the micro-batches of one stage, or of a whole model where there is no pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import DTensor
+
+from torchtitan.config.validate import resolve_batch
+from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch
+from torchtitan.distributed.parallel_dims import ParallelDims
+
+from .collectives import CollectiveRecorder
+from .memory import Memory, PeakMemory
+from .operations import OperationRecorder
+from .records import PassTrace, StageTrace
+
+if TYPE_CHECKING:
+    from torchtitan.components.loss import Loss
+    from torchtitan.config import JobConfig
+
+
+def trace_stage(
+    part: nn.Module,
+    job_config: JobConfig,
+    dims: ParallelDims,
+    loss_fn: Loss,
+    memory: PeakMemory,
+    recorder: CollectiveRecorder,
+) -> StageTrace:
+    """Within `memory` and `recorder`, which must know the parameters and the optimizer's state.
+
+    The gradients are left in place, so that the optimizer can follow.
+    """
+    tracer = _StageTracer(part, job_config, dims, loss_fn, memory, recorder)
+    if dims.pp_enabled:
+        tracer.trace_pipeline()
+    else:
+        tracer.trace_whole()
+    return tracer.trace
+
+
+class _StageTracer:
+    def __init__(
+        self,
+        part: nn.Module,
+        job_config: JobConfig,
+        dims: ParallelDims,
+        loss_fn: Loss,
+        memory: PeakMemory,
+        recorder: CollectiveRecorder,
+    ) -> None:
+        self._part, self._config, self._dims, self._loss_fn = part, job_config, dims, loss_fn
+        self._memory, self._recorder = memory, recorder
+        batch = job_config.training.local_batch_size
+        if dims.pp_enabled:
+            batch = job_config.parallelism.pipeline_parallel_microbatch_size
+        # Each rank keeps only its part of a sequence.
+        seq = job_config.training.seq_len // dims.cp
+        self._tokens = torch.zeros(batch, seq, dtype=torch.int64)
+        accepted = inspect.signature(part.forward).parameters
+        names = ["positions"] + ["document_ids"] * job_config.training.document_mask
+        self._inputs = {name: self._tokens.clone() for name in names if name in accepted}
+        self._fsdp = fsdp_modules(part)
+        dtype = getattr(torch, job_config.training.mixed_precision_param)
+        self._autocast: Any = nullcontext()
+        if not self._fsdp and dtype != torch.float32:  # as the trainer does
+            self._autocast = torch.autocast("cpu", dtype=dtype)
+        self.trace = StageTrace(
+            parameters=sum(_local_bytes(t) for t in (*part.parameters(), *part.buffers()))
+        )
+
+    def trace_whole(self) -> None:
+        """F B, or under gradient accumulation F B F B, where the last differs."""
+        trace, memory = self.trace, self._memory
+        base = memory.live()
+        _, accumulation = resolve_batch(self._config, self._dims.dp)
+        if accumulation > 1:
+            set_last_micro_batch(self._fsdp, False)
+            self._backward(self._forward(trace.forward), trace.backward)
+        last = PassTrace(), PassTrace()
+        set_last_micro_batch(self._fsdp, True)
+        peaks: list[dict[int, int]] = []
+
+        def end_of_phase() -> None:
+            peaks.append(memory.live_at_peak())
+            memory.reset_peak()
+
+        memory.reset_peak()
+        before = memory.live()
+        out = self._forward(last[0], at_half_way_back=end_of_phase)
+        kept = memory.live().keys() - before.keys()
+        trace.activations = sum(memory.live()[number] for number in kept)
+        end_of_phase()
+        self._backward(out, last[1])
+        end_of_phase()
+        gradients = memory.live().keys() - base.keys()
+        if accumulation > 1:
+            extra = last[0].collectives + last[1].collectives
+            trace.finish.collectives = (
+                extra - trace.forward.collectives - trace.backward.collectives
+            )
+        else:
+            trace.forward, trace.backward = last
+        for sizes in peaks:
+            shares: Counter[str] = Counter()
+            for number, size in sizes.items():
+                if number in base:
+                    continue
+                if number in memory.resized:
+                    shares["whole_parameters"] += size
+                elif number in gradients:
+                    shares["gradients"] += size
+                else:
+                    shares["activations" if number in kept else "temporary"] += size
+            trace.moments.append(Memory(**shares))
+
+    def trace_pipeline(self) -> None:
+        """F0 F1 B0 B1, and the reduction of gradients that `PipelineStage` postpones to the end.
+
+        F1 is like each forward pass but the first, which may gather parameters; so is B1.
+        """
+        trace, memory = self.trace, self._memory
+        base = memory.current
+        first = PassTrace()
+        outs = [self._forward(first)]
+        start = memory.current
+        outs.append(self._forward(trace.forward))
+        trace.activations = memory.current - start
+        trace.start.collectives = first.collectives - trace.forward.collectives
+        for module in self._fsdp:
+            # As `PipelineStage.backward_maybe_with_nosync` has it.
+            module.set_is_last_backward(False)
+            module.set_reshard_after_backward(False)
+            module.set_requires_gradient_sync(False)
+        self._backward(outs.pop(0), PassTrace())
+        start = memory.current
+        memory.reset_peak()
+        self._backward(outs.pop(0), trace.backward)
+        temporary = memory.peak - start
+        whole = memory.current - base
+        memory.reset_peak()
+        with recording(self._recorder, trace.finish):
+            self._reduce_gradients()
+        if not self._fsdp:
+            trace.moments = [Memory(gradients=whole, temporary=temporary)]
+            return
+        gradients = memory.current - base
+        reducing = memory.peak - base - whole
+        parameters = whole * self._parameters_share()
+        held = {"whole_parameters": parameters, "whole_gradients": whole - parameters}
+        trace.moments = [
+            Memory(**held, temporary=temporary),
+            Memory(
+                **held,
+                gradients=min(gradients, reducing),
+                temporary=max(0, reducing - gradients),
+            ),
+        ]
+
+    def _parameters_share(self) -> float:
+        """Of what FSDP holds whole: parameters in one dtype, gradients accumulated in another."""
+        training = self._config.training
+        bits = [
+            torch.finfo(getattr(torch, dtype)).bits
+            for dtype in (training.mixed_precision_param, training.mixed_precision_reduce)
+        ]
+        return bits[0] / sum(bits)
+
+    def _reduce_gradients(self) -> None:
+        group = self._dims.world_mesh["pp"].get_group()
+        PipelineStage(
+            self._part, 0, group.size(), torch.device("cpu"), group=group
+        ).perform_reduce_grad(1)
+
+    def _forward(
+        self, record: PassTrace, at_half_way_back: Callable[[], None] | None = None
+    ) -> _Pass:
+        part, trace = self._part, self.trace
+        entry = self._tokens if part.tok_embeddings is not None else self._hidden_states()
+        trace.hidden_in = _local_bytes(entry) if entry.requires_grad else 0
+        handles = []
+        if at_half_way_back is not None and len(part.layers) > 1:
+            middle = list(part.layers.values())[len(part.layers) // 2 - 1]
+            handles.append(middle.register_forward_hook(_when_gradient_comes(at_half_way_back)))
+        with recording(self._recorder, record), self._autocast:
+            out = part(entry, **self._inputs)
+            loss = None if part.output is None else self._loss_fn(out, self._tokens)
+        for handle in handles:
+            handle.remove()
+        trace.hidden_out = _local_bytes(out) if loss is None else 0
+        if loss is not None and not self._dims.pp_enabled:
+            out = None  # as the trainer does; a stage of a pipeline keeps it
+        return _Pass(entry, out, loss)
+
+    def _backward(self, done: _Pass, record: PassTrace) -> None:
+        with recording(self._recorder, record):
+            if done.loss is None:
+                done.out.backward(torch.zeros_like(done.out))
+            else:
+                done.loss.backward()
+        done.entry.grad = None  # counted with the buffers of the pipeline
+
+    def _hidden_states(self) -> torch.Tensor:
+        sequence_parallel = not self._config.parallelism.disable_sequence_parallel
+        seq = self._tokens.shape[1] // (self._dims.tp if sequence_parallel else 1)
+        dtype = getattr(torch, self._config.training.mixed_precision_param)
+        shape = self._tokens.shape[0], seq, self._part.args.dim
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+class _Pass:
+    """A forward pass that waits for its backward pass."""
+
+    def __init__(self, entry: torch.Tensor, out: torch.Tensor | None, loss: Any) -> None:
+        self.entry, self.out, self.loss = entry, out, loss
+
+
+def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, out: Any) -> None:
+        out.register_hook(lambda gradient: function())
+
+    return hook
+
+
+def _local_bytes(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+
+@contextmanager
+def recording(recorder: CollectiveRecorder, record: PassTrace) -> Iterator[None]:
+    """Add what happens within to `record`."""
+    first = len(recorder.collectives)
+    with OperationRecorder() as operations:
+        yield
+    record.operations.update(operations.operations)
+    record.collectives.update(recorder.collectives[first:])
