@@ -2,7 +2,7 @@
 
     python -m benchmarks.parallel
 
-One process traces one rank of each layout with fake tensors (`torchtitan.planning.trace`): the real
+One process plans each layout from traces with fake tensors (`torchtitan.planning`): the real
 model, the real `parallelize_fn`, the real optimizer. Pipelines send as their schedule says, so they
 run for real, a process each rank over gloo. The sizes are such that parameters outweigh
 activations, as the memory formula counts the former alone.
@@ -21,9 +21,10 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.ranks import run_ranks
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.planning.collectives import CollectiveRecorder, sent_by_group
+from torchtitan.planning.collectives import CollectiveRecorder
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.memory import PeakMemory
-from torchtitan.planning.trace import fake_world, trace_step
 
 FLAVOR = "benchmark"
 DENSE = llama3.Llama3ModelArgs(
@@ -211,9 +212,8 @@ def measure(layout: Layout) -> tuple[Sent, float]:
         of_ranks = run_ranks(train_and_record, layout.world_size, layout)
         return of_ranks[0][0], max(memory for _, memory in of_ranks)
     register()
-    with fake_world(layout.world_size, rank=0):
-        trace = trace_step(layout.config())
-    return _bytes(sent_by_group(trace.collectives)), trace.peak_memory
+    plan = plan_run(layout.config(), layout.world_size, DEVICES["h100"])
+    return {(t.group, t.kind): t.sent for t in plan.ranks[0].traffic}, plan.peak
 
 
 def train_and_record(layout: Layout) -> tuple[Sent, float]:
@@ -245,7 +245,7 @@ def _state(trainer) -> Iterator[torch.Tensor]:
             yield value
 
 
-def _bytes(sent: dict[tuple[str, str], tuple[int, float]]) -> Sent:
+def _bytes(sent: dict[tuple[str, str], tuple[float, float]]) -> Sent:
     return {key: total for key, (_, total) in sent.items()}
 
 

@@ -31,6 +31,10 @@ COMMANDS = {
     ),
     "download": ("torchtitan.tools.download", "fetch weights and tokenizer from the hub"),
     "data": ("torchtitan.data.command", "prepare token shards, or look at data"),
+    "plan": (
+        "torchtitan.planning.command",
+        "memory, time and cost of a run, before it is started; or search the best layout",
+    ),
     "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
 }
 """Name -> (module with `main(argv)`, one line of help)."""

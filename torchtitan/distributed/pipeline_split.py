@@ -236,10 +236,9 @@ def _refuse_shared_parameters(
 
 
 def _part(model: nn.Module, units: list[str], own: list[str]) -> nn.Module:
-    part = copy.deepcopy(model)
-    for name in units:
-        if name in own:
-            continue
+    others = [name for name in units if name not in own]
+    part = copy.deepcopy(model, {id(model.get_submodule(name)): None for name in others})
+    for name in others:
         parent, _, child = name.rpartition(".")
         if parent:
             del part.layers[child]

@@ -11,7 +11,6 @@ from .memory import Memory
 from .records import PassTrace, StageTrace, StepTrace
 
 
-
 def extrapolate(few: StepTrace, more: StepTrace, repetitions: list[Repetition]) -> StepTrace:
     """The trace of the whole stages, whose layers repeat as `repetitions` say.
 

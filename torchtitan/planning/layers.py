@@ -31,7 +31,9 @@ class Repetition:
         best = cls(layers, multiple, 0)
         for period in range(multiple, layers // 2 + 1, multiple):
             same = 0
-            while same < layers - period and signatures[-1 - same] == signatures[-1 - same - period]:
+            while (
+                same < layers - period and signatures[-1 - same] == signatures[-1 - same - period]
+            ):
                 same += 1
             repeats = (same + period) // period
             found = cls(layers - repeats * period, period, repeats)

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from torchtitan.config.validate import validate
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -57,22 +56,21 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
             _clear_sharding_prop_cache()  # it holds meshes, whose groups are gone
 
 
-def trace_step(job_config: JobConfig, repeats: int | None = None) -> StepTrace:
-    """Trace a step within a `fake_world`, on the CPU's code paths.
+def trace_step(
+    job_config: JobConfig, repeats: int | None = None, dims: ParallelDims | None = None
+) -> StepTrace:
+    """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
     The stages that a rank has of a pipeline run one after the other.
 
     Args:
         repeats: leave out layers of each stage: more repetitions of its layers than these, where
             it is `worth_extrapolating`.
-
-    Raises:
-        ConfigError: the job is not valid for the world.
+        dims: of the job, if there are meshes already.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
-    validate(job_config, world_size)
-    dims = ParallelDims.from_config(job_config.parallelism, world_size)
+    dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
     layout = dims.world_mesh, dims, job_config
     place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
     parts = meta_parts(job_config, place)

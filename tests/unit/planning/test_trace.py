@@ -9,6 +9,8 @@ import pytest
 import torchtitan.models  # noqa: F401
 from torchtitan.config import load_config
 from torchtitan.planning.collectives import sent_by_group
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.records import StepTrace
 from torchtitan.planning.trace import fake_world, trace_step
 from torchtitan.protocols.train_spec import get_train_spec
@@ -59,8 +61,16 @@ def test_tensor_parallel_moves_the_hidden_states_eight_times_a_layer() -> None:
 
 def test_a_rank_of_half_as_many_holds_twice_the_state() -> None:
     """Activations and gathered parameters are the same, so the difference is the state."""
-    options = ["--training.seq_len=8", "--training.mixed_precision_param=float32"]
-    few, many = (trace(world, 3, "8B", *options).peak_memory for world in (32, 64))
+    config = load_config(
+        [
+            "--model.flavor=8B",
+            "--activation_checkpoint.mode=none",
+            "--training.seq_len=8",
+            "--training.local_batch_size=1",
+            "--training.mixed_precision_param=float32",
+        ]
+    )
+    few, many = (plan_run(config, world, DEVICES["h100"]).peak for world in (32, 64))
     state = 16 * nparams("8B")  # parameter, gradient, two moments, in float32
     assert few - many == pytest.approx(state / 32 - state / 64, rel=0.1)
 

@@ -1,0 +1,157 @@
+"""`torchtitan plan`: the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from torchtitan.config import JobConfig, load_config
+from torchtitan.errors import ConfigError
+from torchtitan.models.plugins import load_plugins
+
+DESCRIPTION = """\
+What a run needs and how long it takes, before a GPU is rented: memory of each rank by category,
+communication, the pipeline's bubble, step time, tokens/s, MFU, time and cost of a token budget.
+Memory is traced through the real model, parallelism and optimizer; times are estimates. See
+docs/planning.md.
+
+  torchtitan plan model.toml --world-size 512 --device h100 --tokens 15e12 --price 2.5
+  torchtitan plan model.toml --world-size 64 --search --global-batch-size 256
+  torchtitan plan model.toml --html plan.html -- --activation_checkpoint.mode full
+
+Options after -- go to the job, as to `torchtitan train`.
+
+Exit code: 0 if the run fits (or the search found one that does), 1 if not, 2 for a mistake in the
+command or the config."""
+
+
+def _option(metavar: str, *aliases: str) -> Any:
+    return tyro.conf.arg(metavar=metavar, aliases=aliases)
+
+
+@dataclass
+class Options:
+    config: Annotated[tyro.conf.Positional[str], _option("CONFIG")]
+    """TOML file of the job."""
+    world_size: Annotated[int | None, _option("N", "--gpus")] = None
+    """Devices. Default: the product of the degrees of parallelism, at least a host's worth if the
+    shard degree is -1."""
+    device: Annotated[str, _option("NAME")] = "h100"
+    """a100, h100, h200, b200 or mi300x."""
+    nodes_of: Annotated[int, _option("N")] = 8
+    """Devices of a host."""
+    tokens: Annotated[float | None, _option("N")] = None
+    """Token budget (15e12), for which time and cost are given."""
+    price: Annotated[float | None, _option("FLOAT")] = None
+    """Of a device and hour, in any currency."""
+    json: Annotated[str | None, _option("FILE")] = None
+    """Write the plan as JSON."""
+    html: Annotated[str | None, _option("FILE")] = None
+    """Write a page with memory by category and the pipeline's timeline."""
+    search: bool = False
+    """Look for the fastest layout that fits, with this model, batch and sequence length. Degrees,
+    local batch, schedule and activation checkpointing of the job are not used."""
+    global_batch_size: Annotated[int | None, _option("N")] = None
+    """Sequences in a step, for training.global_batch_size."""
+    seq_len: Annotated[int | None, _option("N")] = None
+    """For training.seq_len."""
+    seconds: Annotated[float, _option("S")] = 300.0
+    """How long a search may take."""
+    out: Annotated[str, _option("FILE")] = "planned.toml"
+    """Where a search writes the best job."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan plan`; returns the exit code.
+
+    Raises:
+        ConfigError: an argument or the config is wrong, or the layout cannot be.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    own, overrides = argv, []
+    if "--" in argv:
+        end = argv.index("--")
+        own, overrides = argv[:end], argv[end + 1 :]
+    options = tyro.cli(Options, args=own, prog="torchtitan plan", description=DESCRIPTION)
+    _check(options)
+    for name in ("global_batch_size", "seq_len"):
+        if getattr(options, name) is not None:
+            overrides = [*overrides, f"--training.{name}={getattr(options, name)}"]
+    config = load_config([f"--job.config_file={options.config}", *overrides])
+    load_plugins(config.job.custom_import)
+    warnings.simplefilter("ignore")  # of PyTorch, about the meshes of a world that is not there
+    logging.getLogger("torchtitan").setLevel(logging.WARNING)
+    return _search(options, config) if options.search else _plan(options, config)
+
+
+def _plan(options: Options, config: JobConfig) -> int:
+    from .devices import get_device
+    from .estimate import plan_run
+    from .page import page
+    from .report import Budget, as_json, show
+
+    world_size = options.world_size or default_world_size(config, options.nodes_of)
+    plan = plan_run(config, world_size, get_device(options.device), options.nodes_of)
+    budget = Budget.of(plan, options.tokens, options.price) if options.tokens else None
+    show(plan, budget)
+    if options.json:
+        _write("--json", options.json, json.dumps(as_json(plan, budget), indent=2) + "\n")
+    if options.html:
+        _write("--html", options.html, page(plan, budget))
+    return 0 if plan.room >= 0 else 1
+
+
+def _search(options: Options, config: JobConfig) -> int:
+    from torchtitan.config import to_toml
+
+    from .devices import get_device
+    from .search import search, show_found
+
+    if options.world_size is None:
+        raise ConfigError("--search needs --gpus N: the devices to share out")
+    device = get_device(options.device)
+    found = search(config, options.world_size, device, options.nodes_of, options.seconds)
+    show_found(found)
+    if not found.best:
+        return 1
+    _write("--out", options.out, to_toml(found.best.config))
+    sys.stdout.write(f"written to {options.out}\n")
+    return 0
+
+
+def default_world_size(config: JobConfig, host_size: int) -> int:
+    """Of a job whose command does not say."""
+    parallelism = config.parallelism
+    product = (
+        parallelism.pipeline_parallel_degree
+        * parallelism.data_parallel_replicate_degree
+        * parallelism.context_parallel_degree
+        * parallelism.tensor_parallel_degree
+    )
+    if parallelism.data_parallel_shard_degree != -1:
+        return product * parallelism.data_parallel_shard_degree
+    return math.lcm(product, host_size) if product < host_size else product
+
+
+def _check(options: Options) -> None:
+    for name in ("world_size", "nodes_of", "tokens", "price", "seconds"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
+    if options.price is not None and options.tokens is None:
+        raise ConfigError("--price needs --tokens N: the budget that is to be paid for")
+
+
+def _write(option: str, path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot write it: {error.strerror}") from error

@@ -1,0 +1,131 @@
+"""A plan as one HTML file with drawings, which needs no network."""
+
+from __future__ import annotations
+
+from html import escape
+
+from .estimate import Plan
+from .report import CATEGORIES, Budget, headline, memory_rows, summary, traffic_rows
+from .schedule import BACKWARD, FORWARD, INPUT, REDUCE, WEIGHT
+
+COLORS = {
+    "parameters": "#4269d0",
+    "gradients": "#efb118",
+    "optimizer_state": "#ff725c",
+    "whole_parameters": "#6cc5b0",
+    "whole_gradients": "#3ca951",
+    "activations": "#ff8ab7",
+    "pipeline_buffers": "#a463f2",
+    "temporary": "#9c9c9c",
+}
+ACTIONS = {
+    FORWARD: ("forward", "#4269d0"),
+    BACKWARD: ("backward", "#3ca951"),
+    INPUT: ("backward, inputs", "#6cc5b0"),
+    WEIGHT: ("backward, weights", "#efb118"),
+    REDUCE: ("reduction of gradients", "#ff725c"),
+}
+WIDTH, ROW, LEFT = 1000, 26, 90
+_GIB = 2**30
+_MOST_SPANS = 20_000  # a browser is slow with more
+STYLE = """body{font:14px system-ui,sans-serif;margin:2em auto;max-width:1120px;color:#222}
+table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;
+border-bottom:1px solid #ddd}svg{display:block;margin:1em 0}text{font:12px system-ui,sans-serif}
+.key span{display:inline-block;width:1em;height:1em;margin:0 .4em 0 1em;vertical-align:-2px}"""
+
+
+def page(plan: Plan, budget: Budget | None = None) -> str:
+    """The whole file."""
+    lines = "".join(f"<p>{escape(line)}</p>" for line in summary(plan, budget))
+    timeline = ""
+    if plan.timeline:
+        timeline = f"<h2>Pipeline schedule</h2>{_key(dict(ACTIONS.values()))}{_timeline(plan)}"
+    labels = {CATEGORIES[name]: color for name, color in COLORS.items()}
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>'
+        f"<title>Plan of {escape(plan.config.model.name)}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{escape(headline(plan))}</h1>{lines}"
+        f"<h2>Memory of a rank at its peak</h2>{_key(labels)}{_memory(plan)}"
+        f"{_table(*memory_rows(plan))}{timeline}"
+        f"<h2>Communication in a step</h2>{_table(*traffic_rows(plan))}</body></html>\n"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    """A bar for each rank of the pipeline, and a line where the device is full."""
+    scale = (WIDTH - LEFT) / (1.05 * max(plan.peak, plan.available))
+    parts = []
+    for row, rank in enumerate(plan.ranks):
+        left, top = float(LEFT), row * ROW
+        parts.append(_text(0, top + 17, f"rank {rank.pp_rank}"))
+        for name, color in COLORS.items():
+            size = getattr(rank.memory, name)
+            title = f"{CATEGORIES[name]}: {size / _GIB:.2f} GiB"
+            parts.append(_bar(left, top, size * scale, color, title))
+            left += size * scale
+    height, limit = len(plan.ranks) * ROW, LEFT + plan.available * scale
+    parts.append(
+        f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="{height}" stroke="#d00" '
+        f'stroke-width="2"><title>{plan.available / _GIB:.1f} GiB</title></line>'
+    )
+    return _svg(height, parts)
+
+
+def _timeline(plan: Plan) -> str:
+    """A row for each rank of the pipeline. later stages of a rank are paler."""
+    timeline = plan.timeline
+    number = sum(map(len, timeline.spans.values()))
+    if number > _MOST_SPANS:
+        return f"<p>{number:,} actions, too many to draw.</p>"
+    scale = (WIDTH - LEFT) / timeline.seconds
+    parts = []
+    for row, (rank, spans) in enumerate(timeline.spans.items()):
+        parts.append(_text(0, row * ROW + 17, f"rank {rank}"))
+        stages = sorted({action.stage for action, _, _ in spans})
+        for action, start, end in spans:
+            what, color = ACTIONS[action.kind]
+            title = f"stage {action.stage}, {what}"
+            if action.kind != REDUCE:
+                title += f", micro-batch {action.micro_batch}"
+            title += f": {start:.4f} to {end:.4f} s"
+            opacity = 1 - 0.5 * stages.index(action.stage) / len(stages)
+            left, width = LEFT + start * scale, (end - start) * scale
+            parts.append(_bar(left, row * ROW, width, color, title, opacity))
+    return _svg(len(timeline.spans) * ROW, parts)
+
+
+def _svg(height: float, parts: list[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        f'width="{WIDTH}" height="{height}">{"".join(parts)}</svg>'
+    )
+
+
+def _bar(
+    left: float, top: float, width: float, color: str, title: str, opacity: float = 1.0
+) -> str:
+    return (
+        f'<rect x="{left:.2f}" y="{top + 3}" width="{max(width, 0):.2f}" height="{ROW - 6}" '
+        f'fill="{color}" fill-opacity="{opacity:.2f}" stroke="#fff" stroke-width="0.5">'
+        f"<title>{escape(title)}</title></rect>"
+    )
+
+
+def _text(left: float, top: float, text: str) -> str:
+    return f'<text x="{left}" y="{top}">{escape(text)}</text>'
+
+
+def _key(colors: dict[str, str]) -> str:
+    items = "".join(
+        f'<span style="background:{color}"></span>{escape(label)}'
+        for label, color in colors.items()
+    )
+    return f'<p class="key">{items}</p>'
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,125 @@
+"""How long operations and collectives take on a device: a roofline.
+
+A matrix product takes its FLOPs over the device's rate, any other operation its bytes over the
+memory's, a collective its bytes over the link's, whichever of computing and overlapped
+communication is longer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .collectives import Collective
+from .devices import Device
+from .records import PassTrace, StageTrace
+from .schedule import StageCost
+
+OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate")
+"""Groups whose collectives run while the device computes; others are waited for."""
+FUSED = 0.4
+"""Share of the bytes of element-wise operations that is left when they are compiled together."""
+
+Groups = dict[str, list[int]]
+"""Name -> numbers of the ranks of a group."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a rank sends to a group in a step."""
+
+    group: str
+    kind: str
+    ranks: int
+    link: str
+    """`host` if the group is within one, else `network`."""
+    calls: float
+    sent: float
+    """Bytes."""
+    seconds: float
+
+
+class Roofline:
+    """Durations on one kind of device."""
+
+    def __init__(self, device: Device, host_size: int, compiled: bool) -> None:
+        self._device = device
+        self._host_size = host_size
+        self._compiled = compiled
+
+    def cost(self, stage: StageTrace, groups: Groups) -> StageCost:
+        forward = self.seconds(stage.forward, groups)
+        first = stage.forward.collectives + stage.start.collectives
+        return StageCost(
+            forward=forward,
+            backward=self.seconds(stage.backward, groups),
+            send=self._transfer(stage.hidden_out, groups.get("pp", [0])) if stage.hidden_out else 0,
+            activations=stage.activations,
+            start=self.seconds(PassTrace(stage.forward.operations, first), groups) - forward,
+            finish=self.seconds(stage.finish, groups),
+        )
+
+    def seconds(self, trace: PassTrace, groups: Groups) -> float:
+        """Of a pass: overlapped communication shows only where it is longer than computing."""
+        matrix, other = self.compute(trace)
+        waited, overlapped = self._communication(trace.collectives, groups)
+        return max(matrix + other + waited, overlapped)
+
+    def compute(self, trace: PassTrace) -> tuple[float, float]:
+        """Seconds of matrix products, and of all else."""
+        device = self._device
+        flops_rate = device.flops * device.matmul_efficiency
+        byte_rate = device.bandwidth * device.bandwidth_efficiency
+        matrix = other = 0.0
+        for operation, calls in trace.operations.items():
+            if operation.flops:
+                seconds = max(operation.flops / flops_rate, operation.moved / byte_rate)
+                matrix += calls * max(seconds, device.launch)
+            else:
+                share = FUSED if self._compiled else 1.0
+                launch = 0.0 if self._compiled else device.launch
+                other += calls * max(share * operation.moved / byte_rate, launch)
+        return matrix, other
+
+    def _communication(
+        self, collectives: Mapping[Collective, float], groups: Groups
+    ) -> tuple[float, float]:
+        """Seconds that are waited for, and that overlap with computing."""
+        waited = overlapped = 0.0
+        for collective, calls in collectives.items():
+            seconds = calls * self._transfer(collective.sent, groups.get(collective.group, [0]))
+            if collective.group in OVERLAPPED:
+                overlapped += seconds
+            else:
+                waited += seconds
+        return waited, overlapped
+
+    def _transfer(self, sent: float, ranks: list[int]) -> float:
+        return self._device.latency + sent / self._rate(ranks)
+
+    def _rate(self, ranks: list[int]) -> float:
+        """Bytes/s of a rank. The ranks of a group on one host share their network cards."""
+        device = self._device
+        if self.link(ranks) == "host":
+            return device.link * device.link_efficiency
+        hosts = defaultdict(int)
+        for rank in ranks:
+            hosts[rank // self._host_size] += 1
+        return min(device.link, min(hosts.values()) * device.network) * device.link_efficiency
+
+    def link(self, ranks: list[int]) -> str:
+        return "host" if len({rank // self._host_size for rank in ranks}) <= 1 else "network"
+
+    def traffic(self, collectives: Mapping[Collective, float], groups: Groups) -> list[Traffic]:
+        totals: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        for collective, times in collectives.items():
+            total = totals[collective.group, collective.kind, collective.ranks]
+            ranks = groups.get(collective.group, [0])
+            total[0] += times
+            total[1] += times * collective.sent
+            total[2] += times * self._transfer(collective.sent, ranks)
+        return [
+            Traffic(group, kind, ranks, self.link(groups.get(group, [0])), *total)
+            for (group, kind, ranks), total in totals.items()
+        ]
