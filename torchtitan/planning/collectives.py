@@ -109,7 +109,10 @@ class CollectiveRecorder(TorchDispatchMode):
 def sent_by_group(
     collectives: Iterable[Collective] | Mapping[Collective, float],
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """`(group, kind)` -> (calls, bytes sent by this rank). A mapping says how often each is done."""
+    """`(group, kind)` -> (calls, bytes sent by this rank).
+
+    A mapping says how often each is done.
+    """
     counts = collectives if isinstance(collectives, Mapping) else Counter(collectives)
     totals: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0, 0.0))
     for collective, times in counts.items():

@@ -127,7 +127,7 @@ def plan_run(config: JobConfig, world_size: int, device: Device, host_size: int 
     """
     given, config = config, traceable(config)
     validate(config, world_size)
-    _check_activation_checkpoint(config)
+    _refuse_unplannable(config)
     # Nothing can be traced through the compiler.
     compiled, config.compile.enable = config.compile.enable, False
     spec = get_train_spec(config.model.name, config.model.flavor)
@@ -188,13 +188,18 @@ def traceable(config: JobConfig) -> JobConfig:
     config.validation.dataset, config.validation.dataset_path = "stdlib", None
     config.model.tokenizer_path = "bytes"
     config.job.dump_folder = "."
-    config.checkpoint.load_step, config.checkpoint.initial_load_path = -1, None
+    config.checkpoint.load_step, config.checkpoint.initial_load_path = -1, ""
     config.metrics.enable_wandb = False
     config.parallelism.enable_async_tensor_parallel = False
     return config
 
 
-def _check_activation_checkpoint(config: JobConfig) -> None:
+def _refuse_unplannable(config: JobConfig) -> None:
+    if config.parallelism.pipeline_parallel_schedule_csv:
+        raise ConfigError(
+            f"{origin(config, 'parallelism.pipeline_parallel_schedule_csv')}: cannot be planned. "
+            "Leave it empty, and name a parallelism.pipeline_parallel_schedule that is like it"
+        )
     if config.activation_checkpoint.mode == "memory_budget":
         raise ConfigError(
             f"{origin(config, 'activation_checkpoint.mode')}: cannot be planned, as the compiler "

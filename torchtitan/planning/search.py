@@ -1,0 +1,152 @@
+"""Looks for the fastest layout that fits: all by arithmetic, the most promising by traces."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from torchtitan.config import JobConfig, origin
+from torchtitan.errors import ConfigError
+from torchtitan.tools.text import three_digits
+
+from .candidates import Arithmetic, Candidate, candidates
+from .devices import Device
+from .estimate import Plan, plan_run
+
+_MEMORY_MARGIN = 1.15
+_TIME_MARGIN = 1.3
+"""How far off the arithmetic may be in the worst case: candidates beyond are not traced."""
+_SHOWN = 12
+_GIB = 2**30
+
+
+@dataclass
+class Found:
+    """What a search came to."""
+
+    considered: int = 0
+    """Candidates that arithmetic looked at."""
+    traced: list[tuple[Candidate, Plan]] = field(default_factory=list)
+    finished: bool = True
+    """Whether every candidate that could win was traced in the time there was."""
+
+    @property
+    def fitting(self) -> list[tuple[Candidate, Plan]]:
+        """Fastest first."""
+        fit = [(c, plan) for c, plan in self.traced if plan.room >= 0]
+        return sorted(fit, key=lambda pair: pair[1].step_seconds)
+
+    @property
+    def best(self) -> Plan | None:
+        return self.fitting[0][1] if self.fitting else None
+
+    @property
+    def pareto(self) -> list[tuple[Candidate, Plan]]:
+        """Those that no other beats in both time and memory, fastest first."""
+        front: list[tuple[Candidate, Plan]] = []
+        for candidate, plan in self.fitting:
+            if not front or plan.peak < front[-1][1].peak:
+                front.append((candidate, plan))
+        return front
+
+
+def search(
+    config: JobConfig, world_size: int, device: Device, host_size: int = 8, seconds: float = 300.0
+) -> Found:
+    """Trace candidates in the order of their times by arithmetic, until none left can win.
+
+    Args:
+        seconds: stop then at the latest, after at least one trace.
+
+    Raises:
+        ConfigError: the job names no global batch, or no layout of so many devices can be.
+    """
+    if config.training.global_batch_size == -1:
+        raise ConfigError(
+            f"{origin(config, 'training.global_batch_size')}: a search needs it, as layouts are "
+            "compared at the same batch: --global-batch-size N"
+        )
+    end = time.monotonic() + seconds
+    every = list(candidates(config, world_size, host_size))
+    if not every:
+        raise ConfigError(_no_layout(config, world_size))
+    arithmetic = Arithmetic(config, device, host_size)
+    available = device.memory - device.host_memory_reserved
+    possible = [c for c in every if arithmetic.memory(c) <= _MEMORY_MARGIN * available]
+    possible = possible or [min(every, key=arithmetic.memory)]
+    possible.sort(key=arithmetic.seconds)
+    found = Found(considered=len(every))
+    refused: ConfigError | None = None
+    for candidate in possible:
+        best = found.best
+        if best and arithmetic.seconds(candidate) > _TIME_MARGIN * best.step_seconds:
+            break
+        if time.monotonic() > end and found.traced:
+            found.finished = False
+            break
+        try:
+            plan = plan_run(candidate.config(config), world_size, device, host_size)
+        except ConfigError as error:  # a rule of this model, such as the number of heads
+            refused = refused or error
+            continue
+        found.traced.append((candidate, plan))
+    if not found.traced and refused is not None:
+        raise refused
+    return found
+
+
+def _no_layout(config: JobConfig, world_size: int) -> str:
+    batch = config.training.global_batch_size
+    return (
+        f"{origin(config, 'training.global_batch_size')}: no layout of {world_size} devices has a "
+        f"whole number of sequences a data rank. Use a multiple of {world_size}, or of a divisor "
+        f"of it that leaves the rest to tensor, context or pipeline parallelism (now {batch})"
+    )
+
+
+HEADER = ["layout", "checkpointing", "micro-batch", "schedule", "step s", "tokens/s", "MFU"]
+HEADER += ["peak GiB", ""]
+
+
+def rows(found: Found) -> list[list[str]]:
+    """The fastest that fit, and all of the Pareto front; if none fits, the smallest."""
+    front = {id(plan) for _, plan in found.pareto}
+    shown = [
+        pair for i, pair in enumerate(found.fitting) if i < _SHOWN or id(pair[1]) in front
+    ] or sorted(found.traced, key=lambda pair: pair[1].peak)[:1]
+    return [
+        [
+            str(candidate),
+            candidate.ac,
+            str(candidate.micro_batch),
+            candidate.schedule,
+            three_digits(plan.step_seconds),
+            f"{plan.tokens_per_second:,.0f}",
+            f"{100 * plan.mfu:.1f}%",
+            f"{plan.peak / _GIB:.1f}",
+            "Pareto" if id(plan) in front else "" if plan.room >= 0 else "does not fit",
+        ]
+        for candidate, plan in shown
+    ]
+
+
+def show_found(found: Found) -> None:
+    """Print to stdout."""
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(
+        f"{found.considered:,} layouts considered, {len(found.traced)} traced, "
+        f"{len(found.fitting)} of them fit"
+        + ("" if found.finished else "; stopped by --seconds, a longer search may find better"),
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD)
+    for column, heading in enumerate(HEADER):
+        table.add_column(heading, justify="right" if 4 <= column < 8 else "left")
+    for row in rows(found):
+        table.add_row(*row)
+    console.print(table)
