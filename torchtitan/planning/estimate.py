@@ -216,7 +216,7 @@ def _trace_pipeline(
     result = []
     for place in range(dims.pp):
         parts = meta_parts(config, place)
-        key = repr([_likeness(part) for part in parts])
+        key = repr([_likeness(part, config.training.seq_len) for part in parts])
         if key not in traces:
             with fake_world(world_size, rank=place * ranks_of_place):
                 here = ParallelDims.from_config(config.parallelism, world_size)
@@ -228,12 +228,12 @@ def _trace_pipeline(
     return result
 
 
-def _likeness(part: nn.Module) -> tuple[object, ...]:
+def _likeness(part: nn.Module, seq_len: int) -> tuple[object, ...]:
     """Equal for stages that cost the same."""
     others = [
         (name, tuple(p.shape)) for name, p in part.named_parameters() if "layers." not in name
     ]
-    return (*others, *layer_signatures(part))
+    return (*others, *layer_signatures(part, seq_len))
 
 
 def _trace_deep(config: JobConfig, repetitions: list[Repetition], dims: ParallelDims) -> StepTrace:

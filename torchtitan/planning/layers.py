@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
 
+import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves
 
 PERIODS = (2, 3)
 """Repetitions in the two traces from which a deep model is extrapolated. FSDP holds a layer and the
@@ -20,13 +25,13 @@ class Repetition:
     repeats: int
 
     @classmethod
-    def of(cls, model: nn.Module, multiple: int = 1) -> Repetition:
+    def of(cls, model: nn.Module, seq_len: int, multiple: int = 1) -> Repetition:
         """The one with the fewest different layers.
 
         Args:
             multiple: the period is a multiple of this, as every n-th layer is treated differently.
         """
-        signatures = layer_signatures(model)
+        signatures = layer_signatures(model, seq_len)
         layers = len(signatures)
         best = cls(layers, multiple, 0)
         for period in range(multiple, layers // 2 + 1, multiple):
@@ -57,8 +62,13 @@ def keep_layers(model: nn.Module, count: int) -> None:
         del model.layers[name]
 
 
-def layer_signatures(model: nn.Module) -> list[str]:
-    """Of each of `model.layers`: equal for those with the same modules, shapes and settings."""
+def layer_signatures(model: nn.Module, seq_len: int) -> list[str]:
+    """Of each of `model.layers`: equal for those with the same modules, shapes and settings, which
+    the model calls alike.
+
+    Args:
+        model: on the meta device, or a stage of it.
+    """
     settings = [_settings(layer) for layer in model.layers.values()]
     numbers = [int(name) if name.isdecimal() else -1 for name in model.layers]
     # A layer that knows its number is not different for it.
@@ -68,9 +78,45 @@ def layer_signatures(model: nn.Module) -> list[str]:
         for key in shared
         if all(s[key] == n for s, n in zip(settings, numbers, strict=True)) and len(settings) > 1
     }
+    calls = _calls(model, seq_len)
     return [
-        repr([(key, value) for key, value in s.items() if key not in own_number]) for s in settings
+        repr([call, *((key, value) for key, value in s.items() if key not in own_number)])
+        for s, call in zip(settings, calls, strict=True)
     ]
+
+
+def _calls(model: nn.Module, seq_len: int) -> list[object]:
+    """What each layer gets besides hidden states: masks, rotations. Equal for the same objects.
+
+    A model may treat layers of the same kind differently, with a window for some of them.
+    """
+    layers = list(model.layers.values())
+    calls: dict[nn.Module, object] = {}
+    numbers: dict[int, int] = {}
+    alive: list[object] = []  # so that no address is used twice
+
+    def stub(layer: nn.Module, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
+        leaves = tree_leaves((args, kwargs))
+        alive.extend(leaves)
+        calls[layer] = [
+            leaf
+            if isinstance(leaf, bool | int | float | str | None)
+            else f"object {numbers.setdefault(id(leaf), len(numbers))}"
+            for leaf in leaves
+        ]
+        return hidden
+
+    with torch.device("meta"), torch.no_grad(), ExitStack() as stack:
+        entry = torch.zeros(1, seq_len, dtype=torch.int64)
+        for layer in layers:
+            stack.enter_context(patch.object(layer, "forward", partial(stub, layer)))
+        try:
+            if model.tok_embeddings is None:
+                entry = torch.zeros(1, seq_len, model.args.dim)
+            model(entry)
+            return [calls[layer] for layer in layers]
+        except Exception:  # of a model of the user's, which may need other inputs
+            return list(range(len(layers)))  # so take them as all different
 
 
 def _settings(layer: nn.Module) -> dict[str, object]:

@@ -41,7 +41,9 @@ def trace_stage(
     """
     tracer = _StageTracer(part, job_config, dims, loss_fn, memory, recorder)
     if dims.pp_enabled:
-        tracer.trace_pipeline()
+        with tracer.autocast:  # the casts of weights serve all micro-batches
+            tracer.trace_pipeline()
+        tracer.finish_pipeline()
     else:
         tracer.trace_whole()
     return tracer.trace
@@ -70,9 +72,9 @@ class _StageTracer:
         self._inputs = {name: self._tokens.clone() for name in names if name in accepted}
         self._fsdp = fsdp_modules(part)
         dtype = getattr(torch, job_config.training.mixed_precision_param)
-        self._autocast: Any = nullcontext()
+        self.autocast: Any = nullcontext()
         if not self._fsdp and dtype != torch.float32:  # as the trainer does
-            self._autocast = torch.autocast("cpu", dtype=dtype)
+            self.autocast = torch.autocast("cpu", dtype=dtype)
         self.trace = StageTrace(
             parameters=sum(_local_bytes(t) for t in (*part.parameters(), *part.buffers()))
         )
@@ -123,12 +125,12 @@ class _StageTracer:
             trace.moments.append(Memory(**shares))
 
     def trace_pipeline(self) -> None:
-        """F0 F1 B0 B1, and the reduction of gradients that `PipelineStage` postpones to the end.
+        """F0 F1 B0 B1; `PipelineStage` postpones the reduction of gradients to the end.
 
         F1 is like each forward pass but the first, which may gather parameters; so is B1.
         """
         trace, memory = self.trace, self._memory
-        base = memory.current
+        self._base = memory.current
         first = PassTrace()
         outs = [self._forward(first)]
         start = memory.current
@@ -144,8 +146,13 @@ class _StageTracer:
         start = memory.current
         memory.reset_peak()
         self._backward(outs.pop(0), trace.backward)
-        temporary = memory.peak - start
+        self._temporary, self._held = memory.peak - start, memory.current
+
+    def finish_pipeline(self) -> None:
+        """Reduce the gradients, and say what was held until then."""
+        trace, memory, base = self.trace, self._memory, self._base
         whole = memory.current - base
+        temporary = self._temporary + self._held - memory.current  # with the casts of weights
         memory.reset_peak()
         with recording(self._recorder, trace.finish):
             self._reduce_gradients()
@@ -190,7 +197,8 @@ class _StageTracer:
         if at_half_way_back is not None and len(part.layers) > 1:
             middle = list(part.layers.values())[len(part.layers) // 2 - 1]
             handles.append(middle.register_forward_hook(_when_gradient_comes(at_half_way_back)))
-        with recording(self._recorder, record), self._autocast:
+        autocast = nullcontext() if self._dims.pp_enabled else self.autocast
+        with recording(self._recorder, record), autocast:
             out = part(entry, **self._inputs)
             loss = None if part.output is None else self._loss_fn(out, self._tokens)
         for handle in handles:

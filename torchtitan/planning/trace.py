@@ -127,7 +127,8 @@ def meta_parts(job_config: JobConfig, place: int) -> list[nn.Module]:
 def repetition_of(part: nn.Module, job_config: JobConfig) -> Repetition:
     config = job_config.activation_checkpoint
     every_nth = config.mode == "selective" and config.selective_ac_option != "op"
-    return Repetition.of(part, int(config.selective_ac_option) if every_nth else 1)
+    period = int(config.selective_ac_option) if every_nth else 1
+    return Repetition.of(part, job_config.training.seq_len, period)
 
 
 def _make_optimizer_state(

@@ -1,0 +1,88 @@
+"""Durations of operations and collectives on a device with round figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from torchtitan.errors import ConfigError
+from torchtitan.planning.collectives import Collective
+from torchtitan.planning.devices import DEVICES, Device, get_device
+from torchtitan.planning.operations import Operation
+from torchtitan.planning.records import PassTrace
+from torchtitan.planning.roofline import FUSED, Roofline
+
+DEVICE = Device(
+    "round",
+    memory=1e9,
+    flops=1e12,
+    bandwidth=1e9,
+    link=100e6,
+    network=10e6,
+    matmul_efficiency=1.0,
+    bandwidth_efficiency=1.0,
+    link_efficiency=1.0,
+    latency=0.0,
+    launch=0.0,
+)
+MATMUL = Operation("mm", flops=10**12, moved=10**6)  # 1 s
+COPY = Operation("add", flops=0, moved=10**9)  # 1 s
+
+
+def roofline(compiled: bool = False) -> Roofline:
+    return Roofline(DEVICE, 8, compiled)
+
+
+def test_operations_add_up() -> None:
+    trace = PassTrace(Counter({MATMUL: 3, COPY: 2}))
+    assert roofline().compute(trace) == pytest.approx((3.0, 2.0))
+    assert roofline(compiled=True).compute(trace) == pytest.approx((3.0, 2.0 * FUSED))
+
+
+def test_a_thin_matrix_product_is_bound_by_memory() -> None:
+    thin = Operation("mm", flops=10, moved=2 * 10**9)
+    assert roofline().compute(PassTrace(Counter({thin: 1})))[0] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("group", "seconds"), [("fsdp", 3.0), ("tp", 5.0)])
+def test_only_collectives_of_data_parallel_overlap(group: str, seconds: float) -> None:
+    """2 s of sending beside 3 s of computing."""
+    sent = Collective("send", group, 2, payload=200_000_000)
+    trace = PassTrace(Counter({MATMUL: 3}), Counter({sent: 1}))
+    assert roofline().seconds(trace, {group: [0, 1]}) == pytest.approx(seconds)
+
+
+def test_overlapped_communication_shows_where_it_is_longer() -> None:
+    sent = Collective("send", "fsdp", 2, payload=200_000_000)
+    trace = PassTrace(Counter({MATMUL: 3}), Counter({sent: 4}))
+    assert roofline().seconds(trace, {"fsdp": [0, 1]}) == pytest.approx(8.0)
+
+
+LINKS = {
+    "within a host": ([0, 1, 2, 3], "host", 1.0),
+    "one rank a host": ([0, 8, 16, 24], "network", 10.0),
+    # Two ranks of a host in the ring have two network cards.
+    "two ranks a host": ([0, 4, 8, 12], "network", 5.0),
+    "whole hosts": (list(range(16)), "network", 1.25),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_the_link_of_a_group(name: str) -> None:
+    ranks, link, seconds = LINKS[name]
+    sent = Collective("send", "g", len(ranks), payload=100_000_000)
+    (traffic,) = roofline().traffic({sent: 1}, {"g": ranks})
+    assert (traffic.link, traffic.seconds) == (link, pytest.approx(seconds))
+
+
+def test_a_ring_sends_its_share() -> None:
+    sizes = {"all_gather": 75, "reduce_scatter": 75, "all_reduce": 150, "send": 100}
+    for kind, sent in sizes.items():
+        assert Collective(kind, "g", 4, payload=100).sent == sent
+
+
+def test_devices() -> None:
+    assert get_device("h100") is DEVICES["h100"]
+    with pytest.raises(ConfigError, match=r"--device h10.*Did you mean 'h100'\?"):
+        get_device("h10")

@@ -1,0 +1,78 @@
+"""Schedules played: textbook bubbles, what is held, and what cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchtitan.planning.schedule import Action, StageCost, actions_of, play
+
+PP, MICRO_BATCHES = 4, 8
+
+
+def equal_stages(count: int, **costs: float) -> list[StageCost]:
+    return [StageCost(forward=1.0, backward=2.0, **costs)] * count
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
+@pytest.mark.parametrize(("pp", "micro_batches"), [(2, 2), (4, 8), (8, 32)])
+def test_the_textbook_bubble(schedule: str, pp: int, micro_batches: int) -> None:
+    """(p - 1) / (m + p - 1): Narayanan et al., arXiv:2104.04473, section 2.2."""
+    stages = [[rank] for rank in range(pp)]
+    timeline = play(actions_of(schedule, stages, micro_batches), equal_stages(pp))
+    assert timeline.bubble == pytest.approx((pp - 1) / (micro_batches + pp - 1))
+    assert timeline.seconds == pytest.approx(3 * (micro_batches + pp - 1))
+
+
+@pytest.mark.parametrize("per_rank", [2, 4])
+def test_interleaving_divides_the_bubble(per_rank: int) -> None:
+    """The idle time is that of 1F1B over the stages of a rank (section 2.2 of the same)."""
+    stages = [[rank + i * PP for i in range(per_rank)] for rank in range(PP)]
+    costs = [StageCost(1.0 / per_rank, 2.0 / per_rank)] * (PP * per_rank)
+    timeline = play(actions_of("Interleaved1F1B", stages, MICRO_BATCHES), costs)
+    busy, idle = 3 * MICRO_BATCHES, 3 * (PP - 1) / per_rank
+    assert timeline.seconds == pytest.approx(busy + idle)
+    assert timeline.bubble == pytest.approx(idle / (busy + idle))
+
+
+def test_zero_bubble_is_shorter_than_1f1b() -> None:
+    v_shaped = [[rank, 2 * PP - 1 - rank] for rank in range(PP)]
+    costs = [StageCost(0.5, 1.0)] * (2 * PP)
+    zero = play(actions_of("ZBVZeroBubble", v_shaped, MICRO_BATCHES), costs)
+    single = play(actions_of("1F1B", [[r] for r in range(PP)], MICRO_BATCHES), equal_stages(PP))
+    assert zero.bubble < 0.5 * single.bubble
+
+
+def test_1f1b_holds_a_micro_batch_for_each_later_stage_and_gpipe_all() -> None:
+    stages, costs = [[rank] for rank in range(PP)], equal_stages(PP, activations=10.0)
+    one = play(actions_of("1F1B", stages, MICRO_BATCHES), costs)
+    assert one.held == {rank: 10.0 * (PP - rank) for rank in range(PP)}
+    every = play(actions_of("GPipe", stages, MICRO_BATCHES), costs)
+    assert set(every.held.values()) == {10.0 * MICRO_BATCHES}
+
+
+def test_sending_and_reducing_take_their_time() -> None:
+    """The first micro-batch goes through all stages, and the last rank to end reduces last."""
+    stages = [[0], [1]]
+    costs = [StageCost(1.0, 2.0, send=0.25, start=0.5, finish=4.0), StageCost(1.0, 2.0)]
+    timeline = play(actions_of("GPipe", stages, 1), costs)
+    assert timeline.seconds == pytest.approx(0.5 + 1 + 0.25 + 1 + 2 + 0.25 + 2 + 4)
+
+
+def test_every_action_waits_for_what_it_needs() -> None:
+    stages = [[rank, rank + 2] for rank in range(2)]
+    timeline = play(actions_of("Interleaved1F1B", stages, 4), equal_stages(4, send=0.1))
+    spans = {a: (start, end) for done in timeline.spans.values() for a, start, end in done}
+    for action, (start, _) in spans.items():
+        if action.kind == "F" and action.stage > 0:
+            assert start >= spans[Action(action.stage - 1, "F", action.micro_batch)][1] + 0.1
+        if action.kind == "B":
+            assert start >= spans[Action(action.stage, "F", action.micro_batch)][1]
+
+
+def test_a_circular_wait_is_refused() -> None:
+    actions = {
+        0: [Action(0, "B", 0), Action(0, "F", 0)],
+        1: [Action(1, "F", 0), Action(1, "B", 0)],
+    }
+    with pytest.raises(ValueError, match="wait for one another"):
+        play(actions, equal_stages(2))
