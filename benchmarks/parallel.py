@@ -23,7 +23,7 @@ from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.planning.collectives import CollectiveRecorder
 from torchtitan.planning.devices import DEVICES
-from torchtitan.planning.estimate import plan_run
+from torchtitan.planning.estimate import Plan, plan_run
 from torchtitan.planning.memory import PeakMemory
 
 FLAVOR = "benchmark"
@@ -211,9 +211,13 @@ def measure(layout: Layout) -> tuple[Sent, float]:
     if layout.pp > 1:
         of_ranks = run_ranks(train_and_record, layout.world_size, layout)
         return of_ranks[0][0], max(memory for _, memory in of_ranks)
-    register()
-    plan = plan_run(layout.config(), layout.world_size, DEVICES["h100"])
+    plan = planned(layout)
     return {(t.group, t.kind): t.sent for t in plan.ranks[0].traffic}, plan.peak
+
+
+def planned(layout: Layout) -> Plan:
+    register()
+    return plan_run(layout.config(), layout.world_size, DEVICES["h100"])
 
 
 def train_and_record(layout: Layout) -> tuple[Sent, float]:
@@ -265,6 +269,8 @@ def run(quick: bool = False) -> list[Table]:
     for layout in [LAYOUTS[3], LAYOUTS[-2]] if quick else LAYOUTS:
         sent, memory = measure(layout)
         figures = [("peak memory", memory, expected_memory(layout))]
+        if layout.pp > 1:
+            figures.append(("peak memory, real and planned", memory, planned(layout).peak))
         figures += [
             (f"{kind} over {group}", sent.get((group, kind), 0.0), formula)
             for (group, kind), formula in expected_bytes(layout).items()

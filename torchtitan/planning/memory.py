@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -23,7 +26,7 @@ class Memory:
     """This rank's part."""
     optimizer_state: float = 0
     whole_parameters: float = 0
-    """What FSDP has gathered of other ranks' parameters."""
+    """What FSDP has gathered of other ranks' parameters, or casts of weights in a pipeline."""
     whole_gradients: float = 0
     """What FSDP has yet to scatter, between the micro-batches of a pipeline."""
     activations: float = 0
@@ -62,7 +65,7 @@ class PeakMemory(TorchDispatchMode):
         self._events: list[tuple[int, int]] = []  # number, change in bytes
         self._start: dict[int, int] = {}  # of the events: number -> bytes
         self._peak_at = 0  # events until then
-        self._paused = False
+        self.paused = False
 
     def add(self, *tensors: torch.Tensor) -> None:
         """Count tensors that exist already, such as parameters."""
@@ -92,7 +95,7 @@ class PeakMemory(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it comes back with the operations on its parts
         result = func(*args, **(kwargs or {}))
-        for leaf in [] if self._paused else tree_leaves(result):
+        for leaf in [] if self.paused else tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and not is_traceable_wrapper_subclass(leaf):
                 self._see(leaf.untyped_storage())
         return result
@@ -108,22 +111,13 @@ class PeakMemory(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = resize_
-        # DTensor works out shapes with fake tensors of global size, which have no memory.
-        propagate = self._original_propagate = ShardingPropagator._propagate_tensor_meta_non_cached
-
-        def propagate_unseen(*args: Any, **kwargs: Any) -> Any:
-            self._paused = True
-            try:
-                return propagate(*args, **kwargs)
-            finally:
-                self._paused = False
-
-        ShardingPropagator._propagate_tensor_meta_non_cached = propagate_unseen
+        self._pausing = pausing_for_shapes(self)
+        self._pausing.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._original_resize
-        ShardingPropagator._propagate_tensor_meta_non_cached = self._original_propagate
+        self._pausing.__exit__(*error)
         super().__exit__(*error)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -148,6 +142,25 @@ class PeakMemory(TorchDispatchMode):
         size = self._sizes.pop(key)
         self.current -= size
         self._events.append((self._numbers.pop(key), -size))
+
+
+@contextmanager
+def pausing_for_shapes(recorder: Any) -> Iterator[None]:
+    """Within it, `recorder.paused` is true while DTensor works out shapes.
+
+    It does so with fake tensors of global size, on which nothing is computed in truth.
+    """
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate_unseen(*args: Any, **kwargs: Any) -> Any:
+        recorder.paused = True
+        try:
+            return propagate(*args, **kwargs)
+        finally:
+            recorder.paused = False
+
+    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_unseen):
+        yield
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .memory import pausing_for_shapes
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -33,6 +35,7 @@ class OperationRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[Operation] = Counter()
+        self.paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -40,13 +43,22 @@ class OperationRecorder(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it comes back with the operations on its parts
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and not _is_free(func):
+        if func.namespace == "aten" and not self.paused and not _is_free(func):
             operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
             moved = sum(t.numel() * t.element_size() for t in (*operands, *results))
             flops = _flops(func, args, kwargs or {}, result)
             self.operations[Operation(func.overloadpacket._qualified_op_name, flops, moved)] += 1
         return result
+
+    def __enter__(self) -> OperationRecorder:
+        self._pausing = pausing_for_shapes(self)
+        self._pausing.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._pausing.__exit__(*error)
+        super().__exit__(*error)
 
 
 _FREE = (

@@ -152,12 +152,13 @@ class _StageTracer:
         """Reduce the gradients, and say what was held until then."""
         trace, memory, base = self.trace, self._memory, self._base
         whole = memory.current - base
-        temporary = self._temporary + self._held - memory.current  # with the casts of weights
+        casts = self._held - memory.current  # of weights, which ended with autocast
+        temporary = self._temporary
         memory.reset_peak()
         with recording(self._recorder, trace.finish):
             self._reduce_gradients()
         if not self._fsdp:
-            trace.moments = [Memory(gradients=whole, temporary=temporary)]
+            trace.moments = [Memory(whole_parameters=casts, gradients=whole, temporary=temporary)]
             return
         gradients = memory.current - base
         reducing = memory.peak - base - whole

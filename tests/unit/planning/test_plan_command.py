@@ -1,0 +1,155 @@
+"""`torchtitan plan`: tables, files, exit codes, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from harness import command
+
+from torchtitan.config import load_config
+from torchtitan.planning.command import default_world_size, main
+
+JOB = """\
+[model]
+flavor = "debugmodel"
+tokenizer_path = "/only/on/the/cluster"
+
+[training]
+seq_len = 256
+local_batch_size = 4
+dataset = "c4"
+
+[parallelism]
+pipeline_parallel_degree = 2
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> str:
+    path = tmp_path / "job.toml"
+    path.write_text(JOB)
+    return str(path)
+
+
+def test_a_plan_on_the_terminal_as_json_and_as_a_page(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / "plan.json"), str(tmp_path / "plan.html")]
+    options = ["--world-size", "16", "--tokens", "1e9", "--price", "2"]
+    assert main([job, *options, "--json", files[0], "--html", files[1]]) == 0
+    out = capsys.readouterr().out
+    for words in ("on 16 h100", "pp 2, dp_shard 8", "pipeline rank", "all_gather", "network"):
+        assert words in out
+    assert "it fits" in out and "pipeline bubble:" in out and "at that price" in out
+
+    plan = json.loads(Path(files[0]).read_text())
+    assert plan["fits"] and len(plan["ranks"]) == 2
+    for rank in plan["ranks"]:
+        assert sum(rank["memory"].values()) == pytest.approx(rank["peak"])
+    assert plan["peak_bytes"] == max(rank["peak"] for rank in plan["ranks"])
+    assert plan["tokens_per_step"] == 8 * 4 * 256
+    budget = plan["budget"]
+    assert budget["steps"] == -(-(10**9) // plan["tokens_per_step"])
+    assert budget["device_hours"] == pytest.approx(
+        budget["steps"] * plan["step_seconds"] * 16 / 3600
+    )
+    assert budget["cost"] == pytest.approx(2 * budget["device_hours"])
+    check_page(Path(files[1]).read_text(), plan)
+
+
+def check_page(text: str, plan: dict) -> None:
+    """Well-formed, nothing from elsewhere, bars as long as what they show."""
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    root = ET.fromstring(text.removeprefix("<!DOCTYPE html>"))
+    memory, timeline = root.iter("{http://www.w3.org/2000/svg}svg")
+    widths: dict[float, float] = {}
+    for bar in memory.iter("{http://www.w3.org/2000/svg}rect"):
+        row = float(bar.get("y"))
+        widths[row] = widths.get(row, 0.0) + float(bar.get("width"))
+    peaks = [rank["peak"] for rank in plan["ranks"]]
+    first, second = widths.values()
+    assert first / second == pytest.approx(peaks[0] / peaks[1], rel=0.01)
+    titles = [
+        bar.find("{http://www.w3.org/2000/svg}title").text
+        for bar in timeline.iter("{http://www.w3.org/2000/svg}rect")
+    ]
+    for stage in (0, 1):
+        for what in ("forward", "backward"):
+            begin = f"stage {stage}, {what}, micro-batch "
+            assert sum(title.startswith(begin) for title in titles) == 4
+        assert sum(f"stage {stage}, reduction" in title for title in titles) == 1
+
+
+def test_what_does_not_fit_says_by_how_much(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.flavor=8B", "--parallelism.pipeline_parallel_degree=1"]
+    assert main([job, "--world-size", "1", "--", *options]) == 1
+    out = capsys.readouterr().out
+    assert "does NOT fit" in out and "too much" in out
+
+
+def test_a_custom_model_needs_no_more_code(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    config = tmp_path / "tiny.toml"
+    config.write_text('[job]\ncustom_import = "tiny_llama"\n[model]\nname = "tiny_llama"\n')
+    options = ["--model.flavor=tiny", "--training.seq_len=32"]
+    assert main([str(config), "--world-size", "2", "--", *options]) == 0
+    assert "tiny_llama tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size"),
+    [
+        ([], 8),
+        (["--parallelism.tensor_parallel_degree=16"], 16),
+        (["--parallelism.tensor_parallel_degree=3"], 24),
+        (["--parallelism.data_parallel_shard_degree=4"], 4),
+    ],
+)
+def test_the_default_world(options: list[str], world_size: int) -> None:
+    assert default_world_size(load_config(options), 8) == world_size
+
+
+MISTAKES = {
+    "file": (["/no/such.toml"], ["/no/such.toml"]),
+    "device": (["JOB", "--device", "h10"], ["--device h10", "Did you mean 'h100'?"]),
+    "world": (["JOB", "--world-size", "7"], ["world size 7", "must be one of"]),
+    "ranks": (["JOB", "--world-size=-1"], ["--world-size -1", "above 0"]),
+    "price": (["JOB", "--price", "2"], ["--price needs --tokens"]),
+    "batch": (
+        ["JOB", "--world-size", "4", "--", "--training.local_batch_size=1"],
+        ["local_batch_size = 1", "1 micro-batches", "at least 2"],
+    ),
+    "heads": (
+        ["JOB", "--world-size", "6", "--", "--parallelism.tensor_parallel_degree=3"],
+        ["tensor_parallel_degree"],
+    ),
+    "sequence": (
+        ["JOB", "--world-size", "8", "--seq-len", "130"]
+        + ["--", "--parallelism.context_parallel_degree=4"],
+        ["seq_len = 130", "128 or 136"],
+    ),
+    "budget": (
+        ["JOB", "--", "--activation_checkpoint.mode=memory_budget", "--compile.enable"],
+        ["activation_checkpoint.mode", "cannot be planned"],
+    ),
+    "json": (["JOB", "--json", "/no/such/folder/plan.json"], ["--json /no/such/folder"]),
+    "search": (["JOB", "--search"], ["--gpus"]),
+    "search batch": (["JOB", "--search", "--gpus", "4"], ["--global-batch-size"]),
+    "search none": (
+        ["JOB", "--search", "--gpus", "7", "--global-batch-size", "3", "--", *()]
+        + ["--model.flavor=debugmodel"],
+        ["global_batch_size = 3", "no layout of 7 devices"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_message(name: str, job: str) -> None:
+    arguments, words = MISTAKES[name]
+    done = command("plan", *[job if word == "JOB" else word for word in arguments])
+    assert done.exit_code == 2, done.out + done.err
+    assert done.err.count("error: ") == 1 and "Traceback" not in done.err
+    for word in words:
+        assert word in done.err

@@ -1,0 +1,85 @@
+"""The search: what is considered, what wins, what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config import JobConfig, load_config
+from torchtitan.planning.candidates import Arithmetic, candidates
+from torchtitan.planning.command import main
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import plan_run
+from torchtitan.planning.search import Found, search
+
+
+def job(flavor: str, batch: int, seq_len: int = 8192, *options: str) -> JobConfig:
+    return load_config(
+        [
+            f"--model.flavor={flavor}",
+            f"--training.global_batch_size={batch}",
+            f"--training.seq_len={seq_len}",
+            *options,
+        ]
+    )
+
+
+def test_every_candidate_has_the_world_and_the_batch() -> None:
+    config = job("8B", 64)
+    every = list(candidates(config, 32, 8))
+    assert len(every) == len(set(every))
+    for c in every:
+        assert c.replicate * c.shard * c.cp * c.tp * c.pp == 32
+        assert 64 % (c.replicate * c.shard * c.local_batch) == 0
+        assert c.tp <= 8 and c.ep == 1
+        assert (c.pp > 1) == (c.schedule != "")
+    layouts = {(c.tp, c.pp) for c in every}
+    assert {(1, 1), (8, 1), (1, 4), (4, 8)} <= layouts
+
+
+def test_experts_are_spread_only_where_there_are_some() -> None:
+    config = load_config(
+        ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--training.global_batch_size=8"]
+    )
+    assert {c.ep for c in candidates(config, 8, 8)} >= {1, 2, 4, 8}
+
+
+@pytest.mark.long
+def test_arithmetic_is_near_to_traces() -> None:
+    """It only sorts: half to double will do, as the margins of the search are for."""
+    config, device = job("8B", 64, 8192), DEVICES["h100"]
+    arithmetic = Arithmetic(config, device, 8)
+    every = [c for c in candidates(config, 32, 8) if c.micro_batch <= 2]
+    for candidate in every[:: len(every) // 8]:
+        plan = plan_run(candidate.config(config), 32, device)
+        assert 0.5 < arithmetic.seconds(candidate) / plan.step_seconds < 2, candidate
+        assert 0.5 < arithmetic.memory(candidate) / plan.peak < 2, candidate
+
+
+def test_the_best_is_the_fastest_that_fits() -> None:
+    found = search(job("debugmodel", 8, 256), 2, DEVICES["h100"], seconds=20)
+    assert found.best is not None and found.considered >= len(found.traced) > 1
+    times = [plan.step_seconds for _, plan in found.fitting]
+    assert times == sorted(times) and found.best.step_seconds == times[0]
+    peaks = [plan.peak for _, plan in found.pareto]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_what_cannot_fit_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = search(job("70B", 8, 8192), 2, DEVICES["h100"], seconds=1)
+    assert isinstance(found, Found) and found.best is None and found.traced
+
+
+def test_the_best_is_written_and_can_be_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = tmp_path / "job.toml", tmp_path / "best.toml"
+    config.write_text('[model]\nflavor = "debugmodel"\n[training]\nseq_len = 256\n')
+    options = ["--search", "--gpus", "2", "--global-batch-size", "4", "--seconds", "3"]
+    assert main([str(config), *options, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "layouts considered" in shown and "Pareto" in shown
+    best = load_config([f"--job.config_file={out}"])
+    assert best.training.global_batch_size == 4 and best.training.seq_len == 256
+    assert plan_run(best, 2, DEVICES["h100"]).room > 0
