@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import astuple, fields
 from typing import Any
 
@@ -19,7 +20,7 @@ def extrapolate(few: StepTrace, more: StepTrace, repetitions: list[Repetition]) 
         more: with `PERIODS[1]`.
     """
     stages = [
-        _stage(a, b, _steps(repetition))
+        _stage(a, b, repetition)
         for a, b, repetition in zip(few.stages, more.stages, repetitions, strict=True)
     ]
     # The optimizer knows no stages. What it does is in proportion to the parameters.
@@ -44,18 +45,30 @@ def _line(few: float, more: float, steps: float) -> float:
     return max(0.0, few + steps * (more - few))
 
 
-def _stage(few: StageTrace, more: StageTrace, steps: float) -> StageTrace:
-    stage = StageTrace()
+def _stage(few: StageTrace, more: StageTrace, repetition: Repetition) -> StageTrace:
+    stage, steps = StageTrace(), _steps(repetition)
     for item in fields(StageTrace):
         a, b = getattr(few, item.name), getattr(more, item.name)
         if isinstance(a, PassTrace):
             value: object = _pass(a, b, steps)
         elif isinstance(a, list):
-            value = [_memory(x, y, steps) for x, y in zip(a, b, strict=True)]
+            value = [_memory(x, y, steps) for x, y in _aligned(a, b, repetition)]
         else:
             value = _line(a, b, steps)
         setattr(stage, item.name, value)
     return stage
+
+
+def _aligned(
+    few: list[Memory], more: list[Memory], repetition: Repetition
+) -> Iterator[tuple[Memory, Memory]]:
+    """Moments of the two traces that are as far from the beginning, or else from the end.
+
+    Between the ends memory goes up or down evenly from layer to layer, so no moment is fuller.
+    """
+    first = len(few) - repetition.first - repetition.period
+    for i in range(len(few)):
+        yield few[i], more[i if i < first else i - len(few)]
 
 
 def _memory(few: Memory, more: Memory, steps: float) -> Memory:

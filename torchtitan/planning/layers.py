@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-PERIODS = (2, 3)
-"""Repetitions in the two traces from which a deep model is extrapolated. FSDP holds a layer and the
-next, so that one would not do."""
+PERIODS = (3, 4)
+"""Repetitions in the two traces from which a deep model is extrapolated: the first and the last are
+not like those between, as FSDP holds a layer and the next."""
 
 
 @dataclass(frozen=True)

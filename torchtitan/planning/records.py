@@ -33,8 +33,11 @@ class StageTrace:
     hidden_out: float = 0
     """What goes to the next stage."""
     moments: list[Memory] = field(default_factory=list)
-    """The fullest moment of each part of a step, without parameters and optimizer state; in a
-    pipeline also without activations and buffers, which the schedule decides."""
+    """The fullest moment of each part of a step, without parameters and optimizer state: of the
+    forward pass before, in and after the last layer, of the backward pass before the last layer
+    and in each layer. In a
+    pipeline of one micro-batch and of the reduction of gradients, without activations and buffers,
+    which the schedule decides."""
     forward: PassTrace = field(default_factory=PassTrace)
     """Of one micro-batch, as `backward`."""
     backward: PassTrace = field(default_factory=PassTrace)

@@ -97,7 +97,7 @@ class _StageTracer:
 
         memory.reset_peak()
         before = memory.live()
-        out = self._forward(last[0], at_half_way_back=end_of_phase)
+        out = self._forward(last[0], end_of_phase)
         kept = memory.live().keys() - before.keys()
         trace.activations = sum(memory.live()[number] for number in kept)
         end_of_phase()
@@ -188,16 +188,23 @@ class _StageTracer:
             self._part, 0, group.size(), torch.device("cpu"), group=group
         ).perform_reduce_grad(1)
 
-    def _forward(
-        self, record: PassTrace, at_half_way_back: Callable[[], None] | None = None
-    ) -> _Pass:
+    def _forward(self, record: PassTrace, end_of_phase: Callable[[], None] | None = None) -> _Pass:
+        """Args: end_of_phase: called around the last layer, and when the backward pass comes to a
+        layer.
+        """
         part, trace = self._part, self.trace
         entry = self._tokens if part.tok_embeddings is not None else self._hidden_states()
         trace.hidden_in = _local_bytes(entry) if entry.requires_grad else 0
         handles = []
-        if at_half_way_back is not None and len(part.layers) > 1:
-            middle = list(part.layers.values())[len(part.layers) // 2 - 1]
-            handles.append(middle.register_forward_hook(_when_gradient_comes(at_half_way_back)))
+        if end_of_phase:
+            layers = list(part.layers.values())
+            handles = [
+                layer.register_forward_hook(_when_gradient_comes(end_of_phase)) for layer in layers
+            ]
+            handles += [
+                layers[-1].register_forward_pre_hook(lambda *_: end_of_phase()),
+                layers[-1].register_forward_hook(lambda *_: end_of_phase()),
+            ]
         autocast = nullcontext() if self._dims.pp_enabled else self.autocast
         with recording(self._recorder, record), autocast:
             out = part(entry, **self._inputs)
@@ -234,7 +241,7 @@ class _Pass:
 
 def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        out.register_hook(lambda gradient: function())
+        out.register_hook(lambda gradient: function())  # a layer returns hidden states
 
     return hook
 
