@@ -14,7 +14,6 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from .devices import Device
 from .estimate import traceable
-from .layers import PERIODS
 from .roofline import Roofline
 from .trace import fake_world, meta_parts, repetition_of, trace_step
 
@@ -153,10 +152,10 @@ class Arithmetic:
         repetition = repetition_of(meta_parts(job, 0)[0], job)
         with fake_world(2, rank=0):
             dims = ParallelDims.from_config(job.parallelism, 2)
-            stages = [trace_step(job, repeats, dims).stages[0] for repeats in PERIODS]
+            stages = [trace_step(job, shallow, dims).stages[0] for shallow in (0, 1)]
         depths = [
             repetition.depth(repeats) if repetition.worth_extrapolating else self._layers
-            for repeats in PERIODS
+            for repeats in repetition.traced
         ]
         seconds = [
             sum(roofline.compute(stage.forward)) + sum(roofline.compute(stage.backward))

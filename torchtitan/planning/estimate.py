@@ -22,7 +22,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from .collectives import Collective
 from .devices import Device
 from .extrapolate import extrapolate
-from .layers import PERIODS, Repetition, layer_signatures
+from .layers import Repetition, layer_signatures
 from .memory import Memory
 from .records import StepTrace
 from .roofline import Groups, Roofline, Traffic
@@ -239,7 +239,7 @@ def _likeness(part: nn.Module, seq_len: int) -> tuple[object, ...]:
 def _trace_deep(config: JobConfig, repetitions: list[Repetition], dims: ParallelDims) -> StepTrace:
     if not any(repetition.worth_extrapolating for repetition in repetitions):
         return trace_step(config, dims=dims)
-    few, more = (trace_step(config, repeats, dims) for repeats in PERIODS)
+    few, more = (trace_step(config, shallow, dims) for shallow in (0, 1))
     return extrapolate(few, more, repetitions)
 
 

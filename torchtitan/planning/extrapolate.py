@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, fields
 from typing import Any
 
-from .layers import PERIODS, Repetition
+from .layers import Repetition
 from .memory import Memory
 from .records import PassTrace, StageTrace, StepTrace
 
@@ -16,8 +16,8 @@ def extrapolate(few: StepTrace, more: StepTrace, repetitions: list[Repetition]) 
     """The trace of the whole stages, whose layers repeat as `repetitions` say.
 
     Args:
-        few: with `PERIODS[0]` repetitions of each stage's layers.
-        more: with `PERIODS[1]`.
+        few: with the first number of `Repetition.traced` of each stage's layers.
+        more: with the second.
     """
     stages = [
         _stage(a, b, repetition)
@@ -38,7 +38,7 @@ def _steps(repetition: Repetition) -> float:
     """How far the whole stage is from the first trace, where the second is at 1."""
     if not repetition.worth_extrapolating:
         return 0.0  # both traces are of the whole
-    return (repetition.repeats - PERIODS[0]) / (PERIODS[1] - PERIODS[0])
+    return repetition.repeats - repetition.traced[0]
 
 
 def _line(few: float, more: float, steps: float) -> float:
@@ -66,14 +66,19 @@ def _aligned(
 
     Between the ends memory goes up or down evenly from layer to layer, so no moment is fuller.
     """
-    first = len(few) - repetition.first - repetition.period
+    end = repetition.depth(repetition.edge) if repetition.worth_extrapolating else 0
+    first = len(few) - end
     for i in range(len(few)):
         yield few[i], more[i if i < first else i - len(few)]
 
 
 def _memory(few: Memory, more: Memory, steps: float) -> Memory:
     pairs = zip(astuple(few), astuple(more), strict=True)
-    return Memory(*(_line(a, b, steps) for a, b in pairs))
+    parts = [_line(a, b, steps) for a, b in pairs]
+    # The two may be at different places in the layer, with more of one category and less of
+    # another. The total is right all the same.
+    scale = _line(few.total, more.total, steps) / max(sum(parts), 1.0)
+    return Memory(*(scale * part for part in parts))
 
 
 def _pass(few: PassTrace, more: PassTrace, steps: float) -> PassTrace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,8 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-PERIODS = (3, 4)
-"""Repetitions in the two traces from which a deep model is extrapolated: the first and the last are
-not like those between, as FSDP holds a layer and the next."""
+_EDGE = 2
+"""Layers at each end that are not like those between, as FSDP holds a layer and the next."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,19 @@ class Repetition:
         return self.first + repeats * self.period
 
     @property
+    def edge(self) -> int:
+        """Repetitions at each end that are not like those between."""
+        return math.ceil(_EDGE / self.period)
+
+    @property
+    def traced(self) -> tuple[int, int]:
+        """Repetitions in the two traces from which the whole is extrapolated."""
+        return 2 * self.edge, 2 * self.edge + 1
+
+    @property
     def worth_extrapolating(self) -> bool:
-        """Whether two small traces have fewer layers than the model."""
-        return sum(map(self.depth, PERIODS)) < self.depth(self.repeats)
+        """Whether the two traces have fewer layers than the model."""
+        return sum(map(self.depth, self.traced)) < self.depth(self.repeats)
 
 
 def keep_layers(model: nn.Module, count: int) -> None:

@@ -57,15 +57,15 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 def trace_step(
-    job_config: JobConfig, repeats: int | None = None, dims: ParallelDims | None = None
+    job_config: JobConfig, shallow: int | None = None, dims: ParallelDims | None = None
 ) -> StepTrace:
     """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
     The stages that a rank has of a pipeline run one after the other.
 
     Args:
-        repeats: leave out layers of each stage: more repetitions of its layers than these, where
-            it is `worth_extrapolating`.
+        shallow: 0 or 1, for the first or second trace from which stages that are
+            `worth_extrapolating` are extrapolated: leave out the other layers.
         dims: of the job, if there are meshes already.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
@@ -76,8 +76,8 @@ def trace_step(
     parts = meta_parts(job_config, place)
     for part in parts:
         repetition = repetition_of(part, job_config)
-        if repeats is not None and repetition.worth_extrapolating:
-            keep_layers(part, repetition.depth(repeats))
+        if shallow is not None and repetition.worth_extrapolating:
+            keep_layers(part, repetition.depth(repetition.traced[shallow]))
     parts = [spec.parallelize_fn(part, *layout) for part in parts]
     for part in parts:
         sum_gradients(part)
