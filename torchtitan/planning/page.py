@@ -105,7 +105,7 @@ def _bar(
     left: float, top: float, width: float, color: str, title: str, opacity: float = 1.0
 ) -> str:
     return (
-        f'<rect x="{left:.2f}" y="{top + 3}" width="{max(width, 0):.2f}" height="{ROW - 6}" '
+        f'<rect x="{left:.4f}" y="{top + 3}" width="{max(width, 0):.4f}" height="{ROW - 6}" '
         f'fill="{color}" fill-opacity="{opacity:.2f}" stroke="#fff" stroke-width="0.5">'
         f"<title>{escape(title)}</title></rect>"
     )
