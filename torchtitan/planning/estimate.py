@@ -188,13 +188,18 @@ def traceable(config: JobConfig) -> JobConfig:
     config.validation.dataset, config.validation.dataset_path = "stdlib", None
     config.model.tokenizer_path = "bytes"
     config.job.dump_folder = "."
-    config.checkpoint.load_step, config.checkpoint.initial_load_path = -1, ""
+    config.data, config.checkpoint = type(config.data)(), type(config.checkpoint)()
     config.metrics.enable_wandb = False
     config.parallelism.enable_async_tensor_parallel = False
     return config
 
 
 def _refuse_unplannable(config: JobConfig) -> None:
+    if config.training.enable_cpu_offload:
+        raise ConfigError(
+            f"{origin(config, 'training.enable_cpu_offload')}: cannot be planned, as memory of the "
+            "host and its link are not. Set it to false to see what the device would need"
+        )
     if config.parallelism.pipeline_parallel_schedule_csv:
         raise ConfigError(
             f"{origin(config, 'parallelism.pipeline_parallel_schedule_csv')}: cannot be planned. "

@@ -16,15 +16,21 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from torchtitan.config import origin
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
+from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import CollectiveRecorder
@@ -67,6 +73,9 @@ def trace_step(
         shallow: 0 or 1, for the first or second trace from which stages that are
             `worth_extrapolating` are extrapolated: leave out the other layers.
         dims: of the job, if there are meshes already.
+
+    Raises:
+        ConfigError: what a step does depends on the values of tensors.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
@@ -83,7 +92,8 @@ def trace_step(
         sum_gradients(part)
 
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _refusing_values(job_config), fake, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for part in parts:
             part.to_empty(device="cpu")
@@ -111,6 +121,20 @@ def trace_step(
             step.optimizer_temporary = memory.peak - held
             optimizers.zero_grad()
     return step
+
+
+@contextmanager
+def _refusing_values(job_config: JobConfig) -> Iterator[None]:
+    """Raises `ConfigError` where code depends on values, which fake tensors do not have."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        name = job_config.model.name
+        raise ConfigError(
+            f"{origin(job_config, 'optimizer.name')}: {name} with this optimizer cannot be "
+            f"planned: a step depends on the values of tensors ({error}), which a plan does not "
+            "have. Plan with 'AdamW', which holds no less state"
+        ) from error
 
 
 def meta_parts(job_config: JobConfig, place: int) -> list[nn.Module]:

@@ -22,6 +22,13 @@ seq_len = 256
 local_batch_size = 4
 dataset = "c4"
 
+[data]
+sources = [{dataset = "jsonl", dataset_path = "/only/on/the/cluster/*.jsonl"}]
+
+[checkpoint]
+enable = true
+initial_load_path = "/only/on/the/cluster"
+
 [parallelism]
 pipeline_parallel_degree = 2
 """
@@ -133,6 +140,14 @@ MISTAKES = {
     "budget": (
         ["JOB", "--", "--activation_checkpoint.mode=memory_budget", "--compile.enable"],
         ["activation_checkpoint.mode", "cannot be planned"],
+    ),
+    "offload": (
+        ["JOB", "--world-size", "4", "--", "--training.enable_cpu_offload"],
+        ["training.enable_cpu_offload", "cannot be planned"],
+    ),
+    "values": (
+        ["JOB", "--world-size", "4", "--", "--optimizer.name=Muon"],
+        ['optimizer.name = "Muon"', "values of tensors"],
     ),
     "json": (["JOB", "--json", "/no/such/folder/plan.json"], ["--json /no/such/folder"]),
     "search": (["JOB", "--search"], ["--gpus"]),
