@@ -135,8 +135,9 @@ def build_optimizer(
     built = []
     for model, params in parts:
         for p in params:
-            p.param.requires_grad_(p.lr_scale > 0)
-        trained = [p for p in params if p.lr_scale > 0]
+            if p.lr_scale == 0:
+                p.param.requires_grad_(False)
+        trained = [p for p in params if p.param.requires_grad]  # a model may freeze its own, too
         built.append((model, OPTIMIZERS[config.name](trained, config)))
     return OptimizersContainer(built)
 

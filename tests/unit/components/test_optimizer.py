@@ -120,6 +120,15 @@ def test_the_last_matching_rule_wins_and_zero_freezes() -> None:
     assert torch.equal(model.norm.weight, torch.ones(8))
 
 
+def test_what_a_model_freezes_itself_stays_frozen() -> None:
+    model = Model()
+    model.norm.weight.requires_grad_(False)
+    before = model.norm.weight.clone()
+    train(model, build(model), steps=2)
+    assert not model.norm.weight.requires_grad
+    assert torch.equal(model.norm.weight, before)
+
+
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"'hiden'.*hidden"):
         build(Model(), rules=[ParamRule("hiden")])
