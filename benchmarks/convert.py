@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torchtitan.tools.convert.which_model import model_of_hf_folder
 
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.components.checkpoint.huggingface import export_config
@@ -34,6 +33,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.models.llama3 import MODEL_CONFIGS, Llama3Model, Llama3StateDictAdapter
+from torchtitan.models.which_model import model_of_hf_folder
 from torchtitan.tools.convert import command
 from torchtitan.tools.convert.from_hf import convert_from_hf
 from torchtitan.tools.convert.to_hf import convert_to_hf
