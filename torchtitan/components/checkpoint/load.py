@@ -146,7 +146,8 @@ def is_huggingface(path: Path) -> bool:
 def _load_huggingface(
     model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
 ) -> None:
-    adapter = adapter_of(model_parts[0], path)
+    # Adapters may remember what they convert, so names are asked of another one.
+    adapter, names = (adapter_of(model_parts[0], path) for _ in range(2))
     on_rank_zero(lambda: check_hf_config(path, model_parts[0]), group)
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
     with begin_errors_with(str(path)):
@@ -155,7 +156,7 @@ def _load_huggingface(
     state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
     hf_state = adapter.to_hf(state)
 
-    wanted = wanted_keys(adapter, metadata, tied)
+    wanted = wanted_keys(names, metadata, tied)
     read_state(hf_state, SafetensorsReader(path, metadata), wanted.__contains__, group)
     converted = adapter.from_hf(hf_state)
     buffers = {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
