@@ -1,6 +1,10 @@
-"""Options of the test suite."""
+"""Options of the test suite, and what no test may leave behind."""
+
+from collections.abc import Iterator
 
 import pytest
+
+from torchtitan.models import MODEL_REGISTRY
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -9,3 +13,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the pages under docs/ that tests produce, instead of only checking them",
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _flavors_as_before() -> Iterator[None]:
+    """Flavors that a file's tests add to a model are gone after it."""
+    tables = [factory.__globals__["MODEL_CONFIGS"] for factory in MODEL_REGISTRY.values()]
+    before = [dict(table) for table in tables]
+    yield
+    for table, flavors in zip(tables, before, strict=True):
+        table.clear()
+        table.update(flavors)
