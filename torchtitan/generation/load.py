@@ -28,6 +28,7 @@ from torchtitan.distributed import utils
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_folder
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint
@@ -105,9 +106,10 @@ def open_source(options: ModelOptions) -> Source:
     if options.model is not None:
         flavor = options.flavor
         if flavor is None:
-            known = ", ".join(model_flavors(options.model)) if _is_known(options.model) else ""
-            if known:
-                raise ConfigError(f"--model {options.model} needs --flavor. Allowed: {known}")
+            flavors = model_flavors(options.model) if options.model in MODEL_REGISTRY else []
+            if flavors:
+                allowed = ", ".join(flavors)
+                raise ConfigError(f"--model {options.model} needs --flavor. Allowed: {allowed}")
         name, spec = options.model, get_train_spec(options.model, flavor or "")
     elif is_hf:
         name, spec = train_spec_of_hf_folder(folder)
@@ -181,12 +183,6 @@ def _config_of_run(folder: Path) -> JobConfig:
             load_plugins(config.job.custom_import)
             return config
     return JobConfig()
-
-
-def _is_known(model_name: str) -> bool:
-    from torchtitan.models import MODEL_REGISTRY
-
-    return model_name in MODEL_REGISTRY
 
 
 def _own_tokenizer(folder: Path) -> str:

@@ -94,7 +94,7 @@ class Package:
 
     def write(self, files: dict[str, str]) -> None:
         values = {"model": self.names.model, "title": self.names.title, "test": self.test}
-        test = templates.TEST.substitute(values, import_model="")
+        test = templates.TEST.substitute(values)
         _write(self.root / "pyproject.toml", templates.PYPROJECT.substitute(values))
         _write(self.root / self.test, test)
         for name, text in files.items():
@@ -135,7 +135,7 @@ class InTree:
     def write(self, files: dict[str, str]) -> None:
         for name, text in files.items():
             _write(self.folder / name, text)
-        test = templates.TEST.substitute(model=self.names.model, test=self.test, import_model="")
+        test = templates.TEST.substitute(model=self.names.model, test=self.test)
         _write(self.root / self.test, test)
         self._register()
 
@@ -185,12 +185,12 @@ def model_files(
     files |= {
         "__init__.py": source.init(flavors),
         "README.md": templates.README.substitute(
-            shared, like=like, configs=place.configs, custom_import="", notes=notes
+            shared, like=like, configs=place.configs, notes=notes
         ),
         "train_configs/debug_model.toml": templates.DEBUG_TOML.substitute(toml),
     }
-    full = f"train_configs/{names.model}_{(flavor if findings else '8b').lower()}.toml"
     if findings:
+        full = f"train_configs/{names.model}_{flavor.lower()}.toml"
         tokenizer = hf.resolve()
         files[full] = templates.FULL_TOML.substitute(toml, flavor=flavor, tokenizer=tokenizer)
     return files

@@ -11,7 +11,7 @@ $model started as a copy of $like (`torchtitan new $model`). It trains and verif
 it your model one change at a time, and verify after each.
 
 ```sh
-torchtitan train --job.config_file $configs/debug_model.toml$custom_import
+torchtitan train --job.config_file $configs/debug_model.toml
 torchtitan verify $model$verify_import --quick
 ```
 
@@ -120,7 +120,7 @@ async_mode = "async"
 
 TEST = Template('''\
 """What `torchtitan verify $model` checks, as tests: `pytest $test`."""
-$import_model
+
 from torchtitan.authoring import conformance_tests
 
 test_conformance = conformance_tests("$model", quick=True)
