@@ -228,15 +228,13 @@ def train_and_record(layout: Layout) -> tuple[Sent, float]:
     register()
     trainer, stop = Trainer(layout.config()), StopRequest()
     recorder, memory = CollectiveRecorder(trainer.parallel_dims.groups()), PeakMemory()
-    for step in (1, 2):
-        trainer.state.step = step
-        if step == 1:
-            trainer.train_step(stop)
-            trainer.optimizers.zero_grad()
-            continue
-        memory.add(*_state(trainer))
-        with memory, recorder:
-            trainer.train_step(stop)
+    trainer.state.step = 1
+    trainer.train_step(stop)
+    trainer.optimizers.zero_grad()
+    memory.add(*_state(trainer))
+    trainer.state.step = 2
+    with memory, recorder:
+        trainer.train_step(stop)
     trainer.close()
     return _bytes(recorder.sent_by_group()), memory.peak
 
