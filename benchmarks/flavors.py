@@ -13,11 +13,19 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 _VOCAB_SIZE = 8192  # else the output layer would take most of the time
 
 MODEL_CONFIGS = {
+    "debugmodel": llama3.MODEL_CONFIGS["debugmodel"],
     "tiny": replace(
         llama3.MODEL_CONFIGS["debugmodel"], dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64
     ),
     "150M-4-layers": replace(llama3.MODEL_CONFIGS["150M"], n_layers=4, vocab_size=_VOCAB_SIZE),
     "1B-1-layer": replace(llama3.MODEL_CONFIGS["1B"], n_layers=1, vocab_size=_VOCAB_SIZE),
+}
+MODEL_CONFIGS |= {
+    # What the `torchtitan` package of PyPI can express too.
+    f"{name}-untied": replace(
+        MODEL_CONFIGS[name], tie_word_embeddings=False, rope_scaling=llama3.LLAMA_3_1
+    )
+    for name in MODEL_CONFIGS
 }
 
 

@@ -13,10 +13,12 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks import convert, data, gpu_llama3, loss, models, parallel, startup, trainer
+from benchmarks.peers import compare as peers
 from benchmarks.report import machine
 
 BENCHMARKS = {
     "trainer": trainer,
+    "peers": peers,
     "startup": startup,
     "loss": loss,
     "models": models,
@@ -28,7 +30,7 @@ BENCHMARKS = {
 """Name -> module with `run(quick) -> list[Table]`."""
 
 SUITES = {
-    "cpu": ["trainer", "startup", "loss", "models", "parallel", "convert", "data"],
+    "cpu": ["trainer", "peers", "startup", "loss", "models", "parallel", "convert", "data"],
     "gpu": ["gpu_llama3", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"

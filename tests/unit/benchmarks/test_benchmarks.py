@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import convert, gpu_llama3, loss, models, run, startup, trainer
+from benchmarks.peers import compare as peers
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.config import load_config
 
@@ -70,6 +71,15 @@ def test_a_loop_that_does_other_work_is_refused(tiny: Path, monkeypatch: pytest.
     monkeypatch.setattr(trainer.BareLoop, "step", skip_a_micro_batch)
     with pytest.raises(RuntimeError, match="losses of trainer and bare loop differ"):
         trainer.compare(tiny, rounds=1, steps_per_turn=1)
+
+
+def test_peers_take_turns_and_get_the_same_losses(tiny: Path):
+    _, (ours, theirs) = peers.compare(tiny, "tiny-untied", rounds=2, steps_per_turn=1)
+    assert len(ours.wall) == len(theirs.wall) == 2
+    assert len(ours.losses) == 2 * (peers.WARMUP_STEPS + 2 + 1)
+    assert peers.loss_difference(ours, theirs) < 1e-5
+    theirs.losses[-1] *= 1.001
+    assert peers.loss_difference(ours, theirs) > 1e-4
 
 
 def test_chunked_loss_takes_less_memory_than_plain():

@@ -1,0 +1,285 @@
+"""Tokens a second and memory of the trainer beside Hugging Face's `Trainer` and the `torchtitan`
+package of PyPI.
+
+Each runs in a process of its own, from the same weights over the same batches, all of them by
+turns of a few steps: what disturbs the machine for longer than a turn falls on all; the ratio of
+neighbouring turns is the result. That the losses agree shows that all do the same work.
+
+    python -m benchmarks.peers.compare [--upstream VENV/bin/python] [--compile] [--rounds 9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import flavors  # noqa: F401  (registers them)
+from benchmarks.peers.turns import WARMUP_STEPS
+from benchmarks.report import Spread, Table, verdict
+from torchtitan.config import load_config
+from torchtitan.config.validate import resolve_batch
+from torchtitan.distributed.init import initialize_weights
+from torchtitan.protocols.train_spec import get_train_spec
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+HERE = Path(__file__).parent
+TARGET = {"Hugging Face Trainer": 1.15, "torchtitan 0.2.2": 1.0}
+LOSS_TOLERANCE = 1e-4
+UPSTREAM = "TORCHTITAN_0_2_2"
+"""Environment variable: the Python that has the package."""
+
+
+@dataclass
+class Contestant:
+    """A trainer's process, and what it has told."""
+
+    name: str
+    process: subprocess.Popen
+    reports: Any
+    words: Any
+    first_step: float = 0.0
+    """Seconds from the start of the process to the end of the first step."""
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def take_turn(self) -> dict[str, Any]:
+        self.words.write("go\n")
+        self.words.flush()
+        return self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        line = self.reports.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended: exit code {self.process.wait()}")
+        return json.loads(line)
+
+
+def prepare(config_file: Path, flavor: str, steps: int, folder: Path) -> dict[str, Any]:
+    """The plan for all: the weights as a Hugging Face folder, the batches, the numbers."""
+    config = load_config(["--job.config_file", str(config_file)])
+    config.model.name, config.model.flavor = "benchmark_llama3", flavor
+    spec = get_train_spec("benchmark_llama3", flavor)
+    with torch.device("meta"):
+        model = spec.model_cls(spec.model_args)
+    initialize_weights(model, config.debug.seed, torch.device("cpu"))
+    weights = folder / "weights"
+    weights.mkdir()
+    adapter = spec.state_dict_adapter(spec.model_args)
+    save_file(adapter.to_hf(model.state_dict()), weights / "model.safetensors", {"format": "pt"})
+    (weights / "config.json").write_text(json.dumps(spec.model_args.to_hf_config()))
+
+    batch_size, accumulation_steps = resolve_batch(config, 1)
+    loader = spec.build_dataloader_fn(config, spec.build_tokenizer_fn(config), 0, 1)
+    batches = [next(loader) for _ in range(steps * accumulation_steps)]
+    loader.close()
+    tokens, labels = (torch.cat([batch[key] for batch in batches]) for key in ("tokens", "labels"))
+    if not torch.equal(tokens[:, 1:], labels[:, :-1]):
+        raise RuntimeError("the labels are not the tokens, one later")
+    torch.save(torch.cat([tokens, labels[:, -1:]], dim=1), folder / "sequences.pt")
+
+    optimizer = config.optimizer
+    return {
+        "config": str(config_file),
+        "flavor": flavor,
+        "model": dataclasses.asdict(spec.model_args),
+        "weights": str(weights),
+        "sequences": str(folder / "sequences.pt"),
+        "steps": steps,
+        "local_batch_size": config.training.local_batch_size,
+        "accumulation_steps": accumulation_steps,
+        "tokens_per_step": batch_size * config.training.seq_len,
+        "seq_len": config.training.seq_len,
+        "lr": optimizer.lr,
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "max_norm": config.training.max_norm,
+    }
+
+
+def start(name: str, command: list[str], plan: dict[str, Any], folder: Path) -> Contestant:
+    """Start a contestant and wait until it is warm."""
+    folder.mkdir()
+    (reports, reports_fd), (words_fd, words) = os.pipe(), os.pipe()
+    plan = plan | {"reports_fd": reports_fd, "words_fd": words_fd, "folder": str(folder)}
+    plan |= {"port": _free_port()}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    began = time.perf_counter()
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [*command, str(folder / "plan.json")],
+            pass_fds=(reports_fd, words_fd),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    os.close(reports_fd)
+    os.close(words_fd)
+    contestant = Contestant(name, process, os.fdopen(reports), os.fdopen(words, "w"))
+    try:
+        contestant.hear()
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\n{(folder / 'log').read_text()[-4000:]}") from error
+    contestant.first_step = time.perf_counter() - began
+    return contestant
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def compare(
+    config_file: Path,
+    flavor: str,
+    *,
+    rounds: int,
+    steps_per_turn: int,
+    compiled: bool = False,
+    upstream: str | None = None,
+) -> tuple[dict[str, Any], list[Contestant]]:
+    """All contestants by turns; ours comes first.
+
+    Raises:
+        RuntimeError: one fails, or the losses differ, so that they did not do the same work.
+    """
+    commands = {
+        "ours": [sys.executable, "-m", "benchmarks.peers.ours"],
+        "Hugging Face Trainer": [sys.executable, "-m", "benchmarks.peers.hugging_face"],
+    }
+    if upstream:
+        commands["torchtitan 0.2.2"] = [upstream, str(HERE / "upstream.py")]
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
+        # One step more than the turns need: the last turn ends where it begins.
+        steps = WARMUP_STEPS + rounds * steps_per_turn + 1
+        plan = prepare(config_file, flavor, steps, folder) | {"compile": compiled}
+        plan |= {"steps_per_turn": steps_per_turn}
+        contestants = []
+        for number, (name, command) in enumerate(commands.items()):
+            contestants.append(start(name, command, plan, folder / str(number)))
+            stack.callback(contestants[-1].process.kill)
+        for _ in range(rounds):
+            for contestant in contestants:
+                report = contestant.take_turn()
+                contestant.wall.append(report["wall"])
+                contestant.cpu.append(report["cpu"])
+        for contestant in contestants:
+            last = contestant.take_turn()
+            contestant.losses, contestant.peak_bytes = last["losses"], last["peak"]
+            contestant.process.wait(timeout=60)
+    ours = contestants[0]
+    for other in contestants[1:]:
+        if (difference := loss_difference(ours, other)) > LOSS_TOLERANCE:
+            raise RuntimeError(f"the losses of {other.name} differ from ours by {difference:.1e}")
+    return plan, contestants
+
+
+def loss_difference(ours: Contestant, other: Contestant) -> float:
+    """Largest relative difference of a micro-batch's loss."""
+    pairs = zip(ours.losses, other.losses, strict=True)
+    return max(abs(a - b) / abs(a) for a, b in pairs)
+
+
+def row(name: str, plan: dict[str, Any], ours: Contestant, other: Contestant) -> list[str]:
+    wall, cpu = (
+        Spread.of([b / a for a, b in zip(getattr(ours, key), getattr(other, key), strict=True)])
+        for key in ("wall", "cpu")
+    )
+    tokens = plan["tokens_per_step"] * plan["steps_per_turn"]
+    rate = Spread.of([tokens / seconds for seconds in other.wall])
+    itself = other is ours
+    return [
+        name,
+        other.name,
+        str(rate),
+        "" if itself else f"**{wall.median:.3f}** ({wall.low:.3f} to {wall.high:.3f})",
+        "" if itself else f"{cpu.median:.3f}",
+        f"{other.peak_bytes / 2**30:.2f}",
+        f"{other.first_step:.1f}",
+        "" if itself else f"{loss_difference(ours, other):.0e}",
+        "" if itself else verdict(wall.median, at_least=TARGET[other.name]),
+    ]
+
+
+PLANS = [("debugmodel", 9, 5), ("layers_150m", 9, 2), ("layers_1b", 7, 2)]
+FLAVORS = {
+    "debugmodel": "debugmodel-untied",
+    "layers_150m": "150M-4-layers-untied",
+    "layers_1b": "1B-1-layer-untied",
+}
+
+
+def table(compiled: bool, plans: list[tuple[str, int, int]], upstream: str | None) -> Table:
+    rows = []
+    for name, rounds, steps_per_turn in plans:
+        plan, contestants = compare(
+            CONFIGS / f"{name}.toml",
+            FLAVORS[name],
+            rounds=rounds,
+            steps_per_turn=steps_per_turn,
+            compiled=compiled,
+            upstream=upstream,
+        )
+        rows += [row(name, plan, contestants[0], contestant) for contestant in contestants]
+    return Table(
+        f"Beside other trainers, {'compiled' if compiled else 'eager'}",
+        [
+            "config",
+            "trainer",
+            "tokens/s",
+            "ours over it",
+            "by CPU time",
+            "peak GiB",
+            "first step, seconds",
+            "loss difference",
+            "target",
+        ],
+        rows,
+        "Median (lowest to highest) over the rounds; a round is a turn of each. The peak is that "
+        "of the whole process. The first step's time holds the start of the process.",
+    )
+
+
+def run(quick: bool = False) -> list[Table]:
+    upstream = os.environ.get(UPSTREAM)
+    if quick:
+        return [table(False, [("debugmodel", 2, 1)], upstream)]
+    return [table(compiled, PLANS, upstream) for compiled in (False, True)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=FLAVORS, nargs="+", default=list(FLAVORS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--upstream",
+        default=os.environ.get(UPSTREAM),
+        help=f"Python of an environment with torchtitan==0.2.2; default: ${UPSTREAM}",
+    )
+    args = parser.parse_args(argv)
+    steps = {name: steps for name, _, steps in PLANS}
+    plans = [(name, args.rounds, steps[name]) for name in args.config]
+    print(table(args.compile, plans, args.upstream).markdown())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
