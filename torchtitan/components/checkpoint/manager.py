@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.config import to_toml
+from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import first_line
 
@@ -36,6 +37,7 @@ from .huggingface_save import save_huggingface
 from .load import OpenCheckpoint, load_weights_of_parts, model_state
 from .manifest import Manifest
 from .resume import checkpoint_root, config_changes, describe_model
+from .staging import HostCopy
 from .storage import StoragePath
 from .writer import CheckpointWriter
 
@@ -56,7 +58,8 @@ class CheckpointManager:
     Args:
         job_config: sections `checkpoint`, `job`, `model` and `training`.
         model_parts: this rank's parts of the model (one, without pipeline parallelism).
-        optimizers: its `state_dict()` is flat, and keyed by parameter name.
+        optimizers: an iterable of optimizers. Its `state_dict()` is flat, and keyed by parameter
+            name.
         lr_schedulers: as it is after `steps` steps of the optimizers.
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`.
         train_state: the trainer's own counters.
@@ -81,6 +84,7 @@ class CheckpointManager:
         self._root = checkpoint_root(job_config)
         self._total_steps = job_config.training.steps
         self._model_parts = model_parts
+        self._optimizers = optimizers
         self._dataloader = dataloader
         self._dp_mesh = dp_mesh
         self._stateful = {
@@ -97,6 +101,7 @@ class CheckpointManager:
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[int, Future] | None = None
+        self._stager: HostCopy | None = None
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Whether `save` would save."""
@@ -140,8 +145,7 @@ class CheckpointManager:
             damaged=frozenset(self._damaged),
         )
         if self._config.async_mode == "async" and not last:
-            future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
-            self._pending = step, future
+            self._pending = step, self._save_in_background(state, writer)
             return
         try:
             dcp.save(state, storage_writer=writer, process_group=self._group)
@@ -154,6 +158,25 @@ class CheckpointManager:
             self._saved(step)
         if in_hf:
             self._save_huggingface(step)
+
+    def _save_in_background(self, state: dict[str, Any], writer: CheckpointWriter) -> Future:
+        """The state is copied while the next step computes, and then written.
+
+        Parameters and the optimizers' state change in `optimizer.step()` alone, which waits for
+        the copy. Buffers may change in the forward pass, so they are copied before.
+        """
+        if self._stager is None:
+            self._stager = HostCopy()
+            for optimizer in self._optimizers:
+                optimizer.register_step_pre_hook(lambda *_: self._stager.synchronize_staging())
+        buffers = {canonical_name(n) for part in self._model_parts for n, _ in part.named_buffers()}
+        model = state["model"]
+        state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
+        writer.per_thread_copy_ahead = 0  # what is on the host already need not be waited for
+        response = dcp.async_save(
+            state, storage_writer=writer, process_group=self._group, async_stager=self._stager
+        )
+        return response.upload_completion
 
     def _save_huggingface(self, step: int) -> None:
         folder = step_folder(self._root, step)
@@ -186,6 +209,8 @@ class CheckpointManager:
     def close(self) -> None:
         """Finish what is under way. Call it at the end of the run."""
         self.wait()
+        if self._stager is not None:
+            self._stager.close()
         dist.destroy_process_group(self._group)
 
     def newest(self) -> StoragePath | None:
