@@ -227,9 +227,8 @@ class CheckpointManager:
         of the tokenizer. A damaged checkpoint is passed over with a warning, for the newest good
         one.
 
-        Called again, while training, it goes back to the newest good checkpoint among that which
-        the run resumed from and those that it has saved, after the save in the background.
-        `load_step` and `exclude_from_loading` count the first time only.
+        Called again, while training, it goes back, see `roll_back`. `load_step` and
+        `exclude_from_loading` count the first time only.
 
         Returns:
             The number of steps done when the checkpoint was saved; 0 for a new run.
@@ -239,10 +238,12 @@ class CheckpointManager:
                 checkpoints are damaged, there is none to go back to, or the one to resume from is
                 an export or does not fit the model or the batch size.
         """
-        self.wait()
         again, self._loaded = self._loaded, True
         if again:
-            return self._go_back()
+            step = self.roll_back()
+            if step is None:
+                raise CheckpointError(f"there is no checkpoint in {self._root} to go back to")
+            return step
         if self._config.enable:
             folders = on_rank_zero(self._folders_to_resume, self._group)
             step = self._resume_first_good(folders, self._config.exclude_from_loading)
@@ -254,13 +255,26 @@ class CheckpointManager:
             logger.info("started from the weights in %s", path)
         return 0
 
-    def _go_back(self) -> int:
+    def roll_back(self, exclude: Collection[str] = ()) -> int | None:
+        """Go back, in the middle of a run, to the newest good checkpoint.
+
+        It is one that the run has saved, after what is saved in the background, or that from which
+        it resumed. So it does not matter what another run has left in the folder.
+
+        Args:
+            exclude: parts of the state that stay as they are, `"dataloader"` for example.
+
+        Returns:
+            The number of steps done when it was saved; None, and nothing is changed, if there is
+            no checkpoint.
+
+        Raises:
+            CheckpointError: on all ranks: all of them are damaged.
+        """
+        self.wait()
         lineage = self._lineage[::-1]
         there = on_rank_zero(lambda: [path for path in lineage if path.exists()], self._group)
-        step = self._resume_first_good(there)
-        if step is None:
-            raise CheckpointError(f"there is no checkpoint in {self._root} to go back to")
-        return step
+        return self._resume_first_good(there, exclude)
 
     def _folders_to_resume(self) -> list[StoragePath]:
         """The first one that is good is to be resumed from."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -97,20 +99,41 @@ class Manifest:
                     f"{sizes[name]} are there"
                 )
 
+    def damaged_files(self, folder: StoragePath) -> list[str]:
+        """What is wrong with each file that is not as it was written. Reads all of them."""
+
+        def problem(name: str) -> str:
+            try:
+                self.check_contents(folder, [name])
+            except DamagedCheckpointError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return [text for text in threads.map(problem, self.files) if text]
+
     def check_contents(self, folder: StoragePath, names: Iterable[str]) -> None:
         """Read the files `names`. Raises `DamagedCheckpointError` for one that has changed."""
         for name in names:
             path = folder / name
             try:
                 now = FileRecord.of(path)
+            except FileNotFoundError as error:
+                raise DamagedCheckpointError(
+                    f"{path} is missing: the checkpoint is damaged"
+                ) from error
             except OSError as error:
                 raise DamagedCheckpointError(
                     f"{path} is damaged: it cannot be read ({first_line(error)})"
                 ) from error
-            if now != self.files[name]:
+            written = self.files[name]
+            if now.size != written.size:
                 raise DamagedCheckpointError(
-                    f"{path} is damaged: CRC-32 {self.files[name].crc32} was written, "
-                    f"{now.crc32} is there"
+                    f"{path} is damaged: {written.size} bytes were written, {now.size} are there"
+                )
+            if now != written:
+                raise DamagedCheckpointError(
+                    f"{path} is damaged: CRC-32 {written.crc32} was written, {now.crc32} is there"
                 )
 
 
