@@ -29,6 +29,10 @@ COMMANDS = {
         "torchtitan.tools.convert.command",
         "convert checkpoints from and to Hugging Face folders, and look into both",
     ),
+    "checkpoint": (
+        "torchtitan.tools.checkpoint.command",
+        "list, verify, prune and compare checkpoints",
+    ),
     "download": ("torchtitan.tools.download", "fetch weights and tokenizer from the hub"),
     "data": ("torchtitan.data.command", "prepare token shards, or look at data"),
     "plan": (

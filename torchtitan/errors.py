@@ -22,6 +22,10 @@ class CheckpointError(TitanError):
     """A checkpoint is missing, damaged, of another model, or cannot be written."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, or not as it was written; another checkpoint may do."""
+
+
 class DataError(TitanError):
     """A dataset or a tokenizer is missing, empty or malformed."""
 

@@ -28,6 +28,7 @@ from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.checkpoint.huggingface import check_exchange
+from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.moe_balance import ExpertBalance
@@ -85,6 +86,7 @@ class Trainer:
         check_profiling(job_config)
         model_args = spec.model_args.update_from_config(job_config)
         check_exchange(job_config, spec, model_args)
+        check_resume(job_config, model_args)
         tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
         _check_vocabulary(tokenizer, model_args, job_config)
         parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())

@@ -138,7 +138,7 @@ def full(value):
 
 
 class Run:
-    def __init__(self, layout: str, folder: Path, seed: int = 0, **checkpoint) -> None:
+    def __init__(self, layout: str, dump_folder: Path, seed: int = 0, **checkpoint) -> None:
         degrees = LAYOUTS[layout]
         parallel_dims = ParallelDims(
             dp_replicate=degrees[0],
@@ -157,7 +157,7 @@ class Run:
         fully_shard(self.model.layers["0"], mesh=mesh[sharding])
         fully_shard(self.model, mesh=mesh[sharding])
         config = JobConfig()
-        config.job.dump_folder = str(folder)
+        config.job.dump_folder = str(dump_folder)
         config.checkpoint.enable, config.checkpoint.interval = True, 2
         for key, value in checkpoint.items():
             setattr(config.checkpoint, key, value)
@@ -259,6 +259,44 @@ def test_a_run_resumes_on_another_layout(tmp_path, saved_on, resumed_on, async_m
     on_ranks(world_size_of(resumed_on), resume, tmp_path, resumed_on)
 
 
+def save_by_url(folder: Path) -> None:
+    run = Run("fsdp2", folder, async_mode="async", folder=f"local://{folder}/bucket")
+    losses = run.train(5)
+    state = run.everything()
+    run.manager.save(5, last=True)
+    run.manager.close()
+    if dist.get_rank() == 0:
+        torch.save((state, losses), folder / "expected.pt")
+
+
+def resume_by_url(folder: Path) -> None:
+    run = Run("fsdp2_tp2", folder, seed=1, folder=f"local://{folder}/bucket")
+    assert run.manager.load() == 5
+    torch.testing.assert_close(
+        run.everything(), torch.load(folder / "expected.pt")[0], rtol=0, atol=0
+    )
+    run.manager.close()
+    if dist.get_rank() == 0:
+        flip_bit(folder / "bucket" / "step-5" / "__1_0.distcp")
+    dist.barrier()
+    damaged = Run("fsdp2_tp2", folder, seed=1, folder=f"local://{folder}/bucket")
+    assert damaged.manager.load() == 4
+    assert damaged.manager.newest().name == "step-4"
+    damaged.manager.close()
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_ranks_save_to_a_storage_of_fsspec_and_resume_from_it(tmp_path):
+    """Also past a file with one flipped bit, which only one of the ranks reads."""
+    on_ranks(2, save_by_url, tmp_path)
+    on_ranks(4, resume_by_url, tmp_path)
+
+
 def load_huggingface(folder: Path) -> None:
     register_train_spec("net", get_train_spec)
     expected = torch.load(folder / "expected.pt")
@@ -338,4 +376,5 @@ def test_a_killed_save_is_invisible(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoint")) == ["step-2", "step-4.partial"]
     on_ranks(2, resume_after_death, tmp_path)
     manifest = json.loads((tmp_path / "checkpoint" / "step-4" / "manifest.json").read_text())
-    assert manifest["files"].keys() == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    data = {"__0_0.distcp", "__1_0.distcp"}
+    assert manifest["files"].keys() == {".metadata", "config.resolved.toml", *data}

@@ -93,18 +93,29 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", [".metadata", "__1_0.distcp", "manifest.json"])
-def test_a_truncated_checkpoint(
-    name: str, ranks: int, two_checkpoints: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint(name: str, ranks: int, two_checkpoints: Path, tmp_path: Path) -> None:
+    """The older one is resumed from, but not in place of one that was asked for by its step."""
     folder = tmp_path / "run"
     shutil.copytree(two_checkpoints, folder)
     file = folder / "checkpoint" / "step-4" / name
-    file.write_bytes(file.read_bytes()[:-20])
-    assert_one_message(refused(folder, *SAVING, ranks=ranks), str(file), "damaged")
-    if name != ".metadata":
-        file.write_bytes(b"\x93" * file.stat().st_size)
-        assert_one_message(refused(folder, *SAVING, ranks=ranks), str(file), "damaged")
-    train(folder, *tiny_llama.OPTIONS, *SAVING, "--checkpoint.load_step=2", ranks=ranks)
+    content = file.read_bytes()
+    file.write_bytes(content[:-20])
+    done = refused(folder, *SAVING, "--checkpoint.load_step=4", ranks=ranks)
+    assert_one_message(done, "load_step = 4", str(file), "damaged", "Steps to resume from: 2")
+    content = bytearray(content)
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = refused(folder, *SAVING, "--checkpoint.load_step=4", ranks=ranks)
+    assert_one_message(done, "load_step = 4", str(file), "damaged")
+
+    options = [*tiny_llama.OPTIONS, *SAVING, f"--job.dump_folder={folder}"]
+    done = command("train", *options, ranks=ranks)
+    assert done.exit_code == 0, done.err
+    (warning,) = re.findall(r"WARNING (.*is damaged: .*passed over)", done.err)
+    assert str(file) in warning
+    assert f"resumed from {folder}/checkpoint/step-2" in done.err
+    assert "step-4 is damaged and was set aside as step-4.damaged" in done.err
+    assert (folder / "checkpoint" / "step-4.damaged" / name).read_bytes() == content
 
 
 def test_a_checkpoint_of_another_model_or_step(two_checkpoints: Path, tmp_path: Path) -> None:
@@ -113,7 +124,10 @@ def test_a_checkpoint_of_another_model_or_step(two_checkpoints: Path, tmp_path: 
     done = refused(folder, *SAVING, "--checkpoint.load_step=3", ranks=2)
     assert_one_message(done, "checkpoint.load_step = 3", "2, 4")
     debug = ["--model.name=llama3", "--model.flavor=debugmodel"]
-    assert_one_message(refused(folder, *SAVING, *debug, ranks=2), "dim = 64 (now 256)")
+    done = refused(folder, *SAVING, *debug, ranks=2)
+    assert_one_message(done, f"{folder}/checkpoint/step-4 is of another model")
+    assert "\n  model.name = tiny_llama (now llama3)\n" in done.err
+    assert "\n  dim = 64 (now 256)\n" in done.err
     done = refused(folder, *SAVING, "--training.global_batch_size=16", ranks=2)
     assert_one_message(done, "training.global_batch_size is 16 now")
 

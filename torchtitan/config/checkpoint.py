@@ -13,7 +13,8 @@ class Checkpoint:
     enable: bool = False
     """Save checkpoints, and resume from the newest when the folder holds one."""
     folder: str = "checkpoint"
-    """Folder of the checkpoints, inside `job.dump_folder`."""
+    """Folder of the checkpoints, inside `job.dump_folder`; or a URL of a storage that fsspec knows,
+    such as `s3://bucket/run` (install `torchtitan[s3]` or `[gcs]`)."""
     interval: Annotated[int, Positive] = 500
     """Steps between checkpoints; the last step is always saved."""
     async_mode: Literal["disabled", "async"] = "disabled"
@@ -22,6 +23,9 @@ class Checkpoint:
     """Newest checkpoints to keep; 0 keeps all."""
     load_step: Annotated[int, Range(ge=0, special=(-1,))] = -1
     """Step to resume from; -1: the newest complete one."""
+    verify: bool = True
+    """Read all files of a checkpoint and check their checksums before it is loaded; sizes are
+    checked in any case."""
     initial_load_path: str = ""
     """Checkpoint (`.../checkpoint/step-N`) or Hugging Face folder whose weights start a new run;
     ignored on resume."""

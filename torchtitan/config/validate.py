@@ -388,12 +388,29 @@ def _check_outputs(job_config: JobConfig) -> None:
         problem = "nothing would be loaded, since checkpoint.enable is false"
         _fail(job_config, "checkpoint.load_step", problem)
     _check_initial_load(job_config)
+    _check_storage(job_config)
     if checkpoint.last_save_in_hf and not checkpoint.enable:
         problem = "nothing would be saved, since checkpoint.enable is false"
         _fail(job_config, "checkpoint.last_save_in_hf", problem)
     if job_config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         problem = "wandb is not installed: pip install 'torchtitan[wandb]'"
         _fail(job_config, "metrics.enable_wandb", problem)
+
+
+def _check_storage(job_config: JobConfig) -> None:
+    checkpoint = job_config.checkpoint
+    for key in ("folder", "initial_load_path"):
+        if "://" in getattr(checkpoint, key):
+            from torchtitan.components.checkpoint.storage import RemotePath, storage_path
+
+            try:
+                path = storage_path(getattr(checkpoint, key))
+            except ConfigError as error:
+                raise ConfigError(f"checkpoint.{key} = {error}") from error
+            if key == "folder" and checkpoint.last_save_in_hf and isinstance(path, RemotePath):
+                problem = "is written to local folders only, and checkpoint.folder is a URL. Use "
+                problem += "`torchtitan convert to-hf` on a local copy of the last checkpoint"
+                _fail(job_config, "checkpoint.last_save_in_hf", problem)
 
 
 def _check_initial_load(job_config: JobConfig) -> None:
@@ -409,6 +426,10 @@ def _check_initial_load(job_config: JobConfig) -> None:
             _fail(job_config, key, problem)
     if not path:
         return
+    if "://" in path:
+        if in_hf:
+            _fail(job_config, key, "Hugging Face folders are read from local folders only")
+        return  # looked at where it is opened
     folder = os.path.expanduser(path)
     if not os.path.isdir(folder):
         _fail(job_config, key, "no such folder")

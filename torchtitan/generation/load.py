@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan.components.checkpoint.folder import MANIFEST, list_checkpoints
+from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
+from torchtitan.components.checkpoint.manifest import MANIFEST
 from torchtitan.components.checkpoint.reader import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config

@@ -9,12 +9,12 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from torchtitan.components.checkpoint.folder import MANIFEST, Manifest
 from torchtitan.components.checkpoint.huggingface import (
     TRAINING_ONLY,
     check_same_model,
     differences,
 )
+from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import train_spec_of_hf_folder

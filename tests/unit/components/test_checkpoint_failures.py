@@ -11,13 +11,14 @@ from contextlib import contextmanager
 
 import pytest
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from torchtitan.components.checkpoint import folder as folders
+from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.storage import CheckpointFiles, FileRecord
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError
 
-FILES = [".metadata", "__0_0.distcp", "manifest.json"]
+FILES = [".metadata", "__0_0.distcp", "config.resolved.toml", "manifest.json"]
 
 
 @pytest.fixture
@@ -78,9 +79,9 @@ class Malicious:
 
 def test_metadata_cannot_run_code(tmp_path, saved):
     victim = tmp_path / "executed"
+    manifest = Manifest.read(saved)
     (saved / ".metadata").write_bytes(pickle.dumps(Malicious(str(victim))))
-    manifest = folders.Manifest.read(saved)
-    (saved / "manifest.json").unlink()
+    manifest.files[".metadata"] = FileRecord.of(saved / ".metadata")
     manifest.write(saved)
     with pytest.raises(CheckpointError, match=r"\.metadata is damaged: .*mkdir"):
         Run(tmp_path).manager.load()
@@ -155,14 +156,14 @@ def test_a_write_error_that_pytorch_hides_is_shown(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self._stream, name)
 
-    create_stream = FileSystem.create_stream
+    create_stream = CheckpointFiles.create_stream
 
     @contextmanager
     def create_on_full_disk(self, path, mode):
         with create_stream(self, path, mode) as stream:
             yield FullDisk(stream)
 
-    monkeypatch.setattr(FileSystem, "create_stream", create_on_full_disk)
+    monkeypatch.setattr(CheckpointFiles, "create_stream", create_on_full_disk)
     with pytest.raises(CheckpointError, match=r"OSError: \[Errno 28\] No space left on device"):
         Run(tmp_path).train(1, last=True)
     gc.collect()  # would crash some versions of Python if such views were still there

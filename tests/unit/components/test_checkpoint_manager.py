@@ -99,7 +99,7 @@ def test_a_crash_while_saving_leaves_the_older_checkpoint_the_newest(tmp_path, m
     run = Run(tmp_path)
     run.train(2)
     with monkeypatch.context() as patch:
-        patch.setattr("torchtitan.components.checkpoint.folder.Manifest.write", die)
+        patch.setattr("torchtitan.components.checkpoint.manifest.Manifest.write", die)
         with pytest.raises(KeyboardInterrupt):
             run.train(4)
     assert steps_in(tmp_path) == ["step-2", "step-4.partial"]

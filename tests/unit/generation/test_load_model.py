@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.errors import CheckpointError, ConfigError, DataError, TitanError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
@@ -118,9 +119,9 @@ def test_unknown_models(run_folder, hf_folder):
 def test_a_model_that_nobody_registered(run_folder, tmp_path):
     folder = tmp_path / "step-6"
     shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["model"]["name"] = "of_somebody"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest.read(folder)
+    manifest.model["name"] = "of_somebody"
+    manifest.write(folder)
     fails(CheckpointError, "'of_somebody'", "--custom-import", checkpoint=str(folder))
 
 

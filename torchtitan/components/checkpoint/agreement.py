@@ -32,6 +32,26 @@ def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None) -> 
     return result
 
 
+def on_all_ranks(function: Callable[[int, int], None], group: dist.ProcessGroup | None) -> None:
+    """Call `function(rank, ranks)` on every rank; raise the first rank's error on all of them.
+
+    `group` holds all ranks; None: there is only this process.
+    """
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
+    error: Exception | None = None
+    try:
+        function(rank, ranks)
+    except Exception as caught:
+        error = caught
+    errors = [error]
+    if group is not None:
+        errors = [None] * ranks
+        dist.all_gather_object(errors, error, group=group)
+    for raised in errors:
+        if raised is not None:
+            raise raised
+
+
 def first_failure(failure: CheckpointException) -> BaseException:
     """The error of the first rank among those that failed to save or load.
 

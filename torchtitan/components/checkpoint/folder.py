@@ -1,123 +1,163 @@
-"""Checkpoint folders on disk.
+"""Checkpoint folders, and how they appear and disappear as a whole.
 
 checkpoint/
-  step-500/             complete: it appears by one rename, when all of its files are on disk
-    .metadata           which tensor is where (torch.distributed.checkpoint)
-    __0_0.distcp, ...   the tensors, a file a rank
-    manifest.json       step, model and the sizes of the files above
-  step-1000.partial/    being written or deleted, or left by a crash
-  step-500.replaced/    an older step-500, while a new one takes its place
+  step-500/               complete: it appears by one rename, when all of its files are on disk
+    .metadata             which tensor is where (torch.distributed.checkpoint)
+    __0_0.distcp, ...     the tensors, a file a rank
+    config.resolved.toml  the configuration of the run
+    manifest.json         step, model, sizes and checksums of the files above
+  step-1000.partial/      being written or deleted, or left by a crash
+  step-500.replaced/      an older step-500, while a new one takes its place
+  step-500.damaged/       set aside when a new step-500 was saved
+
+A remote storage has no such rename. There, files go straight to `step-1000`, which has a file
+`.partial` until its manifest, the last file, is there; to delete it, the manifest goes first.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
+import logging
 import re
 import shutil
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
 
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import DamagedCheckpointError
 
-MANIFEST = "manifest.json"
+from .manifest import MANIFEST, Manifest
+from .storage import (
+    RemotePath,
+    StoragePath,
+    flush_to_disk,
+    folders_in,
+    make_folder,
+    sizes_in,
+    sync_folder,
+    write_durably,
+)
 
+logger = logging.getLogger("torchtitan")
 
-@dataclass
-class Manifest:
-    """What a checkpoint holds."""
-
-    step: int
-    """Optimizer steps done."""
-    model_only: bool
-    """Weights alone: an export, which cannot resume a run."""
-    model: dict[str, Any]
-    """`name`, `flavor` and `args` (the model's hyperparameters)."""
-    saved_at: str = ""
-    """Time of completion: UTC, ISO 8601. Sorts as text."""
-    files: dict[str, int] = field(default_factory=dict)
-    """Name of each file -> its size in bytes."""
-
-    def write(self, folder: Path) -> None:
-        """Describe the files in `folder` as they are now."""
-        self.saved_at = datetime.now(UTC).isoformat(timespec="microseconds")
-        self.files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        with open(folder / MANIFEST, "w") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Raises `CheckpointError` if it is missing or damaged."""
-        path = folder / MANIFEST
-        try:
-            manifest = cls(**json.loads(path.read_text()))
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error.strerror}): the checkpoint is incomplete or damaged"
-            ) from error
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        return manifest
-
-    def check_files(self, folder: Path) -> None:
-        """Raises `CheckpointError` for a file that is missing or has another size than written."""
-        for name, size in self.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing: the checkpoint is damaged")
-            now = path.stat().st_size
-            if now != size:
-                raise CheckpointError(
-                    f"{path} is damaged: {size} bytes were written, {now} are there"
-                )
+CONFIG = "config.resolved.toml"
+PARTIAL = ".partial"
+"""End of the name of a local folder that is not complete; in a remote folder, a file's name."""
 
 
-def step_folder(root: Path, step: int) -> Path:
+def step_folder(root: StoragePath, step: int) -> StoragePath:
     return root / f"step-{step}"
 
 
-def step_of(folder: Path) -> int:
+def step_of(folder: StoragePath) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def partial_folder(folder: Path) -> Path:
-    """Where the contents of `folder` are while it is not complete."""
-    return folder.with_name(f"{folder.name}.partial")
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """The `step-N` folders, the one saved last at the end.
+def list_checkpoints(root: StoragePath) -> list[StoragePath]:
+    """The `step-N` folders, good and damaged ones, the one saved last at the end.
 
     The order is that of saving, since a run that went back to an earlier step is newer than what it
     left behind. A damaged manifest counts as new, so that nobody overlooks it.
     """
-    folders = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(folders, key=_order)
+    folders = [path for path in folders_in(root) if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((path for path in folders if not _is_partial(path)), key=_order)
 
 
-def _order(folder: Path) -> tuple[bool, str, int]:
+def _order(folder: StoragePath) -> tuple[bool, str, int]:
     try:
         return False, Manifest.read(folder).saved_at, step_of(folder)
-    except CheckpointError:
+    except DamagedCheckpointError:
         return True, "", step_of(folder)
 
 
-def commit(folder: Path) -> None:
-    """Make the partial folder of `folder` visible under its name, in place of an older one."""
+def damage(folder: StoragePath) -> str:
+    """What is wrong with a checkpoint as far as sizes tell; "" if nothing is."""
+    try:
+        Manifest.read(folder).check_sizes(folder)
+    except DamagedCheckpointError as error:
+        return str(error)
+    return ""
+
+
+def is_resumable(folder: StoragePath) -> bool:
+    """False for an export, and for a checkpoint that is damaged as far as sizes tell."""
+    try:
+        manifest = Manifest.read(folder)
+        manifest.check_sizes(folder)
+    except DamagedCheckpointError:
+        return False
+    return not manifest.model_only
+
+
+def partial_folder(folder: StoragePath) -> StoragePath:
+    """Where the contents of `folder` are while it is not complete."""
+    if isinstance(folder, RemotePath):
+        return folder
+    return folder.with_name(f"{folder.name}{PARTIAL}")
+
+
+def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
+    """Make room for the files of `folder`: an empty `partial_folder(folder)`.
+
+    What crashes left is deleted, so no other save may be under way. `damaged`: see `commit`.
+    """
+    restore_replaced(folder.parent)
+    for path in folders_in(folder.parent):
+        if re.match(r"step-\d+", path.name) and _is_partial(path):
+            delete(path)
+    if isinstance(folder, RemotePath):
+        if folder.exists():
+            _take_away(folder, damaged)
+        folder.mkdir()
+        write_durably(folder / PARTIAL, b"")
+    else:
+        make_folder(partial_folder(folder))
+
+
+def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
+    """Make the partial folder of `folder`, which is complete, visible under its name.
+
+    A good one that has the name is replaced. A damaged one, by its size or since its name is in
+    `damaged`, is kept as `step-N.damaged`.
+    """
+    if isinstance(folder, RemotePath):
+        (folder / PARTIAL).unlink()
+        return
+    partial = partial_folder(folder)
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            flush_to_disk(file)
+    sync_folder(partial)
     replaced = folder.with_name(f"{folder.name}.replaced")
     if folder.exists():
-        folder.rename(replaced)
-    partial_folder(folder).rename(folder)
+        if re.fullmatch(r"step-\d+", folder.name) and _is_damaged(folder, damaged):
+            _set_aside(folder)
+        else:
+            logger.info("a new %s takes the place of an older one", folder)
+            folder.rename(replaced)
+    partial.rename(folder)
+    sync_folder(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def restore_replaced(root: Path) -> None:
+def delete(folder: StoragePath) -> None:
+    """Delete a checkpoint, or what is left of one, so that it never looks complete half-way."""
+    if isinstance(folder, RemotePath):
+        write_durably(folder / PARTIAL, b"")
+        names = sizes_in(folder)
+        for name in sorted(names, key=lambda name: (name == PARTIAL, name != MANIFEST)):
+            (folder / name).unlink()
+        folder.remove()  # the folder, where there is such a thing
+        return
+    partial = folder
+    if not folder.name.endswith(PARTIAL):
+        partial = partial_folder(folder)
+        folder.rename(partial)
+        sync_folder(folder.parent)
+    shutil.rmtree(partial)
+
+
+def restore_replaced(root: StoragePath) -> None:
     """Finish or undo a `commit` that a crash interrupted."""
+    if isinstance(root, RemotePath):
+        return
     for replaced in root.glob("step-*.replaced"):
         folder = replaced.with_suffix("")
         if folder.exists():
@@ -126,28 +166,38 @@ def restore_replaced(root: Path) -> None:
             replaced.rename(folder)
 
 
-def remove_partial(root: Path) -> None:
-    """Delete what crashes left. No save may be under way."""
-    for partial in root.glob("step-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+def to_prune(root: StoragePath, keep: int, damaged: Collection[str] = ()) -> list[StoragePath]:
+    """The resumable checkpoints but the `keep` saved last.
 
-
-def prune(root: Path, keep: int, newest: Path) -> None:
-    """Delete resumable checkpoints but the `keep` saved last; never `newest`.
-
-    Exports, and folders whose manifest is damaged, are neither counted nor deleted.
+    Exports and damaged checkpoints are not counted, so that a good one is always left. Damage is
+    known by sizes, and of those named in `damaged`; to read all files after each save, for their
+    checksums, would cost more than it is worth.
     """
-    resumable = [path for path in list_checkpoints(root) if is_resumable(path)]
-    for folder in resumable[:-keep]:
-        if folder != newest:  # which is among the last, unless the clock was set back
-            partial = partial_folder(folder)
-            folder.rename(partial)  # so that a half-deleted checkpoint never looks complete
-            shutil.rmtree(partial)
+    good = [p for p in list_checkpoints(root) if p.name not in damaged and is_resumable(p)]
+    return good[:-keep] if keep else []
 
 
-def is_resumable(folder: Path) -> bool:
-    """False for an export and for a folder whose manifest is damaged."""
-    try:
-        return not Manifest.read(folder).model_only
-    except CheckpointError:
-        return False
+def _is_partial(folder: StoragePath) -> bool:
+    if isinstance(folder, RemotePath):
+        names = sizes_in(folder)
+        return PARTIAL in names and MANIFEST not in names
+    return folder.name.endswith(PARTIAL)
+
+
+def _is_damaged(folder: StoragePath, damaged: Collection[str]) -> bool:
+    return folder.name in damaged or bool(damage(folder))
+
+
+def _take_away(folder: RemotePath, damaged: Collection[str]) -> None:
+    if _is_damaged(folder, damaged):
+        _set_aside(folder)
+    else:
+        logger.info("a new %s takes the place of an older one", folder)
+        delete(folder)
+
+
+def _set_aside(folder: StoragePath) -> None:
+    names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{i}" for i in range(2, 1000))]
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    folder.rename(aside)
+    logger.warning("%s is damaged and was set aside as %s", folder, aside.name)

@@ -19,6 +19,7 @@ from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_err
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .reader import enumerate_few
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -61,22 +62,24 @@ class ExportAssets:
         folders = [initial_load_path(job_config)]
         if tokenizer != "bytes":
             folders.append(Path(tokenizer).expanduser())
-        like = tuple(folder for folder in folders if folder is not None)
+        like = tuple(folder for folder in folders if isinstance(folder, Path))
         return cls(tokenizer, job_config.training.seq_len, like)
 
 
-def initial_load_path(job_config: JobConfig) -> Path | None:
+def initial_load_path(job_config: JobConfig) -> StoragePath | None:
     """The folder whose weights start a new run."""
     checkpoint = job_config.checkpoint
     if checkpoint.initial_load_path:
-        return Path(checkpoint.initial_load_path).expanduser()
+        return storage_path(checkpoint.initial_load_path)
     if checkpoint.initial_load_in_hf:
         return Path(job_config.model.tokenizer_path).expanduser()
     return None
 
 
-def is_hf_weights(folder: Path) -> bool:
-    return (folder / SAFETENSORS_FILE).is_file() or (folder / SAFETENSORS_INDEX).is_file()
+def is_hf_weights(folder: StoragePath) -> bool:
+    """A remote folder is a checkpoint of ours."""
+    names = (SAFETENSORS_FILE, SAFETENSORS_INDEX)
+    return isinstance(folder, Path) and any((folder / name).is_file() for name in names)
 
 
 def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.names import canonical_name
-from torchtitan.errors import CheckpointError, begin_errors_with
+from torchtitan.errors import CheckpointError, DamagedCheckpointError, begin_errors_with
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
 
-from .agreement import on_rank_zero
-from .folder import MANIFEST, Manifest, list_checkpoints
+from .agreement import on_all_ranks, on_rank_zero
+from .folder import list_checkpoints
+from .manifest import MANIFEST, Manifest, nested_differences, plain_args
 from .reader import (
     CheckpointReader,
     SafetensorsReader,
@@ -31,6 +30,7 @@ from .reader import (
     read_state,
 )
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.protocols import BaseStateDictAdapter, ModelProtocol
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
     """Fill a model with the weights in the folder `path`, in place.
 
-    The folder is a `step-N` of ours, or holds `model.safetensors` or
+    The folder is a `step-N` of ours, by path or URL, or holds `model.safetensors` or
     `model.safetensors.index.json`. A model on the meta device is first allocated on the CPU. A
     sharded model reads only its shards, and all ranks call this together.
 
@@ -51,17 +51,24 @@ def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
 
         initialize_weights(model, seed=0, device=torch.device("cpu"))
     sharded = any(isinstance(param, DTensor) for param in model.parameters())
-    load_weights_of_parts([model], Path(path), dist.group.WORLD if sharded else None)
+    load_weights_of_parts([model], storage_path(path), dist.group.WORLD if sharded else None)
 
 
 def load_weights_of_parts(
-    model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
+    model_parts: list[nn.Module],
+    path: StoragePath,
+    group: dist.ProcessGroup | None,
+    verify: bool = True,
 ) -> None:
-    """`load_model_weights` for the parts of one model that a rank of `group` has."""
+    """`load_model_weights` for the parts of one model that a rank of `group` has.
+
+    Args:
+        verify: read and check whole files first, see `OpenCheckpoint.open`.
+    """
     if on_rank_zero(lambda: is_huggingface(path), group):
         _load_huggingface(model_parts, path, group)
     else:
-        checkpoint = OpenCheckpoint.open(path, group)
+        checkpoint = OpenCheckpoint.open(path, group, verify)
         checkpoint.read_into({"model": model_state(model_parts)}, model_parts[0], group)
 
 
@@ -72,29 +79,54 @@ def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
 
 def model_args(model: nn.Module) -> dict[str, Any]:
     """The model's hyperparameters in the form that JSON gives back; empty if it has no `args`."""
-    args = getattr(model, "args", None)
-    plain = dataclasses.asdict(args) if dataclasses.is_dataclass(args) else {}
-    return json.loads(json.dumps(plain, default=str))
+    return plain_args(getattr(model, "args", None))
 
 
 @dataclass
 class OpenCheckpoint:
     """A complete checkpoint of ours whose files are all there."""
 
-    folder: Path
+    folder: StoragePath
     manifest: Manifest
     metadata: Metadata
 
     @classmethod
-    def open(cls, folder: Path, group: dist.ProcessGroup | None) -> OpenCheckpoint:
-        """Raises `CheckpointError` on all ranks of `group` if a file is missing or truncated."""
+    def open(
+        cls, folder: StoragePath, group: dist.ProcessGroup | None, verify: bool = True
+    ) -> OpenCheckpoint:
+        """All ranks of `group` call this together; None: this process opens it on its own.
 
-        def read() -> OpenCheckpoint:
+        Args:
+            verify: read all files and check their checksums, each rank some of the files. Sizes
+                are checked in any case.
+
+        Raises:
+            DamagedCheckpointError: on all ranks: a file is missing, or not as it was written.
+        """
+
+        def read_manifest() -> Manifest:
             manifest = Manifest.read(folder)
-            manifest.check_files(folder)
-            return cls(folder, manifest, read_metadata(folder))
+            manifest.check_sizes(folder)
+            return manifest
 
-        return on_rank_zero(read, group)
+        manifest = on_rank_zero(read_manifest, group)
+        if verify:
+            on_all_ranks(
+                lambda rank, ranks: manifest.check_contents(folder, _share(manifest, rank, ranks)),
+                group,
+            )
+
+        def read() -> Metadata:
+            metadata = read_metadata(folder)
+            for info in metadata.storage_data.values():
+                if info.relative_path not in manifest.files:
+                    raise DamagedCheckpointError(
+                        f"{folder / '.metadata'} is damaged: it names {info.relative_path!r}, "
+                        f"which {MANIFEST} does not"
+                    )
+            return metadata
+
+        return cls(folder, manifest, on_rank_zero(read, group))
 
     def read_into(
         self, state: dict[str, Any], model: nn.Module, group: dist.ProcessGroup | None
@@ -109,21 +141,28 @@ class OpenCheckpoint:
         reader = CheckpointReader(self.folder, self.metadata)
         try:
             read_state(state, reader, lambda key: key.partition(".")[0] in parts, group)
+        except DamagedCheckpointError:
+            raise
         except CheckpointError as error:
             raise CheckpointError(f"{error}{self._difference_from(model)}") from error
 
     def _difference_from(self, model: nn.Module) -> str:
         saved, current = self.manifest.model.get("args", {}), model_args(model)
-        names = sorted(
-            name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name)
-        )
-        if not names:
+        differences = [
+            f"{name} = {a} (now {b})" for name, a, b in nested_differences(saved, current)
+        ]
+        if not differences:
             return ""
-        differences = [f"{name} = {saved.get(name)} (now {current.get(name)})" for name in names]
         return f". It was saved from another model: {enumerate_few(differences)}"
 
 
-def is_huggingface(path: Path) -> bool:
+def _share(manifest: Manifest, rank: int, ranks: int) -> list[str]:
+    """The files that a rank checks: the largest go to one rank each, the rest by turns."""
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+    return by_size[rank::ranks]
+
+
+def is_huggingface(path: StoragePath) -> bool:
     """True for a Hugging Face folder, False for a checkpoint of ours.
 
     Raises:
@@ -131,7 +170,8 @@ def is_huggingface(path: Path) -> bool:
     """
     if (path / MANIFEST).is_file():
         return False
-    if (path / SAFETENSORS_FILE).is_file() or (path / SAFETENSORS_INDEX).is_file():
+    names = (SAFETENSORS_FILE, SAFETENSORS_INDEX)
+    if isinstance(path, Path) and any((path / name).is_file() for name in names):
         return True
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +16,15 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from torchtitan.errors import CheckpointError
+from torchtitan.config import to_toml
+from torchtitan.distributed.names import canonical_name
+from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .folder import (
-    Manifest,
+    damage,
+    delete,
     is_resumable,
     list_checkpoints,
     partial_folder,
@@ -32,7 +34,11 @@ from .folder import (
 )
 from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
-from .load import OpenCheckpoint, load_weights_of_parts, model_args, model_state
+from .load import OpenCheckpoint, load_weights_of_parts, model_state
+from .manifest import Manifest
+from .resume import checkpoint_root, config_changes, describe_model
+from .staging import HostCopy
+from .storage import StoragePath
 from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
@@ -52,7 +58,8 @@ class CheckpointManager:
     Args:
         job_config: sections `checkpoint`, `job`, `model` and `training`.
         model_parts: this rank's parts of the model (one, without pipeline parallelism).
-        optimizers: its `state_dict()` is flat, and keyed by parameter name.
+        optimizers: an iterable of optimizers. Its `state_dict()` is flat, and keyed by parameter
+            name.
         lr_schedulers: as it is after `steps` steps of the optimizers.
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`.
         train_state: the trainer's own counters.
@@ -73,9 +80,11 @@ class CheckpointManager:
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
         self._export_assets = ExportAssets.of_job(job_config)
-        self._root = Path(job_config.job.dump_folder, self._config.folder)
+        self._job_config = job_config
+        self._root = checkpoint_root(job_config)
         self._total_steps = job_config.training.steps
         self._model_parts = model_parts
+        self._optimizers = optimizers
         self._dataloader = dataloader
         self._dp_mesh = dp_mesh
         self._stateful = {
@@ -83,16 +92,16 @@ class CheckpointManager:
             "lr_scheduler": lr_schedulers,
             "train_state": train_state,
         }
-        self._model_description = {
-            "name": job_config.model.name,
-            "flavor": job_config.model.flavor,
-            "args": model_args(model_parts[0]),
-            "tokenizer": _absolute(job_config.model.tokenizer_path),
-            "seq_len": job_config.training.seq_len,
-        }
+        self._model_description = describe_model(job_config, getattr(model_parts[0], "args", None))
+        self._lineage: list[StoragePath] = []
+        """What this run resumed from and has saved, to which it can go back."""
+        self._damaged: set[str] = set()
+        """Names of checkpoints that were found to be damaged."""
+        self._loaded = False
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[int, Future] | None = None
+        self._stager: HostCopy | None = None
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Whether `save` would save."""
@@ -128,10 +137,15 @@ class CheckpointManager:
         state = self._export_state() if export else self._state()
         manifest = Manifest(step=step, model_only=export, model=self._model_description)
         folder = step_folder(self._root, step)
-        writer = CheckpointWriter(folder, manifest, self._config.keep_latest_k)
+        writer = CheckpointWriter(
+            folder,
+            manifest,
+            config=to_toml(self._job_config),
+            keep_latest=self._config.keep_latest_k,
+            damaged=frozenset(self._damaged),
+        )
         if self._config.async_mode == "async" and not last:
-            future = dcp.async_save(state, storage_writer=writer, process_group=self._group)
-            self._pending = step, future
+            self._pending = step, self._save_in_background(state, writer)
             return
         try:
             dcp.save(state, storage_writer=writer, process_group=self._group)
@@ -140,8 +154,29 @@ class CheckpointManager:
             if last:
                 raise CheckpointError(message) from failure
             _log_failure(message)
+        else:
+            self._saved(step)
         if in_hf:
             self._save_huggingface(step)
+
+    def _save_in_background(self, state: dict[str, Any], writer: CheckpointWriter) -> Future:
+        """The state is copied while the next step computes, and then written.
+
+        Parameters and the optimizers' state change in `optimizer.step()` alone, which waits for
+        the copy. Buffers may change in the forward pass, so they are copied before.
+        """
+        if self._stager is None:
+            self._stager = HostCopy()
+            for optimizer in self._optimizers:
+                optimizer.register_step_pre_hook(lambda *_: self._stager.synchronize_staging())
+        buffers = {canonical_name(n) for part in self._model_parts for n, _ in part.named_buffers()}
+        model = state["model"]
+        state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
+        writer.per_thread_copy_ahead = 0  # what is on the host already need not be waited for
+        response = dcp.async_save(
+            state, storage_writer=writer, process_group=self._group, async_stager=self._stager
+        )
+        return response.upload_completion
 
     def _save_huggingface(self, step: int) -> None:
         folder = step_folder(self._root, step)
@@ -163,64 +198,148 @@ class CheckpointManager:
             future.result()
         except CheckpointException as failure:
             _log_failure(self._clean_up(step, failure))
+        else:
+            self._saved(step)
+
+    def _saved(self, step: int) -> None:
+        folder = step_folder(self._root, step)
+        self._lineage = [path for path in self._lineage if path != folder] + [folder]
+        self._damaged.discard(folder.name)
 
     def close(self) -> None:
         """Finish what is under way. Call it at the end of the run."""
         self.wait()
+        if self._stager is not None:
+            self._stager.close()
         dist.destroy_process_group(self._group)
 
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        checkpoints = list_checkpoints(self._root)
-        return checkpoints[-1] if checkpoints else None
+    def newest(self) -> StoragePath | None:
+        """The newest checkpoint that is not damaged, as far as is known without reading it."""
+        for folder in reversed(list_checkpoints(self._root)):
+            if folder.name not in self._damaged and not damage(folder):
+                return folder
+        return None
 
     def load(self) -> int:
         """Resume, or else start from the weights in `checkpoint.initial_load_path` if it is set.
 
         With `checkpoint.initial_load_in_hf`, these are in a Hugging Face folder, by default that
-        of the tokenizer.
+        of the tokenizer. A damaged checkpoint is passed over with a warning, for the newest good
+        one.
+
+        Called again, while training, it goes back, see `roll_back`. `load_step` and
+        `exclude_from_loading` count the first time only.
 
         Returns:
             The number of steps done when the checkpoint was saved; 0 for a new run.
 
         Raises:
-            CheckpointError: on all ranks: `checkpoint.load_step` does not exist, or the checkpoint
-                is damaged, cannot resume a run, or does not fit the model or the batch size.
+            CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged, all
+                checkpoints are damaged, there is none to go back to, or the one to resume from is
+                an export or does not fit the model or the batch size.
         """
+        again, self._loaded = self._loaded, True
+        if again:
+            step = self.roll_back()
+            if step is None:
+                raise CheckpointError(f"there is no checkpoint in {self._root} to go back to")
+            return step
         if self._config.enable:
-            folder = on_rank_zero(self._folder_to_resume, self._group)
-            if folder is not None:
-                return self._resume(OpenCheckpoint.open(folder, self._group))
+            folders = on_rank_zero(self._folders_to_resume, self._group)
+            step = self._resume_first_good(folders, self._config.exclude_from_loading)
+            if step is not None:
+                return step
         path = self._initial_load_path
         if path is not None:
-            load_weights_of_parts(self._model_parts, path, self._group)
+            load_weights_of_parts(self._model_parts, path, self._group, self._config.verify)
             logger.info("started from the weights in %s", path)
         return 0
 
-    def _folder_to_resume(self) -> Path | None:
+    def roll_back(self, exclude: Collection[str] = ()) -> int | None:
+        """Go back, in the middle of a run, to the newest good checkpoint.
+
+        It is one that the run has saved, after what is saved in the background, or that from which
+        it resumed. So it does not matter what another run has left in the folder.
+
+        Args:
+            exclude: parts of the state that stay as they are, `"dataloader"` for example.
+
+        Returns:
+            The number of steps done when it was saved; None, and nothing is changed, if there is
+            no checkpoint.
+
+        Raises:
+            CheckpointError: on all ranks: all of them are damaged.
+        """
+        self.wait()
+        lineage = self._lineage[::-1]
+        there = on_rank_zero(lambda: [path for path in lineage if path.exists()], self._group)
+        return self._resume_first_good(there, exclude)
+
+    def _folders_to_resume(self) -> list[StoragePath]:
+        """The first one that is good is to be resumed from."""
         restore_replaced(self._root)
         step = self._config.load_step
         if step == -1:
-            return self.newest()
+            return list_checkpoints(self._root)[::-1]
         folder = step_folder(self._root, step)
         if not folder.is_dir():
             raise CheckpointError(
                 f"checkpoint.load_step = {step}: there is no {folder}. {self._resumable_steps()}"
             )
-        return folder
+        return [folder]
 
     def _resumable_steps(self) -> str:
-        steps = sorted(step_of(path) for path in list_checkpoints(self._root) if is_resumable(path))
+        steps = sorted(
+            step_of(path)
+            for path in list_checkpoints(self._root)
+            if path.name not in self._damaged and is_resumable(path)
+        )
         return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
 
-    def _resume(self, checkpoint: OpenCheckpoint) -> int:
+    def _resume_first_good(
+        self, folders: Iterable[StoragePath], exclude: Collection[str] = ()
+    ) -> int | None:
+        """The step of the first that is not damaged; None if there are none at all."""
+        damaged: list[str] = []
+        for folder in folders:
+            if damaged and dist.get_rank() == 0:
+                logger.warning("%s. This checkpoint is passed over", damaged[-1])
+            try:
+                checkpoint = OpenCheckpoint.open(folder, self._group, self._config.verify)
+                step = self._resume(checkpoint, exclude)
+            except DamagedCheckpointError as error:
+                damaged.append(str(error))
+                self._damaged.add(folder.name)
+                continue
+            self._lineage = [path for path in self._lineage if path.name not in self._damaged]
+            if folder not in self._lineage:
+                self._lineage.append(folder)
+            return step
+        if damaged:
+            raise CheckpointError(self._no_good_one(damaged))
+        return None
+
+    def _no_good_one(self, damaged: list[str]) -> str:
+        if self._config.load_step != -1:
+            return (
+                f"checkpoint.load_step = {self._config.load_step}: {damaged[0]}. "
+                f"{on_rank_zero(self._resumable_steps, self._group)}"
+            )
+        count = f" ({len(damaged)} are damaged)" if len(damaged) > 1 else ""
+        return (
+            f"{damaged[0]}. There is no good checkpoint in {self._root}{count}; to start anew, "
+            "choose another checkpoint.folder"
+        )
+
+    def _resume(self, checkpoint: OpenCheckpoint, exclude: Collection[str]) -> int:
         if checkpoint.manifest.model_only:
             raise CheckpointError(
                 f"{checkpoint.folder} holds the model alone and cannot resume a run. Set "
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._resumable_steps()}"
             )
-        state = self._state(exclude=self._config.exclude_from_loading)
+        state = self._state(exclude=exclude)
         if "dataloader" in state:
             self._check_batch_size(checkpoint)
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
@@ -230,8 +349,17 @@ class CheckpointManager:
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
             self._dataloader.load_state_dict({"rows": rows})
-        logger.info("resumed from %s", checkpoint.folder)
+        logger.info("resumed from %s%s", checkpoint.folder, self._changes(checkpoint))
         return checkpoint.manifest.step
+
+    def _changes(self, checkpoint: OpenCheckpoint) -> str:
+        if dist.get_rank() != 0:
+            return ""
+        try:
+            changes = config_changes(checkpoint.folder, self._job_config)
+        except (OSError, ValueError) as error:
+            return f", whose configuration cannot be read ({first_line(error)})"
+        return f". The configuration has changed since:{changes}" if changes else ""
 
     def _check_batch_size(self, checkpoint: OpenCheckpoint) -> None:
         rows = checkpoint.metadata.state_dict_metadata.get("dataloader.rows")
@@ -273,16 +401,13 @@ class CheckpointManager:
             raise error
         if dist.get_rank() == 0:
             partial = partial_folder(step_folder(self._root, step))
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):  # the next save will delete it
+                delete(partial)
         newest = self.newest()
         return (
             f"The checkpoint of step {step} could not be saved in {self._root}: "
             f"{first_line(error)}. The newest checkpoint is {newest.name if newest else '(none)'}"
         )
-
-
-def _absolute(tokenizer: str) -> str:
-    return tokenizer if tokenizer == "bytes" else str(Path(tokenizer).expanduser().absolute())
 
 
 def _log_failure(message: str) -> None:

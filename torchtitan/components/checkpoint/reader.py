@@ -31,11 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import first_line
 
 from .agreement import first_failure
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
+from .storage import CheckpointFiles, StoragePath
 
 EXCLUDABLE_PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 
@@ -48,8 +49,10 @@ class CheckpointReader(dcp.FileSystemReader):
         metadata: which tensor is where, from `read_metadata`.
     """
 
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: StoragePath, metadata: Metadata) -> None:
+        super().__init__(str(folder))
+        self.fs = CheckpointFiles()
+        self.path = folder
         self._metadata = metadata
 
     def read_metadata(self) -> Metadata:
@@ -63,7 +66,9 @@ class CheckpointReader(dcp.FileSystemReader):
             try:
                 self.read_file(name, dataclasses.replace(plan, items=items), planner)
             except Exception as error:
-                raise CheckpointError(
+                if isinstance(error, CheckpointError):
+                    raise
+                raise DamagedCheckpointError(
                     f"{self.path / name} is damaged: {first_line(error)}"
                 ) from error
         done: Future[None] = Future()
@@ -85,11 +90,11 @@ class CheckpointReader(dcp.FileSystemReader):
             info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = self.path / info.relative_path
             try:
-                with open(path, "rb") as file:
+                with path.open("rb") as file:
                     stored = self._slice_file(file, info)
                     part = torch.load(stored, map_location="cpu", weights_only=True)
             except Exception as error:
-                raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+                raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error
             if len(entry.chunks) == 1:
                 return part
             if whole is None:
@@ -135,13 +140,16 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         return super().create_global_plan(global_plan)
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        # The base class would run any code in it, so it gets a copy of what plain data there is.
         try:
-            torch.load(value, weights_only=True)  # the base class would run any code in it
+            loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError:
             key = read_item.storage_index.fqn
             raise ValueError(f"{key} is damaged or more than plain data") from None
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        copy = BytesIO()
+        torch.save(loaded, copy)
+        copy.seek(0)
+        super().load_bytes(read_item, copy)
 
 
 def read_state(
@@ -208,16 +216,16 @@ def check_no_more(
         )
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """Which tensor is where in a checkpoint of ours. Raises `CheckpointError`."""
+def read_metadata(folder: StoragePath) -> Metadata:
+    """Which tensor is where in a checkpoint of ours. Raises `DamagedCheckpointError`."""
     path = folder / ".metadata"
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             metadata = _PlainDataUnpickler(file).load()
     except Exception as error:  # damaged pickles raise errors of any kind
-        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} is damaged: it holds no checkpoint metadata")
+        raise DamagedCheckpointError(f"{path} is damaged: it holds no checkpoint metadata")
     return metadata
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -18,6 +17,8 @@ from torch.serialization import skip_data
 
 from torchtitan.errors import CheckpointError
 from torchtitan.tools.text import first_line
+
+from .storage import StoragePath
 
 
 def save_hole(file: BinaryIO, shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -38,7 +39,7 @@ class _Run:
 
     start: int
     stop: int
-    path: Path
+    path: StoragePath
     data: int
     """Where in the file the first of them is."""
 
@@ -51,7 +52,7 @@ class SavedTensor:
         self.dtype = dtype
 
     @classmethod
-    def find(cls, folder: Path, metadata: Metadata, key: str) -> SavedTensor | None:
+    def find(cls, folder: StoragePath, metadata: Metadata, key: str) -> SavedTensor | None:
         """None: it is stored in parts that are no runs of neighbouring elements.
 
         Raises:
@@ -66,7 +67,7 @@ class SavedTensor:
             info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = folder / info.relative_path
             try:
-                with open(path, "rb") as file:
+                with path.open("rb") as file:
                     view = _create_file_view(file, info.offset, info.length)
                     with skip_data():
                         saved = torch.load(view, map_location="cpu", weights_only=True)
@@ -79,7 +80,7 @@ class SavedTensor:
             runs.append(_Run(start, start + math.prod(chunk.sizes), path, data))
         return cls(runs, entry.properties.dtype)
 
-    def places(self, start: int, stop: int) -> Iterator[tuple[Path, int, int, int]]:
+    def places(self, start: int, stop: int) -> Iterator[tuple[StoragePath, int, int, int]]:
         """Where the elements from number `start` to `stop` are, as runs of bytes.
 
         Yields:
@@ -100,12 +101,12 @@ class SavedTensor:
         """
         buffer = memoryview(out.view(torch.uint8).numpy())
         for path, position, length, at in self.places(start, start + len(out)):
-            with open(path, "rb", buffering=0) as file:
+            with path.open("rb", buffering=0) as file:
                 file.seek(position)
                 read_all(file, buffer[at : at + length], path)
 
 
-def read_all(file: BinaryIO, buffer: memoryview, path: Path) -> None:
+def read_all(file: BinaryIO, buffer: memoryview, path: StoragePath) -> None:
     """Fill the buffer. Raises `CheckpointError` if the file ends before."""
     while len(buffer):
         got = file.readinto(buffer)

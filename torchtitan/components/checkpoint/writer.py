@@ -4,66 +4,97 @@ from __future__ import annotations
 
 import logging
 import traceback
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.utils.serialization import config as serialization_config
 
 from . import folder as folders
-from .folder import Manifest
+from .manifest import Manifest
+from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
 
 logger = logging.getLogger("torchtitan")
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Ranks write into `step-N.partial`; rank 0 renames it to `step-N` after all have finished.
+    """Ranks write into the partial folder of `step-N`; rank 0 completes it after all have finished.
 
     `torch.distributed.checkpoint` calls these methods in this order, also in the background, and
     raises an error of one rank on all. `prepare_global_plan` and `finish` run on rank 0 alone.
+    Each rank tells rank 0 the checksum of its file, made while it was written.
 
     Args:
         folder: the `step-N` folder to create.
         manifest: what is saved; `finish` fills in time and files.
+        config: text of the file `config.resolved.toml`.
         keep_latest: checkpoints to leave after this one was added; 0 leaves all.
+        damaged: names of checkpoints that are known to be damaged.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, keep_latest: int) -> None:
-        super().__init__(folders.partial_folder(folder))
+    def __init__(
+        self,
+        folder: StoragePath,
+        manifest: Manifest,
+        config: str = "",
+        keep_latest: int = 0,
+        damaged: Collection[str] = (),
+    ) -> None:
+        super().__init__(str(folder), sync_files=False)  # `CheckpointFiles` syncs
+        self.fs = CheckpointFiles()
+        self.path = folders.partial_folder(folder)
         self._folder = folder
         self._manifest = manifest
+        self._config = config
         self._keep_latest = keep_latest
+        self._damaged = damaged
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # rank 0 makes the folder, below
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        root = self._folder.parent
-        folders.restore_replaced(root)
-        folders.remove_partial(root)
-        self.path.mkdir(parents=True)
+        folders.begin(self._folder, self._damaged)
         return super().prepare_global_plan(plans)
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
+        """Where each item was written, and last the records of this rank's files."""
         try:
-            return super().write_data(plan, planner)
+            # PyTorch's own checksums, slower and of the same bytes, would be checked by nobody.
+            with serialization_config.patch("save.compute_crc32", False):
+                results = super().write_data(plan, planner).value()
         except Exception as error:
             raise cause_of_failed_write(error) from None
+        done: Future[list[Any]] = Future()
+        done.set_result([*results, self.fs.records])
+        return done
 
     def storage_meta(self) -> StorageMeta:
         # The default records the folder, as a Path, whose pickled form depends on Python's version.
         return StorageMeta(save_id=self.save_id)
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> Any:
-        super().finish(metadata, results)
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        files: dict[str, FileRecord] = {}
+        for *_, records in results:
+            files |= records
+        super().finish(metadata, [items for *items, _ in results])
+        write_durably(self.path / folders.CONFIG, self._config.encode())
+        files |= self.fs.records  # with that of .metadata
+        files[folders.CONFIG] = FileRecord.of(self.path / folders.CONFIG)
+        self._manifest.files = dict(sorted(files.items()))
         self._manifest.write(self.path)
-        folders.commit(self._folder)
+        folders.commit(self._folder, self._damaged)
         logger.info("saved %s", self._folder)
-        if self._keep_latest:
+        self._prune()
+
+    def _prune(self) -> None:
+        root = self._folder.parent
+        for old in folders.to_prune(root, self._keep_latest, self._damaged):
+            if old.name == self._folder.name:  # which is the last, unless the clock was set back
+                continue
             try:
-                folders.prune(self._folder.parent, self._keep_latest, newest=self._folder)
+                folders.delete(old)
             except OSError as error:
                 logger.warning("an old checkpoint could not be deleted: %s", error)
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     if args.action == "from-hf":
         known = model_of_hf_folder(args.source, told)
-        written = sum(convert_from_hf(args.source, args.out, known, dtype).files.values())
+        written = convert_from_hf(args.source, args.out, known, dtype).nbytes
     else:
         known = model_of_checkpoint(args.source, told)
         written = convert_to_hf(args.source, args.out, known, dtype, args.tokenizer)

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from torchtitan.components.checkpoint.agreement import first_failure
-from torchtitan.components.checkpoint.folder import Manifest
 from torchtitan.components.checkpoint.load import (
     first_names,
     model_args,
@@ -27,6 +26,7 @@ from torchtitan.components.checkpoint.load import (
     tied_names,
     wanted_keys,
 )
+from torchtitan.components.checkpoint.manifest import Manifest, records_of
 from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
@@ -183,4 +183,5 @@ class _Writer(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
+        self._manifest.files = records_of(self.path)
         self._manifest.write(self.path)

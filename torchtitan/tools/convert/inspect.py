@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from torchtitan.components.checkpoint.folder import MANIFEST, Manifest
 from torchtitan.components.checkpoint.load import is_huggingface
+from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.errors import CheckpointError
 from torchtitan.models import MODEL_REGISTRY
@@ -44,7 +44,7 @@ def inspect(folder: Path) -> Contents:
         metadata = read_safetensors_metadata(folder)
         return Contents("Hugging Face", _hf_model(folder, metadata), metadata)
     manifest = Manifest.read(folder)
-    manifest.check_files(folder)
+    manifest.check_sizes(folder)
     content = "model alone" if manifest.model_only else "resumable"
     kind = f"checkpoint of ours, step {manifest.step}, {content}"
     return Contents(kind, _our_model(folder, manifest), read_metadata(folder))

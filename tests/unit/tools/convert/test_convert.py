@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan import cli
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
-from torchtitan.components.checkpoint.folder import MANIFEST
 from torchtitan.components.checkpoint.huggingface import export_config
+from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
     TensorSpec,
@@ -292,10 +292,9 @@ BAD_OURS = {
 
 
 def change_manifest(folder: Path, **changes: object) -> None:
-    path = folder / MANIFEST
-    manifest = json.loads(path.read_text())
-    manifest["model"] |= changes
-    path.write_text(json.dumps(manifest))
+    manifest = Manifest.read(folder)
+    manifest.model |= changes
+    manifest.write(folder)
 
 
 @pytest.mark.parametrize("mistake", BAD_OURS)

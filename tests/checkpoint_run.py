@@ -97,11 +97,13 @@ class Run:
         steps: int = 10,
         model: nn.Module | None = None,
         optimizer: str = "AdamW",
+        tokenizer: str = "bytes",
         **checkpoint: Any,
     ) -> None:
         config = JobConfig()
         config.job.dump_folder = str(dump_folder)
         config.training.steps = steps
+        config.model.tokenizer_path = tokenizer
         config.optimizer.name, config.optimizer.lr = optimizer, 1e-2
         config.lr_scheduler.warmup_steps = 1
         for key, value in ({"enable": True, "interval": 2} | checkpoint).items():

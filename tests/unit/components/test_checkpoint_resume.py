@@ -1,0 +1,99 @@
+"""The model must be the same when a run is resumed; what else changed is shown."""
+
+import dataclasses
+import logging
+import shutil
+
+import pytest
+from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
+
+from torchtitan.components.checkpoint.resume import check_resume
+from torchtitan.config import JobConfig
+from torchtitan.errors import CheckpointError
+
+
+def config_of(tmp_path, **checkpoint):
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    for key, value in ({"enable": True} | checkpoint).items():
+        setattr(config.checkpoint, key, value)
+    return config
+
+
+@pytest.fixture
+def saved(tmp_path):
+    Run(tmp_path).train(4)
+    return tmp_path
+
+
+def test_the_same_model_is_resumed(saved):
+    check_resume(config_of(saved), TinyArgs())
+
+
+def test_each_difference_has_a_line(saved):
+    config = config_of(saved)
+    config.model.flavor = "large"
+    with pytest.raises(CheckpointError) as error:
+        check_resume(config, TinyArgs(dim=8, n_layers=3))
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith(f"{saved}/checkpoint/step-4 is of another model")
+    assert lines[1:4] == [
+        "  model.flavor = debugmodel (now large)",
+        "  dim = 4 (now 8)",
+        "  n_layers = 2 (now 3)",
+    ]
+    assert "initial_load_path" in lines[4]
+
+
+def test_only_a_checkpoint_that_would_be_resumed_counts(saved, tmp_path):
+    other = TinyArgs(dim=8)
+    check_resume(config_of(saved, enable=False), other)
+    check_resume(config_of(saved / "new"), other)
+    with pytest.raises(CheckpointError, match="step-2 is of another model"):
+        check_resume(config_of(saved, load_step=2), other)
+    for step in (2, 4):
+        (saved / "checkpoint" / f"step-{step}" / ".metadata").unlink()
+    check_resume(config_of(saved), other)  # `load` will tell that all are damaged
+
+
+@dataclasses.dataclass
+class Nested(TinyArgs):
+    attention: str = "sdpa"
+    moe: TinyArgs = dataclasses.field(default_factory=TinyArgs)
+
+
+def test_nested_args_are_named_and_how_attention_is_computed_is_no_other_model(tmp_path):
+    Run(tmp_path, args=Nested()).train(2)
+    check_resume(config_of(tmp_path), Nested(attention="flex"))
+    with pytest.raises(CheckpointError, match=r"\n  moe\.dim = 4 \(now 8\)\n"):
+        check_resume(config_of(tmp_path), Nested(moe=TinyArgs(dim=8)))
+
+
+def test_of_a_tokenizer_its_files_count_and_not_their_place(tmp_path):
+    files = tmp_path / "tokenizer"
+    files.mkdir()
+    (files / "tokenizer.json").write_text("{}")
+    Run(tmp_path, tokenizer=str(files)).train(2)
+    config = config_of(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.tokenizer_path = .*tokenizer \(now bytes\)"):
+        check_resume(config, TinyArgs())
+    config.model.tokenizer_path = str(shutil.copytree(files, tmp_path / "copy"))
+    check_resume(config, TinyArgs())
+    (files / "tokenizer.json").write_text('{"added": 1}')
+    config.model.tokenizer_path = str(files)
+    with pytest.raises(CheckpointError, match="with other files"):
+        check_resume(config, TinyArgs())
+
+
+def test_the_configuration_is_in_the_checkpoint_and_its_changes_are_shown(saved, caplog):
+    caplog.set_level(logging.INFO, "torchtitan")
+    Run(saved).manager.load()
+    assert "configuration has changed" not in caplog.text
+    caplog.clear()
+    Run(saved, steps=20, keep_latest_k=3).manager.load()
+    [message] = [r.getMessage() for r in caplog.records if "resumed" in r.getMessage()]
+    assert message.splitlines() == [
+        f"resumed from {saved}/checkpoint/step-4. The configuration has changed since:",
+        "  training.steps = 20 (was 10)",
+        "  checkpoint.keep_latest_k = 3 (was 10)",
+    ]

@@ -1,0 +1,94 @@
+"""Saves in the background hold the state of their step, whatever training does meanwhile."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+
+from torchtitan.components.checkpoint.staging import HostCopy
+
+
+def test_a_copy_is_of_the_same_values_and_types():
+    state = {
+        "a": {"w": torch.randn(3, 4), "t": torch.randn(4, 3).t(), "n": torch.tensor(3)},
+        "half": torch.randn(5).bfloat16(),
+        "empty": torch.empty(0, 2),
+    }
+    plain = [1, "x", {"y": 2.0}]
+    stager = HostCopy()
+    copied = stager.stage(state | {"plain": plain}).result()
+    of_plain = copied.pop("plain")
+    assert of_plain == plain and of_plain is not plain
+    torch.testing.assert_close(copied, state, rtol=0, atol=0)
+    state["a"]["w"].zero_()
+    assert copied["a"]["w"].any()
+    stager.close()
+
+
+def test_memory_is_kept_for_the_next_copy_if_it_fits():
+    stager = HostCopy()
+    state = {"w": torch.randn(8, 8), "other": torch.randn(3)}
+    first = stager.stage(state).result()
+    places = first["w"].data_ptr(), first["other"].data_ptr()
+    second = stager.stage({"w": state["w"] + 1, "other": torch.randn(4)}).result()
+    assert second["w"].data_ptr() == places[0]
+    assert torch.equal(second["w"], state["w"] + 1) and second["other"].shape == (4,)
+    stager.close()
+
+
+class CountingModel(TinyModel):
+    """Has a buffer that each forward pass changes, as batch norm and routers do."""
+
+    def __init__(self, args: TinyArgs) -> None:
+        super().__init__(args)
+        self.register_buffer("passes", torch.zeros(1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return super().forward(tokens)
+
+
+@pytest.fixture
+def slow_copies(monkeypatch):
+    """Copies that begin only when they are told to, or after a while."""
+    begin, copy = threading.Event(), HostCopy._copy
+
+    def copy_late(self, *args):
+        begin.wait(timeout=0.3)
+        return copy(self, *args)
+
+    monkeypatch.setattr(HostCopy, "_copy", copy_late)
+    return begin
+
+
+def test_the_optimizer_waits_for_the_copy_and_buffers_are_copied_before(tmp_path, slow_copies):
+    expected = Run(tmp_path / "whole", enable=False, model=model()).train(5)
+    run = Run(tmp_path, async_mode="async", model=model())
+    assert run.train(5) == expected
+    run.manager.close()
+    resumed = Run(tmp_path, seed=1, load_step=2, model=model(seed=1))
+    assert resumed.manager.load() == 2
+    assert resumed.model.passes.item() == 2
+    assert resumed.train(5) == expected[2:]
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return CountingModel(TinyArgs())
+
+
+def test_a_copy_that_fails_stops_training(tmp_path, monkeypatch):
+    """As an error in the save itself would not: there is no state to write."""
+
+    def fail(self, *args):
+        raise RuntimeError("out of memory")
+
+    run = Run(tmp_path, async_mode="async")
+    run.train(2)
+    run.manager.wait()
+    monkeypatch.setattr(HostCopy, "_copy", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.train(6)
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-2"]

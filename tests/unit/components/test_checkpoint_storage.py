@@ -1,0 +1,151 @@
+"""Checkpoints in storages that fsspec knows: the same promises without a rename."""
+
+import builtins
+import logging
+
+import fsspec
+import pytest
+import torch
+from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+
+from torchtitan.components.checkpoint import folder as folders
+from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.storage import RemotePath, sizes_in, storage_path
+from torchtitan.components.checkpoint.writer import CheckpointWriter
+from torchtitan.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture(params=["memory", "local"])
+def url(request, tmp_path):
+    yield f"{request.param}://{tmp_path}/bucket/run"
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def root(url):
+    return storage_path(url)
+
+
+def steps_in(root):
+    return sorted(path.name for path in folders.folders_in(root))
+
+
+def run(tmp_path, url, **options):
+    return Run(tmp_path, folder=url, **options)
+
+
+def test_a_run_resumes_bitwise_and_prunes(tmp_path, url, root):
+    expected = Run(tmp_path / "whole", enable=False).train(9)
+    first = run(tmp_path, url, async_mode="async", keep_latest_k=2)
+    first.train(6)
+    first.manager.close()
+    assert steps_in(root) == ["step-4", "step-6"]
+    assert folders.PARTIAL not in sizes_in(root / "step-6")
+    assert sizes_in(root / "step-6").keys() == {
+        *Manifest.read(root / "step-6").files,
+        "manifest.json",
+    }
+
+    resumed = run(tmp_path, url, seed=1)
+    assert resumed.manager.load() == 6
+    assert resumed.train(9) == expected[6:]
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_weights_are_loaded_by_url(tmp_path, url, root):
+    first = run(tmp_path, url)
+    first.train(2)
+    model = TinyModel(TinyArgs()).load_checkpoint(f"{url}/step-2")
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    start = Run(tmp_path / "other", seed=1, initial_load_path=f"{url}/step-2")
+    assert start.manager.load() == 0
+    torch.testing.assert_close(start.model.state_dict(), first.model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["write_data", "finish"])
+def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path, url, root, monkeypatch, method):
+    def die(*args):
+        raise KeyboardInterrupt
+
+    first = run(tmp_path, url)
+    first.train(2)
+    with monkeypatch.context() as patch:
+        target = CheckpointWriter if method == "write_data" else Manifest
+        patch.setattr(target, "write_data" if method == "write_data" else "write", die)
+        with pytest.raises(KeyboardInterrupt):
+            first.train(4)
+    assert steps_in(root) == ["step-2", "step-4"]
+    assert [path.name for path in folders.list_checkpoints(root)] == ["step-2"]
+
+    resumed = run(tmp_path, url)
+    assert resumed.manager.load() == 2
+    resumed.train(6)
+    assert steps_in(root) == ["step-2", "step-4", "step-6"]
+    assert [path.name for path in folders.list_checkpoints(root)] == steps_in(root)
+
+
+def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, monkeypatch):
+    run(tmp_path, url).train(4)
+    unlink, left = RemotePath.unlink, [1]
+
+    def die_at_the_second(path):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, "unlink", die_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            folders.delete(root / "step-2")
+    assert len(sizes_in(root / "step-2")) > 2
+    assert [path.name for path in folders.list_checkpoints(root)] == ["step-4"]
+    run(tmp_path, url, keep_latest_k=1).train(2)
+    assert steps_in(root) == ["step-2"]
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "manifest.json"])
+def test_a_damaged_one_is_passed_over_and_kept(tmp_path, url, root, caplog, name):
+    run(tmp_path, url).train(4)
+    file = root / "step-4" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(bytes(content))
+    caplog.set_level(logging.WARNING, "torchtitan")
+    resumed = run(tmp_path, url)
+    assert resumed.manager.load() == 2
+    assert f"{file} is damaged" in caplog.text
+    resumed.train(4)
+    assert steps_in(root) == ["step-2", "step-4", "step-4.damaged"]
+    assert (root / "step-4.damaged" / name).read_bytes() == content
+    assert run(tmp_path, url).manager.load() == 4
+
+
+def test_an_incomplete_one_alone_is_an_error(tmp_path, url, root):
+    run(tmp_path, url).train(2)
+    (root / "step-2" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read \(No such file"):
+        run(tmp_path, url).manager.load()
+
+
+def test_file_urls_are_local_folders(tmp_path):
+    Run(tmp_path / "dump", folder=f"file://{tmp_path}/elsewhere").train(2)
+    assert (tmp_path / "elsewhere" / "step-2" / "manifest.json").is_file()
+    assert Run(tmp_path / "dump", folder=f"file://{tmp_path}/elsewhere").manager.load() == 2
+
+
+def test_urls_that_cannot_be_opened_are_told(monkeypatch):
+    with pytest.raises(ConfigError, match=r"nothing://a/b: fsspec knows no nothing://"):
+        storage_path("nothing://a/b")
+
+    import_module = builtins.__import__
+
+    def without_s3fs(name, *args, **options):
+        if name == "s3fs":
+            raise ImportError(name)
+        return import_module(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_s3fs)
+    with pytest.raises(ConfigError, match=r"s3://bucket/run: .*[Ii]nstall s3fs"):
+        storage_path("s3://bucket/run")

@@ -1,0 +1,160 @@
+"""`manifest.json`: what a checkpoint holds, and by which a damaged one is known.
+
+It is written last. It has the size and checksum of each other file, and its own checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from torchtitan.errors import DamagedCheckpointError
+from torchtitan.tools.text import first_line
+
+from .storage import FileRecord, StoragePath, sizes_in, write_durably
+
+MANIFEST = "manifest.json"
+
+_OWN_CHECKSUM = re.compile(rb'"crc32": "([0-9a-f]{8})"\n}\n\Z')
+_NO_CHECKSUM = b'"crc32": "00000000"\n}\n'
+
+
+@dataclass
+class Manifest:
+    """What a checkpoint holds."""
+
+    step: int
+    """Optimizer steps done."""
+    model_only: bool
+    """Weights alone: an export, which cannot resume a run."""
+    model: dict[str, Any]
+    """`name`, `flavor`, `args` (the model's hyperparameters) and the tokenizer, see
+    `resume.describe_model`."""
+    saved_at: str = ""
+    """Time of completion: UTC, ISO 8601. Sorts as text."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """Name of each other file -> its size and checksum."""
+
+    def write(self, folder: StoragePath) -> None:
+        """Complete the checkpoint in `folder`, whose `files` are on the disk."""
+        self.saved_at = datetime.now(UTC).isoformat(timespec="microseconds")
+        fields = dataclasses.asdict(self) | {"crc32": "00000000"}
+        text = json.dumps(fields, indent=1).encode() + b"\n"
+        assert text.endswith(_NO_CHECKSUM)
+        own = f"{zlib.crc32(text):08x}".encode()
+        write_durably(folder / MANIFEST, text[:-12] + own + text[-4:])
+
+    @classmethod
+    def read(cls, folder: StoragePath) -> Manifest:
+        """Raises `DamagedCheckpointError` if it is missing or not as it was written."""
+        path = folder / MANIFEST
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            reason = error.strerror or "No such file or directory"
+            raise DamagedCheckpointError(
+                f"{path} cannot be read ({reason}): the checkpoint is incomplete or damaged"
+            ) from error
+        own = _OWN_CHECKSUM.search(text)
+        if not own:
+            raise DamagedCheckpointError(f"{path} is damaged: it does not end with its checksum")
+        if zlib.crc32(text[: own.start()] + _NO_CHECKSUM) != int(own[1], 16):
+            raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
+        try:
+            fields = json.loads(text)
+            del fields["crc32"]
+            fields["files"] = {name: FileRecord(**of) for name, of in fields["files"].items()}
+            manifest = cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error
+        for name in manifest.files:
+            if "/" in name or "\\" in name:
+                raise DamagedCheckpointError(f"{path} is damaged: {name!r} is no file's name")
+        return manifest
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files but the manifest."""
+        return sum(record.size for record in self.files.values())
+
+    def check_sizes(self, folder: StoragePath) -> None:
+        """Raises `DamagedCheckpointError` for a file that is missing or has another size."""
+        sizes = sizes_in(folder)
+        for name, record in self.files.items():
+            if name not in sizes:
+                raise DamagedCheckpointError(
+                    f"{folder / name} is missing: the checkpoint is damaged"
+                )
+            if sizes[name] != record.size:
+                raise DamagedCheckpointError(
+                    f"{folder / name} is damaged: {record.size} bytes were written, "
+                    f"{sizes[name]} are there"
+                )
+
+    def damaged_files(self, folder: StoragePath) -> list[str]:
+        """What is wrong with each file that is not as it was written. Reads all of them."""
+
+        def problem(name: str) -> str:
+            try:
+                self.check_contents(folder, [name])
+            except DamagedCheckpointError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return [text for text in threads.map(problem, self.files) if text]
+
+    def check_contents(self, folder: StoragePath, names: Iterable[str]) -> None:
+        """Read the files `names`. Raises `DamagedCheckpointError` for one that has changed."""
+        for name in names:
+            path = folder / name
+            try:
+                now = FileRecord.of(path)
+            except FileNotFoundError as error:
+                raise DamagedCheckpointError(
+                    f"{path} is missing: the checkpoint is damaged"
+                ) from error
+            except OSError as error:
+                raise DamagedCheckpointError(
+                    f"{path} is damaged: it cannot be read ({first_line(error)})"
+                ) from error
+            written = self.files[name]
+            if now.size != written.size:
+                raise DamagedCheckpointError(
+                    f"{path} is damaged: {written.size} bytes were written, {now.size} are there"
+                )
+            if now != written:
+                raise DamagedCheckpointError(
+                    f"{path} is damaged: CRC-32 {written.crc32} was written, {now.crc32} is there"
+                )
+
+
+def records_of(folder: StoragePath) -> dict[str, FileRecord]:
+    """The records of all files in `folder`, each of which is read."""
+    return {name: FileRecord.of(folder / name) for name in sorted(sizes_in(folder))}
+
+
+def plain_args(args: Any) -> dict[str, Any]:
+    """A model's hyperparameters in the form that JSON gives back; empty if it has no dataclass."""
+    plain = dataclasses.asdict(args) if dataclasses.is_dataclass(args) else {}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def nested_differences(
+    saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Of two nested dicts: the dotted name of each value that differs, and both; None: absent."""
+    for name in dict.fromkeys([*saved, *current]):
+        a, b = saved.get(name), current.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from nested_differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            yield f"{prefix}{name}", a, b

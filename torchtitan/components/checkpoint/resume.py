@@ -1,0 +1,123 @@
+"""Is it the same run that goes on? The model must be; what else changed is shown."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchtitan.config import to_toml
+from torchtitan.errors import CheckpointError, DamagedCheckpointError
+
+from .folder import CONFIG, is_resumable, list_checkpoints, step_folder
+from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
+from .manifest import Manifest, nested_differences, plain_args
+from .storage import StoragePath, is_url, storage_path
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+def checkpoint_root(job_config: JobConfig) -> StoragePath:
+    """The folder of the run's checkpoints. Raises `ConfigError` for a URL that is not known."""
+    folder = job_config.checkpoint.folder
+    if is_url(folder):
+        return storage_path(folder)
+    return Path(job_config.job.dump_folder, folder)
+
+
+def describe_model(job_config: JobConfig, args: Any) -> dict[str, Any]:
+    """What a manifest says of the model, as JSON gives it back."""
+    tokenizer = job_config.model.tokenizer_path
+    return {
+        "name": job_config.model.name,
+        "flavor": job_config.model.flavor,
+        "args": plain_args(args),
+        "tokenizer": _absolute(tokenizer),
+        "tokenizer_sha256": _tokenizer_digest(tokenizer),
+        "seq_len": job_config.training.seq_len,
+    }
+
+
+def check_resume(job_config: JobConfig, args: Any) -> None:
+    """Refuse, before memory is taken, to go on from a checkpoint of another model.
+
+    Raises:
+        CheckpointError: name, flavor, args or tokenizer differ from the newest checkpoint of the
+            run, or from that of `checkpoint.load_step`. It shows each difference.
+    """
+    if not job_config.checkpoint.enable:
+        return
+    root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
+    saved = [step_folder(root, step)] if step != -1 else list_checkpoints(root)[::-1]
+    folder = next((path for path in saved if is_resumable(path)), None)
+    if folder is None:
+        return  # nothing to resume from, or damaged, which is told where it is loaded
+    try:
+        model = Manifest.read(folder).model
+    except DamagedCheckpointError:
+        return
+    found = list(model_differences(model, describe_model(job_config, args)))
+    if found:
+        lines = "".join(f"\n  {name} = {was} (now {now})" for name, was, now in found)
+        raise CheckpointError(
+            f"{folder} is of another model, so this run cannot resume from it:{lines}\nRestore the "
+            "model, or start a new run in another job.dump_folder; checkpoint.initial_load_path "
+            "gives it weights"
+        )
+
+
+def model_differences(
+    saved: dict[str, Any], current: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Of two descriptions: each field that makes another model, its old and new value.
+
+    How attention is computed and how a router is balanced make no other model. Of a tokenizer, its
+    files count and not the place where they are.
+    """
+    for name in ("name", "flavor"):
+        if saved.get(name) != current[name]:
+            yield f"model.{name}", saved.get(name), current[name]
+    if saved.get("tokenizer_sha256") != current["tokenizer_sha256"]:
+        was, now = saved.get("tokenizer"), current["tokenizer"]
+        yield "model.tokenizer_path", was, now if now != was else f"{now} with other files"
+    was, now = saved.get("args", {}), current["args"]
+    for name, a, b in nested_differences(was, now):
+        if name.rpartition(".")[2] not in TRAINING_ONLY:
+            yield name, a, b
+
+
+def config_changes(folder: StoragePath, job_config: JobConfig) -> str:
+    """Lines that say in what the run's config differs from that in a checkpoint; "": in nothing.
+
+    Raises:
+        OSError: the checkpoint's config cannot be read.
+        ValueError: it is no TOML.
+    """
+    saved = tomllib.loads((folder / CONFIG).read_bytes().decode())
+    changes = nested_differences(saved, tomllib.loads(to_toml(job_config)))
+    return "".join(f"\n  {name} = {_shown(now)} (was {_shown(was)})" for name, was, now in changes)
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _absolute(tokenizer: str) -> str:
+    return tokenizer if tokenizer == "bytes" else str(Path(tokenizer).expanduser().absolute())
+
+
+def _tokenizer_digest(tokenizer: str) -> str:
+    """Of the files that make a tokenizer; "" for `bytes`, which has none."""
+    if tokenizer == "bytes":
+        return ""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        path = Path(tokenizer).expanduser() / name
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,281 @@
+"""Where checkpoints lie: in a local folder, or in a storage that fsspec knows (`s3://bucket/run`).
+
+`RemotePath` has the few methods of `pathlib.Path` that are needed here, so that what reads and
+writes checkpoints need not know where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from torchtitan.errors import ConfigError
+
+_CHUNK = 1 << 20
+"""Bytes that are checksummed, then written or read on, while the processor's cache holds them."""
+
+
+class RemotePath:
+    """A file or folder of a storage that fsspec knows, named by its URL.
+
+    Raises:
+        ConfigError: nothing is known of such URLs, or a package for them is missing.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self._url = url.rstrip("/")
+        scheme = url.partition("://")[0]
+        try:
+            # Listings that are remembered would not show what other ranks have written.
+            self.fs, self._path = fsspec.url_to_fs(self._url, use_listings_cache=False)
+        except ImportError as error:
+            raise ConfigError(f"{url}: a package for {scheme}:// is missing: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{url}: fsspec knows no {scheme}:// ({error})") from error
+
+    def __str__(self) -> str:
+        return self._url
+
+    def __repr__(self) -> str:
+        return f"RemotePath({self._url!r})"
+
+    def __fspath__(self) -> str:
+        return self._url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemotePath, (self._url,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and other._url == self._url
+
+    def __hash__(self) -> int:
+        return hash(self._url)
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(f"{self._url}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self._url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self._url.rpartition("/")[0])
+
+    def with_name(self, name: str) -> RemotePath:
+        return self.parent / name
+
+    def open(self, mode: str = "rb", buffering: int = -1) -> BinaryIO:
+        return self.fs.open(self._path, mode)
+
+    def read_bytes(self) -> bytes:
+        return self.fs.cat_file(self._path)
+
+    def exists(self) -> bool:
+        return self.fs.exists(self._path)
+
+    def is_file(self) -> bool:
+        return self.fs.isfile(self._path)
+
+    def is_dir(self) -> bool:
+        return self.fs.isdir(self._path)
+
+    def entries(self) -> dict[str, int | None]:
+        """Name -> size in bytes of a file, None for a folder. Raises `FileNotFoundError`."""
+        sizes = {}
+        for entry in self.fs.ls(self._path, detail=True):
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            sizes[name] = entry["size"] if entry["type"] == "file" else None
+        return sizes
+
+    def mkdir(self) -> None:
+        """Where folders are more than parts of names."""
+        self.fs.makedirs(self._path, exist_ok=True)
+
+    def remove(self) -> None:
+        """Delete a folder and all in it, if it is there."""
+        if self.exists():
+            self.fs.rm(self._path, recursive=True)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Appears as a whole in an object store."""
+        self.fs.pipe_file(self._path, content)
+
+    def unlink(self) -> None:
+        self.fs.rm_file(self._path)
+
+    def rename(self, target: RemotePath) -> None:
+        """A copy, then a deletion, in most storages."""
+        self.fs.mv(self._path, target._path, recursive=True)
+
+
+StoragePath = Path | RemotePath
+
+
+def storage_path(location: str | os.PathLike[str]) -> StoragePath:
+    """A local path, which `file://` means too, or a `RemotePath`. Raises `ConfigError`."""
+    text = os.fspath(location)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return RemotePath(text) if is_url(text) else Path(text).expanduser()
+
+
+def is_url(location: str) -> bool:
+    return "://" in location
+
+
+def sizes_in(folder: StoragePath) -> dict[str, int]:
+    """Name of each file in a folder -> its size in bytes; empty if there is no such folder."""
+    return {name: size for name, size in _entries(folder).items() if size is not None}
+
+
+def folders_in(folder: StoragePath) -> list[StoragePath]:
+    """The folders in a folder; none if there is no such folder."""
+    return [folder / name for name, size in _entries(folder).items() if size is None]
+
+
+def _entries(folder: StoragePath) -> dict[str, int | None]:
+    try:
+        if isinstance(folder, RemotePath):
+            return folder.entries()
+        with os.scandir(folder) as entries:
+            return {e.name: None if e.is_dir() else e.stat().st_size for e in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def write_durably(path: StoragePath, content: bytes) -> None:
+    """Write a file as a whole. Returns when it is on the disk."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(content)
+        return
+    with path.open("wb") as file:
+        file.write(content)
+        flush_to_disk(file)
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    """A remote file is stored when it is closed, and has no descriptor."""
+    file.flush()
+    try:
+        descriptor = file.fileno()
+    except (AttributeError, OSError):
+        return
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a local folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a local folder, and those above it, so that they outlive a power failure."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of a file."""
+
+    size: int
+    """Bytes."""
+    crc32: str
+    """CRC-32 of the bytes, 8 hexadecimal digits. It finds every flipped bit."""
+
+    @classmethod
+    def of(cls, path: StoragePath) -> FileRecord:
+        """Reads the file."""
+        size, crc = 0, 0
+        buffer = memoryview(bytearray(_CHUNK))
+        with path.open("rb", buffering=0) as file:
+            while got := file.readinto(buffer):
+                crc = zlib.crc32(buffer[:got], crc)
+                size += got
+        return cls(size, f"{crc:08x}")
+
+
+class _RecordedStream:
+    """A file to write to from its begin to its end; keeps its record."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = self._crc = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            self._crc = zlib.crc32(chunk, self._crc)
+            self._file.write(chunk)
+        self._size += len(view)
+        return len(view)
+
+    @property
+    def record(self) -> FileRecord:
+        return FileRecord(self._size, f"{self._crc:08x}")
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """The file is closed by who opened it, when it is on the disk."""
+
+
+class CheckpointFiles(FileSystem):
+    """How torch.distributed.checkpoint opens files, here with local and remote paths.
+
+    `records` has a record of each file that was written: name -> `FileRecord`.
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: StoragePath, mode: str) -> Iterator[Any]:
+        with path.open(mode) as file:
+            if mode == "rb":
+                yield file
+                return
+            stream = _RecordedStream(file)
+            yield stream
+            flush_to_disk(file)
+        self.records[path.name] = stream.record
+
+    def init_path(self, path: StoragePath) -> StoragePath:
+        return path
+
+    def concat_path(self, path: StoragePath, suffix: str) -> StoragePath:
+        return path / suffix
+
+    def mkdir(self, path: StoragePath) -> None:
+        raise NotImplementedError  # `folder.begin` does
+
+    def exists(self, path: StoragePath) -> bool:
+        return path.exists()
+
+    def rm_file(self, path: StoragePath) -> None:
+        path.unlink()
+
+    def rename(self, path: StoragePath, new_path: StoragePath) -> None:
+        path.rename(new_path)
+        self.records[new_path.name] = self.records.pop(path.name)

@@ -1,0 +1,1 @@
+"""`torchtitan checkpoint`: a look at the checkpoints of a run."""

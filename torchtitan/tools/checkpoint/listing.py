@@ -1,0 +1,137 @@
+"""What there is, whether it is good, and what may go."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torchtitan.components.checkpoint.folder import (
+    damage,
+    delete,
+    is_resumable,
+    list_checkpoints,
+    to_prune,
+)
+from torchtitan.components.checkpoint.huggingface import is_hf_weights
+from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
+from torchtitan.components.checkpoint.storage import (
+    StoragePath,
+    folders_in,
+    sizes_in,
+    storage_path,
+)
+from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.tools.tables import print_table
+from torchtitan.tools.text import human_bytes, natural_order
+
+from .find import checkpoints_of, root_of
+
+_LEFT_OVER = {
+    ".partial": "not complete; the next save deletes it",
+    ".replaced": "an older one; the next start sorts it out",
+    ".damaged": "damaged, and set aside",
+}
+
+
+def show(location: str) -> None:
+    """Print a table of the checkpoints of a run. Files are not read, only their sizes."""
+    rows = [_row(folder) for folder in checkpoints_of(location)]
+    root = root_of(storage_path(location))
+    listed = {row[0] for row in rows}
+    for folder in sorted(folders_in(root), key=lambda f: natural_order(f.name)) if root else []:
+        if folder.name.startswith("step-") and folder.name not in listed:
+            rows.append([folder.name, "", _size(folder), "", _state_of_rest(folder)])
+    print_table(["checkpoint", "saved (UTC)", "size", "kind", "state"], rows, left=5)
+
+
+def _row(folder: StoragePath) -> list[str]:
+    if is_hf_weights(folder):
+        return [folder.name, "", _size(folder), "Hugging Face", "no checksums"]
+    try:
+        manifest = Manifest.read(folder)
+    except DamagedCheckpointError as error:
+        return [folder.name, "", _size(folder), "", f"damaged: {error}"]
+    kind = "model alone" if manifest.model_only else "resumable"
+    saved = manifest.saved_at[:19].replace("T", " ")
+    problem = damage(folder)
+    state = f"damaged: {problem}" if problem else "good, by sizes"
+    return [folder.name, saved, _size(folder), kind, state]
+
+
+def _size(folder: StoragePath) -> str:
+    return human_bytes(sum(sizes_in(folder).values()))
+
+
+def _state_of_rest(folder: StoragePath) -> str:
+    endings = [text for ending, text in _LEFT_OVER.items() if ending in folder.name]
+    return endings[0] if endings else _LEFT_OVER[".partial"]
+
+
+def verify(locations: list[str]) -> int:
+    """Read all files of checkpoints and compare their checksums. Returns 1 if one is damaged."""
+    rows, problems = [], []
+    for folder in (folder for location in locations for folder in checkpoints_of(location)):
+        found = _problems(folder)
+        problems += found
+        files = len(sizes_in(folder))
+        kind = "no checksums; structure is right" if is_hf_weights(folder) else "good"
+        state = f"damaged: {len(found)} of its files" if found else kind
+        rows.append([str(folder), str(files), _size(folder), state])
+    if not rows:
+        raise CheckpointError(f"{', '.join(locations)}: there is no complete checkpoint")
+    print_table(["checkpoint", "files", "size", "state"], rows, left=4)
+    for problem in problems:
+        sys.stdout.write(f"{problem}\n")
+    return 1 if problems else 0
+
+
+def _problems(folder: StoragePath) -> list[str]:
+    try:
+        if is_hf_weights(folder):
+            assert isinstance(folder, Path)
+            read_safetensors_metadata(folder)  # headers, and that they fit the files' sizes
+            return []
+        manifest = Manifest.read(folder)
+        found = manifest.damaged_files(folder)
+        if not any(".metadata" in problem for problem in found):
+            read_metadata(folder)
+        return found
+    except CheckpointError as error:
+        return [str(error)]
+
+
+def prune(location: str, keep: int, dry_run: bool) -> None:
+    """Delete the resumable checkpoints of a run but the `keep` good ones saved last.
+
+    The files of those that stay are read: one whose checksums are wrong is not counted.
+
+    Raises:
+        CheckpointError: it is no run, or a checkpoint cannot be deleted.
+    """
+    root = root_of(storage_path(location))
+    if root is None:
+        raise CheckpointError(f"{location} holds no step-N folders")
+    found = list_checkpoints(root)
+    damaged: set[str] = set()
+    good = 0
+    for folder in reversed(found):
+        if damage(folder):
+            damaged.add(folder.name)
+        elif good < keep and is_resumable(folder):
+            if Manifest.read(folder).damaged_files(folder):
+                damaged.add(folder.name)
+            else:
+                good += 1
+    old = to_prune(root, keep, damaged)
+    for folder in old:
+        size = _size(folder)
+        if not dry_run:
+            try:
+                delete(folder)
+            except OSError as error:
+                raise CheckpointError(f"{folder} could not be deleted: {error}") from error
+        sys.stdout.write(f"{'would delete' if dry_run else 'deleted'} {folder} ({size})\n")
+    names = ", ".join(folder.name for folder in found if folder.name in damaged)
+    note = f"; damaged, neither counted nor deleted: {names}" if names else ""
+    sys.stdout.write(f"{root}: {len(found) - len(old)} left{note}\n")
