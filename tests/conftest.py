@@ -13,6 +13,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the pages under docs/ that tests produce, instead of only checking them",
     )
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=8,
+        help="how often tests/faults kills a run, over 1 and 4 processes (100: about 5 minutes)",
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")

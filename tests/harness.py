@@ -105,6 +105,10 @@ class Running:
                 tracebacks += failure.traceback
         return Finished(exit_codes, self._read("out"), self._read("err") + tracebacks)
 
+    def kill(self) -> None:
+        """SIGKILL to all ranks at once. `wait`, maybe in another thread, then returns."""
+        self._ranks.kill()
+
     def _read(self, suffix: str) -> str:
         folder = Path(self._folder.name)
         return "".join((folder / f"rank-{i}.{suffix}").read_text() for i in range(self._size))

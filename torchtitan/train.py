@@ -48,7 +48,7 @@ from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import check_profiling, maybe_profile
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
 logger = logging.getLogger("torchtitan")
 
@@ -162,8 +162,12 @@ class Trainer:
         self.window = Window()
         self.data_wait = 0.0
 
-    def train(self) -> None:
-        """Run the steps that are left; on SIGTERM or SIGINT, stop early with a checkpoint."""
+    def train(self) -> bool:
+        """Run the steps that are left; on SIGTERM, SIGUSR1 or SIGINT, stop early with a checkpoint.
+
+        Returns:
+            Whether the last step is done.
+        """
         config = self.job_config
         self.checkpointer.load()
         _write_resolved_config(config)
@@ -180,14 +184,20 @@ class Trainer:
                         profiler.step()
                     gc_control.step(self.state.step)
                     if stopping:
-                        logger.info("stopped after step %d", self.state.step)
                         break
+        except BaseException:
+            stop.close()  # nothing is left to save, so a signal may end a process that hangs
+            raise
         finally:
             gc_control.close()
-            stop.close()
             self.metrics.close()
             self.close()
-        logger.info("training finished at step %d", self.state.step)
+            stop.close()
+        finished = self.state.step >= config.training.steps
+        logger.info(
+            "training %s step %d", "finished at" if finished else "stopped after", self.state.step
+        )
+        return finished
 
     def train_step(self, stop: StopRequest) -> bool:
         """One optimizer step. Returns whether a rank was asked to stop, the same on every rank."""
@@ -425,8 +435,8 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code."""
     init_logger()
     job_config = load_config(sys.argv[1:] if argv is None else argv)
-    Trainer(job_config).train()
-    return 0
+    finished = Trainer(job_config).train()
+    return 0 if finished else PREEMPTED
 
 
 if __name__ == "__main__":

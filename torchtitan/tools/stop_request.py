@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, save, and exit cleanly."""
+"""SIGTERM, SIGUSR1 and SIGINT: finish the step, save, and exit so that one knows to start again."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from types import FrameType
 
 logger = logging.getLogger("torchtitan")
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PREEMPTED = 75
+"""Exit code of a run that a signal stopped before its last step: start it again, it goes on.
+
+`EX_TEMPFAIL` of sysexits.h, and the code that schedulers' examples use. A run that has done its
+last step ends with 0, whether a signal came or not.
+"""
+
+# Slurm announces the end of a job's time by `--signal=USR1@SECONDS`.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """While open, the first signal is remembered; a second Ctrl-C interrupts as usual."""
+    """While open, signals are remembered; only a second Ctrl-C interrupts as usual."""
 
     def __init__(self) -> None:
         self.received = False
+        self._interrupted = False
         self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
 
     def close(self) -> None:
@@ -23,8 +32,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-        name = signal.Signals(number).name
-        logger.warning("%s: stopping after this step, with a checkpoint if they are enabled", name)
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        if not self.received:
+            self.received = True
+            name = signal.Signals(number).name
+            logger.warning(
+                "%s: stopping after this step, with a checkpoint if they are enabled", name
+            )

@@ -1,0 +1,111 @@
+"""torchrun for hosts that may be taken away: `python -m torchtitan.distributed.torchrun ...`.
+
+It takes torchrun's options, and differs from it in this:
+
+* SIGTERM, SIGUSR1 and SIGINT go to the ranks, which save a checkpoint and leave in their own time.
+  torchrun would kill them after 30 s (torch 2.11), and does not know SIGUSR1.
+* Ranks that leave with exit code 75 (preempted) or 2 (a mistake of the user) are not started
+  again on this allocation, whatever `--max-restarts` says.
+* The exit code is that of the ranks, which the scheduler's script acts on; torchrun's is 1. With
+  `--preempted-code N` as the first option it is N in the place of 75.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+PREEMPTED = 75
+"""Exit code of a run that saved a checkpoint because it was asked to stop: start it again.
+
+It is EX_TEMPFAIL of sysexits.h.
+"""
+_MISTAKE = 2
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class _Signals:
+    """Passes signals on to the ranks."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+        for number in _FORWARDED:
+            signal.signal(number, self._forward)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        self.received.add(number)
+        ranks = _children()
+        if not ranks:  # nothing has begun that could be lost
+            raise SystemExit(PREEMPTED)
+        for pid in ranks:
+            os.kill(pid, number)
+
+    def code_of(self, failures: dict[int, Any]) -> int:
+        """The exit code that sums up those of ranks that did not end with 0."""
+        codes = {failure.exitcode for failure in failures.values()}
+        # A signal ends ranks that are still starting.
+        if PREEMPTED in codes or any(-code in self.received for code in codes):
+            return PREEMPTED
+        return _MISTAKE if _MISTAKE in codes else 1
+
+
+class _Agent(LocalElasticAgent):
+    """Restarts ranks that crashed, not those that meant to leave."""
+
+    def __init__(self, signals: _Signals, **options: Any) -> None:
+        super().__init__(**options)
+        self._signals = signals
+
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        result = super()._monitor_workers(worker_group)
+        if result.failures and self._signals.code_of(result.failures) != 1:
+            self._remaining_restarts = 0
+        return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run torchrun with `argv`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    preempted_code = PREEMPTED
+    if argv[:1] == ["--preempted-code"]:
+        preempted_code, argv = int(argv[1]), argv[2:]
+    signals = _Signals()
+    # torchrun sets handlers too, for these signals and no others.
+    argv = ["--signals-to-handle", "SIGHUP,SIGQUIT", *argv]
+    with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
+        try:
+            torchrun(argv)
+        except ChildFailedError as error:
+            code = signals.code_of(error.failures)
+            if code == PREEMPTED:
+                return preempted_code
+            sys.stderr.write(f"{error}\n")
+            return code
+    return 0
+
+
+def _children() -> list[int]:
+    """Process numbers of the ranks."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if fields[0] != "Z" and int(fields[1]) == os.getpid():
+            found.append(int(stat.parent.name))
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
