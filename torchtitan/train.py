@@ -10,12 +10,10 @@ Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torc
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +28,10 @@ from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
+from torchtitan.components.model_fit import check_pipeline, check_vocabulary, model_inputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.validate import build_validator
+from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config, origin, to_toml
 from torchtitan.config.validate import resolve_batch, validate
 from torchtitan.distributed import utils
@@ -43,7 +43,7 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, TrainingError
 from torchtitan.models.plugins import load_plugins
-from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import check_profiling, maybe_profile
@@ -81,12 +81,12 @@ class Trainer:
         load_plugins(job_config.job.custom_import)
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         validate(job_config, utils.world_size())
-        _check_pipeline(spec, job_config)
+        check_pipeline(spec, job_config)
         check_profiling(job_config)
         model_args = spec.model_args.update_from_config(job_config)
         check_exchange(job_config, spec, model_args)
         tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
-        _check_vocabulary(tokenizer, model_args, job_config)
+        check_vocabulary(tokenizer, model_args, job_config)
         parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
         build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
         self.metrics = build_metrics(job_config, parallel_dims, model_args)
@@ -105,7 +105,7 @@ class Trainer:
 
         with torch.device("meta"):
             model = spec.model_cls(model_args)
-        self.model_inputs = _model_inputs(model, parallel_dims, job_config)
+        self.model_inputs = model_inputs(model, parallel_dims, job_config)
         logger.info(
             "%s %s: %s parameters on %d ranks (%s)",
             job_config.model.name,
@@ -313,85 +313,6 @@ class Trainer:
             self.validator.close()
         self.checkpointer.close()
         dist.destroy_process_group()
-
-
-class Window:
-    """Losses and gradient norms since the last logged step, on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self._losses: list[float] = []
-
-    def add(self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """`local_loss` is this rank's share of the step's loss, so the sum over ranks is whole."""
-        self.steps += 1
-        self._unread.append((step, local_loss, grad_norm))
-
-    def read(self, parallel_dims: ParallelDims, check: Callable[[int, float, float], None]) -> None:
-        """Fetch what is new from the device, and hand each step's numbers to `check`."""
-        steps, losses, norms = zip(*self._unread, strict=True)
-        self._unread = []
-        summed = torch.stack(losses).double()
-        dist.all_reduce(summed)
-        values = (summed / parallel_dims.loss_copies).tolist()
-        for step, loss, norm in zip(steps, values, torch.stack(norms).tolist(), strict=True):
-            check(step, loss, norm)
-            self._losses.append(loss)
-            self.grad_norm = norm
-
-    @property
-    def mean_loss(self) -> float:
-        return sum(self._losses) / len(self._losses)
-
-    @property
-    def max_loss(self) -> float:
-        return max(self._losses)
-
-
-def _check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:
-    """A token id beyond the embedding would be an index error on the device, hard to read."""
-    size = getattr(model_args, "vocab_size", None)
-    if tokenizer is None or size is None or tokenizer.vocab_size <= size:
-        return
-    raise ConfigError(
-        f"{origin(job_config, 'model.tokenizer_path')}: the tokenizer has {tokenizer.vocab_size} "
-        f"tokens, but {job_config.model.name} {job_config.model.flavor} has only {size} in its "
-        f"vocabulary. Use the model's own tokenizer, or a flavor with a larger vocabulary"
-    )
-
-
-def _check_pipeline(spec: TrainSpec, job_config: JobConfig) -> None:
-    if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
-            f"{job_config.model.name} has no pipeline_fn in its TrainSpec"
-        )
-
-
-def _model_inputs(
-    model: torch.nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
-) -> list[str]:
-    """The inputs besides tokens that the model's forward takes, see `ModelProtocol`."""
-    accepted = inspect.signature(model.forward).parameters
-    wanted = []
-    if job_config.training.document_mask:
-        if "document_ids" not in accepted:
-            raise ConfigError(
-                f"{origin(job_config, 'training.document_mask')}: the forward() of "
-                f"{job_config.model.name} takes no document_ids"
-            )
-        wanted = ["positions", "document_ids"]
-    elif parallel_dims.pp_enabled or parallel_dims.cp_enabled:
-        # Hidden states do not tell a stage how long the sequence is, nor a part of the sequence
-        # where it belongs.
-        wanted = ["positions"]
-    if parallel_dims.cp_enabled and "positions" not in accepted:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.context_parallel_degree')}: the forward() of "
-            f"{job_config.model.name} takes no positions, so it cannot work on a part of a sequence"
-        )
-    return [name for name in wanted if name in accepted]
 
 
 def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
