@@ -26,6 +26,7 @@ from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.checkpoint.huggingface import check_exchange
+from torchtitan.components.guard import Guard, refuse_nonfinite_weights
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import check_pipeline, check_vocabulary, model_inputs
@@ -148,6 +149,7 @@ class Trainer:
         batch_size, self.accumulation_steps = resolve_batch(job_config, parallel_dims.dp)
         self.tokens_per_step = batch_size * job_config.training.seq_len
         self.state = TrainState()
+        self.guard = Guard(job_config, parallel_dims, self.dp_rank)
         self.checkpointer = CheckpointManager(
             job_config,
             model_parts=self.model_parts,
@@ -156,6 +158,7 @@ class Trainer:
             dataloader=self.dataloader,
             train_state=self.state,
             dp_mesh=world_mesh["dp"],
+            guard=self.guard if self.guard.enabled else None,
         )
         self.window = Window()
         self.data_wait = 0.0
@@ -173,7 +176,8 @@ class Trainer:
                 while self.state.step < config.training.steps:
                     self.state.step += 1
                     stopping = self.train_step(stop)
-                    self._after_step(stopping)
+                    if not (self.guard.rollback_due and self._roll_back()):
+                        self._after_step(stopping)
                     with self.metrics.pause():
                         profiler.step()
                     gc_control.step(self.state.step)
@@ -210,11 +214,14 @@ class Trainer:
             set_last_micro_batch(self.fsdp_modules, number == len(batches))
             loss_sum += self.forward_backward(batch, global_tokens)
 
-        parameters = [param for part in self.model_parts for param in part.parameters()]
-        grad_norm = clip_grad_norm(parameters, config.training.max_norm, self.pp_mesh)
-        self.optimizers.step()
-        self.expert_balance.step()
-        self.window.add(step, loss_sum, grad_norm)
+        grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
+        if self.guard.allows(step, loss_sum, grad_norm, batches):
+            self.optimizers.step()
+            self.expert_balance.step()
+            self.window.add(step, loss_sum, grad_norm)
+        else:
+            self.expert_balance.discard()
+            self.window.add_skipped()
         self.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
@@ -260,7 +267,7 @@ class Trainer:
         ending = last or stopping
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
         validation_due = self.validator and (step % config.validation.freq == 0 or last)
-        saving_due = self.checkpointer.is_due(step, ending)
+        saving_due = self.checkpointer.is_due(step, ending) and self.guard.may_save(ending)
 
         # A checkpoint of a model that holds NaN would be worse than none, so look before saving.
         if logging_due or saving_due:
@@ -275,7 +282,7 @@ class Trainer:
                 lr=self.lr,
                 ntokens_since_last=self.window.steps * self.tokens_per_step,
                 data_wait_seconds=self.data_wait,
-                extra=self.expert_balance.metrics() | self._data_metrics(),
+                extra=self.expert_balance.metrics() | self._data_metrics() | self.guard.metrics(),
             )
             self.window = Window()
             self.data_wait = 0.0
@@ -284,7 +291,27 @@ class Trainer:
                 self.metrics.log_validation(
                     step, self.validator.validate(self.model_parts, self.evaluate)
                 )
-            self.checkpointer.save(step, last=ending)
+            if saving_due and self.guard.troubled:
+                refuse_nonfinite_weights(self._parameters(), step)
+            if self.guard.may_save(ending):
+                self.checkpointer.save(step, last=ending)
+
+    def _roll_back(self) -> bool:
+        """Go back to the newest checkpoint, and on with the data after this step.
+
+        Returns False if there is none yet, so that the step is only skipped.
+        """
+        bad_step = self.state.step
+        if self.checkpointer.roll_back() is None:
+            self.guard.cannot_roll_back(bad_step)
+            return False
+        self.guard.rolled_back(bad_step, self.state.step)
+        self.metrics.start(self.state.step, self.state.tokens_seen)
+        self.window, self.data_wait = Window(), 0.0
+        return True
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [param for part in self.model_parts for param in part.parameters()]
 
     def _data_metrics(self) -> dict[str, float]:
         """What the loader tells about itself, if it does: the mean over the data ranks."""

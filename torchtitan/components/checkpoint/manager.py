@@ -57,6 +57,7 @@ class CheckpointManager:
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
+        guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class CheckpointManager:
         dataloader: Any,
         train_state: Stateful,
         dp_mesh: DeviceMesh,
+        guard: Stateful | None = None,
     ) -> None:
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
@@ -83,6 +85,8 @@ class CheckpointManager:
             "lr_scheduler": lr_schedulers,
             "train_state": train_state,
         }
+        if guard is not None:
+            self._stateful["guard"] = guard
         self._model_description = {
             "name": job_config.model.name,
             "flavor": job_config.model.flavor,
@@ -190,7 +194,8 @@ class CheckpointManager:
         if self._config.enable:
             folder = on_rank_zero(self._folder_to_resume, self._group)
             if folder is not None:
-                return self._resume(OpenCheckpoint.open(folder, self._group))
+                exclude = self._config.exclude_from_loading
+                return self._resume(OpenCheckpoint.open(folder, self._group), exclude)
         path = self._initial_load_path
         if path is not None:
             load_weights_of_parts(self._model_parts, path, self._group)
@@ -213,14 +218,32 @@ class CheckpointManager:
         steps = sorted(step_of(path) for path in list_checkpoints(self._root) if is_resumable(path))
         return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
 
-    def _resume(self, checkpoint: OpenCheckpoint) -> int:
+    def roll_back(self) -> int | None:
+        """Go back to the newest checkpoint, in the middle of a run, but stay where the data are.
+
+        Returns:
+            The number of steps done when it was saved; None, and nothing is changed, if there is
+            no checkpoint.
+
+        Raises:
+            CheckpointError: on all ranks, it is damaged.
+        """
+        self.wait()
+        folder = on_rank_zero(self.newest, self._group)
+        if folder is None:
+            return None
+        return self._resume(OpenCheckpoint.open(folder, self._group), ("dataloader", "guard"))
+
+    def _resume(self, checkpoint: OpenCheckpoint, exclude: Collection[str]) -> int:
         if checkpoint.manifest.model_only:
             raise CheckpointError(
                 f"{checkpoint.folder} holds the model alone and cannot resume a run. Set "
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._resumable_steps()}"
             )
-        state = self._state(exclude=self._config.exclude_from_loading)
+        if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
+            exclude = (*exclude, "guard")
+        state = self._state(exclude)
         if "dataloader" in state:
             self._check_batch_size(checkpoint)
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
