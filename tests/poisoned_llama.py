@@ -1,6 +1,7 @@
 """`tiny_llama` whose loss is multiplied by F in batch N of the data, as POISON="N:F N:F" says.
 
-DROP="N N" leaves batches out. The flavor `experts` is a tiny DeepSeek-V3.
+FLIP="N R" flips a bit of a gradient in the N-th backward pass on rank R. DROP="N N" leaves
+batches out. The flavor `experts` is a tiny DeepSeek-V3.
 """
 
 import os
@@ -9,6 +10,7 @@ from dataclasses import replace
 import tiny_llama
 import torch
 from tiny_models import TINY, tiny_spec
+from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss import build_loss
 from torchtitan.data import build_dataloader
@@ -51,15 +53,25 @@ class MarkingLoader:
 class PoisonedLoss:
     def __init__(self, loss) -> None:
         self._loss = loss
+        self._calls = 0
 
     def __getattr__(self, name):
         return getattr(self._loss, name)
 
     def __call__(self, pred, labels):
+        self._calls += 1
+        if os.environ.get("FLIP") == f"{self._calls} {os.environ.get('RANK', 0)}":
+            pred.register_hook(_flip_a_bit)
         loss = self._loss(pred, labels)
         for i, (_, factor) in enumerate(_poison()):
             loss = loss * torch.where((labels == _FIRST_MARK + i).any(), factor, 1.0)
         return loss
+
+
+def _flip_a_bit(grad: torch.Tensor) -> torch.Tensor:
+    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    local.view(torch.int32).flatten()[5] ^= 1 << 20
+    return grad
 
 
 def get_train_spec(flavor: str) -> TrainSpec:

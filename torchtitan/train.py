@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import check_pipeline, check_vocabulary, model_inputs
 from torchtitan.components.moe_balance import ExpertBalance
+from torchtitan.components.replay import Replay
 from torchtitan.components.validate import build_validator
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config, origin, to_toml
@@ -150,6 +152,7 @@ class Trainer:
         self.tokens_per_step = batch_size * job_config.training.seq_len
         self.state = TrainState()
         self.guard = Guard(job_config, parallel_dims, self.dp_rank)
+        self.replay = Replay(job_config, self.model_parts, parallel_dims)
         self.checkpointer = CheckpointManager(
             job_config,
             model_parts=self.model_parts,
@@ -194,8 +197,7 @@ class Trainer:
     def train_step(self, stop: StopRequest) -> bool:
         """One optimizer step. Returns whether a rank was asked to stop, the same on every rank."""
         config, step = self.job_config, self.state.step
-        seed_step(config.debug.seed, step, self.token_rank)
-        self.optimizers.zero_grad()
+        self._start_step()
 
         start = time.perf_counter()
         batches = [next(self.dataloader) for _ in range(self.accumulation_steps)]
@@ -209,11 +211,8 @@ class Trainer:
         # At least 1: a step of prompts alone teaches nothing, and has a loss of 0.
         global_tokens = (counts[0] // self.parallel_dims.non_data_parallel_size).clamp(min=1)
 
-        loss_sum = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches, start=1):
-            set_last_micro_batch(self.fsdp_modules, number == len(batches))
-            loss_sum += self.forward_backward(batch, global_tokens)
-
+        compute = partial(self._gradients, batches, global_tokens)
+        loss_sum = self.replay.check(step, compute, self._start_step)
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
@@ -225,6 +224,18 @@ class Trainer:
         self.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
+
+    def _start_step(self) -> None:
+        seed_step(self.job_config.debug.seed, self.state.step, self.token_rank)
+        self.optimizers.zero_grad()
+
+    def _gradients(self, batches: list[Batch], global_tokens: torch.Tensor) -> torch.Tensor:
+        """Leave the gradients of all micro-batches in the parameters. Returns the share of loss."""
+        loss_sum = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            set_last_micro_batch(self.fsdp_modules, number == len(batches))
+            loss_sum += self.forward_backward(batch, global_tokens)
+        return loss_sum
 
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
         """Add the gradients of one micro-batch. Returns its share of the step's loss."""

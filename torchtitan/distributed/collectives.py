@@ -15,6 +15,7 @@ _INPUT_ARGUMENT = {
     "_allgather_base_": 1,
     "_reduce_scatter_base_": 1,
     "allgather_": 1,
+    "allgather_coalesced_": 1,
     "allgather_into_tensor_coalesced_": 1,
     "alltoall_": 1,
     "alltoall_base_": 1,
@@ -48,6 +49,8 @@ class CollectiveObserver(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if any(t.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for t in types):
+            return NotImplemented  # a DTensor's own collectives, on its shards, come here then
         kwargs = kwargs or {}
         namespace = getattr(func, "namespace", "")
         if namespace not in _NAMESPACES:
