@@ -10,14 +10,13 @@ Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torc
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,14 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.checkpoint.resume import check_resume
+from torchtitan.components.guard import Guard, refuse_nonfinite_weights
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
+from torchtitan.components.model_fit import check_pipeline, check_vocabulary, model_inputs
 from torchtitan.components.moe_balance import ExpertBalance
+from torchtitan.components.replay import Replay
 from torchtitan.components.validate import build_validator
+from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config, origin, to_toml
 from torchtitan.config.validate import resolve_batch, validate
 from torchtitan.distributed import utils
@@ -44,7 +47,7 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, TrainingError
 from torchtitan.models.plugins import load_plugins
-from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import check_profiling, maybe_profile
@@ -82,13 +85,13 @@ class Trainer:
         load_plugins(job_config.job.custom_import)
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         validate(job_config, utils.world_size())
-        _check_pipeline(spec, job_config)
+        check_pipeline(spec, job_config)
         check_profiling(job_config)
         model_args = spec.model_args.update_from_config(job_config)
         check_exchange(job_config, spec, model_args)
         check_resume(job_config, model_args)
         tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
-        _check_vocabulary(tokenizer, model_args, job_config)
+        check_vocabulary(tokenizer, model_args, job_config)
         parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
         build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
         self.metrics = build_metrics(job_config, parallel_dims, model_args)
@@ -107,7 +110,7 @@ class Trainer:
 
         with torch.device("meta"):
             model = spec.model_cls(model_args)
-        self.model_inputs = _model_inputs(model, parallel_dims, job_config)
+        self.model_inputs = model_inputs(model, parallel_dims, job_config)
         logger.info(
             "%s %s: %s parameters on %d ranks (%s)",
             job_config.model.name,
@@ -150,6 +153,8 @@ class Trainer:
         batch_size, self.accumulation_steps = resolve_batch(job_config, parallel_dims.dp)
         self.tokens_per_step = batch_size * job_config.training.seq_len
         self.state = TrainState()
+        self.guard = Guard(job_config, parallel_dims, self.dp_rank)
+        self.replay = Replay(job_config, self.model_parts, parallel_dims)
         self.checkpointer = CheckpointManager(
             job_config,
             model_parts=self.model_parts,
@@ -158,6 +163,7 @@ class Trainer:
             dataloader=self.dataloader,
             train_state=self.state,
             dp_mesh=world_mesh["dp"],
+            guard=self.guard if self.guard.enabled else None,
         )
         self.window = Window()
         self.data_wait = 0.0
@@ -179,7 +185,8 @@ class Trainer:
                 while self.state.step < config.training.steps:
                     self.state.step += 1
                     stopping = self.train_step(stop)
-                    self._after_step(stopping)
+                    if not (self.guard.rollback_due and self._roll_back()):
+                        self._after_step(stopping)
                     with self.metrics.pause():
                         profiler.step()
                     gc_control.step(self.state.step)
@@ -202,8 +209,7 @@ class Trainer:
     def train_step(self, stop: StopRequest) -> bool:
         """One optimizer step. Returns whether a rank was asked to stop, the same on every rank."""
         config, step = self.job_config, self.state.step
-        seed_step(config.debug.seed, step, self.token_rank)
-        self.optimizers.zero_grad()
+        self._start_step()
 
         start = time.perf_counter()
         batches = [next(self.dataloader) for _ in range(self.accumulation_steps)]
@@ -217,19 +223,31 @@ class Trainer:
         # At least 1: a step of prompts alone teaches nothing, and has a loss of 0.
         global_tokens = (counts[0] // self.parallel_dims.non_data_parallel_size).clamp(min=1)
 
+        compute = partial(self._gradients, batches, global_tokens)
+        loss_sum = self.replay.check(step, compute, self._start_step)
+        grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
+        if self.guard.allows(step, loss_sum, grad_norm, batches):
+            self.optimizers.step()
+            self.expert_balance.step()
+            self.window.add(step, loss_sum, grad_norm)
+        else:
+            self.expert_balance.discard()
+            self.window.add_skipped()
+        self.lr = self.lr_schedulers.last_lr
+        self.lr_schedulers.step()
+        return bool(counts[1])
+
+    def _start_step(self) -> None:
+        seed_step(self.job_config.debug.seed, self.state.step, self.token_rank)
+        self.optimizers.zero_grad()
+
+    def _gradients(self, batches: list[Batch], global_tokens: torch.Tensor) -> torch.Tensor:
+        """Leave the gradients of all micro-batches in the parameters. Returns the share of loss."""
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, start=1):
             set_last_micro_batch(self.fsdp_modules, number == len(batches))
             loss_sum += self.forward_backward(batch, global_tokens)
-
-        parameters = [param for part in self.model_parts for param in part.parameters()]
-        grad_norm = clip_grad_norm(parameters, config.training.max_norm, self.pp_mesh)
-        self.optimizers.step()
-        self.expert_balance.step()
-        self.window.add(step, loss_sum, grad_norm)
-        self.lr = self.lr_schedulers.last_lr
-        self.lr_schedulers.step()
-        return bool(counts[1])
+        return loss_sum
 
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
         """Add the gradients of one micro-batch. Returns its share of the step's loss."""
@@ -272,7 +290,7 @@ class Trainer:
         ending = last or stopping
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
         validation_due = self.validator and (step % config.validation.freq == 0 or last)
-        saving_due = self.checkpointer.is_due(step, ending)
+        saving_due = self.checkpointer.is_due(step, ending) and self.guard.may_save(ending)
 
         # A checkpoint of a model that holds NaN would be worse than none, so look before saving.
         if logging_due or saving_due:
@@ -287,7 +305,7 @@ class Trainer:
                 lr=self.lr,
                 ntokens_since_last=self.window.steps * self.tokens_per_step,
                 data_wait_seconds=self.data_wait,
-                extra=self.expert_balance.metrics() | self._data_metrics(),
+                extra=self.expert_balance.metrics() | self._data_metrics() | self.guard.metrics(),
             )
             self.window = Window()
             self.data_wait = 0.0
@@ -296,7 +314,27 @@ class Trainer:
                 self.metrics.log_validation(
                     step, self.validator.validate(self.model_parts, self.evaluate)
                 )
-            self.checkpointer.save(step, last=ending)
+            if saving_due and self.guard.troubled:
+                refuse_nonfinite_weights(self._parameters(), step)
+            if self.guard.may_save(ending):
+                self.checkpointer.save(step, last=ending)
+
+    def _roll_back(self) -> bool:
+        """Go back to the newest checkpoint, and on with the data after this step.
+
+        Returns False if there is none yet, so that the step is only skipped.
+        """
+        bad_step = self.state.step
+        if self.checkpointer.roll_back(exclude=("dataloader", "guard")) is None:
+            self.guard.cannot_roll_back(bad_step)
+            return False
+        self.guard.rolled_back(bad_step, self.state.step)
+        self.metrics.start(self.state.step, self.state.tokens_seen)
+        self.window, self.data_wait = Window(), 0.0
+        return True
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [param for part in self.model_parts for param in part.parameters()]
 
     def _data_metrics(self) -> dict[str, float]:
         """What the loader tells about itself, if it does: the mean over the data ranks."""
@@ -325,85 +363,6 @@ class Trainer:
             self.validator.close()
         self.checkpointer.close()
         dist.destroy_process_group()
-
-
-class Window:
-    """Losses and gradient norms since the last logged step, on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self._losses: list[float] = []
-
-    def add(self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """`local_loss` is this rank's share of the step's loss, so the sum over ranks is whole."""
-        self.steps += 1
-        self._unread.append((step, local_loss, grad_norm))
-
-    def read(self, parallel_dims: ParallelDims, check: Callable[[int, float, float], None]) -> None:
-        """Fetch what is new from the device, and hand each step's numbers to `check`."""
-        steps, losses, norms = zip(*self._unread, strict=True)
-        self._unread = []
-        summed = torch.stack(losses).double()
-        dist.all_reduce(summed)
-        values = (summed / parallel_dims.loss_copies).tolist()
-        for step, loss, norm in zip(steps, values, torch.stack(norms).tolist(), strict=True):
-            check(step, loss, norm)
-            self._losses.append(loss)
-            self.grad_norm = norm
-
-    @property
-    def mean_loss(self) -> float:
-        return sum(self._losses) / len(self._losses)
-
-    @property
-    def max_loss(self) -> float:
-        return max(self._losses)
-
-
-def _check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:
-    """A token id beyond the embedding would be an index error on the device, hard to read."""
-    size = getattr(model_args, "vocab_size", None)
-    if tokenizer is None or size is None or tokenizer.vocab_size <= size:
-        return
-    raise ConfigError(
-        f"{origin(job_config, 'model.tokenizer_path')}: the tokenizer has {tokenizer.vocab_size} "
-        f"tokens, but {job_config.model.name} {job_config.model.flavor} has only {size} in its "
-        f"vocabulary. Use the model's own tokenizer, or a flavor with a larger vocabulary"
-    )
-
-
-def _check_pipeline(spec: TrainSpec, job_config: JobConfig) -> None:
-    if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
-            f"{job_config.model.name} has no pipeline_fn in its TrainSpec"
-        )
-
-
-def _model_inputs(
-    model: torch.nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
-) -> list[str]:
-    """The inputs besides tokens that the model's forward takes, see `ModelProtocol`."""
-    accepted = inspect.signature(model.forward).parameters
-    wanted = []
-    if job_config.training.document_mask:
-        if "document_ids" not in accepted:
-            raise ConfigError(
-                f"{origin(job_config, 'training.document_mask')}: the forward() of "
-                f"{job_config.model.name} takes no document_ids"
-            )
-        wanted = ["positions", "document_ids"]
-    elif parallel_dims.pp_enabled or parallel_dims.cp_enabled:
-        # Hidden states do not tell a stage how long the sequence is, nor a part of the sequence
-        # where it belongs.
-        wanted = ["positions"]
-    if parallel_dims.cp_enabled and "positions" not in accepted:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.context_parallel_degree')}: the forward() of "
-            f"{job_config.model.name} takes no positions, so it cannot work on a part of a sequence"
-        )
-    return [name for name in wanted if name in accepted]
 
 
 def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:

@@ -24,7 +24,8 @@ class Sink(Protocol):
     """Receives the values of each logged step; NaN, infinities and None are possible values."""
 
     def start(self, step: int) -> None:
-        """Called once, before the first write; forget what was written of later steps."""
+        """Called before the first write, and when the run goes back to the end of `step`; forget
+        what was written of later steps."""
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None: ...
 
@@ -97,6 +98,7 @@ class TensorBoardSink:
     def start(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
+        self.close()
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:

@@ -49,7 +49,8 @@ def build_metrics_processor(
 class MetricsProcessor:
     """Turns what the trainer knows about a step into the values that people watch.
 
-    The order of calls: `start` just before the first step, `log` after each step that is logged,
+    The order of calls: `start` just before the first step, and again when the run goes back to an
+    earlier one; `log` after each step that is logged,
     `log_validation` after each validation, `close` at the end, also when the run fails (it gives
     the terminal back). Time spent inside `pause` does not count in the throughput.
     """

@@ -50,6 +50,11 @@ class ExpertBalance:
         for router, part in zip(self._routers, parts, strict=True):
             router.end_step(part)
 
+    def discard(self) -> None:
+        """Instead of `step`, after a step that was not taken: forget its tokens."""
+        for router in self._routers:
+            router.tally.zero_()
+
     def metrics(self) -> dict[str, float]:
         """How uneven the last step was; all ranks call this. Empty for a model without experts.
 

@@ -41,3 +41,18 @@ class Training:
     """Keep parameters, gradients and optimizer state in host memory (FSDP)."""
     gc_freq: Annotated[int, NonNegative] = 50
     """Steps between garbage collections, done on all ranks at once; 0 leaves Python's own."""
+    on_nonfinite: Literal["error", "skip", "rollback"] = "error"
+    """A step whose loss or gradient norm is NaN or infinite: end the run, leave the batch out, or
+    go back to the newest checkpoint and on with later data. See docs/fault_tolerance.md."""
+    on_spike: Literal["ignore", "warn", "skip", "rollback"] = "ignore"
+    """A step whose loss or gradient norm is far above those before it: the same, or only a
+    warning. Looking costs a host-device synchronisation a step."""
+    spike_sigmas: Annotated[float, Range(gt=0)] = 6.0
+    """Far above: more than so many standard deviations above the mean of the window."""
+    spike_window: Annotated[int, Range(ge=4)] = 128
+    """Steps of that window; nothing is a spike before half of it is filled."""
+    bad_step_limit: Annotated[int, Positive] = 5
+    """More bad steps in a row, or more rollbacks to the same checkpoint, end the run."""
+    replay_freq: Annotated[int, NonNegative] = 0
+    """Every so many steps, compute the gradients twice and compare them bit by bit, to find
+    hardware that computes wrongly; 0: never. On CUDA it needs debug.deterministic."""

@@ -64,6 +64,7 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     _check_optimizer(job_config)
     _check_activation_checkpoint(job_config)
     _check_compile(job_config)
+    _check_guard(job_config)
     _check_outputs(job_config)
 
 
@@ -372,6 +373,27 @@ def _check_compile(job_config: JobConfig) -> None:
         _fail(
             job_config, "compile.backend", f"no such backend.{did_you_mean(config.backend, known)}"
         )
+
+
+def _check_guard(job_config: JobConfig) -> None:
+    training, comm = job_config.training, job_config.comm
+    for name in ("on_nonfinite", "on_spike"):
+        if getattr(training, name) == "rollback" and not job_config.checkpoint.enable:
+            problem = "there would be nothing to go back to, since checkpoint.enable is false"
+            _fail(job_config, f"training.{name}", problem)
+    if training.replay_freq and not job_config.debug.deterministic:
+        from torchtitan.distributed.utils import device_type
+
+        if device_type() == "cuda":
+            problem = (
+                "kernels of CUDA may give other bits each time. Set debug.deterministic = true"
+            )
+            _fail(job_config, "training.replay_freq", problem)
+    if comm.hang_seconds >= comm.timeout_seconds:
+        problem = (
+            f"must be less than comm.timeout_seconds ({comm.timeout_seconds}), which ends the run"
+        )
+        _fail(job_config, "comm.hang_seconds", problem)
 
 
 def _check_outputs(job_config: JobConfig) -> None:

@@ -17,6 +17,7 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.text import duration, human
 
 from .inspect import inspect
+from .kept_batch import show_batch
 from .prepare import Progress, Task, prepare
 
 
@@ -39,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
             characters=args.characters,
             verify=args.verify,
         )
+        return 0
+    if args.command == "batch":
+        show_batch(Path(args.folder), args.tokenizer_path, args.characters)
         return 0
     task = Task(
         dataset=args.dataset,
@@ -98,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
         "--characters", type=_positive, default=400, metavar="N", help="of a sample (default: 400)"
     )
     two.add_argument("--verify", action="store_true", help="check the content hashes first")
+
+    three = commands.add_parser("batch", help="show a batch that a run kept, such as a bad one")
+    three.add_argument("folder", metavar="FOLDER", help="DUMP_FOLDER/bad_batches/batch-N")
+    three.add_argument("--tokenizer-path", help="default: that of the run")
+    three.add_argument(
+        "--characters", type=_positive, default=400, metavar="N", help="of a row (default: 400)"
+    )
     return parser
 
 

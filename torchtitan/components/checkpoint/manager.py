@@ -64,6 +64,7 @@ class CheckpointManager:
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
+        guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class CheckpointManager:
         dataloader: Any,
         train_state: Stateful,
         dp_mesh: DeviceMesh,
+        guard: Stateful | None = None,
     ) -> None:
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
@@ -92,6 +94,8 @@ class CheckpointManager:
             "lr_scheduler": lr_schedulers,
             "train_state": train_state,
         }
+        if guard is not None:
+            self._stateful["guard"] = guard
         self._model_description = describe_model(job_config, getattr(model_parts[0], "args", None))
         self._lineage: list[StoragePath] = []
         """What this run resumed from and has saved, to which it can go back."""
@@ -339,7 +343,9 @@ class CheckpointManager:
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._resumable_steps()}"
             )
-        state = self._state(exclude=exclude)
+        if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
+            exclude = (*exclude, "guard")
+        state = self._state(exclude)
         if "dataloader" in state:
             self._check_batch_size(checkpoint)
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place

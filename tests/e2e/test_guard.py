@@ -1,0 +1,152 @@
+"""Bad steps are skipped, or the run goes back; the same on every layout."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from equality import newest_weights
+from harness import Finished, command, read_lines
+from tiny_llama import OPTIONS
+
+POISONED = (*OPTIONS, "--job.custom_import=poisoned_llama", "--model.name=poisoned_llama")
+SAVE_EACH = ("--checkpoint.enable", "--checkpoint.interval=1")
+SKIP = "--training.on_nonfinite=skip"
+ROLLBACK = ("--training.on_nonfinite=rollback", "--checkpoint.enable", "--checkpoint.interval=2")
+SPIKES = ("--training.spike_window=4", "--training.spike_sigmas=20")
+
+
+def run(folder: Path, *options: str, ranks: int = 1, **env: str) -> Finished:
+    return command("train", *POISONED, *options, f"--job.dump_folder={folder}", ranks=ranks, **env)
+
+
+def lines_of(folder: Path, *options: str, ranks: int = 1, **env: str) -> list[dict]:
+    done = run(folder, *options, ranks=ranks, **env)
+    assert done.exit_code == 0, done.err
+    return read_lines(folder / "metrics.jsonl")
+
+
+def saved(folder: Path, step: int, part: str) -> dict[str, torch.Tensor]:
+    checkpoint = folder / "checkpoint" / f"step-{step}"
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith(f"{part}.") and hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize("flavor", ["tiny", "experts"])
+def test_a_skipped_step_changes_nothing(flavor: str, tmp_path: Path) -> None:
+    """Neither weights nor optimizer state nor the balance of experts."""
+    options = [SKIP, *SAVE_EACH, f"--model.flavor={flavor}", "--training.steps=3"]
+    ranks = 1
+    if flavor == "experts":
+        ranks, options = 2, [*options, "--parallelism.expert_parallel_degree=2"]
+    lines = lines_of(tmp_path, *options, ranks=ranks, POISON="3:nan")
+    assert [line["step"] for line in lines if line["loss"] is None] == [3]
+    assert [line["steps_skipped"] for line in lines] == [0, 0, 1]
+    for part in "model", "optimizer":
+        first, before, after = (saved(tmp_path, step, part) for step in (1, 2, 3))
+        assert before and before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before), part
+        changed = {name for name in before if not torch.equal(before[name], first[name])}
+        assert len(changed) > len(before) / 2
+        if flavor == "experts" and part == "model":
+            assert any("selection_bias" in name for name in changed)
+
+
+LAYOUTS = {
+    "accumulation": (1, "--training.local_batch_size=2"),
+    "fsdp2": (2,),
+    "tp2": (2, "--parallelism.tensor_parallel_degree=2"),
+    "pp2": (2, "--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=8"),
+}
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("skipped")
+    return lines_of(folder, SKIP, "--training.on_spike=skip", *SPIKES, POISON="3:nan 5:1000")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_layouts_skip_the_same_steps(layout: str, skipped: list[dict], tmp_path: Path) -> None:
+    ranks, *options = LAYOUTS[layout]
+    options += [SKIP, "--training.on_spike=skip", *SPIKES]
+    lines = lines_of(tmp_path, *options, ranks=ranks, POISON="3:nan 5:1000")
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 5]
+    for line, expected in zip(lines, skipped, strict=True):
+        assert line["steps_skipped"] == expected["steps_skipped"]
+        if expected["loss"] is not None:
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rollback_goes_on_with_later_data(ranks: int, mode: str, tmp_path: Path) -> None:
+    """Back from step 4 to step 2: as a run that never had batches 3 and 4, to the last bit."""
+    options = [*ROLLBACK, f"--checkpoint.async_mode={mode}"]
+    expected = lines_of(tmp_path / "dropped", *options, ranks=ranks, DROP="3 4")
+    lines = lines_of(tmp_path / "run", *options, ranks=ranks, POISON="4:nan")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert lines[-1]["rollbacks"] == 1 and lines[-1]["batches_skipped"] == 2
+    ours, theirs = newest_weights(tmp_path / "run"), newest_weights(tmp_path / "dropped")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_resumed_after_a_rollback_goes_on_as_if_not_stopped(tmp_path: Path) -> None:
+    whole = lines_of(tmp_path / "whole", *ROLLBACK, POISON="4:nan")
+    parts = tmp_path / "parts"
+    lines_of(parts, *ROLLBACK, "--training.steps=4", "--lr_scheduler.decay_ratio=0", POISON="4:nan")
+    lines = lines_of(parts, *ROLLBACK, "--training.steps=6")
+    assert lines[-1]["batches_skipped"] == whole[-1]["batches_skipped"] == 2
+    assert lines[-1]["data_epoch"] == whole[-1]["data_epoch"]
+
+
+def test_what_is_said_of_a_bad_step(tmp_path: Path) -> None:
+    done = run(tmp_path, SKIP, "--training.on_spike=warn", *SPIKES, ranks=2, POISON="3:inf 6:1e5")
+    assert done.exit_code == 0, done.err
+    assert "step 3, batch 3 of the data: the loss is inf" in done.err
+    assert re.search(r"step 6, batch 6 of the data: the loss is \d+, but it was \d", done.err)
+    folder = re.search(r"torchtitan data batch (\S+batch-3)$", done.err, re.M).group(1)
+    shown = command("data", "batch", folder, "--characters=20")
+    assert shown.exit_code == 0, shown.err
+    assert [f"--- row {i}: 32 tokens" in shown.out for i in range(9)] == [True] * 8 + [False]
+
+
+def test_too_many_bad_steps_end_the_run(tmp_path: Path) -> None:
+    bad = " ".join(f"{batch}:nan" for batch in range(3, 10))
+    done = run(tmp_path / "skip", SKIP, "--training.bad_step_limit=2", POISON=bad)
+    assert done.exit_code == 2 and "error: step 5, batch 5" in done.err, done.err
+    assert "3 bad steps in a row" in done.err and "Traceback" not in done.err
+    options = [*ROLLBACK, "--training.bad_step_limit=2"]
+    bad = "4:nan 6:nan 8:nan"
+    done = run(tmp_path / "back", *options, POISON=bad, ranks=2)
+    assert done.exit_code == 2, done.err
+    assert "step 4: 3 rollbacks to the checkpoint of step 2" in done.err, done.err
+
+
+def test_without_a_checkpoint_a_rollback_is_a_skip(tmp_path: Path) -> None:
+    done = run(tmp_path, *ROLLBACK, POISON="1:nan")
+    assert done.exit_code == 0 and "no checkpoint to roll back to" in done.err
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["steps_skipped"] == 1
+
+
+def test_no_checkpoint_is_saved_after_a_bad_step_but_at_the_end(tmp_path: Path) -> None:
+    options = ["--checkpoint.enable", "--checkpoint.interval=2"]
+    lines_of(tmp_path, SKIP, *options, POISON="4:nan 6:nan")
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["step-2", "step-6"]
+
+
+def test_a_model_of_nan_is_not_saved_at_the_end(tmp_path: Path) -> None:
+    options = ["--optimizer.lr=1e39", "--training.steps=2", "--lr_scheduler.warmup_steps=0"]
+    done = run(tmp_path, SKIP, *options, "--checkpoint.enable")
+    assert done.exit_code == 2 and "so the model is not saved" in done.err, done.err
+    assert not list((tmp_path / "checkpoint").glob("step-*"))

@@ -1,0 +1,248 @@
+"""The numerical guard: what a step whose loss is not finite, or far too high, does to the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from torchtitan.data.kept_batch import keep_batch
+from torchtitan.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+logger = logging.getLogger("torchtitan")
+
+Batch = dict[str, torch.Tensor]
+Trouble = Literal["nonfinite", "spike"]
+
+_MOST_KEPT_BATCHES = 32
+"""A run that goes on for weeks must not fill the disk with batches."""
+
+
+@dataclass
+class Counts:
+    """What the guard did since the run began, over restarts."""
+
+    steps_skipped: int = 0
+    """Steps whose batch was not trained on."""
+    rollbacks: int = 0
+    batches_skipped: int = 0
+    """By rollbacks: step N trains on batch N + `batches_skipped` of the data."""
+
+
+class Guard:
+    """Judges each step by its loss and its gradient norm, before the optimizer's step.
+
+    A spike is a finite loss or gradient norm that lies more than `training.spike_sigmas` standard
+    deviations above its mean over the last `training.spike_window` steps that were trained on, as
+    in OLMo 2 (arXiv:2501.00656). None is seen until half of the window is filled.
+
+    All ranks decide alike, since the numbers come from one all-reduce over the world. That, and
+    reading them, holds the host up once a step; a guard that is off does neither.
+
+    Args:
+        dp_rank: number of this data rank, whose rows of a bad batch are kept for inspection.
+    """
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, dp_rank: int) -> None:
+        training = job_config.training
+        self._on: dict[Trouble, str] = {
+            "nonfinite": training.on_nonfinite,
+            "spike": training.on_spike,
+        }
+        self.enabled = (training.on_nonfinite, training.on_spike) != ("error", "ignore")
+        self.counts = Counts()
+        self.rollback_due = False
+        self._sigmas = training.spike_sigmas
+        self._limit = training.bad_step_limit
+        self._history: deque[tuple[float, float]] = deque(maxlen=training.spike_window)
+        self._bad_in_a_row = 0
+        self._rolled_back_to, self._times = -1, 0
+        self._loss_copies = parallel_dims.loss_copies
+        self._config = job_config
+        mesh = parallel_dims.world_mesh
+        others = [name for name in ("pp", "cp", "tp") if name in mesh.mesh_dim_names]
+        self._keeps_rows = all(mesh[name].get_local_rank() == 0 for name in others)
+        self._dp_rank = dp_rank
+        self._kept = 0
+
+    def allows(
+        self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]
+    ) -> bool:
+        """Whether to take the optimizer's step `step`. If not, `rollback_due` may have been set.
+
+        Args:
+            local_loss: this rank's share of the step's loss.
+            grad_norm: before clipping, the same on all ranks.
+            batches: the micro-batches of this rank.
+
+        Raises:
+            TrainingError: the config says so, or there were too many bad steps in a row.
+        """
+        self.rollback_due = False
+        if not self.enabled:
+            return True
+        # Of the norm the mean, which is the norm, but the same to the last bit on all ranks.
+        shares = [local_loss / self._loss_copies, grad_norm / dist.get_world_size()]
+        values = torch.stack([share.to(local_loss.device, torch.float64) for share in shares])
+        dist.all_reduce(values)
+        loss, norm = values.tolist()
+
+        trouble, what = self._judge(loss, norm)
+        action = self._on[trouble] if trouble else "ignore"
+        if action == "ignore":
+            self._history.append((loss, norm))
+            self._bad_in_a_row = 0
+            return True
+
+        batch = step + self.counts.batches_skipped
+        where = f"step {step}, batch {batch} of the data: {what}"
+        kept = self._keep(step, batch, loss, norm, batches)
+        if action == "error":
+            raise TrainingError(f"{where}. {kept}")
+        if action == "warn":
+            _warn(f"{where}. {kept}")
+            self._history.append((loss, norm))
+            self._bad_in_a_row = 0
+            return True
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row > self._limit:
+            raise TrainingError(
+                f"{where}. That makes {self._bad_in_a_row} bad steps in a row, and "
+                f"training.bad_step_limit is {self._limit}. {kept}"
+            )
+        self.rollback_due = action == "rollback"
+        if self.rollback_due:
+            _warn(f"{where}. Rolling back. {kept}")
+        else:
+            _warn(f"{where}. The batch is skipped. {kept}")
+            self.counts.steps_skipped += 1
+        return False
+
+    @property
+    def troubled(self) -> bool:
+        """Whether the last step was not trained on."""
+        return self._bad_in_a_row > 0
+
+    def may_save(self, ending: bool) -> bool:
+        """Not after a bad step, which may come from weights that are bad; but at the end."""
+        return ending or not self.troubled
+
+    def rolled_back(self, bad_step: int, step: int) -> None:
+        """Take note that the run went back from `bad_step` to the checkpoint of `step`.
+
+        Raises:
+            TrainingError: it went back there too often.
+        """
+        self.rollback_due = False
+        self.counts.rollbacks += 1
+        self.counts.batches_skipped += bad_step - step
+        self._times = self._times + 1 if step == self._rolled_back_to else 1
+        self._rolled_back_to = step
+        if self._times > self._limit:
+            raise TrainingError(
+                f"step {bad_step}: {self._times} rollbacks to the checkpoint of step {step}, and "
+                f"training.bad_step_limit is {self._limit}. Resume from an older one "
+                "(checkpoint.load_step), with another learning rate, or look at the data"
+            )
+        _warn(
+            f"rolled back to the checkpoint of step {step}. Step {step + 1} trains on batch "
+            f"{step + 1 + self.counts.batches_skipped} of the data"
+        )
+
+    def cannot_roll_back(self, bad_step: int) -> None:
+        """Take note that there is no checkpoint yet: the step is skipped instead."""
+        self.rollback_due = False
+        self.counts.steps_skipped += 1
+        _warn(f"step {bad_step}: there is no checkpoint to roll back to. The batch is skipped")
+
+    def metrics(self) -> dict[str, int]:
+        """`steps_skipped`, `rollbacks`, `batches_skipped`; empty if the guard is off."""
+        return dict(vars(self.counts)) if self.enabled else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        history = [list(pair) for pair in self._history]
+        # One text, so that its length may differ between checkpoints.
+        return {"json": json.dumps({"counts": vars(self.counts), "history": history})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = json.loads(state_dict["json"])
+        self.counts = Counts(**state["counts"])
+        self._history.clear()
+        self._history.extend((loss, norm) for loss, norm in state["history"])
+
+    def _judge(self, loss: float, norm: float) -> tuple[Trouble | None, str]:
+        """What is wrong with a step, as a word and as a sentence."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return "nonfinite", f"the loss is {loss} and the norm of the gradients is {norm}"
+        if self._on["spike"] == "ignore" or len(self._history) < max(
+            2, (self._history.maxlen or 0) // 2
+        ):
+            return None, ""
+        for name, value, earlier in zip(
+            ("loss", "norm of the gradients"),
+            (loss, norm),
+            zip(*self._history, strict=True),
+            strict=True,
+        ):
+            mean, deviation = fmean(earlier), pstdev(earlier)
+            if value > mean + self._sigmas * deviation:
+                return "spike", (
+                    f"the {name} is {value:.6g}, but it was {mean:.6g} with a standard deviation "
+                    f"of {deviation:.3g} over the last {len(earlier)} steps"
+                )
+        return None, ""
+
+    def _keep(self, step: int, batch: int, loss: float, norm: float, batches: list[Batch]) -> str:
+        """Write a bad batch to the dump folder; returns how to look at it."""
+        if self._kept == _MOST_KEPT_BATCHES:
+            return f"({_MOST_KEPT_BATCHES} bad batches are kept, no more)"
+        self._kept += 1
+        folder = Path(self._config.job.dump_folder, "bad_batches", f"batch-{batch}")
+        facts = {
+            "step": step,
+            "batch": batch,
+            "loss": str(loss),
+            "grad_norm": str(norm),
+            "tokenizer": self._config.model.tokenizer_path,
+        }
+        try:
+            if self._keeps_rows:
+                keep_batch(folder, self._dp_rank, batches, facts)
+        except OSError as error:
+            logger.warning("the bad batch %d cannot be kept: %s", batch, error)
+        return f"To see the batch: torchtitan data batch {folder}"
+
+
+def refuse_nonfinite_weights(parameters: Iterable[torch.Tensor], step: int) -> None:
+    """Before saving a model whose last step tells nothing of it. All ranks call this.
+
+    Raises:
+        TrainingError: on all ranks, a weight is NaN or infinite.
+    """
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    bad = torch.tensor(sum(int(not t.isfinite().all()) for t in local))
+    dist.all_reduce(bad)
+    if bad:
+        raise TrainingError(
+            f"step {step}: weights are not finite, so the model is not saved. Resume from the "
+            "newest checkpoint"
+        )
+
+
+def _warn(message: str) -> None:
+    if dist.get_rank() == 0:
+        logger.warning("%s", message)

@@ -1,0 +1,59 @@
+"""Whether a model has what the config asks of it, known before weights are allocated."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torchtitan.config.load import origin
+from torchtitan.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.protocols.train_spec import TrainSpec
+
+
+def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:
+    """A token id beyond the embedding would be an index error on the device, hard to read."""
+    size = getattr(model_args, "vocab_size", None)
+    if tokenizer is None or size is None or tokenizer.vocab_size <= size:
+        return
+    raise ConfigError(
+        f"{origin(job_config, 'model.tokenizer_path')}: the tokenizer has {tokenizer.vocab_size} "
+        f"tokens, but {job_config.model.name} {job_config.model.flavor} has only {size} in its "
+        f"vocabulary. Use the model's own tokenizer, or a flavor with a larger vocabulary"
+    )
+
+
+def check_pipeline(spec: TrainSpec, job_config: JobConfig) -> None:
+    if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
+        raise ConfigError(
+            f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
+            f"{job_config.model.name} has no pipeline_fn in its TrainSpec"
+        )
+
+
+def model_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> list[str]:
+    """The inputs besides tokens that the model's forward takes, see `ModelProtocol`."""
+    accepted = inspect.signature(model.forward).parameters
+    wanted = []
+    if job_config.training.document_mask:
+        if "document_ids" not in accepted:
+            raise ConfigError(
+                f"{origin(job_config, 'training.document_mask')}: the forward() of "
+                f"{job_config.model.name} takes no document_ids"
+            )
+        wanted = ["positions", "document_ids"]
+    elif parallel_dims.pp_enabled or parallel_dims.cp_enabled:
+        # Hidden states do not tell a stage how long the sequence is, nor a part of the sequence
+        # where it belongs.
+        wanted = ["positions"]
+    if parallel_dims.cp_enabled and "positions" not in accepted:
+        raise ConfigError(
+            f"{origin(job_config, 'parallelism.context_parallel_degree')}: the forward() of "
+            f"{job_config.model.name} takes no positions, so it cannot work on a part of a sequence"
+        )
+    return [name for name in wanted if name in accepted]

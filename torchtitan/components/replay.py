@@ -1,0 +1,152 @@
+"""Finds hardware that computes wrongly without a word (silent data corruption), by doing it twice.
+
+At scale some devices are wrong now and then: Dixit et al., "Silent Data Corruptions at Scale"
+(arXiv:2102.11245); Gemini (arXiv:2312.11805, section 4) finds them by deterministic replay too.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan.distributed.collectives import CollectiveObserver
+from torchtitan.distributed.utils import device
+from torchtitan.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+logger = logging.getLogger("torchtitan")
+
+
+_MOST_NAMED = 8
+
+
+class Replay:
+    """Computes the gradients of every `training.replay_freq`-th step twice, and compares the bits.
+
+    On each rank a checksum is taken of all that it hands to a collective, of its loss and of its
+    gradients. A wrong bit spreads with the next collective, so the rank at fault is the one whose
+    series of checksums differs first. Stages of a pipeline do not run the same series; then the
+    first of each stage are named. The collectives of compiled models are not seen, so there all
+    ranks are named whose gradients differ, unless the loss does on some.
+    """
+
+    def __init__(
+        self, job_config: JobConfig, model_parts: list[nn.Module], parallel_dims: ParallelDims
+    ) -> None:
+        self._freq = job_config.training.replay_freq
+        self._model_parts = model_parts
+        # Compiled code refuses to run where operations are observed.
+        compiled = job_config.compile.enable or job_config.model.attention == "flex"
+        self._observes_collectives = not compiled
+        mesh = parallel_dims.world_mesh
+        self._stage = mesh["pp"].get_local_rank() if parallel_dims.pp_enabled else 0
+
+    def check(
+        self, step: int, compute: Callable[[], torch.Tensor], restart: Callable[[], None]
+    ) -> torch.Tensor:
+        """`compute()`; twice if step `step` is to be checked. All ranks call this.
+
+        Args:
+            compute: leaves gradients in the parameters, and returns this rank's share of the loss.
+            restart: seeds and clears the gradients, as before the first `compute`.
+
+        Raises:
+            TrainingError: on all ranks, the two differed on one of them.
+        """
+        if not self._freq or step % self._freq:
+            return compute()
+        buffers = [buffer for part in self._model_parts for buffer in part.buffers()]
+        saved = [buffer.clone() for buffer in buffers]
+        _, first, _ = self._observed(compute)
+        with torch.no_grad():
+            for buffer, value in zip(buffers, saved, strict=True):
+                buffer.copy_(value)
+        restart()
+        loss, second, names = self._observed(compute)
+        self._compare(step, first, second, names)
+        return loss
+
+    def _observed(
+        self, compute: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, list[int], list[str]]:
+        """The loss, and checksums `[n]` with the name of what each is of."""
+        sums: list[torch.Tensor] = []
+        names: list[str] = []
+
+        def observe(name: str, inputs: list[torch.Tensor], call: Callable[[], Any]) -> Any:
+            for tensor in inputs:
+                names.append(f"what it sent by {name.strip('_')}")
+                sums.append(checksum(tensor))
+            return call()
+
+        with CollectiveObserver(observe) if self._observes_collectives else nullcontext():
+            loss = compute()
+        names.append("its loss")
+        sums.append(checksum(loss))
+        for part in self._model_parts:
+            for name, param in part.named_parameters():
+                if param.grad is not None:
+                    names.append(f"its gradient of {name}")
+                    sums.append(checksum(param.grad))
+        return loss, torch.stack([s.to(loss.device) for s in sums]).tolist(), names
+
+    def _compare(self, step: int, first: list[int], second: list[int], names: list[str]) -> None:
+        pairs = enumerate(zip(first, second, strict=False))
+        different = [at for at, (one, two) in pairs if one != two]
+        if len(first) != len(second):
+            different.append(min(len(first), len(second)) - 1)
+        found = torch.tensor(int(bool(different)))
+        dist.all_reduce(found)
+        if not found:
+            if dist.get_rank() == 0:
+                logger.info("step %d: computed twice, %d checksums agree", step, len(first))
+            return
+
+        own = None
+        if different:
+            # Nothing is sent between the gradients: in time, they are one.
+            at = min([*different, names.index("its loss") + 1])
+            where = f"rank {dist.get_rank()} ({socket.gethostname()}, {device()})"
+            own = self._stage, at, f"{where}, in {names[min(different)]}"
+        facts: list[tuple[int, int, str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(facts, own)
+        reports = [fact for fact in facts if fact is not None]
+        earliest = {
+            stage: min(at for other, at, _ in reports if other == stage) for stage, _, _ in reports
+        }
+        blamed = [text for stage, at, text in reports if at == earliest[stage]]
+        if len(blamed) > _MOST_NAMED:
+            blamed = [*blamed[:_MOST_NAMED], f"{len(blamed) - _MOST_NAMED} more"]
+        raise TrainingError(
+            f"step {step}: the same computation gave other bits the second time, first on "
+            f"{' or '.join(blamed)}. The hardware is faulty, or a kernel is not deterministic. "
+            f"{len(reports)} of {len(facts)} ranks differ in the end. Go on from the newest "
+            "checkpoint without that host"
+        )
+
+
+@torch.no_grad()
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the bits of all elements as integers, modulo 2**64: an int64 scalar.
+
+    It does not depend on the order of the sum, and no single change of bits leaves it as it was.
+    """
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_floating_point():
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        tensor = tensor.view(integers[tensor.element_size()])
+    return tensor.sum(dtype=torch.int64)

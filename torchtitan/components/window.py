@@ -1,0 +1,55 @@
+"""The losses between two logged steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+class Window:
+    """Losses and gradient norms since the last logged step, on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.grad_norm = math.nan
+        self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._losses: list[float] = []
+
+    def add(self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """`local_loss` is this rank's share of the step's loss, so the sum over ranks is whole."""
+        self.steps += 1
+        self._unread.append((step, local_loss, grad_norm))
+
+    def add_skipped(self) -> None:
+        """A step whose batch was not trained on takes time, but its loss is left out."""
+        self.steps += 1
+
+    def read(self, parallel_dims: ParallelDims, check: Callable[[int, float, float], None]) -> None:
+        """Fetch what is new from the device, and hand each step's numbers to `check`."""
+        if not self._unread:
+            return
+        steps, losses, norms = zip(*self._unread, strict=True)
+        self._unread = []
+        summed = torch.stack(losses).double()
+        dist.all_reduce(summed)
+        values = (summed / parallel_dims.loss_copies).tolist()
+        for step, loss, norm in zip(steps, values, torch.stack(norms).tolist(), strict=True):
+            check(step, loss, norm)
+            self._losses.append(loss)
+            self.grad_norm = norm
+
+    @property
+    def mean_loss(self) -> float:
+        """NaN if all steps were skipped."""
+        return sum(self._losses) / len(self._losses) if self._losses else math.nan
+
+    @property
+    def max_loss(self) -> float:
+        return max(self._losses, default=math.nan)

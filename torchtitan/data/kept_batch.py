@@ -1,0 +1,90 @@
+"""A batch kept in a folder, to be looked at later: `torchtitan data batch FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchtitan.errors import ConfigError, DataError, begin_errors_with
+
+if TYPE_CHECKING:
+    import torch
+
+_FACTS = "batch.json"
+
+
+def keep_batch(
+    folder: Path, dp_rank: int, batches: list[dict[str, torch.Tensor]], facts: dict[str, Any]
+) -> None:
+    """Write the rows of one data rank, `tokens` and `labels` of each micro-batch `[rows, seq]`.
+
+    Data rank 0 also writes `facts`, among them `tokenizer`, a path or `bytes`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        name: np.concatenate([batch[name].cpu().numpy() for batch in batches]).astype(np.int32)
+        for name in ("tokens", "labels")
+    }
+    np.savez_compressed(folder / f"data-rank-{dp_rank}.npz", **arrays)
+    if dp_rank == 0:
+        (folder / _FACTS).write_text(json.dumps(facts))
+
+
+def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int = 400) -> None:
+    """Write each row of a kept batch to stdout: how much of it is trained on, and its text.
+
+    Args:
+        tokenizer_path: None for that of the run.
+        characters: the most to show of a row.
+
+    Raises:
+        TitanError: the folder holds no batch, or the tokenizer is missing.
+    """
+    from torchtitan.components.loss import IGNORE_INDEX
+
+    try:
+        facts = json.loads((folder / _FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} holds no kept batch: {error}") from error
+    decode = _decoder(tokenizer_path or facts["tokenizer"])
+    lines = [f"{name:10} {value}" for name, value in facts.items()]
+    for number, (tokens, labels) in enumerate(_rows(folder)):
+        trained = int((labels != IGNORE_INDEX).sum())
+        text = decode(tokens[: 8 * characters].tolist())[:characters]
+        lines += [
+            "",
+            f"--- row {number}: {len(tokens):,} tokens, {trained:,} trained on, "
+            f"{len(np.unique(tokens)):,} distinct ---",
+            text,
+        ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _rows(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and labels `[seq]` of each row, in the order of the global batch."""
+    files = sorted(folder.glob("data-rank-*.npz"), key=lambda p: int(p.stem.rpartition("-")[2]))
+    for file in files:
+        try:
+            arrays = np.load(file)
+            yield from zip(arrays["tokens"], arrays["labels"], strict=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{file} is damaged: {error}") from error
+
+
+def _decoder(path: str) -> Any:
+    from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+
+    with begin_errors_with(f"--tokenizer-path {path}"):
+        if path == "bytes":
+            return BytesTokenizer().decode
+        if not Path(path).expanduser().is_dir():
+            raise ConfigError("no such folder")
+        return HuggingFaceTokenizer(path).decode

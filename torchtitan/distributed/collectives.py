@@ -1,0 +1,74 @@
+"""Sees each collective of a block of code, whoever calls it: FSDP, DTensor, a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional")
+_NO_COMMUNICATION = ("wait_tensor", "_wrap_tensor_autograd")
+# Of those with several tensors, which argument is read; of all others, it is the first.
+_INPUT_ARGUMENT = {
+    "_allgather_base_": 1,
+    "_reduce_scatter_base_": 1,
+    "allgather_": 1,
+    "allgather_coalesced_": 1,
+    "allgather_into_tensor_coalesced_": 1,
+    "alltoall_": 1,
+    "alltoall_base_": 1,
+    "gather_": 1,
+    "reduce_scatter_": 1,
+    "reduce_scatter_tensor_coalesced_": 1,
+    "scatter_": 1,
+}
+_NO_INPUT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
+
+
+class CollectiveObserver(TorchDispatchMode):
+    """While entered, calls `observe(name, inputs, call)` for each collective of this thread.
+
+    Backward passes are seen too, since autograd's threads take the mode over. Operations go
+    through Python, which is slow, so enter it for single steps only.
+
+    Args:
+        observe: must return `call()`, which starts the communication. `inputs` are the tensors
+            that this rank sends; none for a receive.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, observe: Callable[[str, list[torch.Tensor], Callable[[], Any]], Any]
+    ) -> None:
+        super().__init__()
+        self._observe = observe
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(t.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for t in types):
+            return NotImplemented  # a DTensor's own collectives, on its shards, come here then
+        kwargs = kwargs or {}
+        namespace = getattr(func, "namespace", "")
+        if namespace not in _NAMESPACES:
+            return func(*args, **kwargs)
+        name = func.__name__.partition(".")[0]
+        if name in _NO_COMMUNICATION:
+            return func(*args, **kwargs)
+        inputs: list[torch.Tensor] = []
+        if name not in _NO_INPUT:
+            at = _INPUT_ARGUMENT.get(name, 0) if namespace == "c10d" else 0
+            inputs = list(_tensors(args[at])) if len(args) > at else []
+        return self._observe(name, inputs, lambda: func(*args, **kwargs))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those in nested lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for element in value:
+            yield from _tensors(element)
