@@ -10,7 +10,6 @@ from equality import newest_weights
 from harness import command, train
 from tiny_llama import OPTIONS
 
-
 DENSE = [*OPTIONS, "--optimizer.lr=1e-3", "--training.local_batch_size=8"]
 MOE = [
     "--job.config_file=torchtitan/models/qwen3/train_configs/debug_model_moe.toml",
