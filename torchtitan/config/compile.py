@@ -20,5 +20,5 @@ class Compile:
         "default"
     )
     """What inductor spends on speed. `max-autotune-no-cudagraphs` tries kernels out when it
-    compiles. `reduce-overhead` replays the model's kernels as CUDA graphs, for one GPU whose kernels
-    are too short for the host to keep up; `max-autotune` does both."""
+    compiles. `reduce-overhead` replays the model's kernels as CUDA graphs, for one GPU whose
+    kernels are too short for the host to keep up; `max-autotune` does both."""
