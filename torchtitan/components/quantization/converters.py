@@ -53,9 +53,6 @@ class _Converter:
     def _must_emulate(self) -> bool:
         """On a CPU, where it is for trying things out. Other devices are refused."""
         if device_type() == "cpu":
-            if rank() == 0:
-                text = "%s: emulated, as on every CPU: the numbers are right, the speed is not"
-                logger.warning(text, self.key)
             return True
         needed, found = self.capability(), torch.cuda.get_device_capability()
         if needed is None:
@@ -65,6 +62,13 @@ class _Converter:
             problem = f"needs a device of compute capability {least}, and this one has {has}. "
             self.fail("emulate", problem + "Set it to true to try the numbers out")
         return False
+
+    def tell(self, count: int, what: str) -> None:
+        """Log what was converted."""
+        logger.info("%s: %d %s", self.key, count, what)
+        if self.emulate and not self.options.emulate and rank() == 0:
+            text = "%s: emulated, as on every CPU: the numbers are right, the speed is not"
+            logger.warning(text, self.key)
 
     def post_optimizer_hook(self, model_parts: list[nn.Module]) -> None:
         """Nothing: scales are computed anew in each product."""
@@ -93,7 +97,7 @@ class _LinearConverter(_Converter):
                 linear, self.grouping, self.quantize_weight_grad, self.emulate
             )
             model.set_submodule(name, quantized)
-        logger.info("%s: %d linear layers", self.key, len(linears))
+        self.tell(len(linears), "linear layers")
 
     def _check_sizes(self, name: str, linear: nn.Linear) -> None:
         unit = self.unit * self.parallel_dims.tp  # either size may be split
@@ -169,7 +173,7 @@ class _GroupedConverter(_Converter):
                 )
             self._check_sizes(layer.experts)
             layer.experts.product = product
-        logger.info("%s: %d layers of experts", self.key, len(layers))
+        self.tell(len(layers), "layers of experts")
 
     def _check_sizes(self, experts: nn.Module) -> None:
         unit = self.unit * self.parallel_dims.etp
