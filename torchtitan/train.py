@@ -47,6 +47,7 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, TrainingError
 from torchtitan.models.plugins import load_plugins
+from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
@@ -93,6 +94,7 @@ class Trainer:
         tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
         check_vocabulary(tokenizer, model_args, job_config)
         parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
+        self.model_converters = build_model_converters(job_config, parallel_dims)
         build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
         self.metrics = build_metrics(job_config, parallel_dims, model_args)
 
@@ -110,6 +112,7 @@ class Trainer:
 
         with torch.device("meta"):
             model = spec.model_cls(model_args)
+        self.model_converters.convert(model)
         self.model_inputs = model_inputs(model, parallel_dims, job_config)
         logger.info(
             "%s %s: %s parameters on %d ranks (%s)",
@@ -228,6 +231,7 @@ class Trainer:
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
+            self.model_converters.post_optimizer_hook(self.model_parts)
             self.expert_balance.step()
             self.window.add(step, loss_sum, grad_norm)
         else:

@@ -16,3 +16,9 @@ class Compile:
     """Compile each transformer block (fast start, one graph reused) or the whole model."""
     backend: str = "inductor"
     """Compiler backend (`inductor`, `aot_eager`, `eager`, ...)."""
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
+        "default"
+    )
+    """What inductor spends on speed. `max-autotune-no-cudagraphs` tries kernels out when it
+    compiles. `reduce-overhead` replays the model's kernels as CUDA graphs, for one GPU whose
+    kernels are too short for the host to keep up; `max-autotune` does both."""

@@ -18,6 +18,7 @@ from .model import Model
 from .optimizer import Optimizer
 from .parallelism import Parallelism
 from .profiling import Profiling
+from .quantize import Quantize
 from .training import Training
 from .validation import Validation
 
@@ -34,6 +35,7 @@ class JobConfig:
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -17,3 +17,7 @@ class Model:
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """Attention kernel. `auto`: flex for document masks on CUDA, else SDPA. CPU always uses SDPA,
     since flex attention has no backward there."""
+    converters: list[str] = field(default_factory=list)
+    """What changes the model before it is parallelized, in this order: `quantize.linear.float8`,
+    `quantize.linear.mx`, `quantize.grouped_mm.float8`, `quantize.grouped_mm.mx`. See
+    docs/performance.md."""

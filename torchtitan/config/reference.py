@@ -53,17 +53,19 @@ def reference(config: type = JobConfig) -> str:
 
 
 def _section(header: str, cls: type) -> str:
-    """One table of TOML, and the arrays of tables inside it."""
+    """One table of TOML, and the tables and arrays of tables inside it."""
     default, hints, texts = cls(), get_type_hints(cls, include_extras=True), docstrings(cls)
     rows = ["| key | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
     inner = []
     for field in dataclasses.fields(cls):
         hint, value = hints[field.name], getattr(default, field.name)
-        shown = "" if value is None else f"`{format_value(value)}`"
+        table = dataclasses.is_dataclass(value)
+        shown = "" if value is None or table else f"`{format_value(value)}`"
         cells = [f"`{field.name}`", _type(hint), shown, _allowed(hint), texts[field.name]]
         rows.append(f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |")
+        name = f"{header.strip('[]')}.{field.name}"
         inner += [
-            _section(f"[[{header.strip('[]')}.{field.name}]]", item)
+            _section(f"[{name}]" if table else f"[[{name}]]", item)
             for item in _parts(hint)
             if _is_table(item)
         ]

@@ -65,6 +65,7 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     _check_activation_checkpoint(job_config)
     _check_compile(job_config)
     _check_guard(job_config)
+    _check_compile_mode(job_config, world_size)
     _check_outputs(job_config)
 
 
@@ -394,6 +395,28 @@ def _check_guard(job_config: JobConfig) -> None:
             f"must be less than comm.timeout_seconds ({comm.timeout_seconds}), which ends the run"
         )
         _fail(job_config, "comm.hang_seconds", problem)
+
+
+def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
+    from torchtitan.distributed.utils import device_type
+
+    config, key = job_config.compile, "compile.mode"
+    if config.mode == "default":
+        return
+    if not config.enable or "model" not in config.components or config.backend != "inductor":
+        problem = "set compile.enable, 'model' in compile.components and compile.backend = "
+        _fail(job_config, key, f"{problem}'inductor', which alone has modes")
+    if config.mode == "max-autotune-no-cudagraphs":
+        return
+    if device_type() != "cuda":
+        problem = "CUDA graphs need a GPU. Use 'default' or 'max-autotune-no-cudagraphs'"
+        _fail(job_config, key, problem)
+    if world_size > 1:
+        problem = (
+            "a CUDA graph reads weights where they were when it was captured, and with several "
+            "ranks they are gathered anew each time. Use 'default' or 'max-autotune-no-cudagraphs'"
+        )
+        _fail(job_config, key, problem)
 
 
 def _check_outputs(job_config: JobConfig) -> None:

@@ -36,7 +36,13 @@ SAVED_OPS = {
 """Kept by selective checkpointing per op: dear to compute or to communicate, cheap to hold. And
 what chooses experts, which must choose the same again."""
 
-MATMUL_OPS = {_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default}
+MATMUL_OPS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._grouped_mm.default,
+    _aten._scaled_mm.default,
+    _aten._scaled_grouped_mm.default,
+}
 """Of these, selective checkpointing per op keeps every other one."""
 
 

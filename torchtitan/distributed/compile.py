@@ -32,10 +32,10 @@ def apply_compile(model: nn.Module, job_config: JobConfig) -> nn.Module:
     if job_config.training.mixed_precision_param == "float32":
         for moe in moe_layers(model):  # the compiler knows grouped_mm in bfloat16 alone
             moe.experts.forward = torch.compiler.disable(moe.experts.forward)
+    # Other backends than inductor take no mode, not even the default.
+    options = {"backend": config.backend, "mode": None if config.mode == "default" else config.mode}
     if config.scope == "model":
-        return torch.compile(model, backend=config.backend)
+        return torch.compile(model, **options)
     for layer in model.layers.values():
-        layer.forward = torch.compile(
-            layer.forward, backend=config.backend, fullgraph=not moe_layers(layer)
-        )
+        layer.forward = torch.compile(layer.forward, fullgraph=not moe_layers(layer), **options)
     return model

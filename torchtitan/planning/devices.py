@@ -16,6 +16,8 @@ class Device:
     """Bytes."""
     flops: float
     """FLOP/s of matrix products in bfloat16."""
+    float8_flops: float
+    """The same in float8 and MXFP8; 0 if it has none."""
     bandwidth: float
     """Bytes/s of its memory."""
     link: float
@@ -42,11 +44,11 @@ _GIB = 2**30
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100", 79.2 * _GIB, 312e12, 2.04e12, 300e9, 25e9),
-        Device("h100", 79.1 * _GIB, 989e12, 3.35e12, 450e9, 50e9),
-        Device("h200", 139.8 * _GIB, 989e12, 4.8e12, 450e9, 50e9),
-        Device("b200", 178.0 * _GIB, 2250e12, 8.0e12, 900e9, 50e9),
-        Device("mi300x", 191.5 * _GIB, 1307e12, 5.3e12, 448e9, 50e9),
+        Device("a100", 79.2 * _GIB, 312e12, 0.0, 2.04e12, 300e9, 25e9),
+        Device("h100", 79.1 * _GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9),
+        Device("h200", 139.8 * _GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9),
+        Device("b200", 178.0 * _GIB, 2250e12, 4500e12, 8.0e12, 900e9, 50e9),
+        Device("mi300x", 191.5 * _GIB, 1307e12, 2615e12, 5.3e12, 448e9, 50e9),
     )
 }
 

@@ -128,6 +128,9 @@ def plan_run(config: JobConfig, world_size: int, device: Device, host_size: int 
     given, config = config, traceable(config)
     validate(config, world_size)
     _refuse_unplannable(config)
+    if device.float8_flops == 0 and any("quantize." in c for c in config.model.converters):
+        problem = f"{device.name} has no products of 8 bits"
+        raise ConfigError(f"{origin(config, 'model.converters')}: {problem}")
     # Nothing can be traced through the compiler.
     compiled, config.compile.enable = config.compile.enable, False
     spec = get_train_spec(config.model.name, config.model.flavor)

@@ -86,6 +86,8 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
         return _attention_flops(args[0], args[1])
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
         return _attention_flops(args[1], args[2]) * 5 // 2
+    if name == "_scaled_grouped_mm":
+        return 2 * result.numel() * args[0].shape[-1]
     if name == "_grouped_mm":
         return 2 * result.numel() * args[0].shape[-1] if result.dim() == 2 else _grouped(args)
     formula = flop_registry.get(func.overloadpacket)

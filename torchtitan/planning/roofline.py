@@ -18,6 +18,7 @@ from .schedule import StageCost
 
 OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate")
 """Groups whose collectives run while the device computes; others are waited for."""
+FLOAT8_PRODUCTS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm")
 FUSED = 0.4
 """Share of the bytes of element-wise operations that is left when they are compiled together."""
 
@@ -69,11 +70,14 @@ class Roofline:
     def compute(self, trace: PassTrace) -> tuple[float, float]:
         """Seconds of matrix products, and of all else."""
         device = self._device
-        flops_rate = device.flops * device.matmul_efficiency
         byte_rate = device.bandwidth * device.bandwidth_efficiency
         matrix = other = 0.0
         for operation, calls in trace.operations.items():
             if operation.flops:
+                flops = device.flops
+                if operation.name in FLOAT8_PRODUCTS:
+                    flops = device.float8_flops
+                flops_rate = flops * device.matmul_efficiency
                 seconds = max(operation.flops / flops_rate, operation.moved / byte_rate)
                 matrix += calls * max(seconds, device.launch)
             else:

@@ -31,6 +31,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.errors import ConfigError
+from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import CollectiveRecorder
@@ -82,7 +83,7 @@ def trace_step(
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
     layout = dims.world_mesh, dims, job_config
     place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
-    parts = meta_parts(job_config, place)
+    parts = meta_parts(job_config, place, dims)
     for part in parts:
         repetition = repetition_of(part, job_config)
         if shallow is not None and repetition.worth_extrapolating:
@@ -137,11 +138,22 @@ def _refusing_values(job_config: JobConfig) -> Iterator[None]:
         ) from error
 
 
-def meta_parts(job_config: JobConfig, place: int) -> list[nn.Module]:
-    """The model on the meta device; the stages of rank `place` of the pipeline if there is one."""
+def meta_parts(
+    job_config: JobConfig, place: int, dims: ParallelDims | None = None
+) -> list[nn.Module]:
+    """The model on the meta device; the stages of rank `place` of the pipeline if there is one.
+
+    With `dims`, converted by `model.converters` as on a device that multiplies 8 bits.
+    """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     with torch.device("meta"):
         model = spec.model_cls(spec.model_args.update_from_config(job_config))
+    if dims is not None:
+        converters = build_model_converters(job_config, dims)
+        for converter in converters.converters:
+            if hasattr(converter, "emulate"):
+                converter.emulate = False
+        converters.convert(model)
     if job_config.parallelism.pipeline_parallel_degree == 1:
         return [model]
     stages = stages_of_rank(job_config, place)

@@ -1,13 +1,16 @@
 """The contracts a model author writes against; no machinery."""
 
 from .model import BaseModelArgs, ModelProtocol
+from .model_converter import ModelConverter, register_model_converter
 from .state_dict_adapter import BaseStateDictAdapter
 from .train_spec import TrainSpec, register_train_spec
 
 __all__ = [
     "BaseModelArgs",
     "BaseStateDictAdapter",
+    "ModelConverter",
     "ModelProtocol",
     "TrainSpec",
+    "register_model_converter",
     "register_train_spec",
 ]

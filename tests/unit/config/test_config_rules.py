@@ -311,3 +311,25 @@ def test_a_memory_budget_needs_blocks_that_do_not_communicate(degree):
     setattr(config.parallelism, degree, 2)
     with pytest.raises(ConfigError, match=r"activation_checkpoint.mode.*blocks that communicate"):
         validate(config, world_size=2)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_what_cuda_graphs_need(config, monkeypatch, mode):
+    config.compile.mode = mode
+    start = f'compile.mode = "{mode}": '
+    assert error_of(config).startswith(start + "set compile.enable")
+    config.compile.enable, config.compile.backend = True, "aot_eager"
+    assert "compile.backend = 'inductor', which alone has modes" in error_of(config)
+    config.compile.backend = "inductor"
+    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cpu")
+    assert error_of(config).startswith(start + "CUDA graphs need a GPU")
+    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
+    validate(config, 1)
+    assert "gathered anew each time" in error_of(config, 2)
+
+
+def test_tuning_of_kernels_needs_only_the_compiler(config):
+    config.compile.mode = "max-autotune-no-cudagraphs"
+    assert "set compile.enable" in error_of(config)
+    config.compile.enable = True
+    validate(config, 2)

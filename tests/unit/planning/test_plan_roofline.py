@@ -17,6 +17,7 @@ DEVICE = Device(
     "round",
     memory=1e9,
     flops=1e12,
+    float8_flops=2e12,
     bandwidth=1e9,
     link=100e6,
     network=10e6,
@@ -38,6 +39,12 @@ def test_operations_add_up() -> None:
     trace = PassTrace(Counter({MATMUL: 3, COPY: 2}))
     assert roofline().compute(trace) == pytest.approx((3.0, 2.0))
     assert roofline(compiled=True).compute(trace) == pytest.approx((3.0, 2.0 * FUSED))
+
+
+@pytest.mark.parametrize("name", ["aten::_scaled_mm", "aten::_scaled_grouped_mm"])
+def test_products_of_8_bits_have_a_rate_of_their_own(name: str) -> None:
+    product = Operation(name, flops=10**12, moved=10**6)
+    assert roofline().compute(PassTrace(Counter({product: 3})))[0] == pytest.approx(1.5)
 
 
 def test_a_thin_matrix_product_is_bound_by_memory() -> None:

@@ -148,6 +148,7 @@ class GroupedExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.product = grouped_linear  # converters may take another
 
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Process rows that are sorted by expert.
@@ -160,8 +161,8 @@ class GroupedExperts(nn.Module):
             `[rows, dim]`.
         """
         ends = counts.cumsum(0, dtype=torch.int32)
-        hidden = F.silu(grouped_linear(rows, self.w1, ends)) * grouped_linear(rows, self.w3, ends)
-        return grouped_linear(hidden, self.w2, ends)
+        hidden = F.silu(self.product(rows, self.w1, ends)) * self.product(rows, self.w3, ends)
+        return self.product(hidden, self.w2, ends)
 
     def init_weights(self, std: float, output_std: float) -> None:
         nn.init.normal_(self.w1, std=std)

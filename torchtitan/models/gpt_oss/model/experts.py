@@ -29,6 +29,7 @@ class GptOssExperts(nn.Module):
         if dim % ALIGNMENT:
             raise ValueError(f"dim ({dim}) must be a multiple of {ALIGNMENT}")
         self.limit = limit
+        self.product = grouped_linear
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
         self.gate_up_bias = nn.Parameter(torch.empty(num_experts, 2 * hidden_dim))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
@@ -45,12 +46,12 @@ class GptOssExperts(nn.Module):
             `[rows, dim]`.
         """
         ends = counts.cumsum(0, dtype=torch.int32)
-        gate_up = grouped_linear(rows, self.gate_up.mT, ends)
+        gate_up = self.product(rows, self.gate_up.mT, ends)
         gate_up = add_bias(gate_up, self.gate_up_bias, counts)
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]  # [rows, hidden_dim]
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         hidden = gate * torch.sigmoid(ALPHA * gate) * (up + 1)
-        return add_bias(grouped_linear(hidden, self.down.mT, ends), self.down_bias, counts)
+        return add_bias(self.product(hidden, self.down.mT, ends), self.down_bias, counts)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Normal weights; `output_std` is for `down`, which writes to the residual stream."""

@@ -22,6 +22,7 @@ class Llama4Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.product = grouped_linear
 
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Process rows that are sorted by expert.
@@ -34,8 +35,8 @@ class Llama4Experts(nn.Module):
             `[rows, dim]`.
         """
         ends = counts.cumsum(0, dtype=torch.int32)
-        gate, up = grouped_linear(rows, self.gate_up.mT, ends).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.down.mT, ends)
+        gate, up = self.product(rows, self.gate_up.mT, ends).chunk(2, dim=-1)
+        return self.product(F.silu(gate) * up, self.down.mT, ends)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Normal weights; `output_std` is for `down`, which writes to the residual stream."""

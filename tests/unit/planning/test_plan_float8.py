@@ -1,0 +1,65 @@
+"""Runs in float8 are planned with the products that a GPU makes, not with their emulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from torchtitan.config import JobConfig, load_config
+from torchtitan.errors import ConfigError
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import plan_run
+from torchtitan.planning.trace import fake_world, trace_step
+
+LARGE = ["--model.flavor=8B", "--training.seq_len=8192", "--training.local_batch_size=1"]
+FLOAT8 = ["--model.converters", "quantize.linear.float8"]
+
+
+def config(*options: str) -> JobConfig:
+    return load_config([*LARGE, "--activation_checkpoint.mode=none", *options])
+
+
+def products(job_config: JobConfig) -> dict[str, int]:
+    """FLOPs of a step by the name of the operation."""
+    with fake_world(8, 0):
+        (stage,) = trace_step(job_config).stages
+    total: dict[str, int] = {}
+    for part in (stage.forward, stage.backward):
+        for operation, calls in part.operations.items():
+            if operation.flops:
+                total[operation.name] = total.get(operation.name, 0) + calls * operation.flops
+    return total
+
+
+def test_the_linear_layers_change_sides_and_no_flop_is_lost() -> None:
+    options = ["--model.flavor=debugmodel", "--training.seq_len=64"]
+    before, after = products(config(*options)), products(config(*options, *FLOAT8))
+    assert "aten::_scaled_mm" not in before
+    # What is left in bfloat16 is the output layer.
+    assert after["aten::mm"] < before["aten::mm"] / 2
+    assert after["aten::_scaled_mm"] + after["aten::mm"] == before["aten::mm"]
+
+
+def test_experts_change_sides_but_for_the_gradients_of_weights() -> None:
+    options = ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--training.seq_len=64"]
+    experts = ["--model.converters", "quantize.grouped_mm.float8"]
+    before, after = products(config(*options)), products(config(*options, *experts))
+    whole = before["aten::_grouped_mm"]
+    # Forward, and gradients of inputs: two of three.
+    assert after["aten::_scaled_grouped_mm"] == pytest.approx(2 / 3 * whole)
+    assert after["aten::_grouped_mm"] == pytest.approx(whole / 3)
+
+
+def test_a_large_model_is_faster_and_as_large() -> None:
+    plain, float8 = (plan_run(config(*o), 8, DEVICES["h100"]) for o in ([], FLOAT8))
+    assert 0.5 < float8.busiest.compute_seconds / plain.busiest.compute_seconds < 0.75
+    assert float8.peak == pytest.approx(plain.peak, rel=0.05)
+    no_faster = replace(DEVICES["h100"], float8_flops=989e12)
+    slow = plan_run(config(*FLOAT8), 8, no_faster)
+    assert slow.busiest.compute_seconds == pytest.approx(plain.busiest.compute_seconds, rel=0.02)
+
+
+def test_a_device_without_float8_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a100 has no products of 8 bits"):
+        plan_run(config(*FLOAT8), 8, DEVICES["a100"])

@@ -1,0 +1,210 @@
+"""The converters `quantize.linear.*` and `quantize.grouped_mm.*` of `model.converters`."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+import torch.nn as nn
+
+from torchtitan.config import origin
+from torchtitan.distributed.expert_parallel import moe_layers
+from torchtitan.distributed.utils import device_type, rank
+from torchtitan.errors import ConfigError
+from torchtitan.protocols.model_converter import register_model_converter
+
+from .linear import QuantizedLinear
+from .products import quantized_grouped_linear
+from .scaling import MX_BLOCK, Grouping
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+logger = logging.getLogger("torchtitan")
+
+Capability = tuple[int, int]
+
+
+class _Converter:
+    """What the converters share: the section of their options, and whether to emulate.
+
+    `key` is the section, `unit` what sizes must be multiples of.
+    """
+
+    key: str
+    unit = 16
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        self.job_config, self.parallel_dims = job_config, parallel_dims
+        _, kind, name = self.key.split(".")
+        self.options = getattr(getattr(job_config.quantize, kind), name)
+        self.emulate = self.options.emulate or self._must_emulate()
+        if not self.emulate and job_config.training.mixed_precision_param != "bfloat16":
+            problem = "products of 8 bits give bfloat16, so training.mixed_precision_param must be "
+            self.fail("emulate", f"{problem}'bfloat16', or this true")
+
+    def capability(self) -> Capability | None:
+        """The least of CUDA devices that have these products; None if there is no kernel."""
+        raise NotImplementedError
+
+    def _must_emulate(self) -> bool:
+        """On a CPU, where it is for trying things out. Other devices are refused."""
+        if device_type() == "cpu":
+            return True
+        needed, found = self.capability(), torch.cuda.get_device_capability()
+        if needed is None:
+            self.fail("emulate", "there is no kernel for these products yet. Set it to true")
+        if found < needed:
+            least, has = (".".join(map(str, version)) for version in (needed, found))
+            problem = f"needs a device of compute capability {least}, and this one has {has}. "
+            self.fail("emulate", problem + "Set it to true to try the numbers out")
+        return False
+
+    def tell(self, count: int, what: str) -> None:
+        """Log what was converted."""
+        logger.info("%s: %d %s", self.key, count, what)
+        if self.emulate and not self.options.emulate and rank() == 0:
+            text = "%s: emulated, as on every CPU: the numbers are right, the speed is not"
+            logger.warning(text, self.key)
+
+    def post_optimizer_hook(self, model_parts: list[nn.Module]) -> None:
+        """Nothing: scales are computed anew in each product."""
+
+    def fail(self, option: str, problem: str) -> NoReturn:
+        raise ConfigError(f"{origin(self.job_config, f'{self.key}.{option}')}: {problem}")
+
+
+class _LinearConverter(_Converter):
+    grouping: Grouping
+    quantize_weight_grad = True
+
+    def convert(self, model: nn.Module) -> None:
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear
+            and not any(part in name for part in self.options.filter_fqns)
+        }
+        if not linears:
+            self.fail("filter_fqns", "no linear layer is left to convert")
+        self._check_tokens()
+        for name, linear in linears.items():
+            self._check_sizes(name, linear)
+            quantized = QuantizedLinear(
+                linear, self.grouping, self.quantize_weight_grad, self.emulate
+            )
+            model.set_submodule(name, quantized)
+        self.tell(len(linears), "linear layers")
+
+    def _check_sizes(self, name: str, linear: nn.Linear) -> None:
+        unit = self.unit * self.parallel_dims.tp  # either size may be split
+        if linear.in_features % unit or linear.out_features % unit:
+            shared = f" (tensor_parallel_degree {self.parallel_dims.tp} x {self.unit})"
+            self.fail(
+                "filter_fqns",
+                f"{name} has {linear.in_features} features in and {linear.out_features} out, which "
+                f"must be multiples of {unit}{shared if self.parallel_dims.tp > 1 else ''}. Add "
+                f"its name, to leave it as it is",
+            )
+
+    def _check_tokens(self) -> None:
+        """The gradient of a weight sums over the tokens of a forward pass."""
+        if not self.quantize_weight_grad:
+            return
+        config, dims = self.job_config, self.parallel_dims
+        batch, key = config.training.local_batch_size, "training.local_batch_size"
+        if dims.pp_enabled:
+            key = "parallelism.pipeline_parallel_microbatch_size"
+            batch = config.parallelism.pipeline_parallel_microbatch_size
+        # Shared experts and the like process each rank's own part of a sequence.
+        tokens = batch * config.training.seq_len // (dims.cp * dims.tp)
+        if tokens % self.unit:
+            raise ConfigError(
+                f"{origin(config, key)}: {self.key} needs a multiple of {self.unit} tokens in the "
+                f"forward pass of a rank, and this makes {tokens}"
+            )
+
+
+class Float8LinearConverter(_LinearConverter):
+    """`quantize.linear.float8`."""
+
+    key = "quantize.linear.float8"
+
+    def capability(self) -> Capability | None:
+        return (8, 9) if self.options.recipe_name == "tensorwise" else (9, 0)
+
+    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+        super().__init__(job_config, parallel_dims)
+        recipe = self.options.recipe_name
+        self.grouping = "tensor" if recipe == "tensorwise" else "row"
+        self.quantize_weight_grad = recipe != "rowwise_with_gw_hp"
+
+
+class MXLinearConverter(_LinearConverter):
+    """`quantize.linear.mx`."""
+
+    key = "quantize.linear.mx"
+    unit = MX_BLOCK
+    grouping = "block"
+
+    def capability(self) -> Capability | None:
+        return (10, 0)
+
+
+class _GroupedConverter(_Converter):
+    grouping: Grouping
+
+    def convert(self, model: nn.Module) -> None:
+        layers = moe_layers(model)
+        if not layers:
+            name = self.job_config.model.name
+            problem = f"{self.key} is for mixtures of experts, and {name} has none"
+            raise ConfigError(f"{origin(self.job_config, 'model.converters')}: {problem}")
+        product = partial(quantized_grouped_linear, grouping=self.grouping, emulate=self.emulate)
+        for layer in layers:
+            if not hasattr(layer.experts, "product"):
+                raise ConfigError(
+                    f"{origin(self.job_config, 'model.converters')}: {self.key} needs experts that "
+                    f"multiply by `self.product`, as those of torchtitan.models.common.moe do, and "
+                    f"{type(layer.experts).__name__} has none"
+                )
+            self._check_sizes(layer.experts)
+            layer.experts.product = product
+        self.tell(len(layers), "layers of experts")
+
+    def _check_sizes(self, experts: nn.Module) -> None:
+        unit = self.unit * self.parallel_dims.etp
+        for name, param in experts.named_parameters():
+            if param.ndim == 3 and (param.size(1) % unit or param.size(2) % unit):
+                raise ConfigError(
+                    f"{origin(self.job_config, 'model.converters')}: {self.key} needs sizes that "
+                    f"are multiples of {unit}, and the experts' {name} is {list(param.shape)}"
+                )
+
+
+class Float8GroupedConverter(_GroupedConverter):
+    """`quantize.grouped_mm.float8`."""
+
+    key = "quantize.grouped_mm.float8"
+    grouping = "row"
+
+    def capability(self) -> Capability | None:
+        return (9, 0)
+
+
+class MXGroupedConverter(_GroupedConverter):
+    """`quantize.grouped_mm.mx`."""
+
+    key = "quantize.grouped_mm.mx"
+    unit = MX_BLOCK
+    grouping = "block"
+
+    def capability(self) -> Capability | None:
+        return None
+
+
+for _cls in (Float8LinearConverter, MXLinearConverter, Float8GroupedConverter, MXGroupedConverter):
+    register_model_converter(_cls, _cls.key)

@@ -1,0 +1,70 @@
+"""The quantized linear layer, plain and under tensor parallelism."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from .products import quantized_linear
+from .scaling import Grouping
+
+
+class QuantizedLinear(nn.Linear):
+    """`nn.Linear` with the weights of another, whose products are of 8 bits, see `products.py`.
+
+    Args:
+        linear: whose parameters are taken over.
+        grouping, quantize_weight_grad, emulate: as in `quantized_linear`.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        grouping: Grouping,
+        quantize_weight_grad: bool = True,
+        emulate: bool = False,
+    ) -> None:
+        super().__init__(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
+        self.weight, self.bias = linear.weight, linear.bias
+        self.grouping: Grouping = grouping
+        self.quantize_weight_grad = quantize_weight_grad
+        self.emulate = emulate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`."""
+        if isinstance(self.weight, DTensor):
+            out = self._on_parts(x)
+        else:
+            out = self._product(x, self.weight)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return quantized_linear(x, weight, self.grouping, self.quantize_weight_grad, self.emulate)
+
+    def _on_parts(self, x: DTensor) -> DTensor:
+        """Under tensor parallelism, multiply what this rank has.
+
+        Scales are of a rank's own part: as powers of two, they round as those of the whole would
+        (see `scaling.py`), and ranks need not tell each other the largest number.
+        """
+        mesh, weight = self.weight.device_mesh, self.weight
+        features = x.ndim - 1
+        (place,) = weight.placements
+        x_grad: list[Placement] = list(x.placements)
+        weight_grad: list[Placement] = [place]
+        out: list[Placement] = list(x.placements)
+        if place == Shard(0):  # each rank makes some of the features, from all
+            x = x.redistribute(placements=[Replicate()])
+            x_grad, out = [Partial()], [Shard(features)]
+        elif place == Shard(1):  # each rank makes a part of each feature, from some
+            x = x.redistribute(placements=[Shard(features)])
+            x_grad, out = [Shard(features)], [Partial()]
+        elif not x.placements[0].is_replicate():  # each rank has some of the tokens
+            weight_grad = [Partial()]
+        local = self._product(
+            x.to_local(grad_placements=x_grad), weight.to_local(grad_placements=weight_grad)
+        )
+        return DTensor.from_local(local, mesh, out, run_check=False)

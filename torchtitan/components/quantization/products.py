@@ -1,0 +1,140 @@
+"""Differentiable products of quantized operands: linear layers, and experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .scaling import E4M3, E5M2, Grouping, quantize, scaled_grouped_mm, scaled_mm
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    grouping: Grouping,
+    quantize_weight_grad: bool = True,
+    emulate: bool = False,
+) -> torch.Tensor:
+    """`F.linear(x, weight)` whose operands are rounded to float8, and so are its gradients'.
+
+    Of each product, the operands are quantized along what is summed over: features of the input
+    (forward), of the output (gradient of `x`), tokens (gradient of `weight`). Under autocast, they
+    are first cast to its dtype, as `F.linear` would.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`.
+        grouping: what shares a scale.
+        quantize_weight_grad: False computes the gradient of the weight in high precision.
+        emulate: see `scaled_mm`.
+
+    Returns:
+        `[..., out]` in the dtype of `x`.
+    """
+    x, weight = _autocast(x, weight)
+    rows = x.reshape(-1, x.size(-1))
+    out = _QuantizedLinear.apply(rows, weight, grouping, quantize_weight_grad, emulate)
+    return out.view(*x.shape[:-1], weight.size(0))
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        grouping: Grouping,
+        quantize_weight_grad: bool,
+        emulate: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.grouping, ctx.emulate = grouping, emulate
+        ctx.quantize_weight_grad = quantize_weight_grad
+        with torch.autocast(x.device.type, enabled=False):
+            rows, matrix = quantize(x, E4M3, grouping), quantize(weight, E4M3, grouping)
+            return scaled_mm(rows, matrix, x.dtype, emulate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grouping, emulate = ctx.grouping, ctx.emulate
+        # Gradients spread wider. Smaller groups are narrow enough for e4m3, whose digits are finer.
+        grad_dtype = E5M2 if grouping == "tensor" else E4M3
+        x_grad = weight_grad = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                rows = quantize(grad, grad_dtype, grouping)
+                x_grad = scaled_mm(rows, quantize(weight.T, E4M3, grouping), x.dtype, emulate)
+            if ctx.needs_input_grad[1] and ctx.quantize_weight_grad:
+                columns = quantize(grad.T, grad_dtype, grouping)
+                weight_grad = scaled_mm(columns, quantize(x.T, E4M3, grouping), x.dtype, emulate)
+            elif ctx.needs_input_grad[1]:
+                weight_grad = grad.T @ x
+        return x_grad, weight_grad, None, None, None
+
+
+def quantized_grouped_linear(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    grouping: Grouping,
+    emulate: bool = False,
+) -> torch.Tensor:
+    """`grouped_linear` of `torchtitan.models.common.moe` with operands rounded to float8.
+
+    The gradient of the weights is computed in high precision: it sums over the rows of an expert,
+    whose number is known to the device alone, and products of 8 bits need multiples of 16.
+
+    Args:
+        rows: `[rows, in]`, sorted by expert.
+        weight: `[num_experts, out, in]`.
+        ends: where each expert's rows end, `[num_experts]` int32.
+        grouping: `row` or `block`.
+        emulate: see `scaled_mm`.
+
+    Returns:
+        `[rows, out]`.
+    """
+    rows, weight = _autocast(rows, weight)
+    return _QuantizedGroupedLinear.apply(rows, weight, ends, grouping, emulate)
+
+
+class _QuantizedGroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        ends: torch.Tensor,
+        grouping: Grouping,
+        emulate: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight, ends)
+        ctx.grouping, ctx.emulate = grouping, emulate
+        with torch.autocast(rows.device.type, enabled=False):
+            a, b = quantize(rows, E4M3, grouping), quantize(weight, E4M3, grouping)
+            return scaled_grouped_mm(a, b, ends, rows.dtype, emulate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, ends = ctx.saved_tensors
+        rows_grad = weight_grad = None
+        with torch.autocast(rows.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                a = quantize(grad, E4M3, ctx.grouping)
+                b = quantize(weight.mT, E4M3, ctx.grouping)
+                rows_grad = scaled_grouped_mm(a, b, ends, rows.dtype, ctx.emulate)
+            if ctx.needs_input_grad[1]:
+                weight_grad = F.grouped_mm(grad.contiguous().mT, rows, offs=ends)
+        return rows_grad, weight_grad, None, None, None
+
+
+def _autocast(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in autocast's dtype where it is on, which does not know our functions."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, weight
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype)

@@ -1,0 +1,138 @@
+"""Numbers of 8 bits with scales: rounding to them, and matrix products of them.
+
+Every scale is a power of two, the smallest that keeps the largest number of its group in range.
+Dividing by it is exact, so a scale decides nothing about rounding but where small numbers begin to
+lose digits: below 2^-14 of the largest in e4m3. So it matters little which tokens or features a
+group holds, and a model trains alike however they are divided among micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+E4M3 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
+MX_BLOCK = 32
+"""Elements that share a scale in MX formats (OCP Microscaling Formats v1.0)."""
+
+Grouping = Literal["tensor", "row", "block"]
+"""What shares a scale: all of a matrix, a row, or 32 neighbours in a row."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`data * scale`, where rows are what is summed over in a product.
+
+    data: `[..., rows, columns]`, float8.
+    scale: float32, `[..., 1, 1]`, `[..., rows, 1]` or `[..., rows, columns / 32]`.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    grouping: Grouping
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[..., rows, columns]`. Exact in bfloat16 and float32."""
+        data = self.data.to(dtype)
+        if self.grouping == "block":
+            blocks = data.unflatten(-1, (-1, MX_BLOCK)) * self.scale[..., None].to(dtype)
+            return blocks.flatten(start_dim=-2)
+        return data * self.scale.to(dtype)
+
+
+def quantize(tensor: torch.Tensor, dtype: torch.dtype, grouping: Grouping) -> Scaled:
+    """Round `tensor` `[..., rows, columns]` to the nearest numbers of a float8 `dtype`.
+
+    A group that holds infinity or NaN comes out with NaN.
+    """
+    values = tensor.float()
+    if grouping == "block":
+        values = values.unflatten(-1, (-1, MX_BLOCK))
+    dims = (-2, -1) if grouping == "tensor" else (-1,)
+    scale = power_of_two_scale(values.abs().amax(dim=dims, keepdim=True), dtype)
+    data = (values / scale).to(dtype)
+    if grouping == "block":
+        return Scaled(data.flatten(start_dim=-2), scale.squeeze(-1), grouping)
+    return Scaled(data, scale, grouping)
+
+
+def power_of_two_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The least power of two by which `largest` comes within `dtype`, float32 of the same shape.
+
+    From 2^-126, the least normal number, which also is the scale of zeros.
+    """
+    bits = (largest / torch.finfo(dtype).max).view(torch.int32)
+    # Up to the next exponent, unless the mantissa is 0.
+    power = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return power.clamp(min=2.0**-126)
+
+
+def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype, emulate: bool) -> torch.Tensor:
+    """`a @ b.T`, summed in float32.
+
+    Args:
+        a: `[m, k]`.
+        b: `[n, k]`; k and n are multiples of 16, and of 32 for MX.
+        dtype: of the result; without `emulate`, bfloat16.
+        emulate: multiply dequantized numbers, on devices without float8 products.
+
+    Returns:
+        `[m, n]`.
+    """
+    if emulate:
+        return a.dequantize(dtype) @ b.dequantize(dtype).T
+    scale_a, scale_b = a.scale, b.scale.T
+    if a.grouping == "block":
+        scale_a, scale_b = _for_tensor_cores(a.scale), _for_tensor_cores(b.scale)
+    elif a.grouping == "tensor":
+        scale_a, scale_b = a.scale.view(()), b.scale.view(())
+    return torch._scaled_mm(
+        a.data.contiguous(),
+        b.data.contiguous().T,
+        scale_a=scale_a.contiguous(),
+        scale_b=scale_b.contiguous(),
+        out_dtype=dtype,
+    )
+
+
+def _for_tensor_cores(scale: torch.Tensor) -> torch.Tensor:
+    """Scales of MX blocks `[rows, columns]` in the order that Blackwell reads: flat, e8m0.
+
+    Tiles of 128 x 4, one row of tiles after the other; within a tile the scale of row r and column
+    c is at 16 (r % 32) + 4 (r // 32) + c (cuBLAS 12.9, "1D Block Scaling Factors Layout").
+    """
+    rows, columns = scale.shape
+    scale = F.pad(scale, (0, -columns % 4, 0, -rows % 128), value=1.0)
+    tiles = scale.view(scale.size(0) // 128, 4, 32, scale.size(1) // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).to(torch.float8_e8m0fnu)
+
+
+def scaled_grouped_mm(
+    a: Scaled, b: Scaled, ends: torch.Tensor, dtype: torch.dtype, emulate: bool
+) -> torch.Tensor:
+    """Multiply each group's rows by its matrix: `a[start:end] @ b[group].T`.
+
+    Args:
+        a: `[rows, k]`, sorted by group.
+        b: `[groups, n, k]`.
+        ends: where each group's rows end, `[groups]` int32.
+        dtype, emulate: as in `scaled_mm`; MX is only emulated.
+
+    Returns:
+        `[rows, n]`.
+    """
+    if emulate:
+        return F.grouped_mm(a.dequantize(dtype), b.dequantize(dtype).mT, offs=ends)
+    return torch._scaled_grouped_mm(
+        a.data.contiguous(),
+        b.data.contiguous().mT,
+        a.scale.reshape(-1),
+        b.scale.squeeze(-1),
+        offs=ends,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )

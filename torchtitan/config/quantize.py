@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _sensitive_layers() -> list[str]:
+    return ["output", "router.gate"]
+
+
+@dataclass
+class Float8Linear:
+    """Linear layers whose matrix products take float8 (`quantize.linear.float8`)."""
+
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """A scale for each tensor (fastest; gradients in e5m2), or for each row (more exact; all in
+    e4m3); `_with_gw_hp` leaves the gradients of weights in high precision."""
+    filter_fqns: list[str] = field(default_factory=_sensitive_layers)
+    """Layers whose names contain one of these stay as they are."""
+    emulate: bool = False
+    """Round to float8, but multiply in high precision: the same numbers on any device, slowly. On
+    a CPU it is always so."""
+
+
+@dataclass
+class MXLinear:
+    """Linear layers whose matrix products take MXFP8 (`quantize.linear.mx`): e4m3 with a scale for
+    each 32 elements (OCP Microscaling Formats v1.0)."""
+
+    filter_fqns: list[str] = field(default_factory=_sensitive_layers)
+    """As in `quantize.linear.float8`."""
+    emulate: bool = False
+    """As in `quantize.linear.float8`."""
+
+
+@dataclass
+class QuantizeLinear:
+    """Of linear layers."""
+
+    float8: Float8Linear = field(default_factory=Float8Linear)
+    """See `[quantize.linear.float8]`."""
+    mx: MXLinear = field(default_factory=MXLinear)
+    """See `[quantize.linear.mx]`."""
+
+
+@dataclass
+class Float8GroupedMM:
+    """Experts whose grouped products take float8, a scale for each row; gradients of weights stay
+    in high precision (`quantize.grouped_mm.float8`)."""
+
+    emulate: bool = False
+    """As in `quantize.linear.float8`."""
+
+
+@dataclass
+class MXGroupedMM:
+    """The same in MXFP8, which is only emulated yet (`quantize.grouped_mm.mx`)."""
+
+    emulate: bool = False
+    """As in `quantize.linear.float8`."""
+
+
+@dataclass
+class QuantizeGroupedMM:
+    """Of experts."""
+
+    float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
+    """See `[quantize.grouped_mm.float8]`."""
+    mx: MXGroupedMM = field(default_factory=MXGroupedMM)
+    """See `[quantize.grouped_mm.mx]`."""
+
+
+@dataclass
+class Quantize:
+    """Options of the converters that `model.converters` names: matrix products in 8 bits."""
+
+    linear: QuantizeLinear = field(default_factory=QuantizeLinear)
+    """See `[quantize.linear]`."""
+    grouped_mm: QuantizeGroupedMM = field(default_factory=QuantizeGroupedMM)
+    """See `[quantize.grouped_mm]`."""
