@@ -38,7 +38,7 @@ class LaunchJob:
 
         Args:
             shell_environment: set `environment` in it; else the scheduler does.
-            torchrun: options of `torchtitan.launching.torchrun` that go first.
+            torchrun: options of `torchtitan.distributed.torchrun` that go first.
         """
         options = self.options
         delimiter = "END_OF_JOB"

@@ -8,7 +8,7 @@ node() { # node INDEX HEAD PORT: what each host runs
 {{toml}}
 {{delimiter}}
     [ "$index" != 0 ] || host=(--local-addr "$head")
-    exec {{python}} -m torchtitan.launching.torchrun{{options}} \
+    exec {{python}} -m torchtitan.distributed.torchrun{{options}} \
         --nnodes {{nodes}} --nproc-per-node {{processes}} --max-restarts {{max_restarts}} \
         --rdzv-backend c10d --rdzv-id {{name}} --rdzv-endpoint "$head:$port" \
         --rdzv-conf "is_host=$((index == 0)),join_timeout=900" "${host[@]}" \

@@ -1,4 +1,4 @@
-"""torchrun for hosts that may be taken away: `python -m torchtitan.launching.torchrun ...`.
+"""torchrun for hosts that may be taken away: `python -m torchtitan.distributed.torchrun ...`.
 
 It takes torchrun's options, and differs from it in this:
 
