@@ -58,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             torchrun(argv)
         except ChildFailedError as error:
-            sys.stderr.write(f"{error}\n")
-            codes = {failure.exitcode for _, failure in error.failures.items()}
+            codes = {failure.exitcode for failure in error.failures.values()}
             if PREEMPTED in codes:
                 return preempted_code
+            sys.stderr.write(f"{error}\n")
             return _MISTAKE if _MISTAKE in codes else 1
     return 0
 
