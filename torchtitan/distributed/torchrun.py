@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,13 +34,41 @@ _MISTAKE = 2
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+class _Signals:
+    """Passes signals on to the ranks."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+        for number in _FORWARDED:
+            signal.signal(number, self._forward)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        self.received.add(number)
+        ranks = _children()
+        if not ranks:  # nothing has begun that could be lost
+            raise SystemExit(PREEMPTED)
+        for pid in ranks:
+            os.kill(pid, number)
+
+    def code_of(self, failures: dict[int, Any]) -> int:
+        """The exit code that sums up those of ranks that did not end with 0."""
+        codes = {failure.exitcode for failure in failures.values()}
+        # A signal ends ranks that are still starting.
+        if PREEMPTED in codes or any(-code in self.received for code in codes):
+            return PREEMPTED
+        return _MISTAKE if _MISTAKE in codes else 1
+
+
 class _Agent(LocalElasticAgent):
     """Restarts ranks that crashed, not those that meant to leave."""
 
+    def __init__(self, signals: _Signals, **options: Any) -> None:
+        super().__init__(**options)
+        self._signals = signals
+
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        codes = {failure.exitcode for failure in result.failures.values()}
-        if codes & {PREEMPTED, _MISTAKE}:
+        if result.failures and self._signals.code_of(result.failures) != 1:
             self._remaining_restarts = 0
         return result
 
@@ -50,28 +79,19 @@ def main(argv: list[str] | None = None) -> int:
     preempted_code = PREEMPTED
     if argv[:1] == ["--preempted-code"]:
         preempted_code, argv = int(argv[1]), argv[2:]
-    for number in _FORWARDED:
-        signal.signal(number, _forward)
+    signals = _Signals()
     # torchrun sets handlers too, for these signals and no others.
     argv = ["--signals-to-handle", "SIGHUP,SIGQUIT", *argv]
-    with patch("torch.distributed.launcher.api.LocalElasticAgent", _Agent):
+    with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
         try:
             torchrun(argv)
         except ChildFailedError as error:
-            codes = {failure.exitcode for failure in error.failures.values()}
-            if PREEMPTED in codes:
+            code = signals.code_of(error.failures)
+            if code == PREEMPTED:
                 return preempted_code
             sys.stderr.write(f"{error}\n")
-            return _MISTAKE if _MISTAKE in codes else 1
+            return code
     return 0
-
-
-def _forward(number: int, _frame: FrameType | None) -> None:
-    ranks = _children()
-    if not ranks:  # nothing has begun that could be lost
-        raise SystemExit(PREEMPTED)
-    for pid in ranks:
-        os.kill(pid, number)
 
 
 def _children() -> list[int]:

@@ -102,3 +102,8 @@ def seconds_of(time: str) -> int:
     if not total:
         raise ConfigError(f"--time {time}: must be above 0")
     return total
+
+
+def required_secrets(job: LaunchJob) -> str:
+    """Shell lines that end a script whose environment lacks a secret."""
+    return "\n".join(f': "${{{name}:?must be in the environment}}"' for name in job.options.secret)

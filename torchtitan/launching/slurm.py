@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from .job import LaunchJob, seconds_of
+from .job import LaunchJob, required_secrets, seconds_of
 from .submit import require, run
 from .template import render as fill
 
@@ -33,9 +33,7 @@ def render(job: LaunchJob) -> str:
         nodes=options.nodes,
         directives="\n".join(f"#SBATCH --{line}" for line in lines),
         grace=options.grace,
-        secrets="\n".join(
-            f': "${{{name}:?must be in the environment}}"' for name in options.secret
-        ),
+        secrets=required_secrets(job),
         node=job.node(),
         srun="".join(f" {shlex.quote(option)}" for option in srun),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from .job import LaunchJob
+from .job import LaunchJob, required_secrets
 from .submit import require, run_on_file
 from .template import render as fill
 
@@ -15,16 +15,14 @@ def render(job: LaunchJob) -> str:
     hosts = options.hosts.split(",")
     head = options.head or hosts[0].rpartition("@")[2]
     # Secrets go through the pipe, neither into a file nor into a command line.
-    secrets = [
-        f"printf 'export {name}=%q\\n' \"${{{name}:?must be in the environment}}\""
-        for name in options.secret
-    ]
+    secrets = [f"printf 'export {name}=%q\\n' \"${name}\"" for name in options.secret]
     return fill(
         "ssh.sh",
         title=job.title,
         command=job.command,
         name=job.name,
         hosts=shlex.join(hosts),
+        required=required_secrets(job),
         ssh=options.ssh_command or "ssh -o BatchMode=yes",
         node=job.node(),
         secrets="\n".join(secrets),
