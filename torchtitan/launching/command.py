@@ -73,7 +73,6 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
     check_job(config, options.nodes, options.processes)
     environment = {"NCCL_DEBUG": "WARN", "PYTHONUNBUFFERED": "1"}
     environment |= dict(variable.split("=", 1) for variable in options.env)
-    rendering = [word for word in argv if word != "--dry-run"]
     text = TomlFile.read(options.config).text
     return LaunchJob(
         options=options,
@@ -81,6 +80,13 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
         toml=text,
         overrides=overrides,
         title=f"{config.model.name} {config.model.flavor} on {options.nodes} x {options.processes}",
-        command="Rendered by: " + shlex.join(["torchtitan", "launch", *rendering, "--dry-run"]),
+        command="Rendered by: " + _rendering(argv),
         environment=environment,
     )
+
+
+def _rendering(argv: list[str]) -> str:
+    """The command that shows what `argv` submits."""
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    words = [word for word in own if word != "--dry-run"]
+    return shlex.join(["torchtitan", "launch", *words, "--dry-run", *argv[len(own) :]])

@@ -44,7 +44,7 @@ class LaunchJob:
         delimiter = "END_OF_JOB"
         while delimiter in self.toml:
             delimiter += "_"
-        setup = [f"cd {shlex.quote(options.workdir)}"] if options.workdir else []
+        setup = [f"cd {shlex.quote(options.workdir)} || exit"] if options.workdir else []
         exports = [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
         return render(
             "node.sh",

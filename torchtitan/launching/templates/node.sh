@@ -1,5 +1,6 @@
 node() { # node INDEX HEAD PORT: what each host runs
     local index=$1 head=$2 port=$3 host=()
+    set -e
     trap '' USR1 # for programs that do not know it; the ranks do
     {{environment}}
     {{setup}}
