@@ -39,6 +39,10 @@ COMMANDS = {
         "torchtitan.planning.command",
         "memory, time and cost of a run, before it is started; or search the best layout",
     ),
+    "launch": (
+        "torchtitan.launching.command",
+        "start a job on Slurm, Kubernetes, SkyPilot or ssh hosts, or show what would be submitted",
+    ),
     "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
 }
 """Name -> (module with `main(argv)`, one line of help)."""

@@ -243,11 +243,20 @@ def _check_pipeline(job_config: JobConfig) -> None:
         microbatches = getattr(job_config, section).local_batch_size // size
         problem = _microbatch_problem(schedule, microbatches, pp, pp * per_rank)
         if problem:
+            more = microbatches
+            while _microbatch_problem(schedule, more, pp, pp * per_rank):
+                more += 1
+            fewer = pp
+            while fewer > 1 and _microbatch_problem(
+                schedule, microbatches, fewer, fewer * per_rank
+            ):
+                fewer -= 1
             _fail(
                 job_config,
                 f"{section}.local_batch_size",
                 f"makes {microbatches} micro-batches of {size}; {schedule} over {pp} ranks needs "
-                f"{problem}",
+                f"{problem}. Nearest: {section}.local_batch_size = {more * size}, or "
+                f"parallelism.pipeline_parallel_degree = {fewer}",
             )
 
 

@@ -78,12 +78,15 @@ def search(
     arithmetic = Arithmetic(config, device, host_size)
     available = device.memory - device.host_memory_reserved
     possible = [c for c in every if arithmetic.memory(c) <= _MEMORY_MARGIN * available]
-    possible = possible or [min(every, key=arithmetic.memory)]
-    possible.sort(key=arithmetic.seconds)
+    # If none can fit, the smallest shows by how much.
+    smallest = sorted(every, key=arithmetic.memory) if not possible else []
+    possible = smallest or sorted(possible, key=arithmetic.seconds)
     found = Found(considered=len(every))
     refused: ConfigError | None = None
     for candidate in possible:
         best = found.best
+        if smallest and found.traced:
+            break
         if best and arithmetic.seconds(candidate) > _TIME_MARGIN * best.step_seconds:
             break
         if time.monotonic() > end and found.traced:

@@ -81,14 +81,7 @@ def trace_step(
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
-    layout = dims.world_mesh, dims, job_config
-    place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
-    parts = meta_parts(job_config, place, dims)
-    for part in parts:
-        repetition = repetition_of(part, job_config)
-        if shallow is not None and repetition.worth_extrapolating:
-            keep_layers(part, repetition.depth(repetition.traced[shallow]))
-    parts = [spec.parallelize_fn(part, *layout) for part in parts]
+    parts = _parallel_parts(job_config, dims, shallow)
     for part in parts:
         sum_gradients(part)
 
@@ -122,6 +115,37 @@ def trace_step(
             step.optimizer_temporary = memory.peak - held
             optimizers.zero_grad()
     return step
+
+
+def check_layout(job_config: JobConfig, world_size: int) -> None:
+    """Make the model and parallelise it on the meta device, of a job that passed `validate`.
+
+    Raises:
+        ConfigError: the model has no pipeline, or cannot be split or cut like this.
+    """
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
+        raise ConfigError(
+            f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
+            f"{job_config.model.name} has no pipeline_fn. Use 1"
+        )
+    with fake_world(world_size, rank=0):
+        dims = ParallelDims.from_config(job_config.parallelism, world_size)
+        _parallel_parts(job_config, dims, shallow=0)
+
+
+def _parallel_parts(
+    job_config: JobConfig, dims: ParallelDims, shallow: int | None
+) -> list[nn.Module]:
+    """The parts of the model that this rank has, parallelised. Args: as `trace_step`."""
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
+    parts = meta_parts(job_config, place, dims)
+    for part in parts:
+        repetition = repetition_of(part, job_config)
+        if shallow is not None and repetition.worth_extrapolating:
+            keep_layers(part, repetition.depth(repetition.traced[shallow]))
+    return [spec.parallelize_fn(part, dims.world_mesh, dims, job_config) for part in parts]
 
 
 @contextmanager

@@ -126,7 +126,7 @@ MISTAKES = {
     "price": (["JOB", "--price", "2"], ["--price needs --tokens"]),
     "batch": (
         ["JOB", "--world-size", "4", "--", "--training.local_batch_size=1"],
-        ["local_batch_size = 1", "1 micro-batches", "at least 2"],
+        ["local_batch_size = 1", "1 micro-batches", "at least 2", "local_batch_size = 2, or"],
     ),
     "heads": (
         ["JOB", "--world-size", "6", "--", "--parallelism.tensor_parallel_degree=3"],

@@ -93,3 +93,10 @@ def test_the_best_is_written_and_can_be_planned(
     best = load_config([f"--job.config_file={out}"])
     assert best.training.global_batch_size == 4 and best.training.seq_len == 256
     assert plan_run(best, 2, DEVICES["h100"]).room > 0
+
+
+def test_layouts_that_cannot_be_are_passed_over_also_where_none_fits() -> None:
+    """Of 13 tokens no tensor parallel rank can have its part."""
+    found = search(job("405B", 8, 13), 2, DEVICES["h100"], 8, seconds=0)
+    assert [candidate.tp for candidate, _ in found.traced] == [1]
+    assert not found.fitting

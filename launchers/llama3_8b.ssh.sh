@@ -1,0 +1,115 @@
+#!/bin/bash
+# llama3 8B on 2 x 8
+# Rendered by: torchtitan launch --ssh torchtitan/models/llama3/train_configs/llama3_8b.toml --hosts node1,node2 --secret HF_TOKEN --workdir /shared/runs --dry-run
+# Ctrl-C stops it: the ranks save a checkpoint and leave.
+
+set -uo pipefail
+: "${HF_TOKEN:?must be in the environment}"
+hosts=(node1 node2)
+ssh=(ssh -o BatchMode=yes)
+pid_file=/tmp/torchtitan-llama3-8b.pid
+
+node() { # node INDEX HEAD PORT: what each host runs
+    local index=$1 head=$2 port=$3 host=()
+    set -e
+    trap '' USR1 # for programs that do not know it; the ranks do
+    export NCCL_DEBUG=WARN
+    export PYTHONUNBUFFERED=1
+    cd /shared/runs || exit
+    config=$(mktemp -d)/llama3-8b.toml
+    cat >"$config" <<'END_OF_JOB'
+# Peak learning rates of 8B, 70B and 405B: table 3 of the Llama 3 paper, arXiv:2407.21783.
+
+[job]
+dump_folder = "./outputs/llama3_8b"
+description = "Llama 3.1 8B on C4, 8 to 128 GPUs of 80 GB"
+
+[model]
+name = "llama3"
+flavor = "8B"
+tokenizer_path = "./assets/Llama-3.1-8B"
+
+[optimizer]
+name = "AdamW"
+lr = 3e-4
+
+[lr_scheduler]
+warmup_steps = 2000
+decay_type = "cosine"
+min_lr_factor = 0.1
+
+[training]
+dataset = "c4"
+local_batch_size = 1
+global_batch_size = 512
+seq_len = 8192
+steps = 40000
+
+[loss]
+name = "chunked_cross_entropy"
+chunk_size = 2048
+
+[parallelism]
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 1
+
+[activation_checkpoint]
+mode = "selective"
+selective_ac_option = "op"
+
+[compile]
+enable = true
+
+[checkpoint]
+enable = true
+interval = 500
+async_mode = "async"
+keep_latest_k = 3
+END_OF_JOB
+    [ "$index" != 0 ] || host=(--local-addr "$head")
+    exec python -m torchtitan.distributed.torchrun \
+        --nnodes 2 --nproc-per-node 8 --max-restarts 3 \
+        --rdzv-backend c10d --rdzv-id llama3-8b --rdzv-endpoint "$head:$port" \
+        --rdzv-conf "is_host=$((index == 0)),join_timeout=900" "${host[@]}" \
+        -m torchtitan.train --job.config_file "$config" </dev/null
+}
+
+run() { # run INDEX HOST
+    {
+        printf 'export HF_TOKEN=%q\n' "$HF_TOKEN"
+        declare -f node
+        echo "echo \$\$ >$pid_file.$1; node $1 node1 29500"
+    } | "${ssh[@]}" "$2" bash -s 2>&1 | sed -u "s/^/[$2] /"
+    return "${PIPESTATUS[1]}"
+}
+
+stop() { # on the hosts where it runs still
+    for index in "${!running[@]}"; do
+        kill -0 "${running[$index]}" 2>/dev/null || continue
+        echo "kill -TERM \$(cat $pid_file.$index)" | "${ssh[@]}" "${hosts[$index]}" bash -s
+    done
+}
+
+running=()
+trap stop INT TERM
+for index in "${!hosts[@]}"; do
+    # Ctrl-C is for this script, which tells the hosts.
+    (trap '' INT; run "$index" "${hosts[$index]}") &
+    running[index]=$!
+done
+
+code=0
+while [ "${#running[@]}" -gt 0 ]; do
+    for index in "${!running[@]}"; do
+        ! kill -0 "${running[$index]}" 2>/dev/null || continue
+        wait "${running[$index]}"
+        ended=$?
+        unset "running[$index]"
+        if [ "$ended" != 0 ] && [ "$code" = 0 ]; then
+            code=$ended
+            stop # the other hosts would wait for this one
+        fi
+    done
+    sleep 0.5
+done
+exit "$code"

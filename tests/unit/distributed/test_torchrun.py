@@ -1,0 +1,66 @@
+"""The torchrun of launched jobs: its exit codes, restarts and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RANK = """
+import os, signal, sys, time
+folder, mode = sys.argv[1:]
+with open(f"{folder}/starts-{os.environ['RANK']}", "a") as file:
+    file.write("x")
+if mode == "crash once":
+    sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
+if mode.isdigit():
+    sys.exit(int(mode))
+signal.signal(getattr(signal, mode), lambda *_: sys.exit(75))
+open(f"{folder}/ready-{os.environ['RANK']}", "w").close()
+time.sleep(60)
+"""
+
+
+def start(folder: Path, mode: str, *first: str) -> subprocess.Popen:
+    (folder / "rank.py").write_text(RANK)
+    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", *first]
+    words += ["--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d"]
+    words += ["--rdzv-endpoint=localhost:0", str(folder / "rank.py"), str(folder), mode]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "starts"),
+    [("crash once", 0, 2), ("7", 1, 2), ("2", 2, 1), ("75", 75, 1)],
+)
+def test_crashes_are_started_again_and_leaving_is_not(
+    mode: str, code: int, starts: int, tmp_path: Path
+) -> None:
+    _, err = (process := start(tmp_path, mode)).communicate(timeout=60)
+    assert process.returncode == code, err
+    assert len((tmp_path / "starts-0").read_text()) == starts
+    if mode == "7":
+        assert "exitcode  : 7" in err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_reaches_the_ranks(name: str, tmp_path: Path) -> None:
+    process = start(tmp_path, name)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, getattr(signal, name))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+
+
+def test_another_code_for_preempted_runs(tmp_path: Path) -> None:
+    process = start(tmp_path, "75", "--preempted-code", "138")
+    process.communicate(timeout=60)
+    assert process.returncode == 138

@@ -1,0 +1,362 @@
+"""`torchtitan launch`: what is rendered, submitted and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from harness import command
+
+from torchtitan.errors import ConfigError
+from torchtitan.launching.command import main
+from torchtitan.launching.job import seconds_of
+
+ROOT = Path(__file__).parents[3]
+EXAMPLES = sorted(path.name for path in (ROOT / "launchers").iterdir() if path.suffix != ".md")
+JOB = """\
+[model]
+flavor = "debugmodel" # it's "quoted", $HOME and $(HOME)
+tokenizer_path = "/only/on/the/cluster"
+
+[training]
+seq_len = 256
+dataset = "c4"
+
+[checkpoint]
+enable = true
+initial_load_path = "/only/on/the/cluster"
+"""
+KINDS = {
+    "slurm": ["--slurm"],
+    "job": ["--kubernetes", "--image=me/titan:1"],
+    "jobset": ["--kubernetes", "--image=me/titan:1", "--kind=jobset"],
+    "pytorchjob": ["--kubernetes", "--image=me/titan:1", "--kind=pytorchjob"],
+    "skypilot": ["--skypilot"],
+    "ssh": ["--ssh", "--hosts=a,b"],
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> str:
+    path = tmp_path / "my job.toml"
+    path.write_text(JOB)
+    return str(path)
+
+
+def render(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_are_what_the_command_renders(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "launchers" / name).read_text()
+    words = shlex.split(re.search("^# Rendered by: (.*)$", text, re.MULTILINE)[1])
+    assert words[:2] == ["torchtitan", "launch"]
+    assert render(capsys, *words[2:]) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_host_runs_the_job_as_it_is_written(
+    kind: str, job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script of a host is run, with a Python that only shows what it was told."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nenv | grep ^GREETING\ncat "${@: -2:1}"\n')
+    python.chmod(0o755)
+    options = ["--nodes=2", f"--python={python}", "--env=GREETING=it's $HOME", "--dry-run"]
+    text = render(capsys, job, *KINDS[kind], *options, "--", "--training.steps=7")
+    script, environment = script_of(kind, text)
+    bash = ["bash", "-c", script]
+    env = os.environ | {"TMPDIR": str(tmp_path)} | environment
+    out = subprocess.run(bash, env=env, capture_output=True, text=True, check=True).stdout
+    assert "GREETING=it's $HOME\n" in out
+    assert out.endswith(JOB)
+    words = out.splitlines()
+    for name, value in {
+        "--nnodes": "2",
+        "--nproc-per-node": "8",
+        "--rdzv-backend": "c10d",
+        "--rdzv-endpoint": "head:1234",
+        "--local-addr": "head",
+        "-m": "torchtitan.distributed.torchrun",
+    }.items():
+        assert words[words.index(name) + 1] == value
+    assert "is_host=1,join_timeout=900" in words
+    assert "--training.steps=7" in words
+    assert ("138" in words) == (kind == "pytorchjob")
+
+
+def script_of(kind: str, text: str) -> tuple[str, dict[str, str]]:
+    """The function `node` called as the first host's, and what the scheduler would set."""
+    if kind in ("slurm", "ssh"):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        return f"{text[text.index('node()') : text.index(chr(10) + '}') + 2]}\nnode 0 head 1234", {}
+    *_, document = yaml.safe_load_all(text)
+    if kind == "skypilot":
+        return document["run"].rpartition("node ")[0] + "node 0 head 1234", document["envs"]
+    if kind == "pytorchjob":
+        template = document["spec"]["pytorchReplicaSpecs"]["Master"]["template"]
+    elif kind == "jobset":
+        template = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    else:
+        template = document["spec"]["template"]
+    container = template["spec"]["containers"][0]
+    variables = {item["name"]: item["value"] for item in container["env"]}
+    # What Kubernetes does to arguments.
+    script = re.sub(
+        r"\$\$|\$\((\w+)\)",
+        lambda found: "$" if found[1] is None else variables.get(found[1], found[0]),
+        container["args"][0],
+    )
+    return script.rpartition("node ")[0] + "node 0 head 1234", variables
+
+
+def test_slurm_has_what_its_users_set(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes=4", "--partition=gpu", "--account=me", "--qos=high", "--time=1-12"]
+    options += ["--sbatch=constraint=h100", "--image=a/b:1", "--mount=/data:/data", "--grace=60"]
+    text = render(capsys, "--slurm", job, *options, "--dry-run")
+    for line in (
+        "job-name=my-job",
+        "nodes=4",
+        "ntasks-per-node=1",
+        "gpus-per-node=8",
+        "partition=gpu",
+        "account=me",
+        "qos=high",
+        "time=1-12",
+        "constraint=h100",
+        "signal=USR1@60",
+        "requeue",
+    ):
+        assert f"#SBATCH --{line}\n" in text
+    assert "--container-image=a/b:1 --container-mounts=/data:/data" in text
+    assert 'scontrol requeue "$SLURM_JOB_ID"' in text
+
+
+def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_never_shown")
+    options = ["--image=a/b:1", "--nodes=2", "--secret=HF_TOKEN=hub/token", "--mount=data:/data"]
+    options += ["--mount=/raid:/scratch", "--namespace=ml", "--node-selector=gpu=h100"]
+    text = render(capsys, "--kubernetes", job, *options, "--time=90", "--dry-run")
+    assert "hf_never_shown" not in text
+    service, manifest = yaml.safe_load_all(text)
+    assert service["spec"]["clusterIP"] == "None"
+    assert manifest["metadata"] == {"name": "my-job", "namespace": "ml"} == service["metadata"]
+    spec = manifest["spec"]
+    assert spec["completions"] == spec["parallelism"] == 2
+    assert spec["activeDeadlineSeconds"] == 5400
+    actions = {rule["action"]: rule for rule in reversed(spec["podFailurePolicy"]["rules"])}
+    assert actions["Ignore"]["onExitCodes"]["values"] == [75]
+    assert actions["FailJob"]["onExitCodes"]["values"] == [2]
+    pod = spec["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"] and pod["restartPolicy"] == "Never"
+    assert pod["terminationGracePeriodSeconds"] == 180 and pod["nodeSelector"] == {"gpu": "h100"}
+    container = pod["containers"][0]
+    reference = {"secretKeyRef": {"name": "hub", "key": "token"}}
+    assert {"name": "HF_TOKEN", "valueFrom": reference} in container["env"]
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    volumes = {mounts[volume.pop("name")]: volume for volume in pod["volumes"]}
+    assert volumes == {
+        "/dev/shm": {"emptyDir": {"medium": "Memory"}},
+        "/data": {"persistentVolumeClaim": {"claimName": "data"}},
+        "/scratch": {"hostPath": {"path": "/raid"}},
+    }
+
+
+def test_pytorchjobs_have_a_master_and_workers(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = render(capsys, job, *KINDS["pytorchjob"], "--nodes=3", "--dry-run")
+    replicas = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]
+    assert {role: replica["replicas"] for role, replica in replicas.items()} == {
+        "Master": 1,
+        "Worker": 2,
+    }
+    assert all(replica["restartPolicy"] == "ExitCode" for replica in replicas.values())
+
+
+def test_ssh_sends_secrets_through_the_pipe(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for ssh runs the shell here, one for Python shows the variable."""
+    for name, line in {"ssh": 'shift; exec "$@"', "python": "env | grep ^HF_TOKEN"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    options = ["--ssh", job, "--hosts=me@a,b", "--secret=HF_TOKEN", f"--python={tmp_path}/python"]
+    text = render(capsys, *options, f"--ssh-command={tmp_path}/ssh", "--dry-run")
+    env = {**os.environ, "HF_TOKEN": "it's $secret"}
+    done = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        "[b] HF_TOKEN=it's $secret",
+        "[me@a] HF_TOKEN=it's $secret",
+    ]
+    del env["HF_TOKEN"]
+    done = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and "HF_TOKEN: must be in the environment" in done.stderr
+
+
+SUBMITTED = {
+    "slurm": ("sbatch", [], "#SBATCH"),
+    "job": ("kubectl", ["apply", "-f", "-"], "batch/v1"),
+    "skypilot": ("sky", ["launch", "--cluster", "my-job", "--yes", "FILE"], "num_nodes"),
+}
+
+
+@pytest.mark.parametrize("kind", SUBMITTED)
+def test_without_dry_run_the_tool_gets_it(
+    kind: str, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, words, inside = SUBMITTED[kind]
+    tool = tmp_path / "bin" / name
+    tool.parent.mkdir()
+    received = tmp_path / "received"
+    read = 'cat "${@: -1}"' if "FILE" in words else "cat"
+    tool.write_text(f'#!/bin/bash\n(printf "%s\\n" "$@"; {read}) >{received}\nexit 3\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    assert main([job, *KINDS[kind]]) == 3
+    text = received.read_text()
+    assert inside in text
+    for word in words:
+        assert word == "FILE" or f"{word}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-02:03:04", 93784)],
+)
+def test_times_are_those_of_slurm(written: str, seconds: int) -> None:
+    assert seconds_of(written) == seconds
+
+
+MISTAKES = {
+    "no scheduler": ([], ["--slurm", "--kubernetes", "given: none"]),
+    "two": (["--slurm", "--skypilot"], ["--slurm and --skypilot"]),
+    "other's option": (["--skypilot", "--partition=gpu"], ["--partition", "--slurm"]),
+    "no image": (["--kubernetes"], ["--image"]),
+    "no hosts": (["--ssh"], ["--hosts"]),
+    "a host twice": (["--ssh", "--hosts=a,a"], ["twice"]),
+    "nodes of ssh": (["--ssh", "--hosts=a,b", "--nodes=3"], ["--nodes 3", "2"]),
+    "nodes": (["--slurm", "--nodes=0"], ["--nodes 0", "at least 1"]),
+    "no processes": (["--slurm", "--gpus-per-node=0"], ["--processes-per-node"]),
+    "secret shown": (["--slurm", "--env=HF_TOKEN=x"], ["--secret HF_TOKEN"]),
+    "env": (["--slurm", "--env=A"], ["--env A", "NAME=VALUE"]),
+    "secret": (["--slurm", "--secret=A=b/c"], ["--secret A=b/c", "Kubernetes"]),
+    "mount": (["--skypilot", "--mount=/data"], ["--mount /data", "SOURCE:/PATH"]),
+    "time": (["--slurm", "--time=soon"], ["--time soon", "HOURS:MINUTES:SECONDS"]),
+    "name": (["--slurm", "--name=My_Job"], ["--name My_Job", "small letters"]),
+    "sbatch": (["--slurm", "--sbatch=--nodes=9"], ["--sbatch --nodes=9"]),
+    "injection": (["--slurm", "--partition=a\n#SBATCH -b"], ["one word"]),
+    "world": (
+        ["--slurm", "--nodes=3", "--", "--parallelism.tensor_parallel_degree=16"],
+        ["tensor_parallel_degree = 16", "world size 24", "must be one of", "--nodes 3"],
+    ),
+    "heads": (
+        ["--slurm", "--nodes=3", "--", "--parallelism.tensor_parallel_degree=3"]
+        + ["--training.seq_len=384"],
+        ["tensor_parallel_degree = 3", "n_heads", "Degrees that do: 1, 2, 4"],
+    ),
+    "schedule": (
+        ["--slurm", "--", "--parallelism.pipeline_parallel_degree=4"]
+        + ["--training.local_batch_size=2"],
+        ["local_batch_size = 2", "2 micro-batches", "at least 4"],
+    ),
+    "stages": (
+        ["--slurm", "--nodes=2", "--", "--parallelism.pipeline_parallel_degree=16"]
+        + ["--training.local_batch_size=16"],
+        ["pipeline_parallel_degree", "16"],
+    ),
+    "batch": (
+        ["--slurm", "--", "--training.global_batch_size=100"],
+        ["global_batch_size = 100", "Nearest:"],
+    ),
+    "model": (["--slurm", "--", "--model.name=lama3"], ["lama3", "'llama3'"]),
+    "flavor": (["--slurm", "--", "--model.flavor=8"], ["flavor", "8B"]),
+    "dataset": (["--slurm", "--", "--training.dataset=c5"], ["c5", "Did you mean 'c4'"]),
+    "key": (["--slurm", "--", "--training.sequence=3"], ["sequence"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_message(name: str, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, words = MISTAKES[name]
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    done = command("launch", job, *own, "--dry-run", *arguments[len(own) :])
+    assert done.exit_code == 2, done.out + done.err
+    assert "Traceback" not in done.err and not done.out
+    for word in words:
+        assert word in done.err
+
+
+def test_a_missing_tool_is_one_message(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    with pytest.raises(ConfigError, match=r"no command 'sbatch'.*--dry-run"):
+        main([job, "--slurm"])
+
+
+@pytest.mark.parametrize("text", ["[model\n", "[model]\nflavour = 'x'\n"])
+def test_a_broken_file_is_named_with_its_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(path)) + ":[12]: "):
+        main([str(path), "--slurm", "--dry-run"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith(".yaml")])
+def test_manifests_agree_with_the_schemas(name: str) -> None:
+    """Of Kubernetes, JobSet, the training operator and SkyPilot, if their packages are here:
+    kubernetes-validate, kubeflow-trainer-api, kubeflow-training, skypilot.
+    """
+    for document in yaml.safe_load_all((ROOT / "launchers" / name).read_text()):
+        kind = document.get("kind")
+        if kind in ("Job", "Service"):
+            pytest.importorskip("kubernetes_validate").validate(document, "1.34", strict=True)
+        elif kind == "JobSet":
+            models = pytest.importorskip("kubeflow_trainer_api.models")
+            model = models.JobsetV1alpha2JobSet.from_json(json.dumps(document))
+            _same(document, json.loads(model.to_json()))
+        elif kind == "PyTorchJob":
+            client = pytest.importorskip("kubeflow.training").ApiClient()
+            response = type("Response", (), {"data": json.dumps(document)})
+            model = client.deserialize(response, "KubeflowOrgV1PyTorchJob")
+            _same(document, client.sanitize_for_serialization(model))
+        else:
+            schemas = pytest.importorskip("sky.utils.schemas")
+            jsonschema = pytest.importorskip("jsonschema")
+            jsonschema.validate(document, schemas.get_task_schema())
+            jsonschema.validate(document["resources"], schemas.get_resources_schema())
+
+
+def _same(written: object, read: object) -> None:
+    """Whether the client's model knows all that is written: it drops other keys."""
+    if isinstance(written, dict):
+        for key, value in written.items():
+            assert key in read, key
+            _same(value, read[key])
+    elif isinstance(written, list):
+        for value, other in zip(written, read, strict=True):
+            _same(value, other)
+    else:
+        assert written == read
+
+
+def test_the_templates_are_in_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "launching/templates/*" in project["tool"]["setuptools"]["package-data"]["torchtitan"]

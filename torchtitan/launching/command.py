@@ -1,0 +1,92 @@
+"""`torchtitan launch`: the command line."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import tyro
+
+from torchtitan.config import load_config
+from torchtitan.config.toml_file import TomlFile
+from torchtitan.errors import ConfigError
+
+from . import kubernetes, skypilot, slurm, ssh
+from .check import check_job
+from .job import LaunchJob, job_name
+from .options import Options, check
+
+DESCRIPTION = """\
+Start a job on a cluster, or show what would be submitted. CONFIG is the file that `torchtitan
+train` takes; the job is checked first, as if it ran. See docs/launching.md.
+
+  torchtitan launch --slurm llama3_8b.toml --nodes 4 --partition gpu --time 2-00:00:00 --dry-run
+  torchtitan launch --kubernetes llama3_8b.toml --nodes 4 --image me/titan:1 --kind jobset
+  torchtitan launch --skypilot llama3_8b.toml --nodes 2 --gpu-type H100 --spot
+  torchtitan launch --ssh llama3_8b.toml --hosts node1,node2
+
+Options after -- go to the job, as to `torchtitan train`.
+
+Exit code: that of the tool that submits; 2 for a mistake in the command or the config."""
+
+BACKENDS = {"slurm": slurm, "kubernetes": kubernetes, "skypilot": skypilot, "ssh": ssh}
+"""Each has `render(job)` and `submit(job, text)`."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan launch`; returns the exit code.
+
+    Raises:
+        ConfigError: an argument or the config is wrong, the job cannot run on so many ranks, or
+            the tool that submits is not installed.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    own, overrides = argv, []
+    if "--" in argv:
+        end = argv.index("--")
+        own, overrides = argv[:end], argv[end + 1 :]
+    options = tyro.cli(Options, args=own, prog="torchtitan launch", description=DESCRIPTION)
+    check(options)
+    job = _job(options, overrides, argv)
+    backend = BACKENDS[options.backend]
+    text = backend.render(job)
+    if options.out:
+        try:
+            Path(options.out).write_text(text)
+        except OSError as error:
+            problem = f"cannot write it: {error.strerror}"
+            raise ConfigError(f"--out {options.out}: {problem}") from error
+    if options.dry_run:
+        sys.stdout.write(text)
+        return 0
+    return backend.submit(job, text)
+
+
+def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
+    name = job_name(options)
+    config = load_config([f"--job.config_file={options.config}", *overrides])
+    warnings.simplefilter("ignore")  # of PyTorch, about the meshes of a world that is not there
+    logging.getLogger("torchtitan").setLevel(logging.WARNING)
+    check_job(config, options.nodes, options.processes)
+    environment = {"NCCL_DEBUG": "WARN", "PYTHONUNBUFFERED": "1"}
+    environment |= dict(variable.split("=", 1) for variable in options.env)
+    text = TomlFile.read(options.config).text
+    return LaunchJob(
+        options=options,
+        name=name,
+        toml=text,
+        overrides=overrides,
+        title=f"{config.model.name} {config.model.flavor} on {options.nodes} x {options.processes}",
+        command="Rendered by: " + _rendering(argv),
+        environment=environment,
+    )
+
+
+def _rendering(argv: list[str]) -> str:
+    """The command that shows what `argv` submits."""
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    words = [word for word in own if word != "--dry-run"]
+    return shlex.join(["torchtitan", "launch", *words, "--dry-run", *argv[len(own) :]])

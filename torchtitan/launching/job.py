@@ -1,0 +1,109 @@
+"""What is to be launched: a checked job, and how its hosts run it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchtitan.errors import ConfigError
+
+from .template import render
+
+if TYPE_CHECKING:
+    from .options import Options
+
+
+@dataclass
+class LaunchJob:
+    """All that a scheduler's template may ask for."""
+
+    options: Options
+    name: str
+    """A DNS label, as Kubernetes wants it."""
+    toml: str
+    """Text of the job's file."""
+    overrides: list[str]
+    """Options of `torchtitan train`."""
+    title: str
+    command: str
+    """That renders this job."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Name -> value, for the ranks."""
+
+    def node(self, *, shell_environment: bool = True, torchrun: str = "") -> str:
+        """The shell function `node INDEX HEAD PORT` that each host runs.
+
+        Args:
+            shell_environment: set `environment` in it; else the scheduler does.
+            torchrun: options of `torchtitan.distributed.torchrun` that go first.
+        """
+        options = self.options
+        delimiter = "END_OF_JOB"
+        while delimiter in self.toml:
+            delimiter += "_"
+        setup = [f"cd {shlex.quote(options.workdir)} || exit"] if options.workdir else []
+        exports = [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
+        return render(
+            "node.sh",
+            environment="\n".join(exports if shell_environment else []),
+            setup="\n".join([*setup, *options.setup]),
+            file=f"{self.name}.toml",
+            toml=self.toml.rstrip("\n"),
+            delimiter=delimiter,
+            python=options.python,
+            options=torchrun and f" {torchrun}",
+            nodes=options.nodes,
+            processes=options.processes,
+            max_restarts=options.max_restarts,
+            name=self.name,
+            arguments="".join(f" {shlex.quote(word)}" for word in self.overrides),
+        ).rstrip("\n")
+
+
+def job_name(options: Options) -> str:
+    """`--name`, or the name of the file, as a DNS label.
+
+    Raises:
+        ConfigError: `--name` is none.
+    """
+    if options.name is None:
+        name = re.sub("[^a-z0-9]+", "-", Path(options.config).stem.lower()).strip("-")[:40]
+        return name.strip("-") if name[:1].isalpha() else f"job-{name}".strip("-")
+    if not re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", options.name):
+        raise ConfigError(
+            f"--name {options.name}: must be a name of up to 40 small letters, digits and '-', "
+            "with a letter first, as clusters use it for hosts"
+        )
+    return options.name
+
+
+def seconds_of(time: str) -> int:
+    """Of Slurm's `MINUTES`, `HOURS:MINUTES:SECONDS` or `DAYS-HOURS[:MINUTES[:SECONDS]]`.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not match:
+        raise ConfigError(
+            f"--time {time}: must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, "
+            "such as 2-00:00:00 for two days"
+        )
+    days, *rest = (int(part) if part else 0 for part in match.groups())
+    given = [part for part in match.groups()[1:] if part is not None]
+    if match[1] is not None or len(given) == 3:
+        hours, minutes, seconds = rest
+    else:
+        hours, (minutes, seconds) = 0, rest[:2]
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ConfigError(f"--time {time}: must be above 0")
+    return total
+
+
+def required_secrets(job: LaunchJob) -> str:
+    """Shell lines that end a script whose environment lacks a secret."""
+    return "\n".join(f': "${{{name}:?must be in the environment}}"' for name in job.options.secret)

@@ -1,0 +1,100 @@
+"""Kubernetes: a plain Job with its Service, a JobSet, or a PyTorchJob."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from .job import LaunchJob, seconds_of
+from .skypilot import split_mount
+from .submit import require, run
+from .template import render as fill
+
+_RETRYABLE = 138
+"""Exit code above 127, after which the PyTorchJob operator starts a pod again; 128 + SIGUSR1 is the
+one that it leaves to the user."""
+
+
+def render(job: LaunchJob) -> str:
+    """The manifests for `kubectl apply`."""
+    options = job.options
+    kind = options.kind or "job"
+    head = {
+        "job": f"{job.name}-0.{job.name}",
+        "jobset": f"{job.name}-node-0-0.{job.name}",
+        "pytorchjob": f"{job.name}-master-0",
+    }[kind]
+    deadline = f"activeDeadlineSeconds: {seconds_of(options.time)}" if options.time else ""
+    values = {
+        "title": job.title,
+        "command": job.command,
+        "name": job.name,
+        "namespace": f"namespace: {options.namespace}" if options.namespace else "",
+        "nodes": options.nodes,
+        "max_restarts": options.max_restarts,
+        "backoff": options.max_restarts * options.nodes,  # pods that fail
+        "deadline": deadline,
+    }
+    if kind == "pytorchjob":
+        pod = _pod(job, head, "$RANK", restart_policy="")
+        replicas = [fill("replica.yaml", role="Master", replicas=1, pod=pod)]
+        if options.nodes > 1:
+            replicas.append(
+                fill("replica.yaml", role="Worker", replicas=options.nodes - 1, pod=pod)
+            )
+        return fill("pytorchjob.yaml", **values, replicas="".join(replicas))
+    subdomain = f"subdomain: {job.name}" if kind == "job" else ""  # a JobSet has one itself
+    pod = _pod(job, head, "$JOB_COMPLETION_INDEX", "restartPolicy: Never", subdomain)
+    return fill(f"{kind}.yaml", **values, pod=pod)
+
+
+def submit(job: LaunchJob, text: str) -> int:
+    require("kubectl", "Install it")
+    return run(["kubectl", "apply", "-f", "-"], text)
+
+
+def _pod(job: LaunchJob, head: str, index: str, restart_policy: str, subdomain: str = "") -> str:
+    options = job.options
+    torchrun = "" if restart_policy else f"--preempted-code {_RETRYABLE}"
+    node = job.node(shell_environment=False, torchrun=torchrun)
+    node += f'\nnode "{index}" {head} {options.port}'
+    selector = dict(label.split("=", 1) for label in options.node_selector)
+    pod_options = [restart_policy, subdomain]
+    if selector:
+        pod_options.append(f"nodeSelector: {json.dumps(selector)}")
+    limits = {}
+    if options.gpus_per_node:
+        limits["nvidia.com/gpu"] = options.gpus_per_node
+        toleration = "{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"
+        pod_options.append(f"tolerations: [{toleration}]")
+    environment = [
+        f"- {{name: {name}, value: {json.dumps(value)}}}" for name, value in job.environment.items()
+    ]
+    for secret in options.secret:
+        name, _, where = secret.partition("=")
+        of, _, key = where.rpartition("/")
+        reference = f"{{secretKeyRef: {{name: {of or 'torchtitan'}, key: {key or name}}}}}"
+        environment.append(f"- {{name: {name}, valueFrom: {reference}}}")
+    volumes, mounts = [], []
+    for number, (source, path) in enumerate(map(split_mount, options.mount)):
+        kind = f"persistentVolumeClaim: {{claimName: {json.dumps(source)}}}"
+        if source.startswith("/"):
+            kind = f"hostPath: {{path: {json.dumps(source)}}}"
+        volumes.append(f"- {{name: mount-{number}, {kind}}}")
+        mounts.append(f"- {{name: mount-{number}, mountPath: {json.dumps(path)}}}")
+    return fill(
+        "pod.yaml",
+        pod_options="\n".join(option for option in pod_options if option),
+        grace=options.grace,
+        image=json.dumps(options.image),
+        node=_without_expansion(node),
+        environment="\n".join(environment),
+        resources=f"resources:\n  limits: {json.dumps(limits)}" if limits else "",
+        volume_mounts="\n".join(mounts),
+        volumes="\n".join(volumes),
+    )
+
+
+def _without_expansion(script: str) -> str:
+    """Kubernetes puts variables of the container in the place of `$(NAME)`; `$$` is its `$`."""
+    return re.sub(r"\$(?=\$|\(\w+\))", "$$", script)

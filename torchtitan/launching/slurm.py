@@ -1,0 +1,44 @@
+"""Slurm: a batch script."""
+
+from __future__ import annotations
+
+import shlex
+
+from .job import LaunchJob, required_secrets, seconds_of
+from .submit import require, run
+from .template import render as fill
+
+
+def render(job: LaunchJob) -> str:
+    """The script for sbatch."""
+    options = job.options
+    directives = {"time": options.time, "partition": options.partition}
+    directives |= {"account": options.account, "qos": options.qos}
+    if options.time:
+        seconds_of(options.time)
+    lines = [f"{name}={value}" for name, value in directives.items() if value]
+    if options.gpus_per_node:
+        lines.insert(0, f"gpus-per-node={options.gpus_per_node}")
+    lines += [option.lstrip("-") for option in options.sbatch]
+    srun = []
+    if options.image:
+        srun.append(f"--container-image={options.image}")
+    if options.mount:
+        srun.append(f"--container-mounts={','.join(options.mount)}")
+    return fill(
+        "slurm.sbatch",
+        title=job.title,
+        command=job.command,
+        name=job.name,
+        nodes=options.nodes,
+        directives="\n".join(f"#SBATCH --{line}" for line in lines),
+        grace=options.grace,
+        secrets=required_secrets(job),
+        node=job.node(),
+        srun="".join(f" {shlex.quote(option)}" for option in srun),
+    )
+
+
+def submit(job: LaunchJob, text: str) -> int:
+    require("sbatch", "Run this on the cluster's login node")
+    return run(["sbatch"], text)

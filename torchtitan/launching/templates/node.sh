@@ -1,0 +1,17 @@
+node() { # node INDEX HEAD PORT: what each host runs
+    local index=$1 head=$2 port=$3 host=()
+    set -e
+    trap '' USR1 # for programs that do not know it; the ranks do
+    {{environment}}
+    {{setup}}
+    config=$(mktemp -d)/{{file}}
+    cat >"$config" <<'{{delimiter}}'
+{{toml}}
+{{delimiter}}
+    [ "$index" != 0 ] || host=(--local-addr "$head")
+    exec {{python}} -m torchtitan.distributed.torchrun{{options}} \
+        --nnodes {{nodes}} --nproc-per-node {{processes}} --max-restarts {{max_restarts}} \
+        --rdzv-backend c10d --rdzv-id {{name}} --rdzv-endpoint "$head:$port" \
+        --rdzv-conf "is_host=$((index == 0)),join_timeout=900" "${host[@]}" \
+        -m torchtitan.train --job.config_file "$config"{{arguments}} </dev/null
+}

@@ -1,0 +1,52 @@
+#!/bin/bash
+# {{title}}
+# {{command}}
+# Ctrl-C stops it: the ranks save a checkpoint and leave.
+
+set -uo pipefail
+{{required}}
+hosts=({{hosts}})
+ssh=({{ssh}})
+pid_file=/tmp/torchtitan-{{name}}.pid
+
+{{node}}
+
+run() { # run INDEX HOST
+    {
+        {{secrets}}
+        declare -f node
+        echo "echo \$\$ >$pid_file.$1; node $1 {{head}} {{port}}"
+    } | "${ssh[@]}" "$2" bash -s 2>&1 | sed -u "s/^/[$2] /"
+    return "${PIPESTATUS[1]}"
+}
+
+stop() { # on the hosts where it runs still
+    for index in "${!running[@]}"; do
+        kill -0 "${running[$index]}" 2>/dev/null || continue
+        echo "kill -TERM \$(cat $pid_file.$index)" | "${ssh[@]}" "${hosts[$index]}" bash -s
+    done
+}
+
+running=()
+trap stop INT TERM
+for index in "${!hosts[@]}"; do
+    # Ctrl-C is for this script, which tells the hosts.
+    (trap '' INT; run "$index" "${hosts[$index]}") &
+    running[index]=$!
+done
+
+code=0
+while [ "${#running[@]}" -gt 0 ]; do
+    for index in "${!running[@]}"; do
+        ! kill -0 "${running[$index]}" 2>/dev/null || continue
+        wait "${running[$index]}"
+        ended=$?
+        unset "running[$index]"
+        if [ "$ended" != 0 ] && [ "$code" = 0 ]; then
+            code=$ended
+            stop # the other hosts would wait for this one
+        fi
+    done
+    sleep 0.5
+done
+exit "$code"
