@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import logging
 import math
 import sys
@@ -44,9 +45,11 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, TrainingError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.tools.environment import ENVIRONMENT_FILE, environment
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import check_profiling, maybe_profile
+from torchtitan.tools.run_folder import CONFIG_FILE
 from torchtitan.tools.stop_request import StopRequest
 
 logger = logging.getLogger("torchtitan")
@@ -164,7 +167,7 @@ class Trainer:
         """Run the steps that are left; on SIGTERM or SIGINT, stop early with a checkpoint."""
         config = self.job_config
         self.checkpointer.load()
-        _write_resolved_config(config)
+        _write_description(config)
         self.metrics.start(self.state.step, self.state.tokens_seen)
         stop = StopRequest()
         gc_control = GarbageCollection(config.training.gc_freq)
@@ -402,14 +405,19 @@ def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _write_resolved_config(job_config: JobConfig) -> None:
-    """Raises `ConfigError`, on all ranks, if the folder cannot be written."""
+def _write_description(job_config: JobConfig) -> None:
+    """What the run is, for people and reports: its config, and where it runs.
+
+    Raises `ConfigError`, on all ranks, if the folder cannot be written.
+    """
     folder = Path(job_config.job.dump_folder)
 
     def write() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.resolved.toml").write_text(to_toml(job_config))
+            (folder / CONFIG_FILE).write_text(to_toml(job_config))
+            facts = environment() | {"processes": str(dist.get_world_size())}
+            (folder / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"{origin(job_config, 'job.dump_folder')}: cannot write there: {error}"

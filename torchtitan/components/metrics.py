@@ -125,7 +125,7 @@ class MetricsProcessor:
             grad_norm: global norm of the gradients before clipping.
             ntokens_since_last: tokens that the whole world processed since the last logged step.
             data_wait_seconds: time this rank waited for its data since the last logged step.
-            max_loss: largest of the ranks' own mean losses.
+            max_loss: largest loss of a step since the last logged one.
             extra: further values, under the names they shall have in `metrics.jsonl`.
         """
         self._tokens_seen += ntokens_since_last
