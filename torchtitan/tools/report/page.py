@@ -33,7 +33,7 @@ def report_page(runs: list[Run]) -> str:
     sections = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(", ".join(str(run.folder) for run in runs))}. Made {now}.</p>',
-        table(*_without_empty_columns(RUN_HEADER, run_rows(runs)), left=4),
+        table(*_without_empty_columns(RUN_HEADER, run_rows(runs)), left=2),
         *(f'<p class="warn">{escape(text)}</p>' for text in warnings(runs)),
         _bar(runs) if charts else "",
         _charts(charts, runs),
@@ -64,7 +64,7 @@ def title_of(runs: list[Run]) -> str:
 def _without_empty_columns(
     header: list[str], rows: list[list[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    kept = [i for i in range(len(header)) if i < 4 or any(row[i] for row in rows)]
+    kept = [i for i in range(len(header)) if i < 2 or any(row[i] for row in rows)]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 

@@ -14,8 +14,6 @@ from .run import Run
 
 RUN_HEADER = [
     "run",
-    "model",
-    "layout",
     "state",
     "step",
     "loss",
@@ -24,6 +22,8 @@ RUN_HEADER = [
     "MFU",
     "peak memory",
     "time",
+    "model",
+    "layout",
 ]
 
 CHECKPOINT_HEADER = ["run", "checkpoint", "holds", "saved at (UTC)", "size"]
@@ -37,16 +37,16 @@ def run_rows(runs: list[Run]) -> list[list[str]]:
     return [
         [
             run.name,
-            _join(run.config.get("model.name"), run.config.get("model.flavor")),
-            _layout(run),
             _state(run),
-            str(run.step) if run.total_steps is None else f"{run.step} of {run.total_steps}",
+            f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""),
             _number(run.last("loss")),
             _number(run.validation.last if run.validation.steps else None),
             _shown(run.median("tokens_per_second"), human),
             _shown(run.median("mfu"), "{:.1%}".format),
-            _shown(run.last("peak_memory_bytes"), human_bytes),
+            _shown(run.last("peak_memory_bytes"), lambda size: f"{size / 2**30:.2f} GiB"),
             _shown(run.last("elapsed_seconds"), duration),
+            _join(run.config.get("model.name"), run.config.get("model.flavor")),
+            _layout(run),
         ]
         for run in runs
     ]
@@ -62,8 +62,8 @@ def warnings(runs: list[Run]) -> list[str]:
             bad = [s for s, v in zip(curve.steps, curve.values, strict=True) if math.isnan(v)]
             if bad:
                 found.append(
-                    f"{run.name}: {key} is not finite at {len(bad)} logged steps, "
-                    f"the first at step {bad[0]}."
+                    f"{run.name}: {key} is not finite at step {bad[0]:,}"
+                    + (f" and {len(bad) - 1:,} more." if len(bad) > 1 else ".")
                 )
     return found
 
