@@ -288,6 +288,7 @@ class Trainer:
                     step, self.validator.validate(self.model_parts, self.evaluate)
                 )
             self.checkpointer.save(step, last=ending)
+        self.metrics.show_checkpoint(self.checkpointer.last_saved)
 
     def _data_metrics(self) -> dict[str, float]:
         """What the loader tells about itself, if it does: the mean over the data ranks."""

@@ -163,8 +163,14 @@ class MetricsProcessor:
         """Log the loss on held-out data after `step`, a mean over all tokens of all ranks."""
         if self._progress is None:
             return
+        self._progress.validation(loss)
         logger.info("validation after step %d: loss %.4f", step, loss)
         self._write(step, {"loss": loss}, "validation")
+
+    def show_checkpoint(self, step: int | None) -> None:
+        """Show which checkpoint is the last complete one; None: there is none yet."""
+        if self._progress is not None and step is not None:
+            self._progress.checkpoint(step)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -93,6 +93,8 @@ class CheckpointManager:
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[int, Future] | None = None
+        self.last_saved: int | None = None
+        """Step of the last checkpoint that this process saved and completed."""
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Whether `save` would save."""
@@ -135,6 +137,7 @@ class CheckpointManager:
             return
         try:
             dcp.save(state, storage_writer=writer, process_group=self._group)
+            self.last_saved = step
         except CheckpointException as failure:
             message = self._clean_up(step, failure)
             if last:
@@ -161,6 +164,7 @@ class CheckpointManager:
         self._pending = None
         try:
             future.result()
+            self.last_saved = step
         except CheckpointException as failure:
             _log_failure(self._clean_up(step, failure))
 
