@@ -6,6 +6,7 @@ What is in `NOT_RUN` is parsed by the program itself, so that no option in the p
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import doc_pages
 import pytest
 import tiny_hf
 import tiny_llama
+import transformers
 from doc_pages import PAGES, ROOT, Block, Shell, blocks, statements
 from harness import read_lines, train
 from tokenizers import Tokenizer
@@ -23,6 +25,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from torchtitan.config import JobConfig
 from torchtitan.errors import TitanError
 
 NETWORK = "needs a network"
@@ -48,6 +51,11 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("docs/configuration.md", "torchtitan train", "the file is the reader's"),
     ("docs/converging.md", "torchtitan converge", CONVERGE),
     ("docs/generating.md", "torchtitan eval --checkpoint Qwen3-0.6B --tasks", NETWORK),
+    ("docs/debugging.md", "pip install", NETWORK),
+    ("docs/debugging.md", "py-spy", "needs a process that hangs"),
+    ("docs/migrating.md", "from transformers", "is what to migrate from"),
+    ("docs/migrating.md", "torchtitan download", NETWORK),
+    ("docs/migrating.md", "torchrun", NETWORK),
     ("docs/planning.md", "torchtitan plan model.toml --gpus", SLOW),
     ("torchtitan/models/gpt_oss/README.md", "config = transformers.Mxfp4Config", NETWORK),
     *((page, "from torchtitan", WEIGHTS) for page in PAGES if page.startswith("torchtitan/")),
@@ -77,6 +85,10 @@ SMALL = [
 ]
 
 
+def _notes(folder: Path) -> None:
+    (folder / "notes.txt").write_text("some notes of mine\n" * 40)
+
+
 def _run_and_hugging_face(folder: Path) -> None:
     """`outputs`, a run with a checkpoint, and `Qwen3-0.6B`, a tiny model with a tokenizer."""
     train(folder / "outputs", *tiny_llama.OPTIONS, "--checkpoint.enable")
@@ -89,7 +101,7 @@ def _run_and_hugging_face(folder: Path) -> None:
     tokenizer.train_from_iterator(["once upon a time there was a test"] * 9, trainer)
     tokenizer.save(str(model / "tokenizer.json"))
     (model / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    (folder / "notes.txt").write_text("some notes of mine\n" * 40)
+    _notes(folder)
     (folder / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
 
 
@@ -118,6 +130,11 @@ def _data(folder: Path, out: str) -> None:
     assert lines[-1]["step"] == 3 and "data_padding_share" in lines[-1]
 
 
+def _traced(folder: Path, out: str) -> None:
+    assert (folder / "outputs" / "profile" / "step-10" / "rank-0.json.gz").is_file()
+    assert "tensor_parallel_degree = 2" in out
+
+
 def _two_runs(folder: Path) -> None:
     for name in ("a", "b"):
         train(folder / "outputs" / name, *tiny_llama.OPTIONS)
@@ -131,6 +148,11 @@ SETTINGS: dict[str, Setting] = {
     "docs/checkpoints.md": Setting(_for_checkpoints, instead={"step-1000": "step-2"}),
     "docs/converging.md": Setting(_job("one.toml")),
     "docs/data.md": Setting(afterwards=_data),
+    "docs/debugging.md": Setting(
+        _notes,
+        ["--training.seq_len=64"],
+        afterwards=_traced,
+    ),
     "docs/generating.md": Setting(_run_and_hugging_face, afterwards=_generated),
     "docs/metrics.md": Setting(_two_runs, SMALL),
     "docs/planning.md": Setting(_job("model.toml"), instead={"--world-size 512": "--world-size 8"}),
@@ -220,6 +242,31 @@ def test_each_reason_is_of_something() -> None:
 def test_commands_are_in_blocks_of_bash() -> None:
     for block in blocks("", "text", "console"):
         assert not re.search(r"^\$? ?(torchtitan|torchrun) ", block.text, re.M), str(block)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = PAGES["docs/README.md"].read_text()
+    pages = [Path(page).name for page in PAGES if page.startswith("docs/")]
+    assert [name for name in pages if name != "README.md" and f"({name})" not in index] == []
+
+
+def test_the_keys_to_migrate_to_exist() -> None:
+    """And those to migrate from: of upstream's none is a key here, which would need no row."""
+    config = JobConfig()
+    of_upstream, of_trainer = PAGES["docs/migrating.md"].read_text().split("## From the Hugging")
+    for row in re.findall(r"^\| (.*?) \| (.*) \|$", of_upstream + of_trainer, re.M):
+        for key in re.findall(r"`([a-z_]+\.[a-z_0-9]+)[^`]*`", row[1]):
+            if key != "config.resolved":
+                section, name = key.split(".")
+                assert hasattr(getattr(config, section), name), key
+    for row in re.findall(r"^\| (`.*?) \|", of_upstream, re.M):
+        for section, name in re.findall(r"`([a-z_]+)\.([a-z_0-9]+)", row):
+            known = hasattr(getattr(config, section, None), name)
+            assert not known or "= " in row, f"{section}.{name} is no change"
+    fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    for row in re.findall(r"^\| (`.*?) \|", of_trainer, re.M):
+        named = set(re.findall(r"`([a-z_0-9]+)`", row))
+        assert named <= fields, named - fields
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -51,3 +51,12 @@ def unique_names(arguments: Sequence[str]) -> list[str]:
             name = f"{base}-{number}"
         names.append(name)
     return names
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`, to any depth."""
+    flat = {}
+    for key, value in table.items():
+        name = prefix + key
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat

@@ -17,7 +17,7 @@ from torchtitan.components.metric_keys import SECTIONS, VALIDATION, MetricKey, f
 from .run import Curve, Run
 
 WIDTH, HEIGHT = 380, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 26
 
 _MOST_POINTS = 500
 """Of a line; more cannot be told apart on a screen."""
@@ -184,7 +184,7 @@ def _axes(
     chart: Chart,
 ) -> str:
     parts = []
-    for tick in ticks(*limits, 4):
+    for tick in ticks(*limits, 5):
         parts.append(
             f'<path class="grid" d="M{LEFT},{y(tick):.1f}H{WIDTH - RIGHT}"/>'
             f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'

@@ -17,6 +17,7 @@ from torchtitan.tools.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
     VALIDATION_FILE,
+    flatten,
     read_rows,
     unique_names,
 )
@@ -94,7 +95,7 @@ def _read_run(name: str, folder: Path) -> Run:
 
     _check(folder)
     config_text = _read_text(folder / CONFIG_FILE)
-    config = _flatten(_parse(folder / CONFIG_FILE, config_text, tomllib.loads))
+    config = flatten(_parse(folder / CONFIG_FILE, config_text, tomllib.loads))
     environment_text = _read_text(folder / ENVIRONMENT_FILE) or "{}"
     environment = _parse(folder / ENVIRONMENT_FILE, environment_text, json.loads)
     try:
@@ -163,12 +164,3 @@ def _parse(path: Path, text: str, parse: Any) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: damaged: not a table")
     return table
-
-
-def _flatten(table: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": value
-        for section, values in table.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }

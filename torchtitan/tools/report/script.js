@@ -8,7 +8,7 @@
   const shown = data.runs.map(() => true);
   const logarithmic = data.charts.map(() => false);
   const places = []; // of each chart as drawn last: step -> x, value -> y
-  const [LEFT, RIGHT, TOP, BOTTOM, HEIGHT] = [52, 10, 10, 26, 220];
+  const [LEFT, RIGHT, TOP, BOTTOM, HEIGHT] = [52, 16, 10, 26, 220];
   const FEW = 30;
   let smoothing = 0;
 
@@ -33,7 +33,7 @@
   // Powers of ten, with 2 and 5 between them where there is room; round numbers in a short range.
   function logTicks(low, high) {
     const decades = Math.log10(high / low);
-    if (decades < 1) return ticks(low, high, 4);
+    if (decades < 1) return ticks(low, high, 5);
     const every = Math.ceil(decades / 6);
     const found = [];
     for (let p = Math.floor(Math.log10(low)); p <= Math.log10(high); p++)
@@ -115,7 +115,7 @@
       : (v) => (v - low) / (high - low);
     const y = (v) => HEIGHT - BOTTOM + share(v) * (TOP - HEIGHT + BOTTOM);
     const parts = [];
-    for (const tick of log ? logTicks(low, high) : ticks(low, high, 4))
+    for (const tick of log ? logTicks(low, high) : ticks(low, high, 5))
       parts.push(
         `<path class="grid" d="M${LEFT},${y(tick).toFixed(1)}H${width - RIGHT}"/>` +
           `<text x="${LEFT - 6}" y="${y(tick) + 4}" text-anchor="end">${number(tick)}</text>`

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchtitan.errors import CheckpointError
 from torchtitan.tools.html import Html, badge
+from torchtitan.tools.run_folder import flatten
 from torchtitan.tools.text import duration, human, human_bytes, three_digits
 
 from .run import Run
@@ -77,12 +78,7 @@ def config_changes(runs: list[Run]) -> list[list[str]]:
     """Keys that a run has other than by default: the default, and the value in each run."""
     from torchtitan.config import JobConfig
 
-    default = {
-        f"{section}.{key}": value
-        for section, values in asdict(JobConfig()).items()
-        for key, value in values.items()
-        if value is not None
-    }
+    default = {k: v for k, v in flatten(asdict(JobConfig())).items() if v is not None}
     return _differing([default, *(run.config for run in runs)])
 
 
