@@ -20,6 +20,10 @@ COMMANDS = {
         "torchtitan.tools.converge.command",
         "train under several layouts from one seed, and compare the curves",
     ),
+    "report": (
+        "torchtitan.tools.report.command",
+        "a page of what runs logged: curves, config, environment, checkpoints",
+    ),
     "generate": ("torchtitan.tools.generate", "continue prompts with a trained model"),
     "eval": (
         "torchtitan.tools.evaluate.command",

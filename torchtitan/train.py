@@ -10,6 +10,7 @@ Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torc
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
 import sys
@@ -49,9 +50,11 @@ from torchtitan.errors import ConfigError, TrainingError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.environment import ENVIRONMENT_FILE, environment
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import check_profiling, maybe_profile
+from torchtitan.tools.run_folder import CONFIG_FILE
 from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
 logger = logging.getLogger("torchtitan")
@@ -179,7 +182,7 @@ class Trainer:
         """
         config = self.job_config
         self.checkpointer.load()
-        _write_resolved_config(config)
+        _write_description(config)
         self.metrics.start(self.state.step, self.state.tokens_seen)
         stop = StopRequest()
         gc_control = GarbageCollection(config.training.gc_freq)
@@ -322,6 +325,7 @@ class Trainer:
                 refuse_nonfinite_weights(self._parameters(), step)
             if self.guard.may_save(ending):
                 self.checkpointer.save(step, last=ending)
+        self.metrics.show_checkpoint(self.checkpointer.last_saved)
 
     def _roll_back(self) -> bool:
         """Go back to the newest checkpoint, and on with the data after this step.
@@ -377,14 +381,19 @@ def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _write_resolved_config(job_config: JobConfig) -> None:
-    """Raises `ConfigError`, on all ranks, if the folder cannot be written."""
+def _write_description(job_config: JobConfig) -> None:
+    """What the run is, for people and reports: its config, and where it runs.
+
+    Raises `ConfigError`, on all ranks, if the folder cannot be written.
+    """
     folder = Path(job_config.job.dump_folder)
 
     def write() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.resolved.toml").write_text(to_toml(job_config))
+            (folder / CONFIG_FILE).write_text(to_toml(job_config))
+            facts = environment() | {"processes": str(dist.get_world_size())}
+            (folder / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(
                 f"{origin(job_config, 'job.dump_folder')}: cannot write there: {error}"

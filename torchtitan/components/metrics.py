@@ -126,7 +126,7 @@ class MetricsProcessor:
             grad_norm: global norm of the gradients before clipping.
             ntokens_since_last: tokens that the whole world processed since the last logged step.
             data_wait_seconds: time this rank waited for its data since the last logged step.
-            max_loss: largest of the ranks' own mean losses.
+            max_loss: largest loss of a step since the last logged one.
             extra: further values, under the names they shall have in `metrics.jsonl`.
         """
         self._tokens_seen += ntokens_since_last
@@ -164,8 +164,14 @@ class MetricsProcessor:
         """Log the loss on held-out data after `step`, a mean over all tokens of all ranks."""
         if self._progress is None:
             return
+        self._progress.validation(loss)
         logger.info("validation after step %d: loss %.4f", step, loss)
         self._write(step, {"loss": loss}, "validation")
+
+    def show_checkpoint(self, step: int | None) -> None:
+        """Show which checkpoint is the last complete one; None: there is none yet."""
+        if self._progress is not None and step is not None:
+            self._progress.checkpoint(step)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
+from itertools import pairwise
+from statistics import fmean
 from typing import Any, Protocol
 
+from rich.cells import cell_len
 from rich.console import Console, Group
+from rich.control import Control
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,11 +26,21 @@ logger = logging.getLogger("torchtitan")
 # On wider terminals the eye loses the line.
 _MAX_WIDTH = 100
 
+_SPARKS = "▁▂▃▄▅▆▇█"
+_LEAST_SPARKS = 8
+_HISTORY = 256
+
 
 class Progress(Protocol):
     """Shows how far a run is. `values` are those of `metrics.jsonl`; the ETA may be unknown."""
 
     def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None: ...
+
+    def validation(self, loss: float) -> None:
+        """The last loss on held-out data."""
+
+    def checkpoint(self, step: int) -> None:
+        """The last checkpoint that is complete; may be said again and again."""
 
     def close(self) -> None: ...
 
@@ -51,22 +68,43 @@ class PlainProgress:
             fields.append(f"ETA {duration(eta_seconds)}")
         logger.info("%s", "  ".join(fields))
 
+    def validation(self, loss: float) -> None:
+        pass  # is in the log
+
+    def checkpoint(self, step: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
 class BarProgress:
-    """Two lines that stay at the bottom of the terminal, with log lines scrolling above them.
+    """A few lines that stay at the bottom of the terminal, with log lines scrolling above them.
 
-    They are drawn when a step is logged, not by a thread, which would take time from training.
+    How far it is, the values of the step, the loss so far and the last checkpoint; and the last
+    warning, if there was one. They are drawn when a step is logged, not by a thread, which would
+    take time from training.
     """
 
     def __init__(self, total_steps: int, console: Console) -> None:
         self._total_steps = total_steps
         self._console = console
         self._live: Live | None = None
+        self._drawn: list[int] = []
+        """Widths of the lines that are on the screen now."""
+        self._width = 0
+        """Of the terminal when they were drawn."""
+        self._losses = History()
+        self._warnings = WarningCounter()
+        self._validation: float | None = None
+        self._checkpoint: tuple[int, float] | None = None
 
     def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None:
+        self._losses.add(values["loss"])
+        if self._live is None:
+            logger.addHandler(self._warnings)
+        elif self._console.width < self._width:
+            self._erase_wrapped()
         if self._live is None:
             self._live = Live(
                 console=self._console,
@@ -75,6 +113,34 @@ class BarProgress:
             )
             self._live.start()
         width = min(self._console.width, _MAX_WIDTH)
+        lines = [
+            Text(_join_while_it_fits(_fields(values), width)),
+            Text(self._history_line(width), style="dim"),
+        ]
+        if self._warnings.count:
+            lines.append(Text(self._warnings.line(), style="yellow"))
+        for line in lines:
+            line.no_wrap = True
+            line.truncate(width, overflow="ellipsis")
+        lines = [line for line in lines if line.plain]
+        self._live.update(Group(self._bar(step, eta_seconds, width), *lines), refresh=True)
+        self._width = self._console.width
+        self._drawn = [width, *(cell_len(line.plain) for line in lines)]
+
+    def validation(self, loss: float) -> None:
+        self._validation = loss
+
+    def checkpoint(self, step: int) -> None:
+        if self._checkpoint is None or self._checkpoint[0] != step:
+            self._checkpoint = step, time.monotonic()
+
+    def close(self) -> None:
+        logger.removeHandler(self._warnings)
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _bar(self, step: int, eta_seconds: float | None, width: int) -> Table:
         bar = Table.grid(padding=(0, 1))
         bar.width = width
         bar.add_column(no_wrap=True)
@@ -86,13 +152,82 @@ class BarProgress:
             ProgressBar(total=self._total_steps, completed=step, complete_style="cyan"),
             f"{step / self._total_steps:4.0%}{eta}",
         )
-        line = Text(_join_while_it_fits(_fields(values), width), no_wrap=True)
-        self._live.update(Group(bar, line), refresh=True)
+        return bar
 
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+    def _history_line(self, width: int) -> str:
+        """`▇▅▄▃▂▂▁▁  validation 2.3456  checkpoint 500 (0:02:10 ago)`."""
+        notes = []
+        if self._checkpoint is not None:
+            step, saved = self._checkpoint
+            notes.append(f"checkpoint {step} ({duration(time.monotonic() - saved)} ago)")
+        if self._validation is not None:
+            notes.insert(0, f"validation {self._validation:.4f}")
+        while notes and sum(map(len, notes)) + 2 * len(notes) + _LEAST_SPARKS > width:
+            notes.pop(0)
+        room = width - sum(2 + len(note) for note in notes)
+        sparks = "" if self._console.options.ascii_only else self._losses.sparks(min(room, 40))
+        return "  ".join(part for part in [sparks, *notes] if part)
+
+    def _erase_wrapped(self) -> None:
+        """Take away what a narrower terminal has wrapped: `rich` would leave a part of it."""
+        self._live.stop()  # leaves the cursor below
+        self._live = None
+        rows = sum(-(-length // self._console.width) for length in self._drawn)
+        self._console.control(Control.move(0, -rows), Control((ControlType.ERASE_IN_LINE, 2)))
+        self._console.file.write("\x1b[J")  # to the end of the screen
+
+
+class History:
+    """The losses so far, in so many averages that any width can be drawn from them."""
+
+    def __init__(self) -> None:
+        self._values: list[float] = []
+        self._each = 1
+        """Losses in each of the values, but the last, which is still being filled."""
+        self._filled = 0
+
+    def add(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        if self._filled in (0, self._each):
+            if len(self._values) == 2 * _HISTORY:
+                pairs = zip(self._values[::2], self._values[1::2], strict=True)
+                self._values = [(a + b) / 2 for a, b in pairs]
+                self._each *= 2
+            self._values.append(loss)
+            self._filled = 1
+        else:
+            self._filled += 1
+            self._values[-1] += (loss - self._values[-1]) / self._filled
+
+    def sparks(self, width: int) -> str:
+        """At most `width` blocks, the higher the larger the loss; empty for less than two."""
+        number = min(width, len(self._values))
+        if number < 2:
+            return ""
+        edges = [len(self._values) * i // number for i in range(number + 1)]
+        means = [fmean(self._values[a:b]) for a, b in pairwise(edges)]
+        low, high = min(means), max(means)
+        scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0
+        return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
+
+
+class WarningCounter(logging.Handler):
+    """Counts the warnings of the log, and remembers the last."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.count = 0
+        self._last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
+        self._last = " ".join(record.getMessage().split())
+
+    def line(self) -> str:
+        """`warning: disk is full`, `3 warnings, the last: disk is full`."""
+        many = f"{self.count} warnings, the last" if self.count > 1 else "warning"
+        return f"{many}: {self._last}"
 
 
 def _fields(values: dict[str, Any]) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
+from torchtitan.tools.html import page as html_page
+from torchtitan.tools.html import table
+
 from .estimate import Plan
 from .report import CATEGORIES, Budget, headline, memory_rows, summary, traffic_rows
 from .schedule import BACKWARD, FORWARD, INPUT, REDUCE, WEIGHT
@@ -28,10 +31,10 @@ ACTIONS = {
 WIDTH, ROW, LEFT = 1000, 26, 90
 _GIB = 2**30
 _MOST_SPANS = 20_000  # a browser is slow with more
-STYLE = """body{font:14px system-ui,sans-serif;margin:2em auto;max-width:1120px;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;
-border-bottom:1px solid #ddd}svg{display:block;margin:1em 0}text{font:12px system-ui,sans-serif}
-.key span{display:inline-block;width:1em;height:1em;margin:0 .4em 0 1em;vertical-align:-2px}"""
+_STYLE = """
+.key span { display: inline-block; width: 1em; height: 1em; margin: 0 .4em 0 1em;
+  vertical-align: -2px; }
+"""
 
 
 def page(plan: Plan, budget: Budget | None = None) -> str:
@@ -41,14 +44,13 @@ def page(plan: Plan, budget: Budget | None = None) -> str:
     if plan.timeline:
         timeline = f"<h2>Pipeline schedule</h2>{_key(dict(ACTIONS.values()))}{_timeline(plan)}"
     labels = {CATEGORIES[name]: color for name, color in COLORS.items()}
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>'
-        f"<title>Plan of {escape(plan.config.model.name)}</title><style>{STYLE}</style></head>"
-        f"<body><h1>{escape(headline(plan))}</h1>{lines}"
+    body = (
+        f"<h1>{escape(headline(plan))}</h1>{lines}"
         f"<h2>Memory of a rank at its peak</h2>{_key(labels)}{_memory(plan)}"
-        f"{_table(*memory_rows(plan))}{timeline}"
-        f"<h2>Communication in a step</h2>{_table(*traffic_rows(plan))}</body></html>\n"
+        f"{table(*memory_rows(plan))}{timeline}"
+        f"<h2>Communication in a step</h2>{table(*traffic_rows(plan))}"
     )
+    return html_page(f"Plan of {plan.config.model.name}", body, style=_STYLE)
 
 
 def _memory(plan: Plan) -> str:
@@ -121,11 +123,3 @@ def _key(colors: dict[str, str]) -> str:
         for label, color in colors.items()
     )
     return f'<p class="key">{items}</p>'
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -17,9 +17,10 @@ def require_folder(path: str | None, option: str) -> None:
         raise ConfigError(f"{option} {path}: there is no such folder")
 
 
-def write_result(path: str, text: str, option: str) -> None:
+def write_result(path: str, content: str | bytes, option: str) -> None:
     """Write a file. Raises `ConfigError`, which names the option, if that fails."""
+    data = content.encode() if isinstance(content, str) else content
     try:
-        Path(path).expanduser().write_text(text, encoding="utf-8")
+        Path(path).expanduser().write_bytes(data)
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot write there: {error.strerror}") from error

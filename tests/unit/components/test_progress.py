@@ -7,14 +7,16 @@ import io
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 import textwrap
 
+import pyte
 import pytest
 from rich.console import Console
 
-from torchtitan.components.progress import BarProgress, PlainProgress, build_progress
+from torchtitan.components.progress import BarProgress, History, PlainProgress, build_progress
 
 ON_H100 = {
     "loss": 12.3456,
@@ -128,3 +130,101 @@ def test_auto_is_a_bar_on_a_terminal_with_log_lines_above_it() -> None:
     assert "step 1/10" in second  # drawn again below the line
     assert second.index("step 1/10") < second.index("step 2/10")
     assert "\x1b[?25h" in second  # the cursor is shown again
+
+
+def on_screen(width: int, steps: list[dict], height: int = 12, resize: int | None = None) -> str:
+    """What a terminal shows after these steps; with `resize`, the last is drawn at that width."""
+    screen = pyte.Screen(width, height)
+    stream = pyte.Stream(screen)
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True)
+    bar = BarProgress(1000, console)
+    bar.checkpoint(500)
+    bar.validation(11.5)
+    for number, values in enumerate(steps):
+        if resize and number == len(steps) - 1:
+            stream.feed(file.getvalue().replace("\n", "\r\n"))
+            file.truncate(0)
+            file.seek(0)
+            console.width = resize
+            _reflow(screen, resize)
+        bar.update(630, ON_H100 | values, 3723)
+        logging.getLogger("torchtitan").warning("the disk is nearly full\nreally")
+    bar.update(630, ON_H100 | steps[-1], 3723)
+    bar.close()
+    stream.feed(file.getvalue().replace("\n", "\r\n"))
+    return "\n".join(line.rstrip() for line in screen.display).rstrip()
+
+
+def _reflow(screen: pyte.Screen, width: int) -> None:
+    """What most terminals do when they become narrower: long lines wrap (pyte cuts them)."""
+    rows = []
+    for line in screen.display:
+        text = line.rstrip()
+        rows += [text[i : i + width] for i in range(0, len(text), width)] or [""]
+    while rows and not rows[-1]:
+        rows.pop()
+    screen.resize(columns=width)
+    screen.reset()
+    pyte.Stream(screen).feed("\r\n".join(rows) + "\r")
+
+
+LOSSES = [{"loss": loss} for loss in (12.0, 11.0, 9.0, 8.5, 8.25)]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_bar_on_a_screen(width: int) -> None:
+    lines = on_screen(width, LOSSES).splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("step 630/1000 ━") and lines[0].endswith("63%  ETA 1:02:03")
+    assert lines[1].startswith("loss 8.2500  grad 0.512  lr 3.0e-4  12.3K tok/s")
+    assert lines[2] == "█▆▂▁▁▁  validation 11.5000  checkpoint 500 (0:00:00 ago)"
+    assert lines[3] == "5 warnings, the last: the disk is nearly full really"
+
+
+def test_on_40_columns_the_checkpoint_goes_before_the_validation() -> None:
+    lines = on_screen(40, LOSSES).splitlines()
+    assert lines[2] == "█▆▂▁▁▁  checkpoint 500 (0:00:00 ago)"
+    assert lines[3] == "5 warnings, the last: the disk is nearl…"
+
+
+@pytest.mark.parametrize("narrower", [30, 50, 79])
+def test_a_terminal_that_gets_narrower_is_tidy(narrower: int) -> None:
+    shown = on_screen(80, LOSSES, height=20, resize=narrower)
+    assert shown.count("step 630/1000") == 1
+    assert len(shown.splitlines()) == 4
+
+
+def test_the_history_is_an_average_of_everything() -> None:
+    history = History()
+    for step in range(100_000):
+        history.add(float(step))
+    history.add(float("nan"))
+    assert history.sparks(8) == "▁▂▃▄▅▆▇█"
+    assert len(history.sparks(1000)) <= 512
+    few = History()
+    few.add(1.0)
+    assert few.sparks(10) == ""
+    few.add(1.0)
+    assert few.sparks(10) == "▁▁"
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def colors() -> list[str]:
+        console = Console(file=io.StringIO(), width=80, force_terminal=True)
+        bar = BarProgress(1000, console)
+        bar.update(630, ON_H100, None)
+        bar.close()
+        return re.findall(r"\x1b\[[0-9;]*3\d[0-9;]*m", console.file.getvalue())
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert colors()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert colors() == []
+
+
+def test_after_the_end_no_warnings_are_counted() -> None:
+    before = list(logging.getLogger("torchtitan").handlers)
+    drawn(80, ON_H100)
+    assert logging.getLogger("torchtitan").handlers == before

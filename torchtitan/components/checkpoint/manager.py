@@ -106,6 +106,8 @@ class CheckpointManager:
         self._group = dist.new_group(backend="gloo")
         self._pending: tuple[int, Future] | None = None
         self._stager: HostCopy | None = None
+        self.last_saved: int | None = None
+        """Step of the last checkpoint that this process saved and completed."""
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Whether `save` would save."""
@@ -209,6 +211,7 @@ class CheckpointManager:
         folder = step_folder(self._root, step)
         self._lineage = [path for path in self._lineage if path != folder] + [folder]
         self._damaged.discard(folder.name)
+        self.last_saved = step
 
     def close(self) -> None:
         """Finish what is under way. Call it at the end of the run."""

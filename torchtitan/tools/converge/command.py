@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 import sys
@@ -12,15 +13,18 @@ from typing import Annotated, Any
 import tyro
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.figures import MISSING, can_plot
 from torchtitan.tools.logging import init_logger
 
 from .compare import Outcome, judge
 from .curves import no_curves, read_curves
 from .launch import launch
 from .match import check_match, warn_of_repeats
-from .page import can_plot, write_page
+from .page import write_page
 from .report import Result, show, write_text
 from .runs import Run, plan_runs
+
+logger = logging.getLogger("torchtitan")
 
 DESCRIPTION = """\
 Train a control and one or more tests from the same seed and data, and compare their losses and
@@ -108,6 +112,8 @@ def converge(options: Options, overrides: list[str], command: str) -> Result:
     check_match(runs[0], runs[1:], options.allow_different)
     warn_of_repeats(runs[0], runs[1:])
     plots = can_plot()
+    if not plots:
+        logger.warning("no plots: %s", MISSING)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 from torchtitan.errors import ConfigError
-
-METRICS_FILE = "metrics.jsonl"
+from torchtitan.tools.run_folder import METRICS_FILE, read_rows
 
 METRICS = ("loss", "grad_norm")
 """What is compared."""
@@ -20,7 +17,7 @@ Curve = dict[int, float]
 
 def read_curves(folder: Path) -> dict[str, Curve]:
     """The curve of each of `METRICS`; empty ones if the run logged nothing."""
-    rows = _read_rows(folder)
+    rows = read_rows(folder / METRICS_FILE)
     return {
         name: {row["step"]: _number(row.get(name)) for row in rows if name in row}
         for name in METRICS
@@ -34,7 +31,7 @@ def no_curves() -> dict[str, Curve]:
 
 def read_world_size(folder: Path) -> int | None:
     """Number of processes of a finished run; None if its metrics do not tell."""
-    for row in _read_rows(folder):
+    for row in read_rows(folder / METRICS_FILE):
         whole, share = row.get("tokens_per_second"), row.get("tokens_per_second_per_device")
         if whole and share:
             return round(whole / share)
@@ -47,32 +44,13 @@ def read_tokens(folder: Path) -> tuple[int, int]:
     Raises:
         ConfigError: its metrics do not tell.
     """
-    for row in _read_rows(folder):
+    for row in read_rows(folder / METRICS_FILE):
         if row.get("tokens_seen"):
             return row["step"], row["tokens_seen"]
     raise ConfigError(
         f"{folder}: training.global_batch_size is -1, and {METRICS_FILE} has no tokens_seen to "
         "tell what it came to"
     )
-
-
-def _read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line that was cut off is left out."""
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    rows = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ConfigError(f"{path}:{number}: not a logged step: {line[:60]!r}") from error
-        rows.append(row)
-    return rows
 
 
 def _number(value: float | None) -> float:

@@ -16,10 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from torchtitan.tools.run_folder import CONFIG_FILE, METRICS_FILE
 from torchtitan.tools.text import duration
 
-from .curves import METRICS_FILE
-from .runs import CONFIG_FILE, Run
+from .runs import Run
 
 logger = logging.getLogger("torchtitan")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchtitan.config.toml_file import format_value
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.tools.run_folder import flatten
 
 from .runs import Run
 
@@ -103,16 +104,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def flat_config(run: Run) -> dict[str, Any]:
     """`{"training.seq_len": 256, ...}`, with the resolved global batch size."""
-    table = _flatten(asdict(run.config))
+    table = flatten(asdict(run.config))
     return table | {_BATCH: run.global_batch_size}
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in table.items():
-        name = prefix + key
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _covers(names: Sequence[str], key: str) -> bool:

@@ -9,6 +9,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from torchtitan.tools.figures import COLORS, DASHES, grid
+
 from .curves import METRICS, Curve
 from .report import short
 
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 
 _LABELS = {"loss": "loss (nats per token)", "grad_norm": "gradient norm, before clipping"}
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; black is the control's.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ((0, (4, 3)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 4)), (0, (8, 3)))
 _LIMIT = "#B00020"
 _ZERO = 1e-9
 """Where no difference is drawn, as a log scale has no 0."""
@@ -42,12 +41,6 @@ def draw(result: Result) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
 def svg(figure: Figure) -> str:
     """An `<svg>` element, to stand inside a page; its text is text."""
     buffer = io.StringIO()
@@ -66,7 +59,7 @@ def _draw_values(axes: Axes, result: Result, metric: str) -> None:
         label = f"{verdict.name}: {verdict.state}"
         axes.plot(*_points(curve), **_style(number), label=label)
     axes.set_ylabel(_LABELS[metric])
-    _grid(axes)
+    grid(axes)
 
 
 def _draw_differences(axes: Axes, result: Result, metric: str) -> None:
@@ -98,7 +91,7 @@ def _draw_differences(axes: Axes, result: Result, metric: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("step")
     axes.set_ylabel(f"relative difference of {metric}")
-    _grid(axes)
+    grid(axes)
 
 
 def _points(curve: Curve) -> tuple[list[int], list[float]]:
@@ -108,16 +101,10 @@ def _points(curve: Curve) -> tuple[list[int], list[float]]:
 
 def _style(number: int) -> dict[str, object]:
     return {
-        "color": _COLORS[number % len(_COLORS)],
-        "linestyle": _DASHES[number % len(_DASHES)],
+        "color": COLORS[number % len(COLORS)],
+        "linestyle": DASHES[number % len(DASHES)],
         "linewidth": 1.6,
     }
-
-
-def _grid(axes: Axes) -> None:
-    axes.grid(color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines["right"].set_visible(False)
 
 
 def _power(value: float, _position: int) -> str:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import torchtitan
+from torchtitan.tools.environment import environment
 
 from .compare import Difference, Outcome, Verdict
 from .curves import METRICS
@@ -172,35 +169,6 @@ def write_text(result: Result, out: Path) -> None:
     text = json.dumps(to_json(result), indent=2, allow_nan=False)
     (out / "verdict.json").write_text(text + "\n")
     (out / "table.md").write_text(markdown(result))
-
-
-def environment() -> dict[str, str]:
-    """Where the comparison was made."""
-    import torch
-
-    from torchtitan.distributed.utils import device_type
-
-    device = torch.cuda.get_device_name() if device_type() == "cuda" else platform.machine()
-    return {
-        "torchtitan": torchtitan.__version__ + _commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
-        "device": f"{device_type()} ({device})",
-        "CPU cores": str(os.cpu_count()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
-    }
-
-
-def _commit() -> str:
-    """` (commit)` if the package is a git checkout; `-dirty` if it has changes."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    folder = Path(torchtitan.__file__).parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return f" ({done.stdout.strip()})" if done.returncode == 0 else ""
 
 
 def short(value: float, digits: int = 2) -> str:

@@ -12,10 +12,9 @@ from torchtitan.config.parallelism import Parallelism
 from torchtitan.config.validate import resolve_batch, validate
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.tools.run_folder import CONFIG_FILE, METRICS_FILE, unique_names
 
-from .curves import METRICS_FILE, read_tokens, read_world_size
-
-CONFIG_FILE = "config.resolved.toml"
+from .curves import read_tokens, read_world_size
 
 FORCED = {
     "metrics.log_freq": "1",
@@ -94,20 +93,6 @@ def plan_runs(
     if overrides and all(run.finished for run in runs):
         raise ConfigError(f"{overrides[0]}: options after -- need a run to start; all are finished")
     return runs
-
-
-def unique_names(arguments: Sequence[str]) -> list[str]:
-    """File names without `.toml`, and names of folders; the second of a name gets `-2`."""
-    names: list[str] = []
-    for argument in arguments:
-        path = Path(argument).resolve()
-        name = base = path.name.removesuffix(".toml")
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{base}-{number}"
-        names.append(name)
-    return names
 
 
 def processes_of(parallelism: Parallelism) -> int:

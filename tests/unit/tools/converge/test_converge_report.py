@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from run_folder import write_run
 
-from torchtitan.tools.converge import page as page_module
+from torchtitan.tools import figures
 from torchtitan.tools.converge.command import main
 from torchtitan.tools.converge.report import short
 
@@ -105,7 +105,7 @@ def test_without_matplotlib_the_verdict_and_the_table_remain(
     tmp_path: Path, control: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(page_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     test = write_run(tmp_path / "test", LOSSES)
     assert converge(tmp_path, control, test) == 0
     assert "pip install 'torchtitan[plots]'" in capsys.readouterr().err

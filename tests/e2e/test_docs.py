@@ -1,0 +1,299 @@
+"""Every command, TOML file and Python example of the docs works, or says why it is not run.
+
+A page's commands run in their order, in a folder of their own, on settings that are small enough.
+What is in `NOT_RUN` is parsed by the program itself, so that no option in the pages can rot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import doc_pages
+import pytest
+import tiny_hf
+import tiny_llama
+import transformers
+from doc_pages import PAGES, ROOT, Block, Shell, blocks, statements
+from harness import read_lines, train
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from torchtitan.config import JobConfig
+from torchtitan.errors import TitanError
+
+NETWORK = "needs a network"
+CLUSTER = "needs a cluster"
+SETUP = "is what .ci/run does"
+ELSEWHERE = "test_guide.py and test_example.py run the page's blocks, put together"
+CONVERGE = "test_converge.py runs such comparisons"
+SLOW = "takes too long here; its own tests run it"
+WEIGHTS = "needs published weights"
+
+NOT_RUN: list[tuple[str, str, str]] = [
+    # page, beginning of a statement or of a block of Python (empty: all of the page), reason
+    ("README.md", "pip install", SETUP),
+    ("README.md", "torchtitan download", NETWORK),
+    ("README.md", "torchtitan train --model.tokenizer_path", NETWORK),
+    ("README.md", "torchtitan verify", SLOW),
+    ("README.md", "OMP_NUM_THREADS=1 pytest", SETUP),
+    ("CONTRIBUTING.md", "", SETUP),
+    ("benchmarks/README.md", "", SLOW),
+    ("docs/adding_models.md", "", ELSEWHERE),
+    ("docs/checkpoints.md", "torchtitan download", NETWORK),
+    ("docs/checkpoints.md", "torchtitan train", NETWORK),
+    ("docs/configuration.md", "torchtitan train", "the file is the reader's"),
+    ("docs/converging.md", "torchtitan converge", CONVERGE),
+    ("docs/generating.md", "torchtitan eval --checkpoint Qwen3-0.6B --tasks", NETWORK),
+    ("docs/debugging.md", "pip install", NETWORK),
+    ("docs/debugging.md", "py-spy", "needs a process that hangs"),
+    ("docs/migrating.md", "from transformers", "is what to migrate from"),
+    ("docs/migrating.md", "torchtitan download", NETWORK),
+    ("docs/migrating.md", "torchrun", NETWORK),
+    ("docs/planning.md", "torchtitan plan model.toml --gpus", SLOW),
+    ("torchtitan/models/gpt_oss/README.md", "config = transformers.Mxfp4Config", NETWORK),
+    *((page, "from torchtitan", WEIGHTS) for page in PAGES if page.startswith("torchtitan/")),
+]
+
+NO_CONFIG = {"[project.entry-points": "is a part of a pyproject.toml"}
+"""Beginning of a block of TOML -> why it is no config of a run."""
+
+
+@dataclass
+class Setting:
+    """What a page takes for granted."""
+
+    prepare: Callable[[Path], None] = lambda folder: None
+    """Makes the files that the page's commands read."""
+    train: list[str] = field(default_factory=list)
+    """Options that make each `torchtitan train` small."""
+    instead: dict[str, str] = field(default_factory=dict)
+    """Replacements in commands."""
+    afterwards: Callable[[Path, str], None] = lambda folder, out: None
+    """Looks at what the commands left: files in the folder, and all that they wrote to stdout."""
+
+
+SMALL = [
+    *("--training.steps=2", "--training.seq_len=64", "--training.global_batch_size=4"),
+    *("--training.local_batch_size=1", "--lr_scheduler.warmup_steps=1"),
+]
+
+
+def _notes(folder: Path) -> None:
+    (folder / "notes.txt").write_text("some notes of mine\n" * 40)
+
+
+def _run_and_hugging_face(folder: Path) -> None:
+    """`outputs`, a run with a checkpoint, and `Qwen3-0.6B`, a tiny model with a tokenizer."""
+    train(folder / "outputs", *tiny_llama.OPTIONS, "--checkpoint.enable")
+    model = folder / "Qwen3-0.6B"
+    tiny_hf.hf_model("qwen3", vocab_size=300).save_pretrained(model)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel()
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=280, special_tokens=["<end>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["once upon a time there was a test"] * 9, trainer)
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    _notes(folder)
+    (folder / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+
+
+def _for_checkpoints(folder: Path) -> None:
+    tiny_hf.hf_model("qwen3").save_pretrained(folder / "assets" / "Qwen3-0.6B")
+    options = ["--model.name=llama3", "--model.flavor=debugmodel", "--checkpoint.last_save_in_hf"]
+    train(
+        folder / "outputs", *SMALL, *options, "--checkpoint.enable", "--model.tokenizer_path=bytes"
+    )
+
+
+def _job(name: str) -> Callable[[Path], None]:
+    debug = ROOT / "torchtitan" / "models" / "llama3" / "train_configs" / "debug_model.toml"
+    return lambda folder: shutil.copy(debug, folder / name)
+
+
+def _generated(folder: Path, out: str) -> None:
+    assert len(re.findall(r"^perplexity +\d", out, re.M)) >= 3
+    assert len(read_lines(folder / "answers.jsonl")) == 2
+
+
+def _data(folder: Path, out: str) -> None:
+    assert "tokens: 200 documents" in out and "documents      200" in out
+    assert "assistant\n]]Hello<|im_end|>" in out
+    lines = read_lines(folder / "outputs" / "metrics.jsonl")
+    assert lines[-1]["step"] == 3 and "data_padding_share" in lines[-1]
+
+
+def _traced(folder: Path, out: str) -> None:
+    assert (folder / "outputs" / "profile" / "step-10" / "rank-0.json.gz").is_file()
+    assert "tensor_parallel_degree = 2" in out
+
+
+def _two_runs(folder: Path) -> None:
+    for name in ("a", "b"):
+        train(folder / "outputs" / name, *tiny_llama.OPTIONS)
+
+
+SETTINGS: dict[str, Setting] = {
+    "README.md": Setting(
+        train=[*SMALL, "--checkpoint.enable", "--checkpoint.load_step=-1"],
+        instead={"step-1000": "step-2", "max-tokens 100000": "max-tokens 1000"},
+    ),
+    "docs/checkpoints.md": Setting(_for_checkpoints, instead={"step-1000": "step-2"}),
+    "docs/converging.md": Setting(_job("one.toml")),
+    "docs/data.md": Setting(afterwards=_data),
+    "docs/debugging.md": Setting(
+        _notes,
+        ["--training.seq_len=64"],
+        afterwards=_traced,
+    ),
+    "docs/generating.md": Setting(_run_and_hugging_face, afterwards=_generated),
+    "docs/metrics.md": Setting(_two_runs, SMALL),
+    "docs/planning.md": Setting(_job("model.toml"), instead={"--world-size 512": "--world-size 8"}),
+}
+"""Page -> its setting; others have none, but trainings are small everywhere."""
+
+
+class Places:
+    """The folder of each page, made when it is first needed."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._shells: dict[str, Shell] = {}
+
+    def shell(self, page: str) -> Shell:
+        if page not in self._shells:
+            folder = self._factory.mktemp("page")
+            setting = SETTINGS.get(page, Setting(train=SMALL))
+            setting.prepare(folder)
+            self._shells[page] = Shell(folder, setting.train)
+        return self._shells[page]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    return Places(tmp_path_factory)
+
+
+def reason(page: str, text: str) -> str | None:
+    """Why a statement or a block of Python is not run."""
+    found = [why for where, start, why in NOT_RUN if where == page and text.startswith(start)]
+    return found[0] if found else None
+
+
+PAGES_WITH_COMMANDS = sorted({block.page for block in blocks("bash", "sh")})
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_COMMANDS)
+def test_the_commands_of_a_page(page: str, places: Places) -> None:
+    own = [block for block in blocks("bash", "sh") if block.page == page]
+    found = [statement for block in own for statement in statements(block.text)]
+    for statement in found:
+        doc_pages.check_options(statement)
+    to_run = [statement for statement in found if not reason(page, statement)]
+    if not to_run:
+        return
+    setting, shell = SETTINGS.get(page, Setting()), places.shell(page)
+    folder = shell.folder
+    for statement in to_run:
+        for old, new in setting.instead.items():
+            statement = statement.replace(old, new)
+        shell.run(statement)
+    setting.afterwards(folder, shell.out)
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+def test_a_toml_file(block: Block, tmp_path: Path) -> None:
+    if any(block.text.startswith(beginning) for beginning in NO_CONFIG):
+        return
+    path = tmp_path / "run.toml"
+    path.write_text(block.text)
+    doc_pages.load_config(["--job.config_file", str(path)])
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_a_python_example(
+    block: Block, places: Places, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    doc_pages.check_imports(block.text)
+    if reason(block.page, block.text):
+        return
+    monkeypatch.chdir(places.shell(block.page).folder)
+    text = block.text
+    for old, new in SETTINGS.get(block.page, Setting()).instead.items():
+        text = text.replace(old, new)
+    exec(compile(text, str(block), "exec"), {"__name__": "example"})
+
+
+def test_each_reason_is_of_something() -> None:
+    """A command that was taken out of a page, or runs now, leaves no reason behind."""
+    texts = [(b.page, s) for b in blocks("bash", "sh") for s in statements(b.text)]
+    texts += [(b.page, b.text) for b in blocks("python")]
+    for page, start, _ in NOT_RUN:
+        assert any(where == page and text.startswith(start) for where, text in texts), (page, start)
+
+
+def test_commands_are_in_blocks_of_bash() -> None:
+    for block in blocks("", "text", "console"):
+        assert not re.search(r"^\$? ?(torchtitan|torchrun) ", block.text, re.M), str(block)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = PAGES["docs/README.md"].read_text()
+    pages = [Path(page).name for page in PAGES if page.startswith("docs/")]
+    assert [name for name in pages if name != "README.md" and f"({name})" not in index] == []
+
+
+def test_the_keys_to_migrate_to_exist() -> None:
+    """And those to migrate from: of upstream's none is a key here, which would need no row."""
+    config = JobConfig()
+    of_upstream, of_trainer = PAGES["docs/migrating.md"].read_text().split("## From the Hugging")
+    for row in re.findall(r"^\| (.*?) \| (.*) \|$", of_upstream + of_trainer, re.M):
+        for key in re.findall(r"`([a-z_]+\.[a-z_0-9]+)[^`]*`", row[1]):
+            if key != "config.resolved":
+                section, name = key.split(".")
+                assert hasattr(getattr(config, section), name), key
+    for row in re.findall(r"^\| (`.*?) \|", of_upstream, re.M):
+        for section, name in re.findall(r"`([a-z_]+)\.([a-z_0-9]+)", row):
+            known = hasattr(getattr(config, section, None), name)
+            assert not known or "= " in row, f"{section}.{name} is no change"
+    fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    for row in re.findall(r"^\| (`.*?) \|", of_trainer, re.M):
+        named = set(re.findall(r"`([a-z_0-9]+)`", row))
+        assert named <= fields, named - fields
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    text = re.sub(r"```.*?```", "", PAGES[page].read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not target.startswith(("http://", "https://")):
+            assert (PAGES[page].parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("torchtitan train --training.stepz 3", "training.stepz"),
+        ("torchtitan report --pngg x", "pngg"),
+        ("torchtitan data inspect x --sampels 3", "sampels"),
+        ("python -m benchmarks.run --suite cpu --onlie x", "onlie"),
+        ("torchtitan plan a.toml -- --trainin.steps 3", "trainin"),
+    ],
+)
+def test_a_wrong_option_would_be_found(statement: str, error: str, capsys) -> None:
+    with pytest.raises((SystemExit, TitanError)) as found:
+        doc_pages.check_options(statement)
+    assert error in str(found.value) + capsys.readouterr().err
+
+
+def test_statements_are_whole() -> None:
+    text = "cd x\n# a comment\na \\\n  b\ncat > f <<'END'\nx \\\ny\nEND\nlast\n"
+    found = statements(text)
+    assert found == ["cd x", "a \\\n  b", "cat > f <<'END'\nx \\\ny\nEND", "last"]

@@ -1,0 +1,98 @@
+"""docs/metrics.md lists every key of metrics.jsonl, and no other; what a run leaves is complete.
+
+    pytest tests/e2e/test_metric_keys.py --write-docs
+
+writes the table from `torchtitan.components.metric_keys`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny_llama
+from harness import read_lines, train
+
+from torchtitan.components.metric_keys import SECTIONS, VALIDATION, find
+
+PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+_KEYS = re.compile(r"(<!-- keys: .*? -->\n).*?(<!-- end of keys -->\n)", re.S)
+
+GPU = {"mfu", "peak_memory_reserved_percent"}
+"""Keys that no CPU has; tests/unit/components/test_metrics.py makes them."""
+
+MIXTURE = """
+[model]
+name = "qwen3"
+flavor = "debugmodel_moe"
+[training]
+steps = 2
+seq_len = 64
+local_batch_size = 2
+mixed_precision_param = "float32"
+[data]
+packing = "best_fit"
+on_error = "skip"
+[[data.sources]]
+name = "lines"
+dataset = "jsonl"
+dataset_path = "{folder}/lines.jsonl"
+[[data.sources]]
+name = "python"
+dataset = "stdlib"
+[validation]
+enable = true
+steps = 1
+seq_len = 64
+local_batch_size = 2
+[metrics]
+log_freq = 1
+"""
+
+
+def table() -> str:
+    lines = ["| key | unit | meaning | only with |", "|---|---|---|---|"]
+    for entries in SECTIONS.values():
+        for e in entries:
+            lines.append(f"| `{e.key}` | {e.unit or 'number'} | {e.meaning} | {e.when} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_has_the_keys(request: pytest.FixtureRequest) -> None:
+    text = PAGE.read_text()
+    written = _KEYS.sub(lambda match: match[1] + table() + match[2], text)
+    if request.config.getoption("--write-docs"):
+        PAGE.write_text(written)
+    else:
+        assert text == written, "run: pytest tests/e2e/test_metric_keys.py --write-docs"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One dataset, and everything else that makes keys."""
+    folder = tmp_path_factory.mktemp("keys")
+    documents = [json.dumps({"text": f"document {i}"}) for i in range(50)]
+    (folder / "lines.jsonl").write_text("\n".join([*documents, "malformed"]) + "\n")
+    (folder / "run.toml").write_text(MIXTURE.replace("{folder}", str(folder)))
+    train(folder / "mixture", "--job.config_file", str(folder / "run.toml"))
+    train(folder / "plain", *tiny_llama.OPTIONS, ranks=2)
+    return [folder / "mixture", folder / "plain"]
+
+
+def test_runs_have_the_keys_of_the_page_and_no_others(runs: list[Path]) -> None:
+    keys = {key for run in runs for row in read_lines(run / "metrics.jsonl") for key in row}
+    families = {find(key)[1].key for key in keys - {"step"}}
+    documented = {entry.key for entries in SECTIONS.values() for entry in entries}
+    assert families - documented == set(), "name them in torchtitan/components/metric_keys.py"
+    assert documented - families == GPU
+    [row] = read_lines(runs[0] / "validation.jsonl")
+    assert set(row) == {"step", VALIDATION.key}
+
+
+def test_a_run_leaves_its_environment(runs: list[Path]) -> None:
+    facts = json.loads((runs[1] / "environment.json").read_text())
+    assert facts["processes"] == "2"
+    assert facts["device"].startswith("cpu")
+    assert {"torchtitan", "torch", "python", "host"} < set(facts)

@@ -1,0 +1,77 @@
+"""Ticks, numbers and lines of the charts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from report_folder import write_run
+
+from torchtitan.tools.report.charts import build_charts, number, svg, ticks, to_json
+from torchtitan.tools.report.run import read_runs
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.25, "0.25"),
+        (3e-4, "3e-4"),
+        (-1.5e-5, "-1.5e-5"),
+        (1234.0, "1234"),
+        (12_500.0, "12.5K"),
+        (1.5e6, "1.5M"),
+        (2e9, "2B"),
+    ],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 10.0, [0.0, 5.0, 10.0]),
+        (1.9, 5.7, [2.0, 3.0, 4.0, 5.0]),
+        (0.0, 3e-4, [0.0, 1e-4, 2e-4, 3e-4]),
+        (-1.0, 1.0, [-1.0, -0.5, 0.0, 0.5, 1.0]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high, 4) == pytest.approx(expected)
+
+
+def test_points_stand_for_all_steps(tmp_path: Path) -> None:
+    losses = [float(i % 10) for i in range(5000)]
+    [chart, *_] = build_charts(read_runs([str(write_run(tmp_path / "run", losses))]))
+    [line] = chart.lines
+    assert len(line.steps) == 500 and line.steps[-1] == 5000
+    assert line.mean == pytest.approx([4.5] * 500)
+    assert line.low == [0.0] * 500 and line.high == [9.0] * 500
+
+
+def test_a_line_is_broken_where_a_value_is_not_finite(tmp_path: Path) -> None:
+    runs = read_runs([str(write_run(tmp_path / "run", [3.0, None, 1.0, 2.0]))])
+    charts = build_charts(runs)
+    [line] = charts[0].lines
+    assert math.isnan(line.mean[1]) and line.marks == [2]
+    drawn = svg(charts[0], runs)
+    path = drawn.partition('class="line c0" d="')[2].partition('"')[0]
+    assert path.count("M") == 2 and "nan" not in drawn
+    assert drawn.count('class="mark"') == 1
+    assert to_json(runs, charts)["charts"][0]["lines"][0]["mean"][1] is None
+
+
+@pytest.mark.parametrize("losses", [[2.0], [2.0, 2.0, 2.0], [0.0, 0.0], [None, None], [-1e-320]])
+def test_any_values_can_be_drawn(tmp_path: Path, losses: list[float | None]) -> None:
+    runs = read_runs([str(write_run(tmp_path / "run", losses))])
+    for chart in build_charts(runs):
+        drawn = svg(chart, runs)
+        assert "nan" not in drawn and "inf" not in drawn
+
+
+def test_seven_runs_can_be_told_apart(tmp_path: Path) -> None:
+    runs = read_runs([str(write_run(tmp_path / str(i), [2.0, 1.0])) for i in range(7)])
+    drawn = svg(build_charts(runs)[0], runs)
+    assert 'class="line c0"' in drawn and 'class="line c0 d1"' in drawn

@@ -1,0 +1,185 @@
+"""The keys of `metrics.jsonl` and `validation.jsonl`: what people read of them, and in which order.
+
+`docs/metrics.md` and `torchtitan report` are made from this table. A key that is not in it is
+plotted too, under its own name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MetricKey:
+    """A key, or with `/NAME` at its end, the keys that end with the name of a source."""
+
+    key: str
+    label: str
+    unit: str
+    """Of the value in the file; empty for a plain number."""
+    meaning: str
+    when: str = ""
+    """When the key is there; empty: always."""
+    shown_unit: str | None = None
+    """Unit in plots, where it is another one: then `scale` is a factor on the value."""
+    scale: float = 1.0
+    from_zero: bool = False
+    """Plots begin at 0, where it matters which share of the whole a change is."""
+
+
+SECTIONS: dict[str, list[MetricKey]] = {
+    "Learning": [
+        MetricKey(
+            "loss",
+            "Loss",
+            "nats per token",
+            "mean over the steps since the last logged one, each a mean over its tokens on all "
+            "ranks; without auxiliary losses",
+        ),
+        MetricKey(
+            "grad_norm",
+            "Gradient norm",
+            "",
+            "global 2-norm of the gradients of this step, before clipping",
+        ),
+        MetricKey(
+            "lr", "Learning rate", "", "of this step, before `lr_scale` of `[[optimizer.rules]]`"
+        ),
+    ],
+    "Speed and memory": [
+        MetricKey(
+            "tokens_per_second",
+            "Throughput",
+            "tokens/s",
+            "of all devices, since the last logged step; validation and checkpoints not counted",
+            from_zero=True,
+        ),
+        MetricKey(
+            "mfu",
+            "Model FLOPs utilisation",
+            "share",
+            "FLOP/s of the model over the device's peak in bfloat16",
+            "bfloat16, on a GPU whose peak is known",
+            shown_unit="%",
+            scale=100,
+            from_zero=True,
+        ),
+        MetricKey(
+            "peak_memory_bytes",
+            "Peak memory of rank 0",
+            "bytes",
+            "most bytes in tensors since the start (GPU); most memory of the process (CPU)",
+            shown_unit="GiB",
+            scale=2**-30,
+            from_zero=True,
+        ),
+        MetricKey(
+            "peak_memory_reserved_percent",
+            "Memory reserved on rank 0",
+            "%",
+            "most that the caching allocator took, of the device's memory",
+            "GPU",
+            from_zero=True,
+        ),
+        MetricKey(
+            "data_wait_seconds",
+            "Waiting for data, rank 0",
+            "s",
+            "time that the steps since the last logged one waited for their batches",
+            from_zero=True,
+        ),
+    ],
+    "Experts": [
+        MetricKey(
+            "expert_imbalance",
+            "Expert imbalance",
+            "",
+            "load of a layer's busiest expert over the mean, averaged over layers; 1 is even",
+            "models with experts",
+        ),
+        MetricKey(
+            "expert_imbalance_max",
+            "Expert imbalance, worst layer",
+            "",
+            "the same of the most uneven layer",
+            "models with experts",
+        ),
+    ],
+    "Data": [
+        MetricKey(
+            "data_padding_share",
+            "Padding",
+            "share",
+            "of the tokens since this process began",
+            '`data.packing = "best_fit"`',
+            shown_unit="%",
+            scale=100,
+            from_zero=True,
+        ),
+        MetricKey(
+            "data_skipped_documents",
+            "Skipped documents",
+            "documents",
+            "malformed ones since this process began",
+            '`data.on_error = "skip"`',
+        ),
+        MetricKey(
+            "data_tokens/NAME",
+            "Tokens of a source",
+            "tokens",
+            "that this source has given",
+            "`[[data.sources]]`",
+        ),
+        MetricKey(
+            "data_epoch/NAME",
+            "Epochs of a source",
+            "",
+            "how often this source has been read",
+            "`[[data.sources]]`",
+        ),
+    ],
+    "Other": [],
+    "More": [
+        MetricKey(
+            "max_loss",
+            "Largest loss",
+            "nats per token",
+            "largest loss of a step since the last logged one",
+        ),
+        MetricKey(
+            "tokens_per_second_per_device",
+            "Throughput of a device",
+            "tokens/s",
+            "`tokens_per_second` over the number of devices",
+            from_zero=True,
+        ),
+        MetricKey(
+            "tflops_per_second_per_device",
+            "FLOP/s of a device",
+            "TFLOP/s",
+            "the model's FLOPs by its `get_nparams_and_flops`, recomputation not counted",
+            from_zero=True,
+        ),
+        MetricKey("data_epoch", "Epochs", "", "how often the dataset has been read", "one dataset"),
+        MetricKey("tokens_seen", "Tokens seen", "tokens", "trained on since step 0, by all ranks"),
+        MetricKey(
+            "elapsed_seconds", "Time", "s", "since this process began to train, pauses included"
+        ),
+    ],
+}
+"""Section of a report -> its keys. `Other` is for keys that are not here; `More` is folded away."""
+
+VALIDATION = MetricKey(
+    "loss", "Validation loss", "nats per token", "mean over all tokens of all ranks, held-out data"
+)
+"""The one key of `validation.jsonl`."""
+
+
+def find(key: str) -> tuple[str, MetricKey]:
+    """The section and the entry of a key of `metrics.jsonl`; an unknown one is its own label."""
+    for section, entries in SECTIONS.items():
+        for entry in entries:
+            family, _, name = entry.key.partition("/")
+            if entry.key == key or (name and key.startswith(f"{family}/")):
+                return section, entry
+    return "Other", MetricKey(key, key, "", "")

@@ -1,0 +1,1 @@
+"""`torchtitan report`: what runs logged, as a page that needs nothing but itself."""

@@ -1,0 +1,264 @@
+"""What is plotted: a chart for each key, with few enough points for a page; and its drawing.
+
+The drawing is static SVG, so that the page can be read and printed without JavaScript;
+`script.js` draws the same charts anew for another width, scale or smoothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from torchtitan.components.metric_keys import SECTIONS, VALIDATION, MetricKey, find
+
+from .run import Curve, Run
+
+WIDTH, HEIGHT = 380, 220
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 26
+
+_MOST_POINTS = 500
+"""Of a line; more cannot be told apart on a screen."""
+_POINTS_OF_PAGE = 20_000
+"""Of all lines: about a megabyte and a half."""
+_MOST_MARKS = 100
+_FEW = 30
+"""Points that are marked by dots, as a line alone would not tell where they are."""
+
+
+@dataclass
+class Line:
+    """A run's part of a chart. Each point stands for one or several logged steps."""
+
+    run: int
+    steps: list[int]
+    mean: list[float]
+    low: list[float] = field(default_factory=list)
+    """Lowest value of the steps that a point stands for; empty if each stands for one."""
+    high: list[float] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    """Steps whose value was not finite, the first few."""
+
+
+@dataclass
+class Chart:
+    section: str
+    title: str
+    unit: str
+    from_zero: bool
+    lines: list[Line]
+
+
+def build_charts(runs: list[Run]) -> list[Chart]:
+    """A chart for each key that a run logged: known ones in their order, then the others."""
+    wanted: list[tuple[str, MetricKey, str, list[tuple[int, Curve]]]] = []
+    for key in _in_order(runs):
+        section, metric = find(key)
+        title = metric.label
+        if "/" in metric.key:
+            title = f"{metric.label}: {key.partition('/')[2]}"
+        curves = [(i, run.curves[key]) for i, run in enumerate(runs) if key in run.curves]
+        wanted.append((section, metric, title, curves))
+    validated = [(i, run.validation) for i, run in enumerate(runs) if run.validation.steps]
+    if validated:
+        wanted.insert(1, (next(iter(SECTIONS)), VALIDATION, VALIDATION.label, validated))
+    number = max(sum(len(curves) for *_, curves in wanted), 1)
+    points = min(_MOST_POINTS, max(_POINTS_OF_PAGE // number, 20))
+    return [
+        Chart(
+            section,
+            title,
+            metric.unit if metric.shown_unit is None else metric.shown_unit,
+            metric.from_zero,
+            [_line(run, curve, metric.scale, points) for run, curve in curves],
+        )
+        for section, metric, title, curves in wanted
+    ]
+
+
+def _in_order(runs: list[Run]) -> list[str]:
+    known = [entry.key for entries in SECTIONS.values() for entry in entries]
+    sections = list(SECTIONS)
+
+    def place(key: str) -> tuple[int, int, str]:
+        section, metric = find(key)
+        return (
+            sections.index(section),
+            known.index(metric.key) if metric.key in known else len(known),
+            key,
+        )
+
+    return sorted({key for run in runs for key in run.curves}, key=place)
+
+
+def _line(run: int, curve: Curve, scale: float, points: int) -> Line:
+    marks = [s for s, v in zip(curve.steps, curve.values, strict=True) if not math.isfinite(v)]
+    marks = marks[:_MOST_MARKS]
+    values = [value * scale for value in curve.values]
+    if len(values) <= points:
+        return Line(run, curve.steps, values, marks=marks)
+    line = Line(run, [], [], marks=marks)
+    for i in range(points):
+        begin, end = (len(values) * j // points for j in (i, i + 1))
+        finite = [value for value in values[begin:end] if math.isfinite(value)]
+        line.steps.append(curve.steps[end - 1])
+        line.mean.append(sum(finite) / len(finite) if finite else math.nan)
+        line.low.append(min(finite, default=math.nan))
+        line.high.append(max(finite, default=math.nan))
+    return line
+
+
+def to_json(runs: list[Run], charts: list[Chart]) -> dict[str, Any]:
+    """What `script.js` draws from; null where a value is not finite."""
+    return {
+        "runs": [run.name for run in runs],
+        "charts": [
+            {
+                "title": chart.title,
+                "fromZero": chart.from_zero,
+                "lines": [
+                    {
+                        "run": line.run,
+                        "steps": line.steps,
+                        "mean": _rounded(line.mean),
+                        "low": _rounded(line.low),
+                        "high": _rounded(line.high),
+                        "marks": line.marks,
+                    }
+                    for line in chart.lines
+                ],
+            }
+            for chart in charts
+        ],
+    }
+
+
+def _rounded(values: list[float]) -> list[float | None]:
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]
+
+
+def svg(chart: Chart, runs: list[Run]) -> str:
+    """The chart as an `<svg>` element."""
+    x = _place(_limits([float(s) for line in chart.lines for s in line.steps]), LEFT, WIDTH - RIGHT)
+    values = [v for line in chart.lines for v in line.mean + line.low + line.high]
+    values += [0.0] if chart.from_zero else []
+    low, high = _limits([value for value in values if math.isfinite(value)])
+    room = 0.04 * (high - low)
+    low, high = (low if chart.from_zero and low == 0 else low - room), high + room
+    y = _place((low, high), HEIGHT - BOTTOM, TOP)
+    parts = [_axes(x, y, (low, high), chart)]
+    for line in chart.lines:
+        if line.low:
+            edge = list(zip(line.steps, line.high, strict=True))
+            edge += reversed(list(zip(line.steps, line.low, strict=True)))
+            shape = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in edge if math.isfinite(v))
+            parts.append(f'<polygon class="band c{line.run % 6}" points="{shape}"/>')
+    for line in chart.lines:
+        parts.append(f'<path class="{_classes(line.run)}" d="{_path(line, x, y)}"/>')
+        if len(line.steps) <= _FEW:
+            dots = zip(line.steps, line.mean, strict=True)
+            path = "".join(f"M{x(s):.1f},{y(v):.1f}h.01" for s, v in dots if math.isfinite(v))
+            parts.append(f'<path class="dots c{line.run % 6}" d="{path}"/>')
+        parts += [
+            f'<path class="mark" d="M{x(s) - 4:.1f},{HEIGHT - BOTTOM}l8,0l-4,-7z"/>'
+            for s in line.marks
+        ]
+    label = escape(f"{chart.title}. {_in_words(chart, runs)}")
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _classes(run: int) -> str:
+    """The six colours, then the same ones dashed."""
+    return f"line c{run % 6}{f' d{run // 6 % 4}' if run >= 6 else ''}"
+
+
+def _axes(
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+    limits: tuple[float, float],
+    chart: Chart,
+) -> str:
+    parts = []
+    for tick in ticks(*limits, 5):
+        parts.append(
+            f'<path class="grid" d="M{LEFT},{y(tick):.1f}H{WIDTH - RIGHT}"/>'
+            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
+        )
+    steps = [float(step) for line in chart.lines for step in line.steps]
+    for tick in ticks(*_limits(steps), 5):
+        if tick == int(tick):
+            parts.append(
+                f'<text x="{x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
+                f"{number(tick)}</text>"
+            )
+    return "".join(parts)
+
+
+def _path(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    """Broken where a value is not finite; a point alone is a dot."""
+    pieces: list[list[str]] = [[]]
+    for step, value in zip(line.steps, line.mean, strict=True):
+        if math.isfinite(value):
+            pieces[-1].append(f"{x(step):.1f},{y(value):.1f}")
+        elif pieces[-1]:
+            pieces.append([])
+    return "".join(f"M{piece[0]}h.01L{' '.join(piece)}" for piece in pieces if piece)
+
+
+def _place(limits: tuple[float, float], start: float, end: float) -> Callable[[float], float]:
+    low, high = limits
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _limits(values: list[float]) -> tuple[float, float]:
+    """The range of the values, made wider if it is empty."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return low, high
+    room = 0.5 * abs(low) or 0.5
+    return low - room, high + room
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers between two, at most so many and one more."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """At most about six characters: `0.25`, `3e-4`, `12.5K`, `1.5M`."""
+    size = abs(value)
+    if size and size < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    for unit, of in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if size >= of * (10 if unit == "K" else 1):
+            return f"{value / of:.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def _in_words(chart: Chart, runs: list[Run]) -> str:
+    """For those who hear the page."""
+    sentences = []
+    for line in chart.lines:
+        points = [
+            (step, value)
+            for step, value in zip(line.steps, line.mean, strict=True)
+            if math.isfinite(value)
+        ]
+        if points:
+            (first, start), (last, end) = points[0], points[-1]
+            sentences.append(
+                f"{runs[line.run].name}: {number(start)} at step {first}, "
+                f"{number(end)} at step {last}."
+            )
+    return " ".join(sentences)

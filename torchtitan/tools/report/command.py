@@ -1,0 +1,68 @@
+"""`torchtitan report`: the command line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from torchtitan.errors import ConfigError
+from torchtitan.tools.figures import MISSING, can_plot, png
+from torchtitan.tools.result_file import require_folder, write_result
+
+from .page import report_page
+from .run import read_runs
+
+DESCRIPTION = """\
+Show what one or several runs logged, as one HTML file that needs no network: curves, config,
+environment, checkpoints, and where the runs differ. A run may still be going on. See
+docs/metrics.md.
+
+  torchtitan report outputs
+  torchtitan report outputs/a outputs/b --out compare.html --png compare.png"""
+
+
+@dataclass
+class Options:
+    runs: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders of runs (job.dump_folder)."""
+    out: str | None = None
+    """The page. Default: report.html in the folder of the only run, or else here."""
+    png: str | None = None
+    """A picture of the first curves (needs matplotlib)."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan report`; returns the exit code.
+
+    Raises:
+        ConfigError: an argument is wrong, or a folder is not that of a run.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    options = tyro.cli(Options, args=arguments, prog="torchtitan report", description=DESCRIPTION)
+    if not options.runs:
+        raise ConfigError("give the folder of a run: torchtitan report RUN [RUN ...]")
+    require_folder(options.out, "--out")
+    require_folder(options.png, "--png")
+    if options.png and not can_plot():
+        raise ConfigError(f"--png {options.png}: {MISSING}")
+    runs = read_runs(options.runs)
+    if options.png and not any(run.curves for run in runs):
+        raise ConfigError(f"--png {options.png}: no step has been logged yet")
+
+    out = options.out
+    if out is None:
+        folder = runs[0].folder if len(runs) == 1 else Path()
+        out = str(folder / "report.html")
+    write_result(out, report_page(runs), "--out")
+    written = [out]
+    if options.png:
+        from .figure import draw
+
+        write_result(options.png, png(draw(runs)), "--png")
+        written.append(options.png)
+    sys.stdout.write("".join(f"{path}\n" for path in written))
+    return 0

@@ -1,0 +1,166 @@
+"""A run as its dump folder tells it: what it logged, its config, environment and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torchtitan.errors import ConfigError
+from torchtitan.tools.environment import ENVIRONMENT_FILE
+from torchtitan.tools.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    VALIDATION_FILE,
+    flatten,
+    read_rows,
+    unique_names,
+)
+
+
+@dataclass
+class Curve:
+    """The values of one key; NaN where one was not finite."""
+
+    steps: list[int]
+    values: list[float]
+
+    @property
+    def last(self) -> float:
+        return self.values[-1]
+
+    @property
+    def finite(self) -> list[float]:
+        return [value for value in self.values if math.isfinite(value)]
+
+
+@dataclass
+class Run:
+    """One run folder."""
+
+    name: str
+    """Unique among the runs of a report."""
+    folder: Path
+    curves: dict[str, Curve]
+    """By the keys of `metrics.jsonl`."""
+    validation: Curve
+    config: dict[str, Any]
+    """`training.steps` -> value; empty if the folder has no config."""
+    config_text: str
+    environment: dict[str, str]
+    checkpoints: list[Path]
+    """The one saved last at the end."""
+    written: datetime
+    """When a step was logged last, local time."""
+
+    @property
+    def step(self) -> int:
+        """Last logged step; 0 if there is none."""
+        return max((curve.steps[-1] for curve in self.curves.values()), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.config.get("training.steps")
+
+    def last(self, key: str) -> float | None:
+        """The last value of a key; None if it was never logged."""
+        curve = self.curves.get(key)
+        return curve.last if curve else None
+
+    def median(self, key: str) -> float | None:
+        """The upper median of a key's finite values."""
+        values = sorted(self.curves[key].finite) if key in self.curves else []
+        return values[len(values) // 2] if values else None
+
+
+def read_runs(arguments: Sequence[str]) -> list[Run]:
+    """Read run folders; one that is being written is fine.
+
+    Raises:
+        ConfigError: one is not a run's folder, or a file in it is damaged.
+    """
+    return [
+        _read_run(name, Path(argument))
+        for name, argument in zip(unique_names(arguments), arguments, strict=True)
+    ]
+
+
+def _read_run(name: str, folder: Path) -> Run:
+    from torchtitan.components.checkpoint.folder import list_checkpoints
+
+    _check(folder)
+    config_text = _read_text(folder / CONFIG_FILE)
+    config = flatten(_parse(folder / CONFIG_FILE, config_text, tomllib.loads))
+    environment_text = _read_text(folder / ENVIRONMENT_FILE) or "{}"
+    environment = _parse(folder / ENVIRONMENT_FILE, environment_text, json.loads)
+    try:
+        curves = _curves(read_rows(folder / METRICS_FILE))
+        validation = _curves(read_rows(folder / VALIDATION_FILE)).get("loss", Curve([], []))
+        written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot read it: {error}") from error
+    return Run(
+        name,
+        folder,
+        curves,
+        validation,
+        config,
+        config_text,
+        {key: str(value) for key, value in environment.items()},
+        list_checkpoints(folder / config.get("checkpoint.folder", "checkpoint")),
+        written,
+    )
+
+
+def _check(folder: Path) -> None:
+    if not folder.exists():
+        raise ConfigError(f"{folder}: no such folder")
+    if (folder / METRICS_FILE).is_file():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: a file. Give the folder of a run (job.dump_folder)")
+    below = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}"))
+    hint = f". Runs in it: {', '.join(below[:5])}" if below else ""
+    raise ConfigError(f"{folder}: not the folder of a run: it has no {METRICS_FILE}{hint}")
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for row in rows:
+        step = int(row["step"])
+        for key, value in row.items():
+            if value is None:
+                value = math.nan  # what the run writes for what is not finite
+            elif type(value) not in (int, float):
+                continue
+            if key not in curves:
+                curves[key] = Curve([], [])
+            curves[key].steps.append(step)
+            curves[key].values.append(float(value))
+    curves.pop("step", None)
+    return curves
+
+
+def _read_text(path: Path) -> str:
+    """Empty if there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot read it: {error}") from error
+
+
+def _parse(path: Path, text: str, parse: Any) -> dict[str, Any]:
+    try:
+        table = parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged: {error}") from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: damaged: not a table")
+    return table

@@ -1,0 +1,161 @@
+"""The tables of a report: runs, configs, environments, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from torchtitan.errors import CheckpointError
+from torchtitan.tools.html import Html, badge
+from torchtitan.tools.run_folder import flatten
+from torchtitan.tools.text import duration, human, human_bytes, three_digits
+
+from .run import Run
+
+RUN_HEADER = [
+    "run",
+    "state",
+    "step",
+    "loss",
+    "validation",
+    "tokens/s",
+    "MFU",
+    "peak memory",
+    "time",
+    "model",
+    "layout",
+]
+
+CHECKPOINT_HEADER = ["run", "checkpoint", "holds", "saved at (UTC)", "size"]
+
+_HIDDEN = ("job.dump_folder", "job.description", "job.print_config", "job.config_file")
+"""Keys that differ between any two runs, or are not kept with a run."""
+
+
+def run_rows(runs: list[Run]) -> list[list[str]]:
+    """A line for each run under `RUN_HEADER`; throughput and MFU are medians."""
+    return [
+        [
+            run.name,
+            _state(run),
+            f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""),
+            _number(run.last("loss")),
+            _number(run.validation.last if run.validation.steps else None),
+            _shown(run.median("tokens_per_second"), human),
+            _shown(run.median("mfu"), "{:.1%}".format),
+            _shown(run.last("peak_memory_bytes"), lambda size: f"{size / 2**30:.2f} GiB"),
+            _shown(run.last("elapsed_seconds"), duration),
+            _join(run.config.get("model.name"), run.config.get("model.flavor")),
+            _layout(run),
+        ]
+        for run in runs
+    ]
+
+
+def warnings(runs: list[Run]) -> list[str]:
+    """What a reader must not overlook."""
+    found = []
+    for run in runs:
+        if not run.curves:
+            found.append(f"{run.name} has not logged a step yet.")
+        for key, curve in run.curves.items():
+            bad = [s for s, v in zip(curve.steps, curve.values, strict=True) if math.isnan(v)]
+            if bad:
+                found.append(
+                    f"{run.name}: {key} is not finite at step {bad[0]:,}"
+                    + (f" and {len(bad) - 1:,} more." if len(bad) > 1 else ".")
+                )
+    return found
+
+
+def config_differences(runs: list[Run]) -> list[list[str]]:
+    """Keys that are not the same in all runs, with the value in each."""
+    return _differing([run.config for run in runs])
+
+
+def config_changes(runs: list[Run]) -> list[list[str]]:
+    """Keys that a run has other than by default: the default, and the value in each run."""
+    from torchtitan.config import JobConfig
+
+    default = {k: v for k, v in flatten(asdict(JobConfig())).items() if v is not None}
+    return _differing([default, *(run.config for run in runs)])
+
+
+def environment_rows(runs: list[Run]) -> list[list[str]]:
+    """Each fact, with what it is in each run."""
+    facts = dict.fromkeys(fact for run in runs for fact in run.environment)
+    return [[fact, *(run.environment.get(fact, "") for run in runs)] for fact in facts]
+
+
+def checkpoint_rows(runs: list[Run]) -> list[list[str]]:
+    """A line for each checkpoint under `CHECKPOINT_HEADER`, the newest of a run first."""
+    from torchtitan.components.checkpoint.folder import Manifest
+
+    rows = []
+    for run in runs:
+        for folder in reversed(run.checkpoints):
+            try:
+                manifest = Manifest.read(folder)
+                holds = "weights" if manifest.model_only else "whole state"
+                saved = manifest.saved_at[:19].replace("T", " ")
+                size = human_bytes(sum(manifest.files.values()))
+            except CheckpointError:
+                holds, saved, size = badge("damaged", "bad"), "", ""
+            rows.append([run.name, folder.name, holds, saved, size])
+    return rows
+
+
+def _state(run: Run) -> str:
+    if run.total_steps is not None and run.step >= run.total_steps:
+        return badge("finished", "good")
+    at = f"{run.written:%Y-%m-%d %H:%M}"
+    return Html(f'{badge("unfinished")} <span class="soft">last step at {at}</span>')
+
+
+def _layout(run: Run) -> str:
+    """`4 processes: dp_shard 2, tp 2`, as far as the files tell."""
+    from torchtitan.distributed.parallel_dims import CONFIG_KEYS
+
+    degrees = {name: run.config.get(f"parallelism.{key}", 1) for name, key in CONFIG_KEYS.items()}
+    processes = run.environment.get("processes")
+    if processes == "1":
+        return "1 process"
+    parts = [
+        f"{name} {degree}" if degree > 0 else f"{name} of the rest"
+        for name, degree in degrees.items()
+        if isinstance(degree, int) and degree != 1
+    ]
+    return _join(f"{processes} processes:" if processes else None, ", ".join(parts) or None)
+
+
+def _differing(tables: list[dict[str, Any]]) -> list[list[str]]:
+    keys = dict.fromkeys(key for table in tables for key in table if key not in _HIDDEN)
+    shown = {key: [_toml(table.get(key)) for table in tables] for key in keys}
+    return [[key, *values] for key, values in shown.items() if len(set(values)) > 1]
+
+
+def _toml(value: Any) -> str:
+    from torchtitan.config.toml_file import format_value
+
+    if value is None:
+        return "unset"
+    return (
+        str(value)
+        if isinstance(value, list) and value and type(value[0]) is dict
+        else (format_value(value))
+    )
+
+
+def _number(value: float | None) -> str:
+    return _shown(value, lambda number: f"{number:.4f}")
+
+
+def _shown(value: float | None, show: Any) -> str:
+    if value is None:
+        return ""
+    return show(value) if math.isfinite(value) else three_digits(value)
+
+
+def _join(*words: str | None) -> str:
+    return " ".join(word for word in words if word)

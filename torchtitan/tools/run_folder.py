@@ -1,0 +1,62 @@
+"""The files that a run leaves in its dump folder, read by other commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchtitan.errors import ConfigError
+
+CONFIG_FILE = "config.resolved.toml"
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` or `validation.jsonl`; none if there is no such file.
+
+    A last line that was cut off, by a kill or because it is just being written, is left out.
+
+    Raises:
+        ConfigError: another line is not a JSON object with a step.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            shown = line[:60].decode(errors="replace")
+            raise ConfigError(f"{path}:{number}: not a logged step: {shown!r}") from error
+        rows.append(row)
+    return rows
+
+
+def unique_names(arguments: Sequence[str]) -> list[str]:
+    """File names without `.toml`, and names of folders; the second of a name gets `-2`."""
+    names: list[str] = []
+    for argument in arguments:
+        path = Path(argument).resolve()
+        name = base = path.name.removesuffix(".toml")
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`, to any depth."""
+    flat = {}
+    for key, value in table.items():
+        name = prefix + key
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
