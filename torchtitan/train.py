@@ -35,6 +35,7 @@ from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import check_pipeline, check_vocabulary, model_inputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.replay import Replay
+from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.validate import build_validator
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config, origin, to_toml
@@ -44,6 +45,7 @@ from torchtitan.distributed.context_parallel import require_applied_cp, shard_ba
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
 from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch, sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
+from torchtitan.distributed.hang_watch import HangWatch
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, TrainingError
@@ -161,6 +163,8 @@ class Trainer:
         self.state = TrainState()
         self.guard = Guard(job_config, parallel_dims, self.dp_rank)
         self.replay = Replay(job_config, self.model_parts, parallel_dims)
+        self.stragglers = Stragglers(job_config, self.device)
+        self.watch = HangWatch(job_config)
         self.checkpointer = CheckpointManager(
             job_config,
             model_parts=self.model_parts,
@@ -181,6 +185,7 @@ class Trainer:
             Whether the last step is done.
         """
         config = self.job_config
+        self.watch.start()
         self.checkpointer.load()
         _write_description(config)
         self.metrics.start(self.state.step, self.state.tokens_seen)
@@ -190,7 +195,9 @@ class Trainer:
             with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
                 while self.state.step < config.training.steps:
                     self.state.step += 1
-                    stopping = self.train_step(stop)
+                    with self.stragglers.measure(self.state.step):
+                        stopping = self.train_step(stop)
+                    self.watch.enter("after the step", self.state.step)
                     if not (self.guard.rollback_due and self._roll_back()):
                         self._after_step(stopping)
                     with self.metrics.pause():
@@ -217,10 +224,12 @@ class Trainer:
         config, step = self.job_config, self.state.step
         self._start_step()
 
+        self.watch.enter("data", step)
         start = time.perf_counter()
         batches = [next(self.dataloader) for _ in range(self.accumulation_steps)]
         self.data_wait += time.perf_counter() - start
 
+        self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
         # Host tensors go over gloo, so that the host need not wait for the device to read them.
@@ -229,8 +238,10 @@ class Trainer:
         # At least 1: a step of prompts alone teaches nothing, and has a loss of 0.
         global_tokens = (counts[0] // self.parallel_dims.non_data_parallel_size).clamp(min=1)
 
+        self.watch.enter("forward_backward", step)
         compute = partial(self._gradients, batches, global_tokens)
         loss_sum = self.replay.check(step, compute, self._start_step)
+        self.watch.enter("optimizer", step)
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
@@ -270,6 +281,7 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
+        self.watch.enter("after the step", self.state.step)
         tokens, labels, inputs = self._to_device(batch)
         with self.autocast:
             if self.pipeline:
@@ -312,7 +324,10 @@ class Trainer:
                 lr=self.lr,
                 ntokens_since_last=self.window.steps * self.tokens_per_step,
                 data_wait_seconds=self.data_wait,
-                extra=self.expert_balance.metrics() | self._data_metrics() | self.guard.metrics(),
+                extra=self.expert_balance.metrics()
+                | self._data_metrics()
+                | self.guard.metrics()
+                | self.stragglers.metrics(),
             )
             self.window = Window()
             self.data_wait = 0.0
@@ -366,6 +381,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop the background threads and leave the process group."""
+        self.watch.close()
         self.dataloader.close()
         if self.validator:
             self.validator.close()

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from .base import Positive
+from .base import NonNegative, Positive
 
 
 @dataclass
@@ -20,3 +20,6 @@ class Metrics:
     """Folder of the events, inside `job.dump_folder`."""
     enable_wandb: bool = False
     """Log to Weights & Biases (needs `pip install wandb`)."""
+    straggler_freq: Annotated[int, NonNegative] = 0
+    """Every so many steps, time how long each rank works without waiting for others, and log the
+    slowest; 0: never. That step does not overlap communication and computation."""

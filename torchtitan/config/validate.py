@@ -399,6 +399,12 @@ def _check_guard(job_config: JobConfig) -> None:
                 "kernels of CUDA may give other bits each time. Set debug.deterministic = true"
             )
             _fail(job_config, "training.replay_freq", problem)
+    if job_config.metrics.straggler_freq:
+        key = "metrics.straggler_freq"
+        if job_config.compile.enable or job_config.model.attention == "flex":
+            _fail(job_config, key, "compiled models do not let their collectives be timed. Use 0")
+        if job_config.parallelism.pipeline_parallel_degree > 1:
+            _fail(job_config, key, "stages of a pipeline wait for each other in turn. Use 0")
     if comm.hang_seconds >= comm.timeout_seconds:
         problem = (
             f"must be less than comm.timeout_seconds ({comm.timeout_seconds}), which ends the run"

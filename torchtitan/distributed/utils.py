@@ -40,6 +40,8 @@ def init_distributed(timeout_seconds: int) -> None:
     if device_type() == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device())
+    # So many of the last collectives does PyTorch keep a record of, for when they hang.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)

@@ -1,0 +1,104 @@
+"""A rank that is late is named: one that hangs by the hang watch, a slow one in the metrics."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+from harness import Finished, command, read_lines
+from tiny_llama import OPTIONS
+
+from torchtitan.distributed.hang_watch import Heartbeat, report
+
+LATE = (
+    *OPTIONS,
+    "--job.custom_import=late_llama",
+    "--model.name=late_llama",
+    "--training.local_batch_size=2",
+    "--training.steps=3",
+)
+LAYOUTS = {
+    "fsdp4": (),
+    "fsdp2xtp2": ("--parallelism.tensor_parallel_degree=2",),
+    "hsdp2x2": ("--parallelism.data_parallel_replicate_degree=2",),
+}
+
+
+def run(folder: Path, *options: str, **env: str) -> Finished:
+    done = command("train", *LATE, *options, f"--job.dump_folder={folder}", ranks=4, **env)
+    assert done.exit_code == 0, done.err
+    return done
+
+
+@pytest.mark.parametrize(("where", "phase"), [("data", "data"), ("forward", "forward_backward")])
+def test_a_rank_that_hangs_is_named(where: str, phase: str, tmp_path: Path) -> None:
+    options = ("--comm.hang_seconds=2", "--training.steps=30")
+    done = run(tmp_path, *options, LATE=f"{where} 3 5 2")
+    (text,) = (tmp_path / "hang" / "report.txt").read_text().splitlines()
+    assert f"is in step 2, phase '{phase}', for 2 s, at " in text
+    assert "no progress for 2 s. Late: rank 3 (" in text and "in _maybe_sleep" in text
+    waiting = "token count" if where == "data" else "forward_backward"
+    assert f"3 wait in step 2, phase '{waiting}'" in text
+    assert "ERROR no progress for 2 s. Late: rank 3" in done.err
+    assert "rank 0 goes on: step" in done.err
+    for rank in range(4):
+        stacks = (tmp_path / "hang" / f"rank-{rank}.txt").read_text()
+        assert f"step 2, phase '{phase if rank == 3 else waiting}'" in stacks
+        assert ("late_llama.py" in stacks and "_maybe_sleep" in stacks) == (rank == 3)
+        record = pickle.loads((tmp_path / "hang" / f"flight_recorder_{rank}").read_bytes())
+        assert any("gloo" in entry["profiling_name"] for entry in record["entries"])
+
+
+def test_a_hang_ends_the_run_after_the_timeout(tmp_path: Path) -> None:
+    options = ("--comm.hang_seconds=1", "--comm.timeout_seconds=3")
+    env = {"LATE": "forward 3 60 2"}
+    done = command("train", *LATE, *options, f"--job.dump_folder={tmp_path}", ranks=4, **env)
+    assert 0 not in done.exit_codes, done.err
+    assert "Late: rank 3" in (tmp_path / "hang" / "report.txt").read_text()
+
+
+def test_a_run_without_a_hang_reports_none(tmp_path: Path) -> None:
+    for seconds in 5, 0:
+        done = run(tmp_path / str(seconds), f"--comm.hang_seconds={seconds}")
+        assert "no progress" not in done.err
+        assert not (tmp_path / str(seconds) / "hang").exists()
+
+
+def beat(rank: int, step: int, phase: str, waits: bool = True, time: float = 100.0) -> Heartbeat:
+    return Heartbeat(rank, f"host-{rank}", step, phase, 10.0, "file.py:1 in f", waits, time)
+
+
+def test_who_is_late() -> None:
+    waiting = [beat(rank, 5, "optimizer") for rank in range(3)]
+    assert "Late: rank 3 (host-3) is in step 4, phase 'optimizer'" in report(
+        [*waiting, beat(3, 4, "optimizer")], [], 10
+    )
+    assert "Late: rank 3 (host-3)" in report([*waiting, beat(3, 5, "optimizer", False)], [], 10)
+    muted = report([*waiting, beat(3, 5, "optimizer", time=60.0)], [], 10)
+    assert "Late: rank 3 (host-3)" in muted and "40 s ago" in muted
+    assert "Never heard of: rank 3" in report(waiting, [3], 10)
+    assert "All ranks stand at the same place" in report(waiting, [], 10)
+    many = [beat(rank, 5, "optimizer", rank < 5000) for rank in range(10_000)]
+    assert "and 4992 more" in report(many, [], 10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("where", ["data", "forward"])
+def test_a_slow_rank_is_named_in_the_metrics(where: str, layout: str, tmp_path: Path) -> None:
+    options = (*LAYOUTS[layout], "--metrics.straggler_freq=2")
+    run(tmp_path, *options, LATE=f"{where} 2 0.3 0")
+    first, second, third = read_lines(tmp_path / "metrics.jsonl")
+    assert "slowest_rank" not in first and "slowest_rank" not in third
+    assert second["slowest_rank"] == 2
+    assert second["own_seconds_max"] >= 0.3
+    # The others waited as long, but do not count it.
+    assert second["own_seconds_max"] - second["own_seconds_mean"] > 0.15
+
+
+def test_a_timed_step_computes_the_same(tmp_path: Path) -> None:
+    runs = []
+    for freq in 0, 1:
+        run(tmp_path / str(freq), f"--metrics.straggler_freq={freq}")
+        runs.append(read_lines(tmp_path / str(freq) / "metrics.jsonl"))
+    assert [line["loss"] for line in runs[0]] == [line["loss"] for line in runs[1]]

@@ -1,0 +1,91 @@
+"""Which rank the others wait for.
+
+In synchronous training all ranks take the same time for a step, since the fast ones wait for the
+slow. So what is measured is the time that a rank does not wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.distributed.collectives import CollectiveObserver
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+class Stragglers:
+    """Times a step every `metrics.straggler_freq` steps: how long each rank works on its own.
+
+    For that step the device is synchronised before and after each collective, which takes the
+    overlap of communication and computation away. The step computes the same.
+    """
+
+    def __init__(self, job_config: JobConfig, device: torch.device) -> None:
+        self._freq = job_config.metrics.straggler_freq
+        self._device = device
+        self._own: float | None = None
+        self._waited = 0.0
+
+    @contextmanager
+    def measure(self, step: int) -> Iterator[None]:
+        """Around step `step`."""
+        if not self._freq or step % self._freq:
+            yield
+            return
+        self._waited = 0.0
+        begin = self._clock()
+        with CollectiveObserver(self._time):
+            yield
+        self._own = self._clock() - begin - self._waited
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last step measured since the last call; empty if there was none. Collective.
+
+        * `own_seconds_mean`, `own_seconds_max`: the time that ranks worked in the step, that is
+          waited for data, computed, and launched kernels, but not communicated;
+        * `slowest_rank`: the rank with the most.
+        """
+        if self._own is None:
+            return {}
+        own, self._own = torch.tensor(self._own, dtype=torch.float64), None
+        total, most = own.clone(), own.clone()
+        dist.all_reduce(total)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        slowest = torch.tensor(dist.get_rank() if own == most else dist.get_world_size())
+        dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
+        return {
+            "own_seconds_mean": float(total) / dist.get_world_size(),
+            "own_seconds_max": float(most),
+            "slowest_rank": int(slowest),
+        }
+
+    def _time(self, name: str, inputs: list[torch.Tensor], call: Callable[[], Any]) -> Any:
+        begin = self._clock()
+        result = call()
+        _wait(result)
+        self._waited += self._clock() - begin
+        return result
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter()
+
+
+def _wait(result: Any) -> None:
+    """For what an operation of `c10d` (a work, or tensors and a work) or `_c10d_functional` (one
+    or several tensors) has returned."""
+    parts = result if isinstance(result, (tuple, list)) else [result]
+    for part in parts:
+        if isinstance(part, torch.ScriptObject):
+            part.wait()
+    if all(isinstance(part, torch.Tensor) for part in parts):
+        for part in parts:
+            torch.ops._c10d_functional.wait_tensor(part)

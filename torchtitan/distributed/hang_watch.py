@@ -1,0 +1,255 @@
+"""Notices that training stands still, writes down where, and names the rank the others wait for."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+logger = logging.getLogger("torchtitan")
+
+PHASES = ("start", "data", "token count", "forward_backward", "optimizer", "after the step")
+"""Of a step, in their order."""
+_MOST_NAMED = 8
+_STORE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What a rank tells the others of itself."""
+
+    rank: int
+    host: str
+    step: int
+    phase: str
+    seconds: float
+    """In this phase."""
+    where: str
+    """Innermost line of Python of the main thread; "" unless it stands still."""
+    waits: bool
+    """Whether that is inside of PyTorch's communication."""
+    time: float
+    """Of sending, in seconds since 1970."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.step, PHASES.index(self.phase)
+
+    def __str__(self) -> str:
+        at = f", at {self.where}" if self.where else ""
+        return (
+            f"rank {self.rank} ({self.host}) is in step {self.step}, phase '{self.phase}', "
+            f"for {self.seconds:.0f} s{at}"
+        )
+
+
+class HangWatch:
+    """A thread that expects `enter` to be called at least every `comm.hang_seconds`.
+
+    If it is not, the rank writes the Python stacks of its threads to `hang/rank-N.txt` in the dump
+    folder, and PyTorch's record of its collectives to `hang/flight_recorder_N`. Rank 0 then reads
+    what all ranks say, and reports who is late. The run goes on; `comm.timeout_seconds` ends it.
+
+    Each rank sends a few heartbeats per `hang_seconds` to the store of the process group, by a
+    connection of its own. Only rank 0 reads them, and only when it stands still itself.
+    """
+
+    def __init__(self, job_config: JobConfig) -> None:
+        comm = job_config.comm
+        self._limit = comm.timeout_seconds / 2 if comm.hang_seconds == -1 else comm.hang_seconds
+        self._folder = Path(job_config.job.dump_folder, "hang")
+        self._now = (0, PHASES[0], time.monotonic())
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._main_thread = threading.get_ident()
+
+    def start(self) -> None:
+        """Begin to watch this thread. All ranks call this, once they have met."""
+        if not self._limit:
+            return
+        self._main_thread = threading.get_ident()
+        self._store = dist.distributed_c10d._get_default_store()
+        if dist.get_world_size() > 1:
+            # While the main thread waits in the store, its connection is taken.
+            self._store = self._store.clone()
+        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
+        self._thread.start()
+
+    def enter(self, phase: str, step: int) -> None:
+        """The main thread comes to `phase`, one of `PHASES`, of `step`."""
+        self._now = (step, phase, time.monotonic())
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join(timeout=_STORE_SECONDS)
+            self._thread = None
+
+    def _watch(self) -> None:
+        try:
+            tick, sent = min(self._limit / 8, 5.0), -float("inf")
+            reported = None
+            while not self._closing.wait(tick):
+                now = self._now
+                stands = time.monotonic() - now[2] >= self._limit
+                if reported is not None and now is not reported:
+                    _log(f"rank {dist.get_rank()} goes on: step {now[0]}, phase '{now[1]}'")
+                    reported = None
+                if time.monotonic() - sent >= self._limit / 4 or (stands and reported is None):
+                    self._send(now, stands)
+                    sent = time.monotonic()
+                if stands and reported is None:
+                    reported = now
+                    self._write_stacks()
+                    if dist.get_rank() == 0:
+                        # The others notice within their next tick.
+                        self._closing.wait(2 * tick)
+                        self._report()
+        except Exception as error:  # no reason to end the run
+            if not self._closing.is_set():
+                logger.warning("hangs are no longer watched: %s", error)
+
+    def _send(self, now: tuple[int, str, float], stands: bool) -> None:
+        step, phase, since = now
+        where, waits = self._where() if stands else ("", False)
+        beat = Heartbeat(
+            rank=dist.get_rank(),
+            host=socket.gethostname(),
+            step=step,
+            phase=phase,
+            seconds=time.monotonic() - since,
+            where=where,
+            waits=waits,
+            time=time.time(),
+        )
+        self._store.set(_key(beat.rank), json.dumps(asdict(beat)))
+
+    def _where(self) -> tuple[str, bool]:
+        frame = sys._current_frames().get(self._main_thread)
+        if frame is None:
+            return "", False
+        code = frame.f_code
+        name = code.co_filename
+        waits = os.path.join("torch", "distributed", "") in name or code.co_name in (
+            "_engine_run_backward",
+        )
+        return f"{name}:{frame.f_lineno} in {code.co_name}", waits
+
+    def _write_stacks(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            rank = dist.get_rank()
+            step, phase, since = self._now
+            with open(self._folder / f"rank-{rank}.txt", "w") as file:
+                file.write(
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank} ({socket.gethostname()}): "
+                    f"step {step}, phase '{phase}' for {time.monotonic() - since:.0f} s\n"
+                )
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            record = _flight_record()
+            if record:
+                (self._folder / f"flight_recorder_{rank}").write_bytes(record)
+        except OSError as error:
+            logger.warning("the stacks of a hang cannot be written: %s", error)
+
+    def _report(self) -> None:
+        beats, silent = self._read_all()
+        text = report(beats, silent, self._limit)
+        _log(f"{text}. Stacks of the ranks: {self._folder}")
+        try:
+            with open(self._folder / "report.txt", "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:
+            logger.warning("the report of a hang cannot be written: %s", error)
+
+    def _read_all(self) -> tuple[list[Heartbeat], list[int]]:
+        """The last heartbeat of each rank, and the ranks that never sent one."""
+        keys = [_key(rank) for rank in range(dist.get_world_size())]
+        present = keys
+        if not self._store.check(keys):
+            present = [key for key in keys if self._store.check([key])]
+        beats = [Heartbeat(**json.loads(value)) for value in self._store.multi_get(present)]
+        silent = sorted(set(range(len(keys))) - {beat.rank for beat in beats})
+        return beats, silent
+
+
+def report(beats: list[Heartbeat], silent: list[int], limit: float) -> str:
+    """Who is late: ranks not heard of, else those in the earliest place, else those that do not
+    wait in a collective.
+
+    Args:
+        beats: the last heartbeat of each rank that ever sent one.
+        silent: the other ranks.
+        limit: `comm.hang_seconds`.
+    """
+    now = max(beat.time for beat in beats)
+    head = f"no progress for {limit:g} s"
+    if silent:
+        return f"{head}. Never heard of: {_enumerate([f'rank {rank}' for rank in silent])}"
+    # A live rank sends every quarter of the limit.
+    mute = [beat for beat in beats if now - beat.time > limit]
+    if mute:
+        told = [f"{beat} when last heard of, {now - beat.time:.0f} s ago" for beat in mute]
+        return f"{head}. Late: {_enumerate(told)}. {_others(beats, mute)}"
+    earliest = min(beat.place for beat in beats)
+    late = [beat for beat in beats if beat.place == earliest]
+    if len(late) == len(beats):
+        late = [beat for beat in beats if beat.where and not beat.waits]
+    if not late or len(late) == len(beats):
+        return f"{head}. All ranks stand at the same place: {beats[0]}"
+    return f"{head}. Late: {_enumerate([str(beat) for beat in late])}. {_others(beats, late)}"
+
+
+def _others(beats: list[Heartbeat], late: list[Heartbeat]) -> str:
+    named = {beat.rank for beat in late}
+    others = [beat for beat in beats if beat.rank not in named]
+    if not others:
+        return ""
+    places: dict[tuple[int, str], int] = {}
+    for beat in others:
+        places[beat.step, beat.phase] = places.get((beat.step, beat.phase), 0) + 1
+    return "Of the others, " + ", ".join(
+        f"{number} wait in step {step}, phase '{phase}'"
+        for (step, phase), number in sorted(places.items())
+    )
+
+
+def _enumerate(items: list[str]) -> str:
+    more = len(items) - _MOST_NAMED
+    return "; ".join(items[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _flight_record() -> bytes | None:
+    """PyTorch's record of the last collectives, a pickle; None where it keeps none."""
+    names = ["_dump_fr_trace"]
+    if torch.cuda.is_available():
+        names.insert(0, "_dump_nccl_trace")
+    for name in names:
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        if dump is not None:
+            return dump()
+    return None
+
+
+def _log(message: str) -> None:
+    if dist.get_rank() == 0:
+        logger.error("%s", message)
+
+
+def _key(rank: int) -> str:
+    return f"torchtitan/heartbeat/{rank}"
