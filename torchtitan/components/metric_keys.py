@@ -43,7 +43,10 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "global 2-norm of the gradients of this step, before clipping",
         ),
         MetricKey(
-            "lr", "Learning rate", "", "of this step, before `lr_scale` of `[[optimizer.rules]]`"
+            "lr",
+            "Learning rate",
+            "",
+            "of this step, in the group of parameters where it is highest",
         ),
     ],
     "Speed and memory": [

@@ -29,6 +29,12 @@ ON_H100 = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_log_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that an earlier test has set up would be drawn above the bar."""
+    monkeypatch.setattr(logging.getLogger("torchtitan"), "handlers", [])
+
+
 def drawn(width: int, values: dict, step: int = 630, eta: float | None = 3723) -> list[str]:
     """The lines of a bar that was drawn once."""
     file = io.StringIO()
