@@ -49,6 +49,29 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "of this step, in the group of parameters where it is highest",
         ),
     ],
+    "Guard": [
+        MetricKey(
+            "steps_skipped",
+            "Skipped steps",
+            "steps",
+            "whose batch was not trained on, since the run began",
+            "`training.on_nonfinite`, `on_spike`",
+        ),
+        MetricKey(
+            "rollbacks",
+            "Rollbacks",
+            "",
+            "to a checkpoint, since the run began",
+            "`training.on_nonfinite`, `on_spike`",
+        ),
+        MetricKey(
+            "batches_skipped",
+            "Batches left out",
+            "batches",
+            "by rollbacks: step N trains on batch N + this number",
+            "`training.on_nonfinite`, `on_spike`",
+        ),
+    ],
     "Speed and memory": [
         MetricKey(
             "tokens_per_second",
@@ -90,6 +113,32 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "s",
             "time that the steps since the last logged one waited for their batches",
             from_zero=True,
+        ),
+    ],
+    "Ranks": [
+        MetricKey(
+            "own_seconds_max",
+            "Slowest rank's own work",
+            "s",
+            "most work of a rank in a measured step: waiting for data, computing and launching kernels, "
+            "not communicating",
+            "`metrics.straggler_freq`",
+            from_zero=True,
+        ),
+        MetricKey(
+            "own_seconds_mean",
+            "Own work of the ranks, mean",
+            "s",
+            "the same, mean over the ranks",
+            "`metrics.straggler_freq`",
+            from_zero=True,
+        ),
+        MetricKey(
+            "slowest_rank",
+            "Slowest rank",
+            "rank",
+            "the rank with the most work in the measured step",
+            "`metrics.straggler_freq`",
         ),
     ],
     "Experts": [

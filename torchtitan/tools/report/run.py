@@ -92,6 +92,7 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
 def _read_run(name: str, folder: Path) -> Run:
     from torchtitan.components.checkpoint.folder import list_checkpoints
+    from torchtitan.components.checkpoint.storage import is_url
 
     _check(folder)
     config_text = _read_text(folder / CONFIG_FILE)
@@ -104,6 +105,7 @@ def _read_run(name: str, folder: Path) -> Run:
         written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot read it: {error}") from error
+    saved_in = config.get("checkpoint.folder", "checkpoint")
     return Run(
         name,
         folder,
@@ -112,7 +114,8 @@ def _read_run(name: str, folder: Path) -> Run:
         config,
         config_text,
         {key: str(value) for key, value in environment.items()},
-        list_checkpoints(folder / config.get("checkpoint.folder", "checkpoint")),
+        # Those behind a URL are not looked for: a report needs no network.
+        [] if is_url(saved_in) else list_checkpoints(folder / saved_in),
         written,
     )
 

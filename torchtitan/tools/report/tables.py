@@ -90,7 +90,7 @@ def environment_rows(runs: list[Run]) -> list[list[str]]:
 
 def checkpoint_rows(runs: list[Run]) -> list[list[str]]:
     """A line for each checkpoint under `CHECKPOINT_HEADER`, the newest of a run first."""
-    from torchtitan.components.checkpoint.folder import Manifest
+    from torchtitan.components.checkpoint.manifest import Manifest
 
     rows = []
     for run in runs:
@@ -99,7 +99,7 @@ def checkpoint_rows(runs: list[Run]) -> list[list[str]]:
                 manifest = Manifest.read(folder)
                 holds = "weights" if manifest.model_only else "whole state"
                 saved = manifest.saved_at[:19].replace("T", " ")
-                size = human_bytes(sum(manifest.files.values()))
+                size = human_bytes(manifest.nbytes)
             except CheckpointError:
                 holds, saved, size = badge("damaged", "bad"), "", ""
             rows.append([run.name, folder.name, holds, saved, size])

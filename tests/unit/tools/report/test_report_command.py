@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from report_folder import write_run
 
-from torchtitan.components.checkpoint.folder import Manifest
+from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.storage import FileRecord
 from torchtitan.errors import ConfigError
 from torchtitan.tools import figures
 from torchtitan.tools.report.command import main
@@ -29,8 +30,8 @@ def test_a_page_says_all_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     (run / "validation.jsonl").write_text('{"step": 3, "loss": 2.75}\n')
     step = run / "checkpoint" / "step-3"
     step.mkdir(parents=True)
-    (step / "weights").write_bytes(bytes(2_000_000))
-    Manifest(3, False, {}).write(step)
+    Manifest(3, False, {}, files={"weights": FileRecord(2_000_000, "0" * 8)}).write(step)
+    (run / "checkpoint" / "step-2").mkdir()
     assert main([str(run)]) == 0
     page = run / "report.html"
     assert capsys.readouterr().out == f"{page}\n"
@@ -39,6 +40,7 @@ def test_a_page_says_all_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "mine finished 3 of 3 2.2500 2.7500 4.00 K 3.00 GiB 0:00:00 llama3 debugmodel" in text
     assert "2 processes: dp_shard of the rest" in text
     assert "optimizer.lr 0.0008 0.002 " in text
+    assert "step-2 damaged" in text
     assert "step-3 whole state" in text and "2.00 MB" in text
     assert "device cuda (H100) host node1 processes 2" in text
     titles = re.findall(r"<figcaption>(.*?) <small>", page.read_text())
@@ -108,6 +110,12 @@ def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [3.0, None, 2.0, None])
     main([str(run)])
     assert "run: loss is not finite at step 2 and 1 more." in text_of(run / "report.html")
+
+
+def test_checkpoints_behind_a_url_are_not_looked_for(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", LOSSES, "--checkpoint.folder=s3://bucket/run")
+    main([str(run)])
+    assert "<h2>Checkpoints" not in (run / "report.html").read_text()
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
