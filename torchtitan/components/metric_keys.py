@@ -120,7 +120,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "own_seconds_max",
             "Slowest rank's own work",
             "s",
-            "most work of a rank in a measured step: waiting for data, computing, launching kernels, "
+            "most work of a rank in a measured step: waits for data, computing, launching kernels, "
             "not communicating",
             "`metrics.straggler_freq`",
             from_zero=True,
