@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -43,6 +44,8 @@ class Samples:
     stall: list[float] = field(default_factory=list)
     """What training waits for when the save goes on in the background: the call, and the
     optimizer's step for the copy of the state."""
+    lost: list[float] = field(default_factory=list)
+    """The stall, and by what the steps until the save is complete were slower than others."""
     background: list[float] = field(default_factory=list)
     """From then until it is complete."""
     step: list[float] = field(default_factory=list)
@@ -92,12 +95,16 @@ def measure(folder: Path, flavor: str, rounds: int) -> tuple[Samples, int]:
             stall = _seconds(lambda: _save(trainer))
             start = time.perf_counter()
             _, future = trainer.checkpointer._pending
-            counted.first_step.append(_seconds(trainer.step))
+            steps = [_seconds(trainer.step)]
             counted.stall.append(stall + waits.pop(0))
             while not future.done():
-                counted.step_meanwhile.append(_seconds(trainer.step))
+                steps.append(_seconds(trainer.step))
             trainer.checkpointer.wait()
             counted.background.append(time.perf_counter() - start)
+            undisturbed = statistics.median(counted.step[-3:])
+            counted.lost.append(stall + sum(steps) - len(steps) * undisturbed)
+            counted.first_step.append(steps[0])
+            counted.step_meanwhile += steps[1:]
 
     config.async_mode = "disabled"
     _save(trainer)
@@ -162,6 +169,7 @@ def table(folder: Path, flavor: str, rounds: int) -> Table:
         shutil.rmtree(folder)
     blocking = Spread.of(samples.blocking)
     share = Spread.of([a / b for a, b in zip(samples.stall, samples.blocking, strict=True)])
+    lost = Spread.of(samples.lost)
     pairs = zip(samples.blocking, samples.without_checksums, strict=True)
     checksums = Spread.of([with_ - without for with_, without in pairs])
     pairs = zip(samples.load, samples.load_without_checksums, strict=True)
@@ -170,6 +178,7 @@ def table(folder: Path, flavor: str, rounds: int) -> Table:
     rows = [
         ["save at once", str(blocking), "1", ""],
         ["stall of a save in the background", str(Spread.of(samples.stall)), str(share), target],
+        ["time lost, with steps slowed down", str(lost), _share(lost, blocking), ""],
         ["until it is complete", str(Spread.of(samples.background)), "", ""],
         ["checksums in a save", str(checksums), _share(checksums, blocking), ""],
         ["load", str(Spread.of(samples.load)), "", ""],

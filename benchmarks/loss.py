@@ -57,7 +57,7 @@ def measure(case: Case) -> Outcome:
         command = [sys.executable, "-m", "benchmarks.loss", "--worker", json.dumps(asdict(case))]
         subprocess.run([*command, str(path)], check=True, cwd=Path(__file__).parents[1])
         # Mapped, not read: both gradients of a large vocabulary would take gigabytes.
-        return Outcome(**torch.load(path, mmap=True))
+        return Outcome(**torch.load(path, mmap=True, weights_only=True))
 
 
 def _worker(case: Case, path: str) -> None:

@@ -12,7 +12,17 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks import convert, data, gpu_llama3, loss, models, parallel, startup, trainer
+from benchmarks import (
+    checkpoint,
+    convert,
+    data,
+    gpu_llama3,
+    loss,
+    models,
+    parallel,
+    startup,
+    trainer,
+)
 from benchmarks.peers import compare as peers
 from benchmarks.report import machine
 
@@ -25,12 +35,23 @@ BENCHMARKS = {
     "parallel": parallel,
     "convert": convert,
     "data": data,
+    "checkpoint": checkpoint,
     "gpu_llama3": gpu_llama3,
 }
 """Name -> module with `run(quick) -> list[Table]`."""
 
 SUITES = {
-    "cpu": ["trainer", "peers", "startup", "loss", "models", "parallel", "convert", "data"],
+    "cpu": [
+        "trainer",
+        "peers",
+        "startup",
+        "loss",
+        "models",
+        "parallel",
+        "convert",
+        "data",
+        "checkpoint",
+    ],
     "gpu": ["gpu_llama3", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"

@@ -68,7 +68,9 @@ def exit_on_user_error() -> Iterator[None]:
 def _report(message: str) -> None:
     """Show an error on stderr: of several ranks with the same one, once."""
     from torchtitan.distributed.first_report import claim_report, write_error_file
+    from torchtitan.tools.secrets import hide_secrets
 
+    message = hide_secrets(message)
     write_error_file(message)
     with claim_report(message) as first:
         if first:

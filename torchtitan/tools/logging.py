@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TextIO
 
+from .secrets import hide_secrets
+
 logger = logging.getLogger("torchtitan")
 
 # Warnings of PyTorch in ordinary runs that a user can do nothing about.
@@ -59,6 +61,9 @@ class _LineFormatter(logging.Formatter):
     def __init__(self, rank: int) -> None:
         super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
         self._rank = f"[rank {rank}] " if rank else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_secrets(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "

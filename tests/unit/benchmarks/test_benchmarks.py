@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import convert, gpu_llama3, loss, models, run, startup, trainer
+from benchmarks import checkpoint, convert, gpu_llama3, loss, models, run, startup, trainer
 from benchmarks.peers import compare as peers
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.config import load_config
@@ -138,6 +138,13 @@ def test_models_do_the_same_work():
     assert "| llama3 |" in models.training_table([found]).markdown()
 
 
+def test_checkpoints_are_saved_by_turns():
+    (table,) = checkpoint.run(quick=True)
+    names = [row[0] for row in table.rows]
+    assert names[:2] == ["save at once", "stall of a save in the background"]
+    assert all(float(row[1].split()[0]) > 0 for row in table.rows[:2])
+
+
 @pytest.mark.long
 def test_suite_writes_a_page(tmp_path: Path):
     assert run.main(["--suite", "cpu", "--quick", "--out", str(tmp_path)]) == 0
@@ -145,5 +152,6 @@ def test_suite_writes_a_page(tmp_path: Path):
     text = page.read_text()
     titles = "Trainer against a bare", "Start-up", "Loss and", "Forward and", "Greedy", "Conversion"
     titles += "Memory-mapped tokens", "Resume", "Preparing", "JSON lines", "Waiting for data"
+    titles += ("Checkpoints of",)
     for title in titles:
         assert f"## {title}" in text, title

@@ -333,3 +333,25 @@ def test_tuning_of_kernels_needs_only_the_compiler(config):
     assert "set compile.enable" in error_of(config)
     config.compile.enable = True
     validate(config, 2)
+
+
+def test_urls_of_checkpoints_are_looked_at_before_the_run(config):
+    config.checkpoint.enable = True
+    config.checkpoint.folder = "memory://bucket/run"
+    config.checkpoint.initial_load_path = "memory://bucket/other/step-2"
+    validate(config, 1)
+    config.checkpoint.folder = "nothing://bucket"
+    assert "checkpoint.folder = nothing://bucket: fsspec knows no nothing://" in error_of(config)
+    config.checkpoint.folder = "checkpoint"
+    config.checkpoint.initial_load_path = "nothing://bucket"
+    assert error_of(config).startswith("checkpoint.initial_load_path = nothing://bucket")
+
+
+def test_hugging_face_folders_are_local(config):
+    config.checkpoint.enable = config.checkpoint.last_save_in_hf = True
+    config.checkpoint.folder = "memory://bucket/run"
+    message = error_of(config)
+    assert message.startswith("checkpoint.last_save_in_hf") and "convert to-hf" in message
+    config.checkpoint.last_save_in_hf, config.checkpoint.initial_load_in_hf = False, True
+    config.checkpoint.initial_load_path = "memory://bucket/other"
+    assert "read from local folders only" in error_of(config)

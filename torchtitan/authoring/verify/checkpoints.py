@@ -51,7 +51,9 @@ def resumes_bitwise(layout: str, subject: Subject) -> str:
     options = (*options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
     trainer = _trainer(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
     resumed = train(trainer, observe=False)
-    losses, weights, optimizer = torch.load(_straight_path(subject, layout), mmap=True)
+    losses, weights, optimizer = torch.load(
+        _straight_path(subject, layout), mmap=True, weights_only=True
+    )
     _require_equal(resumed.weights, weights, "the weight")
     _require_equal(_optimizer_state(trainer), optimizer, "the state")
     if resumed.losses != losses:
@@ -88,7 +90,7 @@ def loads_on(layout: str, subject: Subject) -> str:
     """Resume the checkpoint of other ranks: the same weights, and the next losses."""
     options = (*options_of(LAYOUTS[layout]), *_in_folder("shared"), "--checkpoint.interval=1000")
     trainer = _trainer(subject, *options)
-    saved = torch.load(_saved_path(subject), mmap=True)
+    saved = torch.load(_saved_path(subject), mmap=True, weights_only=True)
     trainer.checkpointer.load()
     rank = dist.get_rank()
     # Not of buffers that are in no checkpoint: whether these matter, the next losses tell.

@@ -67,7 +67,7 @@ class Recording:
     @classmethod
     def load(cls, path: Path) -> Recording:
         """Tensors are read when they are used."""
-        return cls(**torch.load(path, mmap=True))
+        return cls(**torch.load(path, mmap=True, weights_only=True))
 
 
 class RandomTokens:
