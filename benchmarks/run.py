@@ -12,7 +12,17 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks import convert, data, gpu_llama3, loss, models, parallel, startup, trainer
+from benchmarks import (
+    convert,
+    data,
+    gpu_llama3,
+    loss,
+    models,
+    parallel,
+    products,
+    startup,
+    trainer,
+)
 from benchmarks.peers import compare as peers
 from benchmarks.report import machine
 
@@ -26,12 +36,13 @@ BENCHMARKS = {
     "convert": convert,
     "data": data,
     "gpu_llama3": gpu_llama3,
+    "products": products,
 }
 """Name -> module with `run(quick) -> list[Table]`."""
 
 SUITES = {
     "cpu": ["trainer", "peers", "startup", "loss", "models", "parallel", "convert", "data"],
-    "gpu": ["gpu_llama3", "loss"],
+    "gpu": ["gpu_llama3", "products", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"
 
