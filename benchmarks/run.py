@@ -20,6 +20,7 @@ from benchmarks import (
     loss,
     models,
     parallel,
+    products,
     startup,
     trainer,
 )
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "data": data,
     "checkpoint": checkpoint,
     "gpu_llama3": gpu_llama3,
+    "products": products,
 }
 """Name -> module with `run(quick) -> list[Table]`."""
 
@@ -52,7 +54,7 @@ SUITES = {
         "data",
         "checkpoint",
     ],
-    "gpu": ["gpu_llama3", "loss"],
+    "gpu": ["gpu_llama3", "products", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"
 

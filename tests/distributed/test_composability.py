@@ -81,8 +81,13 @@ FEATURES = {
     ),
     "documents": ("--activation_checkpoint.mode=none", "--training.document_mask=true"),
     "Muon": ("--activation_checkpoint.mode=none", "--optimizer.name=Muon"),
+    "float8": (
+        "--activation_checkpoint.mode=none",
+        *("--model.converters", "quantize.linear.float8"),
+        "--quantize.linear.float8.recipe_name=rowwise",
+    ),
 }
-CHANGES_THE_RUN = ("documents", "Muon")
+CHANGES_THE_RUN = ("documents", "Muon", "float8")
 """Features whose control is one process with the same feature."""
 
 
@@ -123,7 +128,9 @@ def outcome(
         return errors[0].removeprefix("error: ")
     assert done.exit_code == 0, done.err
     expected = control[config_of(layout), feature if feature in CHANGES_THE_RUN else "plain"]
-    assert_equal_curves(read_lines(folder / "metrics.jsonl"), expected)
+    # Rounding is not continuous, see test_quantized_layouts.py.
+    wide = {"loss_tolerance": 3e-4, "norm_tolerance": 1e-2} if feature == "float8" else {}
+    assert_equal_curves(read_lines(folder / "metrics.jsonl"), expected, **wide)
     return "yes"
 
 
@@ -161,7 +168,8 @@ def render(table: dict[tuple[str, str], str]) -> str:
         "",
         "Written by `pytest -m long tests/distributed/test_composability.py --write-docs`. *yes*: "
         f"{STEPS} steps in float32 over gloo give the loss and the gradient norm of one process to "
-        "1e-4. *no*: the run is refused before it starts, with the message in the note.",
+        "1e-4 (in float8: loss 3e-4, norm 1e-2). *no*: the run is refused before it starts, with "
+        "the message in the note.",
         "",
         "| layout | " + " | ".join(FEATURES) + " |",
         "|---" * (len(FEATURES) + 1) + "|",

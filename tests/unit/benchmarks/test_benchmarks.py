@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkpoint, convert, gpu_llama3, loss, models, run, startup, trainer
+from benchmarks import (
+    checkpoint,
+    convert,
+    gpu_llama3,
+    loss,
+    models,
+    products,
+    run,
+    startup,
+    trainer,
+)
 from benchmarks.peers import compare as peers
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.config import load_config
@@ -128,8 +138,14 @@ def test_configs_load(path: Path):
 @pytest.mark.long
 def test_gpu_benchmark_runs_on_cpu():
     (table,) = gpu_llama3.run(quick=True)
-    assert [row[0] for row in table.rows] == ["eager", "compiled"]
+    assert [row[0] for row in table.rows] == list(gpu_llama3.MODES)
     assert all(float(row[1].split()[0]) > 0 for row in table.rows)
+
+
+def test_products_run_on_cpu():
+    (table,) = products.run(quick=True)
+    assert len(table.rows) == 4
+    assert {row[-1] for row in table.rows} == {"open: no GPU"}
 
 
 def test_models_do_the_same_work():
