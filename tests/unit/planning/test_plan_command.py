@@ -100,7 +100,7 @@ def check_page(text: str, plan: dict) -> None:
 def check_picture(content: bytes) -> None:
     """A bar in each of the colours of what this plan has."""
     pixels = (255 * plt.imread(io.BytesIO(content))).round().astype(int)[..., :3]
-    seen = {"#%02x%02x%02x" % tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0)}
+    seen = {"#" + bytes(list(color)).hex() for color in np.unique(pixels.reshape(-1, 3), axis=0)}
     memory = {COLORS[name] for name in ("parameters", "optimizer_state", "activations")}
     timeline = {color for what, color in ACTIONS.values() if what in ("forward", "backward")}
     assert memory | timeline <= seen
