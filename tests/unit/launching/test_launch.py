@@ -360,15 +360,3 @@ def _same(written: object, read: object) -> None:
 def test_the_templates_are_in_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "launching/templates/*" in project["tool"]["setuptools"]["package-data"]["torchtitan"]
-
-
-def test_the_commands_of_the_documentation(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (ROOT / "docs" / "launching.md").read_text()
-    commands = re.findall("^torchtitan launch (.*)$", text, re.MULTILINE)
-    assert len(commands) == 5
-    (tmp_path / "job.toml").write_text(JOB)
-    monkeypatch.chdir(tmp_path)
-    for line in commands:
-        assert "torchtitan.distributed.torchrun" in render(capsys, *shlex.split(line))
