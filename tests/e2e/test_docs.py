@@ -56,6 +56,7 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("docs/migrating.md", "from transformers", "is what to migrate from"),
     ("docs/migrating.md", "torchtitan download", NETWORK),
     ("docs/migrating.md", "torchrun", NETWORK),
+    ("docs/launching.md", "kubectl create", CLUSTER),
     ("docs/planning.md", "torchtitan plan model.toml --gpus", SLOW),
     ("torchtitan/models/gpt_oss/README.md", "config = transformers.Mxfp4Config", NETWORK),
     *((page, "from torchtitan", WEIGHTS) for page in PAGES if page.startswith("torchtitan/")),
@@ -118,6 +119,14 @@ def _job(name: str) -> Callable[[Path], None]:
     return lambda folder: shutil.copy(debug, folder / name)
 
 
+def _job_of_32_ranks(folder: Path) -> None:
+    _job("job.toml")(folder)
+    text = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(
+        text.replace("global_batch_size = 8", "global_batch_size = 32")
+    )
+
+
 def _generated(folder: Path, out: str) -> None:
     assert len(re.findall(r"^perplexity +\d", out, re.M)) >= 3
     assert len(read_lines(folder / "answers.jsonl")) == 2
@@ -154,6 +163,7 @@ SETTINGS: dict[str, Setting] = {
         afterwards=_traced,
     ),
     "docs/generating.md": Setting(_run_and_hugging_face, afterwards=_generated),
+    "docs/launching.md": Setting(_job_of_32_ranks),
     "docs/metrics.md": Setting(_two_runs, SMALL),
     "docs/planning.md": Setting(_job("model.toml"), instead={"--world-size 512": "--world-size 8"}),
 }

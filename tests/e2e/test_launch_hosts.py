@@ -15,7 +15,7 @@ from harness import read_lines, train
 from network_namespaces import Hosts, require_namespaces
 
 from torchtitan.launching.command import main
-from torchtitan.tools import stop_request
+from torchtitan.tools.stop_request import PREEMPTED
 
 JOB = """\
 [job]
@@ -83,7 +83,7 @@ def test_a_signal_saves_on_all_hosts(hosts: Hosts, tmp_path: Path, capfd) -> Non
         _wait_for_a_step(folder, process)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == getattr(stop_request, "STOPPED", 0), output
+    assert process.returncode == PREEMPTED, output
     steps = len(read_lines(folder / "metrics.jsonl"))
     assert (folder / "checkpoint" / f"step-{steps}").is_dir(), output
     assert not any(host.pids() for host in hosts)

@@ -25,11 +25,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-PREEMPTED = 75
-"""Exit code of a run that saved a checkpoint because it was asked to stop: start it again.
+from torchtitan.tools.stop_request import PREEMPTED
 
-It is EX_TEMPFAIL of sysexits.h.
-"""
 _MISTAKE = 2
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -56,6 +56,8 @@ class Options:
     """Write the plan as JSON."""
     html: Annotated[str | None, _option("FILE")] = None
     """Write a page with memory by category and the pipeline's timeline."""
+    png: Annotated[str | None, _option("FILE")] = None
+    """Write the same as a picture; needs matplotlib (`torchtitan[plots]`)."""
     search: bool = False
     """Look for the fastest layout that fits, with this model, batch and sequence length. Degrees,
     local batch, schedule and activation checkpointing of the job are not used."""
@@ -96,8 +98,11 @@ def _plan(options: Options, config: JobConfig) -> int:
     from .devices import get_device
     from .estimate import plan_run
     from .page import page
+    from .picture import png, require_matplotlib
     from .report import Budget, as_json, show
 
+    if options.png:
+        require_matplotlib()
     world_size = options.world_size or default_world_size(config, options.nodes_of)
     plan = plan_run(config, world_size, get_device(options.device), options.nodes_of)
     budget = Budget.of(plan, options.tokens, options.price) if options.tokens else None
@@ -106,6 +111,8 @@ def _plan(options: Options, config: JobConfig) -> int:
         _write("--json", options.json, json.dumps(as_json(plan, budget), indent=2) + "\n")
     if options.html:
         _write("--html", options.html, page(plan, budget))
+    if options.png:
+        _write("--png", options.png, png(plan))
     return 0 if plan.room >= 0 else 1
 
 
@@ -150,8 +157,8 @@ def _check(options: Options) -> None:
         raise ConfigError("--price needs --tokens N: the budget that is to be paid for")
 
 
-def _write(option: str, path: str, text: str) -> None:
+def _write(option: str, path: str, content: str | bytes) -> None:
     try:
-        Path(path).write_text(text)
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot write it: {error.strerror}") from error

@@ -34,6 +34,7 @@ _MOST_SPANS = 20_000  # a browser is slow with more
 _STYLE = """
 .key span { display: inline-block; width: 1em; height: 1em; margin: 0 .4em 0 1em;
   vertical-align: -2px; }
+td:last-child { white-space: nowrap; }
 """
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from harness import command
 
 from torchtitan.config import load_config
+from torchtitan.errors import ConfigError
+from torchtitan.planning import picture
 from torchtitan.planning.command import default_world_size, main
+from torchtitan.planning.page import ACTIONS, COLORS
 
 JOB = """\
 [model]
@@ -44,8 +50,8 @@ def job(tmp_path: Path) -> str:
 def test_a_plan_on_the_terminal_as_json_and_as_a_page(
     job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = [str(tmp_path / "plan.json"), str(tmp_path / "plan.html")]
-    options = ["--world-size", "16", "--tokens", "1e9", "--price", "2"]
+    files = [str(tmp_path / f"plan.{suffix}") for suffix in ("json", "html", "png")]
+    options = ["--png", files[2], "--world-size", "16", "--tokens", "1e9", "--price", "2"]
     assert main([job, *options, "--json", files[0], "--html", files[1]]) == 0
     out = capsys.readouterr().out
     for words in ("on 16 h100", "pp 2, dp_shard 8", "pipeline rank", "all_gather", "network"):
@@ -65,6 +71,7 @@ def test_a_plan_on_the_terminal_as_json_and_as_a_page(
     )
     assert budget["cost"] == pytest.approx(2 * budget["device_hours"])
     check_page(Path(files[1]).read_text(), plan)
+    check_picture(Path(files[2]).read_bytes())
 
 
 def check_page(text: str, plan: dict) -> None:
@@ -88,6 +95,21 @@ def check_page(text: str, plan: dict) -> None:
             begin = f"stage {stage}, {what}, micro-batch "
             assert sum(title.startswith(begin) for title in titles) == 4
         assert sum(f"stage {stage}, reduction" in title for title in titles) == 1
+
+
+def check_picture(content: bytes) -> None:
+    """A bar in each of the colours of what this plan has."""
+    pixels = (255 * plt.imread(io.BytesIO(content))).round().astype(int)[..., :3]
+    seen = {"#" + bytes(list(color)).hex() for color in np.unique(pixels.reshape(-1, 3), axis=0)}
+    memory = {COLORS[name] for name in ("parameters", "optimizer_state", "activations")}
+    timeline = {color for what, color in ACTIONS.values() if what in ("forward", "backward")}
+    assert memory | timeline <= seen
+
+
+def test_a_picture_needs_matplotlib(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--png needs matplotlib: .*torchtitan\[plots\]"):
+        main([job, "--png", "plan.png"])
 
 
 def test_what_does_not_fit_says_by_how_much(job: str, capsys: pytest.CaptureFixture[str]) -> None:
