@@ -29,6 +29,7 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.checkpoint.resume import check_resume
+from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_weights
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
@@ -85,7 +86,7 @@ class Trainer:
     """One training run."""
 
     def __init__(self, job_config: JobConfig) -> None:
-        self.job_config = job_config
+        self.job_config = job_config = with_own_folder(job_config)
 
         # Everything a user can get wrong is found before processes meet and memory is taken.
         load_plugins(job_config.job.custom_import)
@@ -111,7 +112,11 @@ class Trainer:
         world_mesh = parallel_dims.world_mesh
         self.dp_rank = world_mesh["dp"].get_local_rank()
         # Of the ranks that have different tokens, which must not draw the same random numbers.
-        self.token_rank = world_mesh["dp_cp"].get_local_rank()
+        tokens_mesh = world_mesh["dp_cp"]
+        self.replicas = Replicas(job_config)
+        self.token_rank, _ = self.replicas.data_share(
+            tokens_mesh.get_local_rank(), tokens_mesh.size()
+        )
         self.cp_mesh = world_mesh["cp"] if parallel_dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if parallel_dims.pp_enabled else None
 
@@ -150,15 +155,14 @@ class Trainer:
         self.loss_fn.attach(self.model_parts)
         self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, parallel_dims)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
-        self.dataloader = spec.build_dataloader_fn(
-            job_config, tokenizer, self.dp_rank, parallel_dims.dp
-        )
+        data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)
+        self.dataloader = spec.build_dataloader_fn(job_config, tokenizer, data_rank, data_ranks)
         self.validator = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
                 job_config, tokenizer, self.loss_fn, parallel_dims, self.dp_rank, parallel_dims.dp
             )
-        batch_size, self.accumulation_steps = resolve_batch(job_config, parallel_dims.dp)
+        batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
         self.tokens_per_step = batch_size * job_config.training.seq_len
         self.state = TrainState()
         self.guard = Guard(job_config, parallel_dims, self.dp_rank)
@@ -189,15 +193,21 @@ class Trainer:
         self.checkpointer.load()
         _write_description(config)
         self.metrics.start(self.state.step, self.state.tokens_seen)
+        common = self.checkpointer.replica_state, self.checkpointer.load_replica_state
+        self.replicas.start(self.state.step, *common)
         stop = StopRequest()
         gc_control = GarbageCollection(config.training.gc_freq)
         try:
             with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
                 while self.state.step < config.training.steps:
+                    self.replicas.begin_step()
                     self.state.step += 1
                     with self.stragglers.measure(self.state.step):
                         stopping = self.train_step(stop)
                     self.watch.enter("after the step", self.state.step)
+                    if self.replicas.lost_step:
+                        self.state.step -= 1
+                        continue
                     if not (self.guard.rollback_due and self._roll_back()):
                         self._after_step(stopping)
                     with self.metrics.pause():
@@ -236,13 +246,20 @@ class Trainer:
         counts = torch.tensor([tokens, int(stop.received)])
         dist.all_reduce(counts)
         # At least 1: a step of prompts alone teaches nothing, and has a loss of 0.
-        global_tokens = (counts[0] // self.parallel_dims.non_data_parallel_size).clamp(min=1)
+        own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
+        global_tokens = self.replicas.sum(own_tokens).clamp(min=1)
 
         self.watch.enter("forward_backward", step)
         compute = partial(self._gradients, batches, global_tokens)
         loss_sum = self.replay.check(step, compute, self._start_step)
+        loss_sum = self.replicas.sum(loss_sum)
+        self.replicas.sum_gradients(self._parameters())
+
         self.watch.enter("optimizer", step)
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
+        if not self.replicas.commit():
+            self.expert_balance.discard()
+            return bool(counts[1])
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
             self.model_converters.post_optimizer_hook(self.model_parts)
@@ -327,6 +344,7 @@ class Trainer:
                 extra=self.expert_balance.metrics()
                 | self._data_metrics()
                 | self.guard.metrics()
+                | self.replicas.metrics()
                 | self.stragglers.metrics(),
             )
             self.window = Window()
@@ -382,6 +400,7 @@ class Trainer:
     def close(self) -> None:
         """Stop the background threads and leave the process group."""
         self.watch.close()
+        self.replicas.close()
         self.dataloader.close()
         if self.validator:
             self.validator.close()

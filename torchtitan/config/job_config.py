@@ -10,6 +10,7 @@ from .comm import Comm
 from .compile import Compile
 from .data import Data
 from .debug import Debug
+from .fault_tolerance import FaultTolerance
 from .job import Job
 from .loss import Loss
 from .lr_scheduler import LRScheduler
@@ -41,4 +42,5 @@ class JobConfig:
     profiling: Profiling = field(default_factory=Profiling)
     validation: Validation = field(default_factory=Validation)
     comm: Comm = field(default_factory=Comm)
+    fault_tolerance: FaultTolerance = field(default_factory=FaultTolerance)
     debug: Debug = field(default_factory=Debug)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -103,6 +103,11 @@ def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
         return fill(base, table)
     except BadValueError as error:
         raise ConfigError(f"{file.where(error.path)}: {error.problem}") from error
+
+
+def fail(config: JobConfig, key: str, problem: str) -> NoReturn:
+    """Raises `ConfigError` about the value of `key`."""
+    raise ConfigError(f"{origin(config, key)}: {problem}")
 
 
 def origin(config: JobConfig, key: str) -> str:

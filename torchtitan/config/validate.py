@@ -10,12 +10,13 @@ import importlib.util
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from torchtitan.errors import ConfigError, did_you_mean
 
 from .job_config import JobConfig
-from .load import origin
+from .load import fail, origin
+from .survival_rules import check_survival
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -41,7 +42,7 @@ def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
     if training.global_batch_size == -1:
         return one_pass, 1
     if training.global_batch_size % one_pass:
-        _fail(
+        fail(
             job_config,
             "training.global_batch_size",
             f"must be a multiple of training.local_batch_size ({training.local_batch_size}) x data "
@@ -64,7 +65,7 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     _check_optimizer(job_config)
     _check_activation_checkpoint(job_config)
     _check_compile(job_config)
-    _check_guard(job_config)
+    check_survival(job_config)
     _check_compile_mode(job_config, world_size)
     _check_outputs(job_config)
 
@@ -80,7 +81,8 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
         problem = str(error).removeprefix("parallelism: ")  # of those who build ParallelDims
         raise ConfigError(f"{origin(job_config, f'parallelism.{largest}')}: {problem}") from error
 
-    resolve_batch(job_config, dims.dp)
+    groups = job_config.fault_tolerance.group_size if job_config.fault_tolerance.enable else 1
+    resolve_batch(job_config, dims.dp * groups)
     _check_sequence_length(job_config, dims)
     _check_context_parallel(job_config, dims)
     _check_tensor_parallel(job_config, dims)
@@ -88,7 +90,7 @@ def _check_parallelism(job_config: JobConfig, world_size: int) -> None:
     if dims.pp_enabled:
         _check_pipeline(job_config)
     if job_config.training.enable_cpu_offload and not dims.dp_shard_enabled:
-        _fail(
+        fail(
             job_config,
             "training.enable_cpu_offload",
             "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree comes to "
@@ -108,7 +110,7 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims) -> None:
     for section in sections:
         seq_len = getattr(job_config, section).seq_len
         if seq_len % unit:
-            _fail(
+            fail(
                 job_config,
                 f"{section}.seq_len",
                 f"must be a multiple of {unit}, since {' and '.join(reasons)}. "
@@ -124,12 +126,12 @@ def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     key = "parallelism.context_parallel_method"
     if job_config.training.document_mask:
         problem = "a ring knows no training.document_mask. Use 'allgather' or 'ulysses'"
-        _fail(job_config, key, problem)
+        fail(job_config, key, problem)
     if job_config.model.attention == "flex":
         problem = "a ring has no flex attention (model.attention). Use 'allgather' or 'ulysses'"
-        _fail(job_config, key, problem)
+        fail(job_config, key, problem)
     if device_type() == "cuda" and job_config.training.mixed_precision_param == "float32":
-        _fail(
+        fail(
             job_config,
             key,
             "the flash kernel of CUDA, which a ring needs, has no float32. Use 'allgather', "
@@ -144,15 +146,15 @@ def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
 
     config, key = job_config.compile, "parallelism.enable_async_tensor_parallel"
     if not dims.tp_enabled:
-        _fail(job_config, key, "needs parallelism.tensor_parallel_degree of 2 or more")
+        fail(job_config, key, "needs parallelism.tensor_parallel_degree of 2 or more")
     if device_type() != "cuda":
-        _fail(job_config, key, "needs CUDA, whose devices can read each other's memory")
+        fail(job_config, key, "needs CUDA, whose devices can read each other's memory")
     if not config.enable or "model" not in config.components or config.backend != "inductor":
         problem = "the compiler does it: set compile.enable, 'model' in compile.components and "
-        _fail(job_config, key, problem + "compile.backend = 'inductor'")
+        fail(job_config, key, problem + "compile.backend = 'inductor'")
     if job_config.parallelism.disable_sequence_parallel:
         problem = "needs sequence parallel: set parallelism.disable_sequence_parallel = false"
-        _fail(job_config, key, problem)
+        fail(job_config, key, problem)
 
 
 def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
@@ -167,11 +169,11 @@ def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
         for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
             if getattr(job_config.parallelism, name) > 1:
                 problem = f"{model.name} {model.flavor} has no experts. Use 1"
-                _fail(job_config, f"parallelism.{name}", problem)
+                fail(job_config, f"parallelism.{name}", problem)
         return
     if experts % dims.ep:
         degrees = [d for d in range(1, experts + 1) if experts % d == 0]
-        _fail(
+        fail(
             job_config,
             "parallelism.expert_parallel_degree",
             f"must divide the {experts} experts of {model.name} {model.flavor}. Degrees that do: "
@@ -182,7 +184,7 @@ def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
     for section in sections:
         seq_len = getattr(job_config, section).seq_len
         if dims.tp_enabled and seq_len % unit:
-            _fail(
+            fail(
                 job_config,
                 f"{section}.seq_len",
                 f"must be a multiple of {unit}, since each rank of tensor parallel routes a part "
@@ -199,7 +201,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
     )
 
     if job_config.loss.name == "chunked_cross_entropy" and splits_backward(job_config):
-        _fail(
+        fail(
             job_config,
             "loss.name",
             "has its gradients once, and this pipeline schedule asks twice, for inputs and for "
@@ -212,7 +214,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
     for section in sections:
         batch = getattr(job_config, section).local_batch_size
         if batch % size:
-            _fail(
+            fail(
                 job_config,
                 f"{section}.local_batch_size",
                 f"must be a multiple of parallelism.pipeline_parallel_microbatch_size ({size}). "
@@ -222,7 +224,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
         needed = CsvSchedule.read(job_config).microbatches
         for section in sections:
             if getattr(job_config, section).local_batch_size != needed * size:
-                _fail(
+                fail(
                     job_config,
                     f"{section}.local_batch_size",
                     f"must be {needed * size}: the schedule in "
@@ -237,7 +239,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
     needed = {"single": "1 stage", "looped": "2 or more stages", "V": "2 stages"}[kind]
     if not {"single": per_rank == 1, "looped": per_rank >= 2, "V": per_rank == 2}[kind]:
         problem = f"{schedule} needs {needed} a rank"
-        _fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
+        fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
 
     for section in sections:
         microbatches = getattr(job_config, section).local_batch_size // size
@@ -251,7 +253,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
                 schedule, microbatches, fewer, fewer * per_rank
             ):
                 fewer -= 1
-            _fail(
+            fail(
                 job_config,
                 f"{section}.local_batch_size",
                 f"makes {microbatches} micro-batches of {size}; {schedule} over {pp} ranks needs "
@@ -285,27 +287,27 @@ def _check_data(job_config: JobConfig) -> None:
     for i, name in enumerate(names):
         if name in names[:i]:
             problem = f"{name!r} is the name of another source too. Give each a name of its own"
-            _fail(job_config, f"data.sources.{i}.name", problem)
+            fail(job_config, f"data.sources.{i}.name", problem)
     if data.sources and not any(source.weight for source in data.sources):
-        _fail(job_config, "data.sources", "all weights are 0")
+        fail(job_config, "data.sources", "all weights are 0")
     begins = [phase.from_step for phase in data.phases]
     for i, phase in enumerate(data.phases):
         if not data.sources:
-            _fail(job_config, "data.phases", "needs data.sources, whose weights it changes")
+            fail(job_config, "data.phases", "needs data.sources, whose weights it changes")
         if len(phase.weights) != len(data.sources):
             problem = f"must have one for each of data.sources, {len(data.sources)} in all"
-            _fail(job_config, f"data.phases.{i}.weights", problem)
+            fail(job_config, f"data.phases.{i}.weights", problem)
         if not any(phase.weights):
-            _fail(job_config, f"data.phases.{i}.weights", "all weights are 0")
+            fail(job_config, f"data.phases.{i}.weights", "all weights are 0")
         if i and begins[i] <= begins[i - 1]:
             problem = f"must be more than that of the phase before, {begins[i - 1]}"
-            _fail(job_config, f"data.phases.{i}.from_step", problem)
+            fail(job_config, f"data.phases.{i}.from_step", problem)
 
     path = job_config.model.tokenizer_path
     if path != "bytes" and not os.path.isfile(
         os.path.join(os.path.expanduser(path), "tokenizer.json")
     ):
-        _fail(
+        fail(
             job_config,
             "model.tokenizer_path",
             "not a folder with a Hugging Face tokenizer.json. Use such a folder, or 'bytes', which "
@@ -318,10 +320,10 @@ def _check_dataset(job_config: JobConfig, section: str, config: Any) -> None:
 
     if config.dataset not in DATASETS:
         problem = f"no such dataset.{did_you_mean(config.dataset, DATASETS)}"
-        _fail(job_config, f"{section}.dataset", problem)
+        fail(job_config, f"{section}.dataset", problem)
     if config.dataset in _DATASETS_WITH_PATH and not config.dataset_path:
         problem = f"needs {section}.dataset_path: {_DATASETS_WITH_PATH[config.dataset]}"
-        _fail(job_config, f"{section}.dataset", problem)
+        fail(job_config, f"{section}.dataset", problem)
 
 
 def _check_optimizer(job_config: JobConfig) -> None:
@@ -330,15 +332,15 @@ def _check_optimizer(job_config: JobConfig) -> None:
     name = job_config.optimizer.name
     if name not in OPTIMIZERS:
         problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)}"
-        _fail(job_config, "optimizer.name", problem)
+        fail(job_config, "optimizer.name", problem)
     for i, rule in enumerate(job_config.optimizer.rules):
         key = f"optimizer.rules.{i}"
         if not rule.pattern:
-            _fail(job_config, key, "needs a pattern")
+            fail(job_config, key, "needs a pattern")
         try:
             re.compile(rule.pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            _fail(job_config, f"{key}.pattern", f"not a regular expression: {error}")
+            fail(job_config, f"{key}.pattern", f"not a regular expression: {error}")
 
 
 def _check_activation_checkpoint(job_config: JobConfig) -> None:
@@ -348,11 +350,11 @@ def _check_activation_checkpoint(job_config: JobConfig) -> None:
     option = config.selective_ac_option
     if option != "op" and not re.fullmatch("[1-9][0-9]{0,8}", option):
         problem = "must be 'op', or a positive integer N for every N-th block"
-        _fail(job_config, "activation_checkpoint.selective_ac_option", problem)
+        fail(job_config, "activation_checkpoint.selective_ac_option", problem)
     compiles_model = compile_config.enable and "model" in compile_config.components
     per_op = config.mode == "selective" and option == "op"
     if per_op and splits_backward(job_config) and not compiles_model:
-        _fail(
+        fail(
             job_config,
             "activation_checkpoint.selective_ac_option",
             "keeps activations for one backward pass, and this pipeline schedule makes two, for "
@@ -366,10 +368,10 @@ def _check_activation_checkpoint(job_config: JobConfig) -> None:
             "the compiler cannot weigh blocks that communicate, as under tensor and context "
             "parallelism (torch 2.13). Use 'selective' or 'full'"
         )
-        _fail(job_config, "activation_checkpoint.mode", problem)
+        fail(job_config, "activation_checkpoint.mode", problem)
     if config.mode == "memory_budget" and not compiles_model:
         problem = "the compiler does it: set compile.enable, with 'model' in compile.components"
-        _fail(job_config, "activation_checkpoint.mode", problem)
+        fail(job_config, "activation_checkpoint.mode", problem)
 
 
 def _check_compile(job_config: JobConfig) -> None:
@@ -380,36 +382,9 @@ def _check_compile(job_config: JobConfig) -> None:
 
     known = list_backends(exclude_tags=())
     if config.backend not in known:
-        _fail(
+        fail(
             job_config, "compile.backend", f"no such backend.{did_you_mean(config.backend, known)}"
         )
-
-
-def _check_guard(job_config: JobConfig) -> None:
-    training, comm = job_config.training, job_config.comm
-    for name in ("on_nonfinite", "on_spike"):
-        if getattr(training, name) == "rollback" and not job_config.checkpoint.enable:
-            problem = "there would be nothing to go back to, since checkpoint.enable is false"
-            _fail(job_config, f"training.{name}", problem)
-    if training.replay_freq and not job_config.debug.deterministic:
-        from torchtitan.distributed.utils import device_type
-
-        if device_type() == "cuda":
-            problem = (
-                "kernels of CUDA may give other bits each time. Set debug.deterministic = true"
-            )
-            _fail(job_config, "training.replay_freq", problem)
-    if job_config.metrics.straggler_freq:
-        key = "metrics.straggler_freq"
-        if job_config.compile.enable or job_config.model.attention == "flex":
-            _fail(job_config, key, "compiled models do not let their collectives be timed. Use 0")
-        if job_config.parallelism.pipeline_parallel_degree > 1:
-            _fail(job_config, key, "stages of a pipeline wait for each other in turn. Use 0")
-    if comm.hang_seconds >= comm.timeout_seconds:
-        problem = (
-            f"must be less than comm.timeout_seconds ({comm.timeout_seconds}), which ends the run"
-        )
-        _fail(job_config, "comm.hang_seconds", problem)
 
 
 def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
@@ -420,18 +395,18 @@ def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
         return
     if not config.enable or "model" not in config.components or config.backend != "inductor":
         problem = "set compile.enable, 'model' in compile.components and compile.backend = "
-        _fail(job_config, key, f"{problem}'inductor', which alone has modes")
+        fail(job_config, key, f"{problem}'inductor', which alone has modes")
     if config.mode == "max-autotune-no-cudagraphs":
         return
     if device_type() != "cuda":
         problem = "CUDA graphs need a GPU. Use 'default' or 'max-autotune-no-cudagraphs'"
-        _fail(job_config, key, problem)
+        fail(job_config, key, problem)
     if world_size > 1:
         problem = (
             "a CUDA graph reads weights where they were when it was captured, and with several "
             "ranks they are gathered anew each time. Use 'default' or 'max-autotune-no-cudagraphs'"
         )
-        _fail(job_config, key, problem)
+        fail(job_config, key, problem)
 
 
 def _check_outputs(job_config: JobConfig) -> None:
@@ -439,22 +414,22 @@ def _check_outputs(job_config: JobConfig) -> None:
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
-        _fail(job_config, "job.dump_folder", f"{existing} is a file, not a folder")
+        fail(job_config, "job.dump_folder", f"{existing} is a file, not a folder")
     if not os.access(existing, os.W_OK):
-        _fail(job_config, "job.dump_folder", f"cannot write {folder}: no permission in {existing}")
+        fail(job_config, "job.dump_folder", f"cannot write {folder}: no permission in {existing}")
 
     checkpoint = job_config.checkpoint
     if checkpoint.load_step != -1 and not checkpoint.enable:
         problem = "nothing would be loaded, since checkpoint.enable is false"
-        _fail(job_config, "checkpoint.load_step", problem)
+        fail(job_config, "checkpoint.load_step", problem)
     _check_initial_load(job_config)
     _check_storage(job_config)
     if checkpoint.last_save_in_hf and not checkpoint.enable:
         problem = "nothing would be saved, since checkpoint.enable is false"
-        _fail(job_config, "checkpoint.last_save_in_hf", problem)
+        fail(job_config, "checkpoint.last_save_in_hf", problem)
     if job_config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         problem = "wandb is not installed: pip install 'torchtitan[wandb]'"
-        _fail(job_config, "metrics.enable_wandb", problem)
+        fail(job_config, "metrics.enable_wandb", problem)
 
 
 def _check_storage(job_config: JobConfig) -> None:
@@ -470,7 +445,7 @@ def _check_storage(job_config: JobConfig) -> None:
             if key == "folder" and checkpoint.last_save_in_hf and isinstance(path, RemotePath):
                 problem = "is written to local folders only, and checkpoint.folder is a URL. Use "
                 problem += "`torchtitan convert to-hf` on a local copy of the last checkpoint"
-                _fail(job_config, "checkpoint.last_save_in_hf", problem)
+                fail(job_config, "checkpoint.last_save_in_hf", problem)
 
 
 def _check_initial_load(job_config: JobConfig) -> None:
@@ -483,24 +458,20 @@ def _check_initial_load(job_config: JobConfig) -> None:
                 "needs a Hugging Face folder: set checkpoint.initial_load_path, or "
                 "model.tokenizer_path if the weights lie with the tokenizer"
             )
-            _fail(job_config, key, problem)
+            fail(job_config, key, problem)
     if not path:
         return
     if "://" in path:
         if in_hf:
-            _fail(job_config, key, "Hugging Face folders are read from local folders only")
+            fail(job_config, key, "Hugging Face folders are read from local folders only")
         return  # looked at where it is opened
     folder = os.path.expanduser(path)
     if not os.path.isdir(folder):
-        _fail(job_config, key, "no such folder")
+        fail(job_config, key, "no such folder")
     names = ("model.safetensors.index.json", "model.safetensors")
     if in_hf and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
         problem = f"{path} holds no Hugging Face weights ({' or '.join(names)})"
-        _fail(job_config, key, problem)
-
-
-def _fail(job_config: JobConfig, key: str, problem: str) -> NoReturn:
-    raise ConfigError(f"{origin(job_config, key)}: {problem}")
+        fail(job_config, key, problem)
 
 
 def _nearest_multiples(value: int, unit: int) -> str:

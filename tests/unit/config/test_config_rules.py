@@ -355,3 +355,61 @@ def test_hugging_face_folders_are_local(config):
     config.checkpoint.last_save_in_hf, config.checkpoint.initial_load_in_hf = False, True
     config.checkpoint.initial_load_path = "memory://bucket/other"
     assert "read from local folders only" in error_of(config)
+
+
+def test_a_rollback_needs_checkpoints(config):
+    config.training.on_spike = "rollback"
+    message = "training.on_spike = 'rollback': there would be nothing to go back to"
+    assert error_of(config).replace('"', "'").startswith(message)
+    config.checkpoint.enable = True
+    validate(config, 1)
+
+
+def test_a_replay_on_cuda_needs_deterministic_kernels(config, monkeypatch):
+    config.training.replay_freq = 10
+    validate(config, 1)
+    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
+    assert "training.replay_freq = 10: kernels of CUDA" in error_of(config)
+    config.debug.deterministic = True
+    validate(config, 1)
+
+
+def test_a_hang_is_found_before_the_timeout(config):
+    config.comm.timeout_seconds = 60
+    validate(config, 1)
+    config.comm.hang_seconds = 60
+    assert "comm.hang_seconds = 60: must be less than comm.timeout_seconds (60)" in error_of(config)
+
+
+def test_what_stragglers_cannot_be_measured_with(config):
+    config.metrics.straggler_freq = 10
+    validate(config, 1)
+    config.compile.enable = True
+    assert "metrics.straggler_freq = 10: compiled models" in error_of(config)
+
+
+def test_what_replica_groups_need(config, monkeypatch):
+    group = config.fault_tolerance
+    group.enable = True
+    find_spec = "torchtitan.config.survival_rules.importlib.util.find_spec"
+    monkeypatch.setattr(find_spec, lambda name: None)
+    assert "fault_tolerance.enable = true: torchft is not installed: pip install" in error_of(
+        config
+    )
+    monkeypatch.setattr(find_spec, lambda name: object())
+    monkeypatch.delenv("TORCHFT_LIGHTHOUSE", raising=False)
+    assert "TORCHFT_LIGHTHOUSE" in error_of(config)
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://localhost:1")
+    monkeypatch.delenv("RANK", raising=False)
+    assert "needs torchrun" in error_of(config)
+    monkeypatch.setenv("RANK", "0")
+    validate(config, 1)
+    group.replica_id = 1
+    assert "fault_tolerance.replica_id = 1: must be less than" in error_of(config)
+    group.replica_id, group.min_replica_size = 0, 2
+    assert "fault_tolerance.min_replica_size = 2: must be at most" in error_of(config)
+    group.group_size = 2
+    config.training.on_nonfinite, config.checkpoint.enable = "rollback", True
+    assert "cannot go back together" in error_of(config)
+    config.training.on_nonfinite, config.training.global_batch_size = "error", 8
+    assert "data ranks (2)" in error_of(config)

@@ -352,9 +352,7 @@ class CheckpointManager:
         if "dataloader" in state:
             self._check_batch_size(checkpoint)
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
-        for name, stateful in self._stateful.items():
-            if name in state:
-                stateful.load_state_dict(state[name])
+        self._load_stateful(state)
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
             self._dataloader.load_state_dict({"rows": rows})
@@ -370,16 +368,29 @@ class CheckpointManager:
             return f", whose configuration cannot be read ({first_line(error)})"
         return f". The configuration has changed since:{changes}" if changes else ""
 
+    def replica_state(self) -> dict[str, Any]:
+        """What replica groups have in common: all but the place in the data. Not copies."""
+        return self._state(exclude=("dataloader",))
+
+    def load_replica_state(self, state: dict[str, Any]) -> None:
+        """Take over a `replica_state`, whose model is already in place."""
+        self._load_stateful(state)
+
+    def _load_stateful(self, state: dict[str, Any]) -> None:
+        for name, stateful in self._stateful.items():
+            if name in state:
+                stateful.load_state_dict(state[name])
+
     def _check_batch_size(self, checkpoint: OpenCheckpoint) -> None:
         rows = checkpoint.metadata.state_dict_metadata.get("dataloader.rows")
-        current = self._dataloader.global_batch_size
+        own, columns = self._dataloader.state_dict()["rows"].shape
+        current = own * self._dp_mesh.size()  # of this replica group
         if rows is not None and (saved := rows.size[0]) != current:
             raise CheckpointError(
                 f"{checkpoint.folder} was saved with a global batch of {saved} sequences, but "
                 f"training.global_batch_size is {current} now. Set it to {saved}, or set "
                 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
             )
-        columns = self._dataloader.state_dict()["rows"].shape[1]
         if rows is not None and rows.size[1] != columns:
             raise CheckpointError(
                 f"{checkpoint.folder} was saved with another number of data.sources or another "

@@ -1,0 +1,137 @@
+"""Replica groups train as one, one of them dies and comes back. Needs torchft."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from equality import SAVE, assert_equal_curves, assert_equal_weights, newest_weights
+from harness import TIMEOUT, read_lines, train
+from tiny_llama import OPTIONS
+
+from torchtitan import cli
+from torchtitan.distributed.ranks import Ranks
+
+torchft = pytest.importorskip("torchft")
+from torchft.coordination import LighthouseServer  # noqa: E402
+
+LATE = ("--job.custom_import=late_llama", "--model.name=late_llama")
+
+
+@pytest.fixture
+def lighthouse() -> Iterator[Callable[[int], Any]]:
+    servers = []
+
+    def start(min_replicas: int) -> LighthouseServer:
+        server = LighthouseServer(
+            bind="127.0.0.1:0",
+            min_replicas=min_replicas,
+            join_timeout_ms=500,
+            heartbeat_timeout_ms=1000,
+        )
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def _run(arguments: list[str]) -> None:
+    sys.argv[1:] = arguments
+    sys.exit(cli.main(arguments))
+
+
+def replica(
+    number: int, folder: Path, server: LighthouseServer, *options: str, ranks: int = 1, **env: str
+) -> Ranks:
+    output = folder / f"output-{number}"
+    output.mkdir(parents=True, exist_ok=True)
+    arguments = [
+        "train",
+        *OPTIONS,
+        *SAVE,
+        "--fault_tolerance.enable",
+        "--fault_tolerance.group_size=2",
+        f"--fault_tolerance.replica_id={number}",
+        "--comm.timeout_seconds=20",
+        f"--job.dump_folder={folder}",
+        *options,
+    ]
+    env |= {"TORCHFT_LIGHTHOUSE": server.address(), "CUDA_VISIBLE_DEVICES": ""}
+    return Ranks(_run, ranks, arguments, env=os.environ | env, output_folder=output)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return read_lines(path) if path.exists() else []
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_groups_train_like_one_process(
+    ranks: int, lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    options = ("--training.local_batch_size=2",)
+    expected = train(tmp_path / "one", *OPTIONS, *SAVE, *options)
+    server = lighthouse(2)
+    groups = [replica(i, tmp_path, server, *options, ranks=ranks) for i in range(2)]
+    for group in groups:
+        with group:
+            group.wait(TIMEOUT)
+    weights = newest_weights(tmp_path / "one")
+    for i in range(2):
+        folder = tmp_path / f"replica-{i}"
+        lines = lines_of(folder)
+        assert [line["replica_groups"] for line in lines] == [2] * 6
+        assert_equal_curves(lines, expected)
+        assert_equal_weights(newest_weights(folder), weights)
+
+
+def test_a_group_that_is_killed_comes_back_and_heals(
+    lighthouse: Callable[[int], Any], tmp_path: Path
+) -> None:
+    server = lighthouse(1)
+    options = (*LATE, "--training.steps=80", "--checkpoint.interval=5")
+    slow = {"LATE": "data 0 0.1 0"}
+    first = replica(0, tmp_path, server, *options, **slow)
+    second = replica(1, tmp_path, server, *options, **slow)
+    survivor, killed = tmp_path / "replica-0", tmp_path / "replica-1"
+
+    def groups() -> list[int]:
+        return [line["replica_groups"] for line in lines_of(survivor)]
+
+    with first:
+        with second:
+            wait_until(lambda: groups().count(2) > 7, "both train")
+            os.kill(second.pids[0], signal.SIGKILL)
+            wait_until(lambda: groups()[-5:] == [1] * 5, "the survivor goes on alone")
+        again = replica(1, tmp_path, server, *options, **slow)
+        with again:
+            again.wait(TIMEOUT)
+            first.wait(TIMEOUT)
+
+    assert [line["step"] for line in lines_of(survivor)] == list(range(1, 81))
+    counts = groups()
+    alone = len(counts) - 1 - counts[::-1].index(1)
+    assert counts[alone + 1 :] == [2] * (79 - alone) and 79 - alone > 5
+    after = {line["step"]: line["loss"] for line in lines_of(killed) if line["step"] > alone + 1}
+    assert after == {line["step"]: line["loss"] for line in lines_of(survivor)[alone + 1 :]}
+    ours, theirs = newest_weights(survivor), newest_weights(killed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    log = (tmp_path / "output-1" / "rank-0.err").read_text()
+    assert "took over the state of another replica group" in log
+    assert "resumed from" in log

@@ -1,0 +1,166 @@
+"""Replica groups that may die and come back while the others train on, by `torchft`.
+
+A replica group is a whole job: it holds the model, in any layout. Before each step the groups agree
+who takes part (the quorum); one that comes late first gets the state of another. After the
+backward pass they add up their gradients; if one died meanwhile, nobody takes the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+logger = logging.getLogger("torchtitan")
+
+_BUCKET_BYTES = 256 * 2**20
+
+
+def with_own_folder(job_config: JobConfig) -> JobConfig:
+    """The config with the dump folder of this replica group, `job.dump_folder`/replica-N."""
+    fault_tolerance, job = job_config.fault_tolerance, job_config.job
+    name = f"replica-{fault_tolerance.replica_id}"
+    if fault_tolerance.enable and Path(job.dump_folder).name != name:
+        job.dump_folder = str(Path(job.dump_folder, name))
+    return job_config
+
+
+class Replicas:
+    """This replica group among the others; without `fault_tolerance.enable`, alone.
+
+    All ranks of a replica group call each method together. Rank r of one group communicates with
+    the ranks r of the others.
+    """
+
+    def __init__(self, job_config: JobConfig) -> None:
+        config = job_config.fault_tolerance
+        self.enabled = config.enable
+        self.lost_step = False
+        self._config = config
+        self._timeout = timedelta(seconds=job_config.comm.timeout_seconds)
+        self._manager: Any = None
+
+    def data_share(self, dp_rank: int, dp_world_size: int) -> tuple[int, int]:
+        """`(data rank, data ranks)` among all replica groups, those that are missing too."""
+        if not self.enabled:
+            return dp_rank, dp_world_size
+        first = self._config.replica_id * dp_world_size
+        return first + dp_rank, self._config.group_size * dp_world_size
+
+    def start(
+        self, step: int, state: Callable[[], dict[str, Any]], load: Callable[[dict], None]
+    ) -> None:
+        """Find the other groups. Call it after `step` steps are done, from a checkpoint or 0.
+
+        Args:
+            state: all that the others do not compute alike without it, nested dicts of tensors
+                and plain values.
+            load: takes such a state over.
+        """
+        if not self.enabled:
+            return
+        import torchft
+
+        def load_local(received: dict[str, Any]) -> None:
+            load(_take_over(state(), received["state"]))
+            logger.info("took over the state of another replica group")
+
+        on_cuda = torch.cuda.is_available()
+        group = (torchft.ProcessGroupNCCL if on_cuda else torchft.ProcessGroupGloo)(self._timeout)
+        self._manager = torchft.Manager(
+            pg=group,
+            load_state_dict=load_local,
+            state_dict=lambda: {"state": tree_map(_local, state())},
+            min_replica_size=self._config.min_replica_size,
+            use_async_quorum=False,
+            timeout=self._timeout,
+            quorum_timeout=self._timeout,
+            replica_id=f"replica-{self._config.replica_id}",
+            init_sync=False,  # weights are a function of the seed
+        )
+        self._manager.load_state_dict({"step": step, "batches_committed": step})
+
+    def begin_step(self) -> None:
+        """Agree on who takes part; a group that is behind gets the state of another here."""
+        if self._manager is not None:
+            self._manager.start_quorum()
+
+    def sum(self, number: torch.Tensor) -> torch.Tensor:
+        """The sum of a number over the groups, a scalar."""
+        if self._manager is None:
+            return number
+        total = number.to(device="cuda" if torch.cuda.is_available() else "cpu", copy=True)
+        self._all_reduce(total)
+        return total
+
+    def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Add up the gradients of all groups, in place."""
+        if self._manager is None:
+            return
+        grads = [_local(param.grad) for param in parameters if param.grad is not None]
+        for bucket in _buckets(grads):
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            self._all_reduce(flat)
+            parts = flat.split([grad.numel() for grad in bucket])
+            for grad, part in zip(bucket, parts, strict=True):
+                grad.copy_(part.view_as(grad))
+
+    def commit(self) -> bool:
+        """Whether all went well, so that the optimizer may step. If not, the step is lost: it
+        counts as not done, and its batch is not trained on.
+        """
+        self.lost_step = self._manager is not None and not self._manager.should_commit()
+        if self.lost_step and dist.get_rank() == 0:
+            logger.warning("a step is lost, since a replica group left while it was computed")
+        return not self.lost_step
+
+    def metrics(self) -> dict[str, int]:
+        """`replica_groups`: how many took part in the step; empty without fault tolerance."""
+        return {} if self._manager is None else {"replica_groups": self._manager.num_participants()}
+
+    def close(self) -> None:
+        if self._manager is not None:
+            self._manager.shutdown(wait=False)
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM).wait()
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _buckets(grads: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+    """Consecutive gradients of one dtype, in pieces of about `_BUCKET_BYTES`."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for grad in grads:
+        full = size + grad.nbytes > _BUCKET_BYTES
+        if bucket and (full or grad.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(grad)
+        size += grad.nbytes
+    if bucket:
+        yield bucket
+
+
+@torch.no_grad()
+def _take_over(own: Any, received: Any) -> Any:
+    """`own` with the values of `received`, which has local tensors; tensors are filled in place."""
+    if isinstance(own, dict):
+        return {key: _take_over(value, received[key]) for key, value in own.items()}
+    if not isinstance(own, torch.Tensor):
+        return received
+    _local(own).copy_(received)
+    return own

@@ -1,0 +1,75 @@
+"""Rules of what keeps a run alive: the guard, the hang watch, replica groups."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from .job_config import JobConfig
+from .load import fail
+
+
+def check_survival(job_config: JobConfig) -> None:
+    """Raises `ConfigError` if what is to keep the run alive does not fit the rest."""
+    _check_guard(job_config)
+    _check_watch(job_config)
+    _check_fault_tolerance(job_config)
+
+
+def _check_guard(job_config: JobConfig) -> None:
+    training = job_config.training
+    for name in ("on_nonfinite", "on_spike"):
+        if getattr(training, name) == "rollback" and not job_config.checkpoint.enable:
+            problem = "there would be nothing to go back to, since checkpoint.enable is false"
+            fail(job_config, f"training.{name}", problem)
+    if training.replay_freq and not job_config.debug.deterministic:
+        from torchtitan.distributed.utils import device_type
+
+        if device_type() == "cuda":
+            problem = (
+                "kernels of CUDA may give other bits each time. Set debug.deterministic = true"
+            )
+            fail(job_config, "training.replay_freq", problem)
+
+
+def _check_watch(job_config: JobConfig) -> None:
+    comm = job_config.comm
+    if job_config.metrics.straggler_freq:
+        key = "metrics.straggler_freq"
+        if job_config.compile.enable or job_config.model.attention == "flex":
+            fail(job_config, key, "compiled models do not let their collectives be timed. Use 0")
+        if job_config.parallelism.pipeline_parallel_degree > 1:
+            fail(job_config, key, "stages of a pipeline wait for each other in turn. Use 0")
+    if comm.hang_seconds >= comm.timeout_seconds:
+        problem = (
+            f"must be less than comm.timeout_seconds ({comm.timeout_seconds}), which ends the run"
+        )
+        fail(job_config, "comm.hang_seconds", problem)
+
+
+def _check_fault_tolerance(job_config: JobConfig) -> None:
+    config = job_config.fault_tolerance
+    if not config.enable:
+        return
+    if importlib.util.find_spec("torchft") is None:
+        problem = "torchft is not installed: pip install 'torchtitan[torchft]' (or torchft-nightly)"
+        fail(job_config, "fault_tolerance.enable", problem)
+    if not os.environ.get("TORCHFT_LIGHTHOUSE"):
+        problem = (
+            "needs the address of the lighthouse in the environment variable TORCHFT_LIGHTHOUSE, "
+            "such as http://HOST:29510. Start one: torchft_lighthouse --min_replicas 1"
+        )
+        fail(job_config, "fault_tolerance.enable", problem)
+    if "RANK" not in os.environ:
+        problem = "needs torchrun, also with one process: its store is where the ranks meet"
+        fail(job_config, "fault_tolerance.enable", problem)
+    if config.replica_id >= config.group_size:
+        problem = f"must be less than fault_tolerance.group_size ({config.group_size})"
+        fail(job_config, "fault_tolerance.replica_id", problem)
+    if config.min_replica_size > config.group_size:
+        problem = f"must be at most fault_tolerance.group_size ({config.group_size})"
+        fail(job_config, "fault_tolerance.min_replica_size", problem)
+    for name in ("on_nonfinite", "on_spike"):
+        if getattr(job_config.training, name) == "rollback":
+            problem = "replica groups cannot go back together. Use 'skip'"
+            fail(job_config, f"training.{name}", problem)
