@@ -123,11 +123,8 @@ class Host:
         words = [str(program) if program.exists() else words[0], *words[1:]]
         # gloo finds its interface by the name of the host.
         named = ["unshare", "--uts", "sh", "-c", f'hostname {self.name}; exec "$@"', "sh"]
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, *named, *words],
-            process_group=0,
-            **options,
-        )
+        command = ["ip", "netns", "exec", self.namespace, *named, *words]
+        return subprocess.Popen(command, **{"process_group": 0} | options)
 
     def run(self, words: list[str], timeout: float = 60, **options: Any) -> tuple[int, str]:
         """Run a command here. Returns its exit code, and its stdout and stderr as one text."""

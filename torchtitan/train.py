@@ -13,8 +13,10 @@ import gc
 import json
 import logging
 import math
+import os
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +51,7 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.hang_watch import HangWatch
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError, TrainingError
+from torchtitan.errors import ConfigError, TitanError, TrainingError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
@@ -63,6 +65,10 @@ from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 logger = logging.getLogger("torchtitan")
 
 Batch = dict[str, torch.Tensor]
+
+# After an error, another rank may be gone. A save in the background then waits for it in vain, and
+# other ranks for this one.
+_SECONDS_AFTER_A_FAILURE = 3.0
 
 
 @dataclass
@@ -181,6 +187,7 @@ class Trainer:
         )
         self.window = Window()
         self.data_wait = 0.0
+        self.save_hangs = False
 
     def train(self) -> bool:
         """Run the steps that are left; on SIGTERM, SIGUSR1 or SIGINT, stop early with a checkpoint.
@@ -215,13 +222,15 @@ class Trainer:
                     gc_control.step(self.state.step)
                     if stopping:
                         break
-        except BaseException:
+        except BaseException as error:
             stop.close()  # nothing is left to save, so a signal may end a process that hangs
+            self.close(None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE)
             raise
+        else:
+            self.close()
         finally:
             gc_control.close()
             self.metrics.close()
-            self.close()
             stop.close()
         finished = self.state.step >= config.training.steps
         logger.info(
@@ -397,15 +406,19 @@ class Trainer:
             f"The last good checkpoint is {newest or '(none)'}"
         )
 
-    def close(self) -> None:
-        """Stop the background threads and leave the process group."""
+    def close(self, save_timeout: float | None = None) -> None:
+        """Stop the background threads and leave the process group.
+
+        `save_timeout` is in seconds. After it, a save in the background is left alone.
+        """
         self.watch.close()
         self.replicas.close()
         self.dataloader.close()
         if self.validator:
             self.validator.close()
-        self.checkpointer.close()
-        dist.destroy_process_group()
+        self.save_hangs = not self.checkpointer.close(save_timeout)
+        if not self.save_hangs:
+            dist.destroy_process_group()
 
 
 def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
@@ -442,7 +455,15 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code."""
     init_logger()
     job_config = load_config(sys.argv[1:] if argv is None else argv)
-    finished = Trainer(job_config).train()
+    trainer = Trainer(job_config)
+    try:
+        finished = trainer.train()
+    except Exception:
+        if not trainer.save_hangs:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # without waiting for the thread that saves, as Python would
     return 0 if finished else PREEMPTED
 
 

@@ -9,6 +9,8 @@ import pytest
 from harness import command, read_lines, train
 from tiny_llama import OPTIONS
 
+from torchtitan.tools.stop_request import PREEMPTED
+
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=2")
 TP2 = "--parallelism.tensor_parallel_degree=2"
 
@@ -57,7 +59,7 @@ def test_a_run_goes_on_from_layout_to_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "signalled"), [(1, 0), (2, 1)])
-@pytest.mark.parametrize("signal", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("signal", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_one_rank_ends_the_step_and_saves(
     signal: str, ranks: int, signalled: int, tmp_path: Path
 ) -> None:
@@ -72,7 +74,7 @@ def test_a_signal_to_one_rank_ends_the_step_and_saves(
         ranks=ranks,
         INTERRUPT=f"{signal} 3 {signalled}",
     )
-    assert set(done.exit_codes) == {0}, done.err
+    assert set(done.exit_codes) == {PREEMPTED}, done.err
     assert f"{signal}: stopping after this step" in done.err
     assert steps_saved(folder) == ["step-3"]
     assert numbers(read_lines(folder / "metrics.jsonl")) == numbers(whole)[:3]

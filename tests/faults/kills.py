@@ -58,7 +58,7 @@ class Job:
     seconds: float = 0.0
     """How long the last undisturbed run took."""
 
-    def start(self, folder: Path, fault: str = "kill nowhere 0 0") -> Running:
+    def start(self, folder: Path, fault: str = "kill nowhere 0 0", *options: str) -> Running:
         return Running(
             "train",
             *OPTIONS,
@@ -71,6 +71,7 @@ class Job:
             f"--checkpoint.keep_latest_k={KEPT}",
             f"--checkpoint.async_mode={self.async_mode}",
             f"--job.dump_folder={folder}",
+            *options,
             ranks=self.ranks,
             FAULT=fault,
         )

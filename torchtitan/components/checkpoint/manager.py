@@ -213,12 +213,25 @@ class CheckpointManager:
         self._damaged.discard(folder.name)
         self.last_saved = step
 
-    def close(self) -> None:
-        """Finish what is under way. Call it at the end of the run."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish what is under way. Call it at the end of the run.
+
+        Args:
+            timeout: seconds to wait for a save in the background; None: as long as it takes.
+
+        Returns:
+            False if that save goes on: it may wait for a rank that is gone.
+        """
+        if timeout is not None and self._pending is not None:
+            with suppress(Exception):  # a failure is for `wait`
+                self._pending[1].exception(timeout)
+            if not self._pending[1].done():
+                return False
         self.wait()
         if self._stager is not None:
             self._stager.close()
         dist.destroy_process_group(self._group)
+        return True
 
     def newest(self) -> StoragePath | None:
         """The newest checkpoint that is not damaged, as far as is known without reading it."""

@@ -1,0 +1,38 @@
+"""Signals are remembered, however many come; a second Ctrl-C interrupts."""
+
+import os
+import signal
+
+import pytest
+
+from torchtitan.tools.stop_request import StopRequest
+
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_is_remembered(number):
+    stop = StopRequest()
+    try:
+        assert not stop.received
+        os.kill(os.getpid(), number)
+        assert stop.received
+    finally:
+        stop.close()
+
+
+def test_only_a_second_ctrl_c_interrupts():
+    stop = StopRequest()
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.close()
+
+
+def test_the_handlers_are_as_before():
+    before = [signal.getsignal(number) for number in HANDLED]
+    StopRequest().close()
+    assert [signal.getsignal(number) for number in HANDLED] == before
