@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from torchtitan.config import to_toml
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 
@@ -88,6 +90,30 @@ def model_differences(
     for name, a, b in nested_differences(was, now):
         if name.rpartition(".")[2] not in TRAINING_ONLY:
             yield name, a, b
+
+
+def check_data(folder: StoragePath, metadata: Metadata, dataloader: Any, data_ranks: int) -> None:
+    """Raises `CheckpointError` if the loader cannot go on from the place in a checkpoint.
+
+    Args:
+        data_ranks: ranks that read data, of one replica group.
+    """
+    rows = metadata.state_dict_metadata.get("dataloader.rows")
+    if rows is None:
+        return
+    way_out = 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+    own, columns = dataloader.state_dict()["rows"].shape
+    saved, current = rows.size[0], own * data_ranks
+    if saved != current:
+        raise CheckpointError(
+            f"{folder} was saved with a global batch of {saved} sequences, but "
+            f"training.global_batch_size is {current} now. Set it to {saved}, or set {way_out}"
+        )
+    if rows.size[1] != columns:
+        raise CheckpointError(
+            f"{folder} was saved with another number of data.sources or another data.packing. "
+            f"Restore them, or set {way_out}"
+        )
 
 
 def config_changes(folder: StoragePath, job_config: JobConfig) -> str:
