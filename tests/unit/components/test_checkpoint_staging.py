@@ -74,6 +74,23 @@ def test_the_optimizer_waits_for_the_copy_and_buffers_are_copied_before(tmp_path
     assert resumed.train(5) == expected[2:]
 
 
+def test_what_changes_before_the_optimizer_is_copied_before(tmp_path, slow_copies):
+    """As the state of the numerical guard does, in place."""
+    run = Run(tmp_path, async_mode="async")
+    history = torch.zeros(2)
+    run.state.state_dict = lambda: {"step": run.state.step, "history": history}
+    run.train(2)
+    history += 1
+    slow_copies.set()
+    run.manager.close()
+    loaded = Run(tmp_path)
+    loaded.state.state_dict = lambda: {"step": 0, "history": torch.ones(2)}
+    found = []
+    loaded.state.load_state_dict = lambda state: found.append(state["history"].tolist())
+    assert loaded.manager.load() == 2
+    assert found == [[0.0, 0.0]]
+
+
 def model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return CountingModel(TinyArgs())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,7 @@ from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
 from .load import OpenCheckpoint, load_weights_of_parts, model_state
 from .manifest import Manifest
-from .resume import checkpoint_root, config_changes, describe_model
+from .resume import check_data, checkpoint_root, config_changes, describe_model
 from .staging import HostCopy
 from .storage import StoragePath
 from .writer import CheckpointWriter
@@ -169,7 +170,8 @@ class CheckpointManager:
         """The state is copied while the next step computes, and then written.
 
         Parameters and the optimizers' state change in `optimizer.step()` alone, which waits for
-        the copy. Buffers may change in the forward pass, so they are copied before.
+        the copy. All else may change before, buffers in the forward pass; it is small, and copied
+        at once.
         """
         if self._stager is None:
             self._stager = HostCopy()
@@ -178,6 +180,7 @@ class CheckpointManager:
         buffers = {canonical_name(n) for part in self._model_parts for n, _ in part.named_buffers()}
         model = state["model"]
         state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
+        state |= {part: deepcopy(state[part]) for part in state.keys() - {"model", "optimizer"}}
         writer.per_thread_copy_ahead = 0  # what is on the host already need not be waited for
         response = dcp.async_save(
             state, storage_writer=writer, process_group=self._group, async_stager=self._stager
@@ -363,7 +366,8 @@ class CheckpointManager:
             exclude = (*exclude, "guard")
         state = self._state(exclude)
         if "dataloader" in state:
-            self._check_batch_size(checkpoint)
+            own_rows = self._dataloader.state_dict()["rows"]
+            check_data(checkpoint.folder, checkpoint.metadata, own_rows, self._dp_mesh.size())
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
         self._load_stateful(state)
         if "dataloader" in state:
@@ -393,23 +397,6 @@ class CheckpointManager:
         for name, stateful in self._stateful.items():
             if name in state:
                 stateful.load_state_dict(state[name])
-
-    def _check_batch_size(self, checkpoint: OpenCheckpoint) -> None:
-        rows = checkpoint.metadata.state_dict_metadata.get("dataloader.rows")
-        own, columns = self._dataloader.state_dict()["rows"].shape
-        current = own * self._dp_mesh.size()  # of this replica group
-        if rows is not None and (saved := rows.size[0]) != current:
-            raise CheckpointError(
-                f"{checkpoint.folder} was saved with a global batch of {saved} sequences, but "
-                f"training.global_batch_size is {current} now. Set it to {saved}, or set "
-                'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
-            )
-        if rows is not None and rows.size[1] != columns:
-            raise CheckpointError(
-                f"{checkpoint.folder} was saved with another number of data.sources or another "
-                "data.packing. Restore them, or set "
-                'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
-            )
 
     def _state(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """All that a run resumes from, by part: nested dicts of tensors and plain values."""
