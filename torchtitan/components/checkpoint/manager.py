@@ -366,9 +366,8 @@ class CheckpointManager:
             exclude = (*exclude, "guard")
         state = self._state(exclude)
         if "dataloader" in state:
-            check_data(
-                checkpoint.folder, checkpoint.metadata, self._dataloader, self._dp_mesh.size()
-            )
+            own_rows = self._dataloader.state_dict()["rows"]
+            check_data(checkpoint.folder, checkpoint.metadata, own_rows, self._dp_mesh.size())
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
         self._load_stateful(state)
         if "dataloader" in state:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan.config import to_toml
@@ -92,24 +93,26 @@ def model_differences(
             yield name, a, b
 
 
-def check_data(folder: StoragePath, metadata: Metadata, dataloader: Any, data_ranks: int) -> None:
+def check_data(
+    folder: StoragePath, metadata: Metadata, own_rows: torch.Tensor, dp_size: int
+) -> None:
     """Raises `CheckpointError` if the loader cannot go on from the place in a checkpoint.
 
     Args:
-        data_ranks: ranks that read data, of one replica group.
+        own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
+        dp_size: data ranks that share a global batch, those of this replica group.
     """
     rows = metadata.state_dict_metadata.get("dataloader.rows")
     if rows is None:
         return
     way_out = 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
-    own, columns = dataloader.state_dict()["rows"].shape
-    saved, current = rows.size[0], own * data_ranks
+    saved, current = rows.size[0], len(own_rows) * dp_size
     if saved != current:
         raise CheckpointError(
             f"{folder} was saved with a global batch of {saved} sequences, but "
             f"training.global_batch_size is {current} now. Set it to {saved}, or set {way_out}"
         )
-    if rows.size[1] != columns:
+    if rows.size[1] != own_rows.shape[1]:
         raise CheckpointError(
             f"{folder} was saved with another number of data.sources or another data.packing. "
             f"Restore them, or set {way_out}"
