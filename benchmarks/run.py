@@ -12,7 +12,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks import convert, data, gpu_llama3, loss, models, parallel, startup, trainer
+from benchmarks import convert, data, gpu_llama3, gpu_plan, loss, models, parallel, startup, trainer
 from benchmarks.peers import compare as peers
 from benchmarks.report import machine
 
@@ -26,12 +26,13 @@ BENCHMARKS = {
     "convert": convert,
     "data": data,
     "gpu_llama3": gpu_llama3,
+    "gpu_plan": gpu_plan,
 }
 """Name -> module with `run(quick) -> list[Table]`."""
 
 SUITES = {
     "cpu": ["trainer", "peers", "startup", "loss", "models", "parallel", "convert", "data"],
-    "gpu": ["gpu_llama3", "loss"],
+    "gpu": ["gpu_llama3", "gpu_plan", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"
 
