@@ -17,6 +17,7 @@ from benchmarks import (
     convert,
     data,
     gpu_llama3,
+    gpu_plan,
     loss,
     models,
     parallel,
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "checkpoint": checkpoint,
     "gpu_llama3": gpu_llama3,
     "products": products,
+    "gpu_plan": gpu_plan,
 }
 """Name -> module with `run(quick) -> list[Table]`."""
 
@@ -54,7 +56,7 @@ SUITES = {
         "data",
         "checkpoint",
     ],
-    "gpu": ["gpu_llama3", "products", "loss"],
+    "gpu": ["gpu_llama3", "gpu_plan", "products", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"
 

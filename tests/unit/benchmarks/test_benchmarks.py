@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from benchmarks import (
     checkpoint,
     convert,
     gpu_llama3,
+    gpu_plan,
     loss,
     models,
     products,
@@ -146,6 +148,21 @@ def test_products_run_on_cpu():
     (table,) = products.run(quick=True)
     assert len(table.rows) == 4
     assert {row[-1] for row in table.rows} == {"open: no GPU"}
+
+
+@pytest.mark.long
+def test_plans_are_made_and_run_on_cpu():
+    (table,) = gpu_plan.run(quick=True)
+    assert [row[:2] for row in table.rows] == [["tiny", mode] for mode in gpu_plan.MODES]
+    assert all(row[3] == "not compared" and float(row[6].split()[0]) > 0 for row in table.rows)
+
+
+def test_a_plan_is_compared_with_a_run():
+    plan = SimpleNamespace(peak=3 * 2**30, step_seconds=0.9, tokens_per_step=100)
+    run = gpu_llama3.Run({}, [{"peak_memory_bytes": 4 * 2**30, "tokens_per_second": 100.0}])
+    assert gpu_plan._cells(plan, run, gpu=True) == [
+        *("3.00 GiB", "4.00 GiB", "-25.0%", "0.900", "1.000", "-10.0%")
+    ]
 
 
 def test_models_do_the_same_work():
