@@ -383,13 +383,19 @@ class CheckpointManager:
             return f", whose configuration cannot be read ({first_line(error)})"
         return f". The configuration has changed since:{changes}" if changes else ""
 
+    def _batch_size_now(self, current: int) -> str:
+        if self._job_config.training.global_batch_size == -1:
+            return f"= -1 comes to {current} on these ranks"
+        return f"is {current} now"
+
     def _check_batch_size(self, checkpoint: OpenCheckpoint) -> None:
         rows = checkpoint.metadata.state_dict_metadata.get("dataloader.rows")
         current = self._dataloader.global_batch_size
         if rows is not None and (saved := rows.size[0]) != current:
             raise CheckpointError(
                 f"{checkpoint.folder} was saved with a global batch of {saved} sequences, but "
-                f"training.global_batch_size is {current} now. Set it to {saved}, or set "
+                f"training.global_batch_size {self._batch_size_now(current)}. Set it to {saved}, which "
+                "holds for any number of ranks that divides it, or set "
                 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
             )
         columns = self._dataloader.state_dict()["rows"].shape[1]
