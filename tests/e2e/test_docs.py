@@ -154,7 +154,9 @@ SETTINGS: dict[str, Setting] = {
         train=[*SMALL, "--checkpoint.enable", "--checkpoint.load_step=-1"],
         instead={"step-1000": "step-2", "max-tokens 100000": "max-tokens 1000"},
     ),
-    "docs/checkpoints.md": Setting(_for_checkpoints, instead={"step-1000": "step-2", "step-4": "step-2"}),
+    "docs/checkpoints.md": Setting(
+        _for_checkpoints, instead={"step-1000": "step-2", "step-4": "step-2"}
+    ),
     "docs/converging.md": Setting(_job("one.toml")),
     "docs/data.md": Setting(afterwards=_data),
     "docs/debugging.md": Setting(

@@ -36,11 +36,17 @@ class Launched:
     """
 
     def __init__(
-        self, words: list[str], log: Path, start: Callable[..., Any] = subprocess.Popen
+        self,
+        words: list[str],
+        log: Path,
+        start: Callable[..., Any] = subprocess.Popen,
+        env: dict[str, str] | None = None,
     ) -> None:
         self._log = log
         with log.open("ab") as file:
-            self.process = start(words, env=ENV, stdout=file, stderr=file, process_group=0)
+            self.process = start(
+                words, env=ENV | (env or {}), stdout=file, stderr=file, process_group=0
+            )
         self._ranks: set[int] = set()
 
     @property

@@ -47,9 +47,20 @@ def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
             "training.global_batch_size",
             f"must be a multiple of training.local_batch_size ({training.local_batch_size}) x data "
             f"ranks ({dp_world_size}) = {one_pass}. "
-            f"Nearest: {_nearest_multiples(training.global_batch_size, one_pass)}",
+            f"Nearest: {_nearest_multiples(training.global_batch_size, one_pass)}"
+            f"{_fitting_data_ranks(training.global_batch_size, training.local_batch_size)}",
         )
     return training.global_batch_size, training.global_batch_size // one_pass
+
+
+def _fitting_data_ranks(global_batch_size: int, local_batch_size: int) -> str:
+    """The end of a message: for a job whose number of ranks changes, the others that work."""
+    passes, rest = divmod(global_batch_size, local_batch_size)
+    if rest:
+        return ""
+    fitting = [str(ranks) for ranks in range(1, passes + 1) if passes % ranks == 0]
+    shown = ", ".join(fitting[:8]) + (", ..." if len(fitting) > 8 else "")
+    return f". {global_batch_size} works on these numbers of data ranks: {shown}"
 
 
 def validate(job_config: JobConfig, world_size: int) -> None:

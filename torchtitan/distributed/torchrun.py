@@ -6,6 +6,8 @@ It takes torchrun's options, and differs from it in this:
   torchrun would kill them after 30 s (torch 2.11), and does not know SIGUSR1.
 * Ranks that leave with exit code 75 (preempted) or 2 (a mistake of the user) are not started
   again on this allocation, whatever `--max-restarts` says.
+* With `--nnodes MIN:MAX`, a host that is told to stop leaves the job, and the others go on; a host
+  that comes has all ranks save before they start again. Neither counts as a restart.
 * The exit code is that of the ranks, which the scheduler's script acts on; torchrun's is 1. With
   `--preempted-code N` as the first option it is N in the place of 75.
 """
@@ -22,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -62,12 +65,49 @@ class _Agent(LocalElasticAgent):
     def __init__(self, signals: _Signals, **options: Any) -> None:
         super().__init__(**options)
         self._signals = signals
+        self._round = 0
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        if result.failures and self._signals.code_of(result.failures) != 1:
+        if not result.failures:
+            return result
+        code = self._signals.code_of(result.failures)
+        if code == PREEMPTED and self._is_elastic():
+            if self._signals.received:
+                # As an error this would close the rendezvous, also to the hosts that go on.
+                number = signal.Signals(min(self._signals.received))
+                raise SignalException(f"{number.name}: the ranks have left", number)
+            self._remaining_restarts += 1
+        elif code != 1:
             self._remaining_restarts = 0
         return result
+
+    def _is_elastic(self) -> bool:
+        """Whether the job goes on with fewer hosts, or with more."""
+        settings = getattr(self._worker_group.spec.rdzv_handler, "settings", None)
+        return settings is not None and settings.min_nodes < settings.max_nodes
+
+    def _rendezvous(self, worker_group: Any) -> None:
+        super()._rendezvous(worker_group)
+        self._round += 1
+        if self._is_elastic():  # the store is of this rendezvous alone
+            if worker_group.group_rank == 0:
+                worker_group.store.set("torchtitan/round", str(self._round))
+            self._round = int(worker_group.store.get("torchtitan/round"))
+
+    def _start_workers(self, worker_group: Any) -> Any:
+        """Starts ranks that find each other.
+
+        They look for each other under TORCHELASTIC_RESTART_COUNT. torchrun puts in how often the
+        ranks of this host crashed, which is another number on other hosts, and the same again
+        after a host has come or gone. Here it is the number of the rendezvous.
+        """
+        left = self._remaining_restarts
+        self._remaining_restarts = worker_group.spec.max_restarts - self._round + 1
+        try:
+            return super()._start_workers(worker_group)
+        finally:
+            self._remaining_restarts = left
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
                 return preempted_code
             sys.stderr.write(f"{error}\n")
             return code
+        except SignalException:  # of a host that leaves an elastic job
+            return preempted_code
     return 0
 
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 
 def device_type() -> str:
@@ -43,9 +44,28 @@ def init_distributed(timeout_seconds: int) -> None:
     # So many of the last collectives does PyTorch keep a record of, for when they hang.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
+    # Also of groups that are made later: those of a mesh would have PyTorch's, half an hour.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        dist.init_process_group(
+            backend, timeout=timeout, rank=rank(), world_size=world_size(), store=_store(timeout)
+        )
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(
             backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore()
         )
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """The store of torchrun, in which ranks look for each other.
+
+    It outlives them. So the ranks of each start have keys of their own: under the same ones they
+    might find addresses of ranks that are gone, and fail at once.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return dist.PrefixStore(f"torchtitan/start-{start}", store)

@@ -110,7 +110,8 @@ def check_data(
     if saved != current:
         raise CheckpointError(
             f"{folder} was saved with a global batch of {saved} sequences, but "
-            f"training.global_batch_size is {current} now. Set it to {saved}, or set {way_out}"
+            f"training.global_batch_size is {current} now. Set it to {saved}, which holds for any "
+            f"number of data ranks that divides it, or set {way_out}"
         )
     if rows.size[1] != own_rows.shape[1]:
         raise CheckpointError(
