@@ -23,6 +23,11 @@ _KEYS = re.compile(r"(<!-- keys: .*? -->\n).*?(<!-- end of keys -->\n)", re.S)
 GPU = {"mfu", "peak_memory_reserved_percent"}
 """Keys that no CPU has; tests/unit/components/test_metrics.py makes them."""
 
+FAULTS = ("--training.on_spike=warn", "--metrics.straggler_freq=1")
+
+REPLICAS = {"replica_groups"}
+"""Of tests/faults/test_replica_groups.py, which needs torchft."""
+
 MIXTURE = """
 [model]
 name = "qwen3"
@@ -77,8 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     (folder / "lines.jsonl").write_text("\n".join([*documents, "malformed"]) + "\n")
     (folder / "run.toml").write_text(MIXTURE.replace("{folder}", str(folder)))
     train(folder / "mixture", "--job.config_file", str(folder / "run.toml"))
-    guarded = ["--metrics.straggler_freq=1", "--training.on_nonfinite=skip"]
-    train(folder / "plain", *tiny_llama.OPTIONS, *guarded, ranks=2)
+    train(folder / "plain", *tiny_llama.OPTIONS, *FAULTS, ranks=2)
     return [folder / "mixture", folder / "plain"]
 
 
@@ -87,7 +91,7 @@ def test_runs_have_the_keys_of_the_page_and_no_others(runs: list[Path]) -> None:
     families = {find(key)[1].key for key in keys - {"step"}}
     documented = {entry.key for entries in SECTIONS.values() for entry in entries}
     assert families - documented == set(), "name them in torchtitan/components/metric_keys.py"
-    assert documented - families == GPU
+    assert documented - families == GPU | REPLICAS
     [row] = read_lines(runs[0] / "validation.jsonl")
     assert set(row) == {"step", VALIDATION.key}
 

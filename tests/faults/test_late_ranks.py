@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,18 @@ def run(folder: Path, *options: str, **env: str) -> Finished:
     return done
 
 
-@pytest.mark.parametrize(("where", "phase"), [("data", "data"), ("forward", "forward_backward")])
+@pytest.mark.parametrize(
+    ("where", "phase"),
+    [
+        pytest.param("data", "data", marks=pytest.mark.long),
+        ("forward", "forward_backward"),
+    ],
+)
 def test_a_rank_that_hangs_is_named(where: str, phase: str, tmp_path: Path) -> None:
     options = ("--comm.hang_seconds=2", "--training.steps=30")
     done = run(tmp_path, *options, LATE=f"{where} 3 5 2")
     (text,) = (tmp_path / "hang" / "report.txt").read_text().splitlines()
-    assert f"is in step 2, phase '{phase}', for 2 s, at " in text
+    assert re.search(f"is in step 2, phase '{phase}', for [2-4] s, at ", text)
     assert "no progress for 2 s. Late: rank 3 (" in text and "in _maybe_sleep" in text
     waiting = "token count" if where == "data" else "forward_backward"
     assert f"3 wait in step 2, phase '{waiting}'" in text
@@ -50,6 +57,7 @@ def test_a_rank_that_hangs_is_named(where: str, phase: str, tmp_path: Path) -> N
         assert any("gloo" in entry["profiling_name"] for entry in record["entries"])
 
 
+@pytest.mark.long
 def test_a_hang_ends_the_run_after_the_timeout(tmp_path: Path) -> None:
     options = ("--comm.hang_seconds=1", "--comm.timeout_seconds=3")
     env = {"LATE": "forward 3 60 2"}
@@ -83,8 +91,15 @@ def test_who_is_late() -> None:
     assert "and 4992 more" in report(many, [], 10)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("where", ["data", "forward"])
+@pytest.mark.parametrize(
+    ("where", "layout"),
+    [
+        ("data", "fsdp4"),
+        ("forward", "fsdp2xtp2"),
+        *(pytest.param("forward", name, marks=pytest.mark.long) for name in ("fsdp4", "hsdp2x2")),
+        *(pytest.param("data", name, marks=pytest.mark.long) for name in ("fsdp2xtp2", "hsdp2x2")),
+    ],
+)
 def test_a_slow_rank_is_named_in_the_metrics(where: str, layout: str, tmp_path: Path) -> None:
     options = (*LAYOUTS[layout], "--metrics.straggler_freq=2")
     run(tmp_path, *options, LATE=f"{where} 2 0.3 0")
