@@ -1,5 +1,6 @@
 """Options of the test suite, and what no test may leave behind."""
 
+import logging
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -31,6 +32,16 @@ def _flavors_as_before() -> Iterator[None]:
     for table, flavors in zip(tables, before, strict=True):
         table.clear()
         table.update(flavors)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before() -> Iterator[None]:
+    """Commands that a test runs in this process set the log's level, which others read."""
+    logger = logging.getLogger("torchtitan")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
 
 
 def _is_ours(factory: Callable[..., object]) -> bool:
