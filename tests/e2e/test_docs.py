@@ -57,6 +57,7 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("docs/fault_tolerance.md", "pip install", NETWORK),
     ("docs/fault_tolerance.md", "torchft_lighthouse", "needs torchft; test_replica_groups.py"),
     ("docs/fault_tolerance.md", "export", "needs torchft; test_replica_groups.py"),
+    ("docs/fault_tolerance.md", "python -m", "needs hosts; tests/faults/test_elastic.py"),
     ("docs/fault_tolerance.md", "torchrun", "needs torchft; test_replica_groups.py"),
     ("docs/migrating.md", "from transformers", "is what to migrate from"),
     ("docs/migrating.md", "torchtitan download", NETWORK),
