@@ -60,6 +60,17 @@ def test_a_large_model_is_faster_and_as_large() -> None:
     assert slow.busiest.compute_seconds == pytest.approx(plain.busiest.compute_seconds, rel=0.02)
 
 
+def test_tensor_parallel_ranks_send_what_they_send_without() -> None:
+    tp = ["--parallelism.tensor_parallel_degree", "8"]
+    plain, float8 = (
+        plan_run(config(*options), 8, DEVICES["h100"]).busiest.traffic
+        for options in (tp, [*tp, *FLOAT8])
+    )
+    assert {(t.group, t.kind): t.calls for t in float8} == {
+        (t.group, t.kind): t.calls for t in plain
+    }
+
+
 def test_a_device_without_float8_is_refused() -> None:
     with pytest.raises(ConfigError, match="a100 has no products of 8 bits"):
         plan_run(config(*FLOAT8), 8, DEVICES["a100"])

@@ -57,7 +57,10 @@ class QuantizedLinear(nn.Linear):
         weight_grad: list[Placement] = [place]
         out: list[Placement] = list(x.placements)
         if place == Shard(0):  # each rank makes some of the features, from all
-            x = x.redistribute(placements=[Replicate()])
+            # Else left alone, so that several layers' partial gradients are added before the sum
+            # over ranks: `redistribute` would sum each of them.
+            if not x.placements[0].is_replicate():
+                x = x.redistribute(placements=[Replicate()])
             x_grad, out = [Partial()], [Shard(features)]
         elif place == Shard(1):  # each rank makes a part of each feature, from some
             x = x.redistribute(placements=[Shard(features)])
