@@ -39,14 +39,19 @@ def test_batch_of_a_step(config, global_batch_size, dp, expected):
 
 
 @pytest.mark.parametrize(
-    ("global_batch_size", "nearest"), [(20, "16 or 24"), (4, "8"), (9, "8 or 16")]
+    ("global_batch_size", "nearest", "other_ranks"),
+    [
+        (20, "16 or 24", ". 20 works on these numbers of data ranks: 1, 5"),
+        (4, "8", ". 4 works on these numbers of data ranks: 1"),
+        (9, "8 or 16", ""),
+    ],
 )
-def test_batch_that_does_not_divide(config, global_batch_size, nearest):
+def test_batch_that_does_not_divide(config, global_batch_size, nearest, other_ranks):
     config.training.global_batch_size = global_batch_size
     config.training.local_batch_size = 4
     message = (
         f"training.global_batch_size = {global_batch_size}: must be a multiple of "
-        f"training.local_batch_size (4) x data ranks (2) = 8. Nearest: {nearest}"
+        f"training.local_batch_size (4) x data ranks (2) = 8. Nearest: {nearest}{other_ranks}"
     )
     assert error_of(config, world_size=2) == message
 
