@@ -103,7 +103,7 @@ class Trainer:
         model_args = spec.model_args.update_from_config(job_config)
         check_exchange(job_config, spec, model_args)
         check_resume(job_config, model_args)
-        tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
+        tokenizer: Any = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
         check_vocabulary(tokenizer, model_args, job_config)
         parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
         self.model_converters = build_model_converters(job_config, parallel_dims)
@@ -142,6 +142,7 @@ class Trainer:
         layout = world_mesh, parallel_dims, job_config
         self.pipeline = None
         if parallel_dims.pp_enabled:
+            assert spec.pipeline_fn is not None  # or the config was refused
             self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize_fn, self.loss_fn)
             self.model_parts = self.pipeline.model_parts
         else:
@@ -163,7 +164,7 @@ class Trainer:
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)
         self.dataloader = spec.build_dataloader_fn(job_config, tokenizer, data_rank, data_ranks)
-        self.validator = None
+        self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
                 job_config, tokenizer, self.loss_fn, parallel_dims, self.dp_rank, parallel_dims.dp

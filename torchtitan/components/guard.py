@@ -74,7 +74,7 @@ class Guard:
         self._loss_copies = parallel_dims.loss_copies
         self._config = job_config
         mesh = parallel_dims.world_mesh
-        others = [name for name in ("pp", "cp", "tp") if name in mesh.mesh_dim_names]
+        others = [name for name in ("pp", "cp", "tp") if name in (mesh.mesh_dim_names or ())]
         self._keeps_rows = all(mesh[name].get_local_rank() == 0 for name in others)
         self._dp_rank = dp_rank
         self._kept = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -127,5 +127,5 @@ def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
         return mesh.get_group()
     ranks = mesh.mesh.flatten().tolist()
     if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
+        return cast(dist.ProcessGroup, dist.group.WORLD)
     return dist.new_group(ranks, use_local_synchronization=True)

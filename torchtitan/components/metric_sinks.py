@@ -93,7 +93,7 @@ class TensorBoardSink:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._writer = None
+        self._writer: Any = None  # a SummaryWriter
 
     def start(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
             return torch.zeros_like(buffer, dtype=torch.bfloat16)
         grad = param.grad
         if isinstance(grad, DTensor):  # it may be a sum yet to be made
-            grad = grad.redistribute(placements=param.placements).to_local()
+            grad = grad.redistribute(placements=cast(DTensor, param).placements).to_local()
         buffer.lerp_(grad, 1 - momentum)
         return grad.lerp(buffer, momentum).bfloat16()
 

@@ -50,7 +50,7 @@ class NamedParameter:
 Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Optimizer]]
 
 
-def _adam(cls: type[torch.optim.Optimizer]) -> Build:
+def _adam(cls: type[torch.optim.Adam]) -> Build:
     def build(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
         betas = (config.beta1, config.beta2)
         groups = _param_groups(params, config.lr)
@@ -143,7 +143,7 @@ def build_optimizer(
 
 
 def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:
-    kinds = {}
+    kinds: dict[int, str] = {}
     for module_name, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
             # A weight that the output layer shares with the embedding is an embedding.

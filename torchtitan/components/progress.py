@@ -170,7 +170,8 @@ class BarProgress:
 
     def _erase_wrapped(self) -> None:
         """Take away what a narrower terminal has wrapped: `rich` would leave a part of it."""
-        self._live.stop()  # leaves the cursor below
+        if self._live is not None:
+            self._live.stop()  # leaves the cursor below
         self._live = None
         rows = sum(-(-length // self._console.width) for length in self._drawn)
         self._console.control(Control.move(0, -rows), Control((ControlType.ERASE_IN_LINE, 2)))

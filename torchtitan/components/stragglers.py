@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,7 @@ def _wait(result: Any) -> None:
     parts = result if isinstance(result, (tuple, list)) else [result]
     for part in parts:
         if isinstance(part, torch.ScriptObject):
-            part.wait()
+            cast(Any, part).wait()
     if all(isinstance(part, torch.Tensor) for part in parts):
         for part in parts:
             torch.ops._c10d_functional.wait_tensor(part)

@@ -34,7 +34,7 @@ class BytesTokenizer:
     """UTF-8 bytes as ids 0 to 255, then bos and eos. Needs no file and loses nothing."""
 
     vocab_size = 258
-    bos_id = 256
+    bos_id: int | None = 256
     eos_id = 257
     fingerprint = "bytes"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ class Validator:
         """
         for part in model_parts:
             part.eval()
-        total = None
+        total: Any = None
         self._dataloader.reset()
         for _ in range(self._dataloader.gradient_accumulation_steps):
             batch = next(self._dataloader)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from torchtitan.errors import did_you_mean
 
@@ -35,7 +45,7 @@ def fill(base: T, table: dict[str, Any], path: Path = ()) -> T:
     """
     values = _fields_from(type(base), table, path, base)
     try:
-        return dataclasses.replace(base, **values)
+        return cast(T, dataclasses.replace(cast(Any, base), **values))
     except ValueError as error:  # a rule in `__post_init__` of a user's section
         raise BadValueError(path, str(error)) from error
 
@@ -85,7 +95,7 @@ def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
     )
 
 
-def _new(cls: type, table: Any, path: Path) -> Any:
+def _new(cls: Any, table: Any, path: Path) -> Any:
     """An instance that no default stands behind: an element of an array of tables."""
     values = _fields_from(cls, table, path)
     try:
@@ -114,7 +124,7 @@ def _in_range(value: Any, metadata: tuple, path: Path) -> Any:
     return value
 
 
-def _scalar(value: Any, kind: type, path: Path) -> Any:
+def _scalar(value: Any, kind: Any, path: Path) -> Any:
     if kind is float and type(value) is int:
         try:
             value = float(value)

@@ -45,7 +45,7 @@ def _merge(theirs: type) -> type[JobConfig]:
     sections: list[tuple[str, type, Any]] = []
     for field in dataclasses.fields(theirs):
         cls, value = hints[field.name], getattr(default, field.name)
-        if not dataclasses.is_dataclass(cls):
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise TypeError(f"{field.name} must be a dataclass, since it is a section")
         base = ours.get(field.name)
         if base and not issubclass(cls, base):

@@ -69,7 +69,7 @@ def _section(header: str, cls: type) -> str:
             for item in _parts(hint)
             if _is_table(item)
         ]
-    text = " ".join(inspect.getdoc(cls).split())
+    text = " ".join((inspect.getdoc(cls) or "").split())
     return "\n".join([f"## `{header}`", "", text, "", *rows, "", *inner])
 
 
@@ -79,6 +79,7 @@ def docstrings(cls: type) -> dict[str, str]:
     Raises:
         ValueError: a field has none.
     """
+    definition: Any
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     found = {}
     for statement, following in zip(definition.body, definition.body[1:], strict=False):

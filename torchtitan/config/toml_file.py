@@ -41,7 +41,7 @@ class TomlFile:
             text = data.decode("utf-8-sig").replace("\r\n", "\n")
             return cls(path, text, tomllib.loads(text))
         except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
+            line: int | str = data.count(b"\n", 0, error.start) + 1
             problem = f"byte 0x{data[error.start]:02x} is not UTF-8 text"
             raise ConfigError(f"{path}:{line}: {problem}") from error
         except RecursionError as error:

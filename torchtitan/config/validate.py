@@ -247,9 +247,9 @@ def _check_pipeline(job_config: JobConfig) -> None:
     schedule, pp = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_degree
     per_rank = stages_per_rank(job_config)
     kind = SCHEDULE_KINDS[schedule]
-    needed = {"single": "1 stage", "looped": "2 or more stages", "V": "2 stages"}[kind]
+    stages = {"single": "1 stage", "looped": "2 or more stages", "V": "2 stages"}[kind]
     if not {"single": per_rank == 1, "looped": per_rank >= 2, "V": per_rank == 2}[kind]:
-        problem = f"{schedule} needs {needed} a rank"
+        problem = f"{schedule} needs {stages} a rank"
         fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
 
     for section in sections:

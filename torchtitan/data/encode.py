@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,17 +18,20 @@ import numpy as np
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.errors import BadDocumentError, DataError
 
+from .sources import has_random_access
+
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
 
     from .chat import ChatTemplate
+    from .sources import RandomAccess, Source
 
 logger = logging.getLogger("torchtitan")
 _REPORTED = 10
 _MOST_IN_A_ROW = 10_000
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
+def encode_document(tokenizer: Tokenizer, text: object) -> np.ndarray:
     """Ids of a text and the eos that ends it, `[length]` int32; none at all for an empty text.
 
     Raises:
@@ -86,7 +90,7 @@ class Encoder:
             if isinstance(document, BadDocumentError):
                 raise document
             if isinstance(document, list) and self._chat is not None:
-                ids = self._encode_chat(document)
+                ids = self._encode_chat(self._chat(), document)
             else:
                 ids = encode_document(self.tokenizer, document)
             self._in_a_row = 0
@@ -114,9 +118,9 @@ class Encoder:
         if use_tokenizer is not None:
             use_tokenizer(self.tokenizer)
 
-    def _encode_chat(self, messages: list) -> np.ndarray:
+    def _encode_chat(self, chat: ChatTemplate, messages: list) -> np.ndarray:
         parts = []
-        for text, trained in self._chat().segments(messages):
+        for text, trained in chat.segments(messages):
             ids = _encode(self.tokenizer, text).astype(np.int32)
             parts.append(ids if trained else ~ids)
         last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
@@ -125,15 +129,17 @@ class Encoder:
         return np.concatenate(parts)
 
 
-def first_document(source: object, encoder: Encoder) -> object | None:
+def first_document(source: Source, encoder: Encoder) -> object | None:
     """The first document that is not empty and not skipped; None if there is none. Counts nothing.
 
     Raises:
         DataError: a document on the way there cannot be read.
     """
-    has_random_access = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    indices = range(len(source)) if has_random_access else None
-    documents = map(lambda index: take(source, index), indices) if has_random_access else source
+    documents: Iterable[object]
+    if has_random_access(source):
+        documents = map(partial(take, source), range(len(source)))
+    else:
+        documents = source
     for document in documents:
         if isinstance(document, BadDocumentError):
             if not encoder.skips:
@@ -143,7 +149,7 @@ def first_document(source: object, encoder: Encoder) -> object | None:
     return None
 
 
-def take(source: object, index: int) -> object:
+def take(source: RandomAccess, index: int) -> object:
     """Document `index` of a random-access source; the error in its place if it is malformed."""
     try:
         return source[index]

@@ -76,6 +76,7 @@ class Stream:
     def _texts(self, rows: datasets.IterableDataset, where: str) -> Iterator[object]:
         try:
             for index, row in enumerate(rows):
+                document: object
                 try:
                     document = document_of(row, self._text_key)
                 except DataError as error:

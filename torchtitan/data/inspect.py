@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ from torchtitan.errors import ConfigError, DataError, begin_errors_with
 from .chat import load_template
 from .encode import Encoder, take
 from .order import permute
-from .sources import Source, open_dataset
+from .sources import Source, has_random_access, open_dataset
 from .token_files import PreparedTokens, TokenFiles
 
 _MEASURED = 20_000
@@ -90,7 +90,7 @@ def _tokenizer(source: Source, path: str | None) -> tuple[Tokenizer, str]:
 
 def _documents(source: Source) -> Iterator[tuple[str, object]]:
     """Some documents, each with what to call it."""
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    if has_random_access(source):
         size = len(source)
         for place in range(min(size, _MEASURED)):
             index = permute(place, size, 0)
@@ -109,7 +109,7 @@ def _facts(source: Source, path: str) -> list[str]:
             f"tokens         {source.num_tokens:,}",
             f"shards         {len(source.shards)}, of {source.shards[0].tokens.dtype.name}",
         ]
-    elif hasattr(source, "__len__"):
+    elif isinstance(source, Sized):
         lines.append(f"documents      {len(source):,}")
     if isinstance(source, PreparedTokens):
         origin = source.index["source"]

@@ -29,7 +29,7 @@ def keep_batch(
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.concatenate([batch[name].cpu().numpy() for batch in batches]).astype(np.int32)
         for name in ("tokens", "labels")
     }

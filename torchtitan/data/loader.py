@@ -18,10 +18,10 @@ from .chat import ChatTemplate, load_template
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document
 from .mixing import Blend, Mixture, Phase
-from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs, has_random_access
+from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
-from .sources import Source, open_dataset
+from .sources import Source, has_random_access, open_dataset
 from .token_files import PreparedTokens
 
 if TYPE_CHECKING:
@@ -390,6 +390,6 @@ def verify_hashes(sources: Iterable[Source], part: int, parts: int) -> None:
     if dist.is_initialized():
         own, found = found[0], [None] * dist.get_world_size()
         dist.all_gather_object(found, own)
-    for error in found:
-        if error is not None:
-            raise error
+    for problem in found:
+        if problem is not None:
+            raise problem

@@ -17,7 +17,7 @@ import numpy as np
 from torchtitan.errors import BadDocumentError, DataError
 
 from .encode import take
-from .sources import RandomAccess, Sequential, Sharded
+from .sources import RandomAccess, Sequential, Sharded, has_random_access
 
 Encode = Callable[[object], np.ndarray]
 _MASK_64 = 2**64 - 1
@@ -190,7 +190,10 @@ def repeat(
     last_with_text = turn - 1
     while turn - last_with_text <= shards:
         here = Origin(turn, number)
-        for document in source.shard((lane + turn * lanes) % shards) if shards > 1 else source:
+        documents = source
+        if isinstance(source, Sharded) and shards > 1:
+            documents = source.shard((lane + turn * lanes) % shards)
+        for document in documents:
             if isinstance(document, BadDocumentError):
                 yield number, document, here
             elif document:
@@ -214,10 +217,6 @@ def epochs(source: RandomAccess | Sequential, stride: int, number: int, origin: 
         return number / len(source)
     shards = _num_shards(source)
     return origin.turn * count_lanes(shards, stride) / shards
-
-
-def has_random_access(source: RandomAccess | Sequential) -> bool:
-    return hasattr(source, "__getitem__") and hasattr(source, "__len__")
 
 
 def permute(index: int, size: int, key: int) -> int:

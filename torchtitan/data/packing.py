@@ -126,4 +126,5 @@ def pack(rows: list[Row], seq_len: int, document_mask: bool) -> dict[str, torch.
     arrays = np.empty((3, len(rows), seq_len + 1), dtype=np.int64)
     for row, *out in zip(rows, *arrays, strict=True):
         row.fill(*out)
-    return to_batch(*arrays, document_mask)
+    tokens, positions, document_ids = arrays
+    return to_batch(tokens, positions, document_ids, document_mask)

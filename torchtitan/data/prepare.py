@@ -18,16 +18,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
-from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.errors import ConfigError, DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
 
 from .encode import Encoder, take
-from .sources import Source, open_dataset
+from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
 from .token_files import FORMAT, INDEX, VERSION, read_index
 from .whole_files import FileWriter, write_json, writing
 
@@ -47,10 +47,10 @@ class Task:
     text_key: str
     split: str | None
     tokenizer_path: str
-    on_error: str
+    on_error: Literal["stop", "skip"]
     custom_import: str = ""
 
-    def open(self) -> tuple[Source, Tokenizer]:
+    def open(self) -> tuple[Source, BytesTokenizer | HuggingFaceTokenizer]:
         """Raises `TitanError`, which names the option."""
         if self.custom_import:
             load_plugins(self.custom_import)
@@ -139,7 +139,7 @@ def _run(job: _Job, workers: int) -> Iterator[tuple[int, int, int]]:
     Raises:
         TitanError: of a process; the others are stopped.
     """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     counters = context.Array("q", 3)  # shards begun, documents, tokens
     messages = context.Queue()
     processes = [
@@ -228,11 +228,11 @@ def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
     total = _length(source)
     if total is not None:
         for index in range(part * total // parts, (part + 1) * total // parts):
-            yield take(source, index)
+            yield take(cast(RandomAccess, source), index)
     elif parts > 1:
-        yield from source.shard(part)
+        yield from cast(Sharded, source).shard(part)
     else:
-        yield from source
+        yield from cast(Sequential, source)
 
 
 def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:
@@ -242,7 +242,8 @@ def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.
     """
     encode_batch = getattr(encoder.tokenizer, "encode_batch", None)
     eos = np.int32(encoder.tokenizer.eos_id)
-    batch, characters = [], 0
+    batch: list[Any] = []
+    characters = 0
 
     def encode() -> list[np.ndarray]:
         if encode_batch is None or not all(type(d) is str and _is_unicode(d) for d in batch):
@@ -307,7 +308,7 @@ def _record(out: Path, part: int) -> dict[str, Any] | None:
 
 
 def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) -> dict[str, Any]:
-    shards = [_record(out, part) for part in range(parts)]
+    shards: list[Any] = [_record(out, part) for part in range(parts)]  # all of them are done
     documents = sum(shard["documents"] for shard in shards)
     if documents == 0:
         raise DataError(f"--dataset {settings['dataset']}: empty: it has no document with text")
@@ -329,7 +330,7 @@ def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) ->
 
 
 def _length(source: Source) -> int | None:
-    return len(source) if hasattr(source, "__getitem__") and hasattr(source, "__len__") else None
+    return len(source) if has_random_access(source) else None
 
 
 def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
@@ -340,7 +341,9 @@ def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
     return min(total, wanted or max(64, total // 100_000))
 
 
-def _tokenizer_record(task: Task, tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer_record(
+    task: Task, tokenizer: BytesTokenizer | HuggingFaceTokenizer
+) -> dict[str, Any]:
     return {
         "path": task.tokenizer_path,
         "fingerprint": tokenizer.fingerprint,

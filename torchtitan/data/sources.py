@@ -24,7 +24,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 from torchtitan.data import huggingface
 from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
@@ -32,6 +32,9 @@ from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_
 from .files import file_size, find_files, is_url, line_number, open_file, unreadable
 from .json_lines import JsonLines, JsonLineStream, is_array
 from .token_files import open_token_files
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 class RandomAccess(Protocol):
@@ -53,6 +56,10 @@ class Sharded(Protocol):
     def __iter__(self) -> Iterator[object]: ...
     def shard(self, index: int) -> Iterable[object]:
         """The documents of one of the `num_shards` shards."""
+
+
+def has_random_access(source: object) -> TypeIs[RandomAccess]:
+    return hasattr(source, "__getitem__") and hasattr(source, "__len__")
 
 
 Source = RandomAccess | Sequential

@@ -214,16 +214,17 @@ class NanoGPTTokens(TokenFiles):
 
     def __init__(self, files: list[str]) -> None:
         self._headers = [_nanogpt_header(Path(file)) for file in files]
-        shards = []
+        shards: list[Shard] = []
         for file, header in zip(files, self._headers, strict=True):
             tokens = map_file(Path(file), np.dtype("<u2"), header)
             shards.append(Shard(file, tokens, _blocks(len(tokens))))
         super().__init__(shards)
+        self._files = shards
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         self._vocab_size = tokenizer.vocab_size
         if tokenizer.eos_id < 2**16:
-            for shard, header in zip(self.shards, self._headers, strict=True):
+            for shard, header in zip(self._files, self._headers, strict=True):
                 ends = ends_of(shard.path, tokenizer.eos_id, "<u2", header)
                 shard.ends = ends if len(ends) > 1 else _blocks(len(shard.tokens))
         self._count()
@@ -288,7 +289,9 @@ def _open_megatron(path: Path) -> MegatronShard:
 
     def section(dtype: str, items: int) -> np.ndarray:
         nonlocal start
-        found = np.memmap(index, dtype, "r", start, (items,)).view(np.ndarray) if items else []
+        found: np.ndarray | list[int] = []
+        if items:
+            found = np.memmap(index, dtype, "r", start, (items,)).view(np.ndarray)
         start += items * np.dtype(dtype).itemsize
         return np.asarray(found)
 

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from torchtitan.protocols.model import layers_of
+
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
@@ -62,7 +64,7 @@ def apply_ac(model: nn.Module, job_config: JobConfig) -> None:
             context_fn = _selective_contexts
         else:
             every = int(config.selective_ac_option)
-    for number, layer in enumerate(model.layers.values()):
+    for number, layer in enumerate(layers_of(model).values()):
         if number % every == 0:
             layer.forward = _checkpointed(layer.forward, context_fn)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
 
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.pipeline_split import splits_backward
+from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
+M = TypeVar("M", bound=nn.Module)
 
-def apply_compile(model: nn.Module, job_config: JobConfig) -> nn.Module:
+
+def apply_compile(model: M, job_config: JobConfig) -> M:
     """Compile the model by `compile.scope`, when `compile.components` names it.
 
     Per block (the default), the blocks share one graph, which is compiled once, and parameter names
@@ -33,9 +36,10 @@ def apply_compile(model: nn.Module, job_config: JobConfig) -> nn.Module:
         for moe in moe_layers(model):  # the compiler knows grouped_mm in bfloat16 alone
             moe.experts.forward = torch.compiler.disable(moe.experts.forward)
     # Other backends than inductor take no mode, not even the default.
-    options = {"backend": config.backend, "mode": None if config.mode == "default" else config.mode}
+    mode = None if config.mode == "default" else config.mode
+    options: dict[str, Any] = {"backend": config.backend, "mode": mode}
     if config.scope == "model":
-        return torch.compile(model, **options)
-    for layer in model.layers.values():
+        return cast(M, torch.compile(model, **options))
+    for layer in layers_of(model).values():
         layer.forward = torch.compile(layer.forward, fullgraph=not moe_layers(layer), **options)
     return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -85,7 +85,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
         mask.forward = _shared_mask(mask.forward, shards, method)
     for attention in attentions:
         attention.forward = _METHODS[method](attention.forward, shards)
-    model.applied_context_parallel = True
+    cast(Any, model).applied_context_parallel = True
 
 
 def require_applied_cp(model_parts: list[nn.Module], job_config: JobConfig) -> None:

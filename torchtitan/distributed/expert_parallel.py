@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ def apply_expert_parallel(
     if not layers or (not parallel_dims.ep_enabled and not parallel_dims.tp_enabled):
         return {}
     mesh = parallel_dims.expert_mesh
-    dims = tuple(name for name in ("ep", "etp") if name in mesh.mesh_dim_names)
+    dims = tuple(name for name in ("ep", "etp") if name in (mesh.mesh_dim_names or ()))
     if dims:
         groups = {name: mesh[name].get_group() for name in dims}
         for layer in layers:
@@ -87,7 +87,8 @@ def moe_layers(model: nn.Module) -> list[MoE]:
 
 def _shard_experts(experts: nn.Module, mesh: DeviceMesh, split_dims: dict[str, int]) -> None:
     for name, param in list(experts.named_parameters()):
-        placements = [Shard(0 if dim == "ep" else split_dims[name]) for dim in mesh.mesh_dim_names]
+        dims = mesh.mesh_dim_names or ()
+        placements = [Shard(0 if dim == "ep" else split_dims[name]) for dim in dims]
         sharded = distribute_tensor(param, mesh, placements)
         experts.register_parameter(name, nn.Parameter(sharded))
 
@@ -113,7 +114,7 @@ def _dispatched(
 @contextmanager
 def _local_parameters(module: nn.Module) -> Iterator[None]:
     """Meanwhile the module's parameters are this rank's parts, as plain tensors."""
-    whole = dict(module._parameters)
+    whole: dict[str, Any] = dict(module._parameters)
     module._parameters.update({name: param.to_local() for name, param in whole.items()})
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard
+
+from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -39,7 +41,8 @@ def apply_fsdp(
         own_meshes: modules within blocks that are sharded over other meshes, each as a group of its
             own: experts, see `apply_expert_parallel`.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper delegates to the model
+    # torch.compile's wrapper delegates to the model.
+    inner: Any = getattr(model, "_orig_mod", model)
     training = job_config.training
     mesh = _sharding_mesh(dp_mesh)
     options: dict[str, Any] = {
@@ -58,8 +61,9 @@ def apply_fsdp(
     # With one rank to shard over, freeing what was gathered would save nothing.
     reshard = policy != "never" and mesh.size(-1) > 1
 
-    for layer in model.layers.values():
-        for module in [m for m in layer.modules() if m in (own_meshes or {})]:
+    own_meshes = own_meshes or {}
+    for layer in layers_of(inner).values():
+        for module in [m for m in layer.modules() if m in own_meshes]:
             own = own_meshes[module]
             fully_shard(
                 module,
@@ -73,15 +77,15 @@ def apply_fsdp(
             reshard_after_forward=reshard,
             shard_placement_fn=_placement_over(mesh),
         )
-    embedding, head = model.tok_embeddings, [m for m in (model.norm, model.output) if m is not None]
-    tied = embedding is not None and model.output is not None
-    tied = tied and embedding.weight is model.output.weight
+    embedding, output = inner.tok_embeddings, inner.output
+    head = [m for m in (inner.norm, output) if m is not None]
+    tied = embedding is not None and output is not None and embedding.weight is output.weight
     if not tied:  # a tied weight must be in one group, the root's
         if embedding is not None:
             fully_shard(embedding, **options, reshard_after_forward=reshard)
         if head:
             fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
-    fully_shard(model, **options)
+    fully_shard(inner, **options)
 
 
 def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
@@ -97,7 +101,8 @@ def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
         taken = {0: 1}  # dimension -> ranks that share it already (expert parallelism)
         if isinstance(param, DTensor):
             for size, place in zip(param.device_mesh.shape, param.placements, strict=True):
-                taken[place.dim] = taken.get(place.dim, 1) * size
+                dim = cast(Shard, place).dim
+                taken[dim] = taken.get(dim, 1) * size
         # FSDP cuts other dimensions than the first only evenly, and here none that is cut already.
         free = [dim for dim in (1, 2) if dim not in taken and param.size(dim) % ranks == 0]
         if param.size(0) // taken[0] % ranks == 0 or not free:
@@ -110,7 +115,7 @@ def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
 def _sharding_mesh(dp_mesh: DeviceMesh) -> DeviceMesh:
     """The `dp_shard_cp` mesh, or the two-dimensional one when there are replicas."""
     world_mesh = dp_mesh._get_root_mesh()
-    if "dp_replicate" in world_mesh.mesh_dim_names:
+    if "dp_replicate" in (world_mesh.mesh_dim_names or ()):
         return world_mesh["dp_replicate", "dp_shard_cp"]
     return world_mesh["dp_shard_cp"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn as nn
@@ -33,9 +34,10 @@ def clip_grad_norm(
     parameters = [p for p in parameters if p.grad is not None]
     for param in parameters:
         # Of a weight that each rank applied to its part of the sequence, such as a norm's.
-        if isinstance(param.grad, DTensor) and any(x.is_partial() for x in param.grad.placements):
-            param.grad = param.grad.redistribute(placements=param.placements)
-    grads = [param.grad for param in parameters]
+        grad = param.grad
+        if isinstance(grad, DTensor) and any(x.is_partial() for x in grad.placements):
+            param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
+    grads = [param.grad for param in parameters if param.grad is not None]
     groups: dict[tuple[DeviceMesh, ...], list[torch.Tensor]] = defaultdict(list)
     for grad in grads:
         groups[_sharding_meshes(grad)].append(_local(grad))
@@ -68,8 +70,8 @@ def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
         # is right, and as fast.
         norms = [torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32) for t in tensors]
         return torch.cat([norm.flatten() for norm in norms]).double().square().sum()
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-    return torch.stack(norms).double().square().sum()
+    norm_of_each = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return torch.stack(norm_of_each).double().square().sum()
 
 
 def _local(grad: torch.Tensor) -> torch.Tensor:
@@ -83,6 +85,6 @@ def _sharding_meshes(grad: torch.Tensor) -> tuple[DeviceMesh, ...]:
     mesh = grad.device_mesh
     return tuple(
         mesh[name]
-        for name, placement in zip(mesh.mesh_dim_names, grad.placements, strict=True)
+        for name, placement in zip(mesh.mesh_dim_names or (), grad.placements, strict=True)
         if not isinstance(placement, Replicate)
     )

@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,7 @@ class HangWatch:
         self._store = dist.distributed_c10d._get_default_store()
         if dist.get_world_size() > 1:
             # While the main thread waits in the store, its connection is taken.
-            self._store = self._store.clone()
+            self._store = cast(Any, self._store).clone()  # which torch's stubs lack
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
         self._thread.start()
 

@@ -48,8 +48,9 @@ def initialize_weights(
         _poison(model)
         with SeededInit(model, seed):
             for module in model.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
             model.init_weights()
         _refuse_poison(model)
     if buffer_device is not None:

@@ -172,12 +172,13 @@ class ParallelDims:
         sizes = {name: getattr(self, name) for name in ("pp", "dp_replicate", "dp_shard")}
         sizes |= {"cp": self.cp, "tp": self.tp}
         mesh = _mesh(sizes, always="dp_shard")
+        names = mesh.mesh_dim_names or ()
         for flat, dims in {
             "dp": ("dp_replicate", "dp_shard"),
             "dp_shard_cp": ("dp_shard", "cp"),
             "dp_cp": ("dp_replicate", "dp_shard", "cp"),
         }.items():
-            mesh[tuple(dim for dim in dims if dim in mesh.mesh_dim_names)]._flatten(flat)
+            mesh[tuple(dim for dim in dims if dim in names)]._flatten(flat)
         return mesh
 
     @cached_property
@@ -202,7 +203,7 @@ class ParallelDims:
                 groups[name] = self.world_mesh[name].get_group()
         groups["fsdp"] = self.world_mesh["dp_shard_cp"].get_group()
         if self.ep_enabled or self.etp_enabled:
-            names = self.expert_mesh.mesh_dim_names
+            names = self.expert_mesh.mesh_dim_names or ()
             groups |= {name: self.expert_mesh[name].get_group() for name in names}
         return groups
 

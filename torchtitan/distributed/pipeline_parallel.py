@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -201,15 +201,16 @@ def _lay_out_gradients_like_weights(part: nn.Module) -> None:
     for param in part.parameters():
         if param.grad is None:
             continue
-        local, grad = (t.to_local() if isinstance(t, DTensor) else t for t in (param, param.grad))
+        whole = param.grad
+        local, grad = (t.to_local() if isinstance(t, DTensor) else t for t in (param, whole))
         if grad.stride() == local.stride():
             continue
         grad = torch.empty_like(local).copy_(grad)
-        if isinstance(param, DTensor):
+        if isinstance(whole, DTensor):
             grad = DTensor.from_local(
                 grad,
-                param.grad.device_mesh,
-                param.grad.placements,
+                whole.device_mesh,
+                whole.placements,
                 shape=param.shape,
                 stride=param.stride(),
             )
@@ -241,7 +242,7 @@ class _Stage(PipelineStage):
 
     def _shape_inference(self, *args: Any, **kwargs: Any) -> Any:
         with _in_eval_mode(self.submod):
-            return super()._shape_inference(*args, **kwargs)
+            return cast(Any, super())._shape_inference(*args, **kwargs)
 
 
 @contextmanager

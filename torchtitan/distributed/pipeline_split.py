@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from torchtitan.config.load import origin
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -124,7 +125,7 @@ def split_model(
 
     See `build_pipeline` for the arguments and errors. Modules without parameters are in every part.
     """
-    layers = [f"layers.{name}" for name in model.layers]
+    layers = [f"layers.{name}" for name in layers_of(model)]
     first = [name for name in first_modules if getattr(model, name) is not None]
     last = [name for name in last_modules if getattr(model, name) is not None]
     units = [*first, *layers, *last]
@@ -241,7 +242,7 @@ def _part(model: nn.Module, units: list[str], own: list[str]) -> nn.Module:
     for name in others:
         parent, _, child = name.rpartition(".")
         if parent:
-            del part.layers[child]
+            del layers_of(part)[child]
         else:
             setattr(part, name, None)
     return part

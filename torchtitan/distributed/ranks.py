@@ -185,7 +185,8 @@ class _Rank:
     result: Any = None
     error: tuple[str, str, bytes] | None = None
     """An exception in one line, its traceback, and itself, pickled (b"" if it cannot be)."""
-    process: multiprocessing.process.BaseProcess = field(init=False)
+    process: Any = field(init=False)
+    """Of `multiprocessing`; its types say too little of a process that has begun, or ended."""
     pipe: connection.Connection = field(init=False)
 
     def output_files(self) -> list[Path]:
@@ -247,7 +248,8 @@ def _stop(ranks: Iterable[_Rank], reason: str) -> list[RankFailure]:
     for rank in ranks:
         rank.process.join(max(0.0, deadline - time.monotonic()))
         rank.process.kill()
-    return [rank.failure(stopped=reason) for rank in ranks]
+    failures = [rank.failure(stopped=reason) for rank in ranks]
+    return [failure for failure in failures if failure is not None]
 
 
 def _pickle(exception: Exception) -> bytes:
@@ -327,13 +329,14 @@ def _run_rank(
         reply = pickle.dumps((function(*args), None))
     except Exception as error:
         line = f"{type(error).__name__}: {error}"
-        error = (line, traceback.format_exc(), _pickle(error))
-        pipe.send_bytes(pickle.dumps((None, error)))
+        sent = (line, traceback.format_exc(), _pickle(error))
+        pipe.send_bytes(pickle.dumps((None, sent)))
         raise SystemExit(1) from None
     pipe.send_bytes(reply)
 
 
 def _end_with_parent() -> None:
     """A rank must not outlive its caller, waiting for other ranks."""
-    multiprocessing.parent_process().join()
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
     os._exit(1)

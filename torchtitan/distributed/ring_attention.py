@@ -67,10 +67,11 @@ class _RingAttention(torch.autograd.Function):
         for step in range(shards.size):
             coming = _pass_on(kv, shards) if step + 1 < shards.size else None
             rows, keys = _block(shards, step, q.shape[2])
-            queries = (x[:, :, rows].contiguous() for x in (grad, q, out, lse))
+            queries = [x[:, :, rows].contiguous() for x in (grad, q, out, lse)]
+            block_grad, block_q, block_out, block_lse = queries
             block_k, block_v = kv[:, :, :, keys].unbind()
             block_q_grad, *block_kv_grad = _flash_backward(
-                *queries, block_k, block_v, rng, step == 0
+                block_grad, block_q, block_out, block_lse, block_k, block_v, rng, step == 0
             )
             q_grad[:, :, rows] += block_q_grad
             kv_grad = _wait(kv_grad)

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -36,6 +36,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.distributed.tying import preserve_tying
+from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -47,7 +48,7 @@ def apply_tensor_parallel(
     model: nn.Module,
     tp_mesh: DeviceMesh,
     job_config: JobConfig,
-    block_plan: Plan | Callable[[nn.Module], Plan],
+    block_plan: Plan | Callable[[Any], Plan],
 ) -> None:
     """Split the matrices of `model` over `tp_mesh`, in place.
 
@@ -71,7 +72,7 @@ def apply_tensor_parallel(
         _overlap_with_matmuls(tp_mesh)
     with preserve_tying(model):
         parallelize_module(model, tp_mesh, adapt(model_plan))
-        for block in model.layers.values():
+        for block in layers_of(model).values():
             parallelize_module(block, tp_mesh, adapt(plan_of(block)))
 
 
@@ -196,10 +197,11 @@ class HeadwiseParallel(ParallelStyle):
                 sharded = distribute_tensor(param, mesh, [Shard(0)])
                 module.register_parameter(key, nn.Parameter(sharded))
 
-        def from_heads(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> DTensor:
+        # distribute_module() is annotated as if these gave nothing back.
+        def from_heads(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False)
 
-        def to_heads(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> torch.Tensor:
+        def to_heads(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Any:
             return output.to_local()
 
         return distribute_module(module, device_mesh, shard_parameters, from_heads, to_heads)
@@ -236,10 +238,10 @@ class DeferredOutputParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def shard_weight(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-            weight = distribute_tensor(module.weight, mesh, [Shard(0)])
+            weight = distribute_tensor(cast(torch.Tensor, module.weight), mesh, [Shard(0)])
             module.register_parameter("weight", nn.Parameter(weight))
 
-        def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> torch.Tensor:
+        def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return gather_for_parts(inputs[0], mesh, self.input_layouts)
 
         return distribute_module(module, device_mesh, shard_weight, gather_sequence)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_folder
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint
+from torchtitan.protocols.model import ModelProtocol
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
 
 RESOLVED_CONFIG = "config.resolved.toml"
@@ -126,8 +127,9 @@ def open_source(options: ModelOptions) -> Source:
     _set_layout(job_config, options, spec)
     if spec.build_tokenizer_fn is None:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
+    tokenizer_fn = spec.build_tokenizer_fn
     spec = replace(spec, model_args=spec.model_args.update_from_config(job_config))
-    tokenizer = spec.build_tokenizer_fn(job_config)
+    tokenizer = tokenizer_fn(job_config)
     source = Source(folder, name, spec, job_config, tokenizer, is_hf)
     _check_vocabulary(source)
     source.stop_tokens = _stop_tokens(source)
@@ -213,7 +215,8 @@ def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> No
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if utils.device_type() == "cuda" else "float32"
-    config.training.mixed_precision_param = dtype
+    # Training has no float16, inference has.
+    cast(Any, config.training).mixed_precision_param = dtype
     config.training.enable_cpu_offload = False
     config.activation_checkpoint.mode = "none"
     config.compile.enable = False
@@ -244,7 +247,7 @@ def _stop_tokens(source: Source) -> frozenset[int]:
     return frozenset(tokens)
 
 
-def _allocate(model: nn.Module, device: torch.device) -> None:
+def _allocate(model: ModelProtocol, device: torch.device) -> None:
     """Give a model on the meta device memory, and set what no checkpoint holds.
 
     The weights are about to be read, so nothing is drawn at random, which would take longer.
@@ -253,8 +256,9 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         model.to_empty(device=device)
     with torch.no_grad(), _NoRandomDraws():
         for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         model.init_weights()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from .job import LaunchJob, seconds_of
 from .skypilot import split_mount
@@ -25,7 +26,7 @@ def render(job: LaunchJob) -> str:
         "pytorchjob": f"{job.name}-master-0",
     }[kind]
     deadline = f"activeDeadlineSeconds: {seconds_of(options.time)}" if options.time else ""
-    values = {
+    values: dict[str, Any] = {
         "title": job.title,
         "command": job.command,
         "name": job.name,

@@ -12,7 +12,7 @@ from .template import render as fill
 def render(job: LaunchJob) -> str:
     """The bash script."""
     options = job.options
-    hosts = options.hosts.split(",")
+    hosts = (options.hosts or "").split(",")
     head = options.head or hosts[0].rpartition("@")[2]
     # Secrets go through the pipe, neither into a file nor into a command line.
     secrets = [f"printf 'export {name}=%q\\n' \"${name}\"" for name in options.secret]

@@ -55,10 +55,10 @@ def model_of_options(name: str | None, flavor: str | None) -> KnownModel | None:
     Raises:
         ConfigError: an unknown name, or one without the other.
     """
-    if (name is None) != (flavor is None):
-        raise ConfigError("--model and --flavor go together")
-    if name is None:
+    if name is None and flavor is None:
         return None
+    if name is None or flavor is None:
+        raise ConfigError("--model and --flavor go together")
     spec = get_train_spec(name, flavor)
     return KnownModel(name, flavor, spec, spec.model_args)
 
@@ -116,7 +116,7 @@ def dataclass_of(cls: type, fields: dict[str, Any]) -> Any:
     values = {}
     for name, value in fields.items():
         kinds = (hints.get(name), *get_args(hints.get(name)))
-        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         values[name] = (
             dataclass_of(nested[0], value) if isinstance(value, dict) and nested else value
         )

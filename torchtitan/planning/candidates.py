@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.config import JobConfig
 from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .devices import Device
@@ -43,7 +45,8 @@ class Candidate:
 
     def config(self, job: JobConfig) -> JobConfig:
         config = copy.deepcopy(job)
-        parallelism = config.parallelism
+        parallelism: Any = config.parallelism
+        checkpointing: Any = config.activation_checkpoint
         parallelism.data_parallel_replicate_degree = self.replicate
         parallelism.data_parallel_shard_degree = self.shard
         parallelism.context_parallel_degree = self.cp
@@ -59,8 +62,8 @@ class Candidate:
             parallelism.pipeline_parallel_schedule = self.schedule
             parallelism.pipeline_parallel_microbatch_size = self.micro_batch
         config.training.local_batch_size = self.local_batch
-        config.activation_checkpoint.mode = self.ac
-        config.activation_checkpoint.selective_ac_option = "op"
+        checkpointing.mode = self.ac
+        checkpointing.selective_ac_option = "op"
         return config
 
     def __str__(self) -> str:
@@ -76,7 +79,7 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
     """
     spec = get_train_spec(config.model.name, config.model.flavor)
     args = spec.model_args.update_from_config(config)
-    layers = len(meta_parts(_single(config), 0)[0].layers)
+    layers = len(layers_of(meta_parts(_single(config), 0)[0]))
     batch, seq = config.training.global_batch_size, config.training.seq_len
     for tp in _divisors(host_size, world_size):
         for cp in [c for c in _divisors(8, world_size // tp) if c == 1 or seq // c >= 2048]:
@@ -92,7 +95,9 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
                         yield from _batches(degrees, batch // data, layers)
 
 
-def _batches(degrees: tuple[int, ...], batch: int, layers: int) -> Iterator[Candidate]:
+def _batches(
+    degrees: tuple[int, int, int, int, int, int], batch: int, layers: int
+) -> Iterator[Candidate]:
     """Args: batch: sequences of a data rank in a step."""
     pp = degrees[4]
     for ac in AC_MODES:
@@ -140,7 +145,7 @@ class Arithmetic:
         args = spec.model_args.update_from_config(config)
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
         self._dim = getattr(args, "dim", 0)
-        self._layers = len(meta_parts(_single(config), 0)[0].layers)
+        self._layers = len(layers_of(meta_parts(_single(config), 0)[0]))
         self._costs = {ac: self._trace_layer(ac) for ac in AC_MODES}
 
     def _trace_layer(self, ac: str) -> _LayerCost:

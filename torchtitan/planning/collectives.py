@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -134,7 +134,7 @@ def _group_of(args: Any) -> dist.ProcessGroup:
             return dist.ProcessGroup.unbox(value)
         if isinstance(value, str):
             try:
-                return _resolve_process_group(value)
+                return _resolve_process_group(cast(Any, value))
             except (RuntimeError, ValueError):  # another string argument, such as the reduction
                 continue
     raise AssertionError("a collective without a process group")

@@ -113,7 +113,7 @@ class Plan:
             "communication": rank.waiting_seconds,
             "pipeline bubble": self.bubble * self.step_seconds,
         }
-        return max(shares, key=shares.get)
+        return max(shares, key=lambda name: shares[name])
 
 
 def plan_run(config: JobConfig, world_size: int, device: Device, host_size: int = 8) -> Plan:

@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
+from torchtitan.protocols.model import layers_of
+
 _EDGE = 2
 """Layers at each end that are not like those between, as FSDP holds a layer and the next."""
 
@@ -68,8 +70,9 @@ class Repetition:
 
 def keep_layers(model: nn.Module, count: int) -> None:
     """Remove all but the first `count` of `model.layers`."""
-    for name in list(model.layers)[count:]:
-        del model.layers[name]
+    layers = layers_of(model)
+    for name in list(layers)[count:]:
+        del layers[name]
 
 
 def layer_signatures(model: nn.Module, seq_len: int) -> list[str]:
@@ -79,8 +82,8 @@ def layer_signatures(model: nn.Module, seq_len: int) -> list[str]:
     Args:
         model: on the meta device, or a stage of it.
     """
-    settings = [_settings(layer) for layer in model.layers.values()]
-    numbers = [int(name) if name.isdecimal() else -1 for name in model.layers]
+    settings = [_settings(layer) for layer in layers_of(model).values()]
+    numbers = [int(name) if name.isdecimal() else -1 for name in layers_of(model)]
     # A layer that knows its number is not different for it.
     shared = set.intersection(*(set(s) for s in settings)) if settings else set()
     own_number = {
@@ -100,7 +103,7 @@ def _calls(model: nn.Module, seq_len: int) -> list[object]:
 
     A model may treat layers of the same kind differently, with a window for some of them.
     """
-    layers = list(model.layers.values())
+    layers = list(layers_of(model).values())
     calls: dict[nn.Module, object] = {}
     numbers: dict[int, int] = {}
     alive: list[object] = []  # so that no address is used twice

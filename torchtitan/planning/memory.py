@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -110,13 +110,13 @@ class PeakMemory(TorchDispatchMode):
                 self._set(storage._cdata, storage.nbytes())
             return result
 
-        torch.UntypedStorage.resize_ = resize_
+        cast(Any, torch.UntypedStorage).resize_ = resize_
         self._pausing = pausing_for_shapes(self)
         self._pausing.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._original_resize
+        cast(Any, torch.UntypedStorage).resize_ = self._original_resize
         self._pausing.__exit__(*error)
         super().__exit__(*error)
 

@@ -9,7 +9,7 @@ from torchtitan.tools.html import table
 
 from .estimate import Plan
 from .report import CATEGORIES, Budget, headline, memory_rows, summary, traffic_rows
-from .schedule import BACKWARD, FORWARD, INPUT, REDUCE, WEIGHT
+from .schedule import BACKWARD, FORWARD, INPUT, REDUCE, WEIGHT, Timeline
 
 COLORS = {
     "parameters": "#4269d0",
@@ -43,7 +43,9 @@ def page(plan: Plan, budget: Budget | None = None) -> str:
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary(plan, budget))
     timeline = ""
     if plan.timeline:
-        timeline = f"<h2>Pipeline schedule</h2>{_key(dict(ACTIONS.values()))}{_timeline(plan)}"
+        timeline = (
+            f"<h2>Pipeline schedule</h2>{_key(dict(ACTIONS.values()))}{_timeline(plan.timeline)}"
+        )
     labels = {CATEGORIES[name]: color for name, color in COLORS.items()}
     body = (
         f"<h1>{escape(headline(plan))}</h1>{lines}"
@@ -74,9 +76,8 @@ def _memory(plan: Plan) -> str:
     return _svg(height, parts)
 
 
-def _timeline(plan: Plan) -> str:
+def _timeline(timeline: Timeline) -> str:
     """A row for each rank of the pipeline. later stages of a rank are paler."""
-    timeline = plan.timeline
     number = sum(map(len, timeline.spans.values()))
     if number > _MOST_SPANS:
         return f"<p>{number:,} actions, too many to draw.</p>"

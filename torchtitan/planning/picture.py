@@ -11,6 +11,7 @@ from torchtitan.errors import ConfigError
 from .estimate import Plan
 from .page import ACTIONS, COLORS
 from .report import CATEGORIES, headline
+from .schedule import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ def png(plan: Plan) -> bytes:
         axes = figure.subplots(panels, squeeze=False)[:, 0]
         _draw_memory(axes[0], plan, rows)
         if plan.timeline:
-            _draw_timeline(axes[1], plan, rows)
+            _draw_timeline(axes[1], plan, plan.timeline, rows)
         figure.suptitle(headline(plan), fontsize=11)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
@@ -58,9 +59,9 @@ def _draw_memory(axes: Axes, plan: Plan, rows: int) -> None:
     _finish(axes, rows)
 
 
-def _draw_timeline(axes: Axes, plan: Plan, rows: int) -> None:
+def _draw_timeline(axes: Axes, plan: Plan, timeline: Timeline, rows: int) -> None:
     """What each pipeline rank does when. Later stages of a rank are paler."""
-    for row, spans in enumerate(list(plan.timeline.spans.values())[:rows]):
+    for row, spans in enumerate(list(timeline.spans.values())[:rows]):
         stages = sorted({action.stage for action, _, _ in spans})
         axes.broken_barh(
             [(start, end - start) for _, start, end in spans],
@@ -72,7 +73,7 @@ def _draw_timeline(axes: Axes, plan: Plan, rows: int) -> None:
             edgecolor="white",
             linewidth=0.3,
         )
-    kinds = {action.kind for spans in plan.timeline.spans.values() for action, _, _ in spans}
+    kinds = {action.kind for spans in timeline.spans.values() for action, _, _ in spans}
     for kind, (label, color) in ACTIONS.items():
         if kind in kinds:
             axes.barh(0, 0, color=color, label=label)

@@ -107,7 +107,7 @@ class Roofline:
         device = self._device
         if self.link(ranks) == "host":
             return device.link * device.link_efficiency
-        hosts = defaultdict(int)
+        hosts: dict[int, int] = defaultdict(int)
         for rank in ranks:
             hosts[rank // self._host_size] += 1
         return min(device.link, min(hosts.values()) * device.network) * device.link_efficiency

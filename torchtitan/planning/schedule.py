@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
@@ -91,7 +92,7 @@ def actions_of(
     # Every rank of a schedule knows all ranks' actions.
     with fake_world(len(stages_of_rank), rank=0):
         stages = [
-            PipelineStage(nn.Identity(), stage, number, "cpu", group=dist.group.WORLD)
+            PipelineStage(nn.Identity(), stage, number, torch.device("cpu"), group=dist.group.WORLD)
             for stage in stages_of_rank[0]
         ]
         built = schedule_class(

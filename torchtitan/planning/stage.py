@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config.validate import resolve_batch
 from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.protocols.model import layers_of
 
 from .collectives import CollectiveRecorder
 from .memory import Memory, PeakMemory
@@ -197,7 +198,7 @@ class _StageTracer:
         trace.hidden_in = _local_bytes(entry) if entry.requires_grad else 0
         handles = []
         if end_of_phase:
-            layers = list(part.layers.values())
+            layers = list(layers_of(part).values())
             handles = [
                 layer.register_forward_hook(_when_gradient_comes(end_of_phase)) for layer in layers
             ]
@@ -219,7 +220,8 @@ class _StageTracer:
     def _backward(self, done: _Pass, record: PassTrace) -> None:
         with recording(self._recorder, record):
             if done.loss is None:
-                done.out.backward(torch.zeros_like(done.out))
+                out = cast(torch.Tensor, done.out)
+                out.backward(torch.zeros_like(out))
             else:
                 done.loss.backward()
         done.entry.grad = None  # counted with the buffers of the pipeline
@@ -228,7 +230,7 @@ class _StageTracer:
         sequence_parallel = not self._config.parallelism.disable_sequence_parallel
         seq = self._tokens.shape[1] // (self._dims.tp if sequence_parallel else 1)
         dtype = getattr(torch, self._config.training.mixed_precision_param)
-        shape = self._tokens.shape[0], seq, self._part.args.dim
+        shape = self._tokens.shape[0], seq, cast(Any, self._part.args).dim
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 

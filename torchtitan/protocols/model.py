@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch.nn as nn
 
@@ -60,8 +60,12 @@ class ModelProtocol(nn.Module):
     and the output layer may be None.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    layers: nn.ModuleDict
+
+    if not TYPE_CHECKING:  # type checkers are to see that `model_cls(args)` takes the args
+
+        def __init__(self) -> None:
+            super().__init__()
 
     @abstractmethod
     def init_weights(self) -> None:
@@ -82,3 +86,8 @@ class ModelProtocol(nn.Module):
 
         load_model_weights(self, path)
         return self
+
+
+def layers_of(model: nn.Module) -> nn.ModuleDict:
+    """The layers of a `ModelProtocol`, or of what `torch.compile` made of it."""
+    return cast(nn.ModuleDict, model.layers)

@@ -165,13 +165,17 @@ def _generate(
     completions: list[Completion] = []
     start = time.perf_counter()
     for first in range(0, len(prompts), options.batch_size):
+
+        def show(number: int, token: int | None, first: int = first) -> None:
+            printer.add(first + number, token)
+
         numbers = range(first, min(first + options.batch_size, len(prompts)))
         completions += generator.generate(
             [prompts[i] for i in numbers],
             max_new_tokens,
             sampling,
             streams=numbers,
-            on_token=lambda i, token, first=first: printer.add(first + i, token),
+            on_token=show,
         )
     seconds = time.perf_counter() - start
     if utils.rank() == 0:

@@ -55,15 +55,19 @@ def maybe_profile(job_config: JobConfig, rank: int, start_step: int) -> Iterator
     """
     check_profiling(job_config)
     config = job_config.profiling
-    kinds = []
+    kinds: list[type[TraceRecorder] | type[MemoryRecorder]] = []
     if config.enable_profiling:
         kinds.append(TraceRecorder)
     if config.enable_memory_snapshot:
         kinds.append(MemoryRecorder)
     folder = Path(job_config.job.dump_folder) / "profile"
     with ExitStack() as stack:
-        recorders = [kind(folder, config.profile_freq, rank, start_step) for kind in kinds]
-        yield Profiler([stack.enter_context(recorder) for recorder in recorders])
+        recorders: list[TraceRecorder | MemoryRecorder] = [
+            kind(folder, config.profile_freq, rank, start_step) for kind in kinds
+        ]
+        for recorder in recorders:
+            stack.enter_context(recorder)
+        yield Profiler(recorders)
 
 
 class TraceRecorder:

@@ -55,7 +55,7 @@ def unique_names(arguments: Sequence[str]) -> list[str]:
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`, to any depth."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
         name = prefix + key
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}

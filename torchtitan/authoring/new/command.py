@@ -169,7 +169,7 @@ def model_files(
     flavor, flavors, notes = DEBUG_FLAVOR, {}, ""
     verify_import = f" --custom-import {place.custom_import}" if place.custom_import else ""
     shared = {"model": names.model, "title": names.title, "verify_import": verify_import}
-    if findings:
+    if findings and hf:
         from .hugging_face import adapter_table
 
         flavor, flavors = findings.flavor, {findings.flavor: findings.args_source}
@@ -189,7 +189,7 @@ def model_files(
         ),
         "train_configs/debug_model.toml": templates.DEBUG_TOML.substitute(toml),
     }
-    if findings:
+    if findings and hf:
         full = f"train_configs/{names.model}_{flavor.lower()}.toml"
         tokenizer = hf.resolve()
         files[full] = templates.FULL_TOML.substitute(toml, flavor=flavor, tokenizer=tokenizer)

@@ -159,7 +159,7 @@ def _source_of(value: Any, indent: str = "    ") -> str:
     inner = indent + "    "
     lines = []
     for item in fields(value):
-        default = item.default_factory() if item.default is MISSING else item.default
+        default = item.default if item.default_factory is MISSING else item.default_factory()
         if item.init and (current := getattr(value, item.name)) != default:
             lines.append(f"{inner}{item.name}={_source_of(current, inner)},\n")
     body = "".join(lines)
@@ -170,7 +170,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Pattern of each tensor's name -> its shape; empty if the folder has no weights."""
     from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
 
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with SafetensorsFile(path) as file:
             shapes |= {pattern_of(name): spec.shape for name, spec in file.specs.items()}

@@ -11,6 +11,7 @@ import keyword
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from torchtitan.errors import ConfigError
 
@@ -102,10 +103,10 @@ class ModelSource:
     def debug_args(self) -> str:
         """The source of the args of the debug flavor, as in the original."""
         tree = ast.parse(self._init)
-        configs = next(node for node in tree.body if _assigned(node) == "MODEL_CONFIGS")
+        configs: Any = next(node for node in tree.body if _assigned(node) == "MODEL_CONFIGS")
         for key, value in zip(configs.value.keys, configs.value.values, strict=True):
             if ast.literal_eval(key) == DEBUG_FLAVOR:
-                return ast.get_source_segment(self._init, value)
+                return cast(str, ast.get_source_segment(self._init, value))
         raise AssertionError(f"{self.folder} has no {DEBUG_FLAVOR}")
 
     def rename(self, text: str) -> str:

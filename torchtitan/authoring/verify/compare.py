@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -72,7 +72,7 @@ class RankPart:
         if isinstance(part, DTensor):
             for size, rank, placement in zip(
                 part.device_mesh.shape,
-                part.device_mesh.get_coordinate(),
+                part.device_mesh.get_coordinate() or (),
                 part.placements,
                 strict=True,
             ):
@@ -104,7 +104,7 @@ def compare_outputs(
         indices = None
         if len(whole) == 1 and local is not None:
             indices = part.indices(expected.shape, local)
-        if indices is None:
+        if local is None or indices is None:
             left_out += 1
             continue
         compared += 1
@@ -129,7 +129,7 @@ def _join(calls: list[torch.Tensor]) -> torch.Tensor | None:
         return None
     if not isinstance(first, DTensor):
         return torch.cat(calls)
-    local = torch.cat([call.to_local() for call in calls])
+    local = torch.cat([cast(DTensor, call).to_local() for call in calls])
     return DTensor.from_local(local, first.device_mesh, first.placements, run_check=False)
 
 
@@ -193,7 +193,7 @@ def _placed(tensor: DTensor) -> str:
         for name, size, rank, placement in zip(
             tensor.device_mesh.mesh_dim_names or (),
             tensor.device_mesh.shape,
-            tensor.device_mesh.get_coordinate(),
+            tensor.device_mesh.get_coordinate() or (),
             tensor.placements,
             strict=False,
         )

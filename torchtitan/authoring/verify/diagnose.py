@@ -24,7 +24,7 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
     if not ended:
         return _explain_hang(failures)
     first = min(ended, key=_innocence)
-    place = _collective(first.traceback)[1] if first.exit_code < 0 else _where(first.traceback)
+    place = _collective(first.traceback)[1] if _died(first) else _where(first.traceback)
     if "SIGKILL" in first.reason:
         return (
             f"rank {first.rank} was {first.reason}, most likely for want of memory",
@@ -42,9 +42,14 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
 
 def _innocence(failure: RankFailure) -> int:
     """Ranks that died come first, then errors, then those that only lost the others."""
-    if failure.exit_code < 0:
+    if _died(failure):
         return 0
     return 2 if _LOST_PEER.search(failure.reason) else 1
+
+
+def _died(failure: RankFailure) -> bool:
+    """By a signal."""
+    return failure.exit_code is not None and failure.exit_code < 0
 
 
 def _explain_hang(failures: list[RankFailure]) -> tuple[str, str]:

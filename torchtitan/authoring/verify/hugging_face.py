@@ -19,6 +19,7 @@ import torch.nn as nn
 
 from torchtitan.errors import TitanError
 from torchtitan.protocols import BaseModelArgs
+from torchtitan.protocols.model import ModelProtocol
 
 from .adapter import adapter_of
 from .check import Check, CheckFailedError, NotApplicableError
@@ -112,8 +113,8 @@ def names_match(subject: Subject) -> str:
     """The adapter's names and shapes are those of the files."""
     from torchtitan.components.checkpoint.reader import read_safetensors_metadata
 
-    metadata = read_safetensors_metadata(folder_of(subject)).state_dict_metadata
-    files = {name: list(entry.size) for name, entry in metadata.items()}
+    entries: dict[str, Any] = read_safetensors_metadata(folder_of(subject)).state_dict_metadata
+    files = {name: list(entry.size) for name, entry in entries.items()}
     model, adapter = _meta(subject), _adapter(subject)
     state = {n: t for n, t in model.state_dict().items() if n not in _tied_names(model)}
     ours = {name: list(tensor.shape) for name, tensor in adapter.to_hf(state).items()}
@@ -156,14 +157,13 @@ def _is_passed_over(adapter: Any, name: str) -> bool:
         return False
 
 
-def _meta(subject: Subject) -> nn.Module:
+def _meta(subject: Subject) -> ModelProtocol:
     with torch.device("meta"):
         return subject.spec.model_cls(args_of(subject))
 
 
 def _adapter(subject: Subject) -> Any:
-    adapter_of(subject)
-    return subject.spec.state_dict_adapter(args_of(subject), hf_assets_path=folder_of(subject))
+    return type(adapter_of(subject))(args_of(subject), hf_assets_path=folder_of(subject))
 
 
 def _tied_names(model: nn.Module) -> set[str]:
@@ -182,12 +182,14 @@ def numbers_match(subject: Subject) -> str:
     record = [_Record(ours), _Record(theirs)]
     with torch.no_grad(), record[0] as a, record[1] as b:
         for mine, other in pairs:
-            a.watch(mine), b.watch(other)
+            a.watch(mine)
+            b.watch(other)
         our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
         if len(our_layers) != len(their_layers):
             raise CheckFailedError(f"{len(our_layers)} layers, not {len(their_layers)}")
         for mine, other in zip(our_layers, their_layers, strict=True):
-            a.watch(mine), b.watch(other)
+            a.watch(mine)
+            b.watch(other)
         our_logits, their_logits = ours(tokens), theirs(tokens, use_cache=False).logits
     worst = 0.0
     for number, (mine, other) in enumerate(zip(our_layers, their_layers, strict=True)):
@@ -216,7 +218,7 @@ def numbers_match(subject: Subject) -> str:
     return f"logits equal to {difference:.0e}, layers to {worst:.0e}"
 
 
-def _load_theirs(folder: Path) -> nn.Module:
+def _load_theirs(folder: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
@@ -229,7 +231,7 @@ def _load_theirs(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _load_ours(subject: Subject, folder: Path) -> nn.Module:
+def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
     """By the adapter of this spec, whatever other models are registered."""
     from safetensors.torch import load_file
 

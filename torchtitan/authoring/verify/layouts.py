@@ -178,8 +178,9 @@ def _require_effect(trainer: Trainer, comparison: Comparison) -> None:
 def _is_sharded(trainer: Trainer, mesh_dim: str) -> bool:
     for part in trainer.model_parts:
         for param in part.parameters():
-            if isinstance(param, DTensor) and mesh_dim in (param.device_mesh.mesh_dim_names or ()):
-                place = param.placements[param.device_mesh.mesh_dim_names.index(mesh_dim)]
+            names = (param.device_mesh.mesh_dim_names or ()) if isinstance(param, DTensor) else ()
+            if isinstance(param, DTensor) and mesh_dim in names:
+                place = param.placements[names.index(mesh_dim)]
                 if not isinstance(place, Replicate):
                     return True
     return False

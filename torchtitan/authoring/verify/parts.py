@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from torchtitan.distributed.init import initialize_weights
+from torchtitan.protocols.model import ModelProtocol, layers_of
 
 from .check import Check, CheckFailedError, NotApplicableError
 from .probe import relative_difference
@@ -48,7 +49,7 @@ def init_is_recursive(subject: Subject) -> str:
     return f"{count} tensors of parts as in the whole"
 
 
-def parts_of(subject: Subject) -> Iterator[tuple[nn.Module, str]]:
+def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
     """Parts of the model as pipeline stages are, on the meta device, and a description of each.
 
     Layers can be deleted from every model; other modules only from those that can be split. Where
@@ -61,7 +62,7 @@ def parts_of(subject: Subject) -> Iterator[tuple[nn.Module, str]]:
         part = copy.deepcopy(model)
         for name in layers:
             if name != kept:
-                del part.layers[name]
+                del layers_of(part)[name]
         yield part, f"the model with layers.{kept} alone"
     first, last = absent_modules(subject)
     for name in [*first, *last]:
@@ -152,7 +153,7 @@ def _remove(model: nn.Module, names: list[str], layers: list[str]) -> None:
     for name in names:
         setattr(model, name, None)
     for name in layers:
-        del model.layers[name]
+        del layers_of(model)[name]
 
 
 def _call(model: nn.Module, inputs: torch.Tensor, description: str) -> torch.Tensor:

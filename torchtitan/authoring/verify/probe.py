@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from torchtitan.protocols.model import ModelProtocol, layers_of
+
 
 @dataclass
 class CutLayer:
@@ -60,7 +62,7 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
         cuts[-1].output = hidden_states((output,), {})
 
     with ExitStack() as stack:
-        for name, layer in model.layers.items():
+        for name, layer in layers_of(model).items():
             handle = layer.register_forward_pre_hook(before(f"layers.{name}"), with_kwargs=True)
             stack.callback(handle.remove)
             stack.callback(layer.register_forward_hook(after).remove)
@@ -107,7 +109,7 @@ def layer_calls(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) 
         return hook
 
     with ExitStack() as stack:
-        for name, layer in model.layers.items():
+        for name, layer in layers_of(model).items():
             handle = layer.register_forward_pre_hook(before(f"layers.{name}"), with_kwargs=True)
             stack.callback(handle.remove)
         model(tokens, **inputs)
@@ -154,7 +156,7 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def accepts(model_cls: type, name: str) -> bool:
+def accepts(model_cls: type[ModelProtocol], name: str) -> bool:
     """Whether `forward` has the optional argument `name`."""
     return name in inspect.signature(model_cls.forward).parameters
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +24,7 @@ Notify = Callable[[Check], None]
 
 def run_checks(
     checks: Sequence[Check], subject: Subject, started: Notify | None = None
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Run `checks`, each after those that it needs; yields outcomes as they come.
 
     Closing the iterator, or an exception such as Ctrl-C, stops the checks that run.

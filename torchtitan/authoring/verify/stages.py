@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
 from torchtitan.errors import ConfigError
+from torchtitan.protocols.model import ModelProtocol, layers_of
 
 from .check import Check, CheckFailedError, NotApplicableError
 from .subject import Subject
@@ -104,7 +106,8 @@ def _require_same_names(whole: nn.Module, stages: list[nn.Module], split: str) -
 def _first_part_that_differs(
     whole: nn.Module, stages: list[nn.Module], tokens: torch.Tensor, positions: torch.Tensor
 ) -> str:
-    expected, found = _layer_outputs(whole), {}
+    expected = _layer_outputs(whole)
+    found: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         whole(tokens)
         h = tokens
@@ -126,7 +129,7 @@ def _layer_outputs(model: nn.Module) -> dict[str, torch.Tensor]:
     def keep(name: str, output: torch.Tensor) -> None:
         outputs[name] = output
 
-    for name, layer in model.layers.items():
+    for name, layer in layers_of(model).items():
         layer.register_forward_hook(lambda m, args, output, name=name: keep(name, output))
     return outputs
 
@@ -156,14 +159,13 @@ def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:
 
 def _parts_of_rank(
     subject: Subject, config: JobConfig, degree: int, loss_fn: object
-) -> list[nn.Module]:
+) -> list[ModelProtocol]:
     dims = ParallelDims.from_config(config.parallelism, degree)
     with torch.device("meta"):
         model = subject.spec.model_cls(subject.spec.model_args.update_from_config(config))
     mesh = dims.world_mesh
-    pipeline = subject.spec.pipeline_fn(
-        model, mesh, dims, config, lambda part, *layout: part, loss_fn
-    )
+    pipeline_fn = cast(Callable[..., Any], subject.spec.pipeline_fn)
+    pipeline = pipeline_fn(model, mesh, dims, config, lambda part, *layout: part, loss_fn)
     return pipeline.model_parts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
@@ -240,7 +240,7 @@ def parallelisms(job_config: JobConfig) -> list[str]:
     return used
 
 
-def _position(order: list[str]):
+def _position(order: list[str]) -> Callable[[Difference], tuple[int, int]]:
     """Key of a difference: where its module ends in the forward pass; then the rank."""
     places = {name: place for place, name in enumerate(order)}
 

@@ -125,8 +125,9 @@ def _initialised(subject: Subject, poison: int) -> ModelProtocol:
             tensor.fill_(float("nan") if floating else poison)
         with SeededInit(model, subject.seed):
             for module in model.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
             model.init_weights()
     return model
 

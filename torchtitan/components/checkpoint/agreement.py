@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,12 +24,12 @@ def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None) -> 
         except Exception as caught:
             error = caught
     if group is not None:
-        outcome = [result, error]
+        outcome: list[Any] = [result, error]
         dist.broadcast_object_list(outcome, src=0, group=group)
         result, error = outcome
     if error is not None:
         raise error
-    return result
+    return cast(T, result)
 
 
 def on_all_ranks(function: Callable[[int, int], None], group: dist.ProcessGroup | None) -> None:

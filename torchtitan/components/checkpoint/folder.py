@@ -20,11 +20,13 @@ import logging
 import re
 import shutil
 from collections.abc import Collection
+from typing import Any, cast
 
 from torchtitan.errors import DamagedCheckpointError
 
 from .manifest import MANIFEST, Manifest
 from .storage import (
+    P,
     RemotePath,
     StoragePath,
     flush_to_disk,
@@ -42,15 +44,15 @@ PARTIAL = ".partial"
 """End of the name of a local folder that is not complete; in a remote folder, a file's name."""
 
 
-def step_folder(root: StoragePath, step: int) -> StoragePath:
-    return root / f"step-{step}"
+def step_folder(root: P, step: int) -> P:
+    return cast(P, root / f"step-{step}")
 
 
 def step_of(folder: StoragePath) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def list_checkpoints(root: StoragePath) -> list[StoragePath]:
+def list_checkpoints(root: P) -> list[P]:
     """The `step-N` folders, good and damaged ones, the one saved last at the end.
 
     The order is that of saving, since a run that went back to an earlier step is newer than what it
@@ -86,11 +88,11 @@ def is_resumable(folder: StoragePath) -> bool:
     return not manifest.model_only
 
 
-def partial_folder(folder: StoragePath) -> StoragePath:
+def partial_folder(folder: P) -> P:
     """Where the contents of `folder` are while it is not complete."""
     if isinstance(folder, RemotePath):
         return folder
-    return folder.with_name(f"{folder.name}{PARTIAL}")
+    return cast(P, folder.with_name(f"{folder.name}{PARTIAL}"))
 
 
 def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
@@ -198,6 +200,7 @@ def _take_away(folder: RemotePath, damaged: Collection[str]) -> None:
 
 def _set_aside(folder: StoragePath) -> None:
     names = [f"{folder.name}.damaged", *(f"{folder.name}.damaged-{i}" for i in range(2, 1000))]
-    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    paths: list[Any] = [folder.with_name(name) for name in names]
+    aside = next(path for path in paths if not path.exists())
     folder.rename(aside)
     logger.warning("%s is damaged and was set aside as %s", folder, aside.name)

@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
@@ -76,7 +76,7 @@ def initial_load_path(job_config: JobConfig) -> StoragePath | None:
     return None
 
 
-def is_hf_weights(folder: StoragePath) -> bool:
+def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
     """A remote folder is a checkpoint of ours."""
     names = (SAFETENSORS_FILE, SAFETENSORS_INDEX)
     return isinstance(folder, Path) and any((folder / name).is_file() for name in names)

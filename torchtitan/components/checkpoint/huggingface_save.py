@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.errors import CheckpointError
+from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.text import first_line
 
 from . import folder as folders
@@ -87,7 +89,7 @@ def save_huggingface(
     Raises:
         CheckpointError: on all ranks, if one of them could not write; nothing is left of it then.
     """
-    args = model_parts[0].args
+    args = cast(BaseModelArgs, model_parts[0].args)
     tied = tied_names(model_parts)
     state = {k: t.detach() for k, t in model_state(model_parts).items() if k not in tied}
     hf_state = adapter_of(model_parts[0], folder).to_hf(state)
@@ -141,7 +143,7 @@ def _local_part(tensor: torch.Tensor) -> tuple[Box, torch.Tensor]:
 def _agree_on_plan(
     parts: dict[str, tuple[TensorSpec, Box]], group: dist.ProcessGroup, max_file_bytes: int
 ) -> SavePlan:
-    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    gathered: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(parts, gathered, dst=0, group=group)
     return on_rank_zero(lambda: _make_plan(gathered, max_file_bytes), group)
 
@@ -214,22 +216,25 @@ def _write_tensors(
 
 
 def _pieces(
-    tensor: TensorPlan, own: torch.Tensor | None, rank: int, group: dist.ProcessGroup
+    tensor: TensorPlan, own: Any, rank: int, group: dist.ProcessGroup
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Move the tensor's rows to its writer. The writer gets first rows and pieces, on the CPU."""
+    """Move the tensor's rows to its writer. The writer gets first rows and pieces, on the CPU.
+
+    `own`: this rank's part of the tensor, or None if it has none.
+    """
     writing = rank == tensor.writer
     if not writing and all(sender != rank for sender, _ in tensor.parts):
         return
     dtype = tensor.spec.dtype
     for start, stop in tensor.spec.pieces(PIECE_BYTES):
-        piece = None
+        piece: Any = None
         if writing:
             piece = torch.empty((stop - start, *tensor.spec.shape[1:]), dtype=dtype)
         for sender, (offsets, sizes) in tensor.parts:
             first, end = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
             if first >= end or (rank != sender and not writing):
                 continue
-            target = None
+            target: Any = None
             if writing:
                 columns = zip(offsets[1:], sizes[1:], strict=True)
                 inner = [slice(offset, offset + size) for offset, size in columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ def load_weights_of_parts(
         verify: read and check whole files first, see `OpenCheckpoint.open`.
     """
     if on_rank_zero(lambda: is_huggingface(path), group):
-        _load_huggingface(model_parts, path, group)
+        _load_huggingface(model_parts, cast(Path, path), group)
     else:
         checkpoint = OpenCheckpoint.open(path, group, verify)
         checkpoint.read_into({"model": model_state(model_parts)}, model_parts[0], group)
@@ -213,7 +213,8 @@ def wanted_keys(
     Adapters pass over what a file need not have: rotary frequencies, a copy of tied weights.
     """
     wanted = set()
-    for key, entry in metadata.state_dict_metadata.items():
+    entries: dict[str, Any] = metadata.state_dict_metadata
+    for key, entry in entries.items():
         try:
             converted = adapter.from_hf({key: torch.empty(entry.size, device="meta")})
         except (CheckpointError, KeyError):
@@ -243,7 +244,7 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
         for flavor in model_flavors(name)[:1]:
             spec = MODEL_REGISTRY[name](flavor)
             if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
-                return spec.state_dict_adapter(model.args, hf_assets_path=path)
+                return spec.state_dict_adapter(cast(Any, model.args), hf_assets_path=path)
     raise CheckpointError(
         f"{path} holds Hugging Face weights, but no registered TrainSpec of {type(model).__name__} "
         "has a state_dict_adapter to read them with"

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,7 @@ from .writer import CheckpointWriter
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from torchtitan.components.optimizer import OptimizersContainer
     from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
@@ -73,7 +75,7 @@ class CheckpointManager:
         job_config: JobConfig,
         *,
         model_parts: list[nn.Module],
-        optimizers: Stateful,
+        optimizers: OptimizersContainer,
         lr_schedulers: Stateful,
         dataloader: Any,
         train_state: Stateful,
@@ -90,7 +92,7 @@ class CheckpointManager:
         self._optimizers = optimizers
         self._dataloader = dataloader
         self._dp_mesh = dp_mesh
-        self._stateful = {
+        self._stateful: dict[str, Stateful] = {
             "optimizer": optimizers,
             "lr_scheduler": lr_schedulers,
             "train_state": train_state,
@@ -174,9 +176,9 @@ class CheckpointManager:
         at once.
         """
         if self._stager is None:
-            self._stager = HostCopy()
+            stager = self._stager = HostCopy()
             for optimizer in self._optimizers:
-                optimizer.register_step_pre_hook(lambda *_: self._stager.synchronize_staging())
+                optimizer.register_step_pre_hook(lambda *_: stager.synchronize_staging())
         buffers = {canonical_name(n) for part in self._model_parts for n, _ in part.named_buffers()}
         model = state["model"]
         state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
@@ -185,13 +187,13 @@ class CheckpointManager:
         response = dcp.async_save(
             state, storage_writer=writer, process_group=self._group, async_stager=self._stager
         )
-        return response.upload_completion
+        return cast(Any, response).upload_completion  # with a stager it is an AsyncSaveResponse
 
     def _save_huggingface(self, step: int) -> None:
         folder = step_folder(self._root, step)
         save_huggingface(
             self._model_parts,
-            folder.with_name(f"{folder.name}-hf"),
+            cast(Path, folder.with_name(f"{folder.name}-hf")),
             getattr(torch, self._config.export_dtype),
             self._export_assets,
             self._group,

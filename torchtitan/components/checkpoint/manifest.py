@@ -144,7 +144,8 @@ def records_of(folder: StoragePath) -> dict[str, FileRecord]:
 
 def plain_args(args: Any) -> dict[str, Any]:
     """A model's hyperparameters in the form that JSON gives back; empty if it has no dataclass."""
-    plain = dataclasses.asdict(args) if dataclasses.is_dataclass(args) else {}
+    has_fields = dataclasses.is_dataclass(args) and not isinstance(args, type)
+    plain = dataclasses.asdict(args) if has_fields else {}
     return json.loads(json.dumps(plain, default=str))
 
 

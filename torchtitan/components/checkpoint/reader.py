@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,8 @@ class CheckpointReader(dcp.FileSystemReader):
         folder: the `step-N` folder.
         metadata: which tensor is where, from `read_metadata`.
     """
+
+    path: StoragePath
 
     def __init__(self, folder: StoragePath, metadata: Metadata) -> None:
         super().__init__(str(folder))
@@ -84,8 +86,8 @@ class CheckpointReader(dcp.FileSystemReader):
         Raises:
             CheckpointError: a file is damaged.
         """
-        entry = self._metadata.state_dict_metadata[key]
-        whole = None
+        entry: Any = self._metadata.state_dict_metadata[key]
+        whole: Any = None
         for chunk in entry.chunks:
             info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = self.path / info.relative_path
@@ -107,6 +109,8 @@ class CheckpointReader(dcp.FileSystemReader):
 class SafetensorsReader(CheckpointReader):
     """Reads the files of a Hugging Face folder. Metadata: from `read_safetensors_metadata`."""
 
+    path: Path
+
     def read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
         with SafetensorsFile(self.path / name) as file:
             for item in plan.items:
@@ -125,18 +129,19 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         is_wanted: says of a key of the checkpoint whether it has to be read by some rank.
     """
 
-    def __init__(self, folder: Path, is_wanted: Callable[[str], bool]) -> None:
+    def __init__(self, folder: StoragePath, is_wanted: Callable[[str], bool]) -> None:
         super().__init__()
         self._folder = folder
         self._is_wanted = is_wanted
 
     def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None  # set_up_planner() has set it
         check_keys_and_shapes(self._folder, self.metadata, self.state_dict)
         return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         read = {item.dest_index.fqn for plan in global_plan for item in plan.items}
-        check_no_more(self._folder, self.metadata, read, self._is_wanted)
+        check_no_more(self._folder, cast(Metadata, self.metadata), read, self._is_wanted)
         return super().create_global_plan(global_plan)
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
@@ -183,9 +188,9 @@ def read_state(
         raise CheckpointError(f"{reader.path} cannot be read: {first_line(error)}") from error
 
 
-def check_keys_and_shapes(folder: Path, metadata: Metadata, state: dict[str, Any]) -> None:
+def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[str, Any]) -> None:
     """Raises `CheckpointError` if the checkpoint lacks a key of `state`, or has other shapes."""
-    saved = metadata.state_dict_metadata
+    saved: dict[str, Any] = metadata.state_dict_metadata
     missing = [key for key in state if key not in saved]
     if missing:
         raise CheckpointError(f"{folder} lacks {enumerate_few(missing)}{_way_out(missing)}")
@@ -204,7 +209,7 @@ def check_keys_and_shapes(folder: Path, metadata: Metadata, state: dict[str, Any
 
 
 def check_no_more(
-    folder: Path, metadata: Metadata, read: Collection[str], is_wanted: Callable[[str], bool]
+    folder: StoragePath, metadata: Metadata, read: Collection[str], is_wanted: Callable[[str], bool]
 ) -> None:
     """Raises `CheckpointError` if a key that has to be read is not among those that are."""
     keys = metadata.state_dict_metadata

@@ -102,7 +102,7 @@ def check_data(
         own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
         dp_size: data ranks that share a global batch, those of this replica group.
     """
-    rows = metadata.state_dict_metadata.get("dataloader.rows")
+    rows: Any = metadata.state_dict_metadata.get("dataloader.rows")
     if rows is None:
         return
     way_out = 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'

@@ -123,7 +123,7 @@ class SafetensorsFile:
         """Fill `out`, flat and of the file's dtype, with the elements from number `start` on."""
         if out.numel():
             self._file.seek(self._starts[name] + start * out.itemsize)
-            read_all(self._file, memoryview(out.view(torch.uint8).numpy()), self.path)
+            read_all(self._file, out.view(torch.uint8).numpy().data, self.path)
 
     def place_of(self, name: str) -> tuple[BinaryIO, int]:
         """The open file, and where in it a tensor begins."""
@@ -188,7 +188,7 @@ class SafetensorsWriter:
         assert tensor.dtype == self.specs[name].dtype, name
         if tensor.numel():
             self._file.seek(self._data + self._starts[name] + start * tensor.itemsize)
-            buffer = memoryview(tensor.detach().view(torch.uint8).numpy())
+            buffer = tensor.detach().view(torch.uint8).numpy().data
             while len(buffer):
                 buffer = buffer[self._file.write(buffer) :]
 

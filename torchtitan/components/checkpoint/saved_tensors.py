@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -58,7 +58,7 @@ class SavedTensor:
         Raises:
             CheckpointError: a file is damaged.
         """
-        entry = metadata.state_dict_metadata[key]
+        entry: Any = metadata.state_dict_metadata[key]
         row = math.prod(entry.size[1:])
         runs = []
         for chunk in entry.chunks:
@@ -68,7 +68,7 @@ class SavedTensor:
             path = folder / info.relative_path
             try:
                 with path.open("rb") as file:
-                    view = _create_file_view(file, info.offset, info.length)
+                    view: Any = _create_file_view(file, info.offset, info.length)
                     with skip_data():
                         saved = torch.load(view, map_location="cpu", weights_only=True)
                     data = info.offset + _data_offset(file, info.offset, info.length)
@@ -99,14 +99,14 @@ class SavedTensor:
         Raises:
             CheckpointError: a file is damaged.
         """
-        buffer = memoryview(out.view(torch.uint8).numpy())
+        buffer = out.view(torch.uint8).numpy().data
         for path, position, length, at in self.places(start, start + len(out)):
             with path.open("rb", buffering=0) as file:
                 file.seek(position)
                 read_all(file, buffer[at : at + length], path)
 
 
-def read_all(file: BinaryIO, buffer: memoryview, path: StoragePath) -> None:
+def read_all(file: Any, buffer: memoryview, path: StoragePath | str) -> None:
     """Fill the buffer. Raises `CheckpointError` if the file ends before."""
     while len(buffer):
         got = file.readinto(buffer)
@@ -115,7 +115,7 @@ def read_all(file: BinaryIO, buffer: memoryview, path: StoragePath) -> None:
         buffer = buffer[got:]
 
 
-def _data_offset(file: BinaryIO, start: int, length: int) -> int:
+def _data_offset(file: Any, start: int, length: int) -> int:
     """Where the elements of the one tensor that was saved at `start` are, counted from there."""
-    view = _create_file_view(file, start, length)
-    return torch._C.PyTorchFileReader(view).get_record_offset("data/0")
+    reader: Any = torch._C.PyTorchFileReader(cast(Any, _create_file_view(file, start, length)))
+    return reader.get_record_offset("data/0")

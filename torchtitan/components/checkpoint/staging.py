@@ -77,7 +77,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def _like(tensor: torch.Tensor) -> torch.Tensor:
     """Memory on the host, pinned where it is to be filled from a GPU."""
     if isinstance(tensor, DTensor):
-        host = tensor.to("cpu") if tensor.device.type != "cpu" else copy.deepcopy(tensor)
+        host: Any = tensor.to("cpu") if tensor.device.type != "cpu" else copy.deepcopy(tensor)
         host._local_tensor = _like(tensor.to_local())
         return host
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)

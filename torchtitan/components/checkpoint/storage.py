@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -119,6 +119,7 @@ class RemotePath:
 
 
 StoragePath = Path | RemotePath
+P = TypeVar("P", bound=StoragePath)
 
 
 def storage_path(location: str | os.PathLike[str]) -> StoragePath:
@@ -138,9 +139,9 @@ def sizes_in(folder: StoragePath) -> dict[str, int]:
     return {name: size for name, size in _entries(folder).items() if size is not None}
 
 
-def folders_in(folder: StoragePath) -> list[StoragePath]:
+def folders_in(folder: P) -> list[P]:
     """The folders in a folder; none if there is no such folder."""
-    return [folder / name for name, size in _entries(folder).items() if size is None]
+    return [cast(P, folder / name) for name, size in _entries(folder).items() if size is None]
 
 
 def _entries(folder: StoragePath) -> dict[str, int | None]:
@@ -163,7 +164,7 @@ def write_durably(path: StoragePath, content: bytes) -> None:
         flush_to_disk(file)
 
 
-def flush_to_disk(file: BinaryIO) -> None:
+def flush_to_disk(file: IO[Any]) -> None:
     """A remote file is stored when it is closed, and has no descriptor."""
     file.flush()
     try:
@@ -204,6 +205,7 @@ class FileRecord:
         """Reads the file."""
         size, crc = 0, 0
         buffer = memoryview(bytearray(_CHUNK))
+        file: Any
         with path.open("rb", buffering=0) as file:
             while got := file.readinto(buffer):
                 crc = zlib.crc32(buffer[:got], crc)
@@ -214,7 +216,7 @@ class FileRecord:
 class _RecordedStream:
     """A file to write to from its begin to its end; keeps its record."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[Any]) -> None:
         self._file = file
         self._size = self._crc = 0
 
@@ -244,14 +246,15 @@ class _RecordedStream:
 class CheckpointFiles(FileSystem):
     """How torch.distributed.checkpoint opens files, here with local and remote paths.
 
-    `records` has a record of each file that was written: name -> `FileRecord`.
+    `records` has a record of each file that was written: name -> `FileRecord`. The paths, `Any` as
+    PyTorch knows local ones alone, are each a `StoragePath`.
     """
 
     def __init__(self) -> None:
         self.records: dict[str, FileRecord] = {}
 
     @contextmanager
-    def create_stream(self, path: StoragePath, mode: str) -> Iterator[Any]:
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         with path.open(mode) as file:
             if mode == "rb":
                 yield file
@@ -261,21 +264,21 @@ class CheckpointFiles(FileSystem):
             flush_to_disk(file)
         self.records[path.name] = stream.record
 
-    def init_path(self, path: StoragePath) -> StoragePath:
+    def init_path(self, path: Any) -> Any:
         return path
 
-    def concat_path(self, path: StoragePath, suffix: str) -> StoragePath:
+    def concat_path(self, path: Any, suffix: str) -> Any:
         return path / suffix
 
-    def mkdir(self, path: StoragePath) -> None:
+    def mkdir(self, path: Any) -> None:
         raise NotImplementedError  # `folder.begin` does
 
-    def exists(self, path: StoragePath) -> bool:
+    def exists(self, path: Any) -> bool:
         return path.exists()
 
-    def rm_file(self, path: StoragePath) -> None:
+    def rm_file(self, path: Any) -> None:
         path.unlink()
 
-    def rename(self, path: StoragePath, new_path: StoragePath) -> None:
+    def rename(self, path: Any, new_path: Any) -> None:
         path.rename(new_path)
         self.records[new_path.name] = self.records.pop(path.name)

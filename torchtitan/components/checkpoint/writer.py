@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -33,6 +33,9 @@ class CheckpointWriter(FileSystemWriter):
         keep_latest: checkpoints to leave after this one was added; 0 leaves all.
         damaged: names of checkpoints that are known to be damaged.
     """
+
+    fs: CheckpointFiles
+    path: StoragePath
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class CheckpointWriter(FileSystemWriter):
         """Where each item was written, and last the records of this rank's files."""
         try:
             # PyTorch's own checksums, slower and of the same bytes, would be checked by nobody.
-            with serialization_config.patch("save.compute_crc32", False):
+            with cast(Any, serialization_config).patch("save.compute_crc32", False):
                 results = super().write_data(plan, planner).value()
         except Exception as error:
             raise cause_of_failed_write(error) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -33,10 +35,11 @@ class QuantizedLinear(nn.Linear):
         self.quantize_weight_grad = quantize_weight_grad
         self.emulate = emulate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` -> `[..., out]`."""
+    def forward(self, x: Any) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]`, both DTensors if the weight is one."""
+        out: torch.Tensor
         if isinstance(self.weight, DTensor):
-            out = self._on_parts(x)
+            out = self._on_parts(x, self.weight)
         else:
             out = self._product(x, self.weight)
         return out if self.bias is None else out + self.bias.to(out.dtype)
@@ -44,13 +47,13 @@ class QuantizedLinear(nn.Linear):
     def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return quantized_linear(x, weight, self.grouping, self.quantize_weight_grad, self.emulate)
 
-    def _on_parts(self, x: DTensor) -> DTensor:
+    def _on_parts(self, x: DTensor, weight: DTensor) -> DTensor:
         """Under tensor parallelism, multiply what this rank has.
 
         Scales are of a rank's own part: as powers of two, they round as those of the whole would
         (see `scaling.py`), and ranks need not tell each other the largest number.
         """
-        mesh, weight = self.weight.device_mesh, self.weight
+        mesh = weight.device_mesh
         features = x.ndim - 1
         (place,) = weight.placements
         x_grad: list[Placement] = list(x.placements)

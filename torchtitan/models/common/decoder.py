@@ -5,13 +5,14 @@ A model names its block and its hyperparameters; see `models/llama3/model/model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 import torch.nn as nn
 
 from torchtitan.models.common.attention import AttentionMask, CausalMask
+from torchtitan.models.common.norm import ZeroCenteredRMSNorm
 from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
 from torchtitan.protocols.model import ModelProtocol
 
@@ -42,7 +43,7 @@ class Decoder(ModelProtocol):
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): block(i, args) for i in range(args.n_layers)})
-        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.norm: nn.RMSNorm | ZeroCenteredRMSNorm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.mask = CausalMask(args.attention)
         self._tie_weights()
@@ -61,7 +62,7 @@ class Decoder(ModelProtocol):
 
     def attention_inputs(
         self, positions: torch.Tensor, document_ids: torch.Tensor | None
-    ) -> dict[str, tuple[Rotation, AttentionMask]]:
+    ) -> Mapping[str, tuple[Callable[..., Any], AttentionMask]]:
         """Name of each layer -> what it turns its queries and keys by, and how it attends.
 
         Here the same for all layers. The arguments are those of `forward`.
@@ -101,6 +102,7 @@ class Decoder(ModelProtocol):
         """Normal weights of std 0.02, less for what writes to the residual stream (GPT-2)."""
         if self.tok_embeddings is not None:
             nn.init.normal_(self.tok_embeddings.weight, std=INIT_STD)
+        layer: Any  # what `block` makes
         for layer in self.layers.values():
             layer.init_weights()
         if self.norm is not None:

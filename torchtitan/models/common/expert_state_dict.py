@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -51,7 +51,8 @@ class ExpertsAdapter(RenamingAdapter):
         return converted
 
     def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        others, experts = {}, defaultdict(dict)
+        others: dict[str, Any] = {}
+        experts: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
         for key, value in state_dict.items():
             ours = self._experts_from_hf.get(pattern_of(key))
             if ours is None:
@@ -80,7 +81,7 @@ class ExpertsAdapter(RenamingAdapter):
                     f"{len(wanted)} experts"
                 )
             return torch.stack([matrices[number] for number in wanted])
-        joined = torch.empty_like(like)
+        joined = cast(DTensor, torch.empty_like(like))
         for target, number in zip(joined.to_local(), wanted, strict=True):
             matrix = matrices[number]
             target.copy_(matrix.to_local() if isinstance(matrix, DTensor) else matrix)
@@ -98,9 +99,9 @@ def split_experts(weight: torch.Tensor) -> dict[int, torch.Tensor]:
     if not isinstance(weight, DTensor):
         return dict(enumerate(weight))
     within = {
-        name: Shard(placement.dim - 1)
+        name: Shard(cast(Shard, placement).dim - 1)
         for name, placement in zip(
-            weight.device_mesh.mesh_dim_names, weight.placements, strict=True
+            weight.device_mesh.mesh_dim_names or (), weight.placements, strict=True
         )
         if getattr(placement, "dim", 0) > 0
     }

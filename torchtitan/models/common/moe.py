@@ -9,7 +9,7 @@ ranks that have their experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -102,7 +102,7 @@ class MoE(nn.Module):
         super().__init__()
         self.weight_inputs = args.weight_inputs
         self.router = TopKRouter(dim, args)
-        self.experts = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
+        self.experts: Any = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
         self.shared_experts = None
         if args.num_shared_experts > 0:
             self.shared_experts = FeedForward(dim, args.num_shared_experts * args.hidden_dim)

@@ -39,6 +39,10 @@ class TopKRouter(nn.Module):
         args: sizes and choices.
     """
 
+    load: torch.Tensor
+    tally: torch.Tensor
+    selection_bias: torch.Tensor | None
+
     def __init__(self, dim: int, args: MoEArgs) -> None:
         super().__init__()
         self.args = args

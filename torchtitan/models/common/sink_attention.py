@@ -52,6 +52,8 @@ class SinkAttention(ScaledDotProductAttention):
         head_dim: of keys and values.
     """
 
+    scale: float
+
     def __init__(self, head_dim: int) -> None:
         super().__init__(scale=head_dim**-0.5)
         self.head_dim = head_dim

@@ -22,6 +22,7 @@ class RenamingAdapter(BaseStateDictAdapter):
     Both directions raise `CheckpointError` for a name that is not in the table.
     """
 
+    model_args: Any  # with `tie_word_embeddings`
     names: ClassVar[Mapping[str, str]]
     """Our name -> theirs, with `{}` for a layer's number; see `rename`."""
 

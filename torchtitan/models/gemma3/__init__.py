@@ -1,5 +1,7 @@
 """Gemma 3, the text models. See README.md."""
 
+from typing import Any
+
 from torchtitan.components import (
     build_loss,
     build_lr_scheduler,
@@ -14,7 +16,7 @@ from .infra.pipeline import pipeline_gemma3
 from .model import Gemma3Model, Gemma3ModelArgs, Gemma3StateDictAdapter
 
 # The two smallest were made for text alone, with shorter contexts.
-SMALL = {"n_heads": 4, "n_kv_heads": 1, "sliding_window": 512, "rope_factor": 1.0}
+SMALL: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 1, "sliding_window": 512, "rope_factor": 1.0}
 
 MODEL_CONFIGS = {
     # Learns on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`

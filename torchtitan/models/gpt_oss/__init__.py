@@ -1,5 +1,7 @@
 """gpt-oss, mixtures of experts with attention sinks. See README.md."""
 
+from typing import Any
+
 from torchtitan.components import (
     build_loss,
     build_lr_scheduler,
@@ -16,7 +18,12 @@ from .infra.pipeline import pipeline_gpt_oss
 from .model import GptOssModel, GptOssModelArgs, GptOssStateDictAdapter
 
 # Those of both published models but for the number of experts.
-PUBLISHED_MOE = {"top_k": 4, "hidden_dim": 2880, "gate_bias": True, "aux_loss_weight": 1e-3}
+PUBLISHED_MOE: dict[str, Any] = {
+    "top_k": 4,
+    "hidden_dim": 2880,
+    "gate_bias": True,
+    "aux_loss_weight": 1e-3,
+}
 
 MODEL_CONFIGS = {
     # Learns on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`

@@ -1,5 +1,7 @@
 """Qwen3, dense and with mixtures of experts. See README.md."""
 
+from typing import Any
+
 from torchtitan.components import (
     build_loss,
     build_lr_scheduler,
@@ -15,7 +17,7 @@ from .infra.pipeline import pipeline_qwen3
 from .model import Qwen3Model, Qwen3ModelArgs, Qwen3StateDictAdapter
 
 # Those of the published 30B-A3B and 235B-A22B but for the size of an expert.
-PUBLISHED_MOE = {"num_experts": 128, "top_k": 8, "aux_loss_weight": 1e-3}
+PUBLISHED_MOE: dict[str, Any] = {"num_experts": 128, "top_k": 8, "aux_loss_weight": 1e-3}
 
 MODEL_CONFIGS = {
     # Learn on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`

@@ -92,7 +92,11 @@ class Side:
         if saved is not None:
             return saved.read
         whole = CheckpointReader(self.folder, self.metadata).read_tensor(key).reshape(-1)
-        return lambda start, out: out.copy_(whole[start : start + len(out)])
+
+        def read(start: int, out: torch.Tensor) -> None:
+            out.copy_(whole[start : start + len(out)])
+
+        return read
 
     def plain_value(self, key: str) -> Any:
         info = self.metadata.storage_data[MetadataIndex(key)]

@@ -70,7 +70,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 def command(run: Run) -> list[str]:
     """The command line of a job: plain Python for one process, else torchrun."""
     launcher = [sys.executable, "-m"]
-    if run.processes > 1:
+    if run.processes is not None and run.processes > 1:
         launcher += ["torch.distributed.run", f"--nproc-per-node={run.processes}"]
         launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
     return [*launcher, "torchtitan.train", *run.options]

@@ -165,7 +165,7 @@ def _parse_nproc(
     nproc: Sequence[str], names: Sequence[str], arguments: Sequence[str]
 ) -> dict[str, int]:
     """`NAME=N` or `FILE=N`; a file that is given twice has its number for both."""
-    counts = {}
+    counts: dict[str, int] = {}
     for word in nproc:
         key, _, number = word.rpartition("=")
         if not (key and number.isdecimal() and int(number) > 0):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -61,7 +61,7 @@ def convert_from_hf(
     """
     adapter = known.adapter(folder)
     metadata = read_safetensors_metadata(folder)
-    entries = metadata.state_dict_metadata
+    entries: dict[str, Any] = metadata.state_dict_metadata
     with begin_errors_with(str(folder)):
         adapter.check_names(entries)
     model = known.build()
@@ -124,7 +124,7 @@ def convert_from_hf(
                 for start, piece in buffer.pieces(entry.size.numel(), entry.properties.dtype):
                     files[file_of[key]].read_elements(key, start, piece)
                     file.seek(at + start * target.itemsize)
-                    file.write(piece.to(target.dtype).view(torch.uint8).numpy())
+                    file.write(piece.to(target.dtype).view(torch.uint8).numpy().data)
             file.seek(0, os.SEEK_END)
 
         with new_folder(out) as partial:
@@ -153,6 +153,8 @@ class _Writer(FileSystemWriter):
 
     PyTorch's own writers keep all tensors of a file until it is done.
     """
+
+    path: Path
 
     def __init__(
         self, folder: Path, manifest: Manifest, write: Callable[[str, BinaryIO], None]

@@ -95,7 +95,8 @@ def _knows_names(model: str, metadata: Metadata) -> bool:
         if spec.state_dict_adapter is None:
             continue
         adapter = spec.state_dict_adapter(spec.model_args)
-        if all(_knows(adapter, key, entry) for key, entry in metadata.state_dict_metadata.items()):
+        entries: dict[str, Any] = metadata.state_dict_metadata
+        if all(_knows(adapter, key, entry) for key, entry in entries.items()):
             return True
     return False
 

@@ -73,5 +73,5 @@ def _copy_by_memory(source: BinaryIO, start: int, target: BinaryIO, at: int, cou
     source.seek(start)
     target.seek(at)
     for _, piece in Buffer().pieces(count, torch.uint8):
-        read_all(source, memoryview(piece.numpy()), source.name)
-        target.write(piece.numpy())
+        read_all(source, piece.numpy().data, source.name)
+        target.write(piece.numpy().data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,10 +63,11 @@ def convert_to_hf(
     check_keys_and_shapes(folder, metadata, saved)
     check_no_more(folder, metadata, saved, lambda key: key.startswith(PREFIX))
 
+    entries: dict[str, Any] = metadata.state_dict_metadata
     names = [name for name in state if name not in tied]
     specs = {}
     for name in names:
-        own = metadata.state_dict_metadata[PREFIX + name].properties.dtype
+        own = entries[PREFIX + name].properties.dtype
         target = dtype if dtype is not None and own.is_floating_point else own
         for key, tensor in adapter.to_hf({name: state[name]}).items():
             specs[key] = TensorSpec(target, tuple(tensor.shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import tyro
 
@@ -114,13 +114,16 @@ def _check(options: Options) -> Dataset | None:
                 f"their number, {utils.world_size()}"
             )
         return None
+    if options.dataset is None:
+        return None
     with begin_errors_with(f"--dataset {options.dataset}"):
         return open_dataset(options.dataset, options.dataset_path, options.text_key)
 
 
 def _evaluate_dataset(loaded: LoadedModel, dataset: Dataset, options: Options) -> dict[str, Any]:
+    seq_len = cast(int, options.seq_len)  # by now it is set
     with begin_errors_with(f"--dataset {options.dataset}"):
-        result = evaluate(loaded, dataset, options.seq_len, options.batch_size, options.max_tokens)
+        result = evaluate(loaded, dataset, seq_len, options.batch_size, options.max_tokens)
     if utils.rank() == 0:
         sys.stdout.write(
             f"loss           {result.loss:.4f} nats a token\n"

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.data.encode import encode_document
-from torchtitan.data.sources import Source
+from torchtitan.data.sources import Source, has_random_access
 from torchtitan.errors import DataError
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.text import first_token
@@ -74,9 +75,9 @@ class TokenStream:
         if not self.tokens:
             raise DataError("empty: it has no document with text")
 
-    def _texts(self) -> Iterator[str]:
+    def _texts(self) -> Iterator[Any]:
         source = self._source
-        if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        if has_random_access(source):
             return (source[i] for i in range(len(source)))
         return iter(source)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -60,6 +60,6 @@ def _draw(axes: Axes, chart: Chart) -> None:
     grid(axes)
 
 
-def _style(run: int) -> dict[str, object]:
+def _style(run: int) -> dict[str, Any]:
     dash = "-" if run < len(COLORS) else DASHES[run // len(COLORS) % len(DASHES)]
     return {"color": COLORS[run % len(COLORS)], "linestyle": dash, "linewidth": 1.4}

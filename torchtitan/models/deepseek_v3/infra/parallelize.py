@@ -29,6 +29,8 @@ from torchtitan.distributed.tensor_parallel import (
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
+    from ..model.model import TransformerBlock
+
 
 def parallelize_deepseek_v3(
     model: nn.Module,
@@ -49,13 +51,13 @@ def parallelize_deepseek_v3(
     return model
 
 
-def plan_of_block(block: nn.Module) -> Plan:
+def plan_of_block(block: TransformerBlock) -> Plan:
     """Split heads and feed-forward features; between them, the sequence.
 
     Each rank makes the latents of its part of the sequence. They are gathered, rather than the
     hidden states, which are several times as large.
     """
-    plan = {
+    plan: Plan = {
         "attention_norm": SequenceParallel(),
         "attention.wkv_a": SequenceParallel(),
         "attention.kv_norm": SequenceParallel(),

@@ -16,6 +16,8 @@ What the published V3 has for the prediction of more than one token is not imple
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -34,6 +36,11 @@ LATENT_NORM_EPS = 1e-6
 
 class Attention(nn.Module):
     """Multi-head latent attention."""
+
+    wq: nn.Linear | None
+    wq_a: Any  # these three are modules where wq is None, else None
+    q_norm: Any
+    wq_b: Any
 
     def __init__(self, args: DeepSeekV3ModelArgs) -> None:
         super().__init__()
@@ -112,7 +119,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: torch.Tensor, rotate: Rotation, mask: AttentionMask) -> torch.Tensor:
         """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
         x = x + self.attention(self.attention_norm(x), rotate, mask)
-        feed_forward = self.feed_forward if self.moe is None else self.moe
+        feed_forward: Any = self.feed_forward if self.moe is None else self.moe
         return x + feed_forward(self.ffn_norm(x))
 
     def init_weights(self) -> None:

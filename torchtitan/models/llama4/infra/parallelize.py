@@ -29,6 +29,8 @@ from torchtitan.distributed.tensor_parallel import (
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
+    from ..model.model import TransformerBlock
+
 
 def parallelize_llama4(
     model: nn.Module,
@@ -49,7 +51,7 @@ def parallelize_llama4(
     return model
 
 
-def plan_of_block(block: nn.Module) -> Plan:
+def plan_of_block(block: TransformerBlock) -> Plan:
     """Split heads and feed-forward features; between them, the sequence."""
     plan = {
         "attention_norm": SequenceParallel(),

@@ -12,6 +12,9 @@ A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). What i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -98,7 +101,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.layer_id = layer_id
         self.attention = Attention(args)
-        self.feed_forward = self.moe = None
+        self.feed_forward: FeedForward | None = None
+        self.moe: MoE | None = None
         if args.has_experts(layer_id):
             experts = Llama4Experts(args.moe.num_experts, args.dim, args.moe.hidden_dim)
             self.moe = MoE(args.dim, args.moe, experts)
@@ -112,7 +116,7 @@ class TransformerBlock(nn.Module):
     ) -> torch.Tensor:
         """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
         x = x + self.attention(self.attention_norm(x), place, mask)
-        feed_forward = self.feed_forward if self.moe is None else self.moe
+        feed_forward: Any = self.feed_forward if self.moe is None else self.moe
         return x + feed_forward(self.ffn_norm(x))
 
     def init_weights(self) -> None:
@@ -140,7 +144,7 @@ class Llama4Model(Decoder):
 
     def attention_inputs(
         self, positions: torch.Tensor, document_ids: torch.Tensor | None
-    ) -> dict[str, tuple[Rotation | Temperature, AttentionMask]]:
+    ) -> Mapping[str, tuple[Rotation | Temperature, AttentionMask]]:
         args, shape = self.args, (positions.shape[1], document_ids, positions.device)
         chunked = self.rotation(positions), self.chunk_mask(*shape)
         temperature = Temperature(positions, args.temperature_floor, args.temperature_scale)

@@ -25,9 +25,11 @@ from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
+    from ..model import Qwen3Model
+
 
 def parallelize_qwen3(
-    model: nn.Module,
+    model: Qwen3Model,
     world_mesh: DeviceMesh,
     parallel_dims: ParallelDims,
     job_config: JobConfig,
@@ -45,7 +47,7 @@ def parallelize_qwen3(
     return model
 
 
-def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
+def apply_tp(model: Qwen3Model, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
     """Split heads and feed-forward features; between them, the sequence."""
     block_plan = {
         "attention_norm": SequenceParallel(),

@@ -11,6 +11,8 @@ A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). What i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -75,7 +77,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: torch.Tensor, rotate: Rotation, mask: AttentionMask) -> torch.Tensor:
         """`[batch, seq, dim]` -> `[batch, seq, dim]`."""
         x = x + self.attention(self.attention_norm(x), rotate, mask)
-        feed_forward = self.feed_forward if self.moe is None else self.moe
+        feed_forward: Any = self.feed_forward if self.moe is None else self.moe
         return x + feed_forward(self.ffn_norm(x))
 
     def init_weights(self) -> None:
