@@ -66,6 +66,10 @@ class _Agent(LocalElasticAgent):
         super().__init__(**options)
         self._signals = signals
         self._round = 0
+        if self._is_elastic():
+            # With a store that the agents share, a host that comes later waits for its address in
+            # vain: the others tell it in their first rendezvous alone (torch 2.13).
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
