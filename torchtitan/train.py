@@ -35,7 +35,7 @@ from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_weights
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
-from torchtitan.components.model_fit import check_pipeline, check_vocabulary, model_inputs
+from torchtitan.components.model_fit import check_builders, check_vocabulary, model_inputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
@@ -98,7 +98,7 @@ class Trainer:
         load_plugins(job_config.job.custom_import)
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         validate(job_config, utils.world_size())
-        check_pipeline(spec, job_config)
+        check_builders(spec, job_config)
         check_profiling(job_config)
         model_args = spec.model_args.update_from_config(job_config)
         check_exchange(job_config, spec, model_args)

@@ -28,11 +28,18 @@ def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> 
     )
 
 
-def check_pipeline(spec: TrainSpec, job_config: JobConfig) -> None:
+def check_builders(spec: TrainSpec, job_config: JobConfig) -> None:
+    """Optional parts of a `TrainSpec` that the config needs."""
     if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
         raise ConfigError(
             f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
             f"{job_config.model.name} has no pipeline_fn in its TrainSpec"
+        )
+    if job_config.validation.enable and not (spec.build_tokenizer_fn or spec.build_validator_fn):
+        raise ConfigError(
+            f"{origin(job_config, 'validation.enable')}: {job_config.model.name} has neither a "
+            "build_tokenizer_fn, which the usual validator needs, nor a build_validator_fn in its "
+            "TrainSpec"
         )
 
 

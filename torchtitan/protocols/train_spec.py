@@ -27,7 +27,7 @@ class TrainSpec:
     * `build_tokenizer_fn(job_config) -> Tokenizer`
     * `build_loss_fn(job_config) -> Loss`
     * `build_validator_fn(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)`
-    * `build_metrics_processor_fn(job_config, parallel_dims, model_args)`
+    * `build_metrics_processor_fn(job_config, parallel_dims, model_args) -> MetricsProcessor`
     """
 
     model_cls: type[ModelProtocol]

@@ -1,0 +1,34 @@
+"""What a config asks of a model is refused where the model's TrainSpec has no such part."""
+
+from dataclasses import replace
+
+import pytest
+
+from torchtitan.components.model_fit import check_builders
+from torchtitan.config import JobConfig
+from torchtitan.errors import ConfigError
+from torchtitan.protocols.train_spec import get_train_spec
+
+
+@pytest.fixture
+def config() -> JobConfig:
+    config = JobConfig()
+    config.model.name, config.model.flavor = "llama3", "debugmodel"
+    return config
+
+
+def test_a_pipeline_needs_a_pipeline_fn(config):
+    spec = replace(get_train_spec("llama3", "debugmodel"), pipeline_fn=None)
+    check_builders(spec, config)
+    config.parallelism.pipeline_parallel_degree = 2
+    with pytest.raises(ConfigError, match="pipeline_parallel_degree.*llama3 has no pipeline_fn"):
+        check_builders(spec, config)
+
+
+def test_validation_needs_a_tokenizer_or_a_validator(config):
+    spec = replace(get_train_spec("llama3", "debugmodel"), build_tokenizer_fn=None)
+    check_builders(spec, config)
+    config.validation.enable = True
+    with pytest.raises(ConfigError, match=r"validation.enable.*neither a build_tokenizer_fn"):
+        check_builders(spec, config)
+    check_builders(replace(spec, build_validator_fn=lambda *_: None), config)
