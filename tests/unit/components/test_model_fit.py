@@ -21,7 +21,7 @@ def test_a_pipeline_needs_a_pipeline_fn(config):
     spec = replace(get_train_spec("llama3", "debugmodel"), pipeline_fn=None)
     check_builders(spec, config)
     config.parallelism.pipeline_parallel_degree = 2
-    with pytest.raises(ConfigError, match="pipeline_parallel_degree.*llama3 has no pipeline_fn"):
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_degree.*llama3 has no pipeline_fn"):
         check_builders(spec, config)
 
 
