@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorStorageMetadata
 
 import torchtitan
 from torchtitan import cli
@@ -91,6 +92,36 @@ def test_an_entry_of_a_checkpoint(step_2: Path, victim: Path, key: str, form: st
         except SystemExit as error:
             assert error.code == 2
     assert not victim.exists()
+
+
+class Attribute:
+    """Is an attribute of something when it is unpickled: so does Python 3.11.2 pickle enums."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, (self.owner, self.name)
+
+
+def test_of_attributes_only_members_of_enums_are_taken(step_2: Path) -> None:
+    path = step_2 / ".metadata"
+    metadata = read_metadata(step_2)
+    properties = next(
+        entry.properties
+        for entry in metadata.state_dict_metadata.values()
+        if isinstance(entry, TensorStorageMetadata)
+    )
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    metadata.planner_data = Attribute(_MEM_FORMAT_ENCODING, member.name)
+    path.write_bytes(pickle.dumps(metadata))
+    assert read_metadata(step_2).planner_data is member
+    assert properties.memory_format is torch.contiguous_format
+    for owner, name in [(type(metadata), "__init__"), (_MEM_FORMAT_ENCODING, "__class__")]:
+        metadata.planner_data = Attribute(owner, name)
+        path.write_bytes(pickle.dumps(metadata))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            read_metadata(step_2)
 
 
 def test_the_metadata_of_a_checkpoint(step_2: Path, victim: Path, tmp_path: Path) -> None:

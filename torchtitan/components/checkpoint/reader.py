@@ -6,6 +6,7 @@ Nothing that is read can run code: of pickle, only plain data passes.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import pickle
 import warnings
@@ -254,12 +255,21 @@ class _PlainDataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module_name == "torch" and isinstance(
             getattr(torch, global_name, None), torch.dtype
         )
         if not is_dtype and f"{module_name}.{global_name}" not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
         return super().find_class(module_name, global_name)
+
+
+def _enum_member(owner: type, name: str) -> Any:
+    """What `getattr` is asked for: Python 3.11 to 3.11.3 pickle members of an enum by name."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum)):
+        raise pickle.UnpicklingError(f"it asks for an attribute of {owner}")
+    return owner[name]
 
 
 def read_safetensors_metadata(folder: Path) -> Metadata:
