@@ -30,7 +30,7 @@ from torchtitan.errors import TitanError
 
 NETWORK = "needs a network"
 CLUSTER = "needs a cluster"
-SETUP = "is what .ci/run does"
+SETUP = "changes the environment; .ci/run sets up"
 ELSEWHERE = "test_guide.py and test_example.py run the page's blocks, put together"
 CONVERGE = "test_converge.py runs such comparisons"
 SLOW = "takes too long here; its own tests run it"
@@ -46,6 +46,7 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("CONTRIBUTING.md", "", SETUP),
     ("benchmarks/README.md", "", SLOW),
     ("docs/adding_models.md", "", ELSEWHERE),
+    ("docs/checkpoints.md", "pip install", SETUP),
     ("docs/checkpoints.md", "torchtitan download", NETWORK),
     ("docs/checkpoints.md", "torchtitan train", NETWORK),
     ("docs/configuration.md", "torchtitan train", "the file is the reader's"),
