@@ -125,6 +125,8 @@ def start(name: str, command: list[str], plan: dict[str, Any], folder: Path) -> 
         process = subprocess.Popen(
             [*command, str(folder / "plan.json")],
             pass_fds=(reports_fd, words_fd),
+            # `torchtitan` is whose Python it is, not what a `PYTHONPATH` points to.
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
