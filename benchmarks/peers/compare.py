@@ -125,8 +125,6 @@ def start(name: str, command: list[str], plan: dict[str, Any], folder: Path) -> 
         process = subprocess.Popen(
             [*command, str(folder / "plan.json")],
             pass_fds=(reports_fd, words_fd),
-            # `torchtitan` is whose Python it is, not what a `PYTHONPATH` points to.
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -166,7 +164,8 @@ def compare(
         "Hugging Face Trainer": [sys.executable, "-m", "benchmarks.peers.hugging_face"],
     }
     if upstream:
-        commands["torchtitan 0.2.2"] = [upstream, str(HERE / "upstream.py")]
+        # -E: a `PYTHONPATH` may point to this repository, which is the other `torchtitan`.
+        commands["torchtitan 0.2.2"] = [upstream, "-E", str(HERE / "upstream.py")]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         # One step more than the turns need: the last turn ends where it begins.
