@@ -125,6 +125,23 @@ def split_model(
 
     See `build_pipeline` for the arguments and errors. Modules without parameters are in every part.
     """
+    assignment = assign_modules(model, job_config, first_modules, last_modules)
+    for stage, names in enumerate(assignment):
+        logger.info("pipeline stage %d of %d: %s", stage, len(assignment), _summary(names))
+    units = [name for names in assignment for name in names]
+    return [_part(model, units, assignment[stage]) for stage in stages]
+
+
+def assign_modules(
+    model: nn.Module,
+    job_config: JobConfig,
+    first_modules: tuple[str, ...],
+    last_modules: tuple[str, ...],
+) -> list[list[str]]:
+    """Names of the modules of each stage of the pipeline, in the order of the model.
+
+    See `build_pipeline` for the arguments and errors.
+    """
     layers = [f"layers.{name}" for name in layers_of(model)]
     first = [name for name in first_modules if getattr(model, name) is not None]
     last = [name for name in last_modules if getattr(model, name) is not None]
@@ -145,9 +162,7 @@ def split_model(
         cuts = balanced_cuts(_costs(model, units, len(first), len(last), job_config), number)
     assignment = [units[start:end] for start, end in pairwise([0, *cuts, len(units)])]
     _refuse_shared_parameters(model, assignment, job_config)
-    for stage, names in enumerate(assignment):
-        logger.info("pipeline stage %d of %d: %s", stage, number, _summary(names))
-    return [_part(model, units, assignment[stage]) for stage in stages]
+    return assignment
 
 
 def balanced_cuts(costs: list[float], stages: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from torch.distributed.tensor import (
     distribute_module,
     distribute_tensor,
 )
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -60,7 +61,7 @@ def apply_tensor_parallel(
         block_plan: of each block; where blocks differ, what makes it from the block.
     """
     model_plan: Plan = {
-        "tok_embeddings": EmbeddingParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "tok_embeddings": EmbeddingParallel(output_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "output": _output_style(job_config),
     }
@@ -207,22 +208,53 @@ class HeadwiseParallel(ParallelStyle):
         return distribute_module(module, device_mesh, shard_parameters, from_heads, to_heads)
 
 
-class EmbeddingParallel(RowwiseParallel):
-    """`RowwiseParallel` whose output has arrived.
+class EmbeddingParallel(ParallelStyle):
+    """Shards an `nn.Embedding` over the vocabulary: a rank looks up its own tokens.
 
-    A compiled block that receives a tensor still on its way gives back a gradient of the wrong type
-    (seen with torch 2.13): an error in the backward pass of the redistribution.
+    The gradient of the weight has the weight's placement. `RowwiseParallel` makes it of the whole
+    vocabulary on each rank (seen with torch 2.13): 4.2 GB for Llama 3 70B.
     """
 
-    @staticmethod
-    def _prepare_output_fn(
-        output_layouts: Any, use_local_output: bool, module: nn.Module, outputs: Any, mesh: Any
-    ) -> Any:
-        output = RowwiseParallel._prepare_output_fn(
-            output_layouts, use_local_output, module, outputs, mesh
+    def __init__(self, *, output_layouts: Placement) -> None:
+        super().__init__()
+        self.output_layouts: tuple[Placement, ...] = (output_layouts,)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+            raise NotImplementedError(f"{module} is no nn.Embedding without max_norm")
+        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)])
+        _, (start, _) = compute_local_shape_and_global_offset(
+            weight.shape, device_mesh, weight.placements
         )
-        # Any operation waits; a copy of `[batch, seq / tp, dim]` is the least of them.
+        module.register_parameter("weight", nn.Parameter(weight))
+        module.forward = partial(self._look_up, module, device_mesh, start)
+        return module
+
+    def _look_up(
+        self, module: nn.Embedding, mesh: DeviceMesh, start: int, tokens: torch.Tensor
+    ) -> Any:
+        weight = cast(DTensor, module.weight)
+        own = embed_own(tokens, weight.to_local(grad_placements=weight.placements), start)
+        hidden = DTensor.from_local(own, mesh, [Partial()], run_check=False)
+        output = hidden.redistribute(placements=self.output_layouts).to_local()
+        # A compiled block that receives a tensor still on its way gives back a gradient of the
+        # wrong type (seen with torch 2.13). Any operation waits; a copy of `[batch, seq / tp, dim]`
+        # is the least of them.
         return output.clone() if isinstance(output, AsyncCollectiveTensor) else output
+
+
+def embed_own(tokens: torch.Tensor, weight: torch.Tensor, start: int) -> torch.Tensor:
+    """Embeddings `[batch, seq, dim]` of the tokens whose rows `weight` has, zeros for others.
+
+    Args:
+        tokens: `[batch, seq]`.
+        weight: `[rows, dim]`, from row `start` on of the whole one. May have no rows.
+    """
+    others = (tokens < start) | (tokens >= start + weight.shape[0])
+    if not weight.shape[0]:
+        return weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])
+    rows = (tokens - start).masked_fill(others, 0)
+    return F.embedding(rows, weight).masked_fill(others.unsqueeze(-1), 0.0)
 
 
 class DeferredOutputParallel(ParallelStyle):
@@ -256,5 +288,5 @@ def gather_for_parts(
     """
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, layouts, run_check=False)
-    partial: list[Placement] = [Partial()]
-    return tensor.redistribute(placements=[Replicate()]).to_local(grad_placements=partial)
+    sums: list[Placement] = [Partial()]
+    return tensor.redistribute(placements=[Replicate()]).to_local(grad_placements=sums)

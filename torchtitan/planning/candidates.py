@@ -11,13 +11,16 @@ import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.config import JobConfig
 from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
+from torchtitan.distributed.pipeline_split import assign_modules, stages_of_rank
+from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .devices import Device
 from .estimate import traceable
 from .roofline import Roofline
-from .trace import fake_world, meta_parts, repetition_of, trace_step
+from .trace import fake_world, meta_model, repetition_of, trace_step
 
 AC_MODES = ("none", "selective", "full")
 SCHEDULES = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
@@ -79,7 +82,7 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
     """
     spec = get_train_spec(config.model.name, config.model.flavor)
     args = spec.model_args.update_from_config(config)
-    layers = len(layers_of(meta_parts(_single(config), 0)[0]))
+    layers = len(layers_of(meta_model(_single(config))))
     batch, seq = config.training.global_batch_size, config.training.seq_len
     for tp in _divisors(host_size, world_size):
         for cp in [c for c in _divisors(8, world_size // tp) if c == 1 or seq // c >= 2048]:
@@ -132,6 +135,16 @@ class _LayerCost:
     other_bytes: float
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a rank of a pipeline has of the model, before tensor parallelism."""
+
+    layers: float
+    params: float
+    last: bool
+    """Whether it has the output layer."""
+
+
 class Arithmetic:
     """Memory and time of a candidate from one layer's costs: rough, but thousands a second.
 
@@ -145,7 +158,11 @@ class Arithmetic:
         args = spec.model_args.update_from_config(config)
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
         self._dim = getattr(args, "dim", 0)
-        self._layers = len(layers_of(meta_parts(_single(config), 0)[0]))
+        self._model = meta_model(_single(config))
+        layers = list(layers_of(self._model).values())
+        self._layers = len(layers)
+        self._layer_params = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+        self._shares: dict[tuple[int, str], list[_Share]] = {}
         self._costs = {ac: self._trace_layer(ac) for ac in AC_MODES}
 
     def _trace_layer(self, ac: str) -> _LayerCost:
@@ -154,7 +171,7 @@ class Arithmetic:
         validate(job, 2)
         compiled, job.compile.enable = job.compile.enable, False
         roofline = Roofline(self._device, self._host_size, compiled)
-        repetition = repetition_of(meta_parts(job, 0)[0], job)
+        repetition = repetition_of(meta_model(job), job)
         with fake_world(2, rank=0):
             dims = ParallelDims.from_config(job.parallelism, 2)
             stages = [trace_step(job, shallow, dims).stages[0] for shallow in (0, 1)]
@@ -180,41 +197,92 @@ class Arithmetic:
     def memory(self, candidate: Candidate) -> float:
         """Bytes of the fullest rank."""
         c, cost = candidate, self._costs[candidate.ac]
-        part = self._nparams / c.tp / c.pp
         shards = c.shard * c.cp
-        state = 12 * part / shards
-        if c.pp > 1:
-            state += 6 * part if shards > 1 else 4 * part
         share = c.micro_batch / c.tp / c.cp
-        flying = 1.0
-        if c.pp > 1:
-            flying = min(c.pp * (1.5 if c.schedule == "Interleaved1F1B" else 1.0), self._passes(c))
-        kept = flying * self._layers / c.pp * cost.activations * share
-        return state + kept + (cost.other_bytes * share if c.pp == 1 else 0.0)
+        kept = cost.activations * share
+        if c.tp > 1 and c.ac != "full":  # inputs of attention and feed forward, gathered
+            kept += 2 * self._hidden(c) * (c.tp - 1)
+        if c.pp == 1:
+            gathered = min(8 * self._layer_params / c.tp, cost.other_bytes)
+            state = 16 * self._nparams / c.tp / shards
+            other = gathered + (cost.other_bytes - gathered) * share
+            return state + self._layers * kept + other
+        # Whole parameters and gradients; without FSDP casts of parameters.
+        state = 12 / shards + 6
+        stages = _STAGES[c.schedule]
+        buffers = 3 * stages * self._passes(c) * self._hidden(c)
+        return buffers + max(
+            state * rank.params / c.tp + self._flying(c, place) * rank.layers * kept
+            for place, rank in enumerate(self._ranks(c))
+        )
+
+    def _flying(self, c: Candidate, place: int) -> float:
+        """Micro-batches whose activations a rank of a pipeline holds."""
+        most = {
+            "1F1B": c.pp - place,
+            "Interleaved1F1B": (2 * (c.pp - place - 1) + c.pp + 1) / 2,
+            "ZBVZeroBubble": c.pp,
+        }
+        return min(most[c.schedule], self._passes(c))
+
+    def _hidden(self, c: Candidate) -> float:
+        """Bytes of the hidden states that a rank has of a micro-batch between layers."""
+        return c.micro_batch * self._config.training.seq_len / c.cp / c.tp * self._dim * 2
 
     def seconds(self, candidate: Candidate) -> float:
         """Of a step."""
         c, cost, device = candidate, self._costs[candidate.ac], self._device
-        training = self._config.training
         passes = self._passes(c)
-        share = c.micro_batch / c.tp / c.cp / c.pp
-        compute = passes * share * (self._layers * cost.seconds + cost.other_seconds)
+        share = c.micro_batch / c.tp / c.cp
         link = device.link * device.link_efficiency
+        layer, other = share * cost.seconds, share * cost.other_seconds
         if c.tp > 1:
-            hidden = c.micro_batch * training.seq_len / c.cp * self._dim * 2 * (c.tp - 1) / c.tp
-            calls = (10 if c.ac == "full" else 8) * self._layers / c.pp
-            compute += passes * calls * (hidden / link + device.latency)
-        if c.pp > 1:
-            compute *= 1 + _BUBBLE[c.schedule] * (c.pp - 1) / passes
+            moved = self._hidden(c) * (c.tp - 1)
+            layer += (10 if c.ac == "full" else 8) * (moved / link + device.latency)
         ranks = c.shard * c.cp * c.tp
         rate = link
         if ranks > self._host_size:
             mates = max(1, self._host_size // c.tp)
             rate = min(device.link, mates * device.network) * device.link_efficiency
-        gathers = 1 if c.pp > 1 else passes
-        moved = 8 * self._nparams / c.tp / c.pp * (1 - 1 / (c.shard * c.cp))
-        communication = gathers * moved / rate
-        return compute + communication if c.pp > 1 else max(compute, communication)
+        moved = 8 / c.tp * (1 - 1 / (c.shard * c.cp))
+        if c.pp == 1:
+            compute = passes * (self._layers * layer + other)
+            return max(compute, passes * moved * self._nparams / rate)
+        places = self._ranks(c)
+        work = [rank.layers * layer + (other if rank.last else 0.0) for rank in places]
+        bubble = _BUBBLE[c.schedule] * (c.pp - 1) * sum(work) / c.pp
+        communication = moved * max(rank.params for rank in places) / rate
+        return passes * max(work) + bubble + communication
+
+    def _ranks(self, candidate: Candidate) -> list[_Share]:
+        """What the ranks of a pipeline have. Stages are of whole layers, so some have more."""
+        key = candidate.pp, candidate.schedule
+        if key not in self._shares:
+            job = candidate.config(self._config)
+            try:
+                stages = assign_modules(self._model, job, FIRST_MODULES, LAST_MODULES)
+            except ConfigError:  # the trace says why; until then take it for even
+                part = _Share(self._layers / candidate.pp, self._nparams / candidate.pp, False)
+                self._shares[key] = [part] * candidate.pp
+                return self._shares[key]
+            sizes = {
+                name: sum(p.numel() for p in self._model.get_submodule(name).parameters())
+                for names in stages
+                for name in names
+            }
+            own = [
+                [name for stage in stages_of_rank(job, place) for name in stages[stage]]
+                for place in range(candidate.pp)
+            ]
+            self._shares[key] = [
+                _Share(
+                    layers=sum(name.startswith("layers.") for name in names),
+                    params=sum(sizes[name] for name in names),
+                    last=stages[-1][-1] in names,
+                )
+                for names in own
+            ]
+        return self._shares[key]
 
     def _passes(self, candidate: Candidate) -> int:
         """Micro-batches of a rank in a step."""

@@ -6,17 +6,23 @@ import json
 import logging
 import math
 import sys
+import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from rich.console import Console
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 
+_SECONDS_OF_A_LINE = 10.0
+"""A search tells so often, when not on a terminal, what it is doing."""
 DESCRIPTION = """\
 What a run needs and how long it takes, before a GPU is rented: memory of each rank by category,
 communication, the pipeline's bubble, step time, tokens/s, MFU, time and cost of a token budget.
@@ -125,13 +131,33 @@ def _search(options: Options, config: JobConfig) -> int:
     if options.world_size is None:
         raise ConfigError("--search needs --gpus N: the devices to share out")
     device = get_device(options.device)
-    found = search(config, options.world_size, device, options.nodes_of, options.seconds)
+    with _progress() as tell:
+        found = search(config, options.world_size, device, options.nodes_of, options.seconds, tell)
     show_found(found)
     if not found.best:
         return 1
     _write("--out", options.out, to_toml(found.best.config))
     sys.stdout.write(f"written to {options.out}\n")
     return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Gives what shows a text on stderr: in place on a terminal, else a line now and then."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+        return
+    last = -math.inf
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_OF_A_LINE:
+            last = time.monotonic()
+            console.print(text, soft_wrap=True, highlight=False)
+
+    yield tell
 
 
 def default_world_size(config: JobConfig, host_size: int) -> int:

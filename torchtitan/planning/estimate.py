@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
@@ -15,8 +16,8 @@ import torch.nn as nn
 from torchtitan.config import JobConfig, origin
 from torchtitan.config.validate import resolve_batch, validate
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_split import stages_of_rank
 from torchtitan.errors import ConfigError
+from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import Collective
@@ -24,10 +25,17 @@ from .devices import Device
 from .extrapolate import extrapolate
 from .layers import Repetition, layer_signatures
 from .memory import Memory
-from .records import StepTrace
+from .records import PassTrace, StepTrace
 from .roofline import Groups, Roofline, Traffic
 from .schedule import StageCost, Timeline, actions_of, play
-from .trace import fake_world, meta_parts, repetition_of, trace_step
+from .trace import (
+    fake_world,
+    meta_model,
+    meta_parts,
+    repetition_of,
+    stages_at,
+    trace_step,
+)
 
 
 @dataclass
@@ -116,11 +124,22 @@ class Plan:
         return max(shares, key=lambda name: shares[name])
 
 
-def plan_run(config: JobConfig, world_size: int, device: Device, host_size: int = 8) -> Plan:
-    """Trace the distinct ranks of a run, and estimate it.
+Traces = dict[object, tuple[StepTrace, Groups]]
+"""What a stage was found to cost: of a kind of stage in a kind of job, see `_trace_pipeline`."""
+
+
+def plan_run(
+    config: JobConfig,
+    world_size: int,
+    device: Device,
+    host_size: int = 8,
+    known: Traces | None = None,
+) -> Plan:
+    """Trace the distinct stages of a run, and estimate it.
 
     Args:
         host_size: devices of a host.
+        known: traces of runs before, which are used where they serve, and added to.
 
     Raises:
         ConfigError: the job is not valid for the world.
@@ -138,7 +157,7 @@ def plan_run(config: JobConfig, world_size: int, device: Device, host_size: int 
     dims = ParallelDims.from_config(config.parallelism, world_size)
     pp = dims.pp
     roofline = Roofline(device, host_size, compiled)
-    traces = _trace_pipeline(config, world_size, dims)
+    traces = _trace_pipeline(config, world_size, dims, {} if known is None else known)
     global_batch, accumulation = resolve_batch(config, dims.dp)
 
     parallelism = config.parallelism
@@ -147,7 +166,7 @@ def plan_run(config: JobConfig, world_size: int, device: Device, host_size: int 
         micro_batches = (
             config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
         )
-    stages = [stages_of_rank(config, rank) for rank in range(pp)] if pp > 1 else [[0]]
+    stages = [stages_at(config, rank) for rank in range(pp)]
     costs: dict[int, StageCost] = {}
     for rank, (trace, groups) in enumerate(traces):
         for number, stage in zip(stages[rank], trace.stages, strict=True):
@@ -216,39 +235,71 @@ def _refuse_unplannable(config: JobConfig) -> None:
 
 
 def _trace_pipeline(
-    config: JobConfig, world_size: int, dims: ParallelDims
+    config: JobConfig, world_size: int, dims: ParallelDims, known: Traces
 ) -> list[tuple[StepTrace, Groups]]:
-    """A trace for each place in the pipeline. Places whose stages are alike share one."""
-    ranks_of_place = world_size // dims.pp
-    traces: dict[str, tuple[StepTrace, Groups]] = {}
+    """A trace for each place in the pipeline, put together from those of its stages.
+
+    Stages that are alike share one, whatever the schedule and the number of micro-batches.
+    """
+    model = meta_model(config)
+    layers = dict(
+        zip(layers_of(model), layer_signatures(model, config.training.seq_len), strict=True)
+    )
+    job = _schedule_free(config)
     result = []
     for place in range(dims.pp):
-        parts = meta_parts(config, place)
-        key = repr([_likeness(part, config.training.seq_len) for part in parts])
-        if key not in traces:
-            with fake_world(world_size, rank=place * ranks_of_place):
-                here = ParallelDims.from_config(config.parallelism, world_size)
-                trace = _trace_deep(config, [repetition_of(p, config) for p in parts], here)
-                groups = here.groups().items()
-                ranks = {name: dist.get_process_group_ranks(group) for name, group in groups}
-            traces[key] = trace, ranks
-        result.append(traces[key])
+        traces = []
+        stages = stages_at(config, place)
+        for stage, part in zip(stages, meta_parts(model, config, stages), strict=True):
+            key = world_size, job, _likeness(part, layers)
+            if key not in known:
+                with fake_world(world_size, rank=place * (world_size // dims.pp)):
+                    known[key] = _trace_deep(config, repetition_of(part, config), stage)
+            traces.append(known[key])
+        result.append((_together([trace for trace, _ in traces]), traces[0][1]))
     return result
 
 
-def _likeness(part: nn.Module, seq_len: int) -> tuple[object, ...]:
-    """Equal for stages that cost the same."""
+def _schedule_free(config: JobConfig) -> str:
+    """Equal for jobs whose stages cost the same, if the stages are alike."""
+    if config.parallelism.pipeline_parallel_degree > 1:
+        config = copy.deepcopy(config)
+        config.parallelism.pipeline_parallel_schedule = "1F1B"
+        config.parallelism.pipeline_parallel_stages_per_rank = -1
+        config.training.local_batch_size = config.training.global_batch_size = -1
+    return repr(config)
+
+
+def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
+    """Equal for stages that cost the same. Args: layers: signature of each of the whole model."""
     others = [
         (name, tuple(p.shape)) for name, p in part.named_parameters() if "layers." not in name
     ]
-    return (*others, *layer_signatures(part, seq_len))
+    return (*others, *(layers[name] for name in layers_of(part)))
 
 
-def _trace_deep(config: JobConfig, repetitions: list[Repetition], dims: ParallelDims) -> StepTrace:
-    if not any(repetition.worth_extrapolating for repetition in repetitions):
-        return trace_step(config, dims=dims)
-    few, more = (trace_step(config, shallow, dims) for shallow in (0, 1))
-    return extrapolate(few, more, repetitions)
+def _trace_deep(config: JobConfig, repetition: Repetition, stage: int) -> tuple[StepTrace, Groups]:
+    """Trace a stage within a `fake_world`."""
+    dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
+    groups = {name: dist.get_process_group_ranks(group) for name, group in dims.groups().items()}
+    if not repetition.worth_extrapolating:
+        return trace_step(config, dims=dims, stages=[stage]), groups
+    few, more = (trace_step(config, shallow, dims, stages=[stage]) for shallow in (0, 1))
+    return extrapolate(few, more, [repetition]), groups
+
+
+def _together(traces: list[StepTrace]) -> StepTrace:
+    """Of one rank. The optimizer knows no stages: what it does is in proportion to them."""
+    optimizer = PassTrace()
+    for trace in traces:
+        optimizer.operations.update(trace.optimizer.operations)
+        optimizer.collectives.update(trace.optimizer.collectives)
+    return StepTrace(
+        parameters=sum(trace.parameters for trace in traces),
+        stages=[stage for trace in traces for stage in trace.stages],
+        optimizer=optimizer,
+        optimizer_temporary=sum(trace.optimizer_temporary for trace in traces),
+    )
 
 
 def _rank_plan(

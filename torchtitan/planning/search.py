@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich import box
@@ -16,11 +17,12 @@ from torchtitan.tools.text import three_digits
 
 from .candidates import Arithmetic, Candidate, candidates
 from .devices import Device
-from .estimate import Plan, plan_run
+from .estimate import Plan, Traces, plan_run
 
 _MEMORY_MARGIN = 1.15
-_TIME_MARGIN = 1.3
-"""How far off the arithmetic may be in the worst case: candidates beyond are not traced."""
+_TIME_MARGIN = 1.1
+"""How far above the traces the arithmetic may be: candidates beyond are not traced. Seen: it is 1%
+above them to 14% below in time, 14% above to 22% below in memory (Llama 3 70B on 256)."""
 _SHOWN = 12
 _GIB = 2**30
 
@@ -56,12 +58,18 @@ class Found:
 
 
 def search(
-    config: JobConfig, world_size: int, device: Device, host_size: int = 8, seconds: float = 300.0
+    config: JobConfig,
+    world_size: int,
+    device: Device,
+    host_size: int = 8,
+    seconds: float = 300.0,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Found:
     """Trace candidates in the order of their times by arithmetic, until none left can win.
 
     Args:
         seconds: stop then at the latest, after at least one trace.
+        tell: called with what is being done.
 
     Raises:
         ConfigError: the job names no global batch, or no layout of so many devices can be.
@@ -72,6 +80,7 @@ def search(
             "compared at the same batch: --global-batch-size N"
         )
     end = time.monotonic() + seconds
+    tell("tracing one layer under each checkpointing mode")
     every = list(candidates(config, world_size, host_size))
     if not every:
         raise ConfigError(_no_layout(config, world_size))
@@ -80,8 +89,9 @@ def search(
     possible = [c for c in every if arithmetic.memory(c) <= _MEMORY_MARGIN * available]
     # If none can fit, the smallest shows by how much.
     smallest = sorted(every, key=arithmetic.memory) if not possible else []
-    possible = smallest or sorted(possible, key=arithmetic.seconds)
+    possible = smallest or sorted(possible, key=lambda c: (arithmetic.seconds(c), c.cp, c.tp))
     found = Found(considered=len(every))
+    known: Traces = {}
     refused: ConfigError | None = None
     for candidate in possible:
         best = found.best
@@ -92,8 +102,9 @@ def search(
         if time.monotonic() > end and found.traced:
             found.finished = False
             break
+        tell(_state(found, candidate))
         try:
-            plan = plan_run(candidate.config(config), world_size, device, host_size)
+            plan = plan_run(candidate.config(config), world_size, device, host_size, known)
         except ConfigError as error:  # a rule of this model, such as the number of heads
             refused = refused or error
             continue
@@ -101,6 +112,17 @@ def search(
     if not found.traced and refused is not None:
         raise refused
     return found
+
+
+def _state(found: Found, candidate: Candidate) -> str:
+    best = ""
+    if found.fitting:
+        layout, plan = found.fitting[0]
+        best = f" (best: {layout}, {three_digits(plan.step_seconds)} s a step)"
+    return (
+        f"{found.considered:,} layouts considered, {len(found.traced)} traced{best}, next: "
+        f"{candidate}, checkpointing {candidate.ac}"
+    )
 
 
 def _no_layout(config: JobConfig, world_size: int) -> str:

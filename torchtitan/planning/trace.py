@@ -64,7 +64,10 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
 
 
 def trace_step(
-    job_config: JobConfig, shallow: int | None = None, dims: ParallelDims | None = None
+    job_config: JobConfig,
+    shallow: int | None = None,
+    dims: ParallelDims | None = None,
+    stages: list[int] | None = None,
 ) -> StepTrace:
     """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
@@ -74,6 +77,7 @@ def trace_step(
         shallow: 0 or 1, for the first or second trace from which stages that are
             `worth_extrapolating` are extrapolated: leave out the other layers.
         dims: of the job, if there are meshes already.
+        stages: of the pipeline, as if this rank had them. Default: those that it has.
 
     Raises:
         ConfigError: what a step does depends on the values of tensors.
@@ -81,7 +85,7 @@ def trace_step(
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
-    parts = _parallel_parts(job_config, dims, shallow)
+    parts = _parallel_parts(job_config, dims, shallow, stages)
     for part in parts:
         sum_gradients(part)
 
@@ -135,12 +139,17 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
 
 
 def _parallel_parts(
-    job_config: JobConfig, dims: ParallelDims, shallow: int | None
+    job_config: JobConfig,
+    dims: ParallelDims,
+    shallow: int | None,
+    stages: list[int] | None = None,
 ) -> list[nn.Module]:
     """The parts of the model that this rank has, parallelised. Args: as `trace_step`."""
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
-    parts = meta_parts(job_config, place, dims)
+    if stages is None:
+        place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
+        stages = stages_at(job_config, place)
+    parts = meta_parts(meta_model(job_config, dims), job_config, stages)
     for part in parts:
         repetition = repetition_of(part, job_config)
         if shallow is not None and repetition.worth_extrapolating:
@@ -162,10 +171,8 @@ def _refusing_values(job_config: JobConfig) -> Iterator[None]:
         ) from error
 
 
-def meta_parts(
-    job_config: JobConfig, place: int, dims: ParallelDims | None = None
-) -> list[nn.Module]:
-    """The model on the meta device; the stages of rank `place` of the pipeline if there is one.
+def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Module:
+    """The model on the meta device.
 
     With `dims`, converted by `model.converters` as on a device that multiplies 8 bits.
     """
@@ -178,10 +185,21 @@ def meta_parts(
             if hasattr(converter, "emulate"):
                 converter.emulate = False
         converters.convert(model)
+    return model
+
+
+def meta_parts(model: nn.Module, job_config: JobConfig, stages: list[int]) -> list[nn.Module]:
+    """The stages of a `meta_model`, which stays whole; without a pipeline the model itself."""
     if job_config.parallelism.pipeline_parallel_degree == 1:
         return [model]
-    stages = stages_of_rank(job_config, place)
     return split_model(model, job_config, stages, FIRST_MODULES, LAST_MODULES)
+
+
+def stages_at(job_config: JobConfig, place: int) -> list[int]:
+    """Numbers of the stages at a place in the pipeline; without one the model is stage 0."""
+    if job_config.parallelism.pipeline_parallel_degree == 1:
+        return [0]
+    return stages_of_rank(job_config, place)
 
 
 def repetition_of(part: nn.Module, job_config: JobConfig) -> Repetition:

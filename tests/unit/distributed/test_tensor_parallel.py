@@ -1,3 +1,6 @@
+import pytest
+import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -7,7 +10,15 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-from torchtitan.distributed.tensor_parallel import DeferredOutputParallel, _with_whole_sequence
+from torchtitan.config import load_config
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import (
+    DeferredOutputParallel,
+    _with_whole_sequence,
+    embed_own,
+)
+from torchtitan.planning.trace import fake_world
+from torchtitan.protocols.train_spec import get_train_spec
 
 SHARDED = {
     "norm": SequenceParallel(),
@@ -49,3 +60,31 @@ def test_the_plan_itself_stays_as_it_was():
     _with_whole_sequence(SHARDED)
     assert SHARDED["norm"].sequence_sharding == (Shard(1),)
     assert SHARDED["moe"].prepare_module_input.input_layouts == (Shard(1),)
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(8, 2), (7, 3), (2, 4)])
+def test_embeddings_and_gradients_of_the_ranks_add_up(rows: int, ranks: int):
+    whole = torch.randn(rows, 4, requires_grad=True)
+    tokens = torch.randint(0, rows, (2, 16))
+    wanted = F.embedding(tokens, whole)
+    wanted.square().sum().backward()
+    parts = [p.detach().requires_grad_() for p in whole.detach().chunk(ranks)]
+    parts += [torch.empty(0, 4, requires_grad=True)] * (ranks - len(parts))
+    starts = [sum(len(p) for p in parts[:rank]) for rank in range(ranks)]
+    found = sum(embed_own(tokens, p, start) for p, start in zip(parts, starts, strict=True))
+    assert torch.equal(found, wanted)
+    found.square().sum().backward()
+    assert torch.equal(torch.cat([p.grad for p in parts]), whole.grad)
+
+
+def test_gradients_of_matrices_are_split_as_the_matrices_are():
+    config = load_config(["--parallelism.tensor_parallel_degree=2", "--training.seq_len=16"])
+    spec = get_train_spec("llama3", "debugmodel")
+    with fake_world(2, rank=1):
+        dims = ParallelDims.from_config(config.parallelism, 2)
+        model = spec.model_cls(spec.model_args)
+        model = spec.parallelize_fn(model, dims.world_mesh, dims, config)
+        model(torch.zeros(1, 16, dtype=torch.int64)).sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                assert parameter.grad.placements == parameter.placements, name
