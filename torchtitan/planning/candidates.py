@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.config import JobConfig
 from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import ParallelDims
