@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.report import Spread, Table, verdict
+from benchmarks.report import Bar, Spread, Table, verdict
 from benchmarks.trainer import Times
 from torchtitan.generation.generator import Generator
 from torchtitan.generation.sampling import Sampling
@@ -219,6 +219,8 @@ def training_table(comparisons: list[Comparison]) -> Table:
         f"{BATCH} sequences of {SEQ_LEN} tokens, float32, 4 layers of dim 512, {_versions()}; "
         "median (lowest to highest) of "
         f"{len(comparisons[0].ours.wall)} rounds, a turn of each.",
+        [Bar(c.name, c.ratio("wall"), 1.0) for c in comparisons],
+        "tokens/s of ours over those of transformers",
     )
 
 
@@ -240,6 +242,8 @@ def generation_table(comparisons: list[Comparison]) -> Table:
         ["model", "ours, tokens/s", "transformers, tokens/s", "ratio", "by CPU time"],
         rows,
         f"{NEW_TOKENS} new tokens after a prompt of {PROMPT}, both with a cache; the same tokens.",
+        [Bar(c.name, c.ratio("wall")) for c in comparisons],
+        "tokens/s of ours over those of transformers",
     )
 
 

@@ -34,6 +34,15 @@ class Spread:
         )
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A row's measurement, for the picture."""
+
+    name: str
+    spread: Spread
+    target: float | None = None
+
+
 @dataclass
 class Table:
     """A table of results."""
@@ -43,6 +52,10 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
     note: str = ""
     """What was compared, and how to read it; stands above the table."""
+    bars: list[Bar] = field(default_factory=list)
+    """What of it is drawn, see plot.py."""
+    bar_label: str = ""
+    """What the bars are, with the unit."""
 
     def markdown(self) -> str:
         lines = [f"## {self.title}", ""]

@@ -26,6 +26,7 @@ from benchmarks import (
     trainer,
 )
 from benchmarks.peers import compare as peers
+from benchmarks.plot import draw
 from benchmarks.report import machine
 
 BENCHMARKS = {
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     # A part of a suite must not take the place of the whole one's page.
     path = args.out / f"{'-'.join([today, args.suite, *(args.only or [])])}.md"
+    if draw(tables, picture := path.with_suffix(".png")):
+        page += f"\n![The medians and their ranges]({picture.name})\n"
     path.write_text(page)
     print(f"{page}\nwritten to {path}")
     return 0

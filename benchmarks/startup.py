@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.report import Spread, Table, verdict
+from benchmarks.report import Bar, Spread, Table, verdict
 
 CONFIG = Path(__file__).parent / "configs" / "debugmodel.toml"
 PROBE = "import sys; import torchtitan; sys.exit('torch' in sys.modules)"
@@ -123,6 +123,8 @@ def measure(rounds: int) -> Table:
         rows,
         "Median (lowest to highest). A process that others leave the processor to takes about its "
         "CPU seconds.",
+        [Bar(c.name, Spread.of(c.wall), c.target_seconds) for c in measured],
+        "seconds",
     )
 
 

@@ -3,9 +3,11 @@ package of PyPI.
 
 Each runs in a process of its own, from the same weights over the same batches, all of them by
 turns of a few steps: what disturbs the machine for longer than a turn falls on all; the ratio of
-neighbouring turns is the result. That the losses agree shows that all do the same work.
+turns of one round is the result. Who goes first changes from round to round. Two processes of the
+same trainer can differ by some percent for as long as they live (where their memory lies), so all
+are started several times. That the losses agree shows that all do the same work.
 
-    python -m benchmarks.peers.compare [--upstream VENV/bin/python] [--compile] [--rounds 9]
+    python -m benchmarks.peers.compare [--upstream VENV/bin/python] [--compile] [--starts 3]
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from safetensors.torch import save_file
 
 from benchmarks import flavors  # noqa: F401  (registers them)
 from benchmarks.peers.turns import WARMUP_STEPS
-from benchmarks.report import Spread, Table, verdict
+from benchmarks.report import Bar, Spread, Table, verdict
 from torchtitan.config import load_config
 from torchtitan.config.validate import resolve_batch
 from torchtitan.distributed.init import initialize_weights
@@ -52,7 +54,7 @@ class Contestant:
     reports: Any
     words: Any
     first_step: float = 0.0
-    """Seconds from the start of the process to the end of the first step."""
+    """Seconds from the start of the process to the end of the first step. Of the last start."""
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -120,11 +122,14 @@ def start(name: str, command: list[str], plan: dict[str, Any], folder: Path) -> 
     plan = plan | {"reports_fd": reports_fd, "words_fd": words_fd, "folder": str(folder)}
     plan |= {"port": _free_port()}
     (folder / "plan.json").write_text(json.dumps(plan))
+    # Importing our package sets it, and this process has; each contestant is as its users find it.
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
     began = time.perf_counter()
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             [*command, str(folder / "plan.json")],
             pass_fds=(reports_fd, words_fd),
+            env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -154,7 +159,7 @@ def compare(
     compiled: bool = False,
     upstream: str | None = None,
 ) -> tuple[dict[str, Any], list[Contestant]]:
-    """All contestants by turns; ours comes first.
+    """All contestants by turns, one start of each; ours is the first of the list.
 
     Raises:
         RuntimeError: one fails, or the losses differ, so that they did not do the same work.
@@ -176,8 +181,9 @@ def compare(
         for number, (name, command) in enumerate(commands.items()):
             contestants.append(start(name, command, plan, folder / str(number)))
             stack.callback(contestants[-1].process.kill)
-        for _ in range(rounds):
-            for contestant in contestants:
+        for number in range(rounds):
+            first = number % len(contestants)
+            for contestant in contestants[first:] + contestants[:first]:
                 report = contestant.take_turn()
                 contestant.wall.append(report["wall"])
                 contestant.cpu.append(report["cpu"])
@@ -198,11 +204,29 @@ def loss_difference(ours: Contestant, other: Contestant) -> float:
     return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
+def compare_often(
+    config_file: Path, flavor: str, *, starts: int, rounds: int, **settings: Any
+) -> tuple[dict[str, Any], list[Contestant]]:
+    """`compare`, with so many starts of each and their rounds put together."""
+    plan, together = compare(config_file, flavor, rounds=rounds, **settings)
+    for _ in range(starts - 1):
+        _, contestants = compare(config_file, flavor, rounds=rounds, **settings)
+        for all_of_it, more in zip(together, contestants, strict=True):
+            all_of_it.wall += more.wall
+            all_of_it.cpu += more.cpu
+            all_of_it.first_step = more.first_step
+            all_of_it.peak_bytes = max(all_of_it.peak_bytes, more.peak_bytes)
+    return plan, together
+
+
+def ratio(ours: Contestant, other: Contestant, clock: str) -> Spread:
+    """Of ours to the other's tokens/s, by `wall` or `cpu` time: over the rounds."""
+    pairs = zip(getattr(ours, clock), getattr(other, clock), strict=True)
+    return Spread.of([b / a for a, b in pairs])
+
+
 def row(name: str, plan: dict[str, Any], ours: Contestant, other: Contestant) -> list[str]:
-    wall, cpu = (
-        Spread.of([b / a for a, b in zip(getattr(ours, key), getattr(other, key), strict=True)])
-        for key in ("wall", "cpu")
-    )
+    wall, cpu = (ratio(ours, other, clock) for clock in ("wall", "cpu"))
     tokens = plan["tokens_per_step"] * plan["steps_per_turn"]
     rate = Spread.of([tokens / seconds for seconds in other.wall])
     itself = other is ours
@@ -219,7 +243,9 @@ def row(name: str, plan: dict[str, Any], ours: Contestant, other: Contestant) ->
     ]
 
 
-PLANS = [("debugmodel", 9, 5), ("layers_150m", 9, 2), ("layers_1b", 7, 2)]
+PLANS = [("debugmodel", 6, 5), ("layers_150m", 6, 2), ("layers_1b", 6, 1)]
+"""Config, rounds of a start, steps of a turn."""
+STARTS = 3
 FLAVORS = {
     "debugmodel": "debugmodel-untied",
     "layers_150m": "150M-4-layers-untied",
@@ -227,18 +253,25 @@ FLAVORS = {
 }
 
 
-def table(compiled: bool, plans: list[tuple[str, int, int]], upstream: str | None) -> Table:
-    rows = []
+def table(
+    compiled: bool, plans: list[tuple[str, int, int]], upstream: str | None, starts: int = STARTS
+) -> Table:
+    rows, bars = [], []
     for name, rounds, steps_per_turn in plans:
-        plan, contestants = compare(
+        plan, contestants = compare_often(
             CONFIGS / f"{name}.toml",
             FLAVORS[name],
+            starts=starts,
             rounds=rounds,
             steps_per_turn=steps_per_turn,
             compiled=compiled,
             upstream=upstream,
         )
-        rows += [row(name, plan, contestants[0], contestant) for contestant in contestants]
+        ours, *others = contestants
+        rows += [row(name, plan, ours, contestant) for contestant in contestants]
+        for other in others:
+            label = f"{name}, over {other.name}"
+            bars.append(Bar(label, ratio(ours, other, "wall"), TARGET[other.name]))
     return Table(
         f"Beside other trainers, {'compiled' if compiled else 'eager'}",
         [
@@ -253,22 +286,26 @@ def table(compiled: bool, plans: list[tuple[str, int, int]], upstream: str | Non
             "target",
         ],
         rows,
-        "Median (lowest to highest) over the rounds; a round is a turn of each. The peak is that "
-        "of the whole process. The first step's time holds the start of the process.",
+        f"Median (lowest to highest) over the rounds of {starts} starts; a round is a turn of "
+        "each. The peak is that of the whole process. The first step's time holds the start of "
+        "the process.",
+        bars,
+        "tokens/s of ours over those of the other",
     )
 
 
 def run(quick: bool = False) -> list[Table]:
     upstream = os.environ.get(UPSTREAM)
     if quick:
-        return [table(False, [("debugmodel", 2, 1)], upstream)]
+        return [table(False, [("debugmodel", 2, 1)], upstream, starts=1)]
     return [table(compiled, PLANS, upstream) for compiled in (False, True)]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=FLAVORS, nargs="+", default=list(FLAVORS))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--starts", type=int, default=STARTS)
+    parser.add_argument("--rounds", type=int, default=6, help="of each start")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
         "--upstream",
@@ -278,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     steps = {name: steps for name, _, steps in PLANS}
     plans = [(name, args.rounds, steps[name]) for name in args.config]
-    print(table(args.compile, plans, args.upstream).markdown())
+    print(table(args.compile, plans, args.upstream, args.starts).markdown())
     return 0
 
 

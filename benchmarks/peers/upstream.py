@@ -93,6 +93,9 @@ def main(plan_file: str) -> None:
         init_weights(model, *args, **kwargs)
         adapter = spec.state_dict_adapter(spec.model_args["benchmark"], None)
         weights = adapter.from_hf(load_file(Path(plan["weights"], "model.safetensors")))
+        # Compiled blocks have a name more.
+        names = {name.replace("_orig_mod.", ""): name for name in model.state_dict()}
+        weights = {names[name]: weight for name, weight in weights.items()}
         missing = model.load_state_dict(weights, strict=False)
         assert not missing.unexpected_keys, missing
         assert all("freqs" in name for name in missing.missing_keys), missing

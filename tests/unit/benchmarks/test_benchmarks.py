@@ -21,7 +21,8 @@ from benchmarks import (
     trainer,
 )
 from benchmarks.peers import compare as peers
-from benchmarks.report import Spread, Table, verdict
+from benchmarks.plot import draw
+from benchmarks.report import Bar, Spread, Table, verdict
 from torchtitan.config import load_config
 
 TINY = """
@@ -57,6 +58,14 @@ def test_spread_is_median_and_range():
 def test_table_is_markdown():
     text = Table("Title", ["a", "b"], [["1", "2"]], "A note.").markdown()
     assert text == "## Title\n\nA note.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+def test_bars_are_drawn(tmp_path: Path):
+    bars = [Bar("ours", Spread(1.1, 0.9, 1.3), target=1.0), Bar("theirs", Spread(1.0, 1.0, 1.0))]
+    tables = [Table("Ratios", ["a"], bars=bars, bar_label="tokens/s"), Table("Words", ["a"])]
+    assert draw(tables, tmp_path / "page.png")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    assert not draw(tables[1:], tmp_path / "none.png") and not (tmp_path / "none.png").exists()
 
 
 def test_verdict():
