@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +68,23 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+@contextmanager
+def exit_when_unread() -> Iterator[None]:
+    """Ends quietly where nobody reads stdout any more: `torchtitan train --help | head -1`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        stdout = select.poll()
+        stdout.register(sys.stdout, 0)
+        if not any(event & select.POLLERR for _, event in stdout.poll(0)):
+            raise  # of a socket, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 def _report(message: str) -> None:
     """Show an error on stderr: of several ranks with the same one, once."""
     from torchtitan.distributed.first_report import claim_report, write_error_file
@@ -78,6 +98,7 @@ def _report(message: str) -> None:
             sys.stderr.flush()
 
 
+@exit_when_unread()
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     """Run `torchtitan <command> ...`; returns the exit code.

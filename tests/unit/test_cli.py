@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -88,3 +89,18 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(error, capsys):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), cli.exit_on_user_error():
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["models"], ["plan", "--help"]])
+def test_output_that_nobody_reads_is_no_error(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "torchtitan", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_other_broken_pipes_are_errors():
+    with pytest.raises(BrokenPipeError), cli.exit_when_unread():
+        raise BrokenPipeError
