@@ -10,7 +10,6 @@ Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torc
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import os
@@ -18,9 +17,7 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,10 +36,12 @@ from torchtitan.components.model_fit import check_builders, check_vocabulary, mo
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
+from torchtitan.components.train_state import TrainState
 from torchtitan.components.validate import build_validator
 from torchtitan.components.window import Window
-from torchtitan.config import JobConfig, load_config, origin, to_toml
-from torchtitan.config.validate import resolve_batch, validate
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.batch import resolve_batch
+from torchtitan.config.validate import validate
 from torchtitan.distributed import utils
 from torchtitan.distributed.context_parallel import require_applied_cp, shard_batch
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
@@ -51,15 +50,14 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.hang_watch import HangWatch
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError, TitanError, TrainingError
+from torchtitan.errors import TitanError, TrainingError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
-from torchtitan.tools.environment import ENVIRONMENT_FILE, environment
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import check_profiling, maybe_profile
-from torchtitan.tools.run_folder import CONFIG_FILE
+from torchtitan.tools.run_folder import write_description
 from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
 logger = logging.getLogger("torchtitan")
@@ -69,23 +67,6 @@ Batch = dict[str, torch.Tensor]
 # After an error, another rank may be gone. A save in the background then waits for it in vain, and
 # other ranks for this one.
 _SECONDS_AFTER_A_FAILURE = 3.0
-
-
-@dataclass
-class TrainState:
-    """What a resumed run must know besides weights, optimizer, schedule and data position."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens_seen: int = 0
-    """Tokens trained on by all ranks together."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": torch.tensor(self.step), "tokens_seen": torch.tensor(self.tokens_seen)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step = int(state_dict["step"])
-        self.tokens_seen = int(state_dict["tokens_seen"])
 
 
 class Trainer:
@@ -199,7 +180,8 @@ class Trainer:
         config = self.job_config
         self.watch.start()
         self.checkpointer.load()
-        _write_description(config)
+        describe = partial(write_description, config, dist.get_world_size())
+        on_rank_zero(describe, dist.group.WORLD)
         self.metrics.start(self.state.step, self.state.tokens_seen)
         common = self.checkpointer.replica_state, self.checkpointer.load_replica_state
         self.replicas.start(self.state.step, *common)
@@ -428,27 +410,6 @@ def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
     if fsdp or dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
-
-
-def _write_description(job_config: JobConfig) -> None:
-    """What the run is, for people and reports: its config, and where it runs.
-
-    Raises `ConfigError`, on all ranks, if the folder cannot be written.
-    """
-    folder = Path(job_config.job.dump_folder)
-
-    def write() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG_FILE).write_text(to_toml(job_config))
-            facts = environment() | {"processes": str(dist.get_world_size())}
-            (folder / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(
-                f"{origin(job_config, 'job.dump_folder')}: cannot write there: {error}"
-            ) from error
-
-    on_rank_zero(write, dist.group.WORLD)
 
 
 @exit_on_user_error()

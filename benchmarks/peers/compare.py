@@ -33,7 +33,7 @@ from benchmarks import flavors  # noqa: F401  (registers them)
 from benchmarks.peers.turns import WARMUP_STEPS
 from benchmarks.report import Bar, Spread, Table, verdict
 from torchtitan.config import load_config
-from torchtitan.config.validate import resolve_batch
+from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.protocols.train_spec import get_train_spec
 

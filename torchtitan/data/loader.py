@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from torchtitan.config.validate import resolve_batch
+from torchtitan.config.batch import resolve_batch
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 
 from .best_fit import BestFitRow

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.config import JobConfig, origin
-from torchtitan.config.validate import resolve_batch, validate
+from torchtitan.config.batch import resolve_batch
+from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of

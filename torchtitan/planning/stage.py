@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
-from torchtitan.config.validate import resolve_batch
+from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols.model import layers_of

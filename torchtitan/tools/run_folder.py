@@ -7,11 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torchtitan.config import JobConfig, origin, to_toml
 from torchtitan.errors import ConfigError
+
+from .environment import ENVIRONMENT_FILE, environment
 
 CONFIG_FILE = "config.resolved.toml"
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+
+
+def write_description(job_config: JobConfig, processes: int) -> None:
+    """What the run is, for people and reports: its config, and where it runs.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    folder = Path(job_config.job.dump_folder)
+    facts = environment() | {"processes": str(processes)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(to_toml(job_config))
+        (folder / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        key = origin(job_config, "job.dump_folder")
+        raise ConfigError(f"{key}: cannot write there: {error}") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config import JobConfig, load_config
+from torchtitan.config.batch import resolve_batch
 from torchtitan.config.optimizer import ParamRule
-from torchtitan.config.validate import resolve_batch, validate
+from torchtitan.config.validate import validate
 from torchtitan.errors import ConfigError
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchtitan.config import JobConfig, load_config
+from torchtitan.config.batch import resolve_batch
 from torchtitan.config.parallelism import Parallelism
-from torchtitan.config.validate import resolve_batch, validate
+from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.tools.run_folder import CONFIG_FILE, METRICS_FILE, unique_names

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import load_config
-from torchtitan.config.validate import resolve_batch
 from torchtitan.data.sources import DATASETS
 from torchtitan.models import llama3
 from torchtitan.protocols.train_spec import get_train_spec

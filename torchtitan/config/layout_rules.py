@@ -1,0 +1,224 @@
+"""Rules between the degrees of parallelism and the rest of a job."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torchtitan.errors import ConfigError
+
+from .batch import nearest_multiples, resolve_batch
+from .job_config import JobConfig
+from .load import fail, origin
+
+if TYPE_CHECKING:
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+def check_layout(job_config: JobConfig, world_size: int) -> None:
+    """Whether the degrees of parallelism fit the processes, the batch, the sequence and the model.
+
+    Raises:
+        ConfigError: they do not; it names the nearest values that do.
+    """
+    from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
+
+    degrees = {key: getattr(job_config.parallelism, key) for key in CONFIG_KEYS.values()}
+    try:
+        dims = ParallelDims.from_config(job_config.parallelism, world_size)
+    except ConfigError as error:
+        largest = max(degrees, key=degrees.__getitem__)
+        problem = str(error).removeprefix("parallelism: ")  # of those who build ParallelDims
+        raise ConfigError(f"{origin(job_config, f'parallelism.{largest}')}: {problem}") from error
+
+    groups = job_config.fault_tolerance.group_size if job_config.fault_tolerance.enable else 1
+    resolve_batch(job_config, dims.dp * groups)
+    _check_sequence_length(job_config, dims)
+    _check_context_parallel(job_config, dims)
+    _check_tensor_parallel(job_config, dims)
+    _check_experts(job_config, dims)
+    if dims.pp_enabled:
+        _check_pipeline(job_config)
+    if job_config.training.enable_cpu_offload and not dims.dp_shard_enabled:
+        fail(
+            job_config,
+            "training.enable_cpu_offload",
+            "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree comes to "
+            f"{dims.dp_shard} with {world_size} processes",
+        )
+
+
+def _check_sequence_length(job_config: JobConfig, dims: ParallelDims) -> None:
+    unit, reasons = 1, []
+    if dims.cp_enabled:
+        unit = 2 * dims.cp
+        reasons = [f"parallelism.context_parallel_degree ({dims.cp}) cuts it in {unit} chunks"]
+    if dims.tp_enabled and not job_config.parallelism.disable_sequence_parallel:
+        unit = math.lcm(unit, dims.cp * dims.tp)
+        reasons += [f"parallelism.tensor_parallel_degree ({dims.tp}) shards the sequence too"]
+    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    for section in sections:
+        seq_len = getattr(job_config, section).seq_len
+        if seq_len % unit:
+            fail(
+                job_config,
+                f"{section}.seq_len",
+                f"must be a multiple of {unit}, since {' and '.join(reasons)}. "
+                f"Nearest: {nearest_multiples(seq_len, unit)}",
+            )
+
+
+def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
+    if not dims.cp_enabled or job_config.parallelism.context_parallel_method != "ring":
+        return
+    from torchtitan.distributed.utils import device_type
+
+    key = "parallelism.context_parallel_method"
+    if job_config.training.document_mask:
+        problem = "a ring knows no training.document_mask. Use 'allgather' or 'ulysses'"
+        fail(job_config, key, problem)
+    if job_config.model.attention == "flex":
+        problem = "a ring has no flex attention (model.attention). Use 'allgather' or 'ulysses'"
+        fail(job_config, key, problem)
+    if device_type() == "cuda" and job_config.training.mixed_precision_param == "float32":
+        fail(
+            job_config,
+            key,
+            "the flash kernel of CUDA, which a ring needs, has no float32. Use 'allgather', "
+            "'ulysses' or training.mixed_precision_param = 'bfloat16'",
+        )
+
+
+def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
+    if not job_config.parallelism.enable_async_tensor_parallel:
+        return
+    from torchtitan.distributed.utils import device_type
+
+    config, key = job_config.compile, "parallelism.enable_async_tensor_parallel"
+    if not dims.tp_enabled:
+        fail(job_config, key, "needs parallelism.tensor_parallel_degree of 2 or more")
+    if device_type() != "cuda":
+        fail(job_config, key, "needs CUDA, whose devices can read each other's memory")
+    if not config.enable or "model" not in config.components or config.backend != "inductor":
+        problem = "the compiler does it: set compile.enable, 'model' in compile.components and "
+        fail(job_config, key, problem + "compile.backend = 'inductor'")
+    if job_config.parallelism.disable_sequence_parallel:
+        problem = "needs sequence parallel: set parallelism.disable_sequence_parallel = false"
+        fail(job_config, key, problem)
+
+
+def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
+    if not (dims.ep_enabled or dims.tp_enabled):
+        return
+    import torchtitan.models  # noqa: F401  (fills the registry)
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    model = job_config.model
+    experts = get_train_spec(model.name, model.flavor).model_args.num_experts
+    if experts == 0:
+        for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
+            if getattr(job_config.parallelism, name) > 1:
+                problem = f"{model.name} {model.flavor} has no experts. Use 1"
+                fail(job_config, f"parallelism.{name}", problem)
+        return
+    if experts % dims.ep:
+        degrees = [d for d in range(1, experts + 1) if experts % d == 0]
+        fail(
+            job_config,
+            "parallelism.expert_parallel_degree",
+            f"must divide the {experts} experts of {model.name} {model.flavor}. Degrees that do: "
+            f"{', '.join(map(str, degrees))}",
+        )
+    unit = dims.cp * dims.tp  # each rank routes its part of the sequence
+    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    for section in sections:
+        seq_len = getattr(job_config, section).seq_len
+        if dims.tp_enabled and seq_len % unit:
+            fail(
+                job_config,
+                f"{section}.seq_len",
+                f"must be a multiple of {unit}, since each rank of tensor parallel routes a part "
+                f"of the sequence to experts. Nearest: {nearest_multiples(seq_len, unit)}",
+            )
+
+
+def _check_pipeline(job_config: JobConfig) -> None:
+    from torchtitan.distributed.pipeline_split import (
+        SCHEDULE_KINDS,
+        CsvSchedule,
+        splits_backward,
+        stages_per_rank,
+    )
+
+    if job_config.loss.name == "chunked_cross_entropy" and splits_backward(job_config):
+        fail(
+            job_config,
+            "loss.name",
+            "has its gradients once, and this pipeline schedule asks twice, for inputs and for "
+            "weights. Use 'cross_entropy', or another schedule",
+        )
+
+    parallelism = job_config.parallelism
+    size = parallelism.pipeline_parallel_microbatch_size
+    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    for section in sections:
+        batch = getattr(job_config, section).local_batch_size
+        if batch % size:
+            fail(
+                job_config,
+                f"{section}.local_batch_size",
+                f"must be a multiple of parallelism.pipeline_parallel_microbatch_size ({size}). "
+                f"Nearest: {nearest_multiples(batch, size)}",
+            )
+    if parallelism.pipeline_parallel_schedule_csv:
+        needed = CsvSchedule.read(job_config).microbatches
+        for section in sections:
+            if getattr(job_config, section).local_batch_size != needed * size:
+                fail(
+                    job_config,
+                    f"{section}.local_batch_size",
+                    f"must be {needed * size}: the schedule in "
+                    f"{parallelism.pipeline_parallel_schedule_csv} has {needed} micro-batches, of "
+                    f"parallelism.pipeline_parallel_microbatch_size ({size})",
+                )
+        return
+
+    schedule, pp = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_degree
+    per_rank = stages_per_rank(job_config)
+    kind = SCHEDULE_KINDS[schedule]
+    stages = {"single": "1 stage", "looped": "2 or more stages", "V": "2 stages"}[kind]
+    if not {"single": per_rank == 1, "looped": per_rank >= 2, "V": per_rank == 2}[kind]:
+        problem = f"{schedule} needs {stages} a rank"
+        fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
+
+    for section in sections:
+        microbatches = getattr(job_config, section).local_batch_size // size
+        problem = _microbatch_problem(schedule, microbatches, pp, pp * per_rank)
+        if problem:
+            more = microbatches
+            while _microbatch_problem(schedule, more, pp, pp * per_rank):
+                more += 1
+            fewer = pp
+            while fewer > 1 and _microbatch_problem(
+                schedule, microbatches, fewer, fewer * per_rank
+            ):
+                fewer -= 1
+            fail(
+                job_config,
+                f"{section}.local_batch_size",
+                f"makes {microbatches} micro-batches of {size}; {schedule} over {pp} ranks needs "
+                f"{problem}. Nearest: {section}.local_batch_size = {more * size}, or "
+                f"parallelism.pipeline_parallel_degree = {fewer}",
+            )
+
+
+def _microbatch_problem(schedule: str, microbatches: int, pp: int, stages: int) -> str:
+    """What is wrong with the number of micro-batches; "" if nothing is."""
+    if schedule in ("1F1B", "DualPipeV") and microbatches < stages:
+        return f"at least {stages}, one for each stage"
+    if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
+        # They go in rounds of about `pp` micro-batches, all of one size.
+        rounds = max(1, microbatches // pp)
+        if microbatches % rounds:
+            return f"fewer than {2 * pp}, or a multiple of {pp}"
+    return ""
