@@ -307,6 +307,8 @@ class Trainer:
             batch["positions"] = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
         if self.cp_mesh is not None:
             batch = shard_batch(batch, self.cp_mesh, self.job_config)
+        if self.device.type == "cuda":  # a copy from other memory waits for what is queued before
+            batch = {name: t.contiguous().pin_memory() for name, t in batch.items()}
         batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
         inputs = {name: batch[name] for name in self.model_inputs}
         return batch["tokens"], batch["labels"], inputs
