@@ -57,11 +57,11 @@ def lr_factor(
 def build_lr_scheduler(
     optimizers: Iterable[torch.optim.Optimizer], job_config: JobConfig
 ) -> LRSchedulersContainer:
-    """The schedule of `[lr_scheduler]` over `training.steps`, for all optimizers alike."""
+    """The schedule of `[lr_scheduler]`, for all optimizers alike."""
     config = job_config.lr_scheduler
     factor = partial(
         lr_factor,
-        steps=job_config.training.steps,
+        steps=config.total_steps or job_config.training.steps,
         warmup_steps=config.warmup_steps,
         decay_ratio=config.decay_ratio,
         decay_type=config.decay_type,

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchtitan.components.lr_scheduler import LRSchedulersContainer, lr_factor
+from torchtitan.components.lr_scheduler import (
+    LRSchedulersContainer,
+    build_lr_scheduler,
+    lr_factor,
+)
+from torchtitan.config import load_config
 
 
 def test_warm_up_stable_and_decay_meet_at_their_boundaries() -> None:
@@ -47,3 +52,19 @@ def test_groups_keep_their_ratio_and_a_resumed_schedule_goes_on() -> None:
         assert first == pytest.approx(2 / 3)
         assert second == pytest.approx(first / 2)
     assert resumed.last_lr == schedule.last_lr
+
+
+def test_a_trial_run_has_the_learning_rates_of_the_whole_one() -> None:
+    def rates(*options: str) -> list[float]:
+        config = load_config(["--lr_scheduler.warmup_steps=2", *options])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = build_lr_scheduler([optimizer], config)
+        found = []
+        for _ in range(5):
+            found.append(schedule.last_lr)
+            schedule.step()
+        return found
+
+    whole = rates("--training.steps=100")
+    assert rates("--training.steps=5", "--lr_scheduler.total_steps=100") == whole
+    assert rates("--training.steps=5") != whole
