@@ -13,8 +13,8 @@ class LRScheduler:
     warmup_steps: Annotated[int, NonNegative] = 200
     """Steps of linear warm-up."""
     total_steps: Annotated[int, Positive] | None = None
-    """Steps that the schedule spans; unset: `training.steps`. With it a trial run of a few steps, or
-    one that ends early, has the learning rates of the whole run."""
+    """Steps that the schedule spans; unset: `training.steps`. With it a trial run of a few steps,
+    or one that ends early, has the learning rates of the whole run."""
     decay_ratio: Annotated[float, Range(ge=0, le=1)] | None = None
     """Share of the steps spent decaying at the end; unset decays from the end of the warm-up."""
     decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
