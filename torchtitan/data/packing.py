@@ -119,12 +119,3 @@ def to_batch(
         "document_ids": document_ids[:, :-1].astype(np.int64),
     }
     return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-def pack(rows: list[Row], seq_len: int, document_mask: bool) -> dict[str, torch.Tensor]:
-    """The next batch of some rows, see `to_batch`."""
-    arrays = np.empty((3, len(rows), seq_len + 1), dtype=np.int64)
-    for row, *out in zip(rows, *arrays, strict=True):
-        row.fill(*out)
-    tokens, positions, document_ids = arrays
-    return to_batch(tokens, positions, document_ids, document_mask)

@@ -10,7 +10,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data.encode import encode_document
 from torchtitan.data.order import Origin, ShuffledDocuments
-from torchtitan.data.packing import Row, pack
+from torchtitan.data.packing import Row, to_batch
 from torchtitan.errors import DataError
 
 EOS = BytesTokenizer.eos_id
@@ -92,7 +92,10 @@ def test_a_place_beyond_the_document_is_refused() -> None:
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_a_batch_predicts_the_next_token_of_each_row(document_mask: bool) -> None:
     rows = [Row(Documents([3, 9, 9]), stride=2, document=row, offset=0) for row in range(2)]
-    batch = pack(rows, 4, document_mask)
+    arrays = np.empty((3, len(rows), 4 + 1), dtype=np.int64)
+    for row, *out in zip(rows, *arrays, strict=True):
+        row.fill(*out)
+    batch = to_batch(*arrays, document_mask)
     assert batch["tokens"].tolist() == [[0, 1, 2, 200], [100, 101, 102, 103]]
     at_end = IGNORE_INDEX if document_mask else 200
     assert batch["labels"].tolist() == [[1, 2, at_end, 201], [101, 102, 103, 104]]
