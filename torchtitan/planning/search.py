@@ -15,7 +15,8 @@ from torchtitan.config import JobConfig, origin
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import three_digits
 
-from .candidates import Arithmetic, Candidate, candidates
+from .arithmetic import Arithmetic
+from .candidates import Candidate, candidates
 from .devices import Device
 from .estimate import Plan, Traces, plan_run
 

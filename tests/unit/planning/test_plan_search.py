@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.planning.candidates import Arithmetic, candidates
+from torchtitan.planning.arithmetic import Arithmetic
+from torchtitan.planning.candidates import candidates
 from torchtitan.planning.command import main
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
