@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks.report import Table
+from torchtitan.tools.text import three_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +40,8 @@ def _panel(axes: Axes, table: Table) -> None:
         axes.barh(row, bar.spread.median, height=0.6, color=COLOR, xerr=[[low], [high]], capsize=3)
         if bar.target is not None:
             axes.vlines(bar.target, row - 0.42, row + 0.42, color=TARGET_COLOR, linewidth=2)
-        axes.text(0, row, f" {bar.spread.median:.3g}", va="center", color="white", fontsize=8)
-    axes.set_yticks(range(len(table.bars)), [bar.name for bar in table.bars])
+    names = [f"{bar.name}  {three_digits(bar.spread.median)}" for bar in table.bars]
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     targets = any(bar.target is not None for bar in table.bars)
