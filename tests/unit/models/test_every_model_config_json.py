@@ -19,7 +19,8 @@ def first_published(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "flavor"), [(name, flavor) for name, case in CASES.items() for flavor in case.published]
+    ("name", "flavor"),
+    [(name, flavor) for name, case in CASES.items() for flavor in case.published],
 )
 def test_a_published_config_gives_the_flavor(name, flavor):
     expected = get_train_spec(name, flavor).model_args
