@@ -8,8 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from torchtitan.protocols import BaseModelArgs
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCase:

@@ -1,5 +1,7 @@
 """Llama 3, for the tests that all models share."""
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,7 +47,8 @@ VARIANTS = {
 }
 
 
-def hf_model(args: Llama3ModelArgs) -> LlamaForCausalLM:
+def rope_parameters(args: Any) -> dict[str, Any]:
+    """Of a `config.json`, from args with `rope_theta` and `rope_scaling`."""
     rope = {"rope_type": "default", "rope_theta": args.rope_theta}
     if args.rope_scaling is not None:
         rope |= {
@@ -55,6 +58,10 @@ def hf_model(args: Llama3ModelArgs) -> LlamaForCausalLM:
             "high_freq_factor": args.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
         }
+    return rope
+
+
+def hf_model(args: Llama3ModelArgs) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=args.dim,
@@ -67,7 +74,7 @@ def hf_model(args: Llama3ModelArgs) -> LlamaForCausalLM:
         tie_word_embeddings=args.tie_word_embeddings,
         max_position_embeddings=1024,
         initializer_range=0.1,  # far from zero, so that a difference would show
-        rope_parameters=rope,
+        rope_parameters=rope_parameters(args),
     )
     return LlamaForCausalLM(config).eval()
 

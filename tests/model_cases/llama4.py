@@ -6,6 +6,7 @@ import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from model_cases.case import ModelCase
+from model_cases.llama3 import rope_parameters
 from torchtitan.models.common.rope import RopeScaling
 from torchtitan.models.llama4 import Llama4ModelArgs
 from torchtitan.models.llama4.model.args import MOE
@@ -50,15 +51,6 @@ VARIANTS = {
 
 
 def hf_model(args: Llama4ModelArgs) -> Llama4ForCausalLM:
-    rope = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling.factor,
-            "low_freq_factor": args.rope_scaling.low_freq_factor,
-            "high_freq_factor": args.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
-        }
     config = Llama4TextConfig(
         hidden_size=args.dim,
         num_hidden_layers=args.n_layers,
@@ -81,7 +73,7 @@ def hf_model(args: Llama4ModelArgs) -> Llama4ForCausalLM:
         tie_word_embeddings=args.tie_word_embeddings,
         max_position_embeddings=1024,
         initializer_range=0.1,  # far from zero, so that a difference would show
-        rope_parameters=rope,
+        rope_parameters=rope_parameters(args),
     )
     torch.manual_seed(0)
     return Llama4ForCausalLM(config).eval()

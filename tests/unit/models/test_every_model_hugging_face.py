@@ -35,8 +35,13 @@ def test_logits(models):
     hf, ours, _, _ = models
     for seq_len in (20, 128, 512):
         input_ids = torch.randint(ours.args.vocab_size, (2, seq_len))
-        logits, expected = ours(input_ids), hf(input_ids).logits
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4, msg=f"{seq_len} tokens")
+        torch.testing.assert_close(
+            ours(input_ids),
+            hf(input_ids).logits,
+            atol=1e-4,
+            rtol=1e-4,
+            msg=lambda message, seq_len=seq_len: f"{seq_len} tokens: {message}",
+        )
 
 
 def test_gradients(models):
