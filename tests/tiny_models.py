@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import torch
+
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.rope import RopeScaling
 from torchtitan.models.common.yarn import YarnScaling
@@ -12,7 +14,7 @@ from torchtitan.models.llama3 import Llama3ModelArgs
 from torchtitan.models.llama4 import Llama4ModelArgs
 from torchtitan.models.llama4.model.args import MOE as LLAMA4_MOE
 from torchtitan.models.qwen3 import Qwen3ModelArgs
-from torchtitan.protocols import BaseModelArgs
+from torchtitan.protocols import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, TrainSpec, model_flavors
 
 VOCABULARY = 264  # the tokenizer `bytes`, rounded up
@@ -77,6 +79,7 @@ TINY: dict[str, BaseModelArgs] = {
     ),
     "deepseek_v3, V2": replace(
         _DEEPSEEK,
+        q_rank=None,  # as in V2 Lite
         moe=replace(
             _DEEPSEEK.moe,
             score_func="softmax",
@@ -114,3 +117,17 @@ def tiny_spec(name: str) -> TrainSpec:
     """The `TrainSpec` of `TINY[name]`."""
     model = name.split(",")[0]
     return replace(MODEL_REGISTRY[model](model_flavors(model)[0]), model_args=TINY[name])
+
+
+def tiny_model(name: str, **changes: object) -> ModelProtocol:
+    """The model of `TINY[name]` with `changes`; the same weights each time."""
+    model = tiny_spec(name).model_cls(replace(TINY[name], **changes))
+    torch.manual_seed(0)
+    model.init_weights()
+    return model
+
+
+def tiny_tokens(batch: int, seq: int) -> torch.Tensor:
+    """`[batch, seq]` random tokens, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(VOCABULARY, (batch, seq), generator=generator)

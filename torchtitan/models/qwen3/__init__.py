@@ -49,6 +49,7 @@ MODEL_CONFIGS = {
         n_layers=48,
         n_heads=32,
         n_kv_heads=4,
+        ffn_dim=6144,  # of no layer, but in its config.json
         moe=MoEArgs(hidden_dim=768, **PUBLISHED_MOE),
     ),
     "235B-A22B": Qwen3ModelArgs(
