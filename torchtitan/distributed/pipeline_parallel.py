@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
@@ -235,6 +236,13 @@ class _Stage(PipelineStage):
     That is a forward pass with the first micro-batch (torch 2.13) or zeros (2.11), which must not
     count as training: in the load statistics of experts, for example.
     """
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Those that connect it to other ranks. The two in the middle of a V are on one, and torch
+        2.11 would have gloo connect that to itself.
+        """
+        ops = super()._get_init_p2p_neighbors_ops()
+        return [op for op in ops if op.group_peer != self.group_rank]
 
     def _forward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
         with _in_eval_mode(self.submod):

@@ -52,7 +52,8 @@ class _RingAttention(torch.autograd.Function):
             else:
                 _merge(out[:, :, rows], lse[:, :, rows], block, block_lse)
             kv = _wait(coming)
-        out = out.to(q.dtype)
+        # A copy: compiled by torch 2.11, what was changed in place has no gradient.
+        out = out.to(q.dtype, copy=True)
         ctx.save_for_backward(q, k, v, out, lse, *rng)
         ctx.shards = shards
         return out
