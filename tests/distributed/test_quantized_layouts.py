@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from equality import newest_weights
 from harness import command, train
 from tiny_llama import OPTIONS
@@ -29,9 +30,12 @@ PP2 = "--parallelism.pipeline_parallel_degree=2"
 EP2 = "--parallelism.expert_parallel_degree=2"
 COMPILE = ("--compile.enable", "--compile.backend=aot_eager")
 
-LOSS, NORM = 1e-4, 1e-2
-"""Relative, over a run. Rounding is not continuous: where sums in another order fall on the other
-side of a tie, a number of 4 bits changes by 6%, and training takes it from there."""
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+LOSS, NORM = 3e-4, 1e-2
+"""Relative, over a run, as in docs/composability.md. Rounding is not continuous: where sums in
+another order fall on the other side of a tie, a number of 4 bits changes by 6%, and training takes
+it from there. How many ties there are depends on the text, Python's own library: seen are 6e-5 with
+Python 3.11 and 1.1e-4 with 3.12."""
 FIRST_LOSS, FIRST_NORM = 1e-6, 3e-4
 """Of the first step, which begins with the same weights."""
 
@@ -93,8 +97,13 @@ def test_zero_bubble_schedules_train_like_one_process(
     one_process: dict[str, list[dict]], tmp_path: Path
 ) -> None:
     """They ask for the gradients of inputs and of weights one after the other."""
-    schedule = "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"
-    lines = train(tmp_path, *DENSE, *ROWWISE, PP2, schedule, ranks=2)
+    options = (*DENSE, *ROWWISE, PP2, "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble")
+    if TORCH < (2, 12):  # which lets go of a part of the graph that is still needed
+        done = command("train", *options, "--job.dump_folder", str(tmp_path), ranks=2)
+        assert "cannot split the backward pass of this model" in done.err
+        assert 2 in done.exit_codes
+        return
+    lines = train(tmp_path, *options, ranks=2)
     assert_near(lines, one_process["rowwise"])
 
 

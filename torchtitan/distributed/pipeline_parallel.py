@@ -152,13 +152,23 @@ class Pipeline:
         inputs: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         losses: list[torch.Tensor] | None = [] if self._is_last else None
-        run(
-            *([tokens] if self._is_first else []),
-            target=labels if self._is_last else None,
-            losses=losses,
-            return_outputs=False,
-            **inputs,
-        )
+        try:
+            run(
+                *([tokens] if self._is_first else []),
+                target=labels if self._is_last else None,
+                losses=losses,
+                return_outputs=False,
+                **inputs,
+            )
+        except RuntimeError as error:
+            if "'_input_metadata' is invalid" not in str(error):
+                raise
+            raise ConfigError(
+                f"{origin(self._config, 'parallelism.pipeline_parallel_schedule')}: PyTorch "
+                f"{torch.__version__} cannot split the backward pass of this model, which has a "
+                "torch.autograd.Function with weights (float8 layers have). Use PyTorch 2.13, or a "
+                "schedule that does not split it: '1F1B' or 'Interleaved1F1B'"
+            ) from error
         if losses is None:
             return torch.zeros((), device=tokens.device)
         return torch.stack([loss.detach() for loss in losses]).sum()

@@ -118,7 +118,12 @@ def test_emulated_products_are_pytorchs_own(grouping):
     """`torch._scaled_mm` runs on the CPU for these: the arguments are as it wants them."""
     a, b = (quantize(normal(32, 64, seed=i), E4M3, grouping) for i in (1, 2))
     emulated = scaled_mm(a, b, torch.bfloat16, emulate=True)
-    real = scaled_mm(a, b, torch.bfloat16, emulate=False)
+    try:
+        real = scaled_mm(a, b, torch.bfloat16, emulate=False)
+    except RuntimeError as error:
+        if "only supports per-tensor scaling for CPU" in str(error):
+            pytest.skip("torch 2.11 has no scales of rows on a CPU")
+        raise
     torch.testing.assert_close(emulated, real, rtol=2**-8, atol=0)
 
 
