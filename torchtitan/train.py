@@ -271,9 +271,13 @@ class Trainer:
     def _gradients(self, batches: list[Batch], global_tokens: torch.Tensor) -> torch.Tensor:
         """Leave the gradients of all micro-batches in the parameters. Returns the share of loss."""
         loss_sum = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches, start=1):
-            set_last_micro_batch(self.fsdp_modules, number == len(batches))
-            loss_sum += self.forward_backward(batch, global_tokens)
+        # Autocast forgets its casts of weights when the outermost context ends, so micro-batches
+        # share them in this one. Under checkpointing they would be kept where they were not before.
+        share = len(batches) > 1 and self.job_config.activation_checkpoint.mode == "none"
+        with torch.autocast(self.device.type, enabled=False) if share else nullcontext():
+            for number, batch in enumerate(batches, start=1):
+                set_last_micro_batch(self.fsdp_modules, number == len(batches))
+                loss_sum += self.forward_backward(batch, global_tokens)
         return loss_sum
 
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:

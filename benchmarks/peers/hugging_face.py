@@ -81,6 +81,8 @@ def main(plan_file: str) -> None:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            bf16=plan["precision"] == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),  # which bf16 asks for
             torch_compile=plan["compile"],
             remove_unused_columns=False,  # it does not know `shift_labels`
         ),

@@ -36,6 +36,7 @@ def main(plan_file: str) -> None:
     options += ["--training.steps", str(plan["steps"]), "--metrics.progress", "plain"]
     options += ["--job.custom_import", "benchmarks.flavors"]
     options += ["--model.name", "benchmark_llama3", "--model.flavor", plan["flavor"]]
+    options += ["--training.mixed_precision_param", plan["precision"]]
     if plan["compile"]:
         options += ["--compile.enable"]
     trainer = Contestant(load_config(options))

@@ -121,7 +121,7 @@ def main(plan_file: str) -> None:
         "training.seq_len": plan["seq_len"],
         "training.steps": plan["steps"],
         "training.max_norm": plan["max_norm"],
-        "training.mixed_precision_param": "float32",
+        "training.mixed_precision_param": plan["precision"],
         "activation_checkpoint.mode": "none",
     }
     arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
