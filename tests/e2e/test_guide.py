@@ -1,97 +1,62 @@
-"""The guide works word for word: its code blocks, with `...` filled in, make a model that trains.
+"""The guide works word for word: its code blocks, put together, make a model that trains.
 
-`docs/adding_models.md` is the source of the blocks, so that what the docs state is what runs.
+`docs/adding_models.md` is the source of the blocks, so that what the docs state is what runs. A
+block `# FILE, above` goes before the block `# FILE`, and so on.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from harness import command, read_lines, shell
+from safetensors.torch import save_file
 
 import torchtitan
 from torchtitan.config import load_config
 
 GUIDE = Path(__file__).parents[2] / "docs" / "adding_models.md"
 
-BLOCK = """
-import torch
-import torch.nn.functional as F
-from torch.nn import RMSNorm
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        self.norm = RMSNorm(args.dim)
-        self.qkv = nn.Linear(args.dim, 3 * args.dim, bias=False)
-        self.proj = nn.Linear(args.dim, args.dim, bias=False)
-        self.heads = args.n_heads
-
-    def forward(self, x):
-        batch, seq, dim = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, seq, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.proj(out.transpose(1, 2).reshape(batch, seq, dim))
-"""
-
-REST_OF_PARAMETERS = (  # the output layer, the blocks above, and the last norm
-    "+ (1 + self.vocab_size) * self.dim + self.n_layers * (4 * self.dim + 1) * self.dim"
-)
-
-PARALLELIZE_IMPORTS = """
-import torch
-from torch.distributed.device_mesh import DeviceMesh
-
-from torchtitan.config import JobConfig
-from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.distributed.fsdp import apply_fsdp
-from torchtitan.distributed.parallel_dims import ParallelDims
-from {package}.model.model import YourModel
-"""
-
-SPEC_IMPORTS = """
-from torchtitan.components import build_loss, build_lr_scheduler, build_optimizer, build_tokenizer
-from torchtitan.data import build_dataloader
-"""
-
-DEBUG_FLAVOR = (
-    'MODEL_CONFIGS["debug"] = YourModelArgs(dim=32, n_layers=2, n_heads=2, vocab_size=264)'
-)
-
 
 def code_blocks() -> dict[str, str]:
     """First line of each fenced block that names a file (`# model/args.py`) -> the block."""
     blocks = re.findall(
-        r"```(?:python|toml)\n(# \S+\.(?:py|toml))\n(.*?)```", GUIDE.read_text(), re.S
+        r"```(?:python|toml)\n# (\S+\.(?:py|toml)(?:, [a-z ]+)?)\n(.*?)```", GUIDE.read_text(), re.S
     )
-    return {name.removeprefix("# "): textwrap.dedent(body) for name, body in blocks}
+    return dict(blocks)
 
 
-def write_model(folder: Path, package: str) -> None:
-    """Create the guide's folder from its blocks, filling only what the guide leaves open."""
+def write_model(folder: Path, *, whole: bool = True) -> None:
+    """The guide's folder, of nothing but its blocks.
+
+    `whole` is with what it calls optional: the Hugging Face names.
+    """
     blocks = code_blocks()
-    args = blocks["model/args.py"].replace("+ ...", REST_OF_PARAMETERS)
-    model = blocks["model/model.py"].replace("from .args import", BLOCK + "\nfrom .args import", 1)
+    dots = blocks["model/args.py, for the dots"].strip()
+    spec = blocks["__init__.py"]
+    if whole:
+        spec = spec.replace("state_dict_adapter=None", "state_dict_adapter=YourStateDictAdapter")
+        spec = "from .model.state_dict_adapter import YourStateDictAdapter\n" + spec
     files = {
-        "__init__.py": SPEC_IMPORTS
-        + blocks["__init__.py"].replace(
-            "def get_train_spec", f"{DEBUG_FLAVOR}\n\n\ndef get_train_spec"
-        ),
+        "__init__.py": blocks["__init__.py, above"] + spec + blocks["__init__.py, below"],
         "model/__init__.py": "",
-        "model/args.py": args,
-        "model/model.py": model,
-        "model/state_dict_adapter.py": blocks["model/state_dict_adapter.py"],
+        "model/args.py": blocks["model/args.py"].replace("...", dots),
+        "model/model.py": blocks["model/model.py, above"] + blocks["model/model.py"],
+        "model/state_dict_adapter.py": blocks["model/state_dict_adapter.py"]
+        + blocks["model/state_dict_adapter.py, in the class"],
         "infra/__init__.py": "",
-        "infra/parallelize.py": PARALLELIZE_IMPORTS.format(package=package)
+        "infra/parallelize.py": blocks["infra/parallelize.py, above"]
         + blocks["infra/parallelize.py"],
+        "infra/pipeline.py": blocks["infra/pipeline.py"],
+        "train_configs/debug_model.toml": blocks["train_configs/debug_model.toml"],
+        "train_configs/your_model_8b.toml": blocks["train_configs/your_model_8b.toml"],
     }
     for name, text in files.items():
         path = folder / name
@@ -99,69 +64,128 @@ def write_model(folder: Path, package: str) -> None:
         path.write_text(text)
 
 
-def options(folder: Path, processes: int, *more: str) -> list[str]:
+def options(folder: Path, *more: str, whole: bool = True) -> list[str]:
     """Writes the model, and gives the options to train it with `folder` as working directory."""
-    write_model(folder / "my_pkg" / "your_model", "my_pkg.your_model")
-    words = "--job.custom_import my_pkg.your_model --model.name your_model --model.flavor debug "
-    words += "--training.seq_len 32 --training.steps 8 --training.mixed_precision_param float32 "
-    words += "--optimizer.lr 1e-2 --lr_scheduler.warmup_steps 2 --metrics.log_freq 1 "
-    words += f"--training.global_batch_size 8 --training.local_batch_size {8 // processes} "
-    return [*words.split(), "--job.dump_folder", str(folder / "run"), *more]
+    model = folder / "my_pkg" / "your_model"
+    write_model(model, whole=whole)
+    words = "--job.custom_import my_pkg.your_model --training.steps 8 --training.seq_len 32 "
+    words += f"--lr_scheduler.warmup_steps 2 --metrics.log_freq 1 --job.dump_folder {folder}/run "
+    return ["--job.config_file", f"{model}/train_configs/debug_model.toml", *words.split(), *more]
 
 
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_lines(folder / "run" / "metrics.jsonl")]
 
 
-def test_the_guides_model_trains_alike_on_one_and_four_processes(tmp_path: Path) -> None:
-    """With the commands as users type them."""
-    one, four = tmp_path / "one", tmp_path / "four"
-    python = ["python", "-m", "torchtitan.train"]
-    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "torchtitan.train"]
-    shell([*python, *options(one, 1)], cwd=one)
-    shell([*torchrun, *options(four, 4)], cwd=four)
-    assert losses(one)[-1] < losses(one)[0] - 0.3
-    assert losses(four) == pytest.approx(losses(one), rel=1e-4)
-
-
-def test_the_guides_model_trains_with_whole_model_compile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, compiled = tmp_path / "one", tmp_path / "compiled"
-    shell(["torchtitan", "train", *options(one, 1)], cwd=one)
-    more = options(compiled, 2, "--compile.enable", "--compile.backend=aot_eager")
-    monkeypatch.chdir(compiled)
-    done = command("train", *more, ranks=2)
+def trained(folder: Path, ranks: int, *more: str, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    words = options(folder, *more)
+    monkeypatch.chdir(folder)
+    done = command("train", *words, ranks=ranks)
     assert done.exit_code == 0, done.err
-    assert losses(compiled) == pytest.approx(losses(one), rel=1e-4)
+    return losses(folder)
 
 
-def test_the_guides_training_config_loads_as_it_stands(tmp_path: Path) -> None:
-    path = tmp_path / "your_model_8b.toml"
-    path.write_text(code_blocks()["train_configs/your_model_8b.toml"])
-    config = load_config(["--job.config_file", str(path)])
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one process, with a checkpoint, by the command as users type it."""
+    folder = tmp_path_factory.mktemp("one")
+    words = options(folder, "--checkpoint.enable", "--checkpoint.interval=4")
+    shell(["python", "-m", "torchtitan.train", *words], cwd=folder)
+    return folder
+
+
+def test_the_guides_model_trains_alike_on_one_and_four_processes(one: Path, tmp_path: Path) -> None:
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "torchtitan.train"]
+    shell([*torchrun, *options(tmp_path, whole=False)], cwd=tmp_path)
+    assert losses(one)[-1] < losses(one)[0] - 0.3
+    assert losses(tmp_path) == pytest.approx(losses(one), rel=1e-4)
+
+
+LAYOUTS = {
+    "tensor parallel and FSDP": (4, ["--parallelism.tensor_parallel_degree=2"]),
+    "HSDP": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
+    "checkpointing": (1, ["--activation_checkpoint.mode=full"]),
+    "whole-model compile": (2, ["--compile.enable"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_guides_model_trains_alike_on(
+    layout: str, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, more = LAYOUTS[layout]
+    assert trained(tmp_path, ranks, *more, monkeypatch=monkeypatch) == pytest.approx(
+        losses(one), rel=1e-4
+    )
+
+
+def test_the_guides_model_resumes_on_another_layout(
+    one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(one / "run" / "checkpoint" / "step-4", tmp_path / "run" / "checkpoint/step-4")
+    more = "--checkpoint.enable", "--parallelism.tensor_parallel_degree=2"
+    resumed = trained(tmp_path, 2, *more, monkeypatch=monkeypatch)
+    assert resumed == pytest.approx(losses(one)[4:], rel=1e-4)
+
+
+def test_the_guides_numerics_test_works(
+    one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`YourModel(args).load_checkpoint(...)`, of a checkpoint of ours and of Hugging Face names."""
+    monkeypatch.syspath_prepend(one)
+    ours = importlib.import_module("my_pkg.your_model")
+    spec = ours.get_train_spec("debugmodel")
+    model = ours.YourModel(spec.model_args).load_checkpoint(one / "run" / "checkpoint" / "step-8")
+    theirs = spec.state_dict_adapter(spec.model_args).to_hf(model.state_dict())
+    assert {"model.embed_tokens.weight", "model.layers.1.wq.weight", "lm_head.weight"} < set(theirs)
+    save_file(theirs, tmp_path / "model.safetensors", {"format": "pt"})
+    again = ours.YourModel(spec.model_args).load_checkpoint(tmp_path)
+    tokens = torch.randint(0, 264, (1, 32))
+    torch.testing.assert_close(again(tokens), model(tokens), atol=0, rtol=0)
+
+
+def test_the_guides_training_configs_load_as_they_stand(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    config = load_config(["--job.config_file", str(tmp_path / "train_configs/your_model_8b.toml")])
     assert (config.model.name, config.model.flavor) == ("your_model", "8B")
     assert (config.optimizer.lr, config.training.seq_len) == (3e-4, 8192)
 
 
-def test_the_guides_registration_in_the_tree_works(tmp_path: Path) -> None:
+def test_the_guides_registration_in_the_tree_works(tmp_path: Path, one: Path) -> None:
     """Step 7, on a copy of the package, so that the tree itself stays as it is."""
     package = tmp_path / "torchtitan"
     shutil.copytree(Path(torchtitan.__file__).parent, package)
-    write_model(package / "models" / "your_model", "torchtitan.models.your_model")
+    write_model(package / "models" / "your_model")
     lines = re.search(
         r"```python\n(from \.your_model import.*?)```", GUIDE.read_text(), re.S
     ).group(1)
     with (package / "models" / "__init__.py").open("a") as file:
         file.write(lines)
-    script = (
-        "from torchtitan.models import MODEL_REGISTRY as r; print(r['your_model']('8B').model_args)"
-    )
+    (last,) = re.findall(r"^torchrun .* (-m torchtitan\.train .*)$", GUIDE.read_text(), re.M)
+    words = "--training.steps=8 --training.seq_len=32 --lr_scheduler.warmup_steps=2"
+    words += f" --metrics.log_freq=1 --job.dump_folder={tmp_path}/run"
     done = subprocess.run(
+        [sys.executable, *last.split(), *words.split()],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == losses(one)
+    script = (
+        "from torchtitan.models import MODEL_REGISTRY as r; import torch\n"
+        "for flavor in ('8B', '70B'):\n"
+        "    spec = r['your_model'](flavor)\n"
+        "    with torch.device('meta'): model = spec.model_cls(spec.model_args)\n"
+        "    n = sum(p.numel() for p in model.parameters())\n"
+        "    print(flavor, n == spec.model_args.get_nparams_and_flops(8192)[0])"
+    )
+    built = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert "YourModelArgs(dim=4096" in done.stdout, done.stderr
+    assert built.stdout == "8B True\n70B True\n", built.stderr

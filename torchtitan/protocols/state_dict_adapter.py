@@ -29,6 +29,14 @@ class BaseStateDictAdapter(ABC):
         """
         return
 
+    def _convert_key_to_hf(self, key: str) -> str:
+        """The Hugging Face name of one of our tensors, for adapters that only rename."""
+        raise NotImplementedError(f"{type(self).__name__} must define _convert_key_to_hf(key)")
+
+    def _convert_key_from_hf(self, key: str) -> str:
+        """The inverse of `_convert_key_to_hf`."""
+        raise NotImplementedError(f"{type(self).__name__} must define _convert_key_from_hf(key)")
+
     @abstractmethod
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Convert our state dict to the Hugging Face format."""

@@ -21,6 +21,8 @@ class TrainSpec:
     """Everything the trainer needs for one model of one size. Signatures of the builders:
 
     * `parallelize_fn(model, world_mesh, parallel_dims, job_config) -> model`
+    * `pipeline_fn(model, world_mesh, parallel_dims, job_config, parallelize_fn, loss_fn) ->
+      Pipeline`; `torchtitan.distributed.pipeline_parallel.build_pipeline` is one
     * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`
     * `build_lr_scheduler_fn(optimizers, job_config) -> LRSchedulersContainer`
     * `build_dataloader_fn(job_config, tokenizer, dp_rank, dp_world_size) -> DataLoader`
