@@ -45,14 +45,14 @@ def initialize_weights(
     with preserve_tying(model):
         model.to_empty(device=device)
     with torch.no_grad():
-        _poison(model)
-        with SeededInit(model, seed):
+        unset = _Unset(model)
+        with unset, SeededInit(model, seed):
             for module in model.modules():
                 reset = getattr(module, "reset_parameters", None)
                 if reset is not None:
                     reset()
             model.init_weights()
-        _refuse_poison(model)
+        unset.refuse()
     if buffer_device is not None:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -112,23 +112,56 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return local.untyped_storage()._cdata
 
 
-def _floating_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+class _Unset(TorchDispatchMode):
+    """Finds the parameters and buffers that nobody sets while it is entered.
+
+    Floating and complex tensors are filled with NaN, so that one which is set in part is found too.
+    Of integers and booleans, only whether anything was written to them is known.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._unwritten: dict[int, torch.Tensor] = {}  # which keeps keys from being used again
+        for _, tensor in _local_tensors(model):
+            if _holds_nan(tensor):
+                tensor.fill_(float("nan"))
+            else:
+                self._unwritten[_storage_key(tensor)] = tensor
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._unwritten and func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                tensor = given.get(argument.name)
+                if argument.is_write and isinstance(tensor, torch.Tensor):
+                    self._unwritten.pop(_storage_key(tensor), None)
+        return func(*args, **kwargs)
+
+    def refuse(self) -> None:
+        """Raise a RuntimeError that names what is unset."""
+        unset = [
+            canonical_name(name)
+            for name, tensor in _local_tensors(self._model)
+            if (_holds_nan(tensor) and tensor.isnan().any())
+            or (tensor.numel() and _storage_key(tensor) in self._unwritten)
+        ]
+        if unset:
+            raise RuntimeError(
+                f"{type(self._model).__name__}.init_weights() leaves {len(unset)} tensors unset: "
+                f"{', '.join(unset[:5])}{', ...' if len(unset) > 5 else ''}. Models are built "
+                "without memory and filled afterwards, so init_weights() must set every parameter "
+                "and buffer that no reset_parameters() sets"
+            )
+
+
+def _local_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    tensors = [(n, t.to_local() if isinstance(t, DTensor) else t) for n, t in tensors]
-    return [(n, t) for n, t in tensors if t.is_floating_point()]
+    return [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in tensors]
 
 
-def _poison(model: nn.Module) -> None:
-    for _, tensor in _floating_tensors(model):
-        tensor.fill_(float("nan"))
-
-
-def _refuse_poison(model: nn.Module) -> None:
-    unset = [canonical_name(n) for n, t in _floating_tensors(model) if t.isnan().any()]
-    if unset:
-        raise RuntimeError(
-            f"{type(model).__name__}.init_weights() leaves {len(unset)} tensors unset: "
-            f"{', '.join(unset[:5])}{', ...' if len(unset) > 5 else ''}. Models are built without "
-            "memory and filled afterwards, so init_weights() must set every parameter and buffer "
-            "that no reset_parameters() sets"
-        )
+def _holds_nan(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

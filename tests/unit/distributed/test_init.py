@@ -56,6 +56,47 @@ def test_an_unset_parameter_is_an_error_that_names_it() -> None:
         initialize_weights(model, 0, torch.device("cpu"))
 
 
+class Buffers(ModelProtocol):
+    """Buffers that are not floating point, as masks and complex rotations are."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril())
+        self.register_buffer("counts", torch.zeros(4, dtype=torch.int64))
+        self.register_buffer("rotation", torch.ones(4, dtype=torch.complex64))
+        self.register_buffer("replaced", torch.zeros(4, dtype=torch.int32))
+
+    def init_weights(self) -> None:
+        if "mask" in self.names:
+            self.mask.copy_(torch.ones(4, 4, dtype=torch.bool).tril())
+        if "counts" in self.names:
+            torch.arange(4, out=self.counts)
+        if "rotation" in self.names:
+            self.rotation[:] = 1j
+        if "replaced" in self.names:
+            self.replaced = torch.arange(4, dtype=torch.int32)
+
+
+NAMES = ["mask", "counts", "rotation", "replaced"]
+
+
+@pytest.mark.parametrize("left_out", NAMES)
+def test_an_unset_buffer_of_any_dtype_is_an_error(left_out: str) -> None:
+    with torch.device("meta"):
+        model = Buffers([name for name in NAMES if name != left_out])
+    with pytest.raises(RuntimeError, match=f"leaves 1 tensors unset: {left_out}"):
+        initialize_weights(model, 0, torch.device("cpu"))
+
+
+def test_buffers_of_any_dtype_can_be_set() -> None:
+    with torch.device("meta"):
+        model = Buffers(NAMES)
+    initialize_weights(model, 0, torch.device("cpu"))
+    assert model.mask.sum() == 10 and model.rotation[3] == 1j
+    assert model.counts.tolist() == model.replaced.tolist() == [0, 1, 2, 3]
+
+
 def test_tied_weights_stay_tied() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
