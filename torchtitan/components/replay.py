@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.collectives import CollectiveObserver
+from torchtitan.distributed.collectives import CollectiveObserver, can_be_observed
 from torchtitan.distributed.utils import device
 from torchtitan.errors import TrainingError
 
@@ -46,9 +46,7 @@ class Replay:
     ) -> None:
         self._freq = job_config.training.replay_freq
         self._model_parts = model_parts
-        # Compiled code refuses to run where operations are observed.
-        compiled = job_config.compile.enable or job_config.model.attention == "flex"
-        self._observes_collectives = not compiled
+        self._observes_collectives = can_be_observed(model_parts, job_config, device())
         mesh = parallel_dims.world_mesh
         self._stage = mesh["pp"].get_local_rank() if parallel_dims.pp_enabled else 0
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
-from torchtitan.distributed.collectives import CollectiveObserver
+from torchtitan.config.load import fail
+from torchtitan.distributed.collectives import CollectiveObserver, can_be_observed
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -27,8 +29,14 @@ class Stragglers:
     overlap of communication and computation away. The step computes the same.
     """
 
-    def __init__(self, job_config: JobConfig, device: torch.device) -> None:
+    def __init__(
+        self, job_config: JobConfig, model_parts: list[nn.Module], device: torch.device
+    ) -> None:
+        """Raises `ConfigError` where the model has compiled code, or none can be timed."""
         self._freq = job_config.metrics.straggler_freq
+        if self._freq and not can_be_observed(model_parts, job_config, device):
+            problem = "compiled models, and flex attention, do not let their collectives be timed."
+            fail(job_config, "metrics.straggler_freq", f"{problem} Use 0")
         self._device = device
         self._own: float | None = None
         self._waited = 0.0

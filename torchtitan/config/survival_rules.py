@@ -36,7 +36,7 @@ def _check_watch(job_config: JobConfig) -> None:
     comm = job_config.comm
     if job_config.metrics.straggler_freq:
         key = "metrics.straggler_freq"
-        if job_config.compile.enable or job_config.model.attention == "flex":
+        if job_config.compile.enable:
             fail(job_config, key, "compiled models do not let their collectives be timed. Use 0")
         if job_config.parallelism.pipeline_parallel_degree > 1:
             fail(job_config, key, "stages of a pipeline wait for each other in turn. Use 0")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchtitan.errors import ConfigError, did_you_mean
 
+from .batch import resolve_batch
 from .job_config import JobConfig
 from .layout_rules import check_layout
 from .load import fail
@@ -177,6 +178,12 @@ def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
         problem = (
             "a CUDA graph reads weights where they were when it was captured, and with several "
             "ranks they are gathered anew each time. Use 'default' or 'max-autotune-no-cudagraphs'"
+        )
+        fail(job_config, key, problem)
+    if resolve_batch(job_config, 1)[1] > 1:
+        problem = (
+            "gradients of one micro-batch would lie in the graph's memory, which the next one "
+            "overwrites. Accumulate none (training.global_batch_size = training.local_batch_size)"
         )
         fail(job_config, key, problem)
 

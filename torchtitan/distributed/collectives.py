@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn as nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 _NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional")
 _NO_COMMUNICATION = ("wait_tensor", "_wrap_tensor_autograd")
@@ -74,3 +78,20 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for element in value:
             yield from _tensors(element)
+
+
+def can_be_observed(
+    model_parts: list[nn.Module], job_config: JobConfig, device: torch.device
+) -> bool:
+    """Whether `CollectiveObserver` may be entered: compiled code refuses to run under it.
+
+    Flex attention is compiled too, which CUDA takes for masks that are not plain causal.
+    """
+    from torchtitan.models.common.attention import CausalMask
+
+    seq_len, documents = job_config.training.seq_len, job_config.training.document_mask
+    masks = [m for part in model_parts for m in part.modules() if isinstance(m, CausalMask)]
+    flex = any(
+        mask.uses_flex(not documents and mask.is_plain(seq_len, None), device) for mask in masks
+    )
+    return not (job_config.compile.enable or flex)

@@ -43,3 +43,13 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     for layer in layers_of(model).values():
         layer.forward = torch.compile(layer.forward, fullgraph=not moe_layers(layer), **options)
     return model
+
+
+def begin_forward_pass(job_config: JobConfig) -> None:
+    """Before each forward pass: what the one before has left may be overwritten by CUDA graphs.
+
+    Without it, each compiled block of a pass without gradients would count as a pass of its own.
+    """
+    config = job_config.compile
+    if config.enable and config.mode in ("reduce-overhead", "max-autotune"):
+        torch.compiler.cudagraph_mark_step_begin()

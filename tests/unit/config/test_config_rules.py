@@ -332,6 +332,8 @@ def test_what_cuda_graphs_need(config, monkeypatch, mode):
     monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
     validate(config, 1)
     assert "gathered anew each time" in error_of(config, 2)
+    config.training.local_batch_size, config.training.global_batch_size = 2, 4
+    assert "Accumulate none" in error_of(config)
 
 
 def test_tuning_of_kernels_needs_only_the_compiler(config):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.compile import apply_compile, begin_forward_pass
 from torchtitan.protocols.train_spec import get_train_spec
 
 
@@ -30,3 +30,13 @@ def test_the_mode_is_the_compilers(monkeypatch, scope, mode, expected):
         model = spec.model_cls(spec.model_args)
     apply_compile(model, job_config)
     assert modes == [expected] * (1 if scope == "model" else len(model.layers))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_cuda_graphs_hear_of_each_forward_pass(monkeypatch, mode):
+    job_config = JobConfig()
+    job_config.compile.enable, job_config.compile.mode = True, mode
+    heard = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: heard.append(1))
+    begin_forward_pass(job_config)
+    assert len(heard) == (mode == "reduce-overhead")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,14 @@ class HostCopy(AsyncStager):
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, ...], torch.Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-staging")
+        # A thread begins with GPU 0, where a context of each rank of the host would take memory.
+        on_gpu = torch.cuda.is_available()
+        begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint-staging", initializer=begin
+        )
         self._done: Future[dict[str, Any]] | None = None
-        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._stream = torch.cuda.Stream() if on_gpu else None
 
     def stage(self, state_dict: dict[str, Any]) -> Future[dict[str, Any]]:
         """Begin to copy nested dicts of tensors, DTensors and plain values."""

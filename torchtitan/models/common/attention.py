@@ -127,14 +127,19 @@ class CausalMask(nn.Module):
             Of `n` queries and `seq` keys, for all heads. None: plain causal.
         """
         plain = self.is_plain(seq_len, document_ids)
-        use_flex = self.kernel == "flex" or (self.kernel == "auto" and not plain)
-        use_flex = use_flex and device.type == "cuda"
+        use_flex = self.uses_flex(plain, device)
         if plain and not use_flex:
             return None
         batch = 1 if document_ids is None else document_ids.shape[0]
         n = seq_len if queries is None else queries.shape[0]
         build = flex_mask if use_flex else dense_mask
         return build(self.rule(document_ids, queries), batch, n, seq_len, device)
+
+    def uses_flex(self, plain: bool, device: torch.device) -> bool:
+        """Whether the kernel is flex attention for a mask that is `plain` causal or is not."""
+        return device.type == "cuda" and (
+            self.kernel == "flex" or (self.kernel == "auto" and not plain)
+        )
 
     def is_plain(self, seq_len: int, document_ids: torch.Tensor | None) -> bool:
         """Whether the mask is plain causal, for the same arguments as `forward`."""
