@@ -35,8 +35,10 @@ def encode_document(tokenizer: Tokenizer, text: object) -> np.ndarray:
     """Ids of a text and the eos that ends it, `[length]` int32; none at all for an empty text.
 
     Raises:
-        BadDocumentError: the source gave something else than Unicode text.
+        BadDocumentError: the source gave something else than Unicode text, or this error.
     """
+    if isinstance(text, BadDocumentError):
+        raise text
     if not isinstance(text, str):
         raise BadDocumentError(f"a document of the dataset is a {type(text).__name__}, not text")
     if not text:

@@ -18,9 +18,10 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.components.checkpoint.folder import CONFIG as RUN_CONFIG
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
-from torchtitan.components.checkpoint.manifest import MANIFEST
+from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
 from torchtitan.components.checkpoint.reader import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config
@@ -36,7 +37,6 @@ from torchtitan.models.which_model import model_of_checkpoint
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
 
-RESOLVED_CONFIG = "config.resolved.toml"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -102,7 +102,8 @@ def open_source(options: ModelOptions) -> Source:
     load_plugins(options.custom_import)
     folder = _checkpoint_folder(Path(options.checkpoint).expanduser())
     is_hf = not (folder / MANIFEST).is_file()
-    job_config = JobConfig() if is_hf else _config_of_run(folder)
+    saved_config = None if is_hf else _config_of_run(folder)
+    job_config = saved_config or JobConfig()
     if options.flavor is not None and options.model is None:
         raise ConfigError("--flavor needs --model")
     if options.model is not None:
@@ -124,6 +125,9 @@ def open_source(options: ModelOptions) -> Source:
         job_config.model.tokenizer_path = options.tokenizer
     elif is_hf:
         job_config.model.tokenizer_path = _own_tokenizer(folder)
+    elif saved_config is None:  # `torchtitan convert` has no run, but knows the tokenizer
+        known_path = Manifest.read(folder).model.get("tokenizer")
+        job_config.model.tokenizer_path = known_path or _own_tokenizer(folder)
     _set_layout(job_config, options, spec)
     if spec.build_tokenizer_fn is None:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
@@ -177,15 +181,15 @@ def _checkpoint_folder(path: Path) -> Path:
     )
 
 
-def _config_of_run(folder: Path) -> JobConfig:
-    """The config of the run that saved a checkpoint; the defaults if it is not beside it."""
-    for parent in folder.parents[:2]:
-        path = parent / RESOLVED_CONFIG
+def _config_of_run(folder: Path) -> JobConfig | None:
+    """The config of the run that saved a checkpoint; None if it is neither in it nor beside it."""
+    for parent in (folder, *folder.parents[:2]):
+        path = parent / RUN_CONFIG
         if path.is_file():
             config = load_config(["--job.config_file", str(path)])
             load_plugins(config.job.custom_import)
             return config
-    return JobConfig()
+    return None
 
 
 def _own_tokenizer(folder: Path) -> str:
@@ -221,6 +225,7 @@ def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> No
     config.activation_checkpoint.mode = "none"
     config.compile.enable = False
     config.loss.name = "cross_entropy"
+    config.loss.z_loss_weight = 0.0
 
 
 def _check_vocabulary(source: Source) -> None:

@@ -146,3 +146,29 @@ def test_a_converted_model_of_no_flavor_is_found_by_its_args(hf_folder, tmp_path
     assert source.model_name == "llama3"
     model, original = (load_model(s).model.state_dict() for s in (source, expected))
     torch.testing.assert_close(model, original, rtol=0, atol=0)
+
+
+def test_a_converted_model_brings_its_tokenizer(hf_folder, tmp_path):
+    write_tokenizer(hf_folder, 200)
+    assert convert(["from-hf", str(hf_folder), str(tmp_path / "ours")]) == 0
+    source = open_source(ModelOptions(str(tmp_path / "ours")))
+    assert source.tokenizer.vocab_size == 200
+
+
+def test_a_checkpoint_moved_out_of_its_run_knows_its_config(run_folder, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
+    source = open_source(ModelOptions(str(folder)))
+    assert source.job_config.training.steps == 6
+    assert source.tokenizer.vocab_size == 258
+
+
+def test_what_only_training_adds_to_the_loss_is_left_out(run_folder, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
+    config = (folder / "config.resolved.toml").read_text()
+    assert "z_loss_weight = 0.0" in config
+    text = config.replace("z_loss_weight = 0.0", "z_loss_weight = 0.5")
+    (folder / "config.resolved.toml").write_text(text)
+    source = open_source(ModelOptions(str(folder)))
+    assert source.job_config.loss.z_loss_weight == 0.0

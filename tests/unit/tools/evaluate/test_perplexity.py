@@ -10,7 +10,7 @@ import torch
 
 from torchtitan.cli import main
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.errors import DataError
+from torchtitan.errors import BadDocumentError, DataError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.tools.evaluate.perplexity import TokenStream, evaluate
 
@@ -52,6 +52,13 @@ def test_max_tokens_ends_after_a_whole_document():
 def test_an_empty_dataset_is_refused():
     with pytest.raises(DataError, match="no document with text"):
         list(TokenStream(["", ""], BytesTokenizer(), None).sequences(8))
+
+
+def test_a_malformed_row_keeps_its_message():
+    """Streamed sources give the error in the place of the row."""
+    texts = ["first document", BadDocumentError("rows.jsonl:2: no key 'text'")]
+    with pytest.raises(DataError, match=r"^rows\.jsonl:2: no key 'text'$"):
+        list(TokenStream(texts, BytesTokenizer(), None).sequences(8))
 
 
 @torch.no_grad()
