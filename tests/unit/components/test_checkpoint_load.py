@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from safetensors.torch import save_file
 
+from torchtitan.components.checkpoint.load import adapter_of
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols import BaseStateDictAdapter, TrainSpec, register_train_spec
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
@@ -100,6 +102,35 @@ def test_loads_safetensors_shards(source, tmp_path):
     save_shards(hf_state(source), tmp_path)
     save_file({"other": torch.ones(1)}, tmp_path / "consolidated.safetensors")  # not in the index
     assert_same_weights(TinyModel(TinyArgs()).load_checkpoint(str(tmp_path)), source)
+
+
+class OtherAdapter(TinyAdapter):
+    """Of a model that reuses the class."""
+
+
+class DerivedModel(TinyModel):
+    pass
+
+
+class DerivedAdapter(TinyAdapter):
+    pass
+
+
+def test_of_several_adapters_the_closest_is_taken(registered, monkeypatch, tmp_path):
+    model, derived = TinyModel(TinyArgs()), DerivedModel(TinyArgs())
+    assert type(adapter_of(derived, tmp_path)) is TinyAdapter
+
+    def later(flavor):  # it tells no flavors, since its module's are of another factory
+        return replace(get_train_spec("tiny"), state_dict_adapter=OtherAdapter)
+
+    def of_derived(flavor):
+        spec = get_train_spec("tiny")
+        return replace(spec, model_cls=DerivedModel, state_dict_adapter=DerivedAdapter)
+
+    monkeypatch.setitem(MODEL_REGISTRY, "of_derived", of_derived)
+    monkeypatch.setitem(MODEL_REGISTRY, "later", later)
+    assert type(adapter_of(model, tmp_path)) is OtherAdapter
+    assert type(adapter_of(derived, tmp_path)) is DerivedAdapter
 
 
 def test_converts_the_dtype(source, tmp_path):

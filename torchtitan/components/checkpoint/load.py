@@ -15,7 +15,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.names import canonical_name
-from torchtitan.errors import CheckpointError, DamagedCheckpointError, begin_errors_with
+from torchtitan.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    begin_errors_with,
+)
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
 
 from .agreement import on_all_ranks, on_rank_zero
@@ -237,14 +242,25 @@ def check_hf_config(path: Path, model: nn.Module) -> None:
 def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
     """The adapter in the `TrainSpec` of the model's class; `path` is the folder it is for.
 
+    Of several, that of the most derived class; then of the model's own kind of args; then the one
+    that was registered last, since users register after us.
+
     Raises:
         CheckpointError: there is none.
     """
-    for name in MODEL_REGISTRY:
-        for flavor in model_flavors(name)[:1]:
-            spec = MODEL_REGISTRY[name](flavor)
-            if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
-                return spec.state_dict_adapter(cast(Any, model.args), hf_assets_path=path)
+    found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
+    for order, (name, factory) in enumerate(MODEL_REGISTRY.items()):
+        try:
+            spec = factory(next(iter(model_flavors(name)), ""))
+        except (KeyError, ConfigError):  # a factory that does not tell its flavors
+            continue
+        if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
+            same_args = isinstance(cast(Any, model.args), type(spec.model_args))
+            depth = len(spec.model_cls.__mro__)
+            found.append((depth, same_args, order, spec.state_dict_adapter))
+    if found:
+        *_, adapter = max(found, key=lambda entry: entry[:3])
+        return adapter(cast(Any, model.args), hf_assets_path=path)
     raise CheckpointError(
         f"{path} holds Hugging Face weights, but no registered TrainSpec of {type(model).__name__} "
         "has a state_dict_adapter to read them with"
