@@ -43,6 +43,7 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.validate import validate
 from torchtitan.distributed import utils
+from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp, shard_batch
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
 from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch, sum_gradients
@@ -155,7 +156,7 @@ class Trainer:
         self.state = TrainState()
         self.guard = Guard(job_config, parallel_dims, self.dp_rank)
         self.replay = Replay(job_config, self.model_parts, parallel_dims)
-        self.stragglers = Stragglers(job_config, self.device)
+        self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
         self.checkpointer = CheckpointManager(
             job_config,
@@ -182,7 +183,7 @@ class Trainer:
         self.checkpointer.load()
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
-        self.metrics.start(self.state.step, self.state.tokens_seen)
+        self.metrics.start(self.state.step)
         common = self.checkpointer.replica_state, self.checkpointer.load_replica_state
         self.replicas.start(self.state.step, *common)
         stop = StopRequest()
@@ -198,10 +199,11 @@ class Trainer:
                     if self.replicas.lost_step:
                         self.state.step -= 1
                         continue
+                    self.state.tokens_seen += self.tokens_per_step
                     if not (self.guard.rollback_due and self._roll_back()):
                         self._after_step(stopping)
                     with self.metrics.pause():
-                        profiler.step()
+                        profiler.step(self.state.step)
                     gc_control.step(self.state.step)
                     if stopping:
                         break
@@ -283,6 +285,7 @@ class Trainer:
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
         """Add the gradients of one micro-batch. Returns its share of the step's loss."""
         tokens, labels, inputs = self._to_device(batch)
+        begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
                 return self.pipeline.forward_backward(tokens, labels, inputs, global_tokens)
@@ -296,6 +299,7 @@ class Trainer:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
         self.watch.enter("after the step", self.state.step)
         tokens, labels, inputs = self._to_device(batch)
+        begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
                 return self.pipeline.evaluate(tokens, labels, inputs)
@@ -330,7 +334,6 @@ class Trainer:
         if logging_due or saving_due:
             self.window.read(self.parallel_dims, self._refuse_nonfinite)
         if logging_due:
-            self.state.tokens_seen = step * self.tokens_per_step
             self.metrics.log(
                 step,
                 loss=self.window.mean_loss,
@@ -338,6 +341,7 @@ class Trainer:
                 grad_norm=self.window.grad_norm,
                 lr=self.lr,
                 ntokens_since_last=self.window.steps * self.tokens_per_step,
+                tokens_seen=self.state.tokens_seen,
                 data_wait_seconds=self.data_wait,
                 extra=self.expert_balance.metrics()
                 | self._data_metrics()
@@ -368,7 +372,7 @@ class Trainer:
             self.guard.cannot_roll_back(bad_step)
             return False
         self.guard.rolled_back(bad_step, self.state.step)
-        self.metrics.start(self.state.step, self.state.tokens_seen)
+        self.metrics.start(self.state.step)
         self.window, self.data_wait = Window(), 0.0
         return True
 

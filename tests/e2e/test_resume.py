@@ -104,3 +104,14 @@ def test_only_the_latest_checkpoints_are_kept(tmp_path: Path) -> None:
     options = ("--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=2")
     train(tmp_path, *OPTIONS, *options)
     assert steps_saved(tmp_path) == ["step-5", "step-6"]
+
+
+def test_tokens_are_counted_on_from_a_step_that_was_not_logged(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", *OPTIONS)
+    seldom = (*OPTIONS, *SAVING, "--metrics.log_freq=5")
+    train(tmp_path / "parts", *seldom)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "parts" / "checkpoint" / f"step-{step}")
+    lines = train(tmp_path / "parts", *seldom)
+    assert [line["step"] for line in lines][-2:] == [5, 6]
+    assert lines[-1]["tokens_seen"] == whole[-1]["tokens_seen"]

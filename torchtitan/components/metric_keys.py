@@ -34,7 +34,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "Loss",
             "nats per token",
             "mean over the steps since the last logged one, each a mean over its tokens on all "
-            "ranks; without auxiliary losses",
+            "ranks; with the z-loss if there is one, without what balances experts",
         ),
         MetricKey(
             "grad_norm",
@@ -54,14 +54,14 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "steps_skipped",
             "Skipped steps",
             "steps",
-            "whose batch was not trained on, since the run began",
+            "whose batch was not trained on, since step 0",
             "`training.on_nonfinite`, `on_spike`",
         ),
         MetricKey(
             "rollbacks",
             "Rollbacks",
             "",
-            "to a checkpoint, since the run began",
+            "to a checkpoint, since step 0",
             "`training.on_nonfinite`, `on_spike`",
         ),
         MetricKey(
@@ -190,51 +190,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "`[[data.sources]]`",
         ),
     ],
-    "Faults": [
-        MetricKey(
-            "steps_skipped",
-            "Skipped steps",
-            "steps",
-            "whose batch was not trained on, since step 0",
-            "`training.on_nonfinite` or `on_spike`",
-        ),
-        MetricKey(
-            "rollbacks",
-            "Rollbacks",
-            "",
-            "to a checkpoint, since step 0",
-            "`training.on_nonfinite` or `on_spike`",
-        ),
-        MetricKey(
-            "batches_skipped",
-            "Batches passed over",
-            "batches",
-            "by rollbacks: step N trains on this many batches after batch N of the data",
-            "`training.on_nonfinite` or `on_spike`",
-        ),
-        MetricKey(
-            "own_seconds_mean",
-            "Own time of a step",
-            "s",
-            "that a rank works in a step without waiting for others, the mean over ranks",
-            "`metrics.straggler_freq`",
-            from_zero=True,
-        ),
-        MetricKey(
-            "own_seconds_max",
-            "Own time of the slowest rank",
-            "s",
-            "the same of the slowest rank",
-            "`metrics.straggler_freq`",
-            from_zero=True,
-        ),
-        MetricKey(
-            "slowest_rank",
-            "Slowest rank",
-            "",
-            "its number",
-            "`metrics.straggler_freq`",
-        ),
+    "Replicas": [
         MetricKey(
             "replica_groups",
             "Replica groups",

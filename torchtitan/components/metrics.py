@@ -71,19 +71,15 @@ class MetricsProcessor:
         self._peak_flops = peak_flops
         self._progress = progress
         self._sinks = sinks
-        self._tokens_seen = 0
         self._started = self._logged = perf_counter()
         self._paused_seconds = 0.0  # since the last logged step
         self._first_logged: tuple[int, float] | None = None  # step and time
 
-    def start(self, step: int = 0, tokens_seen: int = 0) -> None:
+    def start(self, step: int = 0) -> None:
         """Begin a run after `step` (0, or the step of the checkpoint it resumes from).
 
         Values of later steps, which an earlier attempt left in the dump folder, are dropped, so
         that each file has one line a step.
-
-        Args:
-            tokens_seen: tokens trained on in the steps before.
 
         Raises:
             ConfigError: `job.dump_folder` cannot be written to.
@@ -93,7 +89,6 @@ class MetricsProcessor:
                 sink.start(step)
             except OSError as error:
                 raise ConfigError(f"job.dump_folder: cannot write metrics: {error}") from error
-        self._tokens_seen = tokens_seen
         self._started = self._logged = perf_counter()
         self._paused_seconds = 0.0
         self._first_logged = None
@@ -115,6 +110,7 @@ class MetricsProcessor:
         grad_norm: float,
         lr: float,
         ntokens_since_last: int,
+        tokens_seen: int,
         data_wait_seconds: float,
         max_loss: float | None = None,
         extra: dict[str, float] | None = None,
@@ -125,11 +121,11 @@ class MetricsProcessor:
             loss: mean over the tokens of the step, on all ranks.
             grad_norm: global norm of the gradients before clipping.
             ntokens_since_last: tokens that the whole world processed since the last logged step.
+            tokens_seen: tokens of all steps since step 0.
             data_wait_seconds: time this rank waited for its data since the last logged step.
             max_loss: largest loss of a step since the last logged one.
             extra: further values, under the names they shall have in `metrics.jsonl`.
         """
-        self._tokens_seen += ntokens_since_last
         if self._progress is None:
             return
         now = perf_counter()
@@ -150,7 +146,7 @@ class MetricsProcessor:
             "peak_memory_reserved_percent": memory.reserved_percent,
             "data_wait_seconds": data_wait_seconds,
             "elapsed_seconds": now - self._started,
-            "tokens_seen": self._tokens_seen,
+            "tokens_seen": tokens_seen,
         }
         values = {key: value for key, value in values.items() if value is not None}
         values |= extra or {}

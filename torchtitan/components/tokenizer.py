@@ -152,5 +152,9 @@ class HuggingFaceTokenizer:
 
 def build_tokenizer(job_config: JobConfig) -> Tokenizer:
     """The tokenizer of `model.tokenizer_path`. Raises `DataError` where it cannot be loaded."""
-    path = job_config.model.tokenizer_path
+    return open_tokenizer(job_config.model.tokenizer_path)
+
+
+def open_tokenizer(path: str) -> BytesTokenizer | HuggingFaceTokenizer:
+    """`bytes`, or that of a folder. Raises `DataError` where it cannot be loaded."""
     return BytesTokenizer() if path == "bytes" else HuggingFaceTokenizer(Path(path).expanduser())

@@ -14,6 +14,7 @@ class ActivationCheckpoint:
     """`full` recomputes every block, `selective` by `selective_ac_option`, `memory_budget` lets
     the compiler choose (needs `compile.enable`)."""
     selective_ac_option: str = "op"
-    """`op`: keep matrix products and attention, recompute the rest. N: each N-th block, whole."""
+    """`op`: keep attention, reduce-scatters and every other matrix product, and recompute the
+    rest. N: each N-th block, whole."""
     memory_budget: Annotated[float, Range(ge=0, le=1)] = 0.5
     """Share of activation memory kept under `memory_budget`: 0 is like full, 1 like none."""

@@ -81,6 +81,8 @@ def load_config(argv: list[str]) -> JobConfig:
         config = fill(config, asdict(config))  # types are right by now, ranges may not be
     except BadValueError as error:
         raise ConfigError(f"--{'.'.join(map(str, error.path))}: {error.problem}") from error
+    config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
+    config.checkpoint.folder = os.path.expanduser(config.checkpoint.folder)
     if config.job.print_config:
         if os.environ.get("RANK", "0") == "0":
             sys.stdout.write(to_toml(config))

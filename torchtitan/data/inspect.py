@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
+from torchtitan.components.tokenizer import Tokenizer, open_tokenizer
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
 
 from .chat import load_template
@@ -85,7 +85,7 @@ def _tokenizer(source: Source, path: str | None) -> tuple[Tokenizer, str]:
     if path is None:
         path = source.index["tokenizer"]["path"] if isinstance(source, PreparedTokens) else "bytes"
     with begin_errors_with("--tokenizer-path"):
-        return (BytesTokenizer() if path == "bytes" else HuggingFaceTokenizer(path)), path
+        return open_tokenizer(path), path
 
 
 def _documents(source: Source) -> Iterator[tuple[str, object]]:

@@ -80,11 +80,9 @@ def _rows(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _decoder(path: str) -> Any:
-    from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+    from torchtitan.components.tokenizer import open_tokenizer
 
     with begin_errors_with(f"--tokenizer-path {path}"):
-        if path == "bytes":
-            return BytesTokenizer().decode
-        if not Path(path).expanduser().is_dir():
+        if path != "bytes" and not Path(path).expanduser().is_dir():
             raise ConfigError("no such folder")
-        return HuggingFaceTokenizer(path).decode
+        return open_tokenizer(path).decode

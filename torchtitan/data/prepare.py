@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, open_tokenizer
 from torchtitan.errors import ConfigError, DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
 
@@ -55,8 +55,7 @@ class Task:
         if self.custom_import:
             load_plugins(self.custom_import)
         with begin_errors_with("--tokenizer-path"):
-            path = self.tokenizer_path
-            tokenizer = BytesTokenizer() if path == "bytes" else HuggingFaceTokenizer(path)
+            tokenizer = open_tokenizer(self.tokenizer_path)
         with begin_errors_with(f"--dataset {self.dataset}"):
             source = open_dataset(self.dataset, self.dataset_path, self.text_key, self.split)
         return source, tokenizer

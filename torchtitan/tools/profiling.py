@@ -36,14 +36,14 @@ def check_profiling(job_config: JobConfig) -> None:
 
 
 class Profiler:
-    """Call `step()` after each training step."""
+    """Call `step(N)` after training step N."""
 
     def __init__(self, recorders: list[TraceRecorder | MemoryRecorder]) -> None:
         self._recorders = recorders
 
-    def step(self) -> None:
+    def step(self, step: int) -> None:
         for recorder in self._recorders:
-            recorder.step()
+            recorder.step(step)
 
 
 @contextmanager
@@ -77,7 +77,6 @@ class TraceRecorder:
         self._folder = folder
         self._freq = freq
         self._rank = rank
-        self._start_step = start_step
         self._finished_step = start_step
         self._closing = False
         activities = [ProfilerActivity.CPU]
@@ -98,16 +97,16 @@ class TraceRecorder:
         self._closing = True
         self._profile.stop()
 
-    def step(self) -> None:
-        self._finished_step += 1
+    def step(self, step: int) -> None:
+        self._finished_step = step
         with warnings.catch_warnings():
             # Each trace is of one step alone, and torch warns that it is.
             warnings.filterwarnings("ignore", message=".*Profiler clears events")
             self._profile.step()
 
-    def _schedule(self, steps_done: int) -> ProfilerAction:
-        """What to do during the step that follows `steps_done` steps of this process."""
-        ahead = -(self._start_step + steps_done + 1) % self._freq
+    def _schedule(self, _: int) -> ProfilerAction:
+        """What to do during the next step. Not by PyTorch's count: a rollback repeats steps."""
+        ahead = -(self._finished_step + 1) % self._freq
         if ahead == 0:
             return ProfilerAction.RECORD_AND_SAVE
         return ProfilerAction.WARMUP if ahead <= _WARMUP_STEPS else ProfilerAction.NONE
@@ -145,8 +144,8 @@ class MemoryRecorder:
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def step(self) -> None:
-        self._finished_step += 1
+    def step(self, step: int) -> None:
+        self._finished_step = step
         if self._finished_step % self._freq == 0:
             self._write(self._finished_step, "memory")
 

@@ -68,6 +68,14 @@ def test_the_guides_toml_loads(write):
     assert config.parallelism.data_parallel_shard_degree == -1
 
 
+def test_a_tilde_is_the_home_folder(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(write('[job]\ndump_folder = "~/runs"\n'))
+    assert config.job.dump_folder == "/home/me/runs"
+    config = load_config(["--checkpoint.folder", "~/checkpoints"])
+    assert config.checkpoint.folder == "/home/me/checkpoints"
+
+
 def test_command_line_wins_over_file_over_defaults(write):
     argv = write("[training]\nsteps = 20\nseq_len = 64\n")
     config = load_config([*argv, "--training.steps", "30"])

@@ -29,7 +29,7 @@ def train(config: JobConfig, first: int, last: int, rank: int = 0) -> None:
         for step in range(first, last + 1):
             matrix = torch.ones(step, step)
             torch.mm(matrix, matrix)
-            profiler.step()
+            profiler.step(step)
 
 
 def written(config: JobConfig) -> list[str]:
@@ -65,6 +65,20 @@ def test_resumed_run_traces_the_same_steps(config: JobConfig, tmp_path: Path) ->
     assert mm_shapes(path) == [[[8, 8], [8, 8]]]
 
 
+def test_steps_after_a_rollback_are_named_by_their_number(
+    config: JobConfig, tmp_path: Path
+) -> None:
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq = 4
+    with maybe_profile(config, 0, 0) as profiler:
+        for step in (1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9):  # after step 6 back to step 4
+            torch.mm(torch.ones(step, step), torch.ones(step, step))
+            profiler.step(step)
+    assert written(config) == ["profile/step-4/rank-0.json.gz", "profile/step-8/rank-0.json.gz"]
+    path = tmp_path / "profile" / "step-8" / "rank-0.json.gz"
+    assert mm_shapes(path) == [[[8, 8], [8, 8]]]
+
+
 @pytest.mark.parametrize("freq", [1, 2])
 def test_short_intervals(config: JobConfig, tmp_path: Path, freq: int) -> None:
     config.profiling.enable_profiling = True
@@ -87,7 +101,7 @@ def test_an_error_in_training_passes_through(config: JobConfig) -> None:
     config.profiling.enable_profiling = True
     config.profiling.profile_freq = 2
     with pytest.raises(ValueError, match="of the model"), maybe_profile(config, 0, 0) as profiler:
-        profiler.step()
+        profiler.step(1)
         raise ValueError("of the model")
     assert written(config) == []
 
@@ -141,8 +155,8 @@ def test_memory_snapshot_when_memory_runs_out(
 ) -> None:
     config.profiling.enable_memory_snapshot = True
     with pytest.raises(error), maybe_profile(config, 0, 0) as profiler:
-        profiler.step()
-        profiler.step()
+        profiler.step(1)
+        profiler.step(2)
         raise error("CUDA out of memory")
     assert written(config) == files
     assert not cuda.recording
