@@ -290,6 +290,7 @@ MISTAKES = {
     "flavor": (["--slurm", "--", "--model.flavor=8"], ["flavor", "8B"]),
     "dataset": (["--slurm", "--", "--training.dataset=c5"], ["c5", "Did you mean 'c4'"]),
     "key": (["--slurm", "--", "--training.sequence=3"], ["sequence"]),
+    "out": (["--slurm", "--out=/no/such/file"], ["--out /no/such/file", "no such folder"]),
 }
 
 
