@@ -274,7 +274,9 @@ def _schedule_free(config: JobConfig) -> str:
 def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
     """Equal for stages that cost the same. Args: layers: signature of each of the whole model."""
     others = [
-        (name, tuple(p.shape)) for name, p in part.named_parameters() if "layers." not in name
+        (name, tuple(p.shape), p.requires_grad)
+        for name, p in part.named_parameters()
+        if "layers." not in name
     ]
     return (*others, *(layers[name] for name in layers_of(part)))
 
