@@ -125,18 +125,12 @@ def trace_step(
 
 
 def check_layout(job_config: JobConfig, world_size: int) -> None:
-    """Make the model and parallelise it on the meta device, of a job that passed `validate`.
+    """Make the model of a job that passed the other checks, and parallelise it on the meta device.
 
     Raises:
         ConfigError: the model cannot be split or cut like this, or a rule of the optimizer matches
             nothing.
     """
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
-            f"{job_config.model.name} has no pipeline_fn. Use 1"
-        )
     with fake_world(world_size, rank=0):
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
         _parallel_parts(job_config, dims, shallow=0)
