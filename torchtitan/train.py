@@ -34,6 +34,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import check_builders, check_vocabulary, model_inputs
 from torchtitan.components.moe_balance import ExpertBalance
+from torchtitan.components.optimizer import check_rules
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.train_state import TrainState
@@ -112,6 +113,7 @@ class Trainer:
             model = spec.model_cls(model_args)
         self.model_converters.convert(model)
         self.model_inputs = model_inputs(model, parallel_dims, job_config)
+        check_rules(model, job_config)
         logger.info(
             "%s %s: %s parameters on %d ranks (%s)",
             job_config.model.name,

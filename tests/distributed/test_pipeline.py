@@ -126,6 +126,29 @@ def test_a_schedule_from_a_file(one_process: Path, tmp_path: Path) -> None:
     assert_equal_runs(tmp_path / "run", one_process)
 
 
+RULES = r"""
+[[optimizer.rules]]
+pattern = "tok_embeddings"
+lr_scale = 0.5
+[[optimizer.rules]]
+pattern = 'layers\.0\.attention'
+lr_scale = 0.0
+[[optimizer.rules]]
+pattern = 'layers\.3\.|^output'
+lr_scale = 2.0
+weight_decay = 0.0
+"""
+
+
+def test_rules_hold_on_the_stages_that_have_their_parameters(tmp_path: Path) -> None:
+    config = tmp_path / "rules.toml"
+    config.write_text(Path(DENSE).read_text() + RULES)
+    shared = (f"--job.config_file={config}", *SMALL, *SAVE, "--training.local_batch_size=8")
+    train(tmp_path / "one", *shared)
+    train(tmp_path / "pp2", *shared, *pipeline(schedule="Interleaved1F1B"), ranks=2)
+    assert_equal_runs(tmp_path / "pp2", tmp_path / "one")
+
+
 @pytest.mark.long
 def test_experts_in_a_pipeline(tmp_path: Path) -> None:
     shared = (f"--job.config_file={MOE}", *SMALL, *SAVE)

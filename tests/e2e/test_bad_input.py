@@ -56,6 +56,14 @@ def test_a_mistake_in_the_config(mistake: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rule_for_no_parameter(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    rules = ["layers.0", "layer.1"]
+    config.write_text("".join(f'[[optimizer.rules]]\npattern = "{rule}"\n' for rule in rules))
+    done = refused(tmp_path / "run", f"--job.config_file={config}", ranks=2)
+    assert_one_message(done, f"{config}:3:", "pattern 'layer.1' matches no parameter")
+
+
 def test_corrupt_toml(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text("[training]\nsteps = = 3\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.muon import Muon
+from torchtitan.config.load import fail
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
 
@@ -126,20 +127,52 @@ def build_optimizer(
 ) -> OptimizersContainer:
     """Optimizers by `[optimizer]`. Parameters with `lr_scale = 0` stop requiring gradients.
 
+    Rules are not checked here, as a rank may lack the layers that they are for: see `check_rules`.
+
+    Raises:
+        ConfigError: all parameters of a part are frozen.
+    """
+    config = job_config.optimizer
+    built = []
+    for model in model_parts:
+        freeze(model, job_config)
+        # A model may freeze its own, too.
+        trained = [p for p in _named_parameters(model, config) if p.param.requires_grad]
+        if not trained:
+            raise ConfigError(_nothing_to_train(job_config))
+        built.append((model, OPTIMIZERS[config.name](trained, config)))
+    return OptimizersContainer(built)
+
+
+def freeze(model: nn.Module, job_config: JobConfig) -> None:
+    """Parameters with `lr_scale = 0` stop requiring gradients."""
+    for p in _named_parameters(model, job_config.optimizer):
+        if p.lr_scale == 0:
+            p.param.requires_grad_(False)
+
+
+def _nothing_to_train(job_config: JobConfig) -> str:
+    problem = "optimizer.rules: lr_scale = 0 freezes every parameter of "
+    if job_config.parallelism.pipeline_parallel_degree == 1:
+        return f"{problem}the model"
+    return (
+        f"{problem}a pipeline stage. Use fewer stages, or cut elsewhere "
+        "(parallelism.pipeline_parallel_split_points)"
+    )
+
+
+def check_rules(model: nn.Module, job_config: JobConfig) -> None:
+    """Check `optimizer.rules` against the whole model, before a pipeline cuts it.
+
     Raises:
         ConfigError: the pattern of a rule matches no parameter.
     """
-    config = job_config.optimizer
-    parts = [(model, _named_parameters(model, config)) for model in model_parts]
-    _refuse_idle_rules([p.name for _, params in parts for p in params], config)
-    built = []
-    for model, params in parts:
-        for p in params:
-            if p.lr_scale == 0:
-                p.param.requires_grad_(False)
-        trained = [p for p in params if p.param.requires_grad]  # a model may freeze its own, too
-        built.append((model, OPTIMIZERS[config.name](trained, config)))
-    return OptimizersContainer(built)
+    names = [canonical_name(fqn) for fqn, _ in model.named_parameters()]
+    for i, rule in enumerate(job_config.optimizer.rules):
+        if not any(re.search(rule.pattern, name) for name in names):
+            some = ", ".join(names[:: max(1, len(names) // 5)][:5])
+            problem = f"pattern {rule.pattern!r} matches no parameter. Some of their names: {some}"
+            fail(job_config, f"optimizer.rules.{i}", problem)
 
 
 def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:
@@ -172,17 +205,6 @@ def _kind(module_name: str, module: nn.Module, name: str) -> str:
     if module_name.rpartition(".")[2] in _OUTPUT_NAMES:
         return "output"
     return "weight"
-
-
-def _refuse_idle_rules(names: Iterable[str], config: OptimizerConfig) -> None:
-    names = list(names)
-    for rule in config.rules:
-        if not any(re.search(rule.pattern, name) for name in names):
-            some = ", ".join(names[:: max(1, len(names) // 5)][:5])
-            raise ConfigError(
-                f"optimizer.rules: pattern {rule.pattern!r} matches no parameter. "
-                f"Some of their names: {some}"
-            )
 
 
 def _param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]]:

@@ -63,6 +63,12 @@ def _check_fault_tolerance(job_config: JobConfig) -> None:
     if "RANK" not in os.environ:
         problem = "needs torchrun, also with one process: its store is where the ranks meet"
         fail(job_config, "fault_tolerance.enable", problem)
+    check_replica_groups(job_config)
+
+
+def check_replica_groups(job_config: JobConfig) -> None:
+    """What does not depend on the machine. Raises `ConfigError`."""
+    config = job_config.fault_tolerance
     if config.replica_id >= config.group_size:
         problem = f"must be less than fault_tolerance.group_size ({config.group_size})"
         fail(job_config, "fault_tolerance.replica_id", problem)

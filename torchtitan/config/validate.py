@@ -171,9 +171,6 @@ def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
         fail(job_config, key, f"{problem}'inductor', which alone has modes")
     if config.mode == "max-autotune-no-cudagraphs":
         return
-    if device_type() != "cuda":
-        problem = "CUDA graphs need a GPU. Use 'default' or 'max-autotune-no-cudagraphs'"
-        fail(job_config, key, problem)
     if world_size > 1:
         problem = (
             "a CUDA graph reads weights where they were when it was captured, and with several "
@@ -185,6 +182,9 @@ def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
             "gradients of one micro-batch would lie in the graph's memory, which the next one "
             "overwrites. Accumulate none (training.global_batch_size = training.local_batch_size)"
         )
+        fail(job_config, key, problem)
+    if device_type() != "cuda":
+        problem = "CUDA graphs need a GPU. Use 'default' or 'max-autotune-no-cudagraphs'"
         fail(job_config, key, problem)
 
 

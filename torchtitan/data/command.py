@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: cores)"
     )
     one.add_argument(
-        "--shards", type=_positive, metavar="N", help="default: 64, more for large data"
+        "--shards",
+        type=_positive,
+        metavar="N",
+        help="default: 64, more for large data; a stream has a shard for each of its files",
     )
     one.add_argument(
         "--on-error",

@@ -90,7 +90,8 @@ def prepare(
         show: called now and then.
 
     Raises:
-        ConfigError: `out` holds something else, or cannot be written.
+        ConfigError: `out` holds something else, or cannot be written; or the dataset is a stream,
+            whose files are the shards, and `shards` is another number.
         DataError: the dataset is missing, empty or malformed, or a process died.
     """
     source, tokenizer = task.open()
@@ -334,7 +335,13 @@ def _length(source: Source) -> int | None:
 
 def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
     if total is None:  # its own files are the shards
-        return getattr(source, "num_shards", 1)
+        own = getattr(source, "num_shards", 1)
+        if wanted not in (None, own):
+            raise ConfigError(
+                f"--shards {wanted}: has no effect here, as the dataset is read as a stream, which "
+                f"gives as many shards as it has files ({own}). Leave it out"
+            )
+        return own
     if total == 0:
         raise DataError("the dataset is empty: it has no document with text")
     return min(total, wanted or max(64, total // 100_000))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 from torchtitan.errors import ConfigError
@@ -17,30 +16,22 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     What only the cluster has (files, CUDA) is not looked for. Beyond the rules between options, the
     model is made and parallelised on the meta device, so its own rules are checked too.
     """
+    from torchtitan.components.model_fit import check_builders
+    from torchtitan.config.elsewhere import without_machine
     from torchtitan.config.validate import validate
     from torchtitan.models.plugins import load_plugins
     from torchtitan.planning.trace import check_layout
     from torchtitan.protocols.train_spec import get_train_spec
 
     load_plugins(job_config.job.custom_import)
-    config = _elsewhere(job_config)
-    get_train_spec(config.model.name, config.model.flavor)
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = nodes * processes
+    config = without_machine(job_config, world_size)
     try:
         validate(config, world_size)
     except ConfigError as error:
         if "world size" not in str(error):
             raise
         raise ConfigError(f"{error} (--nodes {nodes} x {processes} processes)") from error
+    check_builders(spec, config)
     check_layout(config, world_size)
-
-
-def _elsewhere(config: JobConfig) -> JobConfig:
-    """The job without what only the machine that trains needs to have."""
-    config = copy.deepcopy(config)
-    config.model.tokenizer_path = "bytes"
-    config.job.dump_folder = "."
-    config.checkpoint = type(config.checkpoint)()
-    config.metrics.enable_wandb = False
-    config.parallelism.enable_async_tensor_parallel = False
-    return config

@@ -6,13 +6,12 @@ import logging
 import shlex
 import sys
 import warnings
-from pathlib import Path
 
 import tyro
 
 from torchtitan.config import load_config
 from torchtitan.config.toml_file import TomlFile
-from torchtitan.errors import ConfigError
+from torchtitan.tools.result_file import require_folder, write_result
 
 from . import kubernetes, skypilot, slurm, ssh
 from .check import check_job
@@ -50,15 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         own, overrides = argv[:end], argv[end + 1 :]
     options = tyro.cli(Options, args=own, prog="torchtitan launch", description=DESCRIPTION)
     check(options)
+    require_folder(options.out, "--out")
     job = _job(options, overrides, argv)
     backend = BACKENDS[options.backend]
     text = backend.render(job)
     if options.out:
-        try:
-            Path(options.out).write_text(text)
-        except OSError as error:
-            problem = f"cannot write it: {error.strerror}"
-            raise ConfigError(f"--out {options.out}: {problem}") from error
+        write_result(options.out, text, "--out")
     if options.dry_run:
         sys.stdout.write(text)
         return 0

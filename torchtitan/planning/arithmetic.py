@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchtitan.config import JobConfig
+from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
@@ -15,7 +16,6 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
-from .estimate import traceable
 from .roofline import Roofline
 from .trace import fake_world, meta_model, repetition_of, trace_step
 
@@ -64,7 +64,8 @@ class Arithmetic:
         self._costs = {ac: self._trace_layer(ac) for ac in AC_MODES}
 
     def _trace_layer(self, ac: str) -> _LayerCost:
-        job = Candidate(1, 2, 1, 1, 1, 1, ac, 1, 1, "").config(traceable(self._config))
+        job = without_machine(self._config, 1)  # what several ranks rule out, `plan_run` refuses
+        job = Candidate(1, 2, 1, 1, 1, 1, ac, 1, 1, "").config(job)
         job.training.global_batch_size = -1
         validate(job, 2)
         compiled, job.compile.enable = job.compile.enable, False

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -20,6 +19,7 @@ from rich.console import Console
 from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
+from torchtitan.tools.result_file import require_folder, write_result
 
 _SECONDS_OF_A_LINE = 10.0
 """A search tells so often, when not on a terminal, what it is doing."""
@@ -71,10 +71,15 @@ class Options:
     """Sequences in a step, for training.global_batch_size."""
     seq_len: Annotated[int | None, _option("N")] = None
     """For training.seq_len."""
-    seconds: Annotated[float, _option("S")] = 300.0
-    """How long a search may take."""
-    out: Annotated[str, _option("FILE")] = "planned.toml"
-    """Where a search writes the best job."""
+    seconds: Annotated[float | None, _option("S")] = None
+    """How long a search may take. Default: 300."""
+    out: Annotated[str | None, _option("FILE")] = None
+    """Where a search writes the best job. Default: planned.toml."""
+
+
+_SECONDS, _OUT = 300.0, "planned.toml"
+_OF_A_PLAN = ("json", "html", "png", "tokens", "price")
+_OF_A_SEARCH = ("seconds", "out")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,11 +119,11 @@ def _plan(options: Options, config: JobConfig) -> int:
     budget = Budget.of(plan, options.tokens, options.price) if options.tokens else None
     show(plan, budget)
     if options.json:
-        _write("--json", options.json, json.dumps(as_json(plan, budget), indent=2) + "\n")
+        write_result(options.json, json.dumps(as_json(plan, budget), indent=2) + "\n", "--json")
     if options.html:
-        _write("--html", options.html, page(plan, budget))
+        write_result(options.html, page(plan, budget), "--html")
     if options.png:
-        _write("--png", options.png, png(plan))
+        write_result(options.png, png(plan), "--png")
     return 0 if plan.room >= 0 else 1
 
 
@@ -130,14 +135,15 @@ def _search(options: Options, config: JobConfig) -> int:
 
     if options.world_size is None:
         raise ConfigError("--search needs --gpus N: the devices to share out")
-    device = get_device(options.device)
+    device, seconds = get_device(options.device), options.seconds or _SECONDS
     with _progress() as tell:
-        found = search(config, options.world_size, device, options.nodes_of, options.seconds, tell)
+        found = search(config, options.world_size, device, options.nodes_of, seconds, tell)
     show_found(found)
     if not found.best:
         return 1
-    _write("--out", options.out, to_toml(found.best.config))
-    sys.stdout.write(f"written to {options.out}\n")
+    out = options.out or _OUT
+    write_result(out, to_toml(found.best.config), "--out")
+    sys.stdout.write(f"written to {out}\n")
     return 0
 
 
@@ -181,10 +187,14 @@ def _check(options: Options) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
     if options.price is not None and options.tokens is None:
         raise ConfigError("--price needs --tokens N: the budget that is to be paid for")
-
-
-def _write(option: str, path: str, content: str | bytes) -> None:
-    try:
-        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: cannot write it: {error.strerror}") from error
+    for name in _OF_A_PLAN if options.search else _OF_A_SEARCH:
+        if getattr(options, name) is None:
+            continue
+        if not options.search:
+            raise ConfigError(f"--{name} is of a search. Give --search too")
+        raise ConfigError(
+            f"--{name} is of one plan, and a search makes many. Plan the job that it writes: "
+            f"torchtitan plan {options.out or _OUT} --{name} ..."
+        )
+    for name in ("json", "html", "png", "out"):
+        require_folder(getattr(options, name), f"--{name}")

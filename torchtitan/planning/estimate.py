@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 import torch.nn as nn
 
+from torchtitan.components.model_fit import check_builders
 from torchtitan.config import JobConfig, origin
 from torchtitan.config.batch import resolve_batch
+from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
@@ -145,15 +147,16 @@ def plan_run(
     Raises:
         ConfigError: the job is not valid for the world.
     """
-    given, config = config, traceable(config)
+    given, config = config, without_machine(config, world_size)
     validate(config, world_size)
+    spec = get_train_spec(config.model.name, config.model.flavor)
+    check_builders(spec, config)
     _refuse_unplannable(config)
     if device.float8_flops == 0 and any("quantize." in c for c in config.model.converters):
         problem = f"{device.name} has no products of 8 bits"
         raise ConfigError(f"{origin(config, 'model.converters')}: {problem}")
     # Nothing can be traced through the compiler.
     compiled, config.compile.enable = config.compile.enable, False
-    spec = get_train_spec(config.model.name, config.model.flavor)
     model_args = spec.model_args.update_from_config(config)
     dims = ParallelDims.from_config(config.parallelism, world_size)
     pp = dims.pp
@@ -202,19 +205,6 @@ def plan_run(
         accumulation_steps=accumulation,
         timeline=timeline,
     )
-
-
-def traceable(config: JobConfig) -> JobConfig:
-    """The job without what only the machine that trains needs to have: files and CUDA."""
-    config = copy.deepcopy(config)
-    config.training.dataset, config.training.dataset_path = "stdlib", None
-    config.validation.dataset, config.validation.dataset_path = "stdlib", None
-    config.model.tokenizer_path = "bytes"
-    config.job.dump_folder = "."
-    config.data, config.checkpoint = type(config.data)(), type(config.checkpoint)()
-    config.metrics.enable_wandb = False
-    config.parallelism.enable_async_tensor_parallel = False
-    return config
 
 
 def _refuse_unplannable(config: JobConfig) -> None:
@@ -274,7 +264,9 @@ def _schedule_free(config: JobConfig) -> str:
 def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
     """Equal for stages that cost the same. Args: layers: signature of each of the whole model."""
     others = [
-        (name, tuple(p.shape)) for name, p in part.named_parameters() if "layers." not in name
+        (name, tuple(p.shape), p.requires_grad)
+        for name, p in part.named_parameters()
+        if "layers." not in name
     ]
     return (*others, *(layers[name] for name in layers_of(part)))
 

@@ -140,5 +140,5 @@ def _settings(layer: nn.Module) -> dict[str, object]:
             if isinstance(value, bool | int | float | str | tuple | None) and key != "training":
                 found[f"{name}.{key}"] = value
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        found[f"{name}:shape"] = (*tensor.shape, str(tensor.dtype))
+        found[f"{name}:shape"] = (*tensor.shape, str(tensor.dtype), tensor.requires_grad)
     return found

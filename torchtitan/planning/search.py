@@ -73,12 +73,18 @@ def search(
         tell: called with what is being done.
 
     Raises:
-        ConfigError: the job names no global batch, or no layout of so many devices can be.
+        ConfigError: the job names no global batch or has replica groups, or no layout of so many
+            devices can be.
     """
     if config.training.global_batch_size == -1:
         raise ConfigError(
             f"{origin(config, 'training.global_batch_size')}: a search needs it, as layouts are "
             "compared at the same batch: --global-batch-size N"
+        )
+    if config.fault_tolerance.enable:
+        raise ConfigError(
+            f"{origin(config, 'fault_tolerance.enable')}: a search is for one replica group. Set "
+            "it to false, and give the devices and the share of the batch that a group has"
         )
     end = time.monotonic() + seconds
     tell("tracing one layer under each checkpointing mode")

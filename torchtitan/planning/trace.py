@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 import torchtitan.models  # noqa: F401  (fills the registry)
+from torchtitan.components.optimizer import check_rules, freeze
 from torchtitan.config import origin
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
@@ -81,7 +82,8 @@ def trace_step(
         stages: of the pipeline, as if this rank had them. Default: those that it has.
 
     Raises:
-        ConfigError: what a step does depends on the values of tensors.
+        ConfigError: a rule of the optimizer matches nothing, or what a step does depends on the
+            values of tensors.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
@@ -123,17 +125,12 @@ def trace_step(
 
 
 def check_layout(job_config: JobConfig, world_size: int) -> None:
-    """Make the model and parallelise it on the meta device, of a job that passed `validate`.
+    """Make the model of a job that passed the other checks, and parallelise it on the meta device.
 
     Raises:
-        ConfigError: the model has no pipeline, or cannot be split or cut like this.
+        ConfigError: the model cannot be split or cut like this, or a rule of the optimizer matches
+            nothing.
     """
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
-            f"{job_config.model.name} has no pipeline_fn. Use 1"
-        )
     with fake_world(world_size, rank=0):
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
         _parallel_parts(job_config, dims, shallow=0)
@@ -150,7 +147,9 @@ def _parallel_parts(
     if stages is None:
         place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
         stages = stages_at(job_config, place)
-    parts = meta_parts(meta_model(job_config, dims), job_config, stages)
+    model = meta_model(job_config, dims)
+    check_rules(model, job_config)
+    parts = meta_parts(model, job_config, stages)
     for part in parts:
         repetition = repetition_of(part, job_config)
         if shallow is not None and repetition.worth_extrapolating:
@@ -173,7 +172,7 @@ def _refusing_values(job_config: JobConfig) -> Iterator[None]:
 
 
 def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Module:
-    """The model on the meta device.
+    """The model on the meta device, with what the job freezes frozen.
 
     With `dims`, converted by `model.converters` as on a device that multiplies 8 bits.
     """
@@ -186,6 +185,7 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
             if hasattr(converter, "emulate"):
                 converter.emulate = False
         converters.convert(model)
+    freeze(model, job_config)
     return model
 
 
@@ -218,7 +218,8 @@ def _make_optimizer_state(
     with memory:
         for part in parts:
             for param in part.parameters():
-                param.grad = torch.zeros_like(param)
+                if param.requires_grad:
+                    param.grad = torch.zeros_like(param)
         gradients = memory.current - held
         optimizers.step()
         state = memory.current - held - gradients

@@ -17,6 +17,18 @@ def require_folder(path: str | None, option: str) -> None:
         raise ConfigError(f"{option} {path}: there is no such folder")
 
 
+def make_folder(path: str, option: str) -> None:
+    """Make the folder of `path`, before the work is done.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot write there: {error.strerror}") from error
+
+
 def write_result(path: str, content: str | bytes, option: str) -> None:
     """Write a file. Raises `ConfigError`, which names the option, if that fails."""
     data = content.encode() if isinstance(content, str) else content

@@ -54,6 +54,13 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
         main(["llama3", "--hf", str(tmp_path / "nowhere")])
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_checks(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--json .*/file/report\.json: cannot write there"):
+        main(["llama3", "--only", "contract", "--json", str(tmp_path / "file" / "report.json")])
+    assert "checks" not in capsys.readouterr().out
+
+
 def test_the_list_runs_nothing(capsys):
     assert main(["llama3", "--list", "--only", "cost.nparams"]) == 0
     assert "\ncost.nparams     the number of parameters is exact\n" in capsys.readouterr().out

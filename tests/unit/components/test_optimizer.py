@@ -5,7 +5,12 @@ import torch
 import torch.nn as nn
 
 from torchtitan.components.muon import Muon
-from torchtitan.components.optimizer import OPTIMIZERS, OptimizersContainer, build_optimizer
+from torchtitan.components.optimizer import (
+    OPTIMIZERS,
+    OptimizersContainer,
+    build_optimizer,
+    check_rules,
+)
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
@@ -130,8 +135,23 @@ def test_what_a_model_freezes_itself_stays_frozen() -> None:
 
 
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"'hiden'.*hidden"):
-        build(Model(), rules=[ParamRule("hiden")])
+    config = JobConfig()
+    config.optimizer.rules = [ParamRule("hidden"), ParamRule("hiden")]
+    with pytest.raises(ConfigError, match=r"optimizer\.rules\.1: pattern 'hiden'.*hidden"):
+        check_rules(Model(), config)
+
+
+def test_a_model_that_is_frozen_whole_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="freezes every parameter of the model"):
+        build(Model(), rules=[ParamRule(".", lr_scale=0.0)])
+
+
+def test_a_part_of_a_model_need_not_have_what_a_rule_is_for() -> None:
+    part = Model()
+    part.tok_embeddings = None
+    rules = [ParamRule("tok_embeddings", lr_scale=0.5), ParamRule("hidden", lr_scale=0.25)]
+    lr = setting(part, build(part, lr=1.0, rules=rules), "lr")
+    assert (lr["hidden.weight"], lr["output.weight"]) == (0.25, 1.0)
 
 
 def test_a_tied_weight_is_one_parameter() -> None:

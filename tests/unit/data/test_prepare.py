@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from torchtitan.cli import main
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import encode_document
 from torchtitan.data.sources import open_dataset
 from torchtitan.data.token_files import PreparedTokens
@@ -89,7 +90,11 @@ def test_a_stream_is_prepared_too(tmp_path: Path) -> None:
     for number in range(3):
         rows = [json.dumps({"text": f"{number} {i}"}) for i in range(5)]
         (data / f"train-{number}.jsonl").write_text("\n".join(rows))
-    prepare(tmp_path / "out", "--dataset", "hf", "--dataset-path", str(data))
+    options = ["--dataset", "hf", "--dataset-path", str(data)]
+    with pytest.raises(ConfigError, match=r"--shards 4: has no effect here.*files \(3\)"):
+        main_of_data(["prepare", "--out", str(tmp_path / "out"), *options, "--shards", "4"])
+    assert not (tmp_path / "out").exists()
+    prepare(tmp_path / "out", *options, "--shards", "3")
     source = open_dataset("tokens", str(tmp_path / "out"))
     texts = [BytesTokenizer().decode(source[i].tolist()) for i in range(len(source))]
     assert texts == [f"{number} {i}" for number in range(3) for i in range(5)]

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from harness import command
 from torchtitan.errors import ConfigError
 from torchtitan.launching.command import main
 from torchtitan.launching.job import seconds_of
+from torchtitan.protocols.train_spec import get_train_spec
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted(path.name for path in (ROOT / "launchers").iterdir() if path.suffix != ".md")
@@ -290,6 +292,7 @@ MISTAKES = {
     "flavor": (["--slurm", "--", "--model.flavor=8"], ["flavor", "8B"]),
     "dataset": (["--slurm", "--", "--training.dataset=c5"], ["c5", "Did you mean 'c4'"]),
     "key": (["--slurm", "--", "--training.sequence=3"], ["sequence"]),
+    "out": (["--slurm", "--out=/no/such/file"], ["--out /no/such/file", "no such folder"]),
 }
 
 
@@ -302,6 +305,41 @@ def test_a_mistake_is_one_message(name: str, job: str, monkeypatch: pytest.Monke
     assert "Traceback" not in done.err and not done.out
     for word in words:
         assert word in done.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--training.on_nonfinite=rollback", "--training.on_spike=rollback"],
+        ["--checkpoint.folder=nothing://bucket/run", "--checkpoint.load_step=3"],
+        ["--fault_tolerance.enable", "--fault_tolerance.group_size=2"],
+    ],
+)
+def test_what_only_the_cluster_has_is_not_looked_for(
+    options: list[str], job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "torchtitan" in render(capsys, job, "--slurm", "--dry-run", "--", *options)
+
+
+def test_cuda_graphs_are_for_one_rank(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    one, graphs = "--gpus-per-node=1", ["--compile.enable", "--compile.mode=reduce-overhead"]
+    assert "torchtitan" in render(capsys, job, "--slurm", one, "--dry-run", "--", *graphs)
+    with pytest.raises(ConfigError, match=r"compile\.mode.*several ranks"):
+        main([job, "--slurm", "--dry-run", "--", *graphs])
+
+
+def test_a_model_without_a_pipeline_is_refused(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(get_train_spec("llama3", "debugmodel"), pipeline_fn=None)
+    monkeypatch.setattr("torchtitan.protocols.train_spec.get_train_spec", lambda *_: spec)
+    with pytest.raises(ConfigError, match="llama3 has no pipeline_fn"):
+        main([job, "--slurm", "--dry-run", "--", "--parallelism.pipeline_parallel_degree=2"])
+
+
+def test_a_rule_for_no_parameter_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(JOB + '[[optimizer.rules]]\npattern = "layer.1"\n')
+    with pytest.raises(ConfigError, match=r"pattern 'layer\.1' matches no parameter"):
+        main([str(path), "--slurm", "--dry-run"])
 
 
 def test_a_missing_tool_is_one_message(job: str, monkeypatch: pytest.MonkeyPatch) -> None:

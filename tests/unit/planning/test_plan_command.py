@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,10 +14,14 @@ import pytest
 from harness import command
 
 from torchtitan.config import load_config
+from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
 from torchtitan.planning import picture
 from torchtitan.planning.command import default_world_size, main
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.page import ACTIONS, COLORS
+from torchtitan.protocols.train_spec import get_train_spec
 
 JOB = """\
 [model]
@@ -140,6 +145,68 @@ def test_the_default_world(options: list[str], world_size: int) -> None:
     assert default_world_size(load_config(options), 8) == world_size
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--training.on_nonfinite=rollback", "--training.on_spike=rollback"],
+        ["--fault_tolerance.enable", "--fault_tolerance.group_size=2"],
+        ["--parallelism.pipeline_parallel_degree=1", "--compile.enable"]
+        + ["--compile.mode=reduce-overhead"],
+    ],
+)
+def test_what_only_the_cluster_has_is_not_looked_for(options: list[str], job: str) -> None:
+    world_size = "1" if "--compile.enable" in options else "4"
+    assert main([job, "--world-size", world_size, "--", *options]) == 0
+
+
+def test_a_model_without_a_pipeline_is_refused(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(get_train_spec("llama3", "debugmodel"), pipeline_fn=None)
+    monkeypatch.setattr("torchtitan.planning.estimate.get_train_spec", lambda *_: spec)
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_degree.*llama3 has no pipeline_fn"):
+        main([job, "--world-size", "4"])
+
+
+def test_a_replica_group_is_planned_with_its_share(job: str) -> None:
+    given = f"--job.config_file={job}", "--training.global_batch_size=32"
+    both = load_config([*given, "--fault_tolerance.enable", "--fault_tolerance.group_size=2"])
+    plan = plan_run(both, 4, DEVICES["h100"])
+    assert plan.tokens_per_step == 16 * 256 and plan.accumulation_steps == 2
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_a_rule_may_be_for_a_layer_that_is_not_traced(
+    pp: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 32 layers a few are traced, and a stage has its own alone."""
+    config = tmp_path / "rules.toml"
+    rule = "[[optimizer.rules]]\npattern = 'layers\\.31\\.'\nlr_scale = 0.5\n"
+    config.write_text(f'[model]\nflavor = "8B"\n{rule}')
+    options = [f"--parallelism.pipeline_parallel_degree={pp}", "--training.seq_len=256"]
+    assert main([str(config), "--world-size", "64", "--", *options]) == 0
+    assert "it fits" in capsys.readouterr().out
+
+
+def test_layers_that_are_frozen_have_no_gradients_and_no_optimizer_state() -> None:
+    """Also those that are not traced: of 32 layers the first 8, the last, or none."""
+    given = ["--model.flavor=8B", "--training.seq_len=256", "--activation_checkpoint.mode=none"]
+    states = []
+    for patterns in ([], [r"layers\.[0-7]\."], [r"layers\.31\."]):
+        config = load_config(given)
+        config.optimizer.rules = [ParamRule(pattern, lr_scale=0.0) for pattern in patterns]
+        states.append(plan_run(config, 8, DEVICES["h100"]).ranks[0].memory.optimizer_state)
+    none, eight, last = states
+    layer = 2 * 4 * 218_112_000 / 8  # two moments in float32 of an eighth of its parameters
+    assert none - eight == pytest.approx(8 * layer, rel=0.01)
+    assert none - last == pytest.approx(layer, rel=0.01)
+
+
+def test_a_rule_for_no_parameter_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "rules.toml"
+    config.write_text('[model]\nflavor = "8B"\n[[optimizer.rules]]\npattern = "layers.32"\n')
+    with pytest.raises(ConfigError, match=r"rules\.toml:3: .*'layers\.32' matches no parameter"):
+        main([str(config), "--world-size", "64"])
+
+
 MISTAKES = {
     "file": (["/no/such.toml"], ["/no/such.toml"]),
     "device": (["JOB", "--device", "h10"], ["--device h10", "Did you mean 'h100'?"]),
@@ -172,8 +239,21 @@ MISTAKES = {
         ['optimizer.name = "Muon"', "values of tensors"],
     ),
     "json": (["JOB", "--json", "/no/such/folder/plan.json"], ["--json /no/such/folder"]),
+    "png": (["JOB", "--png", "/no/such/plan.png"], ["--png /no/such/plan.png", "no such folder"]),
+    "out": (["JOB", "--out", "plan.toml"], ["--out", "--search"]),
+    "seconds": (["JOB", "--seconds", "9"], ["--seconds", "--search"]),
+    "search out": (["JOB", "--search", "--out", "/no/such/plan.toml"], ["--out", "such folder"]),
+    "search json": (["JOB", "--search", "--json", "a.json"], ["--json", "plan planned.toml"]),
+    "search html": (["JOB", "--search", "--html", "a.html"], ["--html", "plan planned.toml"]),
+    "search png": (["JOB", "--search", "--png", "a.png"], ["--png", "plan planned.toml"]),
+    "search budget": (["JOB", "--search", "--tokens", "9"], ["--tokens", "plan planned.toml"]),
     "search": (["JOB", "--search"], ["--gpus"]),
     "search batch": (["JOB", "--search", "--gpus", "4"], ["--global-batch-size"]),
+    "search groups": (
+        ["JOB", "--search", "--gpus", "4", "--global-batch-size", "8"]
+        + ["--", "--fault_tolerance.enable"],
+        ["fault_tolerance.enable", "one replica group"],
+    ),
     "search none": (
         ["JOB", "--search", "--gpus", "7", "--global-batch-size", "3", "--", *()]
         + ["--model.flavor=debugmodel"],

@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.tools.result_file import make_folder
 
 DESCRIPTION = """\
 Prove a model right on this machine, without a GPU: its contract, its numbers under every
@@ -71,6 +72,8 @@ def verify(options: Options, checks: list) -> int:
     from .run import run_checks
     from .subject import Subject, default_flavor
 
+    if options.json:
+        make_folder(str(options.json), "--json")
     with TemporaryDirectory(prefix="torchtitan-verify-") as folder:
         imported = _import(options)
         flavor = options.flavor or (default_flavor(options.name) if imported else "")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from torchtitan.errors import ConfigError
+from torchtitan.tools.result_file import make_folder, write_result
 
 from .check import Check, Outcome
 
@@ -109,9 +109,6 @@ def to_json(outcomes: Iterable[Outcome], model: str, flavor: str) -> dict[str, A
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Raises `ConfigError` if the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {path}: cannot write there: {error.strerror}") from error
+    """Write the file, in a folder that is made. Raises `ConfigError` if that fails."""
+    make_folder(str(path), "--json")
+    write_result(str(path), json.dumps(report, indent=2) + "\n", "--json")

@@ -45,6 +45,8 @@ def check(tmp_path: Path, *options: str, allowed: tuple[str, ...] = ()) -> None:
         ["--training.mixed_precision_param=bfloat16"],
         ["--loss.name=chunked_cross_entropy"],
         ["--validation.enable", "--metrics.enable_tensorboard"],
+        ["--data.workers=4", "--data.verify_hashes"],
+        ["--training.replay_freq=2"],
     ],
 )
 def test_how_a_run_computes_may_differ(tmp_path: Path, options: list[str]) -> None:
