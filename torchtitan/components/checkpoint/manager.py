@@ -39,6 +39,7 @@ from .huggingface_save import save_huggingface
 from .load import OpenCheckpoint, load_weights_of_parts, model_state
 from .manifest import Manifest
 from .resume import check_data, checkpoint_root, config_changes, describe_model
+from .save_planner import SharingSavePlanner
 from .staging import HostCopy
 from .storage import StoragePath
 from .writer import CheckpointWriter
@@ -157,7 +158,12 @@ class CheckpointManager:
             self._pending = step, self._save_in_background(state, writer)
             return
         try:
-            dcp.save(state, storage_writer=writer, process_group=self._group)
+            dcp.save(
+                state,
+                storage_writer=writer,
+                planner=SharingSavePlanner(self._group),
+                process_group=self._group,
+            )
         except CheckpointException as failure:
             message = self._clean_up(step, failure)
             if last:
@@ -185,7 +191,11 @@ class CheckpointManager:
         state |= {part: deepcopy(state[part]) for part in state.keys() - {"model", "optimizer"}}
         writer.per_thread_copy_ahead = 0  # what is on the host already need not be waited for
         response = dcp.async_save(
-            state, storage_writer=writer, process_group=self._group, async_stager=self._stager
+            state,
+            storage_writer=writer,
+            planner=SharingSavePlanner(self._group),
+            process_group=self._group,
+            async_stager=self._stager,
         )
         return cast(Any, response).upload_completion  # with a stager it is an AsyncSaveResponse
 

@@ -83,6 +83,8 @@ class CheckpointWriter(FileSystemWriter):
             files |= records
         super().finish(metadata, [items for *items, _ in results])
         write_durably(self.path / folders.CONFIG, self._config.encode())
+        # It is sent to all ranks, which have no use for it.
+        metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
         files |= self.fs.records  # with that of .metadata
         files[folders.CONFIG] = FileRecord.of(self.path / folders.CONFIG)
         self._manifest.files = dict(sorted(files.items()))
