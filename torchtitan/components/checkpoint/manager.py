@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
+
+SAVE_TIMEOUT = timedelta(hours=2)
+"""For one rank to write or read its files, or rank 0 to prune, while the others wait. A file server
+that another takes over from, or a busy one, may take far longer than a step of training."""
 
 
 class CheckpointManager:
@@ -106,8 +111,10 @@ class CheckpointManager:
         self._damaged: set[str] = set()
         """Names of checkpoints that were found to be damaged."""
         self._loaded = False
+        # All ranks are here, or this ends by the timeout of training: the new group's is its own.
+        dist.all_reduce(torch.zeros(1))
         # Of its own, so that background saves do not get between the collectives of training.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._pending: tuple[int, Future] | None = None
         self._stager: HostCopy | None = None
         self.last_saved: int | None = None
