@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from torchtitan.errors import ConfigError
 
+from .patience import read_again
+
 _CHUNK = 1 << 20
 """Bytes that are checksummed, then written or read on, while the processor's cache holds them."""
 
@@ -145,7 +147,11 @@ def is_url(location: str) -> bool:
 
 
 def sizes_in(folder: StoragePath) -> dict[str, int]:
-    """Name of each file in a folder -> its size in bytes; empty if there is no such folder."""
+    """Name of each file in a folder -> its size in bytes; empty if there is no such folder.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
     return {name: size for name, size in _entries(folder).items() if size is not None}
 
 
@@ -155,11 +161,14 @@ def folders_in(folder: P) -> list[P]:
 
 
 def _entries(folder: StoragePath) -> dict[str, int | None]:
-    try:
+    def entries() -> dict[str, int | None]:
         if isinstance(folder, RemotePath):
             return folder.entries()
-        with os.scandir(folder) as entries:
-            return {e.name: None if e.is_dir() else e.stat().st_size for e in entries}
+        with os.scandir(folder) as found:
+            return {e.name: None if e.is_dir() else e.stat().st_size for e in found}
+
+    try:
+        return read_again(folder, entries)
     except (FileNotFoundError, NotADirectoryError):
         return {}
 
