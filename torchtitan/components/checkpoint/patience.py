@@ -47,7 +47,8 @@ def read_again(path: Any, read: Callable[[], T]) -> T:
                     f"{path} cannot be read: {first_line(error)}. Nothing is known to be wrong "
                     "with the file itself, so try again"
                 ) from error
-            logger.warning(
+            # No warning, which a thousand ranks would show at once.
+            logger.info(
                 "%s cannot be read: %s. Trying again in %s s", path, first_line(error), seconds
             )
             time.sleep(seconds)
