@@ -59,7 +59,8 @@ COMMANDS = {
 def exit_on_user_error() -> Iterator[None]:
     """Turns a `TitanError` into one line on stderr and exit code 2; other errors pass.
 
-    A `StorageError` has exit code 1, by which launchers start a run again. Serves as a decorator too: `@exit_on_user_error()`.
+    A `StorageError` has exit code 1, by which launchers start a run again.
+    Serves as a decorator too: `@exit_on_user_error()`.
     """
     try:
         yield

@@ -1,6 +1,7 @@
 """Errors that a user can cause and mend: one message, no traceback, exit code 2.
 
-A `StorageError` is one message too, with exit code 1. Any other exception is a bug of ours (or of the model's author) and shows its traceback.
+A `StorageError` is one message too, with exit code 1. Any other exception is a bug of ours (or of
+the model's author) and shows its traceback.
 """
 
 from __future__ import annotations

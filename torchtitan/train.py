@@ -390,8 +390,7 @@ class Trainer:
     def _refuse_nonfinite(self, step: int, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        # Ranks may not all know yet that the last save in the background is done.
-        newest = on_rank_zero(self.checkpointer.newest, dist.group.WORLD)
+        newest = self.checkpointer.newest()
         raise TrainingError(
             f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}. "
             f"The last good checkpoint is {newest or '(none)'}"

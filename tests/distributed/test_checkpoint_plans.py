@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from harness import on_ranks, run_ranks
 from test_checkpoint_layouts import Run, world_size_of
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from torchtitan.components.checkpoint import save_planner
@@ -43,11 +44,16 @@ def compare_plans(folder: Path, layout: str) -> None:
     all_told = {len(p.items) for p in everything}
     assert all_told == {len(expected.state_dict_metadata)}
     shared = all_told.pop() - SHARDED
-    assert shared > 15 * PARAMETERS
-    for own in told:
-        assert len(own.items) <= SHARDED + -(-shared // len(told))
-        assert len(own.planner_data) <= -(-len(expected.planner_data) // len(told))
+    assert shared > 12 * PARAMETERS
+    assert sum(len(own.items) for own in told) == SHARDED * len(told) + shared
+    share = -(-len(expected.planner_data) // len(told))
+    assert all(len(own.items) <= SHARDED + share for own in told)
+    assert all(len(own.planner_data) <= share for own in told)
     assert all(answer.planner_data is None for answer in answers)
+    for metadata_of_all in metadata, expected:
+        for entry in metadata_of_all.state_dict_metadata.values():
+            if isinstance(entry, TensorStorageMetadata):
+                entry.chunks.sort(key=lambda chunk: chunk.offsets)  # ranks took turns differently
     assert metadata.state_dict_metadata == expected.state_dict_metadata
     assert metadata.planner_data == expected.planner_data
 
@@ -78,8 +84,10 @@ def save_different_names(folder: Path) -> None:
             "sizeless",
             *(f"stage-{stage}.{name}" for stage in (1, 2, 3) for name in "ab"),
         }
-    loaded = {key: dict.fromkeys(value) if isinstance(value, dict) else torch.zeros(())
-              for key, value in state.items()}
+    loaded = {
+        key: dict.fromkeys(value) if isinstance(value, dict) else torch.zeros(())
+        for key, value in state.items()
+    }
     for part in loaded.values():
         if isinstance(part, dict) and "a" in part:
             part["a"] = torch.zeros(4, dtype=torch.int64)

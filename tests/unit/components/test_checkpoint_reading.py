@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_listed_has_no_damaged_checkpoints(tmp_path, mon
 
     @contextmanager
     def failing(folder):
-        if Path(folder).name == "step-4" and left[0]:
+        if str(folder).endswith("step-4") and left[0]:
             left[0] -= 1
             raise os_error(errno.ESTALE)
         with scandir(folder) as entries:

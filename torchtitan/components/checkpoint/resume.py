@@ -58,9 +58,7 @@ def describe_model(job_config: JobConfig, args: Any) -> dict[str, Any]:
     }
 
 
-def check_resume(
-    job_config: JobConfig, args: Any, group: dist.ProcessGroup | None = None
-) -> None:
+def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | None = None) -> None:
     """Refuse, before memory is taken, to go on from a checkpoint of another model.
 
     Rank 0 of `group`, which all ranks are in, looks for the others too; None: there is only this

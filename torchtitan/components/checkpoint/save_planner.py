@@ -1,6 +1,6 @@
 """Who writes what, with little for rank 0 to gather.
 
-`torch.distributed.checkpoint` has each rank tell rank 0 all that it could write. About 16 values a
+`torch.distributed.checkpoint` has each rank tell rank 0 all that it could write. About 13 values a
 parameter are the same on all of its ranks: the options of the optimizer and the number of its
 steps. So ranks that have the same names share out those values among a few of them, before they
 tell.
@@ -62,9 +62,9 @@ def own_share(keys: list[str], group: dist.ProcessGroup | None) -> set[str]:
         return set(keys)
     digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=8).digest()
     own = torch.tensor([int.from_bytes(digest, "big", signed=True)])
-    digests = torch.empty(dist.get_world_size(group), dtype=torch.int64)
-    dist.all_gather_into_tensor(digests, own, group=group)
-    sharers = (digests == own).nonzero().flatten()[:_SHARERS].tolist()
+    digests = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(digests, own, group=group)
+    sharers = (torch.cat(digests) == own).nonzero().flatten()[:_SHARERS].tolist()
     rank = dist.get_rank(group)
     return set(keys[sharers.index(rank) :: len(sharers)]) if rank in sharers else set()
 

@@ -113,7 +113,7 @@ def read_all(file: Any, buffer: memoryview, path: StoragePath | str) -> None:
 def _find_stored(path: StoragePath, start: int, length: int) -> tuple[torch.Tensor, int]:
     """The tensor that was saved at `start`, without its elements, and where these are."""
     with path.open("rb") as file:
-        view: Any = _create_file_view(file, start, length)
+        view: Any = _create_file_view(cast(Any, file), start, length)
         with skip_data():
             saved = torch.load(view, map_location="cpu", weights_only=True)
         return saved, start + _data_offset(file, start, length)
