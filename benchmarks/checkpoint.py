@@ -94,10 +94,10 @@ def measure(folder: Path, flavor: str, rounds: int) -> tuple[Samples, int]:
         with _fresh_step(trainer), _waits_for_copy() as waits:
             stall = _seconds(lambda: _save(trainer))
             start = time.perf_counter()
-            _, future = trainer.checkpointer._pending
+            saves = trainer.checkpointer._background
             steps = [_seconds(trainer.step)]
             counted.stall.append(stall + waits.pop(0))
-            while not future.done():
+            while not saves.done:
                 steps.append(_seconds(trainer.step))
             trainer.checkpointer.wait()
             counted.background.append(time.perf_counter() - start)

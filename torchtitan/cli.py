@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torchtitan
-from torchtitan.errors import ConfigError, TitanError, did_you_mean
+from torchtitan.errors import ConfigError, StorageError, TitanError, did_you_mean
 
 COMMANDS = {
     "train": ("torchtitan.train", "train a model"),
@@ -59,6 +59,7 @@ COMMANDS = {
 def exit_on_user_error() -> Iterator[None]:
     """Turns a `TitanError` into one line on stderr and exit code 2; other errors pass.
 
+    A `StorageError` has exit code 1, by which launchers start a run again.
     Serves as a decorator too: `@exit_on_user_error()`.
     """
     try:
@@ -66,6 +67,9 @@ def exit_on_user_error() -> Iterator[None]:
     except TitanError as error:
         _report(f"error: {error}")
         raise SystemExit(2) from error
+    except StorageError as error:
+        _report(f"error: {error}")
+        raise SystemExit(1) from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Errors that a user can cause and mend: one message, no traceback, exit code 2.
 
-Any other exception is a bug of ours (or of the model's author) and shows its traceback.
+A `StorageError` is one message too, with exit code 1. Any other exception is a bug of ours (or of
+the model's author) and shows its traceback.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ class CheckpointError(TitanError):
 
 class DamagedCheckpointError(CheckpointError):
     """A file of a checkpoint is missing, or not as it was written; another checkpoint may do."""
+
+
+class StorageError(OSError):
+    """A storage cannot be read, which may pass: the run ends, and may be started again as it is."""
 
 
 class DataError(TitanError):

@@ -77,7 +77,8 @@ class Trainer:
     def __init__(self, job_config: JobConfig) -> None:
         self.job_config = job_config = with_own_folder(job_config)
 
-        # Everything a user can get wrong is found before processes meet and memory is taken.
+        # Everything a user can get wrong is found before memory is taken, and before processes
+        # meet if each of them can look for itself.
         load_plugins(job_config.job.custom_import)
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         validate(job_config, utils.world_size())
@@ -85,7 +86,6 @@ class Trainer:
         check_profiling(job_config)
         model_args = spec.model_args.update_from_config(job_config)
         check_exchange(job_config, spec, model_args)
-        check_resume(job_config, model_args)
         tokenizer: Any = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
         check_vocabulary(tokenizer, model_args, job_config)
         parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
@@ -96,6 +96,7 @@ class Trainer:
         if job_config.debug.deterministic:
             use_deterministic_kernels()
         utils.init_distributed(job_config.comm.timeout_seconds)
+        check_resume(job_config, model_args, dist.group.WORLD)
         self.device = utils.device()
         self.parallel_dims = parallel_dims
         world_mesh = parallel_dims.world_mesh

@@ -85,24 +85,57 @@ def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path, url, root, mon
     assert [path.name for path in folders.list_checkpoints(root)] == steps_in(root)
 
 
-def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, monkeypatch):
+@pytest.mark.parametrize("where", ["second file", "all files but the manifest"])
+def test_a_deletion_that_is_cut_off_leaves_no_checkpoint(tmp_path, url, root, monkeypatch, where):
     run(tmp_path, url).train(4)
-    unlink, left = RemotePath.unlink, [1]
 
-    def die_at_the_second(path):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        unlink(path)
+    def die(*args):
+        raise KeyboardInterrupt
+
+    def die_at_the_second(path, names):
+        (path / min(names)).unlink()
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RemotePath, "unlink", die_at_the_second)
+        patch.setattr(
+            RemotePath, "unlink_files", die_at_the_second if where == "second file" else die
+        )
         with pytest.raises(KeyboardInterrupt):
             folders.delete(root / "step-2")
     assert len(sizes_in(root / "step-2")) > 2
+    assert "manifest.json" not in sizes_in(root / "step-2")
     assert [path.name for path in folders.list_checkpoints(root)] == ["step-4"]
     run(tmp_path, url, keep_latest_k=1).train(2)
     assert steps_in(root) == ["step-2"]
+
+
+def test_all_files_but_the_manifest_are_deleted_at_once_and_after_it(
+    tmp_path, url, root, monkeypatch
+):
+    run(tmp_path, url).train(4)
+    fs, deleted = root.fs, []
+    for name in ("rm_file", "rm"):
+        method = getattr(fs, name)
+        monkeypatch.setattr(
+            fs, name, lambda path, method=method, **kw: (deleted.append(path), method(path, **kw))
+        )
+    folders.delete(root / "step-2")
+    # What the file system itself calls for `rm` counts too.
+    manifest, several = deleted[:2]
+    assert manifest.endswith("step-2/manifest.json")
+    assert sorted(path.rpartition("/")[2] for path in several) == [
+        ".metadata",
+        "__0_0.distcp",
+        "config.resolved.toml",
+    ]
+    assert steps_in(root) == ["step-4"]
+
+
+@pytest.mark.parametrize("name", ["run[12]", "run*", "run?"])
+def test_a_name_that_is_a_pattern_is_refused(name):
+    """Else to delete a file of `run[12]` would delete that of `run1`."""
+    with pytest.raises(ConfigError, match=r"no \*, no \? and no \["):
+        storage_path(f"memory://bucket/{name}")
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "manifest.json"])

@@ -143,9 +143,11 @@ def delete(folder: StoragePath) -> None:
     """Delete a checkpoint, or what is left of one, so that it never looks complete half-way."""
     if isinstance(folder, RemotePath):
         write_durably(folder / PARTIAL, b"")
-        names = sizes_in(folder)
-        for name in sorted(names, key=lambda name: (name == PARTIAL, name != MANIFEST)):
-            (folder / name).unlink()
+        names = sizes_in(folder).keys()
+        if MANIFEST in names:
+            (folder / MANIFEST).unlink()
+        folder.unlink_files(names - {MANIFEST, PARTIAL})
+        (folder / PARTIAL).unlink()
         folder.remove()  # the folder, where there is such a thing
         return
     partial = folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,37 +19,37 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.config import to_toml
-from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
-from .folder import (
-    damage,
-    delete,
-    is_resumable,
-    list_checkpoints,
-    partial_folder,
-    restore_replaced,
-    step_folder,
-    step_of,
-)
+from .background import BackgroundSaves
+from .folder import delete, partial_folder, step_folder
 from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
 from .load import OpenCheckpoint, load_weights_of_parts, model_state
 from .manifest import Manifest
-from .resume import check_data, checkpoint_root, config_changes, describe_model
-from .staging import HostCopy
+from .resume import (
+    check_data,
+    checkpoint_root,
+    describe_model,
+    folders_to_resume,
+    steps_to_resume,
+    tell_changes,
+)
+from .save_planner import SharingSavePlanner
 from .storage import StoragePath
 from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from torchtitan.components.optimizer import OptimizersContainer
     from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
+
+SAVE_TIMEOUT = timedelta(hours=2)
+"""For one rank to write or read its files, or rank 0 to prune, while the others wait. A file server
+that another takes over from, or a busy one, may take far longer than a step of training."""
 
 
 class CheckpointManager:
@@ -105,10 +105,11 @@ class CheckpointManager:
         self._damaged: set[str] = set()
         """Names of checkpoints that were found to be damaged."""
         self._loaded = False
+        # All ranks are here, or this ends by the timeout of training: the new group's is its own.
+        dist.all_reduce(torch.zeros(1))
         # Of its own, so that background saves do not get between the collectives of training.
-        self._group = dist.new_group(backend="gloo")
-        self._pending: tuple[int, Future] | None = None
-        self._stager: HostCopy | None = None
+        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        self._background = BackgroundSaves(model_parts, optimizers, self._group)
         self.last_saved: int | None = None
         """Step of the last checkpoint that this process saved and completed."""
 
@@ -131,7 +132,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: the last save failed.
         """
-        if self._pending is not None and self._pending[1].done():
+        if self._background.done:
             self.wait()
         if not self.is_due(step, last):
             return
@@ -154,10 +155,15 @@ class CheckpointManager:
             damaged=frozenset(self._damaged),
         )
         if self._config.async_mode == "async" and not last:
-            self._pending = step, self._save_in_background(state, writer)
+            self._background.start(step, state, writer)
             return
         try:
-            dcp.save(state, storage_writer=writer, process_group=self._group)
+            dcp.save(
+                state,
+                storage_writer=writer,
+                planner=SharingSavePlanner(self._group),
+                process_group=self._group,
+            )
         except CheckpointException as failure:
             message = self._clean_up(step, failure)
             if last:
@@ -167,27 +173,6 @@ class CheckpointManager:
             self._saved(step)
         if in_hf:
             self._save_huggingface(step)
-
-    def _save_in_background(self, state: dict[str, Any], writer: CheckpointWriter) -> Future:
-        """The state is copied while the next step computes, and then written.
-
-        Parameters and the optimizers' state change in `optimizer.step()` alone, which waits for
-        the copy. All else may change before, buffers in the forward pass; it is small, and copied
-        at once.
-        """
-        if self._stager is None:
-            stager = self._stager = HostCopy()
-            for optimizer in self._optimizers:
-                optimizer.register_step_pre_hook(lambda *_: stager.synchronize_staging())
-        buffers = {canonical_name(n) for part in self._model_parts for n, _ in part.named_buffers()}
-        model = state["model"]
-        state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
-        state |= {part: deepcopy(state[part]) for part in state.keys() - {"model", "optimizer"}}
-        writer.per_thread_copy_ahead = 0  # what is on the host already need not be waited for
-        response = dcp.async_save(
-            state, storage_writer=writer, process_group=self._group, async_stager=self._stager
-        )
-        return cast(Any, response).upload_completion  # with a stager it is an AsyncSaveResponse
 
     def _save_huggingface(self, step: int) -> None:
         folder = step_folder(self._root, step)
@@ -201,12 +186,11 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait for the save in the background, if there is one."""
-        if self._pending is None:
+        step = self._background.step
+        if step is None:
             return
-        step, future = self._pending
-        self._pending = None
         try:
-            future.result()
+            self._background.finish()
         except CheckpointException as failure:
             _log_failure(self._clean_up(step, failure))
         else:
@@ -227,23 +211,18 @@ class CheckpointManager:
         Returns:
             False if that save goes on: it may wait for a rank that is gone.
         """
-        if timeout is not None and self._pending is not None:
-            with suppress(Exception):  # a failure is for `wait`
-                self._pending[1].exception(timeout)
-            if not self._pending[1].done():
-                return False
+        if timeout is not None and not self._background.wait(timeout):
+            return False
         self.wait()
-        if self._stager is not None:
-            self._stager.close()
+        self._background.close()
         dist.destroy_process_group(self._group)
         return True
 
     def newest(self) -> StoragePath | None:
-        """The newest checkpoint that is not damaged, as far as is known without reading it."""
-        for folder in reversed(list_checkpoints(self._root)):
-            if folder.name not in self._damaged and not damage(folder):
-                return folder
-        return None
+        """What this run has saved last, or else resumed from. The storage is not asked."""
+        if self._background.completed is not None:
+            return step_folder(self._root, self._background.completed)
+        return self._lineage[-1] if self._lineage else None
 
     def load(self) -> int:
         """Resume, or else start from the weights in `checkpoint.initial_load_path` if it is set.
@@ -262,6 +241,7 @@ class CheckpointManager:
             CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged, all
                 checkpoints are damaged, there is none to go back to, or the one to resume from is
                 an export or does not fit the model or the batch size.
+            StorageError: on all ranks: one cannot be read, which does not count as damage.
         """
         again, self._loaded = self._loaded, True
         if again:
@@ -270,7 +250,13 @@ class CheckpointManager:
                 raise CheckpointError(f"there is no checkpoint in {self._root} to go back to")
             return step
         if self._config.enable:
-            folders = on_rank_zero(self._folders_to_resume, self._group)
+            load_step = self._config.load_step
+            folders = on_rank_zero(lambda: folders_to_resume(self._root, load_step), self._group)
+            if not folders and load_step != -1:
+                raise CheckpointError(
+                    f"checkpoint.load_step = {load_step}: there is no "
+                    f"{step_folder(self._root, load_step)}. {self._steps_to_resume()}"
+                )
             step = self._resume_first_good(folders, self._config.exclude_from_loading)
             if step is not None:
                 return step
@@ -295,31 +281,15 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: on all ranks: all of them are damaged.
+            StorageError: on all ranks: one cannot be read.
         """
         self.wait()
         lineage = self._lineage[::-1]
         there = on_rank_zero(lambda: [path for path in lineage if path.exists()], self._group)
         return self._resume_first_good(there, exclude)
 
-    def _folders_to_resume(self) -> list[StoragePath]:
-        """The first one that is good is to be resumed from."""
-        restore_replaced(self._root)
-        step = self._config.load_step
-        if step == -1:
-            return list_checkpoints(self._root)[::-1]
-        folder = step_folder(self._root, step)
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"checkpoint.load_step = {step}: there is no {folder}. {self._resumable_steps()}"
-            )
-        return [folder]
-
-    def _resumable_steps(self) -> str:
-        steps = sorted(
-            step_of(path)
-            for path in list_checkpoints(self._root)
-            if path.name not in self._damaged and is_resumable(path)
-        )
+    def _steps_to_resume(self) -> str:
+        steps = on_rank_zero(lambda: steps_to_resume(self._root, self._damaged), self._group)
         return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
 
     def _resume_first_good(
@@ -349,7 +319,7 @@ class CheckpointManager:
         if self._config.load_step != -1:
             return (
                 f"checkpoint.load_step = {self._config.load_step}: {damaged[0]}. "
-                f"{on_rank_zero(self._resumable_steps, self._group)}"
+                f"{self._steps_to_resume()}"
             )
         count = f" ({len(damaged)} are damaged)" if len(damaged) > 1 else ""
         return (
@@ -362,7 +332,7 @@ class CheckpointManager:
             raise CheckpointError(
                 f"{checkpoint.folder} holds the model alone and cannot resume a run. Set "
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
-                f"checkpoint.initial_load_path. {self._resumable_steps()}"
+                f"checkpoint.initial_load_path. {self._steps_to_resume()}"
             )
         if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
             exclude = (*exclude, "guard")
@@ -375,17 +345,10 @@ class CheckpointManager:
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
             self._dataloader.load_state_dict({"rows": rows})
-        logger.info("resumed from %s%s", checkpoint.folder, self._changes(checkpoint))
+        if dist.get_rank() == 0:
+            changes = tell_changes(checkpoint.folder, self._job_config)
+            logger.info("resumed from %s%s", checkpoint.folder, changes)
         return checkpoint.manifest.step
-
-    def _changes(self, checkpoint: OpenCheckpoint) -> str:
-        if dist.get_rank() != 0:
-            return ""
-        try:
-            changes = config_changes(checkpoint.folder, self._job_config)
-        except (OSError, ValueError) as error:
-            return f", whose configuration cannot be read ({first_line(error)})"
-        return f". The configuration has changed since:{changes}" if changes else ""
 
     def replica_state(self) -> dict[str, Any]:
         """What replica groups have in common: all but the place in the data. Not copies."""

@@ -14,11 +14,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
-from torchtitan.errors import DamagedCheckpointError
+from torchtitan.errors import DamagedCheckpointError, StorageError
 from torchtitan.tools.text import first_line
 
+from .patience import read_again
 from .storage import FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"
@@ -57,7 +59,9 @@ class Manifest:
         """Raises `DamagedCheckpointError` if it is missing or not as it was written."""
         path = folder / MANIFEST
         try:
-            text = path.read_bytes()
+            text = read_again(path, path.read_bytes)
+        except StorageError:
+            raise
         except OSError as error:
             reason = error.strerror or "No such file or directory"
             raise DamagedCheckpointError(
@@ -100,12 +104,12 @@ class Manifest:
                 )
 
     def damaged_files(self, folder: StoragePath) -> list[str]:
-        """What is wrong with each file that is not as it was written. Reads all of them."""
+        """What is wrong with each file that is not as it was written, or cannot be read."""
 
         def problem(name: str) -> str:
             try:
                 self.check_contents(folder, [name])
-            except DamagedCheckpointError as error:
+            except (DamagedCheckpointError, StorageError) as error:
                 return str(error)
             return ""
 
@@ -117,7 +121,9 @@ class Manifest:
         for name in names:
             path = folder / name
             try:
-                now = FileRecord.of(path)
+                now = read_again(path, partial(FileRecord.of, path))
+            except StorageError:
+                raise
             except FileNotFoundError as error:
                 raise DamagedCheckpointError(
                     f"{path} is missing: the checkpoint is damaged"

@@ -12,6 +12,7 @@ import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,7 @@ from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import first_line
 
 from .agreement import first_failure
+from .patience import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
 from .storage import CheckpointFiles, StoragePath
 
@@ -66,14 +68,8 @@ class CheckpointReader(dcp.FileSystemReader):
         for item in plan.items:
             items_of_file[self.storage_data[item.storage_index].relative_path].append(item)
         for name, items in items_of_file.items():
-            try:
-                self.read_file(name, dataclasses.replace(plan, items=items), planner)
-            except Exception as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise DamagedCheckpointError(
-                    f"{self.path / name} is damaged: {first_line(error)}"
-                ) from error
+            part = dataclasses.replace(plan, items=items)
+            parse_again(self.path / name, partial(self.read_file, name, part, planner))
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -86,18 +82,14 @@ class CheckpointReader(dcp.FileSystemReader):
 
         Raises:
             CheckpointError: a file is damaged.
+            StorageError: it cannot be read.
         """
         entry: Any = self._metadata.state_dict_metadata[key]
         whole: Any = None
         for chunk in entry.chunks:
             info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = self.path / info.relative_path
-            try:
-                with path.open("rb") as file:
-                    stored = self._slice_file(file, info)
-                    part = torch.load(stored, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error
+            part = parse_again(path, partial(self._read_stored, path, info))
             if len(entry.chunks) == 1:
                 return part
             if whole is None:
@@ -105,6 +97,10 @@ class CheckpointReader(dcp.FileSystemReader):
             place = zip(chunk.offsets, chunk.sizes, strict=True)
             whole[tuple(slice(start, start + size) for start, size in place)] = part
         return whole
+
+    def _read_stored(self, path: StoragePath, info: _StorageInfo) -> torch.Tensor:
+        with path.open("rb") as file:
+            return torch.load(self._slice_file(file, info), map_location="cpu", weights_only=True)
 
 
 class SafetensorsReader(CheckpointReader):
@@ -170,6 +166,8 @@ def read_state(
 
     Raises:
         CheckpointError: on all ranks, if on any of them something is damaged or does not fit.
+        StorageError, MemoryError, OutOfMemoryError, AcceleratorError: likewise, if something cannot
+            be read though it may be good.
     """
     planner = ExactLoadPlanner(reader.path, is_wanted)
     try:
@@ -184,7 +182,7 @@ def read_state(
             )
     except CheckpointException as failure:
         error = first_failure(failure)
-        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+        if isinstance(error, (CheckpointError, *NO_DAMAGE)) or not isinstance(error, Exception):
             raise error from None
         raise CheckpointError(f"{reader.path} cannot be read: {first_line(error)}") from error
 
@@ -223,13 +221,14 @@ def check_no_more(
 
 
 def read_metadata(folder: StoragePath) -> Metadata:
-    """Which tensor is where in a checkpoint of ours. Raises `DamagedCheckpointError`."""
+    """Which tensor is where in a checkpoint of ours.
+
+    Raises:
+        DamagedCheckpointError: the file that says so is missing or damaged.
+        StorageError: it cannot be read.
+    """
     path = folder / ".metadata"
-    try:
-        with path.open("rb") as file:
-            metadata = _PlainDataUnpickler(file).load()
-    except Exception as error:  # damaged pickles raise errors of any kind
-        raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error
+    metadata = parse_again(path, lambda: _PlainDataUnpickler(BytesIO(path.read_bytes())).load())
     if not isinstance(metadata, Metadata):
         raise DamagedCheckpointError(f"{path} is damaged: it holds no checkpoint metadata")
     return metadata
@@ -297,7 +296,7 @@ def _safetensors_files(folder: Path) -> list[str]:
     if not index.is_file():
         return [SAFETENSORS_FILE]
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return sorted(set(json.loads(read_again(index, index.read_text))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged: {first_line(error)}") from error
 

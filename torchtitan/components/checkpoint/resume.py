@@ -1,24 +1,37 @@
-"""Is it the same run that goes on? The model must be; what else changed is shown."""
+"""From what a run goes on, and whether it is the same: the model must be.
+
+What else changed is shown.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan.config import to_toml
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.tools.text import first_line
 
-from .folder import CONFIG, is_resumable, list_checkpoints, step_folder
+from .agreement import on_rank_zero
+from .folder import (
+    CONFIG,
+    is_resumable,
+    list_checkpoints,
+    restore_replaced,
+    step_folder,
+    step_of,
+)
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import Manifest, nested_differences, plain_args
-from .storage import StoragePath, is_url, storage_path
+from .storage import StoragePath, folders_in, is_url, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -45,15 +58,22 @@ def describe_model(job_config: JobConfig, args: Any) -> dict[str, Any]:
     }
 
 
-def check_resume(job_config: JobConfig, args: Any) -> None:
+def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | None = None) -> None:
     """Refuse, before memory is taken, to go on from a checkpoint of another model.
 
+    Rank 0 of `group`, which all ranks are in, looks for the others too; None: there is only this
+    process.
+
     Raises:
-        CheckpointError: name, flavor, args or tokenizer differ from the newest checkpoint of the
-            run, or from that of `checkpoint.load_step`. It shows each difference.
+        CheckpointError: on all ranks: name, flavor, args or tokenizer differ from the newest
+            checkpoint of the run, or from that of `checkpoint.load_step`. It shows each difference.
+        StorageError: on all ranks: the checkpoints cannot be read.
     """
-    if not job_config.checkpoint.enable:
-        return
+    if job_config.checkpoint.enable:
+        on_rank_zero(lambda: _check_model(job_config, args), group)
+
+
+def _check_model(job_config: JobConfig, args: Any) -> None:
     root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
     saved = [step_folder(root, step)] if step != -1 else list_checkpoints(root)[::-1]
     folder = next((path for path in saved if is_resumable(path)), None)
@@ -71,6 +91,23 @@ def check_resume(job_config: JobConfig, args: Any) -> None:
             "model, or start a new run in another job.dump_folder; checkpoint.initial_load_path "
             "gives it weights"
         )
+
+
+def folders_to_resume(root: StoragePath, load_step: int) -> list[StoragePath]:
+    """The first one that is good is to be resumed from. `load_step`: that step alone; -1: any."""
+    restore_replaced(root)
+    if load_step == -1:
+        return list_checkpoints(root)[::-1]
+    return [folder for folder in folders_in(root) if folder == step_folder(root, load_step)]
+
+
+def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
+    """In their order. `damaged`: names of checkpoints that are, though their sizes are right."""
+    return sorted(
+        step_of(path)
+        for path in list_checkpoints(root)
+        if path.name not in damaged and is_resumable(path)
+    )
 
 
 def model_differences(
@@ -120,16 +157,15 @@ def check_data(
         )
 
 
-def config_changes(folder: StoragePath, job_config: JobConfig) -> str:
-    """Lines that say in what the run's config differs from that in a checkpoint; "": in nothing.
-
-    Raises:
-        OSError: the checkpoint's config cannot be read.
-        ValueError: it is no TOML.
-    """
-    saved = tomllib.loads((folder / CONFIG).read_bytes().decode())
+def tell_changes(folder: StoragePath, job_config: JobConfig) -> str:
+    """The end of a sentence on a checkpoint: in what the run's config differs from its own."""
+    try:
+        saved = tomllib.loads((folder / CONFIG).read_bytes().decode())
+    except (OSError, ValueError) as error:
+        return f", whose configuration cannot be read ({first_line(error)})"
     changes = nested_differences(saved, tomllib.loads(to_toml(job_config)))
-    return "".join(f"\n  {name} = {_shown(now)} (was {_shown(was)})" for name, was, now in changes)
+    lines = [f"\n  {name} = {_shown(now)} (was {_shown(was)})" for name, was, now in changes]
+    return f". The configuration has changed since:{''.join(lines)}" if lines else ""
 
 
 def _shown(value: Any) -> str:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from torchtitan.errors import CheckpointError
-from torchtitan.tools.text import first_line, natural_order
+from torchtitan.tools.text import natural_order
 
+from .patience import parse_again
 from .saved_tensors import read_all
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -84,18 +85,12 @@ class SafetensorsFile:
 
     Raises:
         CheckpointError: the file is missing or damaged.
+        StorageError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with safe_open(path, framework="pt"):
-                pass  # the library checks that header and length of the file are in order
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing") from error
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+        self._file = parse_again(path, self._open)
         header_bytes = int.from_bytes(self._file.read(8), "little")
         header = json.loads(self._file.read(header_bytes))
         header.pop("__metadata__", None)
@@ -109,6 +104,11 @@ class SafetensorsFile:
                 )
             self.specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
             self._starts[name] = 8 + header_bytes + entry["data_offsets"][0]
+
+    def _open(self) -> Any:
+        with safe_open(self.path, framework="pt"):
+            pass  # the library checks that header and length of the file are in order
+        return open(self.path, "rb", buffering=0)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor, in the file's dtype; a scalar has one row."""

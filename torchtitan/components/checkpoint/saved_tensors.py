@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -16,8 +17,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.serialization import skip_data
 
 from torchtitan.errors import CheckpointError
-from torchtitan.tools.text import first_line
 
+from .patience import parse_again
 from .storage import StoragePath
 
 
@@ -57,6 +58,7 @@ class SavedTensor:
 
         Raises:
             CheckpointError: a file is damaged.
+            StorageError: it cannot be read.
         """
         entry: Any = metadata.state_dict_metadata[key]
         row = math.prod(entry.size[1:])
@@ -66,14 +68,7 @@ class SavedTensor:
                 return None
             info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = folder / info.relative_path
-            try:
-                with path.open("rb") as file:
-                    view: Any = _create_file_view(file, info.offset, info.length)
-                    with skip_data():
-                        saved = torch.load(view, map_location="cpu", weights_only=True)
-                    data = info.offset + _data_offset(file, info.offset, info.length)
-            except Exception as error:
-                raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+            saved, data = parse_again(path, partial(_find_stored, path, info.offset, info.length))
             if not saved.is_contiguous() or saved.storage_offset():
                 return None
             start = chunk.offsets[0] * row if chunk.offsets else 0
@@ -113,6 +108,15 @@ def read_all(file: Any, buffer: memoryview, path: StoragePath | str) -> None:
         if not got:
             raise CheckpointError(f"{path} is damaged: it ends too early")
         buffer = buffer[got:]
+
+
+def _find_stored(path: StoragePath, start: int, length: int) -> tuple[torch.Tensor, int]:
+    """The tensor that was saved at `start`, without its elements, and where these are."""
+    with path.open("rb") as file:
+        view: Any = _create_file_view(cast(Any, file), start, length)
+        with skip_data():
+            saved = torch.load(view, map_location="cpu", weights_only=True)
+        return saved, start + _data_offset(file, start, length)
 
 
 def _data_offset(file: Any, start: int, length: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import IO, Any, BinaryIO, TypeVar, cast
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from torchtitan.errors import ConfigError
+
+from .patience import read_again
 
 _CHUNK = 1 << 20
 """Bytes that are checksummed, then written or read on, while the processor's cache holds them."""
@@ -113,6 +115,11 @@ class RemotePath:
     def unlink(self) -> None:
         self.fs.rm_file(self._path)
 
+    def unlink_files(self, names: Collection[str]) -> None:
+        """Delete files of this folder, a thousand with one request where the storage can."""
+        if names:
+            self.fs.rm([f"{self._path}/{name}" for name in names])
+
     def rename(self, target: RemotePath) -> None:
         """A copy, then a deletion, in most storages."""
         self.fs.mv(self._path, target._path, recursive=True)
@@ -127,7 +134,12 @@ def storage_path(location: str | os.PathLike[str]) -> StoragePath:
     text = os.fspath(location)
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
-    return RemotePath(text) if is_url(text) else Path(text).expanduser()
+    if not is_url(text):
+        return Path(text).expanduser()
+    if any(character in text for character in "*?["):
+        # A pattern, to fsspec, which would delete files of other folders too.
+        raise ConfigError(f"{text}: the URL of a folder may have no *, no ? and no [")
+    return RemotePath(text)
 
 
 def is_url(location: str) -> bool:
@@ -135,7 +147,11 @@ def is_url(location: str) -> bool:
 
 
 def sizes_in(folder: StoragePath) -> dict[str, int]:
-    """Name of each file in a folder -> its size in bytes; empty if there is no such folder."""
+    """Name of each file in a folder -> its size in bytes; empty if there is no such folder.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
     return {name: size for name, size in _entries(folder).items() if size is not None}
 
 
@@ -145,11 +161,14 @@ def folders_in(folder: P) -> list[P]:
 
 
 def _entries(folder: StoragePath) -> dict[str, int | None]:
-    try:
+    def entries() -> dict[str, int | None]:
         if isinstance(folder, RemotePath):
             return folder.entries()
-        with os.scandir(folder) as entries:
-            return {e.name: None if e.is_dir() else e.stat().st_size for e in entries}
+        with os.scandir(folder) as found:
+            return {e.name: None if e.is_dir() else e.stat().st_size for e in found}
+
+    try:
+        return read_again(folder, entries)
     except (FileNotFoundError, NotADirectoryError):
         return {}
 

@@ -83,6 +83,8 @@ class CheckpointWriter(FileSystemWriter):
             files |= records
         super().finish(metadata, [items for *items, _ in results])
         write_durably(self.path / folders.CONFIG, self._config.encode())
+        # It is sent to all ranks, which have no use for it.
+        metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
         files |= self.fs.records  # with that of .metadata
         files[folders.CONFIG] = FileRecord.of(self.path / folders.CONFIG)
         self._manifest.files = dict(sorted(files.items()))
@@ -92,8 +94,17 @@ class CheckpointWriter(FileSystemWriter):
         self._prune()
 
     def _prune(self) -> None:
-        root = self._folder.parent
-        for old in folders.to_prune(root, self._keep_latest, self._damaged):
+        """The new checkpoint is complete, whatever happens here.
+
+        Other ranks wait meanwhile, but in the group of saves, which has patience; if rank 0 did
+        this afterwards they would wait for it in a step of training.
+        """
+        try:
+            found = folders.to_prune(self._folder.parent, self._keep_latest, self._damaged)
+        except OSError as error:
+            logger.warning("it is not known which old checkpoints to delete: %s", error)
+            return
+        for old in found:
             if old.name == self._folder.name:  # which is the last, unless the clock was set back
                 continue
             try:

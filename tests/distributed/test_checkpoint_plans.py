@@ -1,0 +1,129 @@
+"""What ranks tell rank 0 when they save: little, and yet all that there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from harness import on_ranks, run_ranks
+from test_checkpoint_layouts import Run, world_size_of
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlanner
+
+from torchtitan.components.checkpoint import save_planner
+from torchtitan.components.checkpoint.save_planner import SharingSavePlanner
+from torchtitan.distributed.utils import init_distributed
+
+PARAMETERS = 7
+SHARDED = 3 * PARAMETERS + 1
+"""Weights, the two moments of AdamW, and the rows of the data."""
+
+
+def plan(planner: SavePlanner, state: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """On rank 0: what the ranks tell it, what it tells them, the metadata; else None of all."""
+    planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
+    told: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(planner.create_local_plan(), told)
+    return (told, *planner.create_global_plan(told)) if told else (None, None, None)
+
+
+def compare_plans(folder: Path, layout: str) -> None:
+    run = Run(layout, folder)
+    run.train(1)  # the optimizer has its state
+    state = run.manager._state()
+    told, answers, metadata = plan(SharingSavePlanner(dist.group.WORLD), state)
+    everything, _, expected = plan(DefaultSavePlanner(), state)
+    run.manager.close()
+    if dist.get_rank() != 0:
+        return
+    all_told = {len(p.items) for p in everything}
+    assert all_told == {len(expected.state_dict_metadata)}
+    shared = all_told.pop() - SHARDED
+    assert shared > 12 * PARAMETERS
+    assert sum(len(own.items) for own in told) == SHARDED * len(told) + shared
+    share = -(-len(expected.planner_data) // len(told))
+    assert all(len(own.items) <= SHARDED + share for own in told)
+    assert all(len(own.planner_data) <= share for own in told)
+    assert all(answer.planner_data is None for answer in answers)
+    for metadata_of_all in metadata, expected:
+        for entry in metadata_of_all.state_dict_metadata.values():
+            if isinstance(entry, TensorStorageMetadata):
+                entry.chunks.sort(key=lambda chunk: chunk.offsets)  # ranks took turns differently
+    assert metadata.state_dict_metadata == expected.state_dict_metadata
+    assert metadata.planner_data == expected.planner_data
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "hsdp2x2", "fsdp2_tp2"])
+def test_values_that_all_ranks_have_are_told_by_one(tmp_path: Path, layout: str) -> None:
+    on_ranks(world_size_of(layout), compare_plans, tmp_path, layout)
+
+
+def save_different_names(folder: Path) -> None:
+    """Ranks 0 and 1 are a stage, rank 2 another, and rank 3 has a name more than that."""
+    save_planner._SHARERS = 1
+    rank = dist.get_rank()
+    state: dict[str, Any] = {"common": {"value": 7}, "sizeless": torch.tensor(3.0)}
+    state |= {f"stage-{max(rank, 1)}": {"a": torch.arange(4), "b": [rank > 1]}}
+    if rank == 3:
+        state |= {"stage-2": {"a": torch.arange(4), "b": [True]}}
+    group = dist.new_group(backend="gloo")
+    dcp.save(
+        state,
+        storage_writer=FileSystemWriter(folder),
+        planner=SharingSavePlanner(group),
+        process_group=group,
+    )
+    if rank == 0:
+        assert FileSystemReader(folder).read_metadata().state_dict_metadata.keys() == {
+            "common.value",
+            "sizeless",
+            *(f"stage-{stage}.{name}" for stage in (1, 2, 3) for name in "ab"),
+        }
+    loaded = {
+        key: dict.fromkeys(value) if isinstance(value, dict) else torch.zeros(())
+        for key, value in state.items()
+    }
+    for part in loaded.values():
+        if isinstance(part, dict) and "a" in part:
+            part["a"] = torch.zeros(4, dtype=torch.int64)
+    dcp.load(loaded, storage_reader=FileSystemReader(folder), process_group=group)
+    torch.testing.assert_close(loaded, state)
+
+
+def test_what_some_ranks_alone_have_is_saved(tmp_path: Path) -> None:
+    on_ranks(4, save_different_names, tmp_path)
+
+
+def shares() -> list[str]:
+    init_distributed(timeout_seconds=60)
+    save_planner._SHARERS = 2
+    own = save_planner.own_share(["a", "b", "c"], dist.group.WORLD)
+    dist.destroy_process_group()
+    return sorted(own)
+
+
+def test_a_few_ranks_share_out_what_all_have() -> None:
+    assert run_ranks(shares, 3) == [["a", "c"], ["b"], []]
+    assert save_planner.own_share(["a", "b"], None) == {"a", "b"}
+
+
+def returned_metadata(folder: Path) -> None:
+    returned = []
+    save = dcp.save
+    dcp.save = lambda *args, **kwargs: returned.append(save(*args, **kwargs))
+    run = Run("fsdp2", folder)
+    run.train(2)
+    run.manager.close()
+    assert [m.state_dict_metadata for m in returned] == [{}]
+    assert [(m.storage_data, m.planner_data) for m in returned] == [(None, None)]
+    saved = FileSystemReader(folder / "checkpoint" / "step-2").read_metadata()
+    assert saved.state_dict_metadata and saved.storage_data and saved.planner_data
+
+
+def test_ranks_are_not_sent_the_metadata_that_rank_0_has_written(tmp_path: Path) -> None:
+    on_ranks(2, returned_metadata, tmp_path)

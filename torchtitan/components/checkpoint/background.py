@@ -1,0 +1,103 @@
+"""Saves in the background: the state is copied while the next step computes, and then written."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import suppress
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, cast
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+
+from torchtitan.distributed.names import canonical_name
+
+from .save_planner import SharingSavePlanner
+from .staging import HostCopy
+from .writer import CheckpointWriter
+
+if TYPE_CHECKING:
+    from torchtitan.components.optimizer import OptimizersContainer
+
+
+class BackgroundSaves:
+    """One save at a time, beside the training.
+
+    Args:
+        model_parts: this rank's parts of the model.
+        optimizers: an iterable of optimizers.
+        group: all ranks, for these saves alone while one is under way.
+    """
+
+    def __init__(
+        self,
+        model_parts: list[nn.Module],
+        optimizers: OptimizersContainer,
+        group: dist.ProcessGroup,
+    ) -> None:
+        self._model_parts = model_parts
+        self._optimizers = optimizers
+        self._group = group
+        self._stager: HostCopy | None = None
+        self._future: Future | None = None
+        self.step: int | None = None
+        """That of the save under way; None: there is none, or its end was seen by `finish`."""
+
+    def start(self, step: int, state: dict[str, Any], writer: CheckpointWriter) -> None:
+        """Begin to save. `state` has the parts "model" and "optimizer", and others.
+
+        Parameters and the optimizers' state change in `optimizer.step()` alone, which waits for
+        the copy. All else may change before, buffers in the forward pass; it is small, and copied
+        at once.
+        """
+        assert self._future is None
+        if self._stager is None:
+            stager = self._stager = HostCopy()
+            for optimizer in self._optimizers:
+                optimizer.register_step_pre_hook(lambda *_: stager.synchronize_staging())
+        buffers = {canonical_name(n) for part in self._model_parts for n, _ in part.named_buffers()}
+        model = state["model"]
+        state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
+        state |= {part: deepcopy(state[part]) for part in state.keys() - {"model", "optimizer"}}
+        writer.per_thread_copy_ahead = 0  # what is on the host already need not be waited for
+        response = dcp.async_save(
+            state,
+            storage_writer=writer,
+            planner=SharingSavePlanner(self._group),
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+        self.step = step
+        # With a stager it is an AsyncSaveResponse.
+        self._future = cast(Any, response).upload_completion
+
+    @property
+    def done(self) -> bool:
+        """Whether a save has ended, well or not, that `finish` has not seen."""
+        return self._future is not None and self._future.done()
+
+    @property
+    def completed(self) -> int | None:
+        """The step of a save that has ended well, if `finish` has not seen it."""
+        if self._future is None or not self._future.done() or self._future.exception() is not None:
+            return None
+        return self.step
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the save under way, for `timeout` seconds. Returns False if it goes on."""
+        if self._future is None:
+            return True
+        with suppress(Exception):  # a failure is for `finish`
+            self._future.exception(timeout)
+        return self._future.done()
+
+    def finish(self) -> None:
+        """Wait for the save under way, and raise its error."""
+        future, self._future, self.step = self._future, None, None
+        if future is not None:
+            future.result()
+
+    def close(self) -> None:
+        if self._stager is not None:
+            self._stager.close()

@@ -1,0 +1,85 @@
+"""A storage that fails for a while has no damaged files: reading is tried again, or the run ends.
+
+Damage is a file that is missing or short, bytes with another checksum, and bytes of which nothing
+can be made. Another checkpoint is taken then, so nothing else may pass for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from torchtitan.errors import CheckpointError, DamagedCheckpointError, StorageError
+from torchtitan.tools.text import first_line
+
+logger = logging.getLogger("torchtitan")
+
+T = TypeVar("T")
+
+RETRY_AFTER = (0.5, 2.0, 5.0)
+"""Seconds after the first attempt to read, the second, and so on."""
+NO_DAMAGE = (StorageError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""What keeps a good checkpoint from being read."""
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+def read_again(path: Any, read: Callable[[], T]) -> T:
+    """`read()`, which reads `path` from its beginning; again, a little later, if it fails.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, IsADirectoryError: at once; there is no such file.
+        StorageError: it failed each time with another `OSError`.
+    """
+    for seconds in (*RETRY_AFTER, None):
+        try:
+            return read()
+        except (*_MISSING, StorageError):
+            raise
+        except OSError as error:
+            if seconds is None or isinstance(error, PermissionError):
+                raise StorageError(
+                    f"{path} cannot be read: {first_line(error)}. Nothing is known to be wrong "
+                    "with the file itself, so try again"
+                ) from error
+            # No warning, which a thousand ranks would show at once.
+            logger.info(
+                "%s cannot be read: %s. Trying again in %s s", path, first_line(error), seconds
+            )
+            time.sleep(seconds)
+    raise AssertionError
+
+
+def parse_again(path: Any, parse: Callable[[], T]) -> T:
+    """`read_again` where something is made of what is read.
+
+    Raises:
+        DamagedCheckpointError: nothing can be made of it, or the file is missing.
+        CheckpointError: what `parse` says itself.
+        StorageError, MemoryError, OutOfMemoryError, AcceleratorError: the file may be good.
+    """
+
+    def attempt() -> T:
+        try:
+            return parse()
+        except OSError as error:
+            if error.errno == errno.EINVAL or isinstance(error, io.UnsupportedOperation):
+                # Damaged bytes have led to a place where no file can have any.
+                raise ValueError(str(error)) from error
+            raise
+
+    try:
+        return read_again(path, attempt)
+    except (CheckpointError, *NO_DAMAGE):
+        raise
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{path} is missing") from error
+    except Exception as error:  # damaged bytes may raise errors of any kind
+        if "DefaultCPUAllocator" in str(error):  # a RuntimeError, to PyTorch
+            raise MemoryError(f"{path}: {first_line(error)}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error
