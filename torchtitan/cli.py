@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torchtitan
-from torchtitan.errors import ConfigError, StorageError, TitanError, did_you_mean
+from torchtitan.errors import ConfigError, TitanError, did_you_mean
 
 COMMANDS = {
     "train": ("torchtitan.train", "train a model"),
@@ -57,19 +57,15 @@ COMMANDS = {
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `TitanError` into one line on stderr and exit code 2; other errors pass.
+    """Turns a `TitanError` into one line on stderr and its exit code; other errors pass.
 
-    A `StorageError` has exit code 1, by which launchers start a run again.
     Serves as a decorator too: `@exit_on_user_error()`.
     """
     try:
         yield
     except TitanError as error:
         _report(f"error: {error}")
-        raise SystemExit(2) from error
-    except StorageError as error:
-        _report(f"error: {error}")
-        raise SystemExit(1) from error
+        raise SystemExit(error.exit_code) from error
 
 
 @contextmanager
@@ -108,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `torchtitan <command> ...`; returns the exit code.
 
     Raises:
-        SystemExit: code 2 for a user's mistake, which is printed to stderr.
+        SystemExit: code 2 for a user's mistake, 1 for an outage; either is printed to stderr.
     """
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if command in COMMANDS:

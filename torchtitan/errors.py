@@ -1,18 +1,22 @@
-"""Errors that a user can cause and mend: one message, no traceback, exit code 2.
+"""Errors that end with one message and no traceback.
 
-A `StorageError` is one message too, with exit code 1. Any other exception is a bug of ours (or of
-the model's author) and shows its traceback.
+Most are a user's to mend, with exit code 2: whoever starts runs again need not try. An
+`OutageError` may pass by itself, and has exit code 1, as a crash has, after which a run is started
+again. Any other exception is a bug of ours (or of the model's author) and shows its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
 class TitanError(Exception):
-    """Base class of the errors a user can mend."""
+    """Base class of the errors that end with one message."""
+
+    exit_code = 2
 
 
 class ConfigError(TitanError):
@@ -27,10 +31,6 @@ class DamagedCheckpointError(CheckpointError):
     """A file of a checkpoint is missing, or not as it was written; another checkpoint may do."""
 
 
-class StorageError(OSError):
-    """A storage cannot be read, which may pass: the run ends, and may be started again as it is."""
-
-
 class DataError(TitanError):
     """A dataset or a tokenizer is missing, empty or malformed."""
 
@@ -43,9 +43,70 @@ class TrainingError(TitanError):
     """The run cannot go on, for example because the loss is no longer finite."""
 
 
+class OutageError(TitanError):
+    """A network, a server or a disk failed: what may pass by itself."""
+
+    exit_code = 1
+
+
+_UNCHANGING = frozenset(
+    {
+        *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS),
+        *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMFILE, errno.EFBIG),
+    }
+)
+"""Errors of the operating system that come again."""
+_OF_NETWORKS = frozenset(
+    {
+        *("ConnectionError", "TimeoutError"),  # of Python and of requests
+        *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
+        *("TransportError", "ProtocolError", "IncompleteRead"),  # httpx, urllib3, http.client
+        *("Timeout", "ChunkedEncodingError"),  # requests
+        *("HTTPClientError", "CommError"),  # botocore, wandb
+    }
+)
+"""Names of base classes. Most are no `OSError`, and importing them would need the packages."""
+_OF_USERS = frozenset({"OfflineModeIsEnabled", "AuthenticationError"})
+
+
+def outage_or(mistake: type[TitanError], message: str, error: BaseException) -> TitanError:
+    """What to raise for `error`: an `OutageError` if it may pass by itself, else `mistake`."""
+    if may_pass(error):
+        return OutageError(f"{message}. This may pass: start the run again")
+    return mistake(message)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it may go well when it is tried again: an outage, but not a file that is missing.
+
+    An error that was raised for another one, or while it was handled, is looked at with that one.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    # By the text too, since `datasets` takes the error of its offline mode out of the chain.
+    told = " ".join(f"{type(link).__mro__} {link}" for link in chain)
+    if any(name in told for name in _OF_USERS):
+        return False
+    return any(map(_is_outage, chain))
+
+
+def _is_outage(error: BaseException) -> bool:
+    status = getattr(error, "status", getattr(error, "code", None))
+    status = getattr(getattr(error, "response", None), "status_code", status)
+    if isinstance(status, int):  # the answer of a server: too many requests, or an error of its own
+        return status == 429 or status >= 500
+    if isinstance(error, ValueError):  # a URL that is none, a certificate that does not fit
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in _UNCHANGING
+    # Not every other OSError: of damaged files there are some without a number.
+    return any(cls.__name__ in _OF_NETWORKS for cls in type(error).__mro__)
+
+
 @contextmanager
 def begin_errors_with(where: str) -> Iterator[None]:
-    """Have the message of a user's error say where it belongs: a key, or a file and line."""
+    """Have the message of a `TitanError` say where it belongs: a key, or a file and line."""
     try:
         yield
     except TitanError as error:

@@ -1,4 +1,6 @@
-"""`torchrun --nnodes MIN:MAX`: hosts die or are cut off, and the run goes on with fewer."""
+"""Hosts die, are cut off or come, and the run goes on: with fewer (`torchrun --nnodes MIN:MAX`), or
+with one in the place of another (also `--nnodes N`).
+"""
 
 from __future__ import annotations
 
@@ -68,6 +70,38 @@ def test_a_run_goes_on_without_a_host_that_died(
     assert "resumed from" in survivor.output
     assert_equal_curves(read_lines(tmp_path / "run" / "metrics.jsonl"), whole)
     figures["elastic, a host died: the run goes on after"] = f"{seconds:.1f} s"
+
+
+@pytest.mark.parametrize("dies", ["first", "second"])
+def test_a_host_that_is_replaced_joins_the_others(
+    dies: str, whole: list[dict], tmp_path: Path, figures: dict[str, object]
+) -> None:
+    """The number of hosts is fixed, as in launched jobs. The first has rank 0 and its store."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    folder = tmp_path / "run"
+    slow = ("--job.custom_import=faulty_llama", "--model.name=faulty_llama")
+    words = [*torchrun("2", f"127.0.0.1:{store.port}"), *training(folder, *BATCH, *slow)]
+    env = {"FAULT": "sleep:0.2 renamed 0 0"}
+    with ExitStack() as stack:
+        jobs = [
+            stack.enter_context(Launched(words, tmp_path / f"log{host}", env=env))
+            for host in range(2)
+        ]
+
+        def output() -> str:
+            return "".join(job.output for job in jobs)
+
+        wait_until(lambda: newest_step(folder) >= 10, START, output)
+        has_rank_0 = ["parameters on 2 ranks" in job.output for job in jobs]
+        assert sorted(has_rank_0) == [False, True]
+        dead = jobs.pop(has_rank_0.index(dies == "first"))
+        for pid in (dead.process.pid, *dead.ranks()):
+            os.kill(pid, signal.SIGKILL)
+        jobs.append(stack.enter_context(Launched(words, tmp_path / "new", env=env)))
+        seconds = wait_until(lambda: "resumed from" in output(), START, output)
+        assert [job.wait(timeout=START) for job in jobs] == [0, 0], output()
+    assert_equal_curves(read_lines(folder / "metrics.jsonl"), whole)
+    figures[f"fixed hosts, the {dies} one replaced: the run goes on after"] = f"{seconds:.1f} s"
 
 
 @pytest.mark.long

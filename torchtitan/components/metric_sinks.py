@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torchtitan.errors import ConfigError
+from torchtitan.components.checkpoint.folder import is_resumable, list_checkpoints
+from torchtitan.components.checkpoint.resume import checkpoint_root
+from torchtitan.errors import ConfigError, TitanError, outage_or
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -35,16 +37,31 @@ class Sink(Protocol):
 def build_sinks(job_config: JobConfig) -> list[Sink]:
     """The sinks that `[metrics]` asks for; JSON lines always.
 
+    A run that has checkpoints already goes on without W&B where that does not start: it would be
+    a pity about all the processes that are to be started again.
+
     Raises:
         ConfigError: W&B is asked for, and it is not installed or refuses to start.
+        OutageError: it cannot be reached.
     """
     folder = Path(job_config.job.dump_folder)
     sinks: list[Sink] = [JsonLinesSink(folder)]
     if job_config.metrics.enable_tensorboard:
         sinks.append(TensorBoardSink(folder / job_config.metrics.save_tb_folder))
     if job_config.metrics.enable_wandb:
-        sinks.append(WandbSink(job_config))
+        try:
+            sinks.append(WandbSink(job_config))
+        except TitanError as error:
+            if not _resumes(job_config):
+                raise
+            logger.warning("%s. The run goes on without it", error)
     return sinks
+
+
+def _resumes(job_config: JobConfig) -> bool:
+    if not job_config.checkpoint.enable:
+        return False
+    return any(map(is_resumable, reversed(list_checkpoints(checkpoint_root(job_config)))))
 
 
 class JsonLinesSink:
@@ -136,10 +153,11 @@ class WandbSink:
                 config=asdict(job_config),
             )
         except Exception as error:
-            raise ConfigError(
+            problem = (
                 f"metrics.enable_wandb = true: wandb does not start: {error}. "
                 "Run `wandb login`, or set WANDB_MODE=offline"
-            ) from error
+            )
+            raise outage_or(ConfigError, problem, error) from error
 
     def start(self, step: int) -> None:
         """W&B keeps a resumed run's history itself."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torchtitan.components.metric_sinks import Group, Sink, build_sinks
 from torchtitan.components.progress import Progress, build_progress
 from torchtitan.distributed.utils import rank
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, outage_or
 from torchtitan.tools.hardware import peak_memory, this_device_peak_flops
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def build_metrics_processor(
 
     Raises:
         ConfigError: W&B is asked for, and it is not installed or refuses to start.
+        OutageError: it cannot be reached.
     """
     writes = rank() == 0
     _, flops_per_token = model_args.get_nparams_and_flops(job_config.training.seq_len)
@@ -82,13 +83,14 @@ class MetricsProcessor:
         that each file has one line a step.
 
         Raises:
-            ConfigError: `job.dump_folder` cannot be written to.
+            ConfigError: `job.dump_folder` cannot be written to; `OutageError`: not now.
         """
         for sink in self._sinks:
             try:
                 sink.start(step)
             except OSError as error:
-                raise ConfigError(f"job.dump_folder: cannot write metrics: {error}") from error
+                problem = f"job.dump_folder: cannot write metrics: {error}"
+                raise outage_or(ConfigError, problem, error) from error
         self._started = self._logged = perf_counter()
         self._paused_seconds = 0.0
         self._first_logged = None

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torchtitan.errors import DataError
+from torchtitan.errors import DataError, outage_or
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -144,7 +144,7 @@ class HuggingFaceTokenizer:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are both ValueErrors
-            raise DataError(f"{path} cannot be read: {error}") from error
+            raise outage_or(DataError, f"{path} cannot be read: {error}", error) from error
         if not isinstance(content, dict):
             raise DataError(f"{path} must hold a JSON object, not {type(content).__name__}")
         return content

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, outage_or
 
 from .check import Path as KeyPath
 
@@ -36,7 +36,8 @@ class TomlFile:
             data = Path(path).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"job.config_file = {path!r}: cannot read it: {reason}") from error
+            problem = f"job.config_file = {path!r}: cannot read it: {reason}"
+            raise outage_or(ConfigError, problem, error) from error
         try:
             text = data.decode("utf-8-sig").replace("\r\n", "\n")
             return cls(path, text, tomllib.loads(text))

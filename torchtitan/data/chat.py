@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchtitan.errors import BadDocumentError, DataError
+from torchtitan.errors import BadDocumentError, DataError, outage_or
 
 CHATML = (
     "{% for message in messages %}"
@@ -126,7 +126,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.chat_template: {path} cannot be read: {error}") from error
+        problem = f"data.chat_template: {path} cannot be read: {error}"
+        raise outage_or(DataError, problem, error) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

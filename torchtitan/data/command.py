@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.open_files import allow_open_files
 from torchtitan.tools.text import duration, human
 
 from .inspect import inspect
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     init_logger()
+    allow_open_files()  # data may be in thousands of files, which are mapped
     if args.command == "inspect":
         inspect(
             args.path,
@@ -80,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shards",
         type=_positive,
         metavar="N",
-        help="default: 64, more for large data; a stream has a shard for each of its files",
+        help="default: 64, up to 1024 for large data; a stream has a shard for each of its files",
     )
     one.add_argument(
         "--on-error",

@@ -9,12 +9,14 @@ import glob
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import ConfigError, DataError, TitanError, outage_or
 
 _BLOCK = 2**24
 _KEPT_FROM_BYTES = 2**20
@@ -29,6 +31,7 @@ def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]
     Raises:
         ConfigError: no path is given, or the URL's protocol is unknown or not installed.
         DataError: there is no such file.
+        OutageError: the storage does not answer.
     """
     if not path:
         raise ConfigError("needs dataset_path: a file, a glob or a folder")
@@ -70,51 +73,62 @@ def _find_remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
     except (ImportError, ValueError) as error:  # of an unknown protocol
         raise ConfigError(f"dataset_path = {url!r}: {error}") from error
     except Exception as error:  # each file system has types of its own
-        raise DataError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
+        raise unreadable(url, error) from error
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file or URL for reading bytes at any place. Raises `DataError`."""
-    try:
+    """A file or URL for reading bytes at any place. Raises as `unreadable` says."""
+    with reading(path):
         if not is_url(path):
             return open(path, "rb")
         import fsspec
 
         return fsspec.open(path, "rb").open()
-    except OSError as error:
+
+
+def unreadable(path: str | Path, error: Exception) -> TitanError:
+    """What to raise for an error of reading: a `DataError`, or an `OutageError` if it may pass."""
+    reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return outage_or(DataError, f"{path} cannot be read: {reason}", error)
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Around code that reads a file or URL. Raises as `unreadable` says."""
+    # The file systems behind URLs, and damaged compression, have types of their own.
+    foreign = Exception if is_url(str(path)) else OSError
+    try:
+        yield
+    except TitanError:
+        raise
+    except foreign as error:
         raise unreadable(path, error) from error
 
 
-def unreadable(path: str, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be read: {error.strerror or error}")
-
-
 def file_size(path: str) -> int:
-    """Bytes. Raises `DataError`."""
-    try:
+    """Bytes. Raises as `unreadable` says."""
+    with reading(path):
         if not is_url(path):
             return os.path.getsize(path)
         import fsspec
 
         system, inner = fsspec.url_to_fs(path)
         return system.size(inner)
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def line_number(path: str, offset: int) -> int:
     """Number, from 1, of the line that byte `offset` of a file is in."""
     line, block = 1, 2**20
-    with open_file(path) as file:
+    with reading(path), open_file(path) as file:
         for start in range(0, offset, block):
             line += file.read(min(block, offset - start)).count(b"\n")
     return line
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content, in hexadecimal. Raises `DataError`."""
+    """Of a file's content, in hexadecimal. Raises as `unreadable` says."""
     digest = hashlib.sha256()
-    with open_file(str(path)) as file:
+    with reading(path), open_file(str(path)) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -138,11 +152,10 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
 
     Raises:
         DataError: the file cannot be read.
+        OutageError: it cannot be read now.
     """
-    try:
+    with reading(path):
         status = os.stat(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
     key = [os.path.abspath(path), status.st_size, status.st_mtime_ns, value, dtype, start]
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     cached = cache_folder() / "ends" / f"{name}.npy"
@@ -170,7 +183,7 @@ def cache_folder() -> Path:
 
 def _find_ends(path: str, value: int, dtype: np.dtype, start: int) -> np.ndarray:
     found, items = [], 0
-    with open_file(path) as file:
+    with reading(path), open_file(path) as file:
         file.seek(start)
         while block := file.read(_BLOCK):
             part = np.frombuffer(block[: len(block) // dtype.itemsize * dtype.itemsize], dtype)

@@ -10,7 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
+from torchtitan.errors import (
+    BadDocumentError,
+    ConfigError,
+    DataError,
+    TitanError,
+    did_you_mean,
+    outage_or,
+)
 
 from .rows import check_key, document_of, read_line
 
@@ -148,7 +155,8 @@ def open_stream(
         text_key: field that holds the text.
 
     Raises:
-        DataError: the hub cannot be reached, or what is at `path` cannot be opened.
+        DataError: there is no such dataset, or what is at `path` cannot be opened.
+        OutageError: the hub cannot be reached.
     """
     import datasets
 
@@ -164,18 +172,20 @@ def open_stream(
     return Stream(dataset, text_key, name)
 
 
-def _unreadable(name: str, error: Exception) -> DataError:
+def _unreadable(name: str, error: Exception) -> TitanError:
+    """What to raise for an error of reading: a `DataError`, or an `OutageError` if it may pass."""
     cause = error.__cause__ or error  # `datasets` wraps errors of file formats
     if isinstance(cause, StopIteration):
         return DataError(f"{name} is empty")
     detail = f"{type(cause).__name__}: {cause}"
     if isinstance(error, ConnectionError):
-        return DataError(
+        problem = (
             f"{name}: the Hugging Face hub could not be reached ({detail}). Without a network use "
             "`stdlib`, own files with `text`, `jsonl` or `parquet`, or a local copy of the dataset "
             "with dataset_path"
         )
-    return DataError(f"{name} cannot be read as a dataset ({detail})")
+        return outage_or(DataError, problem, error)
+    return outage_or(DataError, f"{name} cannot be read as a dataset ({detail})", error)
 
 
 def _name_of(files: list[str]) -> str:

@@ -8,9 +8,9 @@ import json
 import mmap
 from collections.abc import Iterator
 
-from torchtitan.errors import BadDocumentError, DataError, begin_errors_with
+from torchtitan.errors import BadDocumentError, DataError, TitanError, begin_errors_with
 
-from .files import ends_of, open_file, unreadable
+from .files import ends_of, open_file, reading, unreadable
 from .rows import check_key, read_line
 
 
@@ -83,7 +83,7 @@ class JsonLineStream:
         return itertools.chain.from_iterable(map(self.shard, range(self.num_shards)))
 
     def shard(self, index: int) -> Iterator[object]:
-        """Raises `DataError` where the file cannot be read."""
+        """Raises as `unreadable` says where the file cannot be read."""
         import fsspec
 
         path = self.files[index]
@@ -95,23 +95,21 @@ class JsonLineStream:
                     except BadDocumentError as error:
                         document = error
                     yield document
-        except DataError:
+        except TitanError:
             raise
         except Exception as error:  # of `fsspec`, or of damaged compression
-            raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+            raise unreadable(path, error) from error
 
 
 def is_array(path: str) -> bool:
     """Whether a file is one JSON array."""
-    with open_file(path) as file:
+    with reading(path), open_file(path) as file:
         return file.read(4096).lstrip().startswith(b"[")
 
 
 def _map(path: str) -> mmap.mmap | bytes:
-    try:
-        with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
+        try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:  # an empty file
-        return b""
-    except OSError as error:
-        raise unreadable(path, error) from error
+        except ValueError:  # an empty file
+            return b""

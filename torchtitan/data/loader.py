@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.config.batch import resolve_batch
-from torchtitan.errors import CheckpointError, DataError, begin_errors_with
+from torchtitan.errors import CheckpointError, DataError, TitanError, begin_errors_with
 
 from .best_fit import BestFitRow
 from .chat import ChatTemplate, load_template
@@ -379,13 +379,14 @@ def verify_hashes(sources: Iterable[Source], part: int, parts: int) -> None:
 
     Raises:
         DataError: a shard has changed; on all ranks, whichever of them found it.
+        OutageError: one cannot be read now; on all ranks too.
     """
-    found: list[DataError | None] = [None]
+    found: list[TitanError | None] = [None]
     try:
         for source in sources:
             if isinstance(source, PreparedTokens):
                 source.verify(part, parts)
-    except DataError as error:
+    except TitanError as error:
         found = [error]
     if dist.is_initialized():
         own, found = found[0], [None] * dist.get_world_size()

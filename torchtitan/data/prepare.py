@@ -34,6 +34,10 @@ from .whole_files import FileWriter, write_json, writing
 SETTINGS = "prepare.json"
 _BATCH_CHARACTERS = 2**20
 _BATCH_DOCUMENTS = 1024
+_MOST_SHARDS = 1024
+"""Each rank maps all shards at its start, two files each, and a mapping keeps its file open: 2,048
+open files, which is below the 4,096 that many systems allow a process at most, so that the sockets
+and other datasets of a mixture have room, and far below the 65,530 mappings (vm.max_map_count)."""
 
 logger = logging.getLogger("torchtitan")
 
@@ -86,7 +90,7 @@ def prepare(
         task: what to prepare.
         out: folder; made if it is not there.
         workers: processes.
-        shards: number of shards; None for one that suits the dataset.
+        shards: number of shards; None for one that suits the dataset, `_MOST_SHARDS` at most.
         show: called now and then.
 
     Raises:
@@ -229,10 +233,13 @@ def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
     if total is not None:
         for index in range(part * total // parts, (part + 1) * total // parts):
             yield take(cast(RandomAccess, source), index)
-    elif parts > 1:
-        yield from cast(Sharded, source).shard(part)
-    else:
+        return
+    files = getattr(source, "num_shards", 1)
+    if files == 1:
         yield from cast(Sequential, source)
+        return
+    for index in range(part * files // parts, (part + 1) * files // parts):
+        yield from cast(Sharded, source).shard(index)
 
 
 def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:
@@ -334,8 +341,8 @@ def _length(source: Source) -> int | None:
 
 
 def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
-    if total is None:  # its own files are the shards
-        own = getattr(source, "num_shards", 1)
+    if total is None:  # its own files are the shards, or several of them are one
+        own = min(getattr(source, "num_shards", 1), _MOST_SHARDS)
         if wanted not in (None, own):
             raise ConfigError(
                 f"--shards {wanted}: has no effect here, as the dataset is read as a stream, which "
@@ -344,7 +351,7 @@ def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
         return own
     if total == 0:
         raise DataError("the dataset is empty: it has no document with text")
-    return min(total, wanted or max(64, total // 100_000))
+    return min(total, wanted or min(max(64, total // 100_000), _MOST_SHARDS))
 
 
 def _tokenizer_record(

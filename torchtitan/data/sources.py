@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 from torchtitan.data import huggingface
 from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
 
-from .files import file_size, find_files, is_url, line_number, open_file, unreadable
+from .files import file_size, find_files, is_url, line_number, open_file, reading
 from .json_lines import JsonLines, JsonLineStream, is_array
 from .token_files import open_token_files
 
@@ -97,6 +97,7 @@ def open_dataset(
     Raises:
         ConfigError: there is no such dataset, or `path` or `split` is missing or of no use.
         DataError: the data is missing, empty or malformed.
+        OutageError: it cannot be reached now.
     """
     if name not in DATASETS:
         raise ConfigError(f"no such dataset.{did_you_mean(name, DATASETS)}")
@@ -115,8 +116,8 @@ class TextFiles:
     document, so that a whole corpus in one file is shuffled too and need not fit into memory.
 
     Raises:
-        DataError: a file cannot be read. Taking a document raises `BadDocumentError` where it is
-            not UTF-8.
+        DataError: a file cannot be read; `OutageError`: not now. Taking a document raises
+            `BadDocumentError` where it is not UTF-8.
     """
 
     def __init__(self, files: list[str], piece_bytes: int = 2**20) -> None:
@@ -132,14 +133,11 @@ class TextFiles:
         number = bisect.bisect_right(self._ends, index)
         piece = index - (self._ends[number - 1] if number else 0)
         path = self.files[number]
-        try:
-            with open_file(path) as file:
-                start = self._cut(file, piece)
-                end = self._cut(file, piece + 1)
-                file.seek(start)
-                content = file.read(end - start)
-        except OSError as error:
-            raise unreadable(path, error) from error
+        with reading(path), open_file(path) as file:
+            start = self._cut(file, piece)
+            end = self._cut(file, piece + 1)
+            file.seek(start)
+            content = file.read(end - start)
         try:
             return content.decode()
         except UnicodeDecodeError as error:

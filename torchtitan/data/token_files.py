@@ -24,7 +24,7 @@ import numpy as np
 
 from torchtitan.errors import ConfigError, DataError
 
-from .files import ends_of, find_files, is_url, sha256
+from .files import ends_of, find_files, is_url, reading, sha256
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
@@ -124,6 +124,7 @@ class PreparedTokens(TokenFiles):
 
     Raises:
         DataError: it is damaged, unfinished, or of a later version.
+        OutageError: it cannot be read now.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -164,17 +165,19 @@ class PreparedTokens(TokenFiles):
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`index.json` of a prepared folder. Raises `DataError`."""
+    """`index.json` of a prepared folder. Raises `DataError`, or as `unreadable` says."""
     path = folder / INDEX
+    with reading(path):
+        content = path.read_bytes()
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(content.decode())
         if index["format"] != FORMAT or index["version"] > VERSION:
             raise DataError(
                 f"{path} is of format {index['format']!r} version {index['version']}; this version "
                 f"reads {FORMAT!r} up to {VERSION}"
             )
         _ = index["dtype"], index["tokenizer"]["fingerprint"], index["shards"][0]["documents"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     return index
 
@@ -257,29 +260,29 @@ def open_token_files(path: str | None) -> TokenFiles:
 
 
 def map_file(path: Path, dtype: np.dtype, start: int = 0) -> np.ndarray:
-    """A file's items from byte `start` on, memory-mapped: `[items]`. Raises `DataError`."""
+    """A file's items from byte `start` on, memory-mapped: `[items]`.
+
+    Raises:
+        DataError: it is no whole number of items, or as `unreadable` says.
+    """
     try:
-        if path.stat().st_size == start:
-            return np.empty(0, dtype)
-        return np.memmap(path, dtype, "r", start).view(np.ndarray)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        with reading(path):
+            if path.stat().st_size == start:
+                return np.empty(0, dtype)
+            return np.memmap(path, dtype, "r", start).view(np.ndarray)
     except ValueError as error:
         raise DataError(f"{path} is damaged: it is no whole number of {dtype.name} ids") from error
 
 
 def _open_megatron(path: Path) -> MegatronShard:
     index = _megatron_index(str(path))
-    try:
-        with index.open("rb") as file:
-            magic = file.read(len(_MEGATRON_MAGIC))
-            version = int.from_bytes(file.read(8), "little")
-            code = int.from_bytes(file.read(1), "little")
-            sequences = int.from_bytes(file.read(8), "little")
-            bounds = int.from_bytes(file.read(8), "little")
-            start = file.tell()
-    except OSError as error:
-        raise DataError(f"{index} cannot be read: {error.strerror}") from error
+    with reading(index), index.open("rb") as file:
+        magic = file.read(len(_MEGATRON_MAGIC))
+        version = int.from_bytes(file.read(8), "little")
+        code = int.from_bytes(file.read(1), "little")
+        sequences = int.from_bytes(file.read(8), "little")
+        bounds = int.from_bytes(file.read(8), "little")
+        start = file.tell()
     if magic != _MEGATRON_MAGIC or version != 1:
         raise DataError(f"{index} is not an index of Megatron-LM's indexed datasets, version 1")
     if code not in _MEGATRON_TYPES:
@@ -338,10 +341,8 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
 
 
 def _require_size(path: Path, expected: int) -> None:
-    try:
+    with reading(path):
         size = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if size != expected:
         raise _changed(path, f"it has {size} bytes instead of {expected}")
 

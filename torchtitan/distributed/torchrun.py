@@ -6,6 +6,8 @@ It takes torchrun's options, and differs from it in this:
   torchrun would kill them after 30 s (torch 2.11), and does not know SIGUSR1.
 * Ranks that leave with exit code 75 (preempted) or 2 (a mistake of the user) are not started
   again on this allocation, whatever `--max-restarts` says.
+* A host that is replaced joins the hosts that are left, also with `--nnodes N`; torchrun tells it
+  no address to meet at (torch 2.11 to 2.13). The host at `--rdzv-endpoint` has to stay.
 * With `--nnodes MIN:MAX`, a host that is told to stop leaves the job, and the others go on; a host
   that comes has all ranks save before they start again. Neither counts as a restart.
 * The exit code is that of the ranks, which the scheduler's script acts on; torchrun's is 1. With
@@ -28,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from torchtitan.tools.open_files import allow_open_files
 from torchtitan.tools.stop_request import PREEMPTED
 
 _MISTAKE = 2
@@ -66,10 +69,6 @@ class _Agent(LocalElasticAgent):
         super().__init__(**options)
         self._signals = signals
         self._round = 0
-        if self._is_elastic():
-            # With a store that the agents share, a host that comes later waits for its address in
-            # vain: the others tell it in their first rendezvous alone (torch 2.13).
-            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
@@ -88,13 +87,23 @@ class _Agent(LocalElasticAgent):
 
     def _is_elastic(self) -> bool:
         """Whether the job goes on with fewer hosts, or with more."""
-        settings = getattr(self._worker_group.spec.rdzv_handler, "settings", None)
+        settings = self._rendezvous_settings()
         return settings is not None and settings.min_nodes < settings.max_nodes
 
+    def _rendezvous_settings(self) -> Any:
+        """Those of the c10d rendezvous; None with the static one, which hosts meet in but once."""
+        return getattr(self._worker_group.spec.rdzv_handler, "settings", None)
+
     def _rendezvous(self, worker_group: Any) -> None:
+        meets_again = self._rendezvous_settings() is not None
+        if meets_again:
+            # The ranks' store. torch keeps that of the first rendezvous, whose address a host that
+            # comes later waits for in vain (2.11 to 2.13); so each rendezvous has a store of its
+            # own, which the first agent makes once all have come.
+            worker_group.spec.rdzv_handler._bootstrap_store_info = None
         super()._rendezvous(worker_group)
         self._round += 1
-        if self._is_elastic():  # the store is of this rendezvous alone
+        if meets_again:  # the agents' store has keys of this rendezvous alone
             if worker_group.group_rank == 0:
                 worker_group.store.set("torchtitan/round", str(self._round))
             self._round = int(worker_group.store.get("torchtitan/round"))
@@ -117,6 +126,7 @@ class _Agent(LocalElasticAgent):
 def main(argv: list[str] | None = None) -> int:
     """Run torchrun with `argv`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    allow_open_files()  # one agent has the store that all ranks are connected with
     preempted_code = PREEMPTED
     if argv[:1] == ["--preempted-code"]:
         preempted_code, argv = int(argv[1]), argv[2:]

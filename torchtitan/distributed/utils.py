@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from torchtitan.tools.open_files import allow_open_files
+
 
 def device_type() -> str:
     """`cuda` where there is one, else `cpu`."""
@@ -43,6 +45,11 @@ def init_distributed(timeout_seconds: int) -> None:
         torch.cuda.set_device(device())
     # So many of the last collectives does PyTorch keep a record of, for when they hang.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    # Else gloo connects each rank with all others in each group that is made: with 10,000 ranks and
+    # two groups of them all, a process has 20,000 sockets before the first step. Collectives need a
+    # few neighbours, which are then connected with at their first use.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    allow_open_files()
     timeout = timedelta(seconds=timeout_seconds)
     # Also of groups that are made later: those of a mesh would have PyTorch's, half an hour.
     distributed_c10d.default_pg_timeout = timeout

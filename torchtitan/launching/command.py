@@ -9,7 +9,9 @@ import warnings
 
 import tyro
 
-from torchtitan.config import load_config
+from torchtitan.components.checkpoint.storage import is_url
+from torchtitan.components.fault_tolerance import with_own_folder
+from torchtitan.config import JobConfig, load_config
 from torchtitan.config.toml_file import TomlFile
 from torchtitan.tools.result_file import require_folder, write_result
 
@@ -77,8 +79,16 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
         overrides=overrides,
         title=f"{config.model.name} {config.model.flavor} on {options.nodes} x {options.processes}",
         command="Rendered by: " + _rendering(argv),
+        checkpoints=_checkpoints(config),
         environment=environment,
     )
+
+
+def _checkpoints(config: JobConfig) -> str | None:
+    folder = config.checkpoint.folder
+    if not config.checkpoint.enable or is_url(folder):
+        return None
+    return str(Path(with_own_folder(config).job.dump_folder, folder))
 
 
 def _rendering(argv: list[str]) -> str:

@@ -30,6 +30,8 @@ class LaunchJob:
     title: str
     command: str
     """That renders this job."""
+    checkpoints: str | None = None
+    """Folder of the checkpoints, from `--workdir` on; None if none are saved, or behind a URL."""
     environment: dict[str, str] = field(default_factory=dict)
     """Name -> value, for the ranks."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import PurePosixPath
 
 from .job import LaunchJob, required_secrets, seconds_of
 from .submit import require, run
@@ -34,9 +35,28 @@ def render(job: LaunchJob) -> str:
         directives="\n".join(f"#SBATCH --{line}" for line in lines),
         grace=options.grace,
         secrets=required_secrets(job),
+        checkpoints=shlex.quote(_checkpoints(job)),
         node=job.node(),
         srun="".join(f" {shlex.quote(option)}" for option in srun),
     )
+
+
+def _checkpoints(job: LaunchJob) -> str:
+    """The checkpoints' folder as the batch script sees it; one that is not there if it does not.
+
+    The script runs outside of the container, and knows no storage behind URLs.
+    """
+    unseen = "/nonexistent"
+    if job.checkpoints is None:
+        return unseen
+    folder = PurePosixPath(job.options.workdir or "", job.checkpoints)
+    if not job.options.image:
+        return str(folder)
+    for mount in job.options.mount:
+        source, _, target = mount.rpartition(":")
+        if folder.is_relative_to(target):
+            return str(PurePosixPath(source, folder.relative_to(target)))
+    return unseen
 
 
 def submit(job: LaunchJob, text: str) -> int:

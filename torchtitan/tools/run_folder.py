@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig, origin, to_toml
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, outage_or
 
 from .environment import ENVIRONMENT_FILE, environment
 
@@ -21,7 +21,7 @@ def write_description(job_config: JobConfig, processes: int) -> None:
     """What the run is, for people and reports: its config, and where it runs.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written; `OutageError`: not now.
     """
     folder = Path(job_config.job.dump_folder)
     facts = environment() | {"processes": str(processes)}
@@ -31,7 +31,7 @@ def write_description(job_config: JobConfig, processes: int) -> None:
         (folder / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         key = origin(job_config, "job.dump_folder")
-        raise ConfigError(f"{key}: cannot write there: {error}") from error
+        raise outage_or(ConfigError, f"{key}: cannot write there: {error}", error) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

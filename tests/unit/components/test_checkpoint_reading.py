@@ -19,7 +19,7 @@ from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import CheckpointReader, read_metadata
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import RemotePath
-from torchtitan.errors import DamagedCheckpointError, StorageError
+from torchtitan.errors import DamagedCheckpointError, OutageError
 
 FILES = [".metadata", "__0_0.distcp", "manifest.json"]
 ALWAYS = 1000
@@ -98,7 +98,7 @@ def test_a_file_that_cannot_be_read_at_all_ends_the_run(tmp_path, monkeypatch, n
     run = Run(tmp_path)
     with monkeypatch.context() as patch:
         tried = fail(patch, name, os_error(number))
-        with pytest.raises(StorageError, match=rf"{name} cannot be read: .*Nothing is known"):
+        with pytest.raises(OutageError, match=rf"{name} cannot be read: .*Nothing is known"):
             run.manager.load()
     assert len(tried) == (1 if number == errno.EACCES else 4)
     assert_nothing_is_damaged(tmp_path, run)
@@ -113,7 +113,7 @@ def test_a_read_that_fails_within_a_tensor_is_no_damage(tmp_path, monkeypatch, t
     with monkeypatch.context() as patch:
         fail(patch, "__0_0.distcp", os_error(errno.EIO), times, good_reads)
         if times == ALWAYS:
-            with pytest.raises(StorageError, match=r"distcp cannot be read.*Errno 5"):
+            with pytest.raises(OutageError, match=r"distcp cannot be read.*Errno 5"):
                 run.manager.load()
         else:
             assert run.manager.load() == 4
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_listed_has_no_damaged_checkpoints(tmp_path, mon
     monkeypatch.setattr(storage.os, "scandir", failing)
     assert Run(tmp_path).manager.load() == 4
     left[0] = ALWAYS
-    with pytest.raises(StorageError, match=r"step-4 cannot be read: OSError: \[Errno 116\]"):
+    with pytest.raises(OutageError, match=r"step-4 cannot be read: OSError: \[Errno 116\]"):
         run.manager.load()
     left[0] = 0
     assert_nothing_is_damaged(tmp_path, run)
@@ -182,9 +182,9 @@ def test_a_remote_file_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
         return read_bytes(path)
 
     monkeypatch.setattr(RemotePath, "read_bytes", refuse)
-    with pytest.raises(StorageError, match="does not answer"):
+    with pytest.raises(OutageError, match="does not answer"):
         Run(tmp_path, folder=url).manager.load()
-    with pytest.raises(StorageError, match="does not answer"):
+    with pytest.raises(OutageError, match="does not answer"):
         list_checkpoints(storage.storage_path(url))
 
 
@@ -196,7 +196,7 @@ def test_a_failed_read_while_it_saves_does_not_end_the_run(tmp_path, monkeypatch
 
     def refuse(folder):
         if folder.name == "step-2":
-            raise StorageError("step-2 cannot be read")
+            raise OutageError("step-2 cannot be read")
         return read(folder)
 
     with monkeypatch.context() as patch:
@@ -213,11 +213,11 @@ def test_tools_and_weights_tell_it_too(tmp_path, monkeypatch):
     manifest, metadata = Manifest.read(folder), read_metadata(folder)
     key = "model.output.weight"
     fail(monkeypatch, "__0_0.distcp", os_error(errno.EIO))
-    with pytest.raises(StorageError):
+    with pytest.raises(OutageError):
         TinyModel(TinyArgs()).load_checkpoint(folder)
-    with pytest.raises(StorageError):
+    with pytest.raises(OutageError):
         CheckpointReader(folder, metadata).read_tensor(key)
-    with pytest.raises(StorageError):
+    with pytest.raises(OutageError):
         SavedTensor.find(folder, metadata, key)
     [problem] = manifest.damaged_files(folder)
     assert "cannot be read" in problem and "damaged" not in problem
@@ -241,7 +241,7 @@ def test_hugging_face_weights_that_cannot_be_read_are_not_called_damaged(tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", refuse)
-        with pytest.raises(StorageError):
+        with pytest.raises(OutageError):
             SafetensorsFile(path)
     path.write_bytes(b"")
     with pytest.raises(DamagedCheckpointError):
@@ -250,6 +250,6 @@ def test_hugging_face_weights_that_cannot_be_read_are_not_called_damaged(tmp_pat
 
 def test_the_exit_code_has_launchers_start_the_run_again(capsys):
     with pytest.raises(SystemExit) as ended, exit_on_user_error():
-        raise StorageError("/data/step-2/manifest.json cannot be read")
+        raise OutageError("/data/step-2/manifest.json cannot be read")
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: /data/step-2/manifest.json cannot be read\n"

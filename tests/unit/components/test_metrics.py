@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from checkpoint_run import Run, world_of_one  # noqa: F401
 
 from torchtitan.components import metrics
 from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, OutageError
 from torchtitan.protocols.model import BaseModelArgs
 
 
@@ -335,3 +336,33 @@ def test_wandb_that_does_not_start_is_a_config_error(
     config.metrics.enable_wandb = True
     with pytest.raises(ConfigError, match=r"no API key.*WANDB_MODE=offline"):
         build(config)
+
+
+def test_wandb_that_cannot_be_reached_is_an_outage(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CommError(Exception):
+        """As in wandb.errors."""
+
+    error = CommError("Run initialization has timed out after 90.0 sec")
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(error))
+    config.metrics.enable_wandb = True
+    with pytest.raises(OutageError, match=r"enable_wandb.*timed out after 90"):
+        build(config)
+
+
+def test_a_run_that_resumes_goes_on_without_wandb(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(ConnectionError("reset")))
+    config.metrics.enable_wandb = config.checkpoint.enable = True
+    with pytest.raises(OutageError):  # there is no checkpoint yet
+        build(config)
+    Run(Path(config.job.dump_folder)).train(2)
+    monkeypatch.setattr(logging.getLogger("torchtitan"), "propagate", True)
+    processor = build(config)
+    assert "wandb does not start: reset" in caplog.text and "goes on without it" in caplog.text
+    processor.start(2)
+    log(processor, 3)
+    processor.close()
+    assert [row["step"] for row in rows(config)] == [3]

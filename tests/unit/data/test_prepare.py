@@ -18,6 +18,7 @@ from torchtitan.cli import main
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import encode_document
+from torchtitan.data.prepare import _count_parts
 from torchtitan.data.sources import open_dataset
 from torchtitan.data.token_files import PreparedTokens
 from torchtitan.errors import ConfigError, DataError
@@ -98,6 +99,30 @@ def test_a_stream_is_prepared_too(tmp_path: Path) -> None:
     source = open_dataset("tokens", str(tmp_path / "out"))
     texts = [BytesTokenizer().decode(source[i].tolist()) for i in range(len(source))]
     assert texts == [f"{number} {i}" for number in range(3) for i in range(5)]
+
+
+def test_many_files_share_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtitan.data.prepare._MOST_SHARDS", 3)
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(8):
+        rows = [json.dumps({"text": f"{number} {i}"}) for i in range(5)]
+        (data / f"train-{number}.jsonl").write_text("\n".join(rows))
+    prepare(tmp_path / "out", "--dataset", "hf", "--dataset-path", str(data))
+    source = open_dataset("tokens", str(tmp_path / "out"))
+    assert len(source.shards) == 3
+    texts = [BytesTokenizer().decode(source[i].tolist()) for i in range(len(source))]
+    assert texts == [f"{number} {i}" for number in range(8) for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("documents", "wanted", "shards"),
+    [(10, None, 10), (10**6, None, 64), (10**7, None, 100), (10**10, None, 1024), (10**5, 9, 9)],
+)
+def test_large_data_have_no_more_shards_than_a_process_can_map(
+    documents: int, wanted: int | None, shards: int
+) -> None:
+    assert _count_parts(range(documents), documents, wanted) == shards
 
 
 def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:

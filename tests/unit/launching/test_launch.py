@@ -147,6 +147,92 @@ def test_slurm_has_what_its_users_set(job: str, capsys: pytest.CaptureFixture[st
     assert 'scontrol requeue "$SLURM_JOB_ID"' in text
 
 
+# What srun ends with, the checkpoints that it leaves (one with .partial is not complete), and
+# whether the job goes back into the queue. step-20 was there before.
+ENDINGS = {
+    "done": (0, ["40"], False),
+    "mistake": (2, ["40"], False),
+    "preempted": (75, [], True),
+    "crashed": (1, ["30", "100"], True),
+    "killed": (137, ["100"], True),
+    "crashed at once": (1, [], False),
+    "crashed as it saved": (1, ["30.partial"], False),
+    "crashed after it went back": (1, ["10"], False),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_slurm_requeues_a_crash_that_got_further(
+    ending: str, job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, saved, again = ENDINGS[ending]
+    options = [f"--workdir={tmp_path}/my runs"]
+    done = batch(job, tmp_path, capsys, options, code, saved)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert (tmp_path / "requeued").exists() == again, done.stdout
+    assert ("back into the queue" in done.stdout) == again
+    if ending == "crashed":
+        assert "crashed, but step 100 is saved" in done.stdout
+
+
+@pytest.mark.parametrize("where", ["the folder of submission", "a container"])
+def test_slurm_finds_the_checkpoints(
+    where: str, job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = []
+    if where == "a container":
+        (tmp_path / "my").mkdir()
+        (tmp_path / "my" / "runs").symlink_to(tmp_path / "my runs")
+        options = ["--image=a/b:1", f"--mount={tmp_path}/my:/data", "--workdir=/data/runs"]
+    done = batch(job, tmp_path, capsys, options, 1, ["30"])
+    assert (tmp_path / "requeued").read_text() == "17\n", done.stdout + done.stderr
+
+
+def batch(
+    job: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    saved: list[str],
+) -> subprocess.CompletedProcess[str]:
+    """Runs the script in `folder`/my runs, where `srun` leaves checkpoints and ends with `code`."""
+    root = folder / "my runs" / "out" / "checkpoint"
+    (root / "step-20").mkdir(parents=True)
+    (root / "step-20" / "manifest.json").write_text("{}")
+    (root / "step-500").mkdir()  # no checkpoint
+    steps = " ".join(saved)
+    commands = {
+        "scontrol": f'[ "$1" = requeue ] && echo "$2" >"{folder}/requeued" || echo host0',
+        "srun": f'cd "{root}"; for n in {steps}; do cp -r step-20 "step-$n"; done; exit {code}',
+    }
+    for name, line in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (folder / name).chmod(0o755)
+    overrides = ["--", "--job.dump_folder=./out"]
+    text = render(capsys, "--slurm", job, *options, "--dry-run", *overrides)
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_NNODES": "1"}
+    env |= {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "host0"}
+    return subprocess.run(
+        ["bash", "-c", text], env=env, cwd=folder / "my runs", capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides"),
+    [
+        ([], ["--checkpoint.folder=memory://bucket/run"]),
+        ([], ["--checkpoint.enable=false"]),
+        (["--image=a/b:1"], []),
+    ],
+)
+def test_slurm_looks_for_no_checkpoints_that_it_cannot_see(
+    options: list[str], overrides: list[str], job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = render(capsys, "--slurm", job, *options, "--dry-run", "--", *overrides)
+    assert "\ncheckpoints=/nonexistent\n" in text
+
+
 def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(
     job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

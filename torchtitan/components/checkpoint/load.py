@@ -50,7 +50,7 @@ def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
 
     Raises:
         CheckpointError: a file is missing or damaged, or keys or shapes do not fit the model.
-        StorageError: a file cannot be read.
+        OutageError: a file cannot be read.
     """
     if any(param.is_meta for param in model.parameters()):
         from torchtitan.distributed.init import initialize_weights
@@ -108,7 +108,7 @@ class OpenCheckpoint:
 
         Raises:
             DamagedCheckpointError: on all ranks: a file is missing, or not as it was written.
-            StorageError: on all ranks: a file cannot be read.
+            OutageError: on all ranks: a file cannot be read.
         """
 
         def read_manifest() -> Manifest:
@@ -143,7 +143,7 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: a file is damaged, or keys or shapes do not fit. It says in which
                 hyperparameters `model` differs from the one that was saved.
-            StorageError: a file cannot be read.
+            OutageError: a file cannot be read.
         """
         parts = set(state)
         reader = CheckpointReader(self.folder, self.metadata)

@@ -241,7 +241,7 @@ class CheckpointManager:
             CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged, all
                 checkpoints are damaged, there is none to go back to, or the one to resume from is
                 an export or does not fit the model or the batch size.
-            StorageError: on all ranks: one cannot be read, which does not count as damage.
+            OutageError: on all ranks: one cannot be read, which does not count as damage.
         """
         again, self._loaded = self._loaded, True
         if again:
@@ -281,7 +281,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: on all ranks: all of them are damaged.
-            StorageError: on all ranks: one cannot be read.
+            OutageError: on all ranks: one cannot be read.
         """
         self.wait()
         lineage = self._lineage[::-1]

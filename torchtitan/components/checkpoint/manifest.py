@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from torchtitan.errors import DamagedCheckpointError, StorageError
+from torchtitan.errors import DamagedCheckpointError, OutageError
 from torchtitan.tools.text import first_line
 
 from .patience import read_again
@@ -60,7 +60,7 @@ class Manifest:
         path = folder / MANIFEST
         try:
             text = read_again(path, path.read_bytes)
-        except StorageError:
+        except OutageError:
             raise
         except OSError as error:
             reason = error.strerror or "No such file or directory"
@@ -109,7 +109,7 @@ class Manifest:
         def problem(name: str) -> str:
             try:
                 self.check_contents(folder, [name])
-            except (DamagedCheckpointError, StorageError) as error:
+            except (DamagedCheckpointError, OutageError) as error:
                 return str(error)
             return ""
 
@@ -122,7 +122,7 @@ class Manifest:
             path = folder / name
             try:
                 now = read_again(path, partial(FileRecord.of, path))
-            except StorageError:
+            except OutageError:
                 raise
             except FileNotFoundError as error:
                 raise DamagedCheckpointError(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchtitan.errors import CheckpointError, DamagedCheckpointError, StorageError
+from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError
 from torchtitan.tools.text import first_line
 
 logger = logging.getLogger("torchtitan")
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 RETRY_AFTER = (0.5, 2.0, 5.0)
 """Seconds after the first attempt to read, the second, and so on."""
-NO_DAMAGE = (StorageError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+NO_DAMAGE = (OutageError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 """What keeps a good checkpoint from being read."""
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -34,16 +34,16 @@ def read_again(path: Any, read: Callable[[], T]) -> T:
 
     Raises:
         FileNotFoundError, NotADirectoryError, IsADirectoryError: at once; there is no such file.
-        StorageError: it failed each time with another `OSError`.
+        OutageError: it failed each time with another `OSError`.
     """
     for seconds in (*RETRY_AFTER, None):
         try:
             return read()
-        except (*_MISSING, StorageError):
+        except (*_MISSING, OutageError):
             raise
         except OSError as error:
             if seconds is None or isinstance(error, PermissionError):
-                raise StorageError(
+                raise OutageError(
                     f"{path} cannot be read: {first_line(error)}. Nothing is known to be wrong "
                     "with the file itself, so try again"
                 ) from error
@@ -61,7 +61,7 @@ def parse_again(path: Any, parse: Callable[[], T]) -> T:
     Raises:
         DamagedCheckpointError: nothing can be made of it, or the file is missing.
         CheckpointError: what `parse` says itself.
-        StorageError, MemoryError, OutOfMemoryError, AcceleratorError: the file may be good.
+        OutageError, MemoryError, OutOfMemoryError, AcceleratorError: the file may be good.
     """
 
     def attempt() -> T:

@@ -82,7 +82,7 @@ class CheckpointReader(dcp.FileSystemReader):
 
         Raises:
             CheckpointError: a file is damaged.
-            StorageError: it cannot be read.
+            OutageError: it cannot be read.
         """
         entry: Any = self._metadata.state_dict_metadata[key]
         whole: Any = None
@@ -166,7 +166,7 @@ def read_state(
 
     Raises:
         CheckpointError: on all ranks, if on any of them something is damaged or does not fit.
-        StorageError, MemoryError, OutOfMemoryError, AcceleratorError: likewise, if something cannot
+        OutageError, MemoryError, OutOfMemoryError, AcceleratorError: likewise, if something cannot
             be read though it may be good.
     """
     planner = ExactLoadPlanner(reader.path, is_wanted)
@@ -225,7 +225,7 @@ def read_metadata(folder: StoragePath) -> Metadata:
 
     Raises:
         DamagedCheckpointError: the file that says so is missing or damaged.
-        StorageError: it cannot be read.
+        OutageError: it cannot be read.
     """
     path = folder / ".metadata"
     metadata = parse_again(path, lambda: _PlainDataUnpickler(BytesIO(path.read_bytes())).load())

@@ -67,7 +67,7 @@ def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | No
     Raises:
         CheckpointError: on all ranks: name, flavor, args or tokenizer differ from the newest
             checkpoint of the run, or from that of `checkpoint.load_step`. It shows each difference.
-        StorageError: on all ranks: the checkpoints cannot be read.
+        OutageError: on all ranks: the checkpoints cannot be read.
     """
     if job_config.checkpoint.enable:
         on_rank_zero(lambda: _check_model(job_config, args), group)

@@ -85,7 +85,7 @@ class SafetensorsFile:
 
     Raises:
         CheckpointError: the file is missing or damaged.
-        StorageError: it cannot be read.
+        OutageError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:

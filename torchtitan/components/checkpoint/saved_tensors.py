@@ -58,7 +58,7 @@ class SavedTensor:
 
         Raises:
             CheckpointError: a file is damaged.
-            StorageError: it cannot be read.
+            OutageError: it cannot be read.
         """
         entry: Any = metadata.state_dict_metadata[key]
         row = math.prod(entry.size[1:])

@@ -150,7 +150,7 @@ def sizes_in(folder: StoragePath) -> dict[str, int]:
     """Name of each file in a folder -> its size in bytes; empty if there is no such folder.
 
     Raises:
-        StorageError: it cannot be listed.
+        OutageError: it cannot be listed.
     """
     return {name: size for name, size in _entries(folder).items() if size is not None}
 

@@ -21,7 +21,7 @@ from torchtitan.components.checkpoint.storage import (
     sizes_in,
     storage_path,
 )
-from torchtitan.errors import CheckpointError, DamagedCheckpointError, StorageError
+from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human_bytes, natural_order
 
@@ -97,7 +97,7 @@ def _problems(folder: StoragePath) -> list[str]:
         if not any(".metadata" in problem for problem in found):
             read_metadata(folder)
         return found
-    except (CheckpointError, StorageError) as error:
+    except (CheckpointError, OutageError) as error:
         return [str(error)]
 
 
