@@ -46,6 +46,8 @@ class Run:
     options: tuple[str, ...] = ()
     batch: int = 2
     dtype: str = "bfloat16"
+    frozen: str = ""
+    """Pattern of parameters."""
 
     def arguments(self) -> list[str]:
         model = "qwen3" if self.degrees.get("ep") else "llama3"
@@ -86,8 +88,10 @@ RUNS = {
     "ep": Run(2, {"ep": 2}),
     "fsdp_tp_selective": Run(4, {"tp": 2}, ac="selective"),
     "chunked_loss": Run(2, options=("--loss.name=chunked_cross_entropy",)),
+    "frozen": Run(2, frozen=r"tok_embeddings|layers\.[0-5]\."),
+    "pp_frozen": Run(2, {"pp": 2}, batch=4, frozen=r"layers\.[0-5]\."),
 }
-QUICK = ("fsdp_selective", "pp_1f1b")
+QUICK = ("fsdp_selective", "pp_1f1b", "frozen")
 
 
 def register() -> None:
@@ -124,7 +128,10 @@ def _state(trainer) -> Iterator[torch.Tensor]:
 )
 def test_planned_memory_is_the_real_one(name: str, tmp_path) -> None:
     run = RUNS[name]
-    arguments = [*run.arguments(), f"--job.dump_folder={tmp_path}"]
+    config = tmp_path / "job.toml"
+    rule = f"[[optimizer.rules]]\npattern = '{run.frozen}'\nlr_scale = 0.0\n"
+    config.write_text(rule if run.frozen else "")
+    arguments = [f"--job.config_file={config}", *run.arguments(), f"--job.dump_folder={tmp_path}"]
     register()
     planned = plan_run(load_config(arguments), run.ranks, DEVICES["h100"])
     real = run_ranks(real_peak, run.ranks, arguments)

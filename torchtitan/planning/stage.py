@@ -243,7 +243,8 @@ class _Pass:
 
 def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        out.register_hook(lambda gradient: function())  # a layer returns hidden states
+        if out.requires_grad:  # a layer returns hidden states; none comes to the first, if frozen
+            out.register_hook(lambda gradient: function())
 
     return hook
 
