@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 import warnings
+from pathlib import Path
 
 import tyro
 

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
+from torchtitan.errors import OutageError
+
 from . import folder as folders
 from .manifest import Manifest
 from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
@@ -101,7 +103,7 @@ class CheckpointWriter(FileSystemWriter):
         """
         try:
             found = folders.to_prune(self._folder.parent, self._keep_latest, self._damaged)
-        except OSError as error:
+        except (OSError, OutageError) as error:
             logger.warning("it is not known which old checkpoints to delete: %s", error)
             return
         for old in found:
