@@ -18,6 +18,10 @@ with open(f"{folder}/starts-{os.environ['RANK']}", "a") as file:
     file.write("x")
 if mode == "crash once":
     sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
+if mode == "open files":
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    sys.exit(soft != hard)
 if mode.isdigit():
     sys.exit(int(mode))
 signal.signal(getattr(signal, mode), lambda *_: sys.exit(75))
@@ -31,12 +35,16 @@ def start(folder: Path, mode: str, *first: str) -> subprocess.Popen:
     words = [sys.executable, "-m", "torchtitan.distributed.torchrun", *first]
     words += ["--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d"]
     words += ["--rdzv-endpoint=localhost:0", str(folder / "rank.py"), str(folder), mode]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        ["bash", "-c", 'ulimit -Sn 256; exec "$@"', "bash", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(
     ("mode", "code", "starts"),
-    [("crash once", 0, 2), ("7", 1, 2), ("2", 2, 1), ("75", 75, 1)],
+    [("crash once", 0, 2), ("7", 1, 2), ("2", 2, 1), ("75", 75, 1), ("open files", 0, 1)],
 )
 def test_crashes_are_started_again_and_leaving_is_not(
     mode: str, code: int, starts: int, tmp_path: Path
