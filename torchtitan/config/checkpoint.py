@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from .base import NonNegative, Positive, Range
 
+ExcludablePart = Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]
+
 
 @dataclass
 class Checkpoint:
@@ -32,9 +34,7 @@ class Checkpoint:
     initial_load_in_hf: bool = False
     """Start a new run from a Hugging Face folder: `initial_load_path`, or that of
     `model.tokenizer_path` where it is empty."""
-    exclude_from_loading: list[
-        Literal["optimizer", "lr_scheduler", "dataloader", "train_state"]
-    ] = field(default_factory=list)
+    exclude_from_loading: list[ExcludablePart] = field(default_factory=list)
     """Parts of the state not to load on resume."""
     last_save_model_only: bool = False
     """Save only the model at the last step (an export; such a checkpoint cannot resume)."""

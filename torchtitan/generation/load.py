@@ -18,11 +18,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan.components.checkpoint.folder import CONFIG as RUN_CONFIG
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
-from torchtitan.components.checkpoint.reader import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from torchtitan.components.checkpoint.safetensors_files import (
+    SAFETENSORS_FILE,
+    SAFETENSORS_INDEX,
+    is_hf_weights,
+)
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
@@ -36,6 +39,7 @@ from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
+from torchtitan.tools.run_folder import CONFIG_FILE
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -169,7 +173,7 @@ def _checkpoint_folder(path: Path) -> Path:
     """The checkpoint that the user means: a folder of its own, or the newest of a run."""
     if not path.is_dir():
         raise CheckpointError(f"--checkpoint {path}: there is no such folder")
-    if any((path / name).is_file() for name in (MANIFEST, SAFETENSORS_FILE, SAFETENSORS_INDEX)):
+    if (path / MANIFEST).is_file() or is_hf_weights(path):
         return path
     for folder in (path, path / "checkpoint"):
         complete = [step for step in list_checkpoints(folder) if (step / MANIFEST).is_file()]
@@ -184,7 +188,7 @@ def _checkpoint_folder(path: Path) -> Path:
 def _config_of_run(folder: Path) -> JobConfig | None:
     """The config of the run that saved a checkpoint; None if it is neither in it nor beside it."""
     for parent in (folder, *folder.parents[:2]):
-        path = parent / RUN_CONFIG
+        path = parent / CONFIG_FILE
         if path.is_file():
             config = load_config(["--job.config_file", str(path)])
             load_plugins(config.job.custom_import)

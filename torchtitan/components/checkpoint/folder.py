@@ -39,7 +39,6 @@ from .storage import (
 
 logger = logging.getLogger("torchtitan")
 
-CONFIG = "config.resolved.toml"
 PARTIAL = ".partial"
 """End of the name of a local folder that is not complete; in a remote folder, a file's name."""
 

@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,7 @@ from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_err
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .reader import enumerate_few
-from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
@@ -74,12 +74,6 @@ def initial_load_path(job_config: JobConfig) -> StoragePath | None:
     if checkpoint.initial_load_in_hf:
         return Path(job_config.model.tokenizer_path).expanduser()
     return None
-
-
-def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
-    """A remote folder is a checkpoint of ours."""
-    names = (SAFETENSORS_FILE, SAFETENSORS_INDEX)
-    return isinstance(folder, Path) and any((folder / name).is_file() for name in names)
 
 
 def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) -> None:

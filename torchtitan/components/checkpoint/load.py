@@ -34,7 +34,7 @@ from .reader import (
     read_safetensors_metadata,
     read_state,
 )
-from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
+from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, is_hf_weights
 from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
@@ -178,8 +178,7 @@ def is_huggingface(path: StoragePath) -> bool:
     """
     if (path / MANIFEST).is_file():
         return False
-    names = (SAFETENSORS_FILE, SAFETENSORS_INDEX)
-    if isinstance(path, Path) and any((path / name).is_file() for name in names):
+    if is_hf_weights(path):
         return True
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder")

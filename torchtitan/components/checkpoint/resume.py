@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan.config import to_toml
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.tools.run_folder import CONFIG_FILE
 from torchtitan.tools.text import first_line
 
 from .agreement import on_rank_zero
 from .folder import (
-    CONFIG,
     is_resumable,
     list_checkpoints,
     restore_replaced,
@@ -160,7 +160,7 @@ def check_data(
 def tell_changes(folder: StoragePath, job_config: JobConfig) -> str:
     """The end of a sentence on a checkpoint: in what the run's config differs from its own."""
     try:
-        saved = tomllib.loads((folder / CONFIG).read_bytes().decode())
+        saved = tomllib.loads((folder / CONFIG_FILE).read_bytes().decode())
     except (OSError, ValueError) as error:
         return f", whose configuration cannot be read ({first_line(error)})"
     changes = nested_differences(saved, tomllib.loads(to_toml(job_config)))

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -26,6 +26,7 @@ from torchtitan.tools.text import natural_order
 
 from .patience import parse_again
 from .saved_tensors import read_all
+from .storage import StoragePath
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAFETENSORS_FILE = "model.safetensors"
@@ -50,6 +51,12 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
+    """Whether the weights of a Hugging Face model lie there. A remote folder is one of ours."""
+    names = (SAFETENSORS_FILE, SAFETENSORS_INDEX)
+    return isinstance(folder, Path) and any((folder / name).is_file() for name in names)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
 from torchtitan.errors import OutageError
+from torchtitan.tools.run_folder import CONFIG_FILE
 
 from . import folder as folders
 from .manifest import Manifest
@@ -84,11 +85,11 @@ class CheckpointWriter(FileSystemWriter):
         for *_, records in results:
             files |= records
         super().finish(metadata, [items for *items, _ in results])
-        write_durably(self.path / folders.CONFIG, self._config.encode())
+        write_durably(self.path / CONFIG_FILE, self._config.encode())
         # It is sent to all ranks, which have no use for it.
         metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
         files |= self.fs.records  # with that of .metadata
-        files[folders.CONFIG] = FileRecord.of(self.path / folders.CONFIG)
+        files[CONFIG_FILE] = FileRecord.of(self.path / CONFIG_FILE)
         self._manifest.files = dict(sorted(files.items()))
         self._manifest.write(self.path)
         folders.commit(self._folder, self._damaged)

@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from torchtitan.components.checkpoint.folder import CONFIG
-from torchtitan.components.checkpoint.huggingface import is_hf_weights
 from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     read_metadata,
     read_safetensors_metadata,
 )
-from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
+from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, is_hf_weights
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import StoragePath, storage_path
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.run_folder import CONFIG_FILE
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import first_line, natural_order
 
@@ -73,8 +72,8 @@ class Side:
         self.metadata = read_metadata(self.folder)
         of_manifest = dataclasses.asdict(manifest)
         self.fields = {name: of_manifest[name] for name in ("step", "model_only", "model")}
-        if CONFIG in manifest.files:
-            self.fields["config"] = _read(self.folder / CONFIG, tomllib.loads)
+        if CONFIG_FILE in manifest.files:
+            self.fields["config"] = _read(self.folder / CONFIG_FILE, tomllib.loads)
 
     @property
     def entries(self) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchtitan.components.checkpoint.folder import list_checkpoints
-from torchtitan.components.checkpoint.huggingface import is_hf_weights
 from torchtitan.components.checkpoint.manifest import MANIFEST
+from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import StoragePath, folders_in, storage_path
 from torchtitan.errors import CheckpointError
 

@@ -12,9 +12,9 @@ from torchtitan.components.checkpoint.folder import (
     list_checkpoints,
     to_prune,
 )
-from torchtitan.components.checkpoint.huggingface import is_hf_weights
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
+from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.components.checkpoint.storage import (
     StoragePath,
     folders_in,
