@@ -22,6 +22,7 @@ from torchtitan.authoring.verify.catalog import all_checks, choose
 from torchtitan.authoring.verify.check import Outcome
 from torchtitan.authoring.verify.run import run_checks
 from torchtitan.authoring.verify.subject import Subject
+from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
 MUTANTS = sorted(
     path.stem
@@ -149,7 +150,9 @@ def test_the_guides_model_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "e2e"))
     from test_guide import write_model
 
-    write_model(tmp_path / "guides_package" / "your_model", "guides_package.your_model")
+    write_model(tmp_path / "guides_package" / "your_model")
     monkeypatch.syspath_prepend(str(tmp_path))
-    subject = Subject("your_model", "debug", tmp_path, "guides_package.your_model")
+    monkeypatch.setitem(MODEL_REGISTRY, "your_model", None)  # so that it is no more afterwards
+    del MODEL_REGISTRY["your_model"]
+    subject = Subject("your_model", "debugmodel", tmp_path, "guides_package.your_model")
     assert not failures(subject)

@@ -21,16 +21,15 @@ from safetensors.torch import save_file
 
 import torchtitan
 from torchtitan.config import load_config
+from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
 GUIDE = Path(__file__).parents[2] / "docs" / "adding_models.md"
 
 
 def code_blocks() -> dict[str, str]:
     """First line of each fenced block that names a file (`# model/args.py`) -> the block."""
-    blocks = re.findall(
-        r"```(?:python|toml)\n# (\S+\.(?:py|toml)(?:, [a-z ]+)?)\n(.*?)```", GUIDE.read_text(), re.S
-    )
-    return dict(blocks)
+    named = r"```(?:python|toml)\n *# (\S+\.(?:py|toml)(?:, [a-z ]+)?)\n(.*?)```"
+    return dict(re.findall(named, GUIDE.read_text(), re.S))
 
 
 def write_model(folder: Path, *, whole: bool = True) -> None:
@@ -133,6 +132,8 @@ def test_the_guides_numerics_test_works(
 ) -> None:
     """`YourModel(args).load_checkpoint(...)`, of a checkpoint of ours and of Hugging Face names."""
     monkeypatch.syspath_prepend(one)
+    monkeypatch.setitem(MODEL_REGISTRY, "your_model", None)  # so that it is no more afterwards
+    del MODEL_REGISTRY["your_model"]
     ours = importlib.import_module("my_pkg.your_model")
     spec = ours.get_train_spec("debugmodel")
     model = ours.YourModel(spec.model_args).load_checkpoint(one / "run" / "checkpoint" / "step-8")
