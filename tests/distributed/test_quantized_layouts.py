@@ -67,9 +67,13 @@ LAYOUTS = {
     "rowwise, pp2": (2, ROWWISE, PP2),
     "mx, fsdp2": (2, MX, BATCH4),
 }
+LONG = {"tensorwise, tp2", "rowwise, fsdp2", "rowwise, tp2"}  # parts of the others
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in LAYOUTS],
+)
 def test_layouts_train_like_one_process(
     name: str, one_process: dict[str, list[dict]], tmp_path: Path
 ) -> None:

@@ -102,17 +102,22 @@ def test_the_guides_model_trains_alike_on_one_and_four_processes(one: Path, tmp_
 
 LAYOUTS = {
     "tensor parallel and FSDP": (4, ["--parallelism.tensor_parallel_degree=2"]),
-    "HSDP": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
     "checkpointing": (1, ["--activation_checkpoint.mode=full"]),
+}
+LONG_LAYOUTS = {
+    "HSDP": (4, ["--parallelism.data_parallel_replicate_degree=2"]),
     "whole-model compile": (2, ["--compile.enable"]),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_LAYOUTS)],
+)
 def test_the_guides_model_trains_alike_on(
     layout: str, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks, more = LAYOUTS[layout]
+    ranks, more = (LAYOUTS | LONG_LAYOUTS)[layout]
     assert trained(tmp_path, ranks, *more, monkeypatch=monkeypatch) == pytest.approx(
         losses(one), rel=1e-4
     )

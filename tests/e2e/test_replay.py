@@ -36,6 +36,7 @@ LAYOUTS = {
     "pp2": (2, "--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=8"),
     "experts": (2, "--model.flavor=experts", "--parallelism.expert_parallel_degree=2"),
 }
+LONG = {"accumulation", "fsdp2 op_ac", "tp2", "cp2"}
 
 
 def run(folder: Path, layout: str, *more: str, **env: str) -> Finished:
@@ -44,7 +45,10 @@ def run(folder: Path, layout: str, *more: str, **env: str) -> Finished:
     return command("train", *REPLAY, *options, ranks=ranks, **env)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in LAYOUTS],
+)
 def test_a_replayed_step_is_the_step(layout: str, tmp_path: Path) -> None:
     runs = []
     for name, more in ("with", []), ("without", ["--training.replay_freq=0"]):
