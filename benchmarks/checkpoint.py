@@ -62,7 +62,7 @@ class SavingTrainer(Trainer):
     """A trainer whose steps and saves are called from outside."""
 
     def begin(self) -> None:
-        self.metrics.start(0, 0)
+        self.metrics.start()
         self._stop = StopRequest()
 
     def step(self) -> None:

@@ -203,7 +203,7 @@ def parse_only(module: str, arguments: list[str]) -> None:
 
 def check_imports(code: str) -> None:
     """The code is Python, and what it imports by an absolute name exists."""
-    for node in ast.walk(ast.parse(textwrap.dedent(code))):
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 importlib.import_module(alias.name)

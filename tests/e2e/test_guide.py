@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def write_model(folder: Path, *, whole: bool = True) -> None:
         "model/args.py": blocks["model/args.py"].replace("...", dots),
         "model/model.py": blocks["model/model.py, above"] + blocks["model/model.py"],
         "model/state_dict_adapter.py": blocks["model/state_dict_adapter.py"]
-        + blocks["model/state_dict_adapter.py, in the class"],
+        + textwrap.indent(blocks["model/state_dict_adapter.py, in the class"], "    "),
         "infra/__init__.py": "",
         "infra/parallelize.py": blocks["infra/parallelize.py, above"]
         + blocks["infra/parallelize.py"],
@@ -139,7 +140,10 @@ def test_the_guides_numerics_test_works(
     monkeypatch.syspath_prepend(one)
     monkeypatch.setitem(MODEL_REGISTRY, "your_model", None)  # so that it is no more afterwards
     del MODEL_REGISTRY["your_model"]
+    monkeypatch.delitem(sys.modules, "my_pkg", raising=False)
     ours = importlib.import_module("my_pkg.your_model")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_pkg"]:
+        del sys.modules[name]  # other tests have a package of this name
     spec = ours.get_train_spec("debugmodel")
     model = ours.YourModel(spec.model_args).load_checkpoint(one / "run" / "checkpoint" / "step-8")
     theirs = spec.state_dict_adapter(spec.model_args).to_hf(model.state_dict())

@@ -108,14 +108,15 @@ def test_a_group_that_is_killed_comes_back_and_heals(
     options = (*LATE, "--training.steps=80", "--checkpoint.interval=5")
     slow = {"LATE": "data 0 0.1 0"}
     first = replica(0, tmp_path, server, *options, **slow)
-    second = replica(1, tmp_path, server, *options, **slow)
     survivor, killed = tmp_path / "replica-0", tmp_path / "replica-1"
 
     def groups() -> list[int]:
         return [line["replica_groups"] for line in lines_of(survivor)]
 
     with first:
-        with second:
+        # Were the other one faster to start, the first would take its first step over from it.
+        wait_until(lambda: len(groups()) > 0, "the first trains")
+        with replica(1, tmp_path, server, *options, **slow) as second:
             wait_until(lambda: groups().count(2) > 7, "both train")
             os.kill(second.pids[0], signal.SIGKILL)
             wait_until(lambda: groups()[-5:] == [1] * 5, "the survivor goes on alone")
