@@ -72,15 +72,15 @@ LAYOUTS = {
     "hsdp2x2": (4, 2, REPLICATE2),
     "tp2": (2, 8, TP2),
     "fsdp2xtp2": (4, 4, TP2),
-    "fsdp2xtp2_chunked_loss": (4, 4, TP2, "--loss.name=chunked_cross_entropy"),
     "full_ac_fsdp2": (2, 4, "--activation_checkpoint.mode=full"),
-    "op_ac_fsdp2xtp2": (4, 4, TP2, "--activation_checkpoint.mode=selective"),
     "cp2_ulysses_full_ac": (2, 8, CP2, ULYSSES, FULL_AC),
     "cp2_ring_op_ac": (2, 8, CP2, RING, OP_AC),
     "cp2xtp2": (4, 8, CP2, TP2),
     "tp2_whole_sequence": (2, 8, TP2, WHOLE_SEQUENCE),
 }
 LONG_LAYOUTS = {
+    "fsdp2xtp2_chunked_loss": (4, 4, TP2, "--loss.name=chunked_cross_entropy"),
+    "op_ac_fsdp2xtp2": (4, 4, TP2, "--activation_checkpoint.mode=selective"),
     "ddp2_accumulation": (2, 2, REPLICATE2, "--parallelism.data_parallel_shard_degree=1"),
     "hsdp2x2_accumulation": (4, 1, REPLICATE2),
     "tp2_gathered_logits": (2, 8, TP2, "--parallelism.disable_loss_parallel"),

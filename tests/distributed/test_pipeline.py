@@ -42,13 +42,13 @@ LAYOUTS = {
     "1f1b": (2, 8, pipeline()),
     "interleaved": (2, 8, pipeline(schedule="Interleaved1F1B")),
     "zbv": (2, 8, pipeline(schedule="ZBVZeroBubble")),
-    "dual_pipe_v": (2, 8, pipeline(schedule="DualPipeV")),
-    "chunked_loss": (2, 8, (*pipeline(), "--loss.name=chunked_cross_entropy")),
     "pp2_fsdp2": (4, 4, pipeline(shard=2)),
     "pp2_tp2": (4, 8, pipeline(tensor=2)),
     "pp2_cp2": (4, 8, pipeline(context=2)),
 }
 LONG_LAYOUTS = {
+    "dual_pipe_v": (2, 8, pipeline(schedule="DualPipeV")),
+    "chunked_loss": (2, 8, (*pipeline(), "--loss.name=chunked_cross_entropy")),
     "gpipe": (2, 8, pipeline(schedule="GPipe")),
     "looped_bfs": (2, 8, pipeline(schedule="LoopedBFS")),
     "interleaved_zero_bubble": (2, 8, pipeline(schedule="InterleavedZeroBubble")),

@@ -72,7 +72,8 @@ def test_a_run_goes_on_without_a_host_that_died(
     figures["elastic, a host died: the run goes on after"] = f"{seconds:.1f} s"
 
 
-@pytest.mark.parametrize("dies", [pytest.param("first", marks=pytest.mark.long), "second"])
+@pytest.mark.long
+@pytest.mark.parametrize("dies", ["first", "second"])
 def test_a_host_that_is_replaced_joins_the_others(
     dies: str, whole: list[dict], tmp_path: Path, figures: dict[str, object]
 ) -> None:
