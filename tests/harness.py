@@ -135,6 +135,17 @@ def shell(words: list[str], *, cwd: Path | None = None, check: bool = True) -> F
     return Finished([done.returncode], done.stdout, done.stderr)
 
 
+def train_on_c4(folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A run on data of the Hugging Face hub, by the command as users type it, in `env` alone."""
+    config = folder / "config.toml"
+    config.write_text(
+        '[model]\nname = "llama3"\nflavor = "debugmodel"\n'
+        f'[job]\ndump_folder = "{folder}/run"\n[training]\ndataset = "c4"\n'
+    )
+    command = [sys.executable, "-m", "torchtitan.train", "--job.config_file", str(config)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+
+
 def _environment() -> dict[str, str]:
     return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 

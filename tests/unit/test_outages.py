@@ -7,8 +7,6 @@ import gzip
 import http.client
 import os
 import socket
-import subprocess
-import sys
 import urllib.error
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +14,7 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
+from harness import train_on_c4
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from torchtitan import cli
@@ -164,15 +163,9 @@ def test_a_storage_that_does_not_answer_is_an_outage(monkeypatch: pytest.MonkeyP
 
 
 def test_a_hub_that_does_not_answer_is_one_message_and_exit_code_1(tmp_path: Path) -> None:
-    config = tmp_path / "config.toml"
-    config.write_text(
-        '[model]\nname = "llama3"\nflavor = "debugmodel"\n'
-        f'[job]\ndump_folder = "{tmp_path}/run"\n[training]\ndataset = "c4"\n'
-    )
-    command = [sys.executable, "-m", "torchtitan.train", "--job.config_file", str(config)]
     env = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    done = train_on_c4(tmp_path, env)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]

@@ -6,13 +6,12 @@ import gzip
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from harness import train_on_c4
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
@@ -187,14 +186,8 @@ def test_a_folder_without_the_split_is_an_error(folder: Path) -> None:
 
 
 def test_without_a_network_the_run_ends_with_one_message(tmp_path: Path) -> None:
-    config = tmp_path / "config.toml"
-    config.write_text(
-        '[model]\nname = "llama3"\nflavor = "debugmodel"\n'
-        f'[job]\ndump_folder = "{tmp_path}/run"\n[training]\ndataset = "c4"\n'
-    )
-    command = [sys.executable, "-m", "torchtitan.train", "--job.config_file", str(config)]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    done = train_on_c4(tmp_path, env)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
