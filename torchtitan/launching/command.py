@@ -6,12 +6,9 @@ import logging
 import shlex
 import sys
 import warnings
-from pathlib import Path
 
 import tyro
 
-from torchtitan.components.checkpoint.storage import is_url
-from torchtitan.components.fault_tolerance import with_own_folder
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.toml_file import TomlFile
 from torchtitan.tools.result_file import require_folder, write_result
@@ -86,10 +83,14 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
 
 
 def _checkpoints(config: JobConfig) -> str | None:
-    folder = config.checkpoint.folder
-    if not config.checkpoint.enable or is_url(folder):
+    # These import torch, which help and wrong options need not wait for.
+    from torchtitan.components.checkpoint.resume import checkpoint_root
+    from torchtitan.components.checkpoint.storage import is_url
+    from torchtitan.components.fault_tolerance import with_own_folder
+
+    if not config.checkpoint.enable or is_url(config.checkpoint.folder):
         return None
-    return str(Path(with_own_folder(config).job.dump_folder, folder))
+    return str(checkpoint_root(with_own_folder(config)))
 
 
 def _rendering(argv: list[str]) -> str:

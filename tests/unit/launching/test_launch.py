@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -484,3 +485,8 @@ def _same(written: object, read: object) -> None:
 def test_the_templates_are_in_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "launching/templates/*" in project["tool"]["setuptools"]["package-data"]["torchtitan"]
+
+
+def test_help_and_wrong_options_do_not_wait_for_torch() -> None:
+    code = "import sys, torchtitan.launching.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
