@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from torchtitan import cli
+from torchtitan.components.checkpoint.owner import OWNER
 from torchtitan.distributed.ranks import Ranks, RanksFailedError
 from torchtitan.distributed.utils import init_distributed
 
@@ -54,6 +55,11 @@ def train(folder: Path, *options: str, ranks: int = 1, timeout: float = TIMEOUT)
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    """Names of what is in the folder of checkpoints, but for the file that says whose they are."""
+    return sorted(path.name for path in folder.iterdir() if path.name != OWNER)
 
 
 @dataclass

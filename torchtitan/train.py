@@ -50,6 +50,7 @@ from torchtitan.distributed.determinism import seed_step, use_deterministic_kern
 from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch, sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.hang_watch import HangWatch
+from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TitanError, TrainingError
@@ -156,6 +157,7 @@ class Trainer:
             )
         batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
         self.tokens_per_step = batch_size * job_config.training.seq_len
+        self.sum_over_ranks = HostSum()
         self.state = TrainState()
         self.guard = Guard(job_config, parallel_dims, self.dp_rank)
         self.replay = Replay(job_config, self.model_parts, parallel_dims)
@@ -239,9 +241,9 @@ class Trainer:
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
-        # Host tensors go over gloo, so that the host need not wait for the device to read them.
+        # On the host, which need not wait for the device then to read them.
         counts = torch.tensor([tokens, int(stop.received)])
-        dist.all_reduce(counts)
+        self.sum_over_ranks(counts)
         # At least 1: a step of prompts alone teaches nothing, and has a loss of 0.
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
         global_tokens = self.replicas.sum(own_tokens).clamp(min=1)

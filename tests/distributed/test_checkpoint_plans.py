@@ -1,4 +1,4 @@
-"""What ranks tell rank 0 when they save: little, and yet all that there is."""
+"""What ranks tell rank 0 when they save or load: little, and yet all that there is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from harness import on_ranks, run_ranks
-from test_checkpoint_layouts import Run, world_size_of
+from test_checkpoint_layouts import Run, full, world_size_of
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from torchtitan.components.checkpoint import save_planner
+from torchtitan.components.checkpoint.reader import CheckpointReader, read_state
 from torchtitan.components.checkpoint.save_planner import SharingSavePlanner
 from torchtitan.distributed.utils import init_distributed
+from torchtitan.errors import CheckpointError
 
 PARAMETERS = 7
 SHARDED = 3 * PARAMETERS + 1
@@ -127,3 +129,50 @@ def returned_metadata(folder: Path) -> None:
 
 def test_ranks_are_not_sent_the_metadata_that_rank_0_has_written(tmp_path: Path) -> None:
     on_ranks(2, returned_metadata, tmp_path)
+
+
+def load(folder: Path) -> None:
+    run = Run("fsdp2_tp2", folder)
+    run.train(2)
+    run.manager.close()
+
+    told = []
+    gather = dist.gather_object
+
+    def listen(object, **kwargs):
+        told.append(object)
+        gather(object, **kwargs)
+
+    dist.gather_object = listen
+    resumed = Run("fsdp2_tp2", folder, seed=1)
+    assert resumed.manager.load() == 2
+    assert [plan.items for plan in told] == [[]]
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(full(resumed.model.state_dict()[name]), full(value))
+
+
+def test_ranks_tell_nothing_of_what_they_read(tmp_path: Path) -> None:
+    on_ranks(4, load, tmp_path)
+
+
+def load_different_names(folder: Path) -> None:
+    """What one rank alone has a place for is read; what none has is refused on all of them."""
+    rank = dist.get_rank()
+    group = dist.new_group(backend="gloo")
+    state = {"model": {"a": torch.arange(4), "b": torch.arange(2), "c": torch.arange(3)}}
+    dcp.save(state, storage_writer=FileSystemWriter(folder), process_group=group)
+
+    def read(*names: str) -> dict[str, Any]:
+        own = {name: torch.zeros_like(state["model"][name]) for name in names}
+        metadata = FileSystemReader(folder).read_metadata()
+        read_state({"model": own}, CheckpointReader(folder, metadata), lambda key: True, group)
+        return own
+
+    loaded = read("a", "c") if rank == 0 else read("a", "b")
+    torch.testing.assert_close(loaded, {name: state["model"][name] for name in loaded})
+    with pytest.raises(CheckpointError, match=r"has model\.c, which this run has no place for"):
+        read("a") if rank == 0 else read("a", "b")
+
+
+def test_a_name_is_read_by_some_rank_or_refused_on_all(tmp_path: Path) -> None:
+    on_ranks(2, load_different_names, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import tiny_llama
 import torch
 import torch.distributed as dist
-from harness import on_ranks, train
+from harness import checkpoints_in, on_ranks, train
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,7 +113,7 @@ def test_a_layout_loads_and_saves_what_one_process_does(name, one_process, tmp_p
             assert math.isclose(line[key], reference[key], rel_tol=1e-4), (key, line, reference)
 
     checkpoints = tmp_path / "checkpoint"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-2", "step-2-hf"]
+    assert checkpoints_in(checkpoints) == ["step-2", "step-2-hf"]
     of_layout, of_one = contents(checkpoints / "step-2-hf"), contents(saved)
     assert of_layout.keys() == of_one.keys() >= {"config.json", "tokenizer.json"}
     different = [name for name in of_one if of_layout[name] != of_one[name]]
@@ -135,8 +135,8 @@ def test_a_run_from_the_tokenizers_folder_is_an_export_in_bfloat16(one_process, 
         "--checkpoint.export_dtype=bfloat16",
     )
     assert len(lines) == 2
-    (folder,) = (tmp_path / "checkpoint").iterdir()
-    assert folder.name == "step-2-hf"
+    assert checkpoints_in(tmp_path / "checkpoint") == ["step-2-hf"]
+    folder = tmp_path / "checkpoint" / "step-2-hf"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     ids = AutoTokenizer.from_pretrained(folder)("Once", return_tensors="pt").input_ids

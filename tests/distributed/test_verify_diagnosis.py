@@ -192,11 +192,13 @@ register_train_spec("endless", get_train_spec)
 
 def test_ctrl_c_ends_the_command_and_its_processes(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(ENDLESS)
+    temporary = tmp_path / ("long" * 25)  # too long for the name of a socket
+    temporary.mkdir()
     command = ["-m", "torchtitan", "verify", "endless", "--custom-import", "endless"]
     process = subprocess.Popen(
         [sys.executable, *command, "--only", "layouts.one_device"],
         cwd=tmp_path,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        env=os.environ | {"TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -220,7 +222,7 @@ def test_ctrl_c_ends_the_command_and_its_processes(tmp_path: Path) -> None:
     while _processes_of_group(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not _processes_of_group(process.pid)
-    assert not list(tmp_path.glob("torchtitan-*"))
+    assert not list(temporary.iterdir())
 
 
 def test_a_model_that_fails_to_import_is_a_failed_check(tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
-from harness import command, train
+from harness import checkpoints_in, command, train
 from tiny_llama import OPTIONS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
@@ -30,7 +29,7 @@ def test_the_commands_run_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         out += done.out
     assert out.count("good, by sizes") == 3 and out.count(" good\n") == 4
     assert f"would delete {folder}/step-2" in out and f"deleted {folder}/step-4" in out
-    assert os.listdir(folder) == ["step-6"]
+    assert checkpoints_in(folder) == ["step-6"]
 
 
 def test_the_table_of_files_is_right(tmp_path: Path) -> None:

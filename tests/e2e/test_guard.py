@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from equality import newest_weights
-from harness import Finished, command, read_lines
+from harness import Finished, checkpoints_in, command, read_lines
 from tiny_llama import OPTIONS
 
 POISONED = (*OPTIONS, "--job.custom_import=poisoned_llama", "--model.name=poisoned_llama")
@@ -142,7 +142,7 @@ def test_without_a_checkpoint_a_rollback_is_a_skip(tmp_path: Path) -> None:
 def test_no_checkpoint_is_saved_after_a_bad_step_but_at_the_end(tmp_path: Path) -> None:
     options = ["--checkpoint.enable", "--checkpoint.interval=2"]
     lines_of(tmp_path, SKIP, *options, POISON="4:nan 6:nan")
-    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["step-2", "step-6"]
+    assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-6"]
 
 
 def test_a_model_of_nan_is_not_saved_at_the_end(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import command, read_lines, train
+from harness import checkpoints_in, command, read_lines, train
 from tiny_llama import OPTIONS
 
 from torchtitan.tools.stop_request import PREEMPTED
@@ -20,7 +20,7 @@ def numbers(lines: list[dict]) -> list[tuple[int, float, float, float]]:
 
 
 def steps_saved(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+    return checkpoints_in(folder / "checkpoint")
 
 
 LAYOUTS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from harness import Finished, Running, read_lines
+from harness import Finished, Running, checkpoints_in, read_lines
 from tiny_llama import OPTIONS
 
 STEPS = 10
@@ -157,7 +157,7 @@ def kill_and_finish(
     lines = read_lines(folder / "metrics.jsonl")
     logs.append(log)
     assert curve(lines) == expected, "\n".join(logs)
-    left = {path.name for path in (folder / "checkpoint").iterdir()}
+    left = set(checkpoints_in(folder / "checkpoint"))
     if step == STEPS:  # it died after its last save; what it had not yet deleted, no save deletes
         oldest = f"step-{STEPS - SAVED_EVERY * KEPT}"
         left -= {oldest, f"{oldest}.partial"}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import read_lines
+from harness import checkpoints_in, read_lines
 from kills import SAVED_EVERY, STEPS, Job, curve, newest_step
 from launched import steps_logged, wait_until
 
@@ -65,7 +65,7 @@ def test_a_full_disk_costs_no_checkpoint(disk: Disk, whole: list[tuple]) -> None
     assert done.exit_codes == [2], done.err
     assert "No space left on device" in done.err
     assert "The checkpoint of step 4 could not be saved" in done.err
-    assert [path.name for path in (disk.folder / "checkpoint").iterdir()] == ["step-2"]
+    assert checkpoints_in(disk.folder / "checkpoint") == ["step-2"]
     disk.remount("size=64m")
     assert "resumed from" in JOB.finish(disk.folder).err
     assert curve(read_lines(disk.folder / "metrics.jsonl")) == whole

@@ -13,6 +13,7 @@ from kills import curve, newest_step
 from launched import STEPS, Launched, is_running, steps_logged, training, wait_until
 from tiny_llama import OPTIONS
 
+from torchtitan.components.checkpoint.owner import Owner
 from torchtitan.tools.stop_request import PREEMPTED
 
 PYTHON = "python"
@@ -50,10 +51,13 @@ def test_torchrun_starts_again_and_the_run_goes_on(
     words = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2"]
     with Launched([*words, *training(tmp_path)], tmp_path / "log") as job:
         wait_until(lambda: newest_step(tmp_path) >= 10, START, lambda: job.output)
+        before = Owner.of(tmp_path / "checkpoint")
         os.kill(job.ranks()[1], signal.SIGKILL)
         seconds = wait_until(lambda: "resumed from" in job.output, START, lambda: job.output)
         assert job.wait(timeout=START) == 0, job.output
     figures["torchrun --max-restarts, a rank killed: resumed after"] = f"{seconds:.1f} s"
+    after = Owner.of(tmp_path / "checkpoint")
+    assert before.job == after.job and before.start != after.start
     assert curve(read_lines(tmp_path / "metrics.jsonl")) == whole
 
 

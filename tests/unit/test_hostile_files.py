@@ -306,7 +306,7 @@ def test_what_a_run_writes_has_no_secrets(
     assert SECRET not in to_toml(config)
     Run(tmp_path / "run").train(2)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(files) == 4
+    assert len(files) == 5
     assert not any(SECRET.encode() in path.read_bytes() for path in files)
 
     from torchtitan.components.metric_sinks import WandbSink

@@ -14,15 +14,15 @@ import os
 import pickle
 import resource
 import signal
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from multiprocessing import connection, util
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ PRELOADED = ("torchtitan.train", "torchtitan.models", "torch.distributed.pipelin
 _SECONDS_AFTER_A_FAILURE = 5.0
 _SECONDS_TO_DUMP_STACKS = 5.0
 _SHOWN_OUTPUT = 4000  # characters
+_LONGEST_TMPDIR = 70  # bytes; unix(7): a name has 107, of which /pymp-8/listener-8 takes 32
 
 
 @dataclass
@@ -108,12 +109,13 @@ class Ranks:
     ) -> None:
         # As torchrun does: the launcher holds the store, so its port is free for certain.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._temporary = TemporaryDirectory(prefix="torchtitan-ranks-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="torchtitan-ranks-")
         # Pickled here, since `multiprocessing` would share the memory of tensors, by a thread.
         call = pickle.dumps((function, args))
         env = dict(os.environ if env is None else env)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
+        _shorten_socket_names()
         self._ranks = [
             _Rank(
                 rank=rank,
@@ -236,6 +238,21 @@ class _Rank:
             exit_code=None if stopped else code,
             exception=exception,
         )
+
+
+def _shorten_socket_names() -> None:
+    """Have the server's socket in /tmp if its name would be too long in TMPDIR, as some jobs have.
+
+    `multiprocessing` makes its temporary folder once, for as long as this process lives.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_TMPDIR:
+        return
+    usual = tempfile.tempdir
+    tempfile.tempdir = "/tmp"
+    try:
+        util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
 
 
 def _stop(ranks: Iterable[_Rank], reason: str) -> list[RankFailure]:

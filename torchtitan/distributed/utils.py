@@ -72,7 +72,17 @@ def _store(timeout: timedelta) -> dist.Store:
     It outlives them. So the ranks of each start have keys of their own: under the same ones they
     might find addresses of ranks that are gone, and fail at once.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     start = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    return dist.PrefixStore(f"torchtitan/start-{start}", store)
+    return dist.PrefixStore(f"torchtitan/start-{start}", _agent_store(timeout))
+
+
+def job_store() -> dist.Store | None:
+    """What the ranks of a job leave to those that torchrun starts after them; None without it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return dist.PrefixStore("torchtitan/job", _agent_store(distributed_c10d.default_pg_timeout))
+
+
+def _agent_store(timeout: timedelta) -> dist.Store:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from checkpoint_run import Run, world_of_one  # noqa: F401
+from harness import checkpoints_in
 
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.load import OpenCheckpoint
@@ -17,7 +18,7 @@ FILES = [".metadata", "__0_0.distcp", "config.resolved.toml", "manifest.json"]
 
 
 def steps_in(tmp_path):
-    return sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    return checkpoints_in(tmp_path / "checkpoint")
 
 
 def flip(path, bit=None):

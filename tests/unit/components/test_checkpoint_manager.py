@@ -6,13 +6,14 @@ import threading
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+from harness import checkpoints_in
 
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError
 
 
 def steps_in(tmp_path):
-    return sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    return checkpoints_in(tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("async_mode", ["disabled", "async"])

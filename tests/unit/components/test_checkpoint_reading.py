@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+from harness import checkpoints_in
 
 from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import patience, storage
@@ -78,8 +79,7 @@ def assert_nothing_is_damaged(tmp_path, run):
     run = Run(tmp_path, load_step=2)
     run.manager.load()
     run.train(4)
-    names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
-    assert names == ["step-2", "step-4"]
+    assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-4"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.config import to_toml
+from torchtitan.distributed.utils import job_store
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import first_line
 
@@ -29,6 +30,7 @@ from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
 from .load import OpenCheckpoint, load_weights_of_parts, model_state
 from .manifest import Manifest
+from .owner import Claim, TakenOverError
 from .resume import (
     check_data,
     checkpoint_root,
@@ -87,6 +89,7 @@ class CheckpointManager:
         self._export_assets = ExportAssets.of_job(job_config)
         self._job_config = job_config
         self._root = checkpoint_root(job_config)
+        self._claim = Claim(self._root, job_store() if dist.get_rank() == 0 else None)
         self._total_steps = job_config.training.steps
         self._model_parts = model_parts
         self._optimizers = optimizers
@@ -130,7 +133,7 @@ class CheckpointManager:
                 run is to be resumed.
 
         Raises:
-            CheckpointError: the last save failed.
+            CheckpointError: on all ranks: the last save failed, or another run saves there now.
         """
         if self._background.done:
             self.wait()
@@ -153,6 +156,7 @@ class CheckpointManager:
             config=to_toml(self._job_config),
             keep_latest=self._config.keep_latest_k,
             damaged=frozenset(self._damaged),
+            claim=self._claim,
         )
         if self._config.async_mode == "async" and not last:
             self._background.start(step, state, writer)
@@ -175,6 +179,7 @@ class CheckpointManager:
             self._save_huggingface(step)
 
     def _save_huggingface(self, step: int) -> None:
+        on_rank_zero(self._claim.check, self._group)
         folder = step_folder(self._root, step)
         save_huggingface(
             self._model_parts,
@@ -240,8 +245,10 @@ class CheckpointManager:
         Raises:
             CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged, all
                 checkpoints are damaged, there is none to go back to, or the one to resume from is
-                an export or does not fit the model or the batch size.
-            OutageError: on all ranks: one cannot be read, which does not count as damage.
+                an export or does not fit the model or the batch size, or the folder of checkpoints
+                cannot be written.
+            OutageError: on all ranks: one cannot be read, which does not count as damage, or the
+                folder cannot be written now.
         """
         again, self._loaded = self._loaded, True
         if again:
@@ -249,6 +256,12 @@ class CheckpointManager:
             if step is None:
                 raise CheckpointError(f"there is no checkpoint in {self._root} to go back to")
             return step
+        step = self._load_first()
+        if self._config.enable:
+            on_rank_zero(self._claim.take, self._group)
+        return step
+
+    def _load_first(self) -> int:
         if self._config.enable:
             load_step = self._config.load_step
             folders = on_rank_zero(lambda: folders_to_resume(self._root, load_step), self._group)
@@ -384,6 +397,8 @@ class CheckpointManager:
         error = first_failure(failure)
         if not isinstance(error, Exception):
             raise error
+        if isinstance(error, TakenOverError):  # whose files they are is not known
+            raise error from None
         if dist.get_rank() == 0:
             partial = partial_folder(step_folder(self._root, step))
             with suppress(OSError):  # the next save will delete it

@@ -122,25 +122,44 @@ class SafetensorsReader(CheckpointReader):
 class ExactLoadPlanner(dcp.DefaultLoadPlanner):
     """Accepts a checkpoint only if it has the keys and shapes of the state to be filled.
 
+    Rank 0, to which PyTorch sends the plans of all ranks, gets empty ones: each knows by itself
+    what to read.
+
     Args:
         folder: for messages.
         is_wanted: says of a key of the checkpoint whether it has to be read by some rank.
+        group: the ranks that load, with the same `metadata`; None: there is one.
     """
 
-    def __init__(self, folder: StoragePath, is_wanted: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        folder: StoragePath,
+        is_wanted: Callable[[str], bool],
+        group: dist.ProcessGroup | None,
+    ) -> None:
         super().__init__()
         self._folder = folder
         self._is_wanted = is_wanted
+        self._group = group
+        self._own = LoadPlan([])
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None  # set_up_planner() has set it
         check_keys_and_shapes(self._folder, self.metadata, self.state_dict)
-        return create_default_local_load_plan(self.state_dict, self.metadata)
+        self._own = create_default_local_load_plan(self.state_dict, self.metadata)
+        return LoadPlan([])
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        read = {item.dest_index.fqn for plan in global_plan for item in plan.items}
-        check_no_more(self._folder, cast(Metadata, self.metadata), read, self._is_wanted)
-        return super().create_global_plan(global_plan)
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        # All ranks come here, or none, so none waits for another in vain.
+        metadata = cast(Metadata, self.metadata)
+        own = {item.dest_index.fqn for item in self._own.items}
+        keys = list(metadata.state_dict_metadata)
+        is_read = torch.tensor([key in own for key in keys], dtype=torch.uint8)
+        if self._group is not None:
+            dist.all_reduce(is_read, op=dist.ReduceOp.MAX, group=self._group)
+        read = {key for key, by_some_rank in zip(keys, is_read, strict=True) if by_some_rank}
+        check_no_more(self._folder, metadata, read, self._is_wanted)
+        return self._own
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
         # The base class would run any code in it, so it gets a copy of what plain data there is.
@@ -170,7 +189,7 @@ def read_state(
         OutageError, MemoryError, OutOfMemoryError, AcceleratorError: likewise, if something cannot
             be read though it may be good.
     """
-    planner = ExactLoadPlanner(reader.path, is_wanted)
+    planner = ExactLoadPlanner(reader.path, is_wanted, group)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -31,6 +31,7 @@ from .folder import (
 )
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import Manifest, nested_differences, plain_args
+from .owner import refuse_live_owner
 from .storage import StoragePath, folders_in, is_url, storage_path
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def describe_model(job_config: JobConfig, args: Any) -> dict[str, Any]:
 
 
 def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | None = None) -> None:
-    """Refuse, before memory is taken, to go on from a checkpoint of another model.
+    """Refuse, before memory is taken, to go on from a checkpoint of another model, or of a run
+    that is still at work.
 
     Rank 0 of `group`, which all ranks are in, looks for the others too; None: there is only this
     process.
@@ -67,6 +69,7 @@ def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | No
     Raises:
         CheckpointError: on all ranks: name, flavor, args or tokenizer differ from the newest
             checkpoint of the run, or from that of `checkpoint.load_step`. It shows each difference.
+            Or another process of this machine saves into the folder.
         OutageError: on all ranks: the checkpoints cannot be read.
     """
     if job_config.checkpoint.enable:
@@ -75,6 +78,7 @@ def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | No
 
 def _check_model(job_config: JobConfig, args: Any) -> None:
     root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
+    refuse_live_owner(root)
     saved = [step_folder(root, step)] if step != -1 else list_checkpoints(root)[::-1]
     folder = next((path for path in saved if is_resumable(path)), None)
     if folder is None:

@@ -17,6 +17,7 @@ from torchtitan.tools.run_folder import CONFIG_FILE
 
 from . import folder as folders
 from .manifest import Manifest
+from .owner import Claim
 from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
 
 logger = logging.getLogger("torchtitan")
@@ -35,6 +36,7 @@ class CheckpointWriter(FileSystemWriter):
         config: text of the file `config.resolved.toml`.
         keep_latest: checkpoints to leave after this one was added; 0 leaves all.
         damaged: names of checkpoints that are known to be damaged.
+        claim: on the folder that `folder` is in.
     """
 
     fs: CheckpointFiles
@@ -47,6 +49,7 @@ class CheckpointWriter(FileSystemWriter):
         config: str = "",
         keep_latest: int = 0,
         damaged: Collection[str] = (),
+        claim: Claim | None = None,
     ) -> None:
         super().__init__(str(folder), sync_files=False)  # `CheckpointFiles` syncs
         self.fs = CheckpointFiles()
@@ -56,11 +59,13 @@ class CheckpointWriter(FileSystemWriter):
         self._config = config
         self._keep_latest = keep_latest
         self._damaged = damaged
+        self._claim = claim or Claim(folder.parent)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # rank 0 makes the folder, below
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self._claim.check()
         folders.begin(self._folder, self._damaged)
         return super().prepare_global_plan(plans)
 
@@ -91,6 +96,7 @@ class CheckpointWriter(FileSystemWriter):
         files |= self.fs.records  # with that of .metadata
         files[CONFIG_FILE] = FileRecord.of(self.path / CONFIG_FILE)
         self._manifest.files = dict(sorted(files.items()))
+        self._claim.check()
         self._manifest.write(self.path)
         folders.commit(self._folder, self._damaged)
         logger.info("saved %s", self._folder)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
+from harness import checkpoints_in
 from safetensors.torch import save_file
 
 from torchtitan import cli
@@ -45,7 +46,7 @@ def flip(path):
 
 
 def names_in(run):
-    return sorted(path.name for path in (run / "checkpoint").iterdir())
+    return checkpoints_in(run / "checkpoint")
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoint"])

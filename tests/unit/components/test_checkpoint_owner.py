@@ -1,0 +1,161 @@
+"""Two runs never save into one folder."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import fsspec
+import pytest
+import torch.distributed as dist
+from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
+from harness import checkpoints_in
+
+from torchtitan.components.checkpoint.owner import OWNER, Claim, Owner, TakenOverError, _process
+from torchtitan.components.checkpoint.resume import check_resume
+from torchtitan.components.checkpoint.storage import sizes_in, storage_path
+from torchtitan.components.checkpoint.writer import CheckpointWriter
+from torchtitan.config import JobConfig
+from torchtitan.errors import CheckpointError
+
+
+@pytest.fixture(params=["checkpoint", "memory", "local"])
+def folder(request, tmp_path):
+    """`checkpoint.folder`."""
+    name = request.param
+    yield name if name == "checkpoint" else f"{name}://{tmp_path}/deep/run"
+    fsspec.filesystem("memory").store.clear()
+
+
+def root_of(tmp_path, folder):
+    return storage_path(folder) if "://" in folder else tmp_path / folder
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_the_run_started_last_goes_on_alone(tmp_path, folder, async_mode):
+    first = Run(tmp_path, folder=folder, async_mode=async_mode)
+    first.manager.load()
+    first.train(2)
+    first.manager.wait()
+    second = Run(tmp_path, seed=1, folder=folder)
+    assert second.manager.load() == 2
+    with pytest.raises(TakenOverError, match=r"taken over by another run \(process \d+ on .+, si"):
+        first.train(4)
+        first.manager.wait()
+    assert first.manager.newest().name == "step-2"
+    second.train(6)
+    assert Run(tmp_path, folder=folder).manager.load() == 6
+
+
+def test_a_run_that_hangs_in_a_save_does_not_complete_it(tmp_path, folder, monkeypatch):
+    first = Run(tmp_path, folder=folder)
+    first.manager.load()
+    first.train(2)
+    second = Run(tmp_path, seed=1, folder=folder)
+    write = CheckpointWriter.write_data
+
+    def hang(self, plan, planner):
+        done = write(self, plan, planner)
+        monkeypatch.undo()
+        assert second.manager.load() == 2
+        return done
+
+    monkeypatch.setattr(CheckpointWriter, "write_data", hang)
+    with pytest.raises(TakenOverError):
+        first.train(4)
+    assert "manifest.json" not in sizes_in(root_of(tmp_path, folder) / "step-4")
+    assert Run(tmp_path, folder=folder).manager.load() == 2
+    third = Run(tmp_path, folder=folder)
+    third.manager.load()
+    third.train(4)
+    assert Run(tmp_path, folder=folder).manager.load() == 4
+
+
+def test_a_job_that_torchrun_starts_again_does_not_take_back_what_another_has(tmp_path):
+    store, root = dist.HashStore(), tmp_path / "checkpoint"
+    Claim(root, dist.HashStore()).take()
+    first = Claim(root, store)
+    first.take()  # over from a job that is gone
+    again = Claim(root, store)
+    again.take()
+    with pytest.raises(TakenOverError):
+        first.check()
+    again.check()
+    Claim(root, dist.HashStore()).take()
+    for claim in again, Claim(root, store):
+        with pytest.raises(TakenOverError):
+            claim.take()
+    (root / OWNER).unlink()
+    Claim(root, store).take()
+
+
+def test_the_export_at_the_end_is_saved_by_the_owner_alone(tmp_path):
+    first = Run(tmp_path, interval=100, steps=2, last_save_model_only=True, last_save_in_hf=True)
+    first.manager.load()
+    Run(tmp_path).manager.load()
+    with pytest.raises(TakenOverError):
+        first.train(2, last=True)
+    assert checkpoints_in(tmp_path / "checkpoint") == []
+
+
+def test_a_folder_that_was_deleted_is_made_again(tmp_path):
+    run = Run(tmp_path)
+    run.manager.load()
+    run.train(2)
+    shutil.rmtree(tmp_path / "checkpoint")
+    run.train(4)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == [OWNER, "step-4"]
+
+
+def test_a_name_that_cannot_be_read_is_nobody_s(tmp_path):
+    run = Run(tmp_path)
+    run.manager.load()
+    (tmp_path / "checkpoint" / OWNER).write_bytes(b'{"job": ')
+    run.train(2)
+    assert Owner.of(tmp_path / "checkpoint").works_in(tmp_path / "checkpoint") is False
+    assert checkpoints_in(tmp_path / "checkpoint") == ["step-2"]
+
+
+def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path):
+    (tmp_path / "checkpoint").write_text("a file in its place")
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/checkpoint: cannot write there: "):
+        Run(tmp_path).manager.load()
+
+
+def test_a_disabled_manager_takes_no_folder(tmp_path):
+    Run(tmp_path, enable=False).manager.load()
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")
+def test_a_run_at_work_on_this_machine_is_not_disturbed(tmp_path):
+    config = JobConfig()
+    config.job.dump_folder, config.checkpoint.enable = str(tmp_path), True
+    root = tmp_path / "checkpoint"
+    Claim(root).take()
+    check_resume(config, TinyArgs())  # this process's own
+
+    other = subprocess.Popen(["sleep", "60"])
+    owner = replace(Owner.new(root), pid=other.pid, process=_process(other.pid))
+    (root / OWNER).write_text(json.dumps(asdict(owner)))
+    with pytest.raises(CheckpointError, match=rf"another run saves .*process {other.pid} on "):
+        check_resume(config, TinyArgs())
+
+    shutil.copytree(root, tmp_path / "copy" / "checkpoint")
+    config.job.dump_folder = str(tmp_path / "copy")
+    check_resume(config, TinyArgs())
+
+    config.job.dump_folder = str(tmp_path)
+    earlier = replace(owner, process="another start of the machine")  # the number is used again
+    (root / OWNER).write_text(json.dumps(asdict(earlier)))
+    check_resume(config, TinyArgs())
+
+    (root / OWNER).write_text(json.dumps(asdict(owner)))
+    other.kill()
+    while _process(other.pid):  # it has ended, though nobody has waited for it
+        time.sleep(0.01)
+    check_resume(config, TinyArgs())
+    other.wait()
+    check_resume(config, TinyArgs())

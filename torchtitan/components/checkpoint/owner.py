@@ -1,0 +1,184 @@
+"""One run at a time saves into a folder of checkpoints.
+
+A run that is started again takes the folder over. It can't ask the run before, which may live on
+where nobody hears of it, on a host that the network has lost. So each run leaves its name in the
+folder, and one that finds another name there, before it begins or completes a checkpoint, ends.
+If torchrun then starts it again, it does not take back what the other has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from uuid import uuid4
+
+import torch.distributed as dist
+
+from torchtitan.errors import CheckpointError, outage_or
+from torchtitan.tools.text import first_line
+
+from .patience import read_again
+from .storage import StoragePath, make_folder, write_durably
+
+OWNER = ".owner.json"
+_JOB = "owner"
+"""Key of `Owner.job` in the store, there once the job has had the folder."""
+
+
+class TakenOverError(CheckpointError):
+    """Another run saves into the folder now."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A run, as it leaves its name in the folder of its checkpoints."""
+
+    job: str
+    """The same each time that torchrun starts the ranks again."""
+    start: str
+    """Another one each time."""
+    folder: str
+    """Of the checkpoints. A copy of it belongs to nobody."""
+    host: str
+    pid: int
+    """Of rank 0."""
+    process: str
+    """Tells it from others that have the same number, here or elsewhere, sooner or later."""
+    since: str
+
+    @classmethod
+    def new(cls, folder: StoragePath, job: str = "") -> Owner:
+        """This process."""
+        return cls(
+            job=job or uuid4().hex,
+            start=uuid4().hex,
+            folder=_absolute(folder),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process=_process(os.getpid()),
+            since=datetime.now().astimezone().isoformat(timespec="seconds"),
+        )
+
+    @classmethod
+    def of(cls, folder: StoragePath) -> Owner | None:
+        """The run that saves into `folder`, or did; None if that is not known.
+
+        Raises:
+            OutageError: it cannot be read.
+        """
+        path = folder / OWNER
+        try:
+            return cls(**json.loads(read_again(path, path.read_bytes)))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def works_in(self, folder: StoragePath) -> bool:
+        """Whether it is known to, as another process of this machine that is alive."""
+        return (
+            self.pid != os.getpid()
+            and self.folder == _absolute(folder)
+            and self.process != ""
+            and self.process == _process(self.pid)
+        )
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+class Claim:
+    """This run's on the folder of its checkpoints. For rank 0 alone.
+
+    Args:
+        folder: that of the checkpoints.
+        store: what earlier starts of the same job have left, and later ones will find.
+    """
+
+    def __init__(self, folder: StoragePath, store: dist.Store | None = None) -> None:
+        self._folder = folder
+        self._store = store or dist.HashStore()
+        self._owner: Owner | None = None
+
+    def take(self) -> None:
+        """Take the folder over from the run before, if there was one.
+
+        Raises:
+            TakenOverError: it has been this job's, and another has taken it.
+            CheckpointError: it cannot be written; `OutageError`: not now.
+        """
+        job = self._store.get(_JOB).decode() if self._store.check([_JOB]) else ""
+        there = Owner.of(self._folder)
+        if job and there is not None and there.job != job:
+            raise self._taken_over(there)
+        owner = Owner.new(self._folder, job)
+        try:
+            _write(self._folder, owner)
+        except OSError as error:
+            message = f"{self._folder}: cannot write there: {first_line(error)}"
+            raise outage_or(CheckpointError, message, error) from error
+        self._owner = owner
+        self._store.set(_JOB, owner.job)
+
+    def check(self) -> None:
+        """Take the folder, the first time or if somebody has deleted it.
+
+        Raises:
+            TakenOverError: another run has taken it since.
+            OutageError: it cannot be read who has.
+        """
+        there = Owner.of(self._folder)
+        if self._owner is None or there is None:
+            self.take()
+        elif there.start != self._owner.start:
+            raise self._taken_over(there)
+
+    def _taken_over(self, by: Owner) -> TakenOverError:
+        return TakenOverError(
+            f"{self._folder} was taken over by another run ({by}), which saves its checkpoints "
+            "there, so this one ends. Runs that are to go on side by side need a job.dump_folder "
+            "each, and a checkpoint.folder if that is a URL"
+        )
+
+
+def refuse_live_owner(folder: StoragePath) -> None:
+    """Raises `CheckpointError` if another run on this machine saves into `folder`."""
+    owner = Owner.of(folder)
+    if owner is not None and owner.works_in(folder):
+        raise CheckpointError(
+            f"{folder}: another run saves its checkpoints there ({owner}). Stop it, or choose "
+            "another job.dump_folder, and another checkpoint.folder if that is a URL"
+        )
+
+
+def _write(folder: StoragePath, owner: Owner) -> None:
+    """So that it is there as a whole."""
+    content = json.dumps(asdict(owner), indent=1).encode() + b"\n"
+    if not isinstance(folder, Path):
+        folder.mkdir()
+        write_durably(folder / OWNER, content)
+        return
+    make_folder(folder)
+    new = folder / f"{OWNER}.new"
+    write_durably(new, content)
+    new.rename(folder / OWNER)
+
+
+def _absolute(folder: StoragePath) -> str:
+    return str(folder.resolve() if isinstance(folder, Path) else folder)
+
+
+def _process(pid: int) -> str:
+    """When machine and process started, as Linux says; "" if it is not alive, or not known.
+
+    Source: proc_pid_stat(5). The state is the field after the name, which may have spaces.
+    """
+    with suppress(OSError, IndexError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if state not in ("Z", "X"):  # it has ended
+            return f"{boot} {fields[18]}"
+    return ""
