@@ -391,7 +391,7 @@ class Trainer:
         if not values:
             return {}
         means = torch.tensor(list(values.values()), dtype=torch.float64)
-        dist.all_reduce(means)
+        self.sum_over_ranks(means)
         means /= dist.get_world_size()
         return dict(zip(values, means.tolist(), strict=True))
 

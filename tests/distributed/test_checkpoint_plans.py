@@ -139,9 +139,9 @@ def load(folder: Path) -> None:
     told = []
     gather = dist.gather_object
 
-    def listen(object, **kwargs):
-        told.append(object)
-        gather(object, **kwargs)
+    def listen(obj, **kwargs):
+        told.append(obj)
+        gather(obj, **kwargs)
 
     dist.gather_object = listen
     resumed = Run("fsdp2_tp2", folder, seed=1)

