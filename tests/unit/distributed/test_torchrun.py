@@ -23,6 +23,10 @@ if mode == "open files":
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     sys.exit(soft != hard)
 if mode.isdigit():
+    # The first that ends has torchrun stop the other, which must have begun.
+    other = f"{folder}/starts-{1 - int(os.environ['RANK'])}"
+    while not os.path.exists(other) or os.stat(other).st_size < os.stat(file.name).st_size:
+        time.sleep(0.01)
     sys.exit(int(mode))
 signal.signal(getattr(signal, mode), lambda *_: sys.exit(75))
 open(f"{folder}/ready-{os.environ['RANK']}", "w").close()
