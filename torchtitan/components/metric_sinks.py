@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -77,7 +78,10 @@ class JsonLinesSink:
         for path in self._paths.values():
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _keep_steps_up_to(step, path)
+                if step == 0:
+                    _set_aside(path)
+                else:
+                    _keep_steps_up_to(step, path)
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         row = {"step": step} | {
@@ -89,6 +93,21 @@ class JsonLinesSink:
 
     def close(self) -> None:
         pass
+
+
+def _set_aside(path: Path) -> None:
+    """Keep what an earlier run has left, which this one does not go on from."""
+    if path.stat().st_size == 0:
+        return
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    kept = next(name for name in names if not name.exists())
+    path.rename(kept)
+    logger.warning(
+        "%s is of an earlier run, and was kept as %s. job.dump_folder gives a run a folder of its "
+        "own",
+        path,
+        kept.name,
+    )
 
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
