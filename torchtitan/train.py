@@ -253,6 +253,7 @@ class Trainer:
         loss_sum = self.replay.check(step, compute, self._start_step)
         loss_sum = self.replicas.sum(loss_sum)
         self.replicas.sum_gradients(self._parameters())
+        self.expert_balance.add_up(self.replicas.sum)
 
         self.watch.enter("optimizer", step)
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)

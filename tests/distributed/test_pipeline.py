@@ -165,6 +165,29 @@ def test_experts_in_a_pipeline(tmp_path: Path) -> None:
     assert_equal_runs(tmp_path / "4", tmp_path / "1")
 
 
+EXPERTS_AND_CHECKPOINTING = {
+    "1f1b_selective": ("1F1B", "selective"),
+    "1f1b_full": ("1F1B", "full"),
+    "zbv_full": ("ZBVZeroBubble", "full"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "1f1b_full" else pytest.mark.long)
+        for name in EXPERTS_AND_CHECKPOINTING
+    ],
+)
+def test_experts_in_a_pipeline_with_activation_checkpointing(name: str, tmp_path: Path) -> None:
+    schedule, mode = EXPERTS_AND_CHECKPOINTING[name]
+    shared = (f"--job.config_file={MOE}", *SMALL, "--training.steps=3")
+    shared += ("--training.local_batch_size=8",)
+    one = train(tmp_path / "1", *shared)
+    options = (*pipeline(schedule=schedule), f"--activation_checkpoint.mode={mode}")
+    assert_equal_curves(train(tmp_path / "2", *shared, *options, ranks=2), one)
+
+
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [

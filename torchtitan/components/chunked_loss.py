@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from torchtitan.components.loss import IGNORE_INDEX, VocabShard
+from torchtitan.components.loss import IGNORE_INDEX, VocabShard, of_training
 from torchtitan.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ class ChunkedCrossEntropy:
             self._output.weight,
             labels.flatten(),
             self._chunk_size,
-            self._z_loss_weight,
+            of_training(self._z_loss_weight),
         )
 
 

@@ -96,7 +96,7 @@ class Replicas:
             self._manager.start_quorum()
 
     def sum(self, number: torch.Tensor) -> torch.Tensor:
-        """The sum of a number over the groups, a scalar."""
+        """The sum of a tensor over the groups, on the device that they communicate from."""
         if self._manager is None:
             return number
         total = number.to(device="cuda" if torch.cuda.is_available() else "cpu", copy=True)

@@ -48,6 +48,11 @@ def build_loss(job_config: JobConfig) -> Loss:
     return CrossEntropy(config.z_loss_weight, job_config)
 
 
+def of_training(z_loss_weight: float) -> float:
+    """Without gradients, 0: the loss of validation is the cross entropy alone."""
+    return z_loss_weight if torch.is_grad_enabled() else 0.0
+
+
 class CrossEntropy:
     """Cross entropy of the logits that the model returns, `[batch, seq, vocab]`."""
 
@@ -62,7 +67,7 @@ class CrossEntropy:
         """Nothing to prepare."""
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self._function(pred, labels, self._z_loss_weight)
+        return self._function(pred, labels, of_training(self._z_loss_weight))
 
 
 def cross_entropy(

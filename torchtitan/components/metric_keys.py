@@ -232,7 +232,10 @@ SECTIONS: dict[str, list[MetricKey]] = {
 """Section of a report -> its keys. `Other` is for keys that are not here; `More` is folded away."""
 
 VALIDATION = MetricKey(
-    "loss", "Validation loss", "nats per token", "mean over all tokens of all ranks, held-out data"
+    "loss",
+    "Validation loss",
+    "nats per token",
+    "mean over all tokens of all ranks, held-out data; without z-loss",
 )
 """The one key of `validation.jsonl`."""
 

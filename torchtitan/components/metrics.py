@@ -35,9 +35,12 @@ def build_metrics_processor(
     _, flops_per_token = model_args.get_nparams_and_flops(job_config.training.seq_len)
     # The peak is that of bf16; a run in fp32 cannot be held against it.
     in_bf16 = job_config.training.mixed_precision_param == "bfloat16"
+    # Of replica groups, each logs the tokens of all.
+    fault_tolerance = job_config.fault_tolerance
+    replicas = fault_tolerance.group_size if fault_tolerance.enable else 1
     return MetricsProcessor(
         total_steps=job_config.training.steps,
-        devices=parallel_dims.world_size,
+        devices=parallel_dims.world_size * replicas,
         flops_per_token=flops_per_token,
         peak_flops=this_device_peak_flops() if in_bf16 else None,
         progress=build_progress(job_config.metrics.progress, job_config.training.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,10 @@ from torchtitan.models.common.router import TopKRouter
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+_LEAST = 1e-6
+"""Tokens; any expert that has some has more."""
 
 
 class ExpertBalance:
@@ -39,14 +44,24 @@ class ExpertBalance:
         dist.all_reduce(number)
         self._enabled = bool(number)
 
-    def step(self) -> None:
-        """Call after each optimizer step, on all ranks."""
+    def add_up(self, over_replicas: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Call after each backward pass, on all ranks.
+
+        Args:
+            over_replicas: the sum of a tensor over the replica groups.
+        """
         if not self._routers:
             return
         load = torch.cat([router.tally for router in self._routers])
         for group in self._groups:
             dist.all_reduce(load, group=group)
-        parts = load.split([len(router.tally) for router in self._routers])
+        self._load = over_replicas(load)
+
+    def step(self) -> None:
+        """Call after each optimizer step, once the tallies are added up."""
+        if not self._routers:
+            return
+        parts = self._load.split([len(router.tally) for router in self._routers])
         for router, part in zip(self._routers, parts, strict=True):
             router.end_step(part)
 
@@ -66,10 +81,11 @@ class ExpertBalance:
             return {}
         layers = torch.zeros(1 + len(self._routers), device=device())
         for i, router in enumerate(self._routers, start=1):
-            layers[i] = router.load.max() / router.load.mean()
+            # 0 where no token was counted: no backward pass comes to frozen layers at the bottom.
+            layers[i] = router.load.max() / router.load.mean().clamp(min=_LEAST)
         total = torch.stack([layers.sum(), (layers > 0).sum(dtype=layers.dtype)])
         worst = layers.max()
         dist.all_reduce(total)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        mean = total[0] / total[1]
+        mean = total[0] / total[1].clamp(min=1)
         return {"expert_imbalance": mean.item(), "expert_imbalance_max": worst.item()}

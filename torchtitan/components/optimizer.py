@@ -118,8 +118,17 @@ class OptimizersContainer:
         return merged
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the moments and counts of steps. The settings of groups stay those of the config."""
+        settings = [[_settings(group) for group in o.param_groups] for o in self]
         for model, optimizers in self._parts:
             set_optimizer_state_dict(model, optimizers, state_dict, options=_FLAT)
+        for optimizer, of_groups in zip(self, settings, strict=True):
+            for group, own in zip(optimizer.param_groups, of_groups, strict=True):
+                group.update(own)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def build_optimizer(
@@ -188,7 +197,8 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
         lr_scale, weight_decay = 1.0, 0.0 if kind in config.no_decay else config.weight_decay
         for rule in config.rules:
             if re.search(rule.pattern, name):
-                lr_scale = rule.lr_scale
+                if rule.lr_scale is not None:
+                    lr_scale = rule.lr_scale
                 if rule.weight_decay is not None:
                     weight_decay = rule.weight_decay
         named.append(NamedParameter(name, param, kind, lr_scale, weight_decay))

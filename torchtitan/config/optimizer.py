@@ -12,10 +12,10 @@ class ParamRule:
 
     pattern: str = ""
     """Regular expression searched in the parameter's full name (`layers\\.0\\..*`)."""
-    lr_scale: Annotated[float, NonNegative] = 1.0
-    """Factor on the learning rate; 0 freezes."""
+    lr_scale: Annotated[float, NonNegative] | None = None
+    """Factor on the learning rate; 0 freezes. Unset: that of the rules before, or else 1."""
     weight_decay: Annotated[float, NonNegative] | None = None
-    """Weight decay of these parameters; unset keeps the optimizer's."""
+    """Weight decay. Unset: that of the rules before, or else the optimizer's."""
 
 
 @dataclass
@@ -44,4 +44,5 @@ class Optimizer:
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """Kernel of Adam, AdamW and SGD (which takes foreach for fused)."""
     rules: list[ParamRule] = field(default_factory=list)
-    """Overrides by parameter name, the last match wins (TOML only: `[[optimizer.rules]]`)."""
+    """Overrides by parameter name; of each key, the last matching rule that sets it wins (TOML
+    only: `[[optimizer.rules]]`)."""

@@ -40,6 +40,7 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     check_layout(job_config, world_size)
     _check_data(job_config)
     _check_optimizer(job_config)
+    _check_schedule(job_config)
     _check_activation_checkpoint(job_config)
     _check_compile(job_config)
     check_survival(job_config)
@@ -114,6 +115,18 @@ def _check_optimizer(job_config: JobConfig) -> None:
             re.compile(rule.pattern)
         except (re.error, OverflowError, RecursionError) as error:
             fail(job_config, f"{key}.pattern", f"not a regular expression: {error}")
+
+
+def _check_schedule(job_config: JobConfig) -> None:
+    schedule, steps = job_config.lr_scheduler, job_config.training.steps
+    span, decays = schedule.total_steps or steps, schedule.decay_ratio != 0
+    if span < steps and decays and not schedule.min_lr_factor:
+        fail(
+            job_config,
+            "lr_scheduler.total_steps",
+            f"the learning rate is 0 from then on, but training.steps = {steps}. Set it to {steps} "
+            "or more, or set lr_scheduler.min_lr_factor",
+        )
 
 
 def _check_activation_checkpoint(job_config: JobConfig) -> None:

@@ -243,8 +243,9 @@ def _drop_backward(schedule: Any) -> None:
 class _Stage(PipelineStage):
     """A stage that is in eval mode while PyTorch finds out the shapes of what it sends.
 
-    That is a forward pass with the first micro-batch (torch 2.13) or zeros (2.11), which must not
-    count as training: in the load statistics of experts, for example.
+    That is a forward pass with the first micro-batch (torch 2.13, which adds a backward pass) or
+    zeros (2.11), which must not count as training: in the load statistics of experts, for example.
+    Activation checkpointing computes in the backward pass what it computed in the forward pass.
     """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
@@ -257,6 +258,10 @@ class _Stage(PipelineStage):
     def _forward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
         with _in_eval_mode(self.submod):
             return super()._forward_metadata_inference(*args, **kwargs)
+
+    def _backward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
+        with _in_eval_mode(self.submod):
+            return cast(Any, super())._backward_metadata_inference(*args, **kwargs)
 
     def _shape_inference(self, *args: Any, **kwargs: Any) -> Any:
         with _in_eval_mode(self.submod):

@@ -69,6 +69,21 @@ def test_nested_args_are_named_and_how_attention_is_computed_is_no_other_model(t
         check_resume(config_of(tmp_path), Nested(moe=TinyArgs(dim=8)))
 
 
+@dataclasses.dataclass
+class Balanced(TinyArgs):
+    use_bias: bool = True
+    aux_loss_weight: float = 0.01
+
+
+def test_how_strongly_experts_are_balanced_may_change_but_not_whether(tmp_path):
+    Run(tmp_path, args=Balanced()).train(2)
+    check_resume(config_of(tmp_path), Balanced(aux_loss_weight=0.02))
+    with pytest.raises(CheckpointError, match=r"\n  aux_loss_weight = 0\.01 \(now 0\)\n"):
+        check_resume(config_of(tmp_path), Balanced(aux_loss_weight=0))
+    with pytest.raises(CheckpointError, match=r"\n  use_bias = True \(now False\)\n"):
+        check_resume(config_of(tmp_path), Balanced(use_bias=False))
+
+
 def test_of_a_tokenizer_its_files_count_and_not_their_place(tmp_path):
     files = tmp_path / "tokenizer"
     files.mkdir()

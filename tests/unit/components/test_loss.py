@@ -6,7 +6,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from torchtitan.components.chunked_loss import ChunkedCrossEntropy, chunked_linear_cross_entropy
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
+from torchtitan.components.loss import IGNORE_INDEX, build_loss, cross_entropy
+from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError
 
 
@@ -33,6 +34,23 @@ def test_z_loss_adds_the_squared_log_partition() -> None:
     valid = labels != IGNORE_INDEX
     extra = cross_entropy(logits, labels, 0.01) - cross_entropy(logits, labels)
     torch.testing.assert_close(extra, 0.01 * logits[valid].logsumexp(-1).square().sum())
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "chunked_cross_entropy"])
+def test_the_loss_of_validation_has_no_z_loss(name: str) -> None:
+    config = JobConfig()
+    config.loss.name, config.loss.z_loss_weight = name, 0.01
+    model = nn.Module()
+    model.output = nn.Linear(16, 37, bias=False)
+    plain, loss = config.loss, build_loss(config)
+    loss.attach([model])
+    hidden, weight, labels = example()
+    model.output.weight = nn.Parameter(weight.detach())
+    logits = hidden @ weight.T
+    pred = (hidden if name == "chunked_cross_entropy" else logits)[None]
+    assert plain.z_loss_weight and loss(pred, labels[None]) > cross_entropy(logits, labels)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(pred, labels[None]), cross_entropy(logits, labels))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 13, 50, 1000])

@@ -193,6 +193,30 @@ def test_a_new_run_starts_a_new_file(config: JobConfig) -> None:
     assert [row["loss"] for row in rows(config)] == [1.5]
 
 
+def test_the_curve_of_an_earlier_run_is_kept(
+    config: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    for loss in (3.5, 2.5, 1.5):
+        processor = build(config)
+        processor.start()
+        log(processor, 1, loss=loss)
+    names = ["metrics.jsonl.1", "metrics.jsonl.2", "metrics.jsonl"]
+    assert [rows(config, name)[0]["loss"] for name in names] == [3.5, 2.5, 1.5]
+    assert "metrics.jsonl is of an earlier run, and was kept as metrics.jsonl.1" in caplog.text
+
+
+def test_throughput_of_replica_groups_is_shared_by_all_of_their_devices(
+    config: JobConfig, clock: Clock
+) -> None:
+    config.fault_tolerance.enable, config.fault_tolerance.group_size = True, 2
+    processor = build(config, world_size=4)
+    processor.start()
+    clock.now += 1
+    log(processor, 1, ntokens_since_last=1600)
+    [row] = rows(config)
+    assert (row["tokens_per_second"], row["tokens_per_second_per_device"]) == (1600, 200)
+
+
 def test_validation_has_a_file_of_its_own(config: JobConfig) -> None:
     processor = build(config)
     processor.start()

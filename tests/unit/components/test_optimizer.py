@@ -73,6 +73,32 @@ def test_a_resumed_optimizer_goes_on_bit_by_bit(name: str, implementation: str) 
         assert torch.equal(value, resumed.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_optimizer_has_the_settings_of_the_config(name: str) -> None:
+    model = Model()
+    optimizers = build(model, name, weight_decay=0.1, no_decay=["embedding"])
+    train(model, optimizers, 1)
+    state = optimizers.state_dict()
+
+    resumed = Model()
+    changed = {"weight_decay": 0.01, "no_decay": ["norm"], "momentum": 0.5, "beta2": 0.99}
+    fresh = build(resumed, name, **changed, implementation="for-loop")
+    expected = [
+        {key: value for key, value in group.items() if key != "params"}
+        for optimizer in fresh
+        for group in optimizer.param_groups
+    ]
+    fresh.load_state_dict(state)
+    groups = [group for optimizer in fresh for group in optimizer.param_groups]
+    assert [
+        {key: group[key] for key in own} for group, own in zip(groups, expected, strict=True)
+    ] == expected
+    decay = setting(resumed, fresh, "weight_decay")
+    assert (decay["tok_embeddings.weight"], decay["norm.weight"]) == (0.01, 0.0)
+    states = [optimizer.state[p] for optimizer in fresh for p in optimizer.state]
+    assert states and all(any(v is not None for v in s.values()) for s in states)
+
+
 def test_implementations_agree() -> None:
     results = []
     for implementation in ("fused", "foreach", "for-loop"):
@@ -123,6 +149,21 @@ def test_the_last_matching_rule_wins_and_zero_freezes() -> None:
     assert (lr["hidden.weight"], lr["hidden.bias"], lr["output.weight"]) == (0.5, 0.25, 1.0)
     train(model, optimizers, 2)
     assert torch.equal(model.norm.weight, torch.ones(8))
+
+
+def test_a_rule_leaves_what_it_does_not_set_to_the_rules_before() -> None:
+    model = Model()
+    rules = [
+        ParamRule("tok_embeddings|norm", lr_scale=0.0),
+        ParamRule("norm|bias", weight_decay=0.0),
+        ParamRule("hidden", weight_decay=0.3),
+        ParamRule(r"hidden\.weight", lr_scale=0.5),
+    ]
+    optimizers = build(model, lr=1.0, rules=rules)
+    assert not model.norm.weight.requires_grad
+    lr, decay = (setting(model, optimizers, key) for key in ("lr", "weight_decay"))
+    assert (lr["hidden.weight"], lr["hidden.bias"]) == (0.5, 1.0)
+    assert (decay["hidden.weight"], decay["hidden.bias"]) == (0.3, 0.3)
 
 
 def test_what_a_model_freezes_itself_stays_frozen() -> None:

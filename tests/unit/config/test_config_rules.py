@@ -210,6 +210,23 @@ def test_a_run_may_be_shorter_than_its_warm_up(config):
     validate(config, 1)
 
 
+def test_a_run_may_not_go_on_at_a_learning_rate_of_0(config):
+    config.training.steps, config.lr_scheduler.total_steps = 100, 99
+    assert error_of(config) == (
+        "lr_scheduler.total_steps = 99: the learning rate is 0 from then on, but training.steps = "
+        "100. Set it to 100 or more, or set lr_scheduler.min_lr_factor"
+    )
+    for section, key, value in (
+        (config.lr_scheduler, "min_lr_factor", 0.1),
+        (config.lr_scheduler, "decay_ratio", 0.0),
+        (config.training, "steps", 99),
+    ):
+        before = getattr(section, key)
+        setattr(section, key, value)
+        validate(config, 1)
+        setattr(section, key, before)
+
+
 def test_selective_checkpointing_option(config):
     for option in ("op", "1", "12"):
         config.activation_checkpoint.selective_ac_option = option

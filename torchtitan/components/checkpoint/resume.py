@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 
+_WITH_BUFFERS = ("aux_loss_weight", "use_bias")
+
+
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
     """The folder of the run's checkpoints. Raises `ConfigError` for a URL that is not known."""
     folder = job_config.checkpoint.folder
@@ -119,8 +122,9 @@ def model_differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Of two descriptions: each field that makes another model, its old and new value.
 
-    How attention is computed and how a router is balanced make no other model. Of a tokenizer, its
-    files count and not the place where they are.
+    How attention is computed and how strongly a router is balanced make no other model. Whether it
+    is, does: checkpoints have buffers for it. Of a tokenizer, its files count and not the place
+    where they are.
     """
     for name in ("name", "flavor"):
         if saved.get(name) != current[name]:
@@ -130,7 +134,8 @@ def model_differences(
         yield "model.tokenizer_path", was, now if now != was else f"{now} with other files"
     was, now = saved.get("args", {}), current["args"]
     for name, a, b in nested_differences(was, now):
-        if name.rpartition(".")[2] not in TRAINING_ONLY:
+        field = name.rpartition(".")[2]
+        if field not in TRAINING_ONLY or (field in _WITH_BUFFERS and bool(a) != bool(b)):
             yield name, a, b
 
 

@@ -110,10 +110,13 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def end_step(self, load: torch.Tensor) -> None:
-        """Take `load` `[num_experts]`, the tally of all ranks, as that of the step now done."""
+        """Take `load` `[num_experts]`, the tally of all ranks, as that of the step now done.
+
+        The bias of a frozen router stays.
+        """
         self.load.copy_(load)
         self.tally.zero_()
-        if self.selection_bias is not None:
+        if self.selection_bias is not None and self.gate.weight.requires_grad:
             self.selection_bias += self.args.bias_update_rate * (load.mean() - load).sign()
 
     @torch.no_grad()

@@ -63,6 +63,14 @@ def test_the_bias_moves_against_the_load():
     assert router.load[1] == 8
 
 
+def test_the_bias_of_a_frozen_router_stays():
+    router = build(use_bias=True, bias_update_rate=0.25)
+    router.gate.requires_grad_(False)
+    router.end_step(torch.arange(8.0))
+    assert router.selection_bias.tolist() == [0] * 8
+    assert router.load[1] == 1
+
+
 @pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
 def test_the_auxiliary_loss_adds_its_gradient(score_func):
     """As a term of the training loss would, with the load of the last step (Switch, GShard)."""

@@ -1,0 +1,40 @@
+"""The load of experts, summed up and reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+from checkpoint_run import world_of_one  # noqa: F401
+
+from torchtitan.components.moe_balance import ExpertBalance
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.router import TopKRouter
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    args = MoEArgs(num_experts=4, top_k=1, use_bias=True, bias_update_rate=0.5)
+    return nn.ModuleList([TopKRouter(8, args) for _ in range(3)])
+
+
+def test_layers_without_a_token_are_left_out_of_the_imbalance(model: nn.Module) -> None:
+    """No backward pass comes to frozen layers at the bottom, which is where tokens are counted."""
+    balance = ExpertBalance([model], ParallelDims(world_size=1))
+    assert balance.metrics() == {"expert_imbalance": 0, "expert_imbalance_max": 0}
+    model[1].tally.copy_(torch.tensor([4.0, 0, 0, 0]))
+    model[2].tally.copy_(torch.tensor([2.0, 2, 0, 0]))
+    balance.add_up(lambda load: load)
+    balance.step()
+    assert balance.metrics() == {"expert_imbalance": 3, "expert_imbalance_max": 4}
+
+
+def test_replica_groups_balance_by_the_load_of_all(model: nn.Module) -> None:
+    balance = ExpertBalance([model], ParallelDims(world_size=1))
+    model[0].tally.copy_(torch.tensor([4.0, 0, 0, 0]))
+    others = torch.tensor([0.0, 8, 4, 0] + [1.0] * 8)
+    balance.add_up(lambda load: load + others)
+    balance.step()
+    assert model[0].load.tolist() == [4, 8, 4, 0] and not model[0].tally.any()
+    assert model[0].selection_bias.tolist() == [0, -0.5, 0, 0.5]
