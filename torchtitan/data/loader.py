@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torchtitan.config.data import Data
 
 PREFETCHED_BATCHES = 4
+_VALIDATION_SEED = 42
+"""Not `debug.seed`, so that runs of several seeds are compared on the same documents."""
 
 
 class DataLoader:
@@ -286,6 +288,7 @@ def build_dataloader(
         "training",
         job_config,
         tokenizer,
+        seed=job_config.debug.seed,
         global_batch_size=global_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
@@ -299,8 +302,8 @@ def build_validation_dataloader(
 
     A validation calls `reset()` and takes `gradient_accumulation_steps` batches. All ranks together
     evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows,
-    the same ones on every layout. Where the ranks do not divide the steps, the last of them get
-    batches without labels, since all must run the model equally often.
+    the same ones on every layout and for every `debug.seed`. Where the ranks do not divide the
+    steps, the last of them get batches without labels, since all must run the model equally often.
 
     Raises:
         ConfigError: the dataset is unknown.
@@ -311,6 +314,7 @@ def build_validation_dataloader(
         "validation",
         job_config,
         tokenizer,
+        seed=_VALIDATION_SEED,
         global_batch_size=validation.steps * validation.local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
@@ -350,7 +354,6 @@ def _build(
         tokenizer,
         seq_len=config.seq_len,
         local_batch_size=config.local_batch_size,
-        seed=job_config.debug.seed,
         document_mask=job_config.training.document_mask,
         name=name,
         packing=data.packing,
