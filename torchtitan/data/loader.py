@@ -68,6 +68,7 @@ class DataLoader:
         workers: threads that read ahead; the data do not depend on it.
         chat: gives the template for conversations.
         on_error: what a malformed document does, see `encode.Encoder`.
+        add_bos: the tokenizer's bos begins every document, see there.
 
     Raises:
         DataError: the dataset is empty, or was made with another tokenizer. Iterating raises it
@@ -91,6 +92,7 @@ class DataLoader:
         workers: int = 1,
         chat: Callable[[], ChatTemplate] | None = None,
         on_error: Literal["stop", "skip"] = "stop",
+        add_bos: bool = False,
     ) -> None:
         passes, remainder = divmod(global_batch_size, local_batch_size * dp_world_size)
         if remainder:
@@ -101,7 +103,8 @@ class DataLoader:
                 )
             passes += 1
         self._blend = source if isinstance(source, Blend) else _only(source)
-        self._encoder = Encoder(tokenizer, chat, on_error)
+        with begin_errors_with("data.add_bos = true"):
+            self._encoder = Encoder(tokenizer, chat, on_error, add_bos)
         self._seq_len = seq_len
         self._local_batch_size = local_batch_size
         self._dp_world_size = dp_world_size
@@ -360,6 +363,7 @@ def _build(
         workers=data.workers,
         chat=load_chat,
         on_error=data.on_error,
+        add_bos=data.add_bos,
         **batch,
     )
 
