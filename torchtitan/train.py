@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.agreement import on_rank_zero
-from torchtitan.components.checkpoint.huggingface import check_exchange
+from torchtitan.components.checkpoint.huggingface import check_exchange, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_weights
@@ -89,6 +89,7 @@ class Trainer:
         check_exchange(job_config, spec, model_args)
         tokenizer: Any = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
         check_vocabulary(tokenizer, model_args, job_config)
+        warn_without_bos(job_config, tokenizer)
         parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
         self.model_converters = build_model_converters(job_config, parallel_dims)
         build_metrics = spec.build_metrics_processor_fn or build_metrics_processor

@@ -102,6 +102,14 @@ class HuggingFaceTokenizer:
         """
         return self._tokenizer.encode(text).ids
 
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether `transformers` begins a text with bos, so that the model was trained so."""
+        setting = self._read("tokenizer_config.json").get("add_bos_token")
+        if self.bos_id is None or isinstance(setting, bool):
+            return self.bos_id is not None and setting is True
+        return self.encode_prompt("a")[0] == self.bos_id
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each, on as many cores as the library may use."""
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

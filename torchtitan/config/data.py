@@ -47,6 +47,9 @@ class Data:
     that are longer than a sequence, and fills up with padding, which predicts nothing."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a malformed document does: `stop` ends the run, `skip` leaves it out and counts it."""
+    add_bos: bool = False
+    """Begin each document with the tokenizer's bos, in training and validation, as Llama 3, Gemma 3
+    and others were trained. Documents that are token ids (`tokens`) must begin with it already."""
     workers: Annotated[int, Positive] = 1
     """Threads that read and tokenize ahead, in each process. The data do not depend on it."""
     verify_hashes: bool = False

@@ -15,7 +15,8 @@ class Validation:
     freq: Annotated[int, Positive] = 100
     """Training steps between validations."""
     steps: Annotated[int, Positive] = 10
-    """Batches of `local_batch_size` sequences in one validation, always the same ones. The data
+    """Batches of `local_batch_size` sequences in one validation, always the same ones, whatever
+    `debug.seed` is; but `data.packing` and `training.document_mask` hold for them too. The data
     ranks share them, so that the loss does not depend on the number of ranks."""
     dataset: str = "stdlib_validation"
     """Dataset name, as `training.dataset`."""

@@ -25,7 +25,9 @@ class BestFitRow:
     """One row of the global batch, as `packing.Row`, whose sequences hold whole documents.
 
     Its place is the first document of a pool, the tokens of that before the pool, its `Origin`, and
-    the number of the pool's next sequence. A resumed row packs the pool anew.
+    the number of the pool's next sequence. A resumed row packs the pool anew. A pool is packed when
+    its first sequence is asked for, so that the threads share this work and a source that pauses
+    has none.
 
     Raises:
         DataError: the place does not exist, since the dataset is not the one it was saved with.
@@ -49,7 +51,7 @@ class BestFitRow:
             offset = begin_of(documents, stride, document, len(self._next))
         require_place(document, offset, len(self._next))
         self._offset = offset
-        self._open_pool()
+        self._expect_pool()
         self._sequence = sequence
 
     @property
@@ -63,6 +65,8 @@ class BestFitRow:
         All are `[seq_len + 1]` integers. Padding is a document of its own, of complements (see
         `encode`). Returns its number of tokens, without the one that is only a label.
         """
+        if not self._sequences:
+            self._open_pool()
         filled = 0
         pieces = self._sequences[self._sequence]
         for count, piece in enumerate(pieces):
@@ -79,13 +83,17 @@ class BestFitRow:
             document_ids[filled:] = len(pieces)
         self._sequence += 1
         if self._sequence == len(self._sequences):
-            self._open_pool()
-            self._sequence = 0
+            self._expect_pool()
         return max(padding - 1, 0)
+
+    def _expect_pool(self) -> None:
+        """Have the next pool begin here."""
+        self._pool_place = (self._document, self._offset, *self._next_origin)
+        self._sequences: list[list[np.ndarray]] = []
+        self._sequence = 0
 
     def _open_pool(self) -> None:
         """Take documents for some sequences, and pack them."""
-        self._pool_place = (self._document, self._offset, *self._next_origin)
         pieces, tokens = [], 0
         while tokens < POOL_SEQUENCES * self._seq_len:
             for piece in cut(self._next[self._offset :], self._seq_len):

@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer_path=args.tokenizer_path,
         on_error=args.on_error,
         custom_import=args.custom_import,
+        add_bos=args.add_bos,
     )
     with _Bar() as bar:
         index = prepare(task, Path(args.out), args.workers, args.shards, bar.show)
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dataset-path", metavar="PATH", help="as training.dataset_path")
     _add_fields(one)
     one.add_argument("--tokenizer-path", default="bytes", help="as model.tokenizer_path")
+    one.add_argument("--add-bos", action="store_true", help="as data.add_bos")
     one.add_argument(
         "--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: cores)"
     )

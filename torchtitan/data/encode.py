@@ -31,8 +31,8 @@ _REPORTED = 10
 _MOST_IN_A_ROW = 10_000
 
 
-def encode_document(tokenizer: Tokenizer, text: object) -> np.ndarray:
-    """Ids of a text and the eos that ends it, `[length]` int32; none at all for an empty text.
+def encode_document(tokenizer: Tokenizer, text: object, add_bos: bool = False) -> np.ndarray:
+    """Ids of a text as `enclose` gives them, `[length]` int32; none at all for an empty text.
 
     Raises:
         BadDocumentError: the source gave something else than Unicode text, or this error.
@@ -43,7 +43,19 @@ def encode_document(tokenizer: Tokenizer, text: object) -> np.ndarray:
         raise BadDocumentError(f"a document of the dataset is a {type(text).__name__}, not text")
     if not text:
         return np.empty(0, dtype=np.int32)
-    return np.append(_encode(tokenizer, text), np.int32(tokenizer.eos_id))
+    return enclose(tokenizer, _encode(tokenizer, text), add_bos)
+
+
+def enclose(tokenizer: Tokenizer, ids: np.ndarray, add_bos: bool) -> np.ndarray:
+    """Ids of a text and the eos that ends it, `[length]` int32.
+
+    Under `add_bos`, bos begins it, but not a second one where the text has it.
+    """
+    ids = np.append(ids, np.int32(tokenizer.eos_id))
+    bos_id = tokenizer.bos_id if add_bos else None
+    if bos_id is not None and (len(ids) == 1 or ids[0] != bos_id):
+        ids = np.insert(ids, 0, bos_id)
+    return ids
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -64,6 +76,11 @@ class Encoder:
         tokenizer: its eos token ends every document but one of ids, which is taken as it is.
         chat: gives the template for conversations, once one comes; they are refused without it.
         on_error: what happens to a malformed document: `stop` raises, `skip` leaves it out.
+        add_bos: bos begins every document, likewise but one of ids; a conversation, whose template
+            may have written it, has it as a token that is not learned.
+
+    Raises:
+        DataError: the tokenizer has no bos for `add_bos`.
     """
 
     def __init__(
@@ -71,8 +88,14 @@ class Encoder:
         tokenizer: Tokenizer,
         chat: Callable[[], ChatTemplate] | None = None,
         on_error: Literal["stop", "skip"] = "stop",
+        add_bos: bool = False,
     ) -> None:
+        if add_bos and getattr(tokenizer, "bos_id", None) is None:
+            raise DataError(
+                "the tokenizer has no bos token. Name it as bos_token in its tokenizer_config.json"
+            )
         self.tokenizer = tokenizer
+        self.add_bos = add_bos
         self._chat = None if chat is None else functools.cache(chat)
         self.skips = on_error == "skip"
         self.skipped = 0
@@ -94,7 +117,7 @@ class Encoder:
             if isinstance(document, list) and self._chat is not None:
                 ids = self._encode_chat(self._chat(), document)
             else:
-                ids = encode_document(self.tokenizer, document)
+                ids = encode_document(self.tokenizer, document, self.add_bos)
             self._in_a_row = 0
             return ids
         except BadDocumentError as error:
@@ -119,6 +142,9 @@ class Encoder:
         use_tokenizer = getattr(source, "use_tokenizer", None)
         if use_tokenizer is not None:
             use_tokenizer(self.tokenizer)
+        require_bos = getattr(source, "require_bos", None)
+        if self.add_bos and require_bos is not None:
+            require_bos(self.tokenizer.bos_id)
 
     def _encode_chat(self, chat: ChatTemplate, messages: list) -> np.ndarray:
         parts = []
@@ -128,6 +154,9 @@ class Encoder:
         last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
         if last[-1] != eos_id:  # of many templates it ends the assistant's message
             parts.append(np.array([~eos_id]))
+        bos_id = self.tokenizer.bos_id if self.add_bos else None
+        if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):
+            parts.insert(0, np.array([~bos_id], np.int32))
         return np.concatenate(parts)
 
 

@@ -114,6 +114,8 @@ def _facts(source: Source, path: str) -> list[str]:
     if isinstance(source, PreparedTokens):
         origin = source.index["source"]
         lines.append(f"made from      {origin['dataset']} {origin['dataset_path'] or ''}")
+        if source.index.get("add_bos"):
+            lines.append("bos            begins each document")
         if source.index["skipped"]:
             lines.append(f"left out       {source.index['skipped']:,} malformed documents")
     return lines

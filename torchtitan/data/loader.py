@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torchtitan.config.data import Data
 
 PREFETCHED_BATCHES = 4
+_VALIDATION_SEED = 42
+"""Not `debug.seed`, so that runs of several seeds are compared on the same documents."""
 
 
 class DataLoader:
@@ -66,6 +68,7 @@ class DataLoader:
         workers: threads that read ahead; the data do not depend on it.
         chat: gives the template for conversations.
         on_error: what a malformed document does, see `encode.Encoder`.
+        add_bos: the tokenizer's bos begins every document, see there.
 
     Raises:
         DataError: the dataset is empty, or was made with another tokenizer. Iterating raises it
@@ -89,6 +92,7 @@ class DataLoader:
         workers: int = 1,
         chat: Callable[[], ChatTemplate] | None = None,
         on_error: Literal["stop", "skip"] = "stop",
+        add_bos: bool = False,
     ) -> None:
         passes, remainder = divmod(global_batch_size, local_batch_size * dp_world_size)
         if remainder:
@@ -99,7 +103,8 @@ class DataLoader:
                 )
             passes += 1
         self._blend = source if isinstance(source, Blend) else _only(source)
-        self._encoder = Encoder(tokenizer, chat, on_error)
+        with begin_errors_with("data.add_bos = true"):
+            self._encoder = Encoder(tokenizer, chat, on_error, add_bos)
         self._seq_len = seq_len
         self._local_batch_size = local_batch_size
         self._dp_world_size = dp_world_size
@@ -286,6 +291,7 @@ def build_dataloader(
         "training",
         job_config,
         tokenizer,
+        seed=job_config.debug.seed,
         global_batch_size=global_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
@@ -299,8 +305,8 @@ def build_validation_dataloader(
 
     A validation calls `reset()` and takes `gradient_accumulation_steps` batches. All ranks together
     evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows,
-    the same ones on every layout. Where the ranks do not divide the steps, the last of them get
-    batches without labels, since all must run the model equally often.
+    the same ones on every layout and for every `debug.seed`. Where the ranks do not divide the
+    steps, the last of them get batches without labels, since all must run the model equally often.
 
     Raises:
         ConfigError: the dataset is unknown.
@@ -311,6 +317,7 @@ def build_validation_dataloader(
         "validation",
         job_config,
         tokenizer,
+        seed=_VALIDATION_SEED,
         global_batch_size=validation.steps * validation.local_batch_size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
@@ -350,13 +357,13 @@ def _build(
         tokenizer,
         seq_len=config.seq_len,
         local_batch_size=config.local_batch_size,
-        seed=job_config.debug.seed,
         document_mask=job_config.training.document_mask,
         name=name,
         packing=data.packing,
         workers=data.workers,
         chat=load_chat,
         on_error=data.on_error,
+        add_bos=data.add_bos,
         **batch,
     )
 

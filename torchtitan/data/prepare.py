@@ -26,7 +26,7 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.errors import ConfigError, DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
 
-from .encode import Encoder, take
+from .encode import Encoder, enclose, take
 from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
 from .token_files import FORMAT, INDEX, VERSION, read_index
 from .whole_files import FileWriter, write_json, writing
@@ -53,6 +53,12 @@ class Task:
     tokenizer_path: str
     on_error: Literal["stop", "skip"]
     custom_import: str = ""
+    add_bos: bool = False
+
+    def encoder(self, tokenizer: BytesTokenizer | HuggingFaceTokenizer) -> Encoder:
+        """Raises `DataError`, which names the option."""
+        with begin_errors_with("--add-bos"):
+            return Encoder(tokenizer, on_error=self.on_error, add_bos=self.add_bos)
 
     def open(self) -> tuple[Source, BytesTokenizer | HuggingFaceTokenizer]:
         """Raises `TitanError`, which names the option."""
@@ -96,7 +102,8 @@ def prepare(
     Raises:
         ConfigError: `out` holds something else, or cannot be written; or the dataset is a stream,
             whose files are the shards, and `shards` is another number.
-        DataError: the dataset is missing, empty or malformed, or a process died.
+        DataError: the dataset is missing, empty or malformed, or does not fit `add_bos`, or a
+            process died.
     """
     source, tokenizer = task.open()
     total = _length(source)
@@ -107,6 +114,9 @@ def prepare(
         "source": _fingerprint(source),
         "shards": parts,
     }
+    encoder = task.encoder(tokenizer)
+    if task.add_bos:
+        encoder.check(source)  # else each process does so, but the folder is then begun
     if _is_finished(out, settings):
         logger.info("%s is complete already", out)
         return read_index(out)
@@ -180,7 +190,7 @@ def _work(job: _Job, counters: Any, messages: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
     try:
         source, tokenizer = job.task.open()
-        encoder = Encoder(tokenizer, on_error=job.task.on_error)
+        encoder = job.task.encoder(tokenizer)
         encoder.check(source)
         while True:
             with counters.get_lock():
@@ -248,7 +258,6 @@ def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.
     Texts are handed to the tokenizer many at a time, which spares it most of its overhead.
     """
     encode_batch = getattr(encoder.tokenizer, "encode_batch", None)
-    eos = np.int32(encoder.tokenizer.eos_id)
     batch: list[Any] = []
     characters = 0
 
@@ -256,7 +265,10 @@ def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.
         if encode_batch is None or not all(type(d) is str and _is_unicode(d) for d in batch):
             return list(map(encoder, batch))
         texts = [text for text in batch if text]
-        return [np.append(np.array(ids, np.int32), eos) for ids in encode_batch(texts)]
+        return [
+            enclose(encoder.tokenizer, np.array(ids, np.int32), encoder.add_bos)
+            for ids in encode_batch(texts)
+        ]
 
     for document in documents:
         batch.append(document)
@@ -290,6 +302,7 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
             found = json.loads(path.read_text())
         except ValueError as error:
             raise ConfigError(f"{path} is damaged; remove {out}") from error
+        found.setdefault("add_bos", False)  # of a folder that was begun before there was the option
         differing = [key for key in settings if found.get(key) != settings[key]]
         if differing:
             key = differing[0]
@@ -327,6 +340,7 @@ def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) ->
         "tokens": sum(shard["tokens"] for shard in shards),
         "skipped": sum(shard["skipped"] for shard in shards),
         "tokenizer": settings["tokenizer"],
+        "add_bos": settings["add_bos"],
         "source": {key: settings[key] for key in ("dataset", "dataset_path", "text_key", "split")},
         "shards": shards,
     }

@@ -118,6 +118,21 @@ class TokenFiles:
             DataError: the tokens are not this tokenizer's.
         """
 
+    def require_bos(self, bos_id: int) -> None:
+        """Called if documents shall begin with bos, since nothing is added to ids.
+
+        Raises:
+            DataError: the first document does not.
+        """
+        documents = (self[index] for index in range(len(self)))
+        first = next((tokens for tokens in documents if len(tokens)), None)
+        if first is not None and first[0] != bos_id:
+            raise DataError(
+                f"{self.shards[0].path}: add_bos is set, but these documents are token ids, which "
+                f"are taken as they are, and they do not begin with bos ({bos_id}). Write it into "
+                "the file, or set add_bos to false"
+            )
+
 
 class PreparedTokens(TokenFiles):
     """A folder of `torchtitan data prepare`.
@@ -150,6 +165,13 @@ class PreparedTokens(TokenFiles):
                     f"{prepared[key]}), but model.tokenizer_path is another one ({key} {now}). Use "
                     "that tokenizer, or prepare the data again"
                 )
+
+    def require_bos(self, bos_id: int) -> None:
+        if not self.index.get("add_bos"):
+            raise DataError(
+                f"add_bos is set, but {self.folder} was prepared without: its documents do not "
+                "begin with bos. Prepare the data again with --add-bos, or set add_bos to false"
+            )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare the content hashes of every `parts`-th shard with those of the index.

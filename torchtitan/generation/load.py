@@ -80,6 +80,11 @@ class Source:
     max_seq_len: int | None = None
     """Longest sequence that the model is made for; None: no limit is known."""
 
+    @property
+    def add_bos(self) -> bool:
+        """Whether bos began the documents of the run."""
+        return self.job_config.data.add_bos and self.tokenizer.bos_id is not None
+
 
 @dataclass
 class LoadedModel:

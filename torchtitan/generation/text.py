@@ -10,16 +10,22 @@ _LONGEST_CHARACTER = 4
 """Tokens that a character can need: UTF-8 has at most 4 bytes, and a token at least one."""
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, add_bos: bool = False
+) -> list[int]:
     """Token ids of a prompt, at least one: an empty prompt is what comes before a document.
 
     Args:
         add_special_tokens: begin as the tokenizer's `encode_prompt` does, with bos for example.
+        add_bos: begin with bos, as training did with this setting; the tokenizer must have it.
     """
     encode = tokenizer.encode
     if add_special_tokens:
         encode = getattr(tokenizer, "encode_prompt", encode)
-    return list(encode(text)) or [first_token(tokenizer)]
+    ids = list(encode(text))
+    if add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids.insert(0, tokenizer.bos_id)
+    return ids or [first_token(tokenizer)]
 
 
 def first_token(tokenizer: Tokenizer) -> int:

@@ -70,7 +70,7 @@ class Options(ModelOptions):
     """Go on where the model ends the text."""
     add_special_tokens: bool | None = None
     """Begin with the tokens that tokenizer.json adds, such as bos. Default: for Hugging Face
-    folders only, since our training adds none"""
+    folders only; a run's own checkpoint gets bos if the run had data.add_bos, and else nothing"""
     json: str | None = None
     """File that gets a JSON object a text: prompt, text, tokens, finish_reason."""
 
@@ -97,8 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     require_folder(options.json, "--json")
     texts = read_prompts(options)
     source = open_source(options)
-    special = source.is_hf if options.add_special_tokens is None else options.add_special_tokens
-    prompts = [encode_prompt(source.tokenizer, text, special) for text in texts]
+    special, add_bos = options.add_special_tokens, False
+    if special is None:
+        special, add_bos = source.is_hf, source.add_bos
+    prompts = [encode_prompt(source.tokenizer, text, special, add_bos) for text in texts]
     max_new_tokens = limit_of_new_tokens(source, prompts, options.max_new_tokens)
     with process_group():
         return _generate(options, load_model(source), texts, prompts, max_new_tokens, sampling)

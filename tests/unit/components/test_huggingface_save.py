@@ -14,9 +14,14 @@ from tiny_models import TINY, tiny_spec
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan.components.checkpoint import safetensors_files
-from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config
+from torchtitan.components.checkpoint.huggingface import (
+    ExportAssets,
+    export_config,
+    warn_without_bos,
+)
 from torchtitan.components.checkpoint.huggingface_save import save_huggingface
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError
 from torchtitan.models import MODEL_REGISTRY
@@ -181,3 +186,25 @@ def test_a_folder_of_another_model_is_refused_whatever_the_shapes(tmp_path, capl
     assert "other rotary positions: rope_theta = 500000.0 (now 1000000.0)" in caplog.text
     with pytest.raises(CheckpointError, match=r"out: config\.json: model_type is 'llama'"):
         build("qwen3").load_checkpoint(tmp_path / "out")
+
+
+def test_weights_that_know_bos_are_not_trained_without_it_in_silence(tmp_path, caplog, monkeypatch):
+    save(build("llama3"), tmp_path / "out")
+    config, tokenizer = JobConfig(), BytesTokenizer()
+    config.model.tokenizer_path = str(tmp_path / "out")
+    config.checkpoint.initial_load_in_hf = True
+    with caplog.at_level(logging.WARNING, logger="torchtitan"):
+        warn_without_bos(config, tokenizer)  # which adds none
+        monkeypatch.setattr(BytesTokenizer, "adds_bos", True, raising=False)
+        config.data.add_bos = True
+        warn_without_bos(config, tokenizer)
+        config.data.add_bos = False
+        monkeypatch.setenv("RANK", "1")
+        warn_without_bos(config, tokenizer)
+        assert not caplog.messages
+        monkeypatch.setenv("RANK", "0")
+        warn_without_bos(config, tokenizer)
+    assert len(caplog.messages) == 1 and "set data.add_bos = true" in caplog.text
+    config.checkpoint.initial_load_in_hf = False
+    warn_without_bos(config, tokenizer)
+    assert len(caplog.messages) == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, build_tokenizer
 from torchtitan.config import JobConfig
@@ -121,3 +121,19 @@ def test_a_missing_folder_or_file_is_named(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"has no tokenizer\.json"):
         HuggingFaceTokenizer(folder)
+
+
+def test_whether_a_folder_begins_texts_with_bos(folder: Path) -> None:
+    assert not HuggingFaceTokenizer(folder).adds_bos
+    assert not hasattr(BytesTokenizer(), "adds_bos")
+    named = {"eos_token": "</s>", "bos_token": "<s>"}
+    write(folder, "tokenizer_config.json", named | {"add_bos_token": True})
+    assert HuggingFaceTokenizer(folder).adds_bos
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for setting, adds in ((None, True), (False, False)):
+        write(folder, "tokenizer_config.json", named | {"add_bos_token": setting})
+        assert HuggingFaceTokenizer(folder).adds_bos is adds
+    write(folder, "tokenizer_config.json", {"eos_token": "</s>"})
+    assert not HuggingFaceTokenizer(folder).adds_bos

@@ -82,6 +82,16 @@ def test_it_evaluates_the_same_sequences_each_time(config: JobConfig) -> None:
     assert not all(map(torch.equal, seen[:STEPS], seen[1:]))
 
 
+def test_the_sequences_do_not_depend_on_the_seed(config: JobConfig) -> None:
+    rows = []
+    for seed in (42, 7):
+        config.debug.seed = seed
+        loader = build_validation_dataloader(config, BytesTokenizer(), 0, 1)
+        rows.append(torch.cat([next(loader)["tokens"] for _ in range(STEPS)]))
+        loader.close()
+    assert torch.equal(*rows)
+
+
 def test_the_model_is_in_eval_mode_meanwhile_and_has_no_gradients(config: JobConfig) -> None:
     model = Bigram()
     losses = []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
 from torchtitan.data.best_fit import POOL_SEQUENCES, BestFitRow, best_fit, cut
+from torchtitan.data.mixing import Blend, Phase
 from torchtitan.data.order import Origin
 from torchtitan.data.packing import to_batch
 from torchtitan.models import llama3
@@ -82,6 +84,34 @@ def test_no_token_is_lost_or_repeated(
     for number in range(row.place[0]):
         expected.update(itertools.pairwise(documents.open(number)[0].tolist()))
     assert found == expected
+
+
+class Texts:
+    """Random access that keeps the names of the threads that take its documents."""
+
+    def __init__(self) -> None:
+        self.takers: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, index: int) -> str:
+        self.takers[threading.current_thread().name] += 1
+        return "x" * (index % 7 + 1)
+
+
+def test_pools_are_packed_by_the_reading_threads_and_not_for_a_source_that_pauses() -> None:
+    rows, used, paused = 4, Texts(), Texts()
+    blend = Blend({"used": used, "paused": paused}, (Phase(1, (1.0, 0.0)),))
+    loader = DataLoader(blend, BytesTokenizer(), 16, rows, rows, packing="best_fit", workers=2)
+    next(loader)
+    here = threading.current_thread().name
+    for source in (used, paused):
+        assert source.takers.pop(here) == rows + 1  # one to see that there is any
+    assert used.takers.total() > rows * POOL_SEQUENCES and not paused.takers
+    places = loader.state_dict()["rows"]
+    loader.close()
+    assert (places[:, -5] == torch.arange(rows)).all() and not places[:, -4:].any()
 
 
 def test_whole_documents_stay_whole_and_padding_predicts_nothing() -> None:

@@ -55,6 +55,18 @@ def test_a_run_of_ours(run_folder):
         assert torch.equal(model.get_parameter(name), param), name
 
 
+def test_a_run_whose_documents_began_with_bos(run_folder, tmp_path):
+    assert not open_source(ModelOptions(str(run_folder))).add_bos
+    folder = tmp_path / "moved"
+    shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
+    file = folder / "config.resolved.toml"
+    file.write_text(file.read_text().replace("add_bos = false", "add_bos = true"))
+    assert open_source(ModelOptions(str(folder))).add_bos
+    write_tokenizer(tmp_path / "tokenizer", 258)
+    without = ModelOptions(str(folder), tokenizer=str(tmp_path / "tokenizer"))
+    assert not open_source(without).add_bos  # which names no bos token
+
+
 @pytest.mark.parametrize("name", tiny_hf.CONFIGS)
 def test_a_hugging_face_folder(name, tmp_path):
     hf, ours = tiny_hf.saved(name, tmp_path)

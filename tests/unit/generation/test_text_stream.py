@@ -41,3 +41,10 @@ def test_a_space_that_depends_on_what_comes_before():
 def test_an_empty_prompt_is_what_comes_before_a_document():
     assert encode_prompt(BytesTokenizer(), "", False) == [BytesTokenizer.bos_id]
     assert encode_prompt(Words(), "", True) == [99]
+
+
+def test_a_prompt_begins_as_documents_did():
+    bos = BytesTokenizer.bos_id
+    assert encode_prompt(BytesTokenizer(), "a", False, add_bos=True) == [bos, 97]
+    assert encode_prompt(BytesTokenizer(), "", False, add_bos=True) == [bos]
+    assert encode_prompt(Words(), "3", False, add_bos=True) == [3]  # has none

@@ -14,6 +14,7 @@ import torch
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 from torchtitan.config.load import origin
+from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_errors_with
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
@@ -96,6 +97,20 @@ def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) 
         check_same_model(path, args)
     if checkpoint.last_save_in_hf:
         export_config(args)
+
+
+def warn_without_bos(job_config: JobConfig, tokenizer: object) -> None:
+    """Say so if a model that knows documents by their bos is about to see some without."""
+    path = initial_load_path(job_config)
+    if job_config.data.add_bos or path is None or not is_hf_weights(path):
+        return
+    if getattr(tokenizer, "adds_bos", False) and rank() == 0:
+        logger.warning(
+            "data.add_bos is false, but the tokenizer of %s begins texts with bos, so the weights "
+            "in %s were probably trained with it: set data.add_bos = true",
+            job_config.model.tokenizer_path,
+            path,
+        )
 
 
 def check_same_model(folder: Path, args: BaseModelArgs) -> None:

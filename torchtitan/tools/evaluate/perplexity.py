@@ -41,10 +41,18 @@ class TokenStream:
 
     Args:
         max_tokens: stop after the document that reaches so many; None: never.
+        add_bos: bos begins each document. It is not predicted, and written as its complement.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, max_tokens: int | None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        max_tokens: int | None,
+        add_bos: bool = False,
+    ) -> None:
         self._source, self._tokenizer, self._max_tokens = source, tokenizer, max_tokens
+        self._add_bos = add_bos
         self.tokens = self.bytes = self.documents = 0
         """Of the documents read so far."""
 
@@ -55,12 +63,14 @@ class TokenStream:
         Raises:
             DataError: the dataset holds no text, or something else.
         """
-        pending = [first_token(self._tokenizer)]
+        pending = [] if self._add_bos else [first_token(self._tokenizer)]
         for text in self._texts():
-            tokens = encode_document(self._tokenizer, text).tolist()
+            tokens = encode_document(self._tokenizer, text, self._add_bos).tolist()
             if not tokens:
                 continue
-            self.tokens += len(tokens)
+            if self._add_bos:
+                tokens[0] = ~tokens[0]
+            self.tokens += len(tokens) - self._add_bos
             self.bytes += len(text.encode())
             self.documents += 1
             pending += tokens
@@ -104,7 +114,7 @@ def evaluate(
     device = next(loaded.model.parameters()).device
     spec, config = loaded.source.spec, loaded.source.job_config
     loss_fn = spec.build_loss_fn(config)
-    stream = TokenStream(source, loaded.source.tokenizer, max_tokens)
+    stream = TokenStream(source, loaded.source.tokenizer, max_tokens, loaded.source.add_bos)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     batches = _batched(stream.sequences(seq_len), batch_size)
     for turn in _batched(batches, dims.dp):
@@ -130,14 +140,14 @@ def evaluate(
 
 def pad_batch(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and labels `[batch, longest - 1]` int64 of sequences; what is missing at the end of
-    one predicts nothing, and nothing before it sees it.
+    one predicts nothing, and nothing before it sees it. A complement is not predicted.
     """
     longest = max(map(len, sequences))
     missing = [longest - len(s) for s in sequences]
     padded = zip(sequences, missing, strict=True)
-    tokens = [s[:-1] + [0] * n for s, n in padded]
-    labels = [s[1:] + [IGNORE_INDEX] * n for s, n in zip(sequences, missing, strict=True)]
-    return torch.tensor(tokens), torch.tensor(labels)
+    tokens = torch.tensor([s[:-1] + [0] * n for s, n in padded])
+    labels = torch.tensor([s[1:] + [-1] * n for s, n in zip(sequences, missing, strict=True)])
+    return torch.where(tokens < 0, ~tokens, tokens), labels.where(labels >= 0, IGNORE_INDEX)
 
 
 def _batched(items: Iterator, size: int) -> Iterator[list]:

@@ -9,10 +9,11 @@ import tiny_hf
 import torch
 
 from torchtitan.cli import main
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.errors import BadDocumentError, DataError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
-from torchtitan.tools.evaluate.perplexity import TokenStream, evaluate
+from torchtitan.tools.evaluate.perplexity import TokenStream, evaluate, pad_batch
 
 TEXTS = ["first document", "", "the second, with é and 東京", "x" * 40]
 NBYTES = sum(len(text.encode()) for text in TEXTS)
@@ -40,6 +41,16 @@ def test_sequences_overlap_in_one_token():
     assert all(a[-1] == b[0] for a, b in itertools.pairwise(sequences))
     assert {len(sequence) for sequence in sequences[:-1]} == {9}
     assert (stream.tokens, stream.bytes, stream.documents) == (len(tokens), NBYTES, 3)
+
+
+def test_bos_is_read_but_not_predicted():
+    stream = TokenStream(TEXTS, BytesTokenizer(), max_tokens=None, add_bos=True)
+    tokens, labels = pad_batch(list(stream.sequences(8)))
+    bos, eos = BytesTokenizer.bos_id, BytesTokenizer.eos_id
+    learned = labels[labels != IGNORE_INDEX].tolist()
+    assert learned == [id for text in TEXTS if text for id in [*text.encode(), eos]]
+    assert len(learned) == stream.tokens
+    assert tokens[0, 0] == bos and (tokens == bos).sum() == 3 and tokens.min() >= 0
 
 
 def test_max_tokens_ends_after_a_whole_document():
