@@ -78,7 +78,12 @@ class MegatronShard:
         return max(0, len(self.bounds) - 1)
 
     def document(self, index: int) -> np.ndarray:
+        """Raises `DataError` where it is no range of sequences."""
         first, last = int(self.bounds[index]), int(self.bounds[index + 1]) - 1
+        if not 0 <= first <= last + 1 <= len(self.lengths):
+            raise _not_in_order(_megatron_index(self.path), len(self.lengths))
+        if first > last:
+            return self.tokens[:0]
         size = self.tokens.itemsize
         end = int(self.pointers[last]) // size + int(self.lengths[last])
         return self.tokens[int(self.pointers[first]) // size : end]
@@ -303,7 +308,17 @@ def _open_megatron(path: Path) -> MegatronShard:
     tokens = map_file(path, np.dtype(_MEGATRON_TYPES[code]).newbyteorder("<"))
     if sequences and pointers[-1] // tokens.itemsize + lengths[-1] > len(tokens):
         raise DataError(f"{path} is damaged: it is too short for {index}")
+    # The bounds between are looked at with their documents, as reading all would take long.
+    if bounds and (documents[0] != 0 or documents[-1] != sequences):
+        raise _not_in_order(index, sequences)
     return MegatronShard(str(path), tokens, lengths, pointers, documents)
+
+
+def _not_in_order(index: Path, sequences: int) -> DataError:
+    return DataError(
+        f"{index} is damaged: its documents are not one after another, each of some of its "
+        f"{sequences} sequences"
+    )
 
 
 def _megatron_index(path: str) -> Path:

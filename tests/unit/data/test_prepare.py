@@ -283,6 +283,30 @@ def test_megatron_files_are_read(tmp_path: Path, dtype: str) -> None:
     assert documents == [[1, 2, 3, 257], [4, 257], [5, 257]]  # which lacked the end
 
 
+@pytest.mark.parametrize("empty", [[], [[]]], ids=["no sequence", "an empty sequence"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_empty_document_of_megatron_is_empty(tmp_path: Path, place: int, empty: list) -> None:
+    full = [[[1, 2], [3]], [[4, 5]]]
+    write_megatron(tmp_path / "a.bin", [*full[:place], empty, *full[place:]])
+    source = open_dataset("tokens", str(tmp_path))
+    documents = [source[i].tolist() for i in range(len(source))]
+    expected = [[1, 2, 3], [4, 5]]
+    assert documents == [*expected[:place], [], *expected[place:]]
+
+
+@pytest.mark.parametrize("bounds", [[1, 0, 2], [0, 3, 2], [-1, 1, 2], [0, 1], [0, 1, 3]])
+def test_megatron_documents_follow_one_another(tmp_path: Path, bounds: list[int]) -> None:
+    write_megatron(tmp_path / "a.bin", [[[1, 2], [3]]])  # two sequences
+    index = tmp_path / "a.idx"
+    content = bytearray(index.read_bytes())[:-16]
+    content[26:34] = len(bounds).to_bytes(8, "little")
+    index.write_bytes(content + np.array(bounds, np.int64).tobytes())
+    with pytest.raises(DataError, match=r"a\.idx is damaged: .* of some of its 2 sequences"):
+        source = open_dataset("tokens", str(tmp_path))
+        for number in range(len(source)):
+            source[number]
+
+
 def test_a_damaged_megatron_file_is_named(tmp_path: Path) -> None:
     write_megatron(tmp_path / "a.bin", [[[1, 2]], [[300]]])
     source = open_dataset("tokens", str(tmp_path))
