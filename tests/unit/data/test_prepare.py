@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -327,12 +329,18 @@ def test_a_damaged_megatron_file_is_named(tmp_path: Path) -> None:
         open_dataset("tokens", str(tmp_path))
 
 
-@pytest.mark.parametrize("header", [False, True])
-def test_nanogpt_files_are_read(tmp_path: Path, header: bool) -> None:
-    ids = np.array([1, 2, 257, 3, 257, 4], np.uint16)
-    head = np.zeros(256, np.int32)
-    head[:3] = 20240520, 1, len(ids)
-    (tmp_path / "a.bin").write_bytes((head.tobytes() if header else b"") + ids.tobytes())
+def header(*words: int) -> bytes:
+    return np.array([*words, *[0] * (256 - len(words))], np.int32).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("head", "dtype"),
+    [(b"", "<u2"), (header(20240520, 1, 6), "<u2"), (header(20240801, 7, 6), "<u4")],
+    ids=["nanogpt", "modded-nanogpt", "llm.c for Llama 3"],
+)
+def test_nanogpt_files_are_read(tmp_path: Path, head: bytes, dtype: str) -> None:
+    ids = np.array([1, 2, 257, 3, 257, 4], dtype)
+    (tmp_path / "a.bin").write_bytes(head + ids.tobytes())
     for _ in range(2):  # the second time from the cache
         source = open_dataset("tokens", str(tmp_path / "a.bin"))
         source.use_tokenizer(BytesTokenizer())
@@ -341,6 +349,40 @@ def test_nanogpt_files_are_read(tmp_path: Path, header: bool) -> None:
     with (tmp_path / "a.bin").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(DataError, match=r"a\.bin is damaged"):
+        open_dataset("tokens", str(tmp_path / "a.bin"))
+
+
+def test_large_ids_of_llm_c_end_documents(tmp_path: Path) -> None:
+    ids = np.array([128_000, 5, 128_001, 100_000, 128_001], "<u4")
+    (tmp_path / "a.bin").write_bytes(header(20240801, 7, len(ids)) + ids.tobytes())
+    source = open_dataset("tokens", str(tmp_path / "a.bin"))
+    source.use_tokenizer(SimpleNamespace(eos_id=128_001, vocab_size=128_256))
+    assert [source[i].tolist() for i in range(len(source))] == [ids[:3].tolist(), ids[3:].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (header(20240801, 1, 3), r"a\.bin is damaged: .*3 tokens, version 1"),
+        (header(20240801, 7, 2), r"a\.bin is damaged: .*2 tokens, version 7"),
+        (header(20240520, 7, 6), r"a\.bin is damaged: .*6 tokens, version 7"),
+        (header(20251231, 1, 3), r"a\.bin begins with a header of an unknown kind \(20251231\)"),
+        (header(20240522), r"a\.bin begins with a header of an unknown kind \(20240522\)"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, head: bytes, message: str) -> None:
+    (tmp_path / "a.bin").write_bytes(head + np.array([1, 2, 3], "<u4").tobytes())
+    with pytest.raises(DataError, match=message):
+        open_dataset("tokens", str(tmp_path / "a.bin"))
+
+
+def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a.bin").write_bytes(b"1234")
+    monkeypatch.setattr(np, "fromfile", refuse)  # root may read all files
+    with pytest.raises(DataError, match=r"a\.bin cannot be read: Permission denied"):
         open_dataset("tokens", str(tmp_path / "a.bin"))
 
 
