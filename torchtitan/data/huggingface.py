@@ -7,7 +7,7 @@ of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torchtitan.errors import (
@@ -31,17 +31,14 @@ class Table:
     Args:
         dataset: the rows.
         text_key: column that holds the text.
-        locate: called when a row is bad; raises a `DataError` that says where it is in the files,
-            if it finds it.
+        name: where the rows are from, for errors.
     """
 
-    def __init__(
-        self, dataset: datasets.Dataset, text_key: str, locate: Callable[[], None]
-    ) -> None:
+    def __init__(self, dataset: datasets.Dataset, text_key: str, name: str) -> None:
         check_key(text_key, dataset.column_names)
         self._rows = dataset.select_columns(text_key)
         self._text_key = text_key
-        self._locate = locate
+        self._name = name
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -51,11 +48,7 @@ class Table:
         try:
             return document_of(self._rows[index], self._text_key)
         except (DataError, UnicodeDecodeError) as error:
-            try:
-                self._locate()
-            except DataError as located:
-                raise BadDocumentError(str(located)) from error
-            raise BadDocumentError(f"row {index} (from 0): {error}") from error
+            raise BadDocumentError(f"{self._name}, row {index} (from 0): {error}") from error
 
 
 class Stream:
@@ -108,16 +101,13 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     """
     import datasets
 
-    def locate() -> None:
-        if kind == "json":
-            _check_json_lines(files, text_key)
-
     try:
         dataset = datasets.load_dataset(kind, data_files=files, split="train")
     except Exception as error:  # the readers behind `datasets` raise their own types
-        locate()
+        if kind == "json":
+            _check_json_lines(files, text_key)
         raise _unreadable(_name_of(files), error) from error
-    return Table(dataset, text_key, locate)
+    return Table(dataset, text_key, _name_of(files))
 
 
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
@@ -139,7 +129,7 @@ def open_saved(folder: str, text_key: str, split: str | None) -> Table:
         dataset = dataset[name]
     elif split:
         raise ConfigError(f"split = {split!r} has no effect: {folder!r} is of one split")
-    return Table(dataset, text_key, lambda: None)
+    return Table(dataset, text_key, repr(folder))
 
 
 def open_stream(

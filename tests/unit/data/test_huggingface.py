@@ -17,7 +17,7 @@ from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import DataLoader, build_dataloader
 from torchtitan.data.sources import open_dataset
-from torchtitan.errors import DataError
+from torchtitan.errors import BadDocumentError, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,16 @@ def test_a_row_of_parquet_without_text_is_numbered(folder: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None]}), folder / "a.parquet")
     with pytest.raises(DataError, match=r"row 1 \(from 0\): the field 'text' is missing"):
         read_on(load("parquet", folder))
+
+
+def test_bad_rows_of_compressed_lines_are_numbered_each(folder: Path, monkeypatch) -> None:
+    rows = [{"text": None if i in (1, 3) else "a"} for i in range(5)]
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(*rows)))
+    source = open_dataset("jsonl", str(folder))
+    monkeypatch.setattr("fsspec.open", None)  # no row costs a reading of the files
+    for row in (3, 1):
+        with pytest.raises(BadDocumentError, match=rf"a\.jsonl\.gz', row {row} \(from 0\): the"):
+            source[row]
 
 
 @pytest.fixture
