@@ -7,7 +7,7 @@ of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torchtitan.errors import (
@@ -32,13 +32,17 @@ class Table:
         dataset: the rows.
         text_key: column that holds the text.
         name: where the rows are from, for errors.
+        files: the same, as paths or URLs.
     """
 
-    def __init__(self, dataset: datasets.Dataset, text_key: str, name: str) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, text_key: str, name: str, files: list[str]
+    ) -> None:
         check_key(text_key, dataset.column_names)
         self._rows = dataset.select_columns(text_key)
         self._text_key = text_key
         self._name = name
+        self.files = files
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -55,16 +59,34 @@ class Stream:
     """The texts of a `datasets.IterableDataset`, in its order; its files are the shards.
 
     A row without text comes as a `BadDocumentError`, for the reader to raise or to skip.
+
+    Args:
+        dataset: the rows.
+        text_key: field that holds the text.
+        name: of the dataset, for errors.
+        find_files: gives the paths of a local copy's files.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, text_key: str, name: str) -> None:
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        text_key: str,
+        name: str,
+        find_files: Callable[[], list[str]],
+    ) -> None:
         if dataset.column_names:  # else known only once rows are read
             check_key(text_key, dataset.column_names)
             dataset = dataset.select_columns(text_key)
         self._dataset = dataset
         self._text_key = text_key
         self._name = name
+        self._find_files = find_files
         self.num_shards = dataset.num_shards
+
+    @property
+    def files(self) -> list[str]:
+        """Those of a local copy; none of the hub."""
+        return self._find_files()
 
     def __iter__(self) -> Iterator[object]:
         return self._texts(self._dataset, f"{self._name!r}")
@@ -107,7 +129,7 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
         if kind == "json":
             _check_json_lines(files, text_key)
         raise _unreadable(_name_of(files), error) from error
-    return Table(dataset, text_key, _name_of(files))
+    return Table(dataset, text_key, _name_of(files), files)
 
 
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
@@ -129,7 +151,8 @@ def open_saved(folder: str, text_key: str, split: str | None) -> Table:
         dataset = dataset[name]
     elif split:
         raise ConfigError(f"split = {split!r} has no effect: {folder!r} is of one split")
-    return Table(dataset, text_key, repr(folder))
+    own = [file["filename"] for file in dataset.cache_files]
+    return Table(dataset, text_key, repr(folder), own)
 
 
 def open_stream(
@@ -159,7 +182,14 @@ def open_stream(
         dataset = datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # of `datasets`, `huggingface_hub`, `fsspec` or the file format
         raise _unreadable(repr(name), error) from error
-    return Stream(dataset, text_key, name)
+
+    def find_files() -> list[str]:
+        if not os.path.exists(name):
+            return []
+        found = datasets.load_dataset_builder(name, config).config.data_files or {}
+        return [str(file) for file in found.get(split, [])]
+
+    return Stream(dataset, text_key, name, find_files)
 
 
 def _unreadable(name: str, error: Exception) -> TitanError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +14,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -194,6 +199,45 @@ def test_another_preparation_is_not_mixed_in(lines: Path, tmp_path: Path) -> Non
     (tmp_path / "full" / "thesis.doc").touch()
     with pytest.raises(SystemExit):
         prepare(tmp_path / "full", *options)
+
+
+def write_source(kind: str, folder: Path, texts: list[str]) -> None:
+    """Data of a kind that `datasets` reads, whose file has a new time each time."""
+    folder.mkdir(exist_ok=True)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), folder / "a.parquet")
+    elif kind == "saved":
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(folder)
+    elif kind == "jsonl":
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    else:
+        (folder / "train-0.jsonl").write_text(rows)
+        (folder / "README.md").touch()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "jsonl", "hf"])
+def test_changed_sources_of_datasets_are_seen(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    write_source(kind, tmp_path / "data", ["old"] * 5)
+    out = tmp_path / "out"
+    dataset = "arrow" if kind == "saved" else kind
+    options = ["--dataset", dataset, "--dataset-path", str(tmp_path / "data"), "--workers", "1"]
+    prepare(out, *options)
+    prepare(out, *options)  # is complete
+    settings = json.loads((out / "prepare.json").read_text())
+    write_source(kind, tmp_path / "data", ["new"] * 5)
+    with pytest.raises(SystemExit):
+        prepare(out, *options)
+    assert "was begun with another source" in capsys.readouterr().err
+
+    # A folder begun before these files were looked at has a fingerprint of their number alone.
+    length = None if kind == "hf" else 5
+    settings["source"] = hashlib.sha256(repr(([], length)).encode()).hexdigest()[:16]
+    (out / "prepare.json").write_text(json.dumps(settings))
+    prepare(out, *options)
 
 
 def test_a_malformed_document_stops_or_is_counted(tmp_path: Path, capsys) -> None:
