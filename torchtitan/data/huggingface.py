@@ -16,9 +16,11 @@ from torchtitan.errors import (
     DataError,
     TitanError,
     did_you_mean,
+    disk_is_full,
     outage_or,
 )
 
+from .files import open_file
 from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ class Stream:
 
 
 def open_files(kind: str, files: list[str], text_key: str) -> Table:
-    """Local files as a table. `datasets` keeps a memory-mapped copy in its cache folder.
+    """Files as a table. `datasets` keeps a memory-mapped copy, uncompressed, in its cache folder.
 
     Args:
         kind: `json` (lines), `parquet` or `arrow`.
@@ -124,12 +126,24 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(kind, data_files=files, split="train")
+        columns = _columns(files, text_key) if kind == "parquet" else {}
+        dataset = datasets.load_dataset(kind, data_files=files, split="train", **columns)
+    except TitanError:
+        raise
     except Exception as error:  # the readers behind `datasets` raise their own types
-        if kind == "json":
+        if kind == "json" and not disk_is_full(error):
             _check_json_lines(files, text_key)
         raise _unreadable(_name_of(files), error) from error
     return Table(dataset, text_key, _name_of(files), files)
+
+
+def _columns(files: list[str], text_key: str) -> dict[str, list[str]]:
+    """An option that keeps other columns out of the copy. Raises `DataError`: no such column."""
+    from pyarrow import parquet
+
+    with open_file(files[0]) as file:
+        check_key(text_key, parquet.read_schema(file).names)
+    return {"columns": [text_key]}
 
 
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
@@ -198,6 +212,11 @@ def _unreadable(name: str, error: Exception) -> TitanError:
     if isinstance(cause, StopIteration):
         return DataError(f"{name} is empty")
     detail = f"{type(cause).__name__}: {cause}"
+    if disk_is_full(error):
+        return DataError(
+            f"{name}: no room for its copy in the cache of `datasets` ({detail}). Make room, or "
+            "set HF_HOME to a folder that has it; the copy is not compressed"
+        )
     if isinstance(error, ConnectionError):
         problem = (
             f"{name}: the Hugging Face hub could not be reached ({detail}). Without a network use "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
@@ -64,6 +65,34 @@ def test_parquet_is_a_table_and_the_key_of_the_text_can_be_chosen(folder: Path) 
     pq.write_table(table, folder / "a.parquet")
     source = open_dataset("parquet", str(folder), "content")
     assert [source[i] for i in range(len(source))] == ["a", "b"]
+
+
+def test_of_parquet_only_the_column_of_the_text_is_copied(folder: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for number in range(2):
+        table = pa.table({"messages": [messages], "a.b": ["dots"], "other": ["x" * 10**6]})
+        pq.write_table(table, folder / f"{number}.parquet")
+    for key, first in (("messages", messages), ("a.b", "dots")):
+        source = open_dataset("parquet", str(folder), key)
+        assert len(source) == 2 and source[1] == first
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) < 10**5
+    with pytest.raises(DataError, match=r"'text': no such field.* Allowed: a\.b, messages, other"):
+        open_dataset("parquet", str(folder))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_cache_does_not_pass_by_itself(folder: Path, monkeypatch, number: int) -> None:
+    def load_dataset(*args: object, **options: object) -> None:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines({"id": 1})))  # not looked at
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(DataError, match=rf"a\.jsonl\.gz'.*Errno {number}.*HF_HOME") as caught:
+        open_dataset("jsonl", str(folder))
+    assert caught.value.exit_code == 2
 
 
 BROKEN_LINES = {
