@@ -56,6 +56,7 @@ _UNCHANGING = frozenset(
     }
 )
 """Errors of the operating system that come again."""
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OF_NETWORKS = frozenset(
     {
         *("ConnectionError", "TimeoutError"),  # of Python and of requests
@@ -81,14 +82,25 @@ def may_pass(error: BaseException) -> bool:
 
     An error that was raised for another one, or while it was handled, is looked at with that one.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
+    chain = _chain(error)
     # By the text too, since `datasets` takes the error of its offline mode out of the chain.
     told = " ".join(f"{type(link).__mro__} {link}" for link in chain)
     if any(name in told for name in _OF_USERS):
         return False
     return any(map(_is_outage, chain))
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota is used up, which whoever reads data does not wait for."""
+    return any(isinstance(e, OSError) and e.errno in _FULL for e in _chain(error))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, what it was raised for or while handling, and so on."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
 def _is_outage(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from harness import train_on_c4
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from torchtitan import cli
-from torchtitan.data.files import file_size, sha256
+from torchtitan.data.files import file_size, reading, sha256
 from torchtitan.data.json_lines import JsonLines, JsonLineStream
 from torchtitan.data.sources import TextFiles
 from torchtitan.data.token_files import map_file
@@ -125,6 +125,13 @@ def test_a_disk_that_fails_is_an_outage(tmp_path: Path, monkeypatch: pytest.Monk
         JsonLines([BROKEN_DISK], "text")
     with pytest.raises(OutageError, match=message):
         sha256(BROKEN_DISK)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_is_no_outage_where_data_are_read(number: int) -> None:
+    with pytest.raises(DataError, match=r"^a\.txt cannot be read: ") as caught, reading("a.txt"):
+        raise OSError(number, os.strerror(number))
+    assert "start the run again" not in str(caught.value)
 
 
 def test_a_mapping_that_fails_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:

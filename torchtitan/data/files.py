@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from torchtitan.errors import ConfigError, DataError, TitanError, outage_or
+from torchtitan.errors import ConfigError, DataError, TitanError, disk_is_full, outage_or
 
 _BLOCK = 2**24
 _KEPT_FROM_BYTES = 2**20
@@ -89,7 +89,8 @@ def open_file(path: str) -> BinaryIO:
 def unreadable(path: str | Path, error: Exception) -> TitanError:
     """What to raise for an error of reading: a `DataError`, or an `OutageError` if it may pass."""
     reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-    return outage_or(DataError, f"{path} cannot be read: {reason}", error)
+    problem = f"{path} cannot be read: {reason}"
+    return DataError(problem) if disk_is_full(error) else outage_or(DataError, problem, error)
 
 
 @contextmanager

@@ -16,9 +16,11 @@ from torchtitan.errors import (
     DataError,
     TitanError,
     did_you_mean,
+    disk_is_full,
     outage_or,
 )
 
+from .files import open_file
 from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
@@ -31,17 +33,18 @@ class Table:
     Args:
         dataset: the rows.
         text_key: column that holds the text.
-        locate: called when a row is bad; raises a `DataError` that says where it is in the files,
-            if it finds it.
+        name: where the rows are from, for errors.
+        files: the same, as paths or URLs.
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, text_key: str, locate: Callable[[], None]
+        self, dataset: datasets.Dataset, text_key: str, name: str, files: list[str]
     ) -> None:
         check_key(text_key, dataset.column_names)
         self._rows = dataset.select_columns(text_key)
         self._text_key = text_key
-        self._locate = locate
+        self._name = name
+        self.files = files
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -51,27 +54,41 @@ class Table:
         try:
             return document_of(self._rows[index], self._text_key)
         except (DataError, UnicodeDecodeError) as error:
-            try:
-                self._locate()
-            except DataError as located:
-                raise BadDocumentError(str(located)) from error
-            raise BadDocumentError(f"row {index} (from 0): {error}") from error
+            raise BadDocumentError(f"{self._name}, row {index} (from 0): {error}") from error
 
 
 class Stream:
     """The texts of a `datasets.IterableDataset`, in its order; its files are the shards.
 
     A row without text comes as a `BadDocumentError`, for the reader to raise or to skip.
+
+    Args:
+        dataset: the rows.
+        text_key: field that holds the text.
+        name: of the dataset, for errors.
+        find_files: gives the paths of a local copy's files.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, text_key: str, name: str) -> None:
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        text_key: str,
+        name: str,
+        find_files: Callable[[], list[str]],
+    ) -> None:
         if dataset.column_names:  # else known only once rows are read
             check_key(text_key, dataset.column_names)
             dataset = dataset.select_columns(text_key)
         self._dataset = dataset
         self._text_key = text_key
         self._name = name
+        self._find_files = find_files
         self.num_shards = dataset.num_shards
+
+    @property
+    def files(self) -> list[str]:
+        """Those of a local copy; none of the hub."""
+        return self._find_files()
 
     def __iter__(self) -> Iterator[object]:
         return self._texts(self._dataset, f"{self._name!r}")
@@ -96,7 +113,7 @@ class Stream:
 
 
 def open_files(kind: str, files: list[str], text_key: str) -> Table:
-    """Local files as a table. `datasets` keeps a memory-mapped copy in its cache folder.
+    """Files as a table. `datasets` keeps a memory-mapped copy, uncompressed, in its cache folder.
 
     Args:
         kind: `json` (lines), `parquet` or `arrow`.
@@ -108,16 +125,25 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     """
     import datasets
 
-    def locate() -> None:
-        if kind == "json":
-            _check_json_lines(files, text_key)
-
     try:
-        dataset = datasets.load_dataset(kind, data_files=files, split="train")
+        columns = _columns(files, text_key) if kind == "parquet" else {}
+        dataset = datasets.load_dataset(kind, data_files=files, split="train", **columns)
+    except TitanError:
+        raise
     except Exception as error:  # the readers behind `datasets` raise their own types
-        locate()
+        if kind == "json" and not disk_is_full(error):
+            _check_json_lines(files, text_key)
         raise _unreadable(_name_of(files), error) from error
-    return Table(dataset, text_key, locate)
+    return Table(dataset, text_key, _name_of(files), files)
+
+
+def _columns(files: list[str], text_key: str) -> dict[str, list[str]]:
+    """An option that keeps other columns out of the copy. Raises `DataError`: no such column."""
+    from pyarrow import parquet
+
+    with open_file(files[0]) as file:
+        check_key(text_key, parquet.read_schema(file).names)
+    return {"columns": [text_key]}
 
 
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
@@ -139,7 +165,8 @@ def open_saved(folder: str, text_key: str, split: str | None) -> Table:
         dataset = dataset[name]
     elif split:
         raise ConfigError(f"split = {split!r} has no effect: {folder!r} is of one split")
-    return Table(dataset, text_key, lambda: None)
+    own = [file["filename"] for file in dataset.cache_files]
+    return Table(dataset, text_key, repr(folder), own)
 
 
 def open_stream(
@@ -169,7 +196,14 @@ def open_stream(
         dataset = datasets.load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # of `datasets`, `huggingface_hub`, `fsspec` or the file format
         raise _unreadable(repr(name), error) from error
-    return Stream(dataset, text_key, name)
+
+    def find_files() -> list[str]:
+        if not os.path.exists(name):
+            return []
+        found = datasets.load_dataset_builder(name, config).config.data_files or {}
+        return [str(file) for file in found.get(split, [])]
+
+    return Stream(dataset, text_key, name, find_files)
 
 
 def _unreadable(name: str, error: Exception) -> TitanError:
@@ -178,6 +212,11 @@ def _unreadable(name: str, error: Exception) -> TitanError:
     if isinstance(cause, StopIteration):
         return DataError(f"{name} is empty")
     detail = f"{type(cause).__name__}: {cause}"
+    if disk_is_full(error):
+        return DataError(
+            f"{name}: no room for its copy in the cache of `datasets` ({detail}). Make room, or "
+            "set HF_HOME to a folder that has it; the copy is not compressed"
+        )
     if isinstance(error, ConnectionError):
         problem = (
             f"{name}: the Hugging Face hub could not be reached ({detail}). Without a network use "

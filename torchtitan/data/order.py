@@ -196,7 +196,7 @@ def repeat(
         for document in documents:
             if isinstance(document, BadDocumentError):
                 yield number, document, here
-            elif document:
+            elif len(document) if hasattr(document, "__len__") else document:
                 yield number, document, here
                 number += 1
                 last_with_text = turn

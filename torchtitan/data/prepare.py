@@ -111,13 +111,13 @@ def prepare(
     settings = {
         **{key: value for key, value in asdict(task).items() if key != "custom_import"},
         "tokenizer": _tokenizer_record(task, tokenizer),
-        "source": _fingerprint(source),
+        "source": _fingerprint(getattr(source, "files", []), total),
         "shards": parts,
     }
     encoder = task.encoder(tokenizer)
     if task.add_bos:
         encoder.check(source)  # else each process does so, but the folder is then begun
-    if _is_finished(out, settings):
+    if _is_finished(out, settings, old_source=_fingerprint([], total)):
         logger.info("%s is complete already", out)
         return read_index(out)
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
@@ -290,8 +290,14 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
+def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
     """Whether `out` is complete. Makes it if it is not there.
+
+    Args:
+        out: folder.
+        settings: of this preparation.
+        old_source: the fingerprint that a folder of an earlier version may have instead, which did
+            not look at the files of parquet, arrow, compressed lines and streams.
 
     Raises:
         ConfigError: it holds something else than a part of this preparation.
@@ -303,6 +309,8 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
         except ValueError as error:
             raise ConfigError(f"{path} is damaged; remove {out}") from error
         found.setdefault("add_bos", False)  # of a folder that was begun before there was the option
+        if found.get("source") == old_source:
+            found["source"] = settings["source"]
         differing = [key for key in settings if found.get(key) != settings[key]]
         if differing:
             key = differing[0]
@@ -379,11 +387,10 @@ def _tokenizer_record(
     }
 
 
-def _fingerprint(source: Source) -> str:
+def _fingerprint(files: list[str], total: int | None) -> str:
     """Of the files' names, sizes and times, so that no shard is added to those of other data."""
-    files = getattr(source, "files", [])
     known = [(file, *_size_and_time(file)) for file in files]
-    return hashlib.sha256(repr((known, _length(source))).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((known, total)).encode()).hexdigest()[:16]
 
 
 def _size_and_time(file: str) -> tuple[int, int]:

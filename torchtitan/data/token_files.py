@@ -4,7 +4,8 @@ Three formats are read; docs/data.md describes the first.
 
 * The folder that `torchtitan data prepare` writes: `index.json` and shards.
 * Megatron-LM's indexed dataset: `NAME.bin` beside `NAME.idx`.
-* nanoGPT's `.bin`: uint16 ids alone, or with modded-nanogpt's header.
+* nanoGPT's `.bin`: uint16 ids alone, or with the header of llm.c and modded-nanogpt; with that of
+  llm.c for Llama 3 they are uint32.
 
 Neither tokens nor an index are loaded: a document costs the pages that it lies on.
 """
@@ -34,8 +35,10 @@ VERSION = 1
 INDEX = "index.json"
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_NANOGPT_MAGIC = 20240520
-_NANOGPT_HEADER_BYTES = 1024
+_HEADER_WORDS = 256
+"""Of 4 bytes: a magic number, a version, how many tokens follow, and zeros."""
+_HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+"""Magic number -> version and type of the ids, as llm.c's `data_common.py` writes them."""
 _BLOCK_TOKENS = 2**16
 """Of a file in which no token ends a document."""
 
@@ -78,7 +81,12 @@ class MegatronShard:
         return max(0, len(self.bounds) - 1)
 
     def document(self, index: int) -> np.ndarray:
+        """Raises `DataError` where it is no range of sequences."""
         first, last = int(self.bounds[index]), int(self.bounds[index + 1]) - 1
+        if not 0 <= first <= last + 1 <= len(self.lengths):
+            raise _not_in_order(_megatron_index(self.path), len(self.lengths))
+        if first > last:
+            return self.tokens[:0]
         size = self.tokens.itemsize
         end = int(self.pointers[last]) // size + int(self.lengths[last])
         return self.tokens[int(self.pointers[first]) // size : end]
@@ -234,23 +242,23 @@ class NanoGPTTokens(TokenFiles):
     A file without that token, as nanoGPT's characters, is cut into blocks of 65,536 tokens.
 
     Raises:
-        DataError: a file is empty, or of an odd number of bytes.
+        DataError: a file is empty, of an odd number of bytes, or has a header that is unknown.
     """
 
     def __init__(self, files: list[str]) -> None:
-        self._headers = [_nanogpt_header(Path(file)) for file in files]
+        self._layouts = [_nanogpt_layout(Path(file)) for file in files]
         shards: list[Shard] = []
-        for file, header in zip(files, self._headers, strict=True):
-            tokens = map_file(Path(file), np.dtype("<u2"), header)
+        for file, (start, dtype) in zip(files, self._layouts, strict=True):
+            tokens = map_file(Path(file), np.dtype(dtype), start)
             shards.append(Shard(file, tokens, _blocks(len(tokens))))
         super().__init__(shards)
         self._files = shards
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         self._vocab_size = tokenizer.vocab_size
-        if tokenizer.eos_id < 2**16:
-            for shard, header in zip(self._files, self._headers, strict=True):
-                ends = ends_of(shard.path, tokenizer.eos_id, "<u2", header)
+        for shard, (start, dtype) in zip(self._files, self._layouts, strict=True):
+            if tokenizer.eos_id <= np.iinfo(dtype).max:
+                ends = ends_of(shard.path, tokenizer.eos_id, dtype, start)
                 shard.ends = ends if len(ends) > 1 else _blocks(len(shard.tokens))
         self._count()
 
@@ -325,22 +333,46 @@ def _open_megatron(path: Path) -> MegatronShard:
     tokens = map_file(path, np.dtype(_MEGATRON_TYPES[code]).newbyteorder("<"))
     if sequences and pointers[-1] // tokens.itemsize + lengths[-1] > len(tokens):
         raise DataError(f"{path} is damaged: it is too short for {index}")
+    # The bounds between are looked at with their documents, as reading all would take long.
+    if bounds and (documents[0] != 0 or documents[-1] != sequences):
+        raise _not_in_order(index, sequences)
     return MegatronShard(str(path), tokens, lengths, pointers, documents)
+
+
+def _not_in_order(index: Path, sequences: int) -> DataError:
+    return DataError(
+        f"{index} is damaged: its documents are not one after another, each of some of its "
+        f"{sequences} sequences"
+    )
 
 
 def _megatron_index(path: str) -> Path:
     return Path(path).with_suffix(".idx")
 
 
-def _nanogpt_header(path: Path) -> int:
-    """Bytes before the tokens."""
-    head = np.fromfile(path, "<i4", 3)
-    if len(head) < 3 or head[0] != _NANOGPT_MAGIC:
-        return 0
-    expected = _NANOGPT_HEADER_BYTES + 2 * int(head[2])
-    if head[1] != 1 or os.path.getsize(path) != expected:
-        raise DataError(f"{path} is damaged: its header says {head[2]} uint16 tokens, version 1")
-    return _NANOGPT_HEADER_BYTES
+def _nanogpt_layout(path: Path) -> tuple[int, str]:
+    """Bytes before the tokens, and their type. Raises `DataError`, or as `unreadable` says."""
+    with reading(path):
+        head = np.fromfile(path, "<i4", _HEADER_WORDS)
+        size = os.path.getsize(path)
+    if len(head) < 3:
+        return 0, "<u2"
+    magic, version, tokens = head[:3].tolist()
+    if magic in _HEADERS:
+        expected, dtype = _HEADERS[magic]
+        start = 4 * _HEADER_WORDS
+        if version != expected or size != start + tokens * np.dtype(dtype).itemsize:
+            raise DataError(
+                f"{path} is damaged: its header says {tokens} tokens, version {version}, but it "
+                f"has {size} bytes; read is version {expected}, of {np.dtype(dtype).name}"
+            )
+        return start, dtype
+    if len(head) == _HEADER_WORDS and magic >> 16 and not head[3:].any():
+        raise DataError(
+            f"{path} begins with a header of an unknown kind ({magic}). Known are those of llm.c, "
+            f"{' and '.join(map(str, _HEADERS))}; `torchtitan data prepare` writes other files"
+        )
+    return 0, "<u2"
 
 
 def _blocks(tokens: int) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
@@ -17,7 +18,7 @@ from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import DataLoader, build_dataloader
 from torchtitan.data.sources import open_dataset
-from torchtitan.errors import DataError
+from torchtitan.errors import BadDocumentError, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,34 @@ def test_parquet_is_a_table_and_the_key_of_the_text_can_be_chosen(folder: Path) 
     assert [source[i] for i in range(len(source))] == ["a", "b"]
 
 
+def test_of_parquet_only_the_column_of_the_text_is_copied(folder: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for number in range(2):
+        table = pa.table({"messages": [messages], "a.b": ["dots"], "other": ["x" * 10**6]})
+        pq.write_table(table, folder / f"{number}.parquet")
+    for key, first in (("messages", messages), ("a.b", "dots")):
+        source = open_dataset("parquet", str(folder), key)
+        assert len(source) == 2 and source[1] == first
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) < 10**5
+    with pytest.raises(DataError, match=r"'text': no such field.* Allowed: a\.b, messages, other"):
+        open_dataset("parquet", str(folder))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_cache_does_not_pass_by_itself(folder: Path, monkeypatch, number: int) -> None:
+    def load_dataset(*args: object, **options: object) -> None:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines({"id": 1})))  # not looked at
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(DataError, match=rf"a\.jsonl\.gz'.*Errno {number}.*HF_HOME") as caught:
+        open_dataset("jsonl", str(folder))
+    assert caught.value.exit_code == 2
+
+
 BROKEN_LINES = {
     "broken": (b'{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n', r"a\.jsonl:3: not valid JSON"),
     "no object": (json_lines({"text": "a"}, ["b"]), r"a\.jsonl:2: must be a JSON object"),
@@ -111,6 +140,16 @@ def test_a_row_of_parquet_without_text_is_numbered(folder: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None]}), folder / "a.parquet")
     with pytest.raises(DataError, match=r"row 1 \(from 0\): the field 'text' is missing"):
         read_on(load("parquet", folder))
+
+
+def test_bad_rows_of_compressed_lines_are_numbered_each(folder: Path, monkeypatch) -> None:
+    rows = [{"text": None if i in (1, 3) else "a"} for i in range(5)]
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(*rows)))
+    source = open_dataset("jsonl", str(folder))
+    monkeypatch.setattr("fsspec.open", None)  # no row costs a reading of the files
+    for row in (3, 1):
+        with pytest.raises(BadDocumentError, match=rf"a\.jsonl\.gz', row {row} \(from 0\): the"):
+            source[row]
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.data.encode import Encoder
 from torchtitan.data.order import (
     Origin,
     ShuffledDocuments,
@@ -108,6 +110,12 @@ def test_without_shards_rows_take_the_documents_in_turn() -> None:
 def test_empty_texts_have_no_number() -> None:
     documents = stream(["", "1", "", "2", ""], range(1), 1)
     assert [value(documents, n) for n in range(4)] == [1, 2, 1, 2]
+
+
+def test_of_arrays_too_only_empty_ones_have_no_number() -> None:
+    ids = [np.array(ids, np.int32) for ids in ([], [3, 4], [0], [], [5])]
+    documents = StreamedDocuments(ids, Encoder(BytesTokenizer()), 1, [(0, Origin())])
+    assert [documents.open(n)[0].tolist() for n in range(4)] == [[3, 4], [0], [5], [3, 4]]
 
 
 def test_a_rank_opens_the_shards_of_its_own_rows_alone() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 import signal
@@ -10,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -194,6 +198,45 @@ def test_another_preparation_is_not_mixed_in(lines: Path, tmp_path: Path) -> Non
         prepare(tmp_path / "full", *options)
 
 
+def write_source(kind: str, folder: Path, texts: list[str]) -> None:
+    """Data of a kind that `datasets` reads, whose file has a new time each time."""
+    folder.mkdir(exist_ok=True)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), folder / "a.parquet")
+    elif kind == "saved":
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(folder)
+    elif kind == "jsonl":
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    else:
+        (folder / "train-0.jsonl").write_text(rows)
+        (folder / "README.md").touch()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "jsonl", "hf"])
+def test_changed_sources_of_datasets_are_seen(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    write_source(kind, tmp_path / "data", ["old"] * 5)
+    out = tmp_path / "out"
+    dataset = "arrow" if kind == "saved" else kind
+    options = ["--dataset", dataset, "--dataset-path", str(tmp_path / "data"), "--workers", "1"]
+    prepare(out, *options)
+    prepare(out, *options)  # is complete
+    settings = json.loads((out / "prepare.json").read_text())
+    write_source(kind, tmp_path / "data", ["new"] * 5)
+    with pytest.raises(SystemExit):
+        prepare(out, *options)
+    assert "was begun with another source" in capsys.readouterr().err
+
+    # A folder begun before these files were looked at has a fingerprint of their number alone.
+    length = None if kind == "hf" else 5
+    settings["source"] = hashlib.sha256(repr(([], length)).encode()).hexdigest()[:16]
+    (out / "prepare.json").write_text(json.dumps(settings))
+    prepare(out, *options)
+
+
 def test_a_malformed_document_stops_or_is_counted(tmp_path: Path, capsys) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "a"}\n{"text": \n{"text": "b"}\n')
@@ -256,81 +299,3 @@ def test_inspect_marks_what_is_not_trained_on(tmp_path: Path, capsys) -> None:
     assert main(["data", "inspect", str(path), "--dataset", "jsonl", "--text-key", "messages"]) == 0
     shown = capsys.readouterr().out
     assert "[[<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n]]Hello<|im_end|>\n" in shown
-
-
-def write_megatron(path: Path, documents: list[list[list[int]]], dtype: str = "uint16") -> None:
-    """As Megatron-LM's `IndexedDatasetBuilder` does; a document is a list of sequences."""
-    code = {"uint16": 8, "int32": 4}[dtype]
-    sequences = [sequence for document in documents for sequence in document]
-    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
-    pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-    bounds = np.cumsum([0, *map(len, documents)]).astype(np.int64)
-    np.concatenate([np.array(s, dtype) for s in sequences]).tofile(path)
-    with path.with_suffix(".idx").open("wb") as file:
-        file.write(b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + bytes([code]))
-        file.write(len(lengths).to_bytes(8, "little") + len(bounds).to_bytes(8, "little"))
-        file.write(lengths.tobytes() + (pointers * np.dtype(dtype).itemsize).tobytes())
-        file.write(bounds.tobytes())
-
-
-@pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_megatron_files_are_read(tmp_path: Path, dtype: str) -> None:
-    write_megatron(tmp_path / "a.bin", [[[1, 2], [3]], [[4, 257]]], dtype)
-    write_megatron(tmp_path / "b.bin", [[[5]]], dtype)
-    source = open_dataset("tokens", str(tmp_path))
-    source.use_tokenizer(BytesTokenizer())
-    documents = [source[i].tolist() for i in range(len(source))]
-    assert documents == [[1, 2, 3, 257], [4, 257], [5, 257]]  # which lacked the end
-
-
-def test_a_damaged_megatron_file_is_named(tmp_path: Path) -> None:
-    write_megatron(tmp_path / "a.bin", [[[1, 2]], [[300]]])
-    source = open_dataset("tokens", str(tmp_path))
-    source.use_tokenizer(BytesTokenizer())
-    with pytest.raises(DataError, match=r"a\.bin, document 1 .*token 300 is outside"):
-        source[1]
-    index = tmp_path / "a.idx"
-    content = index.read_bytes()
-    (tmp_path / "a.bin").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match=r"a\.bin is damaged: it is too short"):
-        open_dataset("tokens", str(tmp_path))
-    for damaged in (content[:-9], b"MMIDIDX\x00\x00" + bytes(30), b"short"):
-        index.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"a\.idx is"):
-            open_dataset("tokens", str(tmp_path))
-    (tmp_path / "b.bin").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match=r"b\.bin has no \.idx"):
-        open_dataset("tokens", str(tmp_path))
-
-
-@pytest.mark.parametrize("header", [False, True])
-def test_nanogpt_files_are_read(tmp_path: Path, header: bool) -> None:
-    ids = np.array([1, 2, 257, 3, 257, 4], np.uint16)
-    head = np.zeros(256, np.int32)
-    head[:3] = 20240520, 1, len(ids)
-    (tmp_path / "a.bin").write_bytes((head.tobytes() if header else b"") + ids.tobytes())
-    for _ in range(2):  # the second time from the cache
-        source = open_dataset("tokens", str(tmp_path / "a.bin"))
-        source.use_tokenizer(BytesTokenizer())
-        documents = [source[i].tolist() for i in range(len(source))]
-        assert documents == [[1, 2, 257], [3, 257], [4]]
-    with (tmp_path / "a.bin").open("ab") as file:
-        file.write(b"\0")
-    with pytest.raises(DataError, match=r"a\.bin is damaged"):
-        open_dataset("tokens", str(tmp_path / "a.bin"))
-
-
-@pytest.mark.parametrize("tokens", [1, 65536, 65537, 3 * 65536, 200_000])
-def test_nanogpt_files_without_ends_are_cut_into_blocks(tmp_path: Path, tokens: int) -> None:
-    ids = (np.arange(tokens) % 256).astype(np.uint16)
-    ids.tofile(tmp_path / "a.bin")
-    source = open_dataset("tokens", str(tmp_path / "a.bin"))
-    source.use_tokenizer(BytesTokenizer())
-    documents = [source[i] for i in range(len(source))]
-    assert len(documents) == max(1, tokens // 65536)
-    assert np.array_equal(np.concatenate(documents), ids)
-
-
-def test_tokens_are_local_files() -> None:
-    with pytest.raises(ConfigError, match="must be local"):
-        open_dataset("tokens", "memory://tokens")
