@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .order import mix, permute
-from .packing import begin_of, require_place
+from .packing import begin_of, require_place, require_sequence
 
 if TYPE_CHECKING:
     from .order import ShuffledDocuments, StreamedDocuments
@@ -50,6 +50,7 @@ class BestFitRow:
         require_place(document, offset, len(self._next))
         self._offset = offset
         self._open_pool()
+        require_sequence(document, sequence, len(self._sequences))
         self._sequence = sequence
 
     @property

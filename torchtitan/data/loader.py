@@ -189,7 +189,10 @@ class DataLoader:
         return {"rows": torch.from_numpy(self._places.copy())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of `state_dict`; `seq_len` and the number of ranks may differ.
+        """Go on from a state of `state_dict`; the number of ranks may differ.
+
+        Under contiguous packing `seq_len` may too. Where the state has that of the saved run,
+        tokens are counted on from those that it had.
 
         Raises:
             CheckpointError: the state is of another global batch size, mixture or packing.
@@ -216,6 +219,11 @@ class DataLoader:
             )
         self.close()
         self._places = places.copy()
+        drawn = Mixture.drawn_part(len(self._blend.sources))
+        saved_len = state_dict.get("seq_len") or self._seq_len
+        # In sequences of the new length, to the nearest.
+        tokens = self._places[:, drawn] * saved_len
+        self._places[:, drawn] = (tokens + self._seq_len // 2) // self._seq_len
 
     def _split(self, places: np.ndarray) -> list[np.ndarray]:
         """Columns of a state: those of the mixture, then those of each source."""

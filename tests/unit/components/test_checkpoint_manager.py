@@ -9,6 +9,7 @@ from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.components.checkpoint.writer import CheckpointWriter
+from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
 
 
@@ -171,6 +172,22 @@ def test_another_global_batch_size_is_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match=r"4 seq.*training.global_batch_size is 6.*exclude"):
         Run(tmp_path, global_batch_size=6).manager.load()
     assert Run(tmp_path, global_batch_size=6, exclude_from_loading=["dataloader"]).manager.load()
+
+
+def test_another_seq_len_is_refused_where_documents_were_packed_for_one(tmp_path):
+    Run(tmp_path).train(2)
+    saved = JobConfig().training.seq_len
+
+    def longer(packing, **checkpoint):
+        run = Run(tmp_path, **checkpoint)
+        run.config.training.seq_len, run.config.data.packing = 2 * saved, packing
+        return run
+
+    assert longer("contiguous").manager.load() == 2
+    message = rf"training.seq_len = {saved}, but it is {2 * saved} now.*best_fit.*exclude_from_load"
+    with pytest.raises(CheckpointError, match=message):
+        longer("best_fit").manager.load()
+    assert longer("best_fit", exclude_from_loading=["dataloader"]).manager.load() == 2
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path):

@@ -15,6 +15,7 @@ from torchtitan.data import DataLoader
 from torchtitan.data.best_fit import POOL_SEQUENCES, BestFitRow, best_fit, cut
 from torchtitan.data.order import Origin
 from torchtitan.data.packing import to_batch
+from torchtitan.errors import DataError
 from torchtitan.models import llama3
 
 EOS = BytesTokenizer.eos_id
@@ -82,6 +83,11 @@ def test_no_token_is_lost_or_repeated(
     for number in range(row.place[0]):
         expected.update(itertools.pairwise(documents.open(number)[0].tolist()))
     assert found == expected
+
+
+def test_a_sequence_that_the_pool_does_not_have_is_refused() -> None:
+    with pytest.raises(DataError, match=r"sequence 60 of .* from document 4 on.*has changed"):
+        BestFitRow(Documents([8]), 1, 8, document=4, offset=0, sequence=60)
 
 
 def test_whole_documents_stay_whole_and_padding_predicts_nothing() -> None:

@@ -92,6 +92,25 @@ def test_the_metrics_count_tokens_and_epochs_of_each_source() -> None:
     assert metrics["data_epoch/b"] == pytest.approx(25 * 8 / 64, abs=1.0)
 
 
+def test_tokens_are_counted_on_with_another_seq_len() -> None:
+    blend = Blend({"a": ["aaa"] * 10, "b": ["b" * 15] * 4}, (Phase(1, (3.0, 1.0)),))
+    loader = DataLoader(blend, BytesTokenizer(), 8, 4, 4)
+    for _ in range(16):
+        next(loader)
+    state = loader.state_dict() | {"seq_len": 8}
+    loader.close()
+    longer = DataLoader(blend, BytesTokenizer(), 32, 4, 4)
+    longer.load_state_dict(state)
+    metrics = longer.metrics()
+    assert metrics["data_tokens/a"] == 48 * 8 and metrics["data_tokens/b"] == 16 * 8
+    one = DataLoader(blend.sources["a"], BytesTokenizer(), 8, 4, 4)
+    next(one)
+    state = one.state_dict()
+    one.load_state_dict(state | {"seq_len": 32})  # whose places are no counts
+    assert (one.state_dict()["rows"] == state["rows"]).all()
+    one.close()
+
+
 def config_of(*sources: DataSource, phases: tuple[DataPhase, ...] = ()) -> JobConfig:
     config = JobConfig()
     config.model.name, config.model.flavor = "llama3", "debugmodel"

@@ -25,6 +25,7 @@ from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
+from .data_place import check_data, saved_seq_len
 from .folder import delete, partial_folder, step_folder
 from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
@@ -32,7 +33,6 @@ from .load import OpenCheckpoint, load_weights_of_parts, model_state
 from .manifest import Manifest
 from .owner import Claim, TakenOverError
 from .resume import (
-    check_data,
     checkpoint_root,
     describe_model,
     folders_to_resume,
@@ -66,7 +66,8 @@ class CheckpointManager:
         optimizers: an iterable of optimizers. Its `state_dict()` is flat, and keyed by parameter
             name.
         lr_schedulers: as it is after `steps` steps of the optimizers.
-        dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`.
+        dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`; what it loads
+            has also the `seq_len` that they were saved with, or None where that is not known.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
@@ -352,12 +353,13 @@ class CheckpointManager:
         state = self._state(exclude)
         if "dataloader" in state:
             own_rows = self._dataloader.state_dict()["rows"]
-            check_data(checkpoint.folder, checkpoint.metadata, own_rows, self._dp_mesh.size())
+            check_data(checkpoint, self._job_config, own_rows, self._dp_mesh.size())
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
         self._load_stateful(state)
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
-            self._dataloader.load_state_dict({"rows": rows})
+            seq_len = saved_seq_len(checkpoint)
+            self._dataloader.load_state_dict({"rows": rows, "seq_len": seq_len})
         if dist.get_rank() == 0:
             changes = tell_changes(checkpoint.folder, self._job_config)
             logger.info("resumed from %s%s", checkpoint.folder, changes)

@@ -12,9 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan.config import to_toml
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
@@ -132,33 +130,6 @@ def model_differences(
     for name, a, b in nested_differences(was, now):
         if name.rpartition(".")[2] not in TRAINING_ONLY:
             yield name, a, b
-
-
-def check_data(
-    folder: StoragePath, metadata: Metadata, own_rows: torch.Tensor, dp_size: int
-) -> None:
-    """Raises `CheckpointError` if the loader cannot go on from the place in a checkpoint.
-
-    Args:
-        own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
-        dp_size: data ranks that share a global batch, those of this replica group.
-    """
-    rows: Any = metadata.state_dict_metadata.get("dataloader.rows")
-    if rows is None:
-        return
-    way_out = 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
-    saved, current = rows.size[0], len(own_rows) * dp_size
-    if saved != current:
-        raise CheckpointError(
-            f"{folder} was saved with a global batch of {saved} sequences, but "
-            f"training.global_batch_size is {current} now. Set it to {saved}, which holds for any "
-            f"number of data ranks that divides it, or set {way_out}"
-        )
-    if rows.size[1] != own_rows.shape[1]:
-        raise CheckpointError(
-            f"{folder} was saved with another number of data.sources or another data.packing. "
-            f"Restore them, or set {way_out}"
-        )
 
 
 def tell_changes(folder: StoragePath, job_config: JobConfig) -> str:
