@@ -1,6 +1,8 @@
 """Saving and resuming in one process."""
 
 import json
+import logging
+import shutil
 import threading
 
 import pytest
@@ -165,6 +167,48 @@ def test_excluded_parts_start_anew(tmp_path, part):
     }
     assert loaded == {name: name != part for name in loaded}
     torch.testing.assert_close(resumed.model.state_dict(), first.model.state_dict())
+
+
+@pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "dataloader", "train_state"])
+def test_an_exclusion_counts_once(tmp_path, part, caplog):
+    caplog.set_level(logging.INFO, "torchtitan")
+    Run(tmp_path).train(2)
+    again = Run(tmp_path, exclude_from_loading=[part])
+    again.manager.load()
+    assert "counted" not in caplog.text
+    first = again.state.step
+    expected = again.train(first + 4)
+    shutil.rmtree(tmp_path / "checkpoint" / f"step-{first + 4}")
+
+    restarted = Run(tmp_path, seed=1, exclude_from_loading=[part])
+    assert restarted.manager.load() == restarted.state.step == first + 2
+    assert restarted.train(first + 4) == expected[2:]
+    assert f'exclude_from_loading = ["{part}"] counted before step-{first + 2}' in caplog.text
+    assert f'such as ["{part}", "{part}"]' in caplog.text
+
+
+def test_another_exclusion_or_an_older_checkpoint_counts_anew(tmp_path):
+    def place(**checkpoint):
+        run = Run(tmp_path, **checkpoint)
+        run.manager.load()
+        return int(run.loader.state_dict()["rows"][0, 1])
+
+    Run(tmp_path).train(2)
+    once, twice = ["dataloader"], ["dataloader", "dataloader"]
+    excluding = Run(tmp_path, exclude_from_loading=once)
+    excluding.manager.load()
+    excluding.train(4)
+    assert place() == place(exclude_from_loading=once) == 2
+    assert place(exclude_from_loading=twice) == 0
+    assert place(exclude_from_loading=once, load_step=2) == 0
+    assert place(load_step=2) == 2
+
+
+def test_what_does_not_fit_tells_how_to_exclude_again(tmp_path):
+    Run(tmp_path, exclude_from_loading=["dataloader"]).train(2)
+    message = r'global_batch_size is 6.*such as \["dataloader", "dataloader"\]'
+    with pytest.raises(CheckpointError, match=message):
+        Run(tmp_path, global_batch_size=6, exclude_from_loading=["dataloader"]).manager.load()
 
 
 def test_another_global_batch_size_is_refused_by_name(tmp_path):

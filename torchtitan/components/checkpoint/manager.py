@@ -36,6 +36,8 @@ from .resume import (
     checkpoint_root,
     describe_model,
     folders_to_resume,
+    parts_to_exclude,
+    saved_config,
     steps_to_resume,
     tell_changes,
 )
@@ -271,7 +273,7 @@ class CheckpointManager:
                     f"checkpoint.load_step = {load_step}: there is no "
                     f"{step_folder(self._root, load_step)}. {self._steps_to_resume()}"
                 )
-            step = self._resume_first_good(folders, self._config.exclude_from_loading)
+            step = self._resume_first_good(folders, exclude=None)
             if step is not None:
                 return step
         path = self._initial_load_path
@@ -307,9 +309,12 @@ class CheckpointManager:
         return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
 
     def _resume_first_good(
-        self, folders: Iterable[StoragePath], exclude: Collection[str] = ()
+        self, folders: Iterable[StoragePath], exclude: Collection[str] | None
     ) -> int | None:
-        """The step of the first that is not damaged; None if there are none at all."""
+        """The step of the first that is not damaged; None if there are none at all.
+
+        `exclude`: parts that stay as they are; None: those of the config, if these still count.
+        """
         damaged: list[str] = []
         for folder in folders:
             if damaged and dist.get_rank() == 0:
@@ -341,13 +346,33 @@ class CheckpointManager:
             "choose another checkpoint.folder"
         )
 
-    def _resume(self, checkpoint: OpenCheckpoint, exclude: Collection[str]) -> int:
+    def _resume(self, checkpoint: OpenCheckpoint, exclude: Collection[str] | None) -> int:
         if checkpoint.manifest.model_only:
             raise CheckpointError(
                 f"{checkpoint.folder} holds the model alone and cannot resume a run. Set "
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._steps_to_resume()}"
             )
+        saved = on_rank_zero(lambda: saved_config(checkpoint), self._group)
+        note = ""
+        if exclude is None:
+            parts: list[str] = [*self._config.exclude_from_loading]
+            exclude, note = parts_to_exclude(checkpoint.folder, saved, parts)
+        try:
+            self._load_parts(checkpoint, exclude)
+        except CheckpointError as error:
+            if not note or isinstance(error, DamagedCheckpointError):
+                raise
+            # It may say to set what is set, and does not count any more.
+            raise CheckpointError(f"{error}. {note}") from error
+        if dist.get_rank() == 0:
+            changes = tell_changes(saved, self._job_config)
+            logger.info("resumed from %s%s", checkpoint.folder, changes)
+            if note:
+                logger.info("%s", note)
+        return checkpoint.manifest.step
+
+    def _load_parts(self, checkpoint: OpenCheckpoint, exclude: Collection[str]) -> None:
         if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
             exclude = (*exclude, "guard")
         state = self._state(exclude)
@@ -360,10 +385,6 @@ class CheckpointManager:
             rows = state["dataloader"]["rows"].to_local().cpu()
             seq_len = saved_seq_len(checkpoint)
             self._dataloader.load_state_dict({"rows": rows, "seq_len": seq_len})
-        if dist.get_rank() == 0:
-            changes = tell_changes(checkpoint.folder, self._job_config)
-            logger.info("resumed from %s%s", checkpoint.folder, changes)
-        return checkpoint.manifest.step
 
     def replica_state(self) -> dict[str, Any]:
         """What replica groups have in common: all but the place in the data. Not copies."""

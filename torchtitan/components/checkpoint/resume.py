@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torchtitan.config import to_toml
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.run_folder import CONFIG_FILE
-from torchtitan.tools.text import first_line
 
 from .agreement import on_rank_zero
 from .folder import (
@@ -30,10 +29,13 @@ from .folder import (
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import Manifest, nested_differences, plain_args
 from .owner import refuse_live_owner
+from .patience import parse_again
 from .storage import StoragePath, folders_in, is_url, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+
+    from .load import OpenCheckpoint
 
 
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
@@ -132,12 +134,49 @@ def model_differences(
             yield name, a, b
 
 
-def tell_changes(folder: StoragePath, job_config: JobConfig) -> str:
-    """The end of a sentence on a checkpoint: in what the run's config differs from its own."""
-    try:
-        saved = tomllib.loads((folder / CONFIG_FILE).read_bytes().decode())
-    except (OSError, ValueError) as error:
-        return f", whose configuration cannot be read ({first_line(error)})"
+def saved_config(checkpoint: OpenCheckpoint) -> dict[str, Any]:
+    """The configuration of the run that saved it; empty where it has none.
+
+    Raises:
+        DamagedCheckpointError: nothing can be made of the file, or it is missing.
+        OutageError: it cannot be read.
+    """
+    if CONFIG_FILE not in checkpoint.manifest.files:
+        return {}
+    path = checkpoint.folder / CONFIG_FILE
+    return parse_again(path, lambda: tomllib.loads(path.read_bytes().decode()))
+
+
+def parts_to_exclude(
+    folder: StoragePath, saved: dict[str, Any], parts: list[str]
+) -> tuple[list[str], str]:
+    """Which of `checkpoint.exclude_from_loading` to begin anew, all or none, and why none.
+
+    The key counts once: if the run that saved the checkpoint had the same one, that run has begun
+    the parts anew, or went on from one that had. Else each restart would begin them anew.
+
+    Args:
+        folder: the checkpoint.
+        saved: its `saved_config`.
+        parts: value of the key.
+    """
+    if not parts or saved.get("checkpoint", {}).get("exclude_from_loading") != parts:
+        return parts, ""
+    return [], (
+        f"checkpoint.exclude_from_loading = {_shown(parts)} counted before {folder.name} was "
+        "saved, so what has been trained since is loaded. To begin these parts anew once more, "
+        f"write it another way, such as {_shown([*parts, parts[-1]])}"
+    )
+
+
+def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
+    """The end of a sentence on a checkpoint: in what the run's config differs from its own.
+
+    Args:
+        saved: `saved_config` of the checkpoint.
+    """
+    if not saved:
+        return ", whose configuration is not known"
     changes = nested_differences(saved, tomllib.loads(to_toml(job_config)))
     lines = [f"\n  {name} = {_shown(now)} (was {_shown(was)})" for name, was, now in changes]
     return f". The configuration has changed since:{''.join(lines)}" if lines else ""
