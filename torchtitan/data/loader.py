@@ -21,7 +21,7 @@ from .mixing import Blend, Mixture, Phase
 from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
-from .sources import Source, has_random_access, open_dataset
+from .sources import Source, has_random_access, open_dataset, size_of
 from .token_files import PreparedTokens
 
 if TYPE_CHECKING:
@@ -179,6 +179,14 @@ class DataLoader:
         if self._encoder.skips:
             found["data_skipped_documents"] = float(self._counts.skipped * self._dp_world_size)
         return found
+
+    def describe(self) -> dict[str, Any]:
+        """`{"sources": [{"name", "documents" or "shards"}]}`: how large they are, where known.
+
+        A checkpoint keeps it, since a state is a place in data of this size.
+        """
+        sources = self._blend.sources.items()
+        return {"sources": [{"name": name, **size_of(source)} for name, source in sources]}
 
     def state_dict(self) -> dict[str, Any]:
         """`{"rows": [rows of this rank, k] int64}`: where each row is after the last complete step

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 import shutil
 import threading
+import zlib
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from harness import checkpoints_in
 
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
+from torchtitan.config.data import DataSource
 from torchtitan.errors import CheckpointError
 
 
@@ -232,6 +235,56 @@ def test_another_seq_len_is_refused_where_documents_were_packed_for_one(tmp_path
     with pytest.raises(CheckpointError, match=message):
         longer("best_fit").manager.load()
     assert longer("best_fit", exclude_from_loading=["dataloader"]).manager.load() == 2
+
+
+def of_sources(tmp_path, *names, documents=(10, 20), **checkpoint):
+    run = Run(tmp_path, **checkpoint)
+    run.config.data.sources = [DataSource(name=name, dataset="text") for name in names]
+    sizes = zip(names, documents, strict=True)
+    told = {"sources": [{"name": name, "documents": size} for name, size in sizes]}
+    run.loader.describe = lambda: told
+    return run
+
+
+def test_sources_of_other_names_or_in_another_order_are_refused(tmp_path):
+    of_sources(tmp_path, "a", "b").train(2)
+    assert of_sources(tmp_path, "a", "b").manager.load() == 2
+    for names in (("b", "a"), ("a", "c")):
+        now = re.escape(json.dumps(names))
+        with pytest.raises(
+            CheckpointError, match=rf'\["a", "b"\], but they are {now} now.*exclude'
+        ):
+            of_sources(tmp_path, *names).manager.load()
+    excluding = of_sources(tmp_path, "b", "a", exclude_from_loading=["dataloader"])
+    assert excluding.manager.load() == 2
+
+
+def test_data_of_another_size_is_told(tmp_path, caplog):
+    of_sources(tmp_path, "a", "b").train(2)
+    of_sources(tmp_path, "a", "b").manager.load()
+    excluding = of_sources(
+        tmp_path, "a", "b", documents=(1, 2), exclude_from_loading=["dataloader"]
+    )
+    excluding.manager.load()
+    assert "changed since" not in caplog.text
+    of_sources(tmp_path, "a", "b", documents=(10, 2100)).manager.load()
+    [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "step-2 was saved: b had 20 documents, now 2,100. The run" in warning
+
+
+def test_a_checkpoint_that_says_nothing_of_the_data_is_resumed(tmp_path, caplog):
+    Run(tmp_path).train(2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    (folder / "config.resolved.toml").unlink()
+    old = json.loads((folder / "manifest.json").read_text())
+    del old["data"], old["files"]["config.resolved.toml"], old["model"]["seq_len"]
+    text = json.dumps(old | {"crc32": "00000000"}, indent=1) + "\n"
+    checksum = f"{zlib.crc32(text.encode()):08x}"
+    (folder / "manifest.json").write_text(text.replace('"00000000"\n}', f'"{checksum}"\n}}'))
+    run = of_sources(tmp_path, "a", "b")
+    run.config.data.packing = "best_fit"
+    assert run.manager.load() == 2
+    assert "changed since" not in caplog.text
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -90,6 +91,31 @@ def test_the_metrics_count_tokens_and_epochs_of_each_source() -> None:
     assert sum(ord("a") in row for row in rows) == 75
     assert metrics["data_epoch/a"] == pytest.approx(75 * 8 / 40, abs=0.5)
     assert metrics["data_epoch/b"] == pytest.approx(25 * 8 / 64, abs=1.0)
+
+
+def test_a_loader_tells_how_large_its_sources_are() -> None:
+    class Files:
+        num_shards = 3
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(["a text"])
+
+        def shard(self, index: int) -> list[str]:
+            return ["a text"]
+
+    class Stream:
+        def __iter__(self) -> Iterator[str]:
+            return iter(["a text"])
+
+    sources = {"texts": ["a", "b"], "files": Files(), "stream": Stream()}
+    loader = DataLoader(Blend(sources, (Phase(1, (1.0,) * 3),)), BytesTokenizer(), 8, 4, 4)
+    assert loader.describe()["sources"] == [
+        {"name": "texts", "documents": 2},
+        {"name": "files", "shards": 3},
+        {"name": "stream"},
+    ]
+    one = DataLoader(["a", "b"], BytesTokenizer(), 8, 4, 4)
+    assert one.describe()["sources"] == [{"name": "", "documents": 2}]
 
 
 def test_tokens_are_counted_on_with_another_seq_len() -> None:

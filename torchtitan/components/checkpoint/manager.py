@@ -25,7 +25,7 @@ from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
-from .data_place import check_data, saved_seq_len
+from .data_place import check_data, describe_data, saved_seq_len, warn_of_changed_data
 from .folder import delete, partial_folder, step_folder
 from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
@@ -69,7 +69,8 @@ class CheckpointManager:
             name.
         lr_schedulers: as it is after `steps` steps of the optimizers.
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`; what it loads
-            has also the `seq_len` that they were saved with, or None where that is not known.
+            has also the `seq_len` that they were saved with, or None where that is not known. If it
+            has `describe`, see `DataLoader`, a change of the data is told.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
@@ -151,7 +152,8 @@ class CheckpointManager:
             self._save_huggingface(step)
             return
         state = self._export_state() if export else self._state()
-        manifest = Manifest(step=step, model_only=export, model=self._model_description)
+        data = {} if export else describe_data(self._dataloader)
+        manifest = Manifest(step, export, self._model_description, data)
         folder = step_folder(self._root, step)
         writer = CheckpointWriter(
             folder,
@@ -359,7 +361,7 @@ class CheckpointManager:
             parts: list[str] = [*self._config.exclude_from_loading]
             exclude, note = parts_to_exclude(checkpoint.folder, saved, parts)
         try:
-            self._load_parts(checkpoint, exclude)
+            self._load_parts(checkpoint, saved, exclude)
         except CheckpointError as error:
             if not note or isinstance(error, DamagedCheckpointError):
                 raise
@@ -372,13 +374,17 @@ class CheckpointManager:
                 logger.info("%s", note)
         return checkpoint.manifest.step
 
-    def _load_parts(self, checkpoint: OpenCheckpoint, exclude: Collection[str]) -> None:
+    def _load_parts(
+        self, checkpoint: OpenCheckpoint, saved_config: dict[str, Any], exclude: Collection[str]
+    ) -> None:
         if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
             exclude = (*exclude, "guard")
         state = self._state(exclude)
         if "dataloader" in state:
             own_rows = self._dataloader.state_dict()["rows"]
-            check_data(checkpoint, self._job_config, own_rows, self._dp_mesh.size())
+            layout = own_rows, self._dp_mesh.size()
+            check_data(checkpoint, saved_config, self._job_config, *layout)
+            warn_of_changed_data(checkpoint, describe_data(self._dataloader))
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
         self._load_stateful(state)
         if "dataloader" in state:
