@@ -134,6 +134,14 @@ class DataLoader:
             [[*schedule, *(row, 0, *start) * sources] for row in self._rows.tolist()]
         )
 
+    def begin_at(self, step: int) -> None:
+        """Go back to the first batch, of a run that has done `step` steps.
+
+        The phases of a mixture count these; its sources begin anew.
+        """
+        self.reset()
+        self._places[:, Mixture.steps_part(len(self._blend.sources))] = step
+
     def close(self) -> None:
         """Stop reading ahead. Iterating on starts again after the last complete step."""
         if self._prefetcher is not None:

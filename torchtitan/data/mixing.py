@@ -76,6 +76,11 @@ class Mixture:
         return 0 if sources == 1 else 2 + 2 * sources
 
     @staticmethod
+    def steps_part(sources: int) -> slice:
+        """Where a state has the steps done."""
+        return slice(1 if sources > 1 else 0)
+
+    @staticmethod
     def drawn_part(sources: int) -> slice:
         """Where a state has the sequences taken from each source."""
         return slice(2 + sources, 2 + 2 * sources) if sources > 1 else slice(0)

@@ -190,6 +190,17 @@ def test_an_exclusion_counts_once(tmp_path, part, caplog):
     assert f'such as ["{part}", "{part}"]' in caplog.text
 
 
+def test_data_begun_anew_knows_of_the_steps_before(tmp_path):
+    Run(tmp_path).train(2)
+    told = []
+    for parts in (["dataloader"], ["dataloader", "train_state"], ["optimizer"]):
+        run = Run(tmp_path, exclude_from_loading=parts)
+        run.loader.begin_at = told.append
+        run.manager.load()
+        run.manager.roll_back(exclude=("dataloader",))
+    assert told == [2, 0]
+
+
 def test_another_exclusion_or_an_older_checkpoint_counts_anew(tmp_path):
     def place(**checkpoint):
         run = Run(tmp_path, **checkpoint)

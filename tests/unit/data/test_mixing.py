@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,6 +117,22 @@ def test_a_loader_tells_how_large_its_sources_are() -> None:
     ]
     one = DataLoader(["a", "b"], BytesTokenizer(), 8, 4, 4)
     assert one.describe()["sources"] == [{"name": "", "documents": 2}]
+
+
+def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:
+    phases = (Phase(1, (1.0, 0.0)), Phase(6, (0.0, 1.0)))
+    loader = DataLoader(Blend({"a": ["aaa"], "b": ["bbb"]}, phases), BytesTokenizer(), 8, 4, 4)
+    first = next(loader)
+    loader.begin_at(4)
+    assert torch.equal(next(loader)["tokens"], first["tokens"])
+    assert loader.metrics()["data_tokens/a"] == 4 * 8
+    assert ord("b") in next(loader)["tokens"]
+    assert loader.metrics()["data_tokens/b"] == 4 * 8
+    loader.close()
+    one = DataLoader(["a"], BytesTokenizer(), 8, 4, 4)
+    rows = one.state_dict()["rows"]
+    one.begin_at(4)
+    assert torch.equal(one.state_dict()["rows"], rows)
 
 
 def test_tokens_are_counted_on_with_another_seq_len() -> None:

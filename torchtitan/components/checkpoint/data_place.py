@@ -81,6 +81,13 @@ def source_names(config: dict[str, Any]) -> list[str]:
     return [source.get("name") or source.get("dataset", "") for source in sources]
 
 
+def begin_data(dataloader: Any, step: int) -> None:
+    """Begin the data anew after `step` steps, which a loader that needs to know it is told."""
+    tell = getattr(dataloader, "begin_at", None)
+    if tell:
+        tell(step)
+
+
 def describe_data(dataloader: Any) -> dict[str, Any]:
     """What a manifest says of the data: what the loader tells; empty where it tells nothing."""
     tell = getattr(dataloader, "describe", None)

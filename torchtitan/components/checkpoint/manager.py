@@ -25,7 +25,7 @@ from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
-from .data_place import check_data, describe_data, saved_seq_len, warn_of_changed_data
+from .data_place import begin_data, check_data, describe_data, saved_seq_len, warn_of_changed_data
 from .folder import delete, partial_folder, step_folder
 from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
@@ -70,7 +70,7 @@ class CheckpointManager:
         lr_schedulers: as it is after `steps` steps of the optimizers.
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`; what it loads
             has also the `seq_len` that they were saved with, or None where that is not known. If it
-            has `describe`, see `DataLoader`, a change of the data is told.
+            has `describe` and `begin_at`, as `DataLoader`, these are called.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
@@ -357,9 +357,11 @@ class CheckpointManager:
             )
         saved = on_rank_zero(lambda: saved_config(checkpoint), self._group)
         note = ""
+        anew = False
         if exclude is None:
             parts: list[str] = [*self._config.exclude_from_loading]
             exclude, note = parts_to_exclude(checkpoint.folder, saved, parts)
+            anew = "dataloader" in exclude
         try:
             self._load_parts(checkpoint, saved, exclude)
         except CheckpointError as error:
@@ -367,6 +369,10 @@ class CheckpointManager:
                 raise
             # It may say to set what is set, and does not count any more.
             raise CheckpointError(f"{error}. {note}") from error
+        if anew:
+            begin_data(
+                self._dataloader, 0 if "train_state" in exclude else checkpoint.manifest.step
+            )
         if dist.get_rank() == 0:
             changes = tell_changes(saved, self._job_config)
             logger.info("resumed from %s%s", checkpoint.folder, changes)
