@@ -100,7 +100,7 @@ class Run:
         tokenizer: str = "bytes",
         **checkpoint: Any,
     ) -> None:
-        config = JobConfig()
+        self.config = config = JobConfig()
         config.job.dump_folder = str(dump_folder)
         config.training.steps = steps
         config.model.tokenizer_path = tokenizer

@@ -35,7 +35,9 @@ class Checkpoint:
     """Start a new run from a Hugging Face folder: `initial_load_path`, or that of
     `model.tokenizer_path` where it is empty."""
     exclude_from_loading: list[ExcludablePart] = field(default_factory=list)
-    """Parts of the state not to load on resume."""
+    """Parts of the state not to load on resume. It counts once: a checkpoint that was saved with
+    the same value is loaded whole, so that a restart does not begin the parts anew again. Another
+    value, such as a part named twice, counts anew."""
     last_save_model_only: bool = False
     """Save only the model at the last step (an export; such a checkpoint cannot resume)."""
     last_save_in_hf: bool = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .order import mix, permute
-from .packing import begin_of, require_place
+from .packing import begin_of, require_place, require_sequence
 
 if TYPE_CHECKING:
     from .order import ShuffledDocuments, StreamedDocuments
@@ -67,6 +67,7 @@ class BestFitRow:
         """
         if not self._sequences:
             self._open_pool()
+            require_sequence(self._pool_place[0], self._sequence, len(self._sequences))
         filled = 0
         pieces = self._sequences[self._sequence]
         for count, piece in enumerate(pieces):

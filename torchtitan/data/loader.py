@@ -21,7 +21,7 @@ from .mixing import Blend, Mixture, Phase
 from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
-from .sources import Source, has_random_access, open_dataset
+from .sources import Source, has_random_access, open_dataset, size_of
 from .token_files import PreparedTokens
 
 if TYPE_CHECKING:
@@ -139,6 +139,14 @@ class DataLoader:
             [[*schedule, *(row, 0, *start) * sources] for row in self._rows.tolist()]
         )
 
+    def begin_at(self, step: int) -> None:
+        """Go back to the first batch, of a run that has done `step` steps.
+
+        The phases of a mixture count these; its sources begin anew.
+        """
+        self.reset()
+        self._places[:, Mixture.steps_part(len(self._blend.sources))] = step
+
     def close(self) -> None:
         """Stop reading ahead. Iterating on starts again after the last complete step."""
         if self._prefetcher is not None:
@@ -185,6 +193,14 @@ class DataLoader:
             found["data_skipped_documents"] = float(self._counts.skipped * self._dp_world_size)
         return found
 
+    def describe(self) -> dict[str, Any]:
+        """`{"sources": [{"name", "documents" or "shards"}]}`: how large they are, where known.
+
+        A checkpoint keeps it, since a state is a place in data of this size.
+        """
+        sources = self._blend.sources.items()
+        return {"sources": [{"name": name, **size_of(source)} for name, source in sources]}
+
     def state_dict(self) -> dict[str, Any]:
         """`{"rows": [rows of this rank, k] int64}`: where each row is after the last complete step
         handed out. That is `Mixture.state`, then `Row.place` for each source; k is 4 for one.
@@ -194,7 +210,10 @@ class DataLoader:
         return {"rows": torch.from_numpy(self._places.copy())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of `state_dict`; `seq_len` and the number of ranks may differ.
+        """Go on from a state of `state_dict`; the number of ranks may differ.
+
+        Under contiguous packing `seq_len` may too. Where the state has that of the saved run,
+        tokens are counted on from those that it had.
 
         Raises:
             CheckpointError: the state is of another global batch size, mixture or packing.
@@ -221,6 +240,11 @@ class DataLoader:
             )
         self.close()
         self._places = places.copy()
+        drawn = Mixture.drawn_part(len(self._blend.sources))
+        saved_len = state_dict.get("seq_len") or self._seq_len
+        # In sequences of the new length, to the nearest.
+        tokens = self._places[:, drawn] * saved_len
+        self._places[:, drawn] = (tokens + self._seq_len // 2) // self._seq_len
 
     def _split(self, places: np.ndarray) -> list[np.ndarray]:
         """Columns of a state: those of the mixture, then those of each source."""

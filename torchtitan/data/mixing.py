@@ -76,9 +76,19 @@ class Mixture:
         return 0 if sources == 1 else 2 + 2 * sources
 
     @staticmethod
+    def steps_part(sources: int) -> slice:
+        """Where a state has the steps done."""
+        return slice(1 if sources > 1 else 0)
+
+    @staticmethod
+    def drawn_part(sources: int) -> slice:
+        """Where a state has the sequences taken from each source."""
+        return slice(2 + sources, 2 + 2 * sources) if sources > 1 else slice(0)
+
+    @staticmethod
     def drawn(state: Sequence[int], sources: int) -> list[int]:
         """The sequences taken from each source, by a state."""
-        return list(state[2 + sources : 2 + 2 * sources])
+        return list(state[Mixture.drawn_part(sources)])
 
     def load_state(self, state: Sequence[int]) -> None:
         if self.sources > 1:

@@ -79,11 +79,25 @@ class Row:
 def require_place(document: int, offset: int, length: int) -> None:
     """Raises `DataError`: a saved place is not in the data."""
     if offset > 0 and offset >= length:
-        raise DataError(
-            f"the checkpoint is at token {offset} of document {document}, but the document has "
-            f"{length} tokens: the dataset or the tokenizer has changed. Restore it, or set "
-            'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+        raise _no_such_place(
+            f"token {offset} of document {document}, but the document has {length} tokens"
         )
+
+
+def require_sequence(document: int, sequence: int, sequences: int) -> None:
+    """Raises `DataError`: a saved pool of documents has no such sequence now."""
+    if sequence >= sequences:
+        raise _no_such_place(
+            f"sequence {sequence} of those packed from document {document} on, but there are "
+            f"{sequences}"
+        )
+
+
+def _no_such_place(what: str) -> DataError:
+    return DataError(
+        f"the checkpoint is at {what}: the dataset or the tokenizer has changed. Restore it, or "
+        'set checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+    )
 
 
 def begin_of(

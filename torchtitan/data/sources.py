@@ -69,6 +69,14 @@ SourceFactory = Callable[..., Source]
 One that has splits takes a third parameter, `split: str | None`.
 """
 
+
+def size_of(source: Source) -> dict[str, int]:
+    """Its number of `documents`, or else of `shards`, where it tells one of them."""
+    if has_random_access(source):
+        return {"documents": len(source)}
+    return {"shards": source.num_shards} if isinstance(source, Sharded) else {}
+
+
 DATASETS: dict[str, SourceFactory] = {}
 """Name of a dataset (`training.dataset`) -> its factory."""
 

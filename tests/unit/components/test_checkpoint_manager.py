@@ -1,7 +1,11 @@
 """Saving and resuming in one process."""
 
 import json
+import logging
+import re
+import shutil
 import threading
+import zlib
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.components.checkpoint.writer import CheckpointWriter
+from torchtitan.config import JobConfig
+from torchtitan.config.data import DataSource
 from torchtitan.errors import CheckpointError
 
 
@@ -166,11 +172,130 @@ def test_excluded_parts_start_anew(tmp_path, part):
     torch.testing.assert_close(resumed.model.state_dict(), first.model.state_dict())
 
 
+@pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "dataloader", "train_state"])
+def test_an_exclusion_counts_once(tmp_path, part, caplog):
+    caplog.set_level(logging.INFO, "torchtitan")
+    Run(tmp_path).train(2)
+    again = Run(tmp_path, exclude_from_loading=[part])
+    again.manager.load()
+    assert "counted" not in caplog.text
+    first = again.state.step
+    expected = again.train(first + 4)
+    shutil.rmtree(tmp_path / "checkpoint" / f"step-{first + 4}")
+
+    restarted = Run(tmp_path, seed=1, exclude_from_loading=[part])
+    assert restarted.manager.load() == restarted.state.step == first + 2
+    assert restarted.train(first + 4) == expected[2:]
+    assert f'exclude_from_loading = ["{part}"] counted before step-{first + 2}' in caplog.text
+    assert f'such as ["{part}", "{part}"]' in caplog.text
+
+
+def test_data_begun_anew_knows_of_the_steps_before(tmp_path):
+    Run(tmp_path).train(2)
+    told = []
+    for parts in (["dataloader"], ["dataloader", "train_state"], ["optimizer"]):
+        run = Run(tmp_path, exclude_from_loading=parts)
+        run.loader.begin_at = told.append
+        run.manager.load()
+        run.manager.roll_back(exclude=("dataloader",))
+    assert told == [2, 0]
+
+
+def test_another_exclusion_or_an_older_checkpoint_counts_anew(tmp_path):
+    def place(**checkpoint):
+        run = Run(tmp_path, **checkpoint)
+        run.manager.load()
+        return int(run.loader.state_dict()["rows"][0, 1])
+
+    Run(tmp_path).train(2)
+    once, twice = ["dataloader"], ["dataloader", "dataloader"]
+    excluding = Run(tmp_path, exclude_from_loading=once)
+    excluding.manager.load()
+    excluding.train(4)
+    assert place() == place(exclude_from_loading=once) == 2
+    assert place(exclude_from_loading=twice) == 0
+    assert place(exclude_from_loading=once, load_step=2) == 0
+    assert place(load_step=2) == 2
+
+
+def test_what_does_not_fit_tells_how_to_exclude_again(tmp_path):
+    Run(tmp_path, exclude_from_loading=["dataloader"]).train(2)
+    message = r'global_batch_size is 6.*such as \["dataloader", "dataloader"\]'
+    with pytest.raises(CheckpointError, match=message):
+        Run(tmp_path, global_batch_size=6, exclude_from_loading=["dataloader"]).manager.load()
+
+
 def test_another_global_batch_size_is_refused_by_name(tmp_path):
     Run(tmp_path).train(2)
     with pytest.raises(CheckpointError, match=r"4 seq.*training.global_batch_size is 6.*exclude"):
         Run(tmp_path, global_batch_size=6).manager.load()
     assert Run(tmp_path, global_batch_size=6, exclude_from_loading=["dataloader"]).manager.load()
+
+
+def test_another_seq_len_is_refused_where_documents_were_packed_for_one(tmp_path):
+    Run(tmp_path).train(2)
+    saved = JobConfig().training.seq_len
+
+    def longer(packing, **checkpoint):
+        run = Run(tmp_path, **checkpoint)
+        run.config.training.seq_len, run.config.data.packing = 2 * saved, packing
+        return run
+
+    assert longer("contiguous").manager.load() == 2
+    message = rf"training.seq_len = {saved}, but it is {2 * saved} now.*best_fit.*exclude_from_load"
+    with pytest.raises(CheckpointError, match=message):
+        longer("best_fit").manager.load()
+    assert longer("best_fit", exclude_from_loading=["dataloader"]).manager.load() == 2
+
+
+def of_sources(tmp_path, *names, documents=(10, 20), **checkpoint):
+    run = Run(tmp_path, **checkpoint)
+    run.config.data.sources = [DataSource(name=name, dataset="text") for name in names]
+    sizes = zip(names, documents, strict=True)
+    told = {"sources": [{"name": name, "documents": size} for name, size in sizes]}
+    run.loader.describe = lambda: told
+    return run
+
+
+def test_sources_of_other_names_or_in_another_order_are_refused(tmp_path):
+    of_sources(tmp_path, "a", "b").train(2)
+    assert of_sources(tmp_path, "a", "b").manager.load() == 2
+    for names in (("b", "a"), ("a", "c")):
+        now = re.escape(json.dumps(names))
+        with pytest.raises(
+            CheckpointError, match=rf'\["a", "b"\], but they are {now} now.*exclude'
+        ):
+            of_sources(tmp_path, *names).manager.load()
+    excluding = of_sources(tmp_path, "b", "a", exclude_from_loading=["dataloader"])
+    assert excluding.manager.load() == 2
+
+
+def test_data_of_another_size_is_told(tmp_path, caplog):
+    of_sources(tmp_path, "a", "b").train(2)
+    of_sources(tmp_path, "a", "b").manager.load()
+    excluding = of_sources(
+        tmp_path, "a", "b", documents=(1, 2), exclude_from_loading=["dataloader"]
+    )
+    excluding.manager.load()
+    assert "changed since" not in caplog.text
+    of_sources(tmp_path, "a", "b", documents=(10, 2100)).manager.load()
+    [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "step-2 was saved: b had 20 documents, now 2,100. The run" in warning
+
+
+def test_a_checkpoint_that_says_nothing_of_the_data_is_resumed(tmp_path, caplog):
+    Run(tmp_path).train(2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    (folder / "config.resolved.toml").unlink()
+    old = json.loads((folder / "manifest.json").read_text())
+    del old["data"], old["files"]["config.resolved.toml"], old["model"]["seq_len"]
+    text = json.dumps(old | {"crc32": "00000000"}, indent=1) + "\n"
+    checksum = f"{zlib.crc32(text.encode()):08x}"
+    (folder / "manifest.json").write_text(text.replace('"00000000"\n}', f'"{checksum}"\n}}'))
+    run = of_sources(tmp_path, "a", "b")
+    run.config.data.packing = "best_fit"
+    assert run.manager.load() == 2
+    assert "changed since" not in caplog.text
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path):

@@ -17,6 +17,7 @@ from torchtitan.data.best_fit import POOL_SEQUENCES, BestFitRow, best_fit, cut
 from torchtitan.data.mixing import Blend, Phase
 from torchtitan.data.order import Origin
 from torchtitan.data.packing import to_batch
+from torchtitan.errors import DataError
 from torchtitan.models import llama3
 
 EOS = BytesTokenizer.eos_id
@@ -112,6 +113,12 @@ def test_pools_are_packed_by_the_reading_threads_and_not_for_a_source_that_pause
     places = loader.state_dict()["rows"]
     loader.close()
     assert (places[:, -5] == torch.arange(rows)).all() and not places[:, -4:].any()
+
+
+def test_a_sequence_that_the_pool_does_not_have_is_refused() -> None:
+    with pytest.raises(DataError, match=r"sequence 60 of .* from document 4 on.*has changed"):
+        row = BestFitRow(Documents([8]), 1, 8, document=4, offset=0, sequence=60)
+        row.fill(*np.zeros((3, 9), dtype=np.int64))
 
 
 def test_whole_documents_stay_whole_and_padding_predicts_nothing() -> None:

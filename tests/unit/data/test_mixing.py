@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,6 +92,66 @@ def test_the_metrics_count_tokens_and_epochs_of_each_source() -> None:
     assert sum(ord("a") in row for row in rows) == 75
     assert metrics["data_epoch/a"] == pytest.approx(75 * 8 / 40, abs=0.5)
     assert metrics["data_epoch/b"] == pytest.approx(25 * 8 / 64, abs=1.0)
+
+
+def test_a_loader_tells_how_large_its_sources_are() -> None:
+    class Files:
+        num_shards = 3
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(["a text"])
+
+        def shard(self, index: int) -> list[str]:
+            return ["a text"]
+
+    class Stream:
+        def __iter__(self) -> Iterator[str]:
+            return iter(["a text"])
+
+    sources = {"texts": ["a", "b"], "files": Files(), "stream": Stream()}
+    loader = DataLoader(Blend(sources, (Phase(1, (1.0,) * 3),)), BytesTokenizer(), 8, 4, 4)
+    assert loader.describe()["sources"] == [
+        {"name": "texts", "documents": 2},
+        {"name": "files", "shards": 3},
+        {"name": "stream"},
+    ]
+    one = DataLoader(["a", "b"], BytesTokenizer(), 8, 4, 4)
+    assert one.describe()["sources"] == [{"name": "", "documents": 2}]
+
+
+def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:
+    phases = (Phase(1, (1.0, 0.0)), Phase(6, (0.0, 1.0)))
+    loader = DataLoader(Blend({"a": ["aaa"], "b": ["bbb"]}, phases), BytesTokenizer(), 8, 4, 4)
+    first = next(loader)
+    loader.begin_at(4)
+    assert torch.equal(next(loader)["tokens"], first["tokens"])
+    assert loader.metrics()["data_tokens/a"] == 4 * 8
+    assert ord("b") in next(loader)["tokens"]
+    assert loader.metrics()["data_tokens/b"] == 4 * 8
+    loader.close()
+    one = DataLoader(["a"], BytesTokenizer(), 8, 4, 4)
+    rows = one.state_dict()["rows"]
+    one.begin_at(4)
+    assert torch.equal(one.state_dict()["rows"], rows)
+
+
+def test_tokens_are_counted_on_with_another_seq_len() -> None:
+    blend = Blend({"a": ["aaa"] * 10, "b": ["b" * 15] * 4}, (Phase(1, (3.0, 1.0)),))
+    loader = DataLoader(blend, BytesTokenizer(), 8, 4, 4)
+    for _ in range(16):
+        next(loader)
+    state = loader.state_dict() | {"seq_len": 8}
+    loader.close()
+    longer = DataLoader(blend, BytesTokenizer(), 32, 4, 4)
+    longer.load_state_dict(state)
+    metrics = longer.metrics()
+    assert metrics["data_tokens/a"] == 48 * 8 and metrics["data_tokens/b"] == 16 * 8
+    one = DataLoader(blend.sources["a"], BytesTokenizer(), 8, 4, 4)
+    next(one)
+    state = one.state_dict()
+    one.load_state_dict(state | {"seq_len": 32})  # whose places are no counts
+    assert (one.state_dict()["rows"] == state["rows"]).all()
+    one.close()
 
 
 def config_of(*sources: DataSource, phases: tuple[DataPhase, ...] = ()) -> JobConfig:

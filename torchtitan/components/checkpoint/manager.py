@@ -25,6 +25,7 @@ from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
+from .data_place import begin_data, check_data, describe_data, saved_seq_len, warn_of_changed_data
 from .folder import delete, partial_folder, step_folder
 from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
@@ -32,10 +33,11 @@ from .load import OpenCheckpoint, load_weights_of_parts, model_state
 from .manifest import Manifest
 from .owner import Claim, TakenOverError
 from .resume import (
-    check_data,
     checkpoint_root,
     describe_model,
     folders_to_resume,
+    parts_to_exclude,
+    saved_config,
     steps_to_resume,
     tell_changes,
 )
@@ -66,7 +68,9 @@ class CheckpointManager:
         optimizers: an iterable of optimizers. Its `state_dict()` is flat, and keyed by parameter
             name.
         lr_schedulers: as it is after `steps` steps of the optimizers.
-        dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`.
+        dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`; what it loads
+            has also the `seq_len` that they were saved with, or None where that is not known. If it
+            has `describe` and `begin_at`, as `DataLoader`, these are called.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
@@ -148,7 +152,8 @@ class CheckpointManager:
             self._save_huggingface(step)
             return
         state = self._export_state() if export else self._state()
-        manifest = Manifest(step=step, model_only=export, model=self._model_description)
+        data = {} if export else describe_data(self._dataloader)
+        manifest = Manifest(step, export, self._model_description, data)
         folder = step_folder(self._root, step)
         writer = CheckpointWriter(
             folder,
@@ -270,7 +275,7 @@ class CheckpointManager:
                     f"checkpoint.load_step = {load_step}: there is no "
                     f"{step_folder(self._root, load_step)}. {self._steps_to_resume()}"
                 )
-            step = self._resume_first_good(folders, self._config.exclude_from_loading)
+            step = self._resume_first_good(folders, exclude=None)
             if step is not None:
                 return step
         path = self._initial_load_path
@@ -306,9 +311,12 @@ class CheckpointManager:
         return f"Steps to resume from: {', '.join(map(str, steps)) or '(none)'}"
 
     def _resume_first_good(
-        self, folders: Iterable[StoragePath], exclude: Collection[str] = ()
+        self, folders: Iterable[StoragePath], exclude: Collection[str] | None
     ) -> int | None:
-        """The step of the first that is not damaged; None if there are none at all."""
+        """The step of the first that is not damaged; None if there are none at all.
+
+        `exclude`: parts that stay as they are; None: those of the config, if these still count.
+        """
         damaged: list[str] = []
         for folder in folders:
             if damaged and dist.get_rank() == 0:
@@ -340,28 +348,55 @@ class CheckpointManager:
             "choose another checkpoint.folder"
         )
 
-    def _resume(self, checkpoint: OpenCheckpoint, exclude: Collection[str]) -> int:
+    def _resume(self, checkpoint: OpenCheckpoint, exclude: Collection[str] | None) -> int:
         if checkpoint.manifest.model_only:
             raise CheckpointError(
                 f"{checkpoint.folder} holds the model alone and cannot resume a run. Set "
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._steps_to_resume()}"
             )
+        saved = on_rank_zero(lambda: saved_config(checkpoint), self._group)
+        note = ""
+        anew = False
+        if exclude is None:
+            parts: list[str] = [*self._config.exclude_from_loading]
+            exclude, note = parts_to_exclude(checkpoint.folder, saved, parts)
+            anew = "dataloader" in exclude
+        try:
+            self._load_parts(checkpoint, saved, exclude)
+        except CheckpointError as error:
+            if not note or isinstance(error, DamagedCheckpointError):
+                raise
+            # It may say to set what is set, and does not count any more.
+            raise CheckpointError(f"{error}. {note}") from error
+        if anew:
+            begin_data(
+                self._dataloader, 0 if "train_state" in exclude else checkpoint.manifest.step
+            )
+        if dist.get_rank() == 0:
+            changes = tell_changes(saved, self._job_config)
+            logger.info("resumed from %s%s", checkpoint.folder, changes)
+            if note:
+                logger.info("%s", note)
+        return checkpoint.manifest.step
+
+    def _load_parts(
+        self, checkpoint: OpenCheckpoint, saved_config: dict[str, Any], exclude: Collection[str]
+    ) -> None:
         if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
             exclude = (*exclude, "guard")
         state = self._state(exclude)
         if "dataloader" in state:
             own_rows = self._dataloader.state_dict()["rows"]
-            check_data(checkpoint.folder, checkpoint.metadata, own_rows, self._dp_mesh.size())
+            layout = own_rows, self._dp_mesh.size()
+            check_data(checkpoint, saved_config, self._job_config, *layout)
+            warn_of_changed_data(checkpoint, describe_data(self._dataloader))
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
         self._load_stateful(state)
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
-            self._dataloader.load_state_dict({"rows": rows})
-        if dist.get_rank() == 0:
-            changes = tell_changes(checkpoint.folder, self._job_config)
-            logger.info("resumed from %s%s", checkpoint.folder, changes)
-        return checkpoint.manifest.step
+            seq_len = saved_seq_len(checkpoint)
+            self._dataloader.load_state_dict({"rows": rows, "seq_len": seq_len})
 
     def replica_state(self) -> dict[str, Any]:
         """What replica groups have in common: all but the place in the data. Not copies."""

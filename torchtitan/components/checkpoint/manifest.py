@@ -40,6 +40,8 @@ class Manifest:
     model: dict[str, Any]
     """`name`, `flavor`, `args` (the model's hyperparameters) and the tokenizer, see
     `resume.describe_model`."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """`sources`, see `DataLoader.describe`; empty in old checkpoints and exports."""
     saved_at: str = ""
     """Time of completion: UTC, ISO 8601. Sorts as text."""
     files: dict[str, FileRecord] = field(default_factory=dict)

@@ -12,14 +12,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan.config import to_toml
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.run_folder import CONFIG_FILE
-from torchtitan.tools.text import first_line
 
 from .agreement import on_rank_zero
 from .folder import (
@@ -32,10 +29,13 @@ from .folder import (
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import Manifest, nested_differences, plain_args
 from .owner import refuse_live_owner
+from .patience import parse_again
 from .storage import StoragePath, folders_in, is_url, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+
+    from .load import OpenCheckpoint
 
 
 _WITH_BUFFERS = ("aux_loss_weight", "use_bias")
@@ -139,39 +139,49 @@ def model_differences(
             yield name, a, b
 
 
-def check_data(
-    folder: StoragePath, metadata: Metadata, own_rows: torch.Tensor, dp_size: int
-) -> None:
-    """Raises `CheckpointError` if the loader cannot go on from the place in a checkpoint.
+def saved_config(checkpoint: OpenCheckpoint) -> dict[str, Any]:
+    """The configuration of the run that saved it; empty where it has none.
+
+    Raises:
+        DamagedCheckpointError: nothing can be made of the file, or it is missing.
+        OutageError: it cannot be read.
+    """
+    if CONFIG_FILE not in checkpoint.manifest.files:
+        return {}
+    path = checkpoint.folder / CONFIG_FILE
+    return parse_again(path, lambda: tomllib.loads(path.read_bytes().decode()))
+
+
+def parts_to_exclude(
+    folder: StoragePath, saved: dict[str, Any], parts: list[str]
+) -> tuple[list[str], str]:
+    """Which of `checkpoint.exclude_from_loading` to begin anew, all or none, and why none.
+
+    The key counts once: if the run that saved the checkpoint had the same one, that run has begun
+    the parts anew, or went on from one that had. Else each restart would begin them anew.
 
     Args:
-        own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
-        dp_size: data ranks that share a global batch, those of this replica group.
+        folder: the checkpoint.
+        saved: its `saved_config`.
+        parts: value of the key.
     """
-    rows: Any = metadata.state_dict_metadata.get("dataloader.rows")
-    if rows is None:
-        return
-    way_out = 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
-    saved, current = rows.size[0], len(own_rows) * dp_size
-    if saved != current:
-        raise CheckpointError(
-            f"{folder} was saved with a global batch of {saved} sequences, but "
-            f"training.global_batch_size is {current} now. Set it to {saved}, which holds for any "
-            f"number of data ranks that divides it, or set {way_out}"
-        )
-    if rows.size[1] != own_rows.shape[1]:
-        raise CheckpointError(
-            f"{folder} was saved with another number of data.sources or another data.packing. "
-            f"Restore them, or set {way_out}"
-        )
+    if not parts or saved.get("checkpoint", {}).get("exclude_from_loading") != parts:
+        return parts, ""
+    return [], (
+        f"checkpoint.exclude_from_loading = {_shown(parts)} counted before {folder.name} was "
+        "saved, so what has been trained since is loaded. To begin these parts anew once more, "
+        f"write it another way, such as {_shown([*parts, parts[-1]])}"
+    )
 
 
-def tell_changes(folder: StoragePath, job_config: JobConfig) -> str:
-    """The end of a sentence on a checkpoint: in what the run's config differs from its own."""
-    try:
-        saved = tomllib.loads((folder / CONFIG_FILE).read_bytes().decode())
-    except (OSError, ValueError) as error:
-        return f", whose configuration cannot be read ({first_line(error)})"
+def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
+    """The end of a sentence on a checkpoint: in what the run's config differs from its own.
+
+    Args:
+        saved: `saved_config` of the checkpoint.
+    """
+    if not saved:
+        return ", whose configuration is not known"
     changes = nested_differences(saved, tomllib.loads(to_toml(job_config)))
     lines = [f"\n  {name} = {_shown(now)} (was {_shown(was)})" for name, was, now in changes]
     return f". The configuration has changed since:{''.join(lines)}" if lines else ""

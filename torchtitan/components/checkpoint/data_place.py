@@ -1,0 +1,117 @@
+"""Whether the place in the data that a checkpoint has is one of this run's data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.config import to_toml
+from torchtitan.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+    from .load import OpenCheckpoint
+
+logger = logging.getLogger("torchtitan")
+
+_WAY_OUT = 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+
+
+def check_data(
+    checkpoint: OpenCheckpoint,
+    saved_config: dict[str, Any],
+    job_config: JobConfig,
+    own_rows: torch.Tensor,
+    dp_size: int,
+) -> None:
+    """Raises `CheckpointError` if the loader cannot go on from the place in a checkpoint.
+
+    Args:
+        saved_config: that of the run that saved it; empty: not known.
+        own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
+        dp_size: data ranks that share a global batch, those of this replica group.
+    """
+    folder = checkpoint.folder
+    rows: Any = checkpoint.metadata.state_dict_metadata.get("dataloader.rows")
+    if rows is None:
+        return
+    saved, current = rows.size[0], len(own_rows) * dp_size
+    if saved != current:
+        raise CheckpointError(
+            f"{folder} was saved with a global batch of {saved} sequences, but "
+            f"training.global_batch_size is {current} now. Set it to {saved}, which holds for any "
+            f"number of data ranks that divides it, or set {_WAY_OUT}"
+        )
+    if rows.size[1] != own_rows.shape[1]:
+        raise CheckpointError(
+            f"{folder} was saved with another number of data.sources or another data.packing. "
+            f"Restore them, or set {_WAY_OUT}"
+        )
+    names = source_names(tomllib.loads(to_toml(job_config)))
+    saved_names = source_names(saved_config)
+    if len(names) == len(saved_names) and names != saved_names:
+        raise CheckpointError(
+            f"{folder} was saved with the data.sources {json.dumps(saved_names)}, but they are "
+            f"{json.dumps(names)} now, and each would go on from the place of the one that had its "
+            f"number. Restore their names and order, or set {_WAY_OUT}"
+        )
+    seq_len, now = saved_seq_len(checkpoint), job_config.training.seq_len
+    if job_config.data.packing == "best_fit" and seq_len not in (None, now):
+        raise CheckpointError(
+            f"{folder} was saved with training.seq_len = {seq_len}, but it is {now} now, and "
+            f'data.packing = "best_fit" packs documents for one length. Set it to {seq_len}, or '
+            f"set {_WAY_OUT}"
+        )
+
+
+def saved_seq_len(checkpoint: OpenCheckpoint) -> int | None:
+    """`training.seq_len` of the run that saved it; None in one that does not say."""
+    return checkpoint.manifest.model.get("seq_len")
+
+
+def source_names(config: dict[str, Any]) -> list[str]:
+    """Of `data.sources` in a configuration that was written as TOML."""
+    sources = config.get("data", {}).get("sources", [])
+    return [source.get("name") or source.get("dataset", "") for source in sources]
+
+
+def begin_data(dataloader: Any, step: int) -> None:
+    """Begin the data anew after `step` steps, which a loader that needs to know it is told."""
+    tell = getattr(dataloader, "begin_at", None)
+    if tell:
+        tell(step)
+
+
+def describe_data(dataloader: Any) -> dict[str, Any]:
+    """What a manifest says of the data: what the loader tells; empty where it tells nothing."""
+    tell = getattr(dataloader, "describe", None)
+    return tell() if tell else {}
+
+
+def warn_of_changed_data(checkpoint: OpenCheckpoint, current: dict[str, Any]) -> None:
+    """Warn, on rank 0, if sources have another size than when the checkpoint was saved.
+
+    Args:
+        current: `describe_data` of the loader.
+    """
+    was, now = (data.get("sources", []) for data in (checkpoint.manifest.data, current))
+    changes = [
+        f"{new['name'] or 'training.dataset'} had {old[unit]:,} {unit}, now {new[unit]:,}"
+        for old, new in zip(was, now, strict=False)
+        for unit in ("documents", "shards")
+        if unit in old and unit in new and old[unit] != new[unit]
+    ]
+    if changes and dist.get_rank() == 0:
+        logger.warning(
+            "the data has changed since %s was saved: %s. The run goes on from the same numbers, "
+            "so documents may be repeated or left out. Restore the data, or set %s",
+            checkpoint.folder,
+            "; ".join(changes),
+            _WAY_OUT,
+        )
