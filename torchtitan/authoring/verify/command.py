@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.errors import ConfigError
 from torchtitan.tools.result_file import make_folder
 
 DESCRIPTION = """\
@@ -108,16 +108,13 @@ def _import(options: Options) -> bool:
     Raises:
         ConfigError: there is no such model.
     """
-    from torchtitan.models import MODEL_REGISTRY
     from torchtitan.models.plugins import load_plugins
+
+    from .subject import require_model
 
     try:
         load_plugins(options.custom_import)
     except ConfigError:
         return False
-    if options.name not in MODEL_REGISTRY:
-        raise ConfigError(
-            f"no model {options.name!r}.{did_you_mean(options.name, MODEL_REGISTRY)} A model "
-            "outside of torchtitan is made known by --custom-import MODULE"
-        )
+    require_model(options.name)
     return True
