@@ -106,14 +106,17 @@ def _import(options: Options) -> bool:
     """Make the model known; False if its module cannot be imported, which a check then tells.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or its module is a folder with nothing to import.
     """
     from torchtitan.models.plugins import load_plugins
+    from torchtitan.tools.user_module import NoPackageError
 
     from .subject import require_model
 
     try:
         load_plugins(options.custom_import)
+    except NoPackageError:
+        raise
     except ConfigError:
         return False
     require_model(options.name)
