@@ -90,11 +90,12 @@ class _Runs:
         return self._outcomes[check.name]
 
     def _make_subject(self, make_folder: Callable[[], Path]) -> Subject:
-        from torchtitan.authoring.verify.subject import Subject, default_flavor
+        from torchtitan.authoring.verify.subject import Subject, default_flavor, require_model
         from torchtitan.models.plugins import load_plugins
 
         if self._subject is None:
             load_plugins(self._custom_import)
+            require_model(self._name)
             flavor = self._flavor or default_flavor(self._name)
             self._subject = Subject(
                 self._name, flavor, make_folder(), self._custom_import, self._hf

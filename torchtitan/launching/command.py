@@ -17,14 +17,17 @@ from . import kubernetes, skypilot, slurm, ssh
 from .check import check_job
 from .job import LaunchJob, job_name
 from .options import Options, check
+from .storage import check_storage
 
 DESCRIPTION = """\
 Start a job on a cluster, or show what would be submitted. CONFIG is the file that `torchtitan
 train` takes; the job is checked first, as if it ran. See docs/launching.md.
 
   torchtitan launch --slurm llama3_8b.toml --nodes 4 --partition gpu --time 2-00:00:00 --dry-run
-  torchtitan launch --kubernetes llama3_8b.toml --nodes 4 --image me/titan:1 --kind jobset
-  torchtitan launch --skypilot llama3_8b.toml --nodes 2 --gpu-type H100 --spot
+  torchtitan launch --kubernetes llama3_8b.toml --nodes 4 --image me/titan:1 --kind jobset \\
+      --mount checkpoints:/outputs -- --job.dump_folder /outputs/llama3_8b
+  torchtitan launch --skypilot llama3_8b.toml --nodes 2 --gpu-type H100 --spot \\
+      -- --checkpoint.folder s3://my-bucket/llama3_8b
   torchtitan launch --ssh llama3_8b.toml --hosts node1,node2
 
 Options after -- go to the job, as to `torchtitan train`.
@@ -51,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     check(options)
     require_folder(options.out, "--out")
     job = _job(options, overrides, argv)
+    warning = check_storage(job)
+    if warning:
+        sys.stderr.write(f"warning: {warning}\n")
     backend = BACKENDS[options.backend]
     text = backend.render(job)
     if options.out:

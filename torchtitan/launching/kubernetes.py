@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .job import LaunchJob, seconds_of
-from .skypilot import split_mount
+from .storage import split_mount
 from .submit import require, run
 from .template import render as fill
 

@@ -61,7 +61,8 @@ class Options:
     the job is submitted, on Kubernetes from key KEY of secret SECRET (default: torchtitan/NAME)."""
     mount: Annotated[_Repeated, _option("SOURCE:/PATH")] = field(default_factory=list)
     """What the hosts see at /PATH: a folder of the host, for Kubernetes a claim (PVC) too, for
-    SkyPilot a bucket (s3://...)."""
+    SkyPilot a bucket (s3://...), which is copied to the hosts and not back: it is for data, and
+    checkpoints go to a URL (checkpoint.folder)."""
     image: Annotated[str | None, _option("IMAGE")] = None
     """Container; Kubernetes needs one, Slurm needs the plugin pyxis for it."""
     port: Annotated[int, _option("N")] = 29500
@@ -164,7 +165,7 @@ def check(options: Options) -> None:
         if "=" in secret and not options.kubernetes:
             raise ConfigError(f"--secret {secret}: only Kubernetes has SECRET/KEY; use NAME")
     for mount in options.mount:
-        if not re.fullmatch(r"[^\s,'\"]+:/[^\s,:'\"]*", mount):
+        if not re.fullmatch(r"[^\s,'\"]+:/(?!/)[^\s,:'\"]*", mount):
             raise ConfigError(f"--mount {mount}: must be SOURCE:/PATH")
     for label in options.node_selector:
         if not re.fullmatch(r"[-./\w]+=[-.\w]*", label):

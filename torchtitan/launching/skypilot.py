@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from .job import LaunchJob
+from .storage import split_mount
 from .submit import require, run_on_file
 from .template import render as fill
 
@@ -59,9 +60,3 @@ def section(name: str, values: dict[str, Any]) -> str:
     if not values:
         return ""
     return f"{name}:\n" + "\n".join(f"  {line}" for line in mapping(values).splitlines())
-
-
-def split_mount(mount: str) -> tuple[str, str]:
-    """SOURCE and /PATH."""
-    source, path = mount.rsplit(":/", 1)
-    return source, f"/{path}"

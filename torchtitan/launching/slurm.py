@@ -6,6 +6,7 @@ import shlex
 from pathlib import PurePosixPath
 
 from .job import LaunchJob, required_secrets, seconds_of
+from .storage import checkpoint_folder, mount_with
 from .submit import require, run
 from .template import render as fill
 
@@ -47,16 +48,16 @@ def _checkpoints(job: LaunchJob) -> str:
     The script runs outside of the container, and knows no storage behind URLs.
     """
     unseen = "/nonexistent"
-    if job.checkpoints is None:
+    folder = checkpoint_folder(job)
+    if folder is None:
         return unseen
-    folder = PurePosixPath(job.options.workdir or "", job.checkpoints)
     if not job.options.image:
         return str(folder)
-    for mount in job.options.mount:
-        source, _, target = mount.rpartition(":")
-        if folder.is_relative_to(target):
-            return str(PurePosixPath(source, folder.relative_to(target)))
-    return unseen
+    mount = mount_with(folder, job)
+    if mount is None:
+        return unseen
+    source, path = mount
+    return str(PurePosixPath(source, folder.relative_to(path)))
 
 
 def submit(job: LaunchJob, text: str) -> int:

@@ -72,6 +72,14 @@ def test_one_check_alone_runs_what_it_needs(pytester, monkeypatch):
     result.assert_outcomes(failed=1, deselected=6)
 
 
+def test_a_model_that_nothing_registers_is_told_as_by_verify(pytester):
+    test = 'test = conformance_tests("lama3", only=["contract.import"])'
+    pytester.makepyfile(f"from torchtitan.authoring import conformance_tests\n{test}")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*ConfigError: no model 'lama3'*llama3*custom_import*"])
+
+
 def test_neither_pytest_nor_torch_is_imported_with_the_package():
     script = """
         import sys

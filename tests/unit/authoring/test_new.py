@@ -16,6 +16,7 @@ import torchtitan
 import torchtitan.models
 from torchtitan.authoring.new.command import main
 from torchtitan.authoring.new.source import Names
+from torchtitan.authoring.verify.command import main as verify_main
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec
 
@@ -89,6 +90,17 @@ def test_a_new_model_trains_on_one_and_two_ranks(here):
         assert done.exit_code == 0, done.err
         losses.append([line["loss"] for line in read_lines(folder / "metrics.jsonl")])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_what_is_told_to_do_next_works_without_installing_the_package(here, capsys, monkeypatch):
+    main(["new_model"])
+    told = [line.strip() for line in capsys.readouterr().out.partition("next:\n")[2].splitlines()]
+    assert told[0] == "cd new_model" and told[-1] == "pytest"
+    (verify,) = [line.split() for line in told if line.startswith("torchtitan verify")]
+    monkeypatch.chdir(here / "new_model")
+    assert verify_main([*verify[2:], "--only", "contract.import"]) == 0
+    done = shell(["pytest", "-k", "contract.spec"], check=False)
+    assert done.exit_code == 0 and "1 passed" in done.out, done.out + done.err
 
 
 @pytest.mark.parametrize(
@@ -190,4 +202,5 @@ def test_in_the_tree_the_model_is_registered(tmp_path):
     entries = [line for line in lines if line.startswith("MODEL_REGISTRY[")]
     assert imports == sorted(imports) and entries == sorted(entries)
     assert len(imports) == len(entries) == len(ZOO) + 1
-    assert (tree / "tests/unit/models/test_new_model.py").is_file()
+    test = (tree / "tests/unit/models/test_new_model.py").read_text()
+    assert 'conformance_tests("new_model", quick=True)' in test

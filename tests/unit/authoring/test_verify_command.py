@@ -1,6 +1,7 @@
 """The command line of `torchtitan verify`: what it accepts, its exit codes and its report."""
 
 import json
+import sys
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_a_module_that_does_not_import_is_a_failed_check(capsys):
     out = capsys.readouterr().out
     assert "fail  contract.import" in out and "no_such_module" in out
     assert "0 passed, 1 failed" in out
+
+
+def test_one_folder_too_high_is_one_message(tmp_path, monkeypatch, capsys):
+    (tmp_path / "too_high" / "too_high").mkdir(parents=True)
+    (tmp_path / "too_high" / "too_high" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"'too_high': .*Run the command inside it: cd too_high$"):
+        main(["too_high", "--custom-import", "too_high", "--quick"])
+    del sys.modules["too_high"]
+    assert not capsys.readouterr().out
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):

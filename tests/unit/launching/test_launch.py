@@ -234,6 +234,41 @@ def test_slurm_looks_for_no_checkpoints_that_it_cannot_see(
     assert "\ncheckpoints=/nonexistent\n" in text
 
 
+POD, HOST = ["--kubernetes", "--image=a/b:1"], ["--skypilot", "--mount=s3://b:/out"]
+MOUNTED = ["--mount=runs:/out"]
+LOST = {
+    "job": (POD, [], "outputs/checkpoint in each pod.*give --mount CLAIM:/PATH and -- --job.dump"),
+    "jobset": ([*POD, "--kind=jobset"], [], "in each pod"),
+    "pytorchjob": ([*POD, "--kind=pytorchjob"], [], "in each pod"),
+    "beside the mount": ([*POD, *MOUNTED], ["--job.dump_folder=/output"], "/output/checkpoint in"),
+    "spot": ([*HOST, "--spot"], [], "outputs/checkpoint on the disk of each host.*--checkpoint.fo"),
+    "hosts": ([*HOST, "--nodes=2"], [], "on the disk of each host"),
+}
+KEPT = {
+    "folder": ([*POD, *MOUNTED], ["--job.dump_folder=/out/mine"]),
+    "workdir": ([*POD, *MOUNTED, "--workdir=/out"], []),
+    "checkpoint.folder": ([*POD, *MOUNTED], ["--checkpoint.folder=/out/mine"]),
+    "url": (POD, ["--checkpoint.folder=s3://b/mine"]),
+    "url of spot": (
+        [*HOST, "--spot"],
+        ["--checkpoint.folder=s3://b/mine", "--job.dump_folder=/out/mine"],
+    ),
+    "one host": (HOST, []),
+    "none": (POD, ["--checkpoint.enable=false"]),
+    "slurm": (["--slurm"], []),
+}
+
+
+@pytest.mark.parametrize("name", [*LOST, *KEPT])
+def test_checkpoints_that_go_with_a_pod_or_a_host_are_warned_of(
+    name: str, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, overrides, warning = LOST[name] if name in LOST else (*KEPT[name], "")
+    assert main([job, *options, "--dry-run", "--", *overrides]) == 0
+    told = capsys.readouterr().err
+    assert re.match(f"warning: checkpoints go to .*{warning}", told) if warning else not told, told
+
+
 def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(
     job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +383,12 @@ MISTAKES = {
     "env": (["--slurm", "--env=A"], ["--env A", "NAME=VALUE"]),
     "secret": (["--slurm", "--secret=A=b/c"], ["--secret A=b/c", "Kubernetes"]),
     "mount": (["--skypilot", "--mount=/data"], ["--mount /data", "SOURCE:/PATH"]),
+    "bucket without a path": (["--skypilot", "--mount=s3://b"], ["--mount s3://b", "SOURCE:/PATH"]),
+    "checkpoints in a copy": (
+        ["--skypilot", "--mount=s3://b/runs:/out", "--", "--job.dump_folder=/out/mine"],
+        ["--mount s3://b/runs:/out", "/out/mine/checkpoint", "copies to the hosts and not back"]
+        + ["-- --checkpoint.folder s3://b/runs/my-job"],
+    ),
     "time": (["--slurm", "--time=soon"], ["--time soon", "HOURS:MINUTES:SECONDS"]),
     "name": (["--slurm", "--name=My_Job"], ["--name My_Job", "small letters"]),
     "sbatch": (["--slurm", "--sbatch=--nodes=9"], ["--sbatch --nodes=9"]),

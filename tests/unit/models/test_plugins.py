@@ -83,6 +83,25 @@ def test_custom_import_that_raises_names_error_and_line(outside: Path) -> None:
     assert f"({outside / 'broken_model.py'}:3)" in message
 
 
+def test_custom_import_from_one_folder_too_high(
+    outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torchtitan new` makes high/high: from the parent, Python finds an empty package."""
+    (outside / "high" / "high").mkdir(parents=True)
+    key = "job.custom_import = 'high'"
+    monkeypatch.chdir(outside)
+    try:
+        with pytest.raises(ConfigError, match=f"^{key}: {outside}/high is a folder without __init"):
+            load_plugins("high")
+        (outside / "high" / "high" / "__init__.py").touch()
+        with pytest.raises(ConfigError, match=r"Run the command inside it: cd high$"):
+            load_plugins("high")
+    finally:
+        del sys.modules["high"]
+    monkeypatch.chdir(outside / "high")
+    load_plugins("high")
+
+
 def test_custom_import_that_takes_a_taken_name(outside: Path) -> None:
     (outside / "second_llama3.py").write_text(MODULE_THAT_REGISTERS.format(name="llama3"))
     with pytest.raises(ConfigError, match="'llama3' is already registered"):

@@ -94,7 +94,8 @@ class Package:
 
     def write(self, files: dict[str, str]) -> None:
         values = {"model": self.names.model, "title": self.names.title, "test": self.test}
-        test = templates.TEST.substitute(values)
+        custom_import = f', custom_import="{self.custom_import}"'
+        test = templates.TEST.substitute(values, custom_import=custom_import)
         _write(self.root / "pyproject.toml", templates.PYPROJECT.substitute(values))
         _write(self.root / self.test, test)
         for name, text in files.items():
@@ -104,9 +105,9 @@ class Package:
         configs = f"{self.configs}/debug_model.toml"
         return [
             f"cd {self.root}",
-            'pip install -e ".[dev]"   # makes the model known by its name',
-            f"torchtitan verify {self.names.model} --quick",
+            f"torchtitan verify {self.names.model} --custom-import {self.custom_import} --quick",
             f"torchtitan train --job.config_file {configs}",
+            'pip install -e ".[dev]"   # pytest; and the model is known by its name, in any folder',
             "pytest",
         ]
 
@@ -135,7 +136,7 @@ class InTree:
     def write(self, files: dict[str, str]) -> None:
         for name, text in files.items():
             _write(self.folder / name, text)
-        test = templates.TEST.substitute(model=self.names.model, test=self.test)
+        test = templates.TEST.substitute(model=self.names.model, test=self.test, custom_import="")
         _write(self.root / self.test, test)
         self._register()
 

@@ -119,11 +119,11 @@ async_mode = "async"
 """)
 
 TEST = Template('''\
-"""What `torchtitan verify $model` checks, as tests: `pytest $test`."""
+"""What `torchtitan verify $model --quick` checks, as tests: `pytest $test`."""
 
 from torchtitan.authoring import conformance_tests
 
-test_conformance = conformance_tests("$model", quick=True)
+test_conformance = conformance_tests("$model"$custom_import, quick=True)
 ''')
 
 PYPROJECT = Template("""\

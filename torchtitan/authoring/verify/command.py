@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.errors import ConfigError
 from torchtitan.tools.result_file import make_folder
 
 DESCRIPTION = """\
@@ -106,18 +106,18 @@ def _import(options: Options) -> bool:
     """Make the model known; False if its module cannot be imported, which a check then tells.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or its module is a folder with nothing to import.
     """
-    from torchtitan.models import MODEL_REGISTRY
     from torchtitan.models.plugins import load_plugins
+    from torchtitan.tools.user_module import NoPackageError
+
+    from .subject import require_model
 
     try:
         load_plugins(options.custom_import)
+    except NoPackageError:
+        raise
     except ConfigError:
         return False
-    if options.name not in MODEL_REGISTRY:
-        raise ConfigError(
-            f"no model {options.name!r}.{did_you_mean(options.name, MODEL_REGISTRY)} A model "
-            "outside of torchtitan is made known by --custom-import MODULE"
-        )
+    require_model(options.name)
     return True

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models.plugins import load_plugins
-from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec, model_flavors
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,15 @@ class Subject:
 
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + seed)
         return torch.randint(self.vocab_size, (batch, seq or self.seq_len), generator=generator)
+
+
+def require_model(name: str) -> None:
+    """Raises `ConfigError` if no module that was imported has registered the model."""
+    if name not in MODEL_REGISTRY:
+        raise ConfigError(
+            f"no model {name!r}.{did_you_mean(name, MODEL_REGISTRY)} A model outside of torchtitan "
+            "is made known by --custom-import MODULE (in conformance_tests: custom_import)"
+        )
 
 
 def default_flavor(name: str) -> str:

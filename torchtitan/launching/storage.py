@@ -1,0 +1,63 @@
+"""Where a job's checkpoints go, and whether they are still there when its hosts are gone."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from torchtitan.errors import ConfigError
+
+from .job import LaunchJob
+
+
+def split_mount(mount: str) -> tuple[str, str]:
+    """SOURCE and /PATH."""
+    source, path = mount.rsplit(":/", 1)
+    return source, f"/{path}"
+
+
+def checkpoint_folder(job: LaunchJob) -> PurePosixPath | None:
+    """As the ranks see it; None if no checkpoints are saved, or behind a URL."""
+    if job.checkpoints is None:
+        return None
+    return PurePosixPath(job.options.workdir or "", job.checkpoints)
+
+
+def mount_with(folder: PurePosixPath, job: LaunchJob) -> tuple[str, str] | None:
+    """SOURCE and /PATH of the `--mount` that a folder is under; None if it is under none."""
+    mounts = map(split_mount, job.options.mount)
+    return next(((source, path) for source, path in mounts if folder.is_relative_to(path)), None)
+
+
+def check_storage(job: LaunchJob) -> str:
+    """What to warn of: checkpoints that are lost with a pod or a host. Empty: nothing.
+
+    Raises:
+        ConfigError: they would go under a mount of SkyPilot, which is a copy.
+    """
+    folder, options = checkpoint_folder(job), job.options
+    if folder is None or not (options.kubernetes or options.skypilot):
+        return ""
+    mount = mount_with(folder, job)
+    if options.kubernetes:
+        return (
+            ""
+            if mount
+            else (
+                f"checkpoints go to {folder} in each pod, and are lost with it: give --mount "
+                "CLAIM:/PATH and -- --job.dump_folder /PATH/..., or a URL in checkpoint.folder"
+            )
+        )
+    if mount:
+        source, path = mount
+        bucket = source if "://" in source else "s3://BUCKET"
+        raise ConfigError(
+            f"--mount {source}:{path}: checkpoints would go under it, to {folder}, and never reach "
+            "the bucket, as SkyPilot copies to the hosts and not back. Save them to a URL: "
+            f"-- --checkpoint.folder {bucket.rstrip('/')}/{job.name}"
+        )
+    if options.spot or options.nodes > 1:
+        return (
+            f"checkpoints go to {folder} on the disk of each host, and are lost with it: give a "
+            f"URL, -- --checkpoint.folder s3://BUCKET/{job.name}"
+        )
+    return ""
