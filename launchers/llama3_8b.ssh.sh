@@ -27,6 +27,7 @@ description = "Llama 3.1 8B on C4, 8 to 128 GPUs of 80 GB"
 [model]
 name = "llama3"
 flavor = "8B"
+# torchtitan download meta-llama/Llama-3.1-8B --include tokenizer --include config
 tokenizer_path = "./assets/Llama-3.1-8B"
 
 [optimizer]

@@ -84,8 +84,9 @@ def _check_data(job_config: JobConfig) -> None:
         fail(
             job_config,
             "model.tokenizer_path",
-            "not a folder with a Hugging Face tokenizer.json. Use such a folder, or 'bytes', which "
-            "needs no file",
+            "not a folder with a Hugging Face tokenizer.json. Fetch one by `torchtitan download "
+            "ORGANISATION/NAME --include tokenizer --include config` (into assets/NAME), or use "
+            "'bytes', which needs no file, for a model with as few ids",
         )
 
 

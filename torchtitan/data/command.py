@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             samples=args.samples,
             characters=args.characters,
             verify=args.verify,
+            chat_template=args.chat_template,
+            custom_import=args.custom_import,
         )
         return 0
     if args.command == "batch":
@@ -92,15 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         default="stop",
         help="what to do with a malformed document (default: stop)",
     )
-    one.add_argument(
-        "--custom-import",
-        default="",
-        metavar="MODULE",
-        help="Python module to import first, so that it can register a dataset",
-    )
+    _add_import(one)
 
     two = commands.add_parser("inspect", help="show statistics and decoded samples of data")
-    two.add_argument("path", metavar="PATH", help="prepared tokens, or what --dataset reads")
+    two.add_argument(
+        "path",
+        nargs="?",
+        default="",
+        metavar="PATH",
+        help="prepared tokens, or what --dataset reads",
+    )
     two.add_argument("--dataset", default="tokens", help="as training.dataset (default: tokens)")
     _add_fields(two)
     two.add_argument("--tokenizer-path", help="default: the one the tokens were prepared with")
@@ -109,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         "--characters", type=_positive, default=400, metavar="N", help="of a sample (default: 400)"
     )
     two.add_argument("--verify", action="store_true", help="check the content hashes first")
+    two.add_argument("--chat-template", metavar="FILE", help="as data.chat_template")
+    _add_import(two)
 
     three = commands.add_parser("batch", help="show a batch that a run kept, such as a bad one")
     three.add_argument("folder", metavar="FOLDER", help="DUMP_FOLDER/bad_batches/batch-N")
@@ -122,6 +127,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_fields(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-key", default="text", help="as training.text_key (default: text)")
     parser.add_argument("--split", help="as training.split")
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--custom-import",
+        default="",
+        metavar="MODULE",
+        help="Python module to import first, so that it can register a dataset",
+    )
 
 
 def _positive(text: str) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from torchtitan.components.tokenizer import Tokenizer, open_tokenizer
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
+from torchtitan.models.plugins import load_plugins
 
 from .chat import load_template
 from .encode import Encoder, take
@@ -33,6 +34,8 @@ def inspect(
     samples: int = 3,
     characters: int = 400,
     verify: bool = False,
+    chat_template: str | None = None,
+    custom_import: str = "",
 ) -> None:
     """Write statistics and decoded samples of a dataset to stdout.
 
@@ -45,10 +48,14 @@ def inspect(
         samples: documents to show.
         characters: the most to show of each.
         verify: check the content hashes of prepared tokens.
+        chat_template: as `data.chat_template`.
+        custom_import: a module that registers a dataset.
 
     Raises:
         TitanError: the data or the tokenizer is missing, damaged, or they do not fit.
     """
+    if custom_import:
+        load_plugins(custom_import)
     with begin_errors_with(f"--dataset {dataset}"):
         source = open_dataset(dataset, path or None, text_key, split)
     tokenizer, tokenizer_path = _tokenizer(source, tokenizer_path)
@@ -56,7 +63,9 @@ def inspect(
         if not isinstance(source, PreparedTokens):
             raise ConfigError("--verify: only prepared tokens have content hashes")
         source.verify()
-    encoder = Encoder(tokenizer, partial(load_template, None, tokenizer_path), on_error="skip")
+    encoder = Encoder(
+        tokenizer, partial(load_template, chat_template, tokenizer_path), on_error="skip"
+    )
     encoder.check(source)
 
     lengths, measured, counts = [], 0, np.zeros(tokenizer.vocab_size, np.int64)

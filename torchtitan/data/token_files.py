@@ -282,6 +282,12 @@ def open_token_files(path: str | None) -> TokenFiles:
             f"{folder} is not finished: run the same `torchtitan data prepare` again, which goes on"
         )
     files = [file for file in find_files(path, (".bin",)) if not file.endswith(".idx")]
+    for file in files:
+        if not file.endswith(".bin"):
+            raise DataError(
+                f"{file} holds no tokens, which are in files that end in .bin. Text is read by "
+                "another dataset (jsonl, text, parquet), or prepared first: torchtitan data prepare"
+            )
     with_index = [file for file in files if _megatron_index(file).is_file()]
     if with_index and len(with_index) < len(files):
         lacking = next(file for file in files if file not in with_index)

@@ -10,6 +10,7 @@ from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from safetensors.torch import save_file
 
 from torchtitan.components.checkpoint.load import adapter_of
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols import BaseStateDictAdapter, TrainSpec, register_train_spec
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
@@ -91,6 +92,13 @@ def test_loads_a_checkpoint_of_ours(tmp_path):
     model = TinyModel(TinyArgs())
     assert model.load_checkpoint(tmp_path / "checkpoint" / "step-2") is model
     assert_same_weights(model, run.model)
+
+
+def test_the_folder_of_a_run_is_told_from_a_damaged_checkpoint(tmp_path):
+    Run(tmp_path).train(4)
+    for folder in (tmp_path, tmp_path / "checkpoint"):
+        with pytest.raises(CheckpointError, match=r"is the folder of a run.*checkpoint/step-4$"):
+            Manifest.read(folder)
 
 
 def test_loads_one_safetensors_file(source, tmp_path):

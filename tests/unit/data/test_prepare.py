@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from torchtitan.cli import main
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.data import sources
 from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import encode_document
 from torchtitan.data.prepare import _count_parts
@@ -299,3 +300,22 @@ def test_inspect_marks_what_is_not_trained_on(tmp_path: Path, capsys) -> None:
     assert main(["data", "inspect", str(path), "--dataset", "jsonl", "--text-key", "messages"]) == 0
     shown = capsys.readouterr().out
     assert "[[<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n]]Hello<|im_end|>\n" in shown
+
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}({{ m.role }}) {{ m.content }}{% endfor %}")
+    words = ["data", "inspect", str(path), "--dataset", "jsonl", "--text-key", "messages"]
+    assert main([*words, "--chat-template", str(template)]) == 0
+    assert "(user) Hi" in capsys.readouterr().out
+
+
+def test_inspect_takes_registered_datasets_that_need_no_path(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "my_dataset.py").write_text(
+        "from torchtitan.data import register_dataset\n"
+        "register_dataset('mine', lambda path, text_key: ['one', 'two words'])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sources, "DATASETS", dict(sources.DATASETS))
+    assert main(["data", "inspect", "--dataset", "mine", "--custom-import", "my_dataset"]) == 0
+    assert "documents      2" in capsys.readouterr().out

@@ -156,6 +156,13 @@ def test_nanogpt_files_without_ends_are_cut_into_blocks(tmp_path: Path, tokens: 
     assert np.array_equal(np.concatenate(documents), ids)
 
 
+def test_text_is_no_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "a line of text"}\n')
+    with pytest.raises(DataError, match=r"lines\.jsonl holds no tokens, .*end in \.bin.* prepare"):
+        open_dataset("tokens", str(path))
+
+
 def test_tokens_are_local_files() -> None:
     with pytest.raises(ConfigError, match="must be local"):
         open_dataset("tokens", "memory://tokens")

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torchtitan.errors import DamagedCheckpointError, OutageError
@@ -27,6 +28,14 @@ MANIFEST = "manifest.json"
 
 _OWN_CHECKSUM = re.compile(rb'"crc32": "([0-9a-f]{8})"\n}\n\Z')
 _NO_CHECKSUM = b'"crc32": "00000000"\n}\n'
+
+
+def _checkpoints_below(folder: StoragePath) -> list[StoragePath]:
+    """Of the run whose folder it is, or of its folder of checkpoints."""
+    if not isinstance(folder, Path):
+        return []
+    found = [*folder.glob("step-*/" + MANIFEST), *folder.glob("*/step-*/" + MANIFEST)]
+    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
 
 
 @dataclass
@@ -65,6 +74,11 @@ class Manifest:
         except OutageError:
             raise
         except OSError as error:
+            inside = _checkpoints_below(folder)
+            if inside:
+                raise DamagedCheckpointError(
+                    f"{folder} is the folder of a run. Give one of its checkpoints: {inside[-1]}"
+                ) from error
             reason = error.strerror or "No such file or directory"
             raise DamagedCheckpointError(
                 f"{path} cannot be read ({reason}): the checkpoint is incomplete or damaged"
