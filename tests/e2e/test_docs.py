@@ -216,17 +216,6 @@ PAGES_WITH_COMMANDS = sorted({block.page for block in blocks("bash", "sh")})
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS)
-def test_the_readme_converts_what_its_training_saves() -> None:
-    text = PAGES["README.md"].read_text()
-    config = tomllib.loads(
-        Path("torchtitan/models/qwen3/train_configs/qwen3_0_6b.toml").read_text()
-    )
-    folder, interval = config["job"]["dump_folder"], config["checkpoint"]["interval"]
-    found = re.search(r"--training.steps (\d+)\ntorchtitan convert to-hf (\S+) ", text)
-    assert Path(found[2]) == Path(folder, "checkpoint", f"step-{found[1]}")
-    assert int(found[1]) % interval == 0
-
-
 def test_the_commands_of_a_page(page: str, places: Places) -> None:
     own = [block for block in blocks("bash", "sh") if block.page == page]
     found = [statement for block in own for statement in statements(block.text)]
@@ -338,3 +327,14 @@ def test_statements_are_whole() -> None:
     text = "cd x\n# a comment\na \\\n  b\ncat > f <<'END'\nx \\\ny\nEND\nlast\n"
     found = statements(text)
     assert found == ["cd x", "a \\\n  b", "cat > f <<'END'\nx \\\ny\nEND", "last"]
+
+
+def test_the_readme_converts_what_its_training_saves() -> None:
+    text = PAGES["README.md"].read_text()
+    config = tomllib.loads(
+        Path("torchtitan/models/qwen3/train_configs/qwen3_0_6b.toml").read_text()
+    )
+    folder, interval = config["job"]["dump_folder"], config["checkpoint"]["interval"]
+    found = re.search(r"--training.steps (\d+)\ntorchtitan convert to-hf (\S+) ", text)
+    assert Path(found[2]) == Path(folder, "checkpoint", f"step-{found[1]}")
+    assert int(found[1]) % interval == 0
