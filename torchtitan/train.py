@@ -89,7 +89,7 @@ class Trainer:
         check_exchange(job_config, spec, model_args)
         tokenizer: Any = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
         check_vocabulary(tokenizer, model_args, job_config)
-        warn_without_bos(job_config, tokenizer)
+        self.tokenizer = tokenizer
         parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
         self.model_converters = build_model_converters(job_config, parallel_dims)
         build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
@@ -186,7 +186,8 @@ class Trainer:
         """
         config = self.job_config
         self.watch.start()
-        self.checkpointer.load()
+        if self.checkpointer.load() == 0:
+            warn_without_bos(config, self.tokenizer)
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
         self.metrics.start(self.state.step)

@@ -108,7 +108,7 @@ class HuggingFaceTokenizer:
         setting = self._read("tokenizer_config.json").get("add_bos_token")
         if self.bos_id is None or isinstance(setting, bool):
             return self.bos_id is not None and setting is True
-        return self.encode_prompt("a")[0] == self.bos_id
+        return self.encode_prompt("a")[:1] == [self.bos_id]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each, on as many cores as the library may use."""

@@ -103,6 +103,15 @@ class Encoder:
         self._in_a_row = 0
         self._lock = threading.Lock()
 
+    def require_bos(self, ids: np.ndarray) -> None:
+        """Raises `DataError` if `add_bos` is set, and a document that came as ids lacks bos."""
+        bos_id = self.tokenizer.bos_id if self.add_bos else None
+        if bos_id is not None and ids[0] not in (bos_id, ~bos_id):
+            raise DataError(
+                f"add_bos is set, but a document is token ids, which are taken as they are, and it "
+                f"begins with {ids[0]} instead of bos ({bos_id})"
+            )
+
     def __call__(self, document: object) -> np.ndarray:
         """`[length]`, of an integer type; of length 0 for a document that is empty or skipped.
 

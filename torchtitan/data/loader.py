@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.config.batch import resolve_batch
+from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, DataError, TitanError, begin_errors_with
 
 from .best_fit import BestFitRow
@@ -22,12 +24,14 @@ from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
 from .sources import Source, has_random_access, open_dataset, size_of
-from .token_files import PreparedTokens
+from .token_files import PreparedTokens, TokenFiles
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
     from torchtitan.config.data import Data
+
+logger = logging.getLogger("torchtitan")
 
 PREFETCHED_BATCHES = 4
 _VALIDATION_SEED = 42
@@ -123,8 +127,13 @@ class DataLoader:
                 raise TypeError("source is an iterator; give something that starts anew each time")
             with begin_errors_with(name), naming(key):
                 self._encoder.check(part)
-                if first_document(part, self._encoder) is None:
+                first = first_document(part, self._encoder)
+                if first is None:
                     raise DataError("empty: it has no document with text")
+                if isinstance(part, PreparedTokens):
+                    _warn_of_unsaid_bos(part, self._encoder)
+                elif isinstance(first, np.ndarray) and not isinstance(part, TokenFiles):
+                    self._encoder.require_bos(first)
         self._prefetcher: Prefetcher[tuple[Batch, np.ndarray, Counts]] | None = None
         self._counts = Counts()
         self.reset()
@@ -299,6 +308,15 @@ class DataLoader:
 
 def _only(source: Source) -> Blend:
     return Blend({"": source}, (Phase(1, (1.0,)),))
+
+
+def _warn_of_unsaid_bos(part: PreparedTokens, encoder: Encoder) -> None:
+    if part.index.get("add_bos") and not encoder.add_bos and rank() == 0:
+        logger.warning(
+            "%s was prepared with --add-bos: set data.add_bos = true, so that texts begin with bos "
+            "in validation, generate and eval, too",
+            part.folder,
+        )
 
 
 def build_dataloader(

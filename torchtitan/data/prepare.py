@@ -214,6 +214,8 @@ def _write_shard(job: _Job, part: int, source: Source, encoder: Encoder, counter
             if os.getppid() != job.parent:  # killed; its shards may be another run's by now
                 sys.exit(1)
             encoded = [ids for ids in encoded if len(ids)]
+            for ids in encoded:
+                encoder.require_bos(ids)
             if not encoded:
                 continue
             lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
@@ -384,6 +386,7 @@ def _tokenizer_record(
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
+        **({"bos_id": tokenizer.bos_id} if task.add_bos else {}),
     }
 
 

@@ -74,7 +74,7 @@ def size_of(source: Source) -> dict[str, int]:
     """Its number of `documents`, or else of `shards`, where it tells one of them."""
     if has_random_access(source):
         return {"documents": len(source)}
-    return {"shards": source.num_shards} if isinstance(source, Sharded) else {}
+    return {"shards": int(source.num_shards)} if isinstance(source, Sharded) else {}
 
 
 DATASETS: dict[str, SourceFactory] = {}

@@ -133,7 +133,8 @@ class TokenFiles:
             DataError: the first document does not.
         """
         documents = (self[index] for index in range(len(self)))
-        first = next((tokens for tokens in documents if len(tokens)), None)
+        # One may be an eos alone, which is GPT-2's bos too.
+        first = next((tokens for tokens in documents if len(tokens) > 1), None)
         if first is not None and first[0] != bos_id:
             raise DataError(
                 f"{self.shards[0].path}: add_bos is set, but these documents are token ids, which "
@@ -179,6 +180,12 @@ class PreparedTokens(TokenFiles):
             raise DataError(
                 f"add_bos is set, but {self.folder} was prepared without: its documents do not "
                 "begin with bos. Prepare the data again with --add-bos, or set add_bos to false"
+            )
+        written = self.index["tokenizer"].get("bos_id", bos_id)
+        if written != bos_id:
+            raise DataError(
+                f"{self.folder} was prepared with the bos {written}, but that of model."
+                f"tokenizer_path is {bos_id} now. Use that tokenizer, or prepare the data again"
             )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -239,7 +246,8 @@ class MegatronTokens(TokenFiles):
 class NanoGPTTokens(TokenFiles):
     """nanoGPT's `.bin` files. The tokenizer's end-of-sequence token ends each document.
 
-    A file without that token, as nanoGPT's characters, is cut into blocks of 65,536 tokens.
+    In a file without that token, as llm.c's of Llama 3, bos begins each. One without either, as
+    nanoGPT's characters, is cut into blocks of 65,536 tokens.
 
     Raises:
         DataError: a file is empty, of an odd number of bytes, or has a header that is unknown.
@@ -257,9 +265,15 @@ class NanoGPTTokens(TokenFiles):
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         self._vocab_size = tokenizer.vocab_size
         for shard, (start, dtype) in zip(self._files, self._layouts, strict=True):
-            if tokenizer.eos_id <= np.iinfo(dtype).max:
+            largest, bos_id = np.iinfo(dtype).max, getattr(tokenizer, "bos_id", None)
+            ends = np.empty(0, np.int64)
+            if tokenizer.eos_id <= largest:
                 ends = ends_of(shard.path, tokenizer.eos_id, dtype, start)
-                shard.ends = ends if len(ends) > 1 else _blocks(len(shard.tokens))
+            if len(ends) < 2 and bos_id is not None and bos_id <= largest:
+                places = ends_of(shard.path, bos_id, dtype, start) - 1
+                begins = places[(places > 0) & (shard.tokens[places] == bos_id)]
+                ends = np.append(begins, len(shard.tokens))
+            shard.ends = ends if len(ends) > 1 else _blocks(len(shard.tokens))
         self._count()
 
 

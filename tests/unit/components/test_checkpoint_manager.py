@@ -248,6 +248,18 @@ def test_another_seq_len_is_refused_where_documents_were_packed_for_one(tmp_path
     assert longer("best_fit", exclude_from_loading=["dataloader"]).manager.load() == 2
 
 
+def test_packed_documents_keep_their_bos(tmp_path):
+    Run(tmp_path).train(2)
+    for packing in ("contiguous", "best_fit"):
+        run = Run(tmp_path)
+        run.config.data.add_bos, run.config.data.packing = True, packing
+        if packing == "contiguous":
+            assert run.manager.load() == 2
+            continue
+        with pytest.raises(CheckpointError, match=r"data.add_bos = false, and .*best_fit.*exclude"):
+            run.manager.load()
+
+
 def of_sources(tmp_path, *names, documents=(10, 20), **checkpoint):
     run = Run(tmp_path, **checkpoint)
     run.config.data.sources = [DataSource(name=name, dataset="text") for name in names]

@@ -14,7 +14,7 @@ from torchtitan.cli import main
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
-from torchtitan.data import build_dataloader, build_validation_dataloader
+from torchtitan.data import build_dataloader, build_validation_dataloader, sources
 from torchtitan.data.chat import CHATML, ChatTemplate
 from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import Encoder, encode_document
@@ -106,7 +106,30 @@ def lines(path: Path) -> list[str]:
     return ["data", "prepare", "--dataset", "jsonl", "--dataset-path", str(file), "--out"]
 
 
-def test_prepared_documents_begin_with_it(tmp_path: Path, capsys) -> None:
+def test_documents_of_ids_must_begin_with_it(tmp_path: Path, monkeypatch) -> None:
+    documents = [[], [BOS, 5, EOS], [7, EOS]]
+    monkeypatch.setitem(
+        sources.DATASETS, "ids", lambda path, text_key: list(map(np.array, documents))
+    )
+    config = config_of(tmp_path, "ids")
+    build_dataloader(config, BytesTokenizer(), 0, 1).close()
+    command = ["prepare", "--dataset", "ids", "--add-bos", "--workers=1", "--shards=1", "--out"]
+    with pytest.raises(DataError, match=r"token ids, .* begins with 7 instead of bos \(256\)"):
+        main_of_data([*command, str(tmp_path / "out")])
+    documents[1] = [5, EOS]
+    with pytest.raises(DataError, match=r"token ids, .* begins with 5 instead of bos \(256\)"):
+        build_dataloader(config, BytesTokenizer(), 0, 1)
+
+
+def test_another_bos_than_that_of_the_prepared_tokens_is_refused(tmp_path: Path) -> None:
+    assert main([*lines(tmp_path), str(tmp_path / "out"), "--add-bos"]) == 0
+    source = open_dataset("tokens", str(tmp_path / "out"))
+    source.require_bos(BOS)
+    with pytest.raises(DataError, match=rf"prepared with the bos {BOS}, but .* is 5 now"):
+        source.require_bos(5)
+
+
+def test_prepared_documents_begin_with_it(tmp_path: Path, capsys, caplog) -> None:
     with_bos, without = tmp_path / "with", tmp_path / "without"
     assert main([*lines(tmp_path), str(with_bos), "--add-bos"]) == 0
     source = open_dataset("tokens", str(with_bos))
@@ -116,6 +139,11 @@ def test_prepared_documents_begin_with_it(tmp_path: Path, capsys) -> None:
     build_dataloader(config_of(with_bos, "tokens"), BytesTokenizer(), 0, 1).close()
     assert main(["data", "inspect", str(with_bos)]) == 0
     assert "bos            begins each document" in capsys.readouterr().out
+    assert "--add-bos" not in caplog.text
+    config = config_of(with_bos, "tokens")
+    config.data.add_bos = False
+    build_dataloader(config, BytesTokenizer(), 0, 1).close()
+    assert "with was prepared with --add-bos: set data.add_bos = true" in caplog.text
 
     assert main([*lines(tmp_path), str(without)]) == 0
     config = config_of(without, "tokens")

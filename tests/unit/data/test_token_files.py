@@ -119,6 +119,26 @@ def test_large_ids_of_llm_c_end_documents(tmp_path: Path) -> None:
     assert [source[i].tolist() for i in range(len(source))] == [ids[:3].tolist(), ids[3:].tolist()]
 
 
+def test_without_ends_bos_begins_documents(tmp_path: Path) -> None:
+    """As llm.c writes for Llama 3."""
+    ids = np.array([128_000, 5, 6, 128_000, 100_000, 128_000], "<u4")
+    (tmp_path / "a.bin").write_bytes(header(20240801, 7, len(ids)) + ids.tobytes())
+    source = open_dataset("tokens", str(tmp_path / "a.bin"))
+    source.use_tokenizer(SimpleNamespace(eos_id=128_001, bos_id=128_000, vocab_size=128_256))
+    documents = [source[i].tolist() for i in range(len(source))]
+    assert documents == [[128_000, 5, 6], [128_000, 100_000], [128_000]]
+    source.require_bos(128_000)
+
+
+def test_an_eos_alone_says_nothing_of_bos(tmp_path: Path) -> None:
+    """GPT-2 has one token for both, and its files may begin with it."""
+    (tmp_path / "a.bin").write_bytes(np.array([257, 1, 2, 257, 3, 257], "<u2").tobytes())
+    source = open_dataset("tokens", str(tmp_path / "a.bin"))
+    source.use_tokenizer(BytesTokenizer())
+    with pytest.raises(DataError, match=r"do not begin with bos \(257\)"):
+        source.require_bos(257)
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [

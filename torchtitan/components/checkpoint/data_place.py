@@ -68,6 +68,12 @@ def check_data(
             f'data.packing = "best_fit" packs documents for one length. Set it to {seq_len}, or '
             f"set {_WAY_OUT}"
         )
+    add_bos, now_bos = saved_config.get("data", {}).get("add_bos", False), job_config.data.add_bos
+    if job_config.data.packing == "best_fit" and saved_config and add_bos != now_bos:
+        raise CheckpointError(
+            f"{folder} was saved with data.add_bos = {json.dumps(add_bos)}, and data.packing = "
+            f'"best_fit" has packed documents so. Restore it, or set {_WAY_OUT}'
+        )
 
 
 def saved_seq_len(checkpoint: OpenCheckpoint) -> int | None:

@@ -136,7 +136,8 @@ def _evaluate_dataset(loaded: LoadedModel, dataset: Dataset, options: Options) -
 
 
 def _evaluate_tasks(loaded: LoadedModel, options: Options) -> dict[str, Any]:
-    model = TaskModel(loaded, options.batch_size, options.seq_len, options.add_bos)
+    add_bos = options.add_bos or loaded.source.add_bos
+    model = TaskModel(loaded, options.batch_size, options.seq_len, add_bos)
     results = run_tasks(
         model, options.tasks, options.num_fewshot, options.limit, options.include_path
     )["results"]
