@@ -98,6 +98,7 @@ class Trainer:
         if job_config.debug.deterministic:
             use_deterministic_kernels()
         utils.init_distributed(job_config.comm.timeout_seconds)
+        self.sum_over_ranks = HostSum()
         check_resume(job_config, model_args, dist.group.WORLD)
         self.device = utils.device()
         self.parallel_dims = parallel_dims
@@ -158,7 +159,6 @@ class Trainer:
             )
         batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
         self.tokens_per_step = batch_size * job_config.training.seq_len
-        self.sum_over_ranks = HostSum()
         self.state = TrainState()
         self.guard = Guard(job_config, parallel_dims, self.dp_rank)
         self.replay = Replay(job_config, self.model_parts, parallel_dims)

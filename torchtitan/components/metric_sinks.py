@@ -103,8 +103,8 @@ def _set_aside(path: Path) -> None:
     kept = next(name for name in names if not name.exists())
     path.rename(kept)
     logger.warning(
-        "%s is of an earlier run, and was kept as %s. job.dump_folder gives a run a folder of its "
-        "own",
+        "%s is of an earlier start, which this one does not go on from, and was kept as %s. If "
+        "that was another run, job.dump_folder gives each a folder of its own",
         path,
         kept.name,
     )

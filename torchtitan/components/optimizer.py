@@ -127,8 +127,19 @@ class OptimizersContainer:
                 group.update(own)
 
 
+_SETTINGS = frozenset(
+    {
+        *("weight_decay", "decoupled_weight_decay", "betas", "eps", "momentum", "dampening"),
+        *("nesterov", "amsgrad", "maximize", "fused", "foreach", "capturable", "differentiable"),
+    }
+)
+"""Of groups, what the config sets. Some optimizers keep there what they have found out, too, and
+the learning rate is the schedule's, which may go on from that of the checkpoint, as PyTorch's do.
+"""
+
+
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
+    return {name: value for name, value in group.items() if name in _SETTINGS}
 
 
 def build_optimizer(

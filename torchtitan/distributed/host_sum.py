@@ -14,6 +14,9 @@ _FEW = 16
 class HostSum:
     """Adds up small tensors on the host. All ranks make one, and call it, together.
 
+    Make it before groups that only some of the ranks are in: PyTorch names groups by the number of
+    those that a rank has.
+
     Gloo hands a tensor on along a ring of all n ranks: 2 (n - 1) messages one after the other,
     a second or two with 10,000 ranks. Here the ranks stand in rows and columns, and add up along
     the rows and then along the columns: 4 (sqrt(n) - 1) messages, if n is a square.

@@ -14,7 +14,7 @@ from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.components.checkpoint.owner import OWNER, Claim, Owner, TakenOverError, _process
-from torchtitan.components.checkpoint.resume import check_resume
+from torchtitan.components.checkpoint.resume import check_resume, checkpoint_root
 from torchtitan.components.checkpoint.storage import sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
@@ -80,15 +80,32 @@ def test_a_job_that_torchrun_starts_again_does_not_take_back_what_another_has(tm
     first.take()  # over from a job that is gone
     again = Claim(root, store)
     again.take()
+    first.check()  # in the same process
+    (root / OWNER).write_text(json.dumps(asdict(replace(Owner.of(root), host="another"))))
     with pytest.raises(TakenOverError):
         first.check()
-    again.check()
+    again.take()
     Claim(root, dist.HashStore()).take()
     for claim in again, Claim(root, store):
         with pytest.raises(TakenOverError):
             claim.take()
     (root / OWNER).unlink()
     Claim(root, store).take()
+
+
+def test_runs_of_one_job_have_a_folder_each(tmp_path):
+    store = dist.HashStore()
+    Claim(tmp_path / "b", dist.HashStore()).take()  # of an earlier launch
+    for name in "ab":
+        Claim(tmp_path / name, store).take()
+
+
+def test_replica_groups_have_a_folder_each_also_behind_a_url():
+    config = JobConfig()
+    config.checkpoint.folder = "memory://bucket/run/"
+    assert str(checkpoint_root(config)) == "memory://bucket/run"
+    config.fault_tolerance.enable, config.fault_tolerance.replica_id = True, 1
+    assert str(checkpoint_root(config)) == "memory://bucket/run/replica-1"
 
 
 def test_the_export_at_the_end_is_saved_by_the_owner_alone(tmp_path):

@@ -311,11 +311,14 @@ def test_inspect_marks_what_is_not_trained_on(tmp_path: Path, capsys) -> None:
 def test_inspect_takes_registered_datasets_that_need_no_path(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    (tmp_path / "my_dataset.py").write_text(
+    (tmp_path / "inspected_dataset.py").write_text(
         "from torchtitan.data import register_dataset\n"
-        "register_dataset('mine', lambda path, text_key: ['one', 'two words'])\n"
+        "register_dataset('inspected', lambda path, text_key: ['one', 'two words'])\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sources, "DATASETS", dict(sources.DATASETS))
-    assert main(["data", "inspect", "--dataset", "mine", "--custom-import", "my_dataset"]) == 0
+    assert (
+        main(["data", "inspect", "--dataset", "inspected", "--custom-import", "inspected_dataset"])
+        == 0
+    )
     assert "documents      2" in capsys.readouterr().out

@@ -410,6 +410,8 @@ class CheckpointManager:
         for name, stateful in self._stateful.items():
             if name in state:
                 stateful.load_state_dict(state[name])
+            elif name == "lr_scheduler":  # the optimizer has the learning rate of the checkpoint
+                stateful.load_state_dict(stateful.state_dict())
 
     def _state(self, exclude: Collection[str] = ()) -> dict[str, Any]:
         """All that a run resumes from, by part: nested dicts of tensors and plain values."""

@@ -26,8 +26,6 @@ from .patience import read_again
 from .storage import StoragePath, make_folder, write_durably
 
 OWNER = ".owner.json"
-_JOB = "owner"
-"""Key of `Owner.job` in the store, there once the job has had the folder."""
 
 
 class TakenOverError(CheckpointError):
@@ -77,6 +75,11 @@ class Owner:
         except (OSError, ValueError, TypeError):
             return None
 
+    @property
+    def place(self) -> tuple[str, str, int, str]:
+        """Where the job has its rank 0."""
+        return self.job, self.host, self.pid, self.process
+
     def works_in(self, folder: StoragePath) -> bool:
         """Whether it is known to, as another process of this machine that is alive."""
         return (
@@ -102,6 +105,7 @@ class Claim:
         self._folder = folder
         self._store = store or dist.HashStore()
         self._owner: Owner | None = None
+        self._key = f"owner/{_absolute(folder)}"  # of `Owner.job`, once the job has had the folder
 
     def take(self) -> None:
         """Take the folder over from the run before, if there was one.
@@ -110,7 +114,7 @@ class Claim:
             TakenOverError: it has been this job's, and another has taken it.
             CheckpointError: it cannot be written; `OutageError`: not now.
         """
-        job = self._store.get(_JOB).decode() if self._store.check([_JOB]) else ""
+        job = self._store.get(self._key).decode() if self._store.check([self._key]) else ""
         there = Owner.of(self._folder)
         if job and there is not None and there.job != job:
             raise self._taken_over(there)
@@ -121,7 +125,7 @@ class Claim:
             message = f"{self._folder}: cannot write there: {first_line(error)}"
             raise outage_or(CheckpointError, message, error) from error
         self._owner = owner
-        self._store.set(_JOB, owner.job)
+        self._store.set(self._key, owner.job)
 
     def check(self) -> None:
         """Take the folder, the first time or if somebody has deleted it.
@@ -133,7 +137,8 @@ class Claim:
         there = Owner.of(self._folder)
         if self._owner is None or there is None:
             self.take()
-        elif there.start != self._owner.start:
+        elif there.start != self._owner.start and there.place != self._owner.place:
+            # Not if it is its own, written by an attempt that seemed to fail.
             raise self._taken_over(there)
 
     def _taken_over(self, by: Owner) -> TakenOverError:

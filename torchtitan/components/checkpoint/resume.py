@@ -42,10 +42,16 @@ _WITH_BUFFERS = ("aux_loss_weight", "use_bias")
 
 
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
-    """The folder of the run's checkpoints. Raises `ConfigError` for a URL that is not known."""
+    """The folder of the run's checkpoints; a replica group has its own, also behind a URL.
+
+    Raises:
+        ConfigError: nothing is known of such URLs.
+    """
     folder = job_config.checkpoint.folder
     if is_url(folder):
-        return storage_path(folder)
+        replica = job_config.fault_tolerance
+        own = f"/replica-{replica.replica_id}" if replica.enable else ""
+        return storage_path(f"{folder.rstrip('/')}{own}")
     return Path(job_config.job.dump_folder, folder)
 
 
