@@ -39,13 +39,11 @@ def check_storage(job: LaunchJob) -> str:
         return ""
     mount = mount_with(folder, job)
     if options.kubernetes:
+        if mount:
+            return ""
         return (
-            ""
-            if mount
-            else (
-                f"checkpoints go to {folder} in each pod, and are lost with it: give --mount "
-                "CLAIM:/PATH and -- --job.dump_folder /PATH/..., or a URL in checkpoint.folder"
-            )
+            f"checkpoints go to {folder} in each pod, and are lost with it: give --mount "
+            "CLAIM:/PATH and -- --job.dump_folder /PATH/..., or a URL in checkpoint.folder"
         )
     if mount:
         source, path = mount

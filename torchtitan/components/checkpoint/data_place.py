@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import tomllib
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from torchtitan.config import to_toml
 from torchtitan.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ def check_data(
             f"{folder} was saved with another number of data.sources or another data.packing. "
             f"Restore them, or set {_WAY_OUT}"
         )
-    names = source_names(tomllib.loads(to_toml(job_config)))
+    names = [source.name or source.dataset for source in job_config.data.sources]
     saved_names = source_names(saved_config)
     if len(names) == len(saved_names) and names != saved_names:
         raise CheckpointError(

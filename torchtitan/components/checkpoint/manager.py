@@ -158,10 +158,10 @@ class CheckpointManager:
         writer = CheckpointWriter(
             folder,
             manifest,
+            self._claim,
             config=to_toml(self._job_config),
             keep_latest=self._config.keep_latest_k,
             damaged=frozenset(self._damaged),
-            claim=self._claim,
         )
         if self._config.async_mode == "async" and not last:
             self._background.start(step, state, writer)
@@ -388,8 +388,8 @@ class CheckpointManager:
         state = self._state(exclude)
         if "dataloader" in state:
             own_rows = self._dataloader.state_dict()["rows"]
-            layout = own_rows, self._dp_mesh.size()
-            check_data(checkpoint, saved_config, self._job_config, *layout)
+            dp_size = self._dp_mesh.size()
+            check_data(checkpoint, saved_config, self._job_config, own_rows, dp_size)
             warn_of_changed_data(checkpoint, describe_data(self._dataloader))
         checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
         self._load_stateful(state)

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from io import BytesIO
+from itertools import compress
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -157,7 +158,7 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         is_read = torch.tensor([key in own for key in keys], dtype=torch.uint8)
         if self._group is not None:
             dist.all_reduce(is_read, op=dist.ReduceOp.MAX, group=self._group)
-        read = {key for key, by_some_rank in zip(keys, is_read, strict=True) if by_some_rank}
+        read = set(compress(keys, is_read.tolist()))
         check_no_more(self._folder, metadata, read, self._is_wanted)
         return self._own
 

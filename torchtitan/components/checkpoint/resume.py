@@ -82,10 +82,10 @@ def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | No
         OutageError: on all ranks: the checkpoints cannot be read.
     """
     if job_config.checkpoint.enable:
-        on_rank_zero(lambda: _check_model(job_config, args), group)
+        on_rank_zero(lambda: _check_folder(job_config, args), group)
 
 
-def _check_model(job_config: JobConfig, args: Any) -> None:
+def _check_folder(job_config: JobConfig, args: Any) -> None:
     root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
     refuse_live_owner(root)
     saved = [step_folder(root, step)] if step != -1 else list_checkpoints(root)[::-1]

@@ -33,10 +33,10 @@ class CheckpointWriter(FileSystemWriter):
     Args:
         folder: the `step-N` folder to create.
         manifest: what is saved; `finish` fills in time and files.
+        claim: on the folder that `folder` is in.
         config: text of the file `config.resolved.toml`.
         keep_latest: checkpoints to leave after this one was added; 0 leaves all.
         damaged: names of checkpoints that are known to be damaged.
-        claim: on the folder that `folder` is in.
     """
 
     fs: CheckpointFiles
@@ -46,10 +46,10 @@ class CheckpointWriter(FileSystemWriter):
         self,
         folder: StoragePath,
         manifest: Manifest,
+        claim: Claim,
         config: str = "",
         keep_latest: int = 0,
         damaged: Collection[str] = (),
-        claim: Claim | None = None,
     ) -> None:
         super().__init__(str(folder), sync_files=False)  # `CheckpointFiles` syncs
         self.fs = CheckpointFiles()
@@ -59,7 +59,7 @@ class CheckpointWriter(FileSystemWriter):
         self._config = config
         self._keep_latest = keep_latest
         self._damaged = damaged
-        self._claim = claim or Claim(folder.parent)
+        self._claim = claim
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # rank 0 makes the folder, below
