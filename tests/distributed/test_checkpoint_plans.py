@@ -37,7 +37,7 @@ def plan(planner: SavePlanner, state: dict[str, Any]) -> tuple[Any, Any, Any]:
 def compare_plans(folder: Path, layout: str) -> None:
     run = Run(layout, folder)
     run.train(1)  # the optimizer has its state
-    state = run.manager._state()
+    state = run.manager._state.state_dict()
     told, answers, metadata = plan(SharingSavePlanner(dist.group.WORLD), state)
     everything, _, expected = plan(DefaultSavePlanner(), state)
     run.manager.close()

@@ -24,7 +24,7 @@ from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.components.checkpoint.storage import FileRecord
 from torchtitan.config import load_config, to_toml
-from torchtitan.data.loader import build_dataloader
+from torchtitan.data import build_dataloader
 from torchtitan.errors import CheckpointError, ConfigError, TitanError
 from torchtitan.tools.logging import init_logger
 

@@ -1,6 +1,7 @@
 """From named datasets to batches of token ids."""
 
-from .loader import DataLoader, build_dataloader, build_validation_dataloader
+from .build import build_dataloader, build_validation_dataloader
+from .loader import DataLoader
 from .sources import DATASETS, register_dataset
 
 __all__ = [

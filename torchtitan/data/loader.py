@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.utils import rank
-from torchtitan.errors import CheckpointError, DataError, TitanError, begin_errors_with
+from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 
 from .best_fit import BestFitRow
-from .chat import ChatTemplate, load_template
+from .chat import ChatTemplate
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document
 from .mixing import Blend, Mixture, Phase
 from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
-from .sources import Source, has_random_access, open_dataset, size_of
+from .sources import Source, has_random_access, size_of
 from .token_files import PreparedTokens, TokenFiles
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
-    from torchtitan.config import JobConfig
-    from torchtitan.config.data import Data
 
 logger = logging.getLogger("torchtitan")
 
 PREFETCHED_BATCHES = 4
-_VALIDATION_SEED = 42
-"""Not `debug.seed`, so that runs of several seeds are compared on the same documents."""
 
 
 class DataLoader:
@@ -317,129 +311,3 @@ def _warn_of_unsaid_bos(part: PreparedTokens, encoder: Encoder) -> None:
             "in validation, generate and eval, too",
             part.folder,
         )
-
-
-def build_dataloader(
-    job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
-) -> DataLoader:
-    """The training data of one data rank.
-
-    Raises:
-        ConfigError: the dataset is unknown, or the batch sizes do not fit the ranks.
-        DataError: the data is missing, empty or malformed.
-    """
-    global_batch_size, _ = resolve_batch(job_config, dp_world_size)
-    return _build(
-        "training",
-        job_config,
-        tokenizer,
-        seed=job_config.debug.seed,
-        global_batch_size=global_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-    )
-
-
-def build_validation_dataloader(
-    job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
-) -> DataLoader:
-    """The validation data of one data rank: one validation is one global batch.
-
-    A validation calls `reset()` and takes `gradient_accumulation_steps` batches. All ranks together
-    evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows,
-    the same ones on every layout and for every `debug.seed`. Where the ranks do not divide the
-    steps, the last of them get batches without labels, since all must run the model equally often.
-
-    Raises:
-        ConfigError: the dataset is unknown.
-        DataError: the data is missing, empty or malformed.
-    """
-    validation = job_config.validation
-    return _build(
-        "validation",
-        job_config,
-        tokenizer,
-        seed=_VALIDATION_SEED,
-        global_batch_size=validation.steps * validation.local_batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        pad=True,
-    )
-
-
-def _build(
-    section: Literal["training", "validation"],
-    job_config: JobConfig,
-    tokenizer: Tokenizer,
-    **batch: Any,
-) -> DataLoader:
-    """The loader of what a config section names; errors begin with that key."""
-    config, data = getattr(job_config, section), job_config.data
-    source: Source | Blend
-    if section == "training" and data.sources:
-        name = "data.sources"
-        with begin_errors_with(name):
-            source = open_blend(data)
-        opened = list(source.sources.values())
-    else:
-        name = f"{section}.dataset = {config.dataset!r}"
-        with begin_errors_with(name):
-            source = open_dataset(
-                config.dataset, config.dataset_path, job_config.training.text_key, config.split
-            )
-        opened = [source]
-    if data.verify_hashes:
-        with begin_errors_with(name):
-            verify_hashes(opened, batch["dp_rank"], batch["dp_world_size"])
-    load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
-    if data.chat_template:
-        load_chat()  # so that a bad one is found at once
-    return DataLoader(
-        source,
-        tokenizer,
-        seq_len=config.seq_len,
-        local_batch_size=config.local_batch_size,
-        document_mask=job_config.training.document_mask,
-        name=name,
-        packing=data.packing,
-        workers=data.workers,
-        chat=load_chat,
-        on_error=data.on_error,
-        add_bos=data.add_bos,
-        **batch,
-    )
-
-
-def open_blend(data: Data) -> Blend:
-    """The sources of `[[data.sources]]`. Raises `TitanError`, which names the one."""
-    sources: dict[str, Source] = {}
-    for part in data.sources:
-        name = part.name or part.dataset
-        with begin_errors_with(repr(name)):
-            sources[name] = open_dataset(part.dataset, part.dataset_path, part.text_key, part.split)
-    phases = [Phase(phase.from_step, tuple(phase.weights)) for phase in data.phases]
-    if not phases or phases[0].from_step > 1:
-        phases.insert(0, Phase(1, tuple(part.weight for part in data.sources)))
-    return Blend(sources, tuple(phases))
-
-
-def verify_hashes(sources: Iterable[Source], part: int, parts: int) -> None:
-    """Check a part of the shards of sources that have hashes.
-
-    Raises:
-        DataError: a shard has changed; on all ranks, whichever of them found it.
-        OutageError: one cannot be read now; on all ranks too.
-    """
-    found: list[TitanError | None] = [None]
-    try:
-        for source in sources:
-            if isinstance(source, PreparedTokens):
-                source.verify(part, parts)
-    except TitanError as error:
-        found = [error]
-    if dist.is_initialized():
-        own, found = found[0], [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-    for problem in found:
-        if problem is not None:
-            raise problem

@@ -16,7 +16,6 @@ import torch.nn as nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.config import to_toml
 from torchtitan.distributed.utils import job_store
@@ -25,11 +24,10 @@ from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
-from .data_place import begin_data, check_data, describe_data, saved_seq_len, warn_of_changed_data
 from .folder import delete, partial_folder, step_folder
 from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
-from .load import OpenCheckpoint, load_weights_of_parts, model_state
+from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
 from .owner import Claim, TakenOverError
 from .resume import (
@@ -41,6 +39,7 @@ from .resume import (
     steps_to_resume,
     tell_changes,
 )
+from .run_state import RunState
 from .save_planner import SharingSavePlanner
 from .storage import StoragePath
 from .writer import CheckpointWriter
@@ -96,16 +95,16 @@ class CheckpointManager:
         self._claim = Claim(self._root, job_store() if dist.get_rank() == 0 else None)
         self._total_steps = job_config.training.steps
         self._model_parts = model_parts
-        self._optimizers = optimizers
-        self._dataloader = dataloader
-        self._dp_mesh = dp_mesh
-        self._stateful: dict[str, Stateful] = {
-            "optimizer": optimizers,
-            "lr_scheduler": lr_schedulers,
-            "train_state": train_state,
-        }
-        if guard is not None:
-            self._stateful["guard"] = guard
+        self._state = RunState(
+            job_config,
+            model_parts=model_parts,
+            optimizers=optimizers,
+            lr_schedulers=lr_schedulers,
+            dataloader=dataloader,
+            train_state=train_state,
+            dp_mesh=dp_mesh,
+            guard=guard,
+        )
         self._model_description = describe_model(job_config, getattr(model_parts[0], "args", None))
         self._lineage: list[StoragePath] = []
         """What this run resumed from and has saved, to which it can go back."""
@@ -151,8 +150,8 @@ class CheckpointManager:
         if export and in_hf:
             self._save_huggingface(step)
             return
-        state = self._export_state() if export else self._state()
-        data = {} if export else describe_data(self._dataloader)
+        state = self._state.export() if export else self._state.state_dict()
+        data = {} if export else self._state.describe_data()
         manifest = Manifest(step, export, self._model_description, data)
         folder = step_folder(self._root, step)
         writer = CheckpointWriter(
@@ -363,16 +362,14 @@ class CheckpointManager:
             exclude, note = parts_to_exclude(checkpoint.folder, saved, parts)
             anew = "dataloader" in exclude
         try:
-            self._load_parts(checkpoint, saved, exclude)
+            self._state.read(checkpoint, saved, exclude, self._group)
         except CheckpointError as error:
             if not note or isinstance(error, DamagedCheckpointError):
                 raise
             # It may say to set what is set, and does not count any more.
             raise CheckpointError(f"{error}. {note}") from error
         if anew:
-            begin_data(
-                self._dataloader, 0 if "train_state" in exclude else checkpoint.manifest.step
-            )
+            self._state.begin_data(0 if "train_state" in exclude else checkpoint.manifest.step)
         if dist.get_rank() == 0:
             changes = tell_changes(saved, self._job_config)
             logger.info("resumed from %s%s", checkpoint.folder, changes)
@@ -380,54 +377,13 @@ class CheckpointManager:
                 logger.info("%s", note)
         return checkpoint.manifest.step
 
-    def _load_parts(
-        self, checkpoint: OpenCheckpoint, saved_config: dict[str, Any], exclude: Collection[str]
-    ) -> None:
-        if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
-            exclude = (*exclude, "guard")
-        state = self._state(exclude)
-        if "dataloader" in state:
-            own_rows = self._dataloader.state_dict()["rows"]
-            dp_size = self._dp_mesh.size()
-            check_data(checkpoint, saved_config, self._job_config, own_rows, dp_size)
-            warn_of_changed_data(checkpoint, describe_data(self._dataloader))
-        checkpoint.read_into(state, self._model_parts[0], self._group)  # the model's in place
-        self._load_stateful(state)
-        if "dataloader" in state:
-            rows = state["dataloader"]["rows"].to_local().cpu()
-            seq_len = saved_seq_len(checkpoint)
-            self._dataloader.load_state_dict({"rows": rows, "seq_len": seq_len})
-
     def replica_state(self) -> dict[str, Any]:
         """What replica groups have in common: all but the place in the data. Not copies."""
-        return self._state(exclude=("dataloader",))
+        return self._state.state_dict(exclude=("dataloader",))
 
     def load_replica_state(self, state: dict[str, Any]) -> None:
         """Take over a `replica_state`, whose model is already in place."""
-        self._load_stateful(state)
-
-    def _load_stateful(self, state: dict[str, Any]) -> None:
-        for name, stateful in self._stateful.items():
-            if name in state:
-                stateful.load_state_dict(state[name])
-            elif name == "lr_scheduler":  # the optimizer has the learning rate of the checkpoint
-                stateful.load_state_dict(stateful.state_dict())
-
-    def _state(self, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """All that a run resumes from, by part: nested dicts of tensors and plain values."""
-        state = {name: s.state_dict() for name, s in self._stateful.items() if name not in exclude}
-        state["model"] = model_state(self._model_parts)
-        if "dataloader" not in exclude:
-            # As one tensor [global_batch_size, k] sharded over the data ranks, so that another
-            # number of ranks finds its rows.
-            rows = self._dataloader.state_dict()["rows"]
-            state["dataloader"] = {"rows": DTensor.from_local(rows, self._dp_mesh, [Shard(0)])}
-        return state
-
-    def _export_state(self) -> dict[str, Any]:
-        dtype = getattr(torch, self._config.export_dtype)
-        model = model_state(self._model_parts)
-        return {"model": {k: t.to(dtype) if t.is_floating_point() else t for k, t in model.items()}}
+        self._state.load_state_dict(state)
 
     def _clean_up(self, step: int, failure: CheckpointException) -> str:
         """Remove what a failed save has written; return what to tell the user."""

@@ -1,0 +1,120 @@
+"""The state of a run: what a checkpoint holds, by part."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from .data_place import begin_data, check_data, describe_data, saved_seq_len, warn_of_changed_data
+from .load import OpenCheckpoint, model_state
+
+if TYPE_CHECKING:
+    from torchtitan.components.optimizer import OptimizersContainer
+    from torchtitan.config import JobConfig
+
+
+class RunState:
+    """The parts of a run that a checkpoint holds: "model", "optimizer", "dataloader" and so on.
+
+    Args: see `CheckpointManager`.
+    """
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        *,
+        model_parts: list[nn.Module],
+        optimizers: OptimizersContainer,
+        lr_schedulers: Stateful,
+        dataloader: Any,
+        train_state: Stateful,
+        dp_mesh: DeviceMesh,
+        guard: Stateful | None,
+    ) -> None:
+        self._job_config = job_config
+        self._model_parts = model_parts
+        self._dataloader = dataloader
+        self._dp_mesh = dp_mesh
+        self._stateful: dict[str, Stateful] = {
+            "optimizer": optimizers,
+            "lr_scheduler": lr_schedulers,
+            "train_state": train_state,
+        }
+        if guard is not None:
+            self._stateful["guard"] = guard
+
+    def state_dict(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """All that a run resumes from, by part: nested dicts of tensors and plain values.
+
+        Not copies. `exclude`: parts to leave out.
+        """
+        state = {name: s.state_dict() for name, s in self._stateful.items() if name not in exclude}
+        state["model"] = model_state(self._model_parts)
+        if "dataloader" not in exclude:
+            # As one tensor [global_batch_size, k] sharded over the data ranks, so that another
+            # number of ranks finds its rows.
+            rows = self._dataloader.state_dict()["rows"]
+            state["dataloader"] = {"rows": DTensor.from_local(rows, self._dp_mesh, [Shard(0)])}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict` without "dataloader", whose model is already in place."""
+        for name, stateful in self._stateful.items():
+            if name in state:
+                stateful.load_state_dict(state[name])
+            elif name == "lr_scheduler":  # the optimizer has the learning rate of the checkpoint
+                stateful.load_state_dict(stateful.state_dict())
+
+    def export(self) -> dict[str, Any]:
+        """The model alone, in `checkpoint.export_dtype`."""
+        dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
+        model = model_state(self._model_parts)
+        return {"model": {k: t.to(dtype) if t.is_floating_point() else t for k, t in model.items()}}
+
+    def read(
+        self,
+        checkpoint: OpenCheckpoint,
+        saved_config: dict[str, Any],
+        exclude: Collection[str],
+        group: dist.ProcessGroup,
+    ) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            saved_config: that of the run that saved it; empty: not known.
+            exclude: parts that stay as they are.
+            group: all ranks.
+
+        Raises:
+            CheckpointError: on all ranks: it is damaged, or does not fit this run.
+            OutageError: on all ranks: it cannot be read.
+        """
+        if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
+            exclude = (*exclude, "guard")
+        state = self.state_dict(exclude)
+        if "dataloader" in state:
+            own_rows = self._dataloader.state_dict()["rows"]
+            dp_size = self._dp_mesh.size()
+            check_data(checkpoint, saved_config, self._job_config, own_rows, dp_size)
+            warn_of_changed_data(checkpoint, self.describe_data())
+        checkpoint.read_into(state, self._model_parts[0], group)  # the model's in place
+        self.load_state_dict(state)
+        if "dataloader" in state:
+            rows = state["dataloader"]["rows"].to_local().cpu()
+            seq_len = saved_seq_len(checkpoint)
+            self._dataloader.load_state_dict({"rows": rows, "seq_len": seq_len})
+
+    def describe_data(self) -> dict[str, Any]:
+        """The sources of the data and their sizes, for `Manifest.data`."""
+        return describe_data(self._dataloader)
+
+    def begin_data(self, step: int) -> None:
+        """Read the data from their beginning, in a run that has done `step` steps."""
+        begin_data(self._dataloader, step)
