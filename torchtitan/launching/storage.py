@@ -35,9 +35,18 @@ def check_storage(job: LaunchJob) -> str:
         ConfigError: they would go under a mount of SkyPilot, which is a copy.
     """
     folder, options = checkpoint_folder(job), job.options
-    if folder is None or not (options.kubernetes or options.skypilot):
+    in_container = options.slurm and options.image
+    if folder is None or not (options.kubernetes or options.skypilot or in_container):
         return ""
     mount = mount_with(folder, job)
+    if in_container:
+        if mount:
+            return ""
+        return (
+            f"checkpoints go to {folder} in each container, and are lost with it unless the "
+            "cluster mounts that: give --mount /FOLDER:/PATH and -- --job.dump_folder /PATH/..., "
+            "or a URL in checkpoint.folder"
+        )
     if options.kubernetes:
         if mount:
             return ""

@@ -235,7 +235,7 @@ def test_slurm_looks_for_no_checkpoints_that_it_cannot_see(
 
 
 POD, HOST = ["--kubernetes", "--image=a/b:1"], ["--skypilot", "--mount=s3://b:/out"]
-MOUNTED = ["--mount=runs:/out"]
+BOX, MOUNTED = ["--slurm", "--image=a/b:1"], ["--mount=runs:/out"]
 LOST = {
     "job": (POD, [], "outputs/checkpoint in each pod.*give --mount CLAIM:/PATH and -- --job.dump"),
     "jobset": ([*POD, "--kind=jobset"], [], "in each pod"),
@@ -243,6 +243,7 @@ LOST = {
     "beside the mount": ([*POD, *MOUNTED], ["--job.dump_folder=/output"], "/output/checkpoint in"),
     "spot": ([*HOST, "--spot"], [], "outputs/checkpoint on the disk of each host.*--checkpoint.fo"),
     "hosts": ([*HOST, "--nodes=2"], [], "on the disk of each host"),
+    "container": (BOX, [], "outputs/checkpoint in each container.*give --mount /FOLDER:/PATH"),
 }
 KEPT = {
     "folder": ([*POD, *MOUNTED], ["--job.dump_folder=/out/mine"]),
@@ -256,6 +257,8 @@ KEPT = {
     "one host": (HOST, []),
     "none": (POD, ["--checkpoint.enable=false"]),
     "slurm": (["--slurm"], []),
+    "mount of container": ([*BOX, "--mount=/lustre:/out"], ["--job.dump_folder=/out/mine"]),
+    "url of container": (BOX, ["--checkpoint.folder=s3://b/mine"]),
 }
 
 
