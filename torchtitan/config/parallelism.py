@@ -56,8 +56,8 @@ class Parallelism:
     """First module of each stage but the first (`["layers.4", "layers.8"]`). Empty: stages
     of equal cost, see the weights below."""
     pipeline_parallel_embedding_weight: Annotated[float, Range(ge=0)] = 0.5
-    """Cost of a parameter of the embedding when stages are balanced, where one of a layer costs 1:
-    it takes memory, but no FLOPs."""
+    """Cost of a parameter of the embedding when stages are balanced, where one of a layer costs 1
+    (of experts, the share that a token uses): it takes memory, but no FLOPs."""
     pipeline_parallel_output_weight: Annotated[float, Range(ge=0)] = 1.0
     """The same for a parameter of the last norm and the output layer."""
     expert_parallel_degree: Annotated[int, Positive] = 1

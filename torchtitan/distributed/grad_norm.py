@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -39,8 +39,12 @@ def clip_grad_norm(
             param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
     grads = [param.grad for param in parameters if param.grad is not None]
     groups: dict[tuple[DeviceMesh, ...], list[torch.Tensor]] = defaultdict(list)
+    meshes_of: dict[Any, tuple[DeviceMesh, ...]] = {}  # slicing a mesh takes 0.2 ms
     for grad in grads:
-        groups[_sharding_meshes(grad)].append(_local(grad))
+        layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        if layout not in meshes_of:
+            meshes_of[layout] = _sharding_meshes(grad)
+        groups[meshes_of[layout]].append(_local(grad))
 
     device = _local(grads[0]).device
     total = torch.zeros((), dtype=torch.float64, device=device)

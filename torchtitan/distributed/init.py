@@ -36,8 +36,9 @@ def initialize_weights(
 
     Args:
         device: where parameters live.
-        buffer_device: where buffers live; None: with the parameters. They differ when parameters
-            are offloaded to the host.
+        buffer_device: where buffers live, and where numbers are drawn; None: with the parameters.
+            They differ when parameters are offloaded to the host, which would draw other numbers,
+            and slowly.
 
     Raises:
         RuntimeError: a parameter or buffer was set by neither (the author's bug); names it.
@@ -46,7 +47,7 @@ def initialize_weights(
         model.to_empty(device=device)
     with torch.no_grad():
         unset = _Unset(model)
-        with unset, SeededInit(model, seed):
+        with unset, SeededInit(model, seed, buffer_device):
             for module in model.modules():
                 reset = getattr(module, "reset_parameters", None)
                 if reset is not None:
@@ -64,11 +65,15 @@ class SeededInit(TorchDispatchMode):
 
     A random operation on a tensor that is no parameter (`torch.randn(...)`, or the temporaries in
     `trunc_normal_`) belongs to the parameter that was drawn for last.
+
+    Args:
+        device: draws for parameters and buffers; None: the one that they are on.
     """
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
+    def __init__(self, model: nn.Module, seed: int, device: torch.device | None = None) -> None:
         super().__init__()
         self._seed = seed
+        self._device = device
         self._names = {
             _storage_key(tensor): canonical_name(name)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
@@ -88,16 +93,23 @@ class SeededInit(TorchDispatchMode):
         if target is not None:
             self._current = self._names.get(_storage_key(target), self._current)
         torch.manual_seed(self._next_seed())
-        if not isinstance(target, DTensor):
+        if target is None:
+            return func(*args, **kwargs)
+        local = target.to_local() if isinstance(target, DTensor) else target
+        mutable = func._schema.is_mutable
+        device = self._device if self._device is not None and mutable else local.device
+        if not isinstance(target, DTensor) and device == local.device:
             return func(*args, **kwargs)
 
-        local = target.to_local()
-        full = torch.empty(target.shape, dtype=target.dtype, device=local.device)
+        full = torch.empty(target.shape, dtype=target.dtype, device=device)
         full = func(full, *args[1:], **kwargs)
-        sharded = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-        if not func._schema.is_mutable:
-            return sharded
-        local.copy_(sharded.to_local())
+        if isinstance(target, DTensor):
+            mesh, placements = target.device_mesh, target.placements
+            full = distribute_tensor(full, mesh, placements, src_data_rank=None)
+            if not mutable:
+                return full
+            full = full.to_local()
+        local.copy_(full)
         return target
 
     def _next_seed(self) -> int:

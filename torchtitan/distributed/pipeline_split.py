@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch.nn as nn
 
 from torchtitan.config.load import origin
+from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.protocols.model import layers_of
 
@@ -194,13 +195,29 @@ def balanced_cuts(costs: list[float], stages: int) -> list[int]:
 def _costs(
     model: nn.Module, units: list[str], firsts: int, lasts: int, job_config: JobConfig
 ) -> list[float]:
-    """Cost of each unit: its parameters, which are its memory and, but for a factor, its FLOPs."""
+    """Cost of each unit: the parameters that a token uses, which are its FLOPs but for a factor.
+
+    The embedding has none, but is memory. It costs as much of a layer as it takes of its memory.
+    """
     parallelism = job_config.parallelism
+    modules = [model.get_submodule(name) for name in units]
+    sizes = [sum(p.numel() for p in module.parameters()) for module in modules]
+    costs = [size - _unused_by_a_token(m) for size, m in zip(sizes, modules, strict=True)]
+    layers = slice(firsts, len(units) - lasts)
+    cost_of_memory = sum(costs[layers]) / max(sum(sizes[layers]), 1)
     weights = [1.0] * len(units)
-    weights[:firsts] = [parallelism.pipeline_parallel_embedding_weight] * firsts
+    weights[:firsts] = [parallelism.pipeline_parallel_embedding_weight * cost_of_memory] * firsts
     weights[len(units) - lasts :] = [parallelism.pipeline_parallel_output_weight] * lasts
-    sizes = [sum(p.numel() for p in model.get_submodule(name).parameters()) for name in units]
-    return [size * weight for size, weight in zip(sizes, weights, strict=True)]
+    return [cost * weight for cost, weight in zip(costs, weights, strict=True)]
+
+
+def _unused_by_a_token(module: nn.Module) -> float:
+    """Parameters of the experts that the router does not choose."""
+    unused = 0.0
+    for moe in moe_layers(module):
+        share = moe.router.args.top_k / moe.router.args.num_experts
+        unused += (1 - share) * sum(p.numel() for p in moe.experts.parameters())
+    return unused
 
 
 def _cuts_at(points: list[str], units: list[str], number: int, job_config: JobConfig) -> list[int]:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan.distributed.init import initialize_weights
+from torchtitan.distributed.init import SeededInit, initialize_weights
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.protocols.model import ModelProtocol
 
@@ -54,6 +58,31 @@ def test_an_unset_parameter_is_an_error_that_names_it() -> None:
         model = Model([0], raw=True)
     with pytest.raises(RuntimeError, match=r"init_weights\(\) leaves 1 tensors unset: scale"):
         initialize_weights(model, 0, torch.device("cpu"))
+
+
+class Devices(TorchDispatchMode):
+    """Notes where each random operation runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.seen.add(args[0].device.type)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("drawn_on", ["cuda", "cpu"])
+def test_parameters_on_the_host_are_drawn_for_on_the_device(drawn_on: str) -> None:
+    """Where the numbers are those of a run without offloading. Fake tensors: CI has no GPU."""
+    with FakeTensorMode():
+        model, devices = Model([0]), Devices()
+        with devices, SeededInit(model, 0, torch.device(drawn_on)), torch.no_grad():
+            model.embedding.weight.normal_()
+            model.layers["0"].bias.normal_()
+        assert devices.seen == {drawn_on}
+        assert {param.device.type for param in model.parameters()} == {"cpu"}
 
 
 class Buffers(ModelProtocol):

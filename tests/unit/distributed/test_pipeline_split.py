@@ -24,6 +24,8 @@ from torchtitan.distributed.pipeline_split import (
     stages_per_rank,
 )
 from torchtitan.errors import ConfigError
+from torchtitan.models.deepseek_v3 import MODEL_CONFIGS as DEEPSEEK
+from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.models.llama3 import MODEL_CONFIGS, Llama3Model
 
 FIRST, LAST = ("tok_embeddings",), ("norm", "output")
@@ -78,6 +80,14 @@ def test_an_expensive_output_layer_leaves_the_last_stage_fewer_layers() -> None:
     heavy = [len(p.layers) for p in split(job(output_weight=20.0), [0, 1])]
     assert light == [2, 2]
     assert heavy == [3, 1]
+
+
+def test_experts_cost_what_a_token_uses_of_them() -> None:
+    """So a dense layer, which has far fewer parameters, counts like one of experts."""
+    with torch.device("meta"):
+        model = DeepSeekV3Model(DEEPSEEK["671B"])
+    parts = split(job(pp=8), list(range(8)), model)
+    assert [len(part.layers) for part in parts] == [7, 8, 8, 8, 8, 8, 8, 6]
 
 
 def test_stages_are_cut_where_the_user_says() -> None:

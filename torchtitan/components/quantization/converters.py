@@ -69,6 +69,14 @@ class _Converter:
         if self.emulate and not self.options.emulate and rank() == 0:
             text = "%s: emulated, as on every CPU: the numbers are right, the speed is not"
             logger.warning(text, self.key)
+        compiled = self.job_config.compile
+        if not self.emulate and not (compiled.enable and "model" in compiled.components):
+            text = (
+                "%s: without compile.enable, rounding to 8 bits takes a pass over memory for each "
+                "of its steps, and may cost more than the products save"
+            )
+            if rank() == 0:
+                logger.warning(text, self.key)
 
     def post_optimizer_hook(self, model_parts: list[nn.Module]) -> None:
         """Nothing: scales are computed anew in each product."""

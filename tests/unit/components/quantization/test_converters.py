@@ -153,6 +153,18 @@ def test_a_gpu_that_can_does_not_emulate(monkeypatch):
     assert not any(linear.emulate for linear in quantized(converted(build(), FLOAT8)).values())
 
 
+@pytest.mark.parametrize(
+    ("options", "slow"),
+    [((), True), (("--compile.enable", "--compile.components=loss"), True)]
+    + [(("--compile.enable",), False)],
+)
+def test_eager_models_on_a_gpu_are_warned_of_the_rounding(monkeypatch, caplog, options, slow):
+    FakeGpu(monkeypatch, 9, 0)
+    with caplog.at_level(logging.WARNING, "torchtitan"):
+        converted(build(), FLOAT8, options=options)
+    assert ("quantize.linear.float8: without compile.enable" in caplog.text) == slow
+
+
 def test_real_products_need_bfloat16(monkeypatch):
     FakeGpu(monkeypatch, 9, 0)
     options = ("--training.mixed_precision_param=float32",)
