@@ -34,12 +34,12 @@ def hf_folder(tmp_path):
     return folder
 
 
-def write_tokenizer(folder, size: int, eos: str = "w1") -> None:
+def write_tokenizer(folder, size: int, eos: str = "w1", **names: str) -> None:
     tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
     tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos, **names}))
 
 
 def test_a_run_of_ours(run_folder):
@@ -95,6 +95,20 @@ def test_the_tokenizer_of_the_folder(hf_folder):
     assert source.stop_tokens == {1, 5, 6}
     assert encode_prompt(source.tokenizer, "w7", add_special_tokens=True) == [2, 7]
     assert encode_prompt(source.tokenizer, "w7", add_special_tokens=False) == [7]
+
+
+def test_the_same_weights_are_prompted_alike_before_and_after_they_are_converted(
+    hf_folder, tmp_path
+):
+    write_tokenizer(hf_folder, 264, bos_token="w2")
+    assert convert(["from-hf", str(hf_folder), str(tmp_path / "ours")]) == 0
+    hf, ours = (open_source(ModelOptions(str(f))) for f in (hf_folder, tmp_path / "ours"))
+    assert hf.add_bos and ours.add_bos
+    assert hf.max_seq_len == ours.max_seq_len == 512
+    # A tokenizer that adds no bos, and one without bos.
+    write_tokenizer(hf_folder, 264, bos_token="w3")
+    assert not open_source(ModelOptions(str(tmp_path / "ours"))).add_bos
+    assert not open_source(ModelOptions(str(hf_folder), tokenizer="bytes")).add_bos
 
 
 def fails(error: type[TitanError], *words: str, **options: str) -> None:

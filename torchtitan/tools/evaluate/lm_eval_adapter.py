@@ -35,7 +35,7 @@ class TaskModel:
         loaded: the model; with several ranks, they share it, and each gets all requests.
         batch_size: texts in one forward pass.
         max_seq_len: tokens that the model may see at a time. None: what it is made for, or 2048.
-        add_bos: begin every context with bos.
+        add_bos: begin every context with bos. None: as `Source.add_bos` has it.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TaskModel:
         loaded: LoadedModel,
         batch_size: int = 8,
         max_seq_len: int | None = None,
-        add_bos: bool = False,
+        add_bos: bool | None = None,
     ) -> None:
         self._model = loaded.model
         self._tokenizer = loaded.source.tokenizer
@@ -51,6 +51,7 @@ class TaskModel:
         self._batch_size = batch_size
         self._window = max_seq_len or loaded.source.max_seq_len or DEFAULT_WINDOW
         self._before = first_token(self._tokenizer)
+        add_bos = loaded.source.add_bos if add_bos is None else add_bos
         self._prefix = [self._before] if add_bos else []
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
@@ -109,7 +110,12 @@ class TaskModel:
         return self._tokenizer.decode(tokens)
 
     def _context_tokens(self, context: str) -> list[int]:
-        return [*self._prefix, *self._tokenizer.encode(context)] or [self._before]
+        return self._begin(list(self._tokenizer.encode(context)))
+
+    def _begin(self, tokens: list[int]) -> list[int]:
+        """With the bos that they may lack; at least one token."""
+        prefix = [] if tokens[:1] == self._prefix else self._prefix
+        return [*prefix, *tokens] or [self._before]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both, as they are in the joined text, whose space may belong to either."""
@@ -120,7 +126,7 @@ class TaskModel:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         whole = list(self._tokenizer.encode(context + continuation))
         length = min(len(self._tokenizer.encode(context)), len(whole) - 1)
-        return [*self._prefix, *whole[:length]] or [self._before], whole[length:]
+        return self._begin(whole[:length]), whole[length:]
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

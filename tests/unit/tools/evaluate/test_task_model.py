@@ -1,6 +1,7 @@
 """The requests of lm-evaluation-harness, answered without that package."""
 
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,14 @@ def test_loglikelihood_with_bos(loaded):
     [(result, _)] = TaskModel(loaded, add_bos=True).loglikelihood(requests(("a", "b")))
     expected, _ = log_likelihood(loaded.model, [BOS, *b"a"], list(b"b"))
     assert result == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_context_has_one_bos(loaded):
+    tokenizer = SimpleNamespace(encode=lambda text: [BOS, *text.encode()], bos_id=BOS, eos_id=257)
+    source = replace(loaded.source, tokenizer=tokenizer)
+    model = TaskModel(replace(loaded, source=source), add_bos=True)
+    [(result, _)] = model.loglikelihood(requests(("a", "b")))
+    assert result == pytest.approx(log_likelihood(loaded.model, [BOS, *b"a"], list(b"b"))[0])
 
 
 def test_loglikelihood_rolling(loaded):
