@@ -265,16 +265,37 @@ def _check_vocabulary(source: Source) -> None:
 
 
 def _stop_tokens(source: Source) -> frozenset[int]:
-    """The tokenizer's eos, and what `generation_config.json` says besides (ends of chat turns)."""
+    """The tokenizer's eos, and what its folder and that of the weights say besides (ends of chat
+    turns).
+    """
+    folders = [source.job_config.model.tokenizer_path]
+    if source.is_hf:
+        folders.append(str(source.folder))
+    elif source.is_converted and source.manifest:
+        folders.append(source.manifest.model.get("tokenizer", ""))
     tokens = {source.tokenizer.eos_id}
-    path = source.folder / "generation_config.json"
-    if source.is_hf and path.is_file():
+    for folder in folders:
+        if folder not in ("", "bytes"):
+            tokens.update(_told_ends(Path(folder).expanduser()))
+    return frozenset(tokens)
+
+
+def _told_ends(folder: Path) -> list[int]:
+    """As `transformers` takes them: of `generation_config.json`, or without it of `config.json`."""
+    for path in (folder / "generation_config.json", folder / CONFIG):
+        if not path.is_file():
+            continue
         try:
-            also: Any = json.loads(path.read_text()).get("eos_token_id")
+            told: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError, OSError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        tokens.update(also if isinstance(also, list) else [] if also is None else [also])
-    return frozenset(tokens)
+        ends = told if isinstance(told, list) else [] if told is None else [told]
+        if not all(type(token) is int for token in ends):
+            raise CheckpointError(
+                f"{path}: eos_token_id = {told!r} must be a token's number, or a list of them"
+            )
+        return ends
+    return []
 
 
 def _max_seq_len(source: Source) -> int | None:

@@ -7,6 +7,7 @@ import pytest
 import tiny_hf
 import tiny_llama
 import torch
+import transformers
 from harness import train
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -104,11 +105,48 @@ def test_the_same_weights_are_prompted_alike_before_and_after_they_are_converted
     assert convert(["from-hf", str(hf_folder), str(tmp_path / "ours")]) == 0
     hf, ours = (open_source(ModelOptions(str(f))) for f in (hf_folder, tmp_path / "ours"))
     assert hf.add_bos and ours.add_bos
+    assert hf.stop_tokens == ours.stop_tokens == {1}
     assert hf.max_seq_len == ours.max_seq_len == 512
     # A tokenizer that adds no bos, and one without bos.
     write_tokenizer(hf_folder, 264, bos_token="w3")
     assert not open_source(ModelOptions(str(tmp_path / "ours"))).add_bos
     assert not open_source(ModelOptions(str(hf_folder), tokenizer="bytes")).add_bos
+
+
+def transformers_stops(folder) -> set[int]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+@pytest.mark.parametrize(
+    ("of_model", "generation"),
+    [([7, 10], None), (7, None), ([7, 10], {}), ([7, 10], {"eos_token_id": [7, 8]})],
+)
+def test_texts_end_where_transformers_ends_them(of_model, generation, hf_folder, tmp_path):
+    write_tokenizer(hf_folder, 264)
+    config = json.loads((hf_folder / "config.json").read_text()) | {"eos_token_id": of_model}
+    (hf_folder / "config.json").write_text(json.dumps(config))
+    (hf_folder / "generation_config.json").unlink()
+    if generation is not None:
+        (hf_folder / "generation_config.json").write_text(json.dumps(generation))
+    expected = transformers_stops(hf_folder) | {1}
+    assert open_source(ModelOptions(str(hf_folder))).stop_tokens == expected
+    assert convert(["from-hf", str(hf_folder), str(tmp_path / "ours")]) == 0
+    assert open_source(ModelOptions(str(tmp_path / "ours"))).stop_tokens == expected
+
+
+def test_a_run_ends_texts_as_the_folder_of_its_tokenizer_says(run_folder, tmp_path):
+    write_tokenizer(tmp_path / "chat", 258)
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    folder = tmp_path / "moved"
+    shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
+    file = folder / "config.resolved.toml"
+    path = f'tokenizer_path = "{tmp_path / "chat"}"'
+    file.write_text(file.read_text().replace('tokenizer_path = "bytes"', path))
+    assert open_source(ModelOptions(str(folder))).stop_tokens == {1, 9}
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": ["1"]}')
+    fails(CheckpointError, "generation_config.json: eos_token_id = ['1']", checkpoint=str(folder))
 
 
 def fails(error: type[TitanError], *words: str, **options: str) -> None:
