@@ -49,7 +49,8 @@ class Options(ModelOptions):
     text_key: str = "text"
     """Field that holds the text, in formats that have fields."""
     seq_len: int | None = None
-    """Tokens that the model sees at a time. Default: 2048, or as many as it is made for"""
+    """Tokens that the model sees at a time. Default: as many as it is made for, with a dataset at
+    most 2048; where that is not known, 2048"""
     batch_size: int = 4
     """Sequences in one forward pass of one data rank."""
     max_tokens: int | None = None
@@ -84,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     dataset = _check(options)
     source = open_source(options)
     if options.seq_len is None:
-        options.seq_len = min(DEFAULT_SEQ_LEN, source.max_seq_len or DEFAULT_SEQ_LEN)
+        if dataset is not None:
+            options.seq_len = min(DEFAULT_SEQ_LEN, source.max_seq_len or DEFAULT_SEQ_LEN)
     elif source.max_seq_len is not None and options.seq_len > source.max_seq_len:
         raise ConfigError(
             f"--seq-len {options.seq_len}: {source.model_name} of {source.folder} is made for "
@@ -163,4 +165,4 @@ def _evaluate_tasks(loaded: LoadedModel, options: Options, add_bos: bool) -> dic
             for name, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in name:
                     sys.stdout.write(f"{task}  {name.partition(',')[0]}  {value:.4f}\n")
-    return {"results": results, "add_bos": add_bos}
+    return {"results": results, "seq_len": model.max_seq_len, "add_bos": add_bos}
