@@ -26,6 +26,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     SAFETENSORS_INDEX,
     is_hf_weights,
 )
+from torchtitan.components.model_fit import fits_vocabulary
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
@@ -255,7 +256,7 @@ def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> No
 
 def _check_vocabulary(source: Source) -> None:
     size = getattr(source.spec.model_args, "vocab_size", None)
-    if size is None or source.tokenizer.vocab_size <= size:
+    if fits_vocabulary(source.tokenizer, size, source.job_config.model.tokenizer_path):
         return
     raise ConfigError(
         f"the tokenizer {source.job_config.model.tokenizer_path} has "

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.errors import CheckpointError, ConfigError, DataError, TitanError
+from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, DataError, TitanError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
 from torchtitan.tools.convert.command import main as convert
@@ -195,6 +195,18 @@ def test_tokenizers_that_do_not_fit(hf_folder, tmp_path):
     write_tokenizer(tmp_path / "large", 300)
     large = str(tmp_path / "large")
     fails(ConfigError, "300 tokens", "only 264", checkpoint=str(hf_folder), tokenizer=large)
+
+
+def test_a_special_token_that_other_models_of_the_family_have(hf_folder, caplog):
+    write_tokenizer(hf_folder, 264)
+    tokenizer = Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(hf_folder / "tokenizer.json"))
+    source = open_source(ModelOptions(str(hf_folder)))
+    assert "its vocabulary is 264: <image>." in caplog.text
+    assert encode_prompt(source.tokenizer, "w7", add_special_tokens=True) == [2, 7]
+    with pytest.raises(BadDocumentError, match="'<image>'"):
+        encode_prompt(source.tokenizer, "w7<image>", add_special_tokens=True)
 
 
 def test_a_degree_that_does_not_fit_the_processes(hf_folder):
