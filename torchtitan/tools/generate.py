@@ -119,7 +119,10 @@ def read_prompts(options: Options) -> list[str]:
             raise DataError(f"--prompt-file {path} cannot be read: {reason}") from error
         if path.suffix != ".jsonl":
             return [*texts, content]
-        for number, line in enumerate(content.splitlines(), start=1):
+        # str.splitlines would also split at U+2028 and others, which JSON may have within a text.
+        for number, line in enumerate(content.split("\n"), start=1):
+            if not line.strip():
+                continue
             try:
                 prompt = json.loads(line)["prompt"]
             except (ValueError, KeyError, TypeError) as error:
