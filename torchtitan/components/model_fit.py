@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.load import origin
+from torchtitan.distributed.utils import rank
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,17 +17,40 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.protocols.train_spec import TrainSpec
 
+logger = logging.getLogger("torchtitan")
+
 
 def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:
     """A token id beyond the embedding would be an index error on the device, hard to read."""
     size = getattr(model_args, "vocab_size", None)
-    if tokenizer is None or size is None or tokenizer.vocab_size <= size:
+    if tokenizer is None or fits_vocabulary(tokenizer, size, job_config.model.tokenizer_path):
         return
     raise ConfigError(
         f"{origin(job_config, 'model.tokenizer_path')}: the tokenizer has {tokenizer.vocab_size} "
         f"tokens, but {job_config.model.name} {job_config.model.flavor} has only {size} in its "
         f"vocabulary. Use the model's own tokenizer, or a flavor with a larger vocabulary"
     )
+
+
+def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bool:
+    """Whether a model with `size` embeddings can read what the tokenizer writes.
+
+    It can if special tokens alone have no embedding, as with Gemma 3 1B, whose tokenizer it shares
+    with models that see images. A warning names them, and texts with them are refused from now on.
+    """
+    if size is None or tokenizer.vocab_size <= size:
+        return True
+    leave_out = getattr(tokenizer, "leave_out", None)
+    names = None if leave_out is None else leave_out(size)
+    if names is None:
+        return False
+    if rank() == 0:
+        logger.warning(
+            "the tokenizer %s has special tokens that the model has no embeddings for, since its "
+            "vocabulary is %d: %s. A text with one of them is refused",
+            *(tokenizer_path, size, ", ".join(names)),
+        )
+    return True
 
 
 def check_builders(spec: TrainSpec, job_config: JobConfig) -> None:

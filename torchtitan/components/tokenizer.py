@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torchtitan.errors import DataError, outage_or
+from torchtitan.errors import BadDocumentError, DataError, outage_or
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -55,6 +55,7 @@ class HuggingFaceTokenizer:
 
     Raises:
         DataError: the folder or a file is missing or damaged, or no eos token is named.
+        BadDocumentError: in `encode...`, after `leave_out`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -86,6 +87,31 @@ class HuggingFaceTokenizer:
             )
         self.eos_id = eos_id
         self.bos_id = self._special_id("bos")
+        self.limit: int | None = None
+        """Ids from it on are refused in a text, see `leave_out`."""
+
+    def leave_out(self, limit: int) -> list[str] | None:
+        """Refuse texts with ids from `limit` on, which a model has no embeddings for.
+
+        Returns:
+            The tokens of these ids. None: nothing is changed, since one of them is no special token
+            that was added, such as that of an image, or is needed.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        beyond = [i for i in self._tokenizer.get_vocab().values() if i >= limit]
+        needed = max(self.eos_id, self.eos_id if self.bos_id is None else self.bos_id)
+        if needed >= limit or not all(i in added and added[i].special for i in beyond):
+            return None
+        self.limit = limit
+        return [added[i].content for i in sorted(beyond)]
+
+    def _within_limit(self, ids: list[int]) -> list[int]:
+        if self.limit is not None and ids and max(ids) >= self.limit:
+            raise BadDocumentError(
+                f"a text has the token {self._tokenizer.id_to_token(max(ids))!r} ({max(ids)}), "
+                f"which the model has no embedding for: its vocabulary is {self.limit}"
+            )
+        return ids
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,13 +120,14 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         # The fast one leaves out where each token stands in the text, for half of the time.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return self._within_limit(encoding.ids)
 
     def encode_prompt(self, text: str) -> list[int]:
         """As `transformers` gives a text to a model: with the tokens that tokenizer.json adds (bos
         with many models).
         """
-        return self._tokenizer.encode(text).ids
+        return self._within_limit(self._tokenizer.encode(text).ids)
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -113,7 +140,7 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each, on as many cores as the library may use."""
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
+        return [self._within_limit(encoding.ids) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

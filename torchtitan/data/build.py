@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,7 +99,8 @@ def _build(
     if data.verify_hashes:
         with begin_errors_with(name):
             verify_hashes(opened, batch["dp_rank"], batch["dp_world_size"])
-    load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
+    chat_of = (data.chat_template, job_config.model.tokenizer_path)
+    load_chat = functools.cache(partial(load_template, *chat_of))
     if data.chat_template:
         load_chat()  # so that a bad one is found at once
     return DataLoader(

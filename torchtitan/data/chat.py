@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+from torchtitan.distributed.utils import rank
 from torchtitan.errors import BadDocumentError, DataError, outage_or
+
+logger = logging.getLogger("torchtitan")
 
 CHATML = (
     "{% for message in messages %}"
@@ -16,14 +20,17 @@ CHATML = (
 )
 """Used where neither the config nor the tokenizer has a template."""
 
+_SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""What a template sees, as far as the tokenizer has them."""
+
 
 class ChatTemplate:
     """A Jinja template, as tokenizers on the Hugging Face hub come with.
 
     Args:
-        source: the template; it sees `messages`, `add_generation_prompt`, `bos_token` and
-            `eos_token`.
-        special_tokens: values of the last two.
+        source: the template; it sees `messages`, `add_generation_prompt`, the special tokens, and
+            what `chat_environment` has.
+        special_tokens: `bos_token` and others -> their texts.
         name: where it comes from, for errors.
 
     Raises:
@@ -32,17 +39,13 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-        environment.globals["raise_exception"] = _refuse
+        from .chat_environment import compile_template
+
         self._name = name
         self._special_tokens = special_tokens
         try:
-            self._template = environment.from_string(source)
+            self._template = compile_template(source)
         except jinja2.TemplateError as error:
             raise DataError(f"{name} is not a Jinja template: {error}") from error
 
@@ -61,6 +64,8 @@ class ChatTemplate:
             lacking = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
             if lacking:
                 raise BadDocumentError(f"message {number} (from 0) has no text {lacking[0]!r}")
+        # Of a table, a field that this message does not have is null.
+        messages = [{k: v for k, v in one.items() if v is not None} for one in messages]
         pieces, done = [], ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -85,14 +90,11 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, add_generation_prompt=prompt, **self._special_tokens
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except (
+            *(jinja2.TemplateError, TypeError, ValueError),
+            *(LookupError, AttributeError, ArithmeticError),
+        ) as error:
             raise BadDocumentError(f"{self._name} refuses the conversation: {error}") from error
-
-
-def _refuse(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
 
 
 def load_template(path: str | None, tokenizer_path: str) -> ChatTemplate:
@@ -103,23 +105,69 @@ def load_template(path: str | None, tokenizer_path: str) -> ChatTemplate:
         tokenizer_path: `model.tokenizer_path`.
 
     Raises:
-        DataError: a file cannot be read, or is no template.
+        DataError: a file cannot be read, or is no template, or the tokenizer has several templates
+            and none is the default.
     """
     folder = Path(tokenizer_path).expanduser()
     config = _read_json(folder / "tokenizer_config.json")
-    special_tokens = {}
-    for name in ("bos_token", "eos_token"):
-        token = config.get(name)
-        special_tokens[name] = (token.get("content") if isinstance(token, dict) else token) or ""
+    source, name = _source(path, folder, config)
+    template = ChatTemplate(source, _special_tokens(folder, config), name)
+    if rank() == 0:
+        if source is CHATML:
+            logger.warning(
+                "conversations are written in ChatML: data.chat_template is unset, and the "
+                "tokenizer %s has no chat template",
+                tokenizer_path,
+            )
+        else:
+            logger.info("conversations are written by %s", name)
+        if "strftime_now" in source:
+            logger.warning(
+                "%s writes the date of the day on which a run starts, so a run that is resumed on "
+                "another day reads other conversations. data.chat_template can name a copy in "
+                "which the date is fixed",
+                name,
+            )
+    return template
+
+
+def _source(path: str | None, folder: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """A template, and its name for messages."""
     if path:
-        return ChatTemplate(_read(Path(path).expanduser()), special_tokens, path)
+        return _read(Path(path).expanduser()), path
     own = folder / "chat_template.jinja"
     if own.is_file():
-        return ChatTemplate(_read(own), special_tokens, str(own))
-    if isinstance(config.get("chat_template"), str):
-        name = f"chat_template of {folder / 'tokenizer_config.json'}"
-        return ChatTemplate(config["chat_template"], special_tokens, name)
-    return ChatTemplate(CHATML, special_tokens, "ChatML")
+        return _read(own), str(own)
+    found = config.get("chat_template")
+    if found is None:
+        return CHATML, "ChatML"
+    name = f"chat_template of {folder / 'tokenizer_config.json'}"
+    if isinstance(found, list):
+        named = [one for one in found if isinstance(one, dict) and "name" in one]
+        found = {one["name"]: one.get("template") for one in named}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise DataError(
+                f"{name} has the templates {', '.join(map(repr, found))}, and none is 'default'. "
+                "Write the one that you mean into a file, and name it in data.chat_template"
+            )
+        found, name = found["default"], f"'default' in {name}"
+    if not isinstance(found, str):
+        raise DataError(f"{name} is a {type(found).__name__}, not text")
+    return found, name
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The texts of those that the tokenizer has."""
+    old = _read_json(folder / "special_tokens_map.json")
+    texts = {}
+    for name in (f"{kind}_token" for kind in _SPECIAL_TOKENS):
+        token = old.get(name) if config.get(name) is None else config[name]
+        if isinstance(token, dict):  # an AddedToken written out
+            token = token.get("content")
+        if token is not None:
+            texts[name] = str(token)
+    return texts
 
 
 def _read(path: Path) -> str:

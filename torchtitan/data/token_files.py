@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import BadDocumentError, ConfigError, DataError
 
 from .files import ends_of, find_files, is_url, reading, sha256
 
@@ -98,6 +98,7 @@ class TokenFiles:
     def __init__(self, shards: Sequence[Shard | MegatronShard]) -> None:
         self.shards = shards
         self._vocab_size: int | None = None
+        self._limit: int | None = None
         self._count()
 
     def _count(self) -> None:
@@ -113,6 +114,11 @@ class TokenFiles:
         tokens = shard.document(place)
         if self._vocab_size is not None and len(tokens):
             _check_ids(tokens, self._vocab_size, f"{shard.path}, document {place} (from 0)")
+        if self._limit is not None and len(tokens) and tokens.max() >= self._limit:
+            raise BadDocumentError(
+                f"{shard.path}, document {place} (from 0): token {tokens.max()} has no embedding: "
+                f"the vocabulary of the model is {self._limit}"
+            )
         return tokens
 
     @property
@@ -125,6 +131,7 @@ class TokenFiles:
         Raises:
             DataError: the tokens are not this tokenizer's.
         """
+        self._limit = getattr(tokenizer, "limit", None)
 
     def require_bos(self, bos_id: int) -> None:
         """Called if documents shall begin with bos, since nothing is added to ids.
@@ -165,6 +172,7 @@ class PreparedTokens(TokenFiles):
         return Shard(str(path), map_file(path, dtype), map_file(index, np.dtype("<i8")))
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().use_tokenizer(tokenizer)
         prepared = self.index["tokenizer"]
         for key in ("fingerprint", "eos_id", "vocab_size"):
             now = getattr(tokenizer, key, None)
@@ -234,6 +242,7 @@ class MegatronTokens(TokenFiles):
         self._eos_id: int | None = None
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().use_tokenizer(tokenizer)
         self._eos_id, self._vocab_size = tokenizer.eos_id, tokenizer.vocab_size
 
     def __getitem__(self, index: int) -> np.ndarray:
@@ -263,6 +272,7 @@ class NanoGPTTokens(TokenFiles):
         self._files = shards
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().use_tokenizer(tokenizer)
         self._vocab_size = tokenizer.vocab_size
         for shard, (start, dtype) in zip(self._files, self._layouts, strict=True):
             largest, bos_id = np.iinfo(dtype).max, getattr(tokenizer, "bos_id", None)

@@ -26,6 +26,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     SAFETENSORS_INDEX,
     is_hf_weights,
 )
+from torchtitan.components.model_fit import fits_vocabulary
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
@@ -74,7 +75,10 @@ class Source:
     job_config: JobConfig
     """That of the run, or the defaults, but with the options' model and layout."""
     tokenizer: Tokenizer
-    is_hf: bool
+    manifest: Manifest | None
+    """None: a Hugging Face folder."""
+    of_run: bool
+    """Saved by a run, whose config is known."""
     stop_tokens: frozenset[int] = field(default_factory=frozenset)
     """Tokens that end a text."""
     max_seq_len: int | None = None
@@ -82,8 +86,21 @@ class Source:
 
     @property
     def add_bos(self) -> bool:
-        """Whether bos began the documents of the run."""
-        return self.job_config.data.add_bos and self.tokenizer.bos_id is not None
+        """Whether a text begins with bos: as the documents of the run did, or, for weights from
+        elsewhere, as their tokenizer says."""
+        if self.of_run:
+            return self.job_config.data.add_bos and self.tokenizer.bos_id is not None
+        return getattr(self.tokenizer, "adds_bos", False)
+
+    @property
+    def is_hf(self) -> bool:
+        return self.manifest is None
+
+    @property
+    def is_converted(self) -> bool:
+        """`torchtitan convert from-hf` wrote it."""
+        of = self.manifest
+        return of is not None and of.model_only and of.step == 0
 
 
 @dataclass
@@ -110,7 +127,8 @@ def open_source(options: ModelOptions) -> Source:
     """
     load_plugins(options.custom_import)
     folder = _checkpoint_folder(Path(options.checkpoint).expanduser())
-    is_hf = not (folder / MANIFEST).is_file()
+    manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
+    is_hf = manifest is None
     saved_config = None if is_hf else _config_of_run(folder)
     job_config = saved_config or JobConfig()
     if options.flavor is not None and options.model is None:
@@ -134,8 +152,8 @@ def open_source(options: ModelOptions) -> Source:
         job_config.model.tokenizer_path = options.tokenizer
     elif is_hf:
         job_config.model.tokenizer_path = _own_tokenizer(folder)
-    elif saved_config is None:  # `torchtitan convert` has no run, but knows the tokenizer
-        known_path = Manifest.read(folder).model.get("tokenizer")
+    elif manifest and saved_config is None:  # `torchtitan convert` has no run, but knows it
+        known_path = manifest.model.get("tokenizer")
         job_config.model.tokenizer_path = known_path or _own_tokenizer(folder)
     _set_layout(job_config, options, spec)
     if spec.build_tokenizer_fn is None:
@@ -143,12 +161,11 @@ def open_source(options: ModelOptions) -> Source:
     tokenizer_fn = spec.build_tokenizer_fn
     spec = replace(spec, model_args=spec.model_args.update_from_config(job_config))
     tokenizer = tokenizer_fn(job_config)
-    source = Source(folder, name, spec, job_config, tokenizer, is_hf)
+    of_run = saved_config is not None
+    source = Source(folder, name, spec, job_config, tokenizer, manifest, of_run)
     _check_vocabulary(source)
     source.stop_tokens = _stop_tokens(source)
-    source.max_seq_len = getattr(spec.model_args, "max_seq_len", None)
-    if is_hf and source.max_seq_len is None and (folder / CONFIG).is_file():
-        source.max_seq_len = read_hf_config(folder).get("max_position_embeddings")
+    source.max_seq_len = _max_seq_len(source)
     return source
 
 
@@ -239,7 +256,7 @@ def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> No
 
 def _check_vocabulary(source: Source) -> None:
     size = getattr(source.spec.model_args, "vocab_size", None)
-    if size is None or source.tokenizer.vocab_size <= size:
+    if fits_vocabulary(source.tokenizer, size, source.job_config.model.tokenizer_path):
         return
     raise ConfigError(
         f"the tokenizer {source.job_config.model.tokenizer_path} has "
@@ -249,16 +266,48 @@ def _check_vocabulary(source: Source) -> None:
 
 
 def _stop_tokens(source: Source) -> frozenset[int]:
-    """The tokenizer's eos, and what `generation_config.json` says besides (ends of chat turns)."""
+    """The tokenizer's eos, and what its folder and that of the weights say besides (ends of chat
+    turns).
+    """
+    folders = [source.job_config.model.tokenizer_path]
+    if source.is_hf:
+        folders.append(str(source.folder))
+    elif source.is_converted and source.manifest:
+        folders.append(source.manifest.model.get("tokenizer", ""))
     tokens = {source.tokenizer.eos_id}
-    path = source.folder / "generation_config.json"
-    if source.is_hf and path.is_file():
+    for folder in folders:
+        if folder not in ("", "bytes"):
+            tokens.update(_told_ends(Path(folder).expanduser()))
+    return frozenset(tokens)
+
+
+def _told_ends(folder: Path) -> list[int]:
+    """As `transformers` takes them: of `generation_config.json`, or without it of `config.json`."""
+    for path in (folder / "generation_config.json", folder / CONFIG):
+        if not path.is_file():
+            continue
         try:
-            also: Any = json.loads(path.read_text()).get("eos_token_id")
+            told: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         except (ValueError, AttributeError, OSError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        tokens.update(also if isinstance(also, list) else [] if also is None else [also])
-    return frozenset(tokens)
+        ends = told if isinstance(told, list) else [] if told is None else [told]
+        if not all(type(token) is int for token in ends):
+            raise CheckpointError(
+                f"{path}: eos_token_id = {told!r} must be a token's number, or a list of them"
+            )
+        return ends
+    return []
+
+
+def _max_seq_len(source: Source) -> int | None:
+    limit = getattr(source.spec.model_args, "max_seq_len", None)
+    if limit is not None:
+        return limit
+    if source.is_hf and (source.folder / CONFIG).is_file():
+        return read_hf_config(source.folder).get("max_position_embeddings")
+    if source.is_converted and source.manifest:  # not of a run, whose sequences may be shorter
+        return source.manifest.model.get("seq_len") or None
+    return None
 
 
 def _allocate(model: ModelProtocol, device: torch.device) -> None:

@@ -59,7 +59,11 @@ def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -
         ) from error
     try:
         huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, local_dir=out
+            repo,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],  # the patterns match through "/": other copies in subfolders
+            local_dir=out,
         )
     except errors.HFValidationError as error:
         raise ConfigError(f"{repo!r} is not the name of a model: ORGANISATION/NAME") from error

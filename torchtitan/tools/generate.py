@@ -70,7 +70,8 @@ class Options(ModelOptions):
     """Go on where the model ends the text."""
     add_special_tokens: bool | None = None
     """Begin with the tokens that tokenizer.json adds, such as bos. Default: for Hugging Face
-    folders only; a run's own checkpoint gets bos if the run had data.add_bos, and else nothing"""
+    folders and what was converted from them; a run's own checkpoint gets bos if the run had
+    data.add_bos, and else nothing"""
     json: str | None = None
     """File that gets a JSON object a text: prompt, text, tokens, finish_reason."""
 
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     source = open_source(options)
     special, add_bos = options.add_special_tokens, False
     if special is None:
-        special, add_bos = source.is_hf, source.add_bos
+        special, add_bos = not source.of_run, source.add_bos
     prompts = [encode_prompt(source.tokenizer, text, special, add_bos) for text in texts]
     max_new_tokens = limit_of_new_tokens(source, prompts, options.max_new_tokens)
     with process_group():
@@ -118,7 +119,10 @@ def read_prompts(options: Options) -> list[str]:
             raise DataError(f"--prompt-file {path} cannot be read: {reason}") from error
         if path.suffix != ".jsonl":
             return [*texts, content]
-        for number, line in enumerate(content.splitlines(), start=1):
+        # str.splitlines would also split at U+2028 and others, which JSON may have within a text.
+        for number, line in enumerate(content.split("\n"), start=1):
+            if not line.strip():
+                continue
             try:
                 prompt = json.loads(line)["prompt"]
             except (ValueError, KeyError, TypeError) as error:

@@ -1,10 +1,11 @@
 """What a config asks of a model is refused where the model's TrainSpec has no such part."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from torchtitan.components.model_fit import check_builders
+from torchtitan.components.model_fit import check_builders, check_vocabulary
 from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
@@ -32,3 +33,20 @@ def test_validation_needs_a_tokenizer_or_a_validator(config):
     with pytest.raises(ConfigError, match=r"validation.enable.*neither a build_tokenizer_fn"):
         check_builders(spec, config)
     check_builders(replace(spec, build_validator_fn=lambda *_: None), config)
+
+
+def test_special_tokens_alone_may_be_beyond_the_vocabulary(config, caplog):
+    def leave_out(size):
+        return ["<image>"] if size == 9 else None
+
+    config.model.tokenizer_path = "folder"
+    tokenizer = SimpleNamespace(vocab_size=10, leave_out=leave_out)
+    check_vocabulary(tokenizer, SimpleNamespace(vocab_size=10), config)
+    assert not caplog.records
+    check_vocabulary(tokenizer, SimpleNamespace(vocab_size=9), config)
+    assert "tokenizer folder has special tokens" in caplog.text and "9: <image>." in caplog.text
+    with pytest.raises(ConfigError, match=r"the tokenizer has 10 tokens, but llama3 .* only 8"):
+        check_vocabulary(tokenizer, SimpleNamespace(vocab_size=8), config)
+    del tokenizer.leave_out
+    with pytest.raises(ConfigError, match="the tokenizer has 10 tokens"):
+        check_vocabulary(tokenizer, SimpleNamespace(vocab_size=9), config)

@@ -9,7 +9,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, build_tokenizer
 from torchtitan.config import JobConfig
-from torchtitan.errors import DataError
+from torchtitan.errors import BadDocumentError, DataError
 
 VOCABULARY = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "<unk>": 9}  # ids have gaps
 
@@ -137,3 +137,27 @@ def test_whether_a_folder_begins_texts_with_bos(folder: Path) -> None:
         assert HuggingFaceTokenizer(folder).adds_bos is adds
     write(folder, "tokenizer_config.json", {"eos_token": "</s>"})
     assert not HuggingFaceTokenizer(folder).adds_bos
+
+
+def test_special_tokens_beyond_a_models_vocabulary_are_refused_in_texts(tmp_path: Path) -> None:
+    """As of Gemma 3 1B, whose tokenizer has one more, for models that see images."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "b": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>", "<image>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "</s>"})
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    assert tokenizer.vocab_size == 4 and tokenizer.encode("a<image>") == [1, 3]
+    assert tokenizer.leave_out(2) is None  # "b" is no special token
+    assert tokenizer.encode("b<image>") == [2, 3]
+    assert tokenizer.leave_out(3) == ["<image>"]
+    assert tokenizer.encode("ab") and tokenizer.encode_batch(["a b"]) == [[1, 2]]
+    for encode in (
+        tokenizer.encode,
+        tokenizer.encode_prompt,
+        lambda t: tokenizer.encode_batch([t]),
+    ):
+        with pytest.raises(BadDocumentError, match=r"'<image>' \(3\), .* vocabulary is 3"):
+            encode("a<image>")
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "<image>"})
+    assert HuggingFaceTokenizer(tmp_path).leave_out(3) is None  # which is needed

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
@@ -115,6 +118,90 @@ def test_a_template_is_that_of_the_config_or_of_the_tokenizer(tmp_path: Path) ->
     (tmp_path / "own.jinja").write_text("{% if %}")
     with pytest.raises(DataError, match=r"own\.jinja is not a Jinja template"):
         load_template(str(tmp_path / "own.jinja"), "bytes")
+
+
+LOOP = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TEMPLATES: dict[str, dict] = {
+    "several": {
+        "chat_template": [
+            {"name": "tool_use", "template": "tools"},
+            {"name": "default", "template": "{{ bos_token }}" + LOOP},
+        ]
+    },
+    "special tokens": {
+        "chat_template": "{{ bos_token }}{{ pad_token }}{{ unk_token }}{{ sep_token }}" + LOOP
+    },
+    "tokens that there are": {
+        "chat_template": "{{ cls_token is defined }} {{ mask_token is defined }}" + LOOP,
+        "mask_token": "<mask>",
+    },
+    "no tools": {
+        "chat_template": "{% if tools is not none %}tools{% endif %}"
+        "{% if documents is not none %}documents{% endif %}" + LOOP
+    },
+    "date": {"chat_template": "{{ strftime_now('%d %b %Y') }}" + LOOP},
+    "json": {"chat_template": "{{ messages[0] | tojson(indent=4, sort_keys=true) }}" + LOOP},
+    "json in a line": {
+        "chat_template": "{{ messages[0] | tojson(separators=(',', ':')) }}" + LOOP,
+    },
+    "generation": {
+        "chat_template": "{% set x = 1 %}{% for m in messages %}{% generation %}\n"
+        "  {% set x = 2 %}{{ m.content }}{{ x }}\n{% endgeneration %}{{ x }}{% endfor %}"
+    },
+    "fields that are null": {
+        "chat_template": "{% for m in messages %}{{ m.content }}"
+        "{% if 'tool_calls' in m %}{{ m.tool_calls }}{% endif %}{% endfor %}"
+    },
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_is_rendered_as_by_transformers(case: str, tmp_path: Path) -> None:
+    texts = ["<unk>", "<s>", "</s>", "<pad>", "<mask>"]
+    Tokenizer(WordLevel({t: i for i, t in enumerate(texts)}, "<unk>")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | TEMPLATES[case]))
+    old = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(old))
+    messages = [
+        {"role": "user", "content": '<é & "x">', "tool_calls": None},
+        {"role": "assistant", "content": "yes", "tool_calls": None},
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    pieces = load_template(None, str(tmp_path)).segments(messages)
+    assert "".join(text for text, _ in pieces) == expected
+
+
+def test_a_default_is_needed_among_several_templates(tmp_path: Path) -> None:
+    config = {"chat_template": [{"name": "rag", "template": "x"}, {"name": "b", "template": "y"}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="templates 'rag', 'b', and none is 'default'"):
+        load_template(None, str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": 3}))
+    with pytest.raises(DataError, match=r"chat_template of .* is a int, not text"):
+        load_template(None, str(tmp_path))
+
+
+def test_it_is_told_which_template_writes_the_conversations(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "torchtitan")
+    load_template(None, str(tmp_path))
+    assert "written in ChatML" in caplog.text and str(tmp_path) in caplog.text
+    file = tmp_path / "chat_template.jinja"
+    file.write_text("{{ strftime_now('%Y') }}")
+    load_template(None, str(tmp_path))
+    assert f"conversations are written by {file}" in caplog.text
+    assert "resumed on another day reads other conversations" in caplog.text
+
+
+def test_an_error_within_a_template_is_the_documents(tmp_path: Path) -> None:
+    source = "{{ messages[0]['content'].index('no such') }}"
+    with pytest.raises(BadDocumentError, match="refuses the conversation"):
+        template(source).segments(CHAT)
 
 
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit"])

@@ -11,7 +11,7 @@ import pytest
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data.sources import open_dataset
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import BadDocumentError, ConfigError, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,17 @@ def test_megatron_files_are_read(tmp_path: Path, dtype: str) -> None:
     source.use_tokenizer(BytesTokenizer())
     documents = [source[i].tolist() for i in range(len(source))]
     assert documents == [[1, 2, 3, 257], [4, 257], [5, 257]]  # which lacked the end
+
+
+def test_an_id_that_the_model_has_no_embedding_for(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "a.bin", [[[1, 9]], [[2, 300, 9]]])
+    source = open_dataset("tokens", str(tmp_path))
+    source.use_tokenizer(SimpleNamespace(eos_id=9, vocab_size=301, limit=300))
+    assert source[0].tolist() == [1, 9]
+    with pytest.raises(
+        BadDocumentError, match=r"document 1 .*: token 300 has no embedding: .* 300"
+    ):
+        source[1]
 
 
 @pytest.mark.parametrize("empty", [[], [[]]], ids=["no sequence", "an empty sequence"])

@@ -7,13 +7,14 @@ import pytest
 import tiny_hf
 import tiny_llama
 import torch
+import transformers
 from harness import train
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.errors import CheckpointError, ConfigError, DataError, TitanError
+from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, DataError, TitanError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
 from torchtitan.tools.convert.command import main as convert
@@ -34,12 +35,12 @@ def hf_folder(tmp_path):
     return folder
 
 
-def write_tokenizer(folder, size: int, eos: str = "w1") -> None:
+def write_tokenizer(folder, size: int, eos: str = "w1", **names: str) -> None:
     tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
     tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos, **names}))
 
 
 def test_a_run_of_ours(run_folder):
@@ -97,6 +98,57 @@ def test_the_tokenizer_of_the_folder(hf_folder):
     assert encode_prompt(source.tokenizer, "w7", add_special_tokens=False) == [7]
 
 
+def test_the_same_weights_are_prompted_alike_before_and_after_they_are_converted(
+    hf_folder, tmp_path
+):
+    write_tokenizer(hf_folder, 264, bos_token="w2")
+    assert convert(["from-hf", str(hf_folder), str(tmp_path / "ours")]) == 0
+    hf, ours = (open_source(ModelOptions(str(f))) for f in (hf_folder, tmp_path / "ours"))
+    assert hf.add_bos and ours.add_bos
+    assert hf.stop_tokens == ours.stop_tokens == {1}
+    assert hf.max_seq_len == ours.max_seq_len == 512
+    # A tokenizer that adds no bos, and one without bos.
+    write_tokenizer(hf_folder, 264, bos_token="w3")
+    assert not open_source(ModelOptions(str(tmp_path / "ours"))).add_bos
+    assert not open_source(ModelOptions(str(hf_folder), tokenizer="bytes")).add_bos
+
+
+def transformers_stops(folder) -> set[int]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+@pytest.mark.parametrize(
+    ("of_model", "generation"),
+    [([7, 10], None), (7, None), ([7, 10], {}), ([7, 10], {"eos_token_id": [7, 8]})],
+)
+def test_texts_end_where_transformers_ends_them(of_model, generation, hf_folder, tmp_path):
+    write_tokenizer(hf_folder, 264)
+    config = json.loads((hf_folder / "config.json").read_text()) | {"eos_token_id": of_model}
+    (hf_folder / "config.json").write_text(json.dumps(config))
+    (hf_folder / "generation_config.json").unlink()
+    if generation is not None:
+        (hf_folder / "generation_config.json").write_text(json.dumps(generation))
+    expected = transformers_stops(hf_folder) | {1}
+    assert open_source(ModelOptions(str(hf_folder))).stop_tokens == expected
+    assert convert(["from-hf", str(hf_folder), str(tmp_path / "ours")]) == 0
+    assert open_source(ModelOptions(str(tmp_path / "ours"))).stop_tokens == expected
+
+
+def test_a_run_ends_texts_as_the_folder_of_its_tokenizer_says(run_folder, tmp_path):
+    write_tokenizer(tmp_path / "chat", 258)
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    folder = tmp_path / "moved"
+    shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
+    file = folder / "config.resolved.toml"
+    path = f'tokenizer_path = "{tmp_path / "chat"}"'
+    file.write_text(file.read_text().replace('tokenizer_path = "bytes"', path))
+    assert open_source(ModelOptions(str(folder))).stop_tokens == {1, 9}
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": ["1"]}')
+    fails(CheckpointError, "generation_config.json: eos_token_id = ['1']", checkpoint=str(folder))
+
+
 def fails(error: type[TitanError], *words: str, **options: str) -> None:
     with pytest.raises(error) as caught:
         open_source(ModelOptions(**options))
@@ -143,6 +195,18 @@ def test_tokenizers_that_do_not_fit(hf_folder, tmp_path):
     write_tokenizer(tmp_path / "large", 300)
     large = str(tmp_path / "large")
     fails(ConfigError, "300 tokens", "only 264", checkpoint=str(hf_folder), tokenizer=large)
+
+
+def test_a_special_token_that_other_models_of_the_family_have(hf_folder, caplog):
+    write_tokenizer(hf_folder, 264)
+    tokenizer = Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(hf_folder / "tokenizer.json"))
+    source = open_source(ModelOptions(str(hf_folder)))
+    assert "its vocabulary is 264: <image>." in caplog.text
+    assert encode_prompt(source.tokenizer, "w7", add_special_tokens=True) == [2, 7]
+    with pytest.raises(BadDocumentError, match="'<image>'"):
+        encode_prompt(source.tokenizer, "w7<image>", add_special_tokens=True)
 
 
 def test_a_degree_that_does_not_fit_the_processes(hf_folder):

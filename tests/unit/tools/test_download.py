@@ -23,6 +23,7 @@ FILES = {
     "tokenizer_config.json": b"{}",
     "README.md": b"no part of it",
     "pytorch_model.bin": b"not wanted",
+    "original/consolidated.safetensors": b"the same weights in another format",
 }
 
 
@@ -55,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
         elif "nowhere" in path:
             self._refuse(404, "RevisionNotFound")
         elif rest:
-            self._send_file(rest.split("/")[-1], with_body)
+            self._send_file(rest.partition("/")[2], with_body)
         elif "/tree/" in path:
             entries = [{"type": "file", "path": n, "size": len(c)} for n, c in FILES.items()]
             for entry in entries:
@@ -150,7 +151,11 @@ def test_everything_but_what_is_not_needed(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{Path('assets', 'model')}: 5 files, 300 kB\n"
     out = tmp_path / "assets" / "model"
-    assert names(out) == FILES.keys() - {"README.md", "pytorch_model.bin"}
+    assert names(out) == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert not (out / "original").exists()
     assert all((out / name).read_bytes() == FILES[name] for name in names(out))
 
     hub.requests.clear()

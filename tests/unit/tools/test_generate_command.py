@@ -6,6 +6,7 @@ import pytest
 import tiny_hf
 
 from torchtitan.cli import main
+from torchtitan.tools.generate import Options, read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +101,17 @@ def test_a_mistake(mistake, generate, capsys):
     assert err.count("error: ") == 1 and message in err, err
 
 
+def test_a_prompt_may_have_any_character_and_blank_lines_are_none(tmp_path):
+    prompts = ["one\u2028line\x85\u2029", "zwei \x1c"]
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    file.write_text("\n" + "\r\n \n".join(lines) + "\n\n", encoding="utf-8")
+    assert read_prompts(Options("folder", prompt_file=str(file))) == prompts
+
+
 def test_a_damaged_line_of_prompts(generate, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "first"}\n{"text": "x"}\n')
+    prompts.write_text('{"prompt": "first"}\n\n{"text": "x"}\n')
     with pytest.raises(SystemExit):
         generate("--prompt-file", str(prompts))
-    assert f"{prompts}:2: not" in capsys.readouterr().err
+    assert f"{prompts}:3: not" in capsys.readouterr().err

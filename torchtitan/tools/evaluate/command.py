@@ -16,6 +16,7 @@ from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.generation.load import (
     LoadedModel,
     ModelOptions,
+    Source,
     load_model,
     open_source,
     process_group,
@@ -48,7 +49,8 @@ class Options(ModelOptions):
     text_key: str = "text"
     """Field that holds the text, in formats that have fields."""
     seq_len: int | None = None
-    """Tokens that the model sees at a time. Default: 2048, or as many as it is made for"""
+    """Tokens that the model sees at a time. Default: as many as it is made for, with a dataset at
+    most 2048; where that is not known, 2048"""
     batch_size: int = 4
     """Sequences in one forward pass of one data rank."""
     max_tokens: int | None = None
@@ -61,8 +63,11 @@ class Options(ModelOptions):
     """Documents of each task. Default: all"""
     include_path: str | None = None
     """Folder with definitions of tasks of your own."""
-    add_bos: bool = False
-    """Begin the contexts of tasks with bos."""
+    add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Begin documents and the contexts of tasks with bos. Default: as the run did, or as the
+    tokenizer of a Hugging Face folder says"""
+    no_add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Begin them without it."""
     json: str | None = None
     """File that gets the result."""
 
@@ -80,18 +85,20 @@ def main(argv: list[str] | None = None) -> int:
     dataset = _check(options)
     source = open_source(options)
     if options.seq_len is None:
-        options.seq_len = min(DEFAULT_SEQ_LEN, source.max_seq_len or DEFAULT_SEQ_LEN)
+        if dataset is not None:
+            options.seq_len = min(DEFAULT_SEQ_LEN, source.max_seq_len or DEFAULT_SEQ_LEN)
     elif source.max_seq_len is not None and options.seq_len > source.max_seq_len:
         raise ConfigError(
             f"--seq-len {options.seq_len}: {source.model_name} of {source.folder} is made for "
             f"sequences of at most {source.max_seq_len} tokens"
         )
+    add_bos = _add_bos(source, options)
     with process_group():
         loaded = load_model(source)
         if dataset is None:
-            result = _evaluate_tasks(loaded, options)
+            result = _evaluate_tasks(loaded, options, add_bos)
         else:
-            result = _evaluate_dataset(loaded, dataset, options)
+            result = _evaluate_dataset(loaded, dataset, options, add_bos)
         if utils.rank() == 0 and options.json is not None:
             result["checkpoint"] = str(source.folder)
             write_result(options.json, json.dumps(result, indent=1, default=str) + "\n", "--json")
@@ -104,6 +111,8 @@ def _check(options: Options) -> Dataset | None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if options.add_bos and options.no_add_bos:
+        raise ConfigError("give either --add-bos or --no-add-bos")
     if bool(options.tasks) == (options.dataset is not None):
         raise ConfigError("give either --dataset NAME or --tasks TASK [TASK ...]")
     if options.tasks:
@@ -120,10 +129,20 @@ def _check(options: Options) -> Dataset | None:
         return open_dataset(options.dataset, options.dataset_path, options.text_key)
 
 
-def _evaluate_dataset(loaded: LoadedModel, dataset: Dataset, options: Options) -> dict[str, Any]:
+def _add_bos(source: Source, options: Options) -> bool:
+    """Raises `ConfigError` where bos is asked for, and the tokenizer has none."""
+    if options.add_bos and source.tokenizer.bos_id is None:
+        path = source.job_config.model.tokenizer_path
+        raise ConfigError(f"--add-bos: the tokenizer {path} has no bos token")
+    return options.add_bos or (source.add_bos and not options.no_add_bos)
+
+
+def _evaluate_dataset(
+    loaded: LoadedModel, dataset: Dataset, options: Options, add_bos: bool
+) -> dict[str, Any]:
     seq_len = cast(int, options.seq_len)  # by now it is set
     with begin_errors_with(f"--dataset {options.dataset}"):
-        result = evaluate(loaded, dataset, seq_len, options.batch_size, options.max_tokens)
+        result = evaluate(loaded, dataset, seq_len, options.batch_size, options.max_tokens, add_bos)
     if utils.rank() == 0:
         sys.stdout.write(
             f"loss           {result.loss:.4f} nats a token\n"
@@ -132,11 +151,11 @@ def _evaluate_dataset(loaded: LoadedModel, dataset: Dataset, options: Options) -
             f"tokens         {result.tokens:,} ({result.documents:,} documents, "
             f"{result.bytes:,} bytes)\n"
         )
-    return asdict(result) | {"dataset": options.dataset, "seq_len": options.seq_len}
+    told = {"dataset": options.dataset, "seq_len": options.seq_len, "add_bos": add_bos}
+    return asdict(result) | told
 
 
-def _evaluate_tasks(loaded: LoadedModel, options: Options) -> dict[str, Any]:
-    add_bos = options.add_bos or loaded.source.add_bos
+def _evaluate_tasks(loaded: LoadedModel, options: Options, add_bos: bool) -> dict[str, Any]:
     model = TaskModel(loaded, options.batch_size, options.seq_len, add_bos)
     results = run_tasks(
         model, options.tasks, options.num_fewshot, options.limit, options.include_path
@@ -146,4 +165,4 @@ def _evaluate_tasks(loaded: LoadedModel, options: Options) -> dict[str, Any]:
             for name, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in name:
                     sys.stdout.write(f"{task}  {name.partition(',')[0]}  {value:.4f}\n")
-    return {"results": results}
+    return {"results": results, "seq_len": model.max_seq_len, "add_bos": add_bos}

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+from torchtitan.distributed import utils
 from torchtitan.errors import ConfigError
 from torchtitan.generation.generator import Generator
 from torchtitan.generation.load import LoadedModel
-from torchtitan.generation.sampling import Sampling
 from torchtitan.generation.scoring import rolling_windows, score
 from torchtitan.generation.text import first_token
+from torchtitan.tools.evaluate.task_options import TaskOptions
 
-DEFAULT_NEW_TOKENS = 256
+logger = logging.getLogger("torchtitan")
+
 DEFAULT_WINDOW = 2048
 
 
@@ -35,7 +38,7 @@ class TaskModel:
         loaded: the model; with several ranks, they share it, and each gets all requests.
         batch_size: texts in one forward pass.
         max_seq_len: tokens that the model may see at a time. None: what it is made for, or 2048.
-        add_bos: begin every context with bos.
+        add_bos: begin every context with bos. None: as `Source.add_bos` has it.
     """
 
     def __init__(
@@ -43,20 +46,29 @@ class TaskModel:
         loaded: LoadedModel,
         batch_size: int = 8,
         max_seq_len: int | None = None,
-        add_bos: bool = False,
+        add_bos: bool | None = None,
     ) -> None:
         self._model = loaded.model
         self._tokenizer = loaded.source.tokenizer
         self._generator = Generator(loaded.model, loaded.source.stop_tokens, loaded.tp_group)
         self._batch_size = batch_size
-        self._window = max_seq_len or loaded.source.max_seq_len or DEFAULT_WINDOW
+        self.max_seq_len = max_seq_len or loaded.source.max_seq_len or DEFAULT_WINDOW
         self._before = first_token(self._tokenizer)
+        add_bos = loaded.source.add_bos if add_bos is None else add_bos
         self._prefix = [self._before] if add_bos else []
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """For `(context, continuation)`: its log-likelihood, and whether it is greedy."""
+        """For `(context, continuation)`: its log-likelihood, and whether it is greedy.
+
+        Raises:
+            ConfigError: a continuation is longer than what the model may see.
+        """
         pairs = [self._encode_pair(*request.args) for request in requests]
-        scores = score(self._model, pairs, self._batch_size, self._window)
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > self.max_seq_len:
+            raise ConfigError(f"--tasks: a task scores {longest} tokens, but {self._told_length}")
+        self._warn_of_cuts([len(a) + len(b) - 1 - self.max_seq_len for a, b in pairs])
+        scores = score(self._model, pairs, self._batch_size, self.max_seq_len)
         return [(s.log_likelihood, s.is_greedy) for s in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
@@ -64,11 +76,11 @@ class TaskModel:
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = list(self._tokenizer.encode(request.args[0]))
-            for pair in rolling_windows(tokens, self._before, self._window):
+            for pair in rolling_windows(tokens, self._before, self.max_seq_len):
                 windows.append(pair)
                 owners.append(number)
         sums = [0.0] * len(requests)
-        scores = score(self._model, windows, self._batch_size, self._window)
+        scores = score(self._model, windows, self._batch_size, self.max_seq_len)
         for number, result in zip(owners, scores, strict=True):
             sums[number] += result.log_likelihood
         return sums
@@ -78,38 +90,66 @@ class TaskModel:
 
         The options are those of `transformers`: `max_gen_toks`, `do_sample`, `temperature`,
         `top_k`, `top_p`.
+
+        Raises:
+            ConfigError: before anything is generated: another option would change the text, or the
+                new tokens leave no room for a context.
         """
+        options = [TaskOptions.of(request.args[1]) for request in requests]
+        prompts = [self._context_tokens(request.args[0]) for request in requests]
+        rooms = [self.max_seq_len - option.max_new_tokens for option in options]
+        for room, option in zip(rooms, options, strict=True):
+            if room < 1:
+                raise ConfigError(
+                    f"--tasks: a task generates {option.max_new_tokens} tokens (max_gen_toks), "
+                    f"which leaves no room for its context: {self._told_length}"
+                )
+        self._warn_of_cuts([len(p) - room for p, room in zip(prompts, rooms, strict=True)])
         texts: list[str] = []
-        for number, request in enumerate(requests):
-            context, options = request.args
-            options = dict(options)
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else list(until)
-            limit = options.get("max_gen_toks") or options.get("max_new_tokens")
-            limit = min(limit or DEFAULT_NEW_TOKENS, self._window - 1)
-            prompt = self._context_tokens(context)[-(self._window - limit) :]
-            text = self._generate(prompt, limit, _sampling(options), number, until)
-            ends = [text.find(stop) for stop in until if stop and stop in text]
+        for number, (prompt, room, option) in enumerate(zip(prompts, rooms, options, strict=True)):
+            text = self._generate(prompt[-room:], option, number)
+            ends = [text.find(stop) for stop in option.until if stop and stop in text]
             texts.append(text[: min(ends, default=len(text))])
         return texts
 
-    def _generate(
-        self, prompt: list[int], limit: int, sampling: Sampling, stream: int, until: list[str]
-    ) -> str:
-        """The text of at most `limit` tokens, or that which first holds one of `until`."""
+    def _generate(self, prompt: list[int], options: TaskOptions, stream: int) -> str:
+        """The text up to the limit, or that which first holds one of `until`."""
         tokens: list[int] = []
 
         def on_token(number: int, token: int | None) -> bool:
             if token is None:
                 return True
             tokens.append(token)
-            return any(stop and stop in self._tokenizer.decode(tokens) for stop in until)
+            return any(stop and stop in self._tokenizer.decode(tokens) for stop in options.until)
 
-        self._generator.generate([prompt], limit, sampling, [stream], on_token)
+        self._generator.generate(
+            [prompt], options.max_new_tokens, options.sampling, [stream], on_token
+        )
         return self._tokenizer.decode(tokens)
 
+    @property
+    def _told_length(self) -> str:
+        return (
+            f"the model sees {self.max_seq_len} tokens at a time (--seq-len, by default what it is "
+            f"made for, or {DEFAULT_WINDOW} where that is not known)"
+        )
+
+    def _warn_of_cuts(self, excess: Sequence[int]) -> None:
+        """By how many tokens each text is too long; of those below 1, none is."""
+        cut = [tokens for tokens in excess if tokens > 0]
+        if cut and utils.rank() == 0:
+            logger.warning(
+                "%d of %d contexts lose their beginning, up to %d tokens of it: %s",
+                *(len(cut), len(excess), max(cut), self._told_length),
+            )
+
     def _context_tokens(self, context: str) -> list[int]:
-        return [*self._prefix, *self._tokenizer.encode(context)] or [self._before]
+        return self._begin(list(self._tokenizer.encode(context)))
+
+    def _begin(self, tokens: list[int]) -> list[int]:
+        """With the bos that they may lack; at least one token."""
+        prefix = [] if tokens[:1] == self._prefix else self._prefix
+        return [*prefix, *tokens] or [self._before]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both, as they are in the joined text, whose space may belong to either."""
@@ -120,15 +160,7 @@ class TaskModel:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
         whole = list(self._tokenizer.encode(context + continuation))
         length = min(len(self._tokenizer.encode(context)), len(whole) - 1)
-        return [*self._prefix, *whole[:length]] or [self._before], whole[length:]
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    temperature = options.get("temperature")
-    if not options.get("do_sample", bool(temperature)) or temperature == 0:
-        return Sampling(temperature=0)
-    temperature = 1.0 if temperature is None else temperature
-    return Sampling(temperature, options.get("top_k"), options.get("top_p"))
+        return self._begin(whole[:length]), whole[length:]
 
 
 def require_lm_eval() -> None:

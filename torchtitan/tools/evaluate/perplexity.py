@@ -99,6 +99,7 @@ def evaluate(
     seq_len: int,
     batch_size: int,
     max_tokens: int | None = None,
+    add_bos: bool | None = None,
 ) -> Perplexity:
     """Evaluate a model on all documents of a dataset, or the first ones.
 
@@ -108,13 +109,15 @@ def evaluate(
     Args:
         seq_len: tokens in a sequence; the model sees none before it.
         batch_size: sequences in one forward pass.
+        add_bos: bos begins each document. None: as `Source.add_bos` has it.
     """
     dims = loaded.parallel_dims
     rank = dims.world_mesh["dp"].get_local_rank() if dims.world_size > 1 else 0
     device = next(loaded.model.parameters()).device
     spec, config = loaded.source.spec, loaded.source.job_config
     loss_fn = spec.build_loss_fn(config)
-    stream = TokenStream(source, loaded.source.tokenizer, max_tokens, loaded.source.add_bos)
+    add_bos = loaded.source.add_bos if add_bos is None else add_bos
+    stream = TokenStream(source, loaded.source.tokenizer, max_tokens, add_bos)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     batches = _batched(stream.sequences(seq_len), batch_size)
     for turn in _batched(batches, dims.dp):

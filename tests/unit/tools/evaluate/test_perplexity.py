@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny_hf
 import torch
+from tokenizers import Tokenizer, models, processors
 
 from torchtitan.cli import main
 from torchtitan.components.loss import IGNORE_INDEX
@@ -101,6 +102,41 @@ def test_the_command(folder, tmp_path, capsys):
     assert f"{result['loss']:.4f}" in capsys.readouterr().out
 
 
+def test_bos_is_as_the_tokenizer_has_it_and_as_the_options_say(folder, tmp_path):
+    """Against the sums of texts that begin with bos, or not."""
+    with_bos = tmp_path / "tokenizer"
+    with_bos.mkdir()
+    ids = {chr(n): n for n in range(256)} | {"<s>": 256, "</s>": 257}
+    tokenizer = Tokenizer(models.BPE(ids, []))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 256)])
+    tokenizer.save(str(with_bos / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (with_bos / "tokenizer_config.json").write_text(json.dumps(names))
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "out.json"
+    texts.write_text('{"text": "first"}\n{"text": "second"}\n')
+
+    def loss(tokenizer: object, *options: str) -> float:
+        command = ["eval", "--checkpoint", str(folder), "--tokenizer", str(tokenizer), *options]
+        command += ["--dataset", "jsonl", "--dataset-path", str(texts), "--json", str(out)]
+        assert main(command) == 0
+        return json.loads(out.read_text())["loss"]
+
+    loaded = load_model(open_source(ModelOptions(str(folder), tokenizer="bytes")))
+    plain, begun = (
+        evaluate(loaded, ["first", "second"], 512, 4, add_bos=add_bos).loss
+        for add_bos in (False, True)
+    )
+    assert plain != pytest.approx(begun, rel=1e-3)
+    assert loss("bytes") == pytest.approx(plain)
+    assert loss("bytes", "--add-bos") == pytest.approx(begun)
+    assert loss(with_bos) == pytest.approx(begun)
+    assert loss(with_bos, "--no-add-bos") == pytest.approx(plain)
+
+    (with_bos / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    with pytest.raises(SystemExit):
+        loss(with_bos, "--add-bos")
+
+
 MISTAKES = {
     "neither": ([], "give either --dataset NAME or --tasks"),
     "both": (["--dataset", "stdlib", "--tasks", "x"], "give either"),
@@ -111,6 +147,7 @@ MISTAKES = {
     "path": (["--dataset", "text"], "needs dataset_path"),
     "seq_len": (["--dataset", "stdlib", "--seq-len", "513"], "at most 512"),
     "batch": (["--dataset", "stdlib", "--batch-size", "0"], "--batch-size 0"),
+    "bos": (["--dataset", "stdlib", "--add-bos", "--no-add-bos"], "either --add-bos or"),
     "json": (["--dataset", "stdlib", "--json", "/no/such/file"], "--json /no/such/file"),
 }
 

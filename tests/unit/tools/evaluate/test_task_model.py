@@ -1,6 +1,7 @@
 """The requests of lm-evaluation-harness, answered without that package."""
 
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,11 @@ import tiny_hf
 import torch
 
 from torchtitan.cli import main
+from torchtitan.errors import ConfigError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.scoring import rolling_windows, score
 from torchtitan.tools.evaluate.lm_eval_adapter import TaskModel
+from torchtitan.tools.evaluate.task_options import TaskOptions
 
 BOS = 256
 
@@ -91,6 +94,14 @@ def test_loglikelihood_with_bos(loaded):
     assert result == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_context_has_one_bos(loaded):
+    tokenizer = SimpleNamespace(encode=lambda text: [BOS, *text.encode()], bos_id=BOS, eos_id=257)
+    source = replace(loaded.source, tokenizer=tokenizer)
+    model = TaskModel(replace(loaded, source=source), add_bos=True)
+    [(result, _)] = model.loglikelihood(requests(("a", "b")))
+    assert result == pytest.approx(log_likelihood(loaded.model, [BOS, *b"a"], list(b"b"))[0])
+
+
 def test_loglikelihood_rolling(loaded):
     whole, windows = (
         TaskModel(loaded, max_seq_len=n).loglikelihood_rolling(requests(("abcdefg",), ("hi",)))
@@ -114,6 +125,72 @@ def test_generate_until(loaded):
     assert stopped == text[: text.index(stop)]
     [also] = model.generate_until(requests(("some context", options | {"until": stop})))
     assert also == stopped
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_p": 0.1, "do_sample": True}, "min_p = 0.1"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty = 1.2"),
+        ({"num_beams": 4}, "num_beams = 4"),
+        ({"max_gen_toks": 512}, "512 tokens .* no room for its context: the model sees 512"),
+    ],
+)
+def test_what_a_task_cannot_have_is_refused_before_anything_is_generated(loaded, options, message):
+    model = TaskModel(loaded)
+    model._generator = None
+    with pytest.raises(ConfigError, match=message):
+        model.generate_until(requests(("context", {"until": []}), ("context", options)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "stop_strings": None},
+        {"do_sample": False, "min_p": 0.1, "temperature": 0.7},
+        {"do_sample": True, "temperature": 1.0, "top_k": 1, "min_p": 0.0},
+    ],
+)
+def test_options_without_effect_are_accepted(loaded, options):
+    model = TaskModel(loaded)
+    plain, same = model.generate_until(
+        requests(("a", {"max_gen_toks": 4}), ("a", options | {"max_gen_toks": 4}))
+    )
+    assert plain == same
+
+
+def test_a_top_k_of_0_is_none():
+    options = {"do_sample": True, "temperature": 0.5}
+    assert TaskOptions.of(options | {"top_k": 0}) == TaskOptions.of(options)
+
+
+def test_contexts_that_are_cut_are_counted(loaded, caplog):
+    model = TaskModel(loaded, max_seq_len=10)
+    model.loglikelihood(requests(("a" * 9, "bc"), ("a", "b")))
+    model.generate_until(requests(("a" * 6, {"max_gen_toks": 4})))
+    assert not caplog.records
+    model.loglikelihood(requests(("a" * 12, "bc"), ("a", "b")))
+    assert "1 of 2 contexts lose their beginning, up to 3 tokens" in caplog.text
+    [text] = model.generate_until(requests(("b" + "a" * 6, {"max_gen_toks": 4})))
+    assert "1 of 1 contexts lose their beginning, up to 1 tokens" in caplog.text
+    assert [text] == model.generate_until(requests(("a" * 6, {"max_gen_toks": 4})))
+    with pytest.raises(ConfigError, match="scores 11 tokens, but the model sees 10"):
+        model.loglikelihood(requests(("a", "b" * 11)))
+
+
+def test_tasks_see_as_much_as_the_model_is_made_for(tmp_path, monkeypatch):
+    tiny_hf.hf_model("llama3", max_position_embeddings=4096).save_pretrained(tmp_path)
+    lengths = []
+
+    def run_tasks(model, *_):
+        lengths.append(model.max_seq_len)
+        return {"results": {}}
+
+    monkeypatch.setattr("torchtitan.tools.evaluate.command.run_tasks", run_tasks)
+    monkeypatch.setattr("torchtitan.tools.evaluate.command.require_lm_eval", lambda: None)
+    command = ["eval", "--checkpoint", str(tmp_path), "--tokenizer", "bytes", "--tasks", "x"]
+    assert main(command) == main([*command, "--seq-len", "3000"]) == 0
+    assert lengths == [4096, 3000]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
