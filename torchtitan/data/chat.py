@@ -109,6 +109,8 @@ def load_template(path: str | None, tokenizer_path: str) -> ChatTemplate:
             and none is the default.
     """
     folder = Path(tokenizer_path).expanduser()
+    from .chat_environment import date_is_fixed
+
     config = _read_json(folder / "tokenizer_config.json")
     source, name = _source(path, folder, config)
     template = ChatTemplate(source, _special_tokens(folder, config), name)
@@ -121,11 +123,11 @@ def load_template(path: str | None, tokenizer_path: str) -> ChatTemplate:
             )
         else:
             logger.info("conversations are written by %s", name)
-        if "strftime_now" in source:
+        if "strftime_now" in source and not date_is_fixed():
             logger.warning(
                 "%s writes the date of the day on which a run starts, so a run that is resumed on "
-                "another day reads other conversations. data.chat_template can name a copy in "
-                "which the date is fixed",
+                "another day reads other conversations. The environment variable "
+                "SOURCE_DATE_EPOCH fixes it, in seconds since 1970",
                 name,
             )
     return template

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 import jinja2
@@ -22,8 +23,19 @@ def compile_template(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     # One time for all renderings, so that a conversation does not change between two of them.
-    environment.globals["strftime_now"] = datetime.now().strftime
+    environment.globals["strftime_now"] = _today().strftime
     return environment.from_string(source, globals={"tools": None, "documents": None})
+
+
+def date_is_fixed() -> bool:
+    """Whether runs of any day write the same date, see reproducible-builds.org."""
+    return os.environ.get("SOURCE_DATE_EPOCH", "").isdecimal()
+
+
+def _today() -> datetime:
+    if date_is_fixed():
+        return datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC)
+    return datetime.now()
 
 
 class _Generation(Extension):

@@ -198,6 +198,19 @@ def test_it_is_told_which_template_writes_the_conversations(
     assert "resumed on another day reads other conversations" in caplog.text
 
 
+def test_the_date_of_a_template_can_be_fixed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", str(86_400 * 365))
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}|{{ m['content'] }}{% endfor %}"
+    )
+    chat = load_template(None, str(tmp_path))
+    text = "".join(text for text, _ in chat.segments(CHAT))
+    assert text.startswith("01 Jan 1971|")
+    assert "another day" not in caplog.text
+
+
 def test_an_error_within_a_template_is_the_documents(tmp_path: Path) -> None:
     source = "{{ messages[0]['content'].index('no such') }}"
     with pytest.raises(BadDocumentError, match="refuses the conversation"):
