@@ -70,6 +70,60 @@ def test_a_run_that_went_back_is_newer_than_what_it_left_behind(tmp_path):
     assert Run(tmp_path).manager.load() == 4
 
 
+def test_load_step_counts_once(tmp_path, caplog):
+    """Each restart of a job has the same arguments."""
+    whole = Run(tmp_path / "whole", enable=False).train(10)
+    Run(tmp_path).train(4)
+    for until in (6, 8):
+        run = Run(tmp_path, seed=1, load_step=2, keep_latest_k=2)
+        start = run.manager.load()
+        assert run.train(until) == whole[start:until]
+    assert start == 6 and steps_in(tmp_path) == ["step-6", "step-8"]
+    text = "load_step = 2 counted before step-8 was saved, so the run goes on from that"
+    caplog.clear()
+    assert Run(tmp_path, load_step=2).manager.load() == 8  # though step-2 is gone
+    assert caplog.messages[-1] == f"checkpoint.{text}"
+
+
+def test_the_log_tells_how_to_go_back_to_a_step_again(tmp_path, caplog):
+    Run(tmp_path).train(4)
+    back = Run(tmp_path, load_step=2)
+    back.manager.load()
+    assert "counted" not in caplog.text
+    back.train(6)
+    assert Run(tmp_path, load_step=2).manager.load() == 6
+    how = "To go back to step-2 once more, first move or delete step-6, step-4"
+    assert caplog.messages[-1].endswith(how)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
+    assert Run(tmp_path, load_step=2).manager.load() == 2
+
+
+def test_load_step_counts_anew_after_a_checkpoint_without_it(tmp_path):
+    Run(tmp_path).train(4)
+    for load_step, start, until in ((2, 2, 4), (-1, 4, 6), (2, 2, 4), (3, None, 4)):
+        run = Run(tmp_path, load_step=load_step)
+        if start is None:
+            with pytest.raises(CheckpointError, match=r"load_step = 3.*Steps.*: 2, 4, 6"):
+                run.manager.load()
+        else:
+            assert run.manager.load() == start
+            run.train(until)
+
+
+def test_load_step_passes_over_what_is_damaged_or_an_export(tmp_path, caplog):
+    Run(tmp_path).train(4)
+    run = Run(tmp_path, load_step=2, steps=10, last_save_model_only=True)
+    run.manager.load()
+    run.train(10, last=True)
+    (tmp_path / "checkpoint" / "step-8" / ".metadata").unlink()
+    assert Run(tmp_path, load_step=2).manager.load() == 6
+    assert re.search(r"step-8/\.metadata is missing.*passed over", caplog.text)
+    for step in (4, 6):
+        (tmp_path / "checkpoint" / f"step-{step}" / "manifest.json").write_text("no manifest")
+    assert Run(tmp_path, load_step=2).manager.load() == 2
+
+
 def test_keeps_the_newest_k(tmp_path):
     Run(tmp_path, keep_latest_k=2).train(10)
     assert steps_in(tmp_path) == ["step-10", "step-8"]

@@ -34,6 +34,7 @@ from .resume import (
     checkpoint_root,
     describe_model,
     folders_to_resume,
+    gone_on_since,
     parts_to_exclude,
     saved_config,
     steps_to_resume,
@@ -241,7 +242,7 @@ class CheckpointManager:
         one.
 
         Called again, while training, it goes back, see `roll_back`. `load_step` and
-        `exclude_from_loading` count the first time only.
+        `exclude_from_loading` count the first time only, also over the restarts of a run.
 
         Returns:
             The number of steps done when the checkpoint was saved; 0 for a new run.
@@ -276,6 +277,9 @@ class CheckpointManager:
                 )
             step = self._resume_first_good(folders, exclude=None)
             if step is not None:
+                note = gone_on_since(self._lineage[-1], folders, load_step)
+                if note and dist.get_rank() == 0:
+                    logger.warning("%s", note)
                 return step
         path = self._initial_load_path
         if path is not None:
@@ -354,7 +358,9 @@ class CheckpointManager:
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._steps_to_resume()}"
             )
-        saved = on_rank_zero(lambda: saved_config(checkpoint), self._group)
+        saved = on_rank_zero(
+            lambda: saved_config(checkpoint.folder, checkpoint.manifest), self._group
+        )
         note = ""
         anew = False
         if exclude is None:
