@@ -6,12 +6,16 @@ import re
 import shutil
 import threading
 import zlib
+from datetime import datetime, timedelta
 
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
+from torchtitan.components.checkpoint import manifest
+from torchtitan.components.checkpoint.folder import list_checkpoints
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
 from torchtitan.config.data import DataSource
@@ -122,6 +126,42 @@ def test_load_step_passes_over_what_is_damaged_or_an_export(tmp_path, caplog):
     for step in (4, 6):
         (tmp_path / "checkpoint" / f"step-{step}" / "manifest.json").write_text("no manifest")
     assert Run(tmp_path, load_step=2).manager.load() == 2
+
+
+class Ahead(datetime):
+    """The clock of a host that is ten minutes ahead."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(minutes=10)
+
+
+def test_what_was_saved_last_is_the_newest_whatever_clocks_say(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "datetime", Ahead)
+        Run(tmp_path).train(4)
+    for start, until in ((4, 8), (8, 10)):
+        run = Run(tmp_path, keep_latest_k=2)
+        assert run.manager.load() == start
+        run.train(until)
+    assert steps_in(tmp_path) == ["step-10", "step-8"]
+    assert [folder.name for folder in list_checkpoints(tmp_path / "checkpoint")][-1] == "step-10"
+
+
+@pytest.mark.parametrize("saved_at", ["", "yesterday", "2026-01-01", "9999-12-31T23:59:59.999999Z"])
+def test_a_manifest_without_a_time_disturbs_no_save(tmp_path, monkeypatch, saved_at):
+    Run(tmp_path).train(2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    saved = Manifest.read(folder)
+    saved.saved_at = saved_at
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "time_after", lambda earlier: "")
+        saved.write(folder)
+    assert Manifest.read(folder).saved_at == saved_at
+    run = Run(tmp_path)
+    assert run.manager.load() == 2
+    run.train(4)
+    assert steps_in(tmp_path) == ["step-2", "step-4"]
 
 
 def test_keeps_the_newest_k(tmp_path):

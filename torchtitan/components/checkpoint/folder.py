@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from torchtitan.errors import DamagedCheckpointError
 
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, time_after
 from .storage import (
     P,
     RemotePath,
@@ -66,6 +66,33 @@ def _order(folder: StoragePath) -> tuple[bool, str, int]:
         return False, Manifest.read(folder).saved_at, step_of(folder)
     except DamagedCheckpointError:
         return True, "", step_of(folder)
+
+
+class SaveTimes:
+    """When a run's checkpoints are complete: each later than all in the folder before.
+
+    Clocks of hosts differ. By that of a host alone, checkpoints of one that was ahead would stay
+    the newest, so that each start went back to them, and newer ones were pruned.
+    """
+
+    def __init__(self, root: StoragePath) -> None:
+        self._root = root
+        self._latest: str | None = None
+
+    def now(self) -> str:
+        """For a checkpoint that is complete now: its `Manifest.saved_at`."""
+        if self._latest is None:  # once: nobody else saves into the folder meanwhile
+            self._latest = max(map(_saved_at, list_checkpoints(self._root)), default="")
+        self._latest = time_after(self._latest)
+        return self._latest
+
+
+def _saved_at(folder: StoragePath) -> str:
+    """Empty if it is damaged."""
+    try:
+        return Manifest.read(folder).saved_at
+    except DamagedCheckpointError:
+        return ""
 
 
 def damage(folder: StoragePath) -> str:

@@ -24,7 +24,7 @@ from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
-from .folder import delete, partial_folder, step_folder
+from .folder import SaveTimes, delete, partial_folder, step_folder
 from .huggingface import ExportAssets, initial_load_path
 from .huggingface_save import save_huggingface
 from .load import OpenCheckpoint, load_weights_of_parts
@@ -94,6 +94,7 @@ class CheckpointManager:
         self._job_config = job_config
         self._root = checkpoint_root(job_config)
         self._claim = Claim(self._root, job_store() if dist.get_rank() == 0 else None)
+        self._times = SaveTimes(self._root)
         self._total_steps = job_config.training.steps
         self._model_parts = model_parts
         self._state = RunState(
@@ -159,6 +160,7 @@ class CheckpointManager:
             folder,
             manifest,
             self._claim,
+            self._times,
             config=to_toml(self._job_config),
             keep_latest=self._config.keep_latest_k,
             damaged=frozenset(self._damaged),

@@ -34,6 +34,7 @@ class CheckpointWriter(FileSystemWriter):
         folder: the `step-N` folder to create.
         manifest: what is saved; `finish` fills in time and files.
         claim: on the folder that `folder` is in.
+        times: of what is saved there.
         config: text of the file `config.resolved.toml`.
         keep_latest: checkpoints to leave after this one was added; 0 leaves all.
         damaged: names of checkpoints that are known to be damaged.
@@ -47,6 +48,7 @@ class CheckpointWriter(FileSystemWriter):
         folder: StoragePath,
         manifest: Manifest,
         claim: Claim,
+        times: folders.SaveTimes,
         config: str = "",
         keep_latest: int = 0,
         damaged: Collection[str] = (),
@@ -60,6 +62,7 @@ class CheckpointWriter(FileSystemWriter):
         self._keep_latest = keep_latest
         self._damaged = damaged
         self._claim = claim
+        self._times = times
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # rank 0 makes the folder, below
@@ -97,6 +100,7 @@ class CheckpointWriter(FileSystemWriter):
         files[CONFIG_FILE] = FileRecord.of(self.path / CONFIG_FILE)
         self._manifest.files = dict(sorted(files.items()))
         self._claim.check()
+        self._manifest.saved_at = self._times.now()
         self._manifest.write(self.path)
         folders.commit(self._folder, self._damaged)
         logger.info("saved %s", self._folder)
@@ -114,7 +118,7 @@ class CheckpointWriter(FileSystemWriter):
             logger.warning("it is not known which old checkpoints to delete: %s", error)
             return
         for old in found:
-            if old.name == self._folder.name:  # which is the last, unless the clock was set back
+            if old.name == self._folder.name:  # it is the last of them, or something is wrong
                 continue
             try:
                 folders.delete(old)
