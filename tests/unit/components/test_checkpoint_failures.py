@@ -15,9 +15,10 @@ from harness import checkpoints_in
 
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.owner import Claim
 from torchtitan.components.checkpoint.storage import CheckpointFiles, FileRecord
 from torchtitan.components.checkpoint.writer import CheckpointWriter
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, OutageError
 
 FILES = [".metadata", "__0_0.distcp", "config.resolved.toml", "manifest.json"]
 
@@ -136,6 +137,49 @@ def test_a_failed_last_save_is_an_error(tmp_path, saved, monkeypatch):
     with pytest.raises(CheckpointError, match=r"step 3 .*No space left.* newest .* is step-2$"):
         run.train(3, last=True)
     assert Run(tmp_path).manager.load() == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [
+        (errno.ECONNRESET, OutageError, 1),
+        (errno.EIO, OutageError, 1),
+        (errno.ESTALE, OutageError, 1),
+        (errno.ENOSPC, CheckpointError, 2),
+        (errno.EDQUOT, CheckpointError, 2),
+        (errno.EROFS, CheckpointError, 2),
+        (errno.EACCES, CheckpointError, 2),
+    ],
+)
+def test_an_outage_at_the_end_has_the_run_started_again(
+    tmp_path, saved, monkeypatch, caplog, number, kind, code
+):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    run = Run(tmp_path)
+    run.manager.load()
+    monkeypatch.setattr(CheckpointWriter, "write_data", fail)
+    run.train(4)
+    assert caplog.messages[-1].endswith("newest checkpoint is step-2. Training goes on")
+    with pytest.raises(kind, match=r"step 5 could not be saved.* newest .* is step-2") as error:
+        run.train(5, last=True)
+    assert type(error.value) is kind and error.value.exit_code == code
+    assert ("This may pass" in str(error.value)) == (code == 1)
+
+
+def test_a_claim_that_cannot_be_read_at_the_end_is_an_outage(tmp_path, saved, monkeypatch):
+    run = Run(tmp_path)
+    run.manager.load()
+
+    def fail(self):
+        raise OutageError("it cannot be read")
+
+    monkeypatch.setattr(Claim, "check", fail)
+    with pytest.raises(
+        OutageError, match=r"step 3 could not be saved .*it cannot be read.*step-2$"
+    ):
+        run.train(3, last=True)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

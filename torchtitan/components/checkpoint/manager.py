@@ -43,7 +43,7 @@ from .resume import (
 from .run_state import RunState
 from .save_planner import SharingSavePlanner
 from .storage import StoragePath
-from .writer import CheckpointWriter
+from .writer import CheckpointWriter, error_of_failed_save
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
@@ -139,6 +139,8 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: on all ranks: the last save failed, or another run saves there now.
+            OutageError: on all ranks: the last save failed, and may not when the run is started
+                again.
         """
         if self._background.done:
             self.wait()
@@ -176,9 +178,9 @@ class CheckpointManager:
                 process_group=self._group,
             )
         except CheckpointException as failure:
-            message = self._clean_up(step, failure)
+            message, error = self._clean_up(step, failure)
             if last:
-                raise CheckpointError(message) from failure
+                raise error_of_failed_save(message, error) from failure
             _log_failure(message)
         else:
             self._saved(step)
@@ -204,7 +206,8 @@ class CheckpointManager:
         try:
             self._background.finish()
         except CheckpointException as failure:
-            _log_failure(self._clean_up(step, failure))
+            message, _ = self._clean_up(step, failure)
+            _log_failure(message)
         else:
             self._saved(step)
 
@@ -393,8 +396,8 @@ class CheckpointManager:
         """Take over a `replica_state`, whose model is already in place."""
         self._state.load_state_dict(state)
 
-    def _clean_up(self, step: int, failure: CheckpointException) -> str:
-        """Remove what a failed save has written; return what to tell the user."""
+    def _clean_up(self, step: int, failure: CheckpointException) -> tuple[str, Exception]:
+        """Remove what a failed save has written. Returns what to tell the user, and the error."""
         error = first_failure(failure)
         if not isinstance(error, Exception):
             raise error
@@ -405,10 +408,11 @@ class CheckpointManager:
             with suppress(OSError):  # the next save will delete it
                 delete(partial)
         newest = self.newest()
-        return (
+        message = (
             f"The checkpoint of step {step} could not be saved in {self._root}: "
             f"{first_line(error)}. The newest checkpoint is {newest.name if newest else '(none)'}"
         )
+        return message, error
 
 
 def _log_failure(message: str) -> None:

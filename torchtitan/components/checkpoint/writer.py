@@ -12,7 +12,13 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
-from torchtitan.errors import OutageError
+from torchtitan.errors import (
+    CheckpointError,
+    OutageError,
+    TitanError,
+    disk_is_full,
+    outage_or,
+)
 from torchtitan.tools.run_folder import CONFIG_FILE
 
 from . import folder as folders
@@ -134,3 +140,16 @@ def cause_of_failed_write(error: Exception) -> Exception:
     for failed in filter(None, (error, hidden)):
         traceback.clear_frames(failed.__traceback__)
     return hidden if isinstance(hidden, OSError) else error
+
+
+def error_of_failed_save(message: str, error: Exception) -> TitanError:
+    """What ends a run whose last save has failed with `error`.
+
+    An outage may be over when the run is started again, to save once more. A full disk is no
+    outage here: somebody has to make room, and until then each start would train for nothing.
+    """
+    if isinstance(error, OutageError):
+        return OutageError(message)
+    if disk_is_full(error):
+        return CheckpointError(message)
+    return outage_or(CheckpointError, message, error)
