@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
@@ -244,6 +245,75 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_no_harm(tmp_path, monkeyp
     monkeypatch.setattr(folders.shutil, "rmtree", refuse)
     run.train(4)
     assert [r.getMessage() for r in warnings_in(caplog)] == [
-        "an old checkpoint could not be deleted: [Errno 13] Permission denied"
+        f"{tmp_path}/checkpoint/step-2 could not be deleted: PermissionError: [Errno 13] "
+        "Permission denied"
     ]
     assert run.manager.newest().name == "step-4"
+
+
+@pytest.fixture
+def in_use(monkeypatch):
+    """Call it with a folder: a file in that is as one on NFS that somebody reads."""
+    held = []
+    rmtree = folders.shutil.rmtree
+
+    def keep_held(path, ignore_errors=False):
+        if not ignore_errors and any((path / name).exists() for name in held):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), ".nfs0001")
+        rmtree(path, ignore_errors)
+
+    def hold(folder):
+        folder.mkdir(parents=True)
+        (folder / ".nfs0001").write_text("in use")
+        held.append(".nfs0001")
+
+    monkeypatch.setattr(folders.shutil, "rmtree", keep_held)
+    return hold
+
+
+@pytest.mark.parametrize("left", ["step-3.partial", "step-2.replaced", "step-3.replaced.partial"])
+def test_a_leftover_that_cannot_be_deleted_stops_nothing(tmp_path, saved, in_use, caplog, left):
+    in_use(saved.with_name(left))
+    run = Run(tmp_path)
+    assert run.manager.load() == 2
+    run.train(6, last=True)
+    assert Run(tmp_path).manager.load() == 6
+    texts = {r.getMessage() for r in warnings_in(caplog)}
+    assert any(text.startswith(f"{saved.parent}/{left} could not be deleted: ") for text in texts)
+
+
+def test_a_step_can_be_replaced_again_while_the_one_before_is_in_use(tmp_path, saved, in_use):
+    in_use(saved.with_name("step-2.replaced"))
+    run = Run(tmp_path)
+    run.train(2)
+    assert Run(tmp_path).manager.load() == 2
+    assert checkpoints_in(saved.parent) == ["step-2", "step-2.replaced.partial"]
+
+
+def test_a_place_that_cannot_be_cleared_is_named(tmp_path, saved, in_use):
+    partial = saved.with_name("step-4.partial")
+    in_use(partial)
+    run = Run(tmp_path)
+    run.manager.load()
+    with pytest.raises(OutageError, match=rf"Device or resource busy: '{partial}'"):
+        run.train(4, last=True)
+    run.train(6)
+    assert Run(tmp_path).manager.load() == 6
+
+
+def test_a_checkpoint_that_cannot_have_its_name_back_is_named(tmp_path, saved, monkeypatch):
+    replaced = saved.rename(saved.with_name("step-2.replaced"))
+
+    def refuse(self, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(CheckpointError, match=rf"{replaced} cannot be renamed to step-2: "):
+            Run(tmp_path).manager.load()
+    assert Run(tmp_path).manager.load() == 2
+
+
+def test_where_all_are_kept_none_is_looked_at(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(folders, "list_checkpoints", no_space)
+    assert folders.to_prune(saved.parent, 0) == []

@@ -124,12 +124,8 @@ class CheckpointWriter(FileSystemWriter):
             logger.warning("it is not known which old checkpoints to delete: %s", error)
             return
         for old in found:
-            if old.name == self._folder.name:  # it is the last of them, or something is wrong
-                continue
-            try:
-                folders.delete(old)
-            except OSError as error:
-                logger.warning("an old checkpoint could not be deleted: %s", error)
+            if old.name != self._folder.name:  # it is the last of them, or something is wrong
+                folders.delete_if_possible(old)
 
 
 def cause_of_failed_write(error: Exception) -> Exception:
