@@ -6,8 +6,7 @@ import logging
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +23,9 @@ from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
+from .final_export import FinalExport
 from .folder import SaveTimes, delete, partial_folder, step_folder
-from .huggingface import ExportAssets, initial_load_path
-from .huggingface_save import save_huggingface
+from .huggingface import initial_load_path
 from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
 from .owner import Claim, TakenOverError
@@ -90,7 +89,6 @@ class CheckpointManager:
     ) -> None:
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
-        self._export_assets = ExportAssets.of_job(job_config)
         self._job_config = job_config
         self._root = checkpoint_root(job_config)
         self._claim = Claim(self._root, job_store() if dist.get_rank() == 0 else None)
@@ -117,6 +115,9 @@ class CheckpointManager:
         dist.all_reduce(torch.zeros(1))
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        self._final_export = FinalExport(
+            job_config, model_parts, self._root, self._claim, self._group
+        )
         self._background = BackgroundSaves(model_parts, optimizers, self._group)
         self.last_saved: int | None = None
         """Step of the last checkpoint that this process saved and completed."""
@@ -150,9 +151,9 @@ class CheckpointManager:
 
         finished = last and step >= self._total_steps
         export = finished and self._config.last_save_model_only
-        in_hf = finished and self._config.last_save_in_hf
+        in_hf = last and self._final_export.is_due(step)
         if export and in_hf:
-            self._save_huggingface(step)
+            self._final_export.save(step)
             return
         state = self._state.export() if export else self._state.state_dict()
         data = {} if export else self._state.describe_data()
@@ -185,18 +186,7 @@ class CheckpointManager:
         else:
             self._saved(step)
         if in_hf:
-            self._save_huggingface(step)
-
-    def _save_huggingface(self, step: int) -> None:
-        on_rank_zero(self._claim.check, self._group)
-        folder = step_folder(self._root, step)
-        save_huggingface(
-            self._model_parts,
-            cast(Path, folder.with_name(f"{folder.name}-hf")),
-            getattr(torch, self._config.export_dtype),
-            self._export_assets,
-            self._group,
-        )
+            self._final_export.save(step)
 
     def wait(self) -> None:
         """Wait for the save in the background, if there is one."""
@@ -244,7 +234,8 @@ class CheckpointManager:
 
         With `checkpoint.initial_load_in_hf`, these are in a Hugging Face folder, by default that
         of the tokenizer. A damaged checkpoint is passed over with a warning, for the newest good
-        one.
+        one. If that is of the last step, and the Hugging Face folder of `last_save_in_hf` is not
+        there, it is saved now.
 
         Called again, while training, it goes back, see `roll_back`. `load_step` and
         `exclude_from_loading` count the first time only, also over the restarts of a run.
@@ -269,6 +260,7 @@ class CheckpointManager:
         step = self._load_first()
         if self._config.enable:
             on_rank_zero(self._claim.take, self._group)
+            self._final_export.save_if_missing(step)
         return step
 
     def _load_first(self) -> int:
