@@ -28,7 +28,7 @@ from .folder import SaveTimes, delete, partial_folder, step_folder
 from .huggingface import initial_load_path
 from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
-from .owner import Claim, TakenOverError
+from .owner import Claim, TakenOverError, require_shared
 from .resume import (
     checkpoint_root,
     describe_model,
@@ -247,7 +247,7 @@ class CheckpointManager:
             CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged, all
                 checkpoints are damaged, there is none to go back to, or the one to resume from is
                 an export or does not fit the model or the batch size, or the folder of checkpoints
-                cannot be written.
+                cannot be written, or is not the same on all hosts.
             OutageError: on all ranks: one cannot be read, which does not count as damage, or the
                 folder cannot be written now.
         """
@@ -259,7 +259,7 @@ class CheckpointManager:
             return step
         step = self._load_first()
         if self._config.enable:
-            on_rank_zero(self._claim.take, self._group)
+            require_shared(self._root, self._claim, self._group)
             self._final_export.save_if_missing(step)
         return step
 
