@@ -435,6 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code."""
     init_logger()
     job_config = load_config(sys.argv[1:] if argv is None else argv)
+    utils.refuse_separate_tasks()
     trainer = Trainer(job_config)
     try:
         finished = trainer.train()

@@ -24,7 +24,8 @@ class Checkpoint:
     keep_latest_k: Annotated[int, NonNegative] = 10
     """Newest checkpoints to keep; 0 keeps all."""
     load_step: Annotated[int, Range(ge=0, special=(-1,))] = -1
-    """Step to resume from; -1: the newest complete one."""
+    """Step to resume from; -1: the newest complete one. It counts once: if the newest was saved
+    with the same value, the run goes on from that, so that a restart does not go back again."""
     verify: bool = True
     """Read all files of a checkpoint and check their checksums before it is loaded; sizes are
     checked in any case."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from torchtitan.errors import ConfigError
 from torchtitan.tools.open_files import allow_open_files
 
 
@@ -32,6 +33,23 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process, known before the processes have met."""
     return int(os.environ.get("RANK", 0))
+
+
+def refuse_separate_tasks() -> None:
+    """Raises `ConfigError` for one of several processes that srun has started without torchrun.
+
+    Each would be a run of its own, and all would write into one folder. Other variables of Slurm
+    are there in a batch script too, which is one process.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
+        raise ConfigError(
+            f"srun has started {tasks} processes (SLURM_STEP_NUM_TASKS) that do not know of each "
+            "other: each would train alone, and all write into one job.dump_folder. Have srun "
+            "start one torchrun on each host, as the script of `torchtitan launch --slurm` does. "
+            "If they are to be runs of their own, with a job.dump_folder each, unset "
+            "SLURM_STEP_NUM_TASKS"
+        )
 
 
 def init_distributed(timeout_seconds: int) -> None:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
@@ -15,9 +16,10 @@ from harness import checkpoints_in
 
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.owner import Claim
 from torchtitan.components.checkpoint.storage import CheckpointFiles, FileRecord
 from torchtitan.components.checkpoint.writer import CheckpointWriter
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, OutageError
 
 FILES = [".metadata", "__0_0.distcp", "config.resolved.toml", "manifest.json"]
 
@@ -138,6 +140,49 @@ def test_a_failed_last_save_is_an_error(tmp_path, saved, monkeypatch):
     assert Run(tmp_path).manager.load() == 2
 
 
+@pytest.mark.parametrize(
+    ("number", "kind", "code"),
+    [
+        (errno.ECONNRESET, OutageError, 1),
+        (errno.EIO, OutageError, 1),
+        (errno.ESTALE, OutageError, 1),
+        (errno.ENOSPC, CheckpointError, 2),
+        (errno.EDQUOT, CheckpointError, 2),
+        (errno.EROFS, CheckpointError, 2),
+        (errno.EACCES, CheckpointError, 2),
+    ],
+)
+def test_an_outage_at_the_end_has_the_run_started_again(
+    tmp_path, saved, monkeypatch, caplog, number, kind, code
+):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    run = Run(tmp_path)
+    run.manager.load()
+    monkeypatch.setattr(CheckpointWriter, "write_data", fail)
+    run.train(4)
+    assert caplog.messages[-1].endswith("newest checkpoint is step-2. Training goes on")
+    with pytest.raises(kind, match=r"step 5 could not be saved.* newest .* is step-2") as error:
+        run.train(5, last=True)
+    assert type(error.value) is kind and error.value.exit_code == code
+    assert ("This may pass" in str(error.value)) == (code == 1)
+
+
+def test_a_claim_that_cannot_be_read_at_the_end_is_an_outage(tmp_path, saved, monkeypatch):
+    run = Run(tmp_path)
+    run.manager.load()
+
+    def fail(self):
+        raise OutageError("it cannot be read")
+
+    monkeypatch.setattr(Claim, "check", fail)
+    with pytest.raises(
+        OutageError, match=r"step 3 could not be saved .*it cannot be read.*step-2$"
+    ):
+        run.train(3, last=True)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "checkpoint").write_text("a file in its place")
     with pytest.raises(CheckpointError, match=rf"saved in {tmp_path}/checkpoint: \w+Error"):
@@ -200,6 +245,75 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_no_harm(tmp_path, monkeyp
     monkeypatch.setattr(folders.shutil, "rmtree", refuse)
     run.train(4)
     assert [r.getMessage() for r in warnings_in(caplog)] == [
-        "an old checkpoint could not be deleted: [Errno 13] Permission denied"
+        f"{tmp_path}/checkpoint/step-2 could not be deleted: PermissionError: [Errno 13] "
+        "Permission denied"
     ]
     assert run.manager.newest().name == "step-4"
+
+
+@pytest.fixture
+def in_use(monkeypatch):
+    """Call it with a folder: a file in that is as one on NFS that somebody reads."""
+    held = []
+    rmtree = folders.shutil.rmtree
+
+    def keep_held(path, ignore_errors=False):
+        if not ignore_errors and any((path / name).exists() for name in held):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), ".nfs0001")
+        rmtree(path, ignore_errors)
+
+    def hold(folder):
+        folder.mkdir(parents=True)
+        (folder / ".nfs0001").write_text("in use")
+        held.append(".nfs0001")
+
+    monkeypatch.setattr(folders.shutil, "rmtree", keep_held)
+    return hold
+
+
+@pytest.mark.parametrize("left", ["step-3.partial", "step-2.replaced", "step-3.replaced.partial"])
+def test_a_leftover_that_cannot_be_deleted_stops_nothing(tmp_path, saved, in_use, caplog, left):
+    in_use(saved.with_name(left))
+    run = Run(tmp_path)
+    assert run.manager.load() == 2
+    run.train(6, last=True)
+    assert Run(tmp_path).manager.load() == 6
+    texts = {r.getMessage() for r in warnings_in(caplog)}
+    assert any(text.startswith(f"{saved.parent}/{left} could not be deleted: ") for text in texts)
+
+
+def test_a_step_can_be_replaced_again_while_the_one_before_is_in_use(tmp_path, saved, in_use):
+    in_use(saved.with_name("step-2.replaced"))
+    run = Run(tmp_path)
+    run.train(2)
+    assert Run(tmp_path).manager.load() == 2
+    assert checkpoints_in(saved.parent) == ["step-2", "step-2.replaced.partial"]
+
+
+def test_a_place_that_cannot_be_cleared_is_named(tmp_path, saved, in_use):
+    partial = saved.with_name("step-4.partial")
+    in_use(partial)
+    run = Run(tmp_path)
+    run.manager.load()
+    with pytest.raises(OutageError, match=rf"Device or resource busy: '{partial}'"):
+        run.train(4, last=True)
+    run.train(6)
+    assert Run(tmp_path).manager.load() == 6
+
+
+def test_a_checkpoint_that_cannot_have_its_name_back_is_named(tmp_path, saved, monkeypatch):
+    replaced = saved.rename(saved.with_name("step-2.replaced"))
+
+    def refuse(self, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(CheckpointError, match=rf"{replaced} cannot be renamed to step-2: "):
+            Run(tmp_path).manager.load()
+    assert Run(tmp_path).manager.load() == 2
+
+
+def test_where_all_are_kept_none_is_looked_at(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(folders, "list_checkpoints", no_space)
+    assert folders.to_prune(saved.parent, 0) == []

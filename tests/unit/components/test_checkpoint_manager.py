@@ -6,12 +6,16 @@ import re
 import shutil
 import threading
 import zlib
+from datetime import datetime, timedelta
 
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
+from torchtitan.components.checkpoint import manifest
+from torchtitan.components.checkpoint.folder import list_checkpoints
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig
 from torchtitan.config.data import DataSource
@@ -68,6 +72,96 @@ def test_a_run_that_went_back_is_newer_than_what_it_left_behind(tmp_path):
     back.train(4)
     assert steps_in(tmp_path) == ["step-4", "step-6"]
     assert Run(tmp_path).manager.load() == 4
+
+
+def test_load_step_counts_once(tmp_path, caplog):
+    """Each restart of a job has the same arguments."""
+    whole = Run(tmp_path / "whole", enable=False).train(10)
+    Run(tmp_path).train(4)
+    for until in (6, 8):
+        run = Run(tmp_path, seed=1, load_step=2, keep_latest_k=2)
+        start = run.manager.load()
+        assert run.train(until) == whole[start:until]
+    assert start == 6 and steps_in(tmp_path) == ["step-6", "step-8"]
+    text = "load_step = 2 counted before step-8 was saved, so the run goes on from that"
+    caplog.clear()
+    assert Run(tmp_path, load_step=2).manager.load() == 8  # though step-2 is gone
+    assert caplog.messages[-1] == f"checkpoint.{text}"
+
+
+def test_the_log_tells_how_to_go_back_to_a_step_again(tmp_path, caplog):
+    Run(tmp_path).train(4)
+    back = Run(tmp_path, load_step=2)
+    back.manager.load()
+    assert "counted" not in caplog.text
+    back.train(6)
+    assert Run(tmp_path, load_step=2).manager.load() == 6
+    how = "To go back to step-2 once more, first move or delete step-6, step-4"
+    assert caplog.messages[-1].endswith(how)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
+    assert Run(tmp_path, load_step=2).manager.load() == 2
+
+
+def test_load_step_counts_anew_after_a_checkpoint_without_it(tmp_path):
+    Run(tmp_path).train(4)
+    for load_step, start, until in ((2, 2, 4), (-1, 4, 6), (2, 2, 4), (3, None, 4)):
+        run = Run(tmp_path, load_step=load_step)
+        if start is None:
+            with pytest.raises(CheckpointError, match=r"load_step = 3.*Steps.*: 2, 4, 6"):
+                run.manager.load()
+        else:
+            assert run.manager.load() == start
+            run.train(until)
+
+
+def test_load_step_passes_over_what_is_damaged_or_an_export(tmp_path, caplog):
+    Run(tmp_path).train(4)
+    run = Run(tmp_path, load_step=2, steps=10, last_save_model_only=True)
+    run.manager.load()
+    run.train(10, last=True)
+    (tmp_path / "checkpoint" / "step-8" / ".metadata").unlink()
+    assert Run(tmp_path, load_step=2).manager.load() == 6
+    assert re.search(r"step-8/\.metadata is missing.*passed over", caplog.text)
+    for step in (4, 6):
+        (tmp_path / "checkpoint" / f"step-{step}" / "manifest.json").write_text("no manifest")
+    assert Run(tmp_path, load_step=2).manager.load() == 2
+
+
+class Ahead(datetime):
+    """The clock of a host that is ten minutes ahead."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(minutes=10)
+
+
+def test_what_was_saved_last_is_the_newest_whatever_clocks_say(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "datetime", Ahead)
+        Run(tmp_path).train(4)
+    for start, until in ((4, 8), (8, 10)):
+        run = Run(tmp_path, keep_latest_k=2)
+        assert run.manager.load() == start
+        run.train(until)
+    assert steps_in(tmp_path) == ["step-10", "step-8"]
+    assert [folder.name for folder in list_checkpoints(tmp_path / "checkpoint")][-1] == "step-10"
+
+
+@pytest.mark.parametrize("saved_at", ["", "yesterday", "2026-01-01", "9999-12-31T23:59:59.999999Z"])
+def test_a_manifest_without_a_time_disturbs_no_save(tmp_path, monkeypatch, saved_at):
+    Run(tmp_path).train(2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    saved = Manifest.read(folder)
+    saved.saved_at = saved_at
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "time_after", lambda earlier: "")
+        saved.write(folder)
+    assert Manifest.read(folder).saved_at == saved_at
+    run = Run(tmp_path)
+    assert run.manager.load() == 2
+    run.train(4)
+    assert steps_in(tmp_path) == ["step-2", "step-4"]
 
 
 def test_keeps_the_newest_k(tmp_path):

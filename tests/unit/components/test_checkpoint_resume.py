@@ -56,6 +56,14 @@ def test_only_a_checkpoint_that_would_be_resumed_counts(saved, tmp_path):
     check_resume(config_of(saved), other)  # `load` will tell that all are damaged
 
 
+def test_load_step_that_has_counted_is_checked_where_the_run_goes_on(saved):
+    run = Run(saved, load_step=2)
+    run.manager.load()
+    run.train(6)
+    with pytest.raises(CheckpointError, match="step-6 is of another model"):
+        check_resume(config_of(saved, load_step=2), TinyArgs(dim=8))
+
+
 @dataclasses.dataclass
 class Nested(TinyArgs):
     attention: str = "sdpa"

@@ -22,9 +22,10 @@ import shutil
 from collections.abc import Collection
 from typing import Any, cast
 
-from torchtitan.errors import DamagedCheckpointError
+from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError, outage_or
+from torchtitan.tools.text import first_line
 
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest, time_after
 from .storage import (
     P,
     RemotePath,
@@ -68,6 +69,33 @@ def _order(folder: StoragePath) -> tuple[bool, str, int]:
         return True, "", step_of(folder)
 
 
+class SaveTimes:
+    """When a run's checkpoints are complete: each later than all in the folder before.
+
+    Clocks of hosts differ. By that of a host alone, checkpoints of one that was ahead would stay
+    the newest, so that each start went back to them, and newer ones were pruned.
+    """
+
+    def __init__(self, root: StoragePath) -> None:
+        self._root = root
+        self._latest: str | None = None
+
+    def now(self) -> str:
+        """For a checkpoint that is complete now: its `Manifest.saved_at`."""
+        if self._latest is None:  # once: nobody else saves into the folder meanwhile
+            self._latest = max(map(_saved_at, list_checkpoints(self._root)), default="")
+        self._latest = time_after(self._latest)
+        return self._latest
+
+
+def _saved_at(folder: StoragePath) -> str:
+    """Empty if it is damaged."""
+    try:
+        return Manifest.read(folder).saved_at
+    except DamagedCheckpointError:
+        return ""
+
+
 def damage(folder: StoragePath) -> str:
     """What is wrong with a checkpoint as far as sizes tell; "" if nothing is."""
     try:
@@ -98,11 +126,23 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
     """Make room for the files of `folder`: an empty `partial_folder(folder)`.
 
     What crashes left is deleted, so no other save may be under way. `damaged`: see `commit`.
+
+    Raises:
+        OSError: the place is taken by files that cannot be deleted.
     """
     restore_replaced(folder.parent)
+    own = partial_folder(folder)
     for path in folders_in(folder.parent):
-        if re.match(r"step-\d+", path.name) and _is_partial(path):
+        if not re.match(r"step-\d+", path.name) or not _is_partial(path):
+            continue
+        if path != own:
+            delete_if_possible(path)
+            continue
+        try:
             delete(path)
+        except OSError as error:
+            error.filename = str(path)  # `rmtree` says which file, but not where
+            raise
     if isinstance(folder, RemotePath):
         if folder.exists():
             _take_away(folder, damaged)
@@ -157,27 +197,48 @@ def delete(folder: StoragePath) -> None:
     shutil.rmtree(partial)
 
 
+def delete_if_possible(folder: StoragePath) -> None:
+    """`delete` what is in nobody's way; a warning if it cannot be deleted, or not all of it.
+
+    A file that somebody reads cannot on NFS, and somebody else's never.
+    """
+    try:
+        delete(folder)
+    except (OSError, OutageError) as error:
+        logger.warning("%s could not be deleted: %s", folder, first_line(error))
+
+
 def restore_replaced(root: StoragePath) -> None:
-    """Finish or undo a `commit` that a crash interrupted."""
+    """Finish or undo a `commit` that a crash interrupted.
+
+    Raises:
+        CheckpointError: a checkpoint cannot have its name back; `OutageError`: not now.
+    """
     if isinstance(root, RemotePath):
         return
     for replaced in root.glob("step-*.replaced"):
         folder = replaced.with_suffix("")
         if folder.exists():
-            shutil.rmtree(replaced)
-        else:
+            delete_if_possible(replaced)
+            continue
+        try:
             replaced.rename(folder)
+        except OSError as error:
+            message = f"{replaced} cannot be renamed to {folder.name}: {first_line(error)}"
+            raise outage_or(CheckpointError, message, error) from error
 
 
 def to_prune(root: StoragePath, keep: int, damaged: Collection[str] = ()) -> list[StoragePath]:
-    """The resumable checkpoints but the `keep` saved last.
+    """The resumable checkpoints but the `keep` saved last; none if `keep` is 0.
 
     Exports and damaged checkpoints are not counted, so that a good one is always left. Damage is
     known by sizes, and of those named in `damaged`; to read all files after each save, for their
     checksums, would cost more than it is worth.
     """
+    if not keep:
+        return []
     good = [p for p in list_checkpoints(root) if p.name not in damaged and is_resumable(p)]
-    return good[:-keep] if keep else []
+    return good[:-keep]
 
 
 def _is_partial(folder: StoragePath) -> bool:

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,16 +23,17 @@ from torchtitan.tools.text import first_line
 
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
-from .folder import delete, partial_folder, step_folder
-from .huggingface import ExportAssets, initial_load_path
-from .huggingface_save import save_huggingface
+from .final_export import FinalExport
+from .folder import SaveTimes, delete, partial_folder, step_folder
+from .huggingface import initial_load_path
 from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
-from .owner import Claim, TakenOverError
+from .owner import Claim, TakenOverError, require_shared
 from .resume import (
     checkpoint_root,
     describe_model,
     folders_to_resume,
+    gone_on_since,
     parts_to_exclude,
     saved_config,
     steps_to_resume,
@@ -42,7 +42,7 @@ from .resume import (
 from .run_state import RunState
 from .save_planner import SharingSavePlanner
 from .storage import StoragePath
-from .writer import CheckpointWriter
+from .writer import CheckpointWriter, error_of_failed_save
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
@@ -89,10 +89,10 @@ class CheckpointManager:
     ) -> None:
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
-        self._export_assets = ExportAssets.of_job(job_config)
         self._job_config = job_config
         self._root = checkpoint_root(job_config)
         self._claim = Claim(self._root, job_store() if dist.get_rank() == 0 else None)
+        self._times = SaveTimes(self._root)
         self._total_steps = job_config.training.steps
         self._model_parts = model_parts
         self._state = RunState(
@@ -115,6 +115,9 @@ class CheckpointManager:
         dist.all_reduce(torch.zeros(1))
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        self._final_export = FinalExport(
+            job_config, model_parts, self._root, self._claim, self._group
+        )
         self._background = BackgroundSaves(model_parts, optimizers, self._group)
         self.last_saved: int | None = None
         """Step of the last checkpoint that this process saved and completed."""
@@ -137,6 +140,8 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: on all ranks: the last save failed, or another run saves there now.
+            OutageError: on all ranks: the last save failed, and may not when the run is started
+                again.
         """
         if self._background.done:
             self.wait()
@@ -146,9 +151,9 @@ class CheckpointManager:
 
         finished = last and step >= self._total_steps
         export = finished and self._config.last_save_model_only
-        in_hf = finished and self._config.last_save_in_hf
+        in_hf = last and self._final_export.is_due(step)
         if export and in_hf:
-            self._save_huggingface(step)
+            self._final_export.save(step)
             return
         state = self._state.export() if export else self._state.state_dict()
         data = {} if export else self._state.describe_data()
@@ -158,6 +163,7 @@ class CheckpointManager:
             folder,
             manifest,
             self._claim,
+            self._times,
             config=to_toml(self._job_config),
             keep_latest=self._config.keep_latest_k,
             damaged=frozenset(self._damaged),
@@ -173,25 +179,14 @@ class CheckpointManager:
                 process_group=self._group,
             )
         except CheckpointException as failure:
-            message = self._clean_up(step, failure)
+            message, error = self._clean_up(step, failure)
             if last:
-                raise CheckpointError(message) from failure
+                raise error_of_failed_save(message, error) from failure
             _log_failure(message)
         else:
             self._saved(step)
         if in_hf:
-            self._save_huggingface(step)
-
-    def _save_huggingface(self, step: int) -> None:
-        on_rank_zero(self._claim.check, self._group)
-        folder = step_folder(self._root, step)
-        save_huggingface(
-            self._model_parts,
-            cast(Path, folder.with_name(f"{folder.name}-hf")),
-            getattr(torch, self._config.export_dtype),
-            self._export_assets,
-            self._group,
-        )
+            self._final_export.save(step)
 
     def wait(self) -> None:
         """Wait for the save in the background, if there is one."""
@@ -201,7 +196,8 @@ class CheckpointManager:
         try:
             self._background.finish()
         except CheckpointException as failure:
-            _log_failure(self._clean_up(step, failure))
+            message, _ = self._clean_up(step, failure)
+            _log_failure(message)
         else:
             self._saved(step)
 
@@ -238,10 +234,11 @@ class CheckpointManager:
 
         With `checkpoint.initial_load_in_hf`, these are in a Hugging Face folder, by default that
         of the tokenizer. A damaged checkpoint is passed over with a warning, for the newest good
-        one.
+        one. If that is of the last step, and the Hugging Face folder of `last_save_in_hf` is not
+        there, it is saved now.
 
         Called again, while training, it goes back, see `roll_back`. `load_step` and
-        `exclude_from_loading` count the first time only.
+        `exclude_from_loading` count the first time only, also over the restarts of a run.
 
         Returns:
             The number of steps done when the checkpoint was saved; 0 for a new run.
@@ -250,7 +247,7 @@ class CheckpointManager:
             CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged, all
                 checkpoints are damaged, there is none to go back to, or the one to resume from is
                 an export or does not fit the model or the batch size, or the folder of checkpoints
-                cannot be written.
+                cannot be written, or is not the same on all hosts.
             OutageError: on all ranks: one cannot be read, which does not count as damage, or the
                 folder cannot be written now.
         """
@@ -262,7 +259,8 @@ class CheckpointManager:
             return step
         step = self._load_first()
         if self._config.enable:
-            on_rank_zero(self._claim.take, self._group)
+            require_shared(self._root, self._claim, self._group)
+            self._final_export.save_if_missing(step)
         return step
 
     def _load_first(self) -> int:
@@ -276,6 +274,9 @@ class CheckpointManager:
                 )
             step = self._resume_first_good(folders, exclude=None)
             if step is not None:
+                note = gone_on_since(self._lineage[-1], folders, load_step)
+                if note and dist.get_rank() == 0:
+                    logger.warning("%s", note)
                 return step
         path = self._initial_load_path
         if path is not None:
@@ -354,7 +355,9 @@ class CheckpointManager:
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._steps_to_resume()}"
             )
-        saved = on_rank_zero(lambda: saved_config(checkpoint), self._group)
+        saved = on_rank_zero(
+            lambda: saved_config(checkpoint.folder, checkpoint.manifest), self._group
+        )
         note = ""
         anew = False
         if exclude is None:
@@ -385,8 +388,8 @@ class CheckpointManager:
         """Take over a `replica_state`, whose model is already in place."""
         self._state.load_state_dict(state)
 
-    def _clean_up(self, step: int, failure: CheckpointException) -> str:
-        """Remove what a failed save has written; return what to tell the user."""
+    def _clean_up(self, step: int, failure: CheckpointException) -> tuple[str, Exception]:
+        """Remove what a failed save has written. Returns what to tell the user, and the error."""
         error = first_failure(failure)
         if not isinstance(error, Exception):
             raise error
@@ -397,10 +400,11 @@ class CheckpointManager:
             with suppress(OSError):  # the next save will delete it
                 delete(partial)
         newest = self.newest()
-        return (
+        message = (
             f"The checkpoint of step {step} could not be saved in {self._root}: "
             f"{first_line(error)}. The newest checkpoint is {newest.name if newest else '(none)'}"
         )
+        return message, error
 
 
 def _log_failure(message: str) -> None:

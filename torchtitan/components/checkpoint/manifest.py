@@ -12,8 +12,9 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,13 @@ class Manifest:
     data: dict[str, Any] = field(default_factory=dict)
     """`sources`, see `DataLoader.describe`; empty in old checkpoints and exports."""
     saved_at: str = ""
-    """Time of completion: UTC, ISO 8601. Sorts as text."""
+    """Time of completion: UTC, ISO 8601. Sorts as text. See `folder.SaveTimes`."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     """Name of each other file -> its size and checksum."""
 
     def write(self, folder: StoragePath) -> None:
         """Complete the checkpoint in `folder`, whose `files` are on the disk."""
-        self.saved_at = datetime.now(UTC).isoformat(timespec="microseconds")
+        self.saved_at = self.saved_at or time_after("")
         fields = dataclasses.asdict(self) | {"crc32": "00000000"}
         text = json.dumps(fields, indent=1).encode() + b"\n"
         assert text.endswith(_NO_CHECKSUM)
@@ -157,6 +158,14 @@ class Manifest:
                 raise DamagedCheckpointError(
                     f"{path} is damaged: CRC-32 {written.crc32} was written, {now.crc32} is there"
                 )
+
+
+def time_after(earlier: str) -> str:
+    """Now, as `Manifest.saved_at`; where the clock is behind `earlier`, just after that."""
+    now = datetime.now(UTC)
+    with suppress(ValueError, TypeError, OverflowError):  # it is no time
+        now = max(now, datetime.fromisoformat(earlier) + timedelta(microseconds=1))
+    return now.isoformat(timespec="microseconds")
 
 
 def records_of(folder: StoragePath) -> dict[str, FileRecord]:

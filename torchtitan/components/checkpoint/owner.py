@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,10 +23,14 @@ import torch.distributed as dist
 from torchtitan.errors import CheckpointError, outage_or
 from torchtitan.tools.text import first_line
 
+from .agreement import on_all_ranks, on_rank_zero
 from .patience import read_again
 from .storage import StoragePath, make_folder, write_durably
 
 OWNER = ".owner.json"
+SEEN_AFTER = (0.5, 2.0, 5.0, 15.0, 40.0)
+"""Seconds after the first look, the second, and so on: an NFS client may remember for a minute what
+was in a folder (acdirmax, nfs(5))."""
 
 
 class TakenOverError(CheckpointError):
@@ -107,8 +112,8 @@ class Claim:
         self._owner: Owner | None = None
         self._key = f"owner/{_absolute(folder)}"  # of `Owner.job`, once the job has had the folder
 
-    def take(self) -> None:
-        """Take the folder over from the run before, if there was one.
+    def take(self) -> Owner:
+        """Take the folder over from the run before, if there was one. Returns the name left there.
 
         Raises:
             TakenOverError: it has been this job's, and another has taken it.
@@ -126,6 +131,7 @@ class Claim:
             raise outage_or(CheckpointError, message, error) from error
         self._owner = owner
         self._store.set(self._key, owner.job)
+        return owner
 
     def check(self) -> None:
         """Take the folder, the first time or if somebody has deleted it.
@@ -147,6 +153,46 @@ class Claim:
             "there, so this one ends. Runs that are to go on side by side need a job.dump_folder "
             "each, and a checkpoint.folder if that is a URL"
         )
+
+
+def require_shared(folder: StoragePath, claim: Claim, group: dist.ProcessGroup) -> None:
+    """Take `claim` on `folder`, and see that each rank finds rank 0's name in it.
+
+    Where hosts have a folder each of that name, no save would come to its end.
+
+    Raises:
+        CheckpointError: on all ranks: one does not find it; or see `Claim.take`.
+    """
+    owner = on_rank_zero(claim.take, group)
+    if not isinstance(folder, Path):
+        return  # a URL means the same everywhere
+
+    def look(rank: int, ranks: int) -> None:
+        if rank != 0 and not _finds(folder, owner):
+            raise CheckpointError(
+                f"{_absolute(folder)} on {socket.gethostname()} (rank {rank}) is another folder "
+                f"than {owner.folder} on {owner.host} (rank 0). Checkpoints must be on storage "
+                "that all hosts share: choose another job.dump_folder, or a URL as "
+                "checkpoint.folder"
+            )
+
+    try:
+        on_all_ranks(look, group)
+    except CheckpointError:
+        on_rank_zero(claim.check, group)  # another run may have taken it since
+        raise
+
+
+def _finds(folder: Path, owner: Owner) -> bool:
+    for seconds in (*SEEN_AFTER, None):
+        with suppress(OSError):
+            os.listdir(folder)  # NFS asks the server then what has changed
+        there = Owner.of(folder)
+        if there is not None and there.start == owner.start:
+            return True
+        if seconds is not None:
+            time.sleep(seconds)
+    return False
 
 
 def refuse_live_owner(folder: StoragePath) -> None:

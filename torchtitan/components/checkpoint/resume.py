@@ -30,12 +30,10 @@ from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import Manifest, nested_differences, plain_args
 from .owner import refuse_live_owner
 from .patience import parse_again
-from .storage import StoragePath, folders_in, is_url, storage_path
+from .storage import StoragePath, is_url, storage_path
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-
-    from .load import OpenCheckpoint
 
 
 _WITH_BUFFERS = ("aux_loss_weight", "use_bias")
@@ -88,8 +86,7 @@ def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | No
 def _check_folder(job_config: JobConfig, args: Any) -> None:
     root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
     refuse_live_owner(root)
-    saved = [step_folder(root, step)] if step != -1 else list_checkpoints(root)[::-1]
-    folder = next((path for path in saved if is_resumable(path)), None)
+    folder = next((path for path in _in_turn(root, step) if is_resumable(path)), None)
     if folder is None:
         return  # nothing to resume from, or damaged, which is told where it is loaded
     try:
@@ -107,11 +104,62 @@ def _check_folder(job_config: JobConfig, args: Any) -> None:
 
 
 def folders_to_resume(root: StoragePath, load_step: int) -> list[StoragePath]:
-    """The first one that is good is to be resumed from. `load_step`: that step alone; -1: any."""
+    """The first one that is good is to be resumed from.
+
+    `load_step`: -1, the newest first; else what was saved since the run went back to that step, and
+    last that step itself. So the key counts once: else each restart would go back again.
+    """
     restore_replaced(root)
+    return _in_turn(root, load_step)
+
+
+def _in_turn(root: StoragePath, load_step: int) -> list[StoragePath]:
+    newest_first = list_checkpoints(root)[::-1]
     if load_step == -1:
-        return list_checkpoints(root)[::-1]
-    return [folder for folder in folders_in(root) if folder == step_folder(root, load_step)]
+        return newest_first
+    since = _saved_since(newest_first, load_step)
+    asked_for = step_folder(root, load_step)
+    return since + [path for path in newest_first if path == asked_for and path not in since]
+
+
+def _saved_since(newest_first: list[StoragePath], load_step: int) -> list[StoragePath]:
+    """Those that runs with this `load_step` have saved last, and damaged ones between them."""
+    since: list[StoragePath] = []
+    damaged: list[StoragePath] = []
+    for folder in newest_first:
+        try:
+            manifest = Manifest.read(folder)
+            manifest.check_sizes(folder)
+            saved = saved_config(folder, manifest)
+        except DamagedCheckpointError:
+            damaged.append(folder)
+            continue
+        if manifest.model_only:
+            continue
+        if saved.get("checkpoint", {}).get("load_step") != load_step:
+            break
+        since += [*damaged, folder]
+        damaged = []
+    return since
+
+
+def gone_on_since(folder: StoragePath, in_turn: list[StoragePath], load_step: int) -> str:
+    """Why a run goes on from `folder` and not from `load_step`; "" if it goes on from that.
+
+    `in_turn`: see `folders_to_resume`.
+    """
+    names = [path.name for path in in_turn]
+    asked_for = f"step-{load_step}"
+    if load_step == -1 or folder.name == asked_for:
+        return ""
+    note = (
+        f"checkpoint.load_step = {load_step} counted before {folder.name} was saved, so the run "
+        "goes on from that"
+    )
+    if asked_for not in names:
+        return note
+    since = ", ".join(name for name in names if name != asked_for)
+    return f"{note}. To go back to {asked_for} once more, first move or delete {since}"
 
 
 def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
@@ -145,16 +193,16 @@ def model_differences(
             yield name, a, b
 
 
-def saved_config(checkpoint: OpenCheckpoint) -> dict[str, Any]:
-    """The configuration of the run that saved it; empty where it has none.
+def saved_config(folder: StoragePath, manifest: Manifest) -> dict[str, Any]:
+    """The configuration of the run that saved a checkpoint; empty where it has none.
 
     Raises:
         DamagedCheckpointError: nothing can be made of the file, or it is missing.
         OutageError: it cannot be read.
     """
-    if CONFIG_FILE not in checkpoint.manifest.files:
+    if CONFIG_FILE not in manifest.files:
         return {}
-    path = checkpoint.folder / CONFIG_FILE
+    path = folder / CONFIG_FILE
     return parse_again(path, lambda: tomllib.loads(path.read_bytes().decode()))
 
 

@@ -12,7 +12,13 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
-from torchtitan.errors import OutageError
+from torchtitan.errors import (
+    CheckpointError,
+    OutageError,
+    TitanError,
+    disk_is_full,
+    outage_or,
+)
 from torchtitan.tools.run_folder import CONFIG_FILE
 
 from . import folder as folders
@@ -34,6 +40,7 @@ class CheckpointWriter(FileSystemWriter):
         folder: the `step-N` folder to create.
         manifest: what is saved; `finish` fills in time and files.
         claim: on the folder that `folder` is in.
+        times: of what is saved there.
         config: text of the file `config.resolved.toml`.
         keep_latest: checkpoints to leave after this one was added; 0 leaves all.
         damaged: names of checkpoints that are known to be damaged.
@@ -47,6 +54,7 @@ class CheckpointWriter(FileSystemWriter):
         folder: StoragePath,
         manifest: Manifest,
         claim: Claim,
+        times: folders.SaveTimes,
         config: str = "",
         keep_latest: int = 0,
         damaged: Collection[str] = (),
@@ -60,6 +68,7 @@ class CheckpointWriter(FileSystemWriter):
         self._keep_latest = keep_latest
         self._damaged = damaged
         self._claim = claim
+        self._times = times
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # rank 0 makes the folder, below
@@ -97,6 +106,7 @@ class CheckpointWriter(FileSystemWriter):
         files[CONFIG_FILE] = FileRecord.of(self.path / CONFIG_FILE)
         self._manifest.files = dict(sorted(files.items()))
         self._claim.check()
+        self._manifest.saved_at = self._times.now()
         self._manifest.write(self.path)
         folders.commit(self._folder, self._damaged)
         logger.info("saved %s", self._folder)
@@ -114,12 +124,8 @@ class CheckpointWriter(FileSystemWriter):
             logger.warning("it is not known which old checkpoints to delete: %s", error)
             return
         for old in found:
-            if old.name == self._folder.name:  # which is the last, unless the clock was set back
-                continue
-            try:
-                folders.delete(old)
-            except OSError as error:
-                logger.warning("an old checkpoint could not be deleted: %s", error)
+            if old.name != self._folder.name:  # it is the last of them, or something is wrong
+                folders.delete_if_possible(old)
 
 
 def cause_of_failed_write(error: Exception) -> Exception:
@@ -130,3 +136,16 @@ def cause_of_failed_write(error: Exception) -> Exception:
     for failed in filter(None, (error, hidden)):
         traceback.clear_frames(failed.__traceback__)
     return hidden if isinstance(hidden, OSError) else error
+
+
+def error_of_failed_save(message: str, error: Exception) -> TitanError:
+    """What ends a run whose last save has failed with `error`.
+
+    An outage may be over when the run is started again, to save once more. A full disk is no
+    outage here: somebody has to make room, and until then each start would train for nothing.
+    """
+    if isinstance(error, OutageError):
+        return OutageError(message)
+    if disk_is_full(error):
+        return CheckpointError(message)
+    return outage_or(CheckpointError, message, error)

@@ -1,0 +1,84 @@
+"""A finished run leaves its Hugging Face folder, if need be when it is started again."""
+
+import errno
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_run import Run, world_of_one  # noqa: F401
+from harness import checkpoints_in
+from safetensors.torch import load_file
+from tiny_models import tiny_spec
+
+from torchtitan.components.checkpoint import final_export, huggingface_save
+from torchtitan.components.checkpoint.huggingface import ExportAssets
+from torchtitan.distributed.init import initialize_weights
+from torchtitan.errors import CheckpointError, OutageError
+
+
+def run_of(tmp_path, **checkpoint):
+    spec = tiny_spec("llama3")
+    model = spec.model_cls(spec.model_args)
+    initialize_weights(model, 0, torch.device("cpu"))
+    return Run(tmp_path, model=model, **({"steps": 4, "last_save_in_hf": True} | checkpoint))
+
+
+def fail(monkeypatch, number):
+    def write_index(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(huggingface_save, "write_index", write_index)
+
+
+def weights_of(folder):
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, OutageError), (errno.ENOSPC, CheckpointError)]
+)
+def test_an_export_that_failed_is_made_by_the_next_start(tmp_path, monkeypatch, number, kind):
+    folder = tmp_path / "checkpoint" / "step-4-hf"
+    trained, again = run_of(tmp_path), run_of(tmp_path)
+    with monkeypatch.context() as patch:
+        fail(patch, number)
+        for attempt in (lambda: trained.train(4, last=True), again.manager.load):
+            with pytest.raises(kind, match=rf"{folder} could not be saved: OSError") as error:
+                attempt()
+            assert type(error.value) is kind
+    assert checkpoints_in(folder.parent) == ["step-2", "step-4"]
+
+    assert run_of(tmp_path).manager.load() == 4
+    weights = weights_of(folder)
+    whole = tmp_path / "whole"
+    assets = ExportAssets("bytes", max_seq_len=128)
+    huggingface_save.save_huggingface(
+        [trained.model], whole, torch.float32, assets, dist.group.WORLD
+    )
+    expected = weights_of(whole)
+    assert weights.keys() == expected.keys() and len(weights) > 3
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_an_export_that_is_asked_for_later_is_made_once(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "torchtitan")
+    run_of(tmp_path, last_save_in_hf=False).train(4, last=True)
+    assert run_of(tmp_path, last_save_in_hf=False).manager.load() == 4
+    assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-4"]
+    assert run_of(tmp_path, last_save_model_only=True).manager.load() == 4
+    assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-4", "step-4-hf"]
+    assert "step-4-hf is missing and is saved now" in caplog.text
+
+    monkeypatch.setattr(final_export, "save_huggingface", None)
+    assert run_of(tmp_path).manager.load() == 4
+
+
+def test_a_run_that_is_not_over_makes_no_export(tmp_path):
+    run_of(tmp_path, steps=6).train(3, last=True)
+    assert run_of(tmp_path, steps=6).manager.load() == 3
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert run_of(tmp_path).manager.load() == 0
+    assert checkpoints_in(tmp_path / "checkpoint") == []

@@ -1,0 +1,81 @@
+"""The Hugging Face folder that a run leaves at its end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from torchtitan.errors import CheckpointError
+
+from .agreement import on_rank_zero
+from .folder import step_folder
+from .huggingface import ExportAssets
+from .huggingface_save import save_huggingface
+from .owner import Claim
+from .storage import StoragePath
+from .writer import error_of_failed_save
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+logger = logging.getLogger("torchtitan")
+
+
+class FinalExport:
+    """`step-N-hf`, after the last step. All ranks call each method together.
+
+    Args:
+        model_parts: this rank's parts of the model.
+        root: the folder of checkpoints, in which it is made.
+        claim: on that folder.
+        group: all ranks.
+    """
+
+    def __init__(
+        self,
+        job_config: JobConfig,
+        model_parts: list[nn.Module],
+        root: StoragePath,
+        claim: Claim,
+        group: dist.ProcessGroup,
+    ) -> None:
+        self._job_config = job_config
+        self._model_parts = model_parts
+        self._root = root
+        self._claim = claim
+        self._group = group
+        self._assets = ExportAssets.of_job(job_config)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a run that has done `step` steps, and no more to do, is to leave one."""
+        config = self._job_config
+        return config.checkpoint.last_save_in_hf and 0 < config.training.steps <= step
+
+    def save(self, step: int) -> None:
+        """Raises `CheckpointError`, or `OutageError` if it may pass, on all ranks."""
+        on_rank_zero(self._claim.check, self._group)
+        dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
+        folder = self._folder(step)
+        try:
+            save_huggingface(self._model_parts, folder, dtype, self._assets, self._group)
+        except CheckpointError as error:
+            raise error_of_failed_save(str(error), error) from error
+
+    def save_if_missing(self, step: int) -> None:
+        """`save` where a run that was over did not: it failed then, or was not asked to."""
+        if not self.is_due(step):
+            return
+        folder = self._folder(step)
+        if not on_rank_zero(folder.exists, self._group):
+            if dist.get_rank() == 0:
+                logger.info("step %d is done, but %s is missing and is saved now", step, folder)
+            self.save(step)
+
+    def _folder(self, step: int) -> Path:
+        folder = step_folder(self._root, step)
+        return cast(Path, folder.with_name(f"{folder.name}-hf"))  # or the config was refused
