@@ -20,6 +20,7 @@ from torch.futures import Future
 
 from torchtitan.components.checkpoint.agreement import first_failure
 from torchtitan.components.checkpoint.load import (
+    check_copies,
     first_names,
     model_args,
     model_state,
@@ -64,6 +65,7 @@ def convert_from_hf(
     entries: dict[str, Any] = metadata.state_dict_metadata
     with begin_errors_with(str(folder)):
         adapter.check_names(entries)
+    check_copies(folder, metadata, adapter)
     model = known.build()
     state, tied = model_state([model]), tied_names([model])
     hf_state = adapter.to_hf({name: t for name, t in state.items() if name not in tied})
