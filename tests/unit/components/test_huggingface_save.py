@@ -97,6 +97,19 @@ def test_what_hugging_face_cannot_express_is_refused():
         export_config(Qwen3ModelArgs(moe=moe))
 
 
+@pytest.mark.parametrize("name", sorted(name for name in TINY if TINY[name].num_experts))
+def test_a_bias_that_the_router_would_lose_is_refused(name):
+    args = TINY[name]
+    biased = dataclasses.replace(args, moe=dataclasses.replace(args.moe, use_bias=True))
+    if name == "deepseek_v3":
+        unbiased = dataclasses.replace(args, moe=dataclasses.replace(args.moe, use_bias=False))
+        assert export_config(unbiased) == export_config(biased)  # where it is zero
+        return
+    export_config(args)
+    with pytest.raises(CheckpointError, match=r"it would have moe\.use_bias = False \(now True\)"):
+        export_config(biased)
+
+
 @pytest.mark.parametrize("name", ["llama3, tied", "qwen3, experts", "deepseek_v3"])
 def test_ours_reads_it_back(tmp_path, name):
     model, other = build(name), build(name, seed=1)

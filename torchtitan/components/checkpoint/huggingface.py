@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +148,13 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
     if config is None or not hasattr(args, "from_hf_config"):
         return config
     back = type(args).from_hf_config(config)
-    lost = [text for _, text in differences(back, args, TRAINING_ONLY | _OF_EXTRA_LAYERS)]
+    ignored = TRAINING_ONLY | _OF_EXTRA_LAYERS
+    # A bias that is left out changes which experts are chosen; one more, which is zero, does not.
+    lost = [
+        text
+        for name, text in differences(back, args, ignored - {"use_bias"})
+        if not (name.endswith("use_bias") and not attrgetter(name)(args))
+    ]
     if lost:
         raise CheckpointError(
             f"Hugging Face's {config['architectures'][0]} cannot express this model: it would have "
