@@ -34,3 +34,18 @@ def test_the_head_of_a_tied_model_must_be_the_embedding(dtype, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         convert_from_hf(tmp_path, tmp_path / "out", model_of_hf_folder(tmp_path), None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sizes", [("10GB", "100KB"), ("100KB", "10GB")])
+def test_a_folder_that_was_saved_to_twice_holds_two_models(sizes, tmp_path):
+    model = tiny_hf.hf_model("llama3")
+    for size in sizes:
+        with torch.no_grad():
+            model.model.embed_tokens.weight += 1
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    single, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
+    with pytest.raises(CheckpointError, match=r"two models: model\.safetensors.*index\.json"):
+        load(tmp_path)
+    (index if sizes[0] == "100KB" else single).unlink()  # what the first save has left
+    weight = load(tmp_path).tok_embeddings.weight
+    assert torch.equal(weight, model.model.embed_tokens.weight)
