@@ -212,7 +212,7 @@ def _load_huggingface(
     wanted = wanted_keys(names, metadata, tied)
     read_state(hf_state, SafetensorsReader(path, metadata), wanted.__contains__, group)
     converted = adapter.from_hf(hf_state)
-    buffers = {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
+    buffers = buffer_names(model_parts)
     for name, tensor in state.items():
         if name in converted or name not in buffers:  # files lack what belongs to training
             tensor.copy_(converted[name])
@@ -294,6 +294,22 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
         f"{path} holds Hugging Face weights, but no registered TrainSpec of {type(model).__name__} "
         "has a state_dict_adapter to read them with"
     )
+
+
+def buffer_names(model_parts: list[nn.Module]) -> set[str]:
+    """What is no parameter, such as a router's bias; see `dtype_of_copy`."""
+    return {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
+
+
+def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) -> torch.dtype:
+    """What a tensor is written in, where weights are to be of `dtype`; None: as they are.
+
+    Buffers are not rounded: the bias of DeepSeek-V3's router moves by 0.001 a step, which bfloat16
+    does not resolve, and `transformers` keeps it in float32.
+    """
+    if dtype is None or not own.is_floating_point:
+        return own
+    return torch.promote_types(own, dtype) if is_buffer else dtype
 
 
 def tied_names(model_parts: list[nn.Module]) -> set[str]:

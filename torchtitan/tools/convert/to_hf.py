@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config, write_assets
-from torchtitan.components.checkpoint.load import OpenCheckpoint, model_state, tied_names
+from torchtitan.components.checkpoint.load import (
+    OpenCheckpoint,
+    buffer_names,
+    dtype_of_copy,
+    model_state,
+    tied_names,
+)
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     check_keys_and_shapes,
@@ -42,7 +48,7 @@ def convert_to_hf(
     """Write the model in the checkpoint `folder` into the Hugging Face folder `out`.
 
     Args:
-        dtype: of floating-point tensors; None: as they were saved.
+        dtype: of floating-point tensors, but see `dtype_of_copy`; None: as they were saved.
         tokenizer: `bytes` or a folder; None: what the run had.
 
     Returns:
@@ -65,10 +71,10 @@ def convert_to_hf(
 
     entries: dict[str, Any] = metadata.state_dict_metadata
     names = [name for name in state if name not in tied]
-    specs = {}
+    specs, buffers = {}, buffer_names([model])
     for name in names:
         own = entries[PREFIX + name].properties.dtype
-        target = dtype if dtype is not None and own.is_floating_point else own
+        target = dtype_of_copy(own, dtype, name in buffers)
         for key, tensor in adapter.to_hf({name: state[name]}).items():
             specs[key] = TensorSpec(target, tuple(tensor.shape))
     files = plan_files(specs, max_file_bytes)
