@@ -196,6 +196,11 @@ class DataLoader:
             found["data_skipped_documents"] = float(self._counts.skipped * self._dp_world_size)
         return found
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether a conversation has been read so far, on this rank."""
+        return self._encoder.has_conversations
+
     def describe(self) -> dict[str, Any]:
         """`{"sources": [{"name", "documents" or "shards"}]}`: how large they are, where known.
 

@@ -15,8 +15,10 @@ import torch
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 from torchtitan.config.load import origin
+from torchtitan.data.chat import CHATML
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_errors_with
+from torchtitan.tools.text import first_line
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .reader import enumerate_few
@@ -57,6 +59,8 @@ class ExportAssets:
     """Longest sequence trained on; 0: unknown."""
     like: tuple[Path, ...] = ()
     """Folders whose `config.json` and `generation_config.json` are kept if they fit the model."""
+    chat_template: str = ""
+    """Text of `chat_template.jinja`, in place of one of the tokenizer's; "": leave it."""
 
     @classmethod
     def of_job(cls, job_config: JobConfig) -> ExportAssets:
@@ -65,7 +69,34 @@ class ExportAssets:
         if tokenizer != "bytes":
             folders.append(Path(tokenizer).expanduser())
         like = tuple(folder for folder in folders if isinstance(folder, Path))
-        return cls(tokenizer, job_config.training.seq_len, like)
+        template = chat_template_of(job_config.data.chat_template, tokenizer)
+        return cls(tokenizer, job_config.training.seq_len, like, template)
+
+    def after_training_on(self, dataloader: Any) -> ExportAssets:
+        """These, without a chat template if the loader has had no conversations."""
+        if getattr(dataloader, "has_conversations", False):
+            return self
+        return dataclasses.replace(self, chat_template="")
+
+
+def chat_template_of(path: str | None, tokenizer: str) -> str:
+    """The template that `load_template` takes, if it is not one of the tokenizer's files; else "".
+
+    Args:
+        path: `data.chat_template`.
+        tokenizer: `model.tokenizer_path`.
+    """
+    if path:
+        try:
+            return Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            logger.warning("data.chat_template is not exported: %s: %s", path, first_line(error))
+            return ""
+    folder = Path(tokenizer).expanduser()
+    if (folder / "chat_template.jinja").is_file():
+        return ""
+    config = _read_fields(folder / "tokenizer_config.json")
+    return CHATML if config.get("chat_template") is None else ""
 
 
 def initial_load_path(job_config: JobConfig) -> StoragePath | None:
@@ -172,6 +203,8 @@ def write_assets(
         CheckpointError: see `export_config`.
     """
     tokenizer = _write_tokenizer(folder, assets.tokenizer)
+    if assets.chat_template:
+        (folder / "chat_template.jinja").write_text(assets.chat_template, encoding="utf-8")
     config = _config(args, tokenizer, assets)
     if config is None:
         logger.warning("%s: no config.json, as %s has no to_hf_config", folder, type(args).__name__)
@@ -182,9 +215,35 @@ def write_assets(
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for other in assets.like:
-        if (other / "generation_config.json").is_file():
-            shutil.copyfile(other / "generation_config.json", folder / "generation_config.json")
+        path = other / "generation_config.json"
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+            fields = _read_fields(path)
+            if tokenizer is not None and _add_eos(fields, tokenizer.eos_id):
+                (folder / path.name).write_text(json.dumps(fields, indent=2) + "\n")
             break
+
+
+def _add_eos(fields: dict[str, Any], eos_id: int) -> bool:
+    """Have kept fields name the token that ended texts in training; False: they do, or none.
+
+    Others stay: the weights may still end a text with one.
+    """
+    told = fields.get("eos_token_id")
+    known = told if isinstance(told, list) else [told]
+    if told is None or eos_id in known:
+        return False
+    fields["eos_token_id"] = [eos_id, *known]
+    return True
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """Of a JSON object; none where the file is missing or damaged."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _config(
@@ -204,6 +263,8 @@ def _config(
             kept = json.loads(path.read_text(encoding="utf-8"))
             if "num_nextn_predict_layers" in kept:
                 kept["num_nextn_predict_layers"] = 0
+            if tokenizer is not None:
+                _add_eos(kept, tokenizer.eos_id)
             return kept
     if ours is None:
         return None

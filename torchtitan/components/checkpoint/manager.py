@@ -69,7 +69,8 @@ class CheckpointManager:
         lr_schedulers: as it is after `steps` steps of the optimizers.
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`; what it loads
             has also the `seq_len` that they were saved with, or None where that is not known. If it
-            has `describe` and `begin_at`, as `DataLoader`, these are called.
+            has `describe` and `begin_at`, as `DataLoader`, these are called. Where its
+            `has_conversations` is true, exports have a chat template.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
@@ -91,6 +92,7 @@ class CheckpointManager:
         self._initial_load_path = initial_load_path(job_config)
         self._export_assets = ExportAssets.of_job(job_config)
         self._job_config = job_config
+        self._dataloader = dataloader
         self._root = checkpoint_root(job_config)
         self._claim = Claim(self._root, job_store() if dist.get_rank() == 0 else None)
         self._total_steps = job_config.training.steps
@@ -189,7 +191,7 @@ class CheckpointManager:
             self._model_parts,
             cast(Path, folder.with_name(f"{folder.name}-hf")),
             getattr(torch, self._config.export_dtype),
-            self._export_assets,
+            self._export_assets.after_training_on(self._dataloader),
             self._group,
         )
 

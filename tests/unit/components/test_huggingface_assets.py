@@ -1,0 +1,93 @@
+"""The files of an exported folder besides weights say what training taught the model."""
+
+import json
+
+import pytest
+import tiny_llama
+import torch
+from harness import train
+from tiny_models import TINY
+from transformers import AutoTokenizer, GenerationConfig
+
+from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
+from torchtitan.components.checkpoint.huggingface import (
+    ExportAssets,
+    chat_template_of,
+    export_config,
+    write_assets,
+)
+from torchtitan.data.chat import CHATML
+
+ARGS = TINY["llama3"]
+EOS = 257
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def write(folder, *like, **assets):
+    folder.mkdir()
+    write_assets(folder, ARGS, torch.float32, ExportAssets("bytes", 128, like, **assets))
+    return {
+        name: json.loads((folder / name).read_text()).get("eos_token_id")
+        for name in ("config.json", "generation_config.json")
+        if (folder / name).is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [(5, [EOS, 5]), ([5, 6], [EOS, 5, 6]), (EOS, EOS), ([5, EOS], [5, EOS]), (None, None)],
+)
+def test_kept_files_name_the_end_of_texts_that_was_trained(told, expected, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = export_config(ARGS) | {"max_position_embeddings": 512, "eos_token_id": told}
+    (base / "config.json").write_text(json.dumps(config))
+    generation = json.dumps({"eos_token_id": told, "temperature": 0.5})
+    (base / "generation_config.json").write_text(generation)
+    found = write(tmp_path / "out", base)
+    assert found == {"config.json": expected, "generation_config.json": expected}
+    if told == expected:
+        assert (tmp_path / "out" / "generation_config.json").read_text() == generation
+    theirs = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (theirs.eos_token_id, theirs.temperature) == (expected, 0.5)
+
+
+def test_the_chat_template_that_the_tokenizer_does_not_have(tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0]['content'] }}é", encoding="utf-8")
+    for name in ("plain", "in_json", "in_file"):
+        (tmp_path / name).mkdir()
+        write_bytes_tokenizer(tmp_path / name)
+    (tmp_path / "in_json" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    (tmp_path / "in_file" / "chat_template.jinja").write_text("x")
+
+    assert chat_template_of(None, "bytes") == CHATML
+    assert chat_template_of(None, str(tmp_path / "plain")) == CHATML
+    for name in ("in_json", "in_file"):
+        assert chat_template_of(None, str(tmp_path / name)) == ""
+        assert chat_template_of(str(template), str(tmp_path / name)) == template.read_text("utf-8")
+
+    write(tmp_path / "out", chat_template=chat_template_of(str(template), "bytes"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "Hié"
+
+
+@pytest.mark.parametrize("documents", ["text", "conversations"])
+def test_a_run_on_conversations_exports_their_template(documents, tmp_path):
+    document = {"text": "Hi there, you all. " * 9} if documents == "text" else {"text": CHAT * 9}
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(document)}\n" * 4)
+    train(
+        tmp_path / "run",
+        *tiny_llama.OPTIONS,
+        "--training.steps=1",
+        "--training.dataset=jsonl",
+        f"--training.dataset_path={tmp_path / 'data.jsonl'}",
+        "--checkpoint.enable",
+        "--checkpoint.last_save_in_hf",
+    )
+    folder = tmp_path / "run" / "checkpoint" / "step-1-hf"
+    template = folder / "chat_template.jinja"
+    assert template.is_file() == (documents == "conversations")
+    if template.is_file():
+        text = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT, tokenize=False)
+        assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
