@@ -1,6 +1,7 @@
 """The files of an exported folder besides weights say what training taught the model."""
 
 import json
+import logging
 
 import pytest
 import tiny_llama
@@ -9,6 +10,7 @@ from harness import train
 from tiny_models import TINY
 from transformers import AutoTokenizer, GenerationConfig
 
+from torchtitan import cli
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
@@ -16,6 +18,7 @@ from torchtitan.components.checkpoint.huggingface import (
     export_config,
     write_assets,
 )
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.data.chat import CHATML
 
 ARGS = TINY["llama3"]
@@ -84,6 +87,7 @@ def test_a_run_on_conversations_exports_their_template(documents, tmp_path):
         f"--training.dataset_path={tmp_path / 'data.jsonl'}",
         "--checkpoint.enable",
         "--checkpoint.last_save_in_hf",
+        f"--data.add_bos={json.dumps(documents == 'text')}",
     )
     folder = tmp_path / "run" / "checkpoint" / "step-1-hf"
     template = folder / "chat_template.jinja"
@@ -91,3 +95,32 @@ def test_a_run_on_conversations_exports_their_template(documents, tmp_path):
     if template.is_file():
         text = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT, tokenize=False)
         assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    else:  # and prompts begin as the documents did, also where it is converted afterwards
+        convert = ["convert", "to-hf", str(folder.with_name("step-1")), str(tmp_path / "converted")]
+        assert cli.main(convert) == 0
+        for exported in (folder, tmp_path / "converted"):
+            assert AutoTokenizer.from_pretrained(exported)("ab").input_ids == [256, 97, 98]
+
+
+def test_the_bytes_tokenizer_with_bos(tmp_path):
+    write(tmp_path / "out", add_bos=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab").input_ids == [256, 97, 98]
+    assert tokenizer("ab", "c").input_ids == [256, 97, 98, 256, 99]
+    assert tokenizer("ab", add_special_tokens=False).input_ids == [97, 98]
+    ours = HuggingFaceTokenizer(tmp_path / "out")
+    assert ours.adds_bos and ours.encode("ab") == [97, 98]
+    write(tmp_path / "without", add_bos=False)
+    assert not HuggingFaceTokenizer(tmp_path / "without").adds_bos
+
+
+@pytest.mark.parametrize("trained", [None, False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_copied_tokenizer_that_begins_texts_otherwise_is_told_of(trained, adds, tmp_path, caplog):
+    write_bytes_tokenizer(tmp_path, adds)
+    with caplog.at_level(logging.WARNING, logger="torchtitan"):
+        (tmp_path / "out").mkdir()
+        assets = ExportAssets(str(tmp_path), 128, add_bos=trained)
+        write_assets(tmp_path / "out", ARGS, torch.float32, assets)
+    told = "prompts will not begin as the documents of the run did" in caplog.text
+    assert told == (trained is not None and trained != adds)

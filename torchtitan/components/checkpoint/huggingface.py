@@ -61,6 +61,8 @@ class ExportAssets:
     """Folders whose `config.json` and `generation_config.json` are kept if they fit the model."""
     chat_template: str = ""
     """Text of `chat_template.jinja`, in place of one of the tokenizer's; "": leave it."""
+    add_bos: bool | None = None
+    """Whether bos began the documents that were trained on; None: unknown."""
 
     @classmethod
     def of_job(cls, job_config: JobConfig) -> ExportAssets:
@@ -69,8 +71,9 @@ class ExportAssets:
         if tokenizer != "bytes":
             folders.append(Path(tokenizer).expanduser())
         like = tuple(folder for folder in folders if isinstance(folder, Path))
-        template = chat_template_of(job_config.data.chat_template, tokenizer)
-        return cls(tokenizer, job_config.training.seq_len, like, template)
+        data = job_config.data
+        template = chat_template_of(data.chat_template, tokenizer)
+        return cls(tokenizer, job_config.training.seq_len, like, template, data.add_bos)
 
     def after_training_on(self, dataloader: Any) -> ExportAssets:
         """These, without a chat template if the loader has had no conversations."""
@@ -202,7 +205,8 @@ def write_assets(
     Raises:
         CheckpointError: see `export_config`.
     """
-    tokenizer = _write_tokenizer(folder, assets.tokenizer)
+    tokenizer = _write_tokenizer(folder, assets.tokenizer, bool(assets.add_bos))
+    _warn_of_other_bos(tokenizer, assets)
     if assets.chat_template:
         (folder / "chat_template.jinja").write_text(assets.chat_template, encoding="utf-8")
     config = _config(args, tokenizer, assets)
@@ -283,11 +287,28 @@ def _longest(config: dict[str, Any], max_seq_len: int) -> int:
     return max(max_seq_len, int(stretched))
 
 
-def _write_tokenizer(folder: Path, tokenizer: str) -> Tokenizer | None:
+def _warn_of_other_bos(tokenizer: Tokenizer | None, assets: ExportAssets) -> None:
+    """Say so if the tokenizer's files, which are copied, begin texts in another way than training.
+
+    They are not changed: what begins a text is written in several ways, by classes of tokenizers.
+    """
+    if assets.add_bos is None or not isinstance(tokenizer, HuggingFaceTokenizer):
+        return
+    if tokenizer.bos_id is not None and tokenizer.adds_bos != assets.add_bos:
+        logger.warning(
+            "the run had data.add_bos = %s, but its tokenizer, %s, %s, and so does the exported "
+            "one: prompts will not begin as the documents of the run did",
+            json.dumps(assets.add_bos),
+            assets.tokenizer,
+            "begins texts with bos" if tokenizer.adds_bos else "does not begin texts with bos",
+        )
+
+
+def _write_tokenizer(folder: Path, tokenizer: str, add_bos: bool) -> Tokenizer | None:
     if not tokenizer:
         return None
     if tokenizer == "bytes":
-        write_bytes_tokenizer(folder)
+        write_bytes_tokenizer(folder, add_bos)
         return BytesTokenizer()
     source = Path(tokenizer).expanduser()
     for name in TOKENIZER_FILES:

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config, write_assets
+from torchtitan.components.checkpoint.huggingface import (
+    ExportAssets,
+    chat_template_of,
+    export_config,
+    write_assets,
+)
 from torchtitan.components.checkpoint.load import (
     OpenCheckpoint,
     buffer_names,
@@ -21,6 +26,7 @@ from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
 )
+from torchtitan.components.checkpoint.resume import saved_config
 from torchtitan.components.checkpoint.safetensors_files import (
     MAX_FILE_BYTES,
     SafetensorsWriter,
@@ -83,7 +89,13 @@ def convert_to_hf(
     described = checkpoint.manifest.model
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
-    assets = ExportAssets(tokenizer, described.get("seq_len", 0), like)
+    data = saved_config(checkpoint).get("data")  # None: not of a run, so it is not known
+    template, add_bos = "", None
+    if data is not None:
+        add_bos = bool(data.get("add_bos", False))
+        if data.get("chat_template"):
+            template = chat_template_of(data["chat_template"], tokenizer)
+    assets = ExportAssets(tokenizer, described.get("seq_len", 0), like, template, add_bos)
     reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
