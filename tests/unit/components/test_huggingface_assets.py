@@ -8,13 +8,14 @@ import tiny_llama
 import torch
 from harness import train
 from tiny_models import TINY
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
 from torchtitan import cli
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
+from torchtitan.components.checkpoint.chat_files import chat_template_of, end_of_turn
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
-    chat_template_of,
     export_config,
     write_assets,
 )
@@ -124,3 +125,47 @@ def test_a_copied_tokenizer_that_begins_texts_otherwise_is_told_of(trained, adds
         write_assets(tmp_path / "out", ARGS, torch.float32, assets)
     told = "prompts will not begin as the documents of the run did" in caplog.text
     assert told == (trained is not None and trained != adds)
+
+
+def with_special_tokens(folder, *names):
+    """A tokenizer of bytes with tokens 258, 259 and so on."""
+    folder.mkdir()
+    write_bytes_tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_ends_a_turn_ends_a_text(kept, tmp_path):
+    tokenizer = with_special_tokens(tmp_path / "in", "<|im_start|>", "<|im_end|>")
+    config = export_config(ARGS) | {"eos_token_id": EOS}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    for conversations in (False, True):
+        folder = tmp_path / f"out {conversations}"
+        folder.mkdir()
+        like = (tmp_path / "base",) if kept else ()
+        template = CHATML if conversations else ""
+        assets = ExportAssets(str(tokenizer), 128, like, template, conversations)
+        write_assets(folder, ARGS, torch.float32, assets)
+        told = json.loads((folder / "config.json").read_text())["eos_token_id"]
+        assert set(told if conversations else [told]) == ({EOS, 259} if conversations else {EOS})
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[-1].content }}<b>\n<|eos|>", 258),
+        ("{% for m in messages %}<b>{{ m.content }}{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        ("{{", None),
+    ],
+)
+def test_what_ends_a_turn_by_other_templates(template, expected, tmp_path):
+    folder = with_special_tokens(tmp_path / "in", "<b>")
+    if expected:
+        template = "{% if not add_generation_prompt %}" + template + "{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert end_of_turn(folder) == expected

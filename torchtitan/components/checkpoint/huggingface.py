@@ -15,12 +15,11 @@ import torch
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 from torchtitan.config.load import origin
-from torchtitan.data.chat import CHATML
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_errors_with
-from torchtitan.tools.text import first_line
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
+from .chat_files import chat_template_of, end_of_turn, read_fields
 from .reader import enumerate_few
 from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
@@ -61,6 +60,8 @@ class ExportAssets:
     """Folders whose `config.json` and `generation_config.json` are kept if they fit the model."""
     chat_template: str = ""
     """Text of `chat_template.jinja`, in place of one of the tokenizer's; "": leave it."""
+    conversations: bool = False
+    """They were trained on, so what ends a turn ends a text."""
     add_bos: bool | None = None
     """Whether bos began the documents that were trained on; None: unknown."""
 
@@ -73,33 +74,13 @@ class ExportAssets:
         like = tuple(folder for folder in folders if isinstance(folder, Path))
         data = job_config.data
         template = chat_template_of(data.chat_template, tokenizer)
-        return cls(tokenizer, job_config.training.seq_len, like, template, data.add_bos)
+        return cls(tokenizer, job_config.training.seq_len, like, template, add_bos=data.add_bos)
 
     def after_training_on(self, dataloader: Any) -> ExportAssets:
-        """These, without a chat template if the loader has had no conversations."""
+        """These, with a chat template only if the loader has had conversations."""
         if getattr(dataloader, "has_conversations", False):
-            return self
+            return dataclasses.replace(self, conversations=True)
         return dataclasses.replace(self, chat_template="")
-
-
-def chat_template_of(path: str | None, tokenizer: str) -> str:
-    """The template that `load_template` takes, if it is not one of the tokenizer's files; else "".
-
-    Args:
-        path: `data.chat_template`.
-        tokenizer: `model.tokenizer_path`.
-    """
-    if path:
-        try:
-            return Path(path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            logger.warning("data.chat_template is not exported: %s: %s", path, first_line(error))
-            return ""
-    folder = Path(tokenizer).expanduser()
-    if (folder / "chat_template.jinja").is_file():
-        return ""
-    config = _read_fields(folder / "tokenizer_config.json")
-    return CHATML if config.get("chat_template") is None else ""
 
 
 def initial_load_path(job_config: JobConfig) -> StoragePath | None:
@@ -209,7 +190,11 @@ def write_assets(
     _warn_of_other_bos(tokenizer, assets)
     if assets.chat_template:
         (folder / "chat_template.jinja").write_text(assets.chat_template, encoding="utf-8")
-    config = _config(args, tokenizer, assets)
+    ends = [] if tokenizer is None else [tokenizer.eos_id]
+    turn = end_of_turn(folder) if assets.conversations else None
+    if turn is not None and turn not in ends:
+        ends.append(turn)
+    config = _config(args, tokenizer, ends, assets)
     if config is None:
         logger.warning("%s: no config.json, as %s has no to_hf_config", folder, type(args).__name__)
     else:
@@ -222,36 +207,28 @@ def write_assets(
         path = other / "generation_config.json"
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
-            fields = _read_fields(path)
-            if tokenizer is not None and _add_eos(fields, tokenizer.eos_id):
+            fields = read_fields(path)
+            if _add_ends(fields, ends):
                 (folder / path.name).write_text(json.dumps(fields, indent=2) + "\n")
             break
 
 
-def _add_eos(fields: dict[str, Any], eos_id: int) -> bool:
-    """Have kept fields name the token that ended texts in training; False: they do, or none.
+def _add_ends(fields: dict[str, Any], ends: list[int]) -> bool:
+    """Have kept fields name the tokens that ended texts in training; False: they do, or none.
 
     Others stay: the weights may still end a text with one.
     """
     told = fields.get("eos_token_id")
     known = told if isinstance(told, list) else [told]
-    if told is None or eos_id in known:
+    new = [token for token in ends if token not in known]
+    if told is None or not new:
         return False
-    fields["eos_token_id"] = [eos_id, *known]
+    fields["eos_token_id"] = [*new, *known]
     return True
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
-    """Of a JSON object; none where the file is missing or damaged."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
-
-
 def _config(
-    args: BaseModelArgs, tokenizer: Tokenizer | None, assets: ExportAssets
+    args: BaseModelArgs, tokenizer: Tokenizer | None, ends: list[int], assets: ExportAssets
 ) -> dict[str, Any] | None:
     ours = export_config(args)
     for folder in assets.like:
@@ -267,8 +244,7 @@ def _config(
             kept = json.loads(path.read_text(encoding="utf-8"))
             if "num_nextn_predict_layers" in kept:
                 kept["num_nextn_predict_layers"] = 0
-            if tokenizer is not None:
-                _add_eos(kept, tokenizer.eos_id)
+            _add_ends(kept, ends)
             return kept
     if ours is None:
         return None
@@ -276,7 +252,7 @@ def _config(
     if longest:
         ours["max_position_embeddings"] = longest
     if tokenizer is not None:
-        ours |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        ours |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
     return ours
 
 

@@ -8,12 +8,8 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.checkpoint.huggingface import (
-    ExportAssets,
-    chat_template_of,
-    export_config,
-    write_assets,
-)
+from torchtitan.components.checkpoint.chat_files import chat_template_of
+from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config, write_assets
 from torchtitan.components.checkpoint.load import (
     OpenCheckpoint,
     buffer_names,
@@ -95,7 +91,9 @@ def convert_to_hf(
         add_bos = bool(data.get("add_bos", False))
         if data.get("chat_template"):
             template = chat_template_of(data["chat_template"], tokenizer)
-    assets = ExportAssets(tokenizer, described.get("seq_len", 0), like, template, add_bos)
+    assets = ExportAssets(
+        tokenizer, described.get("seq_len", 0), like, template, bool(template), add_bos
+    )
     reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
