@@ -19,7 +19,9 @@ from torchtitan.components.checkpoint.huggingface import (
     export_config,
     write_assets,
 )
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.data import build_dataloader
 from torchtitan.data.chat import CHATML
 
 ARGS = TINY["llama3"]
@@ -169,3 +171,13 @@ def test_what_ends_a_turn_by_other_templates(template, expected, tmp_path):
         template = "{% if not add_generation_prompt %}" + template + "{% endif %}"
     (folder / "chat_template.jinja").write_text(template)
     assert end_of_turn(folder) == expected
+
+
+@pytest.mark.parametrize("document", ["Hi there.", CHAT])
+def test_a_loader_knows_of_conversations_before_it_reads_a_batch(document, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps({'text': document})}\n")
+    config = JobConfig()
+    config.training.dataset = "jsonl"
+    config.training.dataset_path = str(tmp_path / "data.jsonl")
+    loader = build_dataloader(config, BytesTokenizer(), 0, 1)
+    assert loader.has_conversations == (document is CHAT)
