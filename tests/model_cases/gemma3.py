@@ -134,6 +134,10 @@ CASE = ModelCase(
         ({"layer_types": ["sliding_attention"] * 26}, r"layer_types = .* is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope_scaling = .*yarn.* not"),
         ({"rope_parameters": {"sliding_attention": WINDOW_ROPE}}, r"rope_parameters = .* not supp"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "8"}},
+            r"factor = '8' must be a number",
+        ),
         ({"num_kv_shared_layers": 4}, r"unknown fields: num_kv_shared_layers = 4$"),
         ({"sliding_window": None}, r"sliding_window = None must be of type int"),
     ],

@@ -79,6 +79,13 @@ def hf_model(args: Llama3ModelArgs) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+SCALING = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
 HF_CONFIG = {  # that of Llama 3.1 8B, as published
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -97,13 +104,7 @@ HF_CONFIG = {  # that of Llama 3.1 8B, as published
     "num_key_value_heads": 8,
     "pretraining_tp": 1,
     "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
+    "rope_scaling": SCALING,
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
@@ -121,6 +122,9 @@ CASE = ModelCase(
         ({"hidden_act": "gelu"}, r"hidden_act = 'gelu' is not supported"),
         ({"head_dim": 64}, r"head_dim = 64 is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling = .*yarn.* not supp"),
+        ({"rope_scaling": SCALING | {"factor": "8"}}, r"factor = '8' must be a number"),
+        ({"rope_scaling": SCALING | {"factor": None}}, r"factor = None must be a number"),
+        ({"rope_scaling": "llama3"}, r"rope_scaling = 'llama3' must be of type dict"),
         ({"attention_sinks": 4}, r"unknown fields: attention_sinks = 4$"),
         ({"num_hidden_layers": "32"}, r"num_hidden_layers = '32' must be of type int"),
         ({"num_key_value_heads": 3}, r"n_kv_heads \(3\) must divide n_heads"),

@@ -45,4 +45,5 @@ class Checkpoint:
     """Save the model at the last step as a Hugging Face folder, `step-N-hf`, which
     `transformers` opens: besides the checkpoint, or in its place with `last_save_model_only`."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of a model-only save and of a Hugging Face folder."""
+    """Dtype of a model-only save and of a Hugging Face folder. The bias of a router stays
+    float32."""

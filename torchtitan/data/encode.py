@@ -100,6 +100,8 @@ class Encoder:
         self.skips = on_error == "skip"
         self.skipped = 0
         """Malformed documents left out so far, each as often as it came."""
+        self.has_conversations = False
+        """Whether one has come so far."""
         self._in_a_row = 0
         self._lock = threading.Lock()
 
@@ -125,6 +127,7 @@ class Encoder:
                 raise document
             if isinstance(document, list) and self._chat is not None:
                 ids = self._encode_chat(self._chat(), document)
+                self.has_conversations = True
             else:
                 ids = encode_document(self.tokenizer, document, self.add_bos)
             self._in_a_row = 0

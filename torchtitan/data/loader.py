@@ -124,6 +124,8 @@ class DataLoader:
                 first = first_document(part, self._encoder)
                 if first is None:
                     raise DataError("empty: it has no document with text")
+                if isinstance(first, list):  # known before a batch is read
+                    self._encoder.has_conversations = True
                 if isinstance(part, PreparedTokens):
                     _warn_of_unsaid_bos(part, self._encoder)
                 elif isinstance(first, np.ndarray) and not isinstance(part, TokenFiles):
@@ -195,6 +197,11 @@ class DataLoader:
         if self._encoder.skips:
             found["data_skipped_documents"] = float(self._counts.skipped * self._dp_world_size)
         return found
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether a source begins with a conversation, or one has been read on this rank."""
+        return self._encoder.has_conversations
 
     def describe(self) -> dict[str, Any]:
         """`{"sources": [{"name", "documents" or "shards"}]}`: how large they are, where known.

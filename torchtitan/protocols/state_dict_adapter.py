@@ -29,6 +29,10 @@ class BaseStateDictAdapter(ABC):
         """
         return
 
+    def copies(self) -> dict[str, str]:
+        """Tensors that a file may have though they are left out, each with what it must equal."""
+        return {}
+
     def _convert_key_to_hf(self, key: str) -> str:
         """The Hugging Face name of one of our tensors, for adapters that only rename."""
         raise NotImplementedError(f"{type(self).__name__} must define _convert_key_to_hf(key)")

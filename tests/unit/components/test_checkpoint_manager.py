@@ -434,6 +434,20 @@ def test_an_export_has_the_dtype_asked_for_and_cannot_resume(tmp_path):
         assert torch.equal(weights.state_dict()[name], value.bfloat16().float())
 
 
+def test_an_export_rounds_no_buffer(tmp_path):
+    def build():
+        model = TinyModel(TinyArgs())
+        model.register_buffer("bias", torch.full((8,), 1.001))
+        return model
+
+    options = {"last_save_model_only": True, "export_dtype": "bfloat16", "steps": 2}
+    Run(tmp_path, model=build(), **options).train(2, last=True)
+    weights = build()
+    weights.bias.zero_()
+    weights.load_checkpoint(tmp_path / "checkpoint" / "step-2")
+    assert torch.equal(weights.bias, torch.full((8,), 1.001))
+
+
 def test_a_run_that_was_stopped_early_is_saved_whole(tmp_path):
     Run(tmp_path, last_save_model_only=True, steps=10).train(3, last=True)
     assert Run(tmp_path).manager.load() == 3

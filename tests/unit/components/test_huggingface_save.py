@@ -27,7 +27,10 @@ from torchtitan.errors import CheckpointError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs
+from torchtitan.models.which_model import model_of_hf_folder
 from torchtitan.protocols.train_spec import model_flavors
+from torchtitan.tools.convert.from_hf import convert_from_hf
+from torchtitan.tools.convert.to_hf import convert_to_hf
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 
@@ -97,6 +100,19 @@ def test_what_hugging_face_cannot_express_is_refused():
         export_config(Qwen3ModelArgs(moe=moe))
 
 
+@pytest.mark.parametrize("name", sorted(name for name in TINY if TINY[name].num_experts))
+def test_a_bias_that_the_router_would_lose_is_refused(name):
+    args = TINY[name]
+    biased = dataclasses.replace(args, moe=dataclasses.replace(args.moe, use_bias=True))
+    if name == "deepseek_v3":
+        unbiased = dataclasses.replace(args, moe=dataclasses.replace(args.moe, use_bias=False))
+        assert export_config(unbiased) == export_config(biased)  # where it is zero
+        return
+    export_config(args)
+    with pytest.raises(CheckpointError, match=r"it would have moe\.use_bias = False \(now True\)"):
+        export_config(biased)
+
+
 @pytest.mark.parametrize("name", ["llama3, tied", "qwen3, experts", "deepseek_v3"])
 def test_ours_reads_it_back(tmp_path, name):
     model, other = build(name), build(name, seed=1)
@@ -105,6 +121,26 @@ def test_ours_reads_it_back(tmp_path, name):
     for key, value in model.state_dict().items():
         if not key.endswith("router.load"):
             assert torch.equal(other.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("through", ["save", "to_hf", "from_hf"])
+def test_the_bias_of_a_router_is_not_rounded(through, tmp_path):
+    model, folder, bfloat16 = build("deepseek_v3"), tmp_path / "out", torch.bfloat16
+    bias = model.layers["1"].moe.router.selection_bias
+    bias.copy_(1 + 1e-3 * torch.arange(8))
+    save(model, folder, bfloat16 if through == "save" else torch.float32)
+    if through != "save":
+        known = model_of_hf_folder(folder)
+        convert_from_hf(folder, tmp_path / "ours", known, bfloat16 if through != "to_hf" else None)
+        folder = tmp_path / "back"
+        convert_to_hf(tmp_path / "ours", folder, known, bfloat16 if through == "to_hf" else None)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    assert torch.equal(tensors.pop("model.layers.1.mlp.gate.e_score_correction_bias"), bias)
+    dtypes = {key: t.dtype for key, t in tensors.items() if not key.endswith("correction_bias")}
+    assert set(dtypes.values()) == {bfloat16}
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=bfloat16)
+    assert torch.equal(theirs.model.layers[1].mlp.gate.e_score_correction_bias, bias)
 
 
 def test_files_are_what_the_safetensors_library_reads(tmp_path, monkeypatch):

@@ -10,9 +10,13 @@ from torchtitan.components.tokenizer import BytesTokenizer
 BOS, EOS = "<|bos|>", "<|eos|>"
 
 
-def write_bytes_tokenizer(folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`: the ids of `BytesTokenizer`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def write_bytes_tokenizer(folder: Path, add_bos: bool = False) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`: the ids of `BytesTokenizer`.
+
+    Args:
+        add_bos: begin texts with bos, unless they are encoded without special tokens.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     # A byte-level BPE without merges: every byte is a token. Its vocabulary names bytes by the
     # printable characters of GPT-2, which the library knows, but not by number.
@@ -23,6 +27,12 @@ def write_bytes_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(BOS, special=True), AddedToken(EOS, special=True)])
     assert tokenizer.token_to_id(BOS) == BytesTokenizer.bos_id
     assert tokenizer.token_to_id(EOS) == BytesTokenizer.eos_id
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A",
+            pair=f"{BOS} $A {BOS}:1 $B:1",
+            special_tokens=[(BOS, BytesTokenizer.bos_id)],
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ class FinalExport:
 
     Args:
         model_parts: this rank's parts of the model.
+        dataloader: tells whether it has had conversations.
         root: the folder of checkpoints, in which it is made.
         claim: on that folder.
         group: all ranks.
@@ -40,12 +41,14 @@ class FinalExport:
         self,
         job_config: JobConfig,
         model_parts: list[nn.Module],
+        dataloader: Any,
         root: StoragePath,
         claim: Claim,
         group: dist.ProcessGroup,
     ) -> None:
         self._job_config = job_config
         self._model_parts = model_parts
+        self._dataloader = dataloader
         self._root = root
         self._claim = claim
         self._group = group
@@ -61,8 +64,9 @@ class FinalExport:
         on_rank_zero(self._claim.check, self._group)
         dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
         folder = self._folder(step)
+        assets = self._assets.after_training_on(self._dataloader)
         try:
-            save_huggingface(self._model_parts, folder, dtype, self._assets, self._group)
+            save_huggingface(self._model_parts, folder, dtype, assets, self._group)
         except CheckpointError as error:
             raise error_of_failed_save(str(error), error) from error
 

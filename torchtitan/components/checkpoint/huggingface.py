@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_errors_with
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
+from .chat_files import chat_template_of, end_of_turn, read_fields
 from .reader import enumerate_few
 from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
@@ -56,6 +58,12 @@ class ExportAssets:
     """Longest sequence trained on; 0: unknown."""
     like: tuple[Path, ...] = ()
     """Folders whose `config.json` and `generation_config.json` are kept if they fit the model."""
+    chat_template: str = ""
+    """Text of `chat_template.jinja`, in place of one of the tokenizer's; "": leave it."""
+    conversations: bool = False
+    """They were trained on, so what ends a turn ends a text."""
+    add_bos: bool | None = None
+    """Whether bos began the documents that were trained on; None: unknown."""
 
     @classmethod
     def of_job(cls, job_config: JobConfig) -> ExportAssets:
@@ -64,7 +72,15 @@ class ExportAssets:
         if tokenizer != "bytes":
             folders.append(Path(tokenizer).expanduser())
         like = tuple(folder for folder in folders if isinstance(folder, Path))
-        return cls(tokenizer, job_config.training.seq_len, like)
+        data = job_config.data
+        template = chat_template_of(data.chat_template, tokenizer)
+        return cls(tokenizer, job_config.training.seq_len, like, template, add_bos=data.add_bos)
+
+    def after_training_on(self, dataloader: Any) -> ExportAssets:
+        """These, with a chat template only if the loader has had conversations."""
+        if getattr(dataloader, "has_conversations", False):
+            return dataclasses.replace(self, conversations=True)
+        return dataclasses.replace(self, chat_template="")
 
 
 def initial_load_path(job_config: JobConfig) -> StoragePath | None:
@@ -147,7 +163,13 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
     if config is None or not hasattr(args, "from_hf_config"):
         return config
     back = type(args).from_hf_config(config)
-    lost = [text for _, text in differences(back, args, TRAINING_ONLY | _OF_EXTRA_LAYERS)]
+    ignored = TRAINING_ONLY | _OF_EXTRA_LAYERS
+    # A bias that is left out changes which experts are chosen; one more, which is zero, does not.
+    lost = [
+        text
+        for name, text in differences(back, args, ignored - {"use_bias"})
+        if not (name.endswith("use_bias") and not attrgetter(name)(args))
+    ]
     if lost:
         raise CheckpointError(
             f"Hugging Face's {config['architectures'][0]} cannot express this model: it would have "
@@ -164,8 +186,15 @@ def write_assets(
     Raises:
         CheckpointError: see `export_config`.
     """
-    tokenizer = _write_tokenizer(folder, assets.tokenizer)
-    config = _config(args, tokenizer, assets)
+    tokenizer = _write_tokenizer(folder, assets.tokenizer, bool(assets.add_bos))
+    _warn_of_other_bos(tokenizer, assets)
+    if assets.chat_template:
+        (folder / "chat_template.jinja").write_text(assets.chat_template, encoding="utf-8")
+    ends = [] if tokenizer is None else [tokenizer.eos_id]
+    turn = end_of_turn(folder) if assets.conversations else None
+    if turn is not None and turn not in ends:
+        ends.append(turn)
+    config = _config(args, tokenizer, ends, assets)
     if config is None:
         logger.warning("%s: no config.json, as %s has no to_hf_config", folder, type(args).__name__)
     else:
@@ -175,13 +204,31 @@ def write_assets(
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for other in assets.like:
-        if (other / "generation_config.json").is_file():
-            shutil.copyfile(other / "generation_config.json", folder / "generation_config.json")
+        path = other / "generation_config.json"
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+            fields = read_fields(path)
+            if _add_ends(fields, ends):
+                (folder / path.name).write_text(json.dumps(fields, indent=2) + "\n")
             break
 
 
+def _add_ends(fields: dict[str, Any], ends: list[int]) -> bool:
+    """Have kept fields name the tokens that ended texts in training; False: they do, or none.
+
+    Others stay: the weights may still end a text with one.
+    """
+    told = fields.get("eos_token_id")
+    known = told if isinstance(told, list) else [told]
+    new = [token for token in ends if token not in known]
+    if told is None or not new:
+        return False
+    fields["eos_token_id"] = [*new, *known]
+    return True
+
+
 def _config(
-    args: BaseModelArgs, tokenizer: Tokenizer | None, assets: ExportAssets
+    args: BaseModelArgs, tokenizer: Tokenizer | None, ends: list[int], assets: ExportAssets
 ) -> dict[str, Any] | None:
     ours = export_config(args)
     for folder in assets.like:
@@ -197,6 +244,7 @@ def _config(
             kept = json.loads(path.read_text(encoding="utf-8"))
             if "num_nextn_predict_layers" in kept:
                 kept["num_nextn_predict_layers"] = 0
+            _add_ends(kept, ends)
             return kept
     if ours is None:
         return None
@@ -204,7 +252,7 @@ def _config(
     if longest:
         ours["max_position_embeddings"] = longest
     if tokenizer is not None:
-        ours |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        ours |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
     return ours
 
 
@@ -215,11 +263,28 @@ def _longest(config: dict[str, Any], max_seq_len: int) -> int:
     return max(max_seq_len, int(stretched))
 
 
-def _write_tokenizer(folder: Path, tokenizer: str) -> Tokenizer | None:
+def _warn_of_other_bos(tokenizer: Tokenizer | None, assets: ExportAssets) -> None:
+    """Say so if the tokenizer's files, which are copied, begin texts in another way than training.
+
+    They are not changed: what begins a text is written in several ways, by classes of tokenizers.
+    """
+    if assets.add_bos is None or not isinstance(tokenizer, HuggingFaceTokenizer):
+        return
+    if tokenizer.bos_id is not None and tokenizer.adds_bos != assets.add_bos:
+        logger.warning(
+            "the run had data.add_bos = %s, but its tokenizer, %s, %s, and so does the exported "
+            "one: prompts will not begin as the documents of the run did",
+            json.dumps(assets.add_bos),
+            assets.tokenizer,
+            "begins texts with bos" if tokenizer.adds_bos else "does not begin texts with bos",
+        )
+
+
+def _write_tokenizer(folder: Path, tokenizer: str, add_bos: bool) -> Tokenizer | None:
     if not tokenizer:
         return None
     if tokenizer == "bytes":
-        write_bytes_tokenizer(folder)
+        write_bytes_tokenizer(folder, add_bos)
         return BytesTokenizer()
     source = Path(tokenizer).expanduser()
     for name in TOKENIZER_FILES:

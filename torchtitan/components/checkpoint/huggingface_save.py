@@ -33,7 +33,7 @@ from torchtitan.tools.text import first_line
 from . import folder as folders
 from .agreement import on_rank_zero
 from .huggingface import ExportAssets, write_assets
-from .load import adapter_of, model_state, tied_names
+from .load import adapter_of, buffer_names, dtype_of_copy, model_state, tied_names
 from .safetensors_files import (
     MAX_FILE_BYTES,
     PIECE_BYTES,
@@ -83,7 +83,7 @@ def save_huggingface(
 
     Args:
         model_parts: this rank's parts of the model.
-        dtype: of all floating-point tensors in the files.
+        dtype: of floating-point tensors in the files, but see `dtype_of_copy`.
         assets: where the other files come from.
 
     Raises:
@@ -92,10 +92,12 @@ def save_huggingface(
     args = cast(BaseModelArgs, model_parts[0].args)
     tied = tied_names(model_parts)
     state = {k: t.detach() for k, t in model_state(model_parts).items() if k not in tied}
-    hf_state = adapter_of(model_parts[0], folder).to_hf(state)
+    adapter, buffers = adapter_of(model_parts[0], folder), buffer_names(model_parts)
+    hf_state = adapter.to_hf(state)
+    exact = adapter.to_hf({name: t for name, t in state.items() if name in buffers})
     local = {name: _local_part(tensor) for name, tensor in hf_state.items()}
     specs = {
-        name: TensorSpec(dtype if t.is_floating_point() else t.dtype, tuple(t.shape))
+        name: TensorSpec(dtype_of_copy(t.dtype, dtype, name in exact), tuple(t.shape))
         for name, t in hf_state.items()
     }
     parts = {name: (specs[name], box) for name, (box, part) in local.items() if part.numel()}

@@ -34,7 +34,12 @@ from .reader import (
     read_safetensors_metadata,
     read_state,
 )
-from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, is_hf_weights
+from .safetensors_files import (
+    SAFETENSORS_FILE,
+    SAFETENSORS_INDEX,
+    SafetensorsFile,
+    is_hf_weights,
+)
 from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
@@ -199,6 +204,7 @@ def _load_huggingface(
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
     with begin_errors_with(str(path)):
         adapter.check_names(metadata.state_dict_metadata)
+    on_rank_zero(lambda: check_copies(path, metadata, names), group)
     tied = tied_names(model_parts)
     state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
     hf_state = adapter.to_hf(state)
@@ -206,7 +212,7 @@ def _load_huggingface(
     wanted = wanted_keys(names, metadata, tied)
     read_state(hf_state, SafetensorsReader(path, metadata), wanted.__contains__, group)
     converted = adapter.from_hf(hf_state)
-    buffers = {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
+    buffers = buffer_names(model_parts)
     for name, tensor in state.items():
         if name in converted or name not in buffers:  # files lack what belongs to training
             tensor.copy_(converted[name])
@@ -230,6 +236,27 @@ def wanted_keys(
         if any(name not in tied for name in converted):
             wanted.add(key)
     return wanted
+
+
+def check_copies(path: Path, metadata: Metadata, adapter: BaseStateDictAdapter) -> None:
+    """Raises `CheckpointError` if a tensor that the adapter leaves out is no copy of another."""
+    files = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
+    for copy, first in adapter.copies().items():
+        if not {copy, first} <= files.keys():
+            continue
+        with SafetensorsFile(path / files[copy]) as a, SafetensorsFile(path / files[first]) as b:
+            spec = a.specs[copy]
+            same = spec.shape == b.specs[first].shape and all(
+                torch.equal(a.read(copy, *rows).float(), b.read(first, *rows).float())
+                for rows in spec.pieces()
+            )
+        if not same:
+            raise CheckpointError(
+                f"{path}: {copy} differs from {first}, but the model has one tensor for both "
+                f"(tie_word_embeddings = true). If {copy} is what was trained, set "
+                "tie_word_embeddings = false in config.json and in the model's args; if not, "
+                "remove it from the file"
+            )
 
 
 def check_hf_config(path: Path, model: nn.Module) -> None:
@@ -267,6 +294,22 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
         f"{path} holds Hugging Face weights, but no registered TrainSpec of {type(model).__name__} "
         "has a state_dict_adapter to read them with"
     )
+
+
+def buffer_names(model_parts: list[nn.Module]) -> set[str]:
+    """What is no parameter, such as a router's bias; see `dtype_of_copy`."""
+    return {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
+
+
+def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) -> torch.dtype:
+    """What a tensor is written in, where weights are to be of `dtype`; None: as they are.
+
+    Buffers are not rounded: the bias of DeepSeek-V3's router moves by 0.001 a step, which bfloat16
+    does not resolve, and `transformers` keeps it in float32.
+    """
+    if dtype is None or not own.is_floating_point:
+        return own
+    return torch.promote_types(own, dtype) if is_buffer else dtype
 
 
 def tied_names(model_parts: list[nn.Module]) -> set[str]:

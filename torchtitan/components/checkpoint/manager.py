@@ -69,7 +69,8 @@ class CheckpointManager:
         lr_schedulers: as it is after `steps` steps of the optimizers.
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`; what it loads
             has also the `seq_len` that they were saved with, or None where that is not known. If it
-            has `describe` and `begin_at`, as `DataLoader`, these are called.
+            has `describe` and `begin_at`, as `DataLoader`, these are called. Where its
+            `has_conversations` is true, exports have a chat template.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
@@ -116,7 +117,7 @@ class CheckpointManager:
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._final_export = FinalExport(
-            job_config, model_parts, self._root, self._claim, self._group
+            job_config, model_parts, dataloader, self._root, self._claim, self._group
         )
         self._background = BackgroundSaves(model_parts, optimizers, self._group)
         self.last_saved: int | None = None

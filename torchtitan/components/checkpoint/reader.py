@@ -296,7 +296,7 @@ def read_safetensors_metadata(folder: Path) -> Metadata:
     """Which tensor is where in a Hugging Face folder: one file, or an index and its shards.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or there are both.
     """
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     for name in _safetensors_files(folder):
@@ -317,9 +317,16 @@ def _safetensors_files(folder: Path) -> list[str]:
     if not index.is_file():
         return [SAFETENSORS_FILE]
     try:
-        return sorted(set(json.loads(read_again(index, index.read_text))["weight_map"].values()))
+        files = set(json.loads(read_again(index, index.read_text))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged: {first_line(error)}") from error
+    single = folder / SAFETENSORS_FILE
+    if single.is_file() and single.name not in files:
+        raise CheckpointError(
+            f"{folder} holds two models: {single.name}, which transformers would load, and the "
+            f"files that {index.name} names. Delete the one that is not wanted"
+        )
+    return sorted(files)
 
 
 def _way_out(keys: list[str]) -> str:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from .data_place import begin_data, check_data, describe_data, saved_seq_len, warn_of_changed_data
-from .load import OpenCheckpoint, model_state
+from .load import OpenCheckpoint, buffer_names, dtype_of_copy, model_state
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
@@ -73,10 +73,14 @@ class RunState:
                 stateful.load_state_dict(stateful.state_dict())
 
     def export(self) -> dict[str, Any]:
-        """The model alone, in `checkpoint.export_dtype`."""
+        """The model alone, in `checkpoint.export_dtype`; see `dtype_of_copy`."""
         dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
-        model = model_state(self._model_parts)
-        return {"model": {k: t.to(dtype) if t.is_floating_point() else t for k, t in model.items()}}
+        model, buffers = model_state(self._model_parts), buffer_names(self._model_parts)
+        return {
+            "model": {
+                k: t.to(dtype_of_copy(t.dtype, dtype, k in buffers)) for k, t in model.items()
+            }
+        }
 
     def read(
         self,

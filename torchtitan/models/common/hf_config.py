@@ -27,6 +27,7 @@ WITHOUT_EFFECT = frozenset(
 """Fields that say nothing about what a model computes."""
 
 _REQUIRED = object()
+_ROTARY = ("rope_theta", "rope_parameters", "rope_scaling")
 
 
 class OtherArchitectureError(CheckpointError):
@@ -103,14 +104,31 @@ class HuggingFaceConfig:
     def take_rope(self) -> tuple[float, dict[str, Any] | None]:
         """Rotary base, and the scaling as a dict with `rope_type`; None without scaling.
 
-        Since transformers 5 one field `rope_parameters` holds both.
+        Since transformers 5 one field `rope_parameters` holds both. What is said twice must be
+        said alike: which of two values counts depends on the program that reads them.
+
+        Raises:
+            CheckpointError: it is not, or a field is not of the right type.
         """
-        scaling = dict(self._fields.pop("rope_parameters", None) or {})
-        scaling |= self._fields.pop("rope_scaling", None) or {}
-        if "rope_theta" in scaling:
-            self._fields.setdefault("rope_theta", scaling.pop("rope_theta"))
-        if "type" in scaling:  # its name in older files
-            scaling.setdefault("rope_type", scaling.pop("type"))
+        fields = {name: self._fields[name] for name in _ROTARY if self._fields.get(name)}
+        said = []
+        for name in ("rope_parameters", "rope_scaling"):
+            scaling = dict(self.take(name, kind=dict, default=None) or {})
+            if scaling:
+                old_name = scaling.pop("type", scaling.get("rope_type", "default"))
+                if scaling.setdefault("rope_type", old_name) != old_name:
+                    raise _contradictory(fields)
+                if scaling.get("rope_theta") is None:
+                    scaling["rope_theta"] = fields.get("rope_theta")
+                said.append(scaling)
+        if any(scaling != said[0] for scaling in said):
+            raise _contradictory(fields)
+        scaling = said[0] if said else {}
+        theta = scaling.pop("rope_theta", None)
+        if theta is not None:
+            if fields.setdefault("rope_theta", theta) != theta:
+                raise _contradictory(fields)
+            self._fields["rope_theta"] = theta
         theta = self.take("rope_theta", kind=float)
         return theta, None if scaling.get("rope_type", "default") == "default" else scaling
 
@@ -129,3 +147,15 @@ class HuggingFaceConfig:
 def unsupported(name: str, value: Any) -> CheckpointError:
     """The error for a field whose value we do not implement."""
     return CheckpointError(f"config.json: {name} = {value!r} is not supported")
+
+
+def require_numbers(name: str, fields: dict[str, Any], *keys: str) -> None:
+    """Raises `CheckpointError` if one of the entries `keys` of the field `name` is no number."""
+    for key in keys:
+        if key in fields and type(fields[key]) not in (int, float):
+            raise CheckpointError(f"config.json: {name}: {key} = {fields[key]!r} must be a number")
+
+
+def _contradictory(fields: dict[str, Any]) -> CheckpointError:
+    shown = ", ".join(f"{name} = {value!r}" for name, value in fields.items())
+    return CheckpointError(f"config.json contradicts itself: {shown}. Leave one of them")

@@ -96,12 +96,19 @@ class MoE(nn.Module):
         args: sizes and choices.
         experts: in place of `GroupedExperts`; has its `forward` and `init_weights`, and in every
             parameter, the first dimension is the expert's number.
+        float32_gate: see `TopKRouter`.
     """
 
-    def __init__(self, dim: int, args: MoEArgs, experts: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        args: MoEArgs,
+        experts: nn.Module | None = None,
+        float32_gate: bool = False,
+    ) -> None:
         super().__init__()
         self.weight_inputs = args.weight_inputs
-        self.router = TopKRouter(dim, args)
+        self.router = TopKRouter(dim, args, float32_gate)
         self.experts: Any = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
         self.shared_experts = None
         if args.num_shared_experts > 0:

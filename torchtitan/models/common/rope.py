@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .hf_config import unsupported
+from .hf_config import require_numbers, unsupported
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def rope_scaling_from_hf(rope_scaling: dict[str, Any]) -> RopeScaling:
     fields = dict(rope_scaling)
     if fields.pop("rope_type", None) != "llama3" or fields.keys() != _HF_NAMES.keys():
         raise unsupported("rope_scaling", rope_scaling)
+    require_numbers("rope_scaling", fields, *_HF_NAMES)
     return RopeScaling(**{_HF_NAMES[key]: value for key, value in fields.items()})
 
 

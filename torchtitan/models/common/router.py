@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from .moe import MoEArgs
@@ -37,16 +38,18 @@ class TopKRouter(nn.Module):
     Args:
         dim: features of the hidden states.
         args: sizes and choices.
+        float32_gate: multiply by the gate in float32, also where the model is in bfloat16.
     """
 
     load: torch.Tensor
     tally: torch.Tensor
     selection_bias: torch.Tensor | None
 
-    def __init__(self, dim: int, args: MoEArgs) -> None:
+    def __init__(self, dim: int, args: MoEArgs, float32_gate: bool = False) -> None:
         super().__init__()
         self.args = args
-        self.gate = nn.Linear(dim, args.num_experts, bias=args.gate_bias)
+        linear = Float32Linear if float32_gate else nn.Linear
+        self.gate = linear(dim, args.num_experts, bias=args.gate_bias)
         # Only the auxiliary loss needs the last load, so only then does it go into checkpoints.
         load, tally = torch.zeros(args.num_experts), torch.zeros(args.num_experts)
         self.register_buffer("load", load, persistent=args.aux_loss_weight > 0)
@@ -131,6 +134,41 @@ class TopKRouter(nn.Module):
         if self.gate.bias is not None:
             nn.init.zeros_(self.gate.bias)
         self.reset_parameters()
+
+
+class Float32Linear(nn.Linear):
+    """`nn.Linear` whose product is in float32, whatever the dtypes of input and weight.
+
+    A module of its own, so that tensor parallelism can give it DTensors. Converters to 8 bits pass
+    it over.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]` float32."""
+        out: torch.Tensor = _Float32Product.apply(x, self.weight)
+        return out if self.bias is None else out + self.bias.float()
+
+
+class _Float32Product(torch.autograd.Function):
+    """`x @ weight.T` in float32. Unlike with casts, `x` waits for the backward pass as it came."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x_grad = weight_grad = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                x_grad = (grad @ weight.float()).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                rows = grad.flatten(end_dim=-2).T @ x.flatten(end_dim=-2).float()
+                weight_grad = rows.to(weight.dtype)
+        return x_grad, weight_grad
 
 
 class _OnBackward(torch.autograd.Function):

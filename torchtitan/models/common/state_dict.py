@@ -34,16 +34,21 @@ class RenamingAdapter(BaseStateDictAdapter):
         if self._tied:
             self._to_hf["output.weight"] = self.names["tok_embeddings.weight"]
 
+    def copies(self) -> dict[str, str]:
+        if not self._tied:
+            return {}
+        return {self.names["output.weight"]: self.names["tok_embeddings.weight"]}
+
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return {rename(key, self._to_hf): value for key, value in state_dict.items()}
 
     def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        converted = {}
+        converted, copies = {}, self.copies()
         for key, value in state_dict.items():
             if key.endswith(".rotary_emb.inv_freq"):
                 continue  # older files hold what rope_theta already says
-            if self._tied and key == self.names["output.weight"]:
-                continue  # a copy of the embedding, which some files hold
+            if key in copies:
+                continue  # which some files hold
             converted[rename(key, self._from_hf)] = value
         if self._tied and "tok_embeddings.weight" in converted:
             converted["output.weight"] = converted["tok_embeddings.weight"]

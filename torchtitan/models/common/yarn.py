@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .hf_config import unsupported
+from .hf_config import require_numbers, unsupported
 from .rope import rope_frequencies
 
 
@@ -92,6 +92,9 @@ def yarn_from_hf(rope_scaling: dict[str, Any]) -> YarnScaling:
     # transformers does not follow DeepSeek where one mscale is given alone.
     both_or_none = bool(fields.get("mscale")) == bool(fields.get("mscale_all_dim"))
     if not is_yarn or not complete or not both_or_none or fields.keys() - _HF_NAMES.keys():
+        raise unsupported("rope_scaling", rope_scaling)
+    require_numbers("rope_scaling", fields, *(_HF_NAMES.keys() - {"truncate"}))
+    if type(fields.get("truncate", True)) is not bool:
         raise unsupported("rope_scaling", rope_scaling)
     if not fields.get("mscale"):
         fields = {key: value for key, value in fields.items() if not key.startswith("mscale")}

@@ -20,6 +20,9 @@ from torch.futures import Future
 
 from torchtitan.components.checkpoint.agreement import first_failure
 from torchtitan.components.checkpoint.load import (
+    buffer_names,
+    check_copies,
+    dtype_of_copy,
     first_names,
     model_args,
     model_state,
@@ -53,7 +56,7 @@ def convert_from_hf(
     What the files have no place for belongs to training, such as a router's load; it begins at 0.
 
     Args:
-        dtype: of floating-point tensors; None: as in the files.
+        dtype: of floating-point tensors, but see `dtype_of_copy`; None: as in the files.
 
     Raises:
         CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, `out`
@@ -64,13 +67,14 @@ def convert_from_hf(
     entries: dict[str, Any] = metadata.state_dict_metadata
     with begin_errors_with(str(folder)):
         adapter.check_names(entries)
+    check_copies(folder, metadata, adapter)
     model = known.build()
     state, tied = model_state([model]), tied_names([model])
     hf_state = adapter.to_hf({name: t for name, t in state.items() if name not in tied})
     wanted = wanted_keys(adapter, metadata, tied)
     check_keys_and_shapes(folder, metadata, hf_state)
     check_no_more(folder, metadata, hf_state, wanted.__contains__)
-    first_name = first_names(model)
+    first_name, buffers = first_names(model), buffer_names([model])
 
     sources = {}
     for name, tensor in state.items():
@@ -78,7 +82,7 @@ def convert_from_hf(
 
     def dtype_of(name: str) -> torch.dtype:
         own = entries[sources[name][0]].properties.dtype if sources[name] else state[name].dtype
-        return dtype if dtype is not None and own.is_floating_point else own
+        return dtype_of_copy(own, dtype, name in buffers)
 
     file_of = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
     planned = {

@@ -8,13 +8,21 @@ from typing import Any
 
 import torch
 
+from torchtitan.components.checkpoint.chat_files import chat_template_of
 from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config, write_assets
-from torchtitan.components.checkpoint.load import OpenCheckpoint, model_state, tied_names
+from torchtitan.components.checkpoint.load import (
+    OpenCheckpoint,
+    buffer_names,
+    dtype_of_copy,
+    model_state,
+    tied_names,
+)
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     check_keys_and_shapes,
     check_no_more,
 )
+from torchtitan.components.checkpoint.resume import saved_config
 from torchtitan.components.checkpoint.safetensors_files import (
     MAX_FILE_BYTES,
     SafetensorsWriter,
@@ -42,7 +50,7 @@ def convert_to_hf(
     """Write the model in the checkpoint `folder` into the Hugging Face folder `out`.
 
     Args:
-        dtype: of floating-point tensors; None: as they were saved.
+        dtype: of floating-point tensors, but see `dtype_of_copy`; None: as they were saved.
         tokenizer: `bytes` or a folder; None: what the run had.
 
     Returns:
@@ -65,10 +73,10 @@ def convert_to_hf(
 
     entries: dict[str, Any] = metadata.state_dict_metadata
     names = [name for name in state if name not in tied]
-    specs = {}
+    specs, buffers = {}, buffer_names([model])
     for name in names:
         own = entries[PREFIX + name].properties.dtype
-        target = dtype if dtype is not None and own.is_floating_point else own
+        target = dtype_of_copy(own, dtype, name in buffers)
         for key, tensor in adapter.to_hf({name: state[name]}).items():
             specs[key] = TensorSpec(target, tuple(tensor.shape))
     files = plan_files(specs, max_file_bytes)
@@ -77,7 +85,15 @@ def convert_to_hf(
     described = checkpoint.manifest.model
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
-    assets = ExportAssets(tokenizer, described.get("seq_len", 0), like)
+    data = saved_config(checkpoint).get("data")  # None: not of a run, so it is not known
+    template, add_bos = "", None
+    if data is not None:
+        add_bos = bool(data.get("add_bos", False))
+        if data.get("chat_template"):
+            template = chat_template_of(data["chat_template"], tokenizer)
+    assets = ExportAssets(
+        tokenizer, described.get("seq_len", 0), like, template, bool(template), add_bos
+    )
     reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}

@@ -125,3 +125,32 @@ def test_state_that_training_goes_on_from_is_in_checkpoints():
     assert build().state_dict().keys() == {"gate.weight"}
     state = build(aux_loss_weight=0.1, use_bias=True).state_dict()
     assert state.keys() == {"gate.weight", "load", "selection_bias"}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_float32_gate_does_not_round_its_product(autocast):
+    torch.manual_seed(0)
+    router = TopKRouter(16, dataclasses.replace(ARGS, gate_bias=True), float32_gate=True)
+    router.init_weights(std=0.5)
+    gate = router.gate if autocast else router.gate.bfloat16()
+    x = tokens().bfloat16().requires_grad_()
+    with torch.autocast("cpu", enabled=autocast):
+        out = gate(x)
+    out.square().sum().backward()
+
+    wide = tokens().bfloat16().float().requires_grad_()
+    weight = gate.weight.detach().float().requires_grad_()
+    expected = wide @ weight.T + gate.bias.float()
+    expected.square().sum().backward()
+    assert out.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(x.grad, wide.grad.bfloat16())
+    torch.testing.assert_close(gate.weight.grad, weight.grad.to(gate.weight.dtype))
+
+
+def test_a_float32_gate_keeps_no_float32_copy_of_its_input():
+    saved = []
+    gate = TopKRouter(16, ARGS, float32_gate=True).gate.bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        gate(tokens().bfloat16().requires_grad_())
+    assert {tensor.dtype for tensor in saved} == {torch.bfloat16}

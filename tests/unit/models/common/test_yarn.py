@@ -53,3 +53,9 @@ def test_it_is_read_from_a_config():
 def test_what_is_not_supported_is_refused(changes):
     with pytest.raises(CheckpointError, match=r"rope_scaling = .* is not supported"):
         yarn_from_hf(HF | changes)
+
+
+@pytest.mark.parametrize("changes", [{"factor": "40"}, {"beta_fast": True}])
+def test_what_is_no_number_is_refused(changes):
+    with pytest.raises(CheckpointError, match=r"rope_scaling: \w+ = .* must be a number"):
+        yarn_from_hf(HF | changes)

@@ -112,7 +112,7 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(args)
         dense = layer_id < args.n_dense_layers
         self.feed_forward = FeedForward(args.dim, args.ffn_dim) if dense else None
-        self.moe = None if dense else MoE(args.dim, args.moe)
+        self.moe = None if dense else MoE(args.dim, args.moe, float32_gate=True)
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
-from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
+from torchtitan.models.common.hf_config import HuggingFaceConfig, require_numbers, unsupported
 from torchtitan.models.common.hf_export import hf_fields
 from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 from torchtitan.protocols.model import BaseModelArgs
@@ -187,8 +187,11 @@ def _take_rope(hf: HuggingFaceConfig) -> tuple[float, float, float]:
         kinds = {"full_attention", "sliding_attention"}
         if both.keys() != kinds or window != {"rope_type": "default"} or not theta:
             raise unsupported("rope_parameters", both)
+        bases = {"rope_theta": theta, "rope_theta of windows": window_theta}
+        require_numbers("rope_parameters", bases, *bases)
     if scaling is None:
         return float(theta), 1.0, float(window_theta)
     if scaling.keys() != {"rope_type", "factor"} or scaling["rope_type"] != "linear":
         raise unsupported("rope_scaling", scaling)
+    require_numbers("rope_scaling", scaling, "factor")
     return float(theta), float(scaling["factor"]), float(window_theta)

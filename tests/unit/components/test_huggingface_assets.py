@@ -1,0 +1,183 @@
+"""The files of an exported folder besides weights say what training taught the model."""
+
+import json
+import logging
+
+import pytest
+import tiny_llama
+import torch
+from harness import train
+from tiny_models import TINY
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer, GenerationConfig
+
+from torchtitan import cli
+from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
+from torchtitan.components.checkpoint.chat_files import chat_template_of, end_of_turn
+from torchtitan.components.checkpoint.huggingface import (
+    ExportAssets,
+    export_config,
+    write_assets,
+)
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.data import build_dataloader
+from torchtitan.data.chat import CHATML
+
+ARGS = TINY["llama3"]
+EOS = 257
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def write(folder, *like, **assets):
+    folder.mkdir()
+    write_assets(folder, ARGS, torch.float32, ExportAssets("bytes", 128, like, **assets))
+    return {
+        name: json.loads((folder / name).read_text()).get("eos_token_id")
+        for name in ("config.json", "generation_config.json")
+        if (folder / name).is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [(5, [EOS, 5]), ([5, 6], [EOS, 5, 6]), (EOS, EOS), ([5, EOS], [5, EOS]), (None, None)],
+)
+def test_kept_files_name_the_end_of_texts_that_was_trained(told, expected, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = export_config(ARGS) | {"max_position_embeddings": 512, "eos_token_id": told}
+    (base / "config.json").write_text(json.dumps(config))
+    generation = json.dumps({"eos_token_id": told, "temperature": 0.5})
+    (base / "generation_config.json").write_text(generation)
+    found = write(tmp_path / "out", base)
+    assert found == {"config.json": expected, "generation_config.json": expected}
+    if told == expected:
+        assert (tmp_path / "out" / "generation_config.json").read_text() == generation
+    theirs = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (theirs.eos_token_id, theirs.temperature) == (expected, 0.5)
+
+
+def test_the_chat_template_that_the_tokenizer_does_not_have(tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0]['content'] }}é", encoding="utf-8")
+    for name in ("plain", "in_json", "in_file"):
+        (tmp_path / name).mkdir()
+        write_bytes_tokenizer(tmp_path / name)
+    (tmp_path / "in_json" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    (tmp_path / "in_file" / "chat_template.jinja").write_text("x")
+
+    assert chat_template_of(None, "bytes") == CHATML
+    assert chat_template_of(None, str(tmp_path / "plain")) == CHATML
+    for name in ("in_json", "in_file"):
+        assert chat_template_of(None, str(tmp_path / name)) == ""
+        assert chat_template_of(str(template), str(tmp_path / name)) == template.read_text("utf-8")
+
+    write(tmp_path / "out", chat_template=chat_template_of(str(template), "bytes"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "Hié"
+
+
+@pytest.mark.parametrize("documents", ["text", "conversations"])
+def test_a_run_on_conversations_exports_their_template(documents, tmp_path):
+    document = {"text": "Hi there, you all. " * 9} if documents == "text" else {"text": CHAT * 9}
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(document)}\n" * 4)
+    train(
+        tmp_path / "run",
+        *tiny_llama.OPTIONS,
+        "--training.steps=1",
+        "--training.dataset=jsonl",
+        f"--training.dataset_path={tmp_path / 'data.jsonl'}",
+        "--checkpoint.enable",
+        "--checkpoint.last_save_in_hf",
+        f"--data.add_bos={json.dumps(documents == 'text')}",
+    )
+    folder = tmp_path / "run" / "checkpoint" / "step-1-hf"
+    template = folder / "chat_template.jinja"
+    assert template.is_file() == (documents == "conversations")
+    if template.is_file():
+        text = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT, tokenize=False)
+        assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    else:  # and prompts begin as the documents did, also where it is converted afterwards
+        convert = ["convert", "to-hf", str(folder.with_name("step-1")), str(tmp_path / "converted")]
+        assert cli.main(convert) == 0
+        for exported in (folder, tmp_path / "converted"):
+            assert AutoTokenizer.from_pretrained(exported)("ab").input_ids == [256, 97, 98]
+
+
+def test_the_bytes_tokenizer_with_bos(tmp_path):
+    write(tmp_path / "out", add_bos=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab").input_ids == [256, 97, 98]
+    assert tokenizer("ab", "c").input_ids == [256, 97, 98, 256, 99]
+    assert tokenizer("ab", add_special_tokens=False).input_ids == [97, 98]
+    ours = HuggingFaceTokenizer(tmp_path / "out")
+    assert ours.adds_bos and ours.encode("ab") == [97, 98]
+    write(tmp_path / "without", add_bos=False)
+    assert not HuggingFaceTokenizer(tmp_path / "without").adds_bos
+
+
+@pytest.mark.parametrize("trained", [None, False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_copied_tokenizer_that_begins_texts_otherwise_is_told_of(trained, adds, tmp_path, caplog):
+    write_bytes_tokenizer(tmp_path, adds)
+    with caplog.at_level(logging.WARNING, logger="torchtitan"):
+        (tmp_path / "out").mkdir()
+        assets = ExportAssets(str(tmp_path), 128, add_bos=trained)
+        write_assets(tmp_path / "out", ARGS, torch.float32, assets)
+    told = "prompts will not begin as the documents of the run did" in caplog.text
+    assert told == (trained is not None and trained != adds)
+
+
+def with_special_tokens(folder, *names):
+    """A tokenizer of bytes with tokens 258, 259 and so on."""
+    folder.mkdir()
+    write_bytes_tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_ends_a_turn_ends_a_text(kept, tmp_path):
+    tokenizer = with_special_tokens(tmp_path / "in", "<|im_start|>", "<|im_end|>")
+    config = export_config(ARGS) | {"eos_token_id": EOS}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    for conversations in (False, True):
+        folder = tmp_path / f"out {conversations}"
+        folder.mkdir()
+        like = (tmp_path / "base",) if kept else ()
+        template = CHATML if conversations else ""
+        assets = ExportAssets(str(tokenizer), 128, like, template, conversations)
+        write_assets(folder, ARGS, torch.float32, assets)
+        told = json.loads((folder / "config.json").read_text())["eos_token_id"]
+        assert set(told if conversations else [told]) == ({EOS, 259} if conversations else {EOS})
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[-1].content }}<b>\n<|eos|>", 258),
+        ("{% for m in messages %}<b>{{ m.content }}{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        ("{{", None),
+    ],
+)
+def test_what_ends_a_turn_by_other_templates(template, expected, tmp_path):
+    folder = with_special_tokens(tmp_path / "in", "<b>")
+    if expected:
+        template = "{% if not add_generation_prompt %}" + template + "{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert end_of_turn(folder) == expected
+
+
+@pytest.mark.parametrize("document", ["Hi there.", CHAT])
+def test_a_loader_knows_of_conversations_before_it_reads_a_batch(document, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps({'text': document})}\n")
+    config = JobConfig()
+    config.training.dataset = "jsonl"
+    config.training.dataset_path = str(tmp_path / "data.jsonl")
+    loader = build_dataloader(config, BytesTokenizer(), 0, 1)
+    assert loader.has_conversations == (document is CHAT)

@@ -1,0 +1,67 @@
+"""What a Hugging Face folder says of conversations: their template, and what ends a turn."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torchtitan.data.chat import CHATML, load_template
+from torchtitan.errors import BadDocumentError, DataError
+from torchtitan.tools.text import first_line
+
+logger = logging.getLogger("torchtitan")
+
+_ANSWER = "Yes."
+_EXAMPLE = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": _ANSWER}]
+
+
+def chat_template_of(path: str | None, tokenizer: str) -> str:
+    """The template that `load_template` takes, if it is not one of the tokenizer's files; else "".
+
+    Args:
+        path: `data.chat_template`.
+        tokenizer: `model.tokenizer_path`.
+    """
+    if path:
+        try:
+            return Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            logger.warning("data.chat_template is not exported: %s: %s", path, first_line(error))
+            return ""
+    folder = Path(tokenizer).expanduser()
+    if (folder / "chat_template.jinja").is_file():
+        return ""
+    return (
+        CHATML if read_fields(folder / "tokenizer_config.json").get("chat_template") is None else ""
+    )
+
+
+def end_of_turn(folder: Path) -> int | None:
+    """The special token that follows what the assistant says, by the folder's template.
+
+    None: there is none, or the template refuses a conversation of two messages.
+    """
+    import tokenizers
+
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        pieces = load_template(None, str(folder)).segments(_EXAMPLE)
+    except (DataError, BadDocumentError):
+        return None
+    text = "".join(text for text, is_trained in pieces if is_trained)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    added = tokenizer.get_added_tokens_decoder()
+    after = tokenizer.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False).ids
+    return next((token for token in after if token in added and added[token].special), None)
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """Of a JSON object; none where the file is missing or damaged."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
