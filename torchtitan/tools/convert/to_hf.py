@@ -85,7 +85,9 @@ def convert_to_hf(
     described = checkpoint.manifest.model
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
-    data = saved_config(checkpoint).get("data")  # None: not of a run, so it is not known
+    data = saved_config(checkpoint.folder, checkpoint.manifest).get(
+        "data"
+    )  # None: not of a run, so it is not known
     template, add_bos = "", None
     if data is not None:
         add_bos = bool(data.get("add_bos", False))
