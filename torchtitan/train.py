@@ -450,7 +450,15 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # without waiting for the thread that saves, as Python would
-    return 0 if finished else PREEMPTED
+    if finished:
+        return 0
+    if not (job_config.checkpoint.enable or job_config.fault_tolerance.enable):
+        # No code that has a scheduler start the job again, each time from step 0.
+        raise TrainingError(
+            f"stopped after step {trainer.state.step} of {job_config.training.steps}, and nothing "
+            "is saved, since checkpoint.enable is false: started again, it begins at step 0"
+        )
+    return PREEMPTED
 
 
 if __name__ == "__main__":

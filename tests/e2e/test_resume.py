@@ -81,6 +81,18 @@ def test_a_signal_to_one_rank_ends_the_step_and_saves(
     assert numbers(train(folder, *arguments, ranks=ranks)) == numbers(whole)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_stopped_without_checkpoints_is_not_to_be_tried_again(
+    ranks: int, tmp_path: Path
+) -> None:
+    interrupted = ("--job.custom_import=interrupted_llama", "--model.name=interrupted_llama")
+    folder = f"--job.dump_folder={tmp_path}"
+    env = {"INTERRUPT": "SIGTERM 3 0"}
+    done = command("train", *OPTIONS, *interrupted, folder, ranks=ranks, **env)
+    assert set(done.exit_codes) == {2}, done.err
+    assert "stopped after step 3 of 6" in done.err and "checkpoint.enable is false" in done.err
+
+
 VALIDATION = ("--validation.enable", "--validation.freq=3", "--validation.steps=1")
 
 

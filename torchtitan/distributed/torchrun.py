@@ -2,8 +2,9 @@
 
 It takes torchrun's options, and differs from it in this:
 
-* SIGTERM, SIGUSR1 and SIGINT go to the ranks, which save a checkpoint and leave in their own time.
-  torchrun would kill them after 30 s (torch 2.11), and does not know SIGUSR1.
+* SIGTERM, SIGUSR1, SIGINT and SIGHUP (not under nohup) go to the ranks, which save a checkpoint and
+  leave in their own time. torchrun would kill them after 30 s (torch 2.11), and does not know
+  SIGUSR1.
 * Ranks that leave with exit code 75 (preempted) or 2 (a mistake of the user) are not started
   again on this allocation, whatever `--max-restarts` says.
 * A host that is replaced joins the hosts that are left, also with `--nnodes N`; torchrun tells it
@@ -31,10 +32,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from torchtitan.tools.open_files import allow_open_files
-from torchtitan.tools.stop_request import PREEMPTED
+from torchtitan.tools.stop_request import PREEMPTED, stop_signals
+from torchtitan.tools.terminal import leave_closed_terminal
 
 _MISTAKE = 2
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class _Signals:
@@ -42,11 +43,13 @@ class _Signals:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        for number in _FORWARDED:
+        for number in stop_signals():
             signal.signal(number, self._forward)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.received.add(number)
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
         ranks = _children()
         if not ranks:  # nothing has begun that could be lost
             raise SystemExit(PREEMPTED)
@@ -132,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
     # torchrun sets handlers too, for these signals and no others.
-    argv = ["--signals-to-handle", "SIGHUP,SIGQUIT", *argv]
+    argv = ["--signals-to-handle", "SIGQUIT", *argv]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
         try:
             torchrun(argv)
@@ -142,8 +145,9 @@ def main(argv: list[str] | None = None) -> int:
                 return preempted_code
             sys.stderr.write(f"{error}\n")
             return code
-        except SignalException:  # of a host that leaves an elastic job
-            return preempted_code
+        except SignalException as error:
+            # Of a host that leaves an elastic job, or torchrun's own, after which nothing is saved.
+            return preempted_code if error.sigval in signals.received else 1
     return 0
 
 

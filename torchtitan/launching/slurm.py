@@ -36,6 +36,8 @@ def render(job: LaunchJob) -> str:
         directives="\n".join(f"#SBATCH --{line}" for line in lines),
         grace=options.grace,
         secrets=required_secrets(job),
+        # A job without checkpoints would reach its time limit again and again.
+        preempted='again="preempted, the checkpoint is saved"' if job.saves else ":",
         checkpoints=shlex.quote(_checkpoints(job)),
         node=job.node(),
         srun="".join(f" {shlex.quote(option)}" for option in srun),

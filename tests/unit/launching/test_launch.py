@@ -196,6 +196,7 @@ def batch(
     options: list[str],
     code: int,
     saved: list[str],
+    *overrides: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs the script in `folder`/my runs, where `srun` leaves checkpoints and ends with `code`."""
     root = folder / "my runs" / "out" / "checkpoint"
@@ -210,8 +211,8 @@ def batch(
     for name, line in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{line}\n")
         (folder / name).chmod(0o755)
-    overrides = ["--", "--job.dump_folder=./out"]
-    text = render(capsys, "--slurm", job, *options, "--dry-run", *overrides)
+    words = ["--", "--job.dump_folder=./out", *overrides]
+    text = render(capsys, "--slurm", job, *options, "--dry-run", *words)
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_NNODES": "1"}
     env |= {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "host0"}
     return subprocess.run(
@@ -255,7 +256,6 @@ KEPT = {
         ["--checkpoint.folder=s3://b/mine", "--job.dump_folder=/out/mine"],
     ),
     "one host": (HOST, []),
-    "none": (POD, ["--checkpoint.enable=false"]),
     "slurm": (["--slurm"], []),
     "mount of container": ([*BOX, "--mount=/lustre:/out"], ["--job.dump_folder=/out/mine"]),
     "url of container": (BOX, ["--checkpoint.folder=s3://b/mine"]),
@@ -270,6 +270,17 @@ def test_checkpoints_that_go_with_a_pod_or_a_host_are_warned_of(
     assert main([job, *options, "--dry-run", "--", *overrides]) == 0
     told = capsys.readouterr().err
     assert re.match(f"warning: checkpoints go to .*{warning}", told) if warning else not told, told
+
+
+def test_a_job_without_checkpoints_is_warned_of_and_not_requeued(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([job, *POD, "--dry-run", "--", "--checkpoint.enable=false"])
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "checkpoint.enable is false" in told
+    done = batch(job, tmp_path, capsys, [], 75, [], "--checkpoint.enable=false")
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(
