@@ -231,6 +231,11 @@ class WandbSink:
                 dir=str(folder),
                 config=asdict(job_config),
             )
+            # A key of our own for the x axis: W&B drops values of a step of its own that it has
+            # been at before, and so those after the run went back.
+            self._run.define_metric("step", hidden=True)
+            for group in ("train", "validation"):
+                self._run.define_metric(f"{group}/*", step_metric="step")
         except Exception as error:
             problem = (
                 f"metrics.enable_wandb = true: wandb does not start: {error}. "
@@ -239,11 +244,11 @@ class WandbSink:
             raise outage_or(ConfigError, problem, error) from error
 
     def start(self, step: int) -> None:
-        """W&B keeps a resumed run's history itself."""
+        """W&B keeps what it has: steps that are done again appear twice."""
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         named = {f"{group}/{key}": value for key, value in values.items() if value is not None}
-        self._run.log(named, step=step)
+        self._run.log(named | {"step": step})
 
     def close(self) -> None:
         self._run.finish()

@@ -345,7 +345,8 @@ class FakeWandb(ModuleType):
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__("wandb")
         self.error = error
-        self.logged: list[tuple[int, dict]] = []
+        self.logged: list[dict] = []
+        self.defined: dict[str, dict] = {}
         self.finished = False
 
     def init(self, **settings: object) -> FakeWandb:
@@ -354,8 +355,11 @@ class FakeWandb(ModuleType):
         self.settings = settings
         return self
 
-    def log(self, values: dict, step: int) -> None:
-        self.logged.append((step, values))
+    def define_metric(self, name: str, **settings: object) -> None:
+        self.defined[name] = settings
+
+    def log(self, values: dict) -> None:
+        self.logged.append(values)
 
     def finish(self) -> None:
         self.finished = True
@@ -378,9 +382,15 @@ def test_wandb_receives_config_and_values(
     assert wandb.settings["project"] == "torchtitan"
     assert wandb.settings["name"] == "a fine run"
     assert wandb.settings["config"]["training"]["steps"] == 100
-    (train_step, train), validation = wandb.logged
-    assert (train_step, train["train/loss"], train["train/lr"]) == (1, 2.5, 3e-4)
-    assert validation == (1, {"validation/loss": 2.25})
+    train, validation = wandb.logged
+    assert (train["step"], train["train/loss"], train["train/lr"]) == (1, 2.5, 3e-4)
+    assert validation == {"step": 1, "validation/loss": 2.25}
+    # Else steps that are done again would be dropped.
+    assert {name: of.get("step_metric") for name, of in wandb.defined.items()} == {
+        "step": None,
+        "train/*": "step",
+        "validation/*": "step",
+    }
     assert wandb.finished
 
 
