@@ -335,7 +335,8 @@ class Trainer:
         last = step == config.training.steps
         ending = last or stopping
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
-        validation_due = self.validator and (step % config.validation.freq == 0 or last)
+        # Validation may take longer than a run has that was told to stop.
+        validation_due = last or (step % config.validation.freq == 0 and not stopping)
         saving_due = self.checkpointer.is_due(step, ending) and self.guard.may_save(ending)
 
         # A checkpoint of a model that holds NaN would be worse than none, so look before saving.
@@ -360,15 +361,20 @@ class Trainer:
             self.window = Window()
             self.data_wait = 0.0
         with self.metrics.pause():
-            if validation_due:
-                self.metrics.log_validation(
-                    step, self.validator.validate(self.model_parts, self.evaluate)
-                )
+            if validation_due and not stopping:
+                self._validate()
             if saving_due and self.guard.troubled:
                 refuse_nonfinite_weights(self._parameters(), step)
             if self.guard.may_save(ending):
                 self.checkpointer.save(step, last=ending)
+            if validation_due and stopping:
+                self._validate()
         self.metrics.show_checkpoint(self.checkpointer.last_saved)
+
+    def _validate(self) -> None:
+        if self.validator:
+            loss = self.validator.validate(self.model_parts, self.evaluate)
+            self.metrics.log_validation(self.state.step, loss)
 
     def _roll_back(self) -> bool:
         """Go back to the newest checkpoint, and on with the data after this step.
@@ -445,7 +451,15 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # without waiting for the thread that saves, as Python would
-    return 0 if finished else PREEMPTED
+    if finished:
+        return 0
+    if not (job_config.checkpoint.enable or job_config.fault_tolerance.enable):
+        # No code that has a scheduler start the job again, each time from step 0.
+        raise TrainingError(
+            f"stopped after step {trainer.state.step} of {job_config.training.steps}, and nothing "
+            "is saved, since checkpoint.enable is false: started again, it begins at step 0"
+        )
+    return PREEMPTED
 
 
 if __name__ == "__main__":

@@ -81,6 +81,35 @@ def test_a_signal_to_one_rank_ends_the_step_and_saves(
     assert numbers(train(folder, *arguments, ranks=ranks)) == numbers(whole)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_stopped_without_checkpoints_is_not_to_be_tried_again(
+    ranks: int, tmp_path: Path
+) -> None:
+    interrupted = ("--job.custom_import=interrupted_llama", "--model.name=interrupted_llama")
+    folder = f"--job.dump_folder={tmp_path}"
+    env = {"INTERRUPT": "SIGTERM 3 0"}
+    done = command("train", *OPTIONS, *interrupted, folder, ranks=ranks, **env)
+    assert set(done.exit_codes) == {2}, done.err
+    assert "stopped after step 3 of 6" in done.err and "checkpoint.enable is false" in done.err
+
+
+VALIDATION = ("--validation.enable", "--validation.freq=3", "--validation.steps=1")
+
+
+def test_a_run_that_is_to_stop_saves_before_it_validates(tmp_path: Path) -> None:
+    interrupted = ("--job.custom_import=interrupted_llama", "--model.name=interrupted_llama")
+    arguments = (*OPTIONS, *interrupted, "--checkpoint.enable", *VALIDATION)
+    folder = f"--job.dump_folder={tmp_path}"
+    done = command("train", *arguments, folder, INTERRUPT="SIGTERM 3 0")
+    assert done.exit_code == PREEMPTED, done.err
+    assert steps_saved(tmp_path) == ["step-3"]
+    assert not (tmp_path / "validation.jsonl").is_file(), done.err
+    done = command("train", *arguments, folder, INTERRUPT="SIGTERM 3 0")  # of those that are left
+    assert done.exit_code == 0, done.err
+    assert [line["step"] for line in read_lines(tmp_path / "validation.jsonl")] == [6]
+    assert done.err.index("saved") < done.err.index("validation after step 6")
+
+
 def test_an_export_starts_a_new_run(tmp_path: Path) -> None:
     saving = ("--checkpoint.enable", "--checkpoint.interval=100")
     full, export = tmp_path / "full", tmp_path / "export"

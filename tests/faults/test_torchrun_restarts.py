@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from harness import read_lines, train
 from kills import curve, newest_step
-from launched import STEPS, Launched, is_running, steps_logged, training, wait_until
+from launched import ENV, STEPS, Launched, is_running, steps_logged, training, wait_until
 from tiny_llama import OPTIONS
 
 from torchtitan.components.checkpoint.owner import Owner
@@ -79,3 +82,25 @@ def test_signals_to_torchrun_save_and_say_so_by_the_exit_code(
     assert newest_step(tmp_path) == stopped_at < STEPS
     again = train(tmp_path, *training(tmp_path, *options)[2:], ranks=2)
     assert curve(again) == whole
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_terminal_that_is_closed_has_the_run_save(ranks: int, tmp_path: Path) -> None:
+    """The bar is drawn on it, which fails from then on, maybe before the signal comes."""
+    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", "--nproc-per-node=2"]
+    words = words[: 1 if ranks == 1 else None]
+    words += training(tmp_path, "--training.steps=100000", "--checkpoint.interval=100000")
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(words[0], words, ENV | {"TERM": "xterm"})
+    shown = b""
+    deadline = time.monotonic() + START
+    while steps_logged(tmp_path) < 3:
+        assert time.monotonic() < deadline, shown.decode(errors="replace")
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 10_000)
+    assert b"ETA" in shown
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == PREEMPTED
+    assert newest_step(tmp_path) == steps_logged(tmp_path) >= 3

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 
 Group = Literal["train", "validation"]
+
+_MOST_LINES_KEPT = 10_000
+"""While a disk is full or gone: as many lines wait in memory."""
 
 
 class Sink(Protocol):
@@ -66,16 +70,21 @@ def _resumes(job_config: JobConfig) -> bool:
 
 
 class JsonLinesSink:
-    """`metrics.jsonl` and `validation.jsonl`: a JSON object a step, null for what is not finite."""
+    """`metrics.jsonl` and `validation.jsonl`: a JSON object a step, null for what is not finite.
+
+    What cannot be written now is written once that goes again.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._paths: dict[Group, Path] = {
-            "train": folder / "metrics.jsonl",
-            "validation": folder / "validation.jsonl",
+        self._files: dict[Group, _Lines] = {
+            "train": _Lines(folder / "metrics.jsonl"),
+            "validation": _Lines(folder / "validation.jsonl"),
         }
 
     def start(self, step: int) -> None:
-        for path in self._paths.values():
+        for file in self._files.values():
+            file.forget_after(step)
+            path = file.path
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 if step == 0:
@@ -88,11 +97,62 @@ class JsonLinesSink:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        with self._paths[group].open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._files[group].add(step, json.dumps(row, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        pass
+        for file in self._files.values():
+            file.close()
+
+
+class _Lines:
+    """A file that lines are added to, also where it cannot be written for a while."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: deque[tuple[int, str]] = deque(maxlen=_MOST_LINES_KEPT)
+        self._whole: int | None = None
+        """Bytes of whole lines, if the file may end with a part of one."""
+
+    def add(self, step: int, line: str) -> None:
+        self._waiting.append((step, line))
+        try:
+            self._write()
+        except OSError as error:  # no reason to lose the run
+            if len(self._waiting) == 1:
+                logger.warning(
+                    "step %d: cannot write %s: %s. It is tried again at each step that is logged",
+                    *(step, self.path, error),
+                )
+
+    def forget_after(self, step: int) -> None:
+        kept = [(of, line) for of, line in self._waiting if of <= step]
+        self._waiting.clear()
+        self._waiting.extend(kept)
+
+    def close(self) -> None:
+        if not self._waiting:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            logger.warning("%s lacks %d lines: %s", self.path, len(self._waiting), error)
+
+    def _write(self) -> None:
+        text = "".join(line for _, line in self._waiting)
+        with self.path.open("ab", buffering=0) as file:
+            if self._whole is not None and file.tell() > self._whole:
+                file.truncate(self._whole)
+            self._whole = file.seek(0, os.SEEK_END)
+            data = text.encode()
+            while data:
+                data = data[file.write(data) :]
+        self._whole = None
+        if len(self._waiting) > 1:
+            lines = len(self._waiting)
+            logger.info(
+                "%s can be written again, and has the %d lines that waited", self.path, lines
+            )
+        self._waiting.clear()
 
 
 def _set_aside(path: Path) -> None:
@@ -171,6 +231,11 @@ class WandbSink:
                 dir=str(folder),
                 config=asdict(job_config),
             )
+            # A key of our own for the x axis: W&B drops values of a step of its own that it has
+            # been at before, and so those after the run went back.
+            self._run.define_metric("step", hidden=True)
+            for group in ("train", "validation"):
+                self._run.define_metric(f"{group}/*", step_metric="step")
         except Exception as error:
             problem = (
                 f"metrics.enable_wandb = true: wandb does not start: {error}. "
@@ -179,11 +244,11 @@ class WandbSink:
             raise outage_or(ConfigError, problem, error) from error
 
     def start(self, step: int) -> None:
-        """W&B keeps a resumed run's history itself."""
+        """W&B keeps what it has: steps that are done again appear twice."""
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         named = {f"{group}/{key}": value for key, value in values.items() if value is not None}
-        self._run.log(named, step=step)
+        self._run.log(named | {"step": step})
 
     def close(self) -> None:
         self._run.finish()

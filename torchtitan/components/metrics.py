@@ -13,6 +13,7 @@ from torchtitan.components.progress import Progress, build_progress
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import ConfigError, outage_or
 from torchtitan.tools.hardware import peak_memory, this_device_peak_flops
+from torchtitan.tools.terminal import leave_closed_terminal
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -155,7 +156,10 @@ class MetricsProcessor:
         }
         values = {key: value for key, value in values.items() if value is not None}
         values |= extra or {}
-        self._progress.update(step, values, self._eta_seconds(step, now))
+        try:
+            self._progress.update(step, values, self._eta_seconds(step, now))
+        except OSError:  # the signal that says so may come a little later
+            leave_closed_terminal()
         self._write(step, values, "train")
         # Time spent here is not the training's either.
         self._logged = perf_counter()

@@ -2,8 +2,9 @@
 
 It takes torchrun's options, and differs from it in this:
 
-* SIGTERM, SIGUSR1 and SIGINT go to the ranks, which save a checkpoint and leave in their own time.
-  torchrun would kill them after 30 s (torch 2.11), and does not know SIGUSR1.
+* SIGTERM, SIGUSR1, SIGINT and SIGHUP (not under nohup) go to the ranks, which save a checkpoint and
+  leave in their own time. torchrun would kill them after 30 s (torch 2.11), and does not know
+  SIGUSR1.
 * Ranks that leave with exit code 75 (preempted) or 2 (a mistake of the user) are not started
   again on this allocation, whatever `--max-restarts` says.
 * A host that is replaced joins the hosts that are left, also with `--nnodes N`; torchrun tells it
@@ -19,22 +20,30 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main as torchrun
 
 from torchtitan.tools.open_files import allow_open_files
-from torchtitan.tools.stop_request import PREEMPTED
+from torchtitan.tools.stop_request import PREEMPTED, stop_signals
+from torchtitan.tools.terminal import leave_closed_terminal
 
 _MISTAKE = 2
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAVE_SECONDS = 2 * 3600.0
+"""As long as a save may take: `SAVE_TIMEOUT` of the checkpoints."""
+_TEARDOWN_SECONDS = 30.0
+"""How long ranks may go on after the first host has left."""
 
 
 class _Signals:
@@ -42,16 +51,17 @@ class _Signals:
 
     def __init__(self) -> None:
         self.received: set[int] = set()
-        for number in _FORWARDED:
+        for number in stop_signals():
             signal.signal(number, self._forward)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.received.add(number)
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
         ranks = _children()
         if not ranks:  # nothing has begun that could be lost
             raise SystemExit(PREEMPTED)
-        for pid in ranks:
-            os.kill(pid, number)
+        _tell(ranks, number)
 
     def code_of(self, failures: dict[int, Any]) -> int:
         """The exit code that sums up those of ranks that did not end with 0."""
@@ -69,6 +79,11 @@ class _Agent(LocalElasticAgent):
         super().__init__(**options)
         self._signals = signals
         self._round = 0
+        self._lost_at: float | None = None
+        """When the connection to the first host was lost, whose agent has the store."""
+        handler: Any = self._worker_group.spec.rdzv_handler
+        self._ask_for_waiting = handler.num_nodes_waiting
+        handler.num_nodes_waiting = self._hosts_waiting
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
@@ -76,14 +91,54 @@ class _Agent(LocalElasticAgent):
             return result
         code = self._signals.code_of(result.failures)
         if code == PREEMPTED and self._is_elastic():
-            if self._signals.received:
-                # As an error this would close the rendezvous, also to the hosts that go on.
-                number = signal.Signals(min(self._signals.received))
-                raise SignalException(f"{number.name}: the ranks have left", number)
+            self._leave_if_told()
             self._remaining_restarts += 1
         elif code != 1:
             self._remaining_restarts = 0
         return result
+
+    def _leave_if_told(self) -> None:
+        if self._signals.received:
+            # As an error this would close the rendezvous, also to the hosts that go on.
+            number = signal.Signals(min(self._signals.received))
+            raise SignalException(f"{number.name}: the ranks have left", number)
+
+    def _hosts_waiting(self) -> int:
+        """How many hosts want to join.
+
+        Not known once the first host has left. The ranks of this one are told to stop then too, and
+        how they end counts, unless they go on as if nothing had happened.
+        """
+        try:
+            waiting: int = self._ask_for_waiting()
+        except RendezvousConnectionError:
+            self._lost_at = self._lost_at or time.monotonic()
+            if time.monotonic() > self._lost_at + _TEARDOWN_SECONDS:
+                raise
+            return 0
+        self._lost_at = None
+        return waiting
+
+    def _stop_workers(self, worker_group: Any) -> None:
+        if worker_group.state == WorkerState.HEALTHY:  # a host wants to join
+            self._let_ranks_save()
+        super()._stop_workers(worker_group)  # kills them after 30 s
+
+    def _let_ranks_save(self) -> None:
+        """Tell the ranks to leave, and wait, unless a host is missing: then they wait for it."""
+        _tell(_children(), signal.SIGTERM)
+        end = time.monotonic() + _SAVE_SECONDS
+        while _children() and time.monotonic() < end and not self._host_is_missing():
+            time.sleep(0.2)
+        if not _children():
+            self._leave_if_told()
+
+    def _host_is_missing(self) -> bool:
+        """Whether a host of this round has left or died, as one has whose ranks crashed."""
+        group: Any = self._worker_group
+        self._hosts_waiting()  # brings the state up to date
+        participants = group.spec.rdzv_handler._state_holder.state.participants
+        return len(participants) < group.group_world_size
 
     def _is_elastic(self) -> bool:
         """Whether the job goes on with fewer hosts, or with more."""
@@ -132,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
     # torchrun sets handlers too, for these signals and no others.
-    argv = ["--signals-to-handle", "SIGHUP,SIGQUIT", *argv]
+    argv = ["--signals-to-handle", "SIGQUIT", *argv]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
         try:
             torchrun(argv)
@@ -142,9 +197,16 @@ def main(argv: list[str] | None = None) -> int:
                 return preempted_code
             sys.stderr.write(f"{error}\n")
             return code
-        except SignalException:  # of a host that leaves an elastic job
-            return preempted_code
+        except SignalException as error:
+            # Of a host that leaves an elastic job, or torchrun's own, after which nothing is saved.
+            return preempted_code if error.sigval in signals.received else 1
     return 0
+
+
+def _tell(processes: list[int], number: int) -> None:
+    for pid in processes:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
 
 
 def _children() -> list[int]:

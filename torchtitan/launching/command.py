@@ -17,7 +17,7 @@ from . import kubernetes, skypilot, slurm, ssh
 from .check import check_job
 from .job import LaunchJob, job_name
 from .options import Options, check
-from .storage import check_storage
+from .storage import check_saving, check_storage
 
 DESCRIPTION = """\
 Start a job on a cluster, or show what would be submitted. CONFIG is the file that `torchtitan
@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     check(options)
     require_folder(options.out, "--out")
     job = _job(options, overrides, argv)
-    warning = check_storage(job)
-    if warning:
+    for warning in filter(None, (check_saving(job), check_storage(job))):
         sys.stderr.write(f"warning: {warning}\n")
     backend = BACKENDS[options.backend]
     text = backend.render(job)
@@ -84,6 +83,7 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
         title=f"{config.model.name} {config.model.flavor} on {options.nodes} x {options.processes}",
         command="Rendered by: " + _rendering(argv),
         checkpoints=_checkpoints(config),
+        saves=config.checkpoint.enable,
         environment=environment,
     )
 

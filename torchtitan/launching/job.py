@@ -32,6 +32,8 @@ class LaunchJob:
     """That renders this job."""
     checkpoints: str | None = None
     """Folder of the checkpoints, from `--workdir` on; None if none are saved, or behind a URL."""
+    saves: bool = True
+    """Whether it has checkpoints, so that it goes on when it is started again."""
     environment: dict[str, str] = field(default_factory=dict)
     """Name -> value, for the ranks."""
 

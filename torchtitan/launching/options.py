@@ -77,7 +77,9 @@ class Options:
     qos: Annotated[str | None, _option("NAME")] = None
     """Slurm."""
     sbatch: Annotated[_Repeated, _option("OPTION")] = field(default_factory=list)
-    """Slurm: any other option of sbatch, such as constraint=h100 or exclusive."""
+    """Slurm: any other option of sbatch, such as constraint=h100. It goes before what the script
+    asks for itself. cpus-per-task=N shares hosts with other jobs, which otherwise belong to the
+    job, with all CPUs and memory."""
     kind: Literal["job", "jobset", "pytorchjob"] | None = None
     """Kubernetes: job (plain, the default), jobset or pytorchjob, which need their operators."""
     namespace: Annotated[str | None, _option("NAME")] = None
@@ -175,13 +177,18 @@ def check(options: Options) -> None:
     _check_backend(options)
 
 
+def option_key(option: str) -> str:
+    """`constraint` of `--constraint=h100`."""
+    return re.split("[= ]", option.lstrip("-"), maxsplit=1)[0]
+
+
 def _check_backend(options: Options) -> None:
     if options.kubernetes and not options.image:
         raise ConfigError("--kubernetes needs --image: a container with torchtitan")
     if options.slurm and options.mount and not options.image:
         raise ConfigError("--mount: Slurm mounts into containers only; give --image too")
     for option in options.sbatch:
-        key = re.split("[= ]", option.lstrip("-"), maxsplit=1)[0]
+        key = option_key(option)
         if key in ("nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "job-name"):
             raise ConfigError(f"--sbatch {option}: {key} is set by other options of the command")
     if options.ssh:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import PurePosixPath
 
 from .job import LaunchJob, required_secrets, seconds_of
+from .options import option_key
 from .storage import checkpoint_folder, mount_with
 from .submit import require, run
 from .template import render as fill
@@ -21,7 +22,8 @@ def render(job: LaunchJob) -> str:
     lines = [f"{name}={value}" for name, value in directives.items() if value]
     if options.gpus_per_node:
         lines.insert(0, f"gpus-per-node={options.gpus_per_node}")
-    lines += [option.lstrip("-") for option in options.sbatch]
+    lines = [*_whole_hosts(options.sbatch), *lines]
+    lines += [option.lstrip("-") for option in options.sbatch]  # the last of two is what counts
     srun = []
     if options.image:
         srun.append(f"--container-image={options.image}")
@@ -36,10 +38,25 @@ def render(job: LaunchJob) -> str:
         directives="\n".join(f"#SBATCH --{line}" for line in lines),
         grace=options.grace,
         secrets=required_secrets(job),
+        # A job without checkpoints would reach its time limit again and again.
+        preempted='again="preempted, the checkpoint is saved"' if job.saves else ":",
         checkpoints=shlex.quote(_checkpoints(job)),
         node=job.node(),
         srun="".join(f" {shlex.quote(option)}" for option in srun),
     )
+
+
+def _whole_hosts(sbatch: list[str]) -> list[str]:
+    """Ask for all CPUs and all memory of each host, unless the user says what the job is to get.
+
+    Slurm's own default may be a single CPU, for all ranks of a host and what loads their data.
+    """
+    keys = {option_key(option) for option in sbatch}
+    if keys & {"cpus-per-task", "cpus-per-gpu", "oversubscribe"}:
+        return []
+    if keys & {"mem", "mem-per-cpu", "mem-per-gpu"}:  # of which Slurm takes one
+        return ["exclusive"]
+    return ["exclusive", "mem=0"]
 
 
 def _checkpoints(job: LaunchJob) -> str:

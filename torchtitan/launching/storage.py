@@ -28,6 +28,16 @@ def mount_with(folder: PurePosixPath, job: LaunchJob) -> tuple[str, str] | None:
     return next(((source, path) for source, path in mounts if folder.is_relative_to(path)), None)
 
 
+def check_saving(job: LaunchJob) -> str:
+    """What to warn of: a job without checkpoints. Empty: it has some."""
+    if job.saves:
+        return ""
+    return (
+        "checkpoint.enable is false: a job that crashes or loses a host begins at step 0 again, "
+        "and one that is told to stop (the time is up, preemption) ends with exit code 2"
+    )
+
+
 def check_storage(job: LaunchJob) -> str:
     """What to warn of: checkpoints that are lost with a pod or a host. Empty: nothing.
 

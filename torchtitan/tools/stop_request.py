@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and SIGINT: finish the step, save, and exit so that one knows to start again."""
+"""Signals that stop a run: finish the step, save, and exit so that one knows to start again."""
 
 from __future__ import annotations
 
@@ -6,17 +6,26 @@ import logging
 import signal
 from types import FrameType
 
+from torchtitan.tools.terminal import leave_closed_terminal
+
 logger = logging.getLogger("torchtitan")
 
 PREEMPTED = 75
 """Exit code of a run that a signal stopped before its last step: start it again, it goes on.
+Not of one that saves no checkpoints, which would begin anew each time.
 
 `EX_TEMPFAIL` of sysexits.h, and the code that schedulers' examples use. A run that has done its
 last step ends with 0, whether a signal came or not.
 """
 
-# Slurm announces the end of a job's time by `--signal=USR1@SECONDS`.
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that stop a run."""
+    # Slurm announces the end of a job's time by `--signal=USR1@SECONDS`.
+    signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # or `nohup` wants it to go on
+        signals.append(signal.SIGHUP)  # the terminal is closed
+    return signals
 
 
 class StopRequest:
@@ -25,13 +34,15 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = False
         self._interrupted = False
-        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
 
     def close(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -265,7 +267,7 @@ def test_dump_folder_that_cannot_be_written_is_a_config_error(config: JobConfig)
         build(config).start()
 
 
-def test_a_full_disk_ends_the_file_but_not_the_run(
+def test_a_full_disk_does_not_end_the_run(
     config: JobConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     processor = build(config)
@@ -275,8 +277,46 @@ def test_a_full_disk_ends_the_file_but_not_the_run(
     log(processor, 1)
     log(processor, 2)
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert warnings == ["JsonLinesSink stops at step 1: [Errno 28] No space left on device"]
+    assert warnings == [
+        f"step 1: cannot write {config.job.dump_folder}/metrics.jsonl: [Errno 28] No space left on "
+        "device. It is tried again at each step that is logged"
+    ]
     assert any(message.startswith("step   2/100") for message in caplog.messages)
+
+
+def test_what_could_not_be_written_is_written_later(
+    config: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = build(config)
+    processor.start()
+    path = Path(config.job.dump_folder) / "metrics.jsonl"
+    log(processor, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # step 2 gets a part of its line into the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, before[1]))
+        for step in (2, 3):
+            log(processor, step)
+        assert path.read_text().splitlines()[1].startswith('{"step": 2')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    log(processor, 4)
+    assert [row["step"] for row in rows(config)] == [1, 2, 3, 4]
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
+
+
+def test_steps_that_are_redone_are_not_written_later(config: JobConfig) -> None:
+    processor = build(config)
+    processor.start()
+    path = Path(config.job.dump_folder) / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    for step in (1, 2, 3):
+        log(processor, step)
+    path.unlink()
+    processor.start(1)
+    processor.close()
+    assert [row["step"] for row in rows(config)] == [1]
 
 
 def test_tensorboard_receives_every_value_and_forgets_steps_redone(config: JobConfig) -> None:
@@ -305,7 +345,8 @@ class FakeWandb(ModuleType):
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__("wandb")
         self.error = error
-        self.logged: list[tuple[int, dict]] = []
+        self.logged: list[dict] = []
+        self.defined: dict[str, dict] = {}
         self.finished = False
 
     def init(self, **settings: object) -> FakeWandb:
@@ -314,8 +355,11 @@ class FakeWandb(ModuleType):
         self.settings = settings
         return self
 
-    def log(self, values: dict, step: int) -> None:
-        self.logged.append((step, values))
+    def define_metric(self, name: str, **settings: object) -> None:
+        self.defined[name] = settings
+
+    def log(self, values: dict) -> None:
+        self.logged.append(values)
 
     def finish(self) -> None:
         self.finished = True
@@ -338,9 +382,15 @@ def test_wandb_receives_config_and_values(
     assert wandb.settings["project"] == "torchtitan"
     assert wandb.settings["name"] == "a fine run"
     assert wandb.settings["config"]["training"]["steps"] == 100
-    (train_step, train), validation = wandb.logged
-    assert (train_step, train["train/loss"], train["train/lr"]) == (1, 2.5, 3e-4)
-    assert validation == (1, {"validation/loss": 2.25})
+    train, validation = wandb.logged
+    assert (train["step"], train["train/loss"], train["train/lr"]) == (1, 2.5, 3e-4)
+    assert validation == {"step": 1, "validation/loss": 2.25}
+    # Else steps that are done again would be dropped.
+    assert {name: of.get("step_metric") for name, of in wandb.defined.items()} == {
+        "step": None,
+        "train/*": "step",
+        "validation/*": "step",
+    }
     assert wandb.finished
 
 

@@ -60,7 +60,7 @@ def test_crashes_are_started_again_and_leaving_is_not(
         assert "exitcode  : 7" in err
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_a_signal_reaches_the_ranks(name: str, tmp_path: Path) -> None:
     process = start(tmp_path, name)
     deadline = time.monotonic() + 60

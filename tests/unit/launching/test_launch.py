@@ -148,6 +148,40 @@ def test_slurm_has_what_its_users_set(job: str, capsys: pytest.CaptureFixture[st
     assert 'scontrol requeue "$SLURM_JOB_ID"' in text
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ([], ["--exclusive", "--mem=0"]),
+        (["mem-per-cpu=4G"], ["--exclusive", "--mem-per-cpu=4G"]),
+        (["--cpus-per-task=16"], ["--cpus-per-task=16"]),
+        (["cpus-per-gpu=12", "mem=100G"], ["--cpus-per-gpu=12", "--mem=100G"]),
+    ],
+)
+def test_slurm_gives_whole_hosts_unless_the_user_shares_them(
+    options: list[str], asked: list[str], job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--sbatch={option}" for option in options]
+    text = render(capsys, "--slurm", job, *words, "--dry-run")
+    found = re.findall("^#SBATCH (--(?:exclusive|mem|cpus).*)$", text, re.MULTILINE)
+    assert found == asked
+
+
+def test_what_the_user_says_to_sbatch_is_what_counts(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = render(capsys, "--slurm", job, "--sbatch=output=/logs/%j.log", "--dry-run")
+    assert re.findall("^#SBATCH --output=(.*)$", text, re.MULTILINE)[-1] == "/logs/%j.log"
+
+
+def test_srun_is_told_of_the_cpus(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cpus in ("", "16"):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", cpus)
+        done = batch(job, tmp_path / f"_{cpus}", capsys, [], 0, [])
+        assert done.stdout == f"CPUs: {cpus}\n" if cpus else not done.stdout, done.stderr
+
+
 # What srun ends with, the checkpoints that it leaves (one with .partial is not complete), and
 # whether the job goes back into the queue. step-20 was there before.
 ENDINGS = {
@@ -196,6 +230,7 @@ def batch(
     options: list[str],
     code: int,
     saved: list[str],
+    *overrides: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs the script in `folder`/my runs, where `srun` leaves checkpoints and ends with `code`."""
     root = folder / "my runs" / "out" / "checkpoint"
@@ -203,15 +238,17 @@ def batch(
     (root / "step-20" / "manifest.json").write_text("{}")
     (root / "step-500").mkdir()  # no checkpoint
     steps = " ".join(saved)
+    tell = '[ -z "${SRUN_CPUS_PER_TASK:-}" ] || echo "CPUs: $SRUN_CPUS_PER_TASK"'
+    save = f'cd "{root}"; for n in {steps}; do cp -r step-20 "step-$n"; done'
     commands = {
         "scontrol": f'[ "$1" = requeue ] && echo "$2" >"{folder}/requeued" || echo host0',
-        "srun": f'cd "{root}"; for n in {steps}; do cp -r step-20 "step-$n"; done; exit {code}',
+        "srun": f"{tell}\n{save}; exit {code}",
     }
     for name, line in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{line}\n")
         (folder / name).chmod(0o755)
-    overrides = ["--", "--job.dump_folder=./out"]
-    text = render(capsys, "--slurm", job, *options, "--dry-run", *overrides)
+    words = ["--", "--job.dump_folder=./out", *overrides]
+    text = render(capsys, "--slurm", job, *options, "--dry-run", *words)
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_NNODES": "1"}
     env |= {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "host0"}
     return subprocess.run(
@@ -255,7 +292,6 @@ KEPT = {
         ["--checkpoint.folder=s3://b/mine", "--job.dump_folder=/out/mine"],
     ),
     "one host": (HOST, []),
-    "none": (POD, ["--checkpoint.enable=false"]),
     "slurm": (["--slurm"], []),
     "mount of container": ([*BOX, "--mount=/lustre:/out"], ["--job.dump_folder=/out/mine"]),
     "url of container": (BOX, ["--checkpoint.folder=s3://b/mine"]),
@@ -270,6 +306,17 @@ def test_checkpoints_that_go_with_a_pod_or_a_host_are_warned_of(
     assert main([job, *options, "--dry-run", "--", *overrides]) == 0
     told = capsys.readouterr().err
     assert re.match(f"warning: checkpoints go to .*{warning}", told) if warning else not told, told
+
+
+def test_a_job_without_checkpoints_is_warned_of_and_not_requeued(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([job, *POD, "--dry-run", "--", "--checkpoint.enable=false"])
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "checkpoint.enable is false" in told
+    done = batch(job, tmp_path, capsys, [], 75, [], "--checkpoint.enable=false")
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(

@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.tools.stop_request import StopRequest, stop_signals
 
-HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", HANDLED)
@@ -36,3 +36,14 @@ def test_the_handlers_are_as_before():
     before = [signal.getsignal(number) for number in HANDLED]
     StopRequest().close()
     assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_nohup_keeps_a_run_going_when_the_terminal_is_closed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.received and signal.SIGHUP not in stop_signals()
+    finally:
+        stop.close()
+        signal.signal(signal.SIGHUP, before)
