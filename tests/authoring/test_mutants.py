@@ -131,6 +131,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
     [
         ("base", "debugmodel", "mutants.base"),
         ("learned_positions", "debugmodel", "learned_positions"),
+        ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("deepseek_v3", "debugmodel", ""),
         ("gemma3", "debugmodel", ""),
         ("gpt_oss", "debugmodel", ""),

@@ -12,7 +12,34 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from torchtitan.distributed.determinism import derive_seed
+from torchtitan.distributed.names import canonical_name
 from torchtitan.protocols.model import ModelProtocol, layers_of
+
+NOISE = 0.02
+"""Standard deviation of what is added to weights that are constant."""
+
+
+@torch.no_grad()
+def vary_constants(model: nn.Module, seed: int) -> None:
+    """Add noise to the zeros of all parameters, and to parameters whose numbers are all the same.
+
+    An output projection that starts at 0 makes its layer the identity: nothing that the layer does,
+    right or wrong, can then be seen from outside. What training must not do, it must not do for any
+    weights. The noise is a function of the seed and the parameter's name, as initial weights are.
+    """
+    for name, parameter in model.named_parameters():
+        with_noise(parameter, derive_seed(seed, "noise", canonical_name(name)))
+
+
+def with_noise(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """Change the zeros of a tensor of floats in place, and all of it if it is constant."""
+    if tensor.numel() == 0:
+        return tensor
+    constant = tensor == (tensor.flatten()[0] if tensor.min() == tensor.max() else 0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = NOISE * torch.randn(tensor.shape, generator=generator)
+    return tensor.add_(noise.to(tensor.dtype) * constant)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import ModelProtocol, layers_of
 
 from .check import Check, CheckFailedError, NotApplicableError
+from .probe import vary_constants
 from .subject import Subject
 
 SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V": (2, "DualPipeV")}
@@ -52,7 +53,7 @@ def numbers_are_kept(subject: Subject) -> str:
         raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
     tokens = subject.tokens(2)
     positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
-    whole = subject.build()
+    whole = subject.build_varied()
     with torch.no_grad():
         expected = whole(tokens)
     done, refused = [], ""
@@ -153,6 +154,7 @@ def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:
             parts = _parts_of_rank(subject, config, degree, loss_fn)
             for number, part in zip(stages_of_rank(config, rank), parts, strict=True):
                 initialize_weights(part, subject.seed, torch.device("cpu"))
+                vary_constants(part, subject.seed)
                 stages[number] = part.eval()
     return [stages[number] for number in range(degree * stages_per_rank(config))]
 
