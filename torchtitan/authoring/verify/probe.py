@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.names import canonical_name
+from torchtitan.models.common.attention import places_in_documents
 from torchtitan.protocols.model import ModelProtocol, layers_of
 
 NOISE = 0.02
@@ -181,6 +182,18 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         tokens: `[batch, seq]`.
     """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def packed_documents(rows: int, seq_len: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Several documents in each row: their positions and their `document_ids`, `[rows, seq_len]`.
+
+    Positions begin anew with each document, and each row has other lengths.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    begins = torch.rand(rows, seq_len, generator=generator) < 4 / seq_len
+    begins[:, seq_len // 2] = True  # at least two documents
+    document_ids = begins.long().cumsum(dim=1)
+    return places_in_documents(document_ids), document_ids
 
 
 def accepts(model_cls: type[ModelProtocol], name: str) -> bool:

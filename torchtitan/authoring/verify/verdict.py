@@ -194,7 +194,7 @@ _HINTS = {
     "arange(seq); attention and its mask must be ScaledDotProductAttention and CausalMask",
     ("output", "pp"): "a stage has some of the layers, under their old names: what depends on a "
     "layer must use its own number, not its place in self.layers; and forward() must use "
-    "`positions`",
+    "`positions` and `document_ids`",
     ("output", "ep"): "the router must score each token by itself, and experts take rows in any "
     "order",
     ("output", "dp"): "something is computed over the batch, which other ranks have a part of",
