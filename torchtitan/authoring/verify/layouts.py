@@ -20,7 +20,8 @@ from torchtitan.errors import ConfigError
 from torchtitan.train import Trainer
 
 from .check import Check, CheckFailedError, NotApplicableError
-from .reference import BATCH, Recording, build_trainer, train, whole
+from .probe import some
+from .reference import BATCH, LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
 from .subject import Subject
 from .verdict import Comparison, compare, judge
 
@@ -173,6 +174,35 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
         )
 
 
+def every_parameter_is_updated(subject: Subject) -> str:
+    """The optimizer of the run on one process has changed each parameter with a gradient."""
+    recording = Recording.load(reference_path(subject))
+    trained = [name for name in recording.gradients if name in recording.weights]
+    kept = [
+        name
+        for name in trained
+        if torch.equal(recording.weights[name], recording.initial[name])
+        and _moves(recording.initial[name], recording.gradients[name])
+    ]
+    if kept:
+        raise CheckFailedError(
+            f"{len(kept)} of {len(trained)} parameters have a gradient, but {STEPS} steps of the "
+            f"optimizer leave them as they were: {some(kept)}",
+            "build_optimizer_fn: every parameter of each model part must be in a group, with a "
+            "learning rate.",
+        )
+    return f"{len(trained)} parameters"
+
+
+def _moves(weight: torch.Tensor, gradient: torch.Tensor) -> bool:
+    """Whether a step of gradient descent, the smallest that an optimizer makes, is not rounded off.
+
+    Adam's are larger where gradients are as small as here.
+    """
+    step = LEARNING_RATE * gradient.abs().double()
+    return bool((step > 2 * torch.finfo(weight.dtype).eps * weight.abs().double()).any())
+
+
 def trains_like_one_device(name: str, subject: Subject) -> str:
     """The check of a layout, on each of its ranks."""
     layout = LAYOUTS[name]
@@ -223,6 +253,12 @@ CHECKS = (
         REFERENCE,
         "the model trains on one process, and a forward pass can be repeated",
         one_device,
+    ),
+    Check(
+        "layouts.updates",
+        "the optimizer changes every parameter that has a gradient",
+        every_parameter_is_updated,
+        needs=(REFERENCE,),
     ),
     Check(
         DOCUMENTS,
