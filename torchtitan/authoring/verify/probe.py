@@ -19,6 +19,7 @@ from torchtitan.protocols.model import ModelProtocol, layers_of
 
 NOISE = 0.02
 """Standard deviation of what is added to weights that are constant."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.no_grad()
@@ -34,13 +35,20 @@ def vary_constants(model: nn.Module, seed: int) -> None:
 
 
 def with_noise(tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    """Change the zeros of a tensor of floats in place, and all of it if it is constant."""
-    if tensor.numel() == 0:
+    """Change the zeros of a tensor in place, and all of it if it is constant."""
+    if tensor.dtype not in _FLOATS:
         return tensor
-    constant = tensor == (tensor.flatten()[0] if tensor.min() == tensor.max() else 0)
+    constant = tensor == (tensor.flatten()[0] if is_constant(tensor) else 0)
     generator = torch.Generator().manual_seed(seed)
     noise = NOISE * torch.randn(tensor.shape, generator=generator)
     return tensor.add_(noise.to(tensor.dtype) * constant)
+
+
+def is_constant(tensor: torch.Tensor) -> bool:
+    """Whether all of its numbers are the same; not of what is quantised."""
+    if tensor.dtype not in _FLOATS or tensor.numel() == 0:
+        return False
+    return bool(tensor.min() == tensor.max())
 
 
 @dataclass

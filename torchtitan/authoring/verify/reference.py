@@ -24,7 +24,7 @@ from .observe import ModuleOutputs, Outputs
 from .probe import packed_documents
 
 if TYPE_CHECKING:
-    from torchtitan.config.training import TrainingConfig
+    from torchtitan.config.training import Training
     from torchtitan.train import Trainer
 
     from .subject import Subject
@@ -81,9 +81,7 @@ class RandomTokens:
     documents if `training.document_mask` is on.
     """
 
-    def __init__(
-        self, subject: Subject, training: TrainingConfig, dp_rank: int, dp_size: int
-    ) -> None:
+    def __init__(self, subject: Subject, training: Training, dp_rank: int, dp_size: int) -> None:
         self.global_batch_size = BATCH
         self._subject = subject
         self._local_batch_size = training.local_batch_size
