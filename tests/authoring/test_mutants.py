@@ -30,6 +30,7 @@ MUTANTS = sorted(
     if "CAUGHT_BY" in path.read_text()
 )
 QUICK = {
+    "adapter_exchanges_norms",
     "adapter_permutes_queries",
     "dead_parameter",
     "document_mask_ignored",
@@ -40,8 +41,11 @@ QUICK = {
     "layer_number_from_place",
     "layers_in_a_list",
     "mask_off_by_one",
+    "missing_causal_mask_behind_zeros",
     "norm_not_sequence_parallel",
     "optimizer_forgets_moments",
+    "optimizer_leaves_out_norms",
+    "positions_in_the_first_stage_only",
     "positions_within_the_part",
     "router_not_normalised",
     "uninitialised_buffer",
@@ -131,6 +135,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
     [
         ("base", "debugmodel", "mutants.base"),
         ("learned_positions", "debugmodel", "learned_positions"),
+        ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("deepseek_v3", "debugmodel", ""),
         ("gemma3", "debugmodel", ""),
         ("gpt_oss", "debugmodel", ""),

@@ -2,7 +2,8 @@
 
 Both models get the same tokens. Hidden states are compared before the first layer, after each
 layer, and at the end; within the first layer that differs, the outputs of the modules whose weights
-the adapter maps onto each other.
+the adapter maps onto each other. Tensors of the checkpoint that are constant get noise in both: the
+norms of a new model are all 1, and could be exchanged unseen.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from torchtitan.distributed.determinism import derive_seed
 from torchtitan.errors import TitanError
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.model import ModelProtocol
 
 from .adapter import adapter_of
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import hidden_states, relative_difference, some
+from .probe import hidden_states, is_constant, relative_difference, some, with_noise
 from .subject import Subject
 
 TOLERANCE = 1e-4
@@ -173,7 +175,7 @@ def _tied_names(model: nn.Module) -> set[str]:
 
 def numbers_match(subject: Subject) -> str:
     """The same logits; else the first layer that differs, and what in it."""
-    folder = folder_of(subject)
+    folder = _without_constants(folder_of(subject), subject)
     theirs = _load_theirs(folder)
     ours = _load_ours(subject, folder)
     tokens = subject.tokens(2)
@@ -216,6 +218,29 @@ def numbers_match(subject: Subject) -> str:
             "the logits.",
         )
     return f"logits equal to {difference:.0e}, layers to {worst:.0e}"
+
+
+def _without_constants(folder: Path, subject: Subject) -> Path:
+    """A folder of the same files, with noise in tensors that are constant; `folder` if none is."""
+    from safetensors.torch import load_file, save_file
+
+    copied = subject.folder / "hf_with_noise"
+    changed: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        constant = [name for name, tensor in tensors.items() if is_constant(tensor)]
+        if constant:
+            for name in constant:
+                with_noise(tensors[name], derive_seed(subject.seed, "noise", name))
+            copied.mkdir(exist_ok=True)
+            save_file(tensors, copied / file.name, metadata={"format": "pt"})
+            changed.add(file.name)
+    if not changed:
+        return folder
+    for file in folder.iterdir():
+        if file.name not in changed:
+            (copied / file.name).symlink_to(file.resolve())
+    return copied
 
 
 def _load_theirs(folder: Path) -> Any:
@@ -332,7 +357,8 @@ def _within(
                 "(features i and i + head_dim / 2, or 2i and 2i + 1: one convention may need a "
                 "permutation of the rows of wq and wk, the other none), rope_theta and its "
                 "scaling, the scale of scores, the mask, and which query heads share a key. "
-                "Elsewhere: the activation, gate and up exchanged, the residual, or routing.",
+                "Elsewhere: norms, or gate and up, exchanged; the activation, the residual, or "
+                "routing.",
             )
         ours_out, theirs_out = a.outputs[mine], b.outputs[other]
         if _difference(ours_out, theirs_out) > TOLERANCE:

@@ -20,11 +20,14 @@ from torchtitan.errors import ConfigError
 from torchtitan.train import Trainer
 
 from .check import Check, CheckFailedError, NotApplicableError
-from .reference import BATCH, Recording, build_trainer, train, whole
+from .probe import some
+from .reference import BATCH, LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
 from .subject import Subject
 from .verdict import Comparison, compare, judge
 
 REFERENCE = "layouts.one_device"
+DOCUMENTS = "layouts.one_device_documents"
+"""The reference of layouts whose rows are packed documents."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Layout:
     timeout: float = 120.0
     accumulation: int = 1
 
+    @property
+    def reference(self) -> str:
+        return DOCUMENTS if DOCUMENT_MASK in self.options else REFERENCE
+
 
 def _degree(name: str, degree: int = 2) -> str:
     return f"--parallelism.{name}_parallel_degree={degree}"
@@ -47,6 +54,7 @@ TP2 = _degree("tensor")
 CP2 = _degree("context")
 PP2 = _degree("pipeline")
 EP2 = _degree("expert")
+DOCUMENT_MASK = "--training.document_mask"
 REPLICATE2 = "--parallelism.data_parallel_replicate_degree=2"
 COMPILE = ("--compile.enable", "--compile.backend=aot_eager")
 AC = "--activation_checkpoint.mode="
@@ -89,6 +97,10 @@ LAYOUTS = {
     "pp2_tp2": Layout(4, 1, (PP2, TP2), timeout=180.0),
     "pp2_fsdp2": Layout(4, 2, (PP2,), timeout=180.0),
     "pp2_fsdp2_tp2": Layout(8, 2, (PP2, TP2), timeout=240.0),
+    "tp2_documents": Layout(2, 1, (TP2, DOCUMENT_MASK)),
+    "cp2_documents": Layout(2, 1, (CP2, DOCUMENT_MASK)),
+    "pp2_documents": Layout(2, 1, (PP2, DOCUMENT_MASK)),
+    "pp2_fsdp2_documents": Layout(4, 2, (PP2, DOCUMENT_MASK), timeout=180.0),
 }
 
 
@@ -106,17 +118,37 @@ def one_device(subject: Subject) -> str:
             f"the model cannot be trained on one process: {error}",
             "Train it: torchtitan train --model.name ...",
         ) from error
+    recording = _train_for_reference(trainer)
+    recording.save(reference_path(subject))
+    _require_repeatable(trainer, subject)
+    return _losses(recording)
+
+
+def one_device_with_documents(subject: Subject) -> str:
+    """Leaves the reference of layouts with packed documents."""
+    try:
+        trainer = build_trainer(subject, f"--training.local_batch_size={BATCH}", DOCUMENT_MASK)
+    except ConfigError as error:
+        raise NotApplicableError(str(error)) from error
+    recording = _train_for_reference(trainer)
+    recording.save(reference_path(subject, DOCUMENTS))
+    return _losses(recording)
+
+
+def _train_for_reference(trainer: Trainer) -> Recording:
+    """With whole tensors."""
     recording = train(trainer)
     for tensors in (recording.initial, recording.gradients, recording.weights):
         tensors.update({name: whole(tensor) for name, tensor in tensors.items()})
-    recording.save(reference_path(subject))
-    _require_repeatable(trainer, subject)
-    losses = " ".join(f"{loss:.4f}" for loss in recording.losses)
-    return f"losses {losses}"
+    return recording
 
 
-def reference_path(subject: Subject) -> Path:
-    return subject.folder / "one_device.pt"
+def _losses(recording: Recording) -> str:
+    return f"losses {' '.join(f'{loss:.4f}' for loss in recording.losses)}"
+
+
+def reference_path(subject: Subject, reference: str = REFERENCE) -> Path:
+    return subject.folder / f"{reference.partition('.')[2]}.pt"
 
 
 def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
@@ -142,6 +174,35 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
         )
 
 
+def every_parameter_is_updated(subject: Subject) -> str:
+    """The optimizer of the run on one process has changed each parameter with a gradient."""
+    recording = Recording.load(reference_path(subject))
+    trained = [name for name in recording.gradients if name in recording.weights]
+    kept = [
+        name
+        for name in trained
+        if torch.equal(recording.weights[name], recording.initial[name])
+        and _moves(recording.initial[name], recording.gradients[name])
+    ]
+    if kept:
+        raise CheckFailedError(
+            f"{len(kept)} of {len(trained)} parameters have a gradient, but {STEPS} steps of the "
+            f"optimizer leave them as they were: {some(kept)}",
+            "build_optimizer_fn: every parameter of each model part must be in a group, with a "
+            "learning rate.",
+        )
+    return f"{len(trained)} parameters"
+
+
+def _moves(weight: torch.Tensor, gradient: torch.Tensor) -> bool:
+    """Whether a step of gradient descent, the smallest that an optimizer makes, is not rounded off.
+
+    Adam's are larger where gradients are as small as here.
+    """
+    step = LEARNING_RATE * gradient.abs().double()
+    return bool((step > 2 * torch.finfo(weight.dtype).eps * weight.abs().double()).any())
+
+
 def trains_like_one_device(name: str, subject: Subject) -> str:
     """The check of a layout, on each of its ranks."""
     layout = LAYOUTS[name]
@@ -149,7 +210,8 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
         trainer = build_trainer(subject, *options_of(layout))
     except ConfigError as error:
         raise NotApplicableError(str(error)) from error
-    comparison = compare(trainer, train(trainer), Recording.load(reference_path(subject)))
+    reference = Recording.load(reference_path(subject, layout.reference))
+    comparison = compare(trainer, train(trainer), reference)
     found: list[Comparison] = [comparison] * dist.get_world_size()
     dist.all_gather_object(found, comparison)
     _require_effect(trainer, comparison)
@@ -192,6 +254,19 @@ CHECKS = (
         "the model trains on one process, and a forward pass can be repeated",
         one_device,
     ),
+    Check(
+        "layouts.updates",
+        "the optimizer changes every parameter that has a gradient",
+        every_parameter_is_updated,
+        needs=(REFERENCE,),
+    ),
+    Check(
+        DOCUMENTS,
+        "the model trains on packed documents on one process",
+        one_device_with_documents,
+        quick=False,
+        needs=(REFERENCE,),
+    ),
     *(
         Check(
             f"layouts.{name}",
@@ -201,7 +276,7 @@ CHECKS = (
             joins=True,
             timeout=layout.timeout,
             quick=layout.quick,
-            needs=(REFERENCE,),
+            needs=(layout.reference,),
         )
         for name, layout in LAYOUTS.items()
     ),

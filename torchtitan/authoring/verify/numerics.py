@@ -29,7 +29,7 @@ _WIDE = (torch.float64, torch.complex128)
 
 def bf16_is_near_float32(subject: Subject) -> str:
     """The same weights give nearly the same logits and loss in bfloat16, at a long context."""
-    model = subject.build()
+    model = subject.build_varied()
     tokens = subject.tokens(1, _long(subject, 1024))
     with torch.no_grad(), recorded_outputs(model) as wide:
         expected = model(tokens)
@@ -64,7 +64,7 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
     shift = _long(subject, _LATE + seq) - seq
     if shift < 256:  # all positions are exact in bfloat16
         raise NotApplicableError(f"max_seq_len = {shift + seq}, so there are no late positions")
-    model, tokens = subject.build(), subject.tokens(1, seq)
+    model, tokens = subject.build_varied(), subject.tokens(1, seq)
     for parameter in model.layers.parameters():
         if parameter.ndim > 1:
             parameter.mul_(_SHARPER)

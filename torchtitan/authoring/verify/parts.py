@@ -124,7 +124,7 @@ def forward_without_modules(subject: Subject) -> str:
     before, after = absent_modules(subject)
     if not before or not after:
         raise NotApplicableError("the embedding and the output layer share a weight, so they stay")
-    whole, first, last = (subject.build() for _ in range(3))
+    whole, first, last = (subject.build_varied() for _ in range(3))
     layers = list(whole.layers)
     _remove(first, after, [])
     _remove(last, before, layers)

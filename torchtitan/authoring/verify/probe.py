@@ -12,7 +12,43 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from torchtitan.distributed.determinism import derive_seed
+from torchtitan.distributed.names import canonical_name
+from torchtitan.models.common.attention import places_in_documents
 from torchtitan.protocols.model import ModelProtocol, layers_of
+
+NOISE = 0.02
+"""Standard deviation of what is added to weights that are constant."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@torch.no_grad()
+def vary_constants(model: nn.Module, seed: int) -> None:
+    """Add noise to the zeros of all parameters, and to parameters whose numbers are all the same.
+
+    An output projection that starts at 0 makes its layer the identity: nothing that the layer does,
+    right or wrong, can then be seen from outside. What training must not do, it must not do for any
+    weights. The noise is a function of the seed and the parameter's name, as initial weights are.
+    """
+    for name, parameter in model.named_parameters():
+        with_noise(parameter, derive_seed(seed, "noise", canonical_name(name)))
+
+
+def with_noise(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """Change the zeros of a tensor in place, and all of it if it is constant."""
+    if tensor.dtype not in _FLOATS:
+        return tensor
+    constant = tensor == (tensor.flatten()[0] if is_constant(tensor) else 0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = NOISE * torch.randn(tensor.shape, generator=generator)
+    return tensor.add_(noise.to(tensor.dtype) * constant)
+
+
+def is_constant(tensor: torch.Tensor) -> bool:
+    """Whether all of its numbers are the same; not of what is quantised."""
+    if tensor.dtype not in _FLOATS or tensor.numel() == 0:
+        return False
+    return bool(tensor.min() == tensor.max())
 
 
 @dataclass
@@ -154,6 +190,18 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         tokens: `[batch, seq]`.
     """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def packed_documents(rows: int, seq_len: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Several documents in each row: their positions and their `document_ids`, `[rows, seq_len]`.
+
+    Positions begin anew with each document, and each row has other lengths.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    begins = torch.rand(rows, seq_len, generator=generator) < 4 / seq_len
+    begins[:, seq_len // 2] = True  # at least two documents
+    document_ids = begins.long().cumsum(dim=1)
+    return places_in_documents(document_ids), document_ids
 
 
 def accepts(model_cls: type[ModelProtocol], name: str) -> bool:

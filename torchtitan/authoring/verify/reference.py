@@ -14,14 +14,17 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.checkpoint.load import model_state
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed.names import canonical_name
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 from torchtitan.tools.stop_request import StopRequest
 
 from .check import CheckFailedError
 from .observe import ModuleOutputs, Outputs
+from .probe import packed_documents
 
 if TYPE_CHECKING:
+    from torchtitan.config.training import Training
     from torchtitan.train import Trainer
 
     from .subject import Subject
@@ -71,16 +74,22 @@ class Recording:
 
 
 class RandomTokens:
-    """Endless micro-batches of random tokens, in the place of `torchtitan.data.DataLoader`."""
+    """Endless micro-batches of random tokens, in the place of `torchtitan.data.DataLoader`.
 
-    def __init__(self, subject: Subject, local_batch_size: int, dp_rank: int, dp_size: int) -> None:
+    Nothing is to be predicted in the beginning of a row, as after prompts: of each row another
+    share, so that ranks and micro-batches differ in how many labels they have. Rows are packed
+    documents if `training.document_mask` is on.
+    """
+
+    def __init__(self, subject: Subject, training: Training, dp_rank: int, dp_size: int) -> None:
         self.global_batch_size = BATCH
         self._subject = subject
-        self._local_batch_size = local_batch_size
+        self._local_batch_size = training.local_batch_size
+        self._documents = training.document_mask
         share = BATCH // dp_size
         self._rows = torch.arange(dp_rank * share, (dp_rank + 1) * share)
         self._step = 0
-        self._waiting: list[torch.Tensor] = []
+        self._waiting: list[Tensors] = []
 
     def __iter__(self) -> RandomTokens:
         return self
@@ -88,10 +97,24 @@ class RandomTokens:
     def __next__(self) -> Tensors:
         if not self._waiting:
             self._step += 1
-            tokens = self._subject.tokens(BATCH, self._subject.seq_len + 1, seed=self._step)
-            self._waiting = list(tokens[self._rows].split(self._local_batch_size))
-        tokens = self._waiting.pop(0)
-        return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+            batch = self._batch(self._step)
+            self._waiting = [
+                {name: tensor[rows] for name, tensor in batch.items()}
+                for rows in self._rows.split(self._local_batch_size)
+            ]
+        return self._waiting.pop(0)
+
+    def _batch(self, step: int) -> Tensors:
+        """Of all ranks, each tensor `[BATCH, seq_len]`."""
+        seq_len = self._subject.seq_len
+        tokens = self._subject.tokens(BATCH, seq_len + 1, seed=step)
+        prompts = torch.arange(BATCH)[:, None] * seq_len // (BATCH + 4)
+        labels = tokens[:, 1:].where(torch.arange(seq_len) >= prompts, IGNORE_INDEX)
+        batch = {"tokens": tokens[:, :-1].contiguous(), "labels": labels}
+        if self._documents:
+            places, document_ids = packed_documents(BATCH, seq_len, seed=step)
+            batch |= {"positions": places, "document_ids": document_ids}
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": torch.stack([self._rows, torch.full_like(self._rows, self._step)], dim=1)}
@@ -110,7 +133,7 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
     spec = subject.spec
 
     def build_dataloader(config: Any, tokenizer: Any, dp_rank: int, dp_size: int) -> RandomTokens:
-        return RandomTokens(subject, config.training.local_batch_size, dp_rank, dp_size)
+        return RandomTokens(subject, config.training, dp_rank, dp_size)
 
     # In this process alone, which ends with the check.
     MODEL_REGISTRY[subject.name] = lambda flavor: replace(

@@ -1,7 +1,8 @@
 """What a token may depend on: itself and earlier tokens of its document, and nothing else.
 
 Dependence is asked of each layer by gradients, which are zero exactly where there is no path, and
-of the whole model by changing tokens, which also finds paths without gradients (routing).
+of the whole model by changing tokens, which also finds paths without gradients (routing). The model
+is the untrained one with noise where weights are 0, since a path of zeros is none.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _ROUTING = (
 
 def no_token_sees_a_later_one(subject: Subject) -> str:
     """The output of a token does not depend on later ones."""
-    model, tokens = subject.build(), subject.tokens(1)
+    model, tokens = subject.build_varied(), subject.tokens(1)
     seq = tokens.shape[1]
     queries = sorted({0, 1, seq // 3, seq // 2, seq - 2})
     for cut in cut_layers(model, tokens):
@@ -112,7 +113,7 @@ def _first_module(
 
 def tokens_see_earlier_ones(subject: Subject) -> str:
     """Every layer that mixes tokens lets them see earlier ones and themselves."""
-    model, tokens = subject.build(), subject.tokens(1)
+    model, tokens = subject.build_varied(), subject.tokens(1)
     last = tokens.shape[1] - 1
     mixing: dict[str, bool] = {}
     kinds: dict[str, type] = {}
@@ -151,7 +152,7 @@ def documents_are_apart(subject: Subject) -> str:
     """A document gives the same in a packed sequence as alone."""
     if not accepts(subject.spec.model_cls, "document_ids"):
         raise NotApplicableError("forward() takes no document_ids, so documents are not told apart")
-    model, tokens = subject.build(), subject.tokens(1)
+    model, tokens = subject.build_varied(), subject.tokens(1)
     seq = tokens.shape[1]
     start = seq // 3  # of the second document
     ids = (torch.arange(seq) >= start).long()[None]
@@ -187,7 +188,7 @@ def positions_are_used(subject: Subject) -> str:
     """The argument `positions` counts from 0 by default, and changes what it should."""
     if not accepts(subject.spec.model_cls, "positions"):
         raise NotApplicableError("forward() takes no positions")
-    model, tokens = subject.build(), subject.tokens(2)
+    model, tokens = subject.build_varied(), subject.tokens(2)
     counted = torch.arange(tokens.shape[1])[None]
     with torch.no_grad():
         expected = model(tokens)
@@ -212,7 +213,7 @@ def positions_are_used(subject: Subject) -> str:
 @torch.no_grad()
 def order_matters(subject: Subject) -> str:
     """Some layer tells the same earlier tokens in another order apart."""
-    model, tokens = subject.build(), subject.tokens(1, 24)
+    model, tokens = subject.build_varied(), subject.tokens(1, 24)
     shuffled = tokens.clone()
     shuffled[:, :-1] = tokens[:, :-1].flip(1)
     calls = layer_calls(model, tokens)
@@ -253,7 +254,7 @@ def _claims_of_positions(subject: Subject, model: torch.nn.Module) -> list[str]:
 
 def rows_are_independent(subject: Subject) -> str:
     """A sequence gives the same alone as in a batch, in training too."""
-    model, tokens = subject.build(), subject.tokens(3)
+    model, tokens = subject.build_varied(), subject.tokens(3)
     model.train()
     for cut in cut_layers(model, tokens):
         seen = cut.gradient((1,))
@@ -283,7 +284,7 @@ def rows_are_independent(subject: Subject) -> str:
 @torch.no_grad()
 def trailing_tokens_do_not_matter(subject: Subject) -> str:
     """A prefix gives the same alone as with padding behind it."""
-    model, tokens = subject.build(), subject.tokens(2)
+    model, tokens = subject.build_varied(), subject.tokens(2)
     length = tokens.shape[1] // 2 + 3
     padded = tokens.clone()
     padded[:, length:] = 0
@@ -306,7 +307,7 @@ def trailing_tokens_do_not_matter(subject: Subject) -> str:
 
 def any_length_works(subject: Subject) -> str:
     """Sequences of 1, 2 and an odd number of tokens, and longer than windows and chunks."""
-    model = subject.build()
+    model = subject.build_varied()
     limits = window_sizes(subject)
     lengths = [1, 2, 17, *(2 * limit + 1 for limit in limits if limit <= 512)]
     longest = getattr(subject.args, "max_seq_len", None)
@@ -355,7 +356,7 @@ def window_sizes(subject: Subject) -> list[int]:
 @torch.no_grad()
 def forward_is_repeatable(subject: Subject) -> str:
     """In evaluation, the logits are a function of the tokens alone."""
-    model = subject.build()
+    model = subject.build_varied()
     tokens, others = subject.tokens(2), subject.tokens(2, 40, seed=1)
     with recorded_outputs(model) as first:
         expected = model(tokens)

@@ -20,6 +20,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import ModelProtocol, layers_of
 
 from .check import Check, CheckFailedError, NotApplicableError
+from .probe import accepts, packed_documents, vary_constants
 from .subject import Subject
 
 SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V": (2, "DualPipeV")}
@@ -47,14 +48,18 @@ def names_are_kept(subject: Subject) -> str:
 
 
 def numbers_are_kept(subject: Subject) -> str:
-    """Any split, its stages called one after the other, gives the logits of the whole model."""
+    """Any split, its stages called one after the other, gives the logits of the whole model.
+
+    Asked of rows that are one document, and if the model takes these, with positions that begin
+    anew within a row, and of packed documents.
+    """
     if subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
     tokens = subject.tokens(2)
-    positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
-    whole = subject.build()
+    whole = subject.build_varied()
+    inputs = _inputs(subject, tokens)
     with torch.no_grad():
-        expected = whole(tokens)
+        expected = {rows: _call(whole, tokens, given) for rows, given in inputs.items()}
     done, refused = [], ""
     for split, (degree, schedule) in SPLITS.items():
         try:
@@ -63,25 +68,45 @@ def numbers_are_kept(subject: Subject) -> str:
             refused = str(error)
             continue
         _require_same_names(whole, stages, split)
-        h = tokens
-        for stage in stages:
-            takes_positions = "positions" in inspect.signature(stage.forward).parameters
+        for rows, given in inputs.items():
+            h = tokens
             with torch.no_grad():
-                h = stage(h, **({"positions": positions} if takes_positions else {}))
-        if not torch.equal(h, expected):
-            first = _first_part_that_differs(whole, stages, tokens, positions)
-            by = float((h - expected).norm() / expected.norm())
+                for stage in stages:
+                    h = _call(stage, h, given)
+            if torch.equal(h, expected[rows]):
+                continue
+            first = _first_part_that_differs(whole, stages, tokens, given)
+            by = float((h - expected[rows]).norm() / expected[rows].norm())
             raise CheckFailedError(
-                f"split in {split}, the logits differ by {by:.2g} of their norm; the first layer "
-                f"whose output differs is {first}",
+                f"split in {split}, with {rows}, the logits differ by {by:.2g} of their norm; the "
+                f"first layer whose output differs is {first}",
                 "A stage has some of the layers, under their old names. What depends on a layer "
-                "must use its own number, never its place in self.layers or their count; and only "
-                "embedding, norm and output may be None.",
+                "must use its own number, never its place in self.layers or their count; only "
+                "embedding, norm and output may be None; and every stage must use the positions "
+                "and document_ids that forward() is given.",
             )
         done.append(split)
     if not done:
         raise NotApplicableError(refused)
     return f"exact for {', '.join(done)}"
+
+
+def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """What rows may consist of -> the inputs of `forward` besides tokens."""
+    positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
+    inputs = {"one document": {"positions": positions}}
+    places, document_ids = packed_documents(*tokens.shape)
+    if accepts(subject.spec.model_cls, "positions"):
+        inputs["positions that begin anew"] = {"positions": places}
+    if accepts(subject.spec.model_cls, "document_ids"):
+        inputs["packed documents"] = {"positions": places, "document_ids": document_ids}
+    return inputs
+
+
+def _call(model: nn.Module, x: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """With those of the inputs that it takes."""
+    accepted = inspect.signature(model.forward).parameters
+    return model(x, **{name: value for name, value in inputs.items() if name in accepted})
 
 
 def _names(model: nn.Module) -> set[str]:
@@ -104,17 +129,19 @@ def _require_same_names(whole: nn.Module, stages: list[nn.Module], split: str) -
 
 
 def _first_part_that_differs(
-    whole: nn.Module, stages: list[nn.Module], tokens: torch.Tensor, positions: torch.Tensor
+    whole: nn.Module,
+    stages: list[nn.Module],
+    tokens: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
 ) -> str:
     expected = _layer_outputs(whole)
     found: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        whole(tokens)
+        _call(whole, tokens, inputs)
         h = tokens
         for stage in stages:
             found |= (outputs := _layer_outputs(stage))
-            takes_positions = "positions" in inspect.signature(stage.forward).parameters
-            h = stage(h, **({"positions": positions} if takes_positions else {}))
+            h = _call(stage, h, inputs)
             found |= outputs
     for name, output in expected.items():
         if name not in found or not torch.equal(found[name], output):
@@ -153,6 +180,7 @@ def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:
             parts = _parts_of_rank(subject, config, degree, loss_fn)
             for number, part in zip(stages_of_rank(config, rank), parts, strict=True):
                 initialize_weights(part, subject.seed, torch.device("cpu"))
+                vary_constants(part, subject.seed)
                 stages[number] = part.eval()
     return [stages[number] for number in range(degree * stages_per_rank(config))]
 

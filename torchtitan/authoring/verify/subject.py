@@ -78,6 +78,14 @@ class Subject:
         initialize_weights(model, self.seed if seed is None else seed, torch.device("cpu"))
         return model.eval()
 
+    def build_varied(self) -> ModelProtocol:
+        """As `build`, with noise where weights are 0 or constant, which could hide mistakes."""
+        from .probe import vary_constants
+
+        model = self.build()
+        vary_constants(model, self.seed)
+        return model
+
     @property
     def vocab_size(self) -> int:
         """Raises `ConfigError` if the arguments have none."""

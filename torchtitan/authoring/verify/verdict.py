@@ -36,6 +36,8 @@ class Comparison:
 
     loss_error: float
     norm_error: float
+    first_loss_error: float = 0.0
+    """Of the first step alone, in which the weights are the same."""
     names: set[str] = field(default_factory=set)
     """Of this rank's parameters and buffers."""
     order: list[str] = field(default_factory=list)
@@ -60,6 +62,7 @@ def compare(trainer: Trainer, run: Recording, reference: Recording) -> Compariso
     found = Comparison(
         loss_error=_largest_relative(run.losses, reference.losses),
         norm_error=_largest_relative(run.grad_norms, reference.grad_norms),
+        first_loss_error=_largest_relative(run.losses[:1], reference.losses[:1]),
         names=set(run.weights),
         expected_names=set(reference.weights),
         order=list(reference.outputs),
@@ -130,6 +133,14 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
         _fail(job_config, "output", min(outputs, key=forward), outputs, summary)
     if recomputed:
         _fail(job_config, "recomputed", min(recomputed, key=forward), recomputed, summary)
+    first_loss = max_error(c.first_loss_error for c in found)
+    if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are much alike
+        raise CheckFailedError(
+            f"outputs agree, but the loss of step 1 is off by {first_loss:.2g}{summary}",
+            "build_loss_fn: the loss must be the sum over the valid tokens of a micro-batch, those "
+            "whose label is not IGNORE_INDEX, and no mean: the trainer divides by the tokens of "
+            "the whole step.",
+        )
     if gradients:  # an error spreads backwards, so it begins at the last of them
         _fail(job_config, "gradient", max(gradients, key=forward), gradients, summary)
     if weights:
@@ -183,7 +194,7 @@ _HINTS = {
     "arange(seq); attention and its mask must be ScaledDotProductAttention and CausalMask",
     ("output", "pp"): "a stage has some of the layers, under their old names: what depends on a "
     "layer must use its own number, not its place in self.layers; and forward() must use "
-    "`positions`",
+    "`positions` and `document_ids`",
     ("output", "ep"): "the router must score each token by itself, and experts take rows in any "
     "order",
     ("output", "dp"): "something is computed over the batch, which other ranks have a part of",

@@ -1,0 +1,24 @@
+"""Later pipeline stages do not know where documents end."""
+
+from __future__ import annotations
+
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("stages.numbers", "layouts.pp2_documents", "layouts.pp2_fsdp2_documents")
+SAYS = r"with packed documents, the logits differ .* layers\.2"
+
+
+class Model(base.Model):
+    def forward(self, tokens, positions=None, document_ids=None):
+        if self.tok_embeddings is None:
+            document_ids = None
+        return super().forward(tokens, positions, document_ids)
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model)
+
+
+register_train_spec("documents_in_the_first_stage_only", get_train_spec)

@@ -1,0 +1,39 @@
+"""The loss is the mean over the valid tokens, times the number of all."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from mutants import base
+from torch.distributed.tensor import DTensor
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = (
+    "layouts.fsdp2",
+    "layouts.ddp2",
+    "layouts.cp2",
+    "layouts.pp2",
+    "layouts.accumulation",
+)
+SAYS = r"outputs agree, but the loss of step 1 is off by .* the sum over the valid tokens"
+
+
+class Mean:
+    def attach(self, model_parts):
+        pass
+
+    def __call__(self, pred, labels):
+        if isinstance(pred, DTensor):
+            pred = pred.full_tensor()
+        return F.cross_entropy(pred.flatten(0, 1).float(), labels.flatten()) * labels.numel()
+
+
+def build_mean(job_config):
+    return Mean()
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, build_loss_fn=build_mean)
+
+
+register_train_spec("loss_averages", get_train_spec)
