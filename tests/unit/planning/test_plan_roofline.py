@@ -83,6 +83,25 @@ def test_the_link_of_a_group(name: str) -> None:
     assert (traffic.link, traffic.seconds) == (link, pytest.approx(seconds))
 
 
+ALL_TO_ALL = {
+    # 3 of 4 shares are sent, each rank at its own link's rate.
+    "within a host": ([0, 1, 2, 3], 0.75),
+    # Of 16 shares a rank sends 8 to the other host, by its own part of the network cards.
+    "whole hosts": (list(range(16)), 5.0),
+    "one rank a host": ([0, 8, 16, 24], 7.5),
+}
+
+
+@pytest.mark.parametrize("name", ALL_TO_ALL)
+def test_ranks_of_an_all_to_all_do_not_share_their_network_cards(name: str) -> None:
+    ranks, seconds = ALL_TO_ALL[name]
+    sent = Collective("all_to_all", "ep", len(ranks), payload=100_000_000)
+    trace = PassTrace(Counter(), Counter({sent: 1}))
+    assert roofline().seconds(trace, {"ep": ranks}) == pytest.approx(seconds)
+    (traffic,) = roofline().traffic({sent: 1}, {"ep": ranks})
+    assert traffic.seconds == pytest.approx(seconds)
+
+
 def test_a_ring_sends_its_share() -> None:
     sizes = {"all_gather": 75, "reduce_scatter": 75, "all_reduce": 150, "send": 100}
     for kind, sent in sizes.items():

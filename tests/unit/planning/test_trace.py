@@ -59,6 +59,18 @@ def test_tensor_parallel_moves_the_hidden_states_eight_times_a_layer() -> None:
         assert total == pytest.approx(calls * hidden)
 
 
+def test_a_ring_sends_keys_and_values_to_one_rank_at_a_time() -> None:
+    options = ["--training.seq_len=64", "--training.mixed_precision_param=float32"]
+    options += ["--parallelism.context_parallel_method=ring"]
+    sent = sent_by_group(trace(4, 0, "debugmodel", *options, cp=4).collectives)
+    args = get_train_spec("llama3", "debugmodel").model_args
+    width = args.dim // args.n_heads * (args.n_kv_heads or args.n_heads)
+    keys_and_values = 2 * 64 // 4 * width * 4  # bytes
+    # Forward 3 times; backward 3 times, their gradients 4 times.
+    assert sent["cp", "send"] == (10 * args.n_layers, 10 * args.n_layers * keys_and_values)
+    assert ("cp", "all_to_all") not in sent
+
+
 def test_a_rank_of_half_as_many_holds_twice_the_state() -> None:
     """Activations and gathered parameters are the same, so the difference is the state."""
     config = load_config(
