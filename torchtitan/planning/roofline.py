@@ -16,7 +16,7 @@ from .devices import Device
 from .records import PassTrace, StageTrace
 from .schedule import StageCost
 
-OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate")
+OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate", "expert_dp_replicate")
 """Groups whose collectives run while the device computes; others are waited for."""
 FLOAT8_PRODUCTS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm")
 FUSED = 0.4

@@ -52,7 +52,9 @@ def test_a_thin_matrix_product_is_bound_by_memory() -> None:
     assert roofline().compute(PassTrace(Counter({thin: 1})))[0] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("group", "seconds"), [("fsdp", 3.0), ("tp", 5.0)])
+@pytest.mark.parametrize(
+    ("group", "seconds"), [("fsdp", 3.0), ("expert_dp_replicate", 3.0), ("tp", 5.0)]
+)
 def test_only_collectives_of_data_parallel_overlap(group: str, seconds: float) -> None:
     """2 s of sending beside 3 s of computing."""
     sent = Collective("send", group, 2, payload=200_000_000)
