@@ -51,9 +51,45 @@ def computed_share(mask: torch.Tensor | None, is_causal: bool) -> float:
 def attention_of_cuda() -> Iterator[None]:
     """Within it, the model's attention takes and makes `PlannedMask`s."""
     with ExitStack() as stack:
+        stack.enter_context(patch.object(attention.CausalMask, "build", _build))
         stack.enter_context(patch.object(attention, "flex_attention", _attend))
         stack.enter_context(patch.object(attention, "mask_of_last", _mask_of_last))
         yield
+
+
+_dense_mask = attention.CausalMask.build
+
+
+def _build(
+    causal: attention.CausalMask,
+    use_flex: bool,
+    seq_len: int,
+    document_ids: torch.Tensor | None,
+    device: torch.device,
+    queries: torch.Tensor | None,
+) -> attention.AttentionMask:
+    """In the place of `CausalMask.build`, for a mask that is not plain causal."""
+    if not causal.uses_flex(False, torch.device("cuda")):
+        return _dense_mask(causal, use_flex, seq_len, document_ids, device, queries)
+    return PlannedMask(_allowed_share(seq_len, causal.window, causal.chunk))
+
+
+def _allowed_share(seq_len: int, window: int | None, chunk: int | None) -> float:
+    """Of all pairs, where one document fills the sequence.
+
+    Ranks that share a sequence have queries from its early and late parts, so it is theirs too.
+    """
+    chunk = chunk or seq_len
+    window = min(window or chunk, chunk)
+    whole, rest = divmod(seq_len, chunk)
+    pairs = whole * _pairs(chunk, window) + _pairs(rest, window)
+    return pairs / seq_len**2
+
+
+def _pairs(tokens: int, window: int) -> int:
+    """Of queries and the keys that they see, at most a window of them."""
+    first = min(tokens, window)
+    return first * (first + 1) // 2 + (tokens - first) * window
 
 
 _dense_mask_of_last = attention.mask_of_last

@@ -138,6 +138,17 @@ class CausalMask(nn.Module):
         use_flex = self.uses_flex(plain, device)
         if plain and not use_flex:
             return None
+        return self.build(use_flex, seq_len, document_ids, device, queries)
+
+    def build(
+        self,
+        use_flex: bool,
+        seq_len: int,
+        document_ids: torch.Tensor | None,
+        device: torch.device,
+        queries: torch.Tensor | None,
+    ) -> AttentionMask:
+        """The mask for flex attention or, else, SDPA, for the same arguments as `forward`."""
         batch = 1 if document_ids is None else document_ids.shape[0]
         n = seq_len if queries is None else queries.shape[0]
         build = flex_mask if use_flex else dense_mask
