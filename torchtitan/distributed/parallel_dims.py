@@ -195,7 +195,8 @@ class ParallelDims:
     def groups(self) -> dict[str, ProcessGroup]:
         """Name -> process group that this rank is in, for the parallelisms that are enabled.
 
-        `fsdp` has the ranks that share parameters.
+        `fsdp` has the ranks that share parameters. Experts have groups of their own of the same
+        ranks as `dp_replicate` and `pp`, named `expert_dp_replicate` and `expert_pp`.
         """
         groups = {}
         for name in ("pp", "dp_replicate", "cp", "tp"):
@@ -204,7 +205,9 @@ class ParallelDims:
         groups["fsdp"] = self.world_mesh["dp_shard_cp"].get_group()
         if self.ep_enabled or self.etp_enabled:
             names = self.expert_mesh.mesh_dim_names or ()
-            groups |= {name: self.expert_mesh[name].get_group() for name in names}
+            for name in names:
+                own = f"expert_{name}" if name in groups else name
+                groups[own] = self.expert_mesh[name].get_group()
         return groups
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn as nn
+
 from torchtitan.config import JobConfig
 from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
@@ -31,6 +33,8 @@ class _LayerCost:
     activations: float
     other_seconds: float
     other_bytes: float
+    optimizer: float
+    """Bytes of the optimizer's state for each byte of gradients."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class _Share:
 
     layers: float
     params: float
+    trained: float
+    """Of the parameters, those that are not frozen."""
     last: bool
     """Whether it has the output layer."""
 
@@ -57,6 +63,7 @@ class Arithmetic:
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
         self._dim = getattr(args, "dim", 0)
         self._model = meta_model(single_layout(config))
+        self._trained = _sizes(self._model)[1]
         layers = list(layers_of(self._model).values())
         self._layers = len(layers)
         self._layer_params = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
@@ -82,16 +89,16 @@ class Arithmetic:
             sum(roofline.compute(stage.forward)) + sum(roofline.compute(stage.backward))
             for stage in stages
         ]
+        optimizer = stages[1].optimizer_state / max(stages[1].gradients, 1)
         if depths[0] == depths[1]:  # too shallow to be taken apart
             share = stages[0].activations / depths[0]
-            return _LayerCost(seconds[0] / depths[0], share, 0.0, 0.0)
+            return _LayerCost(seconds[0] / depths[0], share, 0.0, 0.0, optimizer)
         step = depths[1] - depths[0]
         layer = (seconds[1] - seconds[0]) / step
         kept = (stages[1].activations - stages[0].activations) / step
         working = max(moment.activations + moment.temporary for moment in stages[0].moments)
-        return _LayerCost(
-            layer, kept, seconds[0] - depths[0] * layer, max(0.0, working - depths[0] * kept)
-        )
+        other = max(0.0, working - depths[0] * kept)
+        return _LayerCost(layer, kept, seconds[0] - depths[0] * layer, other, optimizer)
 
     def memory(self, candidate: Candidate) -> float:
         """Bytes of the fullest rank."""
@@ -103,15 +110,16 @@ class Arithmetic:
             kept += 2 * self._hidden(c) * (c.tp - 1)
         if c.pp == 1:
             gathered = min(8 * self._layer_params / c.tp, cost.other_bytes)
-            state = 16 * self._nparams / c.tp / shards
+            state = 4 * (self._nparams + (1 + cost.optimizer) * self._trained) / c.tp / shards
             other = gathered + (cost.other_bytes - gathered) * share
             return state + self._layers * kept + other
         # Whole parameters and gradients; without FSDP casts of parameters.
-        state = 12 / shards + 6
+        weight, trained = 4 / shards + 2, 4 * cost.optimizer / shards + 4
         stages = STAGES[c.schedule]
         buffers = 3 * stages * self._passes(c) * self._hidden(c)
         return buffers + max(
-            state * rank.params / c.tp + self._flying(c, place) * rank.layers * kept
+            (weight * rank.params + trained * rank.trained) / c.tp
+            + self._flying(c, place) * rank.layers * kept
             for place, rank in enumerate(self._ranks(c))
         )
 
@@ -143,14 +151,14 @@ class Arithmetic:
         if ranks > self._host_size:
             mates = max(1, self._host_size // c.tp)
             rate = min(device.link, mates * device.network) * device.link_efficiency
-        moved = 8 / c.tp * (1 - 1 / (c.shard * c.cp))
+        moved = 4 / c.tp * (1 - 1 / (c.shard * c.cp))  # twice a parameter, once a gradient
         if c.pp == 1:
             compute = passes * (self._layers * layer + other)
-            return max(compute, passes * moved * self._nparams / rate)
+            return max(compute, passes * moved * (self._nparams + self._trained) / rate)
         places = self._ranks(c)
         work = [rank.layers * layer + (other if rank.last else 0.0) for rank in places]
         bubble = _BUBBLE[c.schedule] * (c.pp - 1) * sum(work) / c.pp
-        communication = moved * max(rank.params for rank in places) / rate
+        communication = moved * max(rank.params + rank.trained for rank in places) / rate
         return passes * max(work) + bubble + communication
 
     def _ranks(self, candidate: Candidate) -> list[_Share]:
@@ -161,13 +169,12 @@ class Arithmetic:
             try:
                 stages = assign_modules(self._model, job, FIRST_MODULES, LAST_MODULES)
             except ConfigError:  # the trace says why; until then take it for even
-                part = _Share(self._layers / candidate.pp, self._nparams / candidate.pp, False)
+                pp = candidate.pp
+                part = _Share(self._layers / pp, self._nparams / pp, self._trained / pp, False)
                 self._shares[key] = [part] * candidate.pp
                 return self._shares[key]
             sizes = {
-                name: sum(p.numel() for p in self._model.get_submodule(name).parameters())
-                for names in stages
-                for name in names
+                name: _sizes(self._model.get_submodule(name)) for names in stages for name in names
             }
             own = [
                 [name for stage in stages_of_rank(job, place) for name in stages[stage]]
@@ -176,7 +183,8 @@ class Arithmetic:
             self._shares[key] = [
                 _Share(
                     layers=sum(name.startswith("layers.") for name in names),
-                    params=sum(sizes[name] for name in names),
+                    params=sum(sizes[name][0] for name in names),
+                    trained=sum(sizes[name][1] for name in names),
                     last=stages[-1][-1] in names,
                 )
                 for names in own
@@ -187,3 +195,9 @@ class Arithmetic:
         """Micro-batches of a rank in a step."""
         data = candidate.replicate * candidate.shard
         return self._config.training.global_batch_size // data // candidate.micro_batch
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Elements of all parameters, and of those that are not frozen."""
+    params = list(module.parameters())
+    return sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)

@@ -87,6 +87,8 @@ class CollectiveRecorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         kind = _KINDS.get(func._schema.name)
         if kind is not None:
+            if kind == "all_to_all" and _has_one_receiver(args):
+                kind = "send"  # one step around a ring
             group = _group_of(args)
             sizes = [
                 sum(t.numel() * t.element_size() for t in tree_leaves(side) if _is_tensor(t))
@@ -124,6 +126,11 @@ def sent_by_group(
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
+
+
+def _has_one_receiver(args: Any) -> bool:
+    """Whether of this all-to-all's shares, one a rank, all but one are empty."""
+    return any(isinstance(a, list) and len(a) - a.count(0) == 1 < len(a) for a in args)
 
 
 def _group_of(args: Any) -> dist.ProcessGroup:

@@ -72,6 +72,7 @@ class Plan:
     ranks: list[RankPlan]
     step_seconds: float
     tokens_per_step: int
+    """Of a replica group."""
     flops_per_token: int
     nparams: int
     accumulation_steps: int
@@ -80,6 +81,12 @@ class Plan:
     @property
     def world_size(self) -> int:
         return self.dims.world_size
+
+    @property
+    def replica_groups(self) -> int:
+        """Groups of `world_size` devices each (`fault_tolerance`). The plan is of one of them."""
+        groups = self.config.fault_tolerance
+        return groups.group_size if groups.enable else 1
 
     @property
     def tokens_per_second(self) -> float:

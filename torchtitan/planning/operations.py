@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .masks import computed_share
 from .memory import pausing_for_shapes
 
 
@@ -46,7 +47,7 @@ class OperationRecorder(TorchDispatchMode):
         if func.namespace == "aten" and not self.paused and not _is_free(func):
             operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-            moved = sum(t.numel() * t.element_size() for t in (*operands, *results))
+            moved = sum(map(_bytes, (*operands, *results)))
             flops = _flops(func, args, kwargs or {}, result)
             self.operations[Operation(func.overloadpacket._qualified_op_name, flops, moved)] += 1
         return result
@@ -72,6 +73,11 @@ _FREE = (
 )
 
 
+def _bytes(tensor: torch.Tensor) -> int:
+    """An expanded tensor has fewer than its elements."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
 def _is_free(func: Any) -> bool:
     """A view, or memory that nothing is written to."""
     returns = func._schema.returns
@@ -83,9 +89,9 @@ def _is_free(func: Any) -> bool:
 def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     name = func.overloadpacket.__name__
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return _attention_flops(args[0], args[1])
+        return _attention_flops(func, args, kwargs)
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        return _attention_flops(args[1], args[2]) * 5 // 2
+        return _attention_flops(func, args, kwargs) * 5 // 2
     if name == "_scaled_grouped_mm":
         return 2 * result.numel() * args[0].shape[-1]
     if name == "_grouped_mm":
@@ -94,10 +100,13 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
 
 
-def _attention_flops(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Two products, whose upper half a causal kernel skips. `[batch, heads, seq, head_dim]`."""
-    batch, heads, seq, head_dim = q.shape
-    return 2 * batch * heads * seq * k.shape[2] * head_dim
+def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    """Of the two products of a forward pass, without what kernels skip."""
+    names = (argument.name for argument in func._schema.arguments)
+    named = dict(zip(names, args, strict=False)) | kwargs
+    batch, heads, seq, head_dim = named["query"].shape
+    share = computed_share(named.get("attn_mask"), named.get("is_causal", False))
+    return round(share * 4 * batch * heads * seq * named["key"].shape[2] * head_dim)
 
 
 def _grouped(args: Any) -> int:

@@ -42,9 +42,9 @@ class Budget:
 
     @classmethod
     def of(cls, plan: Plan, tokens: float, price: float | None) -> Budget:
-        steps = math.ceil(tokens / plan.tokens_per_step)
+        steps = math.ceil(tokens / (plan.tokens_per_step * plan.replica_groups))
         seconds = steps * plan.step_seconds
-        hours = seconds * plan.world_size / 3600
+        hours = seconds * plan.world_size * plan.replica_groups / 3600
         return cls(tokens, steps, seconds, hours, None if price is None else hours * price)
 
 
@@ -61,9 +61,10 @@ def show(plan: Plan, budget: Budget | None = None) -> None:
 
 def headline(plan: Plan) -> str:
     model, device = plan.config.model, plan.device
+    of_groups = f" of each of {plan.replica_groups} replica groups" * (plan.replica_groups > 1)
     return (
         f"{model.name} {model.flavor}: {human(plan.nparams)} parameters on {plan.world_size:,} "
-        f"{device.name} ({plan.dims})"
+        f"{device.name}{of_groups} ({plan.dims})"
     )
 
 
@@ -112,14 +113,17 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
         "waiting for collectives": rank.waiting_seconds,
     }
     lines = [
-        f"step: {three_digits(plan.step_seconds)} s for {plan.tokens_per_step:,} tokens: "
+        f"step: {three_digits(plan.step_seconds)} s for {plan.tokens_per_step:,} tokens"
+        + " of a group" * (plan.replica_groups > 1)
+        + ": "
         + ", ".join(f"{name} {three_digits(seconds)} s" for name, seconds in parts.items())
     ]
     if plan.timeline:
         lines.append(f"pipeline bubble: {100 * plan.bubble:.1f}% of the time")
+    devices = plan.world_size * plan.replica_groups
     lines += [
         f"tokens/s: {plan.tokens_per_second:,.0f} of a device, "
-        f"{plan.tokens_per_second * plan.world_size:,.0f} in all; MFU {100 * plan.mfu:.1f}%; "
+        f"{plan.tokens_per_second * devices:,.0f} in all; MFU {100 * plan.mfu:.1f}%; "
         f"bound by {plan.bound}",
     ]
     if plan.room >= 0:
@@ -142,6 +146,7 @@ def as_json(plan: Plan, budget: Budget | None = None) -> dict[str, Any]:
         "model": {"name": model.name, "flavor": model.flavor, "parameters": plan.nparams},
         "device": asdict(plan.device),
         "world_size": plan.world_size,
+        "replica_groups": plan.replica_groups,
         "layout": str(plan.dims),
         "fits": plan.room >= 0,
         "room_bytes": plan.room,

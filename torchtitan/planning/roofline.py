@@ -16,7 +16,7 @@ from .devices import Device
 from .records import PassTrace, StageTrace
 from .schedule import StageCost
 
-OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate")
+OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate", "expert_dp_replicate")
 """Groups whose collectives run while the device computes; others are waited for."""
 FLOAT8_PRODUCTS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm")
 FUSED = 0.4
@@ -55,7 +55,9 @@ class Roofline:
         return StageCost(
             forward=forward,
             backward=self.seconds(stage.backward, groups),
-            send=self._transfer(stage.hidden_out, groups.get("pp", [0])) if stage.hidden_out else 0,
+            send=self._transfer("send", stage.hidden_out, groups.get("pp", [0]))
+            if stage.hidden_out
+            else 0,
             activations=stage.activations,
             start=self.seconds(PassTrace(stage.forward.operations, first), groups) - forward,
             finish=self.seconds(stage.finish, groups),
@@ -92,25 +94,34 @@ class Roofline:
         """Seconds that are waited for, and that overlap with computing."""
         waited = overlapped = 0.0
         for collective, calls in collectives.items():
-            seconds = calls * self._transfer(collective.sent, groups.get(collective.group, [0]))
+            ranks = groups.get(collective.group, [0])
+            seconds = calls * self._transfer(collective.kind, collective.sent, ranks)
             if collective.group in OVERLAPPED:
                 overlapped += seconds
             else:
                 waited += seconds
         return waited, overlapped
 
-    def _transfer(self, sent: float, ranks: list[int]) -> float:
-        return self._device.latency + sent / self._rate(ranks)
+    def _transfer(self, kind: str, sent: float, ranks: list[int]) -> float:
+        """Seconds until a rank has sent so many bytes to its group.
 
-    def _rate(self, ranks: list[int]) -> float:
-        """Bytes/s of a rank. The ranks of a group on one host share their network cards."""
+        In a ring few ranks of a host send to another host, so they share its network cards. In an
+        all-to-all each rank sends to all others, at the same time within the host and by its own
+        share of the network.
+        """
         device = self._device
-        if self.link(ranks) == "host":
-            return device.link * device.link_efficiency
         hosts: dict[int, int] = defaultdict(int)
         for rank in ranks:
             hosts[rank // self._host_size] += 1
-        return min(device.link, min(hosts.values()) * device.network) * device.link_efficiency
+        mates = min(hosts.values())
+        if len(hosts) == 1:
+            seconds = sent / device.link
+        elif kind == "all_to_all":
+            near = sent * (mates - 1) / (len(ranks) - 1)
+            seconds = max(near / device.link, (sent - near) / device.network)
+        else:
+            seconds = sent / min(device.link, mates * device.network)
+        return device.latency + seconds / device.link_efficiency
 
     def link(self, ranks: list[int]) -> str:
         return "host" if len({rank // self._host_size for rank in ranks}) <= 1 else "network"
@@ -122,7 +133,7 @@ class Roofline:
             ranks = groups.get(collective.group, [0])
             total[0] += times
             total[1] += times * collective.sent
-            total[2] += times * self._transfer(collective.sent, ranks)
+            total[2] += times * self._transfer(collective.kind, collective.sent, ranks)
         return [
             Traffic(group, kind, ranks, self.link(groups.get(group, [0])), *total)
             for (group, kind, ranks), total in totals.items()

@@ -37,6 +37,8 @@ class Found:
     traced: list[tuple[Candidate, Plan]] = field(default_factory=list)
     finished: bool = True
     """Whether every candidate that could win was traced in the time there was."""
+    hopeless: bool = False
+    """Whether none fits by arithmetic, and by a trace not the smallest, the only one traced."""
 
     @property
     def fitting(self) -> list[tuple[Candidate, Plan]]:
@@ -93,17 +95,22 @@ def search(
         raise ConfigError(_no_layout(config, world_size))
     arithmetic = Arithmetic(config, device, host_size)
     available = device.memory - device.host_memory_reserved
-    possible = [c for c in every if arithmetic.memory(c) <= _MEMORY_MARGIN * available]
+
+    def by_time(most: float) -> list[Candidate]:
+        """Of those that take `most` bytes by arithmetic."""
+        possible = [c for c in every if arithmetic.memory(c) <= most]
+        return sorted(possible, key=lambda c: (arithmetic.seconds(c), c.cp, c.tp))
+
+    most = _MEMORY_MARGIN * available
+    queue = by_time(most)
     # If none can fit, the smallest shows by how much.
-    smallest = sorted(every, key=arithmetic.memory) if not possible else []
-    possible = smallest or sorted(possible, key=lambda c: (arithmetic.seconds(c), c.cp, c.tp))
+    only_smallest = not queue
+    queue = queue or sorted(every, key=arithmetic.memory)
     found = Found(considered=len(every))
     known: Traces = {}
     refused: ConfigError | None = None
-    for candidate in possible:
-        best = found.best
-        if smallest and found.traced:
-            break
+    while queue:
+        candidate, best = queue.pop(0), found.best
         if best and arithmetic.seconds(candidate) > _TIME_MARGIN * best.step_seconds:
             break
         if time.monotonic() > end and found.traced:
@@ -116,6 +123,13 @@ def search(
             refused = refused or error
             continue
         found.traced.append((candidate, plan))
+        if only_smallest and plan.room < 0:
+            found.hopeless = True
+            break
+        if only_smallest:  # it fits, so the arithmetic is too high by at least this much
+            queue = by_time(most * arithmetic.memory(candidate) / plan.peak)
+            queue.remove(candidate)
+            only_smallest = False
     if not found.traced and refused is not None:
         raise refused
     return found
@@ -173,7 +187,8 @@ def show_found(found: Found) -> None:
     console.print(
         f"{found.considered:,} layouts considered, {len(found.traced)} traced, "
         f"{len(found.fitting)} of them fit"
-        + ("" if found.finished else "; stopped by --seconds, a longer search may find better"),
+        + ("" if found.finished else "; stopped by --seconds, a longer search may find better")
+        + "; by arithmetic none does, and this is the smallest" * found.hopeless,
         soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD)

@@ -38,6 +38,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import CollectiveRecorder
 from .layers import Repetition, keep_layers
+from .masks import attention_of_cuda
 from .memory import PeakMemory
 from .records import StepTrace
 from .stage import recording, trace_stage
@@ -94,7 +95,7 @@ def trace_step(
 
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _refusing_values(job_config), fake, warnings.catch_warnings():
+    with _refusing_values(job_config), fake, attention_of_cuda(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for part in parts:
             part.to_empty(device="cpu")

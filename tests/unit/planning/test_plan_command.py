@@ -79,6 +79,32 @@ def test_a_plan_on_the_terminal_as_json_and_as_a_page(
     check_picture(Path(files[2]).read_bytes())
 
 
+def test_a_budget_is_of_all_replica_groups(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four groups of 2 devices take a quarter of the time of one, and as many device hours."""
+    groups = ["--fault_tolerance.enable", "--fault_tolerance.group_size=4"]
+    plans = []
+    for batch, options in ((8, []), (32, groups)):
+        file = str(tmp_path / "plan.json")
+        overrides = ["--", f"--training.global_batch_size={batch}", *options]
+        main([job, "--world-size", "2", "--tokens", "1e9", "--json", file, *overrides])
+        plans.append(json.loads(Path(file).read_text()))
+    one, four = plans
+    assert one["step_seconds"] == four["step_seconds"]
+    assert (one["replica_groups"], four["replica_groups"]) == (1, 4)
+    assert four["budget"]["steps"] == -(-(10**9) // (32 * 256))
+    assert four["budget"]["seconds"] == pytest.approx(one["budget"]["seconds"] / 4, rel=0.001)
+    hours = [plan["budget"]["device_hours"] for plan in plans]
+    assert hours[0] == pytest.approx(hours[1], rel=0.001)
+    alone, together = capsys.readouterr().out.split("debugmodel:")[1:]
+    assert "2 h100 (" in alone and "of a group" not in alone
+    assert "2 h100 of each of 4 replica groups (" in together
+    assert f"for {8 * 256:,} tokens of a group" in together
+    of_all = 4 * four["tokens_per_second_per_device"] * 2
+    assert f"{of_all:,.0f} in all" in together
+
+
 def check_page(text: str, plan: dict) -> None:
     """Well-formed, nothing from elsewhere, bars as long as what they show."""
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")

@@ -52,7 +52,9 @@ def test_a_thin_matrix_product_is_bound_by_memory() -> None:
     assert roofline().compute(PassTrace(Counter({thin: 1})))[0] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("group", "seconds"), [("fsdp", 3.0), ("tp", 5.0)])
+@pytest.mark.parametrize(
+    ("group", "seconds"), [("fsdp", 3.0), ("expert_dp_replicate", 3.0), ("tp", 5.0)]
+)
 def test_only_collectives_of_data_parallel_overlap(group: str, seconds: float) -> None:
     """2 s of sending beside 3 s of computing."""
     sent = Collective("send", group, 2, payload=200_000_000)
@@ -81,6 +83,25 @@ def test_the_link_of_a_group(name: str) -> None:
     sent = Collective("send", "g", len(ranks), payload=100_000_000)
     (traffic,) = roofline().traffic({sent: 1}, {"g": ranks})
     assert (traffic.link, traffic.seconds) == (link, pytest.approx(seconds))
+
+
+ALL_TO_ALL = {
+    # 3 of 4 shares are sent, each rank at its own link's rate.
+    "within a host": ([0, 1, 2, 3], 0.75),
+    # Of 16 shares a rank sends 8 to the other host, by its own part of the network cards.
+    "whole hosts": (list(range(16)), 5.0),
+    "one rank a host": ([0, 8, 16, 24], 7.5),
+}
+
+
+@pytest.mark.parametrize("name", ALL_TO_ALL)
+def test_ranks_of_an_all_to_all_do_not_share_their_network_cards(name: str) -> None:
+    ranks, seconds = ALL_TO_ALL[name]
+    sent = Collective("all_to_all", "ep", len(ranks), payload=100_000_000)
+    trace = PassTrace(Counter(), Counter({sent: 1}))
+    assert roofline().seconds(trace, {"ep": ranks}) == pytest.approx(seconds)
+    (traffic,) = roofline().traffic({sent: 1}, {"ep": ranks})
+    assert traffic.seconds == pytest.approx(seconds)
 
 
 def test_a_ring_sends_its_share() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from torchtitan.config import JobConfig, load_config
+from torchtitan.config.optimizer import ParamRule
 from torchtitan.planning.arithmetic import Arithmetic
-from torchtitan.planning.candidates import candidates
+from torchtitan.planning.candidates import Candidate, candidates
 from torchtitan.planning.command import main
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
@@ -83,6 +84,51 @@ def test_what_cannot_fit_is_not_the_best() -> None:
     found = search(job("debugmodel", 4, 256), 2, small, seconds=1)
     assert found.best is None and found.traced and not found.fitting and not found.pareto
     assert [row[-1] for row in rows(found)] == ["does not fit"]
+    assert found.hopeless and len(found.traced) == 1
+
+
+def test_what_fits_against_the_arithmetic_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest is traced first, and says by how much the arithmetic is too high."""
+    config = job("debugmodel", 4, 256)
+    few = [c for c in candidates(config, 1, 8) if c.micro_batch in (1, 4)]
+    monkeypatch.setattr("torchtitan.planning.search.candidates", lambda *_: few)
+    monkeypatch.setattr("torchtitan.planning.search._TIME_MARGIN", 100.0)
+    right = Arithmetic.memory
+    monkeypatch.setattr(Arithmetic, "memory", lambda self, c: 10_000 * right(self, c))
+    found = search(config, 1, DEVICES["h100"])
+    assert not found.hopeless and len(found.traced) == len(found.fitting) == len(few) == 6
+    # The smallest, then the others in the order of their times, once each.
+    assert len({candidate for candidate, _ in found.traced}) == 6
+
+
+def test_arithmetic_knows_frozen_parameters_and_other_optimizers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A frozen parameter has no gradient and no state. SGD has one moment, and AdamW two."""
+    monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", ("none",))
+    layouts = [
+        Candidate(1, 1, 1, 1, pp, 1, "none", 4 if pp > 1 else 1, 1, "1F1B" * (pp > 1))
+        for pp in (1, 2)
+    ]
+    frozen = ParamRule(pattern=r"layers\.[0-4]\.", lr_scale=0.0)
+    reckoned, traced = {}, {}
+    for name, optimizer, rules in (
+        ("all", "AdamW", []),
+        ("frozen", "AdamW", [frozen]),
+        ("SGD", "SGD", []),
+    ):
+        config = job("debugmodel", 4, 256, f"--optimizer.name={optimizer}")
+        config.optimizer.rules = rules
+        arithmetic = Arithmetic(config, DEVICES["h100"], 8)
+        for layout in layouts:
+            plan = plan_run(layout.config(config), layout.pp, DEVICES["h100"])
+            reckoned[name, layout], traced[name, layout] = arithmetic.memory(layout), plan.peak
+    for name in ("frozen", "SGD"):
+        for layout in layouts:
+            less, truly_less = (
+                memory["all", layout] - memory[name, layout] for memory in (reckoned, traced)
+            )
+            assert less == pytest.approx(truly_less, rel=0.25), (name, layout)
 
 
 def test_the_best_is_written_and_can_be_planned(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch.distributed as dist
 
 import torchtitan.models  # noqa: F401
 from torchtitan.config import load_config
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.planning.collectives import sent_by_group
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
@@ -57,6 +59,39 @@ def test_tensor_parallel_moves_the_hidden_states_eight_times_a_layer() -> None:
         # Besides the layers, the embedding scatters and the output layer gathers.
         assert 4 * layers + 1 <= calls <= 4 * layers + 2
         assert total == pytest.approx(calls * hidden)
+
+
+def test_every_group_has_a_name_where_experts_have_groups_of_their_own() -> None:
+    """Replicas of experts, and of all else, are the same ranks in two groups."""
+    options = ["--model.name=qwen3", "--training.seq_len=64"]
+    options += ["--parallelism.expert_parallel_degree=2"]
+    collectives = trace(8, 0, "debugmodel_moe", *options, rep=2).collectives
+    names = {"fsdp", "dp_replicate", "expert_dp", "expert_dp_replicate", "ep"}
+    assert {collective.group for collective in collectives} == names
+    of_replicas = sent_by_group(collectives)
+    dense, experts = (
+        of_replicas[name, "all_reduce"][1] for name in ("dp_replicate", "expert_dp_replicate")
+    )
+    # Gradients in float32 of a rank's part, in the two ways that a ring sends them.
+    parameters = get_train_spec("qwen3", "debugmodel_moe").model_args.get_nparams_and_flops(1)[0]
+    assert dense + experts == pytest.approx(4 * parameters / 4, rel=0.01)
+    with fake_world(16, 0):
+        dims = ParallelDims(dp_replicate=2, pp=2, ep=2, world_size=16)
+        ranks = {name: dist.get_process_group_ranks(g) for name, g in dims.groups().items()}
+    assert ranks["dp_replicate"] == ranks["expert_dp_replicate"] == [0, 4]
+    assert ranks["pp"] == ranks["expert_pp"] == [0, 8]
+
+
+def test_a_ring_sends_keys_and_values_to_one_rank_at_a_time() -> None:
+    options = ["--training.seq_len=64", "--training.mixed_precision_param=float32"]
+    options += ["--parallelism.context_parallel_method=ring"]
+    sent = sent_by_group(trace(4, 0, "debugmodel", *options, cp=4).collectives)
+    args = get_train_spec("llama3", "debugmodel").model_args
+    width = args.dim // args.n_heads * (args.n_kv_heads or args.n_heads)
+    keys_and_values = 2 * 64 // 4 * width * 4  # bytes
+    # Forward 3 times; backward 3 times, their gradients 4 times.
+    assert sent["cp", "send"] == (10 * args.n_layers, 10 * args.n_layers * keys_and_values)
+    assert ("cp", "all_to_all") not in sent
 
 
 def test_a_rank_of_half_as_many_holds_twice_the_state() -> None:

@@ -67,9 +67,7 @@ class ScaledDotProductAttention(nn.Module):
                 # Its triangle ends at the last key. SDPA's begins at the first.
                 flash = torch.ops.aten._scaled_dot_product_flash_attention
                 return flash(q, k, v, 0.0, True, scale=scale)[0]
-            before = k.shape[2] - q.shape[2]
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            mask = mask.tril(before)
+            mask = mask_of_last(q, k, v)
         if isinstance(mask, BlockMask):
             attend = fused_flex_attention(q.device)
             return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
@@ -84,9 +82,19 @@ class ScaledDotProductAttention(nn.Module):
 
 
 def _has_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
+    return q.device.type == "cuda" and fits_flash_kernel(q, v)
+
+
+def fits_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether CUDA's flash kernel takes such queries and values."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    fits = q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return q.device.type == "cuda" and half and fits
+    return half and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def mask_of_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionMask:
+    """The causal mask of queries that are the last of the keys' tokens, for no flash kernel."""
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    return mask.tril(k.shape[2] - q.shape[2])
 
 
 class CausalMask(nn.Module):
@@ -130,6 +138,17 @@ class CausalMask(nn.Module):
         use_flex = self.uses_flex(plain, device)
         if plain and not use_flex:
             return None
+        return self.build(use_flex, seq_len, document_ids, device, queries)
+
+    def build(
+        self,
+        use_flex: bool,
+        seq_len: int,
+        document_ids: torch.Tensor | None,
+        device: torch.device,
+        queries: torch.Tensor | None,
+    ) -> AttentionMask:
+        """The mask for flex attention or, else, SDPA, for the same arguments as `forward`."""
         batch = 1 if document_ids is None else document_ids.shape[0]
         n = seq_len if queries is None else queries.shape[0]
         build = flex_mask if use_flex else dense_mask

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,22 @@ class Run:
         """The last value of a key; None if it was never logged."""
         curve = self.curves.get(key)
         return curve.last if curve else None
+
+    def greatest(self, key: str) -> float | None:
+        """The greatest finite value of a key; None if there is none."""
+        return max(self.curves[key].finite, default=None) if key in self.curves else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training, of all processes that took part one after the other; None if unknown.
+
+        Each counts from its own beginning, so that a smaller value is of another one.
+        """
+        values = self.curves["elapsed_seconds"].finite if "elapsed_seconds" in self.curves else []
+        if not values:
+            return None
+        ends = [a for a, b in pairwise(values) if b < a]
+        return sum(ends) + values[-1]
 
     def median(self, key: str) -> float | None:
         """The upper median of a key's finite values."""

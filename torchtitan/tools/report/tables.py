@@ -34,7 +34,8 @@ _HIDDEN = ("job.dump_folder", "job.description", "job.print_config", "job.config
 
 
 def run_rows(runs: list[Run]) -> list[list[str]]:
-    """A line for each run under `RUN_HEADER`; throughput and MFU are medians."""
+    """A line for each run under `RUN_HEADER`; throughput and MFU are medians, time is of all
+    processes of a run that was resumed, and memory that of the fullest."""
     return [
         [
             run.name,
@@ -44,8 +45,8 @@ def run_rows(runs: list[Run]) -> list[list[str]]:
             _number(run.validation.last if run.validation.steps else None),
             _shown(run.median("tokens_per_second"), human),
             _shown(run.median("mfu"), "{:.1%}".format),
-            _shown(run.last("peak_memory_bytes"), lambda size: f"{size / 2**30:.2f} GiB"),
-            _shown(run.last("elapsed_seconds"), duration),
+            _shown(run.greatest("peak_memory_bytes"), lambda size: f"{size / 2**30:.2f} GiB"),
+            _shown(run.seconds, duration),
             _join(run.config.get("model.name"), run.config.get("model.flavor")),
             _layout(run),
         ]

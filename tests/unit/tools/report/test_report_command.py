@@ -57,6 +57,18 @@ def test_a_page_says_all_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
 
 
+def test_time_and_memory_are_of_all_processes_of_a_run(tmp_path: Path) -> None:
+    """Two resumptions: 100 s, 40 s, and 70 s so far. The last process needed the least memory."""
+    run = write_run(tmp_path / "run", [3.0] * 6)
+    seconds, memory = [50, 100, 40, 30, 60, 70], [2, 5, 4, 1, 1, 1]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, elapsed, size in zip(rows, seconds, memory, strict=True):
+        row |= {"elapsed_seconds": elapsed, "peak_memory_bytes": size * 2**30}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(run)]) == 0
+    assert "5.00 GiB 0:03:30" in text_of(run / "report.html")
+
+
 def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a", LOSSES, "--optimizer.lr=1e-3")

@@ -1,0 +1,123 @@
+"""Attention as CUDA has it, while a step is traced on the CPU's code paths.
+
+Flash kernels and flex attention skip what a mask rules out, and hold no mask of `queries * keys`
+bytes. Here a `PlannedMask` takes its place: it says what share of the pairs is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import AuxOutput, BlockMask
+
+from torchtitan.models.common import attention
+
+_UNITS = 2**16
+"""Bytes of the stand-in of a mask that rules nothing out."""
+
+
+class PlannedMask(BlockMask):
+    """A mask of which only the share of pairs that it allows is known."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._stand_ins: dict[torch.dtype, torch.Tensor] = {}
+
+    def stand_in(self, dtype: torch.dtype) -> torch.Tensor:
+        """`[1, 1, 1, 1]`, for SDPA to take as a mask. The size of its storage is the share."""
+        if dtype not in self._stand_ins:
+            length = max(1, round(self.share * _UNITS) // dtype.itemsize)
+            self._stand_ins[dtype] = torch.empty(length, dtype=dtype)[:1].view(1, 1, 1, 1)
+        return self._stand_ins[dtype]
+
+
+def computed_share(mask: torch.Tensor | None, is_causal: bool) -> float:
+    """The share of pairs of queries and keys that a call of SDPA computes.
+
+    Args:
+        mask: as the kernel gets it; other than a stand-in it skips nothing.
+    """
+    if mask is not None and mask.stride()[-2:] == (0, 0):
+        return mask.untyped_storage().nbytes() / _UNITS
+    return 0.5 if is_causal else 1.0
+
+
+@contextmanager
+def attention_of_cuda() -> Iterator[None]:
+    """Within it, the model's attention takes and makes `PlannedMask`s."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(attention.CausalMask, "build", _build))
+        stack.enter_context(patch.object(attention, "flex_attention", _attend))
+        stack.enter_context(patch.object(attention, "mask_of_last", _mask_of_last))
+        yield
+
+
+_dense_mask = attention.CausalMask.build
+
+
+def _build(
+    causal: attention.CausalMask,
+    use_flex: bool,
+    seq_len: int,
+    document_ids: torch.Tensor | None,
+    device: torch.device,
+    queries: torch.Tensor | None,
+) -> attention.AttentionMask:
+    """In the place of `CausalMask.build`, for a mask that is not plain causal."""
+    if not causal.uses_flex(False, torch.device("cuda")):
+        return _dense_mask(causal, use_flex, seq_len, document_ids, device, queries)
+    return PlannedMask(_allowed_share(seq_len, causal.window, causal.chunk))
+
+
+def _allowed_share(seq_len: int, window: int | None, chunk: int | None) -> float:
+    """Of all pairs, where one document fills the sequence.
+
+    Ranks that share a sequence have queries from its early and late parts, so it is theirs too.
+    """
+    chunk = chunk or seq_len
+    window = min(window or chunk, chunk)
+    whole, rest = divmod(seq_len, chunk)
+    pairs = whole * _pairs(chunk, window) + _pairs(rest, window)
+    return pairs / seq_len**2
+
+
+def _pairs(tokens: int, window: int) -> int:
+    """Of queries and the keys that they see, at most a window of them."""
+    first = min(tokens, window)
+    return first * (first + 1) // 2 + (tokens - first) * window
+
+
+_dense_mask_of_last = attention.mask_of_last
+
+
+def _mask_of_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> attention.AttentionMask:
+    if not attention.fits_flash_kernel(q, v):
+        return _dense_mask_of_last(q, k, v)
+    return PlannedMask(1 - q.shape[2] / 2 / k.shape[2])
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    block_mask: PlannedMask,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_aux: object = None,
+) -> Any:
+    """In the place of `flex_attention`."""
+    casts = torch.is_autocast_enabled("cpu")
+    mask = block_mask.stand_in(torch.get_autocast_dtype("cpu") if casts else q.dtype)
+    mask = mask.expand(1, 1, q.shape[2], k.shape[2])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+    )
+    if return_aux is None:
+        return out
+    return out, AuxOutput(lse=q.new_zeros(q.shape[:3], dtype=torch.float32))
