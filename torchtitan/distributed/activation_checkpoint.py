@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import torchtitan.distributed.ring_attention  # noqa: F401  (makes the operation that is kept)
 from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ SAVED_OPS = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torchtitan.ring_attention.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops.higher_order.flex_attention,
     _aten.topk.default,
