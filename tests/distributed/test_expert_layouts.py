@@ -25,6 +25,10 @@ WHOLE_SEQUENCE = "--parallelism.disable_sequence_parallel"
 FULL_AC = "--activation_checkpoint.mode=full"
 OP_AC = "--activation_checkpoint.mode=selective"
 COMPILE = ("--compile.enable", "--compile.backend=aot_eager")
+ZBV = (
+    "--parallelism.pipeline_parallel_degree=2",
+    "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble",
+)
 BFLOAT16 = "--training.mixed_precision_param=bfloat16"
 LAYOUTS = {
     "ep2xfsdp2": (4, 2, EP2),
@@ -51,6 +55,10 @@ LONG_LAYOUTS = {
     "tp2xetp2_op_ac": (2, 8, TP2, ETP2, OP_AC),
     "ep2_compile": (2, 4, EP2, *COMPILE),
     "ep2_op_ac_compile": (2, 4, EP2, OP_AC, *COMPILE),
+    "ep2_full_ac_compile": (2, 4, EP2, FULL_AC, *COMPILE),
+    "tp2_op_ac_compile": (2, 8, TP2, OP_AC, *COMPILE),
+    "zero_bubble_compile": (2, 8, *ZBV, *COMPILE),
+    "zero_bubble_ep2_op_ac_compile": (4, 4, EP2, *ZBV, OP_AC, *COMPILE),
     "hsdp2xep2xtp2": (8, 2, REPLICATE2, EP2, TP2),
     "ep4xtp2xetp2": (8, 2, EP4, TP2, ETP2),
 }

@@ -109,6 +109,7 @@ LONG_LAYOUTS = {
     "cp2_op_ac_compile": (2, 8, CP2, OP_AC, *COMPILE),
     "cp2_ulysses_compile": (2, 8, CP2, ULYSSES, *COMPILE),
     "cp2_ring_full_ac_compile": (2, 8, CP2, RING, FULL_AC, *COMPILE),
+    "cp2_ring_op_ac_compile": (2, 8, CP2, RING, OP_AC, *COMPILE),
     "ddp2xcp2": (4, 4, REPLICATE2, CP2),
     "fsdp2xcp2": (4, 4, CP2),
     "hsdp2xfsdp2xcp2": (8, 2, REPLICATE2, CP2),

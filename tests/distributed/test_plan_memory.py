@@ -67,6 +67,7 @@ def schedule(name: str) -> str:
     return f"--parallelism.pipeline_parallel_schedule={name}"
 
 
+RING = "--parallelism.context_parallel_method=ring"
 RUNS = {
     "one": Run(1),
     "fsdp": Run(2),
@@ -79,6 +80,7 @@ RUNS = {
     "tp": Run(2, {"tp": 2}),
     "tp_fp32": Run(2, {"tp": 2}, dtype="float32"),
     "cp": Run(2, {"cp": 2}),
+    "ring_selective": Run(2, {"cp": 2}, ac="selective", options=(RING,)),
     "pp_1f1b": Run(2, {"pp": 2}, batch=4, options=(schedule("1F1B"),)),
     "pp_gpipe_full": Run(2, {"pp": 2}, batch=8, ac="full", options=(schedule("GPipe"),)),
     "pp_interleaved": Run(2, {"pp": 2}, batch=4, options=(schedule("Interleaved1F1B"),)),

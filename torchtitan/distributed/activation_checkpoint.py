@@ -7,7 +7,8 @@ names stay as they are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import torchtitan.distributed.ring_attention  # noqa: F401  (makes the operation that is kept)
 from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ SAVED_OPS = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torchtitan.ring_attention.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops.higher_order.flex_attention,
     _aten.topk.default,
@@ -116,4 +119,90 @@ def _checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | N
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, **options, **kwargs)
 
+    made: Any = checkpointed_forward
+    made.checkpoint_of, made.context_fn = forward, context_fn
     return checkpointed_forward
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    return hasattr(layer.forward, "checkpoint_of")
+
+
+def compile_inside(
+    layer: nn.Module, compiler: Callable[..., Any], eager: list[nn.Module], keeps: bool
+) -> None:
+    """Compile what the checkpoint of a block recomputes, rather than the block with it.
+
+    The compiler must split a block where a part of it runs eager, and cannot within a checkpoint:
+    it would leave all of that to eager mode.
+
+    Per op, the policy sees the parts that run eager. Were it to see the kernels of compiled code,
+    it would hold on to results that this code later writes over, as it knows who else reads them.
+
+    Args:
+        layer: a block that `apply_ac` has checkpointed.
+        eager: its modules that run eager, if the policy of selective checkpointing has a say.
+        keeps: whether it has; else per op recomputes the whole block, as `full`.
+    """
+    checkpointed: Any = layer.forward
+    context_fn = None
+    if keeps and checkpointed.context_fn is not None:
+        policy = _PolicyOfParts(checkpointed.context_fn)
+        for module in eager:
+            module.forward = policy.applied_to(module.forward)
+        context_fn = policy.contexts
+    checkpointed = _checkpointed(compiler(checkpointed.checkpoint_of), context_fn)
+    layer.forward = torch.compiler.disable(checkpointed)  # around it the whole model may be traced
+
+
+class _PolicyOfParts:
+    """Selective checkpointing of some parts of a block, while all others are recomputed.
+
+    Args:
+        context_fn: makes the contexts of one part's forward and recomputation.
+    """
+
+    def __init__(self, context_fn: Callable[[], Any]) -> None:
+        self._context_fn = context_fn
+        self._contexts: Iterator[Any] | None = None
+
+    def applied_to(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a part. It runs eager."""
+
+        @wraps(forward)
+        @torch.compiler.disable
+        def forward_by_policy(*args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if self._contexts is None else next(self._contexts):
+                return forward(*args, **kwargs)
+
+        return forward_by_policy
+
+    def contexts(self) -> tuple[_Within, _Within]:
+        """Contexts of the block's forward and recomputation: its parts run in the same order."""
+        recomputations: list[Any] = []
+
+        def forwards() -> Iterator[Any]:
+            while True:
+                forward, recomputation = self._context_fn()
+                recomputations.append(recomputation)
+                yield forward
+
+        return _Within(self, forwards()), _Within(self, recomputations)
+
+    def hand_out(self, contexts: Iterable[Any] | None) -> None:
+        """What the parts that run from now on run in, one after the other."""
+        self._contexts = None if contexts is None else iter(contexts)
+
+
+class _Within:
+    """While it is entered, parts run in `contexts`."""
+
+    def __init__(self, policy: _PolicyOfParts, contexts: Iterable[Any]) -> None:
+        self._policy = policy
+        self._own = contexts
+
+    def __enter__(self) -> None:
+        self._policy.hand_out(self._own)
+
+    def __exit__(self, *error: object) -> None:
+        self._policy.hand_out(None)

@@ -11,6 +11,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.distributed.ring_attention import sees_rings
+
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
@@ -33,6 +35,7 @@ _INPUT_ARGUMENT = {
 _NO_INPUT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
 
 
+@sees_rings
 class CollectiveObserver(TorchDispatchMode):
     """While entered, calls `observe(name, inputs, call)` for each collective of this thread.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
 
+from torchtitan.distributed.activation_checkpoint import compile_inside, is_checkpointed
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.pipeline_split import splits_backward
 from torchtitan.protocols.model import layers_of
@@ -24,7 +26,9 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     stay as they are. Over the whole model the result is `torch.compile`'s wrapper.
 
     A block must be one graph, unless it has experts: where these are dispatched to other ranks,
-    sharded apart from their block, or in float32, the graph is in two, before and after them.
+    sharded apart from their block, or in float32, the graph is in two, before and after them. So it
+    is around the router where the backward pass is in two. If such a block is checkpointed, what it
+    recomputes is compiled, with either scope.
     """
     config = job_config.compile
     if not config.enable or "model" not in config.components:
@@ -32,17 +36,43 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     if splits_backward(job_config):
         # The backward pass runs twice over one graph, so it may not overwrite what it reads.
         torch._functorch.config.donated_buffer = False
+        for moe in moe_layers(model):  # that of a router counts tokens, and must do so once
+            moe.router.forward = torch.compiler.disable(moe.router.forward)
     if job_config.training.mixed_precision_param == "float32":
         for moe in moe_layers(model):  # the compiler knows grouped_mm in bfloat16 alone
             moe.experts.forward = torch.compiler.disable(moe.experts.forward)
     # Other backends than inductor take no mode, not even the default.
     mode = None if config.mode == "default" else config.mode
     options: dict[str, Any] = {"backend": config.backend, "mode": mode}
-    if config.scope == "model":
-        return cast(M, torch.compile(model, **options))
+    split = _splits_blocks(job_config)
     for layer in layers_of(model).values():
-        layer.forward = torch.compile(layer.forward, fullgraph=not moe_layers(layer), **options)
-    return model
+        experts = moe_layers(layer)
+        if experts and split and is_checkpointed(layer):
+            _compile_checkpointed(layer, job_config, options)
+        elif config.scope == "block":
+            layer.forward = torch.compile(layer.forward, fullgraph=not experts, **options)
+    return cast(M, torch.compile(model, **options)) if config.scope == "model" else model
+
+
+def _splits_blocks(job_config: JobConfig) -> bool:
+    """Whether experts or their router are no part of their block's graph."""
+    config = job_config.parallelism
+    dispatched_or_apart = max(config.expert_parallel_degree, config.tensor_parallel_degree) > 1
+    in_float32 = job_config.training.mixed_precision_param == "float32"
+    return dispatched_or_apart or in_float32 or splits_backward(job_config)
+
+
+def _compile_checkpointed(layer: nn.Module, job_config: JobConfig, options: dict[str, Any]) -> None:
+    # Imported here because the package of models imports this one.
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+
+    # What is dear to compute, and has kernels of its own, which gain little by being compiled.
+    eager: list[nn.Module] = [moe.experts for moe in moe_layers(layer)]
+    eager += [m for m in layer.modules() if isinstance(m, ScaledDotProductAttention)]
+    # What the policy keeps serves one backward pass.
+    compile_inside(
+        layer, partial(torch.compile, **options), eager, keeps=not splits_backward(job_config)
+    )
 
 
 def begin_forward_pass(job_config: JobConfig) -> None:

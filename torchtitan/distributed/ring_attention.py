@@ -8,14 +8,23 @@ this part's share of the gradients (FlashAttention-2, arXiv:2307.08691).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.sequence_shards import SequenceShards
 
 _aten = torch.ops.aten
+M = TypeVar("M", bound=TorchDispatchMode)
+
+
+class _Ring(NamedTuple):
+    group: str
+    """Name of its ranks."""
+    rank: int
+    size: int
 
 
 def ring_attention(
@@ -34,26 +43,64 @@ def ring_attention(
     return _RingAttention.apply(q, k, v, shards)
 
 
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, rank: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """What all ranks of a ring call at once.
+
+    Args:
+        group: name of the ranks of the ring.
+        rank: this one's place.
+        size: of the ring.
+
+    Returns:
+        Output, log of the softmax denominators `[batch, heads, seq / cp]`, and what backward needs.
+    """
+    ring = _Ring(group, rank, size)
+    kv = torch.stack([k, v])
+    for step in range(size):
+        # Sent now, waited for when the next step uses it.
+        coming = _pass_on(kv, ring) if step + 1 < size else None
+        rows, keys = _block(ring, step, q.shape[2])
+        block_k, block_v = kv[:, :, :, keys].unbind()
+        block, block_lse, block_rng = _flash(q[:, :, rows], block_k, block_v, step == 0)
+        if step == 0:
+            out, lse, rng = block.float(), block_lse, block_rng
+        else:
+            _merge(out[:, :, rows], lse[:, :, rows], block, block_lse)
+        kv = _wait(coming)
+    return torch.empty_like(q).copy_(out), lse, list(rng)
+
+
+_ring_forward = torch.library.custom_op("torchtitan::ring_attention", _forward, mutates_args=())
+"""One operation, so that selective checkpointing keeps what a ring returns, and not its blocks."""
+
+
+@_ring_forward.register_fake
+def _shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, rank: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    _, lse, rng = _flash(q, k, v, True)
+    return torch.empty_like(q), lse, list(rng)
+
+
+def sees_rings(mode: type[M]) -> type[M]:
+    """Decorates a class of dispatch modes that are to see what a ring does, not a ring."""
+
+    def look_inside(mode: Any, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        with mode:
+            return _forward(*args, **(kwargs or {}))
+
+    _ring_forward.register_torch_dispatch(mode, look_inside)
+    return mode
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards
     ) -> torch.Tensor:
-        kv = torch.stack([k, v])
-        for step in range(shards.size):
-            # Sent now, waited for when the next step uses it.
-            coming = _pass_on(kv, shards) if step + 1 < shards.size else None
-            rows, keys = _block(shards, step, q.shape[2])
-            block_k, block_v = kv[:, :, :, keys].unbind()
-            block, block_lse, block_rng = _flash(q[:, :, rows], block_k, block_v, step == 0)
-            if step == 0:
-                # Copies, as selective checkpointing may hold on to the kernel's outputs.
-                out, lse, rng = block.to(torch.float32, copy=True), block_lse.clone(), block_rng
-            else:
-                _merge(out[:, :, rows], lse[:, :, rows], block, block_lse)
-            kv = _wait(coming)
-        # A copy: compiled by torch 2.11, what was changed in place has no gradient.
-        out = out.to(q.dtype, copy=True)
+        out, lse, rng = _ring_forward(q, k, v, shards.group_name, shards.rank, shards.size)
         ctx.save_for_backward(q, k, v, out, lse, *rng)
         ctx.shards = shards
         return out
@@ -61,13 +108,13 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse, *rng = ctx.saved_tensors
-        shards = ctx.shards
+        ring = _Ring(ctx.shards.group_name, ctx.shards.rank, ctx.shards.size)
         kv = torch.stack([k, v])
         q_grad = torch.zeros_like(q, dtype=torch.float32)
         kv_grad = torch.zeros_like(kv, dtype=torch.float32)
-        for step in range(shards.size):
-            coming = _pass_on(kv, shards) if step + 1 < shards.size else None
-            rows, keys = _block(shards, step, q.shape[2])
+        for step in range(ring.size):
+            coming = _pass_on(kv, ring) if step + 1 < ring.size else None
+            rows, keys = _block(ring, step, q.shape[2])
             queries = [x[:, :, rows].contiguous() for x in (grad, q, out, lse)]
             block_grad, block_q, block_out, block_lse = queries
             block_k, block_v = kv[:, :, :, keys].unbind()
@@ -78,13 +125,13 @@ class _RingAttention(torch.autograd.Function):
             kv_grad = _wait(kv_grad)
             kv_grad[:, :, :, keys] += torch.stack(block_kv_grad)
             # The gradients follow their keys, and are home after the last step.
-            kv_grad = _pass_on(kv_grad, shards)
+            kv_grad = _pass_on(kv_grad, ring)
             kv = _wait(coming)
         k_grad, v_grad = _wait(kv_grad).to(k.dtype).unbind()
         return q_grad.to(q.dtype), k_grad, v_grad, None
 
 
-def _block(shards: SequenceShards, step: int, length: int) -> tuple[slice, slice]:
+def _block(ring: _Ring, step: int, length: int) -> tuple[slice, slice]:
     """Which of this rank's queries see which of the keys that are here at this step: all of them.
 
     Two chunks are here, an early and a late one. Those of a lower rank are earlier than this rank's
@@ -93,17 +140,17 @@ def _block(shards: SequenceShards, step: int, length: int) -> tuple[slice, slice
     whole, early, late = slice(None), slice(length // 2), slice(length // 2, None)
     if step == 0:
         return whole, whole  # this rank's own keys: causal
-    if step <= shards.rank:
+    if step <= ring.rank:
         return whole, early
     return late, whole
 
 
-def _pass_on(tensor: torch.Tensor, shards: SequenceShards) -> torch.Tensor:
+def _pass_on(tensor: torch.Tensor, ring: _Ring) -> torch.Tensor:
     """Send to the next rank, receive from the one before. The result may still be under way."""
-    to_next, from_previous = [0] * shards.size, [0] * shards.size
-    to_next[(shards.rank + 1) % shards.size] = len(tensor)
-    from_previous[(shards.rank - 1) % shards.size] = len(tensor)
-    return all_to_all_single(tensor, from_previous, to_next, (shards.mesh, 0))
+    to_next, from_previous = [0] * ring.size, [0] * ring.size
+    to_next[(ring.rank + 1) % ring.size] = len(tensor)
+    from_previous[(ring.rank - 1) % ring.size] = len(tensor)
+    return all_to_all_single(tensor, from_previous, to_next, cast(Any, ring.group))
 
 
 def _wait(tensor: Any) -> Any:

@@ -20,6 +20,7 @@ class SequenceShards:
 
     def __init__(self, mesh: DeviceMesh, balanced: bool) -> None:
         self.mesh = mesh
+        self.group_name = mesh.get_group().group_name
         self.rank = mesh.get_local_rank()
         self.size = mesh.size()
         last = 2 * self.size - 1

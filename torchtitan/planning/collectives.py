@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchtitan.distributed.ring_attention import sees_rings
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -63,6 +65,7 @@ _KINDS = {
 }
 
 
+@sees_rings
 class CollectiveRecorder(TorchDispatchMode):
     """Within it, every collective of this process is recorded in `collectives`.
 

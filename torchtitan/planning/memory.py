@@ -15,6 +15,8 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from torchtitan.distributed.ring_attention import sees_rings
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -44,6 +46,7 @@ class Memory:
         return Memory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+@sees_rings
 class PeakMemory(TorchDispatchMode):
     """Within it, counts the bytes of all live tensors that operations make, and their peak.
 

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from torchtitan.distributed.ring_attention import sees_rings
+
 from .masks import computed_share
 from .memory import pausing_for_shapes
 
@@ -27,6 +29,7 @@ class Operation:
     """Bytes read and written."""
 
 
+@sees_rings
 class OperationRecorder(TorchDispatchMode):
     """Within it, every operation on local tensors is counted in `operations`.
 

@@ -1,0 +1,105 @@
+"""Blocks that the compiler must split are compiled inside of their checkpoints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtitan.config import JobConfig
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.protocols.train_spec import get_train_spec
+
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+GROUPED = torch.ops.aten._grouped_mm.default
+MATMUL = torch.ops.aten.mm.default
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations, those of compiled code included: its backend is `aot_eager`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[Any] = Counter()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Ran:
+    out: torch.Tensor
+    gradients: list[torch.Tensor]
+    compiled: int
+    """Operations in the graphs of the compiler."""
+    backward: Counter[Any]
+    """Operations of the backward pass, recomputation included."""
+
+
+@cache
+def run(checkpointing: str, scope: str | None = "block", schedule: str | None = None) -> Ran:
+    """Two blocks with experts, whose float32 the compiler does not know, forward and backward.
+
+    Args:
+        scope: of the compiler; None: eager.
+        schedule: of the pipeline that the blocks are taken to be in.
+    """
+    config = JobConfig()
+    config.training.mixed_precision_param = "float32"
+    config.activation_checkpoint.mode = checkpointing
+    config.compile.enable, config.compile.backend = scope is not None, "aot_eager"
+    config.compile.scope = scope or "block"
+    if schedule is not None:
+        config.parallelism.pipeline_parallel_degree = 2
+        config.parallelism.pipeline_parallel_schedule = schedule
+    spec = get_train_spec("qwen3", "debugmodel_moe")
+    torch.manual_seed(0)
+    model: Any = spec.model_cls(replace(spec.model_args, n_layers=2))
+    model.init_weights()
+    tokens = torch.randint(spec.model_args.vocab_size, (1, 16))
+    apply_ac(model, config)
+    model = apply_compile(model, config)
+    torch._dynamo.reset()
+    counters.clear()
+    out = model(tokens)
+    with Calls() as backward:
+        out.square().mean().backward()
+    gradients = [param.grad for param in model.parameters()]
+    return Ran(out.detach(), gradients, counters["stats"]["calls_captured"], backward.calls)
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_checkpointed_blocks_are_compiled(checkpointing: str, scope: str) -> None:
+    found, eager = run(checkpointing, scope), run("none", None)
+    # All but attention's kernel, which the policy of selective checkpointing is to see.
+    kernel = checkpointing == "selective"
+    assert found.compiled >= run("none").compiled - kernel > 40
+    torch.testing.assert_close(found.out, eager.out)
+    torch.testing.assert_close(found.gradients, eager.gradients)
+
+
+def test_per_op_keeps_attention_and_every_other_product_of_experts() -> None:
+    none, full, selective = (run(mode).backward for mode in ("none", "full", "selective"))
+    assert (none[ATTENTION], full[ATTENTION], selective[ATTENTION]) == (0, 2, 0)
+    experts = [calls[GROUPED] - none[GROUPED] for calls in (full, selective)]
+    assert experts == [2 * 3, 2 * 1]
+    # What compiled code computes is none of the policy's, which keeps every other product.
+    assert full[MATMUL] == selective[MATMUL] > none[MATMUL]
+
+
+def test_per_op_keeps_nothing_for_a_backward_pass_in_two() -> None:
+    selective, full = (run(mode, schedule="ZBVZeroBubble") for mode in ("selective", "full"))
+    assert selective.backward == full.backward
