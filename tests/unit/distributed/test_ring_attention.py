@@ -26,6 +26,16 @@ def test_kernels_take_grouped_heads_and_fewer_keys(device, keys, causal):
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_ring_is_one_operation_on_each_device(device):
+    with FakeTensorMode():
+        _, k, v = heads(device, torch.bfloat16, 32)
+        q = torch.randn(2, 32, 8, 16, device=device, dtype=torch.bfloat16).transpose(1, 2)
+        out, lse, _ = torch.ops.torchtitan.ring_attention(q, k, v, "ring", 0, 2)
+    assert (out.shape, out.stride(), out.dtype) == (q.shape, q.stride(), q.dtype)
+    assert lse.shape == q.shape[:3]
+
+
 def test_merged_parts_are_attention_to_all_keys():
     q, k, v = heads("cpu", torch.float32, 24)
     (out, lse, _), (block, block_lse, _) = (
