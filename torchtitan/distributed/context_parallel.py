@@ -168,6 +168,7 @@ def _ulysses(attend: Attend, shards: SequenceShards) -> Attend:
 
 def _ring(attend: Attend, shards: SequenceShards) -> Attend:
     """Pass keys and values around. Instead of `attend`, by a kernel that can be merged."""
+    shards.group_name = shards.mesh.get_group().group_name
 
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None

@@ -20,7 +20,8 @@ class SequenceShards:
 
     def __init__(self, mesh: DeviceMesh, balanced: bool) -> None:
         self.mesh = mesh
-        self.group_name = mesh.get_group().group_name
+        self.group_name = ""
+        """Of the ranks, where a ring needs it."""
         self.rank = mesh.get_local_rank()
         self.size = mesh.size()
         last = 2 * self.size - 1
