@@ -179,7 +179,7 @@ class Trainer:
         self.save_hangs = False
 
     def train(self) -> bool:
-        """Run the steps that are left; on SIGTERM, SIGUSR1 or SIGINT, stop early with a checkpoint.
+        """Run the steps that are left; on a signal of `stop_signals`, stop early with a checkpoint.
 
         Returns:
             Whether the last step is done.

@@ -64,7 +64,7 @@ class ChatTemplate:
             lacking = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
             if lacking:
                 raise BadDocumentError(f"message {number} (from 0) has no text {lacking[0]!r}")
-        # Of a table, a field that this message does not have is null.
+        # As `transformers` does. Of a table, a field that this message does not have is null.
         messages = [{k: v for k, v in one.items() if v is not None} for one in messages]
         pieces, done = [], ""
         for number, message in enumerate(messages):
@@ -97,24 +97,25 @@ class ChatTemplate:
             raise BadDocumentError(f"{self._name} refuses the conversation: {error}") from error
 
 
-def load_template(path: str | None, tokenizer_path: str) -> ChatTemplate:
+def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> ChatTemplate:
     """The template of a file, or else of a tokenizer's folder, or else ChatML.
 
     Args:
         path: `data.chat_template`.
         tokenizer_path: `model.tokenizer_path`.
+        tell: log which it is.
 
     Raises:
         DataError: a file cannot be read, or is no template, or the tokenizer has several templates
             and none is the default.
     """
-    folder = Path(tokenizer_path).expanduser()
     from .chat_environment import date_is_fixed
 
+    folder = Path(tokenizer_path).expanduser()
     config = _read_json(folder / "tokenizer_config.json")
     source, name = _source(path, folder, config)
     template = ChatTemplate(source, _special_tokens(folder, config), name)
-    if rank() == 0:
+    if tell and rank() == 0:
         if source is CHATML:
             logger.warning(
                 "conversations are written in ChatML: data.chat_template is unset, and the "

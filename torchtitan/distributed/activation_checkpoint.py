@@ -115,7 +115,8 @@ def _checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | N
     if context_fn is not None:
         options["context_fn"] = context_fn
 
-    @wraps(forward)
+    # Without the attributes by which the compiler would know `forward`, if it made that.
+    @wraps(forward, updated=())
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, **options, **kwargs)
 

@@ -168,12 +168,12 @@ def _ulysses(attend: Attend, shards: SequenceShards) -> Attend:
 
 def _ring(attend: Attend, shards: SequenceShards) -> Attend:
     """Pass keys and values around. Instead of `attend`, by a kernel that can be merged."""
-    shards.group_name = shards.mesh.get_group().group_name
+    group_name = shards.mesh.get_group().group_name  # here, as the compiler cannot trace it
 
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
     ) -> torch.Tensor:
-        return ring_attention(q, k, v, shards)
+        return ring_attention(q, k, v, shards, group_name)
 
     return forward
 

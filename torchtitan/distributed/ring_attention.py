@@ -28,7 +28,7 @@ class _Ring(NamedTuple):
 
 
 def ring_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards, group: str
 ) -> torch.Tensor:
     """Plain causal attention over sequences that the ranks share in balanced order.
 
@@ -36,11 +36,12 @@ def ring_attention(
         q: `[batch, heads, seq / cp, head_dim]`; on CUDA bfloat16 or float16, for its flash kernel.
         k: `[batch, kv_heads, seq / cp, head_dim]`; each serves `heads / kv_heads` query heads.
         v: like `k`.
+        group: name of the ranks' process group.
 
     Returns:
         Like `q`.
     """
-    return _RingAttention.apply(q, k, v, shards)
+    return _RingAttention.apply(q, k, v, group, shards.rank, shards.size)
 
 
 def _forward(
@@ -88,8 +89,12 @@ def sees_rings(mode: type[M]) -> type[M]:
     """Decorates a class of dispatch modes that are to see what a ring does, not a ring."""
 
     def look_inside(mode: Any, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
-        with mode:
+        # It is entered already: what its class does on entering must not be done twice.
+        TorchDispatchMode.__enter__(mode)
+        try:
             return _forward(*args, **(kwargs or {}))
+        finally:
+            TorchDispatchMode.__exit__(mode, None, None, None)
 
     _ring_forward.register_torch_dispatch(mode, look_inside)
     return mode
@@ -98,17 +103,17 @@ def sees_rings(mode: type[M]) -> type[M]:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *ring: Any
     ) -> torch.Tensor:
-        out, lse, rng = _ring_forward(q, k, v, shards.group_name, shards.rank, shards.size)
+        out, lse, rng = _ring_forward(q, k, v, *ring)
         ctx.save_for_backward(q, k, v, out, lse, *rng)
-        ctx.shards = shards
+        ctx.ring = ring
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse, *rng = ctx.saved_tensors
-        ring = _Ring(ctx.shards.group_name, ctx.shards.rank, ctx.shards.size)
+        ring = _Ring(*ctx.ring)
         kv = torch.stack([k, v])
         q_grad = torch.zeros_like(q, dtype=torch.float32)
         kv_grad = torch.zeros_like(kv, dtype=torch.float32)
@@ -128,7 +133,7 @@ class _RingAttention(torch.autograd.Function):
             kv_grad = _pass_on(kv_grad, ring)
             kv = _wait(coming)
         k_grad, v_grad = _wait(kv_grad).to(k.dtype).unbind()
-        return q_grad.to(q.dtype), k_grad, v_grad, None
+        return q_grad.to(q.dtype), k_grad, v_grad, None, None, None
 
 
 def _block(ring: _Ring, step: int, length: int) -> tuple[slice, slice]:

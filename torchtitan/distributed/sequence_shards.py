@@ -20,8 +20,6 @@ class SequenceShards:
 
     def __init__(self, mesh: DeviceMesh, balanced: bool) -> None:
         self.mesh = mesh
-        self.group_name = ""
-        """Of the ranks, where a ring needs it."""
         self.rank = mesh.get_local_rank()
         self.size = mesh.size()
         last = 2 * self.size - 1

@@ -137,8 +137,10 @@ class _Agent(LocalElasticAgent):
         """Whether a host of this round has left or died, as one has whose ranks crashed."""
         group: Any = self._worker_group
         self._hosts_waiting()  # brings the state up to date
-        participants = group.spec.rdzv_handler._state_holder.state.participants
-        return len(participants) < group.group_world_size
+        holder = getattr(group.spec.rdzv_handler, "_state_holder", None)
+        if holder is None:  # another kind of rendezvous, which does not tell
+            return False
+        return len(holder.state.participants) < group.group_world_size
 
     def _is_elastic(self) -> bool:
         """Whether the job goes on with fewer hosts, or with more."""

@@ -83,7 +83,7 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
         title=f"{config.model.name} {config.model.flavor} on {options.nodes} x {options.processes}",
         command="Rendered by: " + _rendering(argv),
         checkpoints=_checkpoints(config),
-        saves=config.checkpoint.enable,
+        saves=config.checkpoint.enable or config.fault_tolerance.enable,
         environment=environment,
     )
 

@@ -70,10 +70,24 @@ def test_an_export_that_is_asked_for_later_is_made_once(tmp_path, monkeypatch, c
     assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-4"]
     assert run_of(tmp_path, last_save_model_only=True).manager.load() == 4
     assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-4", "step-4-hf"]
-    assert "step-4-hf is missing and is saved now" in caplog.text
+    assert "step-4-hf is missing or older, and is saved now" in caplog.text
 
     monkeypatch.setattr(final_export, "save_huggingface", None)
     assert run_of(tmp_path).manager.load() == 4
+
+
+def test_an_export_of_a_training_before_is_made_anew(tmp_path, caplog):
+    """The run went back and came here again, and could not export then."""
+    caplog.set_level(logging.INFO, "torchtitan")
+    run_of(tmp_path).train(4, last=True)
+    folder = tmp_path / "checkpoint" / "step-4-hf"
+    assert run_of(tmp_path).manager.load() == 4
+    assert "saved now" not in caplog.text
+    saved = (folder.with_name("step-4") / "manifest.json").stat().st_mtime
+    os.utime(folder, (saved - 60, saved - 60))
+    assert run_of(tmp_path).manager.load() == 4
+    assert "step-4-hf is missing or older, and is saved now" in caplog.text
+    assert folder.stat().st_mtime >= saved
 
 
 def test_a_run_that_is_not_over_makes_no_export(tmp_path):

@@ -40,6 +40,20 @@ def test_ranks_that_share_a_sequence_share_its_attention(method: str) -> None:
     assert [4 * flops for flops in share] == pytest.approx(whole, rel=0.01)
 
 
+def test_tensor_parallelism_shares_all_products_beside_a_ring() -> None:
+    def total(stage: StageTrace) -> float:
+        return sum(
+            calls * op.flops
+            for part in (stage.forward, stage.backward)
+            for op, calls in part.operations.items()
+        )
+
+    options = ["--parallelism.context_parallel_degree=2"]
+    options += ["--parallelism.context_parallel_method=ring"]
+    options += ["--parallelism.tensor_parallel_degree=2"]
+    assert 4 * total(traced(4, *options)) == pytest.approx(total(traced(2)), rel=0.02)
+
+
 def bend(world_size: int, *options: str, model: str = "llama3") -> float:
     """How much more memory activations take for each `SEQ` tokens, as a share: 0 is linear."""
     sizes = [

@@ -11,8 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 
-from torchtitan.distributed.names import canonical_name
-
+from .load import buffer_names
 from .save_planner import SharingSavePlanner
 from .staging import HostCopy
 from .writer import CheckpointWriter
@@ -56,7 +55,7 @@ class BackgroundSaves:
             stager = self._stager = HostCopy()
             for optimizer in self._optimizers:
                 optimizer.register_step_pre_hook(lambda *_: stager.synchronize_staging())
-        buffers = {canonical_name(n) for part in self._model_parts for n, _ in part.named_buffers()}
+        buffers = buffer_names(self._model_parts)
         model = state["model"]
         state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
         state |= {part: deepcopy(state[part]) for part in state.keys() - {"model", "optimizer"}}

@@ -48,7 +48,7 @@ def end_of_turn(folder: Path) -> int | None:
     if not (folder / "tokenizer.json").is_file():
         return None
     try:
-        pieces = load_template(None, str(folder)).segments(_EXAMPLE)
+        pieces = load_template(None, str(folder), tell=False).segments(_EXAMPLE)
     except (DataError, BadDocumentError):
         return None
     text = "".join(text for text, is_trained in pieces if is_trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,12 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, DamagedCheckpointError
 
 from .agreement import on_rank_zero
 from .folder import step_folder
 from .huggingface import ExportAssets
 from .huggingface_save import save_huggingface
+from .manifest import Manifest
 from .owner import Claim
 from .storage import StoragePath
 from .writer import error_of_failed_save
@@ -72,13 +74,24 @@ class FinalExport:
 
     def save_if_missing(self, step: int) -> None:
         """`save` where a run that was over did not: it failed then, or was not asked to."""
-        if not self.is_due(step):
-            return
-        folder = self._folder(step)
-        if not on_rank_zero(folder.exists, self._group):
+        if self.is_due(step) and not on_rank_zero(lambda: self._is_there(step), self._group):
             if dist.get_rank() == 0:
-                logger.info("step %d is done, but %s is missing and is saved now", step, folder)
+                folder = self._folder(step)
+                logger.info(
+                    "step %d is done, but %s is missing or older, and is saved now", step, folder
+                )
             self.save(step)
+
+    def _is_there(self, step: int) -> bool:
+        """Not if it is older than the checkpoint: then it is of a training before."""
+        try:
+            written = datetime.fromtimestamp(self._folder(step).stat().st_mtime, UTC)
+            saved_at = datetime.fromisoformat(Manifest.read(step_folder(self._root, step)).saved_at)
+        except FileNotFoundError:
+            return False
+        except (DamagedCheckpointError, ValueError):  # there is no such checkpoint, or no time
+            return True
+        return written >= saved_at
 
     def _folder(self, step: int) -> Path:
         folder = step_folder(self._root, step)

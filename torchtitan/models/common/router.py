@@ -145,30 +145,9 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]` float32."""
-        out: torch.Tensor = _Float32Product.apply(x, self.weight)
-        return out if self.bias is None else out + self.bias.float()
-
-
-class _Float32Product(torch.autograd.Function):
-    """`x @ weight.T` in float32. Unlike with casts, `x` waits for the backward pass as it came."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        bias = None if self.bias is None else self.bias.float()
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), weight.float())
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        x_grad = weight_grad = None
-        with torch.autocast(x.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                x_grad = (grad @ weight.float()).to(x.dtype)
-            if ctx.needs_input_grad[1]:
-                rows = grad.flatten(end_dim=-2).T @ x.flatten(end_dim=-2).float()
-                weight_grad = rows.to(weight.dtype)
-        return x_grad, weight_grad
+            return F.linear(x.float(), self.weight.float(), bias)
 
 
 class _OnBackward(torch.autograd.Function):
