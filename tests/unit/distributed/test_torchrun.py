@@ -16,18 +16,17 @@ import os, signal, sys, time
 folder, mode = sys.argv[1:]
 with open(f"{folder}/starts-{os.environ['RANK']}", "a") as file:
     file.write("x")
-if mode == "crash once":
-    sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
 if mode == "open files":
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     sys.exit(soft != hard)
-if mode.isdigit():
-    # The first that ends has torchrun stop the other, which must have begun.
+if mode.isdigit() or mode == "crash once":
+    # The first that fails has torchrun stop the other, which must have begun.
     other = f"{folder}/starts-{1 - int(os.environ['RANK'])}"
     while not os.path.exists(other) or os.stat(other).st_size < os.stat(file.name).st_size:
         time.sleep(0.01)
-    sys.exit(int(mode))
+    again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+    sys.exit(int(mode) if mode.isdigit() else not again)
 signal.signal(getattr(signal, mode), lambda *_: sys.exit(75))
 open(f"{folder}/ready-{os.environ['RANK']}", "w").close()
 time.sleep(60)
