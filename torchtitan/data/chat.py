@@ -112,7 +112,7 @@ def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> C
     from .chat_environment import date_is_fixed
 
     folder = Path(tokenizer_path).expanduser()
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_fields(folder / "tokenizer_config.json")
     source, name = _source(path, folder, config)
     template = ChatTemplate(source, _special_tokens(folder, config), name)
     if tell and rank() == 0:
@@ -162,7 +162,7 @@ def _source(path: str | None, folder: Path, config: dict[str, Any]) -> tuple[str
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """The texts of those that the tokenizer has."""
-    old = _read_json(folder / "special_tokens_map.json")
+    old = read_fields(folder / "special_tokens_map.json")
     texts = {}
     for name in (f"{kind}_token" for kind in _SPECIAL_TOKENS):
         token = old.get(name) if config.get(name) is None else config[name]
@@ -181,9 +181,10 @@ def _read(path: Path) -> str:
         raise outage_or(DataError, problem, error) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_fields(path: Path) -> dict[str, Any]:
+    """Of a JSON object; none where the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # the tokenizer has its own message for that
-    return content if isinstance(content, dict) else {}
+    return fields if isinstance(fields, dict) else {}

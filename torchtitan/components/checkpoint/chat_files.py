@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
-from torchtitan.data.chat import CHATML, load_template
+from torchtitan.data.chat import CHATML, load_template, read_fields
 from torchtitan.errors import BadDocumentError, DataError
 from torchtitan.tools.text import first_line
 
@@ -56,12 +54,3 @@ def end_of_turn(folder: Path) -> int | None:
     added = tokenizer.get_added_tokens_decoder()
     after = tokenizer.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False).ids
     return next((token for token in after if token in added and added[token].special), None)
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """Of a JSON object; none where the file is missing or damaged."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}

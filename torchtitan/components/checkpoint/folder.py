@@ -83,7 +83,8 @@ class SaveTimes:
     def now(self) -> str:
         """For a checkpoint that is complete now: its `Manifest.saved_at`."""
         if self._latest is None:  # once: nobody else saves into the folder meanwhile
-            self._latest = max(map(_saved_at, list_checkpoints(self._root)), default="")
+            newest_first = map(_saved_at, reversed(list_checkpoints(self._root)))
+            self._latest = next(filter(None, newest_first), "")
         self._latest = time_after(self._latest)
         return self._latest
 

@@ -15,11 +15,12 @@ import torch
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 from torchtitan.config.load import origin
+from torchtitan.data.chat import read_fields
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_errors_with
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
-from .chat_files import chat_template_of, end_of_turn, read_fields
+from .chat_files import chat_template_of, end_of_turn
 from .reader import enumerate_few
 from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
