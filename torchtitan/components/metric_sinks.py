@@ -8,8 +8,10 @@ import logging
 import math
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torchtitan.components.checkpoint.folder import is_resumable, list_checkpoints
@@ -25,14 +27,23 @@ Group = Literal["train", "validation"]
 
 _MOST_LINES_KEPT = 10_000
 """While a disk is full or gone: as many lines wait in memory."""
+_SECONDS_TO_NEXT_EVENT_FILE = 300.0
+"""Each try leaves an empty file, where a full disk still takes names."""
 
 
 class Sink(Protocol):
-    """Receives the values of each logged step; NaN, infinities and None are possible values."""
+    """Receives the values of each logged step; NaN, infinities and None are possible values.
+
+    Only `start` raises, and only the first time: metrics are no reason to lose a run that goes.
+    """
 
     def start(self, step: int) -> None:
         """Called before the first write, and when the run goes back to the end of `step`; forget
-        what was written of later steps."""
+        what was written of later steps.
+
+        Raises:
+            OSError: at the first call: what it needs cannot be written.
+        """
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None: ...
 
@@ -80,10 +91,13 @@ class JsonLinesSink:
             "train": _Lines(folder / "metrics.jsonl"),
             "validation": _Lines(folder / "validation.jsonl"),
         }
+        self._started = False
 
     def start(self, step: int) -> None:
         for file in self._files.values():
-            file.forget_after(step)
+            if self._started:
+                file.go_back(step)
+                continue
             path = file.path
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
@@ -91,6 +105,7 @@ class JsonLinesSink:
                     _set_aside(path)
                 else:
                     _keep_steps_up_to(step, path)
+        self._started = True
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         row = {"step": step} | {
@@ -112,32 +127,48 @@ class _Lines:
         self._waiting: deque[tuple[int, str]] = deque(maxlen=_MOST_LINES_KEPT)
         self._whole: int | None = None
         """Bytes of whole lines, if the file may end with a part of one."""
+        self._last_step: int | None = None
+        """The run went back to this step, and the file may still have later ones."""
+        self._failing = False
 
     def add(self, step: int, line: str) -> None:
         self._waiting.append((step, line))
-        try:
-            self._write()
-        except OSError as error:  # no reason to lose the run
-            if len(self._waiting) == 1:
-                logger.warning(
-                    "step %d: cannot write %s: %s. It is tried again at each step that is logged",
-                    *(step, self.path, error),
-                )
+        self._try_to_write(step)
 
-    def forget_after(self, step: int) -> None:
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps."""
         kept = [(of, line) for of, line in self._waiting if of <= step]
         self._waiting.clear()
         self._waiting.extend(kept)
+        self._last_step = step
+        self._try_to_write(step)
 
     def close(self) -> None:
-        if not self._waiting:
-            return
         try:
             self._write()
         except OSError as error:
             logger.warning("%s lacks %d lines: %s", self.path, len(self._waiting), error)
 
+    def _try_to_write(self, step: int) -> None:
+        try:
+            self._write()
+        except OSError as error:
+            if not self._failing:
+                logger.warning(
+                    "step %d: cannot write %s: %s. It is tried again at each step that is logged",
+                    *(step, self.path, error),
+                )
+            self._failing = True
+            return
+        self._failing = False
+
     def _write(self) -> None:
+        if self._last_step is not None:
+            if self.path.exists():
+                _keep_steps_up_to(self._last_step, self.path)
+            self._last_step = self._whole = None
+        if not self._waiting:
+            return
         text = "".join(line for _, line in self._waiting)
         with self.path.open("ab", buffering=0) as file:
             if self._whole is not None and file.tell() > self._whole:
@@ -185,27 +216,67 @@ def _keep_steps_up_to(step: int, path: Path) -> None:
 
 
 class TensorBoardSink:
-    """TensorBoard events, tagged `train/loss`, `validation/loss` and so on."""
+    """TensorBoard events, tagged `train/loss`, `validation/loss` and so on.
+
+    After an error of the disk, a new event file is tried from time to time; what was logged in
+    between is missing.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: Any = None  # a SummaryWriter
+        self._purge_step: int | None = None
+        """Of the next event file: steps from this one on in earlier files do not count."""
+        self._next_try = -math.inf
+        self._started = False
 
     def start(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         self.close()
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        self._purge_step = step + 1
+        if self._started:
+            self._try(step, self._open)
+        else:
+            self._open()
+        self._started = True
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
-        for key, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(f"{group}/{key}", value, step)
-        self._writer.flush()
+        def add() -> None:
+            if self._writer is None:
+                self._open()
+            for key, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(f"{group}/{key}", value, step)
+            self._writer.flush()
+            self._purge_step = None
+
+        self._try(step, add)
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             self._writer.close()
+        except OSError as error:
+            logger.warning("TensorBoard's file may lack its last values: %s", error)
+        self._writer = None
+
+    def _open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+
+    def _try(self, step: int, write: Callable[[], None]) -> None:
+        if self._writer is None and monotonic() < self._next_try:
+            return
+        try:
+            write()
+        except OSError as error:
+            logger.warning(
+                "step %d: cannot write for TensorBoard: %s. A new file is tried in %.0f min",
+                *(step, error, _SECONDS_TO_NEXT_EVENT_FILE / 60),
+            )
+            self._writer = None  # its thread has ended with the error
+            self._next_try = monotonic() + _SECONDS_TO_NEXT_EVENT_FILE
 
 
 class WandbSink:
@@ -222,6 +293,7 @@ class WandbSink:
                 "metrics.enable_wandb = true: the package wandb is not installed. "
                 "Run: pip install wandb"
             ) from error
+        self._lost = False
         folder = Path(job_config.job.dump_folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -247,8 +319,17 @@ class WandbSink:
         """W&B keeps what it has: steps that are done again appear twice."""
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
+        if self._lost:
+            return
         named = {f"{group}/{key}": value for key, value in values.items() if value is not None}
-        self._run.log(named | {"step": step})
+        try:
+            self._run.log(named | {"step": step})
+        except Exception as error:  # W&B's own, such as of its process that has ended
+            logger.warning("step %d: W&B stops: %s. The run goes on without it", step, error)
+            self._lost = True
 
     def close(self) -> None:
-        self._run.finish()
+        try:
+            self._run.finish()
+        except Exception as error:
+            logger.warning("W&B may lack the last values: %s", error)

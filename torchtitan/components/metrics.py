@@ -87,7 +87,8 @@ class MetricsProcessor:
         that each file has one line a step.
 
         Raises:
-            ConfigError: `job.dump_folder` cannot be written to; `OutageError`: not now.
+            ConfigError: at the first call, `job.dump_folder` cannot be written to; `OutageError`:
+                not now.
         """
         for sink in self._sinks:
             try:
@@ -195,9 +196,5 @@ class MetricsProcessor:
         return (now - first_time) / (step - first_step) * (self._total_steps - step)
 
     def _write(self, step: int, values: dict[str, Any], group: Group) -> None:
-        for sink in list(self._sinks):
-            try:
-                sink.write(step, values, group)
-            except OSError as error:  # a full disk: no reason to lose the run
-                logger.warning("%s stops at step %d: %s", type(sink).__name__, step, error)
-                self._sinks.remove(sink)
+        for sink in self._sinks:
+            sink.write(step, values, group)

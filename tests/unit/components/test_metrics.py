@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import resource
@@ -13,6 +14,7 @@ from types import ModuleType
 
 import pytest
 from checkpoint_run import Run, world_of_one  # noqa: F401
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchtitan.components import metrics
 from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
@@ -319,9 +321,70 @@ def test_steps_that_are_redone_are_not_written_later(config: JobConfig) -> None:
     assert [row["step"] for row in rows(config)] == [1]
 
 
-def test_tensorboard_receives_every_value_and_forgets_steps_redone(config: JobConfig) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_a_run_goes_back_also_where_nothing_can_be_written(
+    config: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lines of the steps that are done again are dropped once that goes."""
+    processor = build(config)
+    processor.start()
+    path = Path(config.job.dump_folder) / "metrics.jsonl"
+    for step in (1, 2, 3):
+        log(processor, step, loss=2.5)
+    obstacle = path.with_name(path.name + ".tmp")  # by which the file is rewritten
+    obstacle.mkdir()
+    processor.start(1)
+    log(processor, 2, loss=1.5)
+    assert [row["loss"] for row in rows(config)] == [2.5, 2.5, 2.5]
+    assert "step 1: cannot write" in caplog.text and "step 2: cannot" not in caplog.text
+    obstacle.rmdir()
+    log(processor, 3, loss=1.25)
+    processor.close()
+    assert [row["loss"] for row in rows(config)] == [2.5, 1.5, 1.25]
 
+
+def tensorboard_events(config: JobConfig) -> EventAccumulator:
+    folder = Path(config.job.dump_folder) / config.metrics.save_tb_folder
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def scalars(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_after_an_error(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fail(self: object, data: object = None) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    now = 0.0
+    monkeypatch.setattr("torchtitan.components.metric_sinks.monotonic", lambda: now)
+    config.metrics.enable_tensorboard = True
+    processor = build(config)
+    processor.start()
+    for step in (1, 2):
+        log(processor, step)
+    with monkeypatch.context() as full:
+        full.setattr(RecordWriter, "write", fail)
+        full.setattr(RecordWriter, "flush", fail)
+        log(processor, 3)
+        processor.start(1)  # the run goes back
+        log(processor, 2)  # not tried
+    log(processor, 2, loss=1.5)  # neither
+    now += 301
+    log(processor, 3, loss=1.25)
+    processor.close()
+    assert caplog.text.count("cannot write for TensorBoard") == 1
+    assert scalars(tensorboard_events(config), "train/loss") == [(1, 2.5), (3, 1.25)]
+    assert [row["step"] for row in rows(config)][-1] == 3
+
+
+def test_tensorboard_receives_every_value_and_forgets_steps_redone(config: JobConfig) -> None:
     config.metrics.enable_tensorboard = True
     config.metrics.save_tb_folder = "events"
     for resumed_at, last, loss in ((0, 4, 2.5), (2, 3, 1.5)):
@@ -332,11 +395,9 @@ def test_tensorboard_receives_every_value_and_forgets_steps_redone(config: JobCo
         processor.log_validation(last, 2.25)
         processor.close()
 
-    events = EventAccumulator(str(Path(config.job.dump_folder) / "events"))
-    events.Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert losses == [(1, 2.5), (2, 2.5), (3, 1.5)]
-    assert [event.step for event in events.Scalars("validation/loss")] == [3]
+    events = tensorboard_events(config)
+    assert scalars(events, "train/loss") == [(1, 2.5), (2, 2.5), (3, 1.5)]
+    assert scalars(events, "validation/loss") == [(3, 2.25)]
     expected = {f"train/{key}" for key in rows(config)[0] if key != "step"}
     assert set(events.Tags()["scalars"]) == expected | {"validation/loss"}
 
@@ -344,6 +405,7 @@ def test_tensorboard_receives_every_value_and_forgets_steps_redone(config: JobCo
 class FakeWandb(ModuleType):
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__("wandb")
+        self.process_ended = False
         self.error = error
         self.logged: list[dict] = []
         self.defined: dict[str, dict] = {}
@@ -359,9 +421,13 @@ class FakeWandb(ModuleType):
         self.defined[name] = settings
 
     def log(self, values: dict) -> None:
+        if self.process_ended:
+            raise RuntimeError("the service is gone")
         self.logged.append(values)
 
     def finish(self) -> None:
+        if self.process_ended:
+            raise RuntimeError("the service is gone")
         self.finished = True
 
 
@@ -392,6 +458,23 @@ def test_wandb_receives_config_and_values(
         "validation/*": "step",
     }
     assert wandb.finished
+
+
+def test_a_run_goes_on_when_wandb_ends(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config.metrics.enable_wandb = True
+    processor = build(config)
+    processor.start()
+    log(processor, 1)
+    wandb.process_ended = True
+    for step in (2, 3):
+        log(processor, step)
+    processor.close()
+    assert [row["step"] for row in rows(config)] == [1, 2, 3] and len(wandb.logged) == 1
+    assert caplog.text.count("W&B stops: the service is gone") == 1
 
 
 def test_missing_wandb_says_how_to_install_it(
