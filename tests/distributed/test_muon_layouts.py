@@ -8,6 +8,7 @@ rank. So the matrices have to be equal bit for bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from torch.distributed.tensor.parallel import (
 from torchtitan.components.muon import Muon
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import JobConfig
+from torchtitan.config.optimizer import ParamRule
+from torchtitan.distributed.collectives import CollectiveObserver
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 
@@ -83,7 +86,7 @@ def integers(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 class Run:
-    def __init__(self, layout: str) -> None:
+    def __init__(self, layout: str, rules: Sequence[ParamRule] = ()) -> None:
         replicate, shard, tp = LAYOUTS[layout]
         dims = ParallelDims(
             dp_replicate=replicate, dp_shard=shard, tp=tp, world_size=replicate * shard * tp
@@ -108,6 +111,7 @@ class Run:
             sum_gradients(self.model)
         config = JobConfig()
         config.optimizer.name = "Muon"
+        config.optimizer.rules = list(rules)
         self.optimizers = build_optimizer([self.model], config, dims)
 
     def step(self, number: int, skip: str | None = None) -> None:
@@ -152,6 +156,32 @@ def compare_with_one_process(folder: Path, layouts: list[str]) -> None:
 def test_every_layout_moves_matrices_as_one_process_does(tmp_path: Path, ranks: int) -> None:
     layouts = [name for name, degrees in LAYOUTS.items() if math.prod(degrees) == ranks]
     on_ranks(ranks, compare_with_one_process, tmp_path, layouts)
+
+
+# A learning rate, and so a group of parameters, for each layer.
+RULES = [ParamRule(rf"layers\.{name}\.", lr_scale=1 / (1 + int(name))) for name in SHAPES]
+
+
+def groups_share_rounds(folder: Path) -> None:
+    one, run = Run("one", RULES), Run("fsdp2", RULES)
+    exchanges: list[int] = []
+
+    def observe(name: str, inputs: list[torch.Tensor], call: Callable[[], Any]) -> Any:
+        if "alltoall" in name:
+            exchanges.append(sum(t.numel() for t in inputs))
+        return call()
+
+    for number in range(2):
+        one.step(number)
+        with CollectiveObserver(observe):
+            run.step(number)
+        assert_equal(run.matrices(), one.matrices())
+    rounds = math.ceil(len(SHAPES) / 2)
+    assert len(exchanges) == 2 * 2 * rounds  # there and back, in each of two steps
+
+
+def test_matrices_of_all_groups_are_worked_on_side_by_side(tmp_path: Path) -> None:
+    on_ranks(2, groups_share_rounds, tmp_path)
 
 
 def save(folder: Path, layout: str) -> None:

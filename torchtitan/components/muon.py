@@ -7,10 +7,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from torchtitan.components.matrix_exchange import MatrixExchange
+
+_Matrix = tuple[torch.Tensor, dict[str, Any]]
+"""A parameter, and the options of its group."""
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -30,29 +34,27 @@ class Muon(torch.optim.Optimizer):
     gradient is left as it is.
 
     Args:
-        params: matrices, or groups of them. Those of a group are all plain, or lie on one mesh.
+        params: matrices, or groups of them.
         lr: learning rate, before the adjustment for the shape.
         momentum: decay of the running mean of gradients.
         weight_decay: scaled with `lr`.
 
     Raises:
-        ValueError: a parameter is no matrix, or a group spans several meshes.
+        ValueError: a parameter is no matrix.
     """
 
     def __init__(
         self, params: ParamsT, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.1
     ) -> None:
-        self._exchanges: dict[int, MatrixExchange] = {}  # by the number of the group
+        self._exchanges: dict[DeviceMesh, MatrixExchange] = {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
-        for param in params:
+        self._exchanges.clear()
+        for param in self.param_groups[-1]["params"]:
             if param.ndim != 2:
                 raise ValueError(f"Muon is for matrices, but the parameter is {list(param.shape)}")
-        if len({_mesh(param) for param in params}) > 1:
-            raise ValueError("the parameters of a group must lie on one mesh")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -60,26 +62,33 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
-            if _mesh(group["params"][0]) is None:
-                for param in group["params"]:
-                    direction = orthogonalize(self._momentum(param, group["momentum"]))
-                    self._move(param, direction, group)
-            else:
-                self._step_sharded(number, group)
+        by_mesh: dict[DeviceMesh | None, list[_Matrix]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                by_mesh.setdefault(_mesh(param), []).append((param, group))
+        for mesh, matrices in by_mesh.items():
+            if mesh is not None:
+                self._step_sharded(mesh, matrices)
+                continue
+            for param, group in matrices:
+                direction = orthogonalize(self._momentum(param, group["momentum"]))
+                self._move(param, direction, group)
         return loss
 
-    def _step_sharded(self, number: int, group: dict[str, Any]) -> None:
-        exchange = self._exchanges.get(number)
+    def _step_sharded(self, mesh: DeviceMesh, matrices: list[_Matrix]) -> None:
+        """Those of all groups on one mesh, so that as many ranks as can be have work."""
+        exchange = self._exchanges.get(mesh)
         if exchange is None:
-            exchange = self._exchanges[number] = MatrixExchange(group["params"])
+            exchange = MatrixExchange([cast(DTensor, param) for param, _ in matrices])
+            self._exchanges[mesh] = exchange
         # What is worked on side by side should take about the same time.
-        params = sorted(group["params"], key=torch.Tensor.numel, reverse=True)
-        for start in range(0, len(params), exchange.ranks):
-            matrices = params[start : start + exchange.ranks]
-            local = [self._momentum(param, group["momentum"]) for param in matrices]
-            directions = exchange.apply(orthogonalize, matrices, local)
-            for param, direction in zip(matrices, directions, strict=True):
+        matrices.sort(key=lambda matrix: matrix[0].numel(), reverse=True)
+        for start in range(0, len(matrices), exchange.ranks):
+            chunk = matrices[start : start + exchange.ranks]
+            local = [self._momentum(param, group["momentum"]) for param, group in chunk]
+            params = [cast(DTensor, param) for param, _ in chunk]
+            directions = exchange.apply(orthogonalize, params, local)
+            for (param, group), direction in zip(chunk, directions, strict=True):
                 self._move(param, direction, group)
 
     def _momentum(self, param: torch.Tensor, momentum: float) -> torch.Tensor:
@@ -126,7 +135,7 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     return x.T if tall else x
 
 
-def _mesh(param: torch.Tensor) -> Any:
+def _mesh(param: torch.Tensor) -> DeviceMesh | None:
     return param.device_mesh if isinstance(param, DTensor) else None
 
 

@@ -159,6 +159,16 @@ def _check_pipeline(job_config: JobConfig) -> None:
         )
 
     parallelism = job_config.parallelism
+    if parallelism.fsdp_reshard_after_forward == "always" and splits_backward(job_config):
+        # PyTorch looks for the whole parameters in the autograd graph, and would leave out those
+        # that are sharded by then.
+        fail(
+            job_config,
+            "parallelism.fsdp_reshard_after_forward",
+            "'always' would lose gradients of weights where the pipeline schedule computes them "
+            "apart from those of inputs (zero bubble). Use 'default' or 'never', or another "
+            "schedule",
+        )
     size = parallelism.pipeline_parallel_microbatch_size
     sections = ["training", "validation"] if job_config.validation.enable else ["training"]
     for section in sections:

@@ -83,6 +83,9 @@ def apply_fsdp(
     if not tied:  # a tied weight must be in one group, the root's
         if embedding is not None:
             fully_shard(embedding, **options, reshard_after_forward=reshard)
+            # The backward pass ends here. FSDP would gather what the forward pass of the
+            # micro-batch before ended with.
+            embedding.set_modules_to_backward_prefetch([embedding])
         if head:
             fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
     fully_shard(inner, **options)

@@ -219,6 +219,18 @@ def test_the_chunked_loss_does_not_survive_two_backward_passes() -> None:
     validate(config, world_size=2)
 
 
+def test_parameters_stay_whole_between_two_backward_passes() -> None:
+    """Else PyTorch leaves their gradients out: those of llama3's debug model had 0.7 of the norm."""
+    config = job(2, schedule="ZBVZeroBubble")
+    config.activation_checkpoint.mode = "none"
+    validate(config, world_size=4)
+    config.parallelism.fsdp_reshard_after_forward = "always"
+    with pytest.raises(ConfigError, match=r"fsdp_reshard_after_forward.*would lose gradients"):
+        validate(config, world_size=4)
+    config.parallelism.pipeline_parallel_schedule = "Interleaved1F1B"
+    validate(config, world_size=4)
+
+
 CSV = "0F0,0F1,,0B0,0B1,3F0,3F1\n1F0,1F1,2F0,2F1,1I0,1W0\n"
 
 

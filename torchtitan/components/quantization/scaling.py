@@ -134,5 +134,4 @@ def scaled_grouped_mm(
         b.scale.squeeze(-1),
         offs=ends,
         out_dtype=dtype,
-        use_fast_accum=True,
     )
