@@ -220,7 +220,7 @@ def test_the_chunked_loss_does_not_survive_two_backward_passes() -> None:
 
 
 def test_parameters_stay_whole_between_two_backward_passes() -> None:
-    """Else PyTorch leaves their gradients out: those of llama3's debug model had 0.7 of the norm."""
+    """Else PyTorch leaves their gradients out: llama3 had 0.7 of its gradient norm."""
     config = job(2, schedule="ZBVZeroBubble")
     config.activation_checkpoint.mode = "none"
     validate(config, world_size=4)
