@@ -7,6 +7,7 @@ what; `Pipeline` runs a batch through the schedule.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,11 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("torchtitan")
 
-FIRST_MODULES = ("tok_embeddings",)
-LAST_MODULES = ("norm", "output")
-
-MakeSchedule = Callable[[list[PipelineStage], int, Callable[..., torch.Tensor]], Any]
-
 
 def build_pipeline(
     model: nn.Module,
@@ -55,12 +51,13 @@ def build_pipeline(
     job_config: JobConfig,
     parallelize_fn: Callable[..., nn.Module],
     loss_fn: Loss,
-    first_modules: tuple[str, ...] = FIRST_MODULES,
-    last_modules: tuple[str, ...] = LAST_MODULES,
+    first_modules: tuple[str, ...] = ("tok_embeddings",),
+    last_modules: tuple[str, ...] = ("norm", "output"),
 ) -> Pipeline:
     """Split `model`, parallelize this rank's stages, and prepare the schedule.
 
-    This is a `TrainSpec.pipeline_fn`. Models whose modules have other names wrap it.
+    This is a `TrainSpec.pipeline_fn`. Models whose modules have other names give them by
+    `functools.partial`.
 
     Args:
         model: on the meta device; its layers are in `model.layers`.
@@ -78,6 +75,18 @@ def build_pipeline(
     parts = split_model(model, job_config, stages, first_modules, last_modules)
     parts = [parallelize_fn(part, world_mesh, parallel_dims, job_config) for part in parts]
     return Pipeline(parts, stages, pp_mesh, job_config, loss_fn)
+
+
+def modules_around_layers(
+    pipeline_fn: Callable[..., Any] | None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`first_modules` and `last_modules` of a `TrainSpec.pipeline_fn`: chosen, or by default."""
+    chosen = getattr(pipeline_fn, "keywords", {})  # of a functools.partial
+    defaults = inspect.signature(build_pipeline).parameters
+    first, last = (
+        chosen.get(name, defaults[name].default) for name in ("first_modules", "last_modules")
+    )
+    return first, last
 
 
 class Pipeline:

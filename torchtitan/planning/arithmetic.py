@@ -9,8 +9,9 @@ import torch.nn as nn
 from torchtitan.config import JobConfig
 from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
+from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
+from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import assign_modules, stages_of_rank
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
@@ -19,7 +20,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
 from .roofline import Roofline
-from .trace import fake_world, meta_model, repetition_of, trace_step
+from .trace import meta_model, repetition_of, trace_step
 
 _BUBBLE = {"": 0.0, "1F1B": 1.0, "Interleaved1F1B": 0.5, "ZBVZeroBubble": 0.3}
 """Share of 1F1B's bubble that is left."""
@@ -61,6 +62,7 @@ class Arithmetic:
         spec = get_train_spec(config.model.name, config.model.flavor)
         args = spec.model_args.update_from_config(config)
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
+        self._around_layers = modules_around_layers(spec.pipeline_fn)
         self._dim = getattr(args, "dim", 0)
         self._model = meta_model(single_layout(config))
         self._trained = _sizes(self._model)[1]
@@ -167,7 +169,7 @@ class Arithmetic:
         if key not in self._shares:
             job = candidate.config(self._config)
             try:
-                stages = assign_modules(self._model, job, FIRST_MODULES, LAST_MODULES)
+                stages = assign_modules(self._model, job, *self._around_layers)
             except ConfigError:  # the trace says why; until then take it for even
                 pp = candidate.pp
                 part = _Share(self._layers / pp, self._nparams / pp, self._trained / pp, False)

@@ -18,6 +18,7 @@ from torchtitan.config import JobConfig, origin
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
+from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
@@ -32,7 +33,6 @@ from .records import PassTrace, StepTrace
 from .roofline import Groups, Roofline, Traffic
 from .schedule import StageCost, Timeline, actions_of, play
 from .trace import (
-    fake_world,
     meta_model,
     meta_parts,
     repetition_of,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from unittest.mock import patch
@@ -117,19 +117,18 @@ def _calls(model: nn.Module, seq_len: int) -> list[object]:
             else f"object {numbers.setdefault(id(leaf), len(numbers))}"
             for leaf in leaves
         ]
-        return hidden
+        return hidden.float()  # tokens, where a stage begins with layers
 
     with torch.device("meta"), torch.no_grad(), ExitStack() as stack:
-        entry = torch.zeros(1, seq_len, dtype=torch.int64)
         for layer in layers:
             stack.enter_context(patch.object(layer, "forward", partial(stub, layer)))
-        try:
-            if model.tok_embeddings is None:
-                entry = torch.zeros(1, seq_len, model.args.dim)
-            model(entry)
-            return [calls[layer] for layer in layers]
-        except Exception:  # of a model of the user's, which may need other inputs
-            return list(range(len(layers)))  # so take them as all different
+        # What follows the layers may fail, where they got tokens for hidden states. A model of the
+        # user's may need other inputs still, and its layers are taken as all different.
+        with suppress(Exception):
+            model(torch.zeros(1, seq_len, dtype=torch.int64))
+    if len(calls) < len(layers):
+        return list(range(len(layers)))
+    return [calls[layer] for layer in layers]
 
 
 def _settings(layer: nn.Module) -> dict[str, object]:

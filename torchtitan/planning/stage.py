@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_split import stages_per_rank
 from torchtitan.protocols.model import layers_of
 
 from .collectives import CollectiveRecorder
@@ -30,17 +31,18 @@ if TYPE_CHECKING:
 
 def trace_stage(
     part: nn.Module,
+    stage: int,
     job_config: JobConfig,
     dims: ParallelDims,
     loss_fn: Loss,
     memory: PeakMemory,
     recorder: CollectiveRecorder,
 ) -> StageTrace:
-    """Within `memory` and `recorder`, which must know the parameters and the optimizer's state.
+    """Trace stage `stage` of the pipeline, 0 without one; its gradients are left in place.
 
-    The gradients are left in place, so that the optimizer can follow.
+    Within `memory` and `recorder`, which must know the parameters and the optimizer's state.
     """
-    tracer = _StageTracer(part, job_config, dims, loss_fn, memory, recorder)
+    tracer = _StageTracer(part, stage, job_config, dims, loss_fn, memory, recorder)
     if dims.pp_enabled:
         with tracer.autocast:  # the casts of weights serve all micro-batches
             tracer.trace_pipeline()
@@ -54,6 +56,7 @@ class _StageTracer:
     def __init__(
         self,
         part: nn.Module,
+        stage: int,
         job_config: JobConfig,
         dims: ParallelDims,
         loss_fn: Loss,
@@ -62,6 +65,8 @@ class _StageTracer:
     ) -> None:
         self._part, self._config, self._dims, self._loss_fn = part, job_config, dims, loss_fn
         self._memory, self._recorder = memory, recorder
+        stages = dims.pp * (stages_per_rank(job_config) if dims.pp_enabled else 1)
+        self._is_first, self._is_last = stage == 0, stage == stages - 1
         batch = job_config.training.local_batch_size
         if dims.pp_enabled:
             batch = job_config.parallelism.pipeline_parallel_microbatch_size
@@ -194,7 +199,7 @@ class _StageTracer:
         layer.
         """
         part, trace = self._part, self.trace
-        entry = self._tokens if part.tok_embeddings is not None else self._hidden_states()
+        entry = self._tokens if self._is_first else self._hidden_states()
         trace.hidden_in = _local_bytes(entry) if entry.requires_grad else 0
         handles = []
         if end_of_phase:
@@ -209,7 +214,7 @@ class _StageTracer:
         autocast = nullcontext() if self._dims.pp_enabled else self.autocast
         with recording(self._recorder, record), autocast:
             out = part(entry, **self._inputs)
-            loss = None if part.output is None else self._loss_fn(out, self._tokens)
+            loss = self._loss_fn(out, self._tokens) if self._is_last else None
         for handle in handles:
             handle.remove()
         trace.hidden_out = _local_bytes(out) if loss is None else 0

@@ -6,12 +6,10 @@ The model, its `parallelize_fn`, the loss and the optimizer are the real ones; t
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,15 +20,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.optimizer import check_rules, freeze
 from torchtitan.config import origin
+from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
+from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model_converter import build_model_converters
@@ -45,25 +43,6 @@ from .stage import recording, trace_stage
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-
-
-@contextmanager
-def fake_world(world_size: int, rank: int) -> Iterator[None]:
-    """This process is rank `rank` of `world_size`, whose collectives do nothing.
-
-    Raises:
-        RuntimeError: a process group exists already.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
-    with patch.dict(os.environ, environment):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-            _clear_sharding_prop_cache()  # it holds meshes, whose groups are gone
 
 
 def trace_step(
@@ -89,6 +68,8 @@ def trace_step(
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
+    if stages is None:
+        stages = _own_stages(job_config, dims)
     parts = _parallel_parts(job_config, dims, shallow, stages)
     for part in parts:
         sum_gradients(part)
@@ -108,8 +89,8 @@ def trace_step(
         numels = [sum(_local_numel(param) for param in part.parameters()) for part in parts]
         step = StepTrace(parameters=sum(numels))
         with memory, recorder:
-            for part, numel in zip(parts, numels, strict=True):
-                trace = trace_stage(part, job_config, dims, loss_fn, memory, recorder)
+            for part, stage, numel in zip(parts, stages, numels, strict=True):
+                trace = trace_stage(part, stage, job_config, dims, loss_fn, memory, recorder)
                 share = numel / max(sum(numels), 1)
                 trace.gradients, trace.optimizer_state = gradients * share, state * share
                 step.stages.append(trace)
@@ -134,20 +115,19 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
     """
     with fake_world(world_size, rank=0):
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
-        _parallel_parts(job_config, dims, shallow=0)
+        _parallel_parts(job_config, dims, 0, _own_stages(job_config, dims))
+
+
+def _own_stages(job_config: JobConfig, dims: ParallelDims) -> list[int]:
+    place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
+    return stages_at(job_config, place)
 
 
 def _parallel_parts(
-    job_config: JobConfig,
-    dims: ParallelDims,
-    shallow: int | None,
-    stages: list[int] | None = None,
+    job_config: JobConfig, dims: ParallelDims, shallow: int | None, stages: list[int]
 ) -> list[nn.Module]:
-    """The parts of the model that this rank has, parallelised. Args: as `trace_step`."""
+    """These stages of the model, parallelised. Args: as `trace_step`."""
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    if stages is None:
-        place = dims.world_mesh["pp"].get_local_rank() if dims.pp_enabled else 0
-        stages = stages_at(job_config, place)
     model = meta_model(job_config, dims)
     check_rules(model, job_config)
     parts = meta_parts(model, job_config, stages)
@@ -194,7 +174,8 @@ def meta_parts(model: nn.Module, job_config: JobConfig, stages: list[int]) -> li
     """The stages of a `meta_model`, which stays whole; without a pipeline the model itself."""
     if job_config.parallelism.pipeline_parallel_degree == 1:
         return [model]
-    return split_model(model, job_config, stages, FIRST_MODULES, LAST_MODULES)
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    return split_model(model, job_config, stages, *modules_around_layers(spec.pipeline_fn))
 
 
 def stages_at(job_config: JobConfig, place: int) -> list[int]:

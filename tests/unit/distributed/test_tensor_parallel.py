@@ -11,13 +11,13 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.config import load_config
+from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
     DeferredOutputParallel,
     _with_whole_sequence,
     embed_own,
 )
-from torchtitan.planning.trace import fake_world
 from torchtitan.protocols.train_spec import get_train_spec
 
 SHARDED = {

@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 import torchtitan.models  # noqa: F401
 from torchtitan.config import load_config
+from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.planning.collectives import sent_by_group
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.records import StepTrace
-from torchtitan.planning.trace import fake_world, trace_step
+from torchtitan.planning.trace import trace_step
 from torchtitan.protocols.train_spec import get_train_spec
 
 PREFIXES = {

@@ -73,20 +73,15 @@ def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
 
 def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
     """Modules before and after the layers that a pipeline stage may lack; none if never split."""
-    from torchtitan.distributed.pipeline_parallel import FIRST_MODULES, LAST_MODULES
+    from torchtitan.distributed.pipeline_parallel import modules_around_layers
 
-    pipeline = subject.spec.pipeline_fn
-    if pipeline is None:
+    if subject.spec.pipeline_fn is None:
         return [], []
-    chosen = getattr(pipeline, "keywords", {})  # of a functools.partial
     with torch.device("meta"):
         model = subject.spec.model_cls(subject.args)
     first, last = (
         [name for name in names if getattr(model, name, None) is not None]
-        for names in (
-            chosen.get("first_modules", FIRST_MODULES),
-            chosen.get("last_modules", LAST_MODULES),
-        )
+        for names in modules_around_layers(subject.spec.pipeline_fn)
     )
     owners: dict[int, set[str]] = {}
     for name in [*first, *last]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
 from torchtitan.config.validate import validate
+from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
@@ -176,7 +175,7 @@ def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:
     loss_fn = subject.spec.build_loss_fn(config)
     stages = {}
     for rank in range(degree):
-        with _alone_as(rank, degree):
+        with fake_world(degree, rank):
             parts = _parts_of_rank(subject, config, degree, loss_fn)
             for number, part in zip(stages_of_rank(config, rank), parts, strict=True):
                 initialize_weights(part, subject.seed, torch.device("cpu"))
@@ -195,18 +194,6 @@ def _parts_of_rank(
     pipeline_fn = cast(Callable[..., Any], subject.spec.pipeline_fn)
     pipeline = pipeline_fn(model, mesh, dims, config, lambda part, *layout: part, loss_fn)
     return pipeline.model_parts
-
-
-@contextmanager
-def _alone_as(rank: int, world_size: int) -> Iterator[None]:
-    """Be one of several ranks whose others do not exist: groups and meshes, but no messages."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 CHECKS = (
