@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
+
+from torchtitan.distributed.utils import local_tensor
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -80,7 +81,7 @@ class Replicas:
         self._manager = torchft.Manager(
             pg=group,
             load_state_dict=load_local,
-            state_dict=lambda: {"state": tree_map(_local, state())},
+            state_dict=lambda: {"state": tree_map(local_tensor, state())},
             min_replica_size=self._config.min_replica_size,
             use_async_quorum=False,
             timeout=self._timeout,
@@ -107,7 +108,7 @@ class Replicas:
         """Add up the gradients of all groups, in place."""
         if self._manager is None:
             return
-        grads = [_local(param.grad) for param in parameters if param.grad is not None]
+        grads = [local_tensor(param.grad) for param in parameters if param.grad is not None]
         for bucket in _buckets(grads):
             flat = torch.cat([grad.flatten() for grad in bucket])
             self._all_reduce(flat)
@@ -136,10 +137,6 @@ class Replicas:
         self._manager.allreduce(tensor, reduce_op=dist.ReduceOp.SUM).wait()
 
 
-def _local(value: Any) -> Any:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def _buckets(grads: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
     """Consecutive gradients of one dtype, in pieces of about `_BUCKET_BYTES`."""
     bucket: list[torch.Tensor] = []
@@ -162,5 +159,5 @@ def _take_over(own: Any, received: Any) -> Any:
         return {key: _take_over(value, received[key]) for key, value in own.items()}
     if not isinstance(own, torch.Tensor):
         return received
-    _local(own).copy_(received)
+    local_tensor(own).copy_(received)
     return own

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from torchtitan.data.kept_batch import keep_batch
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def refuse_nonfinite_weights(parameters: Iterable[torch.Tensor], step: int) -> N
     Raises:
         TrainingError: on all ranks, a weight is NaN or infinite.
     """
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    local = [local_tensor(p) for p in parameters]
     bad = torch.tensor(sum(int(not t.isfinite().all()) for t in local))
     dist.all_reduce(bad)
     if bad:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from torchtitan.components.matrix_exchange import MatrixExchange
+from torchtitan.distributed.utils import local_tensor
 
 _Matrix = tuple[torch.Tensor, dict[str, Any]]
 """A parameter, and the options of its group."""
@@ -99,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(param)
-        buffer = _local(state["momentum_buffer"])
+        buffer = local_tensor(state["momentum_buffer"])
         if param.grad is None:
             return torch.zeros_like(buffer, dtype=torch.bfloat16)
         grad = param.grad
@@ -112,7 +113,7 @@ class Muon(torch.optim.Optimizer):
         if param.grad is None:
             return
         rows, columns = param.shape
-        local = _local(param)
+        local = local_tensor(param)
         local.mul_(1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
         local.add_(direction.to(local.device), alpha=-lr)
@@ -137,7 +138,3 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
 def _mesh(param: torch.Tensor) -> DeviceMesh | None:
     return param.device_mesh if isinstance(param, DTensor) else None
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

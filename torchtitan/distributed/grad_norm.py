@@ -11,6 +11,8 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from torchtitan.distributed.utils import local_tensor
+
 
 @torch.no_grad()
 def clip_grad_norm(
@@ -44,9 +46,9 @@ def clip_grad_norm(
         layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
         if layout not in meshes_of:
             meshes_of[layout] = _sharding_meshes(grad)
-        groups[meshes_of[layout]].append(_local(grad))
+        groups[meshes_of[layout]].append(local_tensor(grad))
 
-    device = _local(grads[0]).device
+    device = local_tensor(grads[0]).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for meshes, tensors in groups.items():
         squared = _sum_of_squares(tensors)
@@ -62,7 +64,7 @@ def clip_grad_norm(
     norm = total.sqrt().float()
 
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_([_local(grad) for grad in grads], scale)
+    torch._foreach_mul_([local_tensor(grad) for grad in grads], scale)
     return norm
 
 
@@ -76,10 +78,6 @@ def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([norm.flatten() for norm in norms]).double().square().sum()
     norm_of_each = torch._foreach_norm(tensors, 2, dtype=torch.float32)
     return torch.stack(norm_of_each).double().square().sum()
-
-
-def _local(grad: torch.Tensor) -> torch.Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _sharding_meshes(grad: torch.Tensor) -> tuple[DeviceMesh, ...]:

@@ -20,7 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.protocols.model import ModelProtocol
+
+
+def set_weights(model: ModelProtocol) -> None:
+    """Set all weights of a model, as on a single device.
+
+    Every module first gets PyTorch's own defaults (`reset_parameters`), then
+    `model.init_weights()` decides.
+    """
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    model.init_weights()
 
 
 def initialize_weights(
@@ -29,10 +43,7 @@ def initialize_weights(
     device: torch.device,
     buffer_device: torch.device | None = None,
 ) -> None:
-    """Allocate a model that is on the meta device, and set all its weights.
-
-    As on a single device, every module first gets PyTorch's own defaults (`reset_parameters`), then
-    `model.init_weights()` decides.
+    """Allocate a model that is on the meta device, and set all its weights, see `set_weights`.
 
     Args:
         device: where parameters live.
@@ -41,18 +52,14 @@ def initialize_weights(
             and slowly.
 
     Raises:
-        RuntimeError: a parameter or buffer was set by neither (the author's bug); names it.
+        RuntimeError: a parameter or buffer is left unset (the author's bug); names it.
     """
     with preserve_tying(model):
         model.to_empty(device=device)
     with torch.no_grad():
         unset = _Unset(model)
         with unset, SeededInit(model, seed, buffer_device):
-            for module in model.modules():
-                reset = getattr(module, "reset_parameters", None)
-                if reset is not None:
-                    reset()
-            model.init_weights()
+            set_weights(model)
         unset.refuse()
     if buffer_device is not None:
         for module in model.modules():
@@ -95,7 +102,7 @@ class SeededInit(TorchDispatchMode):
         torch.manual_seed(self._next_seed())
         if target is None:
             return func(*args, **kwargs)
-        local = target.to_local() if isinstance(target, DTensor) else target
+        local = local_tensor(target)
         mutable = func._schema.is_mutable
         device = self._device if self._device is not None and mutable else local.device
         if not isinstance(target, DTensor) and device == local.device:
@@ -120,7 +127,7 @@ class SeededInit(TorchDispatchMode):
 
 def _storage_key(tensor: torch.Tensor) -> int:
     """Identifies a tensor's memory, so that `weight.data` and `weight` are one."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_tensor(tensor)
     return local.untyped_storage()._cdata
 
 
@@ -172,7 +179,7 @@ class _Unset(TorchDispatchMode):
 
 def _local_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in tensors]
+    return [(name, local_tensor(t)) for name, t in tensors]
 
 
 def _holds_nan(tensor: torch.Tensor) -> bool:

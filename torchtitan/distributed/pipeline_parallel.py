@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.config.load import origin
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
-from torchtitan.distributed.utils import device
+from torchtitan.distributed.utils import device, local_tensor
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _lay_out_gradients_like_weights(part: nn.Module) -> None:
         if param.grad is None:
             continue
         whole = param.grad
-        local, grad = (t.to_local() if isinstance(t, DTensor) else t for t in (param, whole))
+        local, grad = (local_tensor(t) for t in (param, whole))
         if grad.stride() == local.stride():
             continue
         grad = torch.empty_like(local).copy_(grad)

@@ -1,4 +1,4 @@
-"""The process's device, and joining the other processes."""
+"""The process's device and part of tensors, and joining the other processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.tensor import DTensor
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.open_files import allow_open_files
@@ -33,6 +34,11 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process, known before the processes have met."""
     return int(os.environ.get("RANK", 0))
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def refuse_separate_tasks() -> None:

@@ -31,6 +31,7 @@ from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
 from torchtitan.distributed import utils
+from torchtitan.distributed.init import set_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import CheckpointError, ConfigError
@@ -318,11 +319,7 @@ def _allocate(model: ModelProtocol, device: torch.device) -> None:
     with preserve_tying(model):
         model.to_empty(device=device)
     with torch.no_grad(), _NoRandomDraws():
-        for module in model.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-        model.init_weights()
+        set_weights(model)
 
 
 class _NoRandomDraws(TorchDispatchMode):

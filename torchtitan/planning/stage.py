@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.tensor import DTensor
 
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import stages_per_rank
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.protocols.model import layers_of
 
 from .collectives import CollectiveRecorder
@@ -255,7 +255,7 @@ def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_tensor(tensor)
     return local.numel() * local.element_size()
 
 

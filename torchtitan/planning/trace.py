@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.distributed.tensor import DTensor
 
 import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.optimizer import check_rules, freeze
@@ -30,6 +29,7 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
@@ -210,4 +210,4 @@ def _make_optimizer_state(
 
 
 def _local_numel(param: nn.Parameter) -> int:
-    return (param.to_local() if isinstance(param, DTensor) else param).numel()
+    return (local_tensor(param)).numel()

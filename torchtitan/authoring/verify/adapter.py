@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
@@ -265,7 +266,7 @@ def works_on_dtensors(subject: Subject) -> str:
 
 
 def _local_bytes(state: State) -> int:
-    locals_ = {id(t): t.to_local() if isinstance(t, DTensor) else t for t in state.values()}
+    locals_ = {id(t): local_tensor(t) for t in state.values()}
     return sum(tensor.nbytes for tensor in locals_.values())
 
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from torchtitan.distributed.context_parallel import sequence_shards
+from torchtitan.distributed.utils import local_tensor
 
 from .observe import Outputs
 from .reference import BATCH, Tensors
@@ -108,7 +109,7 @@ def compare_outputs(
             left_out += 1
             continue
         compared += 1
-        local = local.to_local() if isinstance(local, DTensor) else local
+        local = local_tensor(local)
         for dim, places in enumerate(indices):
             expected = expected.index_select(dim, places)
         relative = _relative(local, expected, float(expected.norm()))

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchtitan.distributed.init import SeededInit
+from torchtitan.distributed.init import SeededInit, set_weights
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.protocols import ModelProtocol
 
@@ -124,11 +124,7 @@ def _initialised(subject: Subject, poison: int) -> ModelProtocol:
             floating = tensor.is_floating_point() or tensor.is_complex()
             tensor.fill_(float("nan") if floating else poison)
         with SeededInit(model, subject.seed):
-            for module in model.modules():
-                reset = getattr(module, "reset_parameters", None)
-                if reset is not None:
-                    reset()
-            model.init_weights()
+            set_weights(model)
     return model
 
 

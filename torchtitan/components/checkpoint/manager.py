@@ -111,7 +111,6 @@ class CheckpointManager:
         """What this run resumed from and has saved, to which it can go back."""
         self._damaged: set[str] = set()
         """Names of checkpoints that were found to be damaged."""
-        self._loaded = False
         # All ranks are here, or this ends by the timeout of training: the new group's is its own.
         dist.all_reduce(torch.zeros(1))
         # Of its own, so that background saves do not get between the collectives of training.
@@ -238,26 +237,19 @@ class CheckpointManager:
         one. If that is of the last step, and the Hugging Face folder of `last_save_in_hf` is not
         there, it is saved now.
 
-        Called again, while training, it goes back, see `roll_back`. `load_step` and
-        `exclude_from_loading` count the first time only, also over the restarts of a run.
+        `load_step` and `exclude_from_loading` count once, also over the restarts of a run.
 
         Returns:
             The number of steps done when the checkpoint was saved; 0 for a new run.
 
         Raises:
             CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged, all
-                checkpoints are damaged, there is none to go back to, or the one to resume from is
-                an export or does not fit the model or the batch size, or the folder of checkpoints
-                cannot be written, or is not the same on all hosts.
+                checkpoints are damaged, or the one to resume from is an export or does not fit the
+                model or the batch size, or the folder of checkpoints cannot be written, or is not
+                the same on all hosts.
             OutageError: on all ranks: one cannot be read, which does not count as damage, or the
                 folder cannot be written now.
         """
-        again, self._loaded = self._loaded, True
-        if again:
-            step = self.roll_back()
-            if step is None:
-                raise CheckpointError(f"there is no checkpoint in {self._root} to go back to")
-            return step
         step = self._load_first()
         if self._config.enable:
             require_shared(self._root, self._claim, self._group)

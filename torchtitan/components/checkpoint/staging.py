@@ -11,6 +11,8 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
+from torchtitan.distributed.utils import local_tensor
+
 
 class HostCopy(AsyncStager):
     """Copies the state in a thread, into memory that it keeps for the next save.
@@ -61,7 +63,7 @@ class HostCopy(AsyncStager):
         host = self._tensors.get(path)
         if host is None or host.shape != value.shape or host.dtype != value.dtype:
             host = self._tensors[path] = _like(value.detach())
-        pairs.append((_local(host), _local(value.detach())))
+        pairs.append((local_tensor(host), local_tensor(value.detach())))
         return host
 
     @torch.no_grad()
@@ -74,10 +76,6 @@ class HostCopy(AsyncStager):
         if self._stream is not None:
             self._stream.synchronize()
         return staged
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import CheckpointError
 
 from .state_dict import RenamingAdapter, numbers_of, pattern_of, rename
@@ -84,7 +85,7 @@ class ExpertsAdapter(RenamingAdapter):
         joined = cast(DTensor, torch.empty_like(like))
         for target, number in zip(joined.to_local(), wanted, strict=True):
             matrix = matrices[number]
-            target.copy_(matrix.to_local() if isinstance(matrix, DTensor) else matrix)
+            target.copy_(local_tensor(matrix))
         return joined
 
 
