@@ -48,6 +48,11 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
         )
 
 
+def _sections(job_config: JobConfig) -> list[str]:
+    """Those that have batches."""
+    return ["training", "validation"] if job_config.validation.enable else ["training"]
+
+
 def _check_sequence_length(job_config: JobConfig, dims: ParallelDims) -> None:
     unit, reasons = 1, []
     if dims.cp_enabled:
@@ -56,8 +61,7 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims) -> None:
     if dims.tp_enabled and not job_config.parallelism.disable_sequence_parallel:
         unit = math.lcm(unit, dims.cp * dims.tp)
         reasons += [f"parallelism.tensor_parallel_degree ({dims.tp}) shards the sequence too"]
-    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
-    for section in sections:
+    for section in _sections(job_config):
         seq_len = getattr(job_config, section).seq_len
         if seq_len % unit:
             fail(
@@ -130,8 +134,7 @@ def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
             f"{', '.join(map(str, degrees))}",
         )
     unit = dims.cp * dims.tp  # each rank routes its part of the sequence
-    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
-    for section in sections:
+    for section in _sections(job_config):
         seq_len = getattr(job_config, section).seq_len
         if dims.tp_enabled and seq_len % unit:
             fail(
@@ -170,7 +173,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
             "schedule",
         )
     size = parallelism.pipeline_parallel_microbatch_size
-    sections = ["training", "validation"] if job_config.validation.enable else ["training"]
+    sections = _sections(job_config)
     for section in sections:
         batch = getattr(job_config, section).local_batch_size
         if batch % size:

@@ -38,15 +38,14 @@ SPLIT_DIMS = {"w1": 1, "w2": 2, "w3": 1}
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def router_plan(moe: str = "moe") -> Plan:
+def router_plan() -> Plan:
     """The part of a block's tensor-parallel plan that has each rank route its part of the sequence.
 
-    Args:
-        moe: name of the `MoE` module in the block.
+    The `MoE` module of the block is `moe`.
     """
     return {
-        moe: OwnTokens(),
-        f"{moe}.router.gate": SequenceParallel(sequence_dim=0, use_local_output=True),
+        "moe": OwnTokens(),
+        "moe.router.gate": SequenceParallel(sequence_dim=0, use_local_output=True),
     }
 
 

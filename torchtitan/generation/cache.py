@@ -50,7 +50,6 @@ class KVCache:
         self.length = 0
         """Tokens of a sequence so far, padding included."""
         self._model = model
-        self._padding = padding
         slots = torch.arange(capacity, device=padding.device)[None]
         self._positions = (slots - padding[:, None]).clamp(min=0)  # [batch, capacity]
         self._document_ids = None

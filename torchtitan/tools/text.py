@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 
 def human(number: float, space: str = " ") -> str:
@@ -37,6 +38,13 @@ def duration(seconds: float) -> str:
     if hours < 24:
         return f"{hours}:{minutes:02}:{seconds:02}"
     return f"{hours // 24}d {hours % 24:02}:{minutes:02}"
+
+
+def few(names: Iterable[str], limit: int = 3) -> str:
+    """`a, b, c and 7 more`."""
+    names = list(names)
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -477,15 +477,6 @@ def test_a_run_goes_on_when_wandb_ends(
     assert caplog.text.count("W&B stops: the service is gone") == 1
 
 
-def test_missing_wandb_says_how_to_install_it(
-    config: JobConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
-    config.metrics.enable_wandb = True
-    with pytest.raises(ConfigError, match=r"metrics\.enable_wandb.*pip install wandb"):
-        build(config)
-
-
 def test_wandb_that_does_not_start_is_a_config_error(
     config: JobConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

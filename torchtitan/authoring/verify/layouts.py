@@ -46,14 +46,10 @@ class Layout:
         return DOCUMENTS if DOCUMENT_MASK in self.options else REFERENCE
 
 
-def _degree(name: str, degree: int = 2) -> str:
-    return f"--parallelism.{name}_parallel_degree={degree}"
-
-
-TP2 = _degree("tensor")
-CP2 = _degree("context")
-PP2 = _degree("pipeline")
-EP2 = _degree("expert")
+TP2 = "--parallelism.tensor_parallel_degree=2"
+CP2 = "--parallelism.context_parallel_degree=2"
+PP2 = "--parallelism.pipeline_parallel_degree=2"
+EP2 = "--parallelism.expert_parallel_degree=2"
 DOCUMENT_MASK = "--training.document_mask"
 REPLICATE2 = "--parallelism.data_parallel_replicate_degree=2"
 COMPILE = ("--compile.enable", "--compile.backend=aot_eager")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch.distributed as dist
 
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS
+from torchtitan.tools.text import few
 
 from .check import CheckFailedError
 from .compare import Difference, RankPart, compare_outputs, compare_tensors
@@ -155,8 +156,8 @@ def _judge_names(found: list[Comparison]) -> None:
     expected, names = found[0].expected_names, set().union(*(c.names for c in found))
     missing, extra = sorted(expected - names), sorted(names - expected)
     if missing or extra:
-        lacks = f"no rank has {_few(missing)}" if missing else ""
-        has = f"there is {_few(extra)}, which one process does not have" if extra else ""
+        lacks = f"no rank has {few(missing)}" if missing else ""
+        has = f"there is {few(extra)}, which one process does not have" if extra else ""
         raise CheckFailedError(
             f"parameters and buffers have other names: {'; '.join(filter(None, (lacks, has)))}",
             "A checkpoint could not be loaded in another layout. A wrapper module must not change "
@@ -283,7 +284,3 @@ def max_error(errors: Iterable[float]) -> float:
 
 def _largest_relative(values: list[float], reference: list[float]) -> float:
     return max_error(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

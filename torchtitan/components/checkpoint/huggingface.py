@@ -18,10 +18,10 @@ from torchtitan.config.load import origin
 from torchtitan.data.chat import read_fields
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_errors_with
+from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .chat_files import chat_template_of, end_of_turn
-from .reader import enumerate_few
 from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
 
@@ -145,13 +145,9 @@ def check_same_model(folder: Path, args: BaseModelArgs) -> None:
     rotary = [text for name, text in found if name.startswith(_ROTARY)]
     others = [text for name, text in found if not name.startswith(_ROTARY)]
     if others:
-        raise CheckpointError(
-            f"{folder / 'config.json'} is of another model: {enumerate_few(others)}"
-        )
+        raise CheckpointError(f"{folder / 'config.json'} is of another model: {few(others)}")
     if rotary:
-        logger.warning(
-            "%s has other rotary positions: %s", folder / "config.json", enumerate_few(rotary)
-        )
+        logger.warning("%s has other rotary positions: %s", folder / "config.json", few(rotary))
 
 
 def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
@@ -174,7 +170,7 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
     if lost:
         raise CheckpointError(
             f"Hugging Face's {config['architectures'][0]} cannot express this model: it would have "
-            f"{enumerate_few(lost)}"
+            f"{few(lost)}"
         )
     return config
 

@@ -22,6 +22,7 @@ from torchtitan.errors import (
     begin_errors_with,
 )
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
+from torchtitan.tools.text import few
 
 from .agreement import on_all_ranks, on_rank_zero
 from .folder import list_checkpoints
@@ -29,7 +30,6 @@ from .manifest import MANIFEST, Manifest, nested_differences, plain_args
 from .reader import (
     CheckpointReader,
     SafetensorsReader,
-    enumerate_few,
     read_metadata,
     read_safetensors_metadata,
     read_state,
@@ -166,7 +166,7 @@ class OpenCheckpoint:
         ]
         if not differences:
             return ""
-        return f". It was saved from another model: {enumerate_few(differences)}"
+        return f". It was saved from another model: {few(differences)}"
 
 
 def _share(manifest: Manifest, rank: int, ranks: int) -> list[str]:

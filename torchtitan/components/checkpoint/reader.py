@@ -11,7 +11,7 @@ import json
 import pickle
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 from io import BytesIO
 from itertools import compress
@@ -36,7 +36,7 @@ from torch.futures import Future
 
 from torchtitan.config.checkpoint import ExcludablePart
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
-from torchtitan.tools.text import first_line
+from torchtitan.tools.text import few, first_line
 
 from .agreement import first_failure
 from .patience import NO_DAMAGE, parse_again, read_again
@@ -213,7 +213,7 @@ def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[s
     saved: dict[str, Any] = metadata.state_dict_metadata
     missing = [key for key in state if key not in saved]
     if missing:
-        raise CheckpointError(f"{folder} lacks {enumerate_few(missing)}{_way_out(missing)}")
+        raise CheckpointError(f"{folder} lacks {few(missing)}{_way_out(missing)}")
     files = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
     misfits = [
         f"{key} (saved {list(saved[key].size)} in {files[key]}, needed {list(value.shape)})"
@@ -223,9 +223,7 @@ def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[s
         and saved[key].size != value.shape
     ]
     if misfits:
-        raise CheckpointError(
-            f"{folder} has other shapes of {enumerate_few(misfits)}{_way_out(misfits)}"
-        )
+        raise CheckpointError(f"{folder} has other shapes of {few(misfits)}{_way_out(misfits)}")
 
 
 def check_no_more(
@@ -236,8 +234,7 @@ def check_no_more(
     unread = [key for key in keys if key not in read and is_wanted(key)]
     if unread:
         raise CheckpointError(
-            f"{folder} has {enumerate_few(unread)}, which this run has no place for"
-            f"{_way_out(unread)}"
+            f"{folder} has {few(unread)}, which this run has no place for{_way_out(unread)}"
         )
 
 
@@ -334,10 +331,3 @@ def _way_out(keys: list[str]) -> str:
     if part not in EXCLUDABLE_PARTS:
         return ""
     return f'; checkpoint.exclude_from_loading = ["{part}"] would start it anew'
-
-
-def enumerate_few(names: Iterable[str]) -> str:
-    """`a, b, c and 7 more`."""
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -170,7 +170,7 @@ class _Writer(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
         with open(self.path / FILE, "w+b") as file:
-            for item in with_progress(plan.items, len(plan.items), "converting"):
+            for item in with_progress(plan.items, len(plan.items)):
                 start = file.tell()
                 try:
                     self._write(item.index.fqn.removeprefix("model."), file)

@@ -55,7 +55,7 @@ def _refuse(out: Path) -> None:
         raise CheckpointError(f"{out} exists: nothing is written over")
 
 
-def with_progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+def with_progress(items: Iterable[T], total: int) -> Iterable[T]:
     """The items, with a bar on stderr if that is a terminal."""
     console = Console(stderr=True)
-    return track(items, what, total=total, console=console, disable=not console.is_terminal)
+    return track(items, "converting", total=total, console=console, disable=not console.is_terminal)

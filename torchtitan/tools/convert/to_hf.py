@@ -24,7 +24,6 @@ from torchtitan.components.checkpoint.reader import (
 )
 from torchtitan.components.checkpoint.resume import saved_config
 from torchtitan.components.checkpoint.safetensors_files import (
-    MAX_FILE_BYTES,
     SafetensorsWriter,
     TensorSpec,
     plan_files,
@@ -45,7 +44,6 @@ def convert_to_hf(
     known: KnownModel,
     dtype: torch.dtype | None,
     tokenizer: str | None = None,
-    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> int:
     """Write the model in the checkpoint `folder` into the Hugging Face folder `out`.
 
@@ -79,7 +77,7 @@ def convert_to_hf(
         target = dtype_of_copy(own, dtype, name in buffers)
         for key, tensor in adapter.to_hf({name: state[name]}).items():
             specs[key] = TensorSpec(target, tuple(tensor.shape))
-    files = plan_files(specs, max_file_bytes)
+    files = plan_files(specs)
     file_of = {key: file for file, of_file in files.items() for key in of_file}
 
     described = checkpoint.manifest.model
@@ -99,7 +97,7 @@ def convert_to_hf(
     reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
-        for name in with_progress(names, len(names), "converting"):
+        for name in with_progress(names, len(names)):
             parts = contiguous_parts(adapter, name, tuple(state[name].shape))
             saved_tensor = SavedTensor.find(folder, metadata, PREFIX + name)
             if parts is not None and saved_tensor is not None:
