@@ -14,8 +14,11 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torchtitan.components.checkpoint.folder import is_resumable, list_checkpoints
-from torchtitan.components.checkpoint.resume import checkpoint_root
+from torchtitan.components.checkpoint.folder import (
+    checkpoint_root,
+    is_resumable,
+    list_checkpoints,
+)
 from torchtitan.errors import ConfigError, TitanError, outage_or
 
 if TYPE_CHECKING:

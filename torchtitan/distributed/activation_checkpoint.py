@@ -7,8 +7,7 @@ names stay as they are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,7 @@ def apply_ac(model: nn.Module, job_config: JobConfig) -> None:
             every = int(config.selective_ac_option)
     for number, layer in enumerate(layers_of(model).values()):
         if number % every == 0:
-            layer.forward = _checkpointed(layer.forward, context_fn)
+            layer.forward = checkpointed(layer.forward, context_fn)
 
 
 def _selective_contexts() -> Any:
@@ -110,7 +109,12 @@ class _OnlyKeptOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | None) -> Any:
+def checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | None) -> Any:
+    """`forward` whose activations are recomputed.
+
+    Args:
+        context_fn: makes the contexts of its forward pass and of its recomputation.
+    """
     options: dict[str, Any] = {"use_reentrant": False}
     if context_fn is not None:
         options["context_fn"] = context_fn
@@ -127,83 +131,3 @@ def _checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | N
 
 def is_checkpointed(layer: nn.Module) -> bool:
     return hasattr(layer.forward, "checkpoint_of")
-
-
-def compile_inside(
-    layer: nn.Module, compiler: Callable[..., Any], eager: list[nn.Module], keeps: bool
-) -> None:
-    """Compile what the checkpoint of a block recomputes, rather than the block with it.
-
-    The compiler must split a block where a part of it runs eager, and cannot within a checkpoint:
-    it would leave all of that to eager mode.
-
-    Per op, the policy sees the parts that run eager. Were it to see the kernels of compiled code,
-    it would hold on to results that this code later writes over, as it knows who else reads them.
-
-    Args:
-        layer: a block that `apply_ac` has checkpointed.
-        eager: its modules that run eager, if the policy of selective checkpointing has a say.
-        keeps: whether it has; else per op recomputes the whole block, as `full`.
-    """
-    checkpointed: Any = layer.forward
-    context_fn = None
-    if keeps and checkpointed.context_fn is not None:
-        policy = _PolicyOfParts(checkpointed.context_fn)
-        for module in eager:
-            module.forward = policy.applied_to(module.forward)
-        context_fn = policy.contexts
-    checkpointed = _checkpointed(compiler(checkpointed.checkpoint_of), context_fn)
-    layer.forward = torch.compiler.disable(checkpointed)  # around it the whole model may be traced
-
-
-class _PolicyOfParts:
-    """Selective checkpointing of some parts of a block, while all others are recomputed.
-
-    Args:
-        context_fn: makes the contexts of one part's forward and recomputation.
-    """
-
-    def __init__(self, context_fn: Callable[[], Any]) -> None:
-        self._context_fn = context_fn
-        self._contexts: Iterator[Any] | None = None
-
-    def applied_to(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of a part. It runs eager."""
-
-        @wraps(forward)
-        @torch.compiler.disable
-        def forward_by_policy(*args: Any, **kwargs: Any) -> Any:
-            with nullcontext() if self._contexts is None else next(self._contexts):
-                return forward(*args, **kwargs)
-
-        return forward_by_policy
-
-    def contexts(self) -> tuple[_Within, _Within]:
-        """Contexts of the block's forward and recomputation: its parts run in the same order."""
-        recomputations: list[Any] = []
-
-        def forwards() -> Iterator[Any]:
-            while True:
-                forward, recomputation = self._context_fn()
-                recomputations.append(recomputation)
-                yield forward
-
-        return _Within(self, forwards()), _Within(self, recomputations)
-
-    def hand_out(self, contexts: Iterable[Any] | None) -> None:
-        """What the parts that run from now on run in, one after the other."""
-        self._contexts = None if contexts is None else iter(contexts)
-
-
-class _Within:
-    """While it is entered, parts run in `contexts`."""
-
-    def __init__(self, policy: _PolicyOfParts, contexts: Iterable[Any]) -> None:
-        self._policy = policy
-        self._own = contexts
-
-    def __enter__(self) -> None:
-        self._policy.hand_out(self._own)
-
-    def __exit__(self, *error: object) -> None:
-        self._policy.hand_out(None)

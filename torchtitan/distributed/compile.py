@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.nn as nn
 
-from torchtitan.distributed.activation_checkpoint import compile_inside, is_checkpointed
+from torchtitan.distributed.activation_checkpoint import is_checkpointed
+from torchtitan.distributed.compiled_checkpoint import compile_inside
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.pipeline_split import splits_backward
 from torchtitan.protocols.model import layers_of

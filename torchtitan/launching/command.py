@@ -90,7 +90,7 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
 
 def _checkpoints(config: JobConfig) -> str | None:
     # These import torch, which help and wrong options need not wait for.
-    from torchtitan.components.checkpoint.resume import checkpoint_root
+    from torchtitan.components.checkpoint.folder import checkpoint_root
     from torchtitan.components.checkpoint.storage import is_url
     from torchtitan.components.fault_tolerance import with_own_folder
 

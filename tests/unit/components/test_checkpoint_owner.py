@@ -13,8 +13,9 @@ import torch.distributed as dist
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
+from torchtitan.components.checkpoint.folder import checkpoint_root
 from torchtitan.components.checkpoint.owner import OWNER, Claim, Owner, TakenOverError, _process
-from torchtitan.components.checkpoint.resume import check_resume, checkpoint_root
+from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.checkpoint.storage import sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.config import JobConfig

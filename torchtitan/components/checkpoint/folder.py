@@ -20,7 +20,8 @@ import logging
 import re
 import shutil
 from collections.abc import Collection
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError, outage_or
 from torchtitan.tools.text import first_line
@@ -32,16 +33,35 @@ from .storage import (
     StoragePath,
     flush_to_disk,
     folders_in,
+    is_url,
     make_folder,
     sizes_in,
+    storage_path,
     sync_folder,
     write_durably,
 )
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 
 PARTIAL = ".partial"
 """End of the name of a local folder that is not complete; in a remote folder, a file's name."""
+
+
+def checkpoint_root(job_config: JobConfig) -> StoragePath:
+    """The folder of the run's checkpoints; a replica group has its own, also behind a URL.
+
+    Raises:
+        ConfigError: nothing is known of such URLs.
+    """
+    folder = job_config.checkpoint.folder
+    if is_url(folder):
+        replica = job_config.fault_tolerance
+        own = f"/replica-{replica.replica_id}" if replica.enable else ""
+        return storage_path(f"{folder.rstrip('/')}{own}")
+    return Path(job_config.job.dump_folder, folder)
 
 
 def step_folder(root: P, step: int) -> P:

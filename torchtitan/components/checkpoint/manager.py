@@ -24,14 +24,13 @@ from torchtitan.tools.text import first_line
 from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
 from .final_export import FinalExport
-from .folder import SaveTimes, delete, partial_folder, step_folder
+from .folder import SaveTimes, checkpoint_root, delete, partial_folder, step_folder
 from .huggingface import initial_load_path
 from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
+from .model_identity import describe_model
 from .owner import Claim, TakenOverError, require_shared
 from .resume import (
-    checkpoint_root,
-    describe_model,
     folders_to_resume,
     gone_on_since,
     parts_to_exclude,

@@ -49,7 +49,7 @@ class Manifest:
     """Weights alone: an export, which cannot resume a run."""
     model: dict[str, Any]
     """`name`, `flavor`, `args` (the model's hyperparameters) and the tokenizer, see
-    `resume.describe_model`."""
+    `model_identity.describe_model`."""
     data: dict[str, Any] = field(default_factory=dict)
     """`sources`, see `DataLoader.describe`; empty in old checkpoints and exports."""
     saved_at: str = ""

@@ -1,15 +1,16 @@
-"""From what a run goes on, and whether it is the same: the model must be.
+"""Which checkpoint a run resumes from.
 
-What else changed is shown.
+The newest that is whole, of the same model. Two keys of the config change that, and each counts
+once, or every restart of a long run would go back again: a checkpoint that was saved under the same
+value has seen it already. With `load_step = 2` and saves every 2 steps, a run starts from step-2;
+restarted after step-6, it goes on from step-6, not from step-2.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -20,50 +21,21 @@ from torchtitan.tools.run_folder import CONFIG_FILE
 
 from .agreement import on_rank_zero
 from .folder import (
+    checkpoint_root,
     is_resumable,
     list_checkpoints,
     restore_replaced,
     step_folder,
     step_of,
 )
-from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
-from .manifest import Manifest, nested_differences, plain_args
+from .manifest import Manifest, nested_differences
+from .model_identity import describe_model, model_differences
 from .owner import refuse_live_owner
 from .patience import parse_again
-from .storage import StoragePath, is_url, storage_path
+from .storage import StoragePath
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-
-
-_WITH_BUFFERS = ("aux_loss_weight", "use_bias")
-
-
-def checkpoint_root(job_config: JobConfig) -> StoragePath:
-    """The folder of the run's checkpoints; a replica group has its own, also behind a URL.
-
-    Raises:
-        ConfigError: nothing is known of such URLs.
-    """
-    folder = job_config.checkpoint.folder
-    if is_url(folder):
-        replica = job_config.fault_tolerance
-        own = f"/replica-{replica.replica_id}" if replica.enable else ""
-        return storage_path(f"{folder.rstrip('/')}{own}")
-    return Path(job_config.job.dump_folder, folder)
-
-
-def describe_model(job_config: JobConfig, args: Any) -> dict[str, Any]:
-    """What a manifest says of the model, as JSON gives it back."""
-    tokenizer = job_config.model.tokenizer_path
-    return {
-        "name": job_config.model.name,
-        "flavor": job_config.model.flavor,
-        "args": plain_args(args),
-        "tokenizer": _absolute(tokenizer),
-        "tokenizer_sha256": _tokenizer_digest(tokenizer),
-        "seq_len": job_config.training.seq_len,
-    }
 
 
 def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | None = None) -> None:
@@ -171,28 +143,6 @@ def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
     )
 
 
-def model_differences(
-    saved: dict[str, Any], current: dict[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    """Of two descriptions: each field that makes another model, its old and new value.
-
-    How attention is computed and how strongly a router is balanced make no other model. Whether it
-    is, does: checkpoints have buffers for it. Of a tokenizer, its files count and not the place
-    where they are.
-    """
-    for name in ("name", "flavor"):
-        if saved.get(name) != current[name]:
-            yield f"model.{name}", saved.get(name), current[name]
-    if saved.get("tokenizer_sha256") != current["tokenizer_sha256"]:
-        was, now = saved.get("tokenizer"), current["tokenizer"]
-        yield "model.tokenizer_path", was, now if now != was else f"{now} with other files"
-    was, now = saved.get("args", {}), current["args"]
-    for name, a, b in nested_differences(was, now):
-        field = name.rpartition(".")[2]
-        if field not in TRAINING_ONLY or (field in _WITH_BUFFERS and bool(a) != bool(b)):
-            yield name, a, b
-
-
 def saved_config(folder: StoragePath, manifest: Manifest) -> dict[str, Any]:
     """The configuration of the run that saved a checkpoint; empty where it has none.
 
@@ -243,20 +193,3 @@ def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
 
 def _shown(value: Any) -> str:
     return "unset" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _absolute(tokenizer: str) -> str:
-    return tokenizer if tokenizer == "bytes" else str(Path(tokenizer).expanduser().absolute())
-
-
-def _tokenizer_digest(tokenizer: str) -> str:
-    """Of the files that make a tokenizer; "" for `bytes`, which has none."""
-    if tokenizer == "bytes":
-        return ""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        path = Path(tokenizer).expanduser() / name
-        if path.is_file():
-            content = path.read_bytes()
-            digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
