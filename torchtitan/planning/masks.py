@@ -12,7 +12,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxOutput, BlockMask
 
 from torchtitan.models.common import attention
@@ -54,7 +53,33 @@ def attention_of_cuda() -> Iterator[None]:
         stack.enter_context(patch.object(attention.CausalMask, "build", _build))
         stack.enter_context(patch.object(attention, "flex_attention", _attend))
         stack.enter_context(patch.object(attention, "mask_of_last", _mask_of_last))
+        stack.enter_context(patch.object(attention, "sdpa", _sdpa))
         yield
+
+
+_sdpa_of_cpu = attention.sdpa
+
+
+def _sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """In the place of `sdpa`: heads of values that are of another size than queries' (DeepSeek).
+
+    For these the CPU has no fused kernel, and SDPA would hold all scores. CUDA has one.
+    """
+    if q.shape[-1] == v.shape[-1] or q.shape[1] != k.shape[1]:
+        return _sdpa_of_cpu(q, k, v, mask, is_causal, scale)
+    if torch.is_autocast_enabled("cpu"):  # as SDPA casts
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+    if mask is not None and mask.dtype == torch.bool:  # SDPA makes a term of the scores of it
+        mask = torch.zeros_like(mask, dtype=q.dtype)
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(q, k, v, mask, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
 
 
 _dense_mask = attention.CausalMask.build
@@ -115,9 +140,7 @@ def _attend(
     casts = torch.is_autocast_enabled("cpu")
     mask = block_mask.stand_in(torch.get_autocast_dtype("cpu") if casts else q.dtype)
     mask = mask.expand(1, 1, q.shape[2], k.shape[2])
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
-    )
+    out = _sdpa(q, k, v, mask, scale=scale)
     if return_aux is None:
         return out
     return out, AuxOutput(lse=q.new_zeros(q.shape[:3], dtype=torch.float32))

@@ -76,6 +76,12 @@ _FREE = (
 )
 
 
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+)
+
+
 def _bytes(tensor: torch.Tensor) -> int:
     """An expanded tensor has fewer than its elements."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
@@ -91,9 +97,9 @@ def _is_free(func: Any) -> bool:
 
 def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     name = func.overloadpacket.__name__
-    if name == "_scaled_dot_product_flash_attention_for_cpu":
+    if name in _ATTENTION:
         return _attention_flops(func, args, kwargs)
-    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+    if name.removesuffix("_backward") in _ATTENTION:
         return _attention_flops(func, args, kwargs) * 5 // 2
     if name == "_scaled_grouped_mm":
         return 2 * result.numel() * args[0].shape[-1]
@@ -108,8 +114,10 @@ def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     names = (argument.name for argument in func._schema.arguments)
     named = dict(zip(names, args, strict=False)) | kwargs
     batch, heads, seq, head_dim = named["query"].shape
-    share = computed_share(named.get("attn_mask"), named.get("is_causal", False))
-    return round(share * 4 * batch * heads * seq * named["key"].shape[2] * head_dim)
+    mask = named.get("attn_mask", named.get("attn_bias"))
+    share = computed_share(mask, named.get("is_causal", False))
+    features = head_dim + named["value"].shape[-1]
+    return round(share * 2 * batch * heads * seq * named["key"].shape[2] * features)
 
 
 def _grouped(args: Any) -> int:

@@ -43,6 +43,19 @@ def test_a_config_of_another_architecture_is_refused(name, changes, message):
         from_hf_config(name, first_published(name) | changes)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_notes_that_other_programs_leave_change_nothing(name):
+    """transformers 4.47 to 4.51, transformers.js and Unsloth."""
+    notes = {
+        "_attn_implementation_autoset": True,
+        "transformers.js_config": {"dtype": "q4", "kv_cache_dtype": {"q4f16": "float16"}},
+        "unsloth_fixed": True,
+        "unsloth_version": "2025.3.1",
+    }
+    plain = first_published(name)
+    assert from_hf_config(name, plain | notes) == from_hf_config(name, plain)
+
+
 @pytest.mark.parametrize(
     ("name", "field"), [(name, field) for name in CASES for field in CASES[name].required]
 )

@@ -70,6 +70,17 @@ def test_the_last_queries_of_a_prefix_hold_no_mask() -> None:
     assert abs(bend(4, "--parallelism.context_parallel_degree=4")) < 0.001
 
 
+@pytest.mark.parametrize("cp", [1, 2])
+def test_values_smaller_than_queries_hold_no_scores(cp: int) -> None:
+    """DeepSeek's. The CPU has no fused kernel for them, CUDA has."""
+    options = [f"--parallelism.context_parallel_degree={cp}"]
+    assert abs(bend(2, *options, model="deepseek_v3")) < 0.001
+    forward, backward = attention_flops(traced(2, *options, model="deepseek_v3"))
+    pairs = SEQ * SEQ / 2 / cp
+    assert forward == pytest.approx(4 * 8 * pairs * 2 * (32 + 16), rel=0.01)  # layers, heads, sizes
+    assert backward == 2.5 * forward
+
+
 def test_documents_hold_no_mask() -> None:
     options = ["--training.document_mask=true"]
     assert abs(bend(2, *options)) < 0.001

@@ -55,30 +55,68 @@ class ScaledDotProductAttention(nn.Module):
         Returns:
             `[batch, heads, seq, head_dim]`.
         """
-        grouped, scale = q.shape[1] != k.shape[1], self.scale
+        scale = self.scale
         if mask is None and q.shape[2] == k.shape[2]:
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
-            )
+            return sdpa(q, k, v, is_causal=True, scale=scale)
         if mask is None and q.shape[2] == 1:  # the last token, which sees all keys
-            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+            return sdpa(q, k, v, scale=scale)
         if mask is None:
             if _has_flash_kernel(q, v):
-                # Its triangle ends at the last key. SDPA's begins at the first.
-                flash = torch.ops.aten._scaled_dot_product_flash_attention
-                return flash(q, k, v, 0.0, True, scale=scale)[0]
+                return flash_of_last(q, k, v, scale)
             mask = mask_of_last(q, k, v)
         if isinstance(mask, BlockMask):
-            attend = fused_flex_attention(q.device)
+            attend, grouped = fused_flex_attention(q.device), q.shape[1] != k.shape[1]
             return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-        if grouped and q.device.type != "cpu":
-            # CUDA's memory-efficient kernel, the one that takes masks, knows no grouped heads.
-            repeats = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-            grouped = False
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
-        )
+        return sdpa(q, k, v, mask=mask, scale=scale)
+
+
+def sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """PyTorch's scaled dot product attention, for the arguments of `ScaledDotProductAttention`.
+
+    Without mask and `is_causal`, each query sees all keys.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and not _knows_grouped_heads(q, mask):
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _knows_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether SDPA's kernel for such queries does.
+
+    CUDA's memory-efficient one does not, and no other but the one that writes all scores down takes
+    masks or float32.
+    """
+    if q.device.type == "cpu":
+        return True
+    casts = torch.is_autocast_enabled(q.device.type)  # to half precision, within SDPA
+    return mask is None and (casts or q.dtype != torch.float32)
+
+
+def flash_of_last(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Causal attention of queries that are the last of the keys' tokens, by CUDA's flash kernel.
+
+    Its triangle ends at the last key. SDPA's begins at the first.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    size = v.shape[-1]
+    if size == q.shape[-1]:
+        return flash(q, k, v, 0.0, True, scale=scale)[0]
+    v = F.pad(v, (0, q.shape[-1] - size))  # the kernel knows one size; zeros make it
+    return flash(q, k, v, 0.0, True, scale=scale)[0].narrow(-1, 0, size)
 
 
 def _has_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
@@ -86,9 +124,10 @@ def _has_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def fits_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether CUDA's flash kernel takes such queries and values."""
+    """Whether CUDA's flash kernel takes such queries, and values that are padded to their size."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return half and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    size = q.shape[-1]
+    return half and v.shape[-1] <= size and size % 8 == 0 and size <= 256
 
 
 def mask_of_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionMask:

@@ -8,6 +8,7 @@ from torchtitan.errors import CheckpointError
 
 WITHOUT_EFFECT = frozenset(
     {
+        "_attn_implementation_autoset",  # written by transformers 4.47 to 4.51
         "_name_or_path",
         "architectures",
         "bos_token_id",
@@ -20,7 +21,10 @@ WITHOUT_EFFECT = frozenset(
         "pad_token_id",
         "router_aux_loss_coef",  # of a training run
         "torch_dtype",
+        "transformers.js_config",
         "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
         "use_cache",
     }
 )

@@ -70,7 +70,10 @@ class TopKRouter(nn.Module):
         logits = self.gate(x).float()  # [tokens, num_experts]
         scores = logits.softmax(dim=-1) if args.score_func == "softmax" else logits.sigmoid()
 
-        ranking = scores.detach()
+        # Both scores grow with the logit. By itself it tells more: in float32 the sigmoids of large
+        # logits are equal, all of them 1 from about 17 on.
+        alone = self.selection_bias is None and args.n_groups == 1
+        ranking = (logits if alone else scores).detach()
         if self.selection_bias is not None:
             ranking = ranking + self.selection_bias
         if args.n_groups > 1:

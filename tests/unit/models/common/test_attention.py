@@ -1,17 +1,34 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.models.common import attention
 from torchtitan.models.common.attention import (
     CausalMask,
     ScaledDotProductAttention,
     dense_mask,
+    flash_of_last,
     flex_mask,
+    mask_of_last,
 )
 
 BATCH, SEQ, HEAD_DIM = 2, 160, 16
 CPU = torch.device("cpu")
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def heads(q_heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,6 +123,84 @@ def test_fewer_queries_on_cuda(dtype):
         out = ScaledDotProductAttention()(q, k, k)
     assert out.shape == q.shape
     assert out.dtype == dtype
+
+
+def test_fewer_queries_on_cuda_with_small_values():
+    """DeepSeek's under context parallelism: the flash kernel, not a mask of all pairs."""
+    with FakeTensorMode(), Seen() as seen:
+        q = torch.empty(BATCH, 4, 60, 24, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(BATCH, 4, SEQ, 24, device="cuda", dtype=torch.bfloat16)
+        v = torch.empty(BATCH, 4, SEQ, 16, device="cuda", dtype=torch.bfloat16)
+        out = ScaledDotProductAttention()(q, k, v)
+    assert out.shape == (BATCH, 4, 60, 16)
+    assert {"_scaled_dot_product_flash_attention", "constant_pad_nd"} <= seen.names
+    assert "tril" not in seen.names
+
+
+def test_the_flash_kernel_passes_on_gradients_of_small_values():
+    with FakeTensorMode(), Seen() as seen:  # not of CUDA, whose backward passes need the driver
+        q = torch.empty(BATCH, 4, 60, 24, dtype=torch.bfloat16, requires_grad=True)
+        k = torch.empty(BATCH, 4, SEQ, 24, dtype=torch.bfloat16, requires_grad=True)
+        v = torch.empty(BATCH, 4, SEQ, 16, dtype=torch.bfloat16, requires_grad=True)
+        flash_of_last(q, k, v, None).sum().backward()
+    assert [x.grad.shape for x in (q, k, v)] == [q.shape, k.shape, v.shape]
+    assert "_scaled_dot_product_flash_attention_backward" in seen.names
+
+
+def flash(q, k, v, dropout, causal, *, scale):
+    """As CUDA's flash kernel: heads of one size, and a triangle that ends at the last key."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and causal and not dropout
+    mask = mask_of_last(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_padded_values_give_what_plain_ones_do(monkeypatch, scale):
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
+    inputs = [x.requires_grad_() for x in (heads(4, 4)[0][:, :, 100:], *heads(4, 4)[1:])]
+    small = inputs[2].detach()[..., :10].clone().requires_grad_()
+    q, k, v = *inputs[:2], small
+    padded = flash_of_last(q, k, v, scale)
+    plain = ScaledDotProductAttention(scale)(q, k, v)  # on a CPU by a mask
+    torch.testing.assert_close(padded, plain)
+    weights = torch.randn_like(plain)
+    grads = [torch.autograd.grad((out * weights).sum(), [q, k, v]) for out in (padded, plain)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("queries", [SEQ, 1])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "repeated"),
+    [(torch.bfloat16, False, False), (torch.float32, False, True), (torch.float32, True, False)],
+)
+def test_grouped_heads_on_cuda_take_a_fused_kernel(monkeypatch, dtype, autocast, repeated, queries):
+    """The one for float32 knows no grouped heads."""
+    calls = []
+
+    def attend(q, k, v, enable_gqa, **others):
+        calls.append((k.shape[1], v.shape[1], enable_gqa))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: autocast)
+    with FakeTensorMode():
+        q = torch.empty(BATCH, 4, queries, HEAD_DIM, device="cuda", dtype=dtype)
+        k = torch.empty(BATCH, 2, SEQ, HEAD_DIM, device="cuda", dtype=dtype)
+        ScaledDotProductAttention()(q, k, k)
+    assert calls == [(4, 4, False) if repeated else (2, 2, True)]
+
+
+@pytest.mark.parametrize("mask", [None, "document"])
+def test_repeated_heads_give_what_grouped_ones_do(monkeypatch, mask):
+    inputs = [x.requires_grad_() for x in heads(4, 2)]
+    built = None if mask is None else masks(mask)[0]
+    grouped = ScaledDotProductAttention()(*inputs, built)
+    monkeypatch.setattr(attention, "_knows_grouped_heads", lambda q, mask: False)
+    repeated = ScaledDotProductAttention()(*inputs, built)
+    torch.testing.assert_close(repeated, grouped)
+    weights = torch.randn_like(grouped)
+    grads = [torch.autograd.grad((o * weights).sum(), inputs) for o in (repeated, grouped)]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -36,6 +36,18 @@ def test_weights_are_those_of_the_best_experts(score_func, normalize):
     assert torch.equal(counts, torch.bincount(experts.flatten(), minlength=8))
 
 
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+def test_logits_choose_where_their_scores_are_equal(score_func):
+    """As in Llama 4: in float32 a sigmoid is 1 from a logit of about 17 on."""
+    router = build(score_func=score_func, top_k=1)
+    router.init_weights(std=10.0)
+    weights, experts, _ = router(tokens())
+    logits = router.gate(tokens())
+    assert ((logits > 17).sum(-1) > 1).any()
+    assert torch.equal(experts[:, 0], logits.argmax(-1))
+    assert weights.isfinite().all()
+
+
 def test_only_the_best_groups_are_chosen_from():
     router = build(n_groups=4, top_groups=2, top_k=3, use_bias=True)
     router.selection_bias.copy_(torch.randn(8))
