@@ -42,6 +42,7 @@ from torchtitan.components.validate import build_validator
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
+from torchtitan.config.unlikely import unlikely
 from torchtitan.config.validate import validate
 from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
@@ -83,6 +84,8 @@ class Trainer:
         load_plugins(job_config.job.custom_import)
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         validate(job_config, utils.world_size())
+        for doubt in unlikely(job_config) if utils.rank() == 0 else []:
+            logger.warning("%s", doubt)
         check_builders(spec, job_config)
         check_profiling(job_config)
         model_args = spec.model_args.update_from_config(job_config)

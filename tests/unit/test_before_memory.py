@@ -49,3 +49,12 @@ def test_no_weights_are_made_for_a_mistake(
         train.main([*tiny_llama.OPTIONS, *good, option])
     assert exit_code.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_doubt_is_told_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = ["--lr_scheduler.warmup_steps=6", "--training.dataset=text"]
+    options += ["--training.dataset_path=/no/such", f"--job.dump_folder={tmp_path}"]
+    with pytest.raises(SystemExit):
+        train.main([*tiny_llama.OPTIONS, *options])
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith("lr_scheduler.warmup_steps = 6: the warm-up takes all")
