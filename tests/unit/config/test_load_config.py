@@ -152,6 +152,19 @@ def test_windows_files_load(write):
             "Allowed: chunk_size, name, z_loss_weight.",
         ),
         (
+            "[training]\nlr = 1\n",
+            "run.toml:2: [training] lr: unknown key. It belongs to [optimizer]",
+        ),
+        (
+            "[optimizer]\nsteps = 1\n",
+            "run.toml:2: [optimizer] steps: unknown key. It belongs to [training] or [validation]",
+        ),
+        (
+            "steps = 1\n[optimizer]\n",
+            "run.toml:1: [steps]: stands above all sections. It belongs to [training] or "
+            "[validation]",
+        ),
+        (
             "\n# comment\n[optimizer]\n[[optimizer.rules]]\npattern = 'a'\n"
             "[[optimizer.rules]]\n\npatern = 'b'\n",
             "run.toml:8: [optimizer] rules[1].patern: unknown key. Did you mean 'pattern'? "
@@ -259,6 +272,11 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
         (["--training.steps=-1"], "--training.steps: must be >= 1, not -1"),
         (["--training.max_norm", "nan"], "--training.max_norm: must be a number, not nan"),
         (["--optimizer.beta1", "1"], "--optimizer.beta1: must be >= 0 and < 1, not 1.0"),
+        (["--training.seed=3"], "--training.seed: unknown key. It belongs to [debug]"),
+        (
+            ["--training.warmup-steps", "3"],
+            "--training.warmup_steps: unknown key. It belongs to [lr_scheduler]",
+        ),
         (["--debug.seed", str(2**64)], "--debug.seed: must fit in 64 bits"),
         (
             ["--tyro-print-completion", "zzz"],
