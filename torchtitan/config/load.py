@@ -126,9 +126,9 @@ def _refuse_options_of_other_sections(config: JobConfig, argv: list[str]) -> Non
 
 def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
     """What is wrong with a key that its section does not have, but a few others do; else empty."""
-    *section, key = path
+    *section, key = map(str, path)
     names = [part.name for part in fields(config)]
-    having = [n for n in names if key in (f.name for f in fields(getattr(config, n)))]
+    having = [n for n in names if key in [f.name for f in fields(getattr(config, n))]]
     if len(section) > 1 or not 1 <= len(having) <= 3:
         return ""
     where = " or ".join(f"[{name}]" for name in having)
