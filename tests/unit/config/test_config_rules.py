@@ -68,6 +68,8 @@ def test_messages_give_the_line_of_the_file(tmp_path):
     message = error_of(config, world_size=4)
     assert message.startswith(f"{path}:3: [parallelism] tensor_parallel_degree = 3: ")
     assert "does not divide the world size 4" in message
+    assert "Start a multiple of 3; or the product must be one of [1, 2, 4]" in message
+    assert "Start a multiple of 3 (`torchrun --nproc-per-node 3 " in error_of(config)
 
 
 def test_degrees_that_do_not_fit_the_world(config):
