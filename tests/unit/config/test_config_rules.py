@@ -72,6 +72,15 @@ def test_messages_give_the_line_of_the_file(tmp_path):
     assert "Start a multiple of 3 (`torchrun --nproc-per-node 3 " in error_of(config)
 
 
+@pytest.mark.parametrize(("section", "key"), [("job", "dump_folder"), ("checkpoint", "folder")])
+def test_a_variable_in_a_folder(config, section, key):
+    setattr(getattr(config, section), key, "$HOME/runs")
+    assert error_of(config) == (
+        f'{section}.{key} = "$HOME/runs": `~` is expanded, but variables are not: write the path '
+        "out (or ./$HOME/runs for a folder of that name)"
+    )
+
+
 def test_degrees_that_do_not_fit_the_world(config):
     config.parallelism.data_parallel_shard_degree = 4
     message = error_of(config, world_size=2)

@@ -243,6 +243,15 @@ def test_message_for_an_unknown_section(write):
             "run.toml:2: not valid TOML: Invalid value (column 8)",
         ),
         ("[model]\nname = 'a", "run.toml:2: not valid TOML: "),
+        (
+            '[job]\ndump_folder = "C:\\new\\users"\n',
+            "run.toml:2: not valid TOML: Invalid hex value (column 24). A backslash is written "
+            "twice, or the string in single quotes",
+        ),
+        (
+            '[job]\ndump_folder = "C:\\data"\n',
+            "run.toml:2: not valid TOML: Unescaped '\\' in a string (column 20). A backslash is ",
+        ),
         ("[model]\nname = 'a'\nname = 'b'\n", "run.toml:3: not valid TOML: "),
         (b"[model]\n\nname = '\xff'\n", "run.toml:3: byte 0xff is not UTF-8 text"),
         pytest.param(
