@@ -181,7 +181,7 @@ def run(quick: bool = False) -> list[Table]:
     """The cases of the suites."""
     if quick:
         return [table([32], 1024, 64, [16])]
-    return [table([2048], 128_256, 4096, [1024, 512])]
+    return [table([2048], 128_256, 4096, [2048, 1024, 512])]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[1024, 512, 256])
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[2048, 1024, 512, 256])
     parser.add_argument("--worker", nargs=2, metavar=("CASE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:

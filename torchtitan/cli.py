@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: code 2 for a user's mistake, 1 for an outage; either is printed to stderr.
     """
+    if sys.platform == "win32":
+        raise ConfigError("torchtitan runs on Linux and macOS; on Windows, start it in WSL")
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if command in COMMANDS:
         return _import(COMMANDS[command][0]).main(arguments) or 0

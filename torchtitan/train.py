@@ -1,7 +1,7 @@
 """The trainer: set-up, then the step loop, from top to bottom.
 
 TOML + command line -> JobConfig -> ParallelDims -> mesh -> TrainSpec -> model on meta
--> (pipeline stages) -> parallelize -> weights -> optimizer, schedule, data, loss
+-> loss, data -> (pipeline stages) -> parallelize -> weights -> optimizer, schedule
 -> steps -> metrics, validation, checkpoint
 
 Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torchtitan.train`.
@@ -42,6 +42,7 @@ from torchtitan.components.validate import build_validator
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
+from torchtitan.config.unlikely import unlikely
 from torchtitan.config.validate import validate
 from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
@@ -60,7 +61,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import check_profiling, maybe_profile
-from torchtitan.tools.run_folder import write_description
+from torchtitan.tools.run_folder import make_dump_folder, write_description
 from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
 logger = logging.getLogger("torchtitan")
@@ -83,6 +84,8 @@ class Trainer:
         load_plugins(job_config.job.custom_import)
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         validate(job_config, utils.world_size())
+        for doubt in unlikely(job_config) if utils.rank() == 0 else []:
+            logger.warning("%s", doubt)
         check_builders(spec, job_config)
         check_profiling(job_config)
         model_args = spec.model_args.update_from_config(job_config)
@@ -127,6 +130,15 @@ class Trainer:
             parallel_dims,
         )
         self.loss_fn = spec.build_loss_fn(job_config)
+        data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)
+        batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
+        self.tokens_per_step = batch_size * job_config.training.seq_len
+        self.dataloader = spec.build_dataloader_fn(job_config, tokenizer, data_rank, data_ranks)
+        self.validator: Any = None
+        if job_config.validation.enable:
+            self.validator = (spec.build_validator_fn or build_validator)(
+                job_config, tokenizer, self.loss_fn, parallel_dims, self.dp_rank, parallel_dims.dp
+            )
         layout = world_mesh, parallel_dims, job_config
         self.pipeline = None
         if parallel_dims.pp_enabled:
@@ -137,6 +149,9 @@ class Trainer:
             self.model_parts = [spec.parallelize_fn(model, *layout)]
         if parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
+        on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
+
+        # From here on, memory is taken.
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
             sum_gradients(part)
@@ -150,15 +165,6 @@ class Trainer:
         self.loss_fn.attach(self.model_parts)
         self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, parallel_dims)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
-        data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)
-        self.dataloader = spec.build_dataloader_fn(job_config, tokenizer, data_rank, data_ranks)
-        self.validator: Any = None
-        if job_config.validation.enable:
-            self.validator = (spec.build_validator_fn or build_validator)(
-                job_config, tokenizer, self.loss_fn, parallel_dims, self.dp_rank, parallel_dims.dp
-            )
-        batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
-        self.tokens_per_step = batch_size * job_config.training.seq_len
         self.state = TrainState()
         self.guard = Guard(job_config, parallel_dims, self.dp_rank)
         self.replay = Replay(job_config, self.model_parts, parallel_dims)

@@ -104,3 +104,13 @@ def test_output_that_nobody_reads_is_no_error(arguments):
 def test_other_broken_pipes_are_errors():
     with pytest.raises(BrokenPipeError), cli.exit_when_unread():
         raise BrokenPipeError
+
+
+def test_windows_is_told_what_to_use(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: torchtitan runs on Linux and macOS; on Windows, start it in WSL\n"
+    )

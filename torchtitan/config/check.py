@@ -37,6 +37,14 @@ class BadValueError(Exception):
         self.problem = problem
 
 
+class UnknownKeyError(BadValueError):
+    """A key that its table does not have."""
+
+    def __init__(self, path: Path, allowed: list[str]) -> None:
+        kind = "key" if len(path) > 1 else "section"
+        super().__init__(path, f"unknown {kind}.{did_you_mean(str(path[-1]), allowed)}")
+
+
 def fill(base: T, table: dict[str, Any], path: Path = ()) -> T:
     """A copy of the dataclass instance `base` with the values of `table`, nested tables too.
 
@@ -58,8 +66,7 @@ def _fields_from(cls: type, table: Any, path: Path, base: Any = None) -> dict[st
     values = {}
     for key, value in table.items():
         if key not in names:
-            kind = "key" if path else "section"
-            raise BadValueError((*path, key), f"unknown {kind}.{did_you_mean(key, names)}")
+            raise UnknownKeyError((*path, key), names)
         values[key] = convert(value, hints[key], (*path, key), getattr(base, key, None))
     return values
 

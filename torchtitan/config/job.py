@@ -10,7 +10,7 @@ class Job:
     config_file: str | None = None
     """TOML file to read; options on the command line win over it."""
     dump_folder: str = "./outputs"
-    """Folder that receives everything the run writes."""
+    """Folder that receives everything the run writes. `~` is expanded, variables are not."""
     description: str = "default job"
     """Free text that says what this run is for."""
     print_config: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn
 
 import tyro
@@ -12,7 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from torchtitan.errors import ConfigError
 
-from .check import BadValueError, fill
+from .check import BadValueError, UnknownKeyError, fill
 from .custom import custom_job_config
 from .job import Job
 from .job_config import JobConfig
@@ -76,6 +76,7 @@ def load_config(argv: list[str]) -> JobConfig:
     early = _parse(_JobOptions(), argv, add_help=False, return_unknown_args=True)[0].job
     file = TomlFile.read(early.config_file) if early.config_file is not None else None
     config = _with_file(file, early.custom_config_module)
+    _refuse_options_of_other_sections(config, argv)
     config = _parse(config, argv)
     try:
         config = fill(config, asdict(config))  # types are right by now, ranges may not be
@@ -104,7 +105,36 @@ def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
     try:
         return fill(base, table)
     except BadValueError as error:
-        raise ConfigError(f"{file.where(error.path)}: {error.problem}") from error
+        problem = error.problem
+        header = len(error.path) == 1 and isinstance(table[str(error.path[0])], dict)
+        if isinstance(error, UnknownKeyError) and not header:
+            problem = _in_other_sections(base, error.path) or problem
+        raise ConfigError(f"{file.where(error.path)}: {problem}") from error
+
+
+def _refuse_options_of_other_sections(config: JobConfig, argv: list[str]) -> None:
+    """`--training.lr`, for which the parser names the option that is spelled most alike."""
+    for word in argv:
+        section, dot, key = word.removeprefix("--").partition("=")[0].partition(".")
+        section, key = section.replace("-", "_"), key.replace("-", "_")
+        own = getattr(config, section, None) if word.startswith("--") and dot else None
+        if own is None or hasattr(own, key):
+            continue
+        if problem := _in_other_sections(config, (section, key)):
+            raise ConfigError(f"--{section}.{key}: {problem}")
+
+
+def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
+    """What is wrong with a key that its section does not have, but a few others do; else empty."""
+    *section, key = map(str, path)
+    names = [part.name for part in fields(config)]
+    having = [n for n in names if key in [f.name for f in fields(getattr(config, n))]]
+    if len(section) > 1 or not 1 <= len(having) <= 3:
+        return ""
+    where = " or ".join(f"[{name}]" for name in having)
+    if section:
+        return f"unknown key. It belongs to {where}"
+    return f"stands above all sections. It belongs to {where}"
 
 
 def fail(config: JobConfig, key: str, problem: str) -> NoReturn:

@@ -55,6 +55,8 @@ class TomlFile:
                 message = f"{message[: position.start()]} (column {column})"
             else:
                 line = text.count("\n") + 1
+            if "Invalid hex value" in message or "Unescaped '\\'" in message:
+                message += ". A backslash is written twice, or the string in single quotes"
             raise ConfigError(f"{path}:{line}: not valid TOML: {message}") from error
 
     def where(self, path: KeyPath) -> str:

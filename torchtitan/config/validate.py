@@ -203,6 +203,13 @@ def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
 
 
 def _check_outputs(job_config: JobConfig) -> None:
+    for key, path in {
+        "job.dump_folder": job_config.job.dump_folder,
+        "checkpoint.folder": job_config.checkpoint.folder,
+    }.items():
+        if path.startswith("$"):
+            problem = "`~` is expanded, but variables are not: write the path out"
+            fail(job_config, key, f"{problem} (or ./{path} for a folder of that name)")
     folder = existing = os.path.abspath(job_config.job.dump_folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)

@@ -22,6 +22,8 @@ class Validation:
     """Dataset name, as `training.dataset`."""
     dataset_path: str | None = None
     """As `training.dataset_path`."""
+    text_key: str | None = None
+    """As `training.text_key`, which it is where unset, also beside `data.sources`."""
     split: str | None = None
     """As `training.split`."""
     local_batch_size: Annotated[int, Positive] = 8

@@ -91,10 +91,11 @@ def _build(
         opened = list(source.sources.values())
     else:
         name = f"{section}.dataset = {config.dataset!r}"
+        text_key = config.text_key
+        if text_key is None:
+            text_key = job_config.training.text_key
         with begin_errors_with(name):
-            source = open_dataset(
-                config.dataset, config.dataset_path, job_config.training.text_key, config.split
-            )
+            source = open_dataset(config.dataset, config.dataset_path, text_key, config.split)
         opened = [source]
     if data.verify_hashes:
         with begin_errors_with(name):

@@ -59,9 +59,12 @@ class ParallelDims:
         if self.dp_shard == -1:
             if self.world_size % others:
                 divisors = [d for d in range(1, self.world_size + 1) if self.world_size % d == 0]
+                alone = f" (`torchrun --nproc-per-node {others} -m torchtitan.train ...`)"
                 raise ConfigError(
                     f"parallelism: {written} = {others} does not divide the world size "
-                    f"{self.world_size}. The product must be one of {divisors}"
+                    f"{self.world_size} (number of processes). Start a multiple of {others}"
+                    f"{alone if self.world_size == 1 else ''}; or the product must be one of "
+                    f"{divisors}"
                 )
             self.dp_shard = self.world_size // others
         if others * self.dp_shard != self.world_size:

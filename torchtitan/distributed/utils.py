@@ -23,17 +23,41 @@ def device() -> torch.device:
     """The device of this process; torchrun gives each process of a host its own."""
     if device_type() == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", _number("LOCAL_RANK", 0))
 
 
 def world_size() -> int:
     """Number of processes, known from torchrun's environment before they have met."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Number of this process, known before the processes have met."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        problem = "no number. torchrun sets it; without torchrun, unset it"
+        raise ConfigError(f"the environment variable {name} is {value!r}, {problem}")
+    return int(value)
+
+
+def _check_environment() -> None:
+    """Raises `ConfigError` where the variables of torchrun are there in part, as by another job."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if "RANK" in missing and world_size() == 1:
+        return
+    if missing:
+        known = ", ".join(f"{n} is {os.environ[n]!r}" for n in needed[:2] if n in os.environ)
+        raise ConfigError(
+            f"the environment variable {known}, but {' and '.join(missing)} are not set, so this "
+            "process cannot meet others. Start all by torchrun; for one process, unset "
+            f"{' and '.join(name for name in needed[:2] if name in os.environ)}"
+        )
+    _number("MASTER_PORT", 0)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +86,11 @@ def init_distributed(timeout_seconds: int) -> None:
     """Join the process group; without torchrun, a group of one.
 
     On CUDA the group also has gloo, so that host tensors can be exchanged without the GPU.
+
+    Raises:
+        ConfigError: variables of torchrun are missing, or no numbers.
     """
+    _check_environment()
     backend = "gloo"
     if device_type() == "cuda":
         backend = "cpu:gloo,cuda:nccl"

@@ -202,6 +202,11 @@ def _checkpoint_folder(path: Path) -> Path:
         complete = [step for step in list_checkpoints(folder) if (step / MANIFEST).is_file()]
         if complete:
             return complete[-1]
+    if (path / CONFIG_FILE).is_file():  # a run's folder
+        raise CheckpointError(
+            f"--checkpoint {path}: the run has saved no checkpoint there. Train with "
+            "--checkpoint.enable, or name its checkpoint.folder"
+        )
     raise CheckpointError(
         f"--checkpoint {path} holds no checkpoint: neither {MANIFEST} or step-N folders (ours) nor "
         f"{SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face)"

@@ -15,6 +15,7 @@ from torchtitan.components.checkpoint.huggingface import (
     differences,
 )
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan.components.checkpoint.safetensors_files import is_hf_weights
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import train_spec_of_hf_folder
@@ -69,6 +70,11 @@ def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownMod
     Raises:
         CheckpointError: there is neither, or `config.json` is of another model or not understood.
     """
+    if (folder / MANIFEST).is_file() and not is_hf_weights(folder):
+        raise CheckpointError(
+            f"{folder} is a checkpoint of ours, not a Hugging Face folder: `torchtitan convert "
+            f"to-hf {folder} OUT` makes one of it"
+        )
     if told is not None:
         check_same_model(folder, told.args)
         return told

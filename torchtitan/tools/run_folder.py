@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,35 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 
 
+def make_dump_folder(job_config: JobConfig) -> None:
+    """Make `job.dump_folder`, and try to write there, before a run takes memory.
+
+    Raises:
+        ConfigError: the folder cannot be written; `OutageError`: not now.
+    """
+    with _writing(job_config) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def write_description(job_config: JobConfig, processes: int) -> None:
     """What the run is, for people and reports: its config, and where it runs.
 
     Raises:
         ConfigError: the folder cannot be written; `OutageError`: not now.
     """
-    folder = Path(job_config.job.dump_folder)
     facts = environment() | {"processes": str(processes)}
-    try:
+    with _writing(job_config) as folder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(to_toml(job_config))
         (folder / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+@contextmanager
+def _writing(job_config: JobConfig) -> Iterator[Path]:
+    """Gives the dump folder. Raises `ConfigError` or `OutageError` for one that is not written."""
+    try:
+        yield Path(job_config.job.dump_folder)
     except OSError as error:
         key = origin(job_config, "job.dump_folder")
         raise outage_or(ConfigError, f"{key}: cannot write there: {error}", error) from error

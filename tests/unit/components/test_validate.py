@@ -125,3 +125,21 @@ def test_a_missing_dataset_is_named(config: JobConfig) -> None:
     config.validation.dataset_path += "/nowhere"
     with pytest.raises(DataError, match=r"validation\.dataset = 'text'.*nowhere"):
         validator(config)
+
+
+def test_the_field_of_the_text_is_that_of_training_unless_it_is_named(
+    config: JobConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "lines.jsonl").write_text('{"content": "one", "other": "two"}\n')
+    config.validation.dataset = "jsonl"
+    config.validation.dataset_path = f"{tmp_path}/lines.jsonl"
+    with pytest.raises(DataError, match="text_key = 'text': no such field"):
+        validator(config)
+    config.training.text_key = "content"
+    first = build_validation_dataloader(config, BytesTokenizer(), 0, 1)
+    assert bytes(next(first)["tokens"][0, :3].tolist()) == b"one"
+    config.validation.text_key = "other"
+    second = build_validation_dataloader(config, BytesTokenizer(), 0, 1)
+    assert bytes(next(second)["tokens"][0, :3].tolist()) == b"two"
+    first.close()
+    second.close()

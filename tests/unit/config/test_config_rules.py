@@ -68,6 +68,17 @@ def test_messages_give_the_line_of_the_file(tmp_path):
     message = error_of(config, world_size=4)
     assert message.startswith(f"{path}:3: [parallelism] tensor_parallel_degree = 3: ")
     assert "does not divide the world size 4" in message
+    assert "Start a multiple of 3; or the product must be one of [1, 2, 4]" in message
+    assert "Start a multiple of 3 (`torchrun --nproc-per-node 3 " in error_of(config)
+
+
+@pytest.mark.parametrize(("section", "key"), [("job", "dump_folder"), ("checkpoint", "folder")])
+def test_a_variable_in_a_folder(config, section, key):
+    setattr(getattr(config, section), key, "$HOME/runs")
+    assert error_of(config) == (
+        f'{section}.{key} = "$HOME/runs": `~` is expanded, but variables are not: write the path '
+        "out (or ./$HOME/runs for a folder of that name)"
+    )
 
 
 def test_degrees_that_do_not_fit_the_world(config):

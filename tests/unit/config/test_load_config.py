@@ -152,6 +152,19 @@ def test_windows_files_load(write):
             "Allowed: chunk_size, name, z_loss_weight.",
         ),
         (
+            "[training]\nlr = 1\n",
+            "run.toml:2: [training] lr: unknown key. It belongs to [optimizer]",
+        ),
+        (
+            "[optimizer]\nsteps = 1\n",
+            "run.toml:2: [optimizer] steps: unknown key. It belongs to [training] or [validation]",
+        ),
+        (
+            "steps = 1\n[optimizer]\n",
+            "run.toml:1: [steps]: stands above all sections. It belongs to [training] or "
+            "[validation]",
+        ),
+        (
             "\n# comment\n[optimizer]\n[[optimizer.rules]]\npattern = 'a'\n"
             "[[optimizer.rules]]\n\npatern = 'b'\n",
             "run.toml:8: [optimizer] rules[1].patern: unknown key. Did you mean 'pattern'? "
@@ -230,6 +243,15 @@ def test_message_for_an_unknown_section(write):
             "run.toml:2: not valid TOML: Invalid value (column 8)",
         ),
         ("[model]\nname = 'a", "run.toml:2: not valid TOML: "),
+        (
+            '[job]\ndump_folder = "C:\\new\\users"\n',
+            "run.toml:2: not valid TOML: Invalid hex value (column 24). A backslash is written "
+            "twice, or the string in single quotes",
+        ),
+        (
+            '[job]\ndump_folder = "C:\\data"\n',
+            "run.toml:2: not valid TOML: Unescaped '\\' in a string (column 20). A backslash is ",
+        ),
         ("[model]\nname = 'a'\nname = 'b'\n", "run.toml:3: not valid TOML: "),
         (b"[model]\n\nname = '\xff'\n", "run.toml:3: byte 0xff is not UTF-8 text"),
         pytest.param(
@@ -259,6 +281,11 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
         (["--training.steps=-1"], "--training.steps: must be >= 1, not -1"),
         (["--training.max_norm", "nan"], "--training.max_norm: must be a number, not nan"),
         (["--optimizer.beta1", "1"], "--optimizer.beta1: must be >= 0 and < 1, not 1.0"),
+        (["--training.seed=3"], "--training.seed: unknown key. It belongs to [debug]"),
+        (
+            ["--training.warmup-steps", "3"],
+            "--training.warmup_steps: unknown key. It belongs to [lr_scheduler]",
+        ),
         (["--debug.seed", str(2**64)], "--debug.seed: must fit in 64 bits"),
         (
             ["--tyro-print-completion", "zzz"],

@@ -160,6 +160,8 @@ def test_no_such_folder(tmp_path):
     missing = str(tmp_path / "none")
     fails(CheckpointError, "no such folder", missing, checkpoint=missing)
     fails(CheckpointError, "holds no checkpoint", "step-N", checkpoint=str(tmp_path))
+    (tmp_path / "config.resolved.toml").touch()
+    fails(CheckpointError, "has saved no checkpoint", "checkpoint.enable", checkpoint=str(tmp_path))
 
 
 def test_unknown_models(run_folder, hf_folder):

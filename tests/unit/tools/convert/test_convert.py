@@ -237,6 +237,16 @@ def test_a_bad_folder_is_refused_and_nothing_written(mistake, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_checkpoint_of_ours_is_no_hugging_face_folder(tmp_path, capsys):
+    ours = tmp_path / "step-2"
+    ours.mkdir()
+    (ours / "manifest.json").touch()
+    for model in ([], ["--model", "llama3", "--flavor", "debugmodel"]):
+        message = refused(capsys, "from-hf", ours, tmp_path / "out", *model)
+        assert f"{ours} is a checkpoint of ours" in message
+        assert f"`torchtitan convert to-hf {ours} OUT`" in message
+
+
 def test_weights_in_fp8_are_refused(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf", "deepseek_v3")
     add(source, "model.layers.0.self_attn.o_proj.weight_scale_inv", torch.ones(1))

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from torchtitan.config import JobConfig
+from torchtitan.config.data import DataSource
+from torchtitan.config.unlikely import unlikely
+
+
+def test_the_defaults_are_likely() -> None:
+    config = JobConfig()
+    config.validation.enable = True
+    assert unlikely(config) == []
+
+
+def test_a_warmup_that_reaches_the_last_step() -> None:
+    config = JobConfig()
+    config.lr_scheduler.warmup_steps, config.training.steps = 999, 1000
+    assert unlikely(config) == []
+    config.lr_scheduler.warmup_steps = 1000
+    assert unlikely(config) == [
+        "lr_scheduler.warmup_steps = 1000: the warm-up takes all of the schedule, since "
+        "training.steps = 1000: the learning rate only rises. Set fewer"
+    ]
+    config.lr_scheduler.total_steps = 5000
+    assert unlikely(config) == []
+    config.lr_scheduler.warmup_steps = 5000
+    assert "since lr_scheduler.total_steps = 5000" in unlikely(config)[0]
+
+
+def test_validation_of_data_that_is_not_trained_on() -> None:
+    config = JobConfig()
+    config.training.dataset, config.training.dataset_path = "jsonl", "notes.jsonl"
+    assert unlikely(config) == []
+    config.validation.enable = True
+    assert unlikely(config) == [
+        "validation.dataset = 'stdlib_validation': validation reads Python's standard library, but "
+        "the training has training.dataset = 'jsonl'. Set validation.dataset and "
+        "validation.dataset_path"
+    ]
+    config.validation.dataset = "jsonl"
+    assert unlikely(config) == []
+
+
+def test_validation_of_data_that_no_source_of_a_mixture_has() -> None:
+    config = JobConfig()
+    config.validation.enable = True
+    config.data.sources = [DataSource(dataset="text")]
+    assert "but the training has data.sources" in unlikely(config)[0]
+    config.data.sources.append(DataSource(dataset="stdlib"))
+    assert unlikely(config) == []
