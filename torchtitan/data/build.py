@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -15,14 +15,15 @@ from torchtitan.errors import TitanError, begin_errors_with
 from .chat import load_template
 from .loader import DataLoader
 from .mixing import Blend, Phase
+from .prepared_tokens import PreparedTokens
 from .sources import Source, open_dataset
-from .token_files import PreparedTokens
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
     from torchtitan.config.data import Data
 
+T = TypeVar("T")
 _VALIDATION_SEED = 42
 """Not `debug.seed`, so that runs of several seeds are compared on the same documents."""
 
@@ -83,22 +84,24 @@ def _build(
 ) -> DataLoader:
     """The loader of what a config section names; errors begin with that key."""
     config, data = getattr(job_config, section), job_config.data
-    source: Source | Blend
     if section == "training" and data.sources:
         name = "data.sources"
-        with begin_errors_with(name):
-            source = open_blend(data)
-        opened = list(source.sources.values())
+        open_source: Callable[[], Source | Blend] = partial(open_blend, data)
     else:
         name = f"{section}.dataset = {config.dataset!r}"
-        with begin_errors_with(name):
-            source = open_dataset(
-                config.dataset, config.dataset_path, job_config.training.text_key, config.split
-            )
-        opened = [source]
-    if data.verify_hashes:
-        with begin_errors_with(name):
-            verify_hashes(opened, batch["dp_rank"], batch["dp_world_size"])
+        text_key = job_config.training.text_key
+        open_source = partial(
+            open_dataset, config.dataset, config.dataset_path, text_key, config.split
+        )
+
+    def open_checked() -> Source | Blend:
+        source = open_source()
+        if data.verify_hashes:
+            verify_hashes(source, batch["dp_rank"], batch["dp_world_size"])
+        return source
+
+    with begin_errors_with(name):
+        source = on_all_ranks(open_checked)  # each looks at its share of the files of tokens
     chat_of = (data.chat_template, job_config.model.tokenizer_path)
     load_chat = functools.cache(partial(load_template, *chat_of))
     if data.chat_template:
@@ -132,18 +135,24 @@ def open_blend(data: Data) -> Blend:
     return Blend(sources, tuple(phases))
 
 
-def verify_hashes(sources: Iterable[Source], part: int, parts: int) -> None:
-    """Check a part of the shards of sources that have hashes.
+def verify_hashes(source: Source | Blend, part: int, parts: int) -> None:
+    """Check a part of the shards of those sources that have hashes.
 
     Raises:
-        DataError: a shard has changed; on all ranks, whichever of them found it.
-        OutageError: one cannot be read now; on all ranks too.
+        DataError: a shard has changed.
+        OutageError: one cannot be read now.
     """
+    for one in source.sources.values() if isinstance(source, Blend) else [source]:
+        if isinstance(one, PreparedTokens):
+            one.verify(part, parts)
+
+
+def on_all_ranks(function: Callable[[], T]) -> T:
+    """Call `function`; a `TitanError` that it raises on one rank is raised on all of them."""
+    result: T | None = None
     found: list[TitanError | None] = [None]
     try:
-        for source in sources:
-            if isinstance(source, PreparedTokens):
-                source.verify(part, parts)
+        result = function()
     except TitanError as error:
         found = [error]
     if dist.is_initialized():
@@ -152,3 +161,4 @@ def verify_hashes(sources: Iterable[Source], part: int, parts: int) -> None:
     for problem in found:
         if problem is not None:
             raise problem
+    return cast(T, result)

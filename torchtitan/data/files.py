@@ -5,9 +5,11 @@ A URL is whatever `fsspec` opens: `s3://`, `gs://`, `https://`, `memory://`, ...
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
+import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +92,13 @@ def unreadable(path: str | Path, error: Exception) -> TitanError:
     """What to raise for an error of reading: a `DataError`, or an `OutageError` if it may pass."""
     reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     problem = f"{path} cannot be read: {reason}"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENOMEM):
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return DataError(
+            f"{problem}. This process may have {soft:,} files open (`ulimit -Hn`), and as many "
+            "mappings as the system's vm.max_map_count. Raise these limits, or have fewer files: "
+            "for tokens, prepare them again with a smaller --shards"
+        )
     return DataError(problem) if disk_is_full(error) else outage_or(DataError, problem, error)
 
 

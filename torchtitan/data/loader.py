@@ -21,8 +21,9 @@ from .mixing import Blend, Mixture, Phase
 from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
+from .prepared_tokens import PreparedTokens
 from .sources import Source, has_random_access, size_of
-from .token_files import PreparedTokens, TokenFiles
+from .token_shards import TokenFiles
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer

@@ -27,17 +27,17 @@ from torchtitan.errors import ConfigError, DataError, TitanError, begin_errors_w
 from torchtitan.models.plugins import load_plugins
 
 from .encode import Encoder, enclose, take
+from .prepared_tokens import FORMAT, INDEX, VERSION, read_index
 from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
-from .token_files import FORMAT, INDEX, VERSION, read_index
 from .whole_files import FileWriter, write_json, writing
 
 SETTINGS = "prepare.json"
 _BATCH_CHARACTERS = 2**20
 _BATCH_DOCUMENTS = 1024
 _MOST_SHARDS = 1024
-"""Each rank maps all shards at its start, two files each, and a mapping keeps its file open: 2,048
-open files, which is below the 4,096 that many systems allow a process at most, so that the sockets
-and other datasets of a mixture have room, and far below the 65,530 mappings (vm.max_map_count)."""
+"""Each rank may come to map all of them, two files each, and a mapping keeps its file open: 2,048
+open files, half of the 4,096 that many systems allow a process at most: see `mapped.most_shards`.
+With more, documents would open files anew again and again."""
 
 logger = logging.getLogger("torchtitan")
 

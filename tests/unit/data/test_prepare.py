@@ -24,8 +24,8 @@ from torchtitan.data import sources
 from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import encode_document
 from torchtitan.data.prepare import _count_parts
+from torchtitan.data.prepared_tokens import PreparedTokens
 from torchtitan.data.sources import open_dataset
-from torchtitan.data.token_files import PreparedTokens
 from torchtitan.errors import ConfigError, DataError
 
 TEXTS = [f"document {i} é\n" * (i % 9) for i in range(300)]
