@@ -211,10 +211,11 @@ def _num_shards(source: Sequential) -> int:
 def epochs(source: RandomAccess | Sequential, stride: int, number: int, origin: Origin) -> float:
     """How often a source has been read when a row is at document `number`.
 
-    A sequential source, whose size is unknown, is counted in whole shards.
+    It has then read those of the `number // stride` turns before, in which the other rows have each
+    taken a document too. A sequential source, whose size is unknown, is counted in whole shards.
     """
     if has_random_access(source):
-        return number / len(source)
+        return (number - number % stride) / len(source)
     shards = _num_shards(source)
     return origin.turn * count_lanes(shards, stride) / shards
 

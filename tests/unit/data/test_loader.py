@@ -273,3 +273,12 @@ def test_errors_name_the_setting_when_opened_and_while_reading(tmp_path: Path) -
     one = build_dataloader(config_of(tmp_path), BytesTokenizer(), 0, 1)
     with pytest.raises(DataError, match=r"^training\.dataset = 'text': .*b\.txt:2: not UTF-8"):
         list(itertools.islice(one, 20))
+
+
+def test_the_epoch_begins_at_0_with_fewer_documents_than_rows() -> None:
+    loader = DataLoader(
+        ["x" * 2000] * 10, BytesTokenizer(), seq_len=8, local_batch_size=64, global_batch_size=64
+    )
+    next(loader)
+    assert loader.metrics()["data_epoch"] == pytest.approx(64 * 8 / 20_010, abs=0.05)
+    loader.close()
