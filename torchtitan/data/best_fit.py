@@ -106,10 +106,8 @@ class BestFitRow:
         packed = best_fit([len(piece) for piece in pieces], self._seq_len + 1)
         # Else the longest documents of every row would come in the same steps.
         key = mix(self._pool_place[0], self._pool_place[1])
-        self._sequences = [
-            [pieces[piece] for piece in packed[permute(place, len(packed), key)]]
-            for place in range(len(packed))
-        ]
+        order = permute(np.arange(len(packed)), len(packed), key).tolist()
+        self._sequences = [[pieces[piece] for piece in packed[place]] for place in order]
 
 
 def cut(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ Functions, not methods of the loader: a thread that runs them must not keep it a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +20,6 @@ from torchtitan.errors import begin_errors_with
 if TYPE_CHECKING:
     from .best_fit import BestFitRow
     from .encode import Encoder
-    from .mixing import Mixture
     from .packing import Row
 
 Batch = dict[str, torch.Tensor]
@@ -55,7 +54,7 @@ def naming(source: str) -> AbstractContextManager[None]:
 def read_rows(
     rows: list[tuple[int, tuple[Row | BestFitRow, ...]]],
     names: list[str],
-    mixture: Mixture,
+    steps: Iterable[tuple[np.ndarray, tuple[int, ...]]],
     seq_len: int,
 ) -> Iterator[Sequence]:
     """The sequences of some rows, row by row and step by step, for ever.
@@ -63,12 +62,10 @@ def read_rows(
     Args:
         rows: for each, its number in the global batch, and the row of each source.
         names: of the sources.
-        mixture: says which source a row's next sequence is from.
+        steps: which source each row's next sequence is from, and the state: see `mixing.Steps`.
         seq_len: tokens in a sequence.
     """
-    while True:
-        chosen = mixture.step()
-        schedule = mixture.state
+    for chosen, schedule in steps:
         for number, streams in rows:
             source = chosen[number % len(chosen)]
             arrays = np.empty((3, seq_len + 1), np.int32)

@@ -102,8 +102,7 @@ def _documents(source: Source) -> Iterator[tuple[str, object]]:
     """Some documents, each with what to call it."""
     if has_random_access(source):
         size = len(source)
-        for place in range(min(size, _MEASURED)):
-            index = permute(place, size, 0)
+        for index in permute(np.arange(min(size, _MEASURED)), size, 0).tolist():
             yield f"document {index:,} of {size:,}", take(source, index)
     else:
         for number, document in enumerate(itertools.islice(source, _MEASURED)):

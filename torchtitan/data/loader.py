@@ -17,7 +17,7 @@ from .best_fit import BestFitRow
 from .chat import ChatTemplate
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document
-from .mixing import Blend, Mixture, Phase
+from .mixing import Blend, Mixture, Phase, Steps
 from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
@@ -271,11 +271,14 @@ class DataLoader:
         ]
         rows = list(zip(self._rows.tolist(), zip(*by_source, strict=True), strict=True))
         readers: list[Iterator[Sequence]] = []
+        mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed)
+        mixture.load_state(schedule[0].tolist())
+        steps = Steps(mixture, self._workers)
         for worker in range(self._workers):
-            mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed)
-            mixture.load_state(schedule[0].tolist())
             share = rows[worker :: self._workers]
-            reader = read_rows(share, list(self._blend.sources), mixture, self._seq_len)
+            reader = read_rows(
+                share, list(self._blend.sources), steps.of_reader(worker), self._seq_len
+            )
             if self._workers > 1:
                 reader = Prefetcher(reader, PREFETCHED_BATCHES * len(share))
             readers.append(reader)
