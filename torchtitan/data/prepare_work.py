@@ -19,7 +19,7 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.errors import DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
 
-from .encode import Encoder, enclose, take
+from .encode import Encoder, enclose, is_unicode, take
 from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
 from .whole_files import FileWriter, Lock, write_json
 
@@ -202,7 +202,7 @@ def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.
     characters = 0
 
     def encode() -> list[np.ndarray]:
-        if encode_batch is None or not all(type(d) is str and _is_unicode(d) for d in batch):
+        if encode_batch is None or not all(type(d) is str and is_unicode(d) for d in batch):
             return list(map(encoder, batch))
         texts = [text for text in batch if text]
         return [
@@ -218,16 +218,6 @@ def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.
             batch, characters = [], 0
     if batch:
         yield encode()
-
-
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def length_of(source: Source) -> int | None:
