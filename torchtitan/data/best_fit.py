@@ -59,6 +59,11 @@ class BestFitRow:
         """`(document, offset, *origin, sequence)`."""
         return (*self._pool_place, self._sequence)
 
+    @property
+    def read(self) -> float:
+        """The part of the place's first document that lies before it."""
+        return self._read
+
     def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
         """Write the next sequence and one token more, which is only a label.
 
@@ -90,6 +95,7 @@ class BestFitRow:
     def _expect_pool(self) -> None:
         """Have the next pool begin here."""
         self._pool_place = (self._document, self._offset, *self._next_origin)
+        self._read = self._offset / max(len(self._next), 1)
         self._sequences: list[list[np.ndarray]] = []
         self._sequence = 0
 

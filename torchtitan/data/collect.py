@@ -34,6 +34,8 @@ class Sequence(NamedTuple):
     """Tokens of it that are padding."""
     place: list[int]
     """Where the row is after this step: a row of `DataLoader.state_dict`."""
+    read: list[float]
+    """Of each source, the part of the document there that lies before."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Counts:
     padding: int = 0
     skipped: int = 0
     """Malformed documents left out, a few of them in batches to come."""
+    read: list[list[float]] | None = None
+    """Of each row, `Sequence.read` after the last complete step."""
 
 
 def naming(source: str) -> AbstractContextManager[None]:
@@ -72,7 +76,8 @@ def read_rows(
             with naming(names[source]):
                 padding = streams[source].fill(*arrays)
             places = itertools.chain.from_iterable(stream.place for stream in streams)
-            yield Sequence(arrays, padding, [*schedule, *places])
+            read = [stream.read for stream in streams]
+            yield Sequence(arrays, padding, [*schedule, *places], read)
 
 
 def collect(
@@ -94,8 +99,9 @@ def collect(
         encoder: that of all rows.
     """
     tokens = pads = 0
+    read: list[list[float]] | None = None
     while True:
-        after = []
+        after, read_after = [], []
         for first in range(0, len(padding), local_batch_size):
             part = slice(first, first + local_batch_size)
             sequences = [
@@ -104,8 +110,9 @@ def collect(
             batch = to_batch(*np.stack([sequence.arrays for sequence in sequences], axis=1))
             batch["labels"][padding[part]] = IGNORE_INDEX
             after += [sequence.place for sequence in sequences]
+            read_after += [sequence.read for sequence in sequences]
             tokens += batch["tokens"].numel()
             pads += sum(sequence.padding for sequence in sequences)
             if part.stop >= len(padding):
-                places = np.array(after)
-            yield batch, places, Counts(tokens, pads, encoder.skipped)
+                places, read = np.array(after), read_after
+            yield batch, places, Counts(tokens, pads, encoder.skipped, read)

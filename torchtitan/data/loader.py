@@ -183,14 +183,14 @@ class DataLoader:
         drawn = Mixture.drawn(schedule[0].tolist(), len(sources))
         for number, ((name, source), places) in enumerate(zip(sources.items(), parts, strict=True)):
             ending = f"/{name}" if len(sources) > 1 else ""
-            found[f"data_epoch{ending}"] = float(
-                np.mean(
-                    [
-                        epochs(source, self.global_batch_size, document, Origin(*rest[:2]))
-                        for document, _, *rest in places.tolist()
-                    ]
-                )
-            )
+            read = [
+                part[number] for part in self._counts.read or [[0.0] * len(sources)] * len(places)
+            ]
+            of_rows = [
+                epochs(source, self.global_batch_size, document, part, Origin(*rest[:2]))
+                for (document, _, *rest), part in zip(places.tolist(), read, strict=True)
+            ]
+            found[f"data_epoch{ending}"] = float(np.mean(of_rows))
             if drawn:
                 found[f"data_tokens{ending}"] = float(drawn[number] * self._seq_len)
         if self._packing == "best_fit":

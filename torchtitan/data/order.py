@@ -208,14 +208,24 @@ def _num_shards(source: Sequential) -> int:
     return source.num_shards if isinstance(source, Sharded) else 1
 
 
-def epochs(source: RandomAccess | Sequential, stride: int, number: int, origin: Origin) -> float:
-    """How often a source has been read when a row is at document `number`.
+def epochs(
+    source: RandomAccess | Sequential, stride: int, number: int, read: float, origin: Origin
+) -> float:
+    """How often a source has been read, if all rows are as far as one is.
 
-    It has then read those of the `number // stride` turns before, in which the other rows have each
-    taken a document too. A sequential source, whose size is unknown, is counted in whole shards.
+    A sequential source, whose size is unknown, is counted in whole shards.
+
+    Args:
+        source: the documents.
+        stride: rows.
+        number: of the row's document; it has taken one in each turn before.
+        read: the part of that document which lies before its next token.
+        origin: of the document.
     """
     if has_random_access(source):
-        return (number - number % stride) / len(source)
+        turn, row = divmod(number, stride)
+        begun = (row - row % len(source)) / stride  # in its first document: `packing.begin_of`
+        return max(turn + read - begun, 0.0) * stride / len(source)
     shards = _num_shards(source)
     return origin.turn * count_lanes(shards, stride) / shards
 

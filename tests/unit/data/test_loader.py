@@ -275,10 +275,18 @@ def test_errors_name_the_setting_when_opened_and_while_reading(tmp_path: Path) -
         list(itertools.islice(one, 20))
 
 
-def test_the_epoch_begins_at_0_with_fewer_documents_than_rows() -> None:
+@pytest.mark.parametrize("documents", [1, 10, 64, 100])
+def test_the_epoch_is_the_share_that_was_read(documents: int) -> None:
+    """Also with fewer documents than rows, which then begin in the middle of them."""
     loader = DataLoader(
-        ["x" * 2000] * 10, BytesTokenizer(), seq_len=8, local_batch_size=64, global_batch_size=64
+        ["x" * 1999] * documents,
+        BytesTokenizer(),
+        seq_len=100,
+        local_batch_size=64,
+        global_batch_size=64,
     )
-    next(loader)
-    assert loader.metrics()["data_epoch"] == pytest.approx(64 * 8 / 20_010, abs=0.05)
+    for step in range(1, 61):
+        next(loader)
+        true = step * 64 * 100 / (documents * 2000)
+        assert loader.metrics()["data_epoch"] == pytest.approx(true, abs=0.02 * 64 / documents)
     loader.close()
