@@ -61,8 +61,12 @@ class BestFitRow:
 
     @property
     def read(self) -> float:
-        """The part of the place's first document that lies before it."""
-        return self._read
+        """Documents of this row that it has read from the place on: of a pool, a share."""
+        if not self._sequences:
+            return self._begun
+        documents = (self._document - self._pool_place[0]) / self._stride
+        share = self._sequence / len(self._sequences)
+        return self._begun + (documents - self._begun) * share
 
     def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
         """Write the next sequence and one token more, which is only a label.
@@ -95,7 +99,7 @@ class BestFitRow:
     def _expect_pool(self) -> None:
         """Have the next pool begin here."""
         self._pool_place = (self._document, self._offset, *self._next_origin)
-        self._read = self._offset / max(len(self._next), 1)
+        self._begun = self._offset / max(len(self._next), 1)
         self._sequences: list[list[np.ndarray]] = []
         self._sequence = 0
 

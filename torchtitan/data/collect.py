@@ -35,7 +35,7 @@ class Sequence(NamedTuple):
     place: list[int]
     """Where the row is after this step: a row of `DataLoader.state_dict`."""
     read: list[float]
-    """Of each source, the part of the document there that lies before."""
+    """Of each source, how much of the row's documents from there on has been read."""
 
 
 @dataclass(frozen=True)

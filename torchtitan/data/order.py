@@ -219,7 +219,7 @@ def epochs(
         source: the documents.
         stride: rows.
         number: of the row's document; it has taken one in each turn before.
-        read: the part of that document which lies before its next token.
+        read: documents of the row's from that one on which it has read; a part of that one, mostly.
         origin: of the document.
     """
     if has_random_access(source):

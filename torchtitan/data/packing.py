@@ -53,7 +53,7 @@ class Row:
 
     @property
     def read(self) -> float:
-        """The part of the place's document that lies before it."""
+        """The part of the place's document that has been read."""
         return self._offset / max(len(self._tokens), 1)
 
     def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:

@@ -275,8 +275,9 @@ def test_errors_name_the_setting_when_opened_and_while_reading(tmp_path: Path) -
         list(itertools.islice(one, 20))
 
 
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
 @pytest.mark.parametrize("documents", [1, 10, 64, 100])
-def test_the_epoch_is_the_share_that_was_read(documents: int) -> None:
+def test_the_epoch_is_the_share_that_was_read(documents: int, packing: str) -> None:
     """Also with fewer documents than rows, which then begin in the middle of them."""
     loader = DataLoader(
         ["x" * 1999] * documents,
@@ -284,9 +285,10 @@ def test_the_epoch_is_the_share_that_was_read(documents: int) -> None:
         seq_len=100,
         local_batch_size=64,
         global_batch_size=64,
+        packing=packing,
     )
     for step in range(1, 61):
         next(loader)
         true = step * 64 * 100 / (documents * 2000)
-        assert loader.metrics()["data_epoch"] == pytest.approx(true, abs=0.02 * 64 / documents)
+        assert loader.metrics()["data_epoch"] == pytest.approx(true, rel=0.03, abs=1.3 / documents)
     loader.close()
