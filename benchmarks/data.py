@@ -26,8 +26,9 @@ from benchmarks.report import Spread, Table, verdict
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
 from torchtitan.data.json_lines import JsonLines, JsonLineStream
+from torchtitan.data.mapped import map_file
 from torchtitan.data.sources import open_dataset
-from torchtitan.data.token_files import Shard, TokenFiles, map_file
+from torchtitan.data.token_shards import Shard, TokenFiles
 
 MEAN_TOKENS = 700
 """Of a document; about that of web pages."""

@@ -20,8 +20,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from torchtitan import cli
 from torchtitan.data.files import file_size, reading, sha256
 from torchtitan.data.json_lines import JsonLines, JsonLineStream
+from torchtitan.data.mapped import map_file
 from torchtitan.data.sources import TextFiles
-from torchtitan.data.token_files import map_file
 from torchtitan.errors import DataError, OutageError, begin_errors_with, may_pass, outage_or
 
 BROKEN_DISK = "/proc/self/mem"  # can be opened, and its first bytes cannot be read: EIO
@@ -135,10 +135,10 @@ def test_a_disk_that_is_full_is_no_outage_where_data_are_read(number: int) -> No
 
 
 def test_a_mapping_that_fails_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    def memmap(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("numpy.memmap", memmap)
+    monkeypatch.setattr("mmap.mmap", fail)
     with pytest.raises(OutageError, match="Input/output error"):
         map_file(Path(__file__), "<u2")
 

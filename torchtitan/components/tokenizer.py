@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -122,6 +124,37 @@ class HuggingFaceTokenizer:
         # The fast one leaves out where each token stands in the text, for half of the time.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return self._within_limit(encoding.ids)
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Ids of the pieces that follow one another in a text, such as what each of two says.
+
+        Each has those that it has alone, as when a model reads one and writes the next; unless this
+        tokenizer writes a space before a text (those of Llama 2 and Mistral do), which is right for
+        the first piece alone. Then they are those of the whole text, and a token belongs to the
+        piece that it begins in.
+        """
+        if not self._writes_a_space_first:
+            return [self.encode(piece) for piece in pieces]
+        [encoding] = self._tokenizer.encode_batch(["".join(pieces)], add_special_tokens=False)
+        ids = self._within_limit(encoding.ids)
+        starts = [start for start, _ in encoding.offsets]
+        bounds = itertools.accumulate(map(len, pieces[:-1]))
+        cuts = [0, *(bisect.bisect_left(starts, bound) for bound in bounds), len(ids)]
+        return [ids[first:last] for first, last in itertools.pairwise(cuts)]
+
+    @cached_property
+    def _writes_a_space_first(self) -> bool:
+        config = json.loads(self._tokenizer.to_str())
+        steps = [config.get("normalizer"), config.get("pre_tokenizer")]
+        while steps:
+            step = steps.pop() or {}
+            steps += step.get("normalizers", []) + step.get("pretokenizers", [])
+            kind = step.get("type")
+            if kind == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+                return True
+            if kind == "Prepend" or (kind == "ByteLevel" and step.get("add_prefix_space")):
+                return True
+        return False
 
     def encode_prompt(self, text: str) -> list[int]:
         """As `transformers` gives a text to a model: with the tokens that tokenizer.json adds (bos

@@ -59,6 +59,15 @@ class BestFitRow:
         """`(document, offset, *origin, sequence)`."""
         return (*self._pool_place, self._sequence)
 
+    @property
+    def read(self) -> float:
+        """Documents of this row that it has read from the place on: of a pool, a share."""
+        if not self._sequences:
+            return self._begun
+        documents = (self._document - self._pool_place[0]) / self._stride
+        share = self._sequence / len(self._sequences)
+        return self._begun + (documents - self._begun) * share
+
     def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
         """Write the next sequence and one token more, which is only a label.
 
@@ -90,6 +99,7 @@ class BestFitRow:
     def _expect_pool(self) -> None:
         """Have the next pool begin here."""
         self._pool_place = (self._document, self._offset, *self._next_origin)
+        self._begun = self._offset / max(len(self._next), 1)
         self._sequences: list[list[np.ndarray]] = []
         self._sequence = 0
 
@@ -106,10 +116,8 @@ class BestFitRow:
         packed = best_fit([len(piece) for piece in pieces], self._seq_len + 1)
         # Else the longest documents of every row would come in the same steps.
         key = mix(self._pool_place[0], self._pool_place[1])
-        self._sequences = [
-            [pieces[piece] for piece in packed[permute(place, len(packed), key)]]
-            for place in range(len(packed))
-        ]
+        order = permute(np.arange(len(packed)), len(packed), key).tolist()
+        self._sequences = [[pieces[piece] for piece in packed[place]] for place in order]
 
 
 def cut(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import logging
+import os
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch.distributed as dist
 
 from torchtitan.config.batch import resolve_batch
+from torchtitan.distributed.utils import rank
 from torchtitan.errors import TitanError, begin_errors_with
 
 from .chat import load_template
 from .loader import DataLoader
 from .mixing import Blend, Phase
+from .prepared_tokens import PreparedTokens
 from .sources import Source, open_dataset
-from .token_files import PreparedTokens
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
     from torchtitan.config.data import Data
 
+T = TypeVar("T")
+logger = logging.getLogger("torchtitan")
 _VALIDATION_SEED = 42
 """Not `debug.seed`, so that runs of several seeds are compared on the same documents."""
 
@@ -63,6 +68,13 @@ def build_validation_dataloader(
         DataError: the data is missing, empty or malformed.
     """
     validation = job_config.validation
+    training: list[Any] = [*job_config.data.sources] or [job_config.training]
+    if rank() == 0 and any(_data_of(one) == _data_of(validation) for one in training):
+        logger.warning(
+            "validation.dataset = %r: the very data of training (dataset, path and split are the "
+            "same), so the validation loss is not of held-out data",
+            validation.dataset,
+        )
     return _build(
         "validation",
         job_config,
@@ -75,6 +87,12 @@ def build_validation_dataloader(
     )
 
 
+def _data_of(config: Any) -> tuple[str, str | None, str | None]:
+    """What a section of the config names."""
+    path = config.dataset_path
+    return config.dataset, path and os.path.abspath(os.path.expanduser(path)), config.split
+
+
 def _build(
     section: Literal["training", "validation"],
     job_config: JobConfig,
@@ -83,23 +101,26 @@ def _build(
 ) -> DataLoader:
     """The loader of what a config section names; errors begin with that key."""
     config, data = getattr(job_config, section), job_config.data
-    source: Source | Blend
     if section == "training" and data.sources:
         name = "data.sources"
-        with begin_errors_with(name):
-            source = open_blend(data)
-        opened = list(source.sources.values())
+        open_source: Callable[[], Source | Blend] = partial(open_blend, data)
     else:
         name = f"{section}.dataset = {config.dataset!r}"
         text_key = config.text_key
         if text_key is None:
             text_key = job_config.training.text_key
-        with begin_errors_with(name):
-            source = open_dataset(config.dataset, config.dataset_path, text_key, config.split)
-        opened = [source]
-    if data.verify_hashes:
-        with begin_errors_with(name):
-            verify_hashes(opened, batch["dp_rank"], batch["dp_world_size"])
+        open_source = partial(
+            open_dataset, config.dataset, config.dataset_path, text_key, config.split
+        )
+
+    def open_checked() -> Source | Blend:
+        source = open_source()
+        if data.verify_hashes:
+            verify_hashes(source, batch["dp_rank"], batch["dp_world_size"])
+        return source
+
+    with begin_errors_with(name):
+        source = on_all_ranks(open_checked)  # each looks at its share of the files of tokens
     chat_of = (data.chat_template, job_config.model.tokenizer_path)
     load_chat = functools.cache(partial(load_template, *chat_of))
     if data.chat_template:
@@ -133,18 +154,24 @@ def open_blend(data: Data) -> Blend:
     return Blend(sources, tuple(phases))
 
 
-def verify_hashes(sources: Iterable[Source], part: int, parts: int) -> None:
-    """Check a part of the shards of sources that have hashes.
+def verify_hashes(source: Source | Blend, part: int, parts: int) -> None:
+    """Check a part of the shards of those sources that have hashes.
 
     Raises:
-        DataError: a shard has changed; on all ranks, whichever of them found it.
-        OutageError: one cannot be read now; on all ranks too.
+        DataError: a shard has changed.
+        OutageError: one cannot be read now.
     """
+    for one in source.sources.values() if isinstance(source, Blend) else [source]:
+        if isinstance(one, PreparedTokens):
+            one.verify(part, parts)
+
+
+def on_all_ranks(function: Callable[[], T]) -> T:
+    """Call `function`; a `TitanError` that it raises on one rank is raised on all of them."""
+    result: T | None = None
     found: list[TitanError | None] = [None]
     try:
-        for source in sources:
-            if isinstance(source, PreparedTokens):
-                source.verify(part, parts)
+        result = function()
     except TitanError as error:
         found = [error]
     if dist.is_initialized():
@@ -153,3 +180,4 @@ def verify_hashes(sources: Iterable[Source], part: int, parts: int) -> None:
     for problem in found:
         if problem is not None:
             raise problem
+    return cast(T, result)

@@ -6,7 +6,7 @@ Functions, not methods of the loader: a thread that runs them must not keep it a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +20,6 @@ from torchtitan.errors import begin_errors_with
 if TYPE_CHECKING:
     from .best_fit import BestFitRow
     from .encode import Encoder
-    from .mixing import Mixture
     from .packing import Row
 
 Batch = dict[str, torch.Tensor]
@@ -35,6 +34,8 @@ class Sequence(NamedTuple):
     """Tokens of it that are padding."""
     place: list[int]
     """Where the row is after this step: a row of `DataLoader.state_dict`."""
+    read: list[float]
+    """Of each source, how much of the row's documents from there on has been read."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Counts:
     padding: int = 0
     skipped: int = 0
     """Malformed documents left out, a few of them in batches to come."""
+    read: list[list[float]] | None = None
+    """Of each row, `Sequence.read` after the last complete step."""
 
 
 def naming(source: str) -> AbstractContextManager[None]:
@@ -55,7 +58,7 @@ def naming(source: str) -> AbstractContextManager[None]:
 def read_rows(
     rows: list[tuple[int, tuple[Row | BestFitRow, ...]]],
     names: list[str],
-    mixture: Mixture,
+    steps: Iterable[tuple[np.ndarray, tuple[int, ...]]],
     seq_len: int,
 ) -> Iterator[Sequence]:
     """The sequences of some rows, row by row and step by step, for ever.
@@ -63,19 +66,18 @@ def read_rows(
     Args:
         rows: for each, its number in the global batch, and the row of each source.
         names: of the sources.
-        mixture: says which source a row's next sequence is from.
+        steps: which source each row's next sequence is from, and the state: see `mixing.Steps`.
         seq_len: tokens in a sequence.
     """
-    while True:
-        chosen = mixture.step()
-        schedule = mixture.state
+    for chosen, schedule in steps:
         for number, streams in rows:
             source = chosen[number % len(chosen)]
             arrays = np.empty((3, seq_len + 1), np.int32)
             with naming(names[source]):
                 padding = streams[source].fill(*arrays)
             places = itertools.chain.from_iterable(stream.place for stream in streams)
-            yield Sequence(arrays, padding, [*schedule, *places])
+            read = [stream.read for stream in streams]
+            yield Sequence(arrays, padding, [*schedule, *places], read)
 
 
 def collect(
@@ -97,8 +99,9 @@ def collect(
         encoder: that of all rows.
     """
     tokens = pads = 0
+    read: list[list[float]] | None = None
     while True:
-        after = []
+        after, read_after = [], []
         for first in range(0, len(padding), local_batch_size):
             part = slice(first, first + local_batch_size)
             sequences = [
@@ -107,8 +110,9 @@ def collect(
             batch = to_batch(*np.stack([sequence.arrays for sequence in sequences], axis=1))
             batch["labels"][padding[part]] = IGNORE_INDEX
             after += [sequence.place for sequence in sequences]
+            read_after += [sequence.read for sequence in sequences]
             tokens += batch["tokens"].numel()
             pads += sum(sequence.padding for sequence in sequences)
             if part.stop >= len(padding):
-                places = np.array(after)
-            yield batch, places, Counts(tokens, pads, encoder.skipped)
+                places, read = np.array(after), read_after
+            yield batch, places, Counts(tokens, pads, encoder.skipped, read)

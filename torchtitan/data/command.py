@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -58,8 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         custom_import=args.custom_import,
         add_bos=args.add_bos,
     )
-    with _Bar() as bar:
-        index = prepare(task, Path(args.out), args.workers, args.shards, bar.show)
+    try:
+        with _Bar() as bar:
+            index = prepare(task, Path(args.out), args.workers, args.shards, bar.show)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on with the shards that are missing\n")
+        return 128 + signal.SIGINT
     skipped = f", {index['skipped']:,} documents skipped" if index["skipped"] else ""
     sys.stdout.write(
         f"{args.out}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
@@ -80,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tokenizer-path", default="bytes", help="as model.tokenizer_path")
     one.add_argument("--add-bos", action="store_true", help="as data.add_bos")
     one.add_argument(
-        "--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: cores)"
+        "--workers", type=_positive, default=_cores(), help="processes (default: cores)"
     )
     one.add_argument(
         "--shards",
@@ -136,6 +141,13 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="Python module to import first, so that it can register a dataset",
     )
+
+
+def _cores() -> int:
+    """Those that this process may use: of a large host a job often has a share."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _positive(text: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -67,6 +67,25 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     if isinstance(tokenizer, BytesTokenizer):  # without a list of integers, 8 bytes for each byte
         return np.frombuffer(utf8, dtype=np.uint8)
     return np.array(tokenizer.encode(text), dtype=np.int32)
+
+
+def _encode_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of the pieces of a conversation, `[length]` int32 each."""
+    encode_pieces = getattr(tokenizer, "encode_pieces", None)
+    if encode_pieces is None or not is_unicode("".join(texts)):  # of which `_encode` tells
+        return [_encode(tokenizer, text).astype(np.int32) for text in texts]
+    return [np.array(ids, np.int32) for ids in encode_pieces(texts)]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Encoder:
@@ -159,10 +178,12 @@ class Encoder:
             require_bos(self.tokenizer.bos_id)
 
     def _encode_chat(self, chat: ChatTemplate, messages: list) -> np.ndarray:
-        parts = []
-        for text, trained in chat.segments(messages):
-            ids = _encode(self.tokenizer, text).astype(np.int32)
-            parts.append(ids if trained else ~ids)
+        texts, trained = zip(*chat.segments(messages), strict=True)
+        parts = [
+            ids if learned else ~ids
+            for ids, learned in zip(_encode_pieces(self.tokenizer, texts), trained, strict=True)
+            if len(ids)
+        ]
         last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
         if last[-1] != eos_id:  # of many templates it ends the assistant's message
             parts.append(np.array([~eos_id]))

@@ -5,12 +5,16 @@ A URL is whatever `fsspec` opens: `s3://`, `gs://`, `https://`, `memory://`, ...
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import glob
 import hashlib
 import os
+import resource
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +24,9 @@ from torchtitan.errors import ConfigError, DataError, TitanError, disk_is_full, 
 
 _BLOCK = 2**24
 _KEPT_FROM_BYTES = 2**20
+_BETWEEN_LOOKS = 0.2
+_LONGEST_WAIT = 1800.0
+"""Seconds. A process that ends before has no lock any more."""
 
 
 def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]:
@@ -90,6 +97,13 @@ def unreadable(path: str | Path, error: Exception) -> TitanError:
     """What to raise for an error of reading: a `DataError`, or an `OutageError` if it may pass."""
     reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     problem = f"{path} cannot be read: {reason}"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENOMEM):
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return DataError(
+            f"{problem}. This process may have {soft:,} files open (`ulimit -Hn`), and as many "
+            "mappings as the system's vm.max_map_count. Raise these limits, or have fewer files: "
+            "for tokens, prepare them again with a smaller --shards"
+        )
     return DataError(problem) if disk_is_full(error) else outage_or(DataError, problem, error)
 
 
@@ -161,13 +175,49 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     cached = cache_folder() / "ends" / f"{name}.npy"
     found = _load(cached)
-    if found is None:
-        found = _find_ends(path, value, np.dtype(dtype), start)
-        if status.st_size >= _KEPT_FROM_BYTES:
+    if found is not None:
+        return found
+    if status.st_size < _KEPT_FROM_BYTES:
+        return _find_ends(path, value, np.dtype(dtype), start)
+    with _after_others(cached):
+        found = _load(cached)
+        if found is None:
+            found = _find_ends(path, value, np.dtype(dtype), start)
             _keep(cached, found)
             kept = _load(cached)
             found = found if kept is None else kept
     return found
+
+
+@contextmanager
+def _after_others(cached: Path) -> Iterator[None]:
+    """Of the processes that want the same, one has this at once; the others once that has ended.
+
+    Where the cache cannot be written, or has no locks, all have it at once.
+    """
+    lock = cached.with_suffix(".lock")
+    waited = 0.0
+    with ExitStack() as stack:
+        with suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("wb"))
+            while not _lock(file) and waited < _LONGEST_WAIT:
+                time.sleep(_BETWEEN_LOOKS)
+                waited += _BETWEEN_LOOKS
+        if waited:
+            stack.close()  # should the first have kept nothing, the others need not take turns
+        yield
+        if not waited:
+            with suppress(OSError):
+                lock.unlink()
+
+
+def _lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _load(path: Path) -> np.ndarray | None:

@@ -6,9 +6,13 @@ of it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from torchtitan.errors import (
     BadDocumentError,
@@ -17,10 +21,11 @@ from torchtitan.errors import (
     TitanError,
     did_you_mean,
     disk_is_full,
+    may_pass,
     outage_or,
 )
 
-from .files import open_file
+from .files import cache_folder, open_file
 from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
@@ -125,16 +130,72 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     """
     import datasets
 
+    if kind == "json" and _marker(files).exists():
+        return _open_lines(files, text_key)
     try:
         columns = _columns(files, text_key) if kind == "parquet" else {}
         dataset = datasets.load_dataset(kind, data_files=files, split="train", **columns)
     except TitanError:
         raise
     except Exception as error:  # the readers behind `datasets` raise their own types
-        if kind == "json" and not disk_is_full(error):
-            _check_json_lines(files, text_key)
+        are_lines = kind == "json" and not disk_is_full(error) and _are_json_lines(files, text_key)
+        if are_lines and not may_pass(error):
+            with suppress(OSError):  # else this is found out anew at each start
+                _marker(files).parent.mkdir(parents=True, exist_ok=True)
+                _marker(files).touch()
+            return _open_lines(files, text_key)
         raise _unreadable(_name_of(files), error) from error
     return Table(dataset, text_key, _name_of(files), files)
+
+
+class _Lines(Table):
+    """A table of documents that are written as JSON: conversations too may differ in fields."""
+
+    def __getitem__(self, index: int) -> object:
+        return json.loads(self._rows[index][self._text_key])
+
+
+def _open_lines(files: list[str], text_key: str) -> Table:
+    """JSON lines that are no table, as other fields differ in type: the copy has `text_key` alone.
+
+    Raises as `open_files` does.
+    """
+    import datasets
+
+    try:
+        rows = datasets.Dataset.from_generator(
+            _documents_as_json,
+            features=datasets.Features({text_key: datasets.Value("large_string")}),
+            gen_kwargs={"files": files, "text_key": text_key, "versions": _versions(files)},
+        )
+    except Exception as error:
+        raise _unreadable(_name_of(files), error) from error
+    return _Lines(cast("datasets.Dataset", rows), text_key, _name_of(files), files)
+
+
+def _documents_as_json(
+    files: list[str], text_key: str, versions: list[tuple[int, int]]
+) -> Iterator[dict[str, str]]:
+    """Rows; `versions` is what `datasets` tells copies apart by, with the other arguments."""
+    import fsspec
+
+    for file in files:
+        with fsspec.open(file, "rb", compression="infer") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield {text_key: json.dumps(read_line(line, text_key, file, number))}
+
+
+def _versions(files: list[str]) -> list[tuple[int, int]]:
+    """Size and time of each file."""
+    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
+
+
+def _marker(files: list[str]) -> Path:
+    """A file that is there once these have been found to be no table."""
+    key = repr([files, _versions(files)])
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return cache_folder() / "no_table" / name
 
 
 def _columns(files: list[str], text_key: str) -> dict[str, list[str]]:
@@ -233,10 +294,11 @@ def _name_of(files: list[str]) -> str:
     return f"one of the {len(files)} files {files[0]!r} to {files[-1]!r}"
 
 
-def _check_json_lines(files: list[str], text_key: str) -> None:
-    """Raise `DataError` for the first line that is no JSON object in UTF-8 with a text.
+def _are_json_lines(files: list[str], text_key: str) -> bool:
+    """Whether they are lines, and not each one JSON array.
 
-    Raises it too where there is no line at all. A file that is one JSON array is passed over.
+    Raises `DataError` for the first line that is no JSON object in UTF-8 with a text, and where
+    there is no line at all.
     """
     import fsspec
 
@@ -246,7 +308,7 @@ def _check_json_lines(files: list[str], text_key: str) -> None:
             with fsspec.open(file, "rb", compression="infer") as lines:
                 for number, line in enumerate(lines, start=1):
                     if rows == 0 and line.lstrip().startswith(b"["):
-                        return
+                        return False
                     if line.strip():
                         read_line(line, text_key, file, number)
                         rows += 1
@@ -256,3 +318,4 @@ def _check_json_lines(files: list[str], text_key: str) -> None:
             raise _unreadable(repr(file), error) from error
     if rows == 0:
         raise DataError(f"{_name_of(files)}: empty")
+    return True

@@ -16,8 +16,9 @@ from torchtitan.models.plugins import load_plugins
 from .chat import load_template
 from .encode import Encoder, take
 from .order import permute
+from .prepared_tokens import PreparedTokens
 from .sources import Source, has_random_access, open_dataset
-from .token_files import PreparedTokens, TokenFiles
+from .token_shards import TokenFiles
 
 _MEASURED = 20_000
 _MEASURED_TOKENS = 20_000_000
@@ -101,8 +102,7 @@ def _documents(source: Source) -> Iterator[tuple[str, object]]:
     """Some documents, each with what to call it."""
     if has_random_access(source):
         size = len(source)
-        for place in range(min(size, _MEASURED)):
-            index = permute(place, size, 0)
+        for index in permute(np.arange(min(size, _MEASURED)), size, 0).tolist():
             yield f"document {index:,} of {size:,}", take(source, index)
     else:
         for number, document in enumerate(itertools.islice(source, _MEASURED)):
@@ -116,7 +116,7 @@ def _facts(source: Source, path: str) -> list[str]:
         lines += [
             f"documents      {len(source):,}",
             f"tokens         {source.num_tokens:,}",
-            f"shards         {len(source.shards)}, of {source.shards[0].tokens.dtype.name}",
+            f"shards         {len(source.shards)}, of {source.shards[0].dtype.name}",
         ]
     elif isinstance(source, Sized):
         lines.append(f"documents      {len(source):,}")

@@ -57,7 +57,7 @@ class JsonLines:
                     continue
                 try:
                     row = json.loads(content)
-                except ValueError:
+                except (ValueError, RecursionError):
                     return
                 if isinstance(row, dict):
                     with begin_errors_with(f"{self.files[number]}:{line + 1}"):

@@ -17,12 +17,13 @@ from .best_fit import BestFitRow
 from .chat import ChatTemplate
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document
-from .mixing import Blend, Mixture, Phase
+from .mixing import Blend, Mixture, Phase, Steps
 from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
+from .prepared_tokens import PreparedTokens
 from .sources import Source, has_random_access, size_of
-from .token_files import PreparedTokens, TokenFiles
+from .token_shards import TokenFiles
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
@@ -182,14 +183,14 @@ class DataLoader:
         drawn = Mixture.drawn(schedule[0].tolist(), len(sources))
         for number, ((name, source), places) in enumerate(zip(sources.items(), parts, strict=True)):
             ending = f"/{name}" if len(sources) > 1 else ""
-            found[f"data_epoch{ending}"] = float(
-                np.mean(
-                    [
-                        epochs(source, self.global_batch_size, document, Origin(*rest[:2]))
-                        for document, _, *rest in places.tolist()
-                    ]
-                )
-            )
+            read = [
+                part[number] for part in self._counts.read or [[0.0] * len(sources)] * len(places)
+            ]
+            of_rows = [
+                epochs(source, self.global_batch_size, document, part, Origin(*rest[:2]))
+                for (document, _, *rest), part in zip(places.tolist(), read, strict=True)
+            ]
+            found[f"data_epoch{ending}"] = float(np.mean(of_rows))
             if drawn:
                 found[f"data_tokens{ending}"] = float(drawn[number] * self._seq_len)
         if self._packing == "best_fit":
@@ -270,11 +271,14 @@ class DataLoader:
         ]
         rows = list(zip(self._rows.tolist(), zip(*by_source, strict=True), strict=True))
         readers: list[Iterator[Sequence]] = []
+        mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed)
+        mixture.load_state(schedule[0].tolist())
+        steps = Steps(mixture, self._workers)
         for worker in range(self._workers):
-            mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed)
-            mixture.load_state(schedule[0].tolist())
             share = rows[worker :: self._workers]
-            reader = read_rows(share, list(self._blend.sources), mixture, self._seq_len)
+            reader = read_rows(
+                share, list(self._blend.sources), steps.of_reader(worker), self._seq_len
+            )
             if self._workers > 1:
                 reader = Prefetcher(reader, PREFETCHED_BATCHES * len(share))
             readers.append(reader)

@@ -11,8 +11,11 @@ row keeps to one source.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -57,19 +60,19 @@ class Mixture:
         self._seed = seed
         self.sources = len(phases[0].weights)
         self._steps = 0
-        self._total = sum(self._phases[0][1])
+        self._key = weights_key(self._phases[0][1])
         self._lags = [0] * self.sources
         self._drawn = [0] * self.sources
 
     @property
     def state(self) -> tuple[int, ...]:
-        """Steps done and the sum of the weights; then, of each source, its lag and its sequences.
+        """Steps done and a key of the weights; then, of each source, its lag and its sequences.
 
         A mixture of one source has nothing to remember, and an empty state.
         """
         if self.sources == 1:
             return ()
-        return (self._steps, self._total, *self._lags, *self._drawn)
+        return (self._steps, self._key, *self._lags, *self._drawn)
 
     @staticmethod
     def state_size(sources: int) -> int:
@@ -92,7 +95,7 @@ class Mixture:
 
     def load_state(self, state: Sequence[int]) -> None:
         if self.sources > 1:
-            self._steps, self._total, *rest = state
+            self._steps, self._key, *rest = state
             self._lags, self._drawn = rest[: self.sources], rest[self.sources :]
 
     def step(self) -> np.ndarray:
@@ -102,12 +105,13 @@ class Mixture:
             return chosen
         self._steps += 1
         begin, weights = [phase for phase in self._phases if phase[0] <= self._steps][-1]
-        if begin == self._steps or self._total != sum(weights):  # the config may have changed
-            self._total = sum(weights)
+        # The config may have changed. States of earlier versions have the sum of the weights.
+        changed = self._key not in (weights_key(weights), sum(weights))
+        if begin == self._steps or changed:
             self._lags = [0] * self.sources
-        key = mix(self._seed, self._steps)
-        for place in range(self._rows):
-            chosen[permute(place, self._rows, key)] = self._draw(weights)
+        self._key = weights_key(weights)
+        order = permute(np.arange(self._rows), self._rows, mix(self._seed, self._steps))
+        chosen[order] = [self._draw(weights) for _ in range(self._rows)]
         return chosen
 
     def _draw(self, weights: list[int]) -> int:
@@ -116,7 +120,7 @@ class Mixture:
         `lag / total` is by how many sequences a source is behind its share. Of those that can take
         one without getting too far ahead, it is the one that must have it soonest.
         """
-        total, slack = self._total, max(2 * sum(weight > 0 for weight in weights) - 2, 1)
+        total, slack = sum(weights), max(2 * sum(weight > 0 for weight in weights) - 2, 1)
         chosen, time_left = -1, 0
         for source, weight in enumerate(weights):
             self._lags[source] += weight
@@ -126,9 +130,42 @@ class Mixture:
             left = total * (slack - 1) - slack * self._lags[source]
             if chosen < 0 or left * weights[chosen] < time_left * weight:
                 chosen, time_left = source, left
+        if chosen < 0:  # the lags are of other weights with the same sum, by an old state
+            chosen = max(np.flatnonzero(weights).tolist(), key=lambda source: self._lags[source])
         self._lags[chosen] -= total
         self._drawn[chosen] += 1
         return chosen
+
+
+class Steps:
+    """The steps of a mixture for several readers, each of which takes all of them in order.
+
+    A step of thousands of rows takes milliseconds, under the interpreter's lock: it is made once.
+    """
+
+    def __init__(self, mixture: Mixture, readers: int) -> None:
+        self._mixture = mixture
+        self._lock = threading.Lock()
+        self._waiting: list[deque[tuple[np.ndarray, tuple[int, ...]]]] = [
+            deque() for _ in range(readers)
+        ]
+
+    def of_reader(self, number: int) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+        """What `Mixture.step` gives, and the state after it."""
+        own = self._waiting[number]
+        while True:
+            with self._lock:
+                if not own:
+                    step = self._mixture.step(), self._mixture.state
+                    for waiting in self._waiting:
+                        waiting.append(step)
+                step = own.popleft()
+            yield step
+
+
+def weights_key(weights: Sequence[int]) -> int:
+    """A negative number of 63 bits: a hash of them."""
+    return -1 - (functools.reduce(mix, weights, 0) >> 2)
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:

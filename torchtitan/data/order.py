@@ -74,7 +74,7 @@ class ShuffledDocuments:
         """Look up documents from `number` on in its row, up to the end of the epoch, at once."""
         epoch, place = divmod(number, self.size)
         places = range(place, self.size, self._stride)[:_PLANNED]
-        indices = permute_all(np.array(places), self.size, mix(self._seed, epoch)).tolist()
+        indices = permute(np.array(places), self.size, mix(self._seed, epoch)).tolist()
         for ahead, index in enumerate(indices):
             self._planned[number + ahead * self._stride] = index
 
@@ -208,37 +208,35 @@ def _num_shards(source: Sequential) -> int:
     return source.num_shards if isinstance(source, Sharded) else 1
 
 
-def epochs(source: RandomAccess | Sequential, stride: int, number: int, origin: Origin) -> float:
-    """How often a source has been read when a row is at document `number`.
+def epochs(
+    source: RandomAccess | Sequential, stride: int, number: int, read: float, origin: Origin
+) -> float:
+    """How often a source has been read, if all rows are as far as one is.
 
     A sequential source, whose size is unknown, is counted in whole shards.
+
+    Args:
+        source: the documents.
+        stride: rows.
+        number: of the row's document; it has taken one in each turn before.
+        read: documents of the row's from that one on which it has read; a part of that one, mostly.
+        origin: of the document.
     """
     if has_random_access(source):
-        return number / len(source)
+        turn, row = divmod(number, stride)
+        begun = (row - row % len(source)) / stride  # in its first document: `packing.begin_of`
+        return max(turn + read - begun, 0.0) * stride / len(source)
     shards = _num_shards(source)
     return origin.turn * count_lanes(shards, stride) / shards
 
 
-def permute(index: int, size: int, key: int) -> int:
-    """Where `index` goes in the pseudo-random permutation `key` of `range(size)`.
+def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where `indices` go in the pseudo-random permutation `key` of `range(size)`: `[n]` int64.
 
     A formula needs no table of `size` numbers: a Feistel network permutes the next power of 4, and
     is applied again until the result falls into the range ("cycle walking", Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains", 2002).
     """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half_bits) - 1
-    while True:
-        left, right = index >> half_bits, index & mask
-        for step in range(8):
-            left, right = right, left ^ (mix(key + step, right) & mask)
-        index = left << half_bits | right
-        if index < size:
-            return index
-
-
-def permute_all(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """`permute` of many indices, `[n]` int64; much faster for each of them."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     keys = [np.uint64(((key + step) * _MIX_A + _MIX_C) & _MASK_64) for step in range(8)]

@@ -51,6 +51,11 @@ class Row:
         """`(document, offset, *origin)` of the next token."""
         return self._document, self._offset, *self._origin
 
+    @property
+    def read(self) -> float:
+        """The part of the place's document that has been read."""
+        return self._offset / max(len(self._tokens), 1)
+
     def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
         """Write the next sequence and one token more, which also begins the sequence after it.
 

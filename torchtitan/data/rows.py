@@ -46,7 +46,7 @@ def read_line(line: bytes, text_key: str, path: str, number: int) -> object:
         problem = f"not UTF-8 text ({error.reason})"
     except UnicodeEncodeError as error:
         problem = f"not Unicode text ({error.reason})"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = f"not valid JSON ({error})"
     except DataError as error:
         problem = str(error)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +21,7 @@ class FileWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = path.with_name(f"{path.name}.partial")
+        self._partial = _own_partial(path)
         self._digest = hashlib.sha256()
         self._file: BinaryIO
 
@@ -47,6 +49,47 @@ class FileWriter:
         return self._digest.hexdigest()
 
 
+def _own_partial(path: Path) -> Path:
+    """A name that no other process writes to, should two have begun with the same file."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+class Lock:
+    """What one process at a time has; it is free again when that process ends, however it does.
+
+    Two processes may both have it where the file system has no locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def take(self) -> bool | None:
+        """Whether it was free; None: it cannot be told here."""
+        self._file = writing(self._path.open, "wb")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.forget()
+            return False
+        except OSError:
+            return None
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is not forked, which has no share in the lock."""
+        return {"_path": self._path, "_file": None}
+
+    def forget(self) -> None:
+        """In a process that was forked: it alone must not keep the lock."""
+        if self._file is not None:
+            self._file.close()
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self.forget()
+
+
 def writing(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`. Raises `ConfigError` where the disk refuses."""
     try:
@@ -57,6 +100,6 @@ def writing(function: Callable[..., Any], *args: Any) -> Any:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file, whole or not at all. Raises `ConfigError`."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _own_partial(path)
     writing(partial.write_text, json.dumps(content, indent=1) + "\n")
     writing(os.replace, partial, path)

@@ -11,7 +11,8 @@ from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.components.validate import Validator, build_validator
 from torchtitan.config import JobConfig
-from torchtitan.data import build_validation_dataloader
+from torchtitan.config.data import DataSource
+from torchtitan.data import best_fit, build_validation_dataloader
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import DataError
 
@@ -68,7 +69,9 @@ def test_it_is_the_mean_loss_per_token_of_the_validation_batches(config: JobConf
     assert validator(config).validate([model], evaluate_with(model)) == pytest.approx(expected)
 
 
-def test_it_evaluates_the_same_sequences_each_time(config: JobConfig) -> None:
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
+def test_it_evaluates_the_same_sequences_each_time(config: JobConfig, packing: str) -> None:
+    config.data.packing = packing
     model, seen = Bigram(), []
 
     def evaluate(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -80,6 +83,40 @@ def test_it_evaluates_the_same_sequences_each_time(config: JobConfig) -> None:
     assert len(seen) == 2 * STEPS
     assert all(map(torch.equal, seen[:STEPS], seen[STEPS:]))
     assert not all(map(torch.equal, seen[:STEPS], seen[1:]))
+
+
+@pytest.mark.parametrize("most", [2**28, 10])
+def test_best_fit_packs_for_the_first_validation_alone(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """As each of its sequences costs a pool of documents; but not where memory is short."""
+    monkeypatch.setattr("torchtitan.components.validate._MOST_KEPT", most)
+    packed = []
+    pack = best_fit.best_fit
+    monkeypatch.setattr(best_fit, "best_fit", lambda *args: packed.append(1) or pack(*args))
+    config.data.packing = "best_fit"
+    model, one = Bigram(), validator(config)
+    first = one.validate([model], evaluate_with(model))
+    once = len(packed)
+    assert one.validate([model], evaluate_with(model)) == first
+    assert once > 0 and (len(packed) == once) == (most > 10)
+
+
+def test_held_out_data_are_not_those_of_training(
+    config: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    validator(config).close()
+    assert "training" not in caplog.text
+    config.training.dataset, config.training.dataset_path = "text", config.validation.dataset_path
+    validator(config).close()
+    assert "validation.dataset = 'text': the very data of training" in caplog.text
+    caplog.clear()
+    config.data.sources = [DataSource(dataset="jsonl", dataset_path="a.jsonl")]
+    validator(config).close()
+    assert "training" not in caplog.text
+    config.data.sources.append(DataSource("own", "text", config.validation.dataset_path))
+    validator(config).close()
+    assert "the very data of training" in caplog.text
 
 
 def test_the_sequences_do_not_depend_on_the_seed(config: JobConfig) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
 
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import build_dataloader
 from torchtitan.data.chat import CHATML, ChatTemplate, load_template
@@ -241,3 +242,40 @@ def test_batches_learn_the_assistants_tokens_alone(tmp_path: Path, packing: str)
             batch["labels"][:, :-1][batch["labels"][:, :-1] != IGNORE_INDEX], following
         )
     loader.close()
+
+
+def llama_2(folder: Path, kind: str) -> HuggingFaceTokenizer:
+    """A tokenizer that writes "▁" before a text, as that of Llama 2 (or not: `never`)."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    if kind == "Prepend":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    trainer = BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator(["Hi there Hello you Hello there [INST] [/INST]"] * 50, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    return HuggingFaceTokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["Prepend", "first", "always", "never"])
+def test_a_conversation_has_the_tokens_of_its_text(tmp_path: Path, kind: str) -> None:
+    tokenizer = llama_2(tmp_path, kind)
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
+        "{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    chat = [
+        {"role": "user", "content": "Hi there"},
+        {"role": "assistant", "content": "Hello you"},
+        {"role": "user", "content": "you"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    text = "<s>[INST] Hi there [/INST] Hello you</s>[INST] you [/INST] Hi</s>"
+    ids = Encoder(tokenizer, lambda: template(source))(chat)
+    assert [i if i >= 0 else ~i for i in ids.tolist()] == tokenizer.encode(text)
+    learned = map(tokenizer._tokenizer.id_to_token, ids[ids >= 0].tolist())
+    assert "".join(learned) == "▁Hello▁you</s>▁Hi</s>"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
 from torchtitan.data.mixing import Blend, Phase
-from torchtitan.data.token_files import Shard, TokenFiles
+from torchtitan.data.token_shards import Shard, TokenFiles
 from torchtitan.errors import BadDocumentError, CheckpointError
 
 ROWS = 8

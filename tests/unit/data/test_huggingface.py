@@ -152,6 +152,30 @@ def test_bad_rows_of_compressed_lines_are_numbered_each(folder: Path, monkeypatc
             source[row]
 
 
+def test_other_fields_of_compressed_lines_may_differ(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "own_cache"))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é", "cost": 1}]
+    rows = [{"text": "a", "messages": turns, "id": 1}, {"text": "b", "id": 2, "messages": turns}]
+    other = [{"id": "abc-1", "text": "c", "messages": [turns[0] | {"cost": "none"}, turns[1]]}]
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(*rows) + b"\n"))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(*other)))
+    for start in range(2):
+        source = open_dataset("jsonl", str(folder))
+        assert [source[i] for i in range(len(source))] == ["a", "b", "c"]
+        source = open_dataset("jsonl", str(folder), "messages")
+        messages = [row["messages"] for row in (*rows, *other)]
+        assert [source[i] for i in range(len(source))] == messages
+        if start == 0:  # is not tried again
+            monkeypatch.setattr("datasets.load_dataset", None)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(*other, {"text": "d"})))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "own_cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder.parent / "cache")
+    assert open_dataset("jsonl", str(folder))[3] == "d"
+
+
 @pytest.fixture
 def c4(folder: Path) -> Path:
     """A copy of a part of `allenai/c4`: its layout, names and fields."""

@@ -273,3 +273,22 @@ def test_errors_name_the_setting_when_opened_and_while_reading(tmp_path: Path) -
     one = build_dataloader(config_of(tmp_path), BytesTokenizer(), 0, 1)
     with pytest.raises(DataError, match=r"^training\.dataset = 'text': .*b\.txt:2: not UTF-8"):
         list(itertools.islice(one, 20))
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
+@pytest.mark.parametrize("documents", [1, 10, 64, 100])
+def test_the_epoch_is_the_share_that_was_read(documents: int, packing: str) -> None:
+    """Also with fewer documents than rows, which then begin in the middle of them."""
+    loader = DataLoader(
+        ["x" * 1999] * documents,
+        BytesTokenizer(),
+        seq_len=100,
+        local_batch_size=64,
+        global_batch_size=64,
+        packing=packing,
+    )
+    for step in range(1, 61):
+        next(loader)
+        true = step * 64 * 100 / (documents * 2000)
+        assert loader.metrics()["data_epoch"] == pytest.approx(true, rel=0.03, abs=1.3 / documents)
+    loader.close()

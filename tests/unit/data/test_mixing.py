@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -14,7 +16,7 @@ from torchtitan.config import JobConfig
 from torchtitan.config.data import DataPhase, DataSource
 from torchtitan.config.validate import validate
 from torchtitan.data import DataLoader, build_dataloader
-from torchtitan.data.mixing import Blend, Mixture, Phase, integer_weights
+from torchtitan.data.mixing import Blend, Mixture, Phase, Steps, integer_weights
 from torchtitan.errors import ConfigError, DataError
 
 weights = st.lists(st.integers(0, 50).map(lambda n: n / 10), min_size=2, max_size=6).filter(any)
@@ -65,6 +67,57 @@ def test_the_state_goes_on(weights: list[float], taken: int) -> None:
     resumed.load_state(whole.state)
     assert np.array_equal(draw(resumed, 10), draw(whole, 10))
     assert sum(Mixture.drawn(whole.state, len(weights))) == 5 * (taken + 10)
+
+
+def test_weights_that_change_within_a_phase_begin_anew() -> None:
+    """Also where their sum stays: a source that is paused now is not read."""
+    for old_state in (False, True):
+        before = Mixture([Phase(1, (0.3, 0.3, 0.4))], rows=3, seed=0)
+        draw(before, 2)
+        state = list(before.state)
+        if old_state:
+            state[1] = 10  # the sum, as earlier versions had it there
+        after = Mixture([Phase(1, (0.7, 0.3, 0.0))], rows=3, seed=0)
+        after.load_state(state)
+        chosen = draw(after, 10)
+        assert (chosen < 2).all() and (chosen >= 0).all()
+        if not old_state:
+            assert [(chosen == source).sum() for source in range(2)] == [21, 9]
+
+
+def test_a_state_of_an_earlier_version_goes_on() -> None:
+    whole = Mixture([Phase(1, (0.3, 0.3, 0.4))], rows=4, seed=0)
+    draw(whole, 3)
+    resumed = Mixture([Phase(1, (0.3, 0.3, 0.4))], rows=4, seed=0)
+    resumed.load_state([whole.state[0], 10, *whole.state[2:]])
+    assert np.array_equal(draw(resumed, 10), draw(whole, 10))
+
+
+def test_readers_share_the_steps() -> None:
+    made = []
+
+    class Counted(Mixture):
+        def step(self) -> np.ndarray:
+            made.append(1)
+            return super().step()
+
+    phases = [Phase(1, (0.5, 0.5))]
+    steps = Steps(Counted(phases, rows=5, seed=1), readers=3)
+    taken: list[list] = [[], [], []]
+
+    def run(number: int) -> None:
+        taken[number] += itertools.islice(steps.of_reader(number), 50)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = Mixture(phases, rows=5, seed=1)
+    expected = [(alone.step().tolist(), alone.state) for _ in range(50)]
+    for own in taken:
+        assert [(chosen.tolist(), state) for chosen, state in own] == expected
+    assert len(made) == 50
 
 
 @pytest.mark.parametrize(

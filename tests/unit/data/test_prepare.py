@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,9 +25,10 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.data import sources
 from torchtitan.data.command import main as main_of_data
 from torchtitan.data.encode import encode_document
-from torchtitan.data.prepare import _count_parts
+from torchtitan.data.prepare import _count_parts, _write_index
+from torchtitan.data.prepared_tokens import PreparedTokens
 from torchtitan.data.sources import open_dataset
-from torchtitan.data.token_files import PreparedTokens
+from torchtitan.data.whole_files import FileWriter, Lock
 from torchtitan.errors import ConfigError, DataError
 
 TEXTS = [f"document {i} é\n" * (i % 9) for i in range(300)]
@@ -170,17 +173,106 @@ def test_processes_end_with_the_one_that_began(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torchtitan", "data", "prepare", *options]
     out = tmp_path / "out"
     process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE)
-    partial = out / "shard-00000.bin.partial"
-    while not partial.exists() and process.poll() is None:
+
+    def partial() -> list[Path]:
+        return list(out.glob("shard-*.partial"))
+
+    while not partial() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
     process.stderr.close()
     for _ in range(400):
-        if not partial.exists():  # removed by the process that ended
+        if not partial():  # removed by the process that ended
             break
         time.sleep(0.05)
-    assert not partial.exists() and not (out / "shard-00000.json").exists()
+    assert not partial() and not (out / "shard-00000.json").exists()
+
+
+def test_a_second_start_is_refused_while_the_first_lives(lines: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["prepare", "--dataset", "jsonl", "--dataset-path", str(lines), "--out", str(out)]
+    out.mkdir()
+    lock = Lock(out / "prepare.lock")
+    assert lock.take()
+    (out / "prepare.json.of-the-first.partial").touch()
+    with pytest.raises(ConfigError, match="another `torchtitan data prepare` is writing it"):
+        main_of_data(words)
+    assert list(out.glob("*.partial"))
+    lock.forget()  # as when the first is killed
+    assert main_of_data(words) == 0
+    assert not list(out.glob("*.partial")) and not (out / "prepare.lock").exists()
+
+
+def test_without_locks_both_write_the_same(
+    lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    path, array = tmp_path / "shard.bin", np.arange(100)
+    with FileWriter(path) as first:
+        first.write(array[:50])
+        with FileWriter(path) as second:
+            second.write(array)
+        with pytest.raises(KeyboardInterrupt), FileWriter(path):
+            raise KeyboardInterrupt
+        first.write(array[50:])
+    assert path.read_bytes() == array.tobytes() and first.sha256 == second.sha256
+
+    out = tmp_path / "out"
+    prepare(out, "--dataset", "jsonl", "--dataset-path", str(lines), "--shards", "3")
+    settings = json.loads((out / "prepare.json").read_text())
+    index = json.loads((out / "index.json").read_text())
+    assert _write_index(out, settings, "<u2", 3) == index  # the other one came first
+
+
+def test_a_process_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("of a bug")
+
+    def die(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    options = ["--dataset", "jsonl", "--dataset-path", str(tmp_path / "lines.jsonl")]
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n')
+    for function, message in (
+        (fail, r"failed: ZeroDivisionError"),
+        (die, r"killed by SIGKILL \(mem"),
+    ):
+        monkeypatch.setattr("torchtitan.data.prepare_work._write_shard", function)
+        with pytest.raises(DataError, match=message):
+            main_of_data(["prepare", "--out", str(tmp_path / "out"), *options])
+    assert "in fail" in capfd.readouterr().err  # the traceback
+
+
+def test_it_says_that_it_goes_on_after_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchtitan.data.command.prepare", interrupt)
+    assert main_of_data(["prepare", "--out", str(tmp_path / "out")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_as_many_processes_as_cores_it_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    monkeypatch.setattr(
+        "torchtitan.data.command.prepare",
+        lambda task, out, workers, *rest: (
+            seen.append(workers) or {"documents": 0, "tokens": 0} | {"shards": [], "skipped": 0}
+        ),
+    )
+    main_of_data(["prepare", "--out", str(tmp_path / "out")])
+    assert seen == [3]
 
 
 def test_another_preparation_is_not_mixed_in(lines: Path, tmp_path: Path) -> None:
@@ -238,9 +330,10 @@ def test_changed_sources_of_datasets_are_seen(
     prepare(out, *options)
 
 
-def test_a_malformed_document_stops_or_is_counted(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("bad", ['{"text": ', '{"text": "a", "b": ' + "[" * 100_000])
+def test_a_malformed_document_stops_or_is_counted(tmp_path: Path, capsys, bad: str) -> None:
     lines = tmp_path / "lines.jsonl"
-    lines.write_text('{"text": "a"}\n{"text": \n{"text": "b"}\n')
+    lines.write_text(f'{{"text": "a"}}\n{bad}\n{{"text": "b"}}\n')
     options = ["--dataset", "jsonl", "--dataset-path", str(lines)]
     with pytest.raises(SystemExit):
         prepare(tmp_path / "stop", *options)

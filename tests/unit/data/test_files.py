@@ -1,0 +1,74 @@
+"""Where the pieces of a large file end: found once, by one of those that ask."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchtitan.data import files
+from torchtitan.data.files import ends_of
+
+
+def ask(path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many of four that ask at once look for the ends."""
+    looked, found = [], []
+    find = files._find_ends
+
+    def slow(*args) -> np.ndarray:
+        looked.append(1)
+        time.sleep(0.2)
+        return find(*args)
+
+    monkeypatch.setattr(files, "_find_ends", slow)
+    monkeypatch.setattr(files, "_BETWEEN_LOOKS", 0.01)
+    start = threading.Barrier(4)
+
+    def run() -> None:
+        start.wait()
+        found.append(ends_of(str(path), ord("\n")))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(ends.tolist() == [2**20, 2**20 + 5] for ends in found)
+    return len(looked)
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b" " * (2**20 - 1) + b"\n" + b"12345")
+    return path
+
+
+def test_one_looks_and_the_others_wait(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(large, monkeypatch) == 1
+    kept = [path.suffix for path in (large.parent / "cache").rglob("*") if path.is_file()]
+    assert kept == [".npy"]
+
+
+def test_all_look_where_nothing_can_be_kept(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_keep", lambda path, array: None)
+    began = time.monotonic()
+    assert ask(large, monkeypatch) == 4
+    assert time.monotonic() - began < 0.7  # the first, then the others at once
+
+
+@pytest.mark.parametrize("refused", ["locks", "folder"])
+def test_all_look_without_locks(large: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if refused == "locks":
+        monkeypatch.setattr("fcntl.flock", flock)
+    else:
+        (large.parent / "cache").touch()
+    assert ask(large, monkeypatch) == 4

@@ -1,0 +1,207 @@
+"""Token files of other programs: Megatron-LM's, nanoGPT's and llm.c's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torchtitan.errors import DataError
+
+from .files import ends_of, reading
+from .mapped import map_file, read_ahead
+from .token_shards import Shard, TokenFiles
+
+if TYPE_CHECKING:
+    from torchtitan.components.tokenizer import Tokenizer
+
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_HEADER_WORDS = 256
+"""Of 4 bytes: a magic number, a version, how many tokens follow, and zeros."""
+_HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+"""Magic number -> version and type of the ids, as llm.c's `data_common.py` writes them."""
+_BLOCK_TOKENS = 2**16
+"""Of a file in which no token ends a document."""
+
+
+@dataclass
+class MegatronShard:
+    """A `.bin` of Megatron-LM: a document is a range of sequences, which lie one after another."""
+
+    path: str
+    tokens: np.ndarray
+    """`[tokens]`"""
+    lengths: np.ndarray
+    """`[sequences]` int32: tokens."""
+    pointers: np.ndarray
+    """`[sequences]` int64: first byte."""
+    bounds: np.ndarray
+    """`[documents + 1]` int64: number of each document's first sequence."""
+
+    @property
+    def documents(self) -> int:
+        return max(0, len(self.bounds) - 1)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tokens.dtype
+
+    def document(self, index: int) -> np.ndarray:
+        """Raises `DataError` where it is no range of sequences."""
+        first, last = int(self.bounds[index]), int(self.bounds[index + 1]) - 1
+        if not 0 <= first <= last + 1 <= len(self.lengths):
+            raise _not_in_order(megatron_index(self.path), len(self.lengths))
+        if first > last:
+            return self.tokens[:0]
+        size = self.tokens.itemsize
+        end = int(self.pointers[last]) // size + int(self.lengths[last])
+        return read_ahead(self.tokens, int(self.pointers[first]) // size, end)
+
+
+class MegatronTokens(TokenFiles):
+    """Megatron-LM's `.bin` files, each beside its `.idx`.
+
+    A document gets the end-of-sequence token that it lacks, unless it was prepared with one
+    (`--append-eod`).
+
+    Raises:
+        DataError: a file is missing, damaged, or not of integers.
+    """
+
+    def __init__(self, files: list[str]) -> None:
+        super().__init__([_open_megatron(Path(file)) for file in files])
+        self._eos_id: int | None = None
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().use_tokenizer(tokenizer)
+        self._eos_id, self._vocab_size = tokenizer.eos_id, tokenizer.vocab_size
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        tokens = super().__getitem__(index)
+        if self._eos_id is not None and len(tokens) and tokens[-1] != self._eos_id:
+            tokens = np.append(tokens.astype(np.int32), np.int32(self._eos_id))
+        return tokens
+
+
+class NanoGPTTokens(TokenFiles):
+    """nanoGPT's `.bin` files. The tokenizer's end-of-sequence token ends each document.
+
+    In a file without that token, as llm.c's of Llama 3, bos begins each. One without either, as
+    nanoGPT's characters, is cut into blocks of 65,536 tokens.
+
+    Raises:
+        DataError: a file is empty, of an odd number of bytes, or has a header that is unknown.
+    """
+
+    def __init__(self, files: list[str]) -> None:
+        self._layouts = [_nanogpt_layout(Path(file)) for file in files]
+        shards: list[Shard] = []
+        for file, (start, dtype) in zip(files, self._layouts, strict=True):
+            tokens = map_file(Path(file), np.dtype(dtype), start)
+            shards.append(Shard(file, tokens, _blocks(len(tokens))))
+        super().__init__(shards)
+        self._files = shards
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().use_tokenizer(tokenizer)
+        self._vocab_size = tokenizer.vocab_size
+        for shard, (start, dtype) in zip(self._files, self._layouts, strict=True):
+            largest, bos_id = np.iinfo(dtype).max, getattr(tokenizer, "bos_id", None)
+            ends = np.empty(0, np.int64)
+            if tokenizer.eos_id <= largest:
+                ends = ends_of(shard.path, tokenizer.eos_id, dtype, start)
+            if len(ends) < 2 and bos_id is not None and bos_id <= largest:
+                places = ends_of(shard.path, bos_id, dtype, start) - 1
+                begins = places[(places > 0) & (shard.tokens[places] == bos_id)]
+                ends = np.append(begins, len(shard.tokens))
+            shard.ends = ends if len(ends) > 1 else _blocks(len(shard.tokens))
+        self._count()
+
+
+def _open_megatron(path: Path) -> MegatronShard:
+    index = megatron_index(str(path))
+    with reading(index), index.open("rb") as file:
+        magic = file.read(len(_MEGATRON_MAGIC))
+        version = int.from_bytes(file.read(8), "little")
+        code = int.from_bytes(file.read(1), "little")
+        sequences = int.from_bytes(file.read(8), "little")
+        bounds = int.from_bytes(file.read(8), "little")
+        start = file.tell()
+    if magic != _MEGATRON_MAGIC or version != 1:
+        raise DataError(f"{index} is not an index of Megatron-LM's indexed datasets, version 1")
+    if code not in _MEGATRON_TYPES:
+        raise DataError(f"{index} is of a data type ({code}) that token ids do not have")
+    if index.stat().st_size < start + 12 * sequences + 8 * bounds:
+        raise DataError(f"{index} is damaged: it is too short for its {sequences} sequences")
+
+    content = map_file(index, "u1")
+
+    def section(dtype: str, items: int) -> np.ndarray:
+        nonlocal start
+        first, start = start, start + items * np.dtype(dtype).itemsize
+        return content[first:start].view(dtype)
+
+    lengths, pointers = section("<i4", sequences), section("<i8", sequences)
+    documents = section("<i8", bounds)
+    tokens = map_file(path, np.dtype(_MEGATRON_TYPES[code]).newbyteorder("<"))
+    if sequences and pointers[-1] // tokens.itemsize + lengths[-1] > len(tokens):
+        raise DataError(f"{path} is damaged: it is too short for {index}")
+    # The bounds between are looked at with their documents, as reading all would take long.
+    if bounds and (documents[0] != 0 or documents[-1] != sequences):
+        raise _not_in_order(index, sequences)
+    return MegatronShard(str(path), tokens, lengths, pointers, documents)
+
+
+def _not_in_order(index: Path, sequences: int) -> DataError:
+    return DataError(
+        f"{index} is damaged: its documents are not one after another, each of some of its "
+        f"{sequences} sequences"
+    )
+
+
+def megatron_index(path: str) -> Path:
+    return Path(path).with_suffix(".idx")
+
+
+def _nanogpt_layout(path: Path) -> tuple[int, str]:
+    """Bytes before the tokens, and their type. Raises `DataError`, or as `unreadable` says."""
+    with reading(path):
+        head = np.fromfile(path, "<i4", _HEADER_WORDS)
+        size = os.path.getsize(path)
+    if len(head) < 3:
+        return 0, "<u2"
+    magic, version, tokens = head[:3].tolist()
+    if magic in _HEADERS:
+        expected, dtype = _HEADERS[magic]
+        start = 4 * _HEADER_WORDS
+        if version != expected or size != start + tokens * np.dtype(dtype).itemsize:
+            raise DataError(
+                f"{path} is damaged: its header says {tokens} tokens, version {version}, but it "
+                f"has {size} bytes; read is version {expected}, of {np.dtype(dtype).name}"
+            )
+        return start, dtype
+    if len(head) == _HEADER_WORDS and magic >> 16 and not head[3:].any():
+        raise DataError(
+            f"{path} begins with a header of an unknown kind ({magic}). Known are those of llm.c, "
+            f"{' and '.join(map(str, _HEADERS))}; `torchtitan data prepare` writes other files"
+        )
+    return 0, "<u2"
+
+
+def _blocks(tokens: int) -> Sequence[int]:
+    """Ends of blocks of equal size; the last one has the rest too."""
+    blocks = max(1, tokens // _BLOCK_TOKENS)
+    if tokens == 0:
+        return ()
+    if blocks * _BLOCK_TOKENS == tokens:
+        return range(_BLOCK_TOKENS, tokens + 1, _BLOCK_TOKENS)
+    return [*range(_BLOCK_TOKENS, blocks * _BLOCK_TOKENS, _BLOCK_TOKENS), tokens]

@@ -1,0 +1,100 @@
+"""Files of numbers as arrays, memory-mapped to be read at random."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchtitan.errors import DataError
+
+from .files import reading
+
+_MOST_AHEAD = 2**24
+"""Bytes of a document that are asked for at once; it may be as long as the file."""
+_AHEAD_AT_ONCE = 2**17
+"""Linux asks a disk for no more by one call than for what the disk reads ahead anyway, and leaves
+out the rest. This is its default."""
+_MOST_SHARDS = 8192
+"""Two mappings each: a quarter of the 65,530 (vm.max_map_count) of a process, which CUDA needs
+too."""
+
+
+def map_file(path: str | Path, dtype: np.dtype | str, start: int = 0) -> np.ndarray:
+    """A file's items from byte `start` on, memory-mapped: `[items]`.
+
+    Raises:
+        DataError: it is no whole number of items, or as `unreadable` says.
+    """
+    dtype = np.dtype(dtype)
+    with reading(path), open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == start:
+            return np.empty(0, dtype)
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Else the system reads 128 KiB or much more around each page that is touched, and documents
+        # are taken at random.
+        if hasattr(mmap, "MADV_RANDOM"):
+            memory.madvise(mmap.MADV_RANDOM)
+    if (size - start) % dtype.itemsize:
+        raise DataError(f"{path} is damaged: it is no whole number of {dtype.name} ids")
+    return np.frombuffer(memory, dtype, offset=start)
+
+
+def read_ahead(items: np.ndarray, first: int, last: int) -> np.ndarray:
+    """`items[first:last]` of what `map_file` gave; the system is told to read it as a whole."""
+    part = items[first:last]
+    memory = getattr(items.base, "obj", items.base)  # NumPy holds a mapping by a memoryview
+    if not isinstance(memory, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
+        return part
+    begin = len(memory) - items.nbytes + first * items.itemsize
+    end = begin + min(part.nbytes, _MOST_AHEAD)
+    begin -= begin % mmap.PAGESIZE
+    if end - begin > mmap.PAGESIZE:
+        for at in range(begin, end, _AHEAD_AT_ONCE):
+            memory.madvise(mmap.MADV_WILLNEED, at, min(_AHEAD_AT_ONCE, end - at))
+    return part
+
+
+class Pool:
+    """What is open now, of things that are opened when they are used: those that were used last.
+
+    A mapping keeps its file open, so a process can have only so many.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[object, Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def get(self, key: object, open_it: Callable[[], Any]) -> Any:
+        """What `open_it` gave, now or before. Threads may call it."""
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        value = open_it()  # may take long; the other threads need not wait
+        with self._lock:
+            self._open[key] = value
+            while len(self._open) > most_shards():
+                self._open.popitem(last=False)  # unmapped when no document of it is in use
+        return value
+
+
+def most_shards() -> int:
+    """Shards, of two files each, that take half of the files that this process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(soft // 4, _MOST_SHARDS))
+
+
+SHARDS = Pool()
+"""Of all sources, as the limit is the process's."""

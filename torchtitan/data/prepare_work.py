@@ -1,0 +1,224 @@
+"""The processes of `torchtitan data prepare`: they take a shard each, until none is left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, open_tokenizer
+from torchtitan.errors import DataError, TitanError, begin_errors_with
+from torchtitan.models.plugins import load_plugins
+
+from .encode import Encoder, enclose, is_unicode, take
+from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
+from .whole_files import FileWriter, Lock, write_json
+
+_BATCH_CHARACTERS = 2**20
+_BATCH_DOCUMENTS = 1024
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is prepared, and how."""
+
+    dataset: str
+    dataset_path: str | None
+    text_key: str
+    split: str | None
+    tokenizer_path: str
+    on_error: Literal["stop", "skip"]
+    custom_import: str = ""
+    add_bos: bool = False
+
+    def encoder(self, tokenizer: BytesTokenizer | HuggingFaceTokenizer) -> Encoder:
+        """Raises `DataError`, which names the option."""
+        with begin_errors_with("--add-bos"):
+            return Encoder(tokenizer, on_error=self.on_error, add_bos=self.add_bos)
+
+    def open(self) -> tuple[Source, BytesTokenizer | HuggingFaceTokenizer]:
+        """Raises `TitanError`, which names the option."""
+        if self.custom_import:
+            load_plugins(self.custom_import)
+        with begin_errors_with("--tokenizer-path"):
+            tokenizer = open_tokenizer(self.tokenizer_path)
+        with begin_errors_with(f"--dataset {self.dataset}"):
+            source = open_dataset(self.dataset, self.dataset_path, self.text_key, self.split)
+        return source, tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the processes share out."""
+
+    task: Task
+    out: Path
+    dtype: str
+    parts: int
+    todo: list[int]
+    """Shards to write."""
+    parent: int
+    """The process that began it; without it the others end."""
+    lock: Lock
+    """Of the folder."""
+
+
+def write_shards(job: Job, workers: int) -> Iterator[tuple[int, int, int]]:
+    """Have processes write the shards. Yields shards, documents and tokens done, now and then.
+
+    Raises:
+        TitanError: of a process; the others are stopped.
+    """
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    counters = context.Array("q", 3)  # shards begun, documents, tokens
+    messages = context.Queue()
+    processes = [
+        context.Process(target=_work, args=(job, counters, messages), daemon=True)
+        for _ in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    done = 0
+    try:
+        while done < len(job.todo):
+            try:
+                error = messages.get(timeout=0.2)
+                if error is not None:
+                    raise error
+                done += 1
+            except queue.Empty:
+                if dead := [process for process in processes if process.exitcode]:
+                    raise DataError(_how_it_died(dead[0].exitcode)) from None
+            yield done, counters[1], counters[2]
+    finally:
+        for process in processes:
+            if done < len(job.todo):
+                process.terminate()
+            process.join()
+
+
+def _work(job: Job, counters: Any, messages: Any) -> None:
+    """What a process does: write shards until none is left."""
+    job.lock.forget()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share out the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
+    try:
+        source, tokenizer = job.task.open()
+        encoder = job.task.encoder(tokenizer)
+        encoder.check(source)
+        while True:
+            with counters.get_lock():
+                turn = counters[0]
+                counters[0] += 1
+            if turn >= len(job.todo):
+                return
+            _write_shard(job, job.todo[turn], source, encoder, counters)
+            messages.put(None)
+    except TitanError as error:
+        messages.put(type(error)(str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        messages.put(DataError(f"a process of the preparation failed: {error!r}, as told above"))
+
+
+def _how_it_died(code: int) -> str:
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+        how += " (memory used up?)" if code == -signal.SIGKILL else ""
+    else:
+        how = f"ended with exit code {code}"
+    return (
+        f"a process of the preparation {how}. The same command goes on with what is missing; "
+        "--workers sets the number of processes"
+    )
+
+
+def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters: Any) -> None:
+    """Write tokens, then ends, then the record; each file is there whole or not at all."""
+    skipped, out = encoder.skipped, job.out
+    name = f"shard-{part:05d}"
+    ends, tokens = [], 0
+    with FileWriter(out / f"{name}.bin") as file:
+        for encoded in _encoded(_documents(source, part, job.parts), encoder):
+            if os.getppid() != job.parent:  # killed; its shards may be another run's by now
+                sys.exit(1)
+            encoded = [ids for ids in encoded if len(ids)]
+            for ids in encoded:
+                encoder.require_bos(ids)
+            if not encoded:
+                continue
+            lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+            ends.append(tokens + np.cumsum(lengths))
+            tokens += int(lengths.sum())
+            file.write(np.concatenate(encoded).astype(job.dtype))
+            with counters.get_lock():
+                counters[1] += len(encoded)
+                counters[2] += int(lengths.sum())
+    with FileWriter(out / f"{name}.idx") as index:
+        all_ends = np.concatenate(ends) if ends else np.empty(0, np.int64)
+        index.write(all_ends.astype("<i8"))
+    record = {
+        "name": name,
+        "documents": len(all_ends),
+        "tokens": tokens,
+        "skipped": encoder.skipped - skipped,
+        "bin_sha256": file.sha256,
+        "idx_sha256": index.sha256,
+    }
+    write_json(out / f"{name}.json", record)
+
+
+def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
+    """Those of one shard."""
+    total = length_of(source)
+    if total is not None:
+        for index in range(part * total // parts, (part + 1) * total // parts):
+            yield take(cast(RandomAccess, source), index)
+        return
+    files = getattr(source, "num_shards", 1)
+    if files == 1:
+        yield from cast(Sequential, source)
+        return
+    for index in range(part * files // parts, (part + 1) * files // parts):
+        yield from cast(Sharded, source).shard(index)
+
+
+def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:
+    """Batches of encoded documents, in order.
+
+    Texts are handed to the tokenizer many at a time, which spares it most of its overhead.
+    """
+    encode_batch = getattr(encoder.tokenizer, "encode_batch", None)
+    batch: list[Any] = []
+    characters = 0
+
+    def encode() -> list[np.ndarray]:
+        if encode_batch is None or not all(type(d) is str and is_unicode(d) for d in batch):
+            return list(map(encoder, batch))
+        texts = [text for text in batch if text]
+        return [
+            enclose(encoder.tokenizer, np.array(ids, np.int32), encoder.add_bos)
+            for ids in encode_batch(texts)
+        ]
+
+    for document in documents:
+        batch.append(document)
+        characters += len(document) if isinstance(document, str) else 0
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield encode()
+            batch, characters = [], 0
+    if batch:
+        yield encode()
+
+
+def length_of(source: Source) -> int | None:
+    return len(source) if has_random_access(source) else None

@@ -1,0 +1,134 @@
+"""The folder that `torchtitan data prepare` writes; docs/data.md describes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchtitan.distributed.utils import rank, world_size
+from torchtitan.errors import DataError
+
+from .files import file_size, reading, sha256
+from .mapped import SHARDS, map_file
+from .token_shards import Shard, TokenFiles
+
+if TYPE_CHECKING:
+    from torchtitan.components.tokenizer import Tokenizer
+
+FORMAT = "torchtitan-tokens"
+VERSION = 1
+INDEX = "index.json"
+
+
+class PreparedShard:
+    """Two files, which are mapped while their documents are used: see `mapped.SHARDS`."""
+
+    def __init__(self, folder: Path, index: dict[str, Any], entry: dict[str, Any]) -> None:
+        stem = f"{folder}{os.sep}{entry['name']}"
+        self.path = f"{stem}.bin"
+        self.dtype = np.dtype(index["dtype"])
+        self.num_tokens: int = entry["tokens"]
+        self.documents: int = entry["documents"]
+        self._sizes = {
+            self.path: self.num_tokens * self.dtype.itemsize,
+            f"{stem}.idx": self.documents * 8,
+        }
+
+    def document(self, index: int) -> np.ndarray:
+        """Raises as `PreparedTokens` does: the files may have changed since."""
+        return SHARDS.get(self, self._map).document(index)
+
+    def _map(self) -> Shard:
+        self.require_sizes()
+        _, ends = self._sizes
+        return Shard(self.path, map_file(self.path, self.dtype), map_file(ends, "<i8"))
+
+    def require_sizes(self) -> None:
+        """Raises `DataError`: a file is not as it was written, or as `unreadable` says."""
+        for path, expected in self._sizes.items():
+            size = file_size(path)
+            if size != expected:
+                raise _changed(path, f"it has {size} bytes instead of {expected}")
+
+
+class PreparedTokens(TokenFiles):
+    """A folder of `torchtitan data prepare`.
+
+    Raises:
+        DataError: it is damaged, unfinished, or of a later version.
+        OutageError: it cannot be read now.
+    """
+
+    shards: Sequence[PreparedShard]
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        super().__init__([PreparedShard(folder, self.index, e) for e in self.index["shards"]])
+        # Of the ranks of a run each looks at its share; `build` has them all raise what one finds.
+        for shard in self.shards[rank() :: world_size()]:
+            shard.require_sizes()
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().use_tokenizer(tokenizer)
+        prepared = self.index["tokenizer"]
+        for key in ("fingerprint", "eos_id", "vocab_size"):
+            now = getattr(tokenizer, key, None)
+            if now != prepared[key] and not (key == "fingerprint" and now is None):
+                raise DataError(
+                    f"{self.folder} was prepared with the tokenizer {prepared['path']!r} ({key} "
+                    f"{prepared[key]}), but model.tokenizer_path is another one ({key} {now}). Use "
+                    "that tokenizer, or prepare the data again"
+                )
+
+    def require_bos(self, bos_id: int) -> None:
+        if not self.index.get("add_bos"):
+            raise DataError(
+                f"add_bos is set, but {self.folder} was prepared without: its documents do not "
+                "begin with bos. Prepare the data again with --add-bos, or set add_bos to false"
+            )
+        written = self.index["tokenizer"].get("bos_id", bos_id)
+        if written != bos_id:
+            raise DataError(
+                f"{self.folder} was prepared with the bos {written}, but that of model."
+                f"tokenizer_path is {bos_id} now. Use that tokenizer, or prepare the data again"
+            )
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the content hashes of every `parts`-th shard with those of the index.
+
+        Raises:
+            DataError: a shard has changed.
+        """
+        for entry in self.index["shards"][part::parts]:
+            for suffix in ("bin", "idx"):
+                path = self.folder / f"{entry['name']}.{suffix}"
+                if sha256(path) != entry[f"{suffix}_sha256"]:
+                    raise _changed(path, "its content hash is another")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`index.json` of a prepared folder. Raises `DataError`, or as `unreadable` says."""
+    path = folder / INDEX
+    with reading(path):
+        content = path.read_bytes()
+    try:
+        index = json.loads(content.decode())
+        if index["format"] != FORMAT or index["version"] > VERSION:
+            raise DataError(
+                f"{path} is of format {index['format']!r} version {index['version']}; this version "
+                f"reads {FORMAT!r} up to {VERSION}"
+            )
+        _ = index["dtype"], index["tokenizer"]["fingerprint"], index["shards"][0]["documents"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return index
+
+
+def _changed(path: str | Path, how: str) -> DataError:
+    return DataError(f"{path} has changed since it was prepared: {how}. Prepare the data again")

@@ -1,0 +1,126 @@
+"""Documents of token ids in shards: what the formats of the dataset `tokens` have in common."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from torchtitan.errors import BadDocumentError, DataError
+
+from .mapped import read_ahead
+
+if TYPE_CHECKING:
+    from torchtitan.components.tokenizer import Tokenizer
+
+
+class TokenShard(Protocol):
+    """Documents that lie in one file."""
+
+    path: str
+
+    @property
+    def documents(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def document(self, index: int) -> np.ndarray: ...
+
+
+@dataclass
+class Shard:
+    """One file of tokens and where its documents are."""
+
+    path: str
+    tokens: np.ndarray
+    """`[tokens]`, of an integer type, memory-mapped."""
+    ends: Sequence[int] | np.ndarray
+    """`[documents]`: the token after the last one of each document."""
+
+    @property
+    def documents(self) -> int:
+        return len(self.ends)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tokens.dtype
+
+    def document(self, index: int) -> np.ndarray:
+        start = self.ends[index - 1] if index else 0
+        return read_ahead(self.tokens, int(start), int(self.ends[index]))
+
+
+class TokenFiles:
+    """Random access to documents of token ids: `source[i]` is `[length]`, of an integer type."""
+
+    def __init__(self, shards: Sequence[TokenShard]) -> None:
+        self.shards = shards
+        self._vocab_size: int | None = None
+        self._limit: int | None = None
+        self._count()
+
+    def _count(self) -> None:
+        self._ends = list(itertools.accumulate(shard.documents for shard in self.shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        number = bisect.bisect_right(self._ends, index)
+        shard = self.shards[number]
+        place = index - (self._ends[number - 1] if number else 0)
+        tokens = shard.document(place)
+        if self._vocab_size is not None and len(tokens):
+            _check_ids(tokens, self._vocab_size, f"{shard.path}, document {place} (from 0)")
+        if self._limit is not None and len(tokens) and tokens.max() >= self._limit:
+            raise BadDocumentError(
+                f"{shard.path}, document {place} (from 0): token {tokens.max()} has no embedding: "
+                f"the vocabulary of the model is {self._limit}"
+            )
+        return tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Called before documents are taken.
+
+        Raises:
+            DataError: the tokens are not this tokenizer's.
+        """
+        self._limit = getattr(tokenizer, "limit", None)
+
+    def require_bos(self, bos_id: int) -> None:
+        """Called if documents shall begin with bos, since nothing is added to ids.
+
+        Raises:
+            DataError: the first document does not.
+        """
+        documents = (self[index] for index in range(len(self)))
+        # One may be an eos alone, which is GPT-2's bos too.
+        first = next((tokens for tokens in documents if len(tokens) > 1), None)
+        if first is not None and first[0] != bos_id:
+            raise DataError(
+                f"{self.shards[0].path}: add_bos is set, but these documents are token ids, which "
+                f"are taken as they are, and they do not begin with bos ({bos_id}). Write it into "
+                "the file, or set add_bos to false"
+            )
+
+
+def _check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    largest = int(tokens.max())
+    if largest >= vocab_size or tokens.min() < 0:
+        raise DataError(
+            f"{where}: token {largest} is outside of the tokenizer's vocabulary of {vocab_size}. "
+            "The file was made with another tokenizer than model.tokenizer_path"
+        )
