@@ -19,6 +19,7 @@ from . import (
     parts,
     semantics,
     stages,
+    surroundings,
     weights,
 )
 from .check import Check
@@ -29,6 +30,7 @@ MODULES = (
     weights,
     parts,
     semantics,
+    surroundings,
     numerics,
     cost,
     adapter,
