@@ -28,9 +28,10 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.checkpoint.huggingface import check_exchange, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
+from torchtitan.components.data_loader import check_dataloader, checked
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_weights
-from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.loss import IGNORE_INDEX, attach_loss
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import check_builders, check_vocabulary, model_inputs
 from torchtitan.components.moe_balance import ExpertBalance
@@ -147,11 +148,12 @@ class Trainer:
         self.autocast = _autocast(bool(self.fsdp_modules), job_config, self.device)
 
         self.expert_balance = ExpertBalance(self.model_parts, parallel_dims)
-        self.loss_fn.attach(self.model_parts)
+        attach_loss(self.loss_fn, self.model_parts)
         self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, parallel_dims)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)
         self.dataloader = spec.build_dataloader_fn(job_config, tokenizer, data_rank, data_ranks)
+        check_dataloader(self.dataloader, job_config)
         self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
@@ -237,7 +239,8 @@ class Trainer:
 
         self.watch.enter("data", step)
         start = time.perf_counter()
-        batches = [next(self.dataloader) for _ in range(self.accumulation_steps)]
+        passes = range(self.accumulation_steps)
+        batches = [checked(next(self.dataloader), config) for _ in passes]
         self.data_wait += time.perf_counter() - start
 
         self.watch.enter("token count", step)
