@@ -28,9 +28,10 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.checkpoint.huggingface import check_exchange, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
+from torchtitan.components.data_loader import check_dataloader, checked
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_weights
-from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.loss import IGNORE_INDEX, attach_loss
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import check_builders, check_vocabulary, model_inputs
 from torchtitan.components.moe_balance import ExpertBalance
@@ -134,6 +135,7 @@ class Trainer:
         batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
         self.tokens_per_step = batch_size * job_config.training.seq_len
         self.dataloader = spec.build_dataloader_fn(job_config, tokenizer, data_rank, data_ranks)
+        check_dataloader(self.dataloader, job_config)
         self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
@@ -162,7 +164,7 @@ class Trainer:
         self.autocast = _autocast(bool(self.fsdp_modules), job_config, self.device)
 
         self.expert_balance = ExpertBalance(self.model_parts, parallel_dims)
-        self.loss_fn.attach(self.model_parts)
+        attach_loss(self.loss_fn, self.model_parts)
         self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, parallel_dims)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.state = TrainState()
@@ -243,7 +245,8 @@ class Trainer:
 
         self.watch.enter("data", step)
         start = time.perf_counter()
-        batches = [next(self.dataloader) for _ in range(self.accumulation_steps)]
+        passes = range(self.accumulation_steps)
+        batches = [checked(next(self.dataloader), config) for _ in passes]
         self.data_wait += time.perf_counter() - start
 
         self.watch.enter("token count", step)

@@ -135,6 +135,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
     [
         ("base", "debugmodel", "mutants.base"),
         ("learned_positions", "debugmodel", "learned_positions"),
+        ("recurrent", "debugmodel", "recurrent"),
         ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("deepseek_v3", "debugmodel", ""),
         ("gemma3", "debugmodel", ""),
@@ -148,6 +149,14 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
 )
 def test_a_right_model_passes(name: str, flavor: str, custom_import: str, tmp_path: Path) -> None:
     assert not failures(Subject(name, flavor, tmp_path, custom_import))
+
+
+def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None:
+    subject = Subject("recurrent", "debugmodel", tmp_path, "recurrent")
+    outcomes = {o.check.name: o for o in run_checks(choose(["semantics", "cost"]), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
+    assert "layers.1 without the token before" in outcomes["semantics.memory"].message
+    assert "as measured (at 64 tokens and more)" in outcomes["cost.flops"].message
 
 
 def test_the_guides_model_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

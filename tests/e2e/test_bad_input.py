@@ -56,6 +56,24 @@ def test_a_mistake_in_the_config(mistake: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+OWN = "--job.custom_import=own_parts_llama"
+
+
+def test_a_loader_without_rows_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    done = refused(tmp_path / "run", OWN, "--model.name=own_loader_steps", *SAVING, ranks=2)
+    assert_one_message(done, "build_dataloader_fn of own_loader_steps", "has 'step'", "int64")
+
+
+def test_what_a_loader_gives_in_vain_is_refused(tmp_path: Path) -> None:
+    done = refused(tmp_path / "run", OWN, "--model.name=own_loader_noise", ranks=2)
+    assert_one_message(done, "build_dataloader_fn of own_loader_noise", "has 'noise'")
+
+
+def test_a_loss_may_be_a_plain_function(tmp_path: Path) -> None:
+    done = refused(tmp_path / "run", OWN, "--model.name=own_loss", "--training.steps=1")
+    assert set(done.exit_codes) == {0}, done.err
+
+
 def test_a_rule_for_no_parameter(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     rules = ["layers.0", "layer.1"]

@@ -154,6 +154,35 @@ def test_the_guides_numerics_test_works(
     torch.testing.assert_close(again(tokens), model(tokens), atol=0, rtol=0)
 
 
+def test_the_guides_loss_and_loader_train_and_resume_on_any_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = options(tmp_path, "--checkpoint.enable", "--checkpoint.interval=4")
+    package, blocks = tmp_path / "my_pkg" / "your_model", code_blocks()
+    for name in ("loss", "data"):
+        (package / f"{name}.py").write_text(blocks[f"{name}.py"])
+    with (package / "__init__.py").open("r+") as file:
+        text = file.read().replace("from torchtitan.data import", "from .data import")
+        file.seek(0)
+        file.write(
+            "from .loss import build_loss\n" + text.replace("import build_loss, ", "import ")
+        )
+    # Its checks, where the loader is made for one rank and for two.
+    only = [f"--only={name}" for name in ("contract.loss", "contract.dataloader")]
+    custom = ["--custom-import=my_pkg.your_model"]
+    verified = shell(["torchtitan", "verify", "your_model", *custom, *only], cwd=tmp_path)
+    assert "0 failed, 0 do not apply" in verified.out
+    shell(["python", "-m", "torchtitan.train", *words], cwd=tmp_path)
+    whole = losses(tmp_path)
+    shutil.rmtree(tmp_path / "run" / "checkpoint" / "step-8")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    two = ["--parallelism.tensor_parallel_degree=2", "--parallelism.data_parallel_shard_degree=2"]
+    done = command("train", *words, *two, ranks=4)
+    assert done.exit_code == 0, done.err
+    assert losses(tmp_path) == pytest.approx(whole[4:], rel=1e-4)
+
+
 def test_the_guides_training_configs_load_as_they_stand(tmp_path: Path) -> None:
     write_model(tmp_path)
     config = load_config(["--job.config_file", str(tmp_path / "train_configs/your_model_8b.toml")])

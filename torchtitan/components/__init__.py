@@ -1,8 +1,16 @@
 """Reusable parts of a `TrainSpec`."""
 
-from .loss import build_loss
+from .data_loader import DataLoader
+from .loss import Loss, build_loss
 from .lr_scheduler import build_lr_scheduler
 from .optimizer import build_optimizer
 from .tokenizer import build_tokenizer
 
-__all__ = ["build_loss", "build_lr_scheduler", "build_optimizer", "build_tokenizer"]
+__all__ = [
+    "DataLoader",
+    "Loss",
+    "build_loss",
+    "build_lr_scheduler",
+    "build_optimizer",
+    "build_tokenizer",
+]

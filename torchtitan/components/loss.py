@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 
 
 class Loss(Protocol):
-    """What `build_loss` returns."""
+    """What `build_loss_fn` returns. A function is one too: `attach` may be left out."""
 
     def attach(self, model_parts: list[nn.Module]) -> None:
         """Prepare the parallelized model parts of this rank. Called once, before training.
@@ -32,9 +32,17 @@ class Loss(Protocol):
         """The sum (not the mean) of the loss over the valid tokens, a float32 scalar.
 
         Args:
-            pred: what the model returned, `[batch, seq, ...]`.
+            pred: what the model returned, `[batch, seq, ...]`; under tensor parallelism perhaps a
+                DTensor, sharded over the vocabulary.
             labels: `[batch, seq]` int64, `IGNORE_INDEX` where nothing is to be predicted.
         """
+
+
+def attach_loss(loss_fn: Any, model_parts: list[nn.Module]) -> None:
+    """Have a loss prepare the parts, if it does."""
+    attach = getattr(loss_fn, "attach", None)
+    if attach is not None:
+        attach(model_parts)
 
 
 def build_loss(job_config: JobConfig) -> Loss:

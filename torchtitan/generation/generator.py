@@ -19,6 +19,11 @@ from torchtitan.generation.sampling import Sampler, Sampling
 
 logger = logging.getLogger("torchtitan")
 
+_TRIED = 512
+"""Tokens on which the cache of an unknown model is tried."""
+_TRIED_ALONE = 16
+"""How many of them come one by one, after the others as a prompt."""
+
 NextLogits = Callable[[list[list[int]]], torch.Tensor]
 """The tokens of each sequence so far -> logits of the next ones, `[batch, vocab]`."""
 
@@ -134,18 +139,30 @@ class Generator:
 
     @torch.no_grad()
     def _cache_is_right(self) -> bool:
-        """Try the cache of a model that we do not know: it may mix tokens in other ways too."""
-        tokens = torch.arange(6, device=self.device)[None]
-        whole = _whole(self.model(tokens))
-        cache = KVCache(self.model, 6, torch.zeros(1, dtype=torch.int64, device=self.device))
+        """Try the cache of a model that we do not know: it may mix tokens in other ways too.
+
+        Some of these reach far, such as a memory of earlier chunks, so it is tried far into a text.
+        """
+        tokens = _trial_tokens(self.model, self.device)
+        try:
+            whole = _whole(self.model(tokens))
+        except (IndexError, RuntimeError, ValueError):  # too many for a table of positions
+            tokens = tokens[:, :6]
+            whole = _whole(self.model(tokens))
+        prompt = tokens.shape[1] - min(_TRIED_ALONE, tokens.shape[1] // 2)
+        cache = KVCache(self.model, tokens.shape[1], torch.zeros_like(tokens[:, 0]))
         try:
             with cache.attached():
-                parts = [_whole(cache.forward(part)) for part in tokens.split([3, 1, 1, 1], dim=1)]
+                first = _whole(cache.forward(tokens[:, :prompt]))
+                others = tokens[:, prompt:].split(1, dim=1)
+                rest = torch.cat([_whole(cache.forward(token)) for token in others], dim=1)
         except (RuntimeError, TypeError, ValueError) as error:
             difference, reason = float("inf"), f": {error}"
         else:
-            difference, reason = (torch.cat(parts, 1) - whole).norm() / whole.norm(), ""
-        right = bool(difference < (1e-3 if whole.dtype == torch.float32 else 5e-2))
+            pairs = (first, whole[:, :prompt]), (rest, whole[:, prompt:])
+            difference = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+            reason = ""
+        right = difference < (1e-3 if whole.dtype == torch.float32 else 5e-2)
         if not right:
             logger.warning(
                 "%s computes something else with a key-value cache%s. It generates without one, "
@@ -154,6 +171,23 @@ class Generator:
                 reason,
             )
         return right
+
+
+def _trial_tokens(model: nn.Module, device: torch.device) -> torch.Tensor:
+    """Random ones, `[1, seq]`, as many as the model's tables surely have places for."""
+    embedding = getattr(model, "tok_embeddings", None)
+    longest = getattr(getattr(model, "args", None), "max_seq_len", None)
+    # One of these may be of positions, and beyond it would be an error that a GPU does not forgive.
+    tables = [
+        m.num_embeddings
+        for m in model.modules()
+        if isinstance(m, nn.Embedding) and m is not embedding
+    ]
+    seq = max(min([_TRIED, *([longest] if isinstance(longest, int) else tables)]), 2)
+    # A function of the model alone, and no draw from the numbers that others are drawn from.
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = getattr(embedding, "num_embeddings", None) or min(tables, default=2)
+    return torch.randint(vocabulary, (1, seq), generator=generator).to(device)
 
 
 def _is_ours(model: nn.Module) -> bool:

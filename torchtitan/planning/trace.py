@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 import torchtitan.models  # noqa: F401  (fills the registry)
+from torchtitan.components.loss import attach_loss
 from torchtitan.components.optimizer import check_rules, freeze
 from torchtitan.config import origin
 from torchtitan.distributed.fake_world import fake_world
@@ -81,7 +82,7 @@ def trace_step(
         for part in parts:
             part.to_empty(device="cpu")
         loss_fn = spec.build_loss_fn(job_config)
-        loss_fn.attach(parts)
+        attach_loss(loss_fn, parts)
         optimizers = spec.build_optimizer_fn(parts, job_config, dims)
         for part in parts:
             memory.add(*part.parameters(), *part.buffers())

@@ -25,9 +25,11 @@ class TrainSpec:
       Pipeline`; `torchtitan.distributed.pipeline_parallel.build_pipeline` is one
     * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`
     * `build_lr_scheduler_fn(optimizers, job_config) -> LRSchedulersContainer`
-    * `build_dataloader_fn(job_config, tokenizer, dp_rank, dp_world_size) -> DataLoader`
+    * `build_dataloader_fn(job_config, tokenizer, dp_rank, dp_world_size) -> DataLoader`,
+      what `torchtitan.components.DataLoader` describes
     * `build_tokenizer_fn(job_config) -> Tokenizer`
-    * `build_loss_fn(job_config) -> Loss`
+    * `build_loss_fn(job_config) -> Loss`: a function `(pred, labels)` that sums over valid tokens,
+      see `torchtitan.components.Loss`
     * `build_validator_fn(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)`
     * `build_metrics_processor_fn(job_config, parallel_dims, model_args) -> MetricsProcessor`
     """

@@ -14,6 +14,7 @@ CAUGHT_BY = (
     "layouts.cp2",
     "layouts.pp2",
     "layouts.accumulation",
+    "contract.loss",
 )
 SAYS = r"outputs agree, but the loss of step 1 is off by .* the sum over the valid tokens"
 

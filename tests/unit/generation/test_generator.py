@@ -56,6 +56,30 @@ class WithConvolution(Guide):
         return self.convolution(h).mT
 
 
+class WithMemory(Guide):
+    """Tokens also see the mean of the complete chunks of 16 tokens before theirs."""
+
+    def embed(self, tokens):
+        h = super().embed(tokens)
+        chunks = h[:, : h.shape[1] // 16 * 16].unflatten(1, (-1, 16)).mean(2).cumsum(1)
+        memory = torch.cat([torch.zeros_like(h[:, :1]), chunks], dim=1)
+        return h + memory[:, torch.arange(h.shape[1]) // 16]
+
+
+class WithLearnedPositions(Guide):
+    """A table of 32 positions, of which nothing outside tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(32, DIM))
+
+    def forward(self, tokens, positions=None, document_ids=None):
+        if positions is None:
+            positions = torch.arange(tokens.shape[1])[None]
+        self.embed = lambda tokens: self.tok_embeddings(tokens) + self.places[positions]
+        return super().forward(tokens, positions, document_ids)
+
+
 class OwnAttention(ModelProtocol):
     """Has an attention of its own, and takes tokens alone."""
 
@@ -79,7 +103,14 @@ def tokens_of(model: nn.Module, prompt: list[int], n: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("model_class", "cached"), [(Guide, True), (WithConvolution, False), (OwnAttention, False)]
+    ("model_class", "cached"),
+    [
+        (Guide, True),
+        (WithConvolution, False),
+        (WithMemory, False),
+        (WithLearnedPositions, True),
+        (OwnAttention, False),
+    ],
 )
 def test_any_model_generates(model_class, cached, caplog):
     torch.manual_seed(0)
@@ -87,8 +118,8 @@ def test_any_model_generates(model_class, cached, caplog):
     with caplog.at_level(logging.WARNING, logger="torchtitan"):
         generator = Generator(model)
     assert generator.uses_cache is cached
-    assert ("without one" in caplog.text) is (model_class is WithConvolution)
-    prompts = [[3], [1, 2, 3, 4, 5, 6, 7, 8, 9], [7, 7]]
+    assert ("without one" in caplog.text) is (model_class in (WithConvolution, WithMemory))
+    prompts = [[3], [1, 2, 3, 4, 5, 6, 7, 8, 9] * 2, [7, 7]]
     completions = generator.generate(prompts, 10, GREEDY)
     with torch.no_grad():
         assert [c.tokens for c in completions] == [tokens_of(model, p, 10) for p in prompts]

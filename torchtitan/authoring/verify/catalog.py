@@ -16,9 +16,11 @@ from . import (
     layouts,
     learning,
     numerics,
+    own_parts,
     parts,
     semantics,
     stages,
+    surroundings,
     weights,
 )
 from .check import Check
@@ -28,7 +30,9 @@ MODULES = (
     contract,
     weights,
     parts,
+    own_parts,
     semantics,
+    surroundings,
     numerics,
     cost,
     adapter,

@@ -141,7 +141,9 @@ def signatures_fit(subject: Subject) -> str:
         adapter = spec.state_dict_adapter
         _require_call(f"{adapter.__name__}.__init__", adapter, ("model_args",), ("hf_assets_path",))
     takes = [name for name in OPTIONAL_INPUTS if name in named]
-    return f"forward(tokens{''.join(f', {name}' for name in takes)})"
+    others = [name for name in named if name not in takes]
+    never = f"; the trainer never fills {some(others)}" if others else ""
+    return f"forward(tokens{''.join(f', {name}' for name in takes)}){never}"
 
 
 def _require_call(

@@ -1,8 +1,9 @@
 """`get_nparams_and_flops` against the model itself.
 
 FLOPs are measured by running the forward and backward pass under PyTorch's counter, at two short
-lengths: what grows with the length is attention's, the rest is the weights'. Conventions differ, so
-some counts pass that leave something out, and the outcome says what:
+lengths: what grows with the length is attention's, the rest is the weights'. A model that computes
+in chunks fills the last one up, so a count that does not fit gets longer lengths too. Conventions
+differ, so some counts pass that leave something out, and the outcome says what:
 
 * attention may count all keys (as measured), or half of them (causal), or those in its window;
 * `6 * num_params` (the guide's approximation) counts the embedding, which is a look-up, and no
@@ -11,6 +12,7 @@ some counts pass that leave something out, and the outcome says what:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ from .probe import loss_of, some
 from .subject import Subject
 from .weights import BUILDS
 
-_LENGTHS = (8, 16)  # tokens; no longer than the windows of debug models
+_LENGTHS = ((8, 16), (64, 128), (256, 512))
+"""Tokens, in pairs. The first are no longer than the windows of debug models, the others are
+multiples of the usual chunks."""
 _TOLERANCE = 0.02
 
 
@@ -85,11 +89,27 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
 def flops_are_as_measured(subject: Subject) -> str:
     """FLOPs of a token, forward and backward."""
     model = subject.build().train()
-    measured = [_measure(model, subject, seq) for seq in _LENGTHS]
-    nparams, _ = _claim(subject.args, _LENGTHS[0])
-    claimed = [float(_claim(subject.args, seq)[1]) for seq in _LENGTHS]
-    weights, attention = _split(measured)
-    claimed_weights, claimed_attention = _split(claimed)
+    longest = getattr(subject.args, "max_seq_len", None)
+    misfit: CheckFailedError | None = None
+    for lengths in _LENGTHS:
+        if misfit is not None and isinstance(longest, int) and lengths[-1] > longest:
+            break
+        try:
+            judged = _judge(model, subject, lengths)
+        except CheckFailedError as error:
+            misfit = misfit or error
+        else:
+            return judged if misfit is None else f"{judged} (at {lengths[0]} tokens and more)"
+    assert misfit is not None  # there are lengths
+    raise misfit
+
+
+def _judge(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
+    measured = [_measure(model, subject, seq) for seq in lengths]
+    nparams, _ = _claim(subject.args, lengths[0])
+    claimed = [float(_claim(subject.args, seq)[1]) for seq in lengths]
+    weights, attention = _split(measured, lengths)
+    claimed_weights, claimed_attention = _split(claimed, lengths)
     notes = [
         _judge_weights(claimed_weights, weights, nparams, model),
         _judge_attention(claimed_attention, attention),
@@ -97,9 +117,9 @@ def flops_are_as_measured(subject: Subject) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def _split(flops: list[float]) -> tuple[float, float]:
+def _split(flops: list[float], lengths: tuple[int, int]) -> tuple[float, float]:
     """FLOPs a token that the length does not change, and what each token of length adds."""
-    short, long = _LENGTHS
+    short, long = lengths
     slope = (flops[1] - flops[0]) / (long - short)
     return flops[0] - slope * short, slope
 
@@ -108,8 +128,11 @@ def _measure(model: nn.Module, subject: Subject, seq: int) -> float:
     """Per token. The kernels of plain attention are those that the counter knows."""
     tokens = subject.tokens(2, seq)
     model.zero_grad()
-    grouped = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=grouped)
+    own: dict[Any, Any] = {
+        torch.ops.aten._grouped_mm: _grouped_mm_flops,
+        torch.ops.aten.convolution_backward: _convolution_backward_flops,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=own)
     with counter, sdpa_kernel(SDPBackend.MATH):
         loss_of(model(tokens), tokens).backward()
     if counter.get_total_flops() == 0:
@@ -121,6 +144,15 @@ def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> 
     """Of a product of groups of rows or columns, given as shapes; each group meets one matrix."""
     batches = a[0] if len(a) == len(b) == 3 else 1
     return 2 * batches * a[-2] * a[-1] * b[-1]
+
+
+def _convolution_backward_flops(
+    out: list[int], x: list[int], weight: list[int], *args: Any, **kwargs: Any
+) -> int:
+    """As many as forward, for each gradient. PyTorch's takes no account of groups."""
+    *_, transposed, _, _, wanted = args  # output_padding, groups; whether x, weight, bias have one
+    places = (x if transposed else out)[2:]
+    return 2 * x[0] * math.prod(places) * math.prod(weight) * sum(wanted[:2])
 
 
 def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:

@@ -1,0 +1,40 @@
+"""The data ranks read the same tokens."""
+
+from __future__ import annotations
+
+import torch
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("contract.dataloader",)
+SAYS = r"the data ranks 0 and 1 get the same tokens"
+
+
+class Loader:
+    def __init__(self, job_config):
+        training = job_config.training
+        self.shape, self.step = (training.local_batch_size, training.seq_len + 1), 0
+
+    def __next__(self):
+        self.step += 1
+        tokens = torch.randint(264, self.shape, generator=torch.Generator().manual_seed(self.step))
+        return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
+
+    def state_dict(self):
+        return {"rows": torch.tensor([[self.step]])}
+
+    def load_state_dict(self, state_dict):
+        self.step = int(state_dict["rows"][0, 0])
+
+    def close(self):
+        pass
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(
+        flavor, build_dataloader_fn=lambda job_config, *args: Loader(job_config)
+    )
+
+
+register_train_spec("loader_without_shares", get_train_spec)

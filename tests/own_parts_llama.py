@@ -1,0 +1,59 @@
+"""`tiny_llama` with a loss or a data loader of its author's, by the model's name:
+
+own_loss            a plain function
+own_loader_steps    a loader whose state is a number, not rows
+own_loader_noise    a loader that gives more than the model gets
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import tiny_llama
+import torch
+
+from torchtitan.components.loss import cross_entropy
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+MODEL_CONFIGS = tiny_llama.MODEL_CONFIGS
+
+
+class Loader:
+    def __init__(self, job_config, state, **more):
+        self.shape = job_config.training.local_batch_size, job_config.training.seq_len
+        self.state, self.more = state, more
+
+    def __next__(self):
+        ones = torch.ones(self.shape, dtype=torch.int64)
+        return {"tokens": ones, "labels": ones, **self.more}
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state_dict):
+        pass
+
+    def close(self):
+        pass
+
+
+def get_own_loss(flavor: str) -> TrainSpec:
+    spec = tiny_llama.get_train_spec(flavor)
+    return replace(spec, build_loss_fn=lambda job_config: partial(cross_entropy, z_loss_weight=0.0))
+
+
+def get_own_loader_steps(flavor: str) -> TrainSpec:
+    spec = tiny_llama.get_train_spec(flavor)
+    return replace(spec, build_dataloader_fn=lambda config, *_: Loader(config, {"step": 0}))
+
+
+def get_own_loader_noise(flavor: str) -> TrainSpec:
+    state = {"rows": torch.tensor([[0]])}
+    return replace(
+        tiny_llama.get_train_spec(flavor),
+        build_dataloader_fn=lambda config, *_: Loader(config, state, noise=torch.rand(4)),
+    )
+
+
+register_train_spec("own_loss", get_own_loss)
+register_train_spec("own_loader_steps", get_own_loader_steps)
+register_train_spec("own_loader_noise", get_own_loader_noise)

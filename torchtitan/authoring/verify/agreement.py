@@ -1,0 +1,125 @@
+"""Two runs of a model that must agree on some tokens, though others differ: do they, and where not.
+
+What decides has a known meaning of its dimensions: the logits, and the hidden states between
+layers, `[batch, seq, dim]`. What flows inside of a layer may lie in any order, such as
+`[batch, channels, seq]` before a convolution, and may hold more than the layer passes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from torchtitan.protocols.model import layers_of
+
+from .probe import hidden_states, recorded_outputs, relative_difference
+
+TOLERANCE = 1e-4
+"""Of logits in float32, over the largest: what may come from the order of sums. A dependence on
+another token is orders of magnitude above it."""
+_ROUNDING = 1e-6
+"""Of hidden states, over the largest; what a layer adds to them is known no better."""
+
+
+@dataclass
+class Run:
+    """What a forward pass gave."""
+
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """`[batch, seq, vocab]`."""
+    modules: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name of each module -> its last output, in the order in which they finish."""
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name of each layer -> the hidden states it got."""
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name of each layer -> those that it gave."""
+
+
+@torch.no_grad()
+def run_of(model: nn.Module, tokens: torch.Tensor) -> Run:
+    with recorded_outputs(model) as modules, _hidden_states_of_layers(model) as run:
+        run.logits = model(tokens)
+    run.modules = modules
+    return run
+
+
+@contextmanager
+def _hidden_states_of_layers(model: nn.Module) -> Iterator[Run]:
+    run = Run()
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            run.inputs[name] = hidden_states(args, kwargs)
+            run.outputs[name] = hidden_states((output,), {})
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in layers_of(model).items():
+            hook = layer.register_forward_hook(record(f"layers.{name}"), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield run
+
+
+def disagreement(
+    actual: Run, expected: Run, places: slice = slice(None), rows: slice = slice(None)
+) -> tuple[float, str]:
+    """How far logits are apart, over the largest, and the first module that differs.
+
+    The name is "" if the runs agree. Layers are more sensitive than logits, since what they add to
+    an untrained model's hidden states is small.
+
+    Args:
+        places: tokens to compare.
+        rows: sequences of `expected` that `actual` has.
+    """
+    difference = relative_difference(actual.logits[:, places], expected.logits[rows, places])
+    layer = ""
+    for name, output in expected.outputs.items():
+        if name in actual.outputs and _layer_differs(
+            *(actual.inputs[name][:, places], actual.outputs[name][:, places]),
+            *(expected.inputs[name][rows, places], output[rows, places]),
+        ):
+            layer = name
+            break
+    if difference <= TOLERANCE and not layer:
+        return difference, ""
+    return difference, _first_module(actual, expected, places, rows) or layer or "unknown"
+
+
+def _layer_differs(
+    actual_input: torch.Tensor,
+    actual: torch.Tensor,
+    expected_input: torch.Tensor,
+    expected: torch.Tensor,
+) -> bool:
+    """By the scale of its output, or of what it adds to its input."""
+    if relative_difference(actual, expected) > TOLERANCE:
+        return True
+    if expected_input.shape != expected.shape:
+        return False
+    added = expected.float() - expected_input.float()
+    change = (actual.float() - actual_input.float() - added).abs().max()
+    known = TOLERANCE * added.abs().max() + _ROUNDING * expected.abs().max()
+    return bool(change > known)
+
+
+def _first_module(actual: Run, expected: Run, places: slice, rows: slice) -> str:
+    """Of those whose output looks like `[batch, seq, features]`; convolutions do not tell."""
+    for name, tensor in expected.modules.items():
+        other = actual.modules.get(name)
+        if other is None or not tensor.is_floating_point():
+            continue
+        if tensor.ndim != 3 or tensor.shape[:2] != expected.logits.shape[:2]:
+            continue
+        if other.ndim != 3 or other.shape[:2] != actual.logits.shape[:2]:
+            continue
+        a, b = other[:, places], tensor[rows, places]
+        if a.shape == b.shape and relative_difference(a, b) > TOLERANCE:
+            return name
+    return ""

@@ -1,0 +1,135 @@
+"""A loss and a data loader of the author's own: what the trainer will ask of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchtitan.components.data_loader import Batch, check_dataloader, checked
+from torchtitan.components.loss import IGNORE_INDEX, attach_loss
+from torchtitan.errors import ConfigError
+
+from .check import Check, CheckFailedError, NotApplicableError
+from .contract import SPEC
+from .subject import Subject
+from .weights import BUILDS
+
+_SUM = (
+    "build_loss_fn: return a function (pred, labels) whose result is the sum, no mean, over the "
+    "tokens whose label is not IGNORE_INDEX, a float32 scalar. The trainer divides by the tokens "
+    "of the whole step."
+)
+_TOLERANCE = 1e-3
+
+
+def loss_is_a_sum(subject: Subject) -> str:
+    """The loss can be called, and adds up over the tokens that have a label."""
+    loss_fn = subject.spec.build_loss_fn(subject.config())
+    if not callable(loss_fn):
+        raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, no function", _SUM)
+    model, tokens = subject.build().train(), subject.tokens(2)
+    attach_loss(loss_fn, [model])
+    labels = tokens.roll(-1, 1)
+    labels[0, : tokens.shape[1] // 2] = IGNORE_INDEX  # rows have different numbers of labels
+    alone = labels.clone(), labels.clone()
+    alone[0][1], alone[1][0] = IGNORE_INDEX, IGNORE_INDEX
+
+    def loss_of(labels: torch.Tensor) -> float:
+        torch.manual_seed(0)
+        with torch.enable_grad():  # some are others without
+            loss = loss_fn(model(tokens), labels)
+        if not isinstance(loss, torch.Tensor) or loss.shape or loss.dtype != torch.float32:
+            kind = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
+            raise CheckFailedError(f"the loss is {kind}, not a float32 scalar", _SUM)
+        return loss.item()
+
+    both, parts = loss_of(labels), [loss_of(part) for part in alone]
+    if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
+        raise CheckFailedError(
+            f"the loss of two sequences is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} with "
+            "the labels of only one of them",
+            _SUM,
+        )
+    return "a sum over tokens"
+
+
+def dataloader_resumes(subject: Subject) -> str:
+    """An own loader gives batches, and goes on from its state."""
+    build = subject.spec.build_dataloader_fn
+    if getattr(build, "__module__", "").startswith("torchtitan."):
+        raise NotApplicableError("the loader is torchtitan's")
+    config = subject.config("--checkpoint.enable", "--training.local_batch_size=2")
+    loaders: list[Any] = []
+
+    def loader(dp_rank: int = 0, dp_size: int = 1) -> Any:
+        loaders.append(build(config, tokenizer, dp_rank, dp_size))
+        return loaders[-1]
+
+    try:
+        make_tokenizer = subject.spec.build_tokenizer_fn
+        tokenizer = make_tokenizer(config) if make_tokenizer else None
+        first = loader()
+    except Exception as error:  # it may want options or files of a job
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise NotApplicableError(f"it cannot be built without a job's options: {reason}") from error
+    try:
+        check_dataloader(first, config)
+        before = _next(first, subject)
+        state = {"rows": first.state_dict()["rows"].clone(), "seq_len": subject.seq_len}
+        expected = _next(first, subject)
+        again = loader()
+        again.load_state_dict(state)
+        _require_same(_next(again, subject), expected)
+        if not torch.equal(before["tokens"], expected["tokens"]):
+            _require_shares(before, _next(loader(1, 2), subject))
+    except ConfigError as error:
+        raise CheckFailedError(
+            str(error), "docs/adding_models.md, A data loader of your own"
+        ) from error
+    finally:
+        for made in loaders:
+            getattr(made, "close", lambda: None)()
+    return f"batches {list(expected['tokens'].shape)}, resumed from {list(state['rows'].shape)}"
+
+
+def _next(loader: Any, subject: Subject) -> Batch:
+    batch = checked(next(loader), subject.config())
+    shapes = {name: list(tensor.shape) for name, tensor in batch.items()}
+    if len(shapes["tokens"]) != 2 or any(shape != shapes["tokens"] for shape in shapes.values()):
+        raise CheckFailedError(
+            f"a batch of the loader has {shapes}",
+            "Each is [local_batch_size, seq_len]: training.local_batch_size sequences of "
+            "training.seq_len tokens.",
+        )
+    return {name: tensor.clone() for name, tensor in batch.items()}
+
+
+def _require_same(actual: Batch, expected: Batch) -> None:
+    for name, tensor in expected.items():
+        if name not in actual or not torch.equal(actual[name], tensor):
+            raise CheckFailedError(
+                f"a loader that goes on from a checkpoint gives another {name!r} than the one that "
+                "was saved",
+                "load_state_dict() gets the rows of state_dict(), and nothing else of it; the next "
+                "batch is then the one after the last that next() had given.",
+            )
+
+
+def _require_shares(first: Batch, second: Batch) -> None:
+    if torch.equal(first["tokens"], second["tokens"]):
+        raise CheckFailedError(
+            "the data ranks 0 and 1 get the same tokens",
+            "build_dataloader_fn: rank dp_rank of dp_world_size reads a share of its own.",
+        )
+
+
+CHECKS = (
+    Check("contract.loss", "the loss is a sum over tokens", loss_is_a_sum, needs=(BUILDS,)),
+    Check(
+        "contract.dataloader",
+        "an own data loader gives batches and resumes",
+        dataloader_resumes,
+        needs=(SPEC,),
+    ),
+)

@@ -1,0 +1,149 @@
+"""What must not matter: other sequences, padding, the length, and what was computed before."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .agreement import TOLERANCE, disagreement, run_of
+from .check import Check, CheckFailedError
+from .probe import cut_layers, recorded_outputs, relative_difference, some
+from .semantics import NEEDS, ROUTING
+from .subject import Subject
+
+
+def rows_are_independent(subject: Subject) -> str:
+    """A sequence gives the same alone as in a batch, in training too."""
+    model, tokens = subject.build_varied(), subject.tokens(3)
+    model.train()
+    for cut in cut_layers(model, tokens):
+        seen = cut.gradient((1,))
+        if (seen[[0, 2]] > 0).any():
+            raise CheckFailedError(
+                f"{cut.name}: a sequence of a batch sees the others",
+                "Look for a norm or mean over the batch (dimension 0), a view() that mixes batch "
+                f"and sequence, or attention over the batch. {ROUTING}",
+            )
+    model.eval()
+    in_batch, alone = run_of(model, tokens), run_of(model, tokens[1:2])
+    difference, module = disagreement(alone, in_batch, rows=slice(1, 2))
+    if module:
+        raise CheckFailedError(
+            f"a sequence alone gives other logits than in a batch of 3, by {difference:.1e} of the "
+            f"largest; the first module that differs is {module}",
+            f"Nothing may depend on the size of the batch or on other sequences. {ROUTING}",
+        )
+    return f"equal to {difference:.0e}"
+
+
+def trailing_tokens_do_not_matter(subject: Subject) -> str:
+    """A prefix gives the same alone as with padding behind it."""
+    model, tokens = subject.build_varied(), subject.tokens(2)
+    length = tokens.shape[1] // 2 + 3
+    padded = tokens.clone()
+    padded[:, length:] = 0
+    long, short = run_of(model, padded), run_of(model, tokens[:, :length])
+    difference, module = disagreement(short, long, places=slice(0, length))
+    if module:
+        raise CheckFailedError(
+            f"{length} tokens give other logits alone than with {tokens.shape[1] - length} tokens "
+            f"of padding behind them, by {difference:.1e} of the largest; the first module that "
+            f"differs is {module}",
+            "Nothing may depend on the length of the sequence: no mean over it, and positions "
+            "count from its beginning.",
+        )
+    return f"equal to {difference:.0e}"
+
+
+def any_length_works(subject: Subject) -> str:
+    """Sequences of 1, 2 and an odd number of tokens, and longer than windows and chunks."""
+    model = subject.build_varied()
+    limits = window_sizes(subject)
+    lengths = [1, 2, 17, *(2 * limit + 1 for limit in limits if limit <= 512)]
+    longest = getattr(subject.args, "max_seq_len", None)
+    if isinstance(longest, int):
+        lengths = [n for n in lengths if n <= longest] + [longest] * (longest <= 2048)
+    reference = None
+    for length in sorted(set(lengths), reverse=True):
+        tokens = subject.tokens(1, max(lengths))[:, :length]
+        try:
+            logits = model(tokens)
+            logits.float().square().mean().backward()
+        except Exception as error:
+            raise CheckFailedError(
+                f"sequences of {length} tokens fail: {type(error).__name__}: {error}",
+                "forward() must take any length: no table of a fixed size, no division by "
+                "seq - 1, no view() that needs a multiple.",
+            ) from error
+        if list(logits.shape[:2]) != [1, length] or not logits.isfinite().all():
+            raise CheckFailedError(
+                f"sequences of {length} tokens give {list(logits.shape)} logits"
+                + ("" if logits.isfinite().all() else " that are not finite")
+            )
+        reference = logits.detach() if reference is None else reference
+        difference = relative_difference(logits.detach(), reference[:, :length])
+        if difference > TOLERANCE:
+            raise CheckFailedError(
+                f"the first {length} tokens give other logits alone than within "
+                f"{max(lengths)}, by {difference:.1e} of the largest",
+                "Look at windows, chunks and position tables at this length.",
+            )
+    return f"lengths {some([str(n) for n in sorted(set(lengths))], 8)}"
+
+
+def window_sizes(subject: Subject) -> list[int]:
+    """Sizes of sliding windows and chunks, by the names of the args' fields."""
+    fields = {f.name: getattr(subject.args, f.name) for f in dataclasses.fields(subject.args)}
+    return sorted(
+        {
+            value
+            for name, value in fields.items()
+            if ("window" in name or "chunk" in name) and type(value) is int and value > 0
+        }
+    )
+
+
+@torch.no_grad()
+def forward_is_repeatable(subject: Subject) -> str:
+    """In evaluation, the logits are a function of the tokens alone."""
+    model = subject.build_varied()
+    tokens, others = subject.tokens(2), subject.tokens(2, 40, seed=1)
+    with recorded_outputs(model) as first:
+        expected = model(tokens)
+    model(others)
+    torch.manual_seed(12345)
+    with recorded_outputs(model) as second:
+        actual = model(tokens)
+    if not torch.equal(actual, expected):
+        names = [n for n, t in first.items() if n in second and not torch.equal(t, second[n])]
+        raise CheckFailedError(
+            "the same tokens give other logits the second time"
+            + (f"; the first module that differs is {names[0]}" if names else ""),
+            "In eval() there may be no dropout (F.dropout needs training=self.training), and "
+            "forward() may keep nothing from one call for the next, such as a cache or a mask.",
+        )
+    return "equal bit by bit"
+
+
+CHECKS = (
+    Check(
+        "semantics.batch",
+        "sequences of a batch are independent",
+        rows_are_independent,
+        needs=NEEDS,
+    ),
+    Check(
+        "semantics.padding",
+        "trailing tokens do not matter",
+        trailing_tokens_do_not_matter,
+        needs=NEEDS,
+    ),
+    Check("semantics.lengths", "sequences of any length work", any_length_works, needs=NEEDS),
+    Check(
+        "semantics.repeatable",
+        "evaluation is a function of the tokens alone",
+        forward_is_repeatable,
+        needs=NEEDS,
+    ),
+)

@@ -1,0 +1,115 @@
+"""What the trainer asks of a data loader, known before the first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from torchtitan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+Batch = dict[str, torch.Tensor]
+
+BATCH_KEYS = ("tokens", "labels", "positions", "document_ids")
+"""What a micro-batch may hold; the first two it must."""
+_METHODS = ("__next__", "close")
+_STATE_METHODS = ("state_dict", "load_state_dict")
+
+
+class DataLoader(Protocol):
+    """What `build_dataloader_fn` returns, for one data rank; `torchtitan.data.DataLoader` is one.
+
+    It may also have `metrics() -> dict[str, float]`, `describe() -> dict` and `begin_at(step)`, as
+    that one does.
+    """
+
+    def __next__(self) -> Batch:
+        """The next micro-batch, without end: int64 tensors `[local_batch_size, seq_len]`.
+
+        `tokens` and `labels`, the label of a token being the one that it is to predict, or
+        `IGNORE_INDEX`; under `training.document_mask` also `positions` and `document_ids`. Nothing
+        else, since nothing else reaches the model.
+        """
+
+    def close(self) -> None:
+        """Stop what runs in the background. Called once, also after an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """`{"rows": [rows of this rank, k] int64}`: where the data go on after the last batch.
+
+        A checkpoint joins the rows of all data ranks, in their order, and another number of ranks
+        divides them anew. Each rank has as many. Called where `checkpoint.enable` is set.
+        """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from such a state, which also has `seq_len`, that of the run that saved it."""
+
+
+def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
+    """Raises `ConfigError` if the trainer would fail later for what a loader lacks."""
+    saves = job_config.checkpoint.enable
+    wanted = (*_METHODS, *_STATE_METHODS) if saves else _METHODS
+    missing = [name for name in wanted if not _has(dataloader, name)]
+    if missing:
+        raise ConfigError(
+            f"{_builder(job_config)} returns {type(dataloader).__name__}, which has no "
+            f"{', '.join(missing)}. A data loader needs {', '.join(_METHODS)} and, for "
+            f"checkpoints, {', '.join(_STATE_METHODS)}; see torchtitan.components.DataLoader"
+        )
+    if saves:
+        check_state(dataloader.state_dict(), job_config)
+
+
+def _has(dataloader: Any, name: str) -> bool:
+    # next() asks the type, so an instance that passes other names on does not have it.
+    return callable(getattr(type(dataloader) if name == "__next__" else dataloader, name, None))
+
+
+def check_state(state: Any, job_config: JobConfig) -> None:
+    """Raises `ConfigError` if a checkpoint could not hold a loader's state."""
+    rows = state.get("rows") if isinstance(state, dict) else None
+    if isinstance(rows, torch.Tensor) and rows.dtype == torch.int64 and rows.ndim == 2:
+        return
+    if isinstance(rows, torch.Tensor):
+        found = f"rows of {rows.dtype} {list(rows.shape)}"
+    else:
+        found = _some(state) if isinstance(state, dict) else repr(state)
+    raise ConfigError(
+        f"{_builder(job_config)}: the loader's state_dict() has {found}. It must be "
+        '{"rows": int64 tensor [rows of this rank, k]}, which checkpoints share out over any '
+        "number of ranks; a single number n is torch.tensor([[n]])"
+    )
+
+
+def checked(batch: Batch, job_config: JobConfig) -> Batch:
+    """The batch as it is. Raises `ConfigError` if it lacks something, or has what nobody reads."""
+    if not isinstance(batch, dict):
+        raise ConfigError(
+            f"{_builder(job_config)}: the loader gives {type(batch).__name__}, not a dict of "
+            "'tokens' and 'labels'"
+        )
+    missing = [name for name in BATCH_KEYS[:2] if name not in batch]
+    if missing:
+        raise ConfigError(
+            f"{_builder(job_config)}: a batch of the loader has {_some(batch)} but no "
+            f"{_some(missing)}"
+        )
+    unknown = [name for name in batch if name not in BATCH_KEYS]
+    if unknown:
+        raise ConfigError(
+            f"{_builder(job_config)}: a batch of the loader has {_some(unknown)}, which no model "
+            f"would see: forward() gets {_some(name for name in BATCH_KEYS if name != 'labels')} "
+            "alone. Make in forward() what it needs besides"
+        )
+    return batch
+
+
+def _builder(job_config: JobConfig) -> str:
+    return f"build_dataloader_fn of {job_config.model.name}"
+
+
+def _some(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "nothing"
