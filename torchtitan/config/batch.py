@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torchtitan.tools.multiples import divisors, nearest_multiples
+
 from .job_config import JobConfig
 from .load import fail
 
@@ -33,12 +35,6 @@ def _fitting_data_ranks(global_batch_size: int, local_batch_size: int) -> str:
     passes, rest = divmod(global_batch_size, local_batch_size)
     if rest:
         return ""
-    fitting = [str(ranks) for ranks in range(1, passes + 1) if passes % ranks == 0]
+    fitting = [str(ranks) for ranks in divisors(passes)]
     shown = ", ".join(fitting[:8]) + (", ..." if len(fitting) > 8 else "")
     return f". {global_batch_size} works on these numbers of data ranks: {shown}"
-
-
-def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` around `value`, which is none itself: `96 or 104`."""
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else f"{unit}"

@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.multiples import divisors, nearest_multiples
 
-from .batch import nearest_multiples, resolve_batch
+from .batch import resolve_batch
 from .job_config import JobConfig
 from .load import fail, origin
 
@@ -126,12 +127,11 @@ def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
                 fail(job_config, f"parallelism.{name}", problem)
         return
     if experts % dims.ep:
-        degrees = [d for d in range(1, experts + 1) if experts % d == 0]
         fail(
             job_config,
             "parallelism.expert_parallel_degree",
             f"must divide the {experts} experts of {model.name} {model.flavor}. Degrees that do: "
-            f"{', '.join(map(str, degrees))}",
+            f"{', '.join(map(str, divisors(experts)))}",
         )
     unit = dims.cp * dims.tp  # each rank routes its part of the sequence
     for section in _sections(job_config):

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.multiples import divisors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,13 +59,12 @@ class ParallelDims:
         )
         if self.dp_shard == -1:
             if self.world_size % others:
-                divisors = [d for d in range(1, self.world_size + 1) if self.world_size % d == 0]
                 alone = f" (`torchrun --nproc-per-node {others} -m torchtitan.train ...`)"
                 raise ConfigError(
                     f"parallelism: {written} = {others} does not divide the world size "
                     f"{self.world_size} (number of processes). Start a multiple of {others}"
                     f"{alone if self.world_size == 1 else ''}; or the product must be one of "
-                    f"{divisors}"
+                    f"{divisors(self.world_size)}"
                 )
             self.dp_shard = self.world_size // others
         if others * self.dp_shard != self.world_size:
@@ -84,7 +84,7 @@ class ParallelDims:
             )
         ranks = self.dp_shard * self.cp * self.tp
         if ranks % (self.ep * self.etp):
-            allowed = [d for d in range(1, ranks + 1) if ranks % (d * self.etp) == 0]
+            allowed = divisors(ranks // self.etp)  # etp divides tp
             raise ConfigError(
                 f"parallelism: expert_parallel_degree ({self.ep}) x expert_tensor_parallel_degree "
                 f"({self.etp}) must divide the ranks that share a layer: "

@@ -77,13 +77,37 @@ def apply_tensor_parallel(
             parallelize_module(block, tp_mesh, adapt(plan_of(block)))
 
 
-def feed_forward_plan(name: str) -> Plan:
-    """The part of a block's plan that splits the features inside its `FeedForward` `name`."""
+def attention_plan(name: str = "attention") -> Plan:
+    """The part of a block's plan that splits the heads of its attention.
+
+    Args:
+        name: of a module with the layers `wq`, `wk`, `wv` and `wo`, which the block calls with
+            hidden states, rotation and mask.
+    """
     return {
+        name: PrepareModuleInput(
+            input_layouts=(Shard(1), None, None),
+            desired_input_layouts=(Replicate(), None, None),
+        ),
+        f"{name}.wq": ColwiseParallel(),
+        f"{name}.wk": ColwiseParallel(),
+        f"{name}.wv": ColwiseParallel(),
+        f"{name}.wo": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+def feed_forward_plan(name: str = "feed_forward", gated: bool = True) -> Plan:
+    """The part of a block's plan that splits the features inside its feed-forward layer.
+
+    Args:
+        name: of a module like `FeedForward`.
+        gated: it has a `w3` besides `w1` and `w2`.
+    """
+    gate: Plan = {f"{name}.w3": ColwiseParallel()} if gated else {}
+    return gate | {
         name: PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
         f"{name}.w1": ColwiseParallel(),
         f"{name}.w2": RowwiseParallel(output_layouts=Shard(1)),
-        f"{name}.w3": ColwiseParallel(),
     }
 
 

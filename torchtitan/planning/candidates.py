@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torchtitan.config import JobConfig
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.multiples import divisors
 
 from .trace import meta_model
 
@@ -74,16 +76,18 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
     args = spec.model_args.update_from_config(config)
     layers = len(layers_of(meta_model(single_layout(config))))
     batch, seq = config.training.global_batch_size, config.training.seq_len
-    for tp in _divisors(host_size, world_size):
-        for cp in [c for c in _divisors(8, world_size // tp) if c == 1 or seq // c >= 2048]:
+    for tp in divisors(math.gcd(host_size, world_size)):
+        for cp in divisors(math.gcd(8, world_size // tp)):
+            if cp > 1 and seq // cp < 2048:
+                continue
             stages = world_size // tp // cp if spec.pipeline_fn is not None else 1
-            for pp in [p for p in _divisors(stages, stages) if p <= layers]:
+            for pp in [p for p in divisors(stages) if p <= layers]:
                 data = world_size // tp // cp // pp
                 if batch % data:
                     continue
-                for replicate in _divisors(data, data):
+                for replicate in divisors(data):
                     shard = data // replicate
-                    for ep in _divisors(args.num_experts or 1, shard * cp * tp):
+                    for ep in divisors(math.gcd(args.num_experts or 1, shard * cp * tp)):
                         degrees = (replicate, shard, cp, tp, pp, ep)
                         yield from _batches(degrees, batch // data, layers)
 
@@ -104,11 +108,6 @@ def _batches(
                 if schedule == "ZBVZeroBubble" and ac == "selective":
                     continue  # it has two backward passes, see config/validate.py
                 yield Candidate(*degrees, ac, batch, size, schedule)
-
-
-def _divisors(number: int, of: int) -> list[int]:
-    """Of `of`, up to `number`, which they divide too."""
-    return [d for d in range(1, number + 1) if number % d == 0 and of % d == 0]
 
 
 def single_layout(config: JobConfig) -> JobConfig:

@@ -1,8 +1,8 @@
 import pytest
-from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 
 from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError
+from torchtitan.models.common.divisibility import require_divisible_by_tp
 
 
 def job(degree: int) -> JobConfig:

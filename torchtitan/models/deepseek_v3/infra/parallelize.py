@@ -38,12 +38,12 @@ def parallelize_deepseek_v3(
     parallel_dims: ParallelDims,
     job_config: JobConfig,
 ) -> nn.Module:
-    """Apply tensor, expert and context parallelism, checkpointing, compilation and FSDP."""
+    """Apply tensor, context, expert and data parallelism, checkpointing and compilation."""
     if parallel_dims.tp_enabled:
-        apply_tensor_parallel(model, world_mesh["tp"], job_config, plan_of_block)
-    expert_meshes = apply_expert_parallel(model, parallel_dims)
+        apply_tp(model, world_mesh["tp"], job_config)
     if parallel_dims.cp_enabled:
         apply_cp(model, world_mesh["cp"], job_config)
+    expert_meshes = apply_expert_parallel(model, parallel_dims)
     apply_ac(model, job_config)
     model = apply_compile(model, job_config)
     if parallel_dims.dp_enabled or expert_meshes:
@@ -51,8 +51,13 @@ def parallelize_deepseek_v3(
     return model
 
 
-def plan_of_block(block: TransformerBlock) -> Plan:
-    """Split heads and feed-forward features; between them, the sequence.
+def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
+    """Split heads and feed-forward features; between them, the sequence."""
+    apply_tensor_parallel(model, tp_mesh, job_config, _plan_of_block)
+
+
+def _plan_of_block(block: TransformerBlock) -> Plan:
+    """Blocks have experts or not.
 
     Each rank makes the latents of its part of the sequence. They are gathered, rather than the
     hidden states, which are several times as large.
@@ -75,7 +80,7 @@ def plan_of_block(block: TransformerBlock) -> Plan:
             "attention.wq_b": ColwiseParallel(input_layouts=Shard(1)),
         }
     if block.moe is None:
-        return plan | feed_forward_plan("feed_forward")
+        return plan | feed_forward_plan()
     plan |= router_plan()
     if block.moe.shared_experts is not None:
         plan |= feed_forward_plan("moe.shared_experts")

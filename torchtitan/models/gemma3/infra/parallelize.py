@@ -6,20 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-)
+from torch.distributed.tensor.parallel import SequenceParallel
 
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
+from torchtitan.distributed.tensor_parallel import (
+    apply_tensor_parallel,
+    attention_plan,
+    feed_forward_plan,
+)
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -47,24 +45,12 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> No
     """Split heads and feed-forward features; between them, the sequence."""
     block_plan = {
         "attention_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None),  # hidden states, rotation, mask
-            desired_input_layouts=(Replicate(), None, None),
-        ),
-        "attention.wq": ColwiseParallel(),
-        "attention.wk": ColwiseParallel(),
-        "attention.wv": ColwiseParallel(),
+        **attention_plan(),
         "attention.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),  # heads
         "attention.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
-        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
         "attention_post_norm": SequenceParallel(use_local_output=True),
         "ffn_norm": SequenceParallel(),
-        "feed_forward": PrepareModuleInput(
-            input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
-        ),
-        "feed_forward.w1": ColwiseParallel(),
-        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
-        "feed_forward.w3": ColwiseParallel(),
+        **feed_forward_plan(),
         "ffn_post_norm": SequenceParallel(use_local_output=True),
     }
     apply_tensor_parallel(model, tp_mesh, job_config, block_plan)

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
-from torchtitan.models.common.hf_config import HuggingFaceConfig, require_numbers, unsupported
-from torchtitan.models.common.hf_export import hf_fields
-from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
+from torchtitan.models.common.divisibility import (
+    require_divisible_by_tp,
+    require_heads_divisible_by_cp,
+)
+from torchtitan.models.common.hf_config import (
+    HuggingFaceConfig,
+    hf_fields,
+    require_numbers,
+    unsupported,
+)
 from torchtitan.protocols.model import BaseModelArgs
 
 if TYPE_CHECKING:

@@ -6,13 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-)
+from torch.distributed.tensor.parallel import SequenceParallel
 
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
@@ -20,7 +14,11 @@ from torchtitan.distributed.context_parallel import apply_cp
 from torchtitan.distributed.expert_parallel import apply_expert_parallel, router_plan
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.tensor_parallel import HeadwiseParallel, apply_tensor_parallel
+from torchtitan.distributed.tensor_parallel import (
+    HeadwiseParallel,
+    apply_tensor_parallel,
+    attention_plan,
+)
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -49,15 +47,9 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> No
     """Split heads; between attention and experts, the sequence."""
     block_plan = {
         "attention_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None),  # hidden states, rotation, mask
-            desired_input_layouts=(Replicate(), None, None),
-        ),
-        "attention.wq": ColwiseParallel(),
-        "attention.wk": ColwiseParallel(),
-        "attention.wv": ColwiseParallel(),
+        **attention_plan(),
         "attention.sinks": HeadwiseParallel(),
-        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
         "ffn_norm": SequenceParallel(),
+        **router_plan(),
     }
-    apply_tensor_parallel(model, tp_mesh, job_config, block_plan | router_plan())
+    apply_tensor_parallel(model, tp_mesh, job_config, block_plan)

@@ -6,13 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-)
+from torch.distributed.tensor.parallel import SequenceParallel
 
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
@@ -23,6 +17,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
     Plan,
     apply_tensor_parallel,
+    attention_plan,
     feed_forward_plan,
 )
 
@@ -38,12 +33,12 @@ def parallelize_llama4(
     parallel_dims: ParallelDims,
     job_config: JobConfig,
 ) -> nn.Module:
-    """Apply tensor, expert and context parallelism, checkpointing, compilation and FSDP."""
+    """Apply tensor, context, expert and data parallelism, checkpointing and compilation."""
     if parallel_dims.tp_enabled:
-        apply_tensor_parallel(model, world_mesh["tp"], job_config, plan_of_block)
-    expert_meshes = apply_expert_parallel(model, parallel_dims)
+        apply_tp(model, world_mesh["tp"], job_config)
     if parallel_dims.cp_enabled:
         apply_cp(model, world_mesh["cp"], job_config)
+    expert_meshes = apply_expert_parallel(model, parallel_dims)
     apply_ac(model, job_config)
     model = apply_compile(model, job_config)
     if parallel_dims.dp_enabled or expert_meshes:
@@ -51,22 +46,20 @@ def parallelize_llama4(
     return model
 
 
-def plan_of_block(block: TransformerBlock) -> Plan:
+def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
     """Split heads and feed-forward features; between them, the sequence."""
-    plan = {
+    apply_tensor_parallel(model, tp_mesh, job_config, _plan_of_block)
+
+
+def _plan_of_block(block: TransformerBlock) -> Plan:
+    """Blocks have experts or not."""
+    plan: Plan = {
         "attention_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None),  # hidden states, rotation or temperature, mask
-            desired_input_layouts=(Replicate(), None, None),
-        ),
-        "attention.wq": ColwiseParallel(),
-        "attention.wk": ColwiseParallel(),
-        "attention.wv": ColwiseParallel(),
-        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+        **attention_plan(),
         "ffn_norm": SequenceParallel(),
     }
     if block.moe is None:
-        return plan | feed_forward_plan("feed_forward")
+        return plan | feed_forward_plan()
     plan |= router_plan()
     if block.moe.shared_experts is not None:
         plan |= feed_forward_plan("moe.shared_experts")

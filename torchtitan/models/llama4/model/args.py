@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Self
 from torchtitan.config.load import origin
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
-from torchtitan.models.common.hf_config import HuggingFaceConfig
-from torchtitan.models.common.hf_export import hf_fields
+from torchtitan.models.common.divisibility import (
+    require_divisible_by_tp,
+    require_heads_divisible_by_cp,
+)
+from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf, rope_scaling_to_hf
-from torchtitan.models.common.tensor_parallel import require_divisible_by_tp
 from torchtitan.protocols.model import BaseModelArgs
 
 if TYPE_CHECKING:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
-from torchtitan.models.common.context_parallel import require_heads_divisible_by_cp
-from torchtitan.models.common.hf_config import HuggingFaceConfig, unsupported
-from torchtitan.models.common.hf_export import hf_fields
-from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.tensor_parallel import (
+from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
+    require_heads_divisible_by_cp,
     require_splittable_experts,
 )
+from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
+from torchtitan.models.common.moe import MoEArgs
 from torchtitan.protocols.model import BaseModelArgs
 
 if TYPE_CHECKING:
