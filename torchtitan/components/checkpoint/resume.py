@@ -1,6 +1,6 @@
-"""From what a run goes on, and whether it is the same: the model must be.
+"""Which checkpoint a run resumes from, and whether it is of the same model, as it must be.
 
-What else changed is shown.
+What else has changed is shown.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _in_turn(root: StoragePath, load_step: int) -> list[StoragePath]:
 
 
 def _saved_since(newest_first: list[StoragePath], load_step: int) -> list[StoragePath]:
-    """Those that runs with this `load_step` have saved last, and damaged ones between them."""
+    """What runs with this `load_step` have saved last, and damaged ones between."""
     since: list[StoragePath] = []
     damaged: list[StoragePath] = []
     for folder in newest_first:
@@ -174,7 +174,7 @@ def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
 def model_differences(
     saved: dict[str, Any], current: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Of two descriptions: each field that makes another model, its old and new value.
+    """Each field in which two descriptions are of another model, its old and new value.
 
     How attention is computed and how strongly a router is balanced make no other model. Whether it
     is, does: checkpoints have buffers for it. Of a tokenizer, its files count and not the place
@@ -250,7 +250,7 @@ def _absolute(tokenizer: str) -> str:
 
 
 def _tokenizer_digest(tokenizer: str) -> str:
-    """Of the files that make a tokenizer; "" for `bytes`, which has none."""
+    """Digest of the files that make a tokenizer; "" for `bytes`, which has none."""
     if tokenizer == "bytes":
         return ""
     digest = hashlib.sha256()
