@@ -79,7 +79,7 @@ class _Runs:
         self._outcomes: dict[str, Outcome] = {}
 
     def outcome(self, check: Check, make_folder: Callable[[], Path]) -> Outcome:
-        """Of a check and, if they did not run yet, those that it needs."""
+        """The outcome of a check; checks that it needs run before, if they have not."""
         from torchtitan.authoring.verify.run import run_check, skipped_for
 
         if check.name not in self._outcomes:

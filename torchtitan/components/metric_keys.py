@@ -16,7 +16,7 @@ class MetricKey:
     key: str
     label: str
     unit: str
-    """Of the value in the file; empty for a plain number."""
+    """Unit of the value in the file; empty for a plain number."""
     meaning: str
     when: str = ""
     """When the key is there; empty: always."""

@@ -229,7 +229,7 @@ class TensorBoardSink:
         self._folder = folder
         self._writer: Any = None  # a SummaryWriter
         self._purge_step: int | None = None
-        """Of the next event file: steps from this one on in earlier files do not count."""
+        """For the next event file: steps from this one on in earlier files do not count."""
         self._next_try = -math.inf
         self._started = False
 

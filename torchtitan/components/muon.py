@@ -19,7 +19,8 @@ _Matrix = tuple[torch.Tensor, dict[str, Any]]
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic that takes singular values in (0, 1] to about 1 (Keller Jordan, Muon, 2024)."""
+"""Coefficients of the quintic that takes singular values in (0, 1] to about 1 (Keller Jordan, Muon,
+2024)."""
 
 
 class Muon(torch.optim.Optimizer):

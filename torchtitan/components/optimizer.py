@@ -36,7 +36,7 @@ class NamedParameter:
     """A trainable parameter and what the optimizers need to know of it."""
 
     name: str
-    """As in checkpoints."""
+    """Name of the parameter, as in checkpoints."""
     param: nn.Parameter
     kind: str
     """`norm`, `bias`, `embedding`, `output` or `weight`."""
@@ -133,9 +133,9 @@ _SETTINGS = frozenset(
         *("nesterov", "amsgrad", "maximize", "fused", "foreach", "capturable", "differentiable"),
     }
 )
-"""Of groups, what the config sets. Some optimizers keep there what they have found out, too, and
-the learning rate is the schedule's, which may go on from that of the checkpoint, as PyTorch's do.
-"""
+"""What the config sets in a parameter group. Some optimizers keep there what they have found out,
+too, and the learning rate is the schedule's, which may go on from that of the checkpoint, as
+PyTorch's do."""
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

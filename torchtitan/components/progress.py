@@ -93,7 +93,7 @@ class BarProgress:
         self._drawn: list[int] = []
         """Widths of the lines that are on the screen now."""
         self._width = 0
-        """Of the terminal when they were drawn."""
+        """Width of the terminal when they were drawn."""
         self._losses = History()
         self._warnings = WarningCounter()
         self._validation: float | None = None

@@ -54,7 +54,7 @@ class Stragglers:
         self._own = self._clock() - begin - self._waited
 
     def metrics(self) -> dict[str, float]:
-        """Of the last step measured since the last call; empty if there was none. Collective.
+        """Times of the last step measured since the last call; empty if there was none. Collective.
 
         * `own_seconds_mean`, `own_seconds_max`: the time that ranks worked in the step, that is
           waited for data, computed, and launched kernels, but not communicated;

@@ -35,7 +35,7 @@ class MXLinear:
 
 @dataclass
 class QuantizeLinear:
-    """Of linear layers."""
+    """Linear layers that compute in 8 bits."""
 
     float8: Float8Linear = field(default_factory=Float8Linear)
     """See `[quantize.linear.float8]`."""
@@ -54,7 +54,7 @@ class Float8GroupedMM:
 
 @dataclass
 class MXGroupedMM:
-    """The same in MXFP8, which is only emulated yet (`quantize.grouped_mm.mx`)."""
+    """Experts whose grouped products take MXFP8, only emulated yet (`quantize.grouped_mm.mx`)."""
 
     emulate: bool = False
     """As in `quantize.linear.float8`."""
@@ -62,7 +62,7 @@ class MXGroupedMM:
 
 @dataclass
 class QuantizeGroupedMM:
-    """Of experts."""
+    """Experts that compute in 8 bits."""
 
     float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
     """See `[quantize.grouped_mm.float8]`."""

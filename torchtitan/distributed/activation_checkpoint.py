@@ -47,7 +47,7 @@ MATMUL_OPS = {
     _aten._scaled_mm.default,
     _aten._scaled_grouped_mm.default,
 }
-"""Of these, selective checkpointing per op keeps every other one."""
+"""Products, of which selective checkpointing per op keeps every other one."""
 
 
 def apply_ac(model: nn.Module, job_config: JobConfig) -> None:

@@ -75,7 +75,7 @@ class CollectiveObserver(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Those in nested lists."""
+    """The tensors in nested lists."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

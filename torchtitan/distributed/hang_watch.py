@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 
 PHASES = ("start", "data", "token count", "forward_backward", "optimizer", "after the step")
-"""Of a step, in their order."""
+"""Phases of a step, in their order."""
 _MOST_NAMED = 8
 _STORE_SECONDS = 20.0
 
@@ -43,7 +43,7 @@ class Heartbeat:
     waits: bool
     """Whether that is inside of PyTorch's communication."""
     time: float
-    """Of sending, in seconds since 1970."""
+    """When it was sent, in seconds since 1970."""
 
     @property
     def place(self) -> tuple[int, int]:

@@ -258,8 +258,8 @@ class _Stage(PipelineStage):
     """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """Those that connect it to other ranks. The two in the middle of a V are on one, and torch
-        2.11 would have gloo connect that to itself.
+        """The operations that connect it to other ranks. The two in the middle of a V are on one,
+        and torch 2.11 would have gloo connect that to itself.
         """
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]

@@ -37,7 +37,7 @@ the stages r and 2 pp - 1 - r."""
 
 
 SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-"""They compute the gradients of inputs first and those of weights later, to fill the bubble."""
+"""Schedules that compute gradients of inputs first, of weights later, to fill the bubble."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class CsvSchedule:
     """What `parallelism.pipeline_parallel_schedule_csv` says: a row a rank, actions like `1F0`."""
 
     stages: list[list[int]]
-    """Of each rank, ascending."""
+    """The stages of each rank, ascending."""
     microbatches: int
     splits_backward: bool
 

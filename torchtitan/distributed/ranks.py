@@ -47,7 +47,7 @@ class RankFailure:
     reason: str
     """One line: `ValueError: ...`, `killed by SIGSEGV`, `exit code 2`, `not done after 60 s`."""
     traceback: str = ""
-    """Of its exception; of all its threads if it crashed or had to be stopped."""
+    """Traceback of its exception; of all its threads if it crashed or had to be stopped."""
     output: str = ""
     """The end of what it wrote to stdout and stderr."""
     exit_code: int | None = None
@@ -188,11 +188,11 @@ class _Rank:
     error: tuple[str, str, bytes] | None = None
     """An exception in one line, its traceback, and itself, pickled (b"" if it cannot be)."""
     process: Any = field(init=False)
-    """Of `multiprocessing`; its types say too little of a process that has begun, or ended."""
+    """A `multiprocessing` process; its types say too little of one that has begun, or ended."""
     pipe: connection.Connection = field(init=False)
 
     def output_files(self) -> list[Path]:
-        """Of stdout and stderr."""
+        """The files of stdout and stderr."""
         return [self.output.with_suffix(suffix) for suffix in (".out", ".err")]
 
     def start(self, context: Any) -> None:

@@ -148,7 +148,7 @@ class _Agent(LocalElasticAgent):
         return settings is not None and settings.min_nodes < settings.max_nodes
 
     def _rendezvous_settings(self) -> Any:
-        """Those of the c10d rendezvous; None with the static one, which hosts meet in but once."""
+        """Settings of the c10d rendezvous; None with the static one, where hosts meet but once."""
         return getattr(self._worker_group.spec.rdzv_handler, "settings", None)
 
     def _rendezvous(self, worker_group: Any) -> None:

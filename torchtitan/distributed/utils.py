@@ -95,7 +95,7 @@ def init_distributed(timeout_seconds: int) -> None:
     if device_type() == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device())
-    # So many of the last collectives does PyTorch keep a record of, for when they hang.
+    # How many of the last collectives PyTorch keeps a record of, for when they hang.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     # Else gloo connects each rank with all others in each group that is made: with 10,000 ranks and
     # two groups of them all, a process has 20,000 sockets before the first step. Collectives need a

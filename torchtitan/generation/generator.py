@@ -33,7 +33,7 @@ class Completion:
     """What a model made of a prompt."""
 
     tokens: list[int] = field(default_factory=list)
-    """Those generated, without the one that ended the text."""
+    """The tokens generated, without the one that ended the text."""
     finish_reason: Literal["stop", "length"] = "length"
     """`stop`: the model ended the text. `length`: the limit of tokens was reached."""
 

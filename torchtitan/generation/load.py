@@ -61,7 +61,7 @@ class ModelOptions:
     tokenizer: str | None = None
     """`bytes`, or a folder with a tokenizer.json. Default: that of the run, or the checkpoint's"""
     dtype: DTypeName = "auto"
-    """Of the weights and of the computation. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    """Dtype of the weights and of the computation. `auto`: bfloat16 on CUDA, float32 on a CPU."""
     tensor_parallel_degree: int = 1
     """Ranks (of torchrun) that share each layer's matrices."""
 
@@ -74,7 +74,7 @@ class Source:
     model_name: str
     spec: TrainSpec
     job_config: JobConfig
-    """That of the run, or the defaults, but with the options' model and layout."""
+    """The config of the run, or the defaults, but with the options' model and layout."""
     tokenizer: Tokenizer
     manifest: Manifest | None
     """None: a Hugging Face folder."""
@@ -288,7 +288,7 @@ def _stop_tokens(source: Source) -> frozenset[int]:
 
 
 def _told_ends(folder: Path) -> list[int]:
-    """As `transformers` takes them: of `generation_config.json`, or without it of `config.json`."""
+    """Tokens that end a text, of `generation_config.json`, or without it of `config.json`."""
     for path in (folder / "generation_config.json", folder / CONFIG):
         if not path.is_file():
             continue

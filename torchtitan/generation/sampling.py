@@ -38,7 +38,7 @@ class Sampling:
             raise ConfigError(f"{name} has no effect at temperature = 0, which is greedy")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of each token to be drawn, `[..., vocab]` float32, for logits of that shape."""
+        """Probability of each token, `[..., vocab]` float32, for logits of that shape."""
         logits = logits.float() / self.temperature
         if self.top_k is not None:
             smallest = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class Score:
-    """Of a continuation, given what comes before."""
+    """Score of a continuation, given what comes before."""
 
     log_likelihood: float
     """Natural logarithm of its probability."""

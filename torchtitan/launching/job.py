@@ -85,7 +85,7 @@ def job_name(options: Options) -> str:
 
 
 def seconds_of(time: str) -> int:
-    """Of Slurm's `MINUTES`, `HOURS:MINUTES:SECONDS` or `DAYS-HOURS[:MINUTES[:SECONDS]]`.
+    """Seconds of Slurm's `MINUTES`, `HOURS:MINUTES:SECONDS` or `DAYS-HOURS[:MINUTES[:SECONDS]]`.
 
     Raises:
         ConfigError: it is none of them.

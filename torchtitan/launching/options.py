@@ -42,7 +42,7 @@ class Options:
     processes_per_node: Annotated[int | None, _option("N")] = None
     """Ranks on a host. Default: one for each GPU."""
     name: Annotated[str | None, _option("NAME")] = None
-    """Of the job. Default: that of the file."""
+    """Name of the job. Default: that of the file."""
     max_restarts: Annotated[int, _option("N")] = 3
     """How often ranks that crash are started again, from the newest checkpoint. Preempted jobs are
     started again as often as it takes."""

@@ -16,7 +16,7 @@ def split_mount(mount: str) -> tuple[str, str]:
 
 
 def checkpoint_folder(job: LaunchJob) -> PurePosixPath | None:
-    """As the ranks see it; None if no checkpoints are saved, or behind a URL."""
+    """The folder as the ranks see it; None if no checkpoints are saved, or behind a URL."""
     if job.checkpoints is None:
         return None
     return PurePosixPath(job.options.workdir or "", job.checkpoints)

@@ -206,7 +206,7 @@ class Printer:
         self._write()
 
     def add(self, number: int, token: int | None) -> None:
-        """Of text `number`, the next token; None when it is over."""
+        """Take the next token of text `number`; None when it is over."""
         stream = self._streams[number]
         text = stream.end() if token is None else stream.add(token)
         self.generated[number] += text

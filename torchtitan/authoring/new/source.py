@@ -24,9 +24,9 @@ class Names:
     """What a model's things are called: `your_model`, `YourModel`, `YourModelArgs`, ..."""
 
     model: str
-    """Of the folder and in `model.name`."""
+    """Name of the folder, and `model.name` of a config."""
     prefix: str
-    """Of the classes."""
+    """Begins the names of the classes."""
 
     @classmethod
     def of(cls, name: str) -> Names:

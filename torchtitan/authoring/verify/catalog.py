@@ -46,7 +46,7 @@ MODULES = (
 
 
 def all_checks() -> list[Check]:
-    """Those that need no other one need that the model can be imported."""
+    """All checks. Those that need no other one need that the model can be imported."""
     checks = [check for module in MODULES for check in module.CHECKS]
     return [IMPORT, *(replace(c, needs=c.needs or (IMPORT.name,)) for c in checks)]
 

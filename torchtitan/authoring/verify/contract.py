@@ -21,7 +21,7 @@ from .probe import some
 from .subject import Subject
 
 OPTIONAL_INPUTS = ("positions", "document_ids")
-"""Of `forward`; what the trainer can fill."""
+"""Inputs of `forward` that the trainer can fill."""
 
 PARAMETERS = {
     "parallelize_fn": ("model", "world_mesh", "parallel_dims", "job_config"),

@@ -141,7 +141,7 @@ def _measure(model: nn.Module, subject: Subject, seq: int) -> float:
 
 
 def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
-    """Of a product of groups of rows or columns, given as shapes; each group meets one matrix."""
+    """FLOPs of a product of groups of rows or columns (shapes); each group meets one matrix."""
     batches = a[0] if len(a) == len(b) == 3 else 1
     return 2 * batches * a[-2] * a[-1] * b[-1]
 

@@ -29,7 +29,7 @@ from .probe import hidden_states, is_constant, relative_difference, some, with_n
 from .subject import Subject
 
 TOLERANCE = 1e-4
-"""Of hidden states and logits in float32, over the largest."""
+"""Greatest difference allowed in hidden states and logits in float32, over the largest."""
 
 _SIZES = {
     "dim": "hidden_size",
@@ -145,7 +145,7 @@ def names_match(subject: Subject) -> str:
 
 
 def _closest(names: list[str], files: dict[str, Any]) -> list[str]:
-    """Of the files' names, those most like the first of `names`."""
+    """The names in the files that are most like the first of `names`."""
     from difflib import get_close_matches
 
     return get_close_matches(names[0], files, n=3, cutoff=0.0)

@@ -104,7 +104,7 @@ _SHARPER = 4.0
 def _differences(
     narrow: dict[str, torch.Tensor], wide: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """Of modules with outputs `[batch, seq, features]`, how much these differ."""
+    """How much the outputs `[batch, seq, features]` of modules differ, by module."""
     return {
         name: _median_difference(narrow[name], expected)
         for name, expected in wide.items()
@@ -120,7 +120,7 @@ def _first_coarse(narrow: dict[str, torch.Tensor], wide: dict[str, torch.Tensor]
 
 
 def _median_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of `[batch, seq, features]`, over all tokens."""
+    """Relative difference of two `[batch, seq, features]`, the median over all tokens."""
     expected = expected.float()
     difference = (actual.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
     return difference.median().item()
@@ -128,14 +128,14 @@ def _median_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextmanager
 def _autocast(model: nn.Module) -> Iterator[None]:
-    """As training on one process does."""
+    """Mixed precision as in training on one process."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         yield
 
 
 @contextmanager
 def _cast_parameters(model: nn.Module) -> Iterator[None]:
-    """As FSDP does: parameters in bfloat16, buffers as they are."""
+    """Mixed precision as FSDP has it: parameters in bfloat16, buffers as they are."""
     kept = {name: parameter.data for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()

@@ -56,11 +56,11 @@ class Recording:
     initial: Tensors = field(default_factory=dict)
     """Parameters and buffers before the first step."""
     outputs: Outputs = field(default_factory=dict)
-    """Of each module in the first step, in the order in which modules finish; "" is the model."""
+    """Outputs of each module in the first step, in the order of finishing; "" is the model."""
     recomputed: Outputs = field(default_factory=dict)
     """The same, as activation checkpointing computed them again in the backward pass."""
     gradients: Tensors = field(default_factory=dict)
-    """Of each parameter that has one, after the first step's backward pass."""
+    """Gradient of each parameter that has one, after the first step's backward pass."""
     weights: Tensors = field(default_factory=dict)
     """Parameters and buffers after the last step."""
 
@@ -105,7 +105,7 @@ class RandomTokens:
         return self._waiting.pop(0)
 
     def _batch(self, step: int) -> Tensors:
-        """Of all ranks, each tensor `[BATCH, seq_len]`."""
+        """The batch of all ranks, each tensor `[BATCH, seq_len]`."""
         seq_len = self._subject.seq_len
         tokens = self._subject.tokens(BATCH, seq_len + 1, seed=step)
         prompts = torch.arange(BATCH)[:, None] * seq_len // (BATCH + 4)

@@ -38,9 +38,9 @@ class Comparison:
     loss_error: float
     norm_error: float
     first_loss_error: float = 0.0
-    """Of the first step alone, in which the weights are the same."""
+    """Error of the loss of the first step alone, in which the weights are the same."""
     names: set[str] = field(default_factory=set)
-    """Of this rank's parameters and buffers."""
+    """Names of this rank's parameters and buffers."""
     order: list[str] = field(default_factory=list)
     """Modules of the reference, in forward order."""
     expected_names: set[str] = field(default_factory=set)

@@ -41,7 +41,7 @@ class BackgroundSaves:
         self._stager: HostCopy | None = None
         self._future: Future | None = None
         self.step: int | None = None
-        """That of the save under way; None: there is none, or its end was seen by `finish`."""
+        """Step of the save under way; None: there is none, or its end was seen by `finish`."""
 
     def start(self, step: int, state: dict[str, Any], writer: CheckpointWriter) -> None:
         """Begin to save. `state` has the parts "model" and "optimizer", and others.

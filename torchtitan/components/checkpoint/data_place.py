@@ -80,7 +80,7 @@ def saved_seq_len(checkpoint: OpenCheckpoint) -> int | None:
 
 
 def source_names(config: dict[str, Any]) -> list[str]:
-    """Of `data.sources` in a configuration that was written as TOML."""
+    """Names of `data.sources` in a configuration that was written as TOML."""
     sources = config.get("data", {}).get("sources", [])
     return [source.get("name") or source.get("dataset", "") for source in sources]
 

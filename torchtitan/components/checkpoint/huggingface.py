@@ -62,7 +62,7 @@ class ExportAssets:
     chat_template: str = ""
     """Text of `chat_template.jinja`, in place of one of the tokenizer's; "": leave it."""
     conversations: bool = False
-    """They were trained on, so what ends a turn ends a text."""
+    """Whether conversations were trained on, so that what ends a turn ends a text."""
     add_bos: bool | None = None
     """Whether bos began the documents that were trained on; None: unknown."""
 
@@ -307,7 +307,7 @@ def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
 def differences(
     saved: Any, current: Any, ignored: frozenset[str], prefix: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """Of two dataclasses: name of each field that differs, and a text with both values."""
+    """The name of each field in which two dataclasses differ, and a text with both values."""
     for field in dataclasses.fields(current):
         if field.name in ignored:
             continue

@@ -32,7 +32,7 @@ _NO_CHECKSUM = b'"crc32": "00000000"\n}\n'
 
 
 def _checkpoints_below(folder: StoragePath) -> list[StoragePath]:
-    """Of the run whose folder it is, or of its folder of checkpoints."""
+    """The checkpoints in a folder: that of a run, or its folder of checkpoints."""
     if not isinstance(folder, Path):
         return []
     found = [*folder.glob("step-*/" + MANIFEST), *folder.glob("*/step-*/" + MANIFEST)]
@@ -103,7 +103,7 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Of all files but the manifest."""
+        """Size of all files but the manifest."""
         return sum(record.size for record in self.files.values())
 
     def check_sizes(self, folder: StoragePath) -> None:
@@ -183,7 +183,7 @@ def plain_args(args: Any) -> dict[str, Any]:
 def nested_differences(
     saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Of two nested dicts: the dotted name of each value that differs, and both; None: absent."""
+    """The dotted name of each value in which two nested dicts differ, and both; None: absent."""
     for name in dict.fromkeys([*saved, *current]):
         a, b = saved.get(name), current.get(name)
         if isinstance(a, dict) and isinstance(b, dict):

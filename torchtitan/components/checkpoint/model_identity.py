@@ -32,7 +32,7 @@ def describe_model(job_config: JobConfig, args: Any) -> dict[str, Any]:
 def model_differences(
     saved: dict[str, Any], current: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Of two descriptions: each field that makes another model, its old and new value.
+    """Each field in which two descriptions are of another model, its old and new value.
 
     How attention is computed and how strongly a router is balanced make no other model. Whether it
     is, does: checkpoints have buffers for it. Of a tokenizer, its files count and not the place
@@ -56,7 +56,7 @@ def _absolute(tokenizer: str) -> str:
 
 
 def _tokenizer_digest(tokenizer: str) -> str:
-    """Of the files that make a tokenizer; "" for `bytes`, which has none."""
+    """Digest of the files that make a tokenizer; "" for `bytes`, which has none."""
     if tokenizer == "bytes":
         return ""
     digest = hashlib.sha256()

@@ -42,16 +42,16 @@ class Owner:
     """A run, as it leaves its name in the folder of its checkpoints."""
 
     job: str
-    """The same each time that torchrun starts the ranks again."""
+    """Name of the job: the same each time that torchrun starts the ranks again."""
     start: str
-    """Another one each time."""
+    """Name of this start of the job: another one each time."""
     folder: str
-    """Of the checkpoints. A copy of it belongs to nobody."""
+    """Folder of the checkpoints. A copy of it belongs to nobody."""
     host: str
     pid: int
-    """Of rank 0."""
+    """Process number of rank 0."""
     process: str
-    """Tells it from others that have the same number, here or elsewhere, sooner or later."""
+    """Boot and start time of that process, since numbers are used again."""
     since: str
 
     @classmethod
@@ -99,7 +99,7 @@ class Owner:
 
 
 class Claim:
-    """This run's on the folder of its checkpoints. For rank 0 alone.
+    """This run's claim to the folder of its checkpoints. For rank 0 alone.
 
     Args:
         folder: that of the checkpoints.
@@ -206,7 +206,7 @@ def refuse_live_owner(folder: StoragePath) -> None:
 
 
 def _write(folder: StoragePath, owner: Owner) -> None:
-    """So that it is there as a whole."""
+    """Write the owner, so that it is there as a whole or not at all."""
     content = json.dumps(asdict(owner), indent=1).encode() + b"\n"
     if not isinstance(folder, Path):
         folder.mkdir()

@@ -72,7 +72,7 @@ class TensorSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Of one entry of the first dimension."""
+        """Bytes of one entry of the first dimension."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
@@ -191,7 +191,7 @@ class SafetensorsWriter:
         self.write_elements(name, tensor.contiguous().view(-1), first)
 
     def write_elements(self, name: str, tensor: torch.Tensor, start: int) -> None:
-        """The same for neighbouring elements, from number `start` on; the tensor is flat."""
+        """Write neighbouring elements, from number `start` on; the tensor is flat."""
         assert tensor.dtype == self.specs[name].dtype, name
         if tensor.numel():
             self._file.seek(self._data + self._starts[name] + start * tensor.itemsize)

@@ -25,7 +25,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def no_curves() -> dict[str, Curve]:
-    """Those of a run that was not started."""
+    """The curves of a run that was not started."""
     return {name: {} for name in METRICS}
 
 

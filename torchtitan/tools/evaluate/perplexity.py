@@ -31,7 +31,7 @@ class Perplexity:
     tokens: int
     """Predicted: those of the documents, and the eos that ends each."""
     bytes: int
-    """Of the documents' text in UTF-8."""
+    """Size of the documents' text in UTF-8."""
     documents: int
 
 
@@ -54,11 +54,11 @@ class TokenStream:
         self._source, self._tokenizer, self._max_tokens = source, tokenizer, max_tokens
         self._add_bos = add_bos
         self.tokens = self.bytes = self.documents = 0
-        """Of the documents read so far."""
+        """Counts of the documents read so far."""
 
     def sequences(self, seq_len: int) -> Iterator[list[int]]:
-        """Of `seq_len + 1` tokens at most; each begins with the last token of the one before, so
-        that every token of the documents has one before it.
+        """Sequences of `seq_len + 1` tokens at most; each begins with the last token of the one
+        before, so that every token of the documents has one before it.
 
         Raises:
             DataError: the dataset holds no text, or something else.

@@ -20,9 +20,9 @@ WIDTH, HEIGHT = 380, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 26
 
 _MOST_POINTS = 500
-"""Of a line; more cannot be told apart on a screen."""
+"""Points of a line; more cannot be told apart on a screen."""
 _POINTS_OF_PAGE = 20_000
-"""Of all lines: about a megabyte and a half."""
+"""Points of all lines: about a megabyte and a half."""
 _MOST_MARKS = 100
 _FEW = 30
 """Points that are marked by dots, as a line alone would not tell where they are."""

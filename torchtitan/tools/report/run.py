@@ -79,7 +79,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Of training, of all processes that took part one after the other; None if unknown.
+        """Time of training, of all processes that took part one after the other; None if unknown.
 
         Each counts from its own beginning, so that a smaller value is of another one.
         """
