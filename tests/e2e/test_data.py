@@ -86,8 +86,10 @@ def test_a_mixture_is_resumed_on_other_ranks_with_its_counts(mixture: str, tmp_p
     assert [line["step"] for line in again] == [1, 2, 3, 4, 5, 6]
     for line, expected in zip(again[3:], whole[3:], strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-        for key in ("data_tokens/lines", "data_tokens/chat", "data_epoch/lines"):
+        for key in ("data_tokens/lines", "data_tokens/chat"):
             assert line[key] == pytest.approx(expected[key])
+        # A row that has not read of its pool since then does not know how large it is.
+        assert 0 < line["data_epoch/lines"] <= expected["data_epoch/lines"] * (1 + 1e-6)
 
     done = command(
         *("train", *OPTIONS, mixture, *SAVING, "--data.packing=contiguous"),
