@@ -6,9 +6,8 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
-from torchtitan.config.load import origin
+from torchtitan.config.load import fail
 from torchtitan.distributed.utils import rank
-from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -25,10 +24,12 @@ def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> 
     size = getattr(model_args, "vocab_size", None)
     if tokenizer is None or fits_vocabulary(tokenizer, size, job_config.model.tokenizer_path):
         return
-    raise ConfigError(
-        f"{origin(job_config, 'model.tokenizer_path')}: the tokenizer has {tokenizer.vocab_size} "
-        f"tokens, but {job_config.model.name} {job_config.model.flavor} has only {size} in its "
-        f"vocabulary. Use the model's own tokenizer, or a flavor with a larger vocabulary"
+    fail(
+        job_config,
+        "model.tokenizer_path",
+        f"the tokenizer has {tokenizer.vocab_size} tokens, but {job_config.model.name} "
+        f"{job_config.model.flavor} has only {size} in its vocabulary. Use the model's own "
+        "tokenizer, or a flavor with a larger vocabulary",
     )
 
 
@@ -56,15 +57,17 @@ def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bo
 def check_builders(spec: TrainSpec, job_config: JobConfig) -> None:
     """Optional parts of a `TrainSpec` that the config needs."""
     if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.pipeline_parallel_degree')}: "
-            f"{job_config.model.name} has no pipeline_fn in its TrainSpec"
+        fail(
+            job_config,
+            "parallelism.pipeline_parallel_degree",
+            f"{job_config.model.name} has no pipeline_fn in its TrainSpec",
         )
     if job_config.validation.enable and not (spec.build_tokenizer_fn or spec.build_validator_fn):
-        raise ConfigError(
-            f"{origin(job_config, 'validation.enable')}: {job_config.model.name} has neither a "
-            "build_tokenizer_fn, which the usual validator needs, nor a build_validator_fn in its "
-            "TrainSpec"
+        fail(
+            job_config,
+            "validation.enable",
+            f"{job_config.model.name} has neither a build_tokenizer_fn, which the usual validator "
+            "needs, nor a build_validator_fn in its TrainSpec",
         )
 
 
@@ -74,9 +77,10 @@ def model_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobC
     wanted = []
     if job_config.training.document_mask:
         if "document_ids" not in accepted:
-            raise ConfigError(
-                f"{origin(job_config, 'training.document_mask')}: the forward() of "
-                f"{job_config.model.name} takes no document_ids"
+            fail(
+                job_config,
+                "training.document_mask",
+                f"the forward() of {job_config.model.name} takes no document_ids",
             )
         wanted = ["positions", "document_ids"]
     elif parallel_dims.pp_enabled or parallel_dims.cp_enabled:
@@ -84,8 +88,10 @@ def model_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobC
         # where it belongs.
         wanted = ["positions"]
     if parallel_dims.cp_enabled and "positions" not in accepted:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.context_parallel_degree')}: the forward() of "
-            f"{job_config.model.name} takes no positions, so it cannot work on a part of a sequence"
+        fail(
+            job_config,
+            "parallelism.context_parallel_degree",
+            f"the forward() of {job_config.model.name} takes no positions, so it cannot work on a "
+            "part of a sequence",
         )
     return [name for name in wanted if name in accepted]

@@ -1,7 +1,7 @@
 """The configuration: dataclasses (one file a section), TOML + command line loading, and rules."""
 
 from .job_config import JobConfig
-from .load import load_config, origin
+from .load import fail, load_config, origin
 from .toml_file import to_toml
 
-__all__ = ["JobConfig", "load_config", "origin", "to_toml"]
+__all__ = ["JobConfig", "fail", "load_config", "origin", "to_toml"]

@@ -14,10 +14,9 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.config.load import origin
+from torchtitan.config.load import fail
 from torchtitan.distributed.ring_attention import ring_attention
 from torchtitan.distributed.sequence_shards import SequenceShards
-from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -60,25 +59,28 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     masks = [m for m in model.modules() if isinstance(m, CausalMask)]
     attentions = [m for m in model.modules() if isinstance(m, ScaledDotProductAttention)]
     if not masks or (not attentions and model.layers):
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.context_parallel_degree')}: "
+        fail(
+            job_config,
+            "parallelism.context_parallel_degree",
             f"{job_config.model.name} does not attend by a CausalMask and a "
             "ScaledDotProductAttention of torchtitan.models.common.attention, so its attention "
-            "cannot be shared. Set it to 1"
+            "cannot be shared. Set it to 1",
         )
     # Its kernels are called with the default scale, and know nothing that a subclass adds.
     plain = all(type(a) is ScaledDotProductAttention and a.scale is None for a in attentions)
     if method == "ring" and not plain:
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.context_parallel_method')}: a ring knows scaled dot "
-            f"product attention alone, but {job_config.model.name} has layers with a scale or "
-            "terms of their own. Use 'allgather' or 'ulysses'"
+        fail(
+            job_config,
+            "parallelism.context_parallel_method",
+            f"a ring knows scaled dot product attention alone, but {job_config.model.name} has "
+            "layers with a scale or terms of their own. Use 'allgather' or 'ulysses'",
         )
     if method == "ring" and any(mask.window or mask.chunk for mask in masks):
-        raise ConfigError(
-            f"{origin(job_config, 'parallelism.context_parallel_method')}: a ring knows plain "
-            f"causal attention alone, but {job_config.model.name} has layers that attend in "
-            "windows or chunks. Use 'allgather' or 'ulysses'"
+        fail(
+            job_config,
+            "parallelism.context_parallel_method",
+            f"a ring knows plain causal attention alone, but {job_config.model.name} has layers "
+            "that attend in windows or chunks. Use 'allgather' or 'ulysses'",
         )
     shards = sequence_shards(cp_mesh, job_config)
     for mask in masks:
@@ -96,10 +98,11 @@ def require_applied_cp(model_parts: list[nn.Module], job_config: JobConfig) -> N
     """
     if all(hasattr(part, "applied_context_parallel") for part in model_parts):
         return
-    raise ConfigError(
-        f"{origin(job_config, 'parallelism.context_parallel_degree')}: the parallelize_fn of "
-        f"{job_config.model.name} does not support context parallelism: it does not call "
-        "torchtitan.distributed.context_parallel.apply_cp. Set it to 1"
+    fail(
+        job_config,
+        "parallelism.context_parallel_degree",
+        f"the parallelize_fn of {job_config.model.name} does not support context parallelism: it "
+        "does not call torchtitan.distributed.context_parallel.apply_cp. Set it to 1",
     )
 
 

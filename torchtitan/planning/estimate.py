@@ -14,13 +14,12 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.components.model_fit import check_builders
-from torchtitan.config import JobConfig, origin
+from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -161,7 +160,7 @@ def plan_run(
     _refuse_unplannable(config)
     if device.float8_flops == 0 and any("quantize." in c for c in config.model.converters):
         problem = f"{device.name} has no products of 8 bits"
-        raise ConfigError(f"{origin(config, 'model.converters')}: {problem}")
+        fail(config, "model.converters", problem)
     # Nothing can be traced through the compiler.
     compiled, config.compile.enable = config.compile.enable, False
     model_args = spec.model_args.update_from_config(config)
@@ -216,19 +215,25 @@ def plan_run(
 
 def _refuse_unplannable(config: JobConfig) -> None:
     if config.training.enable_cpu_offload:
-        raise ConfigError(
-            f"{origin(config, 'training.enable_cpu_offload')}: cannot be planned, as memory of the "
-            "host and its link are not. Set it to false to see what the device would need"
+        fail(
+            config,
+            "training.enable_cpu_offload",
+            "cannot be planned, as memory of the host and its link are not. Set it to false to "
+            "see what the device would need",
         )
     if config.parallelism.pipeline_parallel_schedule_csv:
-        raise ConfigError(
-            f"{origin(config, 'parallelism.pipeline_parallel_schedule_csv')}: cannot be planned. "
-            "Leave it empty, and name a parallelism.pipeline_parallel_schedule that is like it"
+        fail(
+            config,
+            "parallelism.pipeline_parallel_schedule_csv",
+            "cannot be planned. Leave it empty, and name a "
+            "parallelism.pipeline_parallel_schedule that is like it",
         )
     if config.activation_checkpoint.mode == "memory_budget":
-        raise ConfigError(
-            f"{origin(config, 'activation_checkpoint.mode')}: cannot be planned, as the compiler "
-            "decides. 'full' and 'none' are its bounds, 'selective' is between them"
+        fail(
+            config,
+            "activation_checkpoint.mode",
+            "cannot be planned, as the compiler decides. 'full' and 'none' are its bounds, "
+            "'selective' is between them",
         )
 
 

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from torchtitan.config import JobConfig, origin
+from torchtitan.config import JobConfig, fail, origin
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import three_digits
 
@@ -79,14 +79,17 @@ def search(
             devices can be.
     """
     if config.training.global_batch_size == -1:
-        raise ConfigError(
-            f"{origin(config, 'training.global_batch_size')}: a search needs it, as layouts are "
-            "compared at the same batch: --global-batch-size N"
+        fail(
+            config,
+            "training.global_batch_size",
+            "a search needs it, as layouts are compared at the same batch: --global-batch-size N",
         )
     if config.fault_tolerance.enable:
-        raise ConfigError(
-            f"{origin(config, 'fault_tolerance.enable')}: a search is for one replica group. Set "
-            "it to false, and give the devices and the share of the batch that a group has"
+        fail(
+            config,
+            "fault_tolerance.enable",
+            "a search is for one replica group. Set it to false, and give the devices and the "
+            "share of the batch that a group has",
         )
     end = time.monotonic() + seconds
     tell("tracing one layer under each checkpointing mode")

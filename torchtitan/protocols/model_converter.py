@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch.nn as nn
 
-from torchtitan.config import JobConfig, origin
-from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.config import JobConfig, fail
+from torchtitan.errors import did_you_mean
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -54,10 +54,10 @@ class ModelConvertersContainer:
         for name in names:
             if name not in MODEL_CONVERTERS:
                 problem = f"no such converter {name!r}.{did_you_mean(name, MODEL_CONVERTERS)}"
-                raise ConfigError(f"{origin(job_config, 'model.converters')}: {problem}")
+                fail(job_config, "model.converters", problem)
             if names.count(name) > 1:
                 problem = f"{name!r} is there twice"
-                raise ConfigError(f"{origin(job_config, 'model.converters')}: {problem}")
+                fail(job_config, "model.converters", problem)
         self.converters = [MODEL_CONVERTERS[name](job_config, parallel_dims) for name in names]
 
     def convert(self, model: nn.Module) -> None:

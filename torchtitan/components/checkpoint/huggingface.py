@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
-from torchtitan.config.load import origin
+from torchtitan.config.load import fail
 from torchtitan.data.chat import read_fields
 from torchtitan.distributed.utils import rank
-from torchtitan.errors import CheckpointError, ConfigError, DataError, begin_errors_with
+from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
@@ -105,9 +105,10 @@ def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) 
     checkpoint = job_config.checkpoint
     for key in ("initial_load_in_hf", "last_save_in_hf"):
         if getattr(checkpoint, key) and spec.state_dict_adapter is None:
-            raise ConfigError(
-                f"{origin(job_config, f'checkpoint.{key}')}: {job_config.model.name} has no "
-                "state_dict_adapter in its TrainSpec"
+            fail(
+                job_config,
+                f"checkpoint.{key}",
+                f"{job_config.model.name} has no state_dict_adapter in its TrainSpec",
             )
     path = initial_load_path(job_config)
     if path is not None and is_hf_weights(path):

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 import torch.nn as nn
 
-from torchtitan.config import origin
+from torchtitan.config import fail
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.utils import device_type, rank
-from torchtitan.errors import ConfigError
 from torchtitan.protocols.model_converter import register_model_converter
 
 from .linear import QuantizedLinear
@@ -82,7 +81,7 @@ class _Converter:
         """Nothing: scales are computed anew in each product."""
 
     def fail(self, option: str, problem: str) -> NoReturn:
-        raise ConfigError(f"{origin(self.job_config, f'{self.key}.{option}')}: {problem}")
+        fail(self.job_config, f"{self.key}.{option}", problem)
 
 
 class _LinearConverter(_Converter):
@@ -130,9 +129,11 @@ class _LinearConverter(_Converter):
         # Shared experts and the like process each rank's own part of a sequence.
         tokens = batch * config.training.seq_len // (dims.cp * dims.tp)
         if tokens % self.unit:
-            raise ConfigError(
-                f"{origin(config, key)}: {self.key} needs a multiple of {self.unit} tokens in the "
-                f"forward pass of a rank, and this makes {tokens}"
+            fail(
+                config,
+                key,
+                f"{self.key} needs a multiple of {self.unit} tokens in the forward pass of a "
+                f"rank, and this makes {tokens}",
             )
 
 
@@ -170,14 +171,15 @@ class _GroupedConverter(_Converter):
         if not layers:
             name = self.job_config.model.name
             problem = f"{self.key} is for mixtures of experts, and {name} has none"
-            raise ConfigError(f"{origin(self.job_config, 'model.converters')}: {problem}")
+            fail(self.job_config, "model.converters", problem)
         product = partial(quantized_grouped_linear, grouping=self.grouping, emulate=self.emulate)
         for layer in layers:
             if not hasattr(layer.experts, "product"):
-                raise ConfigError(
-                    f"{origin(self.job_config, 'model.converters')}: {self.key} needs experts that "
-                    f"multiply by `self.product`, as those of torchtitan.models.common.moe do, and "
-                    f"{type(layer.experts).__name__} has none"
+                fail(
+                    self.job_config,
+                    "model.converters",
+                    f"{self.key} needs experts that multiply by `self.product`, as those of "
+                    f"torchtitan.models.common.moe do, and {type(layer.experts).__name__} has none",
                 )
             self._check_sizes(layer.experts)
             layer.experts.product = product
@@ -187,9 +189,11 @@ class _GroupedConverter(_Converter):
         unit = self.unit * self.parallel_dims.etp
         for name, param in experts.named_parameters():
             if param.ndim == 3 and (param.size(1) % unit or param.size(2) % unit):
-                raise ConfigError(
-                    f"{origin(self.job_config, 'model.converters')}: {self.key} needs sizes that "
-                    f"are multiples of {unit}, and the experts' {name} is {list(param.shape)}"
+                fail(
+                    self.job_config,
+                    "model.converters",
+                    f"{self.key} needs sizes that are multiples of {unit}, and the experts' "
+                    f"{name} is {list(param.shape)}",
                 )
 
 

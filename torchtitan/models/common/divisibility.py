@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from torchtitan.config.load import origin
-from torchtitan.errors import ConfigError
+from torchtitan.config.load import fail
 from torchtitan.models.common.moe import ALIGNMENT
 from torchtitan.tools.multiples import divisors
 
@@ -25,10 +24,11 @@ def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:
         return
     degrees = divisors(math.gcd(*sizes.values()))
     written = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-    raise ConfigError(
-        f"{origin(job_config, 'parallelism.tensor_parallel_degree')}: does not divide the sizes of "
-        f"{job_config.model.name} {job_config.model.flavor} ({written}). "
-        f"Degrees that do: {', '.join(map(str, degrees))}"
+    fail(
+        job_config,
+        "parallelism.tensor_parallel_degree",
+        f"does not divide the sizes of {job_config.model.name} {job_config.model.flavor} "
+        f"({written}). Degrees that do: {', '.join(map(str, degrees))}",
     )
 
 
@@ -42,11 +42,12 @@ def require_splittable_experts(job_config: JobConfig, hidden_dim: int) -> None:
     if hidden_dim % (degree * ALIGNMENT) == 0:
         return
     degrees = divisors(hidden_dim // ALIGNMENT)
-    raise ConfigError(
-        f"{origin(job_config, 'parallelism.expert_tensor_parallel_degree')}: cannot cut the "
-        f"experts of {job_config.model.name} {job_config.model.flavor} (hidden_dim = {hidden_dim}) "
-        f"into parts of a multiple of {ALIGNMENT}. "
-        f"Degrees that do: {', '.join(map(str, degrees))}"
+    fail(
+        job_config,
+        "parallelism.expert_tensor_parallel_degree",
+        f"cannot cut the experts of {job_config.model.name} {job_config.model.flavor} (hidden_dim "
+        f"= {hidden_dim}) into parts of a multiple of {ALIGNMENT}. Degrees that do: "
+        f"{', '.join(map(str, degrees))}",
     )
 
 
@@ -63,10 +64,11 @@ def require_heads_divisible_by_cp(job_config: JobConfig, n_heads: int) -> None:
     degree = parallelism.context_parallel_degree
     if parallelism.context_parallel_method != "ulysses" or heads % degree == 0:
         return
-    raise ConfigError(
-        f"{origin(job_config, 'parallelism.context_parallel_degree')}: 'ulysses' shares the heads "
-        f"of {job_config.model.name} {job_config.model.flavor}, and a rank has {heads} of them "
-        f"(n_heads = {n_heads} / tensor_parallel_degree = {parallelism.tensor_parallel_degree}). "
-        f"Degrees that divide these: {', '.join(map(str, divisors(heads)))}. "
-        "The method 'allgather' takes any degree"
+    fail(
+        job_config,
+        "parallelism.context_parallel_degree",
+        f"'ulysses' shares the heads of {job_config.model.name} {job_config.model.flavor}, and a "
+        f"rank has {heads} of them (n_heads = {n_heads} / tensor_parallel_degree = "
+        f"{parallelism.tensor_parallel_degree}). Degrees that divide these: "
+        f"{', '.join(map(str, divisors(heads)))}. The method 'allgather' takes any degree",
     )

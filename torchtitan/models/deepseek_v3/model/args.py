@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from torchtitan.config.load import origin
-from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.config.load import fail
+from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -167,10 +167,12 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         parallelism = job_config.parallelism
         ring = parallelism.context_parallel_method == "ring"
         if ring and parallelism.context_parallel_degree > 1 and self.qk_dim != self.v_dim:
-            raise ConfigError(
-                f"{origin(job_config, 'parallelism.context_parallel_method')}: a ring passes on "
-                f"keys and values of one size, but {job_config.model.name} has keys of "
-                f"{self.qk_dim} features and values of {self.v_dim}. Use 'allgather' or 'ulysses'"
+            fail(
+                job_config,
+                "parallelism.context_parallel_method",
+                f"a ring passes on keys and values of one size, but {job_config.model.name} has "
+                f"keys of {self.qk_dim} features and values of {self.v_dim}. Use 'allgather' or "
+                "'ulysses'",
             )
         return replace(self, attention=job_config.model.attention)
 

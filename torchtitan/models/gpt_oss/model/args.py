@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from torchtitan.config.load import origin
-from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.config.load import fail
+from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -125,10 +125,12 @@ class GptOssModelArgs(BaseModelArgs):
         require_heads_divisible_by_cp(job_config, self.n_heads)
         key = "parallelism.expert_tensor_parallel_degree"
         if job_config.parallelism.expert_tensor_parallel_degree > 1:
-            raise ConfigError(
-                f"{origin(job_config, key)}: the experts of {job_config.model.name} have output "
-                "biases, which every rank that shares an expert would add. Set it to 1, and use "
-                "parallelism.expert_parallel_degree"
+            fail(
+                job_config,
+                key,
+                f"the experts of {job_config.model.name} have output biases, which every rank "
+                "that shares an expert would add. Set it to 1, and use "
+                "parallelism.expert_parallel_degree",
             )
         return replace(self, attention=job_config.model.attention)
 
