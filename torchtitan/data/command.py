@@ -16,6 +16,7 @@ from rich.table import Table
 
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.open_files import allow_open_files
+from torchtitan.tools.options import positive
 from torchtitan.tools.text import duration, human
 
 from .inspect import inspect
@@ -85,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tokenizer-path", default="bytes", help="as model.tokenizer_path")
     one.add_argument("--add-bos", action="store_true", help="as data.add_bos")
     one.add_argument(
-        "--workers", type=_positive, default=_cores(), help="processes (default: cores)"
+        "--workers", type=positive, default=_cores(), help="processes (default: cores)"
     )
     one.add_argument(
         "--shards",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="default: 64, up to 1024 for large data; a stream has a shard for each of its files",
     )
@@ -112,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--dataset", default="tokens", help="as training.dataset (default: tokens)")
     _add_fields(two)
     two.add_argument("--tokenizer-path", help="default: the one the tokens were prepared with")
-    two.add_argument("--samples", type=_positive, default=3, metavar="N", help="default: 3")
+    two.add_argument("--samples", type=positive, default=3, metavar="N", help="default: 3")
     two.add_argument(
-        "--characters", type=_positive, default=400, metavar="N", help="of a sample (default: 400)"
+        "--characters", type=positive, default=400, metavar="N", help="of a sample (default: 400)"
     )
     two.add_argument("--verify", action="store_true", help="check the content hashes first")
     two.add_argument("--chat-template", metavar="FILE", help="as data.chat_template")
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("folder", metavar="FOLDER", help="DUMP_FOLDER/bad_batches/batch-N")
     three.add_argument("--tokenizer-path", help="default: that of the run")
     three.add_argument(
-        "--characters", type=_positive, default=400, metavar="N", help="of a row (default: 400)"
+        "--characters", type=positive, default=400, metavar="N", help="of a row (default: 400)"
     )
     return parser
 
@@ -148,13 +149,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
 
 
 class _Bar:

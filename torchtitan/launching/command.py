@@ -11,6 +11,7 @@ import tyro
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.toml_file import TomlFile
+from torchtitan.tools.options import split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
 
 from . import kubernetes, skypilot, slurm, ssh
@@ -46,10 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             the tool that submits is not installed.
     """
     argv = sys.argv[1:] if argv is None else argv
-    own, overrides = argv, []
-    if "--" in argv:
-        end = argv.index("--")
-        own, overrides = argv[:end], argv[end + 1 :]
+    own, overrides = split_overrides(argv)
     options = tyro.cli(Options, args=own, prog="torchtitan launch", description=DESCRIPTION)
     check(options)
     require_folder(options.out, "--out")
@@ -101,6 +99,6 @@ def _checkpoints(config: JobConfig) -> str | None:
 
 def _rendering(argv: list[str]) -> str:
     """The command that shows what `argv` submits."""
-    own = argv[: argv.index("--")] if "--" in argv else argv
+    own, _ = split_overrides(argv)
     words = [word for word in own if word != "--dry-run"]
     return shlex.join(["torchtitan", "launch", *words, "--dry-run", *argv[len(own) :]])

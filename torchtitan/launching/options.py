@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from torchtitan.errors import ConfigError
-
-
-def _option(metavar: str) -> Any:
-    return tyro.conf.arg(metavar=metavar)
-
+from torchtitan.tools.options import flag, shown_as
 
 _Repeated = tyro.conf.UseAppendAction[list[str]]
 
 
 @dataclass
 class Options:
-    config: Annotated[tyro.conf.Positional[str], _option("CONFIG")]
+    config: Annotated[tyro.conf.Positional[str], shown_as("CONFIG")]
     """TOML file of the job, as for `torchtitan train`. Its text goes into what is rendered."""
     slurm: bool = False
     """A batch script, for sbatch."""
@@ -32,71 +28,71 @@ class Options:
     """A script that starts the job on --hosts, which have passwordless ssh."""
     dry_run: bool = False
     """Print what would be submitted, and do not submit it."""
-    out: Annotated[str | None, _option("FILE")] = None
+    out: Annotated[str | None, shown_as("FILE")] = None
     """Write it to a file too."""
 
-    nodes: Annotated[int, _option("N")] = 1
+    nodes: Annotated[int, shown_as("N")] = 1
     """Hosts."""
-    gpus_per_node: Annotated[int, _option("N")] = 8
+    gpus_per_node: Annotated[int, shown_as("N")] = 8
     """GPUs of a host; 0 for none."""
-    processes_per_node: Annotated[int | None, _option("N")] = None
+    processes_per_node: Annotated[int | None, shown_as("N")] = None
     """Ranks on a host. Default: one for each GPU."""
-    name: Annotated[str | None, _option("NAME")] = None
+    name: Annotated[str | None, shown_as("NAME")] = None
     """Name of the job. Default: that of the file."""
-    max_restarts: Annotated[int, _option("N")] = 3
+    max_restarts: Annotated[int, shown_as("N")] = 3
     """How often ranks that crash are started again, from the newest checkpoint. Preempted jobs are
     started again as often as it takes."""
-    grace: Annotated[int, _option("SECONDS")] = 180
+    grace: Annotated[int, shown_as("SECONDS")] = 180
     """How long before its end the job is told, to save a checkpoint."""
-    python: Annotated[str, _option("PATH")] = "python"
+    python: Annotated[str, shown_as("PATH")] = "python"
     """Python of the hosts, in which torchtitan is installed."""
-    workdir: Annotated[str | None, _option("FOLDER")] = None
+    workdir: Annotated[str | None, shown_as("FOLDER")] = None
     """Folder of the hosts to run in; relative paths of the job start there."""
-    setup: Annotated[_Repeated, _option("COMMAND")] = field(default_factory=list)
+    setup: Annotated[_Repeated, shown_as("COMMAND")] = field(default_factory=list)
     """Shell command for each host to run first, such as 'source .venv/bin/activate'."""
-    env: Annotated[_Repeated, _option("NAME=VALUE")] = field(default_factory=list)
+    env: Annotated[_Repeated, shown_as("NAME=VALUE")] = field(default_factory=list)
     """Environment variable of the ranks."""
-    secret: Annotated[_Repeated, _option("NAME[=SECRET/KEY]")] = field(default_factory=list)
+    secret: Annotated[_Repeated, shown_as("NAME[=SECRET/KEY]")] = field(default_factory=list)
     """Environment variable that is never written down (HF_TOKEN): taken from your environment when
     the job is submitted, on Kubernetes from key KEY of secret SECRET (default: torchtitan/NAME)."""
-    mount: Annotated[_Repeated, _option("SOURCE:/PATH")] = field(default_factory=list)
+    mount: Annotated[_Repeated, shown_as("SOURCE:/PATH")] = field(default_factory=list)
     """What the hosts see at /PATH: a folder of the host, for Kubernetes a claim (PVC) too, for
     SkyPilot a bucket (s3://...), which is copied to the hosts and not back: it is for data, and
     checkpoints go to a URL (checkpoint.folder)."""
-    image: Annotated[str | None, _option("IMAGE")] = None
+    image: Annotated[str | None, shown_as("IMAGE")] = None
     """Container; Kubernetes needs one, Slurm needs the plugin pyxis for it."""
-    port: Annotated[int, _option("N")] = 29500
+    port: Annotated[int, shown_as("N")] = 29500
     """On which ranks meet; Slurm's follows from the job's number."""
 
-    time: Annotated[str | None, _option("D-HH:MM:SS")] = None
+    time: Annotated[str | None, shown_as("D-HH:MM:SS")] = None
     """Slurm, Kubernetes: limit of the job."""
-    partition: Annotated[str | None, _option("NAME")] = None
+    partition: Annotated[str | None, shown_as("NAME")] = None
     """Slurm."""
-    account: Annotated[str | None, _option("NAME")] = None
+    account: Annotated[str | None, shown_as("NAME")] = None
     """Slurm."""
-    qos: Annotated[str | None, _option("NAME")] = None
+    qos: Annotated[str | None, shown_as("NAME")] = None
     """Slurm."""
-    sbatch: Annotated[_Repeated, _option("OPTION")] = field(default_factory=list)
+    sbatch: Annotated[_Repeated, shown_as("OPTION")] = field(default_factory=list)
     """Slurm: any other option of sbatch, such as constraint=h100. It goes before what the script
     asks for itself. cpus-per-task=N shares hosts with other jobs, which otherwise belong to the
     job, with all CPUs and memory."""
     kind: Literal["job", "jobset", "pytorchjob"] | None = None
     """Kubernetes: job (plain, the default), jobset or pytorchjob, which need their operators."""
-    namespace: Annotated[str | None, _option("NAME")] = None
+    namespace: Annotated[str | None, shown_as("NAME")] = None
     """Kubernetes."""
-    node_selector: Annotated[_Repeated, _option("LABEL=VALUE")] = field(default_factory=list)
+    node_selector: Annotated[_Repeated, shown_as("LABEL=VALUE")] = field(default_factory=list)
     """Kubernetes: label of the hosts to use."""
-    gpu_type: Annotated[str | None, _option("NAME")] = None
+    gpu_type: Annotated[str | None, shown_as("NAME")] = None
     """SkyPilot: H100, ... Default: H100."""
-    infra: Annotated[str | None, _option("CLOUD[/REGION]")] = None
+    infra: Annotated[str | None, shown_as("CLOUD[/REGION]")] = None
     """SkyPilot: where. Default: the cheapest."""
     spot: bool = False
     """SkyPilot: use machines that may be taken away."""
-    hosts: Annotated[str | None, _option("HOST,HOST")] = None
+    hosts: Annotated[str | None, shown_as("HOST,HOST")] = None
     """ssh: the hosts, the first of which the others connect to."""
-    head: Annotated[str | None, _option("ADDRESS")] = None
+    head: Annotated[str | None, shown_as("ADDRESS")] = None
     """ssh: name or address of the first host for the others. Default: its name in --hosts."""
-    ssh_command: Annotated[str | None, _option("COMMAND")] = None
+    ssh_command: Annotated[str | None, shown_as("COMMAND")] = None
     """ssh: COMMAND HOST bash -s must run a shell there. Default: ssh -o BatchMode=yes."""
 
     @property
@@ -146,10 +142,10 @@ def check(options: Options) -> None:
     for name, backends in _ONLY.items():
         if getattr(options, name) and chosen[0] not in backends:
             of = " and ".join(f"--{backend}" for backend in backends)
-            raise ConfigError(f"{_flag(name)}: an option of {of}, not of --{chosen[0]}")
+            raise ConfigError(f"{flag(name)}: an option of {of}, not of --{chosen[0]}")
     for name, least in {"nodes": 1, "gpus_per_node": 0, "max_restarts": 0, "grace": 1}.items():
         if getattr(options, name) < least:
-            raise ConfigError(f"{_flag(name)} {getattr(options, name)}: must be at least {least}")
+            raise ConfigError(f"{flag(name)} {getattr(options, name)}: must be at least {least}")
     if not 1 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port}: must be 1 to 65535")
     if options.processes < 1:
@@ -205,7 +201,7 @@ def _check_backend(options: Options) -> None:
 def _check_word(options: Options, name: str) -> None:
     value = getattr(options, name)
     if value is not None and not re.fullmatch(r"[-+./:@#*\w]+", value):
-        raise ConfigError(f"{_flag(name)} {value!r}: must be one word")
+        raise ConfigError(f"{flag(name)} {value!r}: must be one word")
 
 
 def _check_variable(variable: str) -> None:
@@ -217,7 +213,3 @@ def _check_variable(variable: str) -> None:
             f"--env {name}=...: what is rendered would show it. Use --secret {name}, which "
             "takes it from where it is kept"
         )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

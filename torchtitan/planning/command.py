@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.console import Console
 from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
+from torchtitan.tools.options import flag, shown_as, split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
 
 _SECONDS_OF_A_LINE = 10.0
@@ -39,41 +40,37 @@ Exit code: 0 if the run fits (or the search found one that does), 1 if not, 2 fo
 command or the config."""
 
 
-def _option(metavar: str, *aliases: str) -> Any:
-    return tyro.conf.arg(metavar=metavar, aliases=aliases)
-
-
 @dataclass
 class Options:
-    config: Annotated[tyro.conf.Positional[str], _option("CONFIG")]
+    config: Annotated[tyro.conf.Positional[str], shown_as("CONFIG")]
     """TOML file of the job."""
-    world_size: Annotated[int | None, _option("N", "--gpus")] = None
+    world_size: Annotated[int | None, shown_as("N", "--gpus")] = None
     """Devices. Default: the product of the degrees of parallelism, at least a host's worth if the
     shard degree is -1."""
-    device: Annotated[str, _option("NAME")] = "h100"
+    device: Annotated[str, shown_as("NAME")] = "h100"
     """a100, h100, h200, b200 or mi300x."""
-    nodes_of: Annotated[int, _option("N")] = 8
+    nodes_of: Annotated[int, shown_as("N")] = 8
     """Devices of a host."""
-    tokens: Annotated[float | None, _option("N")] = None
+    tokens: Annotated[float | None, shown_as("N")] = None
     """Token budget (15e12), for which time and cost are given."""
-    price: Annotated[float | None, _option("FLOAT")] = None
+    price: Annotated[float | None, shown_as("FLOAT")] = None
     """Of a device and hour, in any currency."""
-    json: Annotated[str | None, _option("FILE")] = None
+    json: Annotated[str | None, shown_as("FILE")] = None
     """Write the plan as JSON."""
-    html: Annotated[str | None, _option("FILE")] = None
+    html: Annotated[str | None, shown_as("FILE")] = None
     """Write a page with memory by category and the pipeline's timeline."""
-    png: Annotated[str | None, _option("FILE")] = None
+    png: Annotated[str | None, shown_as("FILE")] = None
     """Write the same as a picture; needs matplotlib (`torchtitan[plots]`)."""
     search: bool = False
     """Look for the fastest layout that fits, with this model, batch and sequence length. Degrees,
     local batch, schedule and activation checkpointing of the job are not used."""
-    global_batch_size: Annotated[int | None, _option("N")] = None
+    global_batch_size: Annotated[int | None, shown_as("N")] = None
     """Sequences in a step, for training.global_batch_size."""
-    seq_len: Annotated[int | None, _option("N")] = None
+    seq_len: Annotated[int | None, shown_as("N")] = None
     """For training.seq_len."""
-    seconds: Annotated[float | None, _option("S")] = None
+    seconds: Annotated[float | None, shown_as("S")] = None
     """How long a search may take. Default: 300."""
-    out: Annotated[str | None, _option("FILE")] = None
+    out: Annotated[str | None, shown_as("FILE")] = None
     """Where a search writes the best job. Default: planned.toml."""
 
 
@@ -89,10 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         ConfigError: an argument or the config is wrong, or the layout cannot be.
     """
     argv = sys.argv[1:] if argv is None else argv
-    own, overrides = argv, []
-    if "--" in argv:
-        end = argv.index("--")
-        own, overrides = argv[:end], argv[end + 1 :]
+    own, overrides = split_overrides(argv)
     options = tyro.cli(Options, args=own, prog="torchtitan plan", description=DESCRIPTION)
     _check(options)
     for name in ("global_batch_size", "seq_len"):
@@ -184,7 +178,7 @@ def _check(options: Options) -> None:
     for name in ("world_size", "nodes_of", "tokens", "price", "seconds"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
+            raise ConfigError(f"{flag(name)} {value}: must be above 0, and finite")
     if options.price is not None and options.tokens is None:
         raise ConfigError("--price needs --tokens N: the budget that is to be paid for")
     for name in _OF_A_PLAN if options.search else _OF_A_SEARCH:

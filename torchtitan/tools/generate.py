@@ -25,6 +25,7 @@ from torchtitan.generation.load import (
 from torchtitan.generation.sampling import Sampling
 from torchtitan.generation.text import TextStream, encode_prompt
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.options import require_at_least_one
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
@@ -85,10 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan generate", description=DESCRIPTION)
     init_logger()
-    for name in ("max_new_tokens", "num_samples", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    require_at_least_one(options, "max_new_tokens", "num_samples", "batch_size")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     if utils.world_size() != options.tensor_parallel_degree:
         raise ConfigError(

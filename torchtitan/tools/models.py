@@ -9,6 +9,7 @@ from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.tools.options import positive
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human
 
@@ -69,16 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seq-len",
-        type=_positive,
+        type=positive,
         default=4096,
         metavar="N",
         help="sequence length of the FLOP count (default: 4096)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number

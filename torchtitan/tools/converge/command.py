@@ -8,13 +8,14 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.figures import MISSING, can_plot
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.options import flag, shown_as, split_overrides
 
 from .compare import Outcome, judge
 from .curves import no_curves, read_curves
@@ -44,30 +45,26 @@ Exit code: 0 if all tests are equal to the control, 1 if one diverged or failed,
 in the command or a config."""
 
 
-def _option(metavar: str) -> Any:
-    return tyro.conf.arg(metavar=metavar)
-
-
 @dataclass
 class Options:
-    control: Annotated[tyro.conf.Positional[str], _option("CONTROL")]
+    control: Annotated[tyro.conf.Positional[str], shown_as("CONTROL")]
     """TOML file or run folder that the others are compared with."""
-    tests: Annotated[tyro.conf.Positional[list[str]], _option("TEST [TEST ...]")]
+    tests: Annotated[tyro.conf.Positional[list[str]], shown_as("TEST [TEST ...]")]
     """TOML files or run folders."""
-    nproc: Annotated[tyro.conf.UseAppendAction[list[str]], _option("NAME=N")] = field(
+    nproc: Annotated[tyro.conf.UseAppendAction[list[str]], shown_as("NAME=N")] = field(
         default_factory=list
     )
     """Processes of a run. NAME is the file, or its name in the report: without .toml, and with -2
     if it is the second of that name. Default: the product of the degrees of parallelism, where
     data_parallel_shard_degree = -1 counts as 1."""
-    allow_different: Annotated[tyro.conf.UseAppendAction[list[str]], _option("KEY")] = field(
+    allow_different: Annotated[tyro.conf.UseAppendAction[list[str]], shown_as("KEY")] = field(
         default_factory=list
     )
     """Key or section of the config that may differ though it changes what is computed (debug.seed,
     optimizer)."""
-    rtol: Annotated[float | None, _option("FLOAT")] = None
+    rtol: Annotated[float | None, shown_as("FLOAT")] = None
     """Relative tolerance of the loss. Default: 1e-4, or 2e-2 where one of the two is in bfloat16"""
-    grad_norm_rtol: Annotated[float | None, _option("FLOAT")] = None
+    grad_norm_rtol: Annotated[float | None, shown_as("FLOAT")] = None
     """The same for the gradient norm. Default: 1e-2, or 0.2 where one of the two is in bfloat16"""
     out: str = "./outputs/converge"
     """Folder that gets verdict.json, table.md, report.html, curves.png and the new runs."""
@@ -80,17 +77,14 @@ def main(argv: list[str] | None = None) -> int:
         ConfigError: an argument or a config is wrong, or the runs cannot be compared.
     """
     argv = sys.argv[1:] if argv is None else argv
-    own, overrides = argv, []
-    if "--" in argv:
-        end = argv.index("--")
-        own, overrides = argv[:end], argv[end + 1 :]
+    own, overrides = split_overrides(argv)
     options = tyro.cli(Options, args=own, prog="torchtitan converge", description=DESCRIPTION)
     if not options.tests:
         raise ConfigError("give at least one test: torchtitan converge CONTROL TEST [TEST ...]")
     for name in ("rtol", "grad_norm_rtol"):
         value = getattr(options, name)
         if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 0, and finite")
+            raise ConfigError(f"{flag(name)} {value}: must be at least 0, and finite")
     init_logger()
     result = converge(options, overrides, shlex.join(["torchtitan", "converge", *argv]))
     return 0 if result.equal else 1

@@ -24,6 +24,7 @@ from torchtitan.generation.load import (
 from torchtitan.tools.evaluate.lm_eval_adapter import TaskModel, require_lm_eval, run_tasks
 from torchtitan.tools.evaluate.perplexity import evaluate
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.options import require_at_least_one
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
@@ -107,10 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(options: Options) -> Dataset | None:
     """The dataset, if one is asked for. Raises `ConfigError` or `DataError`."""
-    for name in ("seq_len", "batch_size", "max_tokens", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    require_at_least_one(options, "seq_len", "batch_size", "max_tokens", "limit")
     if options.add_bos and options.no_add_bos:
         raise ConfigError("give either --add-bos or --no-add-bos")
     if bool(options.tasks) == (options.dataset is not None):
