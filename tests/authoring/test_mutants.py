@@ -136,6 +136,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
         ("base", "debugmodel", "mutants.base"),
         ("learned_positions", "debugmodel", "learned_positions"),
         ("recurrent", "debugmodel", "recurrent"),
+        ("shared_projection", "debugmodel", "shared_projection"),
         ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("deepseek_v3", "debugmodel", ""),
         ("gemma3", "debugmodel", ""),
@@ -157,6 +158,15 @@ def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
     assert "layers.1 without the token before" in outcomes["semantics.memory"].message
     assert "as measured (at 64 tokens and more)" in outcomes["cost.flops"].message
+
+
+def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> None:
+    subject = Subject("shared_projection", "debugmodel", tmp_path, "shared_projection")
+    only = ["contract.recursive", "cost.nparams", "layouts.fsdp2", "checkpoints.resume_fsdp2"]
+    outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
+    assert outcomes["layouts.fsdp2"].status == "pass"
+    assert "layers share layers.0.wo.weight" in outcomes["contract.recursive"].message
 
 
 def test_the_guides_model_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
