@@ -136,7 +136,9 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
         ("base", "debugmodel", "mutants.base"),
         ("learned_positions", "debugmodel", "learned_positions"),
         ("recurrent", "debugmodel", "recurrent"),
+        ("shared_projection", "debugmodel", "shared_projection"),
         ("starts_at_zero", "debugmodel", "starts_at_zero"),
+        ("bidirectional", "debugmodel", "bidirectional"),
         ("deepseek_v3", "debugmodel", ""),
         ("gemma3", "debugmodel", ""),
         ("gpt_oss", "debugmodel", ""),
@@ -157,6 +159,26 @@ def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
     assert "layers.1 without the token before" in outcomes["semantics.memory"].message
     assert "as measured (at 64 tokens and more)" in outcomes["cost.flops"].message
+
+
+def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> None:
+    subject = Subject("shared_projection", "debugmodel", tmp_path, "shared_projection")
+    only = ["contract.recursive", "cost.nparams", "layouts.fsdp2", "checkpoints.resume_fsdp2"]
+    outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
+    assert outcomes["layouts.fsdp2"].status == "pass"
+    assert "layers share layers.0.wo.weight" in outcomes["contract.recursive"].message
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("bidirectional", "skip"), ("bidirectional_silent", "fail")]
+)
+def test_a_model_may_say_that_tokens_see_later_ones(name: str, status: str, tmp_path: Path) -> None:
+    subject = Subject(name, "debugmodel", tmp_path, "bidirectional")
+    outcomes = {o.check.name: o.status for o in run_checks(choose(["semantics"]), subject)}
+    assert outcomes["semantics.causality"] == outcomes["semantics.padding"] == status
+    assert outcomes["semantics.lengths"] == ("pass" if status == "skip" else "fail")
+    assert outcomes["semantics.batch"] == outcomes["semantics.memory"] == "pass"
 
 
 def test_the_guides_model_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

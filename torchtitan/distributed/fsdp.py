@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from torchtitan.distributed.names import canonical_name
+from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
@@ -35,11 +38,15 @@ def apply_fsdp(
     too, as they hold the same parameters for other tokens.
 
     Each block of `model.layers` is gathered on its own; so is the embedding. The last norm and the
-    output layer form one group that stays gathered, because the backward pass begins with it.
+    output layer form one group that stays gathered, because the backward pass begins with it. A
+    module that several blocks share is a group of its own.
 
     Args:
         own_meshes: modules within blocks that are sharded over other meshes, each as a group of its
             own: experts, see `apply_expert_parallel`.
+
+    Raises:
+        ConfigError: blocks share a parameter, but not the module that has it.
     """
     # torch.compile's wrapper delegates to the model.
     inner: Any = getattr(model, "_orig_mod", model)
@@ -62,8 +69,12 @@ def apply_fsdp(
     reshard = policy != "never" and mesh.size(-1) > 1
 
     own_meshes = own_meshes or {}
-    for layer in layers_of(inner).values():
-        for module in [m for m in layer.modules() if m in own_meshes]:
+    shared = _modules_of_several_layers(inner)
+    _refuse_parameters_of_several_layers(inner, shared)
+    done: set[nn.Module] = set()
+    for layer in dict.fromkeys([*shared, *layers_of(inner).values()]):
+        for module in [m for m in layer.modules() if m in own_meshes and m not in done]:
+            done.add(module)
             own = own_meshes[module]
             fully_shard(
                 module,
@@ -89,6 +100,29 @@ def apply_fsdp(
         if head:
             fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
     fully_shard(inner, **options)
+
+
+def _modules_of_several_layers(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules with parameters that are part of more than one layer."""
+    layers = layers_of(model).values()
+    counts = Counter(module for layer in layers for module in layer.modules())
+    found = [m for m, count in counts.items() if count > 1 and any(True for _ in m.parameters())]
+    inside = {part for module in found for part in module.modules() if part is not module}
+    return [module for module in found if module not in inside]
+
+
+def _refuse_parameters_of_several_layers(model: nn.Module, shared: list[nn.Module]) -> None:
+    seen = {id(param): "" for module in shared for param in module.parameters()}
+    for number, layer in layers_of(model).items():
+        for name, param in layer.named_parameters():
+            own = f"layers.{number}.{name}"
+            other = seen.setdefault(id(param), own)
+            if other and other != own:
+                raise ConfigError(
+                    f"{canonical_name(other)} and {canonical_name(own)} are one parameter, which "
+                    "data parallelism cannot shard with both layers. Share the module that has it, "
+                    "or keep it outside of `layers` and hand it to them"
+                )
 
 
 def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:

@@ -93,6 +93,8 @@ class SeededInit(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         own_generator = kwargs.get("generator") is not None
+        if _copies_whole_values(func, args):
+            return self._on_whole_tensor(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags or own_generator:
             return func(*args, **kwargs)
 
@@ -102,6 +104,11 @@ class SeededInit(TorchDispatchMode):
         torch.manual_seed(self._next_seed())
         if target is None:
             return func(*args, **kwargs)
+        return self._on_whole_tensor(func, args, kwargs)
+
+    def _on_whole_tensor(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Do as if the first argument were not sharded, and keep this rank's part of the result."""
+        target = args[0]
         local = local_tensor(target)
         mutable = func._schema.is_mutable
         device = self._device if self._device is not None and mutable else local.device
@@ -123,6 +130,16 @@ class SeededInit(TorchDispatchMode):
         count = self._draws[self._current]
         self._draws[self._current] += 1
         return derive_seed(self._seed, self._current, count)
+
+
+def _copies_whole_values(func: Any, args: Any) -> bool:
+    """Whether numbers that every rank has computed go into a sharded tensor, which DTensor refuses.
+
+    As in `self.A_log.copy_(torch.arange(n).log())` of a model that is written for one device.
+    """
+    if func is not torch.ops.aten.copy_.default:
+        return False
+    return isinstance(args[0], DTensor) and not isinstance(args[1], DTensor)
 
 
 def _storage_key(tensor: torch.Tensor) -> int:

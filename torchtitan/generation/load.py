@@ -157,6 +157,11 @@ def open_source(options: ModelOptions) -> Source:
         known_path = manifest.model.get("tokenizer")
         job_config.model.tokenizer_path = known_path or _own_tokenizer(folder)
     _set_layout(job_config, options, spec)
+    if not spec.model_cls.causal:
+        raise ConfigError(
+            f"{name} is no causal model ({spec.model_cls.__name__}.causal is False): its logits "
+            "are not those of the next token, of which generate and eval make use"
+        )
     if spec.build_tokenizer_fn is None:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
     tokenizer_fn = spec.build_tokenizer_fn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch.nn as nn
 
@@ -61,6 +61,9 @@ class ModelProtocol(nn.Module):
     """
 
     layers: nn.ModuleDict
+    causal: ClassVar[bool] = True
+    """Whether no token sees a later one. False, of encoders and of masked diffusion: `verify` does
+    not ask for it, and `generate` and `eval` refuse the model."""
 
     if not TYPE_CHECKING:  # type checkers are to see that `model_cls(args)` takes the args
 

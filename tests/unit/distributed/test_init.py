@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.init import SeededInit, initialize_weights
 from torchtitan.distributed.tying import preserve_tying
+from torchtitan.planning.trace import fake_world
 from torchtitan.protocols.model import ModelProtocol
 
 
@@ -124,6 +127,31 @@ def test_buffers_of_any_dtype_can_be_set() -> None:
     initialize_weights(model, 0, torch.device("cpu"))
     assert model.mask.sum() == 10 and model.rotation[3] == 1j
     assert model.counts.tolist() == model.replaced.tolist() == [0, 1, 2, 3]
+
+
+class Computed(ModelProtocol):
+    """Parameters that begin as computed numbers, as those of state-space models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Parameter(torch.empty(5))
+        self.table = nn.Parameter(torch.empty(4, 3))
+
+    def init_weights(self) -> None:
+        self.rates.copy_(torch.arange(1, 6).log())
+        self.table.data.copy_(torch.arange(3))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_computed_numbers_may_be_copied_into_sharded_parameters(rank: int) -> None:
+    with fake_world(2, rank):
+        with torch.device("meta"):
+            model = Computed()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        initialize_weights(model, 0, torch.device("cpu"))
+        expected = torch.arange(1, 6).log().chunk(2)[rank]
+        assert torch.equal(model.rates.to_local(), expected)
+        assert model.table.to_local().tolist() == [[0, 1, 2]] * 2
 
 
 def test_tied_weights_stay_tied() -> None:

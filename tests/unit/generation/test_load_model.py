@@ -191,6 +191,13 @@ def test_a_model_that_nobody_registered(run_folder, tmp_path):
     fails(CheckpointError, "'of_somebody'", "--custom-import", checkpoint=str(folder))
 
 
+def test_a_model_whose_tokens_see_later_ones(hf_folder, monkeypatch):
+    model_cls = open_source(ModelOptions(str(hf_folder), tokenizer="bytes")).spec.model_cls
+    monkeypatch.setattr(model_cls, "causal", False)
+    with pytest.raises(ConfigError, match=r"llama3 is no causal model \(Llama3Model.causal"):
+        open_source(ModelOptions(str(hf_folder), tokenizer="bytes"))
+
+
 def test_tokenizers_that_do_not_fit(hf_folder, tmp_path):
     fails(ConfigError, "no tokenizer.json", "--tokenizer bytes", checkpoint=str(hf_folder))
     fails(DataError, "tokenizer.json", checkpoint=str(hf_folder), tokenizer=str(tmp_path / "no"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sysconfig
+from pathlib import Path
 
+import torchtitan
 from torchtitan.distributed.ranks import RankFailure
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<function>\S+)')
@@ -15,6 +18,8 @@ _COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py")
 _LOST_PEER = re.compile(
     r"closed by peer|Read error|Connection refused|Connection reset|Broken pipe", re.I
 )
+_TORCHTITAN = Path(torchtitan.__file__).parent
+_PYTHON = Path(sysconfig.get_path("stdlib"))
 _NO_MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|out of memory")
 
 
@@ -82,11 +87,26 @@ def _collective(stacks: str) -> tuple[str, str]:
     return collective, place
 
 
+def _is_authors(file: str) -> bool:
+    """Whether the code is a model's: neither the trainer's, nor Python's."""
+    path = Path(file)
+    if path.is_relative_to(_TORCHTITAN):
+        return path.is_relative_to(_TORCHTITAN / "models")
+    return path.is_absolute() and (
+        not path.is_relative_to(_PYTHON) or "site-packages" in path.parts
+    )
+
+
 def _where(traceback: str) -> str:
-    """The innermost frame of an exception's traceback or a crash's stacks that is not PyTorch's."""
+    """The innermost frame of an exception's traceback or a crash's stacks that is not PyTorch's.
+
+    Of a traceback, one of the author's if there is one: what it called tells less.
+    """
     current = traceback.partition("Current thread")[2]  # faulthandler's, the most recent call first
     frames = [f for f in _FRAME.finditer(current or traceback) if "/torch/" not in f["file"]]
     if not frames:
         return ""
+    if not current:
+        frames = [f for f in frames if _is_authors(f["file"])] or frames
     innermost = frames[0] if current else frames[-1]
     return f"{innermost['file']}:{innermost['line']} in {innermost['function']}"

@@ -22,6 +22,9 @@ from .weights import BUILDS, state_of
 
 def init_is_recursive(subject: Subject) -> str:
     """Any part of the model gets the values that it has in the whole."""
+    shared = _shared_by_layers(subject)
+    if shared and subject.spec.pipeline_fn is None:
+        raise NotApplicableError(f"layers share {shared[0]}, and pipeline_fn is None: never parted")
     whole = dict(state_of(subject.build()))
     count = 0
     for part, description in parts_of(subject):
@@ -40,6 +43,11 @@ def init_is_recursive(subject: Subject) -> str:
                     "Names must not depend on which parts of the model there are.",
                 )
             if not torch.equal(tensor, whole[name]):
+                if name in shared:
+                    raise CheckFailedError(
+                        f"{name} is of several layers, so they cannot be in different parts",
+                        "TrainSpec: pipeline_fn=None, or let each stage have a module of its own.",
+                    )
                 raise CheckFailedError(
                     f"{description} gets another {name} than the whole model",
                     "Draw in place (nn.init.*, or weight.normal_()): torch.randn(...) and copy_() "
@@ -47,6 +55,17 @@ def init_is_recursive(subject: Subject) -> str:
                 )
             count += 1
     return f"{count} tensors of parts as in the whole"
+
+
+def _shared_by_layers(subject: Subject) -> list[str]:
+    """The names of each parameter that more than one layer has."""
+    with torch.device("meta"):
+        layers = subject.spec.model_cls(subject.args).layers
+    names: dict[int, dict[str, str]] = {}
+    for number, layer in layers.items():
+        for name, parameter in layer.named_parameters():
+            names.setdefault(id(parameter), {})[number] = f"layers.{number}.{name}"
+    return [name for found in names.values() if len(found) > 1 for name in found.values()]
 
 
 def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:

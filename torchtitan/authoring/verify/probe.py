@@ -17,6 +17,8 @@ from torchtitan.distributed.names import canonical_name
 from torchtitan.models.common.attention import places_in_documents
 from torchtitan.protocols.model import ModelProtocol, layers_of
 
+from .check import NotApplicableError
+
 NOISE = 0.02
 """Standard deviation of what is added to weights that are constant."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -207,6 +209,12 @@ def packed_documents(rows: int, seq_len: int, seed: int = 0) -> tuple[torch.Tens
 def accepts(model_cls: type[ModelProtocol], name: str) -> bool:
     """Whether `forward` has the optional argument `name`."""
     return name in inspect.signature(model_cls.forward).parameters
+
+
+def require_causal(model_cls: type[ModelProtocol]) -> None:
+    """Raises `NotApplicableError` for a model whose tokens may see later ones."""
+    if not model_cls.causal:
+        raise NotApplicableError(f"{model_cls.__name__}.causal is False: tokens may see later ones")
 
 
 def some(names: list[str], limit: int = 5) -> str:

@@ -13,7 +13,15 @@ import torch
 
 from .agreement import TOLERANCE, disagreement, run_of
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import accepts, cut_layers, layer_calls, relative_difference, rerun, some
+from .probe import (
+    accepts,
+    cut_layers,
+    layer_calls,
+    relative_difference,
+    require_causal,
+    rerun,
+    some,
+)
 from .subject import Subject
 from .weights import BUILDS
 
@@ -26,6 +34,7 @@ ROUTING = (
 
 def no_token_sees_a_later_one(subject: Subject) -> str:
     """The output of a token does not depend on later ones."""
+    require_causal(subject.spec.model_cls)
     model, tokens = subject.build_varied(), subject.tokens(1)
     seq = tokens.shape[1]
     queries = sorted({0, 1, seq // 3, seq // 2, seq - 2})

@@ -1,0 +1,38 @@
+"""A right model whose tokens see later ones, and which says so; also one that does not say it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.nn.functional as F
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+
+class Attention(base.Attention):
+    def forward(self, x, positions, mask):
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class Model(base.with_layers(attention=Attention)):
+    causal = False
+
+    def forward(self, tokens, positions=None):
+        return super().forward(tokens, positions)
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model, state_dict_adapter=None)
+
+
+def get_silent_spec(flavor: str) -> TrainSpec:
+    spec = get_train_spec(flavor)
+    return replace(spec, model_cls=type("Silent", (Model,), {"causal": True}))
+
+
+register_train_spec("bidirectional", get_train_spec)
+register_train_spec("bidirectional_silent", get_silent_spec)
