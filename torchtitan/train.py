@@ -25,7 +25,6 @@ import torch.distributed as dist
 
 from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.checkpoint.agreement import on_rank_zero
 from torchtitan.components.checkpoint.huggingface import check_exchange, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import check_dataloader, checked
@@ -55,6 +54,7 @@ from torchtitan.distributed.hang_watch import HangWatch
 from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.model_converter import build_model_converters

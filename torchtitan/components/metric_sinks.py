@@ -143,7 +143,7 @@ class _Lines:
         kept = [(of, line) for of, line in self._waiting if of <= step]
         self._waiting.clear()
         self._waiting.extend(kept)
-        self._last_step = step
+        self._last_step = step if self._last_step is None else min(step, self._last_step)
         self._try_to_write(step)
 
     def close(self) -> None:
@@ -166,16 +166,17 @@ class _Lines:
         self._failing = False
 
     def _write(self) -> None:
+        if self._whole is not None and self.path.exists():
+            os.truncate(self.path, min(self._whole, self.path.stat().st_size))
+        self._whole = None
         if self._last_step is not None:
             if self.path.exists():
                 _keep_steps_up_to(self._last_step, self.path)
-            self._last_step = self._whole = None
+            self._last_step = None
         if not self._waiting:
             return
         text = "".join(line for _, line in self._waiting)
         with self.path.open("ab", buffering=0) as file:
-            if self._whole is not None and file.tell() > self._whole:
-                file.truncate(self._whole)
             self._whole = file.seek(0, os.SEEK_END)
             data = text.encode()
             while data:
@@ -235,7 +236,10 @@ class TensorBoardSink:
 
     def start(self, step: int) -> None:
         self.close()
-        self._purge_step = step + 1
+        purge_step = step + 1
+        if self._purge_step is not None:  # none could be written since the run last went back
+            purge_step = min(purge_step, self._purge_step)
+        self._purge_step = purge_step
         if self._started:
             self._try(step, self._open)
         else:

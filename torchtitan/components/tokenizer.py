@@ -131,13 +131,19 @@ class HuggingFaceTokenizer:
         Each has those that it has alone, as when a model reads one and writes the next; unless this
         tokenizer writes a space before a text (those of Llama 2 and Mistral do), which is right for
         the first piece alone. Then they are those of the whole text, and a token belongs to the
-        piece that it begins in.
+        piece in which it begins, but for spaces: a word to its own, though the space before it
+        ends the other.
         """
         if not self._writes_a_space_first:
             return [self.encode(piece) for piece in pieces]
-        [encoding] = self._tokenizer.encode_batch(["".join(pieces)], add_special_tokens=False)
+        text = "".join(pieces)
+        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
         ids = self._within_limit(encoding.ids)
-        starts = [start for start, _ in encoding.offsets]
+        words = [text[start:end].lstrip() for start, end in encoding.offsets]
+        starts = [
+            end - len(word) if word else start
+            for (start, end), word in zip(encoding.offsets, words, strict=True)
+        ]
         bounds = itertools.accumulate(map(len, pieces[:-1]))
         cuts = [0, *(bisect.bisect_left(starts, bound) for bound in bounds), len(ids)]
         return [ids[first:last] for first, last in itertools.pairwise(cuts)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from .job_config import JobConfig
 from .load import origin
 
+_A_TRIAL = 50
+"""Steps: a shorter run only tries something."""
+
 
 def unlikely(job_config: JobConfig) -> list[str]:
     """A warning for each choice that is allowed, and that a run mostly gets by oversight."""
@@ -15,7 +18,7 @@ def _warmup_to_the_end(job_config: JobConfig) -> list[str]:
     schedule, steps = job_config.lr_scheduler, job_config.training.steps
     span = schedule.total_steps or steps
     key = "lr_scheduler.total_steps" if schedule.total_steps else "training.steps"
-    if schedule.warmup_steps < span:
+    if schedule.warmup_steps < span or span < _A_TRIAL:
         return []
     return [
         f"{origin(job_config, 'lr_scheduler.warmup_steps')}: the warm-up takes all of the "

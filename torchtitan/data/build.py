@@ -7,13 +7,14 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch.distributed as dist
 
 from torchtitan.config.batch import resolve_batch
+from torchtitan.distributed.same_outcome import on_all_ranks
 from torchtitan.distributed.utils import rank
-from torchtitan.errors import TitanError, begin_errors_with
+from torchtitan.errors import begin_errors_with
 
 from .chat import load_template
 from .loader import DataLoader
@@ -113,14 +114,15 @@ def _build(
             open_dataset, config.dataset, config.dataset_path, text_key, config.split
         )
 
-    def open_checked() -> Source | Blend:
+    def open_checked(rank: int, ranks: int) -> Source | Blend:
         source = open_source()
         if data.verify_hashes:
             verify_hashes(source, batch["dp_rank"], batch["dp_world_size"])
         return source
 
+    group = dist.group.WORLD if dist.is_initialized() else None
     with begin_errors_with(name):
-        source = on_all_ranks(open_checked)  # each looks at its share of the files of tokens
+        source = on_all_ranks(open_checked, group)  # each looks at its share of the files of tokens
     chat_of = (data.chat_template, job_config.model.tokenizer_path)
     load_chat = functools.cache(partial(load_template, *chat_of))
     if data.chat_template:
@@ -164,20 +166,3 @@ def verify_hashes(source: Source | Blend, part: int, parts: int) -> None:
     for one in source.sources.values() if isinstance(source, Blend) else [source]:
         if isinstance(one, PreparedTokens):
             one.verify(part, parts)
-
-
-def on_all_ranks(function: Callable[[], T]) -> T:
-    """Call `function`; a `TitanError` that it raises on one rank is raised on all of them."""
-    result: T | None = None
-    found: list[TitanError | None] = [None]
-    try:
-        result = function()
-    except TitanError as error:
-        found = [error]
-    if dist.is_initialized():
-        own, found = found[0], [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-    for problem in found:
-        if problem is not None:
-            raise problem
-    return cast(T, result)

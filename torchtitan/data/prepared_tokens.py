@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan.distributed.utils import rank, world_size
+from torchtitan.distributed.utils import local_rank, local_world_size
 from torchtitan.errors import DataError
 
 from .files import file_size, reading, sha256
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FORMAT = "torchtitan-tokens"
 VERSION = 1
 INDEX = "index.json"
+_LONGEST_COPY = 2**24
+"""Bytes of a document."""
 
 
 class PreparedShard:
@@ -41,7 +43,9 @@ class PreparedShard:
 
     def document(self, index: int) -> np.ndarray:
         """Raises as `PreparedTokens` does: the files may have changed since."""
-        return SHARDS.get(self, self._map).document(index)
+        tokens: np.ndarray = SHARDS.get(self, self._map).document(index)
+        # A view would keep its file open after `SHARDS` has let go of it.
+        return tokens if tokens.nbytes > _LONGEST_COPY else tokens.copy()
 
     def _map(self) -> Shard:
         self.require_sizes()
@@ -70,8 +74,9 @@ class PreparedTokens(TokenFiles):
         self.folder = folder
         self.index = read_index(folder)
         super().__init__([PreparedShard(folder, self.index, e) for e in self.index["shards"]])
-        # Of the ranks of a run each looks at its share; `build` has them all raise what one finds.
-        for shard in self.shards[rank() :: world_size()]:
+        # Of the ranks of a host, which may have a copy of its own, each looks at its share; `build`
+        # has them all raise what one finds.
+        for shard in self.shards[local_rank() :: local_world_size()]:
             shard.require_sizes()
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:

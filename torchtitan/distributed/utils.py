@@ -23,7 +23,7 @@ def device() -> torch.device:
     """The device of this process; torchrun gives each process of a host its own."""
     if device_type() == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", _number("LOCAL_RANK", 0))
+    return torch.device("cuda", local_rank())
 
 
 def world_size() -> int:
@@ -58,6 +58,16 @@ def _check_environment() -> None:
             f"{' and '.join(name for name in needed[:2] if name in os.environ)}"
         )
     _number("MASTER_PORT", 0)
+
+
+def local_rank() -> int:
+    """Number of this process among those of its host."""
+    return _number("LOCAL_RANK", 0)
+
+
+def local_world_size() -> int:
+    """Number of processes on this host."""
+    return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -342,6 +342,50 @@ def test_a_run_goes_back_also_where_nothing_can_be_written(
     assert [row["loss"] for row in rows(config)] == [2.5, 1.5, 1.25]
 
 
+def test_a_run_that_goes_back_twice_keeps_one_line_a_step(config: JobConfig) -> None:
+    """Nothing can be written meanwhile, and the second time it goes back less far."""
+    processor = build(config)
+    processor.start()
+    path = Path(config.job.dump_folder) / "metrics.jsonl"
+    for step in range(1, 6):
+        log(processor, step, loss=2.5)
+    obstacle = path.with_name(path.name + ".tmp")
+    obstacle.mkdir()
+    processor.start(1)
+    for step in (2, 3, 4):
+        log(processor, step, loss=1.5)
+    processor.start(3)
+    log(processor, 4, loss=1.25)
+    obstacle.rmdir()
+    processor.close()
+    assert [row["loss"] for row in rows(config)] == [2.5, 1.5, 1.5, 1.25]
+
+
+def test_a_run_that_goes_back_writes_no_line_twice(config: JobConfig) -> None:
+    """Of two lines that waited, one got into the file whole before the disk was full again."""
+    processor = build(config)
+    processor.start()
+    path = Path(config.job.dump_folder) / "metrics.jsonl"
+    log(processor, 1)
+    length = path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (length, before[1]))
+        for step in (2, 3):
+            log(processor, step)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(2.2 * length), before[1]))
+        log(processor, 4)
+        assert path.read_text().count("\n") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    processor.start(3)
+    log(processor, 4)
+    processor.close()
+    assert [row["step"] for row in rows(config)] == [1, 2, 3, 4]
+
+
 def tensorboard_events(config: JobConfig) -> EventAccumulator:
     folder = Path(config.job.dump_folder) / config.metrics.save_tb_folder
     events = EventAccumulator(str(folder))

@@ -279,3 +279,20 @@ def test_a_conversation_has_the_tokens_of_its_text(tmp_path: Path, kind: str) ->
     assert [i if i >= 0 else ~i for i in ids.tolist()] == tokenizer.encode(text)
     learned = map(tokenizer._tokenizer.id_to_token, ids[ids >= 0].tolist())
     assert "".join(learned) == "▁Hello▁you</s>▁Hi</s>"
+
+
+@pytest.mark.parametrize("kind", ["Prepend", "first", "always"])
+def test_an_answer_has_its_first_word_though_a_space_ends_the_prompt(
+    tmp_path: Path, kind: str
+) -> None:
+    source = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ m['content'] + ' [/INST] ' }}{% else %}{{ m['content'] + eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "you"}, {"role": "assistant", "content": "Hello"}]
+    tokenizer = llama_2(tmp_path, kind)
+    ids = Encoder(tokenizer, lambda: template(source))(chat)
+    assert [i if i >= 0 else ~i for i in ids.tolist()] == tokenizer.encode("you [/INST] Hello</s>")
+    learned = map(tokenizer._tokenizer.id_to_token, ids[ids >= 0].tolist())
+    assert "".join(learned) == "▁Hello</s>"

@@ -87,6 +87,17 @@ def test_few_shards_are_mapped_at_a_time(
     assert len(pool) == 2
 
 
+def test_documents_in_use_keep_no_file_open(
+    folder: Path, pool: mapped.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run holds a document for each row, or a pool of them for best-fit packing."""
+    monkeypatch.setattr(mapped, "most_shards", lambda: 2)
+    source = PreparedTokens(folder)
+    documents = [source[index] for index in range(6)]
+    mappings = Path("/proc/self/maps").read_text().count(str(folder))
+    assert len(documents) == 6 and mappings <= 2 * 2
+
+
 def test_the_limit_of_open_files_bounds_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, shards in ((1024, 256), (20_000, 5000), (2**20, 8192), (-1, 8192)):
         monkeypatch.setattr("resource.getrlimit", lambda kind, limit=limit: (limit, limit))
@@ -106,17 +117,17 @@ def test_too_many_mappings_are_no_outage(
         source[0]
 
 
-def test_ranks_share_out_the_sizes_to_look_at(
+def test_ranks_of_a_host_share_out_the_sizes_to_look_at(
     folder: Path, pool: mapped.Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = (folder / "shard-00003.bin").read_bytes()
     (folder / "shard-00003.bin").write_bytes(content[:-2])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     source = PreparedTokens(folder)
     with pytest.raises(DataError, match=r"shard-00003\.bin has changed"):
         source[3]  # when it is used at the latest
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(DataError, match=r"shard-00003\.bin has changed"):
         PreparedTokens(folder)
     (folder / "shard-00003.bin").write_bytes(content)

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 
-from .agreement import on_rank_zero
 from .folder import step_folder
 from .huggingface import ExportAssets
 from .huggingface_save import save_huggingface

@@ -26,12 +26,12 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.text import first_line
 
 from . import folder as folders
-from .agreement import on_rank_zero
 from .huggingface import ExportAssets, write_assets
 from .load import adapter_of, buffer_names, dtype_of_copy, model_state, tied_names
 from .safetensors_files import (

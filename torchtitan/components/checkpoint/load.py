@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.same_outcome import on_all_ranks, on_rank_zero
 from torchtitan.errors import (
     CheckpointError,
     ConfigError,
@@ -24,7 +25,6 @@ from torchtitan.errors import (
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
 from torchtitan.tools.text import few
 
-from .agreement import on_all_ranks, on_rank_zero
 from .folder import list_checkpoints
 from .manifest import MANIFEST, Manifest, nested_differences, plain_args
 from .reader import (

@@ -17,12 +17,13 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config import to_toml
+from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.distributed.utils import job_store
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import first_line
 
-from .agreement import first_failure, on_rank_zero
 from .background import BackgroundSaves
+from .failures import first_failure
 from .final_export import FinalExport
 from .folder import SaveTimes, checkpoint_root, delete, partial_folder, step_folder
 from .huggingface import initial_load_path

@@ -20,10 +20,10 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
+from torchtitan.distributed.same_outcome import on_all_ranks, on_rank_zero
 from torchtitan.errors import CheckpointError, outage_or
 from torchtitan.tools.text import first_line
 
-from .agreement import on_all_ranks, on_rank_zero
 from .patience import read_again
 from .storage import StoragePath, make_folder, write_durably
 

@@ -38,7 +38,7 @@ from torchtitan.config.checkpoint import ExcludablePart
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import few, first_line
 
-from .agreement import first_failure
+from .failures import first_failure
 from .patience import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
 from .storage import CheckpointFiles, StoragePath

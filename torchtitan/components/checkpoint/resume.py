@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from torchtitan.config import to_toml
+from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.run_folder import CONFIG_FILE
 
-from .agreement import on_rank_zero
 from .folder import (
     checkpoint_root,
     is_resumable,

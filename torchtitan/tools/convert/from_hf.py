@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from torchtitan.components.checkpoint.agreement import first_failure
+from torchtitan.components.checkpoint.failures import first_failure
 from torchtitan.components.checkpoint.load import (
     buffer_names,
     check_copies,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 T = TypeVar("T")
 
@@ -32,15 +31,19 @@ def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None) -> 
     return cast(T, result)
 
 
-def on_all_ranks(function: Callable[[int, int], None], group: dist.ProcessGroup | None) -> None:
+def on_all_ranks(function: Callable[[int, int], T], group: dist.ProcessGroup | None) -> T:
     """Call `function(rank, ranks)` on every rank; raise the first rank's error on all of them.
 
     `group` holds all ranks; None: there is only this process.
+
+    Returns:
+        What this rank's call returned.
     """
     rank, ranks = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
+    result: T | None = None
     error: Exception | None = None
     try:
-        function(rank, ranks)
+        result = function(rank, ranks)
     except Exception as caught:
         error = caught
     errors = [error]
@@ -50,12 +53,4 @@ def on_all_ranks(function: Callable[[int, int], None], group: dist.ProcessGroup 
     for raised in errors:
         if raised is not None:
             raise raised
-
-
-def first_failure(failure: CheckpointException) -> BaseException:
-    """The error of the first rank among those that failed to save or load.
-
-    torch.distributed.checkpoint collects errors from all ranks and raises them on all.
-    """
-    error, _ = failure.failures[min(failure.failures)]
-    return error
+    return cast(T, result)
