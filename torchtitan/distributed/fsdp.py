@@ -72,7 +72,8 @@ def apply_fsdp(
     shared = _modules_of_several_layers(inner)
     _refuse_parameters_of_several_layers(inner, shared)
     done: set[nn.Module] = set()
-    for layer in dict.fromkeys([*shared, *layers_of(inner).values()]):
+    apart = [module for module in shared if module not in own_meshes]
+    for layer in dict.fromkeys([*apart, *layers_of(inner).values()]):
         for module in [m for m in layer.modules() if m in own_meshes and m not in done]:
             done.add(module)
             own = own_meshes[module]

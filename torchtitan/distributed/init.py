@@ -93,7 +93,8 @@ class SeededInit(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         own_generator = kwargs.get("generator") is not None
-        if _copies_whole_values(func, args):
+        # Of a part, `weight[:4]`, DTensor makes a copy of its own, where the values would be lost.
+        if copies_whole_values(func, args) and _storage_key(args[0]) in self._names:
             return self._on_whole_tensor(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags or own_generator:
             return func(*args, **kwargs)
@@ -132,7 +133,7 @@ class SeededInit(TorchDispatchMode):
         return derive_seed(self._seed, self._current, count)
 
 
-def _copies_whole_values(func: Any, args: Any) -> bool:
+def copies_whole_values(func: Any, args: Any) -> bool:
     """Whether numbers that every rank has computed go into a sharded tensor, which DTensor refuses.
 
     As in `self.A_log.copy_(torch.arange(n).log())` of a model that is written for one device.

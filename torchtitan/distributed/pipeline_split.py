@@ -246,7 +246,8 @@ def _refuse_other_parameters(model: nn.Module, units: list[str]) -> None:
             raise ConfigError(
                 f"parallelism.pipeline_parallel_degree: {type(model).__name__} has the parameter "
                 f"{name!r}, which is in no layer and not named by its pipeline_fn, so no stage "
-                "would have it"
+                "would have it. Name it: functools.partial(build_pipeline, first_modules=(...), "
+                "last_modules=(...))"
             )
 
 

@@ -21,6 +21,7 @@ logger = logging.getLogger("torchtitan")
 
 _TRIED = 512
 """Tokens on which the cache of an unknown model is tried."""
+_LEAST_TRIED = 6
 _TRIED_ALONE = 16
 """How many of them come one by one, after the others as a prompt."""
 
@@ -48,6 +49,7 @@ class Generator:
         model: with its weights, on its device. It is put into eval mode.
         stop_tokens: those that end a text.
         group: the ranks that share the model (tensor parallelism), which call everything together.
+        max_seq_len: tokens that the model is made for, if that is known.
     """
 
     def __init__(
@@ -55,11 +57,14 @@ class Generator:
         model: nn.Module,
         stop_tokens: Iterable[int] = (),
         group: dist.ProcessGroup | None = None,
+        max_seq_len: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.stop_tokens = frozenset(stop_tokens)
         self.device = next(model.parameters()).device
-        self.uses_cache = can_cache(model) and (_is_ours(model) or self._cache_is_right())
+        self.uses_cache = can_cache(model) and (
+            _is_ours(model) or self._cache_is_right(max_seq_len)
+        )
         self._group = group
 
     @torch.no_grad()
@@ -138,16 +143,16 @@ class Generator:
         return logits[torch.arange(len(sequences), device=self.device), last]
 
     @torch.no_grad()
-    def _cache_is_right(self) -> bool:
+    def _cache_is_right(self, max_seq_len: int | None) -> bool:
         """Try the cache of a model that we do not know: it may mix tokens in other ways too.
 
         Some of these reach far, such as a memory of earlier chunks, so it is tried far into a text.
         """
-        tokens = _trial_tokens(self.model, self.device)
+        tokens = _trial_tokens(self.model, self.device, max_seq_len)
         try:
             whole = _whole(self.model(tokens))
-        except (IndexError, RuntimeError, ValueError):  # too many for a table of positions
-            tokens = tokens[:, :6]
+        except (AssertionError, IndexError, RuntimeError, ValueError):  # more than it takes
+            tokens = tokens[:, :_LEAST_TRIED]
             whole = _whole(self.model(tokens))
         prompt = tokens.shape[1] - min(_TRIED_ALONE, tokens.shape[1] // 2)
         cache = KVCache(self.model, tokens.shape[1], torch.zeros_like(tokens[:, 0]))
@@ -157,12 +162,13 @@ class Generator:
                 others = tokens[:, prompt:].split(1, dim=1)
                 rest = torch.cat([_whole(cache.forward(token)) for token in others], dim=1)
         except (RuntimeError, TypeError, ValueError) as error:
-            difference, reason = float("inf"), f": {error}"
+            differences, reason = [float("inf")], f": {error}"
         else:
             pairs = (first, whole[:, :prompt]), (rest, whole[:, prompt:])
-            difference = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+            differences = [float((a - b).norm() / b.norm()) for a, b in pairs]
             reason = ""
-        right = difference < (1e-3 if whole.dtype == torch.float32 else 5e-2)
+        limit = 1e-3 if whole.dtype == torch.float32 else 5e-2
+        right = all(difference < limit for difference in differences)  # NaN is not
         if not right:
             logger.warning(
                 "%s computes something else with a key-value cache%s. It generates without one, "
@@ -173,21 +179,28 @@ class Generator:
         return right
 
 
-def _trial_tokens(model: nn.Module, device: torch.device) -> torch.Tensor:
-    """Random ones, `[1, seq]`, as many as the model's tables surely have places for."""
+def _trial_tokens(model: nn.Module, device: torch.device, max_seq_len: int | None) -> torch.Tensor:
+    """Random ones, `[1, seq]`, as many as the model surely has places for."""
     embedding = getattr(model, "tok_embeddings", None)
-    longest = getattr(getattr(model, "args", None), "max_seq_len", None)
-    # One of these may be of positions, and beyond it would be an error that a GPU does not forgive.
-    tables = [
-        m.num_embeddings
-        for m in model.modules()
-        if isinstance(m, nn.Embedding) and m is not embedding
-    ]
-    seq = max(min([_TRIED, *([longest] if isinstance(longest, int) else tables)]), 2)
+    if max_seq_len is None:
+        max_seq_len = min(_sizes_of_tables(model, embedding), default=_TRIED)
+    seq = max(min(_TRIED, max_seq_len), _LEAST_TRIED)
     # A function of the model alone, and no draw from the numbers that others are drawn from.
     generator = torch.Generator().manual_seed(0)
-    vocabulary = getattr(embedding, "num_embeddings", None) or min(tables, default=2)
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    vocabulary = getattr(embedding, "num_embeddings", None) or min(sizes, default=2)
     return torch.randint(vocabulary, (1, seq), generator=generator).to(device)
+
+
+def _sizes_of_tables(model: nn.Module, embedding: nn.Module | None) -> Iterator[int]:
+    """Sizes of what may be a table of positions. To look beyond it is an error that ends CUDA."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            if module is not embedding and module.num_embeddings >= _LEAST_TRIED:
+                yield module.num_embeddings
+        elif not type(module).__module__.startswith("torch.nn."):
+            for table in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                yield from (size for size in table.shape[:-1] if size >= _LEAST_TRIED)
 
 
 def _is_ours(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
 from torchtitan.distributed import utils
-from torchtitan.distributed.init import set_weights
+from torchtitan.distributed.init import copies_whole_values, set_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import CheckpointError, ConfigError
@@ -333,10 +333,11 @@ def _allocate(model: ModelProtocol, device: torch.device) -> None:
 
 
 class _NoRandomDraws(TorchDispatchMode):
-    """Leaves out random operations that are in place."""
+    """Leaves out random operations that are in place, and copies into sharded parameters."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable:
+        draws = torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable
+        if draws or copies_whole_values(func, args):
             return args[0]
         return func(*args, **(kwargs or {}))
 

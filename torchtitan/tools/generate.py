@@ -156,7 +156,7 @@ def _generate(
 ) -> int:
     source = loaded.source
     stop_tokens = () if options.ignore_eos else source.stop_tokens
-    generator = Generator(loaded.model, stop_tokens, loaded.tp_group)
+    generator = Generator(loaded.model, stop_tokens, loaded.tp_group, source.max_seq_len)
     samples = options.num_samples
     texts = [text for text in texts for _ in range(samples)]
     prompts = [prompt for prompt in prompts for _ in range(samples)]

@@ -1,4 +1,4 @@
-"""The data ranks read the same tokens."""
+"""The data ranks read the same tokens, though fewer the more there are."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ SAYS = r"the data ranks 0 and 1 get the same tokens"
 
 
 class Loader:
-    def __init__(self, job_config):
+    def __init__(self, job_config, dp_rank, dp_world_size):
         training = job_config.training
+        self.ranks = dp_world_size
         self.shape, self.step = (training.local_batch_size, training.seq_len + 1), 0
 
     def __next__(self):
         self.step += 1
-        tokens = torch.randint(264, self.shape, generator=torch.Generator().manual_seed(self.step))
+        tokens = torch.randint(
+            264, self.shape, generator=torch.Generator().manual_seed(self.step * self.ranks)
+        )
         return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
 
     def state_dict(self):
@@ -33,7 +36,7 @@ class Loader:
 
 def get_train_spec(flavor: str) -> TrainSpec:
     return base.get_train_spec(
-        flavor, build_dataloader_fn=lambda job_config, *args: Loader(job_config)
+        flavor, build_dataloader_fn=lambda job_config, tokenizer, *ranks: Loader(job_config, *ranks)
     )
 
 

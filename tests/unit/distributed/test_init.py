@@ -154,6 +154,20 @@ def test_computed_numbers_may_be_copied_into_sharded_parameters(rank: int) -> No
         assert model.table.to_local().tolist() == [[0, 1, 2]] * 2
 
 
+def test_a_part_of_a_sharded_parameter_is_not_set_in_vain() -> None:
+    class InParts(Computed):
+        def init_weights(self) -> None:
+            super().init_weights()
+            self.table[:2].copy_(torch.arange(3))
+
+    with fake_world(2, 0):
+        with torch.device("meta"):
+            model = InParts()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            initialize_weights(model, 0, torch.device("cpu"))
+
+
 def test_tied_weights_stay_tied() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})

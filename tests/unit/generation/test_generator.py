@@ -80,6 +80,30 @@ class WithLearnedPositions(Guide):
         return super().forward(tokens, positions, document_ids)
 
 
+class WithLimit(Guide):
+    """Refuses more tokens than it is made for."""
+
+    def embed(self, tokens):
+        assert tokens.shape[1] <= 40
+        return super().embed(tokens)
+
+
+class NotFiniteAlone(Guide):
+    """A single token has no standard deviation."""
+
+    def embed(self, tokens):
+        h = super().embed(tokens)
+        return h + 0 * h.std(dim=1, keepdim=True)
+
+
+class WithConvolutionAndKinds(WithConvolution):
+    """A small table of something else than positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = nn.Embedding(2, DIM)
+
+
 class OwnAttention(ModelProtocol):
     """Has an attention of its own, and takes tokens alone."""
 
@@ -109,6 +133,8 @@ def tokens_of(model: nn.Module, prompt: list[int], n: int) -> list[int]:
         (WithConvolution, False),
         (WithMemory, False),
         (WithLearnedPositions, True),
+        (WithLimit, True),
+        (WithConvolutionAndKinds, False),
         (OwnAttention, False),
     ],
 )
@@ -118,11 +144,17 @@ def test_any_model_generates(model_class, cached, caplog):
     with caplog.at_level(logging.WARNING, logger="torchtitan"):
         generator = Generator(model)
     assert generator.uses_cache is cached
-    assert ("without one" in caplog.text) is (model_class in (WithConvolution, WithMemory))
+    assert ("without one" in caplog.text) is (not cached and model_class is not OwnAttention)
     prompts = [[3], [1, 2, 3, 4, 5, 6, 7, 8, 9] * 2, [7, 7]]
     completions = generator.generate(prompts, 10, GREEDY)
     with torch.no_grad():
         assert [c.tokens for c in completions] == [tokens_of(model, p, 10) for p in prompts]
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_a_cache_of_numbers_that_are_not_finite_is_not_right():
+    torch.manual_seed(0)
+    assert not Generator(NotFiniteAlone()).uses_cache
 
 
 def test_a_stop_token_ends_a_text():

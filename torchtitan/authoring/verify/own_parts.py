@@ -82,7 +82,7 @@ def dataloader_resumes(subject: Subject) -> str:
         again.load_state_dict(state)
         _require_same(_next(again, subject), expected)
         if not torch.equal(before["tokens"], expected["tokens"]):
-            _require_shares(before, _next(loader(1, 2), subject))
+            _require_shares(_next(loader(0, 2), subject), _next(loader(1, 2), subject))
     except ConfigError as error:
         raise CheckFailedError(
             str(error), "docs/adding_models.md, A data loader of your own"
@@ -94,7 +94,13 @@ def dataloader_resumes(subject: Subject) -> str:
 
 
 def _next(loader: Any, subject: Subject) -> Batch:
-    batch = checked(next(loader), subject.config())
+    try:
+        batch = checked(next(loader), subject.config())
+    except StopIteration:
+        raise CheckFailedError(
+            "the loader has ended, though training has not",
+            "next() gives batches without end: begin the data anew after the last.",
+        ) from None
     shapes = {name: list(tensor.shape) for name, tensor in batch.items()}
     if len(shapes["tokens"]) != 2 or any(shape != shapes["tokens"] for shape in shapes.values()):
         raise CheckFailedError(

@@ -50,7 +50,10 @@ class TaskModel:
     ) -> None:
         self._model = loaded.model
         self._tokenizer = loaded.source.tokenizer
-        self._generator = Generator(loaded.model, loaded.source.stop_tokens, loaded.tp_group)
+        source = loaded.source
+        self._generator = Generator(
+            loaded.model, source.stop_tokens, loaded.tp_group, source.max_seq_len
+        )
         self._batch_size = batch_size
         self.max_seq_len = max_seq_len or loaded.source.max_seq_len or DEFAULT_WINDOW
         self._before = first_token(self._tokenizer)
