@@ -40,7 +40,7 @@ class Counts:
     """Steps whose batch was not trained on."""
     rollbacks: int = 0
     batches_skipped: int = 0
-    """By rollbacks: step N trains on batch N + `batches_skipped` of the data."""
+    """Passed over by rollbacks: step N trains on batch N + `batches_skipped` of the data."""
 
 
 class Guard:

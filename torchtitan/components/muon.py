@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_sharded(self, mesh: DeviceMesh, matrices: list[_Matrix]) -> None:
-        """Those of all groups on one mesh, so that as many ranks as can be have work."""
+        """Move the matrices of all groups on one mesh: so as many ranks as can be have work."""
         exchange = self._exchanges.get(mesh)
         if exchange is None:
             exchange = MatrixExchange([cast(DTensor, param) for param, _ in matrices])

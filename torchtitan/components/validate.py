@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MOST_KEPT = 2**28
 """Bytes of the batches of a validation, in the memory of each process."""
 _BYTES_OF_A_TOKEN = 16
-"""Of `packing.to_batch`'s four arrays, as int32."""
+"""In the four arrays of `packing.to_batch`, as int32."""
 
 
 class Validator:
@@ -81,7 +81,7 @@ class Validator:
         return (loss_sum / token_count).item()
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Those of one validation, always the same."""
+        """The batches of one validation, always the same."""
         if self._kept is not None:
             for batch in self._kept:
                 yield {name: tensor.long() for name, tensor in batch.items()}

@@ -50,7 +50,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
 
 
 def _sections(job_config: JobConfig) -> list[str]:
-    """Those that have batches."""
+    """Names of the sections that have batches."""
     return ["training", "validation"] if job_config.validation.enable else ["training"]
 
 

@@ -182,7 +182,7 @@ def _read(path: Path) -> str:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """Of a JSON object; none where the file is missing or damaged."""
+    """The fields of a file that is a JSON object; none where the file is missing or damaged."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -35,19 +35,19 @@ class Sequence(NamedTuple):
     place: list[int]
     """Where the row is after this step: a row of `DataLoader.state_dict`."""
     read: list[float]
-    """Of each source, how much of the row's documents from there on has been read."""
+    """How much of the row's documents has been read from there on, for each source."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of the sequences up to a micro-batch, since the process began."""
+    """What is counted in the sequences up to a micro-batch, since the process began."""
 
     tokens: int = 0
     padding: int = 0
     skipped: int = 0
     """Malformed documents left out, a few of them in batches to come."""
     read: list[list[float]] | None = None
-    """Of each row, `Sequence.read` after the last complete step."""
+    """`Sequence.read` of each row after the last complete step."""
 
 
 def naming(source: str) -> AbstractContextManager[None]:

@@ -145,7 +145,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _cores() -> int:
-    """Those that this process may use: of a large host a job often has a share."""
+    """Cores that this process may use: a job often has a share of a large host."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -141,7 +141,7 @@ def line_number(path: str, offset: int) -> int:
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content, in hexadecimal. Raises as `unreadable` says."""
+    """Digest of a file's content, in hexadecimal. Raises as `unreadable` says."""
     digest = hashlib.sha256()
     with reading(path), open_file(str(path)) as file:
         while block := file.read(_BLOCK):
@@ -191,7 +191,7 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
 
 @contextmanager
 def _after_others(cached: Path) -> Iterator[None]:
-    """Of the processes that want the same, one has this at once; the others once that has ended.
+    """Let one of the processes that want the same begin at once, the others once that has ended.
 
     Where the cache cannot be written, or has no locks, all have it at once.
     """

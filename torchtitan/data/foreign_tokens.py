@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _HEADER_WORDS = 256
-"""Of 4 bytes: a magic number, a version, how many tokens follow, and zeros."""
+"""Words of 4 bytes: a magic number, a version, how many tokens follow, and zeros."""
 _HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 """Magic number -> version and type of the ids, as llm.c's `data_common.py` writes them."""
 _BLOCK_TOKENS = 2**16
-"""Of a file in which no token ends a document."""
+"""Tokens of a document, in a file in which no token ends one."""
 
 
 @dataclass

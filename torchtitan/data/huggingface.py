@@ -92,7 +92,7 @@ class Stream:
 
     @property
     def files(self) -> list[str]:
-        """Those of a local copy; none of the hub."""
+        """The files of a local copy; none for a dataset of the hub."""
         return self._find_files()
 
     def __iter__(self) -> Iterator[object]:

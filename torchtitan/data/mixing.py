@@ -41,7 +41,7 @@ class Blend:
     """Several sources and how much of each: what a loader mixes."""
 
     sources: dict[str, Source]
-    """By their names in the metrics."""
+    """Name in the metrics -> source."""
     phases: tuple[Phase, ...]
 
 

@@ -101,7 +101,7 @@ def prepare(
 
 @contextmanager
 def _lock(out: Path) -> Iterator[Lock]:
-    """That of a folder. What killed processes left is removed. Raises `ConfigError`: it is taken.
+    """Lock a folder. What killed processes left is removed. Raises `ConfigError`: it is taken.
 
     Without locks two may write the folder, each under names of its own, the same contents.
     """
@@ -222,7 +222,7 @@ def _tokenizer_record(
 
 
 def _fingerprint(files: list[str], total: int | None) -> str:
-    """Of the files' names, sizes and times, so that no shard is added to those of other data."""
+    """Digest of names, sizes and times, so that no shard is added to those of other data."""
     known = [(file, *_size_and_time(file)) for file in files]
     return hashlib.sha256(repr((known, total)).encode()).hexdigest()[:16]
 

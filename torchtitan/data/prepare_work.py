@@ -69,7 +69,7 @@ class Job:
     parent: int
     """The process that began it; without it the others end."""
     lock: Lock
-    """Of the folder."""
+    """Holds the folder."""
 
 
 def write_shards(job: Job, workers: int) -> Iterator[tuple[int, int, int]]:
@@ -178,7 +178,7 @@ def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters
 
 
 def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
-    """Those of one shard."""
+    """The documents of one shard."""
     total = length_of(source)
     if total is not None:
         for index in range(part * total // parts, (part + 1) * total // parts):

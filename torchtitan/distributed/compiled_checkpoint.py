@@ -62,7 +62,7 @@ class _Parts:
     def __init__(self, context_fn: Callable[[], Any]) -> None:
         self._context_fn = context_fn
         self.contexts: Iterator[Any] | None = None
-        """Of the parts that run next. None: outside of a checkpoint."""
+        """What the parts that run next run in. None: outside of a checkpoint."""
 
     def in_contexts(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The forward of a part, in the next context."""

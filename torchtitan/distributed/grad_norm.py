@@ -69,7 +69,7 @@ def clip_grad_norm(
 
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Of all elements of all tensors, a float64 scalar, exact to about 1e-7 for any size."""
+    """Sum over all elements of all tensors, a float64 scalar, exact to about 1e-7 for any size."""
     if tensors[0].device.type == "cpu":
         # Over a whole tensor, the CPU kernel adds up float32 in a few long chains: of 64 million
         # elements it misses 0.5%, and it misses less of the shards of the same tensor. By rows it

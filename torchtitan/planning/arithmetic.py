@@ -28,7 +28,7 @@ _BUBBLE = {"": 0.0, "1F1B": 1.0, "Interleaved1F1B": 0.5, "ZBVZeroBubble": 0.3}
 
 @dataclass(frozen=True)
 class _LayerCost:
-    """Of one layer on one sequence, and of what comes before and after the layers."""
+    """What one layer costs on one sequence, and what comes before and after the layers."""
 
     seconds: float
     activations: float
@@ -45,7 +45,7 @@ class _Share:
     layers: float
     params: float
     trained: float
-    """Of the parameters, those that are not frozen."""
+    """Parameters that are not frozen."""
     last: bool
     """Whether it has the output layer."""
 
@@ -139,7 +139,7 @@ class Arithmetic:
         return c.micro_batch * self._config.training.seq_len / c.cp / c.tp * self._dim * 2
 
     def seconds(self, candidate: Candidate) -> float:
-        """Of a step."""
+        """The time of a step."""
         c, cost, device = candidate, self._costs[candidate.ac], self._device
         passes = self._passes(c)
         share = c.micro_batch / c.tp / c.cp

@@ -18,7 +18,7 @@ from .trace import meta_model
 AC_MODES = ("none", "selective", "full")
 SCHEDULES = ("1F1B", "Interleaved1F1B", "ZBVZeroBubble")
 STAGES = {"": 1, "1F1B": 1, "Interleaved1F1B": 2, "ZBVZeroBubble": 2}
-"""Of a rank, by schedule."""
+"""Schedule -> stages of a rank."""
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 

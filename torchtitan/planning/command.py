@@ -54,7 +54,7 @@ class Options:
     tokens: Annotated[float | None, shown_as("N")] = None
     """Token budget (15e12), for which time and cost are given."""
     price: Annotated[float | None, shown_as("FLOAT")] = None
-    """Of a device and hour, in any currency."""
+    """Price of one device for one hour, in any currency."""
     json: Annotated[str | None, shown_as("FILE")] = None
     """Write the plan as JSON."""
     html: Annotated[str | None, shown_as("FILE")] = None
@@ -161,7 +161,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 def default_world_size(config: JobConfig, host_size: int) -> int:
-    """Of a job whose command does not say."""
+    """Devices of a job whose command does not say how many."""
     parallelism = config.parallelism
     product = (
         parallelism.pipeline_parallel_degree

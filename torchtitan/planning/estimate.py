@@ -71,7 +71,7 @@ class Plan:
     ranks: list[RankPlan]
     step_seconds: float
     tokens_per_step: int
-    """Of a replica group."""
+    """Tokens that one replica group trains on in a step."""
     flops_per_token: int
     nparams: int
     accumulation_steps: int
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one device."""
+        """The throughput of one device."""
         return self.tokens_per_step / self.step_seconds / self.world_size
 
     @property
@@ -294,7 +294,7 @@ def _trace_deep(config: JobConfig, repetition: Repetition, stage: int) -> tuple[
 
 
 def _together(traces: list[StepTrace]) -> StepTrace:
-    """Of one rank. The optimizer knows no stages: what it does is in proportion to them."""
+    """Join the traces of one rank's stages, to which the optimizer's work is in proportion."""
     optimizer = PassTrace()
     for trace in traces:
         optimizer.operations.update(trace.optimizer.operations)

@@ -76,7 +76,7 @@ def keep_layers(model: nn.Module, count: int) -> None:
 
 
 def layer_signatures(model: nn.Module, seq_len: int) -> list[str]:
-    """Of each of `model.layers`: equal for those with the same modules, shapes and settings, which
+    """For each of `model.layers` a text, equal where modules, shapes and settings are, which
     the model calls alike.
 
     Args:

@@ -100,7 +100,7 @@ def _build(
 
 
 def _allowed_share(seq_len: int, window: int | None, chunk: int | None) -> float:
-    """Of all pairs, where one document fills the sequence.
+    """The share of all pairs of tokens that attend, where one document fills the sequence.
 
     Ranks that share a sequence have queries from its early and late parts, so it is theirs too.
     """
@@ -112,7 +112,7 @@ def _allowed_share(seq_len: int, window: int | None, chunk: int | None) -> float
 
 
 def _pairs(tokens: int, window: int) -> int:
-    """Of queries and the keys that they see, at most a window of them."""
+    """How many pairs there are of a query and a key that it sees, at most a window of them."""
     first = min(tokens, window)
     return first * (first + 1) // 2 + (tokens - first) * window
 

@@ -24,7 +24,7 @@ class Operation:
 
     name: str
     flops: int
-    """Of matrix products; 0 for others."""
+    """FLOPs of a matrix product; 0 for other operations."""
     moved: int
     """Bytes read and written."""
 
@@ -110,7 +110,7 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
 
 
 def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
-    """Of the two products of a forward pass, without what kernels skip."""
+    """FLOPs of the two products of a forward pass, without what kernels skip."""
     names = (argument.name for argument in func._schema.arguments)
     named = dict(zip(names, args, strict=False)) | kwargs
     batch, heads, seq, head_dim = named["query"].shape
@@ -121,6 +121,6 @@ def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
 
 
 def _grouped(args: Any) -> int:
-    """Of the gradient of the weights: rows are shared out among the groups."""
+    """FLOPs of the product for the gradient of weights, whose rows groups share out."""
     a, b = args[0], args[1]
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]

@@ -39,7 +39,7 @@ class StageTrace:
     pipeline of one micro-batch and of the reduction of gradients, without activations and buffers,
     which the schedule decides."""
     forward: PassTrace = field(default_factory=PassTrace)
-    """Of one micro-batch, as `backward`."""
+    """The forward pass of one micro-batch; `backward` likewise."""
     backward: PassTrace = field(default_factory=PassTrace)
     start: PassTrace = field(default_factory=PassTrace)
     """What else the first forward pass of a step does: gather parameters, in a pipeline."""
@@ -60,7 +60,7 @@ class StepTrace:
 
     @property
     def collectives(self) -> Counter[Collective]:
-        """Of a step with one micro-batch."""
+        """Those of a whole step with one micro-batch."""
         total = Counter(self.optimizer.collectives)
         for stage in self.stages:
             for part in (stage.start, stage.forward, stage.backward, stage.finish):

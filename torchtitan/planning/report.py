@@ -87,7 +87,7 @@ def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 
 def traffic_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
-    """Of the pipeline rank that sends for the longest time."""
+    """What the pipeline rank that sends for the longest time sends, as a table."""
     header = ["collective", "group", "ranks", "link", "calls", "GB", "seconds"]
     rank = max(plan.ranks, key=lambda r: sum(t.seconds for t in r.traffic))
     rows = [

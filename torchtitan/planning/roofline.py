@@ -64,7 +64,7 @@ class Roofline:
         )
 
     def seconds(self, trace: PassTrace, groups: Groups) -> float:
-        """Of a pass: overlapped communication shows only where it is longer than computing."""
+        """Time of a pass: overlapped communication shows where it is longer than computing."""
         matrix, other = self.compute(trace)
         waited, overlapped = self._communication(trace.collectives, groups)
         return max(matrix + other + waited, overlapped)

@@ -52,7 +52,7 @@ class Found:
 
     @property
     def pareto(self) -> list[tuple[Candidate, Plan]]:
-        """Those that no other beats in both time and memory, fastest first."""
+        """The layouts that no other beats in both time and memory, fastest first."""
         front: list[tuple[Candidate, Plan]] = []
         for candidate, plan in self.fitting:
             if not front or plan.peak < front[-1][1].peak:
@@ -100,7 +100,7 @@ def search(
     available = device.memory - device.host_memory_reserved
 
     def by_time(most: float) -> list[Candidate]:
-        """Of those that take `most` bytes by arithmetic."""
+        """The fastest first, of those that take at most `most` bytes by arithmetic."""
         possible = [c for c in every if arithmetic.memory(c) <= most]
         return sorted(possible, key=lambda c: (arithmetic.seconds(c), c.cp, c.tp))
 

@@ -180,7 +180,7 @@ class _StageTracer:
         ]
 
     def _parameters_share(self) -> float:
-        """Of what FSDP holds whole: parameters in one dtype, gradients accumulated in another."""
+        """The parameters' share of what FSDP holds whole, besides gradients in another dtype."""
         training = self._config.training
         bits = [
             torch.finfo(getattr(torch, dtype)).bits

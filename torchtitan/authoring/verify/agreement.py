@@ -98,7 +98,7 @@ def _layer_differs(
     expected_input: torch.Tensor,
     expected: torch.Tensor,
 ) -> bool:
-    """By the scale of its output, or of what it adds to its input."""
+    """Whether two outputs agree by the scale of one, or of what it adds to its input."""
     if relative_difference(actual, expected) > TOLERANCE:
         return True
     if expected_input.shape != expected.shape:
@@ -110,7 +110,10 @@ def _layer_differs(
 
 
 def _first_module(actual: Run, expected: Run, places: slice, rows: slice) -> str:
-    """Of those whose output looks like `[batch, seq, features]`; convolutions do not tell."""
+    """The first module that differs whose output looks like `[batch, seq, features]`.
+
+    A convolution's output does not tell whether it is `[batch, features, seq]`.
+    """
     for name, tensor in expected.modules.items():
         other = actual.modules.get(name)
         if other is None or not tensor.is_floating_point():

@@ -53,7 +53,7 @@ def _innocence(failure: RankFailure) -> int:
 
 
 def _died(failure: RankFailure) -> bool:
-    """By a signal."""
+    """Whether a signal ended the rank."""
     return failure.exit_code is not None and failure.exit_code < 0
 
 

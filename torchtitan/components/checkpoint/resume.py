@@ -95,7 +95,7 @@ def _in_turn(root: StoragePath, load_step: int) -> list[StoragePath]:
 
 
 def _saved_since(newest_first: list[StoragePath], load_step: int) -> list[StoragePath]:
-    """Those that runs with this `load_step` have saved last, and damaged ones between them."""
+    """What runs with this `load_step` have saved last, and damaged checkpoints between."""
     since: list[StoragePath] = []
     damaged: list[StoragePath] = []
     for folder in newest_first:

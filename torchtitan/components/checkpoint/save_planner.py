@@ -53,7 +53,7 @@ class SharingSavePlanner(DefaultSavePlanner):
 
 
 def own_share(keys: list[str], group: dist.ProcessGroup | None) -> set[str]:
-    """Those of `keys`, which are sorted, that are this rank's among the ranks with the same keys.
+    """The keys, of sorted ones, that are this rank's among the ranks with the same keys.
 
     All ranks of `group` call this together. Of keys that only some ranks have, such as those of a
     pipeline stage, none is left out.

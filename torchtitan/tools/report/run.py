@@ -48,7 +48,7 @@ class Run:
     """Unique among the runs of a report."""
     folder: Path
     curves: dict[str, Curve]
-    """By the keys of `metrics.jsonl`."""
+    """Key of `metrics.jsonl` -> its values."""
     validation: Curve
     config: dict[str, Any]
     """`training.steps` -> value; empty if the folder has no config."""

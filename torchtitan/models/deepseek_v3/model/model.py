@@ -31,7 +31,7 @@ from torchtitan.models.common.yarn import yarn_frequencies
 from .args import DeepSeekV3ModelArgs
 
 LATENT_NORM_EPS = 1e-6
-"""Of the norms of latents, whatever `norm_eps` is."""
+"""Epsilon of the norms of latents, whatever `norm_eps` is."""
 
 
 class Attention(nn.Module):

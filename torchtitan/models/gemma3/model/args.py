@@ -43,15 +43,15 @@ class Gemma3ModelArgs(BaseModelArgs):
     sliding_window: int = 1024
     """Keys that a query sees in layers with a window, the last of them its own."""
     full_attention_every: int = 6
-    """Of so many layers, the last has no window."""
+    """Every so many layers, one attends without a window."""
     vocab_size: int = 262208
     norm_eps: float = 1e-6
     rope_theta: float = 1000000.0
-    """Of layers without a window."""
+    """Base of the rotation frequencies in layers without a window."""
     rope_factor: float = 8.0
     """In layers without a window, rotations are slower by this (linear scaling)."""
     window_rope_theta: float = 10000.0
-    """Of layers with a window."""
+    """Base of the rotation frequencies in layers with a window."""
     tie_word_embeddings: bool = True
     """The output layer shares the embedding's weight."""
     attention: AttentionKernel = "auto"
@@ -164,7 +164,7 @@ class Gemma3ModelArgs(BaseModelArgs):
 
 
 def _take_pattern(hf: HuggingFaceConfig, n_layers: int) -> int:
-    """Of how many layers the last has no window."""
+    """`full_attention_every`, from the types of the layers."""
     every = hf.take("sliding_window_pattern", "_sliding_window_pattern", kind=int, default=6)
     kinds = hf.take("layer_types", kind=list, default=None)
     if kinds is None:
