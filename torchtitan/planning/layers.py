@@ -76,8 +76,8 @@ def keep_layers(model: nn.Module, count: int) -> None:
 
 
 def layer_signatures(model: nn.Module, seq_len: int) -> list[str]:
-    """For each of `model.layers` a text, equal where modules, shapes and settings are, which
-    the model calls alike.
+    """For each of `model.layers` a text, equal where modules, shapes and settings are, and
+    where the model calls them alike.
 
     Args:
         model: on the meta device, or a stage of it.
