@@ -52,9 +52,9 @@ def test_no_weights_are_made_for_a_mistake(
 
 
 def test_a_doubt_is_told_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = ["--lr_scheduler.warmup_steps=6", "--training.dataset=text"]
+    options = ["--lr_scheduler.warmup_steps=60", "--training.steps=60", "--training.dataset=text"]
     options += ["--training.dataset_path=/no/such", f"--job.dump_folder={tmp_path}"]
     with pytest.raises(SystemExit):
         train.main([*tiny_llama.OPTIONS, *options])
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert warning.startswith("lr_scheduler.warmup_steps = 6: the warm-up takes all")
+    assert warning.startswith("lr_scheduler.warmup_steps = 60: the warm-up takes all")

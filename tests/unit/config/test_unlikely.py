@@ -20,6 +20,8 @@ def test_a_warmup_that_reaches_the_last_step() -> None:
         "lr_scheduler.warmup_steps = 1000: the warm-up takes all of the schedule, since "
         "training.steps = 1000: the learning rate only rises. Set fewer"
     ]
+    config.training.steps = 49  # only tries something
+    assert unlikely(config) == []
     config.lr_scheduler.total_steps = 5000
     assert unlikely(config) == []
     config.lr_scheduler.warmup_steps = 5000
