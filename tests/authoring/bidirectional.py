@@ -19,7 +19,7 @@ class Attention(base.Attention):
 
 
 class Model(base.with_layers(attention=Attention)):
-    causal = False
+    sees_later_tokens = True
 
     def forward(self, tokens, positions=None):
         return super().forward(tokens, positions)

@@ -157,9 +157,9 @@ def open_source(options: ModelOptions) -> Source:
         known_path = manifest.model.get("tokenizer")
         job_config.model.tokenizer_path = known_path or _own_tokenizer(folder)
     _set_layout(job_config, options, spec)
-    if not spec.model_cls.causal:
+    if spec.model_cls.sees_later_tokens:
         raise ConfigError(
-            f"{name} is no causal model ({spec.model_cls.__name__}.causal is False): its logits "
+            f"{name} is no causal model ({spec.model_cls.__name__}.sees_later_tokens): its logits "
             "are not those of the next token, of which generate and eval make use"
         )
     if spec.build_tokenizer_fn is None:

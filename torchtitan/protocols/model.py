@@ -61,9 +61,10 @@ class ModelProtocol(nn.Module):
     """
 
     layers: nn.ModuleDict
-    causal: ClassVar[bool] = True
-    """Whether no token sees a later one. False, of encoders and of masked diffusion: `verify` does
-    not ask for it, and `generate` and `eval` refuse the model."""
+    sees_later_tokens: ClassVar[bool] = False
+    """Whether tokens see later ones, as in encoders and masked diffusion: `verify` then does not
+    ask that they do not, and `generate` and `eval` refuse the model. (Not `causal`, a name that
+    buffers of masks have.)"""
 
     if not TYPE_CHECKING:  # type checkers are to see that `model_cls(args)` takes the args
 

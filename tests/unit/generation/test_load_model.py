@@ -193,8 +193,10 @@ def test_a_model_that_nobody_registered(run_folder, tmp_path):
 
 def test_a_model_whose_tokens_see_later_ones(hf_folder, monkeypatch):
     model_cls = open_source(ModelOptions(str(hf_folder), tokenizer="bytes")).spec.model_cls
-    monkeypatch.setattr(model_cls, "causal", False)
-    with pytest.raises(ConfigError, match=r"llama3 is no causal model \(Llama3Model.causal"):
+    monkeypatch.setattr(model_cls, "sees_later_tokens", True)
+    with pytest.raises(
+        ConfigError, match=r"llama3 is no causal model \(Llama3Model.sees_later_tokens"
+    ):
         open_source(ModelOptions(str(hf_folder), tokenizer="bytes"))
 
 

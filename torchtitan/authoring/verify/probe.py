@@ -213,8 +213,8 @@ def accepts(model_cls: type[ModelProtocol], name: str) -> bool:
 
 def require_causal(model_cls: type[ModelProtocol]) -> None:
     """Raises `NotApplicableError` for a model whose tokens may see later ones."""
-    if not model_cls.causal:
-        raise NotApplicableError(f"{model_cls.__name__}.causal is False: tokens may see later ones")
+    if model_cls.sees_later_tokens:
+        raise NotApplicableError(f"{model_cls.__name__}.sees_later_tokens is True")
 
 
 def some(names: list[str], limit: int = 5) -> str:
