@@ -31,7 +31,7 @@ def get_train_spec(flavor: str) -> TrainSpec:
 
 def get_silent_spec(flavor: str) -> TrainSpec:
     spec = get_train_spec(flavor)
-    return replace(spec, model_cls=type("Silent", (Model,), {"causal": True}))
+    return replace(spec, model_cls=type("Silent", (Model,), {"sees_later_tokens": False}))
 
 
 register_train_spec("bidirectional", get_train_spec)
