@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ RANKS = 4
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
+def least(measure: Callable[[], int]) -> int:
+    """What is kept: gloo's threads hold a block for a moment after it has been sent."""
+    values = []
+    for _ in range(20):
+        values.append(measure())
+        time.sleep(0.01)
+    return min(values)
+
+
 def attend(mode: str) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("cp",))
     config = JobConfig()
@@ -37,7 +48,7 @@ def attend(mode: str) -> dict[str, Any]:
     before = memory.current
     with memory, OperationRecorder() as forward:
         out = model(batch, False, "eager")
-        kept = memory.current - before
+        kept = least(lambda: memory.current - before)
     with CollectiveRecorder({"cp": mesh.get_group()}) as sent, OperationRecorder() as backward:
         gradients = torch.autograd.grad(out, inputs, batch["out_grad"])
     return {
