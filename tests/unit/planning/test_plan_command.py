@@ -200,6 +200,7 @@ def test_a_replica_group_is_planned_with_its_share(job: str) -> None:
 
 
 @pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.long
 def test_a_rule_may_be_for_a_layer_that_is_not_traced(
     pp: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +213,7 @@ def test_a_rule_may_be_for_a_layer_that_is_not_traced(
     assert "it fits" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_layers_that_are_frozen_have_no_gradients_and_no_optimizer_state() -> None:
     """Also those that are not traced: of 32 layers the first 8, the last, or none."""
     given = ["--model.flavor=8B", "--training.seq_len=256", "--activation_checkpoint.mode=none"]

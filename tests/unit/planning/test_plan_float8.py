@@ -52,6 +52,7 @@ def test_experts_change_sides_but_for_the_gradients_of_weights() -> None:
     assert after["aten::_grouped_mm"] == pytest.approx(whole / 3)
 
 
+@pytest.mark.long
 def test_a_large_model_is_faster_and_as_large() -> None:
     plain, float8 = (plan_run(config(*o), 8, DEVICES["h100"]) for o in ([], FLOAT8))
     assert 0.5 < float8.busiest.compute_seconds / plain.busiest.compute_seconds < 0.75

@@ -106,6 +106,7 @@ def test_windows_and_chunks_are_less_work(model: str, keys: float) -> None:
     assert min(flops) / max(flops) == pytest.approx(keys / (SEQ / 2), rel=0.25)
 
 
+@pytest.mark.long
 def test_windows_hold_no_mask() -> None:
     assert abs(bend(2, model="gemma3")) < 0.001
     options = ["--parallelism.context_parallel_degree=2"]

@@ -79,6 +79,7 @@ def test_the_best_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
     assert peaks == sorted(peaks, reverse=True)
 
 
+@pytest.mark.long
 def test_what_cannot_fit_is_not_the_best() -> None:
     small = replace(DEVICES["h100"], memory=DEVICES["h100"].host_memory_reserved + 2**20)
     found = search(job("debugmodel", 4, 256), 2, small, seconds=1)
@@ -101,6 +102,7 @@ def test_what_fits_against_the_arithmetic_is_looked_for(monkeypatch: pytest.Monk
     assert len({candidate for candidate, _ in found.traced}) == 6
 
 
+@pytest.mark.long
 def test_arithmetic_knows_frozen_parameters_and_other_optimizers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -145,6 +147,7 @@ def test_the_best_is_written_and_can_be_planned(
     assert plan_run(best, 2, DEVICES["h100"]).room > 0
 
 
+@pytest.mark.long
 def test_layouts_that_cannot_be_are_passed_over_also_where_none_fits() -> None:
     """Of 13 tokens no tensor parallel rank can have its part."""
     found = search(job("405B", 8, 13), 2, DEVICES["h100"], 8, seconds=0)
