@@ -23,7 +23,13 @@ JOBS = {
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["1_process", "1_process_async", "4_processes_async"],
+        pytest.param("4_processes", marks=pytest.mark.long),
+    ],
+)
 def test_killed_runs_go_on_as_if_nothing_had_happened(
     name: str, tmp_path: Path, pytestconfig: pytest.Config, figures: dict[str, object]
 ) -> None:
