@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from .job_config import JobConfig
 from .load import origin
 
@@ -11,7 +14,11 @@ _A_TRIAL = 50
 
 def unlikely(job_config: JobConfig) -> list[str]:
     """A warning for each choice that is allowed, and that a run mostly gets by oversight."""
-    return [*_warmup_to_the_end(job_config), *_validation_of_other_data(job_config)]
+    return [
+        *_warmup_to_the_end(job_config),
+        *_validation_of_other_data(job_config),
+        *_validation_of_the_data_of_training(job_config),
+    ]
 
 
 def _warmup_to_the_end(job_config: JobConfig) -> list[str]:
@@ -37,3 +44,20 @@ def _validation_of_other_data(job_config: JobConfig) -> list[str]:
         f"validation.dataset = {default!r}: validation reads Python's standard library, but the "
         f"training has {what}. Set validation.dataset and validation.dataset_path"
     ]
+
+
+def _validation_of_the_data_of_training(job_config: JobConfig) -> list[str]:
+    validation = job_config.validation
+    training: list[Any] = [*job_config.data.sources] or [job_config.training]
+    if not validation.enable or _data_of(validation) not in map(_data_of, training):
+        return []
+    return [
+        f"validation.dataset = {validation.dataset!r}: the very data of training (dataset, path "
+        "and split are the same), so the validation loss is not of held-out data"
+    ]
+
+
+def _data_of(config: Any) -> tuple[str, str | None, str | None]:
+    """What a section of the config names."""
+    path = config.dataset_path
+    return config.dataset, path and os.path.abspath(os.path.expanduser(path)), config.split

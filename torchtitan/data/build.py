@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -13,7 +11,6 @@ import torch.distributed as dist
 
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.same_outcome import on_all_ranks
-from torchtitan.distributed.utils import rank
 from torchtitan.errors import begin_errors_with
 
 from .chat import load_template
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from torchtitan.config.data import Data
 
 T = TypeVar("T")
-logger = logging.getLogger("torchtitan")
 _VALIDATION_SEED = 42
 """Not `debug.seed`, so that runs of several seeds are compared on the same documents."""
 
@@ -69,13 +65,6 @@ def build_validation_dataloader(
         DataError: the data is missing, empty or malformed.
     """
     validation = job_config.validation
-    training: list[Any] = [*job_config.data.sources] or [job_config.training]
-    if rank() == 0 and any(_data_of(one) == _data_of(validation) for one in training):
-        logger.warning(
-            "validation.dataset = %r: the very data of training (dataset, path and split are the "
-            "same), so the validation loss is not of held-out data",
-            validation.dataset,
-        )
     return _build(
         "validation",
         job_config,
@@ -86,12 +75,6 @@ def build_validation_dataloader(
         dp_world_size=dp_world_size,
         pad=True,
     )
-
-
-def _data_of(config: Any) -> tuple[str, str | None, str | None]:
-    """What a section of the config names."""
-    path = config.dataset_path
-    return config.dataset, path and os.path.abspath(os.path.expanduser(path)), config.split
 
 
 def _build(

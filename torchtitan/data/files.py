@@ -201,7 +201,7 @@ def _after_others(cached: Path) -> Iterator[None]:
         with suppress(OSError):
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(lock.open("wb"))
-            while not _lock(file) and waited < _LONGEST_WAIT:
+            while not try_lock(file) and waited < _LONGEST_WAIT:
                 time.sleep(_BETWEEN_LOOKS)
                 waited += _BETWEEN_LOOKS
         if waited:
@@ -212,7 +212,8 @@ def _after_others(cached: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-def _lock(file: BinaryIO) -> bool:
+def try_lock(file: BinaryIO) -> bool:
+    """Whether no other process had the file's lock. Raises `OSError` where there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

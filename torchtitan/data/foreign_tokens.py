@@ -14,7 +14,7 @@ from torchtitan.errors import DataError
 
 from .files import ends_of, reading
 from .mapped import map_file, read_ahead
-from .token_shards import Shard, TokenFiles
+from .token_shards import MappedTokens, Shard, TokenFiles
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
@@ -30,12 +30,9 @@ _BLOCK_TOKENS = 2**16
 
 
 @dataclass
-class MegatronShard:
+class MegatronShard(MappedTokens):
     """A `.bin` of Megatron-LM: a document is a range of sequences, which lie one after another."""
 
-    path: str
-    tokens: np.ndarray
-    """`[tokens]`"""
     lengths: np.ndarray
     """`[sequences]` int32: tokens."""
     pointers: np.ndarray
@@ -46,14 +43,6 @@ class MegatronShard:
     @property
     def documents(self) -> int:
         return max(0, len(self.bounds) - 1)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.tokens.dtype
 
     def document(self, index: int) -> np.ndarray:
         """Raises `DataError` where it is no range of sequences."""

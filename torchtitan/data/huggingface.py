@@ -130,7 +130,8 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     """
     import datasets
 
-    if kind == "json" and _marker(files).exists():
+    no_table = _marker(files) if kind == "json" else None
+    if no_table is not None and no_table.exists():
         return _open_lines(files, text_key)
     try:
         columns = _columns(files, text_key) if kind == "parquet" else {}
@@ -138,11 +139,15 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     except TitanError:
         raise
     except Exception as error:  # the readers behind `datasets` raise their own types
-        are_lines = kind == "json" and not disk_is_full(error) and _are_json_lines(files, text_key)
-        if are_lines and not may_pass(error):
+        if (
+            no_table is not None
+            and not disk_is_full(error)
+            and _are_json_lines(files, text_key)
+            and not may_pass(error)
+        ):
             with suppress(OSError):  # else this is found out anew at each start
-                _marker(files).parent.mkdir(parents=True, exist_ok=True)
-                _marker(files).touch()
+                no_table.parent.mkdir(parents=True, exist_ok=True)
+                no_table.touch()
             return _open_lines(files, text_key)
         raise _unreadable(_name_of(files), error) from error
     return Table(dataset, text_key, _name_of(files), files)

@@ -33,18 +33,12 @@ class TokenShard(Protocol):
 
 
 @dataclass
-class Shard:
-    """One file of tokens and where its documents are."""
+class MappedTokens:
+    """The tokens of one file."""
 
     path: str
     tokens: np.ndarray
     """`[tokens]`, of an integer type, memory-mapped."""
-    ends: Sequence[int] | np.ndarray
-    """`[documents]`: the token after the last one of each document."""
-
-    @property
-    def documents(self) -> int:
-        return len(self.ends)
 
     @property
     def num_tokens(self) -> int:
@@ -53,6 +47,18 @@ class Shard:
     @property
     def dtype(self) -> np.dtype:
         return self.tokens.dtype
+
+
+@dataclass
+class Shard(MappedTokens):
+    """One file of tokens and where its documents are."""
+
+    ends: Sequence[int] | np.ndarray
+    """`[documents]`: the token after the last one of each document."""
+
+    @property
+    def documents(self) -> int:
+        return len(self.ends)
 
     def document(self, index: int) -> np.ndarray:
         start = self.ends[index - 1] if index else 0

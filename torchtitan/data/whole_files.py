@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from torchtitan.errors import ConfigError
+
+from .files import try_lock
 
 
 class FileWriter:
@@ -68,13 +69,12 @@ class Lock:
         """Whether it was free; None: it cannot be told here."""
         self._file = writing(self._path.open, "wb")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.forget()
-            return False
+            free = try_lock(self._file)
         except OSError:
             return None
-        return True
+        if not free:
+            self.forget()
+        return free
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process that is not forked, which has no share in the lock."""

@@ -11,7 +11,6 @@ from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.components.validate import Validator, build_validator
 from torchtitan.config import JobConfig
-from torchtitan.config.data import DataSource
 from torchtitan.data import best_fit, build_validation_dataloader
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import DataError
@@ -100,23 +99,6 @@ def test_best_fit_packs_for_the_first_validation_alone(
     once = len(packed)
     assert one.validate([model], evaluate_with(model)) == first
     assert once > 0 and (len(packed) == once) == (most > 10)
-
-
-def test_held_out_data_are_not_those_of_training(
-    config: JobConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    validator(config).close()
-    assert "training" not in caplog.text
-    config.training.dataset, config.training.dataset_path = "text", config.validation.dataset_path
-    validator(config).close()
-    assert "validation.dataset = 'text': the very data of training" in caplog.text
-    caplog.clear()
-    config.data.sources = [DataSource(dataset="jsonl", dataset_path="a.jsonl")]
-    validator(config).close()
-    assert "training" not in caplog.text
-    config.data.sources.append(DataSource("own", "text", config.validation.dataset_path))
-    validator(config).close()
-    assert "the very data of training" in caplog.text
 
 
 def test_the_sequences_do_not_depend_on_the_seed(config: JobConfig) -> None:

@@ -49,3 +49,20 @@ def test_validation_of_data_that_no_source_of_a_mixture_has() -> None:
     assert "but the training has data.sources" in unlikely(config)[0]
     config.data.sources.append(DataSource(dataset="stdlib"))
     assert unlikely(config) == []
+
+
+def test_held_out_data_are_not_those_of_training() -> None:
+    config = JobConfig()
+    config.validation.enable = True
+    config.validation.dataset, config.validation.dataset_path = "text", "notes.txt"
+    assert unlikely(config) == []
+    config.training.dataset, config.training.dataset_path = "text", "./notes.txt"
+    (doubt,) = unlikely(config)
+    assert "validation.dataset = 'text': the very data of training" in doubt
+    config.data.sources = [DataSource(dataset="jsonl", dataset_path="a.jsonl")]
+    assert unlikely(config) == []
+    config.data.sources.append(DataSource("own", "text", "notes.txt"))
+    (doubt,) = unlikely(config)
+    assert "the very data of training" in doubt
+    config.validation.enable = False
+    assert unlikely(config) == []

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torchtitan.distributed.utils import local_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.tools.text import few
 
 from .check import Check, CheckFailedError, NotApplicableError
 from .contract import SPEC
-from .probe import some
 from .subject import Subject
 
 State = dict[str, Any]
@@ -73,7 +73,7 @@ def maps_there_and_back(subject: Subject) -> str:
             )
     again = _convert(adapter.to_hf, back, "to_hf")
     _compare(again, hf_kept, set(), "to_hf(from_hf(hf))")
-    note = f"; {some(dropped)} stays with us" if dropped else ""
+    note = f"; {few(dropped, 5)} stays with us" if dropped else ""
     return f"{len(state)} tensors <-> {len(hf)} of Hugging Face{note}"
 
 
@@ -108,7 +108,7 @@ def _lost(hf: State, state: State) -> str:
     """Names whose values are nowhere in the result."""
     values = {_fingerprint(tensor) for tensor in hf.values()}
     lost = [name for name, tensor in state.items() if _fingerprint(tensor) not in values]
-    return f", without {some(lost)}" if 0 < len(lost) < len(state) else ""
+    return f", without {few(lost, 5)}" if 0 < len(lost) < len(state) else ""
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[int, float]:
@@ -126,12 +126,12 @@ def _compare(actual: State, expected: State, may_lack: set[str], what: str) -> l
     refused = [name for name in missing if name not in may_lack]
     if refused:
         raise CheckFailedError(
-            f"{what} lacks {some(refused)}",
+            f"{what} lacks {few(refused, 5)}",
             f"{_HINT}a name is dropped, or two are mapped to one.",
         )
     if extra := [name for name in actual if name not in expected]:
         raise CheckFailedError(
-            f"{what} has {some(extra)}, which were not there before",
+            f"{what} has {few(extra, 5)}, which were not there before",
             f"{_HINT}from_hf() must give back the names of model.state_dict().",
         )
     for name, tensor in actual.items():
@@ -219,7 +219,7 @@ def flavors_map(subject: Subject) -> str:
         shapes = [n for n, t in back.items() if n not in state or t.shape != state[n].shape]
         if missing or shapes:
             raise CheckFailedError(
-                f"{flavor}: from_hf(to_hf()) lacks or misshapes {some(missing or shapes)}",
+                f"{flavor}: from_hf(to_hf()) lacks or misshapes {few(missing or shapes, 5)}",
                 f"{_HINT}look at numbers of layers with two digits, and at options that only the "
                 "larger flavors have.",
             )
@@ -257,7 +257,7 @@ def works_on_dtensors(subject: Subject) -> str:
         ]
         if plain:
             raise CheckFailedError(
-                f"{what} has {some(plain)} as plain tensors",
+                f"{what} has {few(plain, 5)} as plain tensors",
                 f"{_HINT}use operations that DTensors know, not .data, .numpy() or to_local().",
             )
         full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in back.items()}

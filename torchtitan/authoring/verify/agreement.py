@@ -98,7 +98,7 @@ def _layer_differs(
     expected_input: torch.Tensor,
     expected: torch.Tensor,
 ) -> bool:
-    """Whether two outputs agree by the scale of one, or of what it adds to its input."""
+    """Whether a layer's outputs differ, by their own scale or by that of what it adds."""
     if relative_difference(actual, expected) > TOLERANCE:
         return True
     if expected_input.shape != expected.shape:

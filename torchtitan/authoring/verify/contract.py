@@ -15,9 +15,9 @@ from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.text import few
 
 from .check import Check, CheckFailedError
-from .probe import some
 from .subject import Subject
 
 OPTIONAL_INPUTS = ("positions", "document_ids")
@@ -98,7 +98,7 @@ def _require_subclass(field: str, value: Any, base: type) -> None:
         and getattr(value, name) is getattr(base, name)
     )
     if missing:
-        raise CheckFailedError(f"{value.__name__} does not define {some(missing)}")
+        raise CheckFailedError(f"{value.__name__} does not define {few(missing, 5)}")
 
 
 def _require_dataclass(args_cls: type) -> None:
@@ -107,7 +107,7 @@ def _require_dataclass(args_cls: type) -> None:
     forgotten = [n for n in forgotten if "ClassVar" not in str(args_cls.__annotations__[n])]
     if forgotten:
         raise CheckFailedError(
-            f"{args_cls.__name__} declares {some(forgotten)}, which are not fields",
+            f"{args_cls.__name__} declares {few(forgotten, 5)}, which are not fields",
             "args.py: put @dataclass above the class.",
         )
 
@@ -142,7 +142,7 @@ def signatures_fit(subject: Subject) -> str:
         _require_call(f"{adapter.__name__}.__init__", adapter, ("model_args",), ("hf_assets_path",))
     takes = [name for name in OPTIONAL_INPUTS if name in named]
     others = [name for name in named if name not in takes]
-    never = f"; the trainer never fills {some(others)}" if others else ""
+    never = f"; the trainer never fills {few(others, 5)}" if others else ""
     return f"forward(tokens{''.join(f', {name}' for name in takes)}){never}"
 
 
@@ -182,7 +182,7 @@ def args_are_not_modified(subject: Subject) -> str:
             values = [f"{k} = {before.get(k)!r} became {getattr(now, k, None)!r}" for k in changed]
             raise CheckFailedError(
                 f"{type(args).__name__}.update_from_config changes the flavor in place: "
-                f"{some(values)}",
+                f"{few(values, 5)}",
                 "args.py: return dataclasses.replace(self, ...) instead of assigning to self. A "
                 "flavor is shared by all jobs of a process.",
             )
@@ -213,8 +213,8 @@ def layers_are_a_dict(subject: Subject) -> str:
     expected = [str(number) for number in range(len(layers))]
     if list(layers) != expected:
         raise CheckFailedError(
-            f"{type(model).__name__}.layers has the keys {some(list(layers))}, not "
-            f"{some(expected)} in this order",
+            f"{type(model).__name__}.layers has the keys {few(list(layers), 5)}, not "
+            f"{few(expected, 5)} in this order",
             'model.py: the key of a layer is its number from 0, as text: "0", "1", ...',
         )
     wanted = getattr(subject.args, "n_layers", len(layers))

@@ -21,10 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.tools.text import few
 
 from .check import Check, CheckFailedError, NotApplicableError
 from .contract import SPEC
-from .probe import loss_of, some
+from .probe import loss_of
 from .subject import Subject
 from .weights import BUILDS
 
@@ -82,7 +83,7 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
     alike = [name for name, size in sizes.items() if size == abs(difference)]
     if alike:
         kind = "counted twice" if difference > 0 else "not counted"
-        return f"As many parameters as {some(alike)} has: perhaps {kind}."
+        return f"As many parameters as {few(alike, 5)} has: perhaps {kind}."
     return "Count every weight, bias and norm once."
 
 

@@ -22,10 +22,11 @@ from torchtitan.distributed.determinism import derive_seed
 from torchtitan.errors import TitanError
 from torchtitan.protocols import BaseModelArgs
 from torchtitan.protocols.model import ModelProtocol
+from torchtitan.tools.text import few
 
 from .adapter import adapter_of
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import hidden_states, is_constant, relative_difference, some, with_noise
+from .probe import hidden_states, is_constant, relative_difference, with_noise
 from .subject import Subject
 
 TOLERANCE = 1e-4
@@ -93,7 +94,7 @@ def config_matches(subject: Subject) -> str:
     if differences:
         raise CheckFailedError(
             f"flavor {subject.flavor} is not the model of {folder_of(subject)}: "
-            f"{some(differences)}",
+            f"{few(differences, 5)}",
             "__init__.py: the flavor's arguments; or choose the checkpoint's flavor by --flavor.",
         )
     return f"model_type {config.get('model_type')}"
@@ -123,8 +124,8 @@ def names_match(subject: Subject) -> str:
     buffers = adapter.to_hf({n: t for n, t in model.named_buffers() if n in state})
     if missing := [name for name in ours if name not in files and name not in buffers]:
         raise CheckFailedError(
-            f"to_hf() gives {some(missing)}, which the files do not have; they have "
-            f"{some(_closest(missing, files))}",
+            f"to_hf() gives {few(missing, 5)}, which the files do not have; they have "
+            f"{few(_closest(missing, files), 5)}",
             "state_dict_adapter.py: the names of model.safetensors.index.json.",
         )
     for name, shape in ours.items():
@@ -137,7 +138,7 @@ def names_match(subject: Subject) -> str:
     left = [name for name in files if name not in ours and not _is_passed_over(adapter, name)]
     if left:
         raise CheckFailedError(
-            f"the files have {some(left)}, which the model has not",
+            f"the files have {few(left, 5)}, which the model has not",
             "A bias or norm may be missing in the model. What really is not needed, from_hf() must "
             "leave out without an error.",
         )
@@ -274,7 +275,7 @@ def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
     missing = [name for name in missing if name not in tied and name not in buffers]
     if missing or unexpected:
         raise CheckFailedError(
-            f"from_hf() of the files lacks or has too many of {some([*missing, *unexpected])}",
+            f"from_hf() of the files lacks or has too many of {few([*missing, *unexpected], 5)}",
             "state_dict_adapter.py: from_hf() must give the names of model.state_dict().",
         )
     return model.float().eval()

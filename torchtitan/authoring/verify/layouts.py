@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import some
 from .reference import BATCH, LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
 from .subject import Subject
 from .verdict import Comparison, compare, judge
@@ -183,7 +183,7 @@ def every_parameter_is_updated(subject: Subject) -> str:
     if kept:
         raise CheckFailedError(
             f"{len(kept)} of {len(trained)} parameters have a gradient, but {STEPS} steps of the "
-            f"optimizer leave them as they were: {some(kept)}",
+            f"optimizer leave them as they were: {few(kept, 5)}",
             "build_optimizer_fn: every parameter of each model part must be in a group, with a "
             "learning rate.",
         )

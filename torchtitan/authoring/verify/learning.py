@@ -9,9 +9,10 @@ import re
 import torch
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.text import few
 
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import loss_of, some
+from .probe import loss_of
 from .subject import Subject
 from .weights import BUILDS
 
@@ -54,7 +55,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:
         raise CheckFailedError(
-            f"{len(frozen)} parameters do not require gradients: {some(frozen)}",
+            f"{len(frozen)} parameters do not require gradients: {few(frozen, 5)}",
             "What is not trained is a buffer; what a user wants frozen is optimizer.rules.",
         )
     largest = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
@@ -75,7 +76,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
         if len(experts) == len(dead):
             note = " Of 1,536 tokens the router sent none to these experts: it starts too uneven. "
         raise CheckFailedError(
-            f"{len(dead)} of {len(largest)} parameters get no gradient: {some(dead)}",
+            f"{len(dead)} of {len(largest)} parameters get no gradient: {few(dead, 5)}",
             f"{note}They are not used in forward(), or behind detach(), no_grad() or a factor of "
             "0. Remove them, or use them.",
         )

@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
+from torchtitan.tools.text import few
+
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import accepts, loss_of, recorded_outputs, some
+from .probe import accepts, loss_of, recorded_outputs
 from .subject import Subject
 from .weights import BUILDS
 
@@ -238,7 +240,7 @@ def long_contexts_are_finite(subject: Subject) -> str:
         if bad:
             raise CheckFailedError(
                 f"at {seq} tokens in {dtype}, gradients of {len(bad)} parameters are not finite: "
-                f"{some(bad)}",
+                f"{few(bad, 5)}",
                 "The outputs are finite: look for sqrt() or a norm at 0, and for where() over a "
                 "branch that is not finite.",
             )

@@ -215,9 +215,3 @@ def require_causal(model_cls: type[ModelProtocol]) -> None:
     """Raises `NotApplicableError` for a model whose tokens may see later ones."""
     if model_cls.sees_later_tokens:
         raise NotApplicableError(f"{model_cls.__name__}.sees_later_tokens is True")
-
-
-def some(names: list[str], limit: int = 5) -> str:
-    """`a, b, c and 7 more`."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -11,6 +11,8 @@ import dataclasses
 
 import torch
 
+from torchtitan.tools.text import few
+
 from .agreement import TOLERANCE, disagreement, run_of
 from .check import Check, CheckFailedError, NotApplicableError
 from .probe import (
@@ -20,7 +22,6 @@ from .probe import (
     relative_difference,
     require_causal,
     rerun,
-    some,
 )
 from .subject import Subject
 from .weights import BUILDS
@@ -45,13 +46,13 @@ def no_token_sees_a_later_one(subject: Subject) -> str:
                 leak = query + 1 + int(later.argmax())
                 raise CheckFailedError(
                     f"{cut.name}: token {query} sees {int((later > 0).sum())} later tokens, "
-                    f"{some([str(query + 1 + int(i)) for i in later.nonzero().flatten()], 3)}; "
+                    f"{few([str(query + 1 + int(i)) for i in later.nonzero().flatten()], 3)}; "
                     f"most of all token {leak}",
                     _mask_hint(query, later),
                 )
     for seed in (1, 2, 3):
         _later_tokens_change_nothing(model, tokens, subject.tokens(1, seed=seed))
-    return f"{len(model.layers)} layers, queries {some([str(q) for q in queries])} of {seq}"
+    return f"{len(model.layers)} layers, queries {few([str(q) for q in queries], 5)} of {seq}"
 
 
 def _mask_hint(query: int, later: torch.Tensor) -> str:
@@ -118,7 +119,7 @@ def tokens_see_earlier_ones(subject: Subject) -> str:
                 f"{kinds[name].__name__}, let them",
                 "Look for what depends on the layer's number: its mask or its window.",
             )
-    note = f", {some(skipping)} without the token before (dilated?)" if skipping else ""
+    note = f", {few(skipping, 5)} without the token before (dilated?)" if skipping else ""
     return f"{sum(mixing.values())} of {len(mixing)} layers mix tokens{note}"
 
 
@@ -211,7 +212,7 @@ def order_matters(subject: Subject) -> str:
     if claims:
         raise CheckFailedError(
             "in no layer does the order of earlier tokens matter (it changes the last token by "
-            f"{largest:.1e} at most), though the model has {some(claims)}",
+            f"{largest:.1e} at most), though the model has {few(claims, 5)}",
             "Positions get lost: look at where rotary (or other) positions are applied to queries "
             "and keys, in attention.",
         )

@@ -6,9 +6,11 @@ import dataclasses
 
 import torch
 
+from torchtitan.tools.text import few
+
 from .agreement import TOLERANCE, disagreement, run_of
 from .check import Check, CheckFailedError
-from .probe import cut_layers, recorded_outputs, relative_difference, require_causal, some
+from .probe import cut_layers, recorded_outputs, relative_difference, require_causal
 from .semantics import NEEDS, ROUTING
 from .subject import Subject
 
@@ -90,7 +92,7 @@ def any_length_works(subject: Subject) -> str:
                 f"{max(lengths)}, by {difference:.1e} of the largest",
                 "Look at windows, chunks and position tables at this length.",
             )
-    return f"lengths {some([str(n) for n in sorted(set(lengths))], 8)}"
+    return f"lengths {few([str(n) for n in sorted(set(lengths))], 8)}"
 
 
 def window_sizes(subject: Subject) -> list[int]:

@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.distributed.init import SeededInit, set_weights
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.protocols import ModelProtocol
+from torchtitan.tools.text import few
 
 from .check import Check, CheckFailedError
 from .contract import SPEC
-from .probe import loss_of, some
+from .probe import loss_of
 from .subject import Subject
 
 BUILDS = "contract.forward"
@@ -38,7 +39,7 @@ def construction_allocates_nothing(subject: Subject) -> str:
     real = [name for name, tensor in _all_tensors(model) if not tensor.is_meta]
     if real:
         raise CheckFailedError(
-            f"built on the meta device, {len(real)} tensors take memory: {some(real)}",
+            f"built on the meta device, {len(real)} tensors take memory: {few(real, 5)}",
             "model.py: make tensors in __init__ without device=... and without numpy, so that they "
             "follow the device that the model is built on.",
         )
@@ -99,14 +100,14 @@ def init_weights_sets_everything(subject: Subject) -> str:
         fix = "self.NAME.copy_(...) for buffers, " if buffers else ""
         raise CheckFailedError(
             f"{type(poisoned[0]).__name__}.init_weights() leaves {len(unset)} tensors unset: "
-            f"{some(unset)}",
+            f"{few(unset, 5)}",
             f"init_weights() must set them ({fix}nn.init.* for parameters), in each module that "
             "has them. What __init__ computes is lost, since models are built without memory.",
         )
     left = [name for name, tensor in _all_tensors(poisoned[0]) if tensor.is_meta]
     if left:
         raise CheckFailedError(
-            f"after init_weights(), {some(left)} is still without memory (on the meta device)",
+            f"after init_weights(), {few(left, 5)} is still without memory (on the meta device)",
             "A tensor that is a plain attribute is not moved with the model: register_buffer(NAME, "
             "tensor, persistent=False), and set it in init_weights().",
         )
@@ -147,7 +148,7 @@ def init_is_deterministic(subject: Subject) -> str:
     differing = [name for name in first if not torch.equal(first[name], again[name])]
     if differing:
         raise CheckFailedError(
-            f"two models of one seed differ in {len(differing)} tensors: {some(differing)}",
+            f"two models of one seed differ in {len(differing)} tensors: {few(differing, 5)}",
             "init_weights() may draw from PyTorch's own generator alone: no generator=..., no "
             "numpy or random. Ranks would else start from different weights.",
         )
@@ -170,7 +171,7 @@ def state_dict_is_enough(subject: Subject) -> str:
     model, other = subject.build(), subject.build(subject.seed + 1)
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     if missing or unexpected:
-        raise CheckFailedError(f"load_state_dict: {some([*missing, *unexpected])} do not fit")
+        raise CheckFailedError(f"load_state_dict: {few([*missing, *unexpected], 5)} do not fit")
     tokens = subject.tokens(2)
     with torch.no_grad():
         expected, actual = model(tokens), other(tokens)
@@ -183,7 +184,7 @@ def state_dict_is_enough(subject: Subject) -> str:
     ]
     raise CheckFailedError(
         "a model that was saved and loaded gives other logits: its state_dict lacks "
-        f"{some(lost) or 'something'}",
+        f"{few(lost, 5) or 'something'}",
         "Register with persistent=True what is drawn or trained; only what init_weights() computes "
         "from the args alone may be persistent=False.",
     )
