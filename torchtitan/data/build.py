@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.config.data import Data
 
-T = TypeVar("T")
 _VALIDATION_SEED = 42
 """Not `debug.seed`, so that runs of several seeds are compared on the same documents."""
 
