@@ -7,17 +7,13 @@ layers, `[batch, seq, dim]`. What flows inside of a layer may lie in any order, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from torchtitan.protocols.model import layers_of
-
-from .probe import hidden_states, recorded_outputs, relative_difference
+from .probe import hidden_states, hooked, named_layers, recorded_outputs, relative_difference
 
 TOLERANCE = 1e-4
 """Of logits in float32, over the largest: what may come from the order of sums. A dependence on
@@ -42,28 +38,15 @@ class Run:
 
 @torch.no_grad()
 def run_of(model: nn.Module, tokens: torch.Tensor) -> Run:
-    with recorded_outputs(model) as modules, _hidden_states_of_layers(model) as run:
-        run.logits = model(tokens)
-    run.modules = modules
-    return run
-
-
-@contextmanager
-def _hidden_states_of_layers(model: nn.Module) -> Iterator[Run]:
     run = Run()
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            run.inputs[name] = hidden_states(args, kwargs)
-            run.outputs[name] = hidden_states((output,), {})
+    def record(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        run.inputs[name] = hidden_states(args, kwargs)
+        run.outputs[name] = hidden_states((output,), {})
 
-        return hook
-
-    with ExitStack() as stack:
-        for name, layer in layers_of(model).items():
-            hook = layer.register_forward_hook(record(f"layers.{name}"), with_kwargs=True)
-            stack.callback(hook.remove)
-        yield run
+    with recorded_outputs(model) as run.modules, hooked(named_layers(model), record):
+        run.logits = model(tokens)
+    return run
 
 
 def disagreement(

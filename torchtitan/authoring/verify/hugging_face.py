@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from torchtitan.tools.text import few
 
 from .adapter import adapter_of
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import hidden_states, is_constant, relative_difference, with_noise
+from .probe import hidden_states, hooked, is_constant, relative_difference, with_noise
 from .subject import Subject
 
 TOLERANCE = 1e-4
@@ -182,17 +180,12 @@ def numbers_match(subject: Subject) -> str:
     tokens = subject.tokens(2)
     tokens = tokens % min(subject.vocab_size, theirs.config.vocab_size)
     pairs = _pairs(ours, theirs, _adapter(subject))
-    record = [_Record(ours), _Record(theirs)]
-    with torch.no_grad(), record[0] as a, record[1] as b:
-        for mine, other in pairs:
-            a.watch(mine)
-            b.watch(other)
-        our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
-        if len(our_layers) != len(their_layers):
-            raise CheckFailedError(f"{len(our_layers)} layers, not {len(their_layers)}")
-        for mine, other in zip(our_layers, their_layers, strict=True):
-            a.watch(mine)
-            b.watch(other)
+    our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
+    if len(our_layers) != len(their_layers):
+        raise CheckFailedError(f"{len(our_layers)} layers, not {len(their_layers)}")
+    a = _Record(ours, [*(mine for mine, _ in pairs), *our_layers])
+    b = _Record(theirs, [*(other for _, other in pairs), *their_layers])
+    with torch.no_grad(), a.watching, b.watching:
         our_logits, their_logits = ours(tokens), theirs(tokens, use_cache=False).logits
     worst = 0.0
     for number, (mine, other) in enumerate(zip(our_layers, their_layers, strict=True)):
@@ -307,34 +300,19 @@ def _pairs(ours: nn.Module, theirs: nn.Module, adapter: Any) -> list[tuple[str, 
 
 
 class _Record:
-    """Inputs and outputs of the modules that are watched."""
+    """Inputs and outputs of the modules of `names` in a forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}
-        self._model, self._stack = model, ExitStack()
+        self.watching = hooked([(name, model.get_submodule(name)) for name in names], self._keep)
 
-    def watch(self, name: str) -> None:
-        hook = self._model.get_submodule(name).register_forward_hook(
-            self._hook(name), with_kwargs=True
-        )
-        self._stack.callback(hook.remove)
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            try:
-                self.inputs[name] = hidden_states(args, kwargs)
-                self.outputs[name] = hidden_states((output,), {})
-            except TypeError:  # of an embedding, or of experts without a batch dimension
-                pass
-
-        return hook
-
-    def __enter__(self) -> _Record:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
+    def _keep(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        try:
+            self.inputs[name] = hidden_states(args, kwargs)
+            self.outputs[name] = hidden_states((output,), {})
+        except TypeError:  # of an embedding, or of experts without a batch dimension
+            pass
 
 
 def _difference(a: torch.Tensor | None, b: torch.Tensor | None) -> float:

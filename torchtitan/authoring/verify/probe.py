@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,15 @@ class CutLayer:
     """`[batch, seq, dim]`, a leaf that requires gradients."""
     output: torch.Tensor
     """`[batch, seq, dim]`."""
+    args: tuple[Any, ...]
+    """What it was called with, `input` among them."""
+    kwargs: dict[str, Any]
+
+    def rerun(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output for other hidden states, all its other inputs as they were."""
+        args = tuple(hidden if value is self.input else value for value in self.args)
+        kwargs = {k: hidden if v is self.input else v for k, v in self.kwargs.items()}
+        return hidden_states((self.module(*args, **kwargs),), {})
 
     def gradient(self, where: tuple[Any, ...]) -> torch.Tensor:
         """How the output at the places `where` depends on each feature of the input.
@@ -86,26 +96,39 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
     """Run the model with its graph cut before each layer, so that each can be asked alone."""
     cuts: list[CutLayer] = []
 
-    def before(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = hidden_states(args, kwargs)
-            leaf = hidden.detach().requires_grad_()
-            cuts.append(CutLayer(name, module, leaf, leaf))
-            args = tuple(leaf if value is hidden else value for value in args)
-            return args, {k: leaf if v is hidden else v for k, v in kwargs.items()}
+    def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = hidden_states(args, kwargs)
+        leaf = hidden.detach().requires_grad_()
+        args = tuple(leaf if value is hidden else value for value in args)
+        kwargs = {k: leaf if v is hidden else v for k, v in kwargs.items()}
+        cuts.append(CutLayer(name, module, leaf, leaf, args, kwargs))
+        return args, kwargs
 
-        return hook
-
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
+    def after(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         cuts[-1].output = hidden_states((output,), {})
 
     with ExitStack() as stack:
         for name, layer in layers_of(model).items():
-            handle = layer.register_forward_pre_hook(before(f"layers.{name}"), with_kwargs=True)
+            hook = partial(before, f"layers.{name}")
+            handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
-            stack.callback(layer.register_forward_hook(after).remove)
+        stack.enter_context(hooked(named_layers(model), after))
         model(tokens, **inputs)
     return cuts
+
+
+def named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(f"layers.{name}", layer) for name, layer in layers_of(model).items()]
+
+
+@contextmanager
+def hooked(modules: Iterable[tuple[str, nn.Module]], hook: Callable[..., None]) -> Iterator[None]:
+    """Within it, `hook(name, module, args, kwargs, output)` is called after each forward."""
+    with ExitStack() as stack:
+        for name, module in modules:
+            handle = module.register_forward_hook(partial(hook, name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -122,57 +145,19 @@ def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     raise TypeError("a layer has no hidden states [batch, seq, dim] among its inputs or results")
 
 
-def rerun(cut: CutLayer, hidden: torch.Tensor, calls: dict[str, Any]) -> torch.Tensor:
-    """The layer's output for other hidden states, all its other inputs as in `calls`."""
-    args, kwargs = calls[cut.name]
-    args = tuple(hidden if value is REPLACED else value for value in args)
-    kwargs = {k: hidden if v is REPLACED else v for k, v in kwargs.items()}
-    return hidden_states((cut.module(*args, **kwargs),), {})
-
-
-REPLACED = object()
-"""Stands for the hidden states in what `layer_calls` returns."""
-
-
-def layer_calls(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> dict[str, Any]:
-    """Name of each layer -> the arguments it is called with, `REPLACED` for the hidden states."""
-    calls: dict[str, Any] = {}
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = hidden_states(args, kwargs)
-            args = tuple(REPLACED if value is hidden else value for value in args)
-            calls[name] = args, {k: REPLACED if v is hidden else v for k, v in kwargs.items()}
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, layer in layers_of(model).items():
-            handle = layer.register_forward_pre_hook(before(f"layers.{name}"), with_kwargs=True)
-            stack.callback(handle.remove)
-        model(tokens, **inputs)
-    return calls
-
-
 @contextmanager
 def recorded_outputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Name of each module -> its last output, in the order in which they finish."""
     outputs: dict[str, torch.Tensor] = {}
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if isinstance(output, tuple | list) and output:
-                output = output[0]
-            if isinstance(output, torch.Tensor):
-                outputs.pop(name, None)
-                outputs[name] = output.detach()
+    def record(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if isinstance(output, tuple | list) and output:
+            output = output[0]
+        if isinstance(output, torch.Tensor):
+            outputs.pop(name, None)
+            outputs[name] = output.detach()
 
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name:
-                stack.callback(module.register_forward_hook(record(name)).remove)
+    with hooked([(name, m) for name, m in model.named_modules() if name], record):
         yield outputs
 
 

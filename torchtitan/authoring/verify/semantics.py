@@ -15,14 +15,7 @@ from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import (
-    accepts,
-    cut_layers,
-    layer_calls,
-    relative_difference,
-    require_causal,
-    rerun,
-)
+from .probe import accepts, cut_layers, relative_difference, require_causal
 from .subject import Subject
 from .weights import BUILDS
 
@@ -191,7 +184,6 @@ def order_matters(subject: Subject) -> str:
     model, tokens = subject.build_varied(), subject.tokens(1, 24)
     shuffled = tokens.clone()
     shuffled[:, :-1] = tokens[:, :-1].flip(1)
-    calls = layer_calls(model, tokens)
     cuts = cut_layers(model, tokens)
     first_shuffled = cut_layers(model, shuffled)[0]
     sensitive, largest = [], 0.0
@@ -200,8 +192,8 @@ def order_matters(subject: Subject) -> str:
         hidden[:, :-1] = cut.input[:, :-1].flip(1)
         if number == 0:  # whatever the embedding adds for a position stays where it is
             hidden = first_shuffled.input
-        expected = rerun(cut, cut.input, calls)[:, -1] - cut.input[:, -1]
-        actual = rerun(cut, hidden, calls)[:, -1] - hidden[:, -1]
+        expected = cut.rerun(cut.input)[:, -1] - cut.input[:, -1]
+        actual = cut.rerun(hidden)[:, -1] - hidden[:, -1]
         difference = relative_difference(actual, expected)
         largest = max(largest, difference)
         if difference > 1e-4:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,10 +17,10 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
 from torchtitan.errors import ConfigError
-from torchtitan.protocols.model import ModelProtocol, layers_of
+from torchtitan.protocols.model import ModelProtocol
 
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import accepts, packed_documents, vary_constants
+from .probe import accepts, hooked, named_layers, packed_documents, vary_constants
 from .subject import Subject
 
 SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V": (2, "DualPipeV")}
@@ -133,31 +134,22 @@ def _first_part_that_differs(
     tokens: torch.Tensor,
     inputs: dict[str, torch.Tensor],
 ) -> str:
-    expected = _layer_outputs(whole)
+    expected: dict[str, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        _call(whole, tokens, inputs)
+    for models, outputs in (([whole], expected), (stages, found)):
         h = tokens
-        for stage in stages:
-            found |= (outputs := _layer_outputs(stage))
-            h = _call(stage, h, inputs)
-            found |= outputs
+        for model in models:
+            keep = partial(_keep, outputs)
+            with torch.no_grad(), hooked(named_layers(model), keep):
+                h = _call(model, h, inputs)
     for name, output in expected.items():
         if name not in found or not torch.equal(found[name], output):
-            return f"layers.{name}"
+            return name
     return "after the layers (norm or output)"
 
 
-def _layer_outputs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Filled with the output of each layer when the model is called."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def keep(name: str, output: torch.Tensor) -> None:
-        outputs[name] = output
-
-    for name, layer in layers_of(model).items():
-        layer.register_forward_hook(lambda m, args, output, name=name: keep(name, output))
-    return outputs
+def _keep(outputs: dict[str, torch.Tensor], name: str, *call: Any) -> None:
+    outputs[name] = call[-1]
 
 
 def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:
