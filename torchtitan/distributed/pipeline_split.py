@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn as nn
 
-from torchtitan.config.load import origin
+from torchtitan.config.load import fail
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.protocols.model import layers_of
@@ -44,6 +44,7 @@ SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV
 class CsvSchedule:
     """What `parallelism.pipeline_parallel_schedule_csv` says: a row a rank, actions like `1F0`."""
 
+    KEY: ClassVar = "parallelism.pipeline_parallel_schedule_csv"
     stages: list[list[int]]
     """The stages of each rank, ascending."""
     microbatches: int
@@ -56,7 +57,7 @@ class CsvSchedule:
         try:
             text = Path(parallelism.pipeline_parallel_schedule_csv).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            cls._fail(job_config, f"cannot be read: {error}")
+            fail(job_config, cls.KEY, f"cannot be read: {error}")
         rows = [
             [(int(s), kind, int(m)) for s, kind, m in _ACTION.findall(row)]
             for row in text.splitlines()
@@ -66,20 +67,16 @@ class CsvSchedule:
         every = sorted(stage for row in stages for stage in row)
         pp = parallelism.pipeline_parallel_degree
         if len(rows) != pp or not all(rows) or every != list(range(len(every))):
-            cls._fail(
+            fail(
                 job_config,
+                cls.KEY,
                 f"must have a row of actions like 0F0 for each of the {pp} ranks, and each stage "
                 f"from 0 on in one of them. It has {len(rows)} rows, with the stages {stages}",
             )
         if len({len(row) for row in stages}) > 1:
-            cls._fail(job_config, f"every rank must have as many stages, not {stages}")
+            fail(job_config, cls.KEY, f"every rank must have as many stages, not {stages}")
         microbatches = 1 + max(microbatch for row in rows for _, _, microbatch in row)
         return cls(stages, microbatches, any(kind in "IW" for row in rows for _, kind, _ in row))
-
-    @staticmethod
-    def _fail(job_config: JobConfig, problem: str) -> NoReturn:
-        key = origin(job_config, "parallelism.pipeline_parallel_schedule_csv")
-        raise ConfigError(f"{key}: {problem}")
 
 
 _ACTION = re.compile(r"\b(\d+)([FBIW])(\d+)\b")
@@ -155,10 +152,11 @@ def assign_modules(
         cuts = _cuts_at(points, units, number, job_config)
     else:
         if number > len(layers):
-            key = origin(job_config, "parallelism.pipeline_parallel_degree")
-            raise ConfigError(
-                f"{key}: {number} stages, but the model has only {len(layers)} layers. Use at most "
-                f"{len(layers)} stages (degree x stages of a rank)"
+            fail(
+                job_config,
+                "parallelism.pipeline_parallel_degree",
+                f"{number} stages, but the model has only {len(layers)} layers. Use at most "
+                f"{len(layers)} stages (degree x stages of a rank)",
             )
         cuts = balanced_cuts(_costs(model, units, len(first), len(last), job_config), number)
     assignment = [units[start:end] for start, end in pairwise([0, *cuts, len(units)])]
@@ -221,21 +219,20 @@ def _unused_by_a_token(module: nn.Module) -> float:
 
 
 def _cuts_at(points: list[str], units: list[str], number: int, job_config: JobConfig) -> list[int]:
-    def fail(problem: str) -> NoReturn:
-        key = origin(job_config, "parallelism.pipeline_parallel_split_points")
-        raise ConfigError(f"{key}: {problem}")
-
+    key = "parallelism.pipeline_parallel_split_points"
     for point in points:
         if point not in units[1:]:
-            fail(f"{point!r} is no place to cut.{did_you_mean(point, units[1:])}")
+            fail(job_config, key, f"{point!r} is no place to cut.{did_you_mean(point, units[1:])}")
     if len(points) != number - 1:
         fail(
+            job_config,
+            key,
             f"{len(points)} points make {len(points) + 1} stages, but pipeline_parallel_degree x "
-            f"stages of a rank is {number}"
+            f"stages of a rank is {number}",
         )
     cuts = [units.index(point) for point in points]
     if cuts != sorted(set(cuts)):
-        fail("must be in the order of the model, each once")
+        fail(job_config, key, "must be in the order of the model, each once")
     return cuts
 
 
@@ -261,11 +258,12 @@ def _refuse_shared_parameters(
             for param in model.get_submodule(name).parameters():
                 other, other_name = owners.setdefault(id(param), (stage, name))
                 if other != stage:
-                    key = origin(job_config, "parallelism.pipeline_parallel_degree")
-                    raise ConfigError(
-                        f"{key}: {other_name} and {name} share a weight (tied embeddings) but are "
+                    fail(
+                        job_config,
+                        "parallelism.pipeline_parallel_degree",
+                        f"{other_name} and {name} share a weight (tied embeddings) but are "
                         f"in stages {other} and {stage}. Use a flavor without tied weights, or "
-                        "data and tensor parallelism"
+                        "data and tensor parallelism",
                     )
 
 

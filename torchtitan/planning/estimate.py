@@ -290,7 +290,7 @@ def _trace_deep(config: JobConfig, repetition: Repetition, stage: int) -> tuple[
     if not repetition.worth_extrapolating:
         return trace_step(config, dims=dims, stages=[stage]), groups
     few, more = (trace_step(config, shallow, dims, stages=[stage]) for shallow in (0, 1))
-    return extrapolate(few, more, [repetition]), groups
+    return extrapolate(few, more, repetition), groups
 
 
 def _together(traces: list[StepTrace]) -> StepTrace:

@@ -12,41 +12,30 @@ from .memory import Memory
 from .records import PassTrace, StageTrace, StepTrace
 
 
-def extrapolate(few: StepTrace, more: StepTrace, repetitions: list[Repetition]) -> StepTrace:
-    """The trace of the whole stages, whose layers repeat as `repetitions` say.
+def extrapolate(few: StepTrace, more: StepTrace, repetition: Repetition) -> StepTrace:
+    """The trace of a whole stage, whose layers repeat as `repetition` says.
 
     Args:
-        few: with the first number of `Repetition.traced` of each stage's layers.
+        few: with the first number of `Repetition.traced` of the stage's layers.
         more: with the second.
     """
-    stages = [
-        _stage(a, b, repetition)
-        for a, b, repetition in zip(few.stages, more.stages, repetitions, strict=True)
-    ]
-    # The optimizer knows no stages. What it does is in proportion to the parameters.
-    sizes = [sum(stage.parameters for stage in s) for s in (few.stages, more.stages, stages)]
-    steps = (sizes[2] - sizes[0]) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else 0.0
+    # How far the whole stage is from the first trace, where the second is at 1.
+    steps = repetition.repeats - repetition.traced[0]
+    pairs = zip(few.stages, more.stages, strict=True)
     return StepTrace(
         parameters=_line(few.parameters, more.parameters, steps),
-        stages=stages,
+        stages=[_stage(a, b, repetition, steps) for a, b in pairs],
         optimizer=_pass(few.optimizer, more.optimizer, steps),
         optimizer_temporary=_line(few.optimizer_temporary, more.optimizer_temporary, steps),
     )
-
-
-def _steps(repetition: Repetition) -> float:
-    """How far the whole stage is from the first trace, where the second is at 1."""
-    if not repetition.worth_extrapolating:
-        return 0.0  # both traces are of the whole
-    return repetition.repeats - repetition.traced[0]
 
 
 def _line(few: float, more: float, steps: float) -> float:
     return max(0.0, few + steps * (more - few))
 
 
-def _stage(few: StageTrace, more: StageTrace, repetition: Repetition) -> StageTrace:
-    stage, steps = StageTrace(), _steps(repetition)
+def _stage(few: StageTrace, more: StageTrace, repetition: Repetition, steps: float) -> StageTrace:
+    stage = StageTrace()
     for item in fields(StageTrace):
         a, b = getattr(few, item.name), getattr(more, item.name)
         if isinstance(a, PassTrace):
@@ -66,8 +55,7 @@ def _aligned(
 
     Between the ends memory goes up or down evenly from layer to layer, so no moment is fuller.
     """
-    end = repetition.depth(repetition.edge) if repetition.worth_extrapolating else 0
-    first = len(few) - end
+    first = len(few) - repetition.depth(repetition.edge)
     for i in range(len(few)):
         yield few[i], more[i if i < first else i - len(few)]
 
