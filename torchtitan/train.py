@@ -48,7 +48,12 @@ from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp, shard_batch
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
-from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch, sum_gradients
+from torchtitan.distributed.fsdp import (
+    fsdp_modules,
+    mixed_precision,
+    set_last_micro_batch,
+    sum_gradients,
+)
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.hang_watch import HangWatch
 from torchtitan.distributed.host_sum import HostSum
@@ -161,7 +166,7 @@ class Trainer:
             initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()
         self.fsdp_modules = [module for part in self.model_parts for module in fsdp_modules(part)]
-        self.autocast = _autocast(bool(self.fsdp_modules), job_config, self.device)
+        self.autocast = mixed_precision(bool(self.fsdp_modules), job_config, self.device)
 
         self.expert_balance = ExpertBalance(self.model_parts, parallel_dims)
         attach_loss(self.loss_fn, self.model_parts)
@@ -435,14 +440,6 @@ class Trainer:
         self.save_hangs = not self.checkpointer.close(save_timeout)
         if not self.save_hangs:
             dist.destroy_process_group()
-
-
-def _autocast(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
-    """Mixed precision where FSDP does not provide it."""
-    dtype = getattr(torch, job_config.training.mixed_precision_param)
-    if fsdp or dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
 
 
 @exit_on_user_error()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -178,3 +179,11 @@ def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
     for module in modules:
         module.set_requires_all_reduce(last, recurse=False)
         module.set_is_last_backward(last)
+
+
+def mixed_precision(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
+    """Mixed precision where FSDP does not provide it."""
+    dtype = getattr(torch, job_config.training.mixed_precision_param)
+    if fsdp or dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

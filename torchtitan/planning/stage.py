@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 
+from torchtitan.components.model_fit import model_inputs
 from torchtitan.config.batch import resolve_batch
-from torchtitan.distributed.fsdp import fsdp_modules, set_last_micro_batch
+from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import stages_per_rank
 from torchtitan.distributed.utils import local_tensor
@@ -43,12 +43,7 @@ def trace_stage(
     Within `memory` and `recorder`, which must know the parameters and the optimizer's state.
     """
     tracer = _StageTracer(part, stage, job_config, dims, loss_fn, memory, recorder)
-    if dims.pp_enabled:
-        with tracer.autocast:  # the casts of weights serve all micro-batches
-            tracer.trace_pipeline()
-        tracer.finish_pipeline()
-    else:
-        tracer.trace_whole()
+    tracer.trace_pipeline() if dims.pp_enabled else tracer.trace_whole()
     return tracer.trace
 
 
@@ -73,14 +68,10 @@ class _StageTracer:
         # Each rank keeps only its part of a sequence.
         seq = job_config.training.seq_len // dims.cp
         self._tokens = torch.zeros(batch, seq, dtype=torch.int64)
-        accepted = inspect.signature(part.forward).parameters
-        names = ["positions"] + ["document_ids"] * job_config.training.document_mask
-        self._inputs = {name: self._tokens.clone() for name in names if name in accepted}
+        names = model_inputs(part, dims, job_config)
+        self._inputs = {name: self._tokens.clone() for name in names}
         self._fsdp = fsdp_modules(part)
-        dtype = getattr(torch, job_config.training.mixed_precision_param)
-        self.autocast: Any = nullcontext()
-        if not self._fsdp and dtype != torch.float32:  # as the trainer does
-            self.autocast = torch.autocast("cpu", dtype=dtype)
+        self._autocast = mixed_precision(bool(self._fsdp), job_config, torch.device("cpu"))
         self.trace = StageTrace(
             parameters=sum(_local_bytes(t) for t in (*part.parameters(), *part.buffers()))
         )
@@ -136,30 +127,26 @@ class _StageTracer:
         F1 is like each forward pass but the first, which may gather parameters; so is B1.
         """
         trace, memory = self.trace, self._memory
-        self._base = memory.current
+        base = memory.current
         first = PassTrace()
-        outs = [self._forward(first)]
-        start = memory.current
-        outs.append(self._forward(trace.forward))
-        trace.activations = memory.current - start
-        trace.start.collectives = first.collectives - trace.forward.collectives
-        for module in self._fsdp:
-            # As `PipelineStage.backward_maybe_with_nosync` has it.
-            module.set_is_last_backward(False)
-            module.set_reshard_after_backward(False)
-            module.set_requires_gradient_sync(False)
-        self._backward(outs.pop(0), PassTrace())
-        start = memory.current
-        memory.reset_peak()
-        self._backward(outs.pop(0), trace.backward)
-        self._temporary, self._held = memory.peak - start, memory.current
-
-    def finish_pipeline(self) -> None:
-        """Reduce the gradients, and say what was held until then."""
-        trace, memory, base = self.trace, self._memory, self._base
+        with self._autocast:  # the casts of weights serve all micro-batches
+            outs = [self._forward(first)]
+            start = memory.current
+            outs.append(self._forward(trace.forward))
+            trace.activations = memory.current - start
+            trace.start.collectives = first.collectives - trace.forward.collectives
+            for module in self._fsdp:
+                # As `PipelineStage.backward_maybe_with_nosync` has it.
+                module.set_is_last_backward(False)
+                module.set_reshard_after_backward(False)
+                module.set_requires_gradient_sync(False)
+            self._backward(outs.pop(0), PassTrace())
+            start = memory.current
+            memory.reset_peak()
+            self._backward(outs.pop(0), trace.backward)
+            temporary, held = memory.peak - start, memory.current
         whole = memory.current - base
-        casts = self._held - memory.current  # of weights, which ended with autocast
-        temporary = self._temporary
+        casts = held - memory.current  # of weights, which ended with autocast
         memory.reset_peak()
         with recording(self._recorder, trace.finish):
             self._reduce_gradients()
@@ -169,11 +156,11 @@ class _StageTracer:
         gradients = memory.current - base
         reducing = memory.peak - base - whole
         parameters = whole * self._parameters_share()
-        held = {"whole_parameters": parameters, "whole_gradients": whole - parameters}
+        unsharded = {"whole_parameters": parameters, "whole_gradients": whole - parameters}
         trace.moments = [
-            Memory(**held, temporary=temporary),
+            Memory(**unsharded, temporary=temporary),
             Memory(
-                **held,
+                **unsharded,
                 gradients=min(gradients, reducing),
                 temporary=max(0, reducing - gradients),
             ),
@@ -211,7 +198,7 @@ class _StageTracer:
                 layers[-1].register_forward_pre_hook(lambda *_: end_of_phase()),
                 layers[-1].register_forward_hook(lambda *_: end_of_phase()),
             ]
-        autocast = nullcontext() if self._dims.pp_enabled else self.autocast
+        autocast = nullcontext() if self._dims.pp_enabled else self._autocast
         with recording(self._recorder, record), autocast:
             out = part(entry, **self._inputs)
             loss = self._loss_fn(out, self._tokens) if self._is_last else None
@@ -239,11 +226,12 @@ class _StageTracer:
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
 
-class _Pass:
+class _Pass(NamedTuple):
     """A forward pass that waits for its backward pass."""
 
-    def __init__(self, entry: torch.Tensor, out: torch.Tensor | None, loss: Any) -> None:
-        self.entry, self.out, self.loss = entry, out, loss
+    entry: torch.Tensor
+    out: torch.Tensor | None
+    loss: Any
 
 
 def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
