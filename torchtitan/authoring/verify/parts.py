@@ -110,27 +110,6 @@ def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
     return [n for n in first if n not in tied], [n for n in last if n not in tied]
 
 
-def names_are_kept(subject: Subject) -> str:
-    """Deleting layers and other modules renames nothing."""
-    with torch.device("meta"):
-        whole = subject.spec.model_cls(subject.args).state_dict()
-    count = 0
-    for part, description in parts_of(subject):
-        for name, tensor in part.state_dict().items():
-            if name not in whole:
-                raise CheckFailedError(
-                    f"{description} has {name}, a name that the whole model has not",
-                    "model.py: keep layers in an nn.ModuleDict keyed by number.",
-                )
-            if tensor.shape != whole[name].shape:
-                raise CheckFailedError(
-                    f"in {description}, {name} is {list(tensor.shape)}, not "
-                    f"{list(whole[name].shape)} as in the whole model"
-                )
-            count += 1
-    return f"{count} names of parts"
-
-
 def forward_without_modules(subject: Subject) -> str:
     """A model cut in two gives the numbers of the whole."""
     if subject.spec.pipeline_fn is None:
@@ -182,12 +161,6 @@ def _call(model: nn.Module, inputs: torch.Tensor, description: str) -> torch.Ten
 
 
 CHECKS = (
-    Check(
-        "contract.names",
-        "deleting layers renames nothing",
-        names_are_kept,
-        needs=("contract.layers",),
-    ),
     Check(
         "contract.recursive",
         "parts of the model get the same weights as the whole",

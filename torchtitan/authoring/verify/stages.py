@@ -27,26 +27,6 @@ SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V
 """Name -> degree and schedule."""
 
 
-def names_are_kept(subject: Subject) -> str:
-    """Every layer can be deleted; the names of all other parameters stay."""
-    with torch.device("meta"):
-        model = subject.spec.model_cls(subject.args)
-        names = _names(model)
-        layers = list(model.layers)
-    for deleted in layers:
-        with torch.device("meta"):
-            model = subject.spec.model_cls(subject.args)
-        del model.layers[deleted]
-        expected = {name for name in names if not name.startswith(f"layers.{deleted}.")}
-        if _names(model) != expected:
-            changed = sorted(_names(model) ^ expected)
-            raise CheckFailedError(
-                f"without layer {deleted}, other names changed: {', '.join(changed[:4])}",
-                "Nothing outside of self.layers may hold a layer or its parameters.",
-            )
-    return f"{len(layers)} layers, {len(names)} tensors"
-
-
 def numbers_are_kept(subject: Subject) -> str:
     """Any split, its stages called one after the other, gives the logits of the whole model.
 
@@ -107,11 +87,6 @@ def _call(model: nn.Module, x: torch.Tensor, inputs: dict[str, torch.Tensor]) ->
     """With those of the inputs that it takes."""
     accepted = inspect.signature(model.forward).parameters
     return model(x, **{name: value for name, value in inputs.items() if name in accepted})
-
-
-def _names(model: nn.Module) -> set[str]:
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    return {name for name, _ in tensors}
 
 
 def _require_same_names(whole: nn.Module, stages: list[nn.Module], split: str) -> None:
@@ -189,11 +164,6 @@ def _parts_of_rank(
 
 
 CHECKS = (
-    Check(
-        "stages.names",
-        "deleting layers, as a pipeline stage does, renames no parameter",
-        names_are_kept,
-    ),
     Check(
         "stages.numbers",
         "the stages of any pipeline split, one after the other, are the whole model, bit by bit",
