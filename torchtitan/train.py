@@ -122,8 +122,7 @@ class Trainer:
         self.cp_mesh = world_mesh["cp"] if parallel_dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if parallel_dims.pp_enabled else None
 
-        with torch.device("meta"):
-            model = spec.model_cls(model_args)
+        model = spec.meta_model(model_args)
         self.model_converters.convert(model)
         self.model_inputs = model_inputs(model, parallel_dims, job_config)
         check_rules(model, job_config)

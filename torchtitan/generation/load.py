@@ -186,8 +186,7 @@ def load_model(source: Source) -> LoadedModel:
     config, spec = source.job_config, source.spec
     dims = ParallelDims.from_config(config.parallelism, utils.world_size())
     dtype = getattr(torch, config.training.mixed_precision_param)
-    with torch.device("meta"):
-        model = spec.model_cls(spec.model_args)
+    model = spec.meta_model()
     for param in model.parameters():  # not the buffers: routers keep their state in float32
         param.data = param.data.to(dtype)
     if dims.world_size > 1:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
-
 from torchtitan.components.checkpoint.huggingface import (
     TRAINING_ONLY,
     check_same_model,
@@ -35,8 +33,7 @@ class KnownModel:
 
     def build(self) -> ModelProtocol:
         """On the meta device."""
-        with torch.device("meta"):
-            return self.spec.model_cls(self.args)
+        return self.spec.meta_model(self.args)
 
     def adapter(self, folder: Path) -> BaseStateDictAdapter:
         """Raises `CheckpointError` if the model has none."""

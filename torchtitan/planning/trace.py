@@ -159,8 +159,7 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
     With `dims`, converted by `model.converters` as on a device that multiplies 8 bits.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    with torch.device("meta"):
-        model = spec.model_cls(spec.model_args.update_from_config(job_config))
+    model = spec.meta_model(spec.model_args.update_from_config(job_config))
     if dims is not None:
         converters = build_model_converters(job_config, dims)
         for converter in converters.converters:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
@@ -46,6 +48,11 @@ class TrainSpec:
     state_dict_adapter: type[BaseStateDictAdapter] | None = None
     build_validator_fn: Callable[..., Any] | None = None
     build_metrics_processor_fn: Callable[..., Any] | None = None
+
+    def meta_model(self, args: BaseModelArgs | None = None) -> ModelProtocol:
+        """The whole model without memory, of `model_args` or of others."""
+        with torch.device("meta"):
+            return self.model_cls(self.model_args if args is None else args)
 
 
 def register_train_spec(name: str, factory: TrainSpecFactory) -> None:

@@ -187,10 +187,8 @@ def _match_names(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Fill in `names`, `missing` and `without_counterpart`."""
-    import torch
 
-    with torch.device("meta"):
-        model = spec.model_cls(findings.args)
+    model = spec.meta_model(findings.args)
     ours = {pattern_of(name): tuple(p.shape) for name, p in model.named_parameters()}
     experts = getattr(spec.state_dict_adapter, "expert_names", {})
     left = dict(shapes)

@@ -30,11 +30,6 @@ def adapter_of(subject: Subject) -> BaseStateDictAdapter:
     return subject.spec.state_dict_adapter(subject.args)
 
 
-def meta_model(subject: Subject) -> nn.Module:
-    with torch.device("meta"):
-        return subject.spec.model_cls(subject.args)
-
-
 def distinct_state(model: nn.Module) -> State:
     """The model's state dict with other random numbers in every tensor, but tied ones."""
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +53,7 @@ def _tied(state: State) -> set[str]:
 
 def maps_there_and_back(subject: Subject) -> str:
     """`from_hf(to_hf(state))` is the state, exactly, and nothing is changed in place."""
-    model, adapter = meta_model(subject), adapter_of(subject)
+    model, adapter = subject.spec.meta_model(subject.args), adapter_of(subject)
     state = distinct_state(model)
     kept = {name: tensor.clone() for name, tensor in state.items()}
     hf = _convert(adapter.to_hf, dict(state), "to_hf")
@@ -171,9 +166,9 @@ def _sorted_rows(matrix: torch.Tensor) -> torch.Tensor:
 def parts_map_alike(subject: Subject) -> str:
     """The names of a pipeline stage alone are mapped as within the whole."""
     adapter = adapter_of(subject)
-    state = distinct_state(meta_model(subject))
+    state = distinct_state(subject.spec.meta_model(subject.args))
     whole, tied = adapter.to_hf(dict(state)), _tied(state)
-    buffers = _buffers(meta_model(subject))
+    buffers = _buffers(subject.spec.meta_model(subject.args))
     count = 0
     for description, part in _stages(state):
         hf = _convert(adapter.to_hf, dict(part), f"with the names of {description} alone, to_hf")
@@ -210,8 +205,7 @@ def flavors_map(subject: Subject) -> str:
         spec = get_train_spec(subject.name, flavor)
         if spec.state_dict_adapter is None:
             continue
-        with torch.device("meta"):
-            model = spec.model_cls(spec.model_args)
+        model = spec.meta_model()
         adapter, state = spec.state_dict_adapter(spec.model_args), model.state_dict()
         hf = _convert(adapter.to_hf, dict(state), f"{flavor}: to_hf")
         back = _convert(adapter.from_hf, hf, f"{flavor}: from_hf")
@@ -230,7 +224,7 @@ def works_on_dtensors(subject: Subject) -> str:
     """Sharded tensors are mapped there and back without gathering them. Called on two ranks."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    model = meta_model(subject)
+    model = subject.spec.meta_model(subject.args)
     state = distinct_state(model)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
     for dim in (0, 1):

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn as nn
 
 from torchtitan.errors import ConfigError
@@ -201,8 +200,7 @@ def _differs(key: str, before: dict[str, Any], now: BaseModelArgs) -> bool:
 
 def layers_are_a_dict(subject: Subject) -> str:
     """The layers can be deleted one by one without renaming others."""
-    with torch.device("meta"):
-        model = subject.spec.model_cls(subject.args)
+    model = subject.spec.meta_model(subject.args)
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleDict):
         raise CheckFailedError(

@@ -42,8 +42,7 @@ def nparams_are_exact(subject: Subject) -> str:
     for flavor in dict.fromkeys([subject.flavor, *flavors]):
         spec = get_train_spec(subject.name, flavor)
         claimed = _claim(spec.model_args, subject.seq_len)[0]
-        with torch.device("meta"):
-            model = spec.model_cls(spec.model_args)
+        model = spec.meta_model()
         counted = sum(parameter.numel() for parameter in model.parameters())
         if claimed != counted:
             wrong.append((flavor, claimed, counted, model))

@@ -159,8 +159,7 @@ def _is_passed_over(adapter: Any, name: str) -> bool:
 
 
 def _meta(subject: Subject) -> ModelProtocol:
-    with torch.device("meta"):
-        return subject.spec.model_cls(args_of(subject))
+    return subject.spec.meta_model(args_of(subject))
 
 
 def _adapter(subject: Subject) -> Any:

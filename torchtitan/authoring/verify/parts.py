@@ -59,8 +59,7 @@ def init_is_recursive(subject: Subject) -> str:
 
 def _shared_by_layers(subject: Subject) -> list[str]:
     """The names of each parameter that more than one layer has."""
-    with torch.device("meta"):
-        layers = subject.spec.model_cls(subject.args).layers
+    layers = subject.spec.meta_model(subject.args).layers
     names: dict[int, dict[str, str]] = {}
     for number, layer in layers.items():
         for name, parameter in layer.named_parameters():
@@ -74,8 +73,7 @@ def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
     Layers can be deleted from every model; other modules only from those that can be split. Where
     weights are tied, both modules stay.
     """
-    with torch.device("meta"):
-        model = subject.spec.model_cls(subject.args)
+    model = subject.spec.meta_model(subject.args)
     layers = list(model.layers)
     for kept in sorted({layers[0], layers[-1]}):
         part = copy.deepcopy(model)
@@ -96,8 +94,7 @@ def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
 
     if subject.spec.pipeline_fn is None:
         return [], []
-    with torch.device("meta"):
-        model = subject.spec.model_cls(subject.args)
+    model = subject.spec.meta_model(subject.args)
     first, last = (
         [name for name in names if getattr(model, name, None) is not None]
         for names in modules_around_layers(subject.spec.pipeline_fn)

@@ -155,8 +155,7 @@ def _parts_of_rank(
     subject: Subject, config: JobConfig, degree: int, loss_fn: object
 ) -> list[ModelProtocol]:
     dims = ParallelDims.from_config(config.parallelism, degree)
-    with torch.device("meta"):
-        model = subject.spec.model_cls(subject.spec.model_args.update_from_config(config))
+    model = subject.spec.meta_model(subject.spec.model_args.update_from_config(config))
     mesh = dims.world_mesh
     pipeline_fn = cast(Callable[..., Any], subject.spec.pipeline_fn)
     pipeline = pipeline_fn(model, mesh, dims, config, lambda part, *layout: part, loss_fn)

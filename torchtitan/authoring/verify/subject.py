@@ -73,8 +73,7 @@ class Subject:
 
         from torchtitan.distributed.init import initialize_weights
 
-        with torch.device("meta"):
-            model = self.spec.model_cls(self.args)
+        model = self.spec.meta_model(self.args)
         initialize_weights(model, self.seed if seed is None else seed, torch.device("cpu"))
         return model.eval()
 

@@ -116,8 +116,7 @@ def init_weights_sets_everything(subject: Subject) -> str:
 
 def _initialised(subject: Subject, poison: int) -> ModelProtocol:
     """As `initialize_weights`, but what is left unset stays, and differs with `poison`."""
-    with torch.device("meta"):
-        model = subject.spec.model_cls(subject.args)
+    model = subject.spec.meta_model(subject.args)
     with preserve_tying(model):
         model.to_empty(device="cpu")
     with torch.no_grad():
