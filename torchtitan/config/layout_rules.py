@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import TYPE_CHECKING
 
 from torchtitan.errors import ConfigError
@@ -198,24 +199,23 @@ def _check_pipeline(job_config: JobConfig) -> None:
 
     schedule, pp = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_degree
     per_rank = stages_per_rank(job_config)
-    kind = SCHEDULE_KINDS[schedule]
-    stages = {"single": "1 stage", "looped": "2 or more stages", "V": "2 stages"}[kind]
-    if not {"single": per_rank == 1, "looped": per_rank >= 2, "V": per_rank == 2}[kind]:
+    stages, right = {
+        "single": ("1 stage", per_rank == 1),
+        "looped": ("2 or more stages", per_rank >= 2),
+        "V": ("2 stages", per_rank == 2),
+    }[SCHEDULE_KINDS[schedule]]
+    if not right:
         problem = f"{schedule} needs {stages} a rank"
         fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
 
+    def problem_of(microbatches: int, pp: int) -> str:
+        return _microbatch_problem(schedule, microbatches, pp, pp * per_rank)
+
     for section in sections:
         microbatches = getattr(job_config, section).local_batch_size // size
-        problem = _microbatch_problem(schedule, microbatches, pp, pp * per_rank)
-        if problem:
-            more = microbatches
-            while _microbatch_problem(schedule, more, pp, pp * per_rank):
-                more += 1
-            fewer = pp
-            while fewer > 1 and _microbatch_problem(
-                schedule, microbatches, fewer, fewer * per_rank
-            ):
-                fewer -= 1
+        if problem := problem_of(microbatches, pp):
+            more = next(n for n in count(microbatches) if not problem_of(n, pp))
+            fewer = next((n for n in range(pp, 1, -1) if not problem_of(microbatches, n)), 1)
             fail(
                 job_config,
                 f"{section}.local_batch_size",

@@ -72,18 +72,15 @@ def apply_fsdp(
     own_meshes = own_meshes or {}
     shared = _modules_of_several_layers(inner)
     _refuse_parameters_of_several_layers(inner, shared)
-    done: set[nn.Module] = set()
+    for module, own in own_meshes.items():
+        fully_shard(
+            module,
+            **options | {"mesh": own},
+            reshard_after_forward=policy != "never" and own.size(-1) > 1,
+            shard_placement_fn=_placement_over(own),
+        )
     apart = [module for module in shared if module not in own_meshes]
     for layer in dict.fromkeys([*apart, *layers_of(inner).values()]):
-        for module in [m for m in layer.modules() if m in own_meshes and m not in done]:
-            done.add(module)
-            own = own_meshes[module]
-            fully_shard(
-                module,
-                **options | {"mesh": own},
-                reshard_after_forward=policy != "never" and own.size(-1) > 1,
-                shard_placement_fn=_placement_over(own),
-            )
         fully_shard(
             layer,
             **options,
