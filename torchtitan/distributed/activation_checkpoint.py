@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 import torchtitan.distributed.ring_attention  # noqa: F401  (makes the operation that is kept)
-from torchtitan.protocols.model import layers_of
+from torchtitan.protocols.model import blocks_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -51,7 +51,7 @@ MATMUL_OPS = {
 
 
 def apply_ac(model: nn.Module, job_config: JobConfig) -> None:
-    """Checkpoint the blocks of `model.layers` in place, by `activation_checkpoint.mode`."""
+    """Checkpoint the model's blocks (`blocks_of`) in place, by `activation_checkpoint.mode`."""
     config = job_config.activation_checkpoint
     if config.mode == "none":
         return
@@ -66,7 +66,7 @@ def apply_ac(model: nn.Module, job_config: JobConfig) -> None:
             context_fn = _selective_contexts
         else:
             every = int(config.selective_ac_option)
-    for number, layer in enumerate(layers_of(model).values()):
+    for number, layer in enumerate(blocks_of(model).values()):
         if number % every == 0:
             layer.forward = checkpointed(layer.forward, context_fn)
 

@@ -12,7 +12,7 @@ from torchtitan.distributed.activation_checkpoint import is_checkpointed
 from torchtitan.distributed.compiled_checkpoint import compile_inside
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.pipeline_split import splits_backward
-from torchtitan.protocols.model import layers_of
+from torchtitan.protocols.model import blocks_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -23,8 +23,9 @@ M = TypeVar("M", bound=nn.Module)
 def apply_compile(model: M, job_config: JobConfig) -> M:
     """Compile the model by `compile.scope`, when `compile.components` names it.
 
-    Per block (the default), the blocks share one graph, which is compiled once, and parameter names
-    stay as they are. Over the whole model the result is `torch.compile`'s wrapper.
+    Per block (the default; see `blocks_of`), those that are alike share one graph, which is
+    compiled once, and parameter names stay as they are. Over the whole model the result is
+    `torch.compile`'s wrapper.
 
     A block must be one graph, unless it has experts: where these are dispatched to other ranks,
     sharded apart from their block, or in float32, the graph is in two, before and after them. So it
@@ -46,7 +47,7 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     mode = None if config.mode == "default" else config.mode
     options: dict[str, Any] = {"backend": config.backend, "mode": mode}
     split = _splits_blocks(job_config)
-    for layer in layers_of(model).values():
+    for layer in blocks_of(model).values():
         experts = moe_layers(layer)
         if experts and split and is_checkpointed(layer):
             _compile_checkpointed(layer, job_config, options)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
-from torchtitan.protocols.model import layers_of
+from torchtitan.protocols.model import blocks_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -38,10 +38,10 @@ def apply_fsdp(
     hold replicas: HSDP when both exceed one, DDP when only the latter does. Context ranks shard
     too, as they hold the same parameters for other tokens.
 
-    Each block of `model.layers` is gathered on its own; so is `tok_embeddings`. `norm` and `output`
-    form one group that stays gathered, because the backward pass begins with it. A model may lack
-    any of the three; what has other names, or is a list of modules, is in the root's group. A
-    module that several blocks share is a group of its own.
+    Each block of the model (`blocks_of`) is gathered on its own; so is `tok_embeddings`. `norm` and
+    `output` form one group that stays gathered, because the backward pass begins with it. A model
+    may lack any of the three; what has other names, or is a list of modules, is in the root's
+    group. A module that several blocks share is a group of its own.
 
     Args:
         own_meshes: modules within blocks that are sharded over other meshes, each as a group of its
@@ -81,7 +81,7 @@ def apply_fsdp(
             shard_placement_fn=_placement_over(own),
         )
     apart = [module for module in shared if module not in own_meshes]
-    for layer in dict.fromkeys([*apart, *layers_of(inner).values()]):
+    for layer in dict.fromkeys([*apart, *blocks_of(inner).values()]):
         fully_shard(
             layer,
             **options,
@@ -118,7 +118,7 @@ def _parameters(module: nn.Module | None) -> set[nn.Parameter]:
 
 def _modules_of_several_layers(model: nn.Module) -> list[nn.Module]:
     """The outermost modules with parameters that are part of more than one layer."""
-    layers = layers_of(model).values()
+    layers = blocks_of(model).values()
     counts = Counter(module for layer in layers for module in layer.modules())
     found = [m for m, count in counts.items() if count > 1 and any(True for _ in m.parameters())]
     inside = {part for module in found for part in module.modules() if part is not module}
@@ -127,9 +127,9 @@ def _modules_of_several_layers(model: nn.Module) -> list[nn.Module]:
 
 def _refuse_parameters_of_several_layers(model: nn.Module, shared: list[nn.Module]) -> None:
     seen = {id(param): "" for module in shared for param in module.parameters()}
-    for number, layer in layers_of(model).items():
-        for name, param in layer.named_parameters():
-            own = f"layers.{number}.{name}"
+    for block_name, block in blocks_of(model).items():
+        for name, param in block.named_parameters():
+            own = f"{block_name}.{name}"
             other = seen.setdefault(id(param), own)
             if other and other != own:
                 raise ConfigError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -95,3 +97,47 @@ class ModelProtocol(nn.Module):
 def layers_of(model: nn.Module) -> nn.ModuleDict:
     """The layers of a `ModelProtocol`, or of what `torch.compile` made of it."""
     return cast(nn.ModuleDict, model.layers)
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """What is gathered, recomputed and compiled one by one: name -> module, the layers first.
+
+    Besides the layers, these are the blocks of other stacks, such as an encoder's or a vision
+    tower's: members of a list, dict or sequence of modules that all have parts with parameters, at
+    least two of them alike. Not those that share a parameter with another part of the model.
+    Pipelines cut between layers alone.
+    """
+    blocks: dict[str, nn.Module] = {f"layers.{n}": layer for n, layer in layers_of(model).items()}
+    uses = _uses(model)
+    for name, block in _blocks_in(model, ""):
+        if all(uses[parameter] == count for parameter, count in _uses(block).items()):
+            blocks[name] = block
+    return blocks
+
+
+def _uses(module: nn.Module) -> Counter[nn.Parameter]:
+    """In how many places each parameter is."""
+    return Counter(param for _, param in module.named_parameters(remove_duplicate=False))
+
+
+def _blocks_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if prefix + name == "layers":
+            continue
+        if _is_stack(child):
+            yield from ((f"{prefix}{name}.{n}", block) for n, block in child.named_children())
+        else:
+            yield from _blocks_in(child, f"{prefix}{name}.")
+
+
+def _is_stack(module: nn.Module) -> bool:
+    members = list(module.children())
+    return (
+        isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        and len({type(member) for member in members}) < len(members)
+        and all(any(True for _ in _inner_parameters(member)) for member in members)
+    )
+
+
+def _inner_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (param for child in module.children() for param in child.parameters())

@@ -1,0 +1,77 @@
+"""Which modules are treated one by one: the layers, and the blocks of other stacks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+from tiny_models import TINY, tiny_spec
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from torchtitan.config import JobConfig
+from torchtitan.distributed.activation_checkpoint import apply_ac, is_checkpointed
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.fake_world import fake_world
+from torchtitan.distributed.fsdp import apply_fsdp
+from torchtitan.protocols import blocks_of
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x)
+
+
+class Model(nn.Module):
+    """An encoder beside the layers, and what looks like one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"0": Block(), "1": Block()})
+        self.tower = nn.Module()
+        self.tower.blocks = nn.Sequential(Block(), Block())
+        self.layers = nn.ModuleDict({"0": nn.ModuleList([Block(), Block()]), "1": Block()})
+        self.heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.towers = nn.ModuleDict({"audio": Block(), "text": nn.Sequential(nn.Linear(4, 4))})
+
+
+NAMES = ["layers.0", "layers.1", "encoder.0", "encoder.1", "tower.blocks.0", "tower.blocks.1"]
+
+
+def test_blocks_of_other_stacks_are_found() -> None:
+    assert list(blocks_of(Model())) == NAMES
+
+
+def test_a_block_that_shares_a_parameter_is_left_to_the_model() -> None:
+    model = Model()
+    model.encoder["1"].linear.weight = model.heads[0].weight
+    assert list(blocks_of(model)) == [name for name in NAMES if name != "encoder.1"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_text_models_have_their_layers_alone(name: str) -> None:
+    model = tiny_spec(name).meta_model(TINY[name])
+    assert list(blocks_of(model)) == [f"layers.{n}" for n in model.layers]
+    assert list(blocks_of(model).values()) == list(model.layers.values())
+
+
+def test_every_block_is_gathered_checkpointed_and_compiled() -> None:
+    model = Model()
+    model.layers["0"] = Block()
+    config = JobConfig()
+    config.activation_checkpoint.mode = "full"
+    apply_ac(model, config)
+    assert all(is_checkpointed(block) for block in blocks_of(model).values())
+    before = {name: block.forward for name, block in blocks_of(model).items()}
+    config.compile.enable = True
+    apply_compile(model, config)
+    assert all(block.forward != before[name] for name, block in blocks_of(model).items())
+    with fake_world(2, 0):
+        mesh = init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("dp", "dp_shard_cp", "tp"))
+        apply_fsdp(model, mesh["dp"], config)
+    assert all(isinstance(block, FSDPModule) for block in blocks_of(model).values())
+    assert not isinstance(model.heads[0], FSDPModule)
