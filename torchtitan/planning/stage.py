@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 
-from torchtitan.components.model_fit import model_inputs
+from torchtitan.components.model_inputs import usual_inputs
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -68,7 +68,7 @@ class _StageTracer:
         # Each rank keeps only its part of a sequence.
         seq = job_config.training.seq_len // dims.cp
         self._tokens = torch.zeros(batch, seq, dtype=torch.int64)
-        names = model_inputs(part, dims, job_config)
+        names = usual_inputs(part, dims, job_config)
         self._inputs = {name: self._tokens.clone() for name in names}
         self._fsdp = fsdp_modules(part)
         self._autocast = mixed_precision(bool(self._fsdp), job_config, torch.device("cpu"))
