@@ -16,7 +16,7 @@ Curve = dict[int, float]
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """The curve of each of `METRICS`; empty ones if the run logged nothing."""
+    """The curve of each of `METRICS`, without skipped steps; empty ones if nothing was logged."""
     rows = read_rows(folder / METRICS_FILE)
     return {
         name: {row["step"]: _number(row.get(name)) for row in rows if name in row}

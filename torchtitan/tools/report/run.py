@@ -89,6 +89,13 @@ class Run:
         ends = [a for a, b in pairwise(values) if b < a]
         return sum(ends) + values[-1]
 
+    @property
+    def skipped(self) -> list[int]:
+        """Logged steps by which the guard had skipped more than at the one before."""
+        curve = self.curves.get("steps_skipped", Curve([], []))
+        values = [0.0, *curve.values]
+        return [s for s, (a, b) in zip(curve.steps, pairwise(values), strict=True) if b > a]
+
     def median(self, key: str) -> float | None:
         """The upper median of a key's finite values."""
         values = sorted(self.curves[key].finite) if key in self.curves else []

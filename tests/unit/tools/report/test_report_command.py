@@ -124,6 +124,21 @@ def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
     assert "run: loss is not finite at step 2 and 1 more." in text_of(run / "report.html")
 
 
+def test_steps_that_the_guard_skipped_are_not_called_not_finite(tmp_path: Path) -> None:
+    """They are null too; step 6, at which none was skipped, is not one of them."""
+    run = write_run(tmp_path / "run", [3.0, None, 2.0, None, None, None])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, skipped in zip(rows, [0, 1, 1, 2, 3, 3], strict=True):
+        row |= {"steps_skipped": skipped, "grad_norm": row["loss"]}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main([str(run)])
+    text = text_of(run / "report.html")
+    assert "run: the guard skipped the batch of 3 steps, the first by step 2." in text
+    assert "run: loss is not finite at step 6." in text
+    drawn = (run / "report.html").read_text().partition("<script")[0]
+    assert drawn.count('class="mark"') == 2  # of the loss and of the norm
+
+
 def test_checkpoints_behind_a_url_are_not_looked_for(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", LOSSES, "--checkpoint.folder=s3://bucket/run")
     main([str(run)])
