@@ -77,7 +77,8 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "tokens_per_second",
             "Throughput",
             "tokens/s",
-            "of all devices, since the last logged step; validation and checkpoints not counted",
+            "of all devices, since the last logged step, skipped steps included; validation and "
+            "checkpoints not counted",
             from_zero=True,
         ),
         MetricKey(
@@ -223,7 +224,12 @@ SECTIONS: dict[str, list[MetricKey]] = {
             from_zero=True,
         ),
         MetricKey("data_epoch", "Epochs", "", "how often the dataset has been read", "one dataset"),
-        MetricKey("tokens_seen", "Tokens seen", "tokens", "trained on since step 0, by all ranks"),
+        MetricKey(
+            "tokens_seen",
+            "Tokens seen",
+            "tokens",
+            "trained on since step 0, by all ranks; without those of skipped steps",
+        ),
         MetricKey(
             "elapsed_seconds", "Time", "s", "since this process began to train, pauses included"
         ),

@@ -39,14 +39,16 @@ def read_world_size(folder: Path) -> int | None:
 
 
 def read_tokens(folder: Path) -> tuple[int, int]:
-    """A step of a finished run, and the tokens that it had seen after it.
+    """So many steps of a finished run, and the tokens of them; none of skipped steps.
 
     Raises:
         ConfigError: its metrics do not tell.
     """
+    step = seen = 0
     for row in read_rows(folder / METRICS_FILE):
-        if row.get("tokens_seen"):
-            return row["step"], row["tokens_seen"]
+        before, step = step, row["step"]
+        if (row.get("tokens_seen") or 0) > seen:
+            return step - before, row["tokens_seen"] - seen
     raise ConfigError(
         f"{folder}: training.global_batch_size is -1, and {METRICS_FILE} has no tokens_seen to "
         "tell what it came to"

@@ -125,8 +125,8 @@ def open_run(name: str, argument: str) -> Run:
     processes = read_world_size(folder)
     global_batch_size = config.training.global_batch_size
     if global_batch_size == -1:
-        step, tokens = read_tokens(folder)
-        global_batch_size = tokens // (step * config.training.seq_len)
+        steps, tokens = read_tokens(folder)
+        global_batch_size = tokens // (steps * config.training.seq_len)
     return Run(name, argument, folder, config, processes, global_batch_size)
 
 

@@ -104,6 +104,16 @@ def test_finished_run_tells_its_processes_and_batch(tmp_path: Path) -> None:
     assert run.global_batch_size == 4
 
 
+def test_finished_run_whose_first_step_was_skipped_tells_its_batch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "old", [3.0, 2.0, 1.0], "--training.global_batch_size=-1")
+    text = (folder / "metrics.jsonl").read_text()
+    for step in (1, 2, 3):
+        text = text.replace(f'"tokens_seen": {step * 256}', f'"tokens_seen": {(step - 1) * 256}')
+    (folder / "metrics.jsonl").write_text(text)
+    (run,) = plan(folder, out=tmp_path / "runs")
+    assert run.global_batch_size == 4
+
+
 def test_finished_run_that_did_not_log_every_step(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "old", [3.0, 2.0, 1.0], "--metrics.log_freq=10")
     with pytest.raises(ConfigError, match=r"log_freq = 10.*--metrics.log_freq 1"):
