@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -17,6 +18,7 @@ from checkpoint_run import Run, world_of_one  # noqa: F401
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchtitan.components import metrics
+from torchtitan.components.metric_sinks import WandbSink
 from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -463,6 +465,9 @@ class FakeWandb(ModuleType):
         if self.error:
             raise self.error
         self.settings = settings
+        self.started = getattr(self, "started", 0) + 1
+        given = settings.get("id") or os.environ.get("WANDB_RUN_ID")
+        self.id = given or f"id{self.started}"
         return self
 
     def define_metric(self, name: str, **settings: object) -> None:
@@ -506,6 +511,46 @@ def test_wandb_receives_config_and_values(
         "validation/*": "step",
     }
     assert wandb.finished
+
+
+def test_a_run_that_resumes_is_the_same_run_of_wandb(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config.metrics.enable_wandb = config.checkpoint.enable = True
+    kept = Path(config.job.dump_folder) / "wandb_run_id"
+
+    def start() -> tuple[str, object]:
+        build(config).close()
+        assert kept.read_text().strip() == wandb.id
+        return wandb.id, wandb.settings["resume"]
+
+    assert start() == ("id1", "allow")
+    assert start() == ("id2", "allow")  # from step 0 again, as there is no checkpoint
+    Run(Path(config.job.dump_folder)).train(2)
+    assert start() == ("id2", "allow")
+    for lost in (b"", b"\xff\xfe"):
+        kept.write_bytes(lost)
+        before = wandb.id
+        assert start()[0] not in (before, "")
+    kept.unlink()
+    assert start() == ("id6", "allow")
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_RESUME", "must")
+    assert start() == ("mine", None)  # then wandb reads its own variables
+    monkeypatch.delenv("WANDB_RUN_ID")
+    wandb.error = RuntimeError("run mine was deleted")
+    with pytest.raises(ConfigError, match=f"deleted.*Without the file {kept}, a new run"):
+        WandbSink(config)
+
+
+def test_only_rank_0_has_a_run_of_wandb(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    monkeypatch.setenv("RANK", "1")
+    config.metrics.enable_wandb = True
+    build(config, world_size=2).close()
+    assert not Path(config.job.dump_folder).exists()
 
 
 def test_a_run_goes_on_when_wandb_ends(
