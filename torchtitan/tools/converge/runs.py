@@ -140,6 +140,12 @@ def _plan_run(
     options = [*overrides, f"--job.config_file={argument}", f"--job.dump_folder={folder}"]
     options += [f"--{key}={value}" for key, value in FORCED.items()]
     config = load_config(options)
+    # Without checkpoints a rollback is a skip.
+    guards = ("on_nonfinite", "on_spike")
+    rollbacks = [name for name in guards if getattr(config.training, name) == "rollback"]
+    if rollbacks:
+        options += [f"--training.{name}=skip" for name in rollbacks]
+        config = load_config(options)
     processes = processes or processes_of(config.parallelism)
     if device_type() == "cuda":
         _check_devices(name, processes)

@@ -53,6 +53,17 @@ def test_a_planned_run_has_its_layout_batch_and_forced_options(tmp_path: Path) -
     assert not run.finished
 
 
+def test_a_rollback_is_a_skip_since_nothing_is_saved(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[checkpoint]\nenable = true\n[training]\non_spike = "rollback"\n'
+        'mixed_precision_param = "float32"\n'
+    )
+    (run,) = plan(path, out=tmp_path, overrides=["--training.on_nonfinite=rollback"])
+    assert (run.config.training.on_spike, run.config.training.on_nonfinite) == ("skip", "skip")
+    assert {"--training.on_spike=skip", "--training.on_nonfinite=skip"} <= set(run.options)
+
+
 def test_nproc_names_a_run_or_a_file(tmp_path: Path) -> None:
     path = write_config(tmp_path / "one.toml", "--training.local_batch_size=1")
     by_name = plan(path, path, out=tmp_path / "runs", nproc=("one-2=4",))
