@@ -27,6 +27,14 @@ class MetricKey:
     """Plots begin at 0, where it matters which share of the whole a change is."""
 
 
+STARTED_AT = MetricKey(
+    "started_at",
+    "Start of the process",
+    "s",
+    "when this process began to train, since 1970-01-01 UTC: another value is another process",
+)
+"""Tells the processes of a resumed run apart; not plotted."""
+
 SECTIONS: dict[str, list[MetricKey]] = {
     "Learning": [
         MetricKey(
@@ -233,6 +241,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
         MetricKey(
             "elapsed_seconds", "Time", "s", "since this process began to train, pauses included"
         ),
+        STARTED_AT,
     ],
 }
 """Section of a report -> its keys. `Other` is for keys that are not here; `More` is folded away."""

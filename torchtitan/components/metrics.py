@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.metric_sinks import Group, Sink, build_sinks
@@ -78,6 +78,7 @@ class MetricsProcessor:
         self._progress = progress
         self._sinks = sinks
         self._started = self._logged = perf_counter()
+        self._started_at: int | None = None  # by the clock; None: not yet
         self._paused_seconds = 0.0  # since the last logged step
         self._first_logged: tuple[int, float] | None = None  # step and time
 
@@ -97,7 +98,9 @@ class MetricsProcessor:
             except OSError as error:
                 problem = f"job.dump_folder: cannot write metrics: {error}"
                 raise outage_or(ConfigError, problem, error) from error
-        self._started = self._logged = perf_counter()
+        self._logged = perf_counter()
+        if self._started_at is None:  # not anew where the run goes back
+            self._started, self._started_at = self._logged, int(time())
         self._paused_seconds = 0.0
         self._first_logged = None
 
@@ -157,6 +160,7 @@ class MetricsProcessor:
             "peak_memory_reserved_percent": memory.reserved_percent,
             "data_wait_seconds": data_wait_seconds,
             "elapsed_seconds": now - self._started,
+            "started_at": self._started_at,
             "tokens_seen": tokens_seen,
         }
         values = {key: value for key, value in values.items() if value is not None}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from torchtitan.components.metric_keys import SECTIONS, VALIDATION, MetricKey, find
+from torchtitan.components.metric_keys import SECTIONS, STARTED_AT, VALIDATION, MetricKey, find
 
 from .run import Curve, Run
 
@@ -90,7 +90,7 @@ def _in_order(runs: list[Run]) -> list[str]:
             key,
         )
 
-    return sorted({key for run in runs for key in run.curves}, key=place)
+    return sorted({key for run in runs for key in run.curves} - {STARTED_AT.key}, key=place)
 
 
 def _line(run: int, curve: Curve, scale: float, points: int) -> Line:

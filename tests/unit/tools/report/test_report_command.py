@@ -69,6 +69,19 @@ def test_time_and_memory_are_of_all_processes_of_a_run(tmp_path: Path) -> None:
     assert "5.00 GiB 0:03:30" in text_of(run / "report.html")
 
 
+def test_a_process_that_begins_with_a_long_step_is_another_one(tmp_path: Path) -> None:
+    """120 s, then 190 s of which the first step took 130; they have their starts."""
+    run = write_run(tmp_path / "run", [3.0] * 4)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, elapsed, start in zip(rows, [60, 120, 130, 190], [7, 7, 9, 9], strict=True):
+        row |= {"elapsed_seconds": elapsed, "started_at": start}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(run)]) == 0
+    page = run / "report.html"
+    assert "3.00 GiB 0:05:10" in text_of(page)
+    assert "Start of the process" not in page.read_text()
+
+
 def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a", LOSSES, "--optimizer.lr=1e-3")
