@@ -206,16 +206,16 @@ def _set_aside(path: Path) -> None:
 
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
-    """Drop the lines of later steps, and a last line that was cut off, in one atomic change."""
+    """Drop the lines of later steps, and those that are damaged, in one atomic change."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
     rewritten = path.with_name(path.name + ".tmp")
-    rewritten.write_text("".join(kept))
+    rewritten.write_bytes(b"".join(kept))
     rewritten.replace(path)
 
 

@@ -191,6 +191,38 @@ def test_resume_drops_later_steps_and_a_line_cut_off(config: JobConfig) -> None:
     assert not list(path.parent.glob("*.tmp"))
 
 
+def test_time_goes_on_where_a_run_goes_back(config: JobConfig, clock: Clock) -> None:
+    processor = build(config)
+    clock.now += 5  # set-up
+    processor.start()
+    clock.now += 10
+    log(processor, 1)
+    processor.start()  # back to step 0
+    clock.now += 20
+    log(processor, 1)
+    [row] = rows(config)
+    assert row["elapsed_seconds"] == 30 and row["tokens_per_second"] == 50
+    started = row["started_at"]
+    processor.close()
+    clock.now += 1
+    later = build(config)
+    later.start(1)
+    clock.now += 40
+    log(later, 2)
+    row = rows(config)[-1]
+    assert row["elapsed_seconds"] == 40 and row["started_at"] >= started > 1.7e9
+
+
+def test_resume_drops_a_line_that_is_no_text(config: JobConfig) -> None:
+    folder = Path(config.job.dump_folder)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "loss\xff\n{"step": 3}\n')
+    processor = build(config)
+    processor.start(step=3)
+    log(processor, 4)
+    assert [row["step"] for row in rows(config)] == [1, 3, 4]
+
+
 def test_a_new_run_starts_a_new_file(config: JobConfig) -> None:
     for loss in (2.5, 1.5):
         processor = build(config)
