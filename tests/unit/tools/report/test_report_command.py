@@ -192,6 +192,33 @@ def test_a_picture(tmp_path: Path) -> None:
     assert picture.shape[1] > 1000 and picture.std() > 0.05
 
 
+def test_a_picture_draws_from_zero_and_says_all_names(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from torchtitan.tools.report.figure import draw
+    from torchtitan.tools.report.run import read_runs
+
+    names = [f"llama3_1b_fineweb_lr3e-4_wd0.1_seed{i}" for i in range(14)] + ["x" * 200]
+    folders = [write_run(tmp_path / name, [3.0, None, 2.0]) for name in names]
+    figure = draw(read_runs(list(map(str, folders))))
+    FigureCanvasAgg(figure).draw()
+    page = figure.bbox
+    [legend] = figure.legends
+    assert len(legend.get_texts()) == 15
+    for text in [*legend.get_texts(), figure._suptitle]:
+        box = text.get_window_extent()
+        assert box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0, text
+    axes = {one.get_title(loc="left"): one for one in figure.axes}
+    for title, panel in axes.items():
+        box = panel.get_window_extent()
+        assert box.height > 150, title
+    assert axes["Throughput (tokens/s)"].get_ylim()[0] == 0
+    assert axes["Loss (nats per token)"].get_ylim()[0] > 1
+    marks = [line for line in axes["Loss (nats per token)"].lines if line.get_marker() == "^"]
+    assert [list(line.get_xdata()) for line in marks] == [[2]] * 15
+
+
 def test_a_picture_without_matplotlib_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
