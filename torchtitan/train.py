@@ -218,7 +218,10 @@ class Trainer:
                     if self.replicas.lost_step:
                         self.state.step -= 1
                         continue
-                    self.state.tokens_seen += self.tokens_per_step
+                    tokens = self.replicas.present(self.tokens_per_step)
+                    self.window.tokens += tokens
+                    if not self.guard.troubled:
+                        self.state.tokens_seen += tokens
                     if not (self.guard.rollback_due and self._roll_back()):
                         self._after_step(stopping)
                     with self.metrics.pause():
@@ -282,7 +285,6 @@ class Trainer:
             self.window.add(step, loss_sum, grad_norm)
         else:
             self.expert_balance.discard()
-            self.window.add_skipped()
         self.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
@@ -347,7 +349,7 @@ class Trainer:
                 max_loss=self.window.max_loss,
                 grad_norm=self.window.grad_norm,
                 lr=self.lr,
-                ntokens_since_last=self.window.steps * self.tokens_per_step,
+                ntokens_since_last=self.window.tokens,
                 tokens_seen=self.state.tokens_seen,
                 data_wait_seconds=self.data_wait,
                 extra=self.expert_balance.metrics()
