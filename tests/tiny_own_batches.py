@@ -1,6 +1,6 @@
-"""Two small models that read no texts, each with a data loader of its own:
+"""Two small models that read no texts, each with a data loader of its own, and without `args`:
 
-tiny_diffusion   a diffusion transformer: latents `[batch, 4, 8, 8]` with noise, classes and times
+tuple_diffusion  a diffusion transformer: latents `[batch, 4, 8, 8]` with noise, classes and times
 tiny_codes       a masked model of 4 codebooks: codes `[batch, seq, 4]`
 """
 
@@ -110,7 +110,6 @@ class Embed(nn.Module):
 
 class OwnModel(ModelProtocol):
     sees_later_tokens = True
-    tok_embeddings = norm = output = None
 
     def init_weights(self) -> None:
         for module in self.modules():
@@ -263,7 +262,7 @@ def spec(model, args, first, last, make_row, loss):
 MODEL_CONFIGS = {"debugmodel": DiffusionArgs()}
 
 register_train_spec(
-    "tiny_diffusion",
+    "tuple_diffusion",
     lambda flavor: spec(
         Diffusion, MODEL_CONFIGS[flavor], "embed", "final", noisy_latents, squared_error
     ),

@@ -27,18 +27,19 @@ from torchtitan.cli import exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.huggingface import check_exchange, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.components.data_loader import check_dataloader, checked
+from torchtitan.components.data_loader import Batch, check_dataloader
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_weights
-from torchtitan.components.loss import IGNORE_INDEX, attach_loss
+from torchtitan.components.loss import attach_loss, count_labels
 from torchtitan.components.metrics import build_metrics_processor
-from torchtitan.components.model_fit import check_builders, check_vocabulary, model_inputs
+from torchtitan.components.model_fit import check_builders, check_vocabulary
+from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.train_state import TrainState
-from torchtitan.components.validate import build_validator
+from torchtitan.components.validate import build_validator, check_validator
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
@@ -46,7 +47,7 @@ from torchtitan.config.unlikely import unlikely
 from torchtitan.config.validate import validate
 from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
-from torchtitan.distributed.context_parallel import require_applied_cp, shard_batch
+from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
 from torchtitan.distributed.fsdp import (
     fsdp_modules,
@@ -71,8 +72,6 @@ from torchtitan.tools.run_folder import make_dump_folder, write_description
 from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
 logger = logging.getLogger("torchtitan")
-
-Batch = dict[str, torch.Tensor]
 
 # After an error, another rank may be gone. A save in the background then waits for it in vain, and
 # other ranks for this one.
@@ -124,7 +123,7 @@ class Trainer:
 
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
-        self.model_inputs = model_inputs(model, parallel_dims, job_config)
+        self.model_inputs = ModelInputs(model, parallel_dims, job_config)
         check_rules(model, job_config)
         logger.info(
             "%s %s: %s parameters on %d ranks (%s)",
@@ -145,6 +144,7 @@ class Trainer:
             self.validator = (spec.build_validator_fn or build_validator)(
                 job_config, tokenizer, self.loss_fn, parallel_dims, self.dp_rank, parallel_dims.dp
             )
+            check_validator(self.validator, self.dataloader, job_config)
         layout = world_mesh, parallel_dims, job_config
         self.pipeline = None
         if parallel_dims.pp_enabled:
@@ -250,12 +250,12 @@ class Trainer:
         self.watch.enter("data", step)
         start = time.perf_counter()
         passes = range(self.accumulation_steps)
-        batches = [checked(next(self.dataloader), config) for _ in passes]
+        batches = [self.model_inputs.checked(next(self.dataloader)) for _ in passes]
         self.data_wait += time.perf_counter() - start
 
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
-        tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+        tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
         # On the host, which need not wait for the device then to read them.
         counts = torch.tensor([tokens, int(stop.received)])
         self.sum_over_ranks(counts)
@@ -305,7 +305,7 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
         """Add the gradients of one micro-batch. Returns its share of the step's loss."""
-        tokens, labels, inputs = self._to_device(batch)
+        tokens, labels, inputs = self.model_inputs.on_device(batch, self.device, self.cp_mesh)
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
@@ -316,31 +316,16 @@ class Trainer:
         loss.backward()
         return loss.detach()
 
+    @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
         self.watch.enter("after the step", self.state.step)
-        tokens, labels, inputs = self._to_device(batch)
+        tokens, labels, inputs = self.model_inputs.on_device(batch, self.device, self.cp_mesh)
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
                 return self.pipeline.evaluate(tokens, labels, inputs)
             return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)
-
-    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Batch]:
-        """Tokens, labels and the model's other inputs, each `[batch, seq]`.
-
-        Under context parallelism, this rank's part of the sequence.
-        """
-        if not self.job_config.training.document_mask:
-            # The sequence is one document to the model.
-            batch["positions"] = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
-        if self.cp_mesh is not None:
-            batch = shard_batch(batch, self.cp_mesh, self.job_config)
-        if self.device.type == "cuda":  # a copy from other memory waits for what is queued before
-            batch = {name: t.contiguous().pin_memory() for name, t in batch.items()}
-        batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
-        inputs = {name: batch[name] for name in self.model_inputs}
-        return batch["tokens"], batch["labels"], inputs
 
     def _after_step(self, stopping: bool) -> None:
         """Log, validate and save what is due after this step."""
@@ -385,9 +370,17 @@ class Trainer:
         self.metrics.show_checkpoint(self.checkpointer.last_saved)
 
     def _validate(self) -> None:
-        if self.validator:
-            loss = self.validator.validate(self.model_parts, self.evaluate)
-            self.metrics.log_validation(self.state.step, loss)
+        if not self.validator:
+            return
+        seed_step(self.job_config.debug.seed, 0, self.token_rank)  # each time, the same noise
+        for part in self.model_parts:
+            part.eval()
+        loss = self.validator.validate(self.model_parts, self.evaluate)
+        for part in self.model_parts:
+            part.train()
+        for module in self.fsdp_modules:
+            module.reshard()  # as after a backward pass: checkpoints need the parameters sharded
+        self.metrics.log_validation(self.state.step, loss)
 
     def _roll_back(self) -> bool:
         """Go back to the newest checkpoint, and on with the data after this step.

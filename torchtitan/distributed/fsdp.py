@@ -87,9 +87,13 @@ def apply_fsdp(
             reshard_after_forward=reshard,
             shard_placement_fn=_placement_over(mesh),
         )
-    embedding, output = inner.tok_embeddings, inner.output
-    head = [m for m in (inner.norm, output) if m is not None]
-    tied = embedding is not None and output is not None and embedding.weight is output.weight
+    # A model may have others, which stay in the root's group, or none.
+    embedding, norm, output = (
+        getattr(inner, n, None) for n in ("tok_embeddings", "norm", "output")
+    )
+    head = [m for m in (norm, output) if m is not None]
+    weights = [getattr(m, "weight", None) for m in (embedding, output)]
+    tied = weights[0] is not None and weights[0] is weights[1]
     if not tied:  # a tied weight must be in one group, the root's
         if embedding is not None:
             fully_shard(embedding, **options, reshard_after_forward=reshard)

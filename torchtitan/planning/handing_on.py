@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
-from torchtitan.components.model_fit import model_inputs
+from torchtitan.components.model_inputs import usual_inputs
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
 from torchtitan.distributed.utils import local_tensor
 
@@ -39,7 +39,7 @@ def step_inputs(
 ) -> dict[str, torch.Tensor]:
     """What `forward` gets besides tokens."""
     places = torch.zeros(batch["labels"].shape[:2], dtype=torch.int64)
-    names = model_inputs(part, dims, job_config)
+    names = usual_inputs(part, dims, job_config)
     return {name: places.clone() for name in names} | own_inputs(batch)
 
 

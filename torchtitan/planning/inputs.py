@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchtitan.components.data_loader import BATCH_KEYS, Batch, has_own_loader
+from torchtitan.components.data_loader import Batch, has_own_loader
+from torchtitan.components.model_inputs import USUAL_KEYS
 from torchtitan.config import origin
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
@@ -77,7 +78,7 @@ class Inputs:
 
 def own_inputs(batch: Batch) -> Batch:
     """What `forward` gets by the names that the author gave."""
-    return {name: tensor for name, tensor in batch.items() if name not in BATCH_KEYS}
+    return {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
 
 
 def _batch_of_one_row(spec: Any, job_config: JobConfig) -> Batch:
@@ -90,20 +91,20 @@ def _batch_of_one_row(spec: Any, job_config: JobConfig) -> Batch:
         batch = next(loader)
     finally:
         getattr(loader, "close", lambda: None)()
-    missing = [name for name in BATCH_KEYS[:2] if name not in batch]
+    missing = [name for name in USUAL_KEYS[:2] if name not in batch]
     if missing:
         raise ConfigError(f"a batch has no {', '.join(missing)}")
     masked = config.training.document_mask
     return {
         name: torch.empty(tensor.shape[1:], dtype=tensor.dtype, device="meta")
         for name, tensor in batch.items()
-        if masked or name not in BATCH_KEYS[2:]
+        if masked or name not in USUAL_KEYS[2:]
     }
 
 
 def _is_text(batch: Batch, job_config: JobConfig) -> bool:
     ids = batch["tokens"], batch["labels"]
-    return set(batch) <= set(BATCH_KEYS) and all(
+    return set(batch) <= set(USUAL_KEYS) and all(
         row.dtype == torch.int64 and list(row.shape) == [job_config.training.seq_len] for row in ids
     )
 

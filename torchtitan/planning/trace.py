@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 
 import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.loss import attach_loss
-from torchtitan.components.model_fit import model_inputs
+from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, freeze
 from torchtitan.config import origin
 from torchtitan.distributed.fake_world import fake_world
@@ -151,7 +151,10 @@ def _parallel_parts(
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     model = meta_model(job_config, dims)
-    model_inputs(model, dims, job_config)
+    wanted = ModelInputs(model, dims, job_config)
+    if inputs.rows is not None:
+        training = job_config.training
+        wanted.checked(inputs.batch(training.local_batch_size, training.seq_len, "meta"))
     check_rules(model, job_config)
     parts = meta_parts(model, job_config, stages)
     for part in parts:

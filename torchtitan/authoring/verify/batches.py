@@ -10,8 +10,10 @@ from weakref import WeakSet
 import torch
 import torch.nn as nn
 
-from torchtitan.components.data_loader import BATCH_KEYS, Batch, checked
-from torchtitan.components.loss import IGNORE_INDEX, attach_loss
+from torchtitan.components.data_loader import Batch
+from torchtitan.components.loss import IGNORE_INDEX, attach_loss, count_labels
+from torchtitan.components.model_inputs import USUAL_KEYS, ModelInputs
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 
 from .probe import loss_of
@@ -104,7 +106,7 @@ class OwnBatches:
         """The length of the labels in the first batch; that of the job if tokens are ids."""
         self._open()
         batch = next(self._loader)
-        found = [batch.get(name) for name in BATCH_KEYS[:2]] if isinstance(batch, dict) else []
+        found = [batch.get(name) for name in USUAL_KEYS[:2]] if isinstance(batch, dict) else []
         tensors = [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
         if len(tensors) == 2 and tensors[1].ndim > 1 and not _are_ids(tensors[0]):
             length = int(tensors[1].shape[1])
@@ -131,8 +133,13 @@ class OwnBatches:
             self._loader = self._spec.build_dataloader_fn(config, tokenizer, 0, 1)
 
     def _keep(self, batch: Batch) -> None:
-        batch = checked(batch, self.config)
+        batch = self._expected().checked(batch)
         self._given.append({name: tensor.clone() for name, tensor in batch.items()})
+
+    def _expected(self) -> ModelInputs:
+        config = self.config
+        model = self._spec.meta_model(self._spec.model_args.update_from_config(config))
+        return ModelInputs(model, ParallelDims.from_config(config.parallelism, 1), config)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 1."""
@@ -154,13 +161,14 @@ class OwnBatches:
     def is_text(self) -> bool:
         """Whether a batch is token ids and labels `[batch, seq]` alone."""
         batch = self.batch(1)
-        alone = set(batch) <= set(BATCH_KEYS)
-        return alone and _are_ids(batch["tokens"]) and _are_ids(batch["labels"])
+        alone = set(batch) <= set(USUAL_KEYS)
+        tokens, labels = batch["tokens"], batch["labels"]
+        return alone and _are_ids(tokens) and _are_ids(labels) and tokens.shape == labels.shape
 
     @property
     def keys(self) -> list[str]:
         """What a batch has besides tokens and labels; nothing if there is none."""
-        return [] if self.error else [n for n in self.batch(1) if n not in BATCH_KEYS[:2]]
+        return [] if self.error else [n for n in self.batch(1) if n not in USUAL_KEYS[:2]]
 
     def describe(self) -> str:
         """`tokens float32 [8, 4, 16, 16], labels int64 [8, 64]`."""
@@ -173,7 +181,7 @@ class OwnBatches:
 
     def example(self, rows: int, step: int) -> Example:
         batch = self.batch(step)
-        inputs = {name: tensor for name, tensor in batch.items() if name not in BATCH_KEYS}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
         whole = Example(batch["tokens"], batch["labels"], inputs, self._judge, self._prepare)
         return whole.rows(slice(rows))
 
@@ -185,7 +193,7 @@ class OwnBatches:
             self._prepared.add(model)
 
     def _judge(self, model: nn.Module, output: Any, labels: torch.Tensor) -> torch.Tensor:
-        return self.loss_fn(output, labels) / (labels != IGNORE_INDEX).sum().clamp(min=1)
+        return self.loss_fn(output, labels) / count_labels(labels).clamp(min=1)
 
 
 def _are_ids(tokens: torch.Tensor) -> bool:
