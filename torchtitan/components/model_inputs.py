@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
 
-_USUAL = ("tokens", "labels", "positions", "document_ids")
+USUAL_KEYS = ("tokens", "labels", "positions", "document_ids")
 """Keys of a batch that the trainer knows; others are inputs of the model by their names."""
 
 
@@ -39,7 +39,7 @@ class ModelInputs:
         self._dtype = getattr(torch, job_config.training.mixed_precision_param)
         parameters = list(inspect.signature(model.forward).parameters.values())
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._taken = {p.name for p in parameters[1:]} - set(_USUAL)
+        self._taken = {p.name for p in parameters[1:]} - set(USUAL_KEYS)
 
     def checked(self, batch: Batch) -> Batch:
         """A batch of the training loader as it is.
@@ -53,10 +53,10 @@ class ModelInputs:
             raise ConfigError(
                 f"{who} is {type(batch).__name__}, no dict with 'tokens' and 'labels'"
             )
-        missing = [name for name in _USUAL[:2] if name not in batch]
+        missing = [name for name in USUAL_KEYS[:2] if name not in batch]
         if missing:
             raise ConfigError(f"{who} has {some(batch)} but no {some(missing)}")
-        own = [name for name in batch if name not in _USUAL]
+        own = [name for name in batch if name not in USUAL_KEYS]
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
         if unknown:
             raise ConfigError(
@@ -106,7 +106,7 @@ class ModelInputs:
         if device.type == "cuda":  # a copy from other memory waits for what is queued before
             batch = {name: t.contiguous().pin_memory() for name, t in batch.items()}
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        names = [*self._usual, *(name for name in batch if name not in _USUAL)]
+        names = [*self._usual, *(name for name in batch if name not in USUAL_KEYS)]
         inputs = {name: self._in_precision(batch[name]) for name in names}
         return self._in_precision(batch["tokens"]), batch["labels"], inputs
 

@@ -93,7 +93,11 @@ class CutLayer:
 
 
 def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> list[CutLayer]:
-    """Run the model with its graph cut before each layer, so that each can be asked alone."""
+    """Run the model with its graph cut before each layer, so that each can be asked alone.
+
+    Raises:
+        NotApplicableError: layers see no hidden state for each token, so no place is a token's.
+    """
     cuts: list[CutLayer] = []
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -114,6 +118,12 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
             stack.callback(handle.remove)
         stack.enter_context(hooked(named_layers(model), after))
         model(tokens, **inputs)
+    for cut in cuts:
+        if cut.output.shape[:2] != tokens.shape:
+            raise NotApplicableError(
+                f"{cut.name} gives {list(cut.output.shape)}, not a hidden state for each token of "
+                f"{list(tokens.shape)}"
+            )
     return cuts
 
 
