@@ -7,6 +7,7 @@ import fsspec
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+from object_store import ObjectStore
 
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.manifest import Manifest
@@ -15,10 +16,11 @@ from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, ConfigError
 
 
-@pytest.fixture(params=["memory", "local"])
+@pytest.fixture(params=["memory", "local", "objects"])
 def url(request, tmp_path):
     yield f"{request.param}://{tmp_path}/bucket/run"
     fsspec.filesystem("memory").store.clear()
+    ObjectStore.store.clear()
 
 
 @pytest.fixture

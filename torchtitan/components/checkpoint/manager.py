@@ -25,7 +25,7 @@ from torchtitan.tools.text import first_line
 from .background import BackgroundSaves
 from .failures import first_failure
 from .final_export import FinalExport
-from .folder import SaveTimes, checkpoint_root, delete, partial_folder, step_folder
+from .folder import SaveTimes, checkpoint_root, delete_unfinished, step_folder
 from .huggingface import initial_load_path
 from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
@@ -389,9 +389,8 @@ class CheckpointManager:
         if isinstance(error, TakenOverError):  # whose files they are is not known
             raise error from None
         if dist.get_rank() == 0:
-            partial = partial_folder(step_folder(self._root, step))
-            with suppress(OSError):  # the next save will delete it
-                delete(partial)
+            with suppress(Exception):  # the next save will delete it
+                delete_unfinished(step_folder(self._root, step))
         newest = self.newest()
         message = (
             f"The checkpoint of step {step} could not be saved in {self._root}: "
