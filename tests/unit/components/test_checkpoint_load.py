@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -235,3 +236,31 @@ def test_a_folder_that_is_no_checkpoint_says_what_one_is(tmp_path):
     Run(tmp_path).train(2)
     with pytest.raises(CheckpointError, match=r"Did you mean .*step-2\?"):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path / "checkpoint")
+
+
+def test_experts_are_put_together_a_layer_at_a_time(tmp_path, monkeypatch):
+    """Of all layers at once, the new memory would be as large as the model."""
+    from tiny_models import tiny_model
+
+    from torchtitan.models.common.expert_state_dict import ExpertsAdapter
+
+    first = tiny_model("qwen3, experts")
+    save_file(
+        {k: v.clone() for k, v in adapter_of(first, tmp_path).to_hf(first.state_dict()).items()},
+        tmp_path / "model.safetensors",
+    )
+    held, join = [], ExpertsAdapter._join
+
+    def joined(self, key, matrices):
+        whole = join(self, key, matrices)
+        held.append((key.split(".")[1], weakref.ref(whole)))
+        assert len({layer for layer, ref in held if ref() is not None}) == 1
+        return whole
+
+    monkeypatch.setattr(ExpertsAdapter, "_join", joined)
+    model = tiny_model("qwen3, experts").requires_grad_(False)
+    for param in model.parameters():
+        param.zero_()
+    model.load_checkpoint(tmp_path)
+    assert {layer for layer, _ in held} == {"0", "1"}
+    torch.testing.assert_close(model.state_dict(), first.state_dict())

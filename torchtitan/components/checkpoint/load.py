@@ -198,24 +198,43 @@ def is_huggingface(path: StoragePath) -> bool:
 def _load_huggingface(
     model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
 ) -> None:
-    # Adapters may remember what they convert, so names are asked of another one.
-    adapter, names = (adapter_of(model_parts[0], path) for _ in range(2))
+    names = adapter_of(model_parts[0], path)
     on_rank_zero(lambda: check_hf_config(path, model_parts[0]), group)
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
     with begin_errors_with(str(path)):
-        adapter.check_names(metadata.state_dict_metadata)
+        names.check_names(metadata.state_dict_metadata)
     on_rank_zero(lambda: check_copies(path, metadata, names), group)
     tied = tied_names(model_parts)
     state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
-    hf_state = adapter.to_hf(state)
+    # A layer after the other, since what was taken apart, such as experts, is put together in new
+    # memory. Adapters may remember what they convert, so each layer has one of its own.
+    layers = []
+    for part in by_layer(state).values():
+        adapter = adapter_of(model_parts[0], path)
+        layers.append((part, adapter, adapter.to_hf(part)))
 
     wanted = wanted_keys(names, metadata, tied)
+    hf_state = {key: tensor for *_, hf_part in layers for key, tensor in hf_part.items()}
     read_state(hf_state, SafetensorsReader(path, metadata), wanted.__contains__, group)
-    converted = adapter.from_hf(hf_state)
+    del hf_state
     buffers = buffer_names(model_parts)
+    while layers:
+        part, adapter, hf_part = layers.pop()
+        converted = adapter.from_hf(hf_part)
+        for name, tensor in part.items():
+            if name in converted or name not in buffers:  # files lack what belongs to training
+                tensor.copy_(converted[name])
+        del converted, hf_part
+
+
+def by_layer(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tensors of each layer, and those of each other module."""
+    groups: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
-        if name in converted or name not in buffers:  # files lack what belongs to training
-            tensor.copy_(converted[name])
+        words = name.split(".")
+        group = ".".join(words[:2]) if words[0] == "layers" else words[0]
+        groups.setdefault(group, {})[name] = tensor
+    return groups
 
 
 def wanted_keys(
