@@ -33,6 +33,8 @@ class ObjectStore(MemoryFileSystem):
     pseudo_dirs: ClassVar[list[str]] = [""]
     fails: ClassVar[Callable[[str, str], bool]] = staticmethod(lambda method, path: False)
     error: ClassVar[type[Exception]] = EndpointConnectionError
+    read: ClassVar[list[tuple[str, int, int]]] = []
+    """File, first byte and end of each read of an open one."""
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -65,11 +67,15 @@ class _ReadFile(BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         ObjectStore.ask("read", self._path)
-        return super().read(size)
+        start = self.tell()
+        content = super().read(size)
+        ObjectStore.read.append((self._path, start, start + len(content)))
+        return content
 
     def readinto(self, buffer: Any) -> int:
-        ObjectStore.ask("read", self._path)
-        return super().readinto(buffer)
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _asking(name: str) -> Callable[..., Any]:
