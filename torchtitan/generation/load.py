@@ -100,8 +100,7 @@ class Source:
     @property
     def is_converted(self) -> bool:
         """`torchtitan convert from-hf` wrote it."""
-        of = self.manifest
-        return of is not None and of.model_only and of.step == 0
+        return self.manifest is not None and _is_converted(self.manifest)
 
 
 @dataclass
@@ -130,7 +129,7 @@ def open_source(options: ModelOptions) -> Source:
     folder = _checkpoint_folder(Path(options.checkpoint).expanduser())
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
     is_hf = manifest is None
-    saved_config = None if is_hf else _config_of_run(folder)
+    saved_config = None if manifest is None else _config_of_run(folder, _is_converted(manifest))
     job_config = saved_config or JobConfig()
     if options.flavor is not None and options.model is None:
         raise ConfigError("--flavor needs --model")
@@ -217,9 +216,16 @@ def _checkpoint_folder(path: Path) -> Path:
     )
 
 
-def _config_of_run(folder: Path) -> JobConfig | None:
-    """The config of the run that saved a checkpoint; None if it is neither in it nor beside it."""
-    for parent in (folder, *folder.parents[:2]):
+def _is_converted(manifest: Manifest) -> bool:
+    return manifest.model_only and manifest.step == 0
+
+
+def _config_of_run(folder: Path, is_converted: bool) -> JobConfig | None:
+    """The config of the run that saved a checkpoint; None if it is neither in it nor beside it.
+
+    A run's folder that a converted checkpoint lies in is not of the run that made its weights.
+    """
+    for parent in (folder,) if is_converted else (folder, *folder.parents[:2]):
         path = parent / CONFIG_FILE
         if path.is_file():
             config = load_config(["--job.config_file", str(path)])

@@ -242,6 +242,19 @@ def test_a_converted_model_brings_its_tokenizer(hf_folder, tmp_path):
     assert source.tokenizer.vocab_size == 200
 
 
+def test_a_converted_model_within_the_folder_of_a_run_is_not_of_that_run(
+    run_folder, hf_folder, tmp_path
+):
+    write_tokenizer(hf_folder, 200)
+    (tmp_path / "run").mkdir()
+    shutil.copy(run_folder / "config.resolved.toml", tmp_path / "run")
+    assert convert(["from-hf", str(hf_folder), str(tmp_path / "run" / "ours")]) == 0
+    source = open_source(ModelOptions(str(tmp_path / "run" / "ours")))
+    assert not source.of_run
+    assert source.tokenizer.vocab_size == 200
+    assert source.max_seq_len == 512
+
+
 def test_a_checkpoint_moved_out_of_its_run_knows_its_config(run_folder, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
