@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
@@ -282,10 +283,11 @@ def _check_vocabulary(source: Source) -> None:
 
 
 def _stop_tokens(source: Source) -> frozenset[int]:
-    """The tokenizer's eos, and what its folder and that of the weights say besides (ends of chat
-    turns).
+    """The tokenizer's eos, what its folder and that of the weights say besides, and what has ended
+    a turn of the run's conversations.
     """
-    folders = [source.job_config.model.tokenizer_path]
+    config = source.job_config
+    folders = [config.model.tokenizer_path]
     if source.is_hf:
         folders.append(str(source.folder))
     elif source.is_converted and source.manifest:
@@ -294,6 +296,9 @@ def _stop_tokens(source: Source) -> frozenset[int]:
     for folder in folders:
         if folder not in ("", "bytes"):
             tokens.update(_told_ends(Path(folder).expanduser()))
+    if source.of_run and source.manifest and source.manifest.data.get("has_conversations"):
+        turn = end_of_turn(Path(folders[0]).expanduser(), config.data.chat_template)
+        tokens |= set() if turn is None else {turn}
     return frozenset(tokens)
 
 

@@ -156,7 +156,9 @@ class CheckpointManager:
             self._final_export.save(step)
             return
         state = self._state.export() if export else self._state.state_dict()
-        data = {} if export else self._state.describe_data()
+        data = self._state.describe_data()
+        if export:
+            data.pop("sources", None)  # in which it has no place
         manifest = Manifest(step, export, self._model_description, data)
         folder = step_folder(self._root, step)
         writer = CheckpointWriter(
