@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from safetensors.torch import save_file
+from tiny_models import TINY, tiny_model
 
 from torchtitan.components.checkpoint.load import adapter_of
 from torchtitan.components.checkpoint.manifest import Manifest
@@ -238,10 +239,45 @@ def test_a_folder_that_is_no_checkpoint_says_what_one_is(tmp_path):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path / "checkpoint")
 
 
+def balanced(tmp_path, **moe):
+    """A run of a model whose experts are balanced so."""
+    first = TINY["qwen3, experts"].moe
+    model = tiny_model("qwen3, experts", moe=replace(first, **{"aux_loss_weight": 0.0} | moe))
+    return Run(tmp_path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ({}, {"aux_loss_weight": 0.01}),
+        ({"aux_loss_weight": 0.01}, {}),
+        ({}, {"use_bias": True}),
+        ({"aux_loss_weight": 0.01}, {"use_bias": True}),
+    ],
+)
+def test_weights_start_a_run_whose_experts_are_balanced_in_another_way(tmp_path, was, now):
+    first = balanced(tmp_path, **was)
+    first.train(2)
+    model = balanced(tmp_path / "now", **now).model
+    torch.nn.init.zeros_(model.output.weight)
+    model.load_checkpoint(tmp_path / "checkpoint" / "step-2")
+    for name, param in first.model.named_parameters():
+        assert torch.equal(model.get_parameter(name), param), name
+    # To go on with a run is another thing.
+    with pytest.raises(CheckpointError, match=r"router.*saved from another model: moe\."):
+        balanced(tmp_path, **now).manager.load()
+
+
+def test_a_bias_by_which_experts_were_chosen_is_not_lost(tmp_path):
+    balanced(tmp_path, use_bias=True).train(2)
+    with pytest.raises(CheckpointError, match=r"selection_bias, which this run has no place for"):
+        balanced(tmp_path / "now").model.load_checkpoint(tmp_path / "checkpoint" / "step-2")
+    model = balanced(tmp_path / "now", use_bias=True).model
+    model.load_checkpoint(tmp_path / "checkpoint" / "step-2")
+
+
 def test_experts_are_put_together_a_layer_at_a_time(tmp_path, monkeypatch):
     """Of all layers at once, the new memory would be as large as the model."""
-    from tiny_models import tiny_model
-
     from torchtitan.models.common.expert_state_dict import ExpertsAdapter
 
     first = tiny_model("qwen3, experts")

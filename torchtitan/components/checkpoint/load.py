@@ -46,6 +46,12 @@ if TYPE_CHECKING:
     from torchtitan.protocols import BaseStateDictAdapter, ModelProtocol
 
 
+_BALANCE = (".router.load", ".router.selection_bias")
+"""Ends of names of buffers that balance experts, which begin with zeros."""
+_BALANCE_ALONE = (".router.load",)
+"""Of these, what no logits depend on."""
+
+
 def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
     """Fill a model with the weights in the folder `path`, in place.
 
@@ -73,6 +79,9 @@ def load_weights_of_parts(
 ) -> None:
     """`load_model_weights` for the parts of one model that a rank of `group` has.
 
+    What balances the experts begins anew where it was not saved, since they were balanced in
+    another way.
+
     Args:
         verify: read and check whole files first, see `OpenCheckpoint.open`.
     """
@@ -80,7 +89,13 @@ def load_weights_of_parts(
         _load_huggingface(model_parts, cast(Path, path), group)
     else:
         checkpoint = OpenCheckpoint.open(path, group, verify)
-        checkpoint.read_into({"model": model_state(model_parts)}, model_parts[0], group)
+        saved = checkpoint.metadata.state_dict_metadata
+        state = {
+            name: tensor
+            for name, tensor in model_state(model_parts).items()
+            if f"model.{name}" in saved or not name.endswith(_BALANCE)
+        }
+        checkpoint.read_into({"model": state}, model_parts[0], group, _BALANCE_ALONE)
 
 
 def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
@@ -141,9 +156,16 @@ class OpenCheckpoint:
         return cls(folder, manifest, on_rank_zero(read, group))
 
     def read_into(
-        self, state: dict[str, Any], model: nn.Module, group: dist.ProcessGroup | None
+        self,
+        state: dict[str, Any],
+        model: nn.Module,
+        group: dist.ProcessGroup | None,
+        unneeded: tuple[str, ...] = (),
     ) -> None:
         """Fill the parts of `state` ("model", "optimizer", ...) in place; other parts stay unread.
+
+        Args:
+            unneeded: ends of names that `state` need not have.
 
         Raises:
             CheckpointError: a file is damaged, or keys or shapes do not fit. It says in which
@@ -152,8 +174,12 @@ class OpenCheckpoint:
         """
         parts = set(state)
         reader = CheckpointReader(self.folder, self.metadata)
+
+        def is_wanted(key: str) -> bool:
+            return key.partition(".")[0] in parts and not key.endswith(unneeded)
+
         try:
-            read_state(state, reader, lambda key: key.partition(".")[0] in parts, group)
+            read_state(state, reader, is_wanted, group)
         except DamagedCheckpointError:
             raise
         except CheckpointError as error:
