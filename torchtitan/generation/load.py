@@ -27,6 +27,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     SAFETENSORS_INDEX,
     is_hf_weights,
 )
+from torchtitan.components.checkpoint.storage import is_url, storage_path
 from torchtitan.components.model_fit import fits_vocabulary
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config
@@ -127,7 +128,7 @@ def open_source(options: ModelOptions) -> Source:
         DataError: the tokenizer cannot be loaded.
     """
     load_plugins(options.custom_import)
-    folder = _checkpoint_folder(Path(options.checkpoint).expanduser())
+    folder = _checkpoint_folder(options.checkpoint)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
     is_hf = manifest is None
     saved_config = None if manifest is None else _config_of_run(folder, _is_converted(manifest))
@@ -196,8 +197,13 @@ def load_model(source: Source) -> LoadedModel:
     return LoadedModel(source, model.eval(), dims)
 
 
-def _checkpoint_folder(path: Path) -> Path:
+def _checkpoint_folder(location: str) -> Path:
     """The checkpoint that the user means: a folder of its own, or the newest of a run."""
+    if is_url(location) and not location.startswith("file://"):
+        raise CheckpointError(
+            f"--checkpoint {location}: URLs are not read here. Copy the folder to a local disk"
+        )
+    path = cast(Path, storage_path(location))
     if not path.is_dir():
         raise CheckpointError(f"--checkpoint {path}: there is no such folder")
     if (path / MANIFEST).is_file() or is_hf_weights(path):

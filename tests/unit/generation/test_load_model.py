@@ -44,7 +44,8 @@ def write_tokenizer(folder, size: int, eos: str = "w1", **names: str) -> None:
 
 
 def test_a_run_of_ours(run_folder):
-    for folder in (run_folder, run_folder / "checkpoint", run_folder / "checkpoint" / "step-6"):
+    step = run_folder / "checkpoint" / "step-6"
+    for folder in (run_folder, run_folder / "checkpoint", step, f"file://{step}"):
         source = open_source(ModelOptions(str(folder)))
         assert source.folder.name == "step-6"
         assert source.model_name == "tiny_llama"
@@ -162,6 +163,10 @@ def test_no_such_folder(tmp_path):
     fails(CheckpointError, "holds no checkpoint", "step-N", checkpoint=str(tmp_path))
     (tmp_path / "config.resolved.toml").touch()
     fails(CheckpointError, "has saved no checkpoint", "checkpoint.enable", checkpoint=str(tmp_path))
+
+
+def test_a_url_is_told_not_to_be_read():
+    fails(CheckpointError, "--checkpoint s3://bucket/run: URLs", checkpoint="s3://bucket/run")
 
 
 def test_unknown_models(run_folder, hf_folder):

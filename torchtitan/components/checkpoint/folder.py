@@ -210,6 +210,9 @@ def delete(folder: StoragePath) -> None:
         (folder / PARTIAL).unlink()
         folder.remove()  # the folder, where there is such a thing
         return
+    if folder.is_symlink():  # to a place that is not ours to clear
+        folder.unlink()
+        return
     partial = folder
     if not folder.name.endswith(PARTIAL):
         partial = partial_folder(folder)

@@ -10,7 +10,7 @@ import errno
 import os
 import zlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
@@ -226,8 +226,12 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
     def entries() -> dict[str, int | None]:
         if isinstance(folder, RemotePath):
             return folder.entries()
+        sizes = {}
         with os.scandir(folder) as found:
-            return {e.name: None if e.is_dir() else e.stat().st_size for e in found}
+            for entry in found:
+                with suppress(FileNotFoundError):  # of a link that leads nowhere
+                    sizes[entry.name] = None if entry.is_dir() else entry.stat().st_size
+        return sizes
 
     try:
         return read_again(folder, entries)
