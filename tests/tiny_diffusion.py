@@ -145,13 +145,16 @@ class NoisyImages:
         args, random = self.args, torch.Generator().manual_seed(1_000_003 * step + row)
         class_ = torch.randint(args.n_classes, (), generator=random)
         time = torch.randint(args.n_times, (), generator=random)
-        place = torch.arange(args.size) + torch.rand(args.channels, args.size, 1, generator=random)
-        image = torch.sin(place * (1 + class_) / 3)  # [channels, size, size]
+        image = self.image(class_, random)  # [channels, size, size]
         noise = torch.randn(image.shape, generator=random)
         share = time / args.n_times
         noisy = (1 - share).sqrt() * image + share.sqrt() * noise
-        labels = cut(noise[None], args.patch)[0]
+        labels = cut(noise[None], args.patch)[0]  # [patches, patch_dim]
         return {"tokens": noisy, "times": time, "classes": class_, "labels": labels}
+
+    def image(self, class_: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+        start = torch.rand(self.args.channels, self.args.size, 1, generator=random)
+        return torch.sin((start + torch.arange(self.args.size)) * (1 + class_) / 3)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         steps = torch.full_like(self.rows, self.taken // self.passes)
@@ -169,10 +172,10 @@ def build_loss(job_config):
 
 
 class Validation:
-    """The loss of four batches that no step of training has."""
+    """The loss of two global batches that no step of training has."""
 
-    def __init__(self, job_config, parallel_dims, loader: NoisyImages) -> None:
-        self.job_config, self.parallel_dims, self.loader = job_config, parallel_dims, loader
+    def __init__(self, parallel_dims, loader: NoisyImages) -> None:
+        self.parallel_dims, self.loader = parallel_dims, loader
 
     def validate(self, model_parts, evaluate) -> float:
         self.loader.taken = 1_000_000 * self.loader.passes
@@ -215,7 +218,7 @@ def get_train_spec(flavor: str) -> TrainSpec:
 
     def build_validator(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size):
         loader = build_loader(job_config, tokenizer, dp_rank, dp_world_size)
-        return Validation(job_config, parallel_dims, loader)
+        return Validation(parallel_dims, loader)
 
     return TrainSpec(
         model_cls=Diffusion,

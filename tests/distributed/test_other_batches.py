@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from equality import SAVE, assert_equal_curves, assert_equal_runs
 from harness import command, read_lines, train
 from tiny_diffusion import OPTIONS
 
+TESTS = Path(__file__).parents[1]
 FLOAT32 = "--training.mixed_precision_param=float32"
 TP2 = "--parallelism.tensor_parallel_degree=2"
 PP2 = "--parallelism.pipeline_parallel_degree=2"
@@ -61,3 +63,21 @@ def test_context_parallelism_says_what_it_divides(tmp_path):
     )
     assert done.exit_code == 2
     assert "forward() of tiny_diffusion takes no positions" in done.err
+
+
+def test_the_page_shows_what_is_trained_here():
+    """docs/adding_models.md, Something else than text."""
+    page = (TESTS.parent / "docs" / "adding_models.md").read_text()
+    shown = ast.parse(page.partition("# diffusion.py\n")[2].partition("```")[0])
+    here = {}
+    for node in ast.walk(ast.parse((TESTS / "tiny_diffusion.py").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            here.setdefault(node.name, []).append(_body(node))
+    for function in shown.body:
+        assert _body(function) in here[function.name], function.name
+
+
+def _body(function: ast.FunctionDef) -> str:
+    """Without docstring and annotations."""
+    body = function.body[ast.get_docstring(function) is not None :]
+    return "\n".join(map(ast.unparse, body))

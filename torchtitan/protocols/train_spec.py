@@ -32,7 +32,8 @@ class TrainSpec:
     * `build_tokenizer_fn(job_config) -> Tokenizer`
     * `build_loss_fn(job_config) -> Loss`: a function `(pred, labels)` that sums over valid tokens,
       see `torchtitan.components.Loss`
-    * `build_validator_fn(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)`
+    * `build_validator_fn(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)
+      -> Validator`, what `torchtitan.components.Validator` describes
     * `build_metrics_processor_fn(job_config, parallel_dims, model_args) -> MetricsProcessor`
     """
 
