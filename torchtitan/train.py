@@ -218,7 +218,10 @@ class Trainer:
                     if self.replicas.lost_step:
                         self.state.step -= 1
                         continue
-                    self.state.tokens_seen += self.tokens_per_step
+                    tokens = self.replicas.present(self.tokens_per_step)
+                    self.window.tokens += tokens
+                    if not self.guard.troubled:
+                        self.state.tokens_seen += tokens
                     if not (self.guard.rollback_due and self._roll_back()):
                         self._after_step(stopping)
                     with self.metrics.pause():
@@ -282,7 +285,6 @@ class Trainer:
             self.window.add(step, loss_sum, grad_norm)
         else:
             self.expert_balance.discard()
-            self.window.add_skipped()
         self.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
@@ -305,7 +307,7 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
         """Add the gradients of one micro-batch. Returns its share of the step's loss."""
-        tokens, labels, inputs = self.model_inputs.on_device(batch, self.device, self.cp_mesh)
+        tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
@@ -320,12 +322,15 @@ class Trainer:
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
         self.watch.enter("after the step", self.state.step)
-        tokens, labels, inputs = self.model_inputs.on_device(batch, self.device, self.cp_mesh)
+        tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
                 return self.pipeline.evaluate(tokens, labels, inputs)
             return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)
+
+    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Batch]:
+        return self.model_inputs.on_device(batch, self.device, self.cp_mesh)
 
     def _after_step(self, stopping: bool) -> None:
         """Log, validate and save what is due after this step."""
@@ -347,7 +352,7 @@ class Trainer:
                 max_loss=self.window.max_loss,
                 grad_norm=self.window.grad_norm,
                 lr=self.lr,
-                ntokens_since_last=self.window.steps * self.tokens_per_step,
+                ntokens_since_last=self.window.tokens,
                 tokens_seen=self.state.tokens_seen,
                 data_wait_seconds=self.data_wait,
                 extra=self.expert_balance.metrics()
