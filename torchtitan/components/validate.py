@@ -12,7 +12,6 @@ import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
 from torchtitan.components.loss import count_labels
-from torchtitan.data import DataLoader, build_validation_dataloader
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import ConfigError
 
@@ -69,6 +68,9 @@ class TextValidator:
         dp_rank: int,
         dp_world_size: int,
     ) -> None:
+        # Imported here because that package imports parts of this one.
+        from torchtitan.data import build_validation_dataloader
+
         self._parallel_dims = parallel_dims
         self._dataloader = build_validation_dataloader(
             job_config, tokenizer, dp_rank, dp_world_size
@@ -126,6 +128,8 @@ def build_validator(
 
 def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> None:
     """Raises `ConfigError` if the validator lacks a method; warns of one that may ask otherwise."""
+    from torchtitan.data import DataLoader
+
     missing = [n for n in ("validate", "close") if not callable(getattr(validator, n, None))]
     if missing:
         raise ConfigError(
