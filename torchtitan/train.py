@@ -126,12 +126,13 @@ class Trainer:
         self.model_inputs = ModelInputs(model, parallel_dims, job_config)
         check_rules(model, job_config)
         logger.info(
-            "%s %s: %s parameters on %d ranks (%s)",
+            "%s %s: %s parameters on %d ranks (%s), %s",
             job_config.model.name,
             job_config.model.flavor,
             f"{sum(p.numel() for p in model.parameters()):,}",
             parallel_dims.world_size,
             parallel_dims,
+            utils.device_name(),
         )
         self.loss_fn = spec.build_loss_fn(job_config)
         data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)

@@ -345,6 +345,7 @@ class _NoRandomDraws(TorchDispatchMode):
 def process_group(timeout_seconds: int = 600) -> Iterator[None]:
     """Meanwhile the ranks of torchrun can speak to one another; nothing for a single process."""
     if utils.world_size() == 1:
+        utils.check_devices()
         yield
         return
     utils.init_distributed(timeout_seconds)
