@@ -93,6 +93,7 @@ def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
 def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
     """Modules before and after the layers that a pipeline stage may lack; none if never split."""
     from torchtitan.distributed.pipeline_parallel import modules_around_layers
+    from torchtitan.distributed.pipeline_split import parameters_of
 
     if subject.spec.pipeline_fn is None:
         return [], []
@@ -103,7 +104,7 @@ def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
     )
     owners: dict[int, set[str]] = {}
     for name in [*first, *last]:
-        for parameter in getattr(model, name).parameters():
+        for parameter in parameters_of(model, name):
             owners.setdefault(id(parameter), set()).add(name)
     tied = {name for shared in owners.values() if len(shared) > 1 for name in shared}
     return [n for n in first if n not in tied], [n for n in last if n not in tied]
