@@ -146,7 +146,7 @@ def _waits_for_copy() -> Iterator[list[float]]:
 
 @contextmanager
 def _fresh_step(trainer: SavingTrainer) -> Iterator[None]:
-    """Each save is of a new step, after the disk is done with the one before."""
+    """Each save is of a new step. The disk may still be busy with the one before."""
     trainer.step()
     yield
 

@@ -42,6 +42,7 @@ class Page:
         width, height: of the window, in CSS pixels.
         dark: whether the user prefers a dark page.
         javascript: whether the page's own scripts run.
+        print_media: whether it looks as on paper.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Page:
         height: int = 900,
         dark: bool = False,
         javascript: bool = True,
+        print_media: bool = False,
     ) -> None:
         self.problems: list[str] = []
         """Errors and warnings of the console, and exceptions."""
@@ -69,7 +71,8 @@ class Page:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
+        media = "print" if print_media else "screen"
+        self._call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._call("Emulation.setScriptExecutionDisabled", value=not javascript)
         self._url = path.resolve().as_uri()
         self._call("Page.navigate", url=self._url)

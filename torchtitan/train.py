@@ -12,10 +12,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 import sys
 import time
-import traceback
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -23,22 +21,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtitan.cli import exit_on_user_error
+from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.huggingface import check_exchange, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.components.data_loader import check_dataloader, checked
+from torchtitan.components.data_loader import Batch, check_dataloader
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_weights
-from torchtitan.components.loss import IGNORE_INDEX, attach_loss
+from torchtitan.components.loss import attach_loss, count_labels
 from torchtitan.components.metrics import build_metrics_processor
-from torchtitan.components.model_fit import check_builders, check_vocabulary, model_inputs
+from torchtitan.components.model_fit import check_builders, check_vocabulary
+from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.train_state import TrainState
-from torchtitan.components.validate import build_validator
+from torchtitan.components.validate import build_validator, check_validator
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
@@ -46,7 +45,7 @@ from torchtitan.config.unlikely import unlikely
 from torchtitan.config.validate import validate
 from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
-from torchtitan.distributed.context_parallel import require_applied_cp, shard_batch
+from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
 from torchtitan.distributed.fsdp import (
     fsdp_modules,
@@ -71,8 +70,6 @@ from torchtitan.tools.run_folder import make_dump_folder, write_description
 from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
 logger = logging.getLogger("torchtitan")
-
-Batch = dict[str, torch.Tensor]
 
 # After an error, another rank may be gone. A save in the background then waits for it in vain, and
 # other ranks for this one.
@@ -124,15 +121,16 @@ class Trainer:
 
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
-        self.model_inputs = model_inputs(model, parallel_dims, job_config)
+        self.model_inputs = ModelInputs(model, parallel_dims, job_config)
         check_rules(model, job_config)
         logger.info(
-            "%s %s: %s parameters on %d ranks (%s)",
+            "%s %s: %s parameters on %d ranks (%s), %s",
             job_config.model.name,
             job_config.model.flavor,
             f"{sum(p.numel() for p in model.parameters()):,}",
             parallel_dims.world_size,
             parallel_dims,
+            utils.device_name(),
         )
         self.loss_fn = spec.build_loss_fn(job_config)
         data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)
@@ -145,6 +143,7 @@ class Trainer:
             self.validator = (spec.build_validator_fn or build_validator)(
                 job_config, tokenizer, self.loss_fn, parallel_dims, self.dp_rank, parallel_dims.dp
             )
+            check_validator(self.validator, self.dataloader, job_config)
         layout = world_mesh, parallel_dims, job_config
         self.pipeline = None
         if parallel_dims.pp_enabled:
@@ -188,7 +187,7 @@ class Trainer:
         )
         self.window = Window()
         self.data_wait = 0.0
-        self.save_hangs = False
+        self.may_hang = False
 
     def train(self) -> bool:
         """Run the steps that are left; on a signal of `stop_signals`, stop early with a checkpoint.
@@ -218,7 +217,10 @@ class Trainer:
                     if self.replicas.lost_step:
                         self.state.step -= 1
                         continue
-                    self.state.tokens_seen += self.tokens_per_step
+                    tokens = self.replicas.present(self.tokens_per_step)
+                    self.window.tokens += tokens
+                    if not self.guard.troubled:
+                        self.state.tokens_seen += tokens
                     if not (self.guard.rollback_due and self._roll_back()):
                         self._after_step(stopping)
                     with self.metrics.pause():
@@ -228,7 +230,8 @@ class Trainer:
                         break
         except BaseException as error:
             stop.close()  # nothing is left to save, so a signal may end a process that hangs
-            self.close(None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE)
+            patience = None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE
+            self.close(patience, failed=True)
             raise
         else:
             self.close()
@@ -250,12 +253,12 @@ class Trainer:
         self.watch.enter("data", step)
         start = time.perf_counter()
         passes = range(self.accumulation_steps)
-        batches = [checked(next(self.dataloader), config) for _ in passes]
+        batches = [self.model_inputs.checked(next(self.dataloader)) for _ in passes]
         self.data_wait += time.perf_counter() - start
 
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
-        tokens = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+        tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
         # On the host, which need not wait for the device then to read them.
         counts = torch.tensor([tokens, int(stop.received)])
         self.sum_over_ranks(counts)
@@ -282,7 +285,6 @@ class Trainer:
             self.window.add(step, loss_sum, grad_norm)
         else:
             self.expert_balance.discard()
-            self.window.add_skipped()
         self.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
@@ -316,6 +318,7 @@ class Trainer:
         loss.backward()
         return loss.detach()
 
+    @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
         self.watch.enter("after the step", self.state.step)
@@ -327,20 +330,7 @@ class Trainer:
             return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Batch]:
-        """Tokens, labels and the model's other inputs, each `[batch, seq]`.
-
-        Under context parallelism, this rank's part of the sequence.
-        """
-        if not self.job_config.training.document_mask:
-            # The sequence is one document to the model.
-            batch["positions"] = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
-        if self.cp_mesh is not None:
-            batch = shard_batch(batch, self.cp_mesh, self.job_config)
-        if self.device.type == "cuda":  # a copy from other memory waits for what is queued before
-            batch = {name: t.contiguous().pin_memory() for name, t in batch.items()}
-        batch = {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
-        inputs = {name: batch[name] for name in self.model_inputs}
-        return batch["tokens"], batch["labels"], inputs
+        return self.model_inputs.on_device(batch, self.device, self.cp_mesh)
 
     def _after_step(self, stopping: bool) -> None:
         """Log, validate and save what is due after this step."""
@@ -362,7 +352,7 @@ class Trainer:
                 max_loss=self.window.max_loss,
                 grad_norm=self.window.grad_norm,
                 lr=self.lr,
-                ntokens_since_last=self.window.steps * self.tokens_per_step,
+                ntokens_since_last=self.window.tokens,
                 tokens_seen=self.state.tokens_seen,
                 data_wait_seconds=self.data_wait,
                 extra=self.expert_balance.metrics()
@@ -385,9 +375,17 @@ class Trainer:
         self.metrics.show_checkpoint(self.checkpointer.last_saved)
 
     def _validate(self) -> None:
-        if self.validator:
-            loss = self.validator.validate(self.model_parts, self.evaluate)
-            self.metrics.log_validation(self.state.step, loss)
+        if not self.validator:
+            return
+        seed_step(self.job_config.debug.seed, 0, self.token_rank)  # each time, the same noise
+        for part in self.model_parts:
+            part.eval()
+        loss = self.validator.validate(self.model_parts, self.evaluate)
+        for part in self.model_parts:
+            part.train()
+        for module in self.fsdp_modules:
+            module.reshard()  # as after a backward pass: checkpoints need the parameters sharded
+        self.metrics.log_validation(self.state.step, loss)
 
     def _roll_back(self) -> bool:
         """Go back to the newest checkpoint, and on with the data after this step.
@@ -426,18 +424,21 @@ class Trainer:
             f"The last good checkpoint is {newest or '(none)'}"
         )
 
-    def close(self, save_timeout: float | None = None) -> None:
+    def close(self, save_timeout: float | None = None, failed: bool = False) -> None:
         """Stop the background threads and leave the process group.
 
-        `save_timeout` is in seconds. After it, a save in the background is left alone.
+        `save_timeout` is in seconds. After it, a save in the background is left alone. `failed`:
+        other ranks may be gone, or never come here.
         """
+        # NCCL would first wait for all collectives under way, and so for those ranks.
+        self.may_hang = failed and self.device.type == "cuda"
         self.watch.close()
         self.replicas.close()
         self.dataloader.close()
         if self.validator:
             self.validator.close()
-        self.save_hangs = not self.checkpointer.close(save_timeout)
-        if not self.save_hangs:
+        self.may_hang |= not self.checkpointer.close(save_timeout)
+        if not self.may_hang:
             dist.destroy_process_group()
 
 
@@ -450,12 +451,10 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(job_config)
     try:
         finished = trainer.train()
-    except Exception:
-        if not trainer.save_hangs:
+    except Exception as error:
+        if not trainer.may_hang:
             raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # without waiting for the thread that saves, as Python would
+        end_at_once(error)
     if finished:
         return 0
     if not (job_config.checkpoint.enable or job_config.fault_tolerance.enable):

@@ -51,6 +51,9 @@ def test_a_skipped_step_changes_nothing(flavor: str, tmp_path: Path) -> None:
     lines = lines_of(tmp_path, *options, ranks=ranks, POISON="3:nan")
     assert [line["step"] for line in lines if line["loss"] is None] == [3]
     assert [line["steps_skipped"] for line in lines] == [0, 0, 1]
+    of_a_step = lines[0]["tokens_seen"]
+    assert [line["tokens_seen"] for line in lines] == [of_a_step, 2 * of_a_step, 2 * of_a_step]
+    assert lines[2]["tokens_per_second"] > 0  # the devices did the work
     for part in "model", "optimizer":
         first, before, after = (saved(tmp_path, step, part) for step in (1, 2, 3))
         assert before and before.keys() == after.keys()

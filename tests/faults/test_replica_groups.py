@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,10 @@ def test_a_group_that_is_killed_comes_back_and_heals(
 
     assert [line["step"] for line in lines_of(survivor)] == list(range(1, 81))
     counts = groups()
+    seen = [line["tokens_seen"] for line in lines_of(survivor)]
+    of_a_group = seen[0] // counts[0]
+    tokens = [after - before for before, after in pairwise([0, *seen])]
+    assert tokens == [of_a_group * count for count in counts]
     alone = len(counts) - 1 - counts[::-1].index(1)
     assert counts[alone + 1 :] == [2] * (79 - alone) and 79 - alone > 5
     after = {line["step"]: line["loss"] for line in lines_of(killed) if line["step"] > alone + 1}

@@ -5,10 +5,12 @@ from .loss import Loss, build_loss
 from .lr_scheduler import build_lr_scheduler
 from .optimizer import build_optimizer
 from .tokenizer import build_tokenizer
+from .validator import Validator
 
 __all__ = [
     "DataLoader",
     "Loss",
+    "Validator",
     "build_loss",
     "build_lr_scheduler",
     "build_optimizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
 Batch = dict[str, torch.Tensor]
 
-BATCH_KEYS = ("tokens", "labels", "positions", "document_ids")
-"""What a micro-batch may hold; the first two it must."""
 _METHODS = ("__next__", "close")
 _STATE_METHODS = ("state_dict", "load_state_dict")
 
@@ -27,11 +26,14 @@ class DataLoader(Protocol):
     """
 
     def __next__(self) -> Batch:
-        """The next micro-batch, without end: int64 tensors `[local_batch_size, seq_len]`.
+        """The next micro-batch, without end.
 
-        `tokens` and `labels`, the label of a token being the one that it is to predict, or
-        `IGNORE_INDEX`; under `training.document_mask` also `positions` and `document_ids`. Nothing
-        else, since nothing else reaches the model.
+        `tokens`, the model's first argument: `[local_batch_size, seq_len]` int64 for texts, else
+        `[local_batch_size, ...]` of any dtype. `labels`, which the loss compares with:
+        `[local_batch_size, seq_len, ...]`, int64 with `IGNORE_INDEX` where nothing counts, or
+        floating point, of which all counts. Under `training.document_mask` also `positions` and
+        `document_ids`, `[local_batch_size, seq_len]` int64. Any other key is an input of the
+        model's `forward` by that name, `[local_batch_size, ...]`.
         """
 
     def close(self) -> None:
@@ -48,6 +50,13 @@ class DataLoader(Protocol):
         """Go on from such a state, which also has `seq_len`, that of the run that saved it."""
 
 
+def has_own_loader(build_dataloader_fn: Any) -> bool:
+    """Whether it is not the library's, so that a batch may be something else than texts."""
+    while isinstance(build_dataloader_fn, partial):
+        build_dataloader_fn = build_dataloader_fn.func
+    return not str(getattr(build_dataloader_fn, "__module__", "")).startswith("torchtitan.")
+
+
 def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
     """Raises `ConfigError` if the trainer would fail later for what a loader lacks."""
     saves = job_config.checkpoint.enable
@@ -55,7 +64,7 @@ def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
     missing = [name for name in wanted if not _has(dataloader, name)]
     if missing:
         raise ConfigError(
-            f"{_builder(job_config)} returns {type(dataloader).__name__}, which has no "
+            f"{builder(job_config)} returns {type(dataloader).__name__}, which has no "
             f"{', '.join(missing)}. A data loader needs {', '.join(_METHODS)} and, for "
             f"checkpoints, {', '.join(_STATE_METHODS)}; see torchtitan.components.DataLoader"
         )
@@ -76,40 +85,17 @@ def check_state(state: Any, job_config: JobConfig) -> None:
     if isinstance(rows, torch.Tensor):
         found = f"rows of {rows.dtype} {list(rows.shape)}"
     else:
-        found = _some(state) if isinstance(state, dict) else repr(state)
+        found = some(state) if isinstance(state, dict) else repr(state)
     raise ConfigError(
-        f"{_builder(job_config)}: the loader's state_dict() has {found}. It must be "
+        f"{builder(job_config)}: the loader's state_dict() has {found}. It must be "
         '{"rows": int64 tensor [rows of this rank, k]}, which checkpoints share out over any '
         "number of ranks; a single number n is torch.tensor([[n]])"
     )
 
 
-def checked(batch: Batch, job_config: JobConfig) -> Batch:
-    """The batch as it is. Raises `ConfigError` if it lacks something, or has what nobody reads."""
-    if not isinstance(batch, dict):
-        raise ConfigError(
-            f"{_builder(job_config)}: the loader gives {type(batch).__name__}, not a dict of "
-            "'tokens' and 'labels'"
-        )
-    missing = [name for name in BATCH_KEYS[:2] if name not in batch]
-    if missing:
-        raise ConfigError(
-            f"{_builder(job_config)}: a batch of the loader has {_some(batch)} but no "
-            f"{_some(missing)}"
-        )
-    unknown = [name for name in batch if name not in BATCH_KEYS]
-    if unknown:
-        raise ConfigError(
-            f"{_builder(job_config)}: a batch of the loader has {_some(unknown)}, which no model "
-            f"would see: forward() gets {_some(name for name in BATCH_KEYS if name != 'labels')} "
-            "alone. Make in forward() what it needs besides"
-        )
-    return batch
-
-
-def _builder(job_config: JobConfig) -> str:
+def builder(job_config: JobConfig) -> str:
     return f"build_dataloader_fn of {job_config.model.name}"
 
 
-def _some(names: Any) -> str:
+def some(names: Any) -> str:
     return ", ".join(map(repr, names)) or "nothing"

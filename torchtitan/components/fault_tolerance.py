@@ -125,6 +125,12 @@ class Replicas:
             logger.warning("a step is lost, since a replica group left while it was computed")
         return not self.lost_step
 
+    def present(self, tokens: int) -> int:
+        """Of the tokens of a whole step, those of the groups that take part in this one."""
+        if self._manager is None:
+            return tokens
+        return tokens * self._manager.num_participants() // self._config.group_size
+
     def metrics(self) -> dict[str, int]:
         """`replica_groups`: how many took part in the step; empty without fault tolerance."""
         return {} if self._manager is None else {"replica_groups": self._manager.num_participants()}

@@ -34,8 +34,16 @@ class Loss(Protocol):
         Args:
             pred: what the model returned, `[batch, seq, ...]`; under tensor parallelism perhaps a
                 DTensor, sharded over the vocabulary.
-            labels: `[batch, seq]` int64, `IGNORE_INDEX` where nothing is to be predicted.
+            labels: `[batch, seq]` int64, `IGNORE_INDEX` where nothing is to be predicted; or what
+                else the model's data loader gives, `[batch, seq, ...]`.
         """
+
+
+def count_labels(labels: torch.Tensor) -> torch.Tensor:
+    """How many labels count, a scalar int64: of those in floating point, each number."""
+    if labels.is_floating_point():
+        return torch.tensor(labels.numel(), device=labels.device)
+    return (labels != IGNORE_INDEX).sum()
 
 
 def attach_loss(loss_fn: Any, model_parts: list[nn.Module]) -> None:

@@ -27,6 +27,14 @@ class MetricKey:
     """Plots begin at 0, where it matters which share of the whole a change is."""
 
 
+STARTED_AT = MetricKey(
+    "started_at",
+    "Start of the process",
+    "s",
+    "when this process began to train, since 1970-01-01 UTC: another value is another process",
+)
+"""Tells the processes of a resumed run apart; not plotted."""
+
 SECTIONS: dict[str, list[MetricKey]] = {
     "Learning": [
         MetricKey(
@@ -77,7 +85,8 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "tokens_per_second",
             "Throughput",
             "tokens/s",
-            "of all devices, since the last logged step; validation and checkpoints not counted",
+            "of all devices, since the last logged step, skipped steps included; validation and "
+            "checkpoints not counted",
             from_zero=True,
         ),
         MetricKey(
@@ -223,10 +232,16 @@ SECTIONS: dict[str, list[MetricKey]] = {
             from_zero=True,
         ),
         MetricKey("data_epoch", "Epochs", "", "how often the dataset has been read", "one dataset"),
-        MetricKey("tokens_seen", "Tokens seen", "tokens", "trained on since step 0, by all ranks"),
+        MetricKey(
+            "tokens_seen",
+            "Tokens seen",
+            "tokens",
+            "trained on since step 0, by all ranks; without those of skipped steps",
+        ),
         MetricKey(
             "elapsed_seconds", "Time", "s", "since this process began to train, pauses included"
         ),
+        STARTED_AT,
     ],
 }
 """Section of a report -> its keys. `Other` is for keys that are not here; `More` is folded away."""

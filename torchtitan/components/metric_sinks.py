@@ -206,16 +206,16 @@ def _set_aside(path: Path) -> None:
 
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
-    """Drop the lines of later steps, and a last line that was cut off, in one atomic change."""
+    """Drop the lines of later steps, and those that are damaged, in one atomic change."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
     rewritten = path.with_name(path.name + ".tmp")
-    rewritten.write_text("".join(kept))
+    rewritten.write_bytes(b"".join(kept))
     rewritten.replace(path)
 
 
@@ -289,19 +289,24 @@ class TensorBoardSink:
 class WandbSink:
     """A Weights & Biases run. Its project is `WANDB_PROJECT`, its name `job.description`.
 
-    Other settings come from W&B's own environment variables (`WANDB_MODE`, `WANDB_RUN_ID`, ...).
+    Its id is kept in the dump folder, so that a run that resumes goes on with it. Other settings
+    come from W&B's own environment variables (`WANDB_MODE`, `WANDB_RUN_ID`, ...).
     """
 
     def __init__(self, job_config: JobConfig) -> None:
         self._lost = False
         folder = Path(job_config.job.dump_folder)
         folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / "wandb_run_id"
+        kept_id = _kept_id(id_file, job_config)
         try:
             import wandb  # `validate` has seen that it is installed
 
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "torchtitan"),
                 name=job_config.job.description,
+                id=kept_id,  # None: that of WANDB_RUN_ID, or a new one
+                resume=None if os.environ.get("WANDB_RESUME") else "allow",
                 dir=str(folder),
                 config=asdict(job_config),
             )
@@ -315,7 +320,13 @@ class WandbSink:
                 f"metrics.enable_wandb = true: wandb does not start: {error}. "
                 "Run `wandb login`, or set WANDB_MODE=offline"
             )
+            if kept_id:
+                problem += f". Without the file {id_file}, a new run begins there"
             raise outage_or(ConfigError, problem, error) from error
+        try:
+            id_file.write_text(f"{self._run.id}\n")
+        except OSError as error:
+            logger.warning("%s: cannot write: %s. A restart will be another run", id_file, error)
 
     def start(self, step: int) -> None:
         """W&B keeps what it has: steps that are done again appear twice."""
@@ -335,3 +346,15 @@ class WandbSink:
             self._run.finish()
         except Exception as error:
             logger.warning("W&B may lack the last values: %s", error)
+
+
+def _kept_id(file: Path, job_config: JobConfig) -> str | None:
+    """W&B's id of the run that this process goes on with, if it is known and no other is wanted."""
+    if os.environ.get("WANDB_RUN_ID"):
+        return None
+    try:
+        kept_id = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    # Of a run that begins anew in the folder, the curve is another one.
+    return kept_id if kept_id and _resumes(job_config) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.metric_sinks import Group, Sink, build_sinks
@@ -36,12 +36,11 @@ def build_metrics_processor(
     _, flops_per_token = model_args.get_nparams_and_flops(job_config.training.seq_len)
     # The peak is that of bf16; a run in fp32 cannot be held against it.
     in_bf16 = job_config.training.mixed_precision_param == "bfloat16"
-    # Of replica groups, each logs the tokens of all.
     fault_tolerance = job_config.fault_tolerance
-    replicas = fault_tolerance.group_size if fault_tolerance.enable else 1
     return MetricsProcessor(
         total_steps=job_config.training.steps,
-        devices=parallel_dims.world_size * replicas,
+        devices=parallel_dims.world_size,
+        replica_groups=fault_tolerance.group_size if fault_tolerance.enable else 1,
         flops_per_token=flops_per_token,
         peak_flops=this_device_peak_flops() if in_bf16 else None,
         progress=build_progress(job_config.metrics.progress, job_config.training.steps)
@@ -65,18 +64,21 @@ class MetricsProcessor:
         *,
         total_steps: int,
         devices: int,
+        replica_groups: int = 1,
         flops_per_token: int,
         peak_flops: float | None,
         progress: Progress | None,
         sinks: list[Sink],
     ) -> None:
         self._total_steps = total_steps
-        self._devices = devices
+        self._devices = devices  # of one replica group
+        self._replica_groups = replica_groups
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._progress = progress
         self._sinks = sinks
         self._started = self._logged = perf_counter()
+        self._started_at: int | None = None  # by the clock; None: not yet
         self._paused_seconds = 0.0  # since the last logged step
         self._first_logged: tuple[int, float] | None = None  # step and time
 
@@ -96,7 +98,9 @@ class MetricsProcessor:
             except OSError as error:
                 problem = f"job.dump_folder: cannot write metrics: {error}"
                 raise outage_or(ConfigError, problem, error) from error
-        self._started = self._logged = perf_counter()
+        self._logged = perf_counter()
+        if self._started_at is None:  # not anew where the run goes back
+            self._started, self._started_at = self._logged, int(time())
         self._paused_seconds = 0.0
         self._first_logged = None
 
@@ -128,7 +132,7 @@ class MetricsProcessor:
             loss: mean over the tokens of the step, on all ranks.
             grad_norm: global norm of the gradients before clipping.
             ntokens_since_last: tokens that the whole world processed since the last logged step.
-            tokens_seen: tokens of all steps since step 0.
+            tokens_seen: tokens that were trained on since step 0.
             data_wait_seconds: time this rank waited for its data since the last logged step.
             max_loss: largest loss of a step since the last logged one.
             extra: further values, under the names they shall have in `metrics.jsonl`.
@@ -138,7 +142,10 @@ class MetricsProcessor:
         now = perf_counter()
         seconds = max(now - self._logged - self._paused_seconds, 1e-9)
         tokens_per_second = ntokens_since_last / seconds
-        flops = tokens_per_second / self._devices * self._flops_per_token
+        # Each replica group logs the tokens of all that take part, so the devices are theirs.
+        groups = (extra or {}).get("replica_groups", self._replica_groups)
+        tokens_per_device = tokens_per_second / (self._devices * groups)
+        flops = tokens_per_device * self._flops_per_token
         memory = peak_memory()
         values: dict[str, Any] = {
             "loss": loss,
@@ -146,13 +153,14 @@ class MetricsProcessor:
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_device": tokens_per_second / self._devices,
+            "tokens_per_second_per_device": tokens_per_device,
             "tflops_per_second_per_device": flops / 1e12,
             "mfu": flops / self._peak_flops if self._peak_flops else None,
             "peak_memory_bytes": memory.bytes,
             "peak_memory_reserved_percent": memory.reserved_percent,
             "data_wait_seconds": data_wait_seconds,
             "elapsed_seconds": now - self._started,
+            "started_at": self._started_at,
             "tokens_seen": tokens_seen,
         }
         values = {key: value for key, value in values.items() if value is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,7 @@ from torchtitan.config.load import fail
 from torchtitan.distributed.utils import rank
 
 if TYPE_CHECKING:
-    import torch.nn as nn
-
     from torchtitan.config import JobConfig
-    from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.protocols.train_spec import TrainSpec
 
 logger = logging.getLogger("torchtitan")
@@ -69,29 +65,3 @@ def check_builders(spec: TrainSpec, job_config: JobConfig) -> None:
             f"{job_config.model.name} has neither a build_tokenizer_fn, which the usual validator "
             "needs, nor a build_validator_fn in its TrainSpec",
         )
-
-
-def model_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> list[str]:
-    """The inputs besides tokens that the model's forward takes, see `ModelProtocol`."""
-    accepted = inspect.signature(model.forward).parameters
-    wanted = []
-    if job_config.training.document_mask:
-        if "document_ids" not in accepted:
-            fail(
-                job_config,
-                "training.document_mask",
-                f"the forward() of {job_config.model.name} takes no document_ids",
-            )
-        wanted = ["positions", "document_ids"]
-    elif parallel_dims.pp_enabled or parallel_dims.cp_enabled:
-        # Hidden states do not tell a stage how long the sequence is, nor a part of the sequence
-        # where it belongs.
-        wanted = ["positions"]
-    if parallel_dims.cp_enabled and "positions" not in accepted:
-        fail(
-            job_config,
-            "parallelism.context_parallel_degree",
-            f"the forward() of {job_config.model.name} takes no positions, so it cannot work on a "
-            "part of a sequence",
-        )
-    return [name for name in wanted if name in accepted]

@@ -6,6 +6,9 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import Any, Protocol
@@ -98,9 +101,17 @@ class BarProgress:
         self._warnings = WarningCounter()
         self._validation: float | None = None
         self._checkpoint: tuple[int, float] | None = None
+        self._draw_last: Callable[[], None] = lambda: None
+        self._news = False
+        """There is a validation or a checkpoint that is not drawn yet."""
 
     def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None:
         self._losses.add(values["loss"])
+        self._draw_last = partial(self._draw, step, values, eta_seconds)
+        self._draw_last()
+
+    def _draw(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None:
+        self._news = False
         if self._live is None:
             logger.addHandler(self._warnings)
         elif self._console.width < self._width:
@@ -129,12 +140,17 @@ class BarProgress:
 
     def validation(self, loss: float) -> None:
         self._validation = loss
+        self._news = True
 
     def checkpoint(self, step: int) -> None:
         if self._checkpoint is None or self._checkpoint[0] != step:
             self._checkpoint = step, time.monotonic()
+            self._news = True
 
     def close(self) -> None:
+        if self._live is not None and self._news:  # what is left on the screen has the end
+            with suppress(OSError):  # the terminal is closed
+                self._draw_last()
         logger.removeHandler(self._warnings)
         if self._live is not None:
             self._live.stop()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.data import build_validation_dataloader
-from torchtitan.distributed.fsdp import fsdp_modules
+from torchtitan.components.loss import count_labels
+from torchtitan.components.validator import Evaluate
+from torchtitan.data import DataLoader, build_validation_dataloader
+from torchtitan.distributed.utils import rank
+from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
@@ -20,13 +23,15 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
 
 
+logger = logging.getLogger("torchtitan")
+
 _MOST_KEPT = 2**28
 """Bytes of the batches of a validation, in the memory of each process."""
 _BYTES_OF_A_TOKEN = 16
 """In the four arrays of `packing.to_batch`, as int32."""
 
 
-class Validator:
+class TextValidator:
     """Evaluates the same sequences each time, and the same ones on every layout.
 
     They are `validation.steps` batches, which the data ranks share.
@@ -50,31 +55,14 @@ class Validator:
         self._keeps = job_config.data.packing == "best_fit" and size <= _MOST_KEPT
         self._kept: list[dict[str, torch.Tensor]] | None = None
 
-    @torch.no_grad()
-    def validate(
-        self,
-        model_parts: list[nn.Module],
-        evaluate: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-    ) -> float:
-        """Mean loss per valid token of all data ranks together.
-
-        Args:
-            model_parts: put into eval mode meanwhile.
-            evaluate: the trainer's; gives the summed loss of one batch.
-        """
-        for part in model_parts:
-            part.eval()
+    def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
+        """See `Validator`."""
         total: Any = None
         for batch in self._batches():
             loss = evaluate(batch)
-            tokens = (batch["labels"] != IGNORE_INDEX).sum().to(loss.device)
+            tokens = count_labels(batch["labels"]).to(loss.device)
             sums = torch.stack([loss.double(), tokens.double()])
             total = sums if total is None else total + sums
-        for part in model_parts:
-            part.train()
-            # A backward pass would have freed these; a checkpoint needs the parameters sharded.
-            for module in fsdp_modules(part):
-                module.reshard()
         dist.all_reduce(total)
         loss_sum = total[0] / self._parallel_dims.loss_copies
         token_count = total[1] / self._parallel_dims.non_data_parallel_size
@@ -108,5 +96,23 @@ def build_validator(
     parallel_dims: ParallelDims,
     dp_rank: int,
     dp_world_size: int,
-) -> Validator:
-    return Validator(job_config, tokenizer, parallel_dims, dp_rank, dp_world_size)
+) -> TextValidator:
+    return TextValidator(job_config, tokenizer, parallel_dims, dp_rank, dp_world_size)
+
+
+def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> None:
+    """Raises `ConfigError` if the validator lacks a method; warns of one that may ask otherwise."""
+    missing = [n for n in ("validate", "close") if not callable(getattr(validator, n, None))]
+    if missing:
+        raise ConfigError(
+            f"build_validator_fn of {job_config.model.name} returns {type(validator).__name__}, "
+            f"which has no {', '.join(missing)}; see torchtitan.components.Validator"
+        )
+    usual = isinstance(validator, TextValidator)
+    if usual and not isinstance(dataloader, DataLoader) and rank() == 0:
+        logger.warning(
+            "validation asks for the next tokens of texts (validation.dataset), but %s is trained "
+            "on what its own build_dataloader_fn gives. If that is another task, write a "
+            "build_validator_fn",
+            job_config.model.name,
+        )

@@ -17,19 +17,15 @@ class Window:
     """Losses and gradient norms since the last logged step, on the device until they are read."""
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.tokens = 0
+        """Of all steps, those too whose batch was not trained on: they take time all the same."""
         self.grad_norm = math.nan
         self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._losses: list[float] = []
 
     def add(self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """`local_loss` is this rank's share of the step's loss, so the sum over ranks is whole."""
-        self.steps += 1
         self._unread.append((step, local_loss, grad_norm))
-
-    def add_skipped(self) -> None:
-        """A step whose batch was not trained on takes time, but its loss is left out."""
-        self.steps += 1
 
     def read(self, parallel_dims: ParallelDims, check: Callable[[int, float, float], None]) -> None:
         """Fetch what is new from the device, and hand each step's numbers to `check`."""

@@ -20,6 +20,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
+from .inputs import Inputs
 from .roofline import Roofline
 from .trace import meta_model, repetition_of, trace_step
 
@@ -56,9 +57,13 @@ class Arithmetic:
 
     Args:
         config: with the global batch and the sequence length of the search.
+        inputs: what a batch is; by default token ids.
     """
 
-    def __init__(self, config: JobConfig, device: Device, host_size: int) -> None:
+    def __init__(
+        self, config: JobConfig, device: Device, host_size: int, inputs: Inputs | None = None
+    ) -> None:
+        self._inputs = inputs or Inputs()
         self._config, self._device, self._host_size = config, device, host_size
         spec = get_train_spec(config.model.name, config.model.flavor)
         args = spec.model_args.update_from_config(config)
@@ -80,10 +85,12 @@ class Arithmetic:
         validate(job, 2)
         compiled, job.compile.enable = job.compile.enable, False
         roofline = Roofline(self._device, self._host_size, compiled)
-        repetition = repetition_of(meta_model(job), job)
+        repetition = repetition_of(meta_model(job), job, self._inputs)
         with fake_world(2, rank=0):
             dims = ParallelDims.from_config(job.parallelism, 2)
-            stages = [trace_step(job, shallow, dims).stages[0] for shallow in (0, 1)]
+            stages = [
+                trace_step(job, shallow, dims, inputs=self._inputs).stages[0] for shallow in (0, 1)
+            ]
         depths = [
             repetition.depth(repeats) if repetition.worth_extrapolating else self._layers
             for repeats in repetition.traced

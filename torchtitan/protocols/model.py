@@ -51,7 +51,8 @@ class BaseModelArgs:
 class ModelProtocol(nn.Module):
     """A single-device model. Parallelism is applied to it from outside.
 
-    `forward(tokens)` takes `[batch, seq]` int64 token ids and returns `[batch, seq, vocab]` logits.
+    `forward(tokens)` takes `[batch, seq]` int64 token ids and returns `[batch, seq, vocab]` logits;
+    or what its own data loader and loss agree on, see `torchtitan.components.DataLoader`.
     A model that can use them declares optional keyword arguments, both `[batch, seq]` int64, and
     the trainer fills those that it finds in the signature under `training.document_mask`:
 

@@ -34,10 +34,21 @@ def environment() -> dict[str, str]:
 
 def _commit() -> str:
     """` (commit)` if the package is a git checkout; `-dirty` if it has changes."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    folder = Path(torchtitan.__file__).parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+    package = Path(torchtitan.__file__).resolve().parent
+    top = _git(package, "rev-parse", "--show-toplevel")
+    # Not the repository of a project that has the package installed below it.
+    if not top or Path(top).resolve() != package.parent:
         return ""
-    return f" ({done.stdout.strip()})" if done.returncode == 0 else ""
+    commit = _git(package, "describe", "--always", "--dirty", "--exclude=*")
+    return f" ({commit})" if commit else ""
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git says in the folder; empty if it cannot."""
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -32,7 +32,9 @@ svg { max-width: 100%; height: auto; }
 svg text { fill: currentColor; font: 12px system-ui, sans-serif; }
 .drawn-on-white { background: #fff; color: #1b1f24; }
 @media print { :root { --ink: #000; --paper: #fff; --soft: #444; --line: #bbb; --panel: #fff; }
-  body { max-width: none; padding: 0; } h2 { break-after: avoid; } }
+  body { max-width: none; padding: 0; } h2 { break-after: avoid; }
+  .wide { overflow: visible; } th, td { white-space: normal; font-size: 10px; padding-right: .5em; }
+  .left { overflow-wrap: anywhere; } .badge { white-space: nowrap; } }
 """
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,9 +115,8 @@ class TraceRecorder:
         if self._closing:  # the run ends before the step that was to be recorded
             return
         path = self._folder / f"step-{self._finished_step}" / f"rank-{self._rank}.json.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trace.export_chrome_trace(str(path))
-        logger.info("profiler trace of step %d: %s", self._finished_step, path)
+        what = f"profiler trace of step {self._finished_step}"
+        _try_to_write(what, path, trace.export_chrome_trace)
 
 
 class MemoryRecorder:
@@ -151,6 +150,17 @@ class MemoryRecorder:
 
     def _write(self, step: int, name: str) -> None:
         path = self._folder / f"step-{step}" / f"{name}-rank-{self._rank}.pickle"
+        _try_to_write(f"memory snapshot of step {step}", path, torch.cuda.memory._dump_snapshot)
+
+
+def _try_to_write(what: str, path: Path, write: Callable[[str], object]) -> None:
+    """A disk that is full costs this file, not the run, nor the error that ends the run."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(path))
-        logger.info("memory snapshot of step %d: %s", step, path)
+        write(str(path))
+    except OSError as error:
+        logger.warning("%s: cannot write %s: %s", what, path, error)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # the part that was written
+        return
+    logger.info("%s: %s", what, path)

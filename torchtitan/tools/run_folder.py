@@ -18,6 +18,8 @@ CONFIG_FILE = "config.resolved.toml"
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 
+_OF_TRAINED_STEPS = ("loss", "max_loss", "grad_norm")
+
 
 def make_dump_folder(job_config: JobConfig) -> None:
     """Make `job.dump_folder`, and try to write there, before a run takes memory.
@@ -56,14 +58,16 @@ def _writing(job_config: JobConfig) -> Iterator[Path]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` or `validation.jsonl`; none if there is no such file.
 
-    A last line that was cut off, by a kill or because it is just being written, is left out.
+    A last line that was cut off, by a kill or because it is just being written, is left out. So is
+    what is null since the guard skipped all steps since the row before: nothing was not finite.
 
     Raises:
         ConfigError: another line is not a JSON object with a step.
     """
     if not path.is_file():
         return []
-    rows = []
+    rows: list[dict[str, Any]] = []
+    skipped = 0
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -74,6 +78,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 break
             shown = line[:60].decode(errors="replace")
             raise ConfigError(f"{path}:{number}: not a logged step: {shown!r}") from error
+        before, skipped = skipped, row.get("steps_skipped") or 0
+        if skipped > before:
+            row = {k: v for k, v in row.items() if v is not None or k not in _OF_TRAINED_STEPS}
         rows.append(row)
     return rows
 

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 
-from torchtitan.components.data_loader import check_dataloader, checked
+from torchtitan.components.data_loader import check_dataloader
+from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.config import JobConfig
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 
 TOKENS = torch.zeros(2, 4, dtype=torch.int64)
@@ -40,7 +43,7 @@ class Loader:
 
 def test_a_loader_with_everything_is_accepted(config):
     check_dataloader(Loader(), config)
-    assert checked(next(Loader()), config)["tokens"] is TOKENS
+    assert inputs(config).checked(next(Loader()))["tokens"] is TOKENS
 
 
 def test_what_is_missing_is_named_at_once(config):
@@ -75,10 +78,92 @@ def test_a_state_is_rows(config, state, found):
         check_dataloader(Loader(state), config)
 
 
+class Model(nn.Module):
+    def forward(self, x: torch.Tensor, *, times: torch.Tensor | None = None) -> torch.Tensor:
+        return x
+
+
+class Needy(nn.Module):
+    def forward(
+        self,
+        x: torch.Tensor,
+        times: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return x
+
+
+def inputs(config: JobConfig, model: nn.Module | None = None, **degrees: int) -> ModelInputs:
+    config.training.local_batch_size, config.training.seq_len = TOKENS.shape
+    dims = ParallelDims(world_size=degrees.get("cp", 1), **degrees)
+    return ModelInputs(model or Model(), dims, config)
+
+
 def test_a_batch_has_tokens_and_labels_and_nothing_that_nobody_reads(config):
+    checked = inputs(config).checked
     with pytest.raises(ConfigError, match="a batch of the loader has 'input' but no 'tokens', 'la"):
-        checked({"input": TOKENS}, config)
-    with pytest.raises(ConfigError, match="of mine: a batch of the loader has 'noise'"):
-        checked({"tokens": TOKENS, "labels": TOKENS, "noise": TOKENS}, config)
-    with pytest.raises(ConfigError, match="gives tuple, not a dict"):
-        checked((TOKENS, TOKENS), config)
+        checked({"input": TOKENS})
+    with pytest.raises(ConfigError, match=r"of mine: a batch of the loader has 'noise', which for"):
+        checked({"tokens": TOKENS, "labels": TOKENS, "noise": TOKENS})
+    with pytest.raises(ConfigError, match=r"it takes 'times' from a loader"):
+        checked({"tokens": TOKENS, "labels": TOKENS, "noise": TOKENS})
+    with pytest.raises(ConfigError, match="is tuple, no dict"):
+        checked((TOKENS, TOKENS))
+    batch = {
+        "tokens": torch.zeros(2, 3, 8, 8),
+        "labels": torch.zeros(2, 4, 5),
+        "times": TOKENS[:, 0],
+    }
+    assert checked(batch) is batch
+
+
+def test_tokens_are_counted_by_the_config_so_labels_have_its_sizes(config):
+    checked = inputs(config).checked
+    with pytest.raises(ConfigError, match=r"labels of shape \[2, 3\]. It must begin with \[2, 4\]"):
+        checked({"tokens": TOKENS, "labels": TOKENS[:, :3]})
+    with pytest.raises(ConfigError, match=r"labels of shape \[1, 4\]"):
+        checked({"tokens": TOKENS, "labels": TOKENS[:1]})
+    with pytest.raises(ConfigError, match=r"'times' of shape \[3\], whose first size"):
+        checked({"tokens": TOKENS, "labels": TOKENS, "times": torch.zeros(3)})
+
+
+def test_what_forward_needs_is_in_a_batch(config):
+    batch = {"tokens": TOKENS, "labels": TOKENS, "times": TOKENS[:, 0]}
+    assert inputs(config, Needy()).checked(batch) is batch
+    with pytest.raises(ConfigError, match=r"but no 'times', which forward\(\) of mine needs"):
+        inputs(config, Needy()).checked({"tokens": TOKENS, "labels": TOKENS})
+    config.training.document_mask = True
+    with pytest.raises(ConfigError, match="but no 'positions', 'document_ids', which forward"):
+        inputs(config, Needy()).checked(batch)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"times": [1, 2]}, "'times' of list, which must be a torch.Tensor"),
+        ({"tokens": TOKENS.numpy()}, "'tokens' of ndarray, which must be a torch.Tensor"),
+        ({"labels": TOKENS.int()}, "'labels' of torch.int32, which must be torch.int64"),
+        ({"tokens": TOKENS.to(torch.uint8)}, "'tokens' of torch.uint8, which must be torch.int64"),
+    ],
+)
+def test_a_batch_has_tensors_and_ids_are_int64(config, wrong, found):
+    with pytest.raises(ConfigError, match=f"of mine: a batch of the loader has {found}"):
+        inputs(config).checked({"tokens": TOKENS, "labels": TOKENS, **wrong})
+
+
+def test_images_may_be_bytes(config):
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    batch = {"tokens": pixels, "labels": torch.zeros(2, 4, 5), "times": pixels[:, 0, 0, 0]}
+    assert inputs(config).checked(batch) is batch
+
+
+def test_what_the_model_is_called_with(config):
+    config.training.mixed_precision_param = "bfloat16"
+    model_inputs = inputs(config)
+    noise, times = torch.rand(2, 4, 1), torch.arange(2)
+    batch = {"tokens": noise, "labels": noise, "times": times}
+    tokens, labels, more = model_inputs.on_device(batch, torch.device("cpu"), None)
+    assert tokens.dtype == torch.bfloat16 and labels is noise
+    assert more.keys() == {"times"} and more["times"] is times

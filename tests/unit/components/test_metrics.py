@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -17,6 +18,7 @@ from checkpoint_run import Run, world_of_one  # noqa: F401
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchtitan.components import metrics
+from torchtitan.components.metric_sinks import WandbSink
 from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -189,6 +191,38 @@ def test_resume_drops_later_steps_and_a_line_cut_off(config: JobConfig) -> None:
     assert not list(path.parent.glob("*.tmp"))
 
 
+def test_time_goes_on_where_a_run_goes_back(config: JobConfig, clock: Clock) -> None:
+    processor = build(config)
+    clock.now += 5  # set-up
+    processor.start()
+    clock.now += 10
+    log(processor, 1)
+    processor.start()  # back to step 0
+    clock.now += 20
+    log(processor, 1)
+    [row] = rows(config)
+    assert row["elapsed_seconds"] == 30 and row["tokens_per_second"] == 50
+    started = row["started_at"]
+    processor.close()
+    clock.now += 1
+    later = build(config)
+    later.start(1)
+    clock.now += 40
+    log(later, 2)
+    row = rows(config)[-1]
+    assert row["elapsed_seconds"] == 40 and row["started_at"] >= started > 1.7e9
+
+
+def test_resume_drops_a_line_that_is_no_text(config: JobConfig) -> None:
+    folder = Path(config.job.dump_folder)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "loss\xff\n{"step": 3}\n')
+    processor = build(config)
+    processor.start(step=3)
+    log(processor, 4)
+    assert [row["step"] for row in rows(config)] == [1, 3, 4]
+
+
 def test_a_new_run_starts_a_new_file(config: JobConfig) -> None:
     for loss in (2.5, 1.5):
         processor = build(config)
@@ -217,8 +251,12 @@ def test_throughput_of_replica_groups_is_shared_by_all_of_their_devices(
     processor.start()
     clock.now += 1
     log(processor, 1, ntokens_since_last=1600)
-    [row] = rows(config)
-    assert (row["tokens_per_second"], row["tokens_per_second_per_device"]) == (1600, 200)
+    clock.now += 1
+    log(processor, 2, ntokens_since_last=800, extra={"replica_groups": 1})  # one is missing
+    speeds = [
+        (row["tokens_per_second"], row["tokens_per_second_per_device"]) for row in rows(config)
+    ]
+    assert speeds == [(1600, 200), (800, 200)]
 
 
 def test_validation_has_a_file_of_its_own(config: JobConfig) -> None:
@@ -459,6 +497,9 @@ class FakeWandb(ModuleType):
         if self.error:
             raise self.error
         self.settings = settings
+        self.started = getattr(self, "started", 0) + 1
+        given = settings.get("id") or os.environ.get("WANDB_RUN_ID")
+        self.id = given or f"id{self.started}"
         return self
 
     def define_metric(self, name: str, **settings: object) -> None:
@@ -502,6 +543,46 @@ def test_wandb_receives_config_and_values(
         "validation/*": "step",
     }
     assert wandb.finished
+
+
+def test_a_run_that_resumes_is_the_same_run_of_wandb(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config.metrics.enable_wandb = config.checkpoint.enable = True
+    kept = Path(config.job.dump_folder) / "wandb_run_id"
+
+    def start() -> tuple[str, object]:
+        build(config).close()
+        assert kept.read_text().strip() == wandb.id
+        return wandb.id, wandb.settings["resume"]
+
+    assert start() == ("id1", "allow")
+    assert start() == ("id2", "allow")  # from step 0 again, as there is no checkpoint
+    Run(Path(config.job.dump_folder)).train(2)
+    assert start() == ("id2", "allow")
+    for lost in (b"", b"\xff\xfe"):
+        kept.write_bytes(lost)
+        before = wandb.id
+        assert start()[0] not in (before, "")
+    kept.unlink()
+    assert start() == ("id6", "allow")
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_RESUME", "must")
+    assert start() == ("mine", None)  # then wandb reads its own variables
+    monkeypatch.delenv("WANDB_RUN_ID")
+    wandb.error = RuntimeError("run mine was deleted")
+    with pytest.raises(ConfigError, match=f"deleted.*Without the file {kept}, a new run"):
+        WandbSink(config)
+
+
+def test_only_rank_0_has_a_run_of_wandb(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    monkeypatch.setenv("RANK", "1")
+    config.metrics.enable_wandb = True
+    build(config, world_size=2).close()
+    assert not Path(config.job.dump_folder).exists()
 
 
 def test_a_run_goes_on_when_wandb_ends(

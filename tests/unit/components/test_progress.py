@@ -188,6 +188,22 @@ def test_bar_on_a_screen(width: int) -> None:
     assert lines[3] == "5 warnings, the last: the disk is nearly full really"
 
 
+def test_what_stays_on_the_screen_has_the_last_validation_and_checkpoint() -> None:
+    screen = pyte.Screen(80, 12)
+    file = io.StringIO()
+    bar = BarProgress(1000, Console(file=file, width=80, force_terminal=True))
+    bar.checkpoint(500)
+    for _ in range(2):
+        bar.update(1000, ON_H100, 0.0)
+    bar.validation(2.5)
+    bar.checkpoint(1000)
+    bar.close()
+    pyte.Stream(screen).feed(file.getvalue().replace("\n", "\r\n"))
+    lines = [line.rstrip() for line in screen.display if line.strip()]
+    assert len(lines) == 3 and lines[0].startswith("step 1000/1000")
+    assert lines[2] == "▁▁  validation 2.5000  checkpoint 1000 (0:00:00 ago)"
+
+
 def test_on_40_columns_the_checkpoint_goes_before_the_validation() -> None:
     lines = on_screen(40, LOSSES).splitlines()
     assert lines[2] == "█▆▂▁▁▁  checkpoint 500 (0:00:00 ago)"

@@ -9,11 +9,11 @@ import torch.nn as nn
 
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.components.validate import Validator, build_validator
+from torchtitan.components.validate import TextValidator, build_validator, check_validator
 from torchtitan.config import JobConfig
 from torchtitan.data import best_fit, build_validation_dataloader
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import DataError
+from torchtitan.errors import ConfigError, DataError
 
 STEPS, BATCH, SEQ_LEN = 5, 2, 16
 
@@ -41,14 +41,12 @@ class Bigram(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.logits = nn.Embedding(258, 258)
-        self.modes: list[bool] = []
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.modes.append(self.training)
         return self.logits(tokens)
 
 
-def validator(config: JobConfig) -> Validator:
+def validator(config: JobConfig) -> TextValidator:
     dims = ParallelDims(world_size=1)
     return build_validator(config, BytesTokenizer(), cross_entropy, dims, 0, 1)
 
@@ -111,14 +109,22 @@ def test_the_sequences_do_not_depend_on_the_seed(config: JobConfig) -> None:
     assert torch.equal(*rows)
 
 
-def test_the_model_is_in_eval_mode_meanwhile_and_has_no_gradients(config: JobConfig) -> None:
-    model = Bigram()
-    losses = []
-    validator(config).validate(
-        [model], lambda batch: losses.append(evaluate_with(model)(batch)) or losses[-1]
+def test_a_validator_that_lacks_something_is_told_at_once(config: JobConfig) -> None:
+    config.model.name = "mine"
+    with pytest.raises(ConfigError, match="mine returns object, which has no validate, cl"):
+        check_validator(object(), None, config)
+
+
+def test_a_model_with_a_loader_of_its_own_may_want_another_validation(
+    config: JobConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.model.name = "mine"
+    check_validator(
+        validator(config), build_validation_dataloader(config, BytesTokenizer(), 0, 1), config
     )
-    assert model.modes == [False] * STEPS and model.training
-    assert not any(loss.requires_grad for loss in losses)
+    assert not caplog.records
+    check_validator(validator(config), object(), config)
+    assert "mine is trained on what its own build_dataloader_fn gives" in caplog.text
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])

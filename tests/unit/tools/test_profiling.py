@@ -106,6 +106,29 @@ def test_an_error_in_training_passes_through(config: JobConfig) -> None:
     assert written(config) == []
 
 
+@pytest.mark.parametrize("obstacle", ["a file", "a full disk"])
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    config: JobConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, obstacle: str
+) -> None:
+    if obstacle == "a file":
+        (tmp_path / "profile").write_text("not a folder")
+    else:
+        (tmp_path / "profile" / "step-3").mkdir(parents=True)
+        (tmp_path / "profile" / "step-3" / "rank-0.json.gz").symlink_to("/dev/full")
+    config.profiling.enable_profiling = True
+    config.profiling.profile_freq = 3
+    with maybe_profile(config, 0, 0) as profiler:
+        for step in range(1, 7):
+            torch.mm(torch.ones(step, step), torch.ones(step, step))
+            profiler.step(step)
+            if step == 3 and obstacle == "a file":
+                (tmp_path / "profile").unlink()
+    path = tmp_path / "profile" / "step-3" / "rank-0.json.gz"
+    [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith(f"profiler trace of step 3: cannot write {path}: [Errno ")
+    assert written(config) == ["profile/step-6/rank-0.json.gz"]
+
+
 def test_memory_snapshots_need_cuda(config: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "device_type", lambda: "cpu")
     check_profiling(config)
@@ -159,4 +182,18 @@ def test_memory_snapshot_when_memory_runs_out(
         profiler.step(2)
         raise error("CUDA out of memory")
     assert written(config) == files
+    assert not cuda.recording
+
+
+def test_running_out_of_memory_is_told_where_no_snapshot_can_be_written(
+    config: JobConfig, cuda: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "profile").write_text("not a folder")
+    config.profiling.enable_memory_snapshot = True
+    config.profiling.profile_freq = 2
+    with pytest.raises(torch.OutOfMemoryError), maybe_profile(config, 0, 0) as profiler:
+        profiler.step(1)
+        profiler.step(2)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert caplog.text.count("cannot write") == 2
     assert not cuda.recording

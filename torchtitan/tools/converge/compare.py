@@ -48,7 +48,10 @@ class Outcome:
         if any(missing.values()):
             names = " and ".join(name for name in missing if missing[name])
             absent = _ranges(sorted(set.union(*missing.values())))
-            problems.append(f"no {names} of {absent} (of {len(steps)})")
+            training = self.run.config.training
+            skips = {"skip", "rollback"} & {training.on_nonfinite, training.on_spike}
+            why = ": not logged, or skipped by the guard" if skips else ""
+            problems.append(f"no {names} of {absent} (of {len(steps)}){why}")
         for name, curve in self.curves.items():
             bad = [step for step, value in sorted(curve.items()) if math.isnan(value)]
             if bad:

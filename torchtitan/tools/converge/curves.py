@@ -16,7 +16,7 @@ Curve = dict[int, float]
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """The curve of each of `METRICS`; empty ones if the run logged nothing."""
+    """The curve of each of `METRICS`, without skipped steps; empty ones if nothing was logged."""
     rows = read_rows(folder / METRICS_FILE)
     return {
         name: {row["step"]: _number(row.get(name)) for row in rows if name in row}
@@ -39,14 +39,16 @@ def read_world_size(folder: Path) -> int | None:
 
 
 def read_tokens(folder: Path) -> tuple[int, int]:
-    """A step of a finished run, and the tokens that it had seen after it.
+    """So many steps of a finished run, and the tokens of them; none of skipped steps.
 
     Raises:
         ConfigError: its metrics do not tell.
     """
+    step = seen = 0
     for row in read_rows(folder / METRICS_FILE):
-        if row.get("tokens_seen"):
-            return row["step"], row["tokens_seen"]
+        before, step = step, row["step"]
+        if (row.get("tokens_seen") or 0) > seen:
+            return step - before, row["tokens_seen"] - seen
     raise ConfigError(
         f"{folder}: training.global_batch_size is -1, and {METRICS_FILE} has no tokens_seen to "
         "tell what it came to"

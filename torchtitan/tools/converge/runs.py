@@ -125,8 +125,8 @@ def open_run(name: str, argument: str) -> Run:
     processes = read_world_size(folder)
     global_batch_size = config.training.global_batch_size
     if global_batch_size == -1:
-        step, tokens = read_tokens(folder)
-        global_batch_size = tokens // (step * config.training.seq_len)
+        steps, tokens = read_tokens(folder)
+        global_batch_size = tokens // (steps * config.training.seq_len)
     return Run(name, argument, folder, config, processes, global_batch_size)
 
 
@@ -140,6 +140,12 @@ def _plan_run(
     options = [*overrides, f"--job.config_file={argument}", f"--job.dump_folder={folder}"]
     options += [f"--{key}={value}" for key, value in FORCED.items()]
     config = load_config(options)
+    # Without checkpoints a rollback is a skip.
+    guards = ("on_nonfinite", "on_spike")
+    rollbacks = [name for name in guards if getattr(config.training, name) == "rollback"]
+    if rollbacks:
+        options += [f"--training.{name}=skip" for name in rollbacks]
+        config = load_config(options)
     processes = processes or processes_of(config.parallelism)
     if device_type() == "cuda":
         _check_devices(name, processes)

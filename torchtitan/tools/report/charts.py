@@ -7,17 +7,20 @@ The drawing is static SVG, so that the page can be read and printed without Java
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from typing import Any
 
-from torchtitan.components.metric_keys import SECTIONS, VALIDATION, MetricKey, find
+from torchtitan.components.metric_keys import SECTIONS, STARTED_AT, VALIDATION, MetricKey, find
 
 from .run import Curve, Run
 
 WIDTH, HEIGHT = 380, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 26
+_CHARACTER = 7.6
+"""Width of a digit in a label."""
 
 _MOST_POINTS = 500
 """Points of a line; more cannot be told apart on a screen."""
@@ -90,7 +93,7 @@ def _in_order(runs: list[Run]) -> list[str]:
             key,
         )
 
-    return sorted({key for run in runs for key in run.curves}, key=place)
+    return sorted({key for run in runs for key in run.curves} - {STARTED_AT.key}, key=place)
 
 
 def _line(run: int, curve: Curve, scale: float, points: int) -> Line:
@@ -122,33 +125,50 @@ def to_json(runs: list[Run], charts: list[Chart]) -> dict[str, Any]:
                     {
                         "run": line.run,
                         "steps": line.steps,
-                        "mean": _rounded(line.mean),
-                        "low": _rounded(line.low),
-                        "high": _rounded(line.high),
+                        "mean": _rounded(line.mean, step),
+                        "low": _rounded(line.low, step),
+                        "high": _rounded(line.high, step),
                         "marks": line.marks,
                     }
                     for line in chart.lines
                 ],
             }
             for chart in charts
+            for step in [_least_step(chart)]
         ],
     }
 
 
-def _rounded(values: list[float]) -> list[float | None]:
-    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]
+def _least_step(chart: Chart) -> float:
+    """What cannot be told apart on a screen."""
+    low, high = _limits(finite(chart))
+    return (high - low) / 2000
+
+
+def _rounded(values: list[float], step: float) -> list[float | None]:
+    return [
+        float(f"{value:.{_digits(value, step, 5)}g}") if math.isfinite(value) else None
+        for value in values
+    ]
+
+
+def finite(chart: Chart) -> list[float]:
+    """All values that are drawn."""
+    values = [value for line in chart.lines for value in line.mean + line.low + line.high]
+    return [value for value in values if math.isfinite(value)]
 
 
 def svg(chart: Chart, runs: list[Run]) -> str:
     """The chart as an `<svg>` element."""
-    x = _place(_limits([float(s) for line in chart.lines for s in line.steps]), LEFT, WIDTH - RIGHT)
-    values = [v for line in chart.lines for v in line.mean + line.low + line.high]
-    values += [0.0] if chart.from_zero else []
-    low, high = _limits([value for value in values if math.isfinite(value)])
+    low, high = _limits(finite(chart) + ([0.0] if chart.from_zero else []))
     room = 0.04 * (high - low)
     low, high = (low if chart.from_zero and low == 0 else low - room), high + room
     y = _place((low, high), HEIGHT - BOTTOM, TOP)
-    parts = [_axes(x, y, (low, high), chart)]
+    values = _labelled(ticks(low, high, 5))
+    left = max(LEFT, 6 + _CHARACTER * max(len(text) for _, text in values))
+    steps = _limits([float(step) for line in chart.lines for step in line.steps])
+    x = _place(steps, left, WIDTH - RIGHT)
+    parts = [_axes(x, y, values, steps, left)]
     for line in chart.lines:
         if line.low:
             edge = list(zip(line.steps, line.high, strict=True))
@@ -156,7 +176,7 @@ def svg(chart: Chart, runs: list[Run]) -> str:
             shape = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in edge if math.isfinite(v))
             parts.append(f'<polygon class="band c{line.run % 6}" points="{shape}"/>')
     for line in chart.lines:
-        parts.append(f'<path class="{_classes(line.run)}" d="{_path(line, x, y)}"/>')
+        parts.append(f'<path class="line {look(line.run)}" d="{_path(line, x, y)}"/>')
         if len(line.steps) <= _FEW:
             dots = zip(line.steps, line.mean, strict=True)
             path = "".join(f"M{x(s):.1f},{y(v):.1f}h.01" for s, v in dots if math.isfinite(v))
@@ -172,31 +192,34 @@ def svg(chart: Chart, runs: list[Run]) -> str:
     )
 
 
-def _classes(run: int) -> str:
-    """The six colours, then the same ones dashed."""
-    return f"line c{run % 6}{f' d{run // 6 % 4}' if run >= 6 else ''}"
+def look(run: int) -> str:
+    """Classes of a run's line: the six colours, then the same ones with each of three dashes."""
+    return f"c{run % 6}" + (f" d{1 + (run // 6 - 1) % 3}" if run >= 6 else "")
 
 
 def _axes(
     x: Callable[[float], float],
     y: Callable[[float], float],
-    limits: tuple[float, float],
-    chart: Chart,
+    values: list[tuple[float, str]],
+    steps: tuple[float, float],
+    left: float,
 ) -> str:
     parts = []
-    for tick in ticks(*limits, 5):
+    for tick, text in values:
         parts.append(
-            f'<path class="grid" d="M{LEFT},{y(tick):.1f}H{WIDTH - RIGHT}"/>'
-            f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
+            f'<path class="grid" d="M{left:.1f},{y(tick):.1f}H{WIDTH - RIGHT}"/>'
+            f'<text x="{left - 6:.1f}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
         )
-    steps = [float(step) for line in chart.lines for step in line.steps]
-    for tick in ticks(*_limits(steps), 5):
-        if tick == int(tick):
-            parts.append(
-                f'<text x="{x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
-                f"{number(tick)}</text>"
-            )
+    for tick, text in _labelled([tick for tick in ticks(*steps, 5) if tick == int(tick)]):
+        middle = min(x(tick), WIDTH - _CHARACTER / 2 * len(text))  # whole at the edge too
+        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>')
     return "".join(parts)
+
+
+def _labelled(places: list[float]) -> list[tuple[float, str]]:
+    """Ticks with their labels."""
+    step = tick_step(places)
+    return [(place, number(place, step)) for place in places]
 
 
 def _path(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
@@ -234,16 +257,33 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def number(value: float) -> str:
-    """At most about six characters: `0.25`, `3e-4`, `12.5K`, `1.5M`."""
+def tick_step(places: Sequence[float]) -> float:
+    """The least distance of two neighbours; 0 if there are no two."""
+    return min((b - a for a, b in pairwise(places)), default=0.0)
+
+
+def number(value: float, step: float = 0.0) -> str:
+    """At most about six characters: `0.25`, `3e-4`, `12.5K`, `1.5M`.
+
+    With the `step` of an axis as many more as tell its ticks apart: `100.02K`.
+    """
     size = abs(value)
     if size and size < 1e-3:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        mantissa, _, exponent = f"{value:.{_digits(value, step, 3) - 1}e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    digits = _digits(value, step, 4)
     for unit, of in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if size >= of * (10 if unit == "K" else 1):
-            return f"{value / of:.4g}{unit}"
-    return f"{value:.4g}"
+            return f"{value / of:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def _digits(value: float, step: float, least: int) -> int:
+    """How many digits of a value tell it from another that is `step` away."""
+    if not (value and step):
+        return least
+    first, last = (math.floor(math.log10(size) + 1e-9) for size in (abs(value), step))
+    return min(max(least, first - last + 1), 15)
 
 
 def _in_words(chart: Chart, runs: list[Run]) -> str:

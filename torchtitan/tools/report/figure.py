@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import textwrap
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -11,14 +13,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from torchtitan.tools.figures import COLORS, DASHES, grid
 
-from .charts import Chart, build_charts, number
+from .charts import Chart, build_charts, finite, number, tick_step
 from .page import title_of
 from .run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 _PANELS = 6
+_BAD = "#b00020"
 
 
 def draw(runs: list[Run]) -> Figure:
@@ -27,20 +31,29 @@ def draw(runs: list[Run]) -> Figure:
     columns = min(len(charts), 3)
     rows = math.ceil(len(charts) / columns)
     with matplotlib.rc_context({"font.size": 9.5, "axes.spines.top": False}):
-        figure = Figure(figsize=(11, 0.8 + 2.7 * rows), layout="constrained")
+        names = [_short(run.name) for run in runs] if len(runs) > 1 else []
+        # About 150 characters fit below the panels, and a sample of a line takes 7.
+        legend_columns = max(1, min(6, 150 // (7 + max(map(len, names), default=0))))
+        height = 0.8 + 2.7 * rows + 0.19 * math.ceil(len(names) / legend_columns)
+        figure = Figure(figsize=(11, height), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for chart, axes in zip(charts, panels, strict=False):
             _draw(axes, chart)
         for axes in list(panels)[len(charts) :]:
             axes.set_visible(False)
-        if len(runs) > 1:
+        if names:
             handles = [matplotlib.lines.Line2D([], [], **_style(i)) for i in range(len(runs))]
-            names = [run.name for run in runs]
             figure.legend(
-                handles, names, loc="outside lower center", ncols=min(len(runs), 6), frameon=False
+                handles, names, loc="outside lower center", ncols=legend_columns, frameon=False
             )
-        figure.suptitle(title_of(runs), fontsize=12)
+        title = textwrap.fill(title_of(runs), width=105, max_lines=2, placeholder=" ...")
+        figure.suptitle(title, fontsize=12)
     return figure
+
+
+def _short(name: str) -> str:
+    """Both ends of a long name, since runs often differ at the end."""
+    return name if len(name) <= 68 else f"{name[:32]}...{name[-33:]}"
 
 
 def _draw(axes: Axes, chart: Chart) -> None:
@@ -52,12 +65,22 @@ def _draw(axes: Axes, chart: Chart) -> None:
             )
         marker = "." if len(line.steps) < 30 else ""
         axes.plot(line.steps, line.mean, marker=marker, **style)
+        if line.marks:  # at the lower edge, as on the page
+            at = axes.get_xaxis_transform()
+            axes.plot(line.marks, [0] * len(line.marks), "^", color=_BAD, transform=at, zorder=3)
+    values = finite(chart)
+    if chart.from_zero and min(values, default=-1) >= 0 < max(values, default=0):
+        axes.set_ylim(0, 1.04 * max(values))
     axes.set_title(f"{chart.title} ({chart.unit})" if chart.unit else chart.title, loc="left")
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        axis.set_major_formatter(FuncFormatter(partial(_label, axis)))
     grid(axes)
+
+
+def _label(axis: Axis, value: float, _position: int) -> str:
+    return number(value, tick_step(list(axis.get_majorticklocs())))
 
 
 def _style(run: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import groupby
 from torchtitan.tools.html import page as html_page
 from torchtitan.tools.html import table
 
-from .charts import Chart, build_charts, svg, to_json
+from .charts import Chart, build_charts, look, svg, to_json
 from .run import Run
 from .tables import (
     CHECKPOINT_HEADER,
@@ -71,7 +71,7 @@ def _without_empty_columns(
 def _bar(runs: list[Run]) -> str:
     """The legend, and the tools that `script.js` brings to life."""
     legend = "".join(
-        f'<span class="run c{i % 6}{" dashed" if i >= 6 else ""}"><i></i>{escape(run.name)}</span>'
+        f'<span class="run {look(i)}"><i></i>{escape(run.name)}</span>'
         for i, run in enumerate(runs)
     )
     smoothing = (

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torchtitan.components.metric_keys import STARTED_AT
 from torchtitan.errors import ConfigError
 from torchtitan.tools.environment import ENVIRONMENT_FILE
 from torchtitan.tools.run_folder import (
@@ -81,13 +82,31 @@ class Run:
     def seconds(self) -> float | None:
         """Time of training, of all processes that took part one after the other; None if unknown.
 
-        Each counts from its own beginning, so that a smaller value is of another one.
+        Each counts from its own beginning, so that a smaller value is of another one, as is one
+        with another start.
         """
-        values = self.curves["elapsed_seconds"].finite if "elapsed_seconds" in self.curves else []
-        if not values:
+        nothing = Curve([], [])
+        elapsed = self.curves.get("elapsed_seconds", nothing)
+        starts = self.curves.get(STARTED_AT.key, nothing)
+        start_of = dict(zip(starts.steps, starts.values, strict=True))
+        points = [
+            (value, start_of.get(step))
+            for step, value in zip(elapsed.steps, elapsed.values, strict=True)
+            if math.isfinite(value)
+        ]
+        if not points:
             return None
-        ends = [a for a, b in pairwise(values) if b < a]
-        return sum(ends) + values[-1]
+        ends = [
+            a for (a, start), (b, next_start) in pairwise(points) if b < a or next_start != start
+        ]
+        return sum(ends) + points[-1][0]
+
+    @property
+    def skipped(self) -> list[int]:
+        """Logged steps by which the guard had skipped more than at the one before."""
+        curve = self.curves.get("steps_skipped", Curve([], []))
+        values = [0.0, *curve.values]
+        return [s for s, (a, b) in zip(curve.steps, pairwise(values), strict=True) if b > a]
 
     def median(self, key: str) -> float | None:
         """The upper median of a key's finite values."""

@@ -8,17 +8,33 @@
   const shown = data.runs.map(() => true);
   const logarithmic = data.charts.map(() => false);
   const places = []; // of each chart as drawn last: step -> x, value -> y
-  const [LEFT, RIGHT, TOP, BOTTOM, HEIGHT] = [52, 16, 10, 26, 220];
+  const [LEFT, RIGHT, TOP, BOTTOM, HEIGHT, CHARACTER] = [52, 16, 10, 26, 220, 7.6];
   const FEW = 30;
   let smoothing = 0;
 
-  function number(value) {
-    const size = Math.abs(value);
-    if (size && size < 1e-3) return value.toExponential(2).replace(/\.?0*e/, "e");
-    for (const [unit, of] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]])
-      if (size >= of * (unit === "K" ? 10 : 1)) return +(value / of).toPrecision(4) + unit;
-    return String(+value.toPrecision(4));
+  // How many digits of a value tell it from another that is `step` away.
+  function digits(value, step, least) {
+    if (!value || !step) return least;
+    const place = (size) => Math.floor(Math.log10(size) + 1e-9);
+    return Math.min(Math.max(least, place(Math.abs(value)) - place(step) + 1), 15);
   }
+
+  function number(value, step = 0) {
+    const size = Math.abs(value);
+    if (size && size < 1e-3)
+      return value.toExponential(digits(value, step, 3) - 1).replace(/\.?0*e/, "e");
+    const precision = digits(value, step, 4);
+    for (const [unit, of] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]])
+      if (size >= of * (unit === "K" ? 10 : 1)) return +(value / of).toPrecision(precision) + unit;
+    return String(+value.toPrecision(precision));
+  }
+
+  // The least distance of two neighbours; 0 if there are no two.
+  const tickStep = (places) =>
+    places.length > 1 ? Math.min(...places.slice(1).map((place, i) => place - places[i])) : 0;
+
+  // Ticks with their labels.
+  const labelled = (places) => places.map((tick) => [tick, number(tick, tickStep(places))]);
 
   function ticks(low, high, most) {
     const rough = (high - low) / most;
@@ -66,7 +82,8 @@
     });
   }
 
-  const classes = (run) => `c${run % 6}` + (run >= 6 ? ` d${Math.floor(run / 6) % 4}` : "");
+  const classes = (run) =>
+    `c${run % 6}` + (run >= 6 ? ` d${1 + ((Math.floor(run / 6) - 1) % 3)}` : "");
 
   function path(steps, values, x, y) {
     let [text, drawing] = ["", false];
@@ -109,22 +126,24 @@
       [low, high] = [fromZero && low === 0 ? 0 : low - room, high + room];
     }
     const [first, last] = limits(lines.flatMap((line) => line.steps));
-    const x = (s) => LEFT + ((s - first) / (last - first)) * (width - RIGHT - LEFT);
+    const found = labelled(log ? logTicks(low, high) : ticks(low, high, 5));
+    const left = Math.max(LEFT, ...found.map(([, text]) => 6 + CHARACTER * text.length));
+    const x = (s) => left + ((s - first) / (last - first)) * (width - RIGHT - left);
     const share = log
       ? (v) => (v > 0 ? Math.log(v / low) / Math.log(high / low) : NaN)
       : (v) => (v - low) / (high - low);
     const y = (v) => HEIGHT - BOTTOM + share(v) * (TOP - HEIGHT + BOTTOM);
     const parts = [];
-    for (const tick of log ? logTicks(low, high) : ticks(low, high, 5))
+    for (const [tick, text] of found)
       parts.push(
-        `<path class="grid" d="M${LEFT},${y(tick).toFixed(1)}H${width - RIGHT}"/>` +
-          `<text x="${LEFT - 6}" y="${y(tick) + 4}" text-anchor="end">${number(tick)}</text>`
+        `<path class="grid" d="M${left},${y(tick).toFixed(1)}H${width - RIGHT}"/>` +
+          `<text x="${left - 6}" y="${y(tick) + 4}" text-anchor="end">${text}</text>`
       );
-    for (const tick of ticks(first, last, Math.min(5, width / 70)))
-      if (Number.isInteger(tick))
-        parts.push(
-          `<text x="${x(tick)}" y="${HEIGHT - 8}" text-anchor="middle">${number(tick)}</text>`
-        );
+    const steps = ticks(first, last, Math.min(5, width / 70)).filter(Number.isInteger);
+    for (const [tick, text] of labelled(steps)) {
+      const middle = Math.min(x(tick), width - (CHARACTER / 2) * text.length); // whole at the edge
+      parts.push(`<text x="${middle}" y="${HEIGHT - 8}" text-anchor="middle">${text}</text>`);
+    }
     for (const line of lines)
       if (line.low.length)
         parts.push(`<polygon class="band c${line.run % 6}" points="${band(line, x, y)}"/>`);
@@ -142,7 +161,8 @@
     }
     svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     svg.innerHTML = parts.join("") + '<g class="pointer"></g>';
-    places[index] = { x, y, width, step: (at) => first + ((at - LEFT) / (width - RIGHT - LEFT)) * (last - first) };
+    const step = (at) => first + ((at - left) / (width - RIGHT - left)) * (last - first);
+    places[index] = { x, y, step, apart: tickStep(found.map(([tick]) => tick)) / 10 };
   }
 
   const drawAll = () => figures.forEach((_, index) => draw(index));
@@ -180,11 +200,11 @@
                   `<circle class="dot c${line.run % 6}" cx="${x(s)}" cy="${y(v)}" r="4"/>`
               )
               .join("");
-      if (i === index) tell(figure, found, x(snapped ?? 0));
+      if (i === index) tell(figure, found, x(snapped ?? 0), places[i].apart);
     });
   }
 
-  function tell(figure, found, at) {
+  function tell(figure, found, at, apart) {
     const tip = figure.querySelector(".tip");
     tip.replaceChildren();
     for (const [line, j] of found) {
@@ -192,10 +212,10 @@
       const name = document.createElement("b");
       name.className = `c${line.run % 6}`;
       name.textContent = data.runs.length > 1 ? data.runs[line.run] + " " : "";
-      const value = line.mean[j] === null ? "not finite" : number(line.mean[j]);
+      const value = line.mean[j] === null ? "not finite" : number(line.mean[j], apart);
       const range =
         line.low.length && line.low[j] !== null
-          ? ` (${number(line.low[j])} to ${number(line.high[j])})`
+          ? ` (${number(line.low[j], apart)} to ${number(line.high[j], apart)})`
           : "";
       row.append(name, `step ${line.steps[j]}: ${value}${range}`);
       tip.append(row);

@@ -60,6 +60,11 @@ def warnings(runs: list[Run]) -> list[str]:
     for run in runs:
         if not run.curves:
             found.append(f"{run.name} has not logged a step yet.")
+        if run.skipped:
+            found.append(
+                f"{run.name}: the guard skipped the batch of {run.last('steps_skipped'):,.0f} "
+                f"steps, the first by step {run.skipped[0]:,}."
+            )
         for key, curve in run.curves.items():
             bad = [s for s, v in zip(curve.steps, curve.values, strict=True) if math.isnan(v)]
             if bad:

@@ -150,3 +150,13 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     metrics.write_text(f"{first}\noops\n{third}\n")
     with pytest.raises(ConfigError, match=r"metrics.jsonl:2: not a logged step: 'oops'"):
         read_curves(folder)
+
+
+def test_steps_that_the_guard_skipped_are_not_called_not_finite(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [3.0, None, 1.0], "--training.on_spike=skip")
+    text = (
+        (folder / "metrics.jsonl").read_text().replace('"step": 2', '"step": 2, "steps_skipped": 1')
+    )
+    (folder / "metrics.jsonl").write_text(text)
+    problems = outcome(folder).problems()
+    assert problems == ["no loss of step 2 (of 3): not logged, or skipped by the guard"]

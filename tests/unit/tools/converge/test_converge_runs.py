@@ -53,6 +53,17 @@ def test_a_planned_run_has_its_layout_batch_and_forced_options(tmp_path: Path) -
     assert not run.finished
 
 
+def test_a_rollback_is_a_skip_since_nothing_is_saved(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[checkpoint]\nenable = true\n[training]\non_spike = "rollback"\n'
+        'mixed_precision_param = "float32"\n'
+    )
+    (run,) = plan(path, out=tmp_path, overrides=["--training.on_nonfinite=rollback"])
+    assert (run.config.training.on_spike, run.config.training.on_nonfinite) == ("skip", "skip")
+    assert {"--training.on_spike=skip", "--training.on_nonfinite=skip"} <= set(run.options)
+
+
 def test_nproc_names_a_run_or_a_file(tmp_path: Path) -> None:
     path = write_config(tmp_path / "one.toml", "--training.local_batch_size=1")
     by_name = plan(path, path, out=tmp_path / "runs", nproc=("one-2=4",))
@@ -101,6 +112,16 @@ def test_finished_run_tells_its_processes_and_batch(tmp_path: Path) -> None:
     (run,) = plan(folder, out=tmp_path / "runs")
     assert run.finished
     assert (run.name, run.processes, run.layout) == ("old", 2, "dp_shard 2")
+    assert run.global_batch_size == 4
+
+
+def test_finished_run_whose_first_step_was_skipped_tells_its_batch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "old", [3.0, 2.0, 1.0], "--training.global_batch_size=-1")
+    text = (folder / "metrics.jsonl").read_text()
+    for step in (1, 2, 3):
+        text = text.replace(f'"tokens_seen": {step * 256}', f'"tokens_seen": {(step - 1) * 256}')
+    (folder / "metrics.jsonl").write_text(text)
+    (run,) = plan(folder, out=tmp_path / "runs")
     assert run.global_batch_size == 4
 
 

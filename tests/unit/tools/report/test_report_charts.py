@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 from report_folder import write_run
 
-from torchtitan.tools.report.charts import build_charts, number, svg, ticks, to_json
+from torchtitan.tools.report.charts import build_charts, look, number, svg, ticks, to_json
 from torchtitan.tools.report.run import read_runs
 
 
@@ -27,6 +28,23 @@ from torchtitan.tools.report.run import read_runs
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ((100_020.0, 100_040.0), ["100.02K", "100.04K"]),
+        ((2.3452, 2.3454), ["2.3452", "2.3454"]),
+        ((1.79998e-4, 1.8e-4), ["1.79998e-4", "1.8e-4"]),
+        ((-100_001.0, -100_000.0), ["-100.001K", "-100K"]),
+        ((0.0, 500_000.0), ["0", "500K"]),
+        ((0.5, 0.5), ["0.5", "0.5"]),
+    ],
+)
+def test_neighbours_on_an_axis_have_different_labels(
+    values: tuple[float, float], texts: list[str]
+) -> None:
+    assert [number(value, values[1] - values[0]) for value in values] == texts
 
 
 @pytest.mark.parametrize(
@@ -75,3 +93,37 @@ def test_seven_runs_can_be_told_apart(tmp_path: Path) -> None:
     runs = read_runs([str(write_run(tmp_path / str(i), [2.0, 1.0])) for i in range(7)])
     drawn = svg(build_charts(runs)[0], runs)
     assert 'class="line c0"' in drawn and 'class="line c0 d1"' in drawn
+
+
+def test_three_dashes_take_turns() -> None:
+    looks = [look(run) for run in range(24)]
+    assert len(set(looks)) == 24 and looks[:6] == [f"c{i}" for i in range(6)]
+    assert [look(run) for run in (24, 29)] == ["c0 d1", "c5 d1"]
+
+
+@pytest.mark.parametrize(("steepness", "digits"), [(1e-7, 12), (1.0, 5)])
+def test_a_curve_has_as_many_digits_as_its_slope_needs(
+    tmp_path: Path, steepness: float, digits: int
+) -> None:
+    losses: list[float | None] = [2 + steepness * i / 300 + 1e-13 for i in range(300)]
+    runs = read_runs([str(write_run(tmp_path / "run", losses))])
+    charts = build_charts(runs)
+    mean = to_json(runs, charts)["charts"][0]["lines"][0]["mean"]
+    assert len(set(mean)) == 300
+    longest = max(len(str(value).replace(".", "")) for value in mean)
+    assert longest == digits
+
+
+def test_labels_are_whole(tmp_path: Path) -> None:
+    """The last step's at the right edge, and a long one at the left."""
+    run = write_run(tmp_path / "run", [1.79994e-4 + i * 1e-10 for i in range(61)])
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('{"step": ', '{"step": 1000'))
+    runs = read_runs([str(run)])
+    drawn = svg(build_charts(runs)[0], runs)
+    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)">(.*?)</text>', drawn)
+    assert len({text for *_, text in labels}) == len(labels) > 5
+    for x, anchor, text in labels:
+        width = 7 * len(text)
+        before, after = (width, 0) if anchor == "end" else (width / 2, width / 2)
+        assert float(x) - before > -2 and float(x) + after < 380, text

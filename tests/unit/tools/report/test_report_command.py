@@ -69,6 +69,19 @@ def test_time_and_memory_are_of_all_processes_of_a_run(tmp_path: Path) -> None:
     assert "5.00 GiB 0:03:30" in text_of(run / "report.html")
 
 
+def test_a_process_that_begins_with_a_long_step_is_another_one(tmp_path: Path) -> None:
+    """120 s, then 190 s of which the first step took 130; they have their starts."""
+    run = write_run(tmp_path / "run", [3.0] * 4)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, elapsed, start in zip(rows, [60, 120, 130, 190], [7, 7, 9, 9], strict=True):
+        row |= {"elapsed_seconds": elapsed, "started_at": start}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(run)]) == 0
+    page = run / "report.html"
+    assert "3.00 GiB 0:05:10" in text_of(page)
+    assert "Start of the process" not in page.read_text()
+
+
 def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a", LOSSES, "--optimizer.lr=1e-3")
@@ -124,6 +137,21 @@ def test_what_is_not_finite_is_said(tmp_path: Path) -> None:
     assert "run: loss is not finite at step 2 and 1 more." in text_of(run / "report.html")
 
 
+def test_steps_that_the_guard_skipped_are_not_called_not_finite(tmp_path: Path) -> None:
+    """They are null too; step 6, at which none was skipped, is not one of them."""
+    run = write_run(tmp_path / "run", [3.0, None, 2.0, None, None, None])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, skipped in zip(rows, [0, 1, 1, 2, 3, 3], strict=True):
+        row |= {"steps_skipped": skipped, "grad_norm": row["loss"]}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main([str(run)])
+    text = text_of(run / "report.html")
+    assert "run: the guard skipped the batch of 3 steps, the first by step 2." in text
+    assert "run: loss is not finite at step 6." in text
+    drawn = (run / "report.html").read_text().partition("<script")[0]
+    assert drawn.count('class="mark"') == 2  # of the loss and of the norm
+
+
 def test_checkpoints_behind_a_url_are_not_looked_for(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", LOSSES, "--checkpoint.folder=s3://bucket/run")
     main([str(run)])
@@ -162,6 +190,33 @@ def test_a_picture(tmp_path: Path) -> None:
 
     picture = imread(files[1])
     assert picture.shape[1] > 1000 and picture.std() > 0.05
+
+
+def test_a_picture_draws_from_zero_and_says_all_names(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from torchtitan.tools.report.figure import draw
+    from torchtitan.tools.report.run import read_runs
+
+    names = [f"llama3_1b_fineweb_lr3e-4_wd0.1_seed{i}" for i in range(14)] + ["x" * 200]
+    folders = [write_run(tmp_path / name, [3.0, None, 2.0]) for name in names]
+    figure = draw(read_runs(list(map(str, folders))))
+    FigureCanvasAgg(figure).draw()
+    page = figure.bbox
+    [legend] = figure.legends
+    assert len(legend.get_texts()) == 15
+    for text in [*legend.get_texts(), figure._suptitle]:
+        box = text.get_window_extent()
+        assert box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0, text
+    axes = {one.get_title(loc="left"): one for one in figure.axes}
+    for title, panel in axes.items():
+        box = panel.get_window_extent()
+        assert box.height > 150, title
+    assert axes["Throughput (tokens/s)"].get_ylim()[0] == 0
+    assert axes["Loss (nats per token)"].get_ylim()[0] > 1
+    marks = [line for line in axes["Loss (nats per token)"].lines if line.get_marker() == "^"]
+    assert [list(line.get_xdata()) for line in marks] == [[2]] * 15
 
 
 def test_a_picture_without_matplotlib_is_refused(

@@ -89,6 +89,55 @@ def test_it_prints(page: Path) -> None:
     assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
 
 
+def test_tables_are_whole_on_paper(page: Path) -> None:
+    with Page(page, width=718, print_media=True) as browser:
+        missing = (
+            "[...document.querySelectorAll('.wide')].map((e) => e.scrollWidth - e.clientWidth)"
+        )
+        assert set(browser.run(missing)) == {0}
+        assert browser.run("document.documentElement.scrollWidth") <= 718
+
+
+def test_the_legend_of_many_runs_leaves_room_and_has_their_dashes(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run{i}_with_a_long_name", [3.0, 2.0]) for i in range(26)]
+    out = tmp_path / "out.html"
+    main([*map(str, runs), "--out", str(out)])
+    with Page(out, width=390, height=844) as browser:
+        assert browser.run("document.querySelector('.bar').offsetHeight") <= 0.3 * 844 + 1
+        names = browser.run("[...document.querySelectorAll('.bar .run')].map((e) => e.className)")
+        lines = browser.run(f"[...{LINES}].map((e) => e.getAttribute('class'))")
+        assert [name.removeprefix("run ") for name in names] == [
+            line.removeprefix("line ") for line in lines
+        ]
+        shown = browser.run(
+            "[...document.querySelectorAll('.bar .run i')].map((e) => "
+            "getComputedStyle(e).backgroundImage)"
+        )
+        assert len(set(shown)) == 19  # all but the first six, which are plain; 24 and 25 as 6 and 7
+        assert browser.problems == []
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_neighbours_on_an_axis_have_different_labels(tmp_path: Path, javascript: bool) -> None:
+    losses: list[float | None] = [1.79994e-4 + i * 1e-10 for i in range(61)]
+    run = write_run(tmp_path / "run", losses, every=1)
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('{"step": ', '{"step": 1000'))
+    main([str(run)])
+    with Page(run / "report.html", javascript=javascript) as browser:
+        texts = "[...document.querySelectorAll('.chart svg')[0].querySelectorAll('text')]"
+        labels = browser.run(f"{texts}.map((e) => e.textContent)")
+        assert len(set(labels)) == len(labels) > 5, labels
+        outside = browser.run(
+            f"(() => {{ const s = {FIRST_CHART}.getBoundingClientRect(); return {texts}.filter((e) "
+            "=> { const b = e.getBoundingClientRect(); return b.left < s.left - 1 || b.right > "
+            "s.right + 1; }).map((e) => e.textContent); })()"
+        )
+        assert outside == []
+        path = browser.run(f"{LINES}[0].getAttribute('d')")
+        assert len({point.partition(",")[2] for point in path.split()}) > 55  # no staircase
+
+
 def pixels(png: bytes):
     from matplotlib.image import imread
 

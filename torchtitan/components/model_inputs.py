@@ -1,0 +1,164 @@
+"""From a batch of a data loader to what the model is called with."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchtitan.components.data_loader import Batch, builder, some
+from torchtitan.config.load import fail
+from torchtitan.distributed.context_parallel import shard_batch
+from torchtitan.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+USUAL_KEYS = ("tokens", "labels", "positions", "document_ids")
+"""Keys of a batch that the trainer knows; others are inputs of the model by their names."""
+
+
+class ModelInputs:
+    """Looks at batches, and makes of them what the model's `forward` takes.
+
+    Args:
+        model: the whole model, before it is parallelized.
+    """
+
+    def __init__(
+        self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
+    ) -> None:
+        self._config = job_config
+        self._usual = usual_inputs(model, parallel_dims, job_config)
+        self._cp = parallel_dims.cp_enabled
+        self._dtype = getattr(torch, job_config.training.mixed_precision_param)
+        parameters = list(inspect.signature(model.forward).parameters.values())
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        own = [p for p in parameters[1:] if p.name not in USUAL_KEYS]
+        self._taken = {p.name for p in own}
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        self._needed = [p.name for p in own if p.kind in named and p.default is p.empty]
+        if job_config.training.document_mask:  # else the trainer makes positions
+            self._needed += self._usual
+
+    def checked(self, batch: Batch) -> Batch:
+        """A batch of the training loader as it is.
+
+        Raises:
+            ConfigError: it lacks something, has what nobody reads, or has another shape than the
+                config says, by which tokens are counted.
+        """
+        who = f"{builder(self._config)}: a batch of the loader"
+        if not isinstance(batch, dict):
+            raise ConfigError(
+                f"{who} is {type(batch).__name__}, no dict with 'tokens' and 'labels'"
+            )
+        missing = [name for name in USUAL_KEYS[:2] if name not in batch]
+        if missing:
+            raise ConfigError(f"{who} has {some(batch)} but no {some(missing)}")
+        others = [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]
+        if others:
+            raise ConfigError(
+                f"{who} has {others[0]!r} of {type(batch[others[0]]).__name__}, which must be a "
+                "torch.Tensor"
+            )
+        own = [name for name in batch if name not in USUAL_KEYS]
+        unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
+        if unknown:
+            raise ConfigError(
+                f"{who} has {some(unknown)}, which forward() of {self._config.model.name} does "
+                f"not take: besides tokens, it takes {some(sorted(self._taken))} from a loader"
+            )
+        training = self._config.training
+        sizes = [training.local_batch_size, training.seq_len]
+        shape = list(batch["labels"].shape)
+        if shape[:2] != sizes:
+            raise ConfigError(
+                f"{who} has labels of shape {shape}. It must begin with {sizes}, "
+                "[training.local_batch_size, training.seq_len]: seq_len is the number of what a "
+                "sample has predictions for, by which tokens and FLOPs are counted"
+            )
+        for name, tensor in batch.items():
+            if list(tensor.shape[:1]) != sizes[:1]:
+                raise ConfigError(
+                    f"{who} has {name!r} of shape {list(tensor.shape)}, whose first size must be "
+                    f"training.local_batch_size ({sizes[0]})"
+                )
+            # IGNORE_INDEX must fit into labels, and cross entropy takes no other integers.
+            ids = name == "labels" or (name in USUAL_KEYS and list(tensor.shape) == sizes)
+            if ids and tensor.dtype != torch.int64 and not tensor.is_floating_point():
+                raise ConfigError(
+                    f"{who} has {name!r} of {tensor.dtype}, which must be torch.int64, or floating "
+                    "point if they are no ids"
+                )
+        absent = [name for name in self._needed if name not in batch]
+        if absent:
+            raise ConfigError(
+                f"{who} has {some(batch)} but no {some(absent)}, which forward() of "
+                f"{self._config.model.name} needs"
+            )
+        if self._cp and (own or list(batch["tokens"].shape) != sizes or shape != sizes):
+            fail(
+                self._config,
+                "parallelism.context_parallel_degree",
+                "context parallelism divides tokens and labels [batch, seq] alone, but the loader "
+                f"of {self._config.model.name} gives "
+                + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
+            )
+        return batch
+
+    def on_device(
+        self, batch: Batch, device: torch.device, cp_mesh: DeviceMesh | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Batch]:
+        """Tokens, labels and the model's other inputs.
+
+        Under context parallelism, this rank's part of the sequence. Inputs in floating point are in
+        `training.mixed_precision_param`, as FSDP would have them, on every layout alike; labels are
+        as they were.
+        """
+        if not self._config.training.document_mask and "positions" in self._usual:
+            # The sequence is one document to the model.
+            labels = batch["labels"]
+            batch["positions"] = torch.arange(labels.shape[1]).expand(labels.shape[:2])
+        if cp_mesh is not None:
+            batch = shard_batch(batch, cp_mesh, self._config)
+        if device.type == "cuda":  # a copy from other memory waits for what is queued before
+            batch = {name: t.contiguous().pin_memory() for name, t in batch.items()}
+        batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+        names = [*self._usual, *(name for name in batch if name not in USUAL_KEYS)]
+        inputs = {name: self._in_precision(batch[name]) for name in names}
+        return self._in_precision(batch["tokens"]), batch["labels"], inputs
+
+    def _in_precision(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> list[str]:
+    """Which of `positions` and `document_ids` the model is called with, see `ModelProtocol`."""
+    accepted = inspect.signature(model.forward).parameters
+    wanted = []
+    if job_config.training.document_mask:
+        if "document_ids" not in accepted:
+            fail(
+                job_config,
+                "training.document_mask",
+                f"the forward() of {job_config.model.name} takes no document_ids",
+            )
+        wanted = ["positions", "document_ids"]
+    elif parallel_dims.pp_enabled or parallel_dims.cp_enabled:
+        # Hidden states do not tell a stage how long the sequence is, nor a part of the sequence
+        # where it belongs.
+        wanted = ["positions"]
+    if parallel_dims.cp_enabled and "positions" not in accepted:
+        fail(
+            job_config,
+            "parallelism.context_parallel_degree",
+            f"the forward() of {job_config.model.name} takes no positions, so it cannot work on a "
+            "part of a sequence",
+        )
+    return [name for name in wanted if name in accepted]
