@@ -63,7 +63,8 @@ _OF_NETWORKS = frozenset(
         *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
         *("TransportError", "ProtocolError", "IncompleteRead"),  # httpx, urllib3, http.client
         *("Timeout", "ChunkedEncodingError"),  # requests
-        *("HTTPClientError", "CommError"),  # botocore, wandb
+        *("HTTPClientError", "IncompleteReadError", "ResponseStreamingError"),  # botocore
+        "CommError",  # wandb
     }
 )
 """Names of base classes. Most are no `OSError`, and importing them would need the packages."""

@@ -307,7 +307,7 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
         """Add the gradients of one micro-batch. Returns its share of the step's loss."""
-        tokens, labels, inputs = self.model_inputs.on_device(batch, self.device, self.cp_mesh)
+        tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
@@ -322,12 +322,15 @@ class Trainer:
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
         self.watch.enter("after the step", self.state.step)
-        tokens, labels, inputs = self.model_inputs.on_device(batch, self.device, self.cp_mesh)
+        tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
                 return self.pipeline.evaluate(tokens, labels, inputs)
             return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)
+
+    def _to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Batch]:
+        return self.model_inputs.on_device(batch, self.device, self.cp_mesh)
 
     def _after_step(self, stopping: bool) -> None:
         """Log, validate and save what is due after this step."""

@@ -16,6 +16,7 @@ import fsspec
 import pytest
 from harness import train_on_c4
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from object_store import EndpointConnectionError, IncompleteReadError
 
 from torchtitan import cli
 from torchtitan.data.files import file_size, reading, sha256
@@ -66,6 +67,8 @@ PASSING = [
     Answer(500),
     ClientError(503),
     TransportError("connect"),
+    EndpointConnectionError("Could not connect"),
+    IncompleteReadError("10 of 20 bytes"),
     caused(RuntimeError("cannot generate"), ConnectionResetError()),
     caused(LocalEntryNotFoundError("not in the cache"), TransportError("connect")),
 ]

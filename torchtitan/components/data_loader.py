@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -47,6 +48,13 @@ class DataLoader(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from such a state, which also has `seq_len`, that of the run that saved it."""
+
+
+def has_own_loader(build_dataloader_fn: Any) -> bool:
+    """Whether it is not the library's, so that a batch may be something else than texts."""
+    while isinstance(build_dataloader_fn, partial):
+        build_dataloader_fn = build_dataloader_fn.func
+    return not str(getattr(build_dataloader_fn, "__module__", "")).startswith("torchtitan.")
 
 
 def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
 
-_USUAL = ("tokens", "labels", "positions", "document_ids")
+USUAL_KEYS = ("tokens", "labels", "positions", "document_ids")
 """Keys of a batch that the trainer knows; others are inputs of the model by their names."""
 
 
@@ -39,7 +39,12 @@ class ModelInputs:
         self._dtype = getattr(torch, job_config.training.mixed_precision_param)
         parameters = list(inspect.signature(model.forward).parameters.values())
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._taken = {p.name for p in parameters[1:]} - set(_USUAL)
+        own = [p for p in parameters[1:] if p.name not in USUAL_KEYS]
+        self._taken = {p.name for p in own}
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        self._needed = [p.name for p in own if p.kind in named and p.default is p.empty]
+        if job_config.training.document_mask:  # else the trainer makes positions
+            self._needed += self._usual
 
     def checked(self, batch: Batch) -> Batch:
         """A batch of the training loader as it is.
@@ -53,10 +58,16 @@ class ModelInputs:
             raise ConfigError(
                 f"{who} is {type(batch).__name__}, no dict with 'tokens' and 'labels'"
             )
-        missing = [name for name in _USUAL[:2] if name not in batch]
+        missing = [name for name in USUAL_KEYS[:2] if name not in batch]
         if missing:
             raise ConfigError(f"{who} has {some(batch)} but no {some(missing)}")
-        own = [name for name in batch if name not in _USUAL]
+        others = [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]
+        if others:
+            raise ConfigError(
+                f"{who} has {others[0]!r} of {type(batch[others[0]]).__name__}, which must be a "
+                "torch.Tensor"
+            )
+        own = [name for name in batch if name not in USUAL_KEYS]
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
         if unknown:
             raise ConfigError(
@@ -78,6 +89,19 @@ class ModelInputs:
                     f"{who} has {name!r} of shape {list(tensor.shape)}, whose first size must be "
                     f"training.local_batch_size ({sizes[0]})"
                 )
+            # IGNORE_INDEX must fit into labels, and cross entropy takes no other integers.
+            ids = name == "labels" or (name in USUAL_KEYS and list(tensor.shape) == sizes)
+            if ids and tensor.dtype != torch.int64 and not tensor.is_floating_point():
+                raise ConfigError(
+                    f"{who} has {name!r} of {tensor.dtype}, which must be torch.int64, or floating "
+                    "point if they are no ids"
+                )
+        absent = [name for name in self._needed if name not in batch]
+        if absent:
+            raise ConfigError(
+                f"{who} has {some(batch)} but no {some(absent)}, which forward() of "
+                f"{self._config.model.name} needs"
+            )
         if self._cp and (own or list(batch["tokens"].shape) != sizes or shape != sizes):
             fail(
                 self._config,
@@ -97,7 +121,7 @@ class ModelInputs:
         `training.mixed_precision_param`, as FSDP would have them, on every layout alike; labels are
         as they were.
         """
-        if not self._config.training.document_mask and (cp_mesh or "positions" in self._usual):
+        if not self._config.training.document_mask and "positions" in self._usual:
             # The sequence is one document to the model.
             labels = batch["labels"]
             batch["positions"] = torch.arange(labels.shape[1]).expand(labels.shape[:2])
@@ -106,7 +130,7 @@ class ModelInputs:
         if device.type == "cuda":  # a copy from other memory waits for what is queued before
             batch = {name: t.contiguous().pin_memory() for name, t in batch.items()}
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        names = [*self._usual, *(name for name in batch if name not in _USUAL)]
+        names = [*self._usual, *(name for name in batch if name not in USUAL_KEYS)]
         inputs = {name: self._in_precision(batch[name]) for name in names}
         return self._in_precision(batch["tokens"]), batch["labels"], inputs
 

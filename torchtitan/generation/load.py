@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
@@ -26,6 +27,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     SAFETENSORS_INDEX,
     is_hf_weights,
 )
+from torchtitan.components.checkpoint.storage import is_url, storage_path
 from torchtitan.components.model_fit import fits_vocabulary
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config import JobConfig, load_config
@@ -100,8 +102,7 @@ class Source:
     @property
     def is_converted(self) -> bool:
         """`torchtitan convert from-hf` wrote it."""
-        of = self.manifest
-        return of is not None and of.model_only and of.step == 0
+        return self.manifest is not None and _is_converted(self.manifest)
 
 
 @dataclass
@@ -127,10 +128,10 @@ def open_source(options: ModelOptions) -> Source:
         DataError: the tokenizer cannot be loaded.
     """
     load_plugins(options.custom_import)
-    folder = _checkpoint_folder(Path(options.checkpoint).expanduser())
+    folder = _checkpoint_folder(options.checkpoint)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
     is_hf = manifest is None
-    saved_config = None if is_hf else _config_of_run(folder)
+    saved_config = None if manifest is None else _config_of_run(folder, _is_converted(manifest))
     job_config = saved_config or JobConfig()
     if options.flavor is not None and options.model is None:
         raise ConfigError("--flavor needs --model")
@@ -196,8 +197,13 @@ def load_model(source: Source) -> LoadedModel:
     return LoadedModel(source, model.eval(), dims)
 
 
-def _checkpoint_folder(path: Path) -> Path:
+def _checkpoint_folder(location: str) -> Path:
     """The checkpoint that the user means: a folder of its own, or the newest of a run."""
+    if is_url(location) and not location.startswith("file://"):
+        raise CheckpointError(
+            f"--checkpoint {location}: URLs are not read here. Copy the folder to a local disk"
+        )
+    path = cast(Path, storage_path(location))
     if not path.is_dir():
         raise CheckpointError(f"--checkpoint {path}: there is no such folder")
     if (path / MANIFEST).is_file() or is_hf_weights(path):
@@ -217,9 +223,16 @@ def _checkpoint_folder(path: Path) -> Path:
     )
 
 
-def _config_of_run(folder: Path) -> JobConfig | None:
-    """The config of the run that saved a checkpoint; None if it is neither in it nor beside it."""
-    for parent in (folder, *folder.parents[:2]):
+def _is_converted(manifest: Manifest) -> bool:
+    return manifest.model_only and manifest.step == 0
+
+
+def _config_of_run(folder: Path, is_converted: bool) -> JobConfig | None:
+    """The config of the run that saved a checkpoint; None if it is neither in it nor beside it.
+
+    A run's folder that a converted checkpoint lies in is not of the run that made its weights.
+    """
+    for parent in (folder,) if is_converted else (folder, *folder.parents[:2]):
         path = parent / CONFIG_FILE
         if path.is_file():
             config = load_config(["--job.config_file", str(path)])
@@ -276,10 +289,11 @@ def _check_vocabulary(source: Source) -> None:
 
 
 def _stop_tokens(source: Source) -> frozenset[int]:
-    """The tokenizer's eos, and what its folder and that of the weights say besides (ends of chat
-    turns).
+    """The tokenizer's eos, what its folder and that of the weights say besides, and what has ended
+    a turn of the run's conversations.
     """
-    folders = [source.job_config.model.tokenizer_path]
+    config = source.job_config
+    folders = [config.model.tokenizer_path]
     if source.is_hf:
         folders.append(str(source.folder))
     elif source.is_converted and source.manifest:
@@ -288,6 +302,9 @@ def _stop_tokens(source: Source) -> frozenset[int]:
     for folder in folders:
         if folder not in ("", "bytes"):
             tokens.update(_told_ends(Path(folder).expanduser()))
+    if source.of_run and source.manifest and source.manifest.data.get("has_conversations"):
+        turn = end_of_turn(Path(folders[0]).expanduser(), config.data.chat_template)
+        tokens |= set() if turn is None else {turn}
     return frozenset(tokens)
 
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from torchtitan.distributed.determinism import derive_seed
-from torchtitan.errors import ConfigError
+from torchtitan.errors import CheckpointError, ConfigError
+
+NO_NUMBERS = (
+    "the model's logits are NaN or infinite: its weights are, or numbers on the way are too large "
+    "for --dtype float16; try bfloat16 or float32"
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,13 @@ class Sampler:
         ]
 
     def next_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each sequence, `[batch]` int64, for logits `[batch, vocab]`."""
+        """The next token of each sequence, `[batch]` int64, for logits `[batch, vocab]`.
+
+        Raises:
+            CheckpointError: a logit is NaN, or the largest one is infinite.
+        """
+        if not logits.amax(-1).isfinite().all():
+            raise CheckpointError(NO_NUMBERS)
         if self._sampling.temperature == 0:
             return logits.argmax(-1)
         # By the inverse of the distribution function, one random number a token. Drawn on the CPU,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
+
+from torchtitan.errors import CheckpointError
+from torchtitan.generation.sampling import NO_NUMBERS
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ def score(
 
     Returns:
         One a pair, in their order.
+
+    Raises:
+        CheckpointError: a logit is NaN.
     """
     device = next(model.parameters()).device
     texts = [(*context, *continuation) for context, continuation in pairs]
@@ -64,6 +71,8 @@ def _score(logits: torch.Tensor, text: Sequence[int], length: int) -> Score:
     logits = logits[end - length : end].float()
     targets = torch.tensor(text[-length:], device=logits.device)
     log_likelihood = -F.cross_entropy(logits, targets, reduction="sum").item()
+    if math.isnan(log_likelihood):
+        raise CheckpointError(NO_NUMBERS)
     return Score(log_likelihood, bool((logits.argmax(-1) == targets).all()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn as nn
@@ -12,13 +13,14 @@ from torchtitan.config.validate import validate
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
-from torchtitan.distributed.pipeline_split import assign_modules, stages_of_rank
+from torchtitan.distributed.pipeline_split import assign_modules, parameters_of, stages_of_rank
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
+from .inputs import Inputs
 from .roofline import Roofline
 from .trace import meta_model, repetition_of, trace_step
 
@@ -55,9 +57,13 @@ class Arithmetic:
 
     Args:
         config: with the global batch and the sequence length of the search.
+        inputs: what a batch is; by default token ids.
     """
 
-    def __init__(self, config: JobConfig, device: Device, host_size: int) -> None:
+    def __init__(
+        self, config: JobConfig, device: Device, host_size: int, inputs: Inputs | None = None
+    ) -> None:
+        self._inputs = inputs or Inputs()
         self._config, self._device, self._host_size = config, device, host_size
         spec = get_train_spec(config.model.name, config.model.flavor)
         args = spec.model_args.update_from_config(config)
@@ -65,7 +71,7 @@ class Arithmetic:
         self._around_layers = modules_around_layers(spec.pipeline_fn)
         self._dim = getattr(args, "dim", 0)
         self._model = meta_model(single_layout(config))
-        self._trained = _sizes(self._model)[1]
+        self._trained = _sizes(list(self._model.parameters()))[1]
         layers = list(layers_of(self._model).values())
         self._layers = len(layers)
         self._layer_params = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
@@ -79,10 +85,12 @@ class Arithmetic:
         validate(job, 2)
         compiled, job.compile.enable = job.compile.enable, False
         roofline = Roofline(self._device, self._host_size, compiled)
-        repetition = repetition_of(meta_model(job), job)
+        repetition = repetition_of(meta_model(job), job, self._inputs)
         with fake_world(2, rank=0):
             dims = ParallelDims.from_config(job.parallelism, 2)
-            stages = [trace_step(job, shallow, dims).stages[0] for shallow in (0, 1)]
+            stages = [
+                trace_step(job, shallow, dims, inputs=self._inputs).stages[0] for shallow in (0, 1)
+            ]
         depths = [
             repetition.depth(repeats) if repetition.worth_extrapolating else self._layers
             for repeats in repetition.traced
@@ -176,7 +184,7 @@ class Arithmetic:
                 self._shares[key] = [part] * candidate.pp
                 return self._shares[key]
             sizes = {
-                name: _sizes(self._model.get_submodule(name)) for names in stages for name in names
+                name: _sizes(parameters_of(self._model, name)) for names in stages for name in names
             }
             own = [
                 [name for stage in stages_of_rank(job, place) for name in stages[stage]]
@@ -199,7 +207,6 @@ class Arithmetic:
         return self._config.training.global_batch_size // data // candidate.micro_batch
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def _sizes(params: Sequence[nn.Parameter]) -> tuple[int, int]:
     """Elements of all parameters, and of those that are not frozen."""
-    params = list(module.parameters())
     return sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)

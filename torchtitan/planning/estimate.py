@@ -26,6 +26,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from .collectives import Collective
 from .devices import Device
 from .extrapolate import extrapolate
+from .inputs import Inputs
 from .layers import Repetition, layer_signatures
 from .memory import Memory
 from .records import PassTrace, StepTrace
@@ -143,16 +144,19 @@ def plan_run(
     device: Device,
     host_size: int = 8,
     known: Traces | None = None,
+    inputs: Inputs | None = None,
 ) -> Plan:
     """Trace the distinct stages of a run, and estimate it.
 
     Args:
         host_size: devices of a host.
         known: traces of runs before, which are used where they serve, and added to.
+        inputs: what a batch is, if that was asked before.
 
     Raises:
-        ConfigError: the job is not valid for the world.
+        ConfigError: the job is not valid for the world, or what a batch is cannot be known.
     """
+    inputs = inputs or Inputs.of(config)
     given, config = config, without_machine(config, world_size)
     validate(config, world_size)
     spec = get_train_spec(config.model.name, config.model.flavor)
@@ -167,7 +171,7 @@ def plan_run(
     dims = ParallelDims.from_config(config.parallelism, world_size)
     pp = dims.pp
     roofline = Roofline(device, host_size, compiled)
-    traces = _trace_pipeline(config, world_size, dims, {} if known is None else known)
+    traces = _trace_pipeline(config, world_size, dims, {} if known is None else known, inputs)
     global_batch, accumulation = resolve_batch(config, dims.dp)
 
     parallelism = config.parallelism
@@ -238,16 +242,15 @@ def _refuse_unplannable(config: JobConfig) -> None:
 
 
 def _trace_pipeline(
-    config: JobConfig, world_size: int, dims: ParallelDims, known: Traces
+    config: JobConfig, world_size: int, dims: ParallelDims, known: Traces, inputs: Inputs
 ) -> list[tuple[StepTrace, Groups]]:
     """A trace for each place in the pipeline, put together from those of its stages.
 
     Stages that are alike share one, whatever the schedule and the number of micro-batches.
     """
     model = meta_model(config)
-    layers = dict(
-        zip(layers_of(model), layer_signatures(model, config.training.seq_len), strict=True)
-    )
+    signatures = layer_signatures(model, config.training.seq_len, inputs)
+    layers = dict(zip(layers_of(model), signatures, strict=True))
     job = _schedule_free(config)
     result = []
     for place in range(dims.pp):
@@ -257,7 +260,8 @@ def _trace_pipeline(
             key = world_size, job, _likeness(part, layers)
             if key not in known:
                 with fake_world(world_size, rank=place * (world_size // dims.pp)):
-                    known[key] = _trace_deep(config, repetition_of(part, config), stage)
+                    repetition = repetition_of(part, config, inputs)
+                    known[key] = _trace_deep(config, repetition, stage, inputs)
             traces.append(known[key])
         result.append((_together([trace for trace, _ in traces]), traces[0][1]))
     return result
@@ -283,13 +287,17 @@ def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
     return (*others, *(layers[name] for name in layers_of(part)))
 
 
-def _trace_deep(config: JobConfig, repetition: Repetition, stage: int) -> tuple[StepTrace, Groups]:
+def _trace_deep(
+    config: JobConfig, repetition: Repetition, stage: int, inputs: Inputs
+) -> tuple[StepTrace, Groups]:
     """Trace a stage within a `fake_world`."""
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     groups = {name: dist.get_process_group_ranks(group) for name, group in dims.groups().items()}
     if not repetition.worth_extrapolating:
-        return trace_step(config, dims=dims, stages=[stage]), groups
-    few, more = (trace_step(config, shallow, dims, stages=[stage]) for shallow in (0, 1))
+        return trace_step(config, dims=dims, stages=[stage], inputs=inputs), groups
+    few, more = (
+        trace_step(config, shallow, dims, stages=[stage], inputs=inputs) for shallow in (0, 1)
+    )
     return extrapolate(few, more, repetition), groups
 
 

@@ -12,7 +12,10 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
+from torchtitan.components.data_loader import Batch
 from torchtitan.protocols.model import layers_of
+
+from .inputs import Inputs, own_inputs
 
 _EDGE = 2
 """Layers at each end that are not like those between, as FSDP holds a layer and the next."""
@@ -27,13 +30,16 @@ class Repetition:
     repeats: int
 
     @classmethod
-    def of(cls, model: nn.Module, seq_len: int, multiple: int = 1) -> Repetition:
+    def of(
+        cls, model: nn.Module, seq_len: int, multiple: int = 1, inputs: Inputs | None = None
+    ) -> Repetition:
         """The one with the fewest different layers.
 
         Args:
+            inputs: by default token ids.
             multiple: the period is a multiple of this, as every n-th layer is treated differently.
         """
-        signatures = layer_signatures(model, seq_len)
+        signatures = layer_signatures(model, seq_len, inputs)
         layers = len(signatures)
         best = cls(layers, multiple, 0)
         for period in range(multiple, layers // 2 + 1, multiple):
@@ -75,12 +81,13 @@ def keep_layers(model: nn.Module, count: int) -> None:
         del layers[name]
 
 
-def layer_signatures(model: nn.Module, seq_len: int) -> list[str]:
+def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs | None = None) -> list[str]:
     """For each of `model.layers` a text, equal where modules, shapes and settings are, and
     where the model calls them alike.
 
     Args:
         model: on the meta device, or a stage of it.
+        inputs: by default token ids.
     """
     settings = [_settings(layer) for layer in layers_of(model).values()]
     numbers = [int(name) if name.isdecimal() else -1 for name in layers_of(model)]
@@ -91,14 +98,14 @@ def layer_signatures(model: nn.Module, seq_len: int) -> list[str]:
         for key in shared
         if all(s[key] == n for s, n in zip(settings, numbers, strict=True)) and len(settings) > 1
     }
-    calls = _calls(model, seq_len)
+    calls = _calls(model, (inputs or Inputs()).batch(1, seq_len, "meta"))
     return [
         repr([call, *((key, value) for key, value in s.items() if key not in own_number)])
         for s, call in zip(settings, calls, strict=True)
     ]
 
 
-def _calls(model: nn.Module, seq_len: int) -> list[object]:
+def _calls(model: nn.Module, batch: Batch) -> list[object]:
     """What each layer gets besides hidden states: masks, rotations. Equal for the same objects.
 
     A model may treat layers of the same kind differently, with a window for some of them.
@@ -125,7 +132,7 @@ def _calls(model: nn.Module, seq_len: int) -> list[object]:
         # What follows the layers may fail, where they got tokens for hidden states. A model of the
         # user's may need other inputs still, and its layers are taken as all different.
         with suppress(Exception):
-            model(torch.zeros(1, seq_len, dtype=torch.int64))
+            model(batch["tokens"], **own_inputs(batch))
     if len(calls) < len(layers):
         return list(range(len(layers)))
     return [calls[layer] for layer in layers]

@@ -19,6 +19,7 @@ from .arithmetic import Arithmetic
 from .candidates import Candidate, candidates
 from .devices import Device
 from .estimate import Plan, Traces, plan_run
+from .inputs import Inputs
 
 _MEMORY_MARGIN = 1.15
 _TIME_MARGIN = 1.1
@@ -96,7 +97,8 @@ def search(
     every = list(candidates(config, world_size, host_size))
     if not every:
         raise ConfigError(_no_layout(config, world_size))
-    arithmetic = Arithmetic(config, device, host_size)
+    inputs = Inputs.of(config)
+    arithmetic = Arithmetic(config, device, host_size, inputs)
     available = device.memory - device.host_memory_reserved
 
     def by_time(most: float) -> list[Candidate]:
@@ -121,7 +123,8 @@ def search(
             break
         tell(_state(found, candidate))
         try:
-            plan = plan_run(candidate.config(config), world_size, device, host_size, known)
+            job = candidate.config(config)
+            plan = plan_run(job, world_size, device, host_size, known, inputs)
         except ConfigError as error:  # a rule of this model, such as the number of heads
             refused = refused or error
             continue

@@ -9,17 +9,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.distributed.pipelining import PipelineStage
 
-from torchtitan.components.model_inputs import usual_inputs
+from torchtitan.config import origin
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import stages_per_rank
 from torchtitan.distributed.utils import local_tensor
+from torchtitan.errors import ConfigError, TitanError
 from torchtitan.protocols.model import layers_of
 
 from .collectives import CollectiveRecorder
+from .handing_on import micro_batch, step_inputs, tensors_of
+from .inputs import Inputs
 from .memory import Memory, PeakMemory
 from .operations import OperationRecorder
 from .records import PassTrace, StageTrace
@@ -37,12 +44,18 @@ def trace_stage(
     loss_fn: Loss,
     memory: PeakMemory,
     recorder: CollectiveRecorder,
+    inputs: Inputs,
+    handed: tuple[torch.Tensor, ...] | None = None,
 ) -> StageTrace:
     """Trace stage `stage` of the pipeline, 0 without one; its gradients are left in place.
 
     Within `memory` and `recorder`, which must know the parameters and the optimizer's state.
+
+    Args:
+        inputs: what a batch is.
+        handed: like what a stage gets from the one before; by default hidden states.
     """
-    tracer = _StageTracer(part, stage, job_config, dims, loss_fn, memory, recorder)
+    tracer = _StageTracer(part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed)
     tracer.trace_pipeline() if dims.pp_enabled else tracer.trace_whole()
     return tracer.trace
 
@@ -57,19 +70,17 @@ class _StageTracer:
         loss_fn: Loss,
         memory: PeakMemory,
         recorder: CollectiveRecorder,
+        inputs: Inputs,
+        handed: tuple[torch.Tensor, ...] | None,
     ) -> None:
         self._part, self._config, self._dims, self._loss_fn = part, job_config, dims, loss_fn
         self._memory, self._recorder = memory, recorder
         stages = dims.pp * (stages_per_rank(job_config) if dims.pp_enabled else 1)
         self._is_first, self._is_last = stage == 0, stage == stages - 1
-        batch = job_config.training.local_batch_size
-        if dims.pp_enabled:
-            batch = job_config.parallelism.pipeline_parallel_microbatch_size
-        # Each rank keeps only its part of a sequence.
-        seq = job_config.training.seq_len // dims.cp
-        self._tokens = torch.zeros(batch, seq, dtype=torch.int64)
-        names = usual_inputs(part, dims, job_config)
-        self._inputs = {name: self._tokens.clone() for name in names}
+        self._handed, self._kinds = handed, inputs
+        self._batch = micro_batch(job_config, dims, inputs)
+        self._tokens, self._labels = self._batch["tokens"], self._batch["labels"]
+        self._inputs = step_inputs(part, dims, job_config, self._batch)
         self._fsdp = fsdp_modules(part)
         self._autocast = mixed_precision(bool(self._fsdp), job_config, torch.device("cpu"))
         self.trace = StageTrace(
@@ -186,8 +197,8 @@ class _StageTracer:
         layer.
         """
         part, trace = self._part, self.trace
-        entry = self._tokens if self._is_first else self._hidden_states()
-        trace.hidden_in = _local_bytes(entry) if entry.requires_grad else 0
+        entry = (self._tokens,) if self._is_first else self._hidden_states()
+        trace.hidden_in = sum(_local_bytes(tensor) for tensor in entry if tensor.requires_grad)
         handles = []
         if end_of_phase:
             layers = list(layers_of(part).values())
@@ -199,12 +210,12 @@ class _StageTracer:
                 layers[-1].register_forward_hook(lambda *_: end_of_phase()),
             ]
         autocast = nullcontext() if self._dims.pp_enabled else self._autocast
-        with recording(self._recorder, record), autocast:
-            out = part(entry, **self._inputs)
-            loss = self._loss_fn(out, self._tokens) if self._is_last else None
+        with recording(self._recorder, record), autocast, self._refusing_inputs(entry):
+            out = part(*entry, **self._inputs)
+            loss = self._loss_fn(out, self._labels) if self._is_last else None
         for handle in handles:
             handle.remove()
-        trace.hidden_out = _local_bytes(out) if loss is None else 0
+        trace.hidden_out = sum(map(_local_bytes, tensors_of(out))) if loss is None else 0
         if loss is not None and not self._dims.pp_enabled:
             out = None  # as the trainer does; a stage of a pipeline keeps it
         return _Pass(entry, out, loss)
@@ -212,32 +223,59 @@ class _StageTracer:
     def _backward(self, done: _Pass, record: PassTrace) -> None:
         with recording(self._recorder, record):
             if done.loss is None:
-                out = cast(torch.Tensor, done.out)
-                out.backward(torch.zeros_like(out))
+                outs = [tensor for tensor in tensors_of(done.out) if tensor.requires_grad]
+                torch.autograd.backward(outs, [torch.zeros_like(out) for out in outs])
             else:
                 done.loss.backward()
-        done.entry.grad = None  # counted with the buffers of the pipeline
+        for tensor in done.entry:
+            tensor.grad = None  # counted with the buffers of the pipeline
 
-    def _hidden_states(self) -> torch.Tensor:
+    def _hidden_states(self) -> tuple[torch.Tensor, ...]:
+        if self._handed is not None:
+            return tuple(
+                torch.zeros(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+                for t in self._handed
+            )
         sequence_parallel = not self._config.parallelism.disable_sequence_parallel
         seq = self._tokens.shape[1] // (self._dims.tp if sequence_parallel else 1)
         dtype = getattr(torch, self._config.training.mixed_precision_param)
         shape = self._tokens.shape[0], seq, cast(Any, self._part.args).dim
-        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+        return (torch.zeros(shape, dtype=dtype, requires_grad=True),)
+
+    @contextmanager
+    def _refusing_inputs(self, entry: tuple[torch.Tensor, ...]) -> Iterator[None]:
+        """Raises `ConfigError` where a model with a loader of its own fails on what it gets."""
+        try:
+            yield
+        except (TitanError, DataDependentOutputException, DynamicOutputShapeException):
+            raise
+        except Exception as error:
+            if not self._kinds.own:
+                raise
+            name = self._config.model.name
+            given = self._kinds.describe(self._batch)
+            if not self._is_first:
+                given += f", and from the stage before {[list(t.shape) for t in entry]}"
+            raise ConfigError(
+                f"{origin(self._config, 'model.name')}: a plan gives {name} {given}, on which "
+                f"forward or the loss fails: {type(error).__name__}: {error}"
+            ) from error
 
 
 class _Pass(NamedTuple):
     """A forward pass that waits for its backward pass."""
 
-    entry: torch.Tensor
-    out: torch.Tensor | None
+    entry: tuple[torch.Tensor, ...]
+    out: Any
     loss: Any
 
 
 def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        if out.requires_grad:  # a layer returns hidden states; none comes to the first, if frozen
-            out.register_hook(lambda gradient: function())
+        for tensor in tensors_of(out):  # none comes to the first layer, if frozen
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: function())
+                break
 
     return hook
 

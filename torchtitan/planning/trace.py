@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 
 import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.loss import attach_loss
+from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, freeze
 from torchtitan.config import origin
 from torchtitan.distributed.fake_world import fake_world
@@ -36,6 +37,8 @@ from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import CollectiveRecorder
+from .handing_on import handed_on, hands_on_more
+from .inputs import Inputs
 from .layers import Repetition, keep_layers
 from .masks import attention_of_cuda
 from .memory import PeakMemory
@@ -51,6 +54,7 @@ def trace_step(
     shallow: int | None = None,
     dims: ParallelDims | None = None,
     stages: list[int] | None = None,
+    inputs: Inputs | None = None,
 ) -> StepTrace:
     """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
@@ -61,26 +65,32 @@ def trace_step(
             `worth_extrapolating` are extrapolated: leave out the other layers.
         dims: of the job, if there are meshes already.
         stages: of the pipeline, as if this rank had them. Default: those that it has.
+        inputs: what a batch is; by default token ids.
 
     Raises:
         ConfigError: a rule of the optimizer matches nothing, or what a step does depends on the
-            values of tensors.
+            values of tensors; or a model with a loader of its own does not take the inputs.
     """
+    inputs = inputs or Inputs()
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
     if stages is None:
         stages = _own_stages(job_config, dims)
-    parts = _parallel_parts(job_config, dims, shallow, stages)
+    parts = _parallel_parts(job_config, dims, shallow, stages, inputs)
     for part in parts:
         sum_gradients(part)
+    first: list[nn.Module] = []
+    if any(stages) and (inputs.own or hands_on_more(_first_stage(job_config), job_config, inputs)):
+        first = _parallel_parts(job_config, dims, 0, [0], inputs)
 
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _refusing_values(job_config), fake, attention_of_cuda(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for part in parts:
+        for part in [*parts, *first]:
             part.to_empty(device="cpu")
+        handed = handed_on(first[0], job_config, dims, inputs) if first else None
         loss_fn = spec.build_loss_fn(job_config)
         attach_loss(loss_fn, parts)
         optimizers = spec.build_optimizer_fn(parts, job_config, dims)
@@ -91,7 +101,9 @@ def trace_step(
         step = StepTrace(parameters=sum(numels))
         with memory, recorder:
             for part, stage, numel in zip(parts, stages, numels, strict=True):
-                trace = trace_stage(part, stage, job_config, dims, loss_fn, memory, recorder)
+                trace = trace_stage(
+                    part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed
+                )
                 share = numel / max(sum(numels), 1)
                 trace.gradients, trace.optimizer_state = gradients * share, state * share
                 step.stages.append(trace)
@@ -116,7 +128,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
     """
     with fake_world(world_size, rank=0):
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
-        _parallel_parts(job_config, dims, 0, _own_stages(job_config, dims))
+        _parallel_parts(job_config, dims, 0, _own_stages(job_config, dims), Inputs())
 
 
 def _own_stages(job_config: JobConfig, dims: ParallelDims) -> list[int]:
@@ -125,15 +137,28 @@ def _own_stages(job_config: JobConfig, dims: ParallelDims) -> list[int]:
 
 
 def _parallel_parts(
-    job_config: JobConfig, dims: ParallelDims, shallow: int | None, stages: list[int]
+    job_config: JobConfig,
+    dims: ParallelDims,
+    shallow: int | None,
+    stages: list[int],
+    inputs: Inputs,
 ) -> list[nn.Module]:
-    """These stages of the model, parallelised. Args: as `trace_step`."""
+    """These stages of the model, parallelised. Args: as `trace_step`.
+
+    Raises:
+        ConfigError: the model cannot be split or cut like this, a rule of the optimizer matches
+            nothing, or forward does not take what the job would give it.
+    """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     model = meta_model(job_config, dims)
+    wanted = ModelInputs(model, dims, job_config)
+    if inputs.rows is not None:
+        training = job_config.training
+        wanted.checked(inputs.batch(training.local_batch_size, training.seq_len, "meta"))
     check_rules(model, job_config)
     parts = meta_parts(model, job_config, stages)
     for part in parts:
-        repetition = repetition_of(part, job_config)
+        repetition = repetition_of(part, job_config, inputs)
         if shallow is not None and repetition.worth_extrapolating:
             keep_layers(part, repetition.depth(repetition.traced[shallow]))
     return [spec.parallelize_fn(part, dims.world_mesh, dims, job_config) for part in parts]
@@ -178,6 +203,12 @@ def meta_parts(model: nn.Module, job_config: JobConfig, stages: list[int]) -> li
     return split_model(model, job_config, stages, *modules_around_layers(spec.pipeline_fn))
 
 
+def _first_stage(job_config: JobConfig) -> nn.Module:
+    """Not parallelised, on the meta device."""
+    (part,) = meta_parts(meta_model(job_config), job_config, [0])
+    return part
+
+
 def stages_at(job_config: JobConfig, place: int) -> list[int]:
     """Numbers of the stages at a place in the pipeline; without one the model is stage 0."""
     if job_config.parallelism.pipeline_parallel_degree == 1:
@@ -185,11 +216,13 @@ def stages_at(job_config: JobConfig, place: int) -> list[int]:
     return stages_of_rank(job_config, place)
 
 
-def repetition_of(part: nn.Module, job_config: JobConfig) -> Repetition:
+def repetition_of(
+    part: nn.Module, job_config: JobConfig, inputs: Inputs | None = None
+) -> Repetition:
     config = job_config.activation_checkpoint
     every_nth = config.mode == "selective" and config.selective_ac_option != "op"
     period = int(config.selective_ac_option) if every_nth else 1
-    return Repetition.of(part, job_config.training.seq_len, period)
+    return Repetition.of(part, job_config.training.seq_len, period, inputs)
 
 
 def _make_optimizer_state(

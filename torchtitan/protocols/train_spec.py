@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -52,8 +52,12 @@ class TrainSpec:
 
     def meta_model(self, args: BaseModelArgs | None = None) -> ModelProtocol:
         """The whole model without memory, of `model_args` or of others."""
+        args = self.model_args if args is None else args
         with torch.device("meta"):
-            return self.model_cls(self.model_args if args is None else args)
+            model = self.model_cls(args)
+        if getattr(model, "args", None) is None:
+            cast(Any, model).args = args  # which a checkpoint is compared with when it is resumed
+        return model
 
 
 def register_train_spec(name: str, factory: TrainSpecFactory) -> None:

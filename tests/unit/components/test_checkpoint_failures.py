@@ -317,3 +317,22 @@ def test_a_checkpoint_that_cannot_have_its_name_back_is_named(tmp_path, saved, m
 def test_where_all_are_kept_none_is_looked_at(tmp_path, saved, monkeypatch):
     monkeypatch.setattr(folders, "list_checkpoints", no_space)
     assert folders.to_prune(saved.parent, 0) == []
+
+
+def test_a_checkpoint_that_was_moved_and_is_a_link_now_is_pruned(tmp_path, caplog):
+    Run(tmp_path / "run").train(4)
+    root, elsewhere = tmp_path / "run" / "checkpoint", tmp_path / "elsewhere"
+    (root / "step-2").rename(elsewhere)
+    (root / "step-2").symlink_to(elsewhere)
+    run = Run(tmp_path / "run", keep_latest_k=2)
+    assert run.manager.load() == 4
+    run.train(8)
+    assert checkpoints_in(root) == ["step-6", "step-8"]
+    assert not warnings_in(caplog)
+    assert Manifest.read(elsewhere).step == 2
+
+
+def test_a_link_that_leads_nowhere_hides_no_checkpoint(tmp_path):
+    Run(tmp_path).train(2)
+    (tmp_path / "checkpoint" / "step-1").symlink_to(tmp_path / "unmounted")
+    assert Run(tmp_path).manager.load() == 2

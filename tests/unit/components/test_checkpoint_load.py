@@ -2,12 +2,14 @@
 
 import json
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from safetensors.torch import save_file
+from tiny_models import TINY, tiny_model
 
 from torchtitan.components.checkpoint.load import adapter_of
 from torchtitan.components.checkpoint.manifest import Manifest
@@ -235,3 +237,66 @@ def test_a_folder_that_is_no_checkpoint_says_what_one_is(tmp_path):
     Run(tmp_path).train(2)
     with pytest.raises(CheckpointError, match=r"Did you mean .*step-2\?"):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path / "checkpoint")
+
+
+def balanced(tmp_path, **moe):
+    """A run of a model whose experts are balanced so."""
+    first = TINY["qwen3, experts"].moe
+    model = tiny_model("qwen3, experts", moe=replace(first, **{"aux_loss_weight": 0.0} | moe))
+    return Run(tmp_path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ({}, {"aux_loss_weight": 0.01}),
+        ({"aux_loss_weight": 0.01}, {}),
+        ({}, {"use_bias": True}),
+        ({"aux_loss_weight": 0.01}, {"use_bias": True}),
+    ],
+)
+def test_weights_start_a_run_whose_experts_are_balanced_in_another_way(tmp_path, was, now):
+    first = balanced(tmp_path, **was)
+    first.train(2)
+    model = balanced(tmp_path / "now", **now).model
+    torch.nn.init.zeros_(model.output.weight)
+    model.load_checkpoint(tmp_path / "checkpoint" / "step-2")
+    for name, param in first.model.named_parameters():
+        assert torch.equal(model.get_parameter(name), param), name
+    # To go on with a run is another thing.
+    with pytest.raises(CheckpointError, match=r"router.*saved from another model: moe\."):
+        balanced(tmp_path, **now).manager.load()
+
+
+def test_a_bias_by_which_experts_were_chosen_is_not_lost(tmp_path):
+    balanced(tmp_path, use_bias=True).train(2)
+    with pytest.raises(CheckpointError, match=r"selection_bias, which this run has no place for"):
+        balanced(tmp_path / "now").model.load_checkpoint(tmp_path / "checkpoint" / "step-2")
+    model = balanced(tmp_path / "now", use_bias=True).model
+    model.load_checkpoint(tmp_path / "checkpoint" / "step-2")
+
+
+def test_experts_are_put_together_a_layer_at_a_time(tmp_path, monkeypatch):
+    """Of all layers at once, the new memory would be as large as the model."""
+    from torchtitan.models.common.expert_state_dict import ExpertsAdapter
+
+    first = tiny_model("qwen3, experts")
+    save_file(
+        {k: v.clone() for k, v in adapter_of(first, tmp_path).to_hf(first.state_dict()).items()},
+        tmp_path / "model.safetensors",
+    )
+    held, join = [], ExpertsAdapter._join
+
+    def joined(self, key, matrices):
+        whole = join(self, key, matrices)
+        held.append((key.split(".")[1], weakref.ref(whole)))
+        assert len({layer for layer, ref in held if ref() is not None}) == 1
+        return whole
+
+    monkeypatch.setattr(ExpertsAdapter, "_join", joined)
+    model = tiny_model("qwen3, experts").requires_grad_(False)
+    for param in model.parameters():
+        param.zero_()
+    model.load_checkpoint(tmp_path)
+    assert {layer for layer, _ in held} == {"0", "1"}
+    torch.testing.assert_close(model.state_dict(), first.state_dict())

@@ -422,9 +422,12 @@ def test_another_optimizer_is_refused_by_key(tmp_path):
 
 def test_an_export_has_the_dtype_asked_for_and_cannot_resume(tmp_path):
     run = Run(tmp_path, last_save_model_only=True, export_dtype="bfloat16", steps=4)
+    run.loader.describe = lambda: {"sources": [{"name": "a"}]}
+    run.loader.has_conversations = True
     run.train(4, last=True)
     manifest = json.loads((tmp_path / "checkpoint" / "step-4" / "manifest.json").read_text())
     assert manifest["model_only"]
+    assert manifest["data"] == {"has_conversations": True}  # it has no place in the sources
     with pytest.raises(CheckpointError, match=r"step-4.*cannot resume.*resume from: 2$"):
         Run(tmp_path).manager.load()
     assert Run(tmp_path, load_step=2).manager.load() == 2

@@ -1,5 +1,6 @@
 """Checkpoints in storages that fsspec knows: the same promises without a rename."""
 
+import itertools
 import logging
 import sys
 
@@ -7,6 +8,7 @@ import fsspec
 import pytest
 import torch
 from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
+from object_store import ObjectStore
 
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.manifest import Manifest
@@ -15,10 +17,11 @@ from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, ConfigError
 
 
-@pytest.fixture(params=["memory", "local"])
+@pytest.fixture(params=["memory", "local", "objects"])
 def url(request, tmp_path):
     yield f"{request.param}://{tmp_path}/bucket/run"
     fsspec.filesystem("memory").store.clear()
+    ObjectStore.store.clear()
 
 
 @pytest.fixture
@@ -153,6 +156,18 @@ def test_a_damaged_one_is_passed_over_and_kept(tmp_path, url, root, caplog, name
     assert steps_in(root) == ["step-2", "step-4", "step-4.damaged"]
     assert (root / "step-4.damaged" / name).read_bytes() == content
     assert run(tmp_path, url).manager.load() == 4
+
+
+def test_a_file_is_read_once_from_its_begin_to_its_end(tmp_path):
+    """Each jump would be a request, which reads ahead what is not used."""
+    run(tmp_path, "objects://bucket/run").train(2)
+    ObjectStore.read.clear()
+    resumed = run(tmp_path, "objects://bucket/run", verify=False)
+    assert resumed.manager.load() == 2
+    places = [(start, end) for path, start, end in ObjectStore.read if path.endswith(".distcp")]
+    assert len(places) > 10
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
+    ObjectStore.store.clear()
 
 
 def test_an_incomplete_one_alone_is_an_error(tmp_path, url, root):

@@ -79,7 +79,19 @@ def test_a_state_is_rows(config, state, found):
 
 
 class Model(nn.Module):
-    def forward(self, x: torch.Tensor, *, times: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, times: torch.Tensor | None = None) -> torch.Tensor:
+        return x
+
+
+class Needy(nn.Module):
+    def forward(
+        self,
+        x: torch.Tensor,
+        times: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return x
 
 
@@ -115,6 +127,36 @@ def test_tokens_are_counted_by_the_config_so_labels_have_its_sizes(config):
         checked({"tokens": TOKENS, "labels": TOKENS[:1]})
     with pytest.raises(ConfigError, match=r"'times' of shape \[3\], whose first size"):
         checked({"tokens": TOKENS, "labels": TOKENS, "times": torch.zeros(3)})
+
+
+def test_what_forward_needs_is_in_a_batch(config):
+    batch = {"tokens": TOKENS, "labels": TOKENS, "times": TOKENS[:, 0]}
+    assert inputs(config, Needy()).checked(batch) is batch
+    with pytest.raises(ConfigError, match=r"but no 'times', which forward\(\) of mine needs"):
+        inputs(config, Needy()).checked({"tokens": TOKENS, "labels": TOKENS})
+    config.training.document_mask = True
+    with pytest.raises(ConfigError, match="but no 'positions', 'document_ids', which forward"):
+        inputs(config, Needy()).checked(batch)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"times": [1, 2]}, "'times' of list, which must be a torch.Tensor"),
+        ({"tokens": TOKENS.numpy()}, "'tokens' of ndarray, which must be a torch.Tensor"),
+        ({"labels": TOKENS.int()}, "'labels' of torch.int32, which must be torch.int64"),
+        ({"tokens": TOKENS.to(torch.uint8)}, "'tokens' of torch.uint8, which must be torch.int64"),
+    ],
+)
+def test_a_batch_has_tensors_and_ids_are_int64(config, wrong, found):
+    with pytest.raises(ConfigError, match=f"of mine: a batch of the loader has {found}"):
+        inputs(config).checked({"tokens": TOKENS, "labels": TOKENS, **wrong})
+
+
+def test_images_may_be_bytes(config):
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    batch = {"tokens": pixels, "labels": torch.zeros(2, 4, 5), "times": pixels[:, 0, 0, 0]}
+    assert inputs(config).checked(batch) is batch
 
 
 def test_what_the_model_is_called_with(config):

@@ -23,6 +23,7 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import build_dataloader
 from torchtitan.data.chat import CHATML
+from torchtitan.generation.load import ModelOptions, open_source
 
 ARGS = TINY["llama3"]
 EOS = 257
@@ -154,6 +155,35 @@ def test_what_ends_a_turn_ends_a_text(kept, tmp_path):
         write_assets(folder, ARGS, torch.float32, assets)
         told = json.loads((folder / "config.json").read_text())["eos_token_id"]
         assert set(told if conversations else [told]) == ({EOS, 259} if conversations else {EOS})
+
+
+@pytest.mark.parametrize("of_run", [False, True])
+def test_what_ended_a_turn_of_a_run_is_known_to_all_that_run_its_model(of_run, tmp_path):
+    """By the tokenizer's own template, or by data.chat_template."""
+    text = "{% for m in messages %}{{ m.content }}<|bos|>{% endfor %}"  # any token but eos
+    tokenizer = with_special_tokens(tmp_path / "in")
+    template = tmp_path / "own.jinja" if of_run else tokenizer / "chat_template.jinja"
+    template.write_text(text)
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps({'text': CHAT * 9})}\n" * 4)
+    train(
+        tmp_path / "run",
+        *tiny_llama.OPTIONS,
+        "--training.steps=1",
+        "--training.dataset=jsonl",
+        f"--training.dataset_path={tmp_path / 'data.jsonl'}",
+        "--checkpoint.enable",
+        "--checkpoint.last_save_in_hf",
+        f"--model.tokenizer_path={tokenizer}",
+        *([f"--data.chat_template={template}"] if of_run else []),
+    )
+    ours, exported = (tmp_path / "run" / "checkpoint" / name for name in ("step-1", "step-1-hf"))
+    assert cli.main(["convert", "to-hf", str(ours), str(tmp_path / "converted")]) == 0
+    for name in ("config.json", "generation_config.json", "chat_template.jinja"):
+        files = [folder / name for folder in (exported, tmp_path / "converted")]
+        texts = [file.read_text() if file.is_file() else "" for file in files]
+        assert texts[0] == texts[1], name
+    for folder in (ours, exported, tmp_path / "converted"):
+        assert open_source(ModelOptions(str(folder))).stop_tokens == {256, 257}, folder
 
 
 @pytest.mark.parametrize(

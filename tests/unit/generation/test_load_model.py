@@ -44,7 +44,8 @@ def write_tokenizer(folder, size: int, eos: str = "w1", **names: str) -> None:
 
 
 def test_a_run_of_ours(run_folder):
-    for folder in (run_folder, run_folder / "checkpoint", run_folder / "checkpoint" / "step-6"):
+    step = run_folder / "checkpoint" / "step-6"
+    for folder in (run_folder, run_folder / "checkpoint", step, f"file://{step}"):
         source = open_source(ModelOptions(str(folder)))
         assert source.folder.name == "step-6"
         assert source.model_name == "tiny_llama"
@@ -164,6 +165,10 @@ def test_no_such_folder(tmp_path):
     fails(CheckpointError, "has saved no checkpoint", "checkpoint.enable", checkpoint=str(tmp_path))
 
 
+def test_a_url_is_told_not_to_be_read():
+    fails(CheckpointError, "--checkpoint s3://bucket/run: URLs", checkpoint="s3://bucket/run")
+
+
 def test_unknown_models(run_folder, hf_folder):
     folder = str(run_folder)
     fails(ConfigError, "Did you mean 'llama3'", checkpoint=folder, model="lama3", flavor="x")
@@ -240,6 +245,19 @@ def test_a_converted_model_brings_its_tokenizer(hf_folder, tmp_path):
     assert convert(["from-hf", str(hf_folder), str(tmp_path / "ours")]) == 0
     source = open_source(ModelOptions(str(tmp_path / "ours")))
     assert source.tokenizer.vocab_size == 200
+
+
+def test_a_converted_model_within_the_folder_of_a_run_is_not_of_that_run(
+    run_folder, hf_folder, tmp_path
+):
+    write_tokenizer(hf_folder, 200)
+    (tmp_path / "run").mkdir()
+    shutil.copy(run_folder / "config.resolved.toml", tmp_path / "run")
+    assert convert(["from-hf", str(hf_folder), str(tmp_path / "run" / "ours")]) == 0
+    source = open_source(ModelOptions(str(tmp_path / "run" / "ours")))
+    assert not source.of_run
+    assert source.tokenizer.vocab_size == 200
+    assert source.max_seq_len == 512
 
 
 def test_a_checkpoint_moved_out_of_its_run_knows_its_config(run_folder, tmp_path):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.generation.sampling import Sampler, Sampling
+from torchtitan.generation.scoring import score
 
 CASES = [
     Sampling(),
@@ -91,3 +92,23 @@ def test_a_stream_of_random_numbers_belongs_to_its_seed_and_number():
 def test_nonsense_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**fields)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_told(temperature, number):
+    logits = random_logits(2)
+    sampler = Sampler(Sampling(temperature=temperature), [0, 1])
+    logits[0, 3] = float("-inf")  # a token that cannot come
+    sampler.next_tokens(logits)
+    logits[1, 5] = number
+    with pytest.raises(CheckpointError, match=r"logits are NaN or infinite.*--dtype float16"):
+        sampler.next_tokens(logits)
+
+
+def test_scores_that_are_no_numbers_are_told():
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    score(model, [([1], [2])], 1)
+    torch.nn.init.constant_(model[1].bias, float("nan"))
+    with pytest.raises(CheckpointError, match="logits are NaN"):
+        score(model, [([1], [2])], 1)

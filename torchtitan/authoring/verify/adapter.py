@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from torchtitan.components.checkpoint.load import by_layer
 from torchtitan.distributed.utils import local_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
@@ -170,7 +170,7 @@ def parts_map_alike(subject: Subject) -> str:
     whole, tied = adapter.to_hf(dict(state)), _tied(state)
     buffers = _buffers(subject.spec.meta_model(subject.args))
     count = 0
-    for description, part in _stages(state):
+    for description, part in by_layer(state).items():
         hf = _convert(adapter.to_hf, dict(part), f"with the names of {description} alone, to_hf")
         wrong = [n for n, t in hf.items() if n not in whole or not torch.equal(t, whole[n])]
         if wrong:
@@ -183,16 +183,6 @@ def parts_map_alike(subject: Subject) -> str:
         _compare(back, part, buffers, f"from_hf(to_hf()) of {description} alone")
         count += 1
     return f"{count} parts"
-
-
-def _stages(state: State) -> Iterator[tuple[str, State]]:
-    """Each layer's tensors, and those of each other module."""
-    groups: dict[str, State] = {}
-    for name, tensor in state.items():
-        words = name.split(".")
-        group = ".".join(words[:2]) if words[0] == "layers" else words[0]
-        groups.setdefault(group, {})[name] = tensor
-    yield from groups.items()
 
 
 def flavors_map(subject: Subject) -> str:

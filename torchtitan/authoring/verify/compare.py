@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torchtitan.distributed.context_parallel import sequence_shards
 from torchtitan.distributed.utils import local_tensor
 
+from .batches import BATCH
 from .observe import Outputs
-from .reference import BATCH, Tensors
+from .reference import Tensors
 
 if TYPE_CHECKING:
     from torchtitan.train import Trainer

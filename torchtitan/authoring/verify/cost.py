@@ -13,7 +13,7 @@ differ, so some counts pass that leave something out, and the outcome says what:
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn as nn
@@ -41,7 +41,7 @@ def nparams_are_exact(subject: Subject) -> str:
     wrong = []
     for flavor in dict.fromkeys([subject.flavor, *flavors]):
         spec = get_train_spec(subject.name, flavor)
-        claimed = _claim(spec.model_args, subject.seq_len)[0]
+        claimed = _claim(spec.model_args, subject.length)[0]
         model = spec.meta_model()
         counted = sum(parameter.numel() for parameter in model.parameters())
         if claimed != counted:
@@ -88,6 +88,8 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
 
 def flops_are_as_measured(subject: Subject) -> str:
     """FLOPs of a token, forward and backward."""
+    if not subject.reads_text:
+        _tell_of_own_batch(subject)
     model = subject.build().train()
     longest = getattr(subject.args, "max_seq_len", None)
     misfit: CheckFailedError | None = None
@@ -106,6 +108,20 @@ def flops_are_as_measured(subject: Subject) -> str:
             return judged if misfit is None else f"{judged} (at {lengths[0]} tokens and more)"
     assert misfit is not None  # there are lengths
     raise misfit
+
+
+def _tell_of_own_batch(subject: Subject) -> NoReturn:
+    """Batches of a loader have one length, at which attention cannot be told from weights."""
+    model, example = subject.build().train(), subject.example(2)
+    counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        example.loss(model, example.run(model)).backward()
+    measured = counter.get_total_flops() / 2 / subject.length
+    raise NotApplicableError(
+        f"asked of token ids at several lengths; of its own batches, {measured:,.0f} FLOPs are "
+        f"measured for each of {subject.length} places, {_claim(subject.args, subject.length)[1]:,}"
+        " are claimed"
+    )
 
 
 def _judge(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
@@ -132,11 +148,7 @@ def _measure(model: nn.Module, subject: Subject, seq: int) -> float:
     """Per token. The kernels of plain attention are those that the counter knows."""
     tokens = subject.tokens(2, seq)
     model.zero_grad()
-    own: dict[Any, Any] = {
-        torch.ops.aten._grouped_mm: _grouped_mm_flops,
-        torch.ops.aten.convolution_backward: _convolution_backward_flops,
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=own)
+    counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
     with counter, sdpa_kernel(SDPBackend.MATH):
         loss_of(model(tokens), tokens).backward()
     if counter.get_total_flops() == 0:
@@ -157,6 +169,12 @@ def _convolution_backward_flops(
     *_, transposed, _, _, wanted = args  # output_padding, groups; whether x, weight, bias have one
     places = (x if transposed else out)[2:]
     return 2 * x[0] * math.prod(places) * math.prod(weight) * sum(wanted[:2])
+
+
+_OWN_FORMULAS: dict[Any, Any] = {
+    torch.ops.aten._grouped_mm: _grouped_mm_flops,
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+}
 
 
 def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:

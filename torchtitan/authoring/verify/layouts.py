@@ -20,8 +20,9 @@ from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
+from .batches import BATCH
 from .check import Check, CheckFailedError, NotApplicableError
-from .reference import BATCH, LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
+from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
 from .subject import Subject
 from .verdict import Comparison, compare, judge
 
@@ -114,6 +115,7 @@ def one_device(subject: Subject) -> str:
             f"the model cannot be trained on one process: {error}",
             "Train it: torchtitan train --model.name ...",
         ) from error
+    _require_same_batches(subject)
     recording = _train_for_reference(trainer)
     recording.save(reference_path(subject))
     _require_repeatable(trainer, subject)
@@ -122,6 +124,11 @@ def one_device(subject: Subject) -> str:
 
 def one_device_with_documents(subject: Subject) -> str:
     """Leaves the reference of layouts with packed documents."""
+    if not subject.reads_text:
+        if subject.own_documents.error:
+            raise NotApplicableError(f"no packed documents: {subject.own_documents.error}")
+        if not {"positions", "document_ids"} <= set(subject.own_documents.batch(1)):
+            raise NotApplicableError("its data loader gives no positions and document_ids")
     try:
         trainer = build_trainer(subject, f"--training.local_batch_size={BATCH}", DOCUMENT_MASK)
     except ConfigError as error:
@@ -149,12 +156,12 @@ def reference_path(subject: Subject, reference: str = REFERENCE) -> Path:
 
 def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
     """Two forward passes in training mode give the same, else no layouts can be compared."""
-    tokens = subject.tokens(2)
+    example = subject.example(2)
     logits = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         with torch.no_grad():
-            logits.append(trainer.model_parts[0](tokens))
+            logits.append(trainer.model_parts[0](example.tokens, **example.inputs))
     first, same_seed, other_seed = map(whole, logits)
     if not torch.equal(first, same_seed):
         by = float((first - same_seed).norm() / first.norm())
@@ -167,7 +174,25 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
         raise NotApplicableError(
             "forward() draws random numbers in training mode, and layouts draw different ones. Set "
             "the dropout rates of this flavor to 0 to have its layouts checked"
+            + ", and let the data loader draw noise"
+            * (subject.own is not None)
         )
+
+
+def _require_same_batches(subject: Subject) -> None:
+    """Two loaders of the author's give the same, else no layouts can be compared."""
+    if subject.own is None or subject.own.error:
+        return
+    first, other = subject.own.batch(1), subject.own.again()
+    second = other.batch(1)
+    other.close()
+    for name, tensor in first.items():
+        if name not in second or not torch.equal(tensor, second[name]):
+            raise CheckFailedError(
+                f"two data loaders of the same job give another {name!r} in the first batch",
+                "What a loader draws, such as noise, must be a function of debug.seed and the row: "
+                "torch.Generator().manual_seed(...).",
+            )
 
 
 def every_parameter_is_updated(subject: Subject) -> str:

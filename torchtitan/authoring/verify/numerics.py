@@ -32,17 +32,17 @@ _WIDE = (torch.float64, torch.complex128)
 def bf16_is_near_float32(subject: Subject) -> str:
     """The same weights give nearly the same logits and loss in bfloat16, at a long context."""
     model = subject.build_varied()
-    tokens = subject.tokens(1, _long(subject, 1024))
+    example = subject.example(1, _long(subject, 1024))
     with torch.no_grad(), recorded_outputs(model) as wide:
-        expected = model(tokens)
-    worst = 0.0
+        expected = example.run(model)
+    worst, given = 0.0, example.cast(torch.bfloat16)  # as the trainer does
     for cast, description in ((_autocast, "autocast"), (_cast_parameters, "bfloat16 parameters")):
         with torch.no_grad(), cast(model), recorded_outputs(model) as narrow:
-            actual = model(tokens)
+            actual = given.run(model)
         difference = _median_difference(actual, expected)
-        losses = loss_of(actual, tokens).item(), loss_of(expected, tokens).item()
+        losses = example.loss(model, actual).item(), example.loss(model, expected).item()
         worst = max(worst, difference)
-        if not difference < BF16_TOLERANCE or abs(losses[0] - losses[1]) > 0.02 * losses[1]:
+        if not difference < BF16_TOLERANCE or abs(losses[0] - losses[1]) > 0.02 * abs(losses[1]):
             raise CheckFailedError(
                 f"with {description}, logits differ from float32 by {difference:.1%} (loss "
                 f"{losses[0]:.4f}, not {losses[1]:.4f}){_first_coarse(narrow, wide)}",
@@ -50,7 +50,7 @@ def bf16_is_near_float32(subject: Subject) -> str:
                 "integers above 256), the mean of squares in norms, softmax and routing scores. "
                 "Buffers with angles stay float32.",
             )
-    return f"logits within {worst:.1%} at {tokens.shape[1]} tokens"
+    return f"logits within {worst:.1%} at {example.labels.shape[1]} tokens"
 
 
 @torch.no_grad()
@@ -155,11 +155,11 @@ def _long(subject: Subject, wanted: int = LONG_CONTEXT) -> int:
 
 def logits_are_of_the_right_dtype(subject: Subject) -> str:
     """Logits and what flows between layers follow the dtype of the parameters."""
-    model, tokens = subject.build(), subject.tokens(1)
+    model, example = subject.build(), subject.example(1)
     with torch.no_grad():
-        found = {torch.float32: model(tokens).dtype}
+        found = {torch.float32: example.run(model).dtype}
         with _cast_parameters(model):
-            found[torch.bfloat16] = model(tokens).dtype
+            found[torch.bfloat16] = example.cast(torch.bfloat16).run(model).dtype
     for weights, logits in found.items():
         if logits not in (weights, torch.float32):
             raise CheckFailedError(
@@ -173,9 +173,9 @@ def logits_are_of_the_right_dtype(subject: Subject) -> str:
 
 def nothing_is_float64(subject: Subject) -> str:
     """No operation of the forward or backward pass makes a float64 tensor."""
-    model, tokens = subject.build().train(), subject.tokens(1)
+    model, example = subject.build().train(), subject.example(1)
     with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
-        loss_of(model(tokens), tokens).backward()
+        example.loss(model, example.run(model)).backward()
     if wide.found:
         (module, operation, dtype), count = next(iter(wide.found)), len(wide.found)
         raise CheckFailedError(
@@ -213,16 +213,17 @@ class _WideTensors(TorchDispatchMode):
 def long_contexts_are_finite(subject: Subject) -> str:
     """No NaN or infinity in outputs and gradients, in float32 and in bfloat16."""
     model, seq = subject.build().train(), _long(subject)
-    tokens = subject.tokens(1, seq)
+    example = subject.example(1, seq)
+    seq = example.labels.shape[1]
     for cast, dtype in ((None, "float32"), (_autocast, "bfloat16")):
         model.zero_grad()
         with recorded_outputs(model) as outputs:
             if cast is None:
-                logits = model(tokens)
+                logits = example.run(model)
             else:
                 with cast(model):
-                    logits = model(tokens)
-        loss = loss_of(logits, tokens)
+                    logits = example.cast(torch.bfloat16).run(model)
+        loss = example.loss(model, logits)
         bad = [name for name, out in outputs.items() if not out.isfinite().all()]
         if bad or not logits.isfinite().all():
             first = outputs[bad[0]] if bad else logits

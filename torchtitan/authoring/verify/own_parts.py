@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.data_loader import Batch, check_dataloader
+from torchtitan.components.data_loader import Batch, check_dataloader, has_own_loader
 from torchtitan.components.loss import IGNORE_INDEX, attach_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 
+from .batches import Example
 from .check import Check, CheckFailedError, NotApplicableError
 from .contract import SPEC
 from .subject import Subject
@@ -30,6 +31,8 @@ def loss_is_a_sum(subject: Subject) -> str:
     loss_fn = subject.spec.build_loss_fn(subject.config())
     if not callable(loss_fn):
         raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, no function", _SUM)
+    if not subject.reads_text:
+        return _own_loss_is_a_sum(loss_fn, subject)
     model, tokens = subject.build().train(), subject.tokens(2)
     attach_loss(loss_fn, [model])
     labels = tokens.roll(-1, 1)
@@ -41,10 +44,7 @@ def loss_is_a_sum(subject: Subject) -> str:
         torch.manual_seed(0)
         with torch.enable_grad():  # some are others without
             loss = loss_fn(model(tokens), labels)
-        if not isinstance(loss, torch.Tensor) or loss.shape or loss.dtype != torch.float32:
-            kind = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
-            raise CheckFailedError(f"the loss is {kind}, not a float32 scalar", _SUM)
-        return loss.item()
+        return _number(loss)
 
     both, parts = loss_of(labels), [loss_of(part) for part in alone]
     if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
@@ -56,10 +56,46 @@ def loss_is_a_sum(subject: Subject) -> str:
     return "a sum over tokens"
 
 
+def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
+    """Over the rows of the loader's batch, whose labels may be of any kind."""
+    model, example = subject.build().train(), subject.example(2)
+    attach_loss(loss_fn, [model])
+
+    def loss_of(part: Example, seed: int = 0) -> float:
+        torch.manual_seed(seed)
+        return _number(loss_fn(model(part.tokens, **part.inputs), part.labels))
+
+    both, other = loss_of(example), loss_of(example, seed=1)
+    if both != other:
+        raise NotApplicableError("forward() draws random numbers, so no two losses are alike")
+    parts = [loss_of(example.rows(slice(row, row + 1))) for row in range(2)]
+    if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
+        raise CheckFailedError(
+            f"the loss of two rows is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} alone",
+            _SUM,
+        )
+    if not example.labels.is_floating_point():
+        ignored = loss_fn(
+            model(example.tokens, **example.inputs), torch.full_like(example.labels, IGNORE_INDEX)
+        )
+        if _number(ignored) != 0:
+            raise CheckFailedError(
+                f"with IGNORE_INDEX for all labels the loss is {ignored.item():.6g}, not 0", _SUM
+            )
+    return "a sum over rows"
+
+
+def _number(loss: Any) -> float:
+    if not isinstance(loss, torch.Tensor) or loss.shape or loss.dtype != torch.float32:
+        kind = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
+        raise CheckFailedError(f"the loss is {kind}, not a float32 scalar", _SUM)
+    return loss.item()
+
+
 def dataloader_resumes(subject: Subject) -> str:
     """An own loader gives batches, and goes on from its state."""
     build = subject.spec.build_dataloader_fn
-    if getattr(build, "__module__", "").startswith("torchtitan."):
+    if not has_own_loader(build):
         return "torchtitan's own"
     config = subject.config("--checkpoint.enable", "--training.local_batch_size=2")
     loaders: list[Any] = []
@@ -80,7 +116,7 @@ def dataloader_resumes(subject: Subject) -> str:
         dims = ParallelDims.from_config(config.parallelism, 1)
         inputs = ModelInputs(subject.spec.meta_model(), dims, config)
         before = _next(first, inputs)
-        state = {"rows": first.state_dict()["rows"].clone(), "seq_len": subject.seq_len}
+        state = {"rows": first.state_dict()["rows"].clone(), "seq_len": subject.length}
         expected = _next(first, inputs)
         again = loader()
         again.load_state_dict(state)

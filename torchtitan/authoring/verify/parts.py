@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,6 +15,7 @@ import torch.nn as nn
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.protocols.model import ModelProtocol, layers_of
 
+from .batches import Example
 from .check import Check, CheckFailedError, NotApplicableError
 from .probe import relative_difference
 from .subject import Subject
@@ -91,6 +93,7 @@ def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
 def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
     """Modules before and after the layers that a pipeline stage may lack; none if never split."""
     from torchtitan.distributed.pipeline_parallel import modules_around_layers
+    from torchtitan.distributed.pipeline_split import parameters_of
 
     if subject.spec.pipeline_fn is None:
         return [], []
@@ -101,7 +104,7 @@ def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
     )
     owners: dict[int, set[str]] = {}
     for name in [*first, *last]:
-        for parameter in getattr(model, name).parameters():
+        for parameter in parameters_of(model, name):
             owners.setdefault(id(parameter), set()).add(name)
     tied = {name for shared in owners.values() if len(shared) > 1 for name in shared}
     return [n for n in first if n not in tied], [n for n in last if n not in tied]
@@ -118,16 +121,21 @@ def forward_without_modules(subject: Subject) -> str:
     layers = list(whole.layers)
     _remove(first, after, [])
     _remove(last, before, layers)
-    tokens = subject.tokens(2)
+    example = subject.example(2)
     with torch.no_grad():
-        expected = whole(tokens)
-        hidden = _call(first, tokens, f"without {', '.join(after)}")
-        if list(hidden.shape[:2]) != list(tokens.shape) or not hidden.is_floating_point():
-            raise CheckFailedError(
-                f"without {', '.join(after)}, forward() returns {hidden.dtype} "
-                f"{list(hidden.shape)}, not the hidden states [batch, seq, dim]"
-            )
-        actual = _call(last, hidden, f"without {', '.join(before)} and layers")
+        expected = example.run(whole)
+        hidden = _call(first, (example.tokens,), example.inputs, f"without {', '.join(after)}")
+        if not isinstance(hidden, tuple):
+            _require_hidden_states(hidden, example, f"without {', '.join(after)}", subject)
+        handed = hidden if isinstance(hidden, tuple) else (hidden,)
+        for part in handed:
+            if not isinstance(part, torch.Tensor):
+                raise CheckFailedError(
+                    f"without {', '.join(after)}, forward() returns a tuple with "
+                    f"{type(part).__name__}",
+                    "A pipeline stage hands on a tensor, or a tuple of tensors.",
+                )
+        actual = _call(last, handed, example.inputs, f"without {', '.join(before)} and layers")
     difference = relative_difference(actual, expected)
     if actual.shape != expected.shape or difference > 1e-5:
         raise CheckFailedError(
@@ -139,6 +147,19 @@ def forward_without_modules(subject: Subject) -> str:
     return f"without {', '.join([*before, *after])}: equal to {difference:.0e}"
 
 
+def _require_hidden_states(
+    hidden: torch.Tensor, example: Example, without: str, subject: Subject
+) -> None:
+    shape = list(example.tokens.shape)
+    # A model with a loader of its own may have several tokens to a hidden state.
+    wrong = subject.own is None and list(hidden.shape[:2]) != shape
+    if wrong or not hidden.is_floating_point():
+        raise CheckFailedError(
+            f"{without}, forward() returns {hidden.dtype} {list(hidden.shape)}, not the hidden "
+            "states [batch, seq, dim]"
+        )
+
+
 def _remove(model: nn.Module, names: list[str], layers: list[str]) -> None:
     for name in names:
         setattr(model, name, None)
@@ -146,9 +167,12 @@ def _remove(model: nn.Module, names: list[str], layers: list[str]) -> None:
         del layers_of(model)[name]
 
 
-def _call(model: nn.Module, inputs: torch.Tensor, description: str) -> torch.Tensor:
+def _call(
+    model: nn.Module, entry: tuple[torch.Tensor, ...], inputs: dict[str, Any], description: str
+) -> Any:
+    torch.manual_seed(0)  # as `Example.run` has it
     try:
-        return model(inputs)
+        return model(*entry, **inputs)
     except Exception as error:
         raise CheckFailedError(
             f"forward() fails {description}: {type(error).__name__}: {error}",

@@ -117,6 +117,22 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
     return cuts
 
 
+def cut_by_tokens(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> list[CutLayer]:
+    """As `cut_layers`, for who asks about places.
+
+    Raises:
+        NotApplicableError: layers see no hidden state for each token, so no place is a token's.
+    """
+    cuts = cut_layers(model, tokens, **inputs)
+    for cut in cuts:
+        if cut.output.shape[:2] != tokens.shape:
+            raise NotApplicableError(
+                f"{cut.name} gives {list(cut.output.shape)}, not a hidden state for each token of "
+                f"{list(tokens.shape)}"
+            )
+    return cuts
+
+
 def named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"layers.{name}", layer) for name, layer in layers_of(model).items()]
 

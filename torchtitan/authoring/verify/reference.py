@@ -1,7 +1,9 @@
-"""A short training run of the subject on random tokens, by the real trainer.
+"""A short training run of the subject, by the real trainer.
 
-Tokens are a function of (seed, step), and any vocabulary will do: no tokenizer, no dataset. What a
-run on one process leaves is the reference that every layout must reproduce.
+Random tokens are a function of (seed, step), and any vocabulary will do: no tokenizer, no dataset.
+A model that reads something else trains on batches of its own loader, and a model of text with a
+loader of its own on both. What a run on one process leaves is the reference that every layout must
+reproduce.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torchtitan.distributed.names import canonical_name
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 from torchtitan.tools.stop_request import StopRequest
 
+from .batches import BATCH
 from .check import CheckFailedError
 from .observe import ModuleOutputs, Outputs
 from .probe import packed_documents
@@ -27,10 +30,9 @@ if TYPE_CHECKING:
     from torchtitan.config.training import Training
     from torchtitan.train import Trainer
 
+    from .batches import OwnBatches
     from .subject import Subject
 
-BATCH = 8
-"""Sequences in a step of all ranks."""
 STEPS = 4
 LEARNING_RATE = 1e-3
 OPTIONS = (
@@ -73,12 +75,12 @@ class Recording:
         return cls(**torch.load(path, mmap=True, weights_only=True))
 
 
-class RandomTokens:
-    """Endless micro-batches of random tokens, in the place of `torchtitan.data.DataLoader`.
+class Batches:
+    """Endless micro-batches, in the place of a data loader: shares of batches of all ranks.
 
-    Nothing is to be predicted in the beginning of a row, as after prompts: of each row another
-    share, so that ranks and micro-batches differ in how many labels they have. Rows are packed
-    documents if `training.document_mask` is on.
+    Of random tokens, nothing is to be predicted in the beginning of a row, as after prompts: of
+    each row another share, so that ranks and micro-batches differ in how many labels they have.
+    Rows are packed documents if `training.document_mask` is on.
     """
 
     def __init__(self, subject: Subject, training: Training, dp_rank: int, dp_size: int) -> None:
@@ -91,7 +93,7 @@ class RandomTokens:
         self._step = 0
         self._waiting: list[Tensors] = []
 
-    def __iter__(self) -> RandomTokens:
+    def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> Tensors:
@@ -105,9 +107,14 @@ class RandomTokens:
         return self._waiting.pop(0)
 
     def _batch(self, step: int) -> Tensors:
-        """The batch of all ranks, each tensor `[BATCH, seq_len]`."""
-        seq_len = self._subject.seq_len
-        tokens = self._subject.tokens(BATCH, seq_len + 1, seed=step)
+        """The batch of all ranks, each tensor `[BATCH, ...]`."""
+        subject = self._subject
+        if not subject.reads_text:
+            return (subject.own_documents if self._documents else _own(subject)).batch(step)
+        if subject.own and not subject.own.error and not self._documents and step % 2 == 0:
+            return subject.own.batch(step)
+        seq_len = subject.length
+        tokens = subject.tokens(BATCH, seq_len + 1, seed=step)
         prompts = torch.arange(BATCH)[:, None] * seq_len // (BATCH + 4)
         labels = tokens[:, 1:].where(torch.arange(seq_len) >= prompts, IGNORE_INDEX)
         batch = {"tokens": tokens[:, :-1].contiguous(), "labels": labels}
@@ -126,14 +133,24 @@ class RandomTokens:
         """Nothing runs in the background."""
 
 
+def _own(subject: Subject) -> OwnBatches:
+    assert subject.own is not None  # or it reads text
+    return subject.own
+
+
 def build_trainer(subject: Subject, *options: str) -> Trainer:
-    """The trainer of a run that this rank takes part in. Raises `ConfigError` as it does."""
+    """The trainer of a run that this rank takes part in. Raises `ConfigError` as it does.
+
+    Raises:
+        NotApplicableError: the model's own loader, which it needs, cannot be built here.
+    """
     from torchtitan.train import Trainer
 
+    subject.require_own()
     spec = subject.spec
 
-    def build_dataloader(config: Any, tokenizer: Any, dp_rank: int, dp_size: int) -> RandomTokens:
-        return RandomTokens(subject, config.training, dp_rank, dp_size)
+    def build_dataloader(config: Any, tokenizer: Any, dp_rank: int, dp_size: int) -> Batches:
+        return Batches(subject, config.training, dp_rank, dp_size)
 
     # In this process alone, which ends with the check.
     MODEL_REGISTRY[subject.name] = lambda flavor: replace(

@@ -127,7 +127,10 @@ def _on_rank(check: Check, subject: Subject) -> str:
     if check.ranks > 1 and not check.joins:
         # The check's own limit comes first, as it can tell where each rank is.
         init_distributed(timeout_seconds=2 * round(check.timeout) + 60)
-    message = check.run(subject)
+    try:
+        message = check.run(subject)
+    finally:
+        subject.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     return message

@@ -30,14 +30,15 @@ SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V
 def numbers_are_kept(subject: Subject) -> str:
     """Any split, its stages called one after the other, gives the logits of the whole model.
 
-    Asked of rows that are one document, and if the model takes these, with positions that begin
-    anew within a row, and of packed documents.
+    What a stage hands on may be a tuple. Asked of rows that are one document, and if the model
+    takes these, with positions that begin anew within a row, and of packed documents.
     """
     if subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
-    tokens = subject.tokens(2)
+    example = subject.example(2)
+    tokens = example.tokens
     whole = subject.build_varied()
-    inputs = _inputs(subject, tokens)
+    inputs = _inputs(subject, tokens) if subject.reads_text else {"its batch": example.inputs}
     with torch.no_grad():
         expected = {rows: _call(whole, tokens, given) for rows, given in inputs.items()}
     done, refused = [], ""
@@ -49,7 +50,7 @@ def numbers_are_kept(subject: Subject) -> str:
             continue
         _require_same_names(whole, stages, split)
         for rows, given in inputs.items():
-            h = tokens
+            h: Any = tokens
             with torch.no_grad():
                 for stage in stages:
                     h = _call(stage, h, given)
@@ -83,10 +84,11 @@ def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch
     return inputs
 
 
-def _call(model: nn.Module, x: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """With those of the inputs that it takes."""
+def _call(model: nn.Module, x: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """With what the stage before hands on, a tensor or a tuple, and the inputs that it takes."""
     accepted = inspect.signature(model.forward).parameters
-    return model(x, **{name: value for name, value in inputs.items() if name in accepted})
+    entry = x if isinstance(x, tuple) else (x,)
+    return model(*entry, **{name: value for name, value in inputs.items() if name in accepted})
 
 
 def _require_same_names(whole: nn.Module, stages: list[nn.Module], split: str) -> None:
@@ -112,7 +114,7 @@ def _first_part_that_differs(
     expected: dict[str, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
     for models, outputs in (([whole], expected), (stages, found)):
-        h = tokens
+        h: Any = tokens
         for model in models:
             keep = partial(_keep, outputs)
             with torch.no_grad(), hooked(named_layers(model), keep):
@@ -124,7 +126,7 @@ def _first_part_that_differs(
 
 
 def _keep(outputs: dict[str, torch.Tensor], name: str, *call: Any) -> None:
-    outputs[name] = call[-1]
+    outputs[name] = call[-1][0] if isinstance(call[-1], tuple) else call[-1]
 
 
 def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:

@@ -11,12 +11,16 @@ from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec, model_flavors
 
+from .check import NotApplicableError
+
 if TYPE_CHECKING:
     import torch
 
     from torchtitan.config import JobConfig
     from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
     from torchtitan.protocols.train_spec import TrainSpec
+
+    from .batches import Example, OwnBatches
 
 
 @dataclass
@@ -51,6 +55,9 @@ class Subject:
 
     def config(self, *options: str) -> JobConfig:
         """A job of the model in float32, with the options of `torchtitan train`."""
+        return self._job(f"--training.seq_len={self.length}", *options)
+
+    def _job(self, *options: str) -> JobConfig:
         from torchtitan.config import load_config
 
         return load_config(
@@ -59,7 +66,6 @@ class Subject:
                 f"--model.flavor={self.flavor}",
                 f"--job.custom_import={self.custom_import}",
                 f"--job.dump_folder={self.folder}",
-                f"--training.seq_len={self.seq_len}",
                 f"--debug.seed={self.seed}",
                 "--training.mixed_precision_param=float32",
                 "--activation_checkpoint.mode=none",
@@ -85,6 +91,57 @@ class Subject:
         vary_constants(model, self.seed)
         return model
 
+    @cached_property
+    def own(self) -> OwnBatches | None:
+        """Batches of the model's own loader; None if it has the library's."""
+        from torchtitan.components.data_loader import has_own_loader
+
+        from .batches import OwnBatches
+
+        if not has_own_loader(self.spec.build_dataloader_fn):
+            return None
+        return OwnBatches(self.spec, self._job, self.seq_len)
+
+    @cached_property
+    def own_documents(self) -> OwnBatches:
+        """Those of a job with `training.document_mask`, of a model that has its own loader."""
+        from .batches import OwnBatches
+
+        return OwnBatches(self.spec, self._job, self.length, "--training.document_mask")
+
+    def close(self) -> None:
+        """Have the loaders that were built stop what runs in the background."""
+        for name in ("own", "own_documents"):
+            if (batches := self.__dict__.get(name)) is not None:
+                batches.close()
+
+    @property
+    def length(self) -> int:
+        """`training.seq_len` of all jobs: `seq_len`, or the length that an own loader gives."""
+        return self.own.seq_len if self.own else self.seq_len
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether random tokens `[batch, seq]` are what the model reads.
+
+        They are unless its own loader gives something else. One that gives nothing here says no
+        more than that the model has a vocabulary.
+        """
+        if self.own is None:
+            return True
+        if self.own.error:
+            return isinstance(getattr(self.args, "vocab_size", None), int)
+        return self.own.is_text and isinstance(getattr(self.args, "vocab_size", None), int)
+
+    def require_text(self) -> None:
+        """Raises `NotApplicableError` for a model that reads something else."""
+        if not self.reads_text:
+            assert self.own is not None
+            raise NotApplicableError(
+                "asked of token ids [batch, seq] alone; the data loader of "
+                f"{self.name} gives {self.own.describe()}"
+            )
+
     @property
     def vocab_size(self) -> int:
         """Raises `ConfigError` if the arguments have none."""
@@ -96,11 +153,36 @@ class Subject:
         return size
 
     def tokens(self, batch: int, seq: int | None = None, seed: int = 0) -> torch.Tensor:
-        """Random tokens, `[batch, seq]` int64; `seq_len` tokens by default."""
+        """Random tokens, `[batch, seq]` int64; `seq_len` tokens by default.
+
+        Raises:
+            NotApplicableError: the model reads something else.
+        """
         import torch
 
+        self.require_text()
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + seed)
-        return torch.randint(self.vocab_size, (batch, seq or self.seq_len), generator=generator)
+        return torch.randint(self.vocab_size, (batch, seq or self.length), generator=generator)
+
+    def example(self, batch: int, seq: int | None = None, seed: int = 0) -> Example:
+        """What the model reads: `tokens`, or of a model that reads something else a batch of its
+        own loader, whose length is its own and which has 8 rows at most.
+
+        Raises:
+            NotApplicableError: the loader cannot be built here, or ends.
+        """
+        from .batches import random_example
+
+        if self.reads_text:
+            return random_example(self.tokens(batch, seq, seed))
+        assert self.own is not None
+        self.require_own()
+        return self.own.example(batch, 1 + seed)
+
+    def require_own(self) -> None:
+        """Raises `NotApplicableError` if the model needs batches that its loader does not give."""
+        if self.own and self.own.error and not self.reads_text:
+            raise NotApplicableError(f"no batches, see contract.forward: {self.own.error}")
 
 
 def require_model(name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
-from .check import Check, CheckFailedError
+from .check import Check, CheckFailedError, NotApplicableError
 from .probe import cut_layers, recorded_outputs, relative_difference, require_causal
 from .semantics import NEEDS, ROUTING
 from .subject import Subject
@@ -17,6 +17,8 @@ from .subject import Subject
 
 def rows_are_independent(subject: Subject) -> str:
     """A sequence gives the same alone as in a batch, in training too."""
+    if not subject.reads_text:
+        return _own_rows_are_independent(subject)
     model, tokens = subject.build_varied(), subject.tokens(3)
     model.train()
     for cut in cut_layers(model, tokens):
@@ -37,6 +39,32 @@ def rows_are_independent(subject: Subject) -> str:
             f"Nothing may depend on the size of the batch or on other sequences. {ROUTING}",
         )
     return f"equal to {difference:.0e}"
+
+
+@torch.no_grad()
+def _own_rows_are_independent(subject: Subject) -> str:
+    """In training and in evaluation, without what is random."""
+    model, example = subject.build_varied(), subject.example(3)
+    worst, asked = 0.0, 0
+    for training in (True, False):
+        model.train(training)
+        together, alone = example.run(model), example.rows(slice(1, 2)).run(model)
+        torch.manual_seed(1)
+        if not torch.equal(model(example.tokens, **example.inputs), together):
+            continue  # it draws random numbers
+        asked += 1
+        difference = relative_difference(alone, together[1:2])
+        worst = max(worst, difference)
+        if difference > TOLERANCE:
+            raise CheckFailedError(
+                f"a row alone gives another output than in a batch of 3, by {difference:.1e} of "
+                "the largest",
+                "Nothing may depend on the size of the batch or on other rows: look for a norm or "
+                f"mean over dimension 0, or a view() that mixes it with others. {ROUTING}",
+            )
+    if not asked:
+        raise NotApplicableError("forward() draws random numbers, so rows cannot be compared")
+    return f"equal to {worst:.0e}"
 
 
 def trailing_tokens_do_not_matter(subject: Subject) -> str:
@@ -111,20 +139,21 @@ def window_sizes(subject: Subject) -> list[int]:
 def forward_is_repeatable(subject: Subject) -> str:
     """In evaluation, the logits are a function of the tokens alone."""
     model = subject.build_varied()
-    tokens, others = subject.tokens(2), subject.tokens(2, 40, seed=1)
+    tokens, others = subject.example(2), subject.example(2, 40, seed=1)
     with recorded_outputs(model) as first:
-        expected = model(tokens)
-    model(others)
+        expected = tokens.run(model)
+    others.run(model)
     torch.manual_seed(12345)
     with recorded_outputs(model) as second:
-        actual = model(tokens)
+        actual = model(tokens.tokens, **tokens.inputs)
     if not torch.equal(actual, expected):
         names = [n for n, t in first.items() if n in second and not torch.equal(t, second[n])]
         raise CheckFailedError(
             "the same tokens give other logits the second time"
             + (f"; the first module that differs is {names[0]}" if names else ""),
             "In eval() there may be no dropout (F.dropout needs training=self.training), and "
-            "forward() may keep nothing from one call for the next, such as a cache or a mask.",
+            "forward() may keep nothing from one call for the next, such as a cache or a mask. "
+            "Noise is drawn by the data loader.",
         )
     return "equal bit by bit"
 

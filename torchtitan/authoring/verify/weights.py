@@ -171,9 +171,9 @@ def state_dict_is_enough(subject: Subject) -> str:
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     if missing or unexpected:
         raise CheckFailedError(f"load_state_dict: {few([*missing, *unexpected], 5)} do not fit")
-    tokens = subject.tokens(2)
+    example = subject.example(2)
     with torch.no_grad():
-        expected, actual = model(tokens), other(tokens)
+        expected, actual = example.run(model), example.run(other)
     if torch.equal(actual, expected):
         return f"{len(model.state_dict())} tensors"
     lost = [
@@ -190,7 +190,12 @@ def state_dict_is_enough(subject: Subject) -> str:
 
 
 def forward_gives_logits(subject: Subject) -> str:
-    """Tokens in, logits of the vocabulary out, and a gradient back."""
+    """Tokens in, logits of the vocabulary out, and a gradient back.
+
+    Of a model that reads something else: a batch of its loader in, what its loss takes out.
+    """
+    if not subject.reads_text:
+        return _own_batch_gives_a_loss(subject)
     model = subject.build()
     tokens = subject.tokens(2, 16)
     logits = model(tokens)
@@ -210,6 +215,32 @@ def forward_gives_logits(subject: Subject) -> str:
         raise CheckFailedError("logits of an untrained model are not finite")
     loss_of(logits, tokens).backward()
     return f"[batch, seq] -> [batch, seq, {subject.vocab_size}]"
+
+
+def _own_batch_gives_a_loss(subject: Subject) -> str:
+    own = subject.own
+    if own is None or own.error:
+        raise CheckFailedError(
+            f"the data loader of {subject.name} gives no batches here: {own.error if own else ''}",
+            "Without them, nothing can be run: the model has no vocab_size, so random tokens are "
+            "none of its inputs. build_dataloader_fn must work with the default options, as in a "
+            "debug flavor.",
+        )
+    model, example = subject.build(), subject.example(2)
+    output = example.run(model)
+    if not isinstance(output, torch.Tensor):
+        raise CheckFailedError(
+            f"forward() returns {type(output).__name__}, not a tensor",
+            "Return one tensor, which the loss gets: torch.stack several, or put targets into the "
+            "labels.",
+        )
+    if not output.isfinite().all():
+        raise CheckFailedError("the output of an untrained model is not finite")
+    loss = example.loss(model, output)
+    if not loss.isfinite():
+        raise CheckFailedError(f"the loss of an untrained model is {loss}")
+    loss.backward()
+    return f"{own.describe()} -> {list(output.shape)} of 2 rows, loss {loss.item():.4g}"
 
 
 CHECKS = (

@@ -36,17 +36,21 @@ def chat_template_of(path: str | None, tokenizer: str) -> str:
     )
 
 
-def end_of_turn(folder: Path) -> int | None:
+def end_of_turn(folder: Path, template: str | None = None) -> int | None:
     """The special token that follows what the assistant says, by the folder's template.
 
     None: there is none, or the template refuses a conversation of two messages.
+
+    Args:
+        folder: with a tokenizer.
+        template: `data.chat_template`, a file that takes the place of the folder's.
     """
     import tokenizers
 
     if not (folder / "tokenizer.json").is_file():
         return None
     try:
-        pieces = load_template(None, str(folder), tell=False).segments(_EXAMPLE)
+        pieces = load_template(template, str(folder), tell=False).segments(_EXAMPLE)
     except (DataError, BadDocumentError):
         return None
     text = "".join(text for text, is_trained in pieces if is_trained)

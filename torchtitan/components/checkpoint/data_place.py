@@ -95,7 +95,8 @@ def begin_data(dataloader: Any, step: int) -> None:
 def describe_data(dataloader: Any) -> dict[str, Any]:
     """What a manifest says of the data: what the loader tells; empty where it tells nothing."""
     tell = getattr(dataloader, "describe", None)
-    return tell() if tell else {}
+    known = getattr(dataloader, "has_conversations", None)
+    return (tell() if tell else {}) | ({} if known is None else {"has_conversations": known})
 
 
 def warn_of_changed_data(checkpoint: OpenCheckpoint, current: dict[str, Any]) -> None:

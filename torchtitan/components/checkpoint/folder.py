@@ -23,7 +23,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError, outage_or
+from torchtitan.errors import CheckpointError, DamagedCheckpointError, outage_or
 from torchtitan.tools.text import first_line
 
 from .manifest import MANIFEST, Manifest, time_after
@@ -210,6 +210,9 @@ def delete(folder: StoragePath) -> None:
         (folder / PARTIAL).unlink()
         folder.remove()  # the folder, where there is such a thing
         return
+    if folder.is_symlink():  # to a place that is not ours to clear
+        folder.unlink()
+        return
     partial = folder
     if not folder.name.endswith(PARTIAL):
         partial = partial_folder(folder)
@@ -225,8 +228,15 @@ def delete_if_possible(folder: StoragePath) -> None:
     """
     try:
         delete(folder)
-    except (OSError, OutageError) as error:
+    except Exception as error:  # of whatever kind the storage's package has
         logger.warning("%s could not be deleted: %s", folder, first_line(error))
+
+
+def delete_unfinished(folder: StoragePath) -> None:
+    """Delete what a failed save has left of `folder`, but no complete one of that name."""
+    partial = partial_folder(folder)
+    if _is_partial(partial):
+        delete(partial)
 
 
 def restore_replaced(root: StoragePath) -> None:

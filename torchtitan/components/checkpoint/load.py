@@ -46,6 +46,12 @@ if TYPE_CHECKING:
     from torchtitan.protocols import BaseStateDictAdapter, ModelProtocol
 
 
+_BALANCE = (".router.load", ".router.selection_bias")
+"""Ends of names of buffers that balance experts, which begin with zeros."""
+_BALANCE_ALONE = (".router.load",)
+"""Of these, what no logits depend on."""
+
+
 def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
     """Fill a model with the weights in the folder `path`, in place.
 
@@ -73,6 +79,9 @@ def load_weights_of_parts(
 ) -> None:
     """`load_model_weights` for the parts of one model that a rank of `group` has.
 
+    What balances the experts begins anew where it was not saved, since they were balanced in
+    another way.
+
     Args:
         verify: read and check whole files first, see `OpenCheckpoint.open`.
     """
@@ -80,7 +89,13 @@ def load_weights_of_parts(
         _load_huggingface(model_parts, cast(Path, path), group)
     else:
         checkpoint = OpenCheckpoint.open(path, group, verify)
-        checkpoint.read_into({"model": model_state(model_parts)}, model_parts[0], group)
+        saved = checkpoint.metadata.state_dict_metadata
+        state = {
+            name: tensor
+            for name, tensor in model_state(model_parts).items()
+            if f"model.{name}" in saved or not name.endswith(_BALANCE)
+        }
+        checkpoint.read_into({"model": state}, model_parts[0], group, _BALANCE_ALONE)
 
 
 def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
@@ -141,9 +156,16 @@ class OpenCheckpoint:
         return cls(folder, manifest, on_rank_zero(read, group))
 
     def read_into(
-        self, state: dict[str, Any], model: nn.Module, group: dist.ProcessGroup | None
+        self,
+        state: dict[str, Any],
+        model: nn.Module,
+        group: dist.ProcessGroup | None,
+        unneeded: tuple[str, ...] = (),
     ) -> None:
         """Fill the parts of `state` ("model", "optimizer", ...) in place; other parts stay unread.
+
+        Args:
+            unneeded: ends of names that `state` need not have.
 
         Raises:
             CheckpointError: a file is damaged, or keys or shapes do not fit. It says in which
@@ -152,8 +174,12 @@ class OpenCheckpoint:
         """
         parts = set(state)
         reader = CheckpointReader(self.folder, self.metadata)
+
+        def is_wanted(key: str) -> bool:
+            return key.partition(".")[0] in parts and not key.endswith(unneeded)
+
         try:
-            read_state(state, reader, lambda key: key.partition(".")[0] in parts, group)
+            read_state(state, reader, is_wanted, group)
         except DamagedCheckpointError:
             raise
         except CheckpointError as error:
@@ -198,24 +224,43 @@ def is_huggingface(path: StoragePath) -> bool:
 def _load_huggingface(
     model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
 ) -> None:
-    # Adapters may remember what they convert, so names are asked of another one.
-    adapter, names = (adapter_of(model_parts[0], path) for _ in range(2))
+    names = adapter_of(model_parts[0], path)
     on_rank_zero(lambda: check_hf_config(path, model_parts[0]), group)
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
     with begin_errors_with(str(path)):
-        adapter.check_names(metadata.state_dict_metadata)
+        names.check_names(metadata.state_dict_metadata)
     on_rank_zero(lambda: check_copies(path, metadata, names), group)
     tied = tied_names(model_parts)
     state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
-    hf_state = adapter.to_hf(state)
+    # A layer after the other, since what was taken apart, such as experts, is put together in new
+    # memory. Adapters may remember what they convert, so each layer has one of its own.
+    layers = []
+    for part in by_layer(state).values():
+        adapter = adapter_of(model_parts[0], path)
+        layers.append((part, adapter, adapter.to_hf(part)))
 
     wanted = wanted_keys(names, metadata, tied)
+    hf_state = {key: tensor for *_, hf_part in layers for key, tensor in hf_part.items()}
     read_state(hf_state, SafetensorsReader(path, metadata), wanted.__contains__, group)
-    converted = adapter.from_hf(hf_state)
+    del hf_state
     buffers = buffer_names(model_parts)
+    while layers:
+        part, adapter, hf_part = layers.pop()
+        converted = adapter.from_hf(hf_part)
+        for name, tensor in part.items():
+            if name in converted or name not in buffers:  # files lack what belongs to training
+                tensor.copy_(converted[name])
+        del converted, hf_part
+
+
+def by_layer(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tensors of each layer, and those of each other module."""
+    groups: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
-        if name in converted or name not in buffers:  # files lack what belongs to training
-            tensor.copy_(converted[name])
+        words = name.split(".")
+        group = ".".join(words[:2]) if words[0] == "layers" else words[0]
+        groups.setdefault(group, {})[name] = tensor
+    return groups
 
 
 def wanted_keys(

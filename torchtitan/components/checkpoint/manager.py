@@ -25,7 +25,7 @@ from torchtitan.tools.text import first_line
 from .background import BackgroundSaves
 from .failures import first_failure
 from .final_export import FinalExport
-from .folder import SaveTimes, checkpoint_root, delete, partial_folder, step_folder
+from .folder import SaveTimes, checkpoint_root, delete_unfinished, step_folder
 from .huggingface import initial_load_path
 from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
@@ -156,7 +156,9 @@ class CheckpointManager:
             self._final_export.save(step)
             return
         state = self._state.export() if export else self._state.state_dict()
-        data = {} if export else self._state.describe_data()
+        data = self._state.describe_data()
+        if export:
+            data.pop("sources", None)  # in which it has no place
         manifest = Manifest(step, export, self._model_description, data)
         folder = step_folder(self._root, step)
         writer = CheckpointWriter(
@@ -389,9 +391,8 @@ class CheckpointManager:
         if isinstance(error, TakenOverError):  # whose files they are is not known
             raise error from None
         if dist.get_rank() == 0:
-            partial = partial_folder(step_folder(self._root, step))
-            with suppress(OSError):  # the next save will delete it
-                delete(partial)
+            with suppress(Exception):  # the next save will delete it
+                delete_unfinished(step_folder(self._root, step))
         newest = self.newest()
         message = (
             f"The checkpoint of step {step} could not be saved in {self._root}: "

@@ -51,7 +51,8 @@ class Manifest:
     """`name`, `flavor`, `args` (the model's hyperparameters) and the tokenizer, see
     `model_identity.describe_model`."""
     data: dict[str, Any] = field(default_factory=dict)
-    """`sources`, see `DataLoader.describe`; empty in old checkpoints and exports."""
+    """`sources`, see `DataLoader.describe`, not in exports, and `has_conversations`. Old
+    checkpoints may lack both."""
     saved_at: str = ""
     """Time of completion: UTC, ISO 8601. Sorts as text. See `folder.SaveTimes`."""
     files: dict[str, FileRecord] = field(default_factory=dict)

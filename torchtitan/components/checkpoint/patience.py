@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError
+from torchtitan.errors import CheckpointError, DamagedCheckpointError, OutageError, may_pass
 from torchtitan.tools.text import first_line
 
 logger = logging.getLogger("torchtitan")
@@ -82,4 +82,6 @@ def parse_again(path: Any, parse: Callable[[], T]) -> T:
     except Exception as error:  # damaged bytes may raise errors of any kind
         if "DefaultCPUAllocator" in str(error):  # a RuntimeError, to PyTorch
             raise MemoryError(f"{path}: {first_line(error)}") from error
+        if may_pass(error):  # PyTorch or an adapter hides what a storage said
+            raise OutageError(f"{path} cannot be read: {first_line(error)}") from error
         raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error

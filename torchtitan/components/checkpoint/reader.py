@@ -16,7 +16,7 @@ from functools import partial
 from io import BytesIO
 from itertools import compress
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import IO, Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ from torchtitan.tools.text import few, first_line
 from .failures import first_failure
 from .patience import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
-from .storage import CheckpointFiles, StoragePath
+from .storage import CheckpointFiles, RemotePath, StoragePath
 
 EXCLUDABLE_PARTS = get_args(ExcludablePart)
 
@@ -70,6 +70,7 @@ class CheckpointReader(dcp.FileSystemReader):
         for item in plan.items:
             items_of_file[self.storage_data[item.storage_index].relative_path].append(item)
         for name, items in items_of_file.items():
+            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
             part = dataclasses.replace(plan, items=items)
             parse_again(self.path / name, partial(self.read_file, name, part, planner))
         done: Future[None] = Future()
@@ -78,6 +79,14 @@ class CheckpointReader(dcp.FileSystemReader):
 
     def read_file(self, name: str, plan: LoadPlan, planner: LoadPlanner) -> None:
         super().read_data(plan, planner)
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        if not isinstance(self.path, RemotePath):
+            return super()._slice_file(file, sinfo)
+        # Each jump within a remote file, of which `torch.load` makes several, is a request, which
+        # reads ahead what is not used.
+        file.seek(sinfo.offset)
+        return BytesIO(file.read(sinfo.length))
 
     def read_tensor(self, key: str) -> torch.Tensor:
         """A whole tensor, as it was saved. Beside it, no more than one saved shard is in memory.

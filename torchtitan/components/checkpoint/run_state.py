@@ -116,7 +116,7 @@ class RunState:
             self._dataloader.load_state_dict({"rows": rows, "seq_len": seq_len})
 
     def describe_data(self) -> dict[str, Any]:
-        """The sources of the data and their sizes, for `Manifest.data`."""
+        """For `Manifest.data`."""
         return describe_data(self._dataloader)
 
     def begin_data(self, step: int) -> None:

@@ -6,17 +6,19 @@ writes checkpoints need not know where they are.
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeVar, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, may_pass
+from torchtitan.tools.text import first_line
 
 from .patience import read_again
 
@@ -24,8 +26,41 @@ _CHUNK = 1 << 20
 """Bytes that are checksummed, then written or read on, while the processor's cache holds them."""
 
 
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Outages as `OSError`, which who reads and writes looks for. botocore's, say, are none."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if may_pass(error):
+            raise OSError(errno.EIO, first_line(error)) from error
+        raise
+
+
+class _RemoteFile:
+    """A file that fsspec has opened, with `_as_os_errors`."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> _RemoteFile:
+        return self
+
+    @_as_os_errors()
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._file, name)
+        return _as_os_errors()(value) if callable(value) else value
+
+
 class RemotePath:
     """A file or folder of a storage that fsspec knows, named by its URL.
+
+    Its methods raise `OSError` for an outage, whatever the storage's own package does.
 
     Raises:
         ConfigError: nothing is known of such URLs, or a package for them is missing.
@@ -76,21 +111,32 @@ class RemotePath:
     def with_name(self, name: str) -> RemotePath:
         return self.parent / name
 
+    @_as_os_errors()
     def open(self, mode: str = "rb", buffering: int = -1) -> BinaryIO:
-        return self.fs.open(self._path, mode)
+        return cast(BinaryIO, _RemoteFile(self.fs.open(self._path, mode)))
 
+    @_as_os_errors()
     def read_bytes(self) -> bytes:
         return self.fs.cat_file(self._path)
 
     def exists(self) -> bool:
-        return self.fs.exists(self._path)
+        return self._type() is not None
 
     def is_file(self) -> bool:
-        return self.fs.isfile(self._path)
+        return self._type() == "file"
 
     def is_dir(self) -> bool:
-        return self.fs.isdir(self._path)
+        return self._type() == "directory"
 
+    def _type(self) -> str | None:
+        """None if there is nothing. Raises `OutageError`, where fsspec's `exists` says False."""
+        info = _as_os_errors()(self.fs.info)
+        try:
+            return read_again(self, lambda: info(self._path))["type"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @_as_os_errors()
     def entries(self) -> dict[str, int | None]:
         """Name -> size in bytes of a file, None for a folder. Raises `FileNotFoundError`."""
         sizes = {}
@@ -99,30 +145,46 @@ class RemotePath:
             sizes[name] = entry["size"] if entry["type"] == "file" else None
         return sizes
 
+    @_as_os_errors()
     def mkdir(self) -> None:
         """Where folders are more than parts of names."""
         self.fs.makedirs(self._path, exist_ok=True)
 
+    @_as_os_errors()
     def remove(self) -> None:
         """Delete a folder and all in it, if it is there."""
         if self.exists():
             self.fs.rm(self._path, recursive=True)
 
+    @_as_os_errors()
     def write_bytes(self, content: bytes) -> None:
         """Appears as a whole in an object store."""
         self.fs.pipe_file(self._path, content)
 
+    @_as_os_errors()
     def unlink(self) -> None:
         self.fs.rm_file(self._path)
 
+    @_as_os_errors()
     def unlink_files(self, names: Collection[str]) -> None:
         """Delete files of this folder, a thousand with one request where the storage can."""
         if names:
             self.fs.rm([f"{self._path}/{name}" for name in names])
 
+    @_as_os_errors()
     def rename(self, target: RemotePath) -> None:
         """A copy, then a deletion, in most storages."""
-        self.fs.mv(self._path, target._path, recursive=True)
+        if not self.is_dir():
+            self.fs.mv(self._path, target._path)
+            return
+        # Its own name, which fsspec would copy too, is nothing in an object store.
+        names = self.entries()
+        target.mkdir()
+        self.fs.copy(
+            [f"{self._path}/{name}" for name in names],
+            [f"{target._path}/{name}" for name in names],
+        )
+        self.remove()
 
 
 StoragePath = Path | RemotePath
@@ -164,8 +226,12 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
     def entries() -> dict[str, int | None]:
         if isinstance(folder, RemotePath):
             return folder.entries()
+        sizes = {}
         with os.scandir(folder) as found:
-            return {e.name: None if e.is_dir() else e.stat().st_size for e in found}
+            for entry in found:
+                with suppress(FileNotFoundError):  # of a link that leads nowhere
+                    sizes[entry.name] = None if entry.is_dir() else entry.stat().st_size
+        return sizes
 
     try:
         return read_again(folder, entries)

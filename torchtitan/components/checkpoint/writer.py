@@ -120,7 +120,7 @@ class CheckpointWriter(FileSystemWriter):
         """
         try:
             found = folders.to_prune(self._folder.parent, self._keep_latest, self._damaged)
-        except (OSError, OutageError) as error:
+        except Exception as error:
             logger.warning("it is not known which old checkpoints to delete: %s", error)
             return
         for old in found:

@@ -83,16 +83,16 @@ def convert_to_hf(
     described = checkpoint.manifest.model
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
-    data = saved_config(checkpoint.folder, checkpoint.manifest).get(
-        "data"
-    )  # None: not of a run, so it is not known
-    template, add_bos = "", None
-    if data is not None:
+    data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
+    conversations, template, add_bos = False, "", None
+    if data is not None:  # else it is not of a run, so this is not known
         add_bos = bool(data.get("add_bos", False))
-        if data.get("chat_template"):
-            template = chat_template_of(data["chat_template"], tokenizer)
+        file = data.get("chat_template")
+        # Old checkpoints do not tell. Who had a template had conversations, as far as is known.
+        conversations = checkpoint.manifest.data.get("has_conversations", bool(file))
+        template = chat_template_of(file, tokenizer) if conversations else ""
     assets = ExportAssets(
-        tokenizer, described.get("seq_len", 0), like, template, bool(template), add_bos
+        tokenizer, described.get("seq_len", 0), like, template, conversations, add_bos
     )
     reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:

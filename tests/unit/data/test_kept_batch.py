@@ -1,0 +1,37 @@
+"""A bad batch is kept as it was, of whatever kind it is, and shown."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torchtitan.data.kept_batch import keep_batch, show_batch
+
+FACTS = {"step": 3, "tokenizer": "bytes"}
+
+
+def test_latents_are_kept_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latents = torch.tensor([[0.25, float("nan")], [-1.5, 3.0]]).bfloat16()
+    batch = {"tokens": latents, "labels": torch.rand(2, 3, 2), "times": torch.tensor([7, 2**40])}
+    keep_batch(tmp_path, 0, [batch, batch], FACTS)
+
+    kept = np.load(tmp_path / "data-rank-0.npz")
+    assert kept["tokens"].dtype == np.float32
+    np.testing.assert_array_equal(kept["tokens"], torch.cat([latents, latents]).float())
+    np.testing.assert_array_equal(kept["labels"][:2], batch["labels"])
+    assert kept["times"].tolist() == 2 * [7, 2**40]
+
+    show_batch(tmp_path)
+    shown = capsys.readouterr().out
+    assert "row 0: tokens float32 [2] from 0.25 to 0.25, 1 NaN or infinite, labels" in shown
+    assert "row 3: tokens float32 [2] from -1.5 to 3, labels float32 [3, 2] from" in shown
+
+
+def test_rows_of_ids_are_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = torch.tensor([list(b"words")])
+    batch = {"tokens": tokens, "labels": tokens, "positions": tokens, "document_ids": tokens}
+    keep_batch(tmp_path, 0, [batch], FACTS)
+    assert set(np.load(tmp_path / "data-rank-0.npz")) == {"tokens", "labels"}
+    show_batch(tmp_path)
+    assert "5 tokens, 5 trained on, 5 distinct ---\nwords" in capsys.readouterr().out

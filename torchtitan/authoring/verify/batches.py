@@ -1,0 +1,206 @@
+"""What checks feed a model with: random tokens, or batches of the model's own data loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+import torch.nn as nn
+
+from torchtitan.components.data_loader import Batch
+from torchtitan.components.loss import IGNORE_INDEX, attach_loss, count_labels
+from torchtitan.components.model_inputs import USUAL_KEYS, ModelInputs
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import ConfigError
+
+from .probe import loss_of
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.protocols.train_spec import TrainSpec
+
+BATCH = 8
+"""Rows of a batch of all ranks."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch, and how a model is run on it and judged."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    inputs: Batch
+    """What `forward` gets by name."""
+    judge: Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]
+    """Called with the model, what it returned and the labels: the mean loss."""
+    prepare: Callable[[nn.Module], None] = lambda model: None
+    """Called with a model before it runs."""
+
+    def run(self, model: nn.Module) -> Any:
+        self.prepare(model)
+        return model(self.tokens, **self.inputs)
+
+    def loss(self, model: nn.Module, output: Any) -> torch.Tensor:
+        """The mean loss of what `run` returned, a float32 scalar."""
+        return self.judge(model, output, self.labels)
+
+    def rows(self, rows: slice) -> Example:
+        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
+        return Example(self.tokens[rows], self.labels[rows], inputs, self.judge, self.prepare)
+
+    def cast(self, dtype: torch.dtype) -> Example:
+        """With inputs in floating point in this type, as the trainer casts them."""
+        tokens, inputs = _cast(self.tokens, dtype), self.inputs
+        inputs = {name: _cast(tensor, dtype) for name, tensor in inputs.items()}
+        return Example(tokens, self.labels, inputs, self.judge, self.prepare)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def random_example(tokens: torch.Tensor) -> Example:
+    """Of tokens `[batch, seq]`, each of which predicts the next."""
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = IGNORE_INDEX
+    return Example(tokens, labels, {}, lambda model, logits, labels: loss_of(logits, tokens))
+
+
+class OwnBatches:
+    """Batches of a model's own loader, each `[BATCH, ...]`, as one process gets them.
+
+    So any layout can have its share of the same rows, whatever way the loader shares them out.
+
+    Args:
+        job: makes the job of the options.
+        seq_len: of the job, unless the loader's labels have another length.
+    """
+
+    def __init__(
+        self, spec: TrainSpec, job: Callable[..., JobConfig], seq_len: int, *options: str
+    ) -> None:
+        self.seq_len = seq_len
+        self.error = ""
+        """Why there are no batches; "" if there are."""
+        self._spec, self._job, self._options = spec, job, options
+        self._loader: Any = None
+        self._given: list[Batch] = []
+        self._prepared: WeakSet[nn.Module] = WeakSet()
+        self.loss_fn: Any = None
+        try:
+            length = self._length()
+            if length != seq_len:
+                self.close()
+                self.seq_len = length
+            self._refuse_unknown_ids(self.batch(1))
+        except StopIteration:
+            self.error = "it has ended at the first batch"
+        except Exception as error:  # it may want options or files of a job
+            text = str(error) if isinstance(error, ConfigError) else _in_words(error)
+            self.error = text.partition("\n")[0]
+
+    def _length(self) -> int:
+        """The length of the labels in the first batch; that of the job if tokens are ids."""
+        self._open()
+        batch = next(self._loader)
+        found = [batch.get(name) for name in USUAL_KEYS[:2]] if isinstance(batch, dict) else []
+        tensors = [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+        if len(tensors) == 2 and tensors[1].ndim > 1 and not _are_ids(tensors[0]):
+            length = int(tensors[1].shape[1])
+            if length != self.seq_len:
+                return length
+        self._keep(batch)
+        return self.seq_len
+
+    def _refuse_unknown_ids(self, batch: Batch) -> None:
+        size = getattr(self._spec.model_args, "vocab_size", None)
+        if isinstance(size, int) and _are_ids(batch["tokens"]) and batch["tokens"].max() >= size:
+            largest = int(batch["tokens"].max())
+            raise ConfigError(f"a batch has the token {largest}, but vocab_size is {size}")
+
+    @property
+    def config(self) -> JobConfig:
+        size = f"--training.global_batch_size={BATCH}", f"--training.local_batch_size={BATCH}"
+        return self._job(*size, f"--training.seq_len={self.seq_len}", *self._options)
+
+    def _open(self) -> None:
+        if self._loader is None:
+            config, make_tokenizer = self.config, self._spec.build_tokenizer_fn
+            tokenizer = make_tokenizer(config) if make_tokenizer else None
+            self._loader = self._spec.build_dataloader_fn(config, tokenizer, 0, 1)
+
+    def _keep(self, batch: Batch) -> None:
+        batch = self._expected().checked(batch)
+        self._given.append({name: tensor.clone() for name, tensor in batch.items()})
+
+    def _expected(self) -> ModelInputs:
+        config = self.config
+        model = self._spec.meta_model(self._spec.model_args.update_from_config(config))
+        return ModelInputs(model, ParallelDims.from_config(config.parallelism, 1), config)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 1."""
+        self._open()
+        while len(self._given) < step:
+            self._keep(next(self._loader))
+        return dict(self._given[step - 1])
+
+    def again(self) -> OwnBatches:
+        """The same from a new loader."""
+        return OwnBatches(self._spec, self._job, self.seq_len, *self._options)
+
+    def close(self) -> None:
+        if self._loader is not None:
+            getattr(self._loader, "close", lambda: None)()
+        self._loader, self._given = None, []
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a batch is token ids and labels `[batch, seq]` alone."""
+        batch = self.batch(1)
+        alone = set(batch) <= set(USUAL_KEYS)
+        tokens, labels = batch["tokens"], batch["labels"]
+        return alone and _are_ids(tokens) and _are_ids(labels) and tokens.shape == labels.shape
+
+    @property
+    def keys(self) -> list[str]:
+        """What a batch has besides tokens and labels; nothing if there is none."""
+        return [] if self.error else [n for n in self.batch(1) if n not in USUAL_KEYS[:2]]
+
+    def describe(self) -> str:
+        """`tokens float32 [8, 4, 16, 16], labels int64 [8, 64]`."""
+        if self.error:
+            return f"nothing ({self.error})"
+        return ", ".join(
+            f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            for name, tensor in self.batch(1).items()
+        )
+
+    def example(self, rows: int, step: int) -> Example:
+        batch = self.batch(step)
+        inputs = {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
+        whole = Example(batch["tokens"], batch["labels"], inputs, self._judge, self._prepare)
+        return whole.rows(slice(rows))
+
+    def _prepare(self, model: nn.Module) -> None:
+        torch.manual_seed(0)  # what forward() draws is no difference between two runs
+        if self.loss_fn is None:
+            self.loss_fn = self._spec.build_loss_fn(self.config)
+        if model not in self._prepared:
+            attach_loss(self.loss_fn, [model])
+            self._prepared.add(model)
+
+    def _judge(self, model: nn.Module, output: Any, labels: torch.Tensor) -> torch.Tensor:
+        return self.loss_fn(output, labels) / count_labels(labels).clamp(min=1)
+
+
+def _are_ids(tokens: torch.Tensor) -> bool:
+    """Whether they are of the form `[batch, seq]` that texts have."""
+    return tokens.dtype == torch.int64 and tokens.ndim == 2
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,77 @@
+"""What stages of a pipeline hand on, where that is more than hidden states `[batch, seq, dim]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+from torchtitan.components.data_loader import Batch
+from torchtitan.components.model_inputs import usual_inputs
+from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
+from torchtitan.distributed.utils import local_tensor
+
+from .inputs import Inputs, own_inputs
+from .layers import keep_layers
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Batch:
+    """Zeros for one forward pass of a rank, which has a part of each sequence."""
+    size = job_config.training.local_batch_size
+    if dims.pp_enabled:
+        size = job_config.parallelism.pipeline_parallel_microbatch_size
+    batch = inputs.batch(size, job_config.training.seq_len // dims.cp)
+    # In floating point as the trainer gives them to a model.
+    dtype = getattr(torch, job_config.training.mixed_precision_param)
+    return {
+        name: tensor.to(dtype) if name != "labels" and tensor.is_floating_point() else tensor
+        for name, tensor in batch.items()
+    }
+
+
+def step_inputs(
+    part: nn.Module, dims: ParallelDims, job_config: JobConfig, batch: Batch
+) -> dict[str, torch.Tensor]:
+    """What `forward` gets besides tokens."""
+    places = torch.zeros(batch["labels"].shape[:2], dtype=torch.int64)
+    names = usual_inputs(part, dims, job_config)
+    return {name: places.clone() for name in names} | own_inputs(batch)
+
+
+def tensors_of(out: Any) -> tuple[torch.Tensor, ...]:
+    """A tensor, or those of a tuple."""
+    return tuple(out) if isinstance(out, tuple | list) else (out,)
+
+
+def hands_on_more(first: nn.Module, job_config: JobConfig, inputs: Inputs) -> bool:
+    """Whether the first stage gives something else than `[batch, seq, dim]`.
+
+    Args:
+        first: on the meta device; one layer of it is enough, and the others are removed.
+    """
+    keep_layers(first, 1)
+    seq_len = job_config.training.seq_len
+    batch = inputs.batch(1, seq_len, "meta")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            out = first(batch["tokens"], **own_inputs(batch))
+    except Exception:  # for want of values, or of what only a parallelised model has
+        return inputs.rows is not None
+    shape = [1, seq_len, getattr(first.args, "dim", None)]
+    return not isinstance(out, torch.Tensor) or list(out.shape) != shape
+
+
+def handed_on(
+    first: nn.Module, job_config: JobConfig, dims: ParallelDims, inputs: Inputs
+) -> tuple[torch.Tensor, ...]:
+    """What the first stage, parallelised, gives to the next. Within a `FakeTensorMode`."""
+    batch = micro_batch(job_config, dims, inputs)
+    autocast = mixed_precision(bool(fsdp_modules(first)), job_config, torch.device("cpu"))
+    with autocast:
+        out = first(batch["tokens"], **step_inputs(first, dims, job_config, batch))
+    return tuple(map(local_tensor, tensors_of(out)))

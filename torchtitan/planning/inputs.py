@@ -1,0 +1,113 @@
+"""What a step reads: tensors of the shapes of a batch, whose values do not matter."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchtitan.components.data_loader import Batch, has_own_loader
+from torchtitan.components.model_inputs import USUAL_KEYS
+from torchtitan.config import origin
+from torchtitan.errors import ConfigError
+from torchtitan.protocols.train_spec import get_train_spec
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch of token ids and labels `[batch, seq]`, or one like those of the model's loader."""
+
+    rows: Batch | None = None
+    """One row of each tensor of a batch, on the meta device; None: token ids."""
+    own: bool = False
+    """Whether the model has a loader of its own."""
+    unknown: str = ""
+    """Why it does not tell what a batch is."""
+
+    @classmethod
+    def of(cls, job_config: JobConfig) -> Inputs:
+        """Asks a loader of the model's own for a batch.
+
+        Raises:
+            ConfigError: it gives none here, and a model without `vocab_size` reads no token ids.
+        """
+        spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+        if not has_own_loader(spec.build_dataloader_fn):
+            return cls()
+        try:
+            batch = _batch_of_one_row(spec, job_config)
+        except StopIteration:
+            unknown = "it has ended at the first batch"
+        except Exception as error:  # of the user's code, or for want of data
+            text = str(error) if isinstance(error, ConfigError) else _in_words(error)
+            unknown = text.partition("\n")[0]
+        else:
+            return cls(None if _is_text(batch, job_config) else batch, own=True)
+        if getattr(spec.model_args.update_from_config(job_config), "vocab_size", None) is None:
+            raise ConfigError(
+                f"{origin(job_config, 'model.name')}: a plan needs the shapes of a batch of the "
+                f"data loader of {job_config.model.name}, which gives none here: {unknown}. Give "
+                "the options that it needs, or plan where its data are"
+            )
+        return cls(own=True, unknown=unknown)
+
+    def batch(self, size: int, seq_len: int, device: str | None = None) -> Batch:
+        """`size` rows of zeros. Args: seq_len: of token ids."""
+        if self.rows is None:
+            tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=device)
+            return {"tokens": tokens, "labels": tokens.clone()}
+        return {
+            name: torch.zeros(size, *row.shape, dtype=row.dtype, device=device)
+            for name, row in self.rows.items()
+        }
+
+    def describe(self, batch: Batch) -> str:
+        found = ", ".join(
+            f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            for name, tensor in batch.items()
+        )
+        return found + (
+            f" (its data loader gives no batch here: {self.unknown})" * bool(self.unknown)
+        )
+
+
+def own_inputs(batch: Batch) -> Batch:
+    """What `forward` gets by the names that the author gave."""
+    return {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
+
+
+def _batch_of_one_row(spec: Any, job_config: JobConfig) -> Batch:
+    """One row of each tensor, as one process of such a job reads it."""
+    config = copy.deepcopy(job_config)
+    config.training.local_batch_size = config.training.global_batch_size = 1
+    tokenizer = spec.build_tokenizer_fn(config) if spec.build_tokenizer_fn else None
+    loader = spec.build_dataloader_fn(config, tokenizer, 0, 1)
+    try:
+        batch = next(loader)
+    finally:
+        getattr(loader, "close", lambda: None)()
+    missing = [name for name in USUAL_KEYS[:2] if name not in batch]
+    if missing:
+        raise ConfigError(f"a batch has no {', '.join(missing)}")
+    masked = config.training.document_mask
+    return {
+        name: torch.empty(tensor.shape[1:], dtype=tensor.dtype, device="meta")
+        for name, tensor in batch.items()
+        if masked or name not in USUAL_KEYS[2:]
+    }
+
+
+def _is_text(batch: Batch, job_config: JobConfig) -> bool:
+    ids = batch["tokens"], batch["labels"]
+    return set(batch) <= set(USUAL_KEYS) and all(
+        row.dtype == torch.int64 and list(row.shape) == [job_config.training.seq_len] for row in ids
+    )
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
