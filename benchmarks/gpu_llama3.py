@@ -1,8 +1,9 @@
 """Llama 3 1B, bfloat16 and float8, sequences of 4,096 tokens, one GPU: tokens/s, MFU, memory.
 
 Runs the trainer as a user does, each time in a process of its own, all modes by turns, and reads
-what it logs. Further arguments are options of the trainer. It runs on a CPU too, to see that
-it works:
+what it logs. Each run is told on stderr once it is over, so that what was measured is there if
+the machine goes. Further arguments are options of the trainer. Tiny, it runs on a CPU too, to see
+that it works:
 
     python -m benchmarks.gpu_llama3 [--rounds 3] [--training.local_batch_size 4]
     python -m benchmarks.gpu_llama3 --tiny
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Spread, Table, verdict
+from torchtitan.tools.text import three_digits
 
 CONFIGS = Path(__file__).parent / "configs"
 H100_PEAK_TFLOPS = 989.0
@@ -54,38 +56,82 @@ class Run:
     steady: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, options: list[str]) -> Run:
-        """Train in a new process."""
+    def of(cls, name: str, options: list[str]) -> Run | Failed:
+        """Train in a new process, and tell on stderr what came of it."""
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "torchtitan.train", "--job.dump_folder", folder]
-            subprocess.run([*command, *options], check=True)
-            lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+            code = subprocess.run([*command, *options]).returncode
+            path = Path(folder) / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+        if code or len(lines) < 2:
+            failed = Failed(code)
+            print(f"{name}: {failed}", file=sys.stderr, flush=True)
+            return failed
         first, *steady = map(json.loads, lines)
-        return cls(first, steady)
+        run = cls(first, steady)
+        print(f"{name}: {run}", file=sys.stderr, flush=True)
+        return run
+
+    def __str__(self) -> str:
+        return (
+            f"{three_digits(self.median('tokens_per_second'))} tokens/s, "
+            f"{three_digits(self.median('tflops_per_second_per_device'))} TFLOP/s, "
+            f"{self.peak_bytes / 2**30:.2f} GiB, "
+            f"first step {three_digits(self.first['elapsed_seconds'])} s"
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(line["peak_memory_bytes"] for line in self.steady)
 
     def median(self, key: str) -> float:
         return statistics.median(line[key] for line in self.steady)
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A training that did not finish, out of memory for instance; or logged too few steps."""
+
+    code: int
+
+    def __str__(self) -> str:
+        return f"failed: exit {self.code}"
+
+
+def refuse_cpu(name: str) -> None:
+    """Ends the program where a benchmark of full size would run on a CPU for hours."""
+    if not _has_gpu():
+        raise SystemExit(
+            f"{name} needs a GPU that PyTorch can use; on a CPU, --tiny shows it works"
+        )
+
+
 def measure(config: Path, rounds: int, peak_tflops: float, options: list[str]) -> Table:
     """All modes by turns. MFU appears where there is a GPU, in float8 over the bf16 peak too."""
-    runs: dict[str, list[Run]] = defaultdict(list)
+    runs: dict[str, list[Any]] = defaultdict(list)
     base = ["--job.config_file", str(config), "--metrics.progress", "plain", *options]
-    for _ in range(rounds):
+    failures: dict[str, list[Any]] = defaultdict(list)
+    for number in range(rounds):
         for mode, mode_options in MODES.items():
-            runs[mode].append(Run.of([*base, *mode_options]))
+            run = Run.of(f"round {number + 1}, {mode}", [*base, *mode_options])
+            (runs if isinstance(run, Run) else failures)[mode].append(run)
 
     rows = []
-    for mode, of_mode in runs.items():
+    for mode in MODES:
+        of_mode, failed = runs[mode], failures[mode]
+        name = f"{mode} ({len(failed)} {failed[0]})" if of_mode and failed else mode
+        if not of_mode:
+            rows.append([mode, str(failed[0]), *[""] * 5])
+            continue
         flops = Spread.of([run.median("tflops_per_second_per_device") for run in of_mode])
         mfu, target = "", ""
         if _has_gpu():
             mfu = f"{flops.median / peak_tflops:.1%}"
             target = verdict(flops.median / peak_tflops, at_least=TARGET_MFU)
-        peak = max(run.steady[-1]["peak_memory_bytes"] for run in of_mode)
+        peak = max(run.peak_bytes for run in of_mode)
         rows.append(
             [
-                mode,
+                name,
                 str(Spread.of([run.median("tokens_per_second") for run in of_mode])),
                 str(flops),
                 mfu,
@@ -114,6 +160,7 @@ def run(quick: bool = False) -> list[Table]:
     config = CONFIGS / "llama3_1b.toml"
     if quick:
         return [measure(config, 1, H100_PEAK_TFLOPS, TINY)]
+    refuse_cpu("gpu_llama3")
     return [measure(config, 3, H100_PEAK_TFLOPS, [])]
 
 
@@ -124,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peak-tflops", type=float, default=H100_PEAK_TFLOPS)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and one round")
     args, options = parser.parse_known_args(argv)
+    if not args.tiny:
+        refuse_cpu("gpu_llama3")
     rounds, options = (1, [*TINY, *options]) if args.tiny else (args.rounds, options)
     print(measure(args.config, rounds, args.peak_tflops, options).markdown())
     return 0

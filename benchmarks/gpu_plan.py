@@ -6,8 +6,9 @@ a process of its own. Further arguments are options of the trainer, for runs and
     python -m benchmarks.gpu_plan [--device h100] [--models 150m 1b]
     python -m benchmarks.gpu_plan --tiny
 
-On a CPU it shows that it works: there is no plan of a CPU's time, and the memory of its process is
-not that of its tensors, so neither is compared.
+Each run is told on stderr once it is over, and one that fails, out of memory for instance, is a row
+as well. On a CPU, --tiny shows that it works: there is no plan of a CPU's time, and the memory of
+its process is not that of its tensors, so neither is compared.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.gpu_llama3 import TINY, Run
+from benchmarks.gpu_llama3 import TINY, Failed, Run, refuse_cpu
 from benchmarks.report import Table
 from torchtitan.config import load_config
 from torchtitan.models.plugins import load_plugins
@@ -45,7 +46,8 @@ def measure(models: list[str], device: str, options: list[str]) -> Table:
             config = load_config(words)
             load_plugins(config.job.custom_import)
             plan = plan_run(config, 1, get_device(device))
-            run = Run.of(words) if plan.room >= 0 else None
+            name = f"{config.model.flavor}, {mode}, planned {plan.peak / _GIB:.2f} GiB"
+            run = Run.of(name, words) if plan.room >= 0 else None
             rows.append([config.model.flavor, mode, *_cells(plan, run, gpu is not None)])
     return Table(
         f"plans for {device}, runs on {gpu or 'a CPU'} {' '.join(options)}".strip(),
@@ -57,11 +59,13 @@ def measure(models: list[str], device: str, options: list[str]) -> Table:
     )
 
 
-def _cells(plan: Plan, run: Run | None, gpu: bool) -> list[str]:
+def _cells(plan: Plan, run: Run | Failed | None, gpu: bool) -> list[str]:
     planned = [f"{plan.peak / _GIB:.2f} GiB", f"{plan.step_seconds:.3f}"]
     if run is None:
         return [planned[0], "does not fit", "", planned[1], "", ""]
-    peak = max(line["peak_memory_bytes"] for line in run.steady)
+    if isinstance(run, Failed):
+        return [planned[0], str(run), "", planned[1], "", ""]
+    peak = run.peak_bytes
     seconds = plan.tokens_per_step / run.median("tokens_per_second")
     if not gpu:
         return [planned[0], "not compared", "", planned[1], f"{seconds:.3f} (CPU)", ""]
@@ -84,6 +88,7 @@ def _gpu() -> str | None:
 def run(quick: bool = False) -> list[Table]:
     if quick:
         return [measure(["150m"], "h100", TINY)]
+    refuse_cpu("gpu_plan")
     return [measure(["150m", "1b", "3b"], "h100", [])]
 
 
@@ -93,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="h100", help="as of torchtitan plan")
     parser.add_argument("--tiny", action="store_true", help="a tiny model in the place of all")
     args, options = parser.parse_known_args(argv)
+    if not args.tiny:
+        refuse_cpu("gpu_plan")
     models, options = (["150m"], [*TINY, *options]) if args.tiny else (args.models, options)
     print(measure(models, args.device, options).markdown())
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +174,48 @@ def test_a_plan_is_compared_with_a_run():
     assert gpu_plan._cells(plan, run, gpu=True) == [
         *("3.00 GiB", "4.00 GiB", "-25.0%", "0.900", "1.000", "-10.0%")
     ]
+
+
+def metrics(tokens_per_second: float) -> str:
+    line = {"tokens_per_second": tokens_per_second, "tflops_per_second_per_device": 2.0}
+    line |= {"peak_memory_bytes": 2**30, "elapsed_seconds": 3.0}
+    return 3 * f"{json.dumps(line)}\n"
+
+
+def test_a_run_that_fails_is_a_row_and_each_is_told_at_once(monkeypatch, capsys):
+    codes = iter([0, 0, 0, 1, 0, 0, -9, 1])
+    seen = []
+
+    def train(command: list[str]) -> SimpleNamespace:
+        folder = Path(command[command.index("--job.dump_folder") + 1])
+        folder.joinpath("metrics.jsonl").write_text(metrics(100.0 + len(seen)))
+        seen.append(capsys.readouterr().err)
+        return SimpleNamespace(returncode=next(codes))
+
+    monkeypatch.setattr(gpu_llama3.subprocess, "run", train)
+    config = gpu_llama3.CONFIGS / "llama3_1b.toml"
+    rows = gpu_llama3.measure(config, 2, 989.0, []).rows
+    assert [row[0] for row in rows] == [
+        *("eager", "compiled", "compiled, float8 (1 failed: exit -9)", "compiled, float8 rowwise")
+    ]
+    assert rows[0][1].startswith("102") and rows[2][1].startswith("102")
+    assert rows[3][1:] == ["failed: exit 1", *[""] * 5]
+    assert seen[1] == "round 1, eager: 100 tokens/s, 2.00 TFLOP/s, 1.00 GiB, first step 3.00 s\n"
+    assert seen[4] == "round 1, compiled, float8 rowwise: failed: exit 1\n"
+
+
+def test_a_failed_run_stands_beside_its_plan():
+    plan = SimpleNamespace(peak=3 * 2**30, step_seconds=0.9, tokens_per_step=100)
+    cells = gpu_plan._cells(plan, gpu_llama3.Failed(1), gpu=True)
+    assert cells == ["3.00 GiB", "failed: exit 1", "", "0.900", "", ""]
+
+
+@pytest.mark.parametrize("module", [gpu_llama3, gpu_plan])
+def test_full_size_needs_a_gpu(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for start in (partial(module.main, []), module.run):
+        with pytest.raises(SystemExit, match="needs a GPU"):
+            start()
 
 
 def test_models_do_the_same_work():
