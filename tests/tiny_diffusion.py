@@ -27,7 +27,13 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.pipeline_parallel import build_pipeline
-from torchtitan.protocols import BaseModelArgs, ModelProtocol, TrainSpec, register_train_spec
+from torchtitan.protocols import (
+    BaseModelArgs,
+    BaseStateDictAdapter,
+    ModelProtocol,
+    TrainSpec,
+    register_train_spec,
+)
 
 
 @dataclass
@@ -207,6 +213,16 @@ def parallelize(model, world_mesh, parallel_dims, job_config):
     return model
 
 
+class Adapter(BaseStateDictAdapter):
+    """Hugging Face folders have the same names."""
+
+    def to_hf(self, state_dict):
+        return state_dict
+
+    def from_hf(self, state_dict):
+        return state_dict
+
+
 MODEL_CONFIGS = {"tiny": DiffusionArgs()}
 
 
@@ -232,6 +248,7 @@ def get_train_spec(flavor: str) -> TrainSpec:
         build_dataloader_fn=build_loader,
         build_tokenizer_fn=None,
         build_loss_fn=build_loss,
+        state_dict_adapter=Adapter,
         build_validator_fn=build_validator,
     )
 
