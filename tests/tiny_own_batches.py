@@ -261,13 +261,15 @@ def spec(model, args, first, last, make_row, loss):
 
 MODEL_CONFIGS = {"debugmodel": DiffusionArgs()}
 
-register_train_spec(
-    "tuple_diffusion",
-    lambda flavor: spec(
-        Diffusion, MODEL_CONFIGS[flavor], "embed", "final", noisy_latents, squared_error
-    ),
-)
-register_train_spec(
-    "tiny_codes",
-    lambda flavor: spec(Codes, CodesArgs(), "embeddings", "heads", masked_codes, cross_entropy),
-)
+
+def diffusion(model=Diffusion, make_row=noisy_latents):
+    args = MODEL_CONFIGS["debugmodel"]
+    return spec(model, args, "embed", "final", make_row, squared_error)
+
+
+def codes():
+    return spec(Codes, CodesArgs(), "embeddings", "heads", masked_codes, cross_entropy)
+
+
+register_train_spec("tuple_diffusion", lambda flavor: diffusion())
+register_train_spec("tiny_codes", lambda flavor: codes())

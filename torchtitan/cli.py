@@ -8,9 +8,11 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
+from typing import NoReturn
 
 import torchtitan
 from torchtitan.errors import ConfigError, TitanError, did_you_mean
@@ -66,6 +68,26 @@ def exit_on_user_error() -> Iterator[None]:
     except TitanError as error:
         _report(f"error: {error}")
         raise SystemExit(error.exit_code) from error
+
+
+def end_at_once(error: Exception) -> NoReturn:
+    """Show an error as `exit_on_user_error` or Python would, and end the process with its code.
+
+    Nothing is cleaned up. Python would wait for threads, and CUDA for what it has begun, which may
+    wait for a rank that is gone; torchrun ends the other ranks only once this process is gone.
+    """
+    code = 1
+    try:
+        with exit_on_user_error():
+            raise error
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except Exception:
+        traceback.print_exc()
+    with suppress(OSError):  # nobody reads it
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -12,10 +12,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 import sys
 import time
-import traceback
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtitan.cli import exit_on_user_error
+from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.huggingface import check_exchange, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
@@ -126,12 +124,13 @@ class Trainer:
         self.model_inputs = ModelInputs(model, parallel_dims, job_config)
         check_rules(model, job_config)
         logger.info(
-            "%s %s: %s parameters on %d ranks (%s)",
+            "%s %s: %s parameters on %d ranks (%s), %s",
             job_config.model.name,
             job_config.model.flavor,
             f"{sum(p.numel() for p in model.parameters()):,}",
             parallel_dims.world_size,
             parallel_dims,
+            utils.device_name(),
         )
         self.loss_fn = spec.build_loss_fn(job_config)
         data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)
@@ -189,7 +188,7 @@ class Trainer:
         )
         self.window = Window()
         self.data_wait = 0.0
-        self.save_hangs = False
+        self.may_hang = False
 
     def train(self) -> bool:
         """Run the steps that are left; on a signal of `stop_signals`, stop early with a checkpoint.
@@ -232,7 +231,8 @@ class Trainer:
                         break
         except BaseException as error:
             stop.close()  # nothing is left to save, so a signal may end a process that hangs
-            self.close(None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE)
+            patience = None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE
+            self.close(patience, failed=True)
             raise
         else:
             self.close()
@@ -425,18 +425,21 @@ class Trainer:
             f"The last good checkpoint is {newest or '(none)'}"
         )
 
-    def close(self, save_timeout: float | None = None) -> None:
+    def close(self, save_timeout: float | None = None, failed: bool = False) -> None:
         """Stop the background threads and leave the process group.
 
-        `save_timeout` is in seconds. After it, a save in the background is left alone.
+        `save_timeout` is in seconds. After it, a save in the background is left alone. `failed`:
+        other ranks may be gone, or never come here.
         """
+        # NCCL would first wait for all collectives under way, and so for those ranks.
+        self.may_hang = failed and self.device.type == "cuda"
         self.watch.close()
         self.replicas.close()
         self.dataloader.close()
         if self.validator:
             self.validator.close()
-        self.save_hangs = not self.checkpointer.close(save_timeout)
-        if not self.save_hangs:
+        self.may_hang |= not self.checkpointer.close(save_timeout)
+        if not self.may_hang:
             dist.destroy_process_group()
 
 
@@ -449,12 +452,10 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(job_config)
     try:
         finished = trainer.train()
-    except Exception:
-        if not trainer.save_hangs:
+    except Exception as error:
+        if not trainer.may_hang:
             raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # without waiting for the thread that saves, as Python would
+        end_at_once(error)
     if finished:
         return 0
     if not (job_config.checkpoint.enable or job_config.fault_tolerance.enable):

@@ -20,6 +20,7 @@ import torch
 
 from torchtitan.authoring.verify.catalog import all_checks, choose
 from torchtitan.authoring.verify.check import Outcome
+from torchtitan.authoring.verify.reference import Batches
 from torchtitan.authoring.verify.run import run_checks
 from torchtitan.authoring.verify.subject import Subject
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
@@ -32,7 +33,11 @@ MUTANTS = sorted(
 QUICK = {
     "adapter_exchanges_norms",
     "adapter_permutes_queries",
+    "codes_sum_left_out",
     "dead_parameter",
+    "diffusion_condition_dropped",
+    "diffusion_noise_unseeded",
+    "diffusion_without_data",
     "document_mask_ignored",
     "float64_leak",
     "flops_off_by_two",
@@ -139,6 +144,9 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
         ("shared_projection", "debugmodel", "shared_projection"),
         ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("bidirectional", "debugmodel", "bidirectional"),
+        ("tuple_diffusion", "debugmodel", "tiny_own_batches"),
+        ("tiny_codes", "debugmodel", "tiny_own_batches"),
+        ("tiny_diffusion", "tiny", "tiny_diffusion"),
         ("deepseek_v3", "debugmodel", ""),
         ("gemma3", "debugmodel", ""),
         ("gpt_oss", "debugmodel", ""),
@@ -159,6 +167,31 @@ def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
     assert "layers.1 without the token before" in outcomes["semantics.memory"].message
     assert "as measured (at 64 tokens and more)" in outcomes["cost.flops"].message
+
+
+@pytest.mark.parametrize("name", ["tuple_diffusion", "tiny_codes"])
+def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path) -> None:
+    """Its layouts and what can be asked of any batch; what is of texts says so."""
+    subject = Subject(name, "debugmodel", tmp_path, "tiny_own_batches")
+    only = ["contract.forward", "contract.args", "contract.absent", "stages", "semantics.memory"]
+    only += ["layouts.fsdp2", "layouts.tp2", "layouts.pp2", "checkpoints.resume", "numerics.bf16"]
+    outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
+    skipped = [n for n, o in outcomes.items() if o.status == "skip"]
+    assert skipped == ["semantics.memory"]
+    assert outcomes["semantics.memory"].message.startswith("asked of token ids [batch, seq] alone")
+
+
+def test_a_loader_of_texts_adds_its_batches_to_random_tokens(tmp_path: Path) -> None:
+    subject = Subject(
+        "loader_without_shares", "debugmodel", tmp_path, "mutants.loader_without_shares"
+    )
+    assert subject.own is not None and subject.reads_text
+    batches = Batches(subject, subject.config("--training.local_batch_size=8").training, 0, 1)
+    random, own = next(batches), next(batches)
+    assert torch.equal(random["tokens"], subject.tokens(8, 65, seed=1)[:, :-1])
+    assert torch.equal(own["tokens"], subject.own.batch(2)["tokens"])
+    assert subject.own.batch(2)["tokens"].shape == (8, 64)
 
 
 def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> None:

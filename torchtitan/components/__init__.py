@@ -5,7 +5,7 @@ from .loss import Loss, build_loss
 from .lr_scheduler import build_lr_scheduler
 from .optimizer import build_optimizer
 from .tokenizer import build_tokenizer
-from .validate import Validator
+from .validator import Validator
 
 __all__ = [
     "DataLoader",

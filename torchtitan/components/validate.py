@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.components.data_loader import Batch
 from torchtitan.components.loss import count_labels
+from torchtitan.components.validator import Evaluate
 from torchtitan.data import DataLoader, build_validation_dataloader
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import ConfigError
@@ -29,30 +29,6 @@ _MOST_KEPT = 2**28
 """Bytes of the batches of a validation, in the memory of each process."""
 _BYTES_OF_A_TOKEN = 16
 """In the four arrays of `packing.to_batch`, as int32."""
-
-
-Evaluate = Callable[[Batch], torch.Tensor]
-"""The trainer's: batch -> its summed loss, a scalar; 0 on ranks without the last stage."""
-
-
-class Validator(Protocol):
-    """What `build_validator_fn` returns."""
-
-    def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
-        """The mean loss of what counts, the same on every rank. All ranks call it together.
-
-        The sums of all processes hold the loss `ParallelDims.loss_copies` times, and what counts
-        (`torchtitan.components.loss.count_labels`) `ParallelDims.non_data_parallel_size` times.
-
-        Args:
-            model_parts: in eval mode meanwhile, and seeded alike each time.
-            evaluate: called equally often on every rank, with batches as of the data loader, of
-                `validation.local_batch_size` samples under pipeline parallelism. It has no
-                gradients.
-        """
-
-    def close(self) -> None:
-        """Stop what runs in the background. Called once, also after an error."""
 
 
 class TextValidator:

@@ -6,12 +6,9 @@ of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from torchtitan.errors import (
@@ -21,11 +18,11 @@ from torchtitan.errors import (
     TitanError,
     did_you_mean,
     disk_is_full,
-    may_pass,
     outage_or,
 )
 
-from .files import cache_folder, open_file
+from .files import open_file
+from .json_lines import check_first_line
 from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
@@ -121,7 +118,7 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     """Files as a table. `datasets` keeps a memory-mapped copy, uncompressed, in its cache folder.
 
     Args:
-        kind: `json` (lines), `parquet` or `arrow`.
+        kind: `json` (arrays), `parquet` or `arrow`.
         files: paths or URLs; `json` files may be compressed.
         text_key: field that holds the text.
 
@@ -130,43 +127,39 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     """
     import datasets
 
-    no_table = _marker(files) if kind == "json" else None
-    if no_table is not None and no_table.exists():
-        return _open_lines(files, text_key)
     try:
         columns = _columns(files, text_key) if kind == "parquet" else {}
         dataset = datasets.load_dataset(kind, data_files=files, split="train", **columns)
     except TitanError:
         raise
     except Exception as error:  # the readers behind `datasets` raise their own types
-        if (
-            no_table is not None
-            and not disk_is_full(error)
-            and _are_json_lines(files, text_key)
-            and not may_pass(error)
-        ):
-            with suppress(OSError):  # else this is found out anew at each start
-                no_table.parent.mkdir(parents=True, exist_ok=True)
-                no_table.touch()
-            return _open_lines(files, text_key)
         raise _unreadable(_name_of(files), error) from error
     return Table(dataset, text_key, _name_of(files), files)
 
 
-class _Lines(Table):
-    """A table of documents that are written as JSON: conversations too may differ in fields."""
+class Lines(Table):
+    """A table of documents that are written as JSON; a line that holds none, as `_BAD`: why."""
 
     def __getitem__(self, index: int) -> object:
-        return json.loads(self._rows[index][self._text_key])
+        document = json.loads(self._rows[index][self._text_key])
+        if isinstance(document, dict):
+            raise BadDocumentError(document[_BAD])
+        return document
 
 
-def _open_lines(files: list[str], text_key: str) -> Table:
-    """JSON lines that are no table, as other fields differ in type: the copy has `text_key` alone.
+_BAD = "bad_line"
 
-    Raises as `open_files` does.
+
+def open_lines(files: list[str], text_key: str) -> Lines:
+    """Compressed JSON Lines, by a copy of the documents alone, since other fields may differ.
+
+    Raises:
+        DataError: a file cannot be read, all are empty, or the first object lacks `text_key`.
+            Taking a document raises `BadDocumentError` where its line is no such object.
     """
     import datasets
 
+    _check_first_line(files, text_key)
     try:
         rows = datasets.Dataset.from_generator(
             _documents_as_json,
@@ -175,32 +168,47 @@ def _open_lines(files: list[str], text_key: str) -> Table:
         )
     except Exception as error:
         raise _unreadable(_name_of(files), error) from error
-    return _Lines(cast("datasets.Dataset", rows), text_key, _name_of(files), files)
+    return Lines(cast("datasets.Dataset", rows), text_key, _name_of(files), files)
+
+
+def _check_first_line(files: list[str], text_key: str) -> None:
+    for file in files:
+        for number, line in _lines(file):
+            check_first_line(line, text_key, f"{file}:{number}")
+            return
+    raise DataError(f"{_name_of(files)}: empty")
 
 
 def _documents_as_json(
     files: list[str], text_key: str, versions: list[tuple[int, int]]
 ) -> Iterator[dict[str, str]]:
     """Rows; `versions` is what `datasets` tells copies apart by, with the other arguments."""
+    for file in files:
+        for number, line in _lines(file):
+            document: object
+            try:
+                document = read_line(line, text_key, file, number)
+            except BadDocumentError as error:
+                document = {_BAD: str(error)}
+            yield {text_key: json.dumps(document)}
+
+
+def _lines(file: str) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, each with its number."""
     import fsspec
 
-    for file in files:
+    try:
         with fsspec.open(file, "rb", compression="infer") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield {text_key: json.dumps(read_line(line, text_key, file, number))}
+                    yield number, line
+    except Exception as error:  # damaged compression has many types
+        raise _unreadable(repr(file), error) from error
 
 
 def _versions(files: list[str]) -> list[tuple[int, int]]:
     """Size and time of each file."""
     return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
-
-
-def _marker(files: list[str]) -> Path:
-    """A file that is there once these have been found to be no table."""
-    key = repr([files, _versions(files)])
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return cache_folder() / "no_table" / name
 
 
 def _columns(files: list[str], text_key: str) -> dict[str, list[str]]:
@@ -297,30 +305,3 @@ def _name_of(files: list[str]) -> str:
     if len(files) == 1:
         return repr(files[0])
     return f"one of the {len(files)} files {files[0]!r} to {files[-1]!r}"
-
-
-def _are_json_lines(files: list[str], text_key: str) -> bool:
-    """Whether they are lines, and not each one JSON array.
-
-    Raises `DataError` for the first line that is no JSON object in UTF-8 with a text, and where
-    there is no line at all.
-    """
-    import fsspec
-
-    rows = 0
-    for file in files:
-        try:
-            with fsspec.open(file, "rb", compression="infer") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if rows == 0 and line.lstrip().startswith(b"["):
-                        return False
-                    if line.strip():
-                        read_line(line, text_key, file, number)
-                        rows += 1
-        except DataError:
-            raise
-        except Exception as error:  # damaged compression has many types
-            raise _unreadable(repr(file), error) from error
-    if rows == 0:
-        raise DataError(f"{_name_of(files)}: empty")
-    return True

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torchtitan.errors import BadDocumentError, DataError, TitanError, begin_errors_with
 
-from .files import ends_of, open_file, reading, unreadable
+from .files import ends_of, reading, unreadable
 from .rows import check_key, read_line
 
 
@@ -49,20 +49,12 @@ class JsonLines:
         return self._maps[number][int(ends[line - 1]) if line else 0 : int(ends[line])]
 
     def _check_first(self) -> None:
-        """A wrong `text_key` is found at the start, and is not every line's fault."""
         for number, ends in enumerate(self._line_ends):
             for line in range(len(ends)):
                 content = self._line(number, line)
-                if not content.strip():
-                    continue
-                try:
-                    row = json.loads(content)
-                except (ValueError, RecursionError):
-                    return
-                if isinstance(row, dict):
-                    with begin_errors_with(f"{self.files[number]}:{line + 1}"):
-                        check_key(self._text_key, row)
-                return
+                if content.strip():
+                    where = f"{self.files[number]}:{line + 1}"
+                    return check_first_line(content, self._text_key, where)
         name = repr(self.files[0]) if len(self.files) == 1 else f"{self.files[0]!r} and the others"
         raise DataError(f"{name}: empty")
 
@@ -101,10 +93,30 @@ class JsonLineStream:
             raise unreadable(path, error) from error
 
 
+def check_first_line(line: bytes, text_key: str, where: str) -> None:
+    """A wrong `text_key` is found at the start, and is not every line's fault.
+
+    Raises:
+        DataError: `line` is an object without that key.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(row, dict):
+        with begin_errors_with(where):
+            check_key(text_key, row)
+
+
 def is_array(path: str) -> bool:
-    """Whether a file is one JSON array."""
-    with reading(path), open_file(path) as file:
-        return file.read(4096).lstrip().startswith(b"[")
+    """Whether a file, perhaps compressed, is one JSON array. Raises as `unreadable` says."""
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            return file.read(4096).lstrip().startswith(b"[")
+    except Exception as error:  # of `fsspec`, or of damaged compression
+        raise unreadable(path, error) from error
 
 
 def _map(path: str) -> mmap.mmap | bytes:

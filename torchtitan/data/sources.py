@@ -205,8 +205,10 @@ def _open_jsonl(path: str | None, text_key: str) -> Source:
     files = find_files(path, plain + packed)
     if any(map(is_url, files)):
         return JsonLineStream(files, text_key)
-    if any(file.endswith((".gz", ".zst")) for file in files) or is_array(files[0]):
+    if is_array(files[0]):
         return huggingface.open_files("json", files, text_key)
+    if any(file.endswith((".gz", ".zst")) for file in files):
+        return huggingface.open_lines(files, text_key)
     return JsonLines(files, text_key)
 
 

@@ -38,8 +38,9 @@ def apply_fsdp(
     hold replicas: HSDP when both exceed one, DDP when only the latter does. Context ranks shard
     too, as they hold the same parameters for other tokens.
 
-    Each block of `model.layers` is gathered on its own; so is the embedding. The last norm and the
-    output layer form one group that stays gathered, because the backward pass begins with it. A
+    Each block of `model.layers` is gathered on its own; so is `tok_embeddings`. `norm` and `output`
+    form one group that stays gathered, because the backward pass begins with it. A model may lack
+    any of the three; what has other names, or is a list of modules, is in the root's group. A
     module that several blocks share is a group of its own.
 
     Args:
@@ -87,13 +88,11 @@ def apply_fsdp(
             reshard_after_forward=reshard,
             shard_placement_fn=_placement_over(mesh),
         )
-    # A model may have others, which stay in the root's group, or none.
     embedding, norm, output = (
-        getattr(inner, n, None) for n in ("tok_embeddings", "norm", "output")
+        _callable_part(inner, name) for name in ("tok_embeddings", "norm", "output")
     )
     head = [m for m in (norm, output) if m is not None]
-    weights = [getattr(m, "weight", None) for m in (embedding, output)]
-    tied = weights[0] is not None and weights[0] is weights[1]
+    tied = bool(_parameters(embedding) & _parameters(output))
     if not tied:  # a tied weight must be in one group, the root's
         if embedding is not None:
             fully_shard(embedding, **options, reshard_after_forward=reshard)
@@ -103,6 +102,18 @@ def apply_fsdp(
         if head:
             fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
     fully_shard(inner, **options)
+
+
+def _callable_part(model: nn.Module, name: str) -> Any:
+    """A module that FSDP can gather when it is called, or None: a list of modules never is."""
+    part = getattr(model, name, None)
+    if not isinstance(part, nn.Module) or isinstance(part, nn.ModuleList | nn.ModuleDict):
+        return None
+    return part
+
+
+def _parameters(module: nn.Module | None) -> set[nn.Parameter]:
+    return set(module.parameters()) if module is not None else set()
 
 
 def _modules_of_several_layers(model: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import faulthandler
 import json
 import logging
@@ -12,6 +13,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +28,10 @@ PHASES = ("start", "data", "token count", "forward_backward", "optimizer", "afte
 """Phases of a step, in their order."""
 _MOST_NAMED = 8
 _STORE_SECONDS = 20.0
+_SYNCS = frozenset(
+    {"tolist", "item", "int", "float", "cpu", "nonzero", "wait", "synchronize", "_cuda_synchronize"}
+)
+"""Calls in which the host waits for the device; with NCCL, for the collectives before them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Heartbeat:
     where: str
     """Innermost line of Python of the main thread; "" unless it stands still."""
     waits: bool
-    """Whether that is inside of PyTorch's communication."""
+    """Whether it may wait for other ranks there: in PyTorch's communication, or for the device."""
     time: float
     """When it was sent, in seconds since 1970."""
 
@@ -143,11 +149,7 @@ class HangWatch:
         if frame is None:
             return "", False
         code = frame.f_code
-        name = code.co_filename
-        waits = os.path.join("torch", "distributed", "") in name or code.co_name in (
-            "_engine_run_backward",
-        )
-        return f"{name}:{frame.f_lineno} in {code.co_name}", waits
+        return f"{code.co_filename}:{frame.f_lineno} in {code.co_name}", waits(frame)
 
     def _write_stacks(self) -> None:
         try:
@@ -169,7 +171,7 @@ class HangWatch:
 
     def _report(self) -> None:
         beats, silent = self._read_all()
-        text = report(beats, silent, self._limit)
+        text = report(beats, silent, self._limit, torch.cuda.is_available())
         _log(f"{text}. Stacks of the ranks: {self._folder}")
         try:
             with open(self._folder / "report.txt", "a") as file:
@@ -188,14 +190,45 @@ class HangWatch:
         return beats, silent
 
 
-def report(beats: list[Heartbeat], silent: list[int], limit: float) -> str:
+def waits(frame: FrameType) -> bool:
+    """Whether the innermost frame of a thread is in PyTorch's communication, in which gloo waits,
+    or waits for the device, as for NCCL.
+    """
+    code = frame.f_code
+    if os.path.join("torch", "distributed", "") in code.co_filename:
+        return True
+    return code.co_name == "_engine_run_backward" or _calls(frame) in _SYNCS
+
+
+def _calls(frame: FrameType) -> str:
+    """Name of the function that a frame calls, if its arguments are no more than local names.
+
+    Of the bytecode: the file with the source may be on the storage that hangs.
+    """
+    name = ""
+    for instruction in dis.get_instructions(frame.f_code):
+        called = instruction.opname.startswith("CALL")
+        if instruction.offset >= frame.f_lasti:
+            return name if called else ""
+        if instruction.opname in _LOADS:
+            name = instruction.argval
+        elif called:
+            name = ""
+    return ""
+
+
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NAME")
+
+
+def report(beats: list[Heartbeat], silent: list[int], limit: float, on_cuda: bool = False) -> str:
     """Who is late: ranks not heard of, else those in the earliest place, else those that do not
-    wait in a collective.
+    wait. If that tells nothing, where all stand.
 
     Args:
         beats: the last heartbeat of each rank that ever sent one.
         silent: the other ranks.
         limit: `comm.hang_seconds`.
+        on_cuda: whether the hosts run ahead of devices.
     """
     now = max(beat.time for beat in beats)
     head = f"no progress for {limit:g} s"
@@ -211,8 +244,26 @@ def report(beats: list[Heartbeat], silent: list[int], limit: float) -> str:
     if len(late) == len(beats):
         late = [beat for beat in beats if beat.where and not beat.waits]
     if not late or len(late) == len(beats):
-        return f"{head}. All ranks stand at the same place: {beats[0]}"
+        return f"{head}. {_places(beats)}" + (_ON_DEVICE if on_cuda else "")
     return f"{head}. Late: {_enumerate([str(beat) for beat in late])}. {_others(beats, late)}"
+
+
+_ON_DEVICE = ". What the devices wait for is in flight_recorder_N of each rank"
+
+
+def _places(beats: list[Heartbeat]) -> str:
+    """Where ranks stand that are in one phase; the fewest at one line first."""
+    places: dict[str, list[Heartbeat]] = {}
+    for beat in beats:
+        places.setdefault(beat.where, []).append(beat)
+    if len(places) == 1:
+        return f"All ranks stand at the same place: {beats[0]}"
+    told = [
+        f"{len(there)} at {where or 'no known line'}, as rank {there[0].rank} ({there[0].host})"
+        for where, there in sorted(places.items(), key=lambda item: len(item[1]))
+    ]
+    step, phase = beats[0].step, beats[0].phase
+    return f"All ranks are in step {step}, phase '{phase}'. They stand: {_enumerate(told)}"
 
 
 def _others(beats: list[Heartbeat], late: list[Heartbeat]) -> str:

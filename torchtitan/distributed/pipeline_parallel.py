@@ -30,6 +30,7 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from torchtitan.config.load import origin
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
@@ -63,8 +64,9 @@ def build_pipeline(
         model: on the meta device; its layers are in `model.layers`.
         parallelize_fn: applied to each stage.
         loss_fn: applied by the last stage.
-        first_modules: modules before the layers, in the order of the forward pass.
-        last_modules: modules after the layers.
+        first_modules: modules and bare parameters before the layers, in the order of the forward
+            pass. They stay together, in the first stage, unless a split point is among them.
+        last_modules: those after the layers. Each may be absent by itself.
 
     Raises:
         ConfigError: the model has too few layers, cannot be cut at the split points, or shares
@@ -115,6 +117,12 @@ class Pipeline:
         self._is_first = 0 in stages
         self._is_last = self._num_stages - 1 in stages
         self._divisor: torch.Tensor | float = 1.0
+        for number, part in zip(stages, model_parts, strict=True):
+            # What is sent may not be a view, neither hidden states nor gradients.
+            if number > 0:
+                part.register_forward_pre_hook(_contiguous_gradients)
+            if number < self._num_stages - 1:
+                part.register_forward_hook(_contiguous_outputs)
         # Training and evaluation have schedules of their own: torch plans the communication anew
         # whenever one schedule changes between them.
         self._training = self._build_schedule(job_config.training.local_batch_size)
@@ -235,6 +243,16 @@ def _lay_out_gradients_like_weights(part: nn.Module) -> None:
                 stride=param.stride(),
             )
         param.grad = grad
+
+
+def _contiguous_gradients(part: nn.Module, inputs: Any) -> None:
+    for received in inputs:
+        if isinstance(received, torch.Tensor) and received.requires_grad:
+            received.register_hook(torch.Tensor.contiguous)
+
+
+def _contiguous_outputs(part: nn.Module, args: Any, outputs: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.Tensor.contiguous, outputs)
 
 
 def _drop_backward(schedule: Any) -> None:

@@ -7,8 +7,9 @@ import logging
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch.nn as nn
 
@@ -141,8 +142,10 @@ def assign_modules(
     See `build_pipeline` for the arguments and errors.
     """
     layers = [f"layers.{name}" for name in layers_of(model)]
-    first = [name for name in first_modules if getattr(model, name) is not None]
-    last = [name for name in last_modules if getattr(model, name) is not None]
+    first, last = (
+        [name for name in names if getattr(model, name, None) is not None]
+        for names in (first_modules, last_modules)
+    )
     units = [*first, *layers, *last]
     _refuse_other_parameters(model, units)
 
@@ -158,7 +161,11 @@ def assign_modules(
                 f"{number} stages, but the model has only {len(layers)} layers. Use at most "
                 f"{len(layers)} stages (degree x stages of a rank)",
             )
-        cuts = balanced_cuts(_costs(model, units, len(first), len(last), job_config), number)
+        costs = _costs(model, units, len(first), len(last), job_config)
+        # What is before the layers stays together: how it is put together is the model's own.
+        together = max(len(first), 1)
+        costs = [sum(costs[:together]), *costs[together:]]
+        cuts = [cut + together - 1 for cut in balanced_cuts(costs, number)]
     assignment = [units[start:end] for start, end in pairwise([0, *cuts, len(units)])]
     _refuse_shared_parameters(model, assignment, job_config)
     return assignment
@@ -198,9 +205,10 @@ def _costs(
     The embedding has none, but is memory. It costs as much of a layer as it takes of its memory.
     """
     parallelism = job_config.parallelism
-    modules = [model.get_submodule(name) for name in units]
-    sizes = [sum(p.numel() for p in module.parameters()) for module in modules]
-    costs = [size - _unused_by_a_token(m) for size, m in zip(sizes, modules, strict=True)]
+    sizes = [sum(p.numel() for p in parameters_of(model, name)) for name in units]
+    costs = [
+        size - _unused_by_a_token(model, name) for size, name in zip(sizes, units, strict=True)
+    ]
     layers = slice(firsts, len(units) - lasts)
     cost_of_memory = sum(costs[layers]) / max(sum(sizes[layers]), 1)
     weights = [1.0] * len(units)
@@ -209,10 +217,20 @@ def _costs(
     return [cost * weight for cost, weight in zip(costs, weights, strict=True)]
 
 
-def _unused_by_a_token(module: nn.Module) -> float:
+def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Those of a module of the model, or the parameter that has this name itself."""
+    unit = _unit(model, name)
+    return [unit] if isinstance(unit, nn.Parameter) else list(unit.parameters())
+
+
+def _unit(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    return cast(nn.Module | nn.Parameter, attrgetter(name)(model))
+
+
+def _unused_by_a_token(model: nn.Module, name: str) -> float:
     """Parameters of the experts that the router does not choose."""
-    unused = 0.0
-    for moe in moe_layers(module):
+    unit, unused = _unit(model, name), 0.0
+    for moe in [] if isinstance(unit, nn.Parameter) else moe_layers(unit):
         share = moe.router.args.top_k / moe.router.args.num_experts
         unused += (1 - share) * sum(p.numel() for p in moe.experts.parameters())
     return unused
@@ -243,8 +261,8 @@ def _refuse_other_parameters(model: nn.Module, units: list[str]) -> None:
             raise ConfigError(
                 f"parallelism.pipeline_parallel_degree: {type(model).__name__} has the parameter "
                 f"{name!r}, which is in no layer and not named by its pipeline_fn, so no stage "
-                "would have it. Name it: functools.partial(build_pipeline, first_modules=(...), "
-                "last_modules=(...))"
+                "would have it. Name it, or the module that has it: "
+                "functools.partial(build_pipeline, first_modules=(...), last_modules=(...))"
             )
 
 
@@ -255,7 +273,7 @@ def _refuse_shared_parameters(
     owners: dict[int, tuple[int, str]] = {}
     for stage, names in enumerate(assignment):
         for name in names:
-            for param in model.get_submodule(name).parameters():
+            for param in parameters_of(model, name):
                 other, other_name = owners.setdefault(id(param), (stage, name))
                 if other != stage:
                     fail(
@@ -269,7 +287,7 @@ def _refuse_shared_parameters(
 
 def _part(model: nn.Module, units: list[str], own: list[str]) -> nn.Module:
     others = [name for name in units if name not in own]
-    part = copy.deepcopy(model, {id(model.get_submodule(name)): None for name in others})
+    part = copy.deepcopy(model, {id(_unit(model, name)): None for name in others})
     for name in others:
         parent, _, child = name.rpartition(".")
         if parent:

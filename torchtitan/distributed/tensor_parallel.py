@@ -37,6 +37,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.distributed.tying import preserve_tying
+from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
@@ -57,15 +58,21 @@ def apply_tensor_parallel(
     so that norms and residuals are shared among the ranks too. Plans are written for that, and
     `Shard(1)` in them is the sequence; `parallelism.disable_sequence_parallel` keeps it whole.
 
+    The embedding, the norm and the output layer are `tok_embeddings`, `norm` and `output`; a model
+    may lack any of them. What has other names is left to its author.
+
     Args:
         block_plan: of each block; where blocks differ, what makes it from the block.
+
+    Raises:
+        ConfigError: `tok_embeddings` is no `nn.Embedding`, or `output` no `nn.Linear`.
     """
     model_plan: Plan = {
         "tok_embeddings": EmbeddingParallel(output_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "output": _output_style(job_config),
     }
-    model_plan = {name: s for name, s in model_plan.items() if getattr(model, name) is not None}
+    model_plan = {name: s for name, s in model_plan.items() if _has(model, name)}
     plan_of = block_plan if callable(block_plan) else lambda block: block_plan
     whole_sequence = job_config.parallelism.disable_sequence_parallel
     adapt = _plan_for_whole_sequence if whole_sequence else lambda plan: plan
@@ -75,6 +82,19 @@ def apply_tensor_parallel(
         parallelize_module(model, tp_mesh, adapt(model_plan))
         for block in layers_of(model).values():
             parallelize_module(block, tp_mesh, adapt(plan_of(block)))
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    """Whether the model has a module of this name, which then must be one that can be split."""
+    module = getattr(model, name, None)
+    kind = {"tok_embeddings": nn.Embedding, "output": nn.Linear}.get(name, nn.Module)
+    if module is not None and not isinstance(module, kind):
+        raise ConfigError(
+            f"parallelism.tensor_parallel_degree: {type(model).__name__}.{name} is "
+            f"{type(module).__name__}, but apply_tensor_parallel splits nn.{kind.__name__} there. "
+            "Give it another name, and parallelize it in the model's parallelize_fn"
+        )
+    return module is not None
 
 
 def attention_plan(name: str = "attention") -> Plan:

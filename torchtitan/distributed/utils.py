@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,61 @@ def device() -> torch.device:
     if device_type() == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", local_rank())
+
+
+def device_name() -> str:
+    """What this process computes on, for a reader: `NVIDIA H100 80GB HBM3`, `CPU`."""
+    return torch.cuda.get_device_name(device()) if device_type() == "cuda" else "CPU"
+
+
+def check_devices() -> None:
+    """Raises `ConfigError` where GPUs are there that PyTorch cannot use, or too few of them.
+
+    An empty CUDA_VISIBLE_DEVICES says that none is wanted.
+    """
+    if device_type() == "cuda":
+        processes, gpus = max(local_world_size(), local_rank() + 1), torch.cuda.device_count()
+        if processes > gpus:
+            chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+            by = "" if chosen is None else f" (CUDA_VISIBLE_DEVICES is {chosen!r})"
+            raise ConfigError(
+                f"{processes} processes on {socket.gethostname()}, which has {gpus} GPUs for them"
+                f"{by}: each process needs one of its own. Start at most {gpus} on this host "
+                "(--nproc-per-node of torchrun)"
+            )
+    elif torch.version.cuda and _gpu_files() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise ConfigError(
+            f"{socket.gethostname()} has a GPU ({_gpu_files()[0]}), but PyTorch {torch.__version__}"
+            f" cannot use it: {_why_not()}. To run on the CPU, set CUDA_VISIBLE_DEVICES to nothing"
+        )
+
+
+def _gpu_files() -> list[Path]:
+    """The GPUs of NVIDIA that this machine or container was given."""
+    return sorted(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _why_not() -> str:
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return f"it finds no device of CUDA {torch.version.cuda}"
+
+
+def _require_same_device(store: dist.Store, rank: int, device_type: str) -> None:
+    """Raises `ConfigError` on a rank that has no GPU while rank 0 has one, or the other way round.
+
+    They would wait for each other in vain.
+    """
+    key = "torchtitan/device_type"
+    if rank == 0:
+        store.set(key, device_type)
+    elif (first := store.get(key).decode()) != device_type:
+        raise ConfigError(
+            f"rank {rank} ({socket.gethostname()}) computes on {device_type}, but rank 0 on "
+            f"{first}: all must have GPUs, or none (an empty CUDA_VISIBLE_DEVICES hides them)"
+        )
 
 
 def world_size() -> int:
@@ -98,9 +155,11 @@ def init_distributed(timeout_seconds: int) -> None:
     On CUDA the group also has gloo, so that host tensors can be exchanged without the GPU.
 
     Raises:
-        ConfigError: variables of torchrun are missing, or no numbers.
+        ConfigError: variables of torchrun are missing, or no numbers; GPUs cannot be used, are
+            fewer than the processes of this host, or are on a part of the hosts only.
     """
     _check_environment()
+    check_devices()
     backend = "gloo"
     if device_type() == "cuda":
         backend = "cpu:gloo,cuda:nccl"
@@ -126,6 +185,7 @@ def init_distributed(timeout_seconds: int) -> None:
         dist.init_process_group(
             backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore()
         )
+    _require_same_device(distributed_c10d._get_default_store(), rank(), device_type())
 
 
 def _store(timeout: timedelta) -> dist.Store:

@@ -362,10 +362,14 @@ class _NoRandomDraws(TorchDispatchMode):
 def process_group(timeout_seconds: int = 600) -> Iterator[None]:
     """Meanwhile the ranks of torchrun can speak to one another; nothing for a single process."""
     if utils.world_size() == 1:
+        utils.check_devices()
         yield
         return
     utils.init_distributed(timeout_seconds)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if utils.device_type() != "cuda":  # NCCL would wait for ranks that do not come any more
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

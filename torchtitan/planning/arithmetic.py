@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn as nn
@@ -12,7 +13,7 @@ from torchtitan.config.validate import validate
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
-from torchtitan.distributed.pipeline_split import assign_modules, stages_of_rank
+from torchtitan.distributed.pipeline_split import assign_modules, parameters_of, stages_of_rank
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import get_train_spec
@@ -70,7 +71,7 @@ class Arithmetic:
         self._around_layers = modules_around_layers(spec.pipeline_fn)
         self._dim = getattr(args, "dim", 0)
         self._model = meta_model(single_layout(config))
-        self._trained = _sizes(self._model)[1]
+        self._trained = _sizes(list(self._model.parameters()))[1]
         layers = list(layers_of(self._model).values())
         self._layers = len(layers)
         self._layer_params = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
@@ -183,7 +184,7 @@ class Arithmetic:
                 self._shares[key] = [part] * candidate.pp
                 return self._shares[key]
             sizes = {
-                name: _sizes(self._model.get_submodule(name)) for names in stages for name in names
+                name: _sizes(parameters_of(self._model, name)) for names in stages for name in names
             }
             own = [
                 [name for stage in stages_of_rank(job, place) for name in stages[stage]]
@@ -206,7 +207,6 @@ class Arithmetic:
         return self._config.training.global_batch_size // data // candidate.micro_batch
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def _sizes(params: Sequence[nn.Parameter]) -> tuple[int, int]:
     """Elements of all parameters, and of those that are not frozen."""
-    params = list(module.parameters())
     return sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)

@@ -82,14 +82,14 @@ def test_of_parquet_only_the_column_of_the_text_is_copied(folder: Path, tmp_path
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_cache_does_not_pass_by_itself(folder: Path, monkeypatch, number: int) -> None:
-    def load_dataset(*args: object, **options: object) -> None:
+    def from_generator(*args: object, **options: object) -> None:
         try:
             raise OSError(number, os.strerror(number))
         except OSError as error:
             raise RuntimeError("An error occurred while generating the dataset") from error
 
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines({"id": 1})))  # not looked at
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines({"text": "a"})))
+    monkeypatch.setattr("datasets.Dataset.from_generator", from_generator)
     with pytest.raises(DataError, match=rf"a\.jsonl\.gz'.*Errno {number}.*HF_HOME") as caught:
         open_dataset("jsonl", str(folder))
     assert caught.value.exit_code == 2
@@ -125,7 +125,7 @@ def test_a_wrong_text_key_gives_the_nearest(folder: Path) -> None:
 
 def test_a_truncated_gzip_file_is_named(folder: Path) -> None:
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(*texts(2000)))[:200])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz' cannot be read"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be read"):
         open_dataset("jsonl", str(folder))
 
 
@@ -142,37 +142,44 @@ def test_a_row_of_parquet_without_text_is_numbered(folder: Path) -> None:
         read_on(load("parquet", folder))
 
 
-def test_bad_rows_of_compressed_lines_are_numbered_each(folder: Path, monkeypatch) -> None:
-    rows = [{"text": None if i in (1, 3) else "a"} for i in range(5)]
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(*rows)))
+def test_a_bad_line_of_compressed_ones_is_told_when_it_is_taken(folder: Path) -> None:
+    lines = b'{"text": "a"}\n\n{"text": null}\n{"text": \n{"text": "b"}\n'
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     source = open_dataset("jsonl", str(folder))
-    monkeypatch.setattr("fsspec.open", None)  # no row costs a reading of the files
-    for row in (3, 1):
-        with pytest.raises(BadDocumentError, match=rf"a\.jsonl\.gz', row {row} \(from 0\): the"):
+    assert (len(source), source[0], source[3]) == (4, "a", "b")
+    for row, problem in (
+        (2, r"a\.jsonl\.gz:4: not valid JSON"),
+        (1, r"gz:3: the field 'text' is m"),
+    ):
+        with pytest.raises(BadDocumentError, match=problem):
             source[row]
 
 
-def test_other_fields_of_compressed_lines_may_differ(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "own_cache"))
+def test_a_compressed_array_is_a_table(folder: Path) -> None:
+    rows = json.dumps([{"text": "a", "id": 1}, {"text": "b", "id": 2}])
+    (folder / "a.json.gz").write_bytes(gzip.compress(rows.encode()))
+    source = open_dataset("jsonl", str(folder))
+    assert [source[i] for i in range(len(source))] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("lines", "problem"), [([{"texts": "a"}], "'texts'"), ([], "empty")])
+def test_the_first_of_compressed_lines_is_looked_at(folder: Path, lines, problem) -> None:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"\n" + json_lines(*lines)))
+    with pytest.raises(DataError, match=problem):
+        open_dataset("jsonl", str(folder))
+
+
+def test_other_fields_of_compressed_lines_may_differ(folder: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é", "cost": 1}]
     rows = [{"text": "a", "messages": turns, "id": 1}, {"text": "b", "id": 2, "messages": turns}]
     other = [{"id": "abc-1", "text": "c", "messages": [turns[0] | {"cost": "none"}, turns[1]]}]
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(*rows) + b"\n"))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(*other)))
-    for start in range(2):
-        source = open_dataset("jsonl", str(folder))
-        assert [source[i] for i in range(len(source))] == ["a", "b", "c"]
-        source = open_dataset("jsonl", str(folder), "messages")
-        messages = [row["messages"] for row in (*rows, *other)]
-        assert [source[i] for i in range(len(source))] == messages
-        if start == 0:  # is not tried again
-            monkeypatch.setattr("datasets.load_dataset", None)
+    source = open_dataset("jsonl", str(folder))
+    assert [source[i] for i in range(len(source))] == ["a", "b", "c"]
+    source = open_dataset("jsonl", str(folder), "messages")
+    assert [source[i] for i in range(len(source))] == [row["messages"] for row in (*rows, *other)]
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(*other, {"text": "d"})))
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "own_cache"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder.parent / "cache")
     assert open_dataset("jsonl", str(folder))[3] == "d"
 
 

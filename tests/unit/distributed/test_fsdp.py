@@ -57,3 +57,41 @@ def test_a_parameter_of_two_modules_is_refused_with_both_names() -> None:
     model.layers["2"].a.weight = model.layers["0"].b.weight
     with pytest.raises(ConfigError, match=r"layers\.0\.b\.weight and layers\.2\.a\.weight are one"):
         sharded(model)
+
+
+def test_embedding_norm_and_output_may_have_other_names() -> None:
+    with torch.device("meta"):
+        model = Model()
+        model.patches = nn.Linear(4, 4)
+    del model.tok_embeddings, model.norm, model.output
+    sharded(model)
+    assert isinstance(model.layers["0"], FSDPModule)
+    assert isinstance(model, FSDPModule)
+    assert not isinstance(model.patches, FSDPModule)  # its parameters are the root's
+
+
+class Embeddings(nn.Module):
+    """Of several codebooks: it has no `weight`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.books = nn.ModuleList(nn.Embedding(8, 4) for _ in range(2))
+
+
+def test_there_may_be_several_embeddings_and_heads() -> None:
+    with torch.device("meta"):
+        model = Model()
+        model.tok_embeddings = Embeddings()
+        model.output = nn.ModuleList(nn.Linear(4, 8) for _ in range(2))
+    sharded(model)
+    assert isinstance(model.tok_embeddings, FSDPModule)
+    assert not isinstance(model.output, FSDPModule)  # never called itself: the root's
+
+
+def test_a_weight_of_one_of_several_heads_that_is_an_embedding_is_the_root_s() -> None:
+    with torch.device("meta"):
+        model = Model()
+        model.tok_embeddings = Embeddings()
+    model.output.weight = model.tok_embeddings.books[0].weight
+    sharded(model)
+    assert not isinstance(model.tok_embeddings, FSDPModule)

@@ -18,6 +18,7 @@ from torchtitan.config.validate import validate
 from torchtitan.distributed.pipeline_split import (
     SCHEDULE_KINDS,
     CsvSchedule,
+    assign_modules,
     balanced_cuts,
     split_model,
     stages_of_rank,
@@ -261,3 +262,40 @@ def test_a_bad_csv_is_named(tmp_path: Path, text: str, message: str) -> None:
 def test_a_missing_csv_is_named() -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         validate(job(schedule_csv="/nowhere.csv"), world_size=2)
+
+
+class Patched(nn.Module):
+    """Much before its layers: a parameter of its own, and modules that are used together."""
+
+    def __init__(self, sizes: tuple[int, int, int] = (1, 1, 1)) -> None:
+        super().__init__()
+        self.pos = nn.Parameter(torch.empty(sizes[0]))
+        self.encoder, self.enc_norm = nn.Linear(sizes[1], 1), nn.Linear(sizes[2], 1)
+        self.layers = nn.ModuleDict({str(i): nn.Linear(8, 8) for i in range(4)})
+
+
+BEFORE = ("pos", "encoder", "enc_norm")
+
+
+@given(sizes=st.tuples(*[st.integers(1, 400)] * 3), pp=st.integers(1, 4))
+def test_what_is_before_the_layers_stays_together(sizes: tuple[int, int, int], pp: int) -> None:
+    with torch.device("meta"):
+        model = Patched(sizes)
+    assert assign_modules(model, job(pp), BEFORE, ())[0][:3] == list(BEFORE)
+
+
+def test_a_split_point_may_be_before_the_layers() -> None:
+    with torch.device("meta"):
+        model = Patched()
+    stages = assign_modules(model, job(split_points=["enc_norm"]), BEFORE, ())
+    assert stages[0] == ["pos", "encoder"]
+
+
+def test_a_parameter_may_be_named_as_modules_are() -> None:
+    with torch.device("meta"):
+        model = Patched()
+    first, last = split_model(model, job(), [0, 1], BEFORE, ("norm", "output"))
+    assert isinstance(first.pos, nn.Parameter)
+    assert last.pos is None
+    names = [name for part in (first, last) for name, _ in part.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())

@@ -16,10 +16,13 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
     DeferredOutputParallel,
     _with_whole_sequence,
+    apply_tensor_parallel,
     embed_own,
 )
+from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
 
+TP2 = load_config(["--parallelism.tensor_parallel_degree=2"])
 SHARDED = {
     "norm": SequenceParallel(),
     "attention": PrepareModuleInput(
@@ -88,3 +91,32 @@ def test_gradients_of_matrices_are_split_as_the_matrices_are():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 assert parameter.grad.placements == parameter.placements, name
+
+
+class Unnamed(torch.nn.Module):
+    """A model that has none of the modules that text models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Linear(4, 4)
+        self.layers = torch.nn.ModuleDict({"0": torch.nn.Sequential(torch.nn.Linear(4, 4))})
+
+
+def test_a_model_without_embedding_norm_and_output_is_split():
+    model = Unnamed()
+    with fake_world(2, rank=1):
+        mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
+        apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
+    assert model.layers["0"][0].weight.placements == (Shard(0),)
+
+
+@pytest.mark.parametrize("name", ["tok_embeddings", "output"])
+def test_what_cannot_be_split_is_named(name: str):
+    model = Unnamed()
+    setattr(model, name, torch.nn.ModuleList([torch.nn.Embedding(4, 4)]))
+    with (
+        fake_world(2, rank=1),
+        pytest.raises(ConfigError, match=rf"Unnamed\.{name} is ModuleList, but .* another name"),
+    ):
+        mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
+        apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})

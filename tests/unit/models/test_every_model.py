@@ -164,3 +164,19 @@ def test_blocks_compile_to_one_graph_a_kind(name, graphs):
         layer.forward = torch.compile(layer.forward, backend=counter, fullgraph=True)
     torch.testing.assert_close(model(text), expected)
     assert counter.frame_count == graphs  # of Gemma 3: layers with a window and without
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TINY)
+def test_no_norm_has_two_dtypes_under_autocast(name, monkeypatch):
+    """As on one GPU. CUDA has no kernel for two, and does each operation of the norm by itself."""
+    dtypes, rms_norm = [], F.rms_norm
+
+    def norm(x, shape, weight=None, eps=None):
+        dtypes.append((x.dtype, x.dtype if weight is None else weight.dtype))
+        return rms_norm(x, shape, weight, eps)
+
+    monkeypatch.setattr(F, "rms_norm", norm)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tiny_model(name)(tiny_tokens(1, 20))
+    assert dtypes and all(x == weight for x, weight in dtypes)

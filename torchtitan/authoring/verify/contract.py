@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from torchtitan.components.model_inputs import USUAL_KEYS
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
@@ -116,7 +117,10 @@ def signatures_fit(subject: Subject) -> str:
     spec = subject.spec
     _require_call(f"{spec.model_cls.__name__}.__init__", spec.model_cls, ("args",))
     forward = spec.model_cls.forward
-    _require_call(f"{spec.model_cls.__name__}.forward", forward, ("self", "tokens"))
+    given = (
+        tuple(name for name in subject.own.keys if name not in USUAL_KEYS) if subject.own else ()
+    )
+    _require_call(f"{spec.model_cls.__name__}.forward", forward, ("self", "tokens"), given)
     extra = list(inspect.signature(forward).parameters.values())[2:]
     named = [p.name for p in extra if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     similar = {
@@ -139,7 +143,6 @@ def signatures_fit(subject: Subject) -> str:
     if spec.state_dict_adapter is not None:
         adapter = spec.state_dict_adapter
         _require_call(f"{adapter.__name__}.__init__", adapter, ("model_args",), ("hf_assets_path",))
-    given = subject.own.keys if subject.own else ()
     takes = [name for name in named if name in OPTIONAL_INPUTS or name in given]
     others = [name for name in named if name not in takes]
     never = f"; the trainer never fills {few(others, 5)}" if others else ""

@@ -174,6 +174,8 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
         raise NotApplicableError(
             "forward() draws random numbers in training mode, and layouts draw different ones. Set "
             "the dropout rates of this flavor to 0 to have its layouts checked"
+            + ", and let the data loader draw noise"
+            * (subject.own is not None)
         )
 
 

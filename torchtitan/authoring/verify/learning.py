@@ -45,7 +45,7 @@ def one_batch_is_learned(subject: Subject) -> str:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     raise CheckFailedError(
-        f"after {_STEPS} steps on one batch of {example.labels[..., 0].numel()} tokens, the loss "
+        f"after {_STEPS} steps on one batch of {example.labels.shape[:2].numel()} tokens, the loss "
         f"fell from {losses[0]:.2f} to {losses[-1]:.2f} only, not below {fall * losses[0]:.2f}",
         "Look at learning.gradients for dead parameters; then for detach(), no_grad() or argmax in "
         "forward(), a residual connection that is missing, and norms.",

@@ -93,11 +93,7 @@ class CutLayer:
 
 
 def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> list[CutLayer]:
-    """Run the model with its graph cut before each layer, so that each can be asked alone.
-
-    Raises:
-        NotApplicableError: layers see no hidden state for each token, so no place is a token's.
-    """
+    """Run the model with its graph cut before each layer, so that each can be asked alone."""
     cuts: list[CutLayer] = []
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -118,6 +114,16 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
             stack.callback(handle.remove)
         stack.enter_context(hooked(named_layers(model), after))
         model(tokens, **inputs)
+    return cuts
+
+
+def cut_by_tokens(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> list[CutLayer]:
+    """As `cut_layers`, for who asks about places.
+
+    Raises:
+        NotApplicableError: layers see no hidden state for each token, so no place is a token's.
+    """
+    cuts = cut_layers(model, tokens, **inputs)
     for cut in cuts:
         if cut.output.shape[:2] != tokens.shape:
             raise NotApplicableError(

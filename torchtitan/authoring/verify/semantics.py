@@ -15,7 +15,7 @@ from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
 from .check import Check, CheckFailedError, NotApplicableError
-from .probe import accepts, cut_layers, relative_difference, require_causal
+from .probe import accepts, cut_by_tokens, cut_layers, relative_difference, require_causal
 from .subject import Subject
 from .weights import BUILDS
 
@@ -32,7 +32,7 @@ def no_token_sees_a_later_one(subject: Subject) -> str:
     model, tokens = subject.build_varied(), subject.tokens(1)
     seq = tokens.shape[1]
     queries = sorted({0, 1, seq // 3, seq // 2, seq - 2})
-    for cut in cut_layers(model, tokens):
+    for cut in cut_by_tokens(model, tokens):
         for query in queries:
             later = cut.gradient((slice(None), query))[0, query + 1 :]
             if (later > 0).any():
@@ -81,7 +81,7 @@ def tokens_see_earlier_ones(subject: Subject) -> str:
     mixing: dict[str, bool] = {}
     kinds: dict[str, type] = {}
     nearest: dict[str, int] = {}  # of the layers that mix: the last token that the last one sees
-    for cut in cut_layers(model, tokens):
+    for cut in cut_by_tokens(model, tokens):
         seen = cut.gradient((slice(None), last))[0]
         mixing[cut.name], kinds[cut.name] = bool((seen[:last] > 0).any()), type(cut.module)
         if seen[last] == 0:
@@ -128,7 +128,7 @@ def documents_are_apart(subject: Subject) -> str:
     positions = torch.cat([torch.arange(start), torch.arange(seq - start)])[None]
     if accepts(subject.spec.model_cls, "positions"):
         inputs["positions"] = positions
-    for cut in cut_layers(model, tokens, **inputs):
+    for cut in cut_by_tokens(model, tokens, **inputs):
         seen = cut.gradient((slice(None), slice(start, None)))[0, :start]
         if (seen > 0).any():
             raise CheckFailedError(

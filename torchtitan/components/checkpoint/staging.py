@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -39,6 +40,7 @@ class HostCopy(AsyncStager):
         """Begin to copy nested dicts of tensors, DTensors and plain values."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
+        self._make_room(state_dict)
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         staged = self._on_host(state_dict, (), pairs)
         self._done = self._thread.submit(self._copy, pairs, staged)
@@ -60,11 +62,24 @@ class HostCopy(AsyncStager):
             return {key: self._on_host(item, (*path, key), pairs) for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return copy.deepcopy(value)
-        host = self._tensors.get(path)
-        if host is None or host.shape != value.shape or host.dtype != value.dtype:
-            host = self._tensors[path] = _like(value.detach())
+        host = self._tensors[path]
         pairs.append((local_tensor(host), local_tensor(value.detach())))
         return host
+
+    def _make_room(self, state_dict: dict[str, Any]) -> None:
+        """Have memory for all tensors, with that of the last time where it fits."""
+        new: dict[tuple[str, ...], torch.Tensor] = {}
+        for path, tensor in _tensors(state_dict, ()):
+            old = self._tensors.get(path)
+            if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+                new[path] = tensor.detach()
+        memory = _memory_like([local_tensor(tensor) for tensor in new.values()])
+        for (path, tensor), local in zip(new.items(), memory, strict=True):
+            host: Any = local
+            if isinstance(tensor, DTensor):
+                host = torch.empty_like(tensor, device="cpu")  # untouched, so it takes no memory
+                host._local_tensor = local
+            self._tensors[path] = host
 
     @torch.no_grad()
     def _copy(
@@ -78,10 +93,67 @@ class HostCopy(AsyncStager):
         return staged
 
 
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory on the host, pinned where it is to be filled from a GPU."""
-    if isinstance(tensor, DTensor):
-        host: Any = tensor.to("cpu") if tensor.device.type != "cpu" else copy.deepcopy(tensor)
-        host._local_tensor = _like(tensor.to_local())
-        return host
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, (*path, key))
+    elif isinstance(value, torch.Tensor):
+        yield path, value
+
+
+def _memory_like(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Memory on the host, pinned where it is to be filled from a GPU.
+
+    What is pinned is cut from a few pieces. Each tensor has a storage of its own nevertheless: of
+    one that shares its storage, PyTorch saves a copy.
+    """
+    host = [torch.empty(0)] * len(tensors)
+    pinned = [n for n, t in enumerate(tensors) if _on_gpu(t) and t.numel()]
+    sizes, places = _pieces([tensors[n].nbytes for n in pinned])
+    pieces = [_pin(size).numpy() for size in sizes]
+    for number, (piece, begin) in zip(pinned, places, strict=True):
+        tensor = tensors[number]
+        memory = torch.from_numpy(pieces[piece][begin : begin + tensor.nbytes]).view(tensor.dtype)
+        strides = torch.empty_like(tensor, device="meta").stride()
+        host[number] = memory.as_strided(tensor.shape, strides)
+    for number in set(range(len(tensors))) - set(pinned):
+        host[number] = torch.empty_like(tensors[number], device="cpu")
+    return host
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _pin(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _pieces(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """How to cut `sizes` bytes, none of them 0, from pieces whose sizes are powers of two.
+
+    CUDA's allocator rounds each piece that it pins up to such a size, and keeps it.
+
+    Returns:
+        The sizes of the pieces, and for each of `sizes` its piece and where it begins there.
+    """
+    sizes = [_ALIGNMENT * -(-size // _ALIGNMENT) for size in sizes]
+    pieces: list[int] = []
+    used: list[int] = []
+    places = [(0, 0)] * len(sizes)
+    left = sum(sizes)
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):  # small ones fill the rests
+        size = sizes[number]
+        piece = next((p for p, all_ in enumerate(pieces) if all_ - used[p] >= size), len(pieces))
+        if piece == len(pieces):
+            half = 1 << (left.bit_length() - 1)  # or more of what is left
+            pieces.append(max(half, 1 << (size - 1).bit_length()))
+            used.append(0)
+        places[number] = piece, used[piece]
+        used[piece] += size
+        left -= size
+    return pieces, places
+
+
+_ALIGNMENT = 64
+"""Bytes."""

@@ -25,6 +25,7 @@ from torchtitan.models.common.attention import AttentionMask, ScaledDotProductAt
 from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
+from torchtitan.models.common.norm import RMSNorm
 from torchtitan.models.common.rope import Rotation, rope_frequencies, rotation
 from torchtitan.models.common.yarn import yarn_frequencies
 
@@ -51,10 +52,10 @@ class Attention(nn.Module):
             self.wq = nn.Linear(args.dim, q_dim, bias=False)
         else:
             self.wq_a = nn.Linear(args.dim, args.q_rank, bias=False)
-            self.q_norm = nn.RMSNorm(args.q_rank, eps=LATENT_NORM_EPS)
+            self.q_norm = RMSNorm(args.q_rank, eps=LATENT_NORM_EPS)
             self.wq_b = nn.Linear(args.q_rank, q_dim, bias=False)
         self.wkv_a = nn.Linear(args.dim, args.kv_rank + args.qk_rope_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(args.kv_rank, eps=LATENT_NORM_EPS)
+        self.kv_norm = RMSNorm(args.kv_rank, eps=LATENT_NORM_EPS)
         kv_dim = args.n_heads * (args.qk_nope_dim + args.v_dim)
         self.wkv_b = nn.Linear(args.kv_rank, kv_dim, bias=False)
         self.rotary_key = RotaryKey()

@@ -20,6 +20,7 @@ from torchtitan.models.common.attention import AttentionMask, ScaledDotProductAt
 from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
+from torchtitan.models.common.norm import RMSNorm
 from torchtitan.models.common.rope import Rotation
 
 from .args import Qwen3ModelArgs
@@ -36,8 +37,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, kv_dim, bias=False)
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)
         self.wo = nn.Linear(q_dim, args.dim, bias=False)
-        self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
-        self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps)
+        self.q_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
+        self.k_norm = RMSNorm(args.head_dim, eps=args.norm_eps)
         self.inner_attention = ScaledDotProductAttention()
 
     def forward(self, x: torch.Tensor, rotate: Rotation, mask: AttentionMask) -> torch.Tensor:

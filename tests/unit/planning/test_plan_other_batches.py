@@ -1,0 +1,110 @@
+"""Plans of models whose batches are no texts, or whose stages hand on more than hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny_own_batches as own
+
+from torchtitan.config import JobConfig, load_config
+from torchtitan.distributed.fake_world import fake_world
+from torchtitan.errors import ConfigError
+from torchtitan.launching.check import check_job
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import plan_run
+from torchtitan.planning.inputs import Inputs
+from torchtitan.planning.search import search
+from torchtitan.planning.trace import trace_step
+from torchtitan.protocols.train_spec import MODEL_REGISTRY
+
+PP2 = "--parallelism.pipeline_parallel_degree=2"
+TP2 = "--parallelism.tensor_parallel_degree=2"
+CP2 = "--parallelism.context_parallel_degree=2"
+
+
+def job(name: str, *options: str) -> JobConfig:
+    return load_config(
+        [
+            *(f"--model.name={name}", "--model.flavor=debugmodel", "--training.seq_len=16"),
+            *("--training.local_batch_size=2", "--activation_checkpoint.mode=none", *options),
+        ]
+    )
+
+
+@pytest.mark.parametrize("options", [(), (PP2,), (PP2, TP2)], ids=["fsdp", "pp", "pp_tp"])
+@pytest.mark.parametrize("name", ["tuple_diffusion", "tiny_codes"])
+def test_any_batch_can_be_planned(name: str, options: tuple[str, ...]) -> None:
+    plan = plan_run(job(name, *options), 4 if TP2 in options else 2, DEVICES["h100"])
+    assert plan.peak > 0 and plan.step_seconds > 0
+
+
+def test_what_a_stage_hands_on_is_sent() -> None:
+    """In float32, as autocast leaves sums: 16 hidden states of 32, and of a tuple a condition."""
+    sent = {}
+    for name in ("tuple_diffusion", "tiny_codes"):
+        config = job(name, PP2, TP2)
+        with fake_world(4, rank=0):
+            inputs = Inputs.of(config)
+            first, second = (
+                trace_step(config, stages=[stage], inputs=inputs).stages[0] for stage in (0, 1)
+            )
+        assert first.hidden_out == second.hidden_in
+        sent[name] = first.hidden_out
+    assert sent == {"tuple_diffusion": 4 * (16 * 32 + 32), "tiny_codes": 4 * 16 * 32}
+
+
+@pytest.mark.long
+def test_a_search_asks_the_loader_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    def build(job_config, tokenizer, *ranks):
+        built.append(ranks)
+        return own.Loader(own.masked_codes, job_config, tokenizer, *ranks)
+
+    spec = replace(own.codes(), build_dataloader_fn=build)
+    monkeypatch.setitem(MODEL_REGISTRY, "tiny_codes", lambda flavor: spec)
+    config = job("tiny_codes", "--training.global_batch_size=2")
+    assert search(config, 2, DEVICES["h100"]).best is not None
+    assert built == [(0, 1)]
+
+
+def broken(job_config, tokenizer, dp_rank, dp_world_size):
+    raise FileNotFoundError("latents.bin")
+
+
+def test_a_loader_that_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(own.diffusion(), build_dataloader_fn=broken)
+    monkeypatch.setitem(MODEL_REGISTRY, "tuple_diffusion", lambda flavor: spec)
+    wanted = r"model\.name.*shapes of a batch of the data loader.*FileNotFoundError: latents\.bin"
+    with pytest.raises(ConfigError, match=wanted):
+        plan_run(job("tuple_diffusion"), 2, DEVICES["h100"])
+
+
+def test_token_ids_that_are_none_of_its_inputs_are_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has a vocabulary, so ids are worth trying where the loader does not tell."""
+    spec = replace(own.codes(), build_dataloader_fn=broken)
+    monkeypatch.setitem(MODEL_REGISTRY, "tiny_codes", lambda flavor: spec)
+    wanted = r"a plan gives tiny_codes tokens int64 \[2, 16\].*latents\.bin.*forward or the loss fa"
+    with pytest.raises(ConfigError, match=wanted):
+        plan_run(job("tiny_codes"), 2, DEVICES["h100"])
+
+
+def test_the_trainers_rules_of_batches_hold() -> None:
+    with pytest.raises(ConfigError, match=r"labels of shape \[2, 16, 16\].*begin with \[2, 32\]"):
+        plan_run(job("tuple_diffusion", "--training.seq_len=32"), 2, DEVICES["h100"])
+    with pytest.raises(ConfigError, match="takes no positions"):
+        plan_run(job("tiny_codes", CP2), 2, DEVICES["h100"])
+
+
+def test_a_document_mask_that_forward_does_not_take_is_refused_before_a_job_is_sent() -> None:
+    with pytest.raises(ConfigError, match=r"document_mask.*takes no document_ids"):
+        check_job(job("tiny_codes", "--training.document_mask"), nodes=1, processes=2)
+
+
+def test_a_model_without_args_has_them_for_its_checkpoints() -> None:
+    spec = own.codes()
+    assert spec.meta_model().args == spec.model_args
+    assert all(parameter.is_meta for parameter in spec.meta_model().parameters())
