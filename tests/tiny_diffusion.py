@@ -27,6 +27,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.pipeline_parallel import build_pipeline
+from torchtitan.errors import CheckpointError
 from torchtitan.protocols import (
     BaseModelArgs,
     BaseStateDictAdapter,
@@ -214,13 +215,16 @@ def parallelize(model, world_mesh, parallel_dims, job_config):
 
 
 class Adapter(BaseStateDictAdapter):
-    """Hugging Face folders have the same names."""
+    """Names begin with `diffusion.` in Hugging Face folders."""
 
     def to_hf(self, state_dict):
-        return state_dict
+        return {f"diffusion.{name}": tensor for name, tensor in state_dict.items()}
 
     def from_hf(self, state_dict):
-        return state_dict
+        for name in state_dict:
+            if not name.startswith("diffusion."):
+                raise CheckpointError(f"unknown tensor {name}")
+        return {name.removeprefix("diffusion."): t for name, t in state_dict.items()}
 
 
 MODEL_CONFIGS = {"tiny": DiffusionArgs()}
