@@ -27,7 +27,14 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.pipeline_parallel import build_pipeline
-from torchtitan.protocols import BaseModelArgs, ModelProtocol, TrainSpec, register_train_spec
+from torchtitan.errors import CheckpointError
+from torchtitan.protocols import (
+    BaseModelArgs,
+    BaseStateDictAdapter,
+    ModelProtocol,
+    TrainSpec,
+    register_train_spec,
+)
 
 
 @dataclass
@@ -207,6 +214,19 @@ def parallelize(model, world_mesh, parallel_dims, job_config):
     return model
 
 
+class Adapter(BaseStateDictAdapter):
+    """Names begin with `diffusion.` in Hugging Face folders."""
+
+    def to_hf(self, state_dict):
+        return {f"diffusion.{name}": tensor for name, tensor in state_dict.items()}
+
+    def from_hf(self, state_dict):
+        for name in state_dict:
+            if not name.startswith("diffusion."):
+                raise CheckpointError(f"unknown tensor {name}")
+        return {name.removeprefix("diffusion."): t for name, t in state_dict.items()}
+
+
 MODEL_CONFIGS = {"tiny": DiffusionArgs()}
 
 
@@ -232,6 +252,7 @@ def get_train_spec(flavor: str) -> TrainSpec:
         build_dataloader_fn=build_loader,
         build_tokenizer_fn=None,
         build_loss_fn=build_loss,
+        state_dict_adapter=Adapter,
         build_validator_fn=build_validator,
     )
 

@@ -184,6 +184,7 @@ class Trainer:
             train_state=self.state,
             dp_mesh=world_mesh["dp"],
             guard=self.guard if self.guard.enabled else None,
+            has_tokenizer=tokenizer is not None,
         )
         self.window = Window()
         self.data_wait = 0.0

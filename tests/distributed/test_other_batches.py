@@ -53,6 +53,19 @@ def test_inputs_in_floating_point_are_rounded_alike_by_one_process_and_by_fsdp(t
     assert_equal_curves(*first, loss_tolerance=2e-3, norm_tolerance=2e-2)
 
 
+def test_exports_have_no_tokenizer_that_the_model_does_not_read_by(tmp_path):
+    last = run(tmp_path / "run", 1, "--training.steps=1", "--checkpoint.last_save_in_hf")
+    ours = last / "checkpoint" / "step-1"
+    options = ("--custom-import", "tiny_diffusion")
+    assert command("convert", "to-hf", str(ours), str(tmp_path / "hf"), *options).exit_code == 0
+    for folder in (last / "checkpoint" / "step-1-hf", tmp_path / "hf"):
+        assert not list(folder.glob("*token*"))
+        assert (folder / "model-00001-of-00001.safetensors").is_file()
+    options = (*options, "--tokenizer", "bytes")
+    assert command("convert", "to-hf", str(ours), str(tmp_path / "told"), *options).exit_code == 0
+    assert (tmp_path / "told" / "tokenizer.json").is_file()
+
+
 def test_context_parallelism_says_what_it_divides(tmp_path):
     done = command(
         "train",

@@ -34,6 +34,7 @@ class FinalExport:
     Args:
         model_parts: this rank's parts of the model.
         dataloader: tells whether it has had conversations.
+        has_tokenizer: whether the model reads by the tokenizer of the config.
         root: the folder of checkpoints, in which it is made.
         claim: on that folder.
         group: all ranks.
@@ -44,6 +45,7 @@ class FinalExport:
         job_config: JobConfig,
         model_parts: list[nn.Module],
         dataloader: Any,
+        has_tokenizer: bool,
         root: StoragePath,
         claim: Claim,
         group: dist.ProcessGroup,
@@ -54,7 +56,7 @@ class FinalExport:
         self._root = root
         self._claim = claim
         self._group = group
-        self._assets = ExportAssets.of_job(job_config)
+        self._assets = ExportAssets.of_job(job_config, has_tokenizer)
 
     def is_due(self, step: int) -> bool:
         """Whether a run that has done `step` steps, and no more to do, is to leave one."""

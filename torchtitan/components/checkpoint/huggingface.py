@@ -67,12 +67,15 @@ class ExportAssets:
     """Whether bos began the documents that were trained on; None: unknown."""
 
     @classmethod
-    def of_job(cls, job_config: JobConfig) -> ExportAssets:
+    def of_job(cls, job_config: JobConfig, has_tokenizer: bool = True) -> ExportAssets:
+        """What a run with this config puts in; `has_tokenizer`: whether its model reads by one."""
         tokenizer = job_config.model.tokenizer_path
         folders = [initial_load_path(job_config)]
         if tokenizer != "bytes":
             folders.append(Path(tokenizer).expanduser())
         like = tuple(folder for folder in folders if isinstance(folder, Path))
+        if not has_tokenizer:
+            return cls("", job_config.training.seq_len, like)
         data = job_config.data
         template = chat_template_of(data.chat_template, tokenizer)
         return cls(tokenizer, job_config.training.seq_len, like, template, add_bos=data.add_bos)

@@ -74,6 +74,7 @@ class CheckpointManager:
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
+        has_tokenizer: whether the model reads by the tokenizer of the config, so exports have it.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class CheckpointManager:
         train_state: Stateful,
         dp_mesh: DeviceMesh,
         guard: Stateful | None = None,
+        has_tokenizer: bool = True,
     ) -> None:
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
@@ -116,7 +118,7 @@ class CheckpointManager:
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._final_export = FinalExport(
-            job_config, model_parts, dataloader, self._root, self._claim, self._group
+            job_config, model_parts, dataloader, has_tokenizer, self._root, self._claim, self._group
         )
         self._background = BackgroundSaves(model_parts, optimizers, self._group)
         self.last_saved: int | None = None

@@ -49,7 +49,7 @@ def convert_to_hf(
 
     Args:
         dtype: of floating-point tensors, but see `dtype_of_copy`; None: as they were saved.
-        tokenizer: `bytes` or a folder; None: what the run had.
+        tokenizer: `bytes` or a folder; None: what the run had, if the model reads by one.
 
     Returns:
         Bytes of all tensors.
@@ -81,6 +81,7 @@ def convert_to_hf(
     file_of = {key: file for file, of_file in files.items() for key in of_file}
 
     described = checkpoint.manifest.model
+    reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
     data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
@@ -92,7 +93,12 @@ def convert_to_hf(
         conversations = checkpoint.manifest.data.get("has_conversations", bool(file))
         template = chat_template_of(file, tokenizer) if conversations else ""
     assets = ExportAssets(
-        tokenizer, described.get("seq_len", 0), like, template, conversations, add_bos
+        tokenizer if reads_texts else "",
+        described.get("seq_len", 0),
+        like,
+        template,
+        conversations,
+        add_bos,
     )
     reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:
