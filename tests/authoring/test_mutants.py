@@ -144,6 +144,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
         ("shared_projection", "debugmodel", "shared_projection"),
         ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("bidirectional", "debugmodel", "bidirectional"),
+        ("two_halves", "debugmodel", "two_halves"),
         ("tuple_diffusion", "debugmodel", "tiny_own_batches"),
         ("tiny_codes", "debugmodel", "tiny_own_batches"),
         ("tiny_diffusion", "tiny", "tiny_diffusion"),
@@ -180,6 +181,14 @@ def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path)
     skipped = [n for n, o in outcomes.items() if o.status == "skip"]
     assert skipped == ["semantics.memory"]
     assert outcomes["semantics.memory"].message.startswith("asked of token ids [batch, seq] alone")
+
+
+def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) -> None:
+    subject = Subject("two_halves", "debugmodel", tmp_path, "two_halves")
+    only = ["learning.one_batch", "semantics.lengths", "layouts.fsdp2"]
+    outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
+    assert "its own loader may give one length" in outcomes["semantics.lengths"].message
 
 
 def test_a_loader_of_texts_adds_its_batches_to_random_tokens(tmp_path: Path) -> None:
