@@ -96,6 +96,9 @@ def test_sequence_that_tensor_parallel_ranks_cannot_share(config):
         "parallelism.tensor_parallel_degree (8) shards the sequence too. Nearest: 96 or 104"
     )
     config.training.seq_len = 104
+    config.validation.enable = True
+    validate(config, world_size=8)  # unset: that of training
+    config.validation.enable = False
     config.validation.seq_len = 100
     validate(config, world_size=8)
     config.validation.enable = True
