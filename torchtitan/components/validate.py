@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch.nn as nn
 
 from torchtitan.components.loss import count_labels
 from torchtitan.components.validator import Evaluate
+from torchtitan.config.batch import batch_shape
 from torchtitan.data import DataLoader, build_validation_dataloader
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import ConfigError
@@ -49,8 +51,8 @@ class TextValidator:
         self._dataloader = build_validation_dataloader(
             job_config, tokenizer, dp_rank, dp_world_size
         )
-        config, batches = job_config.validation, self._dataloader.gradient_accumulation_steps
-        size = batches * config.local_batch_size * config.seq_len * _BYTES_OF_A_TOKEN
+        batches = self._dataloader.gradient_accumulation_steps
+        size = batches * math.prod(batch_shape(job_config, "validation")) * _BYTES_OF_A_TOKEN
         # Best-fit packing reads a pool of documents for each row, of which one sequence is used.
         self._keeps = job_config.data.packing == "best_fit" and size <= _MOST_KEPT
         self._kept: list[dict[str, torch.Tensor]] | None = None

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torchtitan.tools.multiples import divisors, nearest_multiples
 
 from .job_config import JobConfig
 from .load import fail
+
+UNSET_VALIDATION_BATCH = 8
+"""Sequences that a step of validation stands for where `validation.local_batch_size` is unset: not
+that of training, which belongs to the layout, so that all layouts are measured on the same ones."""
+
+
+def batch_shape(
+    job_config: JobConfig, section: Literal["training", "validation"]
+) -> tuple[int, int]:
+    """`(local_batch_size, seq_len)` of a forward pass; validation's are training's where unset."""
+    training, config = job_config.training, getattr(job_config, section)
+    return (
+        config.local_batch_size or training.local_batch_size,
+        config.seq_len or training.seq_len,
+    )
 
 
 def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:

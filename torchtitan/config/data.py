@@ -39,7 +39,8 @@ class Data:
     """How documents become batches, and mixtures of datasets."""
 
     sources: list[DataSource] = field(default_factory=list)
-    """Datasets to mix, in place of `training.dataset` (TOML only: `[[data.sources]]`)."""
+    """Datasets to mix, in place of `training.dataset` (`[[data.sources]]`; a field of
+    the first on the command line, where the file has it: `--data.sources.0.weight 0.5`)."""
     phases: list[DataPhase] = field(default_factory=list)
     """Weights by training step (TOML only: `[[data.phases]]`)."""
     packing: Literal["contiguous", "best_fit"] = "contiguous"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.multiples import divisors, nearest_multiples
 
-from .batch import resolve_batch
+from .batch import batch_shape, resolve_batch
 from .job_config import JobConfig
 from .load import fail, origin
 
@@ -50,7 +50,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
         )
 
 
-def _sections(job_config: JobConfig) -> list[str]:
+def _sections(job_config: JobConfig) -> list[Literal["training", "validation"]]:
     """Names of the sections that have batches."""
     return ["training", "validation"] if job_config.validation.enable else ["training"]
 
@@ -64,7 +64,7 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims) -> None:
         unit = math.lcm(unit, dims.cp * dims.tp)
         reasons += [f"parallelism.tensor_parallel_degree ({dims.tp}) shards the sequence too"]
     for section in _sections(job_config):
-        seq_len = getattr(job_config, section).seq_len
+        seq_len = batch_shape(job_config, section)[1]
         if seq_len % unit:
             fail(
                 job_config,
@@ -136,7 +136,7 @@ def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
         )
     unit = dims.cp * dims.tp  # each rank routes its part of the sequence
     for section in _sections(job_config):
-        seq_len = getattr(job_config, section).seq_len
+        seq_len = batch_shape(job_config, section)[1]
         if dims.tp_enabled and seq_len % unit:
             fail(
                 job_config,
@@ -176,7 +176,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
     size = parallelism.pipeline_parallel_microbatch_size
     sections = _sections(job_config)
     for section in sections:
-        batch = getattr(job_config, section).local_batch_size
+        batch = batch_shape(job_config, section)[0]
         if batch % size:
             fail(
                 job_config,
@@ -187,7 +187,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
     if parallelism.pipeline_parallel_schedule_csv:
         needed = CsvSchedule.read(job_config).microbatches
         for section in sections:
-            if getattr(job_config, section).local_batch_size != needed * size:
+            if batch_shape(job_config, section)[0] != needed * size:
                 fail(
                     job_config,
                     f"{section}.local_batch_size",
@@ -212,7 +212,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
         return _microbatch_problem(schedule, microbatches, pp, pp * per_rank)
 
     for section in sections:
-        microbatches = getattr(job_config, section).local_batch_size // size
+        microbatches = batch_shape(job_config, section)[0] // size
         if problem := problem_of(microbatches, pp):
             more = next(n for n in count(microbatches) if not problem_of(n, pp))
             fewer = next((n for n in range(pp, 1, -1) if not problem_of(microbatches, n)), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn
@@ -65,6 +66,8 @@ class _JobOptions:
 def load_config(argv: list[str]) -> JobConfig:
     """The config of a run: dataclass defaults, then the TOML file, then the command line.
 
+    A word `run.toml` that is no option's value stands for `--job.config_file run.toml`.
+
     `--help` and `--job.print_config` print to stdout and exit.
 
     Raises:
@@ -73,6 +76,7 @@ def load_config(argv: list[str]) -> JobConfig:
     """
     if argv and argv[0].startswith("--tyro"):  # its shell completion, which asserts on bad input
         raise ConfigError(f"{argv[0]}: unknown option")
+    argv = _with_config_option(argv)
     early = _parse(_JobOptions(), argv, add_help=False, return_unknown_args=True)[0].job
     file = TomlFile.read(early.config_file) if early.config_file is not None else None
     config = _with_file(file, early.custom_config_module)
@@ -89,6 +93,25 @@ def load_config(argv: list[str]) -> JobConfig:
             sys.stdout.write(to_toml(config))
         raise SystemExit(0)
     return config
+
+
+def _with_config_option(argv: list[str]) -> list[str]:
+    """The file in its place, as the other commands take it."""
+    files = [
+        i
+        for i, (before, word) in enumerate(zip(["", *argv], argv, strict=False))
+        if word.endswith(".toml")
+        and not word.startswith("-")
+        and ("=" in before or not before.startswith("-"))
+    ]
+    if not files:
+        return argv
+    others = [word for i, word in enumerate(argv) if i not in files]
+    named = [word for word in others if re.match("--job[.]config[_-]file(=|$)", word)]
+    if len(files) > 1 or named:
+        given = [argv[i] for i in files] + named[:1]
+        raise ConfigError(f"{' and '.join(given)}: a run has one config file")
+    return ["--job.config_file", argv[files[0]], *others]
 
 
 def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:

@@ -23,8 +23,8 @@ _INTRODUCTION = """\
 
 # Configuration
 
-Every option has a default. A TOML file changes some (`--job.config_file run.toml`), the command
-line wins over the file:
+Every option has a default. A TOML file changes some (`--job.config_file run.toml`, or `run.toml`
+alone), the command line wins over the file:
 
 ```toml
 [training]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from dataclasses import fields
 from typing import Any
 
 from torchtitan.errors import ConfigError, did_you_mean
@@ -52,7 +53,9 @@ def _check_data(job_config: JobConfig) -> None:
     data = job_config.data
     for i, source in enumerate(data.sources):
         _check_dataset(job_config, f"data.sources.{i}", source)
-    if not data.sources:
+    if data.sources:
+        _refuse_dataset_beside_sources(job_config)
+    else:
         _check_dataset(job_config, "training", job_config.training)
     if job_config.validation.enable:
         _check_dataset(job_config, "validation", job_config.validation)
@@ -88,6 +91,16 @@ def _check_data(job_config: JobConfig) -> None:
             "ORGANISATION/NAME --include tokenizer --include config` (into assets/NAME), or use "
             "'bytes', which needs no file, for a model with as few ids",
         )
+
+
+def _refuse_dataset_beside_sources(job_config: JobConfig) -> None:
+    """`text_key` may be set: validation takes it."""
+    training = job_config.training
+    for field in fields(training):
+        named = field.name in ("dataset", "dataset_path", "split")
+        if named and getattr(training, field.name) != field.default:
+            problem = "not used, since data.sources names the data. Remove one of the two"
+            fail(job_config, f"training.{field.name}", problem)
 
 
 def _check_dataset(job_config: JobConfig, section: str, config: Any) -> None:

@@ -15,9 +15,9 @@ class Validation:
     freq: Annotated[int, Positive] = 100
     """Training steps between validations."""
     steps: Annotated[int, Positive] = 10
-    """Batches of `local_batch_size` sequences in one validation, always the same ones, whatever
-    `debug.seed` is; but `data.packing` and `training.document_mask` hold for them too. The data
-    ranks share them, so that the loss does not depend on the number of ranks."""
+    """Batches of `local_batch_size` sequences (unset: of 8) in one validation, always the same
+    ones, whatever `debug.seed` is; but `data.packing` and `training.document_mask` hold for them
+    too. The data ranks share them, so that the loss does not depend on the number of ranks."""
     dataset: str = "stdlib_validation"
     """Dataset name, as `training.dataset`."""
     dataset_path: str | None = None
@@ -26,7 +26,7 @@ class Validation:
     """As `training.text_key`, which it is where unset, also beside `data.sources`."""
     split: str | None = None
     """As `training.split`."""
-    local_batch_size: Annotated[int, Positive] = 8
-    """Sequences in one forward pass of one data rank."""
-    seq_len: Annotated[int, Positive] = 2048
-    """Tokens in a sequence."""
+    local_batch_size: Annotated[int, Positive] | None = None
+    """Sequences in one forward pass of one data rank; unset: `training.local_batch_size`."""
+    seq_len: Annotated[int, Positive] | None = None
+    """Tokens in a sequence; unset: `training.seq_len`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import UNSET_VALIDATION_BATCH, batch_shape, resolve_batch
 from torchtitan.distributed.same_outcome import on_all_ranks
 from torchtitan.errors import begin_errors_with
 
@@ -56,20 +56,21 @@ def build_validation_dataloader(
 
     A validation calls `reset()` and takes `gradient_accumulation_steps` batches. All ranks together
     evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows,
-    the same ones on every layout and for every `debug.seed`. Where the ranks do not divide the
-    steps, the last of them get batches without labels, since all must run the model equally often.
+    the same ones on every layout and for every `debug.seed`. Where their passes do not divide the
+    rows, the last of them are without labels, since all must run the model equally often.
 
     Raises:
         ConfigError: the dataset is unknown.
         DataError: the data is missing, empty or malformed.
     """
     validation = job_config.validation
+    size = validation.local_batch_size or UNSET_VALIDATION_BATCH
     return _build(
         "validation",
         job_config,
         tokenizer,
         seed=_VALIDATION_SEED,
-        global_batch_size=validation.steps * validation.local_batch_size,
+        global_batch_size=validation.steps * size,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         pad=True,
@@ -102,6 +103,7 @@ def _build(
             verify_hashes(source, batch["dp_rank"], batch["dp_world_size"])
         return source
 
+    local_batch_size, seq_len = batch_shape(job_config, section)
     group = dist.group.WORLD if dist.is_initialized() else None
     with begin_errors_with(name):
         source = on_all_ranks(open_checked, group)  # each looks at its share of the files of tokens
@@ -112,8 +114,8 @@ def _build(
     return DataLoader(
         source,
         tokenizer,
-        seq_len=config.seq_len,
-        local_batch_size=config.local_batch_size,
+        seq_len=seq_len,
+        local_batch_size=local_batch_size,
         document_mask=job_config.training.document_mask,
         name=name,
         packing=data.packing,

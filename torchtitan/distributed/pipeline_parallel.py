@@ -32,6 +32,7 @@ from torch.distributed.pipelining.schedules import (
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import origin
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.distributed.utils import device, local_tensor
@@ -156,7 +157,7 @@ class Pipeline:
     ) -> torch.Tensor:
         """The summed loss of `[validation.local_batch_size, seq]` tokens; 0 without last stage."""
         if self._evaluation is None:
-            self._evaluation = self._build_schedule(self._config.validation.local_batch_size)
+            self._evaluation = self._build_schedule(batch_shape(self._config, "validation")[0])
             _drop_backward(self._evaluation)
         self._divisor = 1.0
         return self._run(self._evaluation.eval, tokens, labels, inputs)

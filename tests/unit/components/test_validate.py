@@ -168,3 +168,26 @@ def test_the_field_of_the_text_is_that_of_training_unless_it_is_named(
     assert bytes(next(second)["tokens"][0, :3].tolist()) == b"two"
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("local_batch_size", [2, 3])
+def test_what_is_unset_is_that_of_training_but_the_sequences_are_not(
+    config: JobConfig, local_batch_size: int
+) -> None:
+    """Else runs whose layouts have other batches would be measured on other sequences."""
+    config.validation.seq_len = config.validation.local_batch_size = None
+    config.training.seq_len, config.training.local_batch_size = SEQ_LEN, local_batch_size
+    batches: list[torch.Tensor] = []
+
+    def evaluate(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        batches.append(batch["labels"])
+        return torch.zeros(())
+
+    validator(config).validate([], evaluate)
+    assert {tuple(labels.shape) for labels in batches} == {(local_batch_size, SEQ_LEN)}
+    rows = torch.cat(batches)
+    assert (rows >= 0).any(1).sum() == 8 * STEPS
+    config.validation.local_batch_size = 8
+    batches.clear()
+    validator(config).validate([], evaluate)
+    assert torch.equal(torch.cat(batches), rows[: 8 * STEPS])

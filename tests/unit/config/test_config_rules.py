@@ -96,6 +96,9 @@ def test_sequence_that_tensor_parallel_ranks_cannot_share(config):
         "parallelism.tensor_parallel_degree (8) shards the sequence too. Nearest: 96 or 104"
     )
     config.training.seq_len = 104
+    config.validation.enable = True
+    validate(config, world_size=8)  # unset: that of training
+    config.validation.enable = False
     config.validation.seq_len = 100
     validate(config, world_size=8)
     config.validation.enable = True
@@ -449,3 +452,18 @@ def test_what_replica_groups_need(config, monkeypatch):
     assert "cannot go back together" in error_of(config)
     config.training.on_nonfinite, config.training.global_batch_size = "error", 8
     assert "data ranks (2)" in error_of(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("dataset", "c4"), ("dataset_path", "none.jsonl"), ("split", "test")]
+)
+def test_a_dataset_of_training_beside_sources_would_be_ignored(tmp_path, key, value):
+    file = tmp_path / "mix.toml"
+    sources = '[[data.sources]]\ndataset = "stdlib"\n'
+    file.write_text(f'[training]\ntext_key = "content"\n{sources}')
+    argv = ["--job.config_file", str(file), "--job.dump_folder", str(tmp_path / "out")]
+    validate(load_config(argv), 1)
+    problem = f'{key} = "{value}": not used, since data.sources names the data'
+    assert f"training.{problem}" in error_of(load_config([*argv, f"--training.{key}={value}"]))
+    file.write_text(f'[training]\n{key} = "{value}"\n{sources}')
+    assert f"mix.toml:2: [training] {problem}" in error_of(load_config(argv))

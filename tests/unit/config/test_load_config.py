@@ -310,7 +310,7 @@ def test_message_for_a_wrong_value_on_the_command_line(argv, message):
         (["--job.config_file"], ["--job.config_file", "Missing"]),
         (["--loss.name", "l2"], ["--loss.name", "'l2'", "chunked_cross_entropy"]),
         (["--checkpoint.enable", "maybe"], ["--checkpoint.enable", "true or false", "'maybe'"]),
-        (["train.toml"], ["Unrecognized", "train.toml"]),
+        (["train.txt"], ["Unrecognized", "train.txt"]),
     ],
 )
 def test_a_command_line_that_cannot_be_parsed_exits_with_2(argv, words, capsys):
@@ -395,3 +395,31 @@ def test_origin_names_the_line_or_the_key(write):
 def test_importing_the_config_does_not_import_torch():
     code = "import sys, torchtitan.config.validate; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_file_may_stand_alone(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nsteps = 3\n")
+    file = str(path)
+    for argv in (
+        [file, "--training.seq_len", "8"],
+        ["--training.seq_len=8", file],
+        ["--training.seq_len", "8", file],
+    ):
+        config = load_config(argv)
+        assert (config.job.config_file, config.training.steps, config.training.seq_len) == (
+            file,
+            3,
+            8,
+        )
+    assert load_config(["--job.description", file]).job.config_file is None
+    for more in ([file], ["--job.config_file", "other.toml"], ["--job.config-file=other.toml"]):
+        with pytest.raises(ConfigError, match="a run has one config file"):
+            load_config([file, *more])
+
+
+def test_a_field_of_a_source_on_the_command_line(tmp_path):
+    path = tmp_path / "mix.toml"
+    path.write_text('[[data.sources]]\ndataset = "stdlib"\nweight = 2\n' * 2)
+    sources = load_config([str(path), "--data.sources.0.weight", "0.5"]).data.sources
+    assert [source.weight for source in sources] == [0.5, 2]

@@ -55,7 +55,7 @@ class Options(ModelOptions):
     batch_size: int = 4
     """Sequences in one forward pass of one data rank."""
     max_tokens: int | None = None
-    """Stop after the document with which so many tokens are reached. Default: all documents"""
+    """Predict so many, the last document only in part. Default: all documents"""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness, instead of a dataset."""
     num_fewshot: int | None = None

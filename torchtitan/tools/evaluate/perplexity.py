@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +13,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.loss import IGNORE_INDEX, count_labels
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.data.encode import encode_document
 from torchtitan.data.sources import Source, has_random_access
+from torchtitan.distributed import utils
 from torchtitan.errors import DataError
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.text import first_token
+
+logger = logging.getLogger("torchtitan")
+
+_SECONDS_OF_A_LINE = 10.0
+"""An evaluation says so often how far it is."""
 
 
 @dataclass
@@ -33,6 +41,7 @@ class Perplexity:
     bytes: int
     """Size of the documents' text in UTF-8."""
     documents: int
+    """The last one may have been read in part, see `max_tokens`."""
 
 
 class TokenStream:
@@ -40,7 +49,7 @@ class TokenStream:
     cut into sequences. The last is shorter.
 
     Args:
-        max_tokens: stop after the document that reaches so many; None: never.
+        max_tokens: predict no more than so many, the last document only in part; None: all.
         add_bos: bos begins each document. It is not predicted, and written as its complement.
     """
 
@@ -70,6 +79,10 @@ class TokenStream:
                 continue
             if self._add_bos:
                 tokens[0] = ~tokens[0]
+            left = None if self._max_tokens is None else self._max_tokens - self.tokens
+            if left is not None and left < len(tokens) - self._add_bos:
+                tokens = tokens[: left + self._add_bos]
+                text = self._text_of(tokens, text)
             self.tokens += len(tokens) - self._add_bos
             self.bytes += len(text.encode())
             self.documents += 1
@@ -84,6 +97,11 @@ class TokenStream:
             yield pending
         if not self.tokens:
             raise DataError("empty: it has no document with text")
+
+    def _text_of(self, tokens: list[int], text: str) -> str:
+        """The part of a text that its first tokens are, without a character that is cut."""
+        part = self._tokenizer.decode([token for token in tokens if token >= 0]).rstrip("\ufffd")
+        return part if len(part) < len(text) else text
 
     def _texts(self) -> Iterator[Any]:
         source = self._source
@@ -101,7 +119,7 @@ def evaluate(
     max_tokens: int | None = None,
     add_bos: bool | None = None,
 ) -> Perplexity:
-    """Evaluate a model on all documents of a dataset, or the first ones.
+    """Evaluate a model on all documents of a dataset, or its first `max_tokens` tokens.
 
     The data ranks take turns at the batches. All read all documents, so that the result does not
     depend on how many they are.
@@ -120,6 +138,7 @@ def evaluate(
     stream = TokenStream(source, loaded.source.tokenizer, max_tokens, add_bos)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     batches = _batched(stream.sequences(seq_len), batch_size)
+    seen, told = 0, time.monotonic()
     for turn in _batched(batches, dims.dp):
         # Ranks without a batch of their own run one too: sharded weights are gathered by all.
         batch = turn[rank] if rank < len(turn) else turn[0]
@@ -127,6 +146,12 @@ def evaluate(
         loss = loss_fn(loaded.model(tokens), labels)
         if rank < len(turn):
             loss_sum += loss.double()
+            seen += int(count_labels(labels))
+        if utils.rank() == 0 and time.monotonic() - told >= _SECONDS_OF_A_LINE:
+            told = time.monotonic()
+            logger.info(
+                "%s tokens so far, loss %.4f", f"{seen * dims.dp:,}", loss_sum.item() / max(seen, 1)
+            )
     if dims.dp > 1:
         dist.all_reduce(loss_sum, group=dims.world_mesh["dp"].get_group())
     total = loss_sum.item()

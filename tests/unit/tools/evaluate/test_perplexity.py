@@ -54,11 +54,23 @@ def test_bos_is_read_but_not_predicted():
     assert tokens[0, 0] == bos and (tokens == bos).sum() == 3 and tokens.min() >= 0
 
 
-def test_max_tokens_ends_after_a_whole_document():
-    stream = TokenStream(TEXTS, BytesTokenizer(), max_tokens=16)
-    list(stream.sequences(8))
-    assert stream.documents == 2
-    assert stream.tokens == sum(len(text.encode()) + 1 for text in TEXTS[:3] if text)
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_max_tokens_ends_within_a_document(add_bos):
+    """A text file is one of up to a MiB."""
+    text = "\u00e9" * 1000
+    for end, size in {1: 0, 16: 16, 25: 24, 2001: 2000, 3000: 2015}.items():
+        stream = TokenStream([text, "x" * 15], BytesTokenizer(), end, add_bos)
+        labels = pad_batch(list(stream.sequences(8)))[1]
+        assert (labels != IGNORE_INDEX).sum() == stream.tokens == min(end, 2017)
+        assert stream.bytes == size and stream.documents == 1 + (end == 3000)
+
+
+def test_it_tells_how_far_it_is(loaded, monkeypatch, caplog):
+    monkeypatch.setattr("torchtitan.tools.evaluate.perplexity._SECONDS_OF_A_LINE", 0.0)
+    with caplog.at_level("INFO", "torchtitan"):
+        result = evaluate(loaded, TEXTS, 20, 1, max_tokens=30)
+    assert caplog.messages[0].startswith("20 tokens so far, loss ")
+    assert caplog.messages[1] == f"30 tokens so far, loss {result.loss:.4f}"
 
 
 def test_an_empty_dataset_is_refused():
