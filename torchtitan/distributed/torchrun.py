@@ -28,6 +28,7 @@ from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -35,6 +36,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main as torchrun
 
+from torchtitan.distributed.utils import JOB_STORE
 from torchtitan.tools.open_files import allow_open_files
 from torchtitan.tools.stop_request import PREEMPTED, stop_signals
 from torchtitan.tools.terminal import leave_closed_terminal
@@ -157,7 +159,12 @@ class _Agent(LocalElasticAgent):
             # The ranks' store. torch keeps that of the first rendezvous, whose address a host that
             # comes later waits for in vain (2.11 to 2.13); so each rendezvous has a store of its
             # own, which the first agent makes once all have come.
-            worker_group.spec.rdzv_handler._bootstrap_store_info = None
+            handler = worker_group.spec.rdzv_handler
+            handler._bootstrap_store_info = None
+            # What one start leaves to the next is in the agents' store, which stays.
+            kept = getattr(handler, "_store", None)
+            if isinstance(kept, TCPStore):
+                os.environ[JOB_STORE] = f"{kept.host}:{kept.port}"
         super()._rendezvous(worker_group)
         self._round += 1
         if meets_again:  # the agents' store has keys of this rendezvous alone
