@@ -9,6 +9,8 @@ It takes torchrun's options, and differs from it in this:
   again on this allocation, whatever `--max-restarts` says.
 * A host that is replaced joins the hosts that are left, also with `--nnodes N`; torchrun tells it
   no address to meet at (torch 2.11 to 2.13). The host at `--rdzv-endpoint` has to stay.
+* Hosts wait for the one at `--rdzv-endpoint` as long as `join_timeout` says; torchrun's give up
+  after a minute.
 * With `--nnodes MIN:MAX`, a host that is told to stop leaves the job, and the others go on; a host
   that comes has all ranks save before they start again. Neither counts as a restart.
 * The exit code is that of the ranks, which the scheduler's script acts on; torchrun's is 1. With
@@ -36,6 +38,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main as torchrun
 
+from torchtitan.distributed.first_host import wait_for_first_host
 from torchtitan.distributed.utils import JOB_STORE
 from torchtitan.tools.open_files import allow_open_files
 from torchtitan.tools.stop_request import PREEMPTED, stop_signals
@@ -195,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--preempted-code"]:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
+    wait_for_first_host(argv)
     # torchrun sets handlers too, for these signals and no others.
     argv = ["--signals-to-handle", "SIGQUIT", *argv]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
