@@ -6,7 +6,7 @@
 set -uo pipefail
 : "${HF_TOKEN:?must be in the environment}"
 hosts=(node1 node2)
-ssh=(ssh -o BatchMode=yes)
+ssh=(ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30 -o ServerAliveCountMax=4)
 pid_file=/tmp/torchtitan-llama3-8b.pid
 
 node() { # node INDEX HEAD PORT: what each host runs
