@@ -213,6 +213,22 @@ def test_slurm_requeues_a_crash_that_got_further(
         assert "crashed, but step 100 is saved" in done.stdout
 
 
+@pytest.mark.parametrize(("refusals", "again"), [(2, True), (100, False)])
+def test_slurm_asks_again_where_requeueing_fails(
+    refusals: int,
+    again: bool,
+    job: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("REFUSALS", str(refusals))
+    done = batch(job, tmp_path, capsys, [f"--workdir={tmp_path}/my runs"], 75, [])
+    assert done.returncode == 75
+    assert (tmp_path / "requeued").exists() == again
+    assert ("could not be requeued" in done.stdout) == (not again)
+
+
 @pytest.mark.parametrize("where", ["the folder of submission", "a container"])
 def test_slurm_finds_the_checkpoints(
     where: str, job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -244,8 +260,12 @@ def batch(
     tell = '[ -z "${SRUN_CPUS_PER_TASK:-}" ] || echo "CPUs: $SRUN_CPUS_PER_TASK"'
     save = f'cd "{root}"; for n in {steps}; do cp -r step-20 "step-$n"; done'
     commands = {
-        "scontrol": f'[ "$1" = requeue ] && echo "$2" >"{folder}/requeued" || echo host0',
-        "srun": f"{tell}\n{save}; exit {code}",
+        "scontrol": f"""\
+[ "$1" = requeue ] || {{ echo host0; exit; }}
+echo >>"{folder}/asked"
+[ "$(wc -l <"{folder}/asked")" -gt "${{REFUSALS:-0}}" ] && echo "$2" >"{folder}/requeued\"""",
+        "srun": f"{tell}\n{save}; ${{CANCELS:-:}} $PPID; exit {code}",
+        "sleep": ":",
     }
     for name, line in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{line}\n")
