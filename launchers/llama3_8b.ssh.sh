@@ -1,12 +1,12 @@
 #!/bin/bash
 # llama3 8B on 2 x 8
 # Rendered by: torchtitan launch --ssh torchtitan/models/llama3/train_configs/llama3_8b.toml --hosts node1,node2 --secret HF_TOKEN --workdir /shared/runs --dry-run
-# Ctrl-C stops it: the ranks save a checkpoint and leave.
+# Ctrl-C stops it, and so does closing the terminal: the ranks save a checkpoint and leave.
 
 set -uo pipefail
 : "${HF_TOKEN:?must be in the environment}"
 hosts=(node1 node2)
-ssh=(ssh -o BatchMode=yes)
+ssh=(ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30 -o ServerAliveCountMax=4)
 pid_file=/tmp/torchtitan-llama3-8b.pid
 
 node() { # node INDEX HEAD PORT: what each host runs
@@ -80,22 +80,27 @@ run() { # run INDEX HOST
         printf 'export HF_TOKEN=%q\n' "$HF_TOKEN"
         declare -f node
         echo "echo \$\$ >$pid_file.$1; node $1 node1 29500"
-    } | "${ssh[@]}" "$2" bash -s 2>&1 | sed -u "s/^/[$2] /"
+    } | "${ssh[@]}" "$2" bash -s 2>&1 | { # where a closed terminal ends sed, the job goes on
+        sed -u "s/^/[$2] /" || cat >/dev/null
+    }
     return "${PIPESTATUS[1]}"
 }
 
 stop() { # on the hosts where it runs still
     for index in "${!running[@]}"; do
         kill -0 "${running[$index]}" 2>/dev/null || continue
-        echo "kill -TERM \$(cat $pid_file.$index)" | "${ssh[@]}" "${hosts[$index]}" bash -s
+        ( # beside the others, as a host that is gone takes its time
+            trap '' INT HUP
+            echo "kill -TERM \$(cat $pid_file.$index)" | "${ssh[@]}" "${hosts[$index]}" bash -s
+        ) &
     done
 }
 
 running=()
-trap stop INT TERM
+trap stop INT TERM HUP
 for index in "${!hosts[@]}"; do
-    # Ctrl-C is for this script, which tells the hosts.
-    (trap '' INT; run "$index" "${hosts[$index]}") &
+    # Signals of the terminal are for this script, which tells the hosts.
+    (trap '' INT HUP; run "$index" "${hosts[$index]}") &
     running[index]=$!
 done
 
@@ -113,4 +118,5 @@ while [ "${#running[@]}" -gt 0 ]; do
     done
     sleep 0.5
 done
+wait
 exit "$code"

@@ -9,6 +9,8 @@ It takes torchrun's options, and differs from it in this:
   again on this allocation, whatever `--max-restarts` says.
 * A host that is replaced joins the hosts that are left, also with `--nnodes N`; torchrun tells it
   no address to meet at (torch 2.11 to 2.13). The host at `--rdzv-endpoint` has to stay.
+* Hosts wait for the one at `--rdzv-endpoint` as long as `join_timeout` says; torchrun's give up
+  after a minute.
 * With `--nnodes MIN:MAX`, a host that is told to stop leaves the job, and the others go on; a host
   that comes has all ranks save before they start again. Neither counts as a restart.
 * The exit code is that of the ranks, which the scheduler's script acts on; torchrun's is 1. With
@@ -28,6 +30,7 @@ from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -35,6 +38,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main as torchrun
 
+from torchtitan.distributed.first_host import wait_for_first_host
+from torchtitan.distributed.utils import JOB_STORE
 from torchtitan.tools.open_files import allow_open_files
 from torchtitan.tools.stop_request import PREEMPTED, stop_signals
 from torchtitan.tools.terminal import leave_closed_terminal
@@ -157,7 +162,12 @@ class _Agent(LocalElasticAgent):
             # The ranks' store. torch keeps that of the first rendezvous, whose address a host that
             # comes later waits for in vain (2.11 to 2.13); so each rendezvous has a store of its
             # own, which the first agent makes once all have come.
-            worker_group.spec.rdzv_handler._bootstrap_store_info = None
+            handler = worker_group.spec.rdzv_handler
+            handler._bootstrap_store_info = None
+            # What one start leaves to the next is in the agents' store, which stays.
+            kept = getattr(handler, "_store", None)
+            if isinstance(kept, TCPStore):
+                os.environ[JOB_STORE] = f"{kept.host}:{kept.port}"
         super()._rendezvous(worker_group)
         self._round += 1
         if meets_again:  # the agents' store has keys of this rendezvous alone
@@ -188,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--preempted-code"]:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
+    wait_for_first_host(argv)
     # torchrun sets handlers too, for these signals and no others.
     argv = ["--signals-to-handle", "SIGQUIT", *argv]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):

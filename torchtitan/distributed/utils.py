@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor
 from torchtitan.errors import ConfigError
 from torchtitan.tools.open_files import allow_open_files
 
+JOB_STORE = "TORCHTITAN_JOB_STORE"
+"""Environment variable: HOST:PORT of the store that outlives restarts."""
+
 
 def device_type() -> str:
     """`cuda` where there is one, else `cpu`."""
@@ -202,7 +205,15 @@ def job_store() -> dist.Store | None:
     """What the ranks of a job leave to those that torchrun starts after them; None without it."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    return dist.PrefixStore("torchtitan/job", _agent_store(distributed_c10d.default_pg_timeout))
+    timeout = distributed_c10d.default_pg_timeout
+    # Our torchrun makes another store at MASTER_PORT each time, so it names the one that stays.
+    host, _, port = os.environ.get(JOB_STORE, "").rpartition(":")
+    store: dist.Store
+    if port:
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    else:
+        store = _agent_store(timeout)
+    return dist.PrefixStore("torchtitan/job", store)
 
 
 def _agent_store(timeout: timedelta) -> dist.Store:

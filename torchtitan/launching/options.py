@@ -93,7 +93,8 @@ class Options:
     head: Annotated[str | None, shown_as("ADDRESS")] = None
     """ssh: name or address of the first host for the others. Default: its name in --hosts."""
     ssh_command: Annotated[str | None, shown_as("COMMAND")] = None
-    """ssh: COMMAND HOST bash -s must run a shell there. Default: ssh -o BatchMode=yes."""
+    """ssh: COMMAND HOST bash -s must run a shell there. Default: ssh, which asks nothing, and
+    ends after two minutes where a host has died."""
 
     @property
     def processes(self) -> int:

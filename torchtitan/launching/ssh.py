@@ -8,6 +8,11 @@ from .job import LaunchJob, required_secrets
 from .submit import require, run_on_file
 from .template import render as fill
 
+_OPTIONS = (
+    "-o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30 -o ServerAliveCountMax=4"
+)
+"""ssh never asks, and ends after two minutes where a host dies without a word."""
+
 
 def render(job: LaunchJob) -> str:
     """The bash script."""
@@ -23,7 +28,7 @@ def render(job: LaunchJob) -> str:
         name=job.name,
         hosts=shlex.join(hosts),
         required=required_secrets(job),
-        ssh=options.ssh_command or "ssh -o BatchMode=yes",
+        ssh=options.ssh_command or "ssh " + _OPTIONS,
         node=job.node(),
         secrets="\n".join(secrets),
         head=shlex.quote(head),

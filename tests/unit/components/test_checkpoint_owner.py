@@ -109,6 +109,18 @@ def test_replica_groups_have_a_folder_each_also_behind_a_url():
     assert str(checkpoint_root(config)) == "memory://bucket/run/replica-1"
 
 
+def test_replica_groups_have_a_folder_each_in_an_absolute_one():
+    config = JobConfig()
+    config.job.dump_folder, config.checkpoint.folder = "out/replica-1", "/shared/ck"
+    assert str(checkpoint_root(config)) == "/shared/ck"
+    config.fault_tolerance.enable, config.fault_tolerance.replica_id = True, 1
+    assert str(checkpoint_root(config)) == "/shared/ck/replica-1"
+    config.checkpoint.folder = "/shared/replica-1/ck"  # the user's own way
+    assert str(checkpoint_root(config)) == "/shared/replica-1/ck"
+    config.checkpoint.folder = "ck"
+    assert str(checkpoint_root(config)) == "out/replica-1/ck"
+
+
 def test_the_export_at_the_end_is_saved_by_the_owner_alone(tmp_path):
     first = Run(tmp_path, interval=100, steps=2, last_save_model_only=True, last_save_in_hf=True)
     first.manager.load()

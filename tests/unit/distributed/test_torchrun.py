@@ -75,3 +75,29 @@ def test_another_code_for_preempted_runs(tmp_path: Path) -> None:
     process = start(tmp_path, "75", "--preempted-code", "138")
     process.communicate(timeout=60)
     assert process.returncode == 138
+
+
+OWNER = """
+import os, sys
+from pathlib import Path
+from torch.distributed import HashStore
+from torchtitan.components.checkpoint.owner import Claim, TakenOverError
+from torchtitan.distributed.utils import job_store
+folder = Path(sys.argv[1])
+try:
+    Claim(folder, job_store()).take()
+except TakenOverError:
+    sys.exit(2)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    Claim(folder, HashStore()).take()  # another run, while this one crashes
+    sys.exit(1)
+"""
+
+
+def test_a_restarted_run_does_not_take_back_a_folder_that_another_has(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(OWNER)
+    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", "--max-restarts=1"]
+    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    words += [str(tmp_path / "rank.py"), str(tmp_path / "checkpoint")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr

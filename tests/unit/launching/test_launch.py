@@ -7,9 +7,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,6 +213,22 @@ def test_slurm_requeues_a_crash_that_got_further(
         assert "crashed, but step 100 is saved" in done.stdout
 
 
+@pytest.mark.parametrize(("refusals", "again"), [(2, True), (100, False)])
+def test_slurm_asks_again_where_requeueing_fails(
+    refusals: int,
+    again: bool,
+    job: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("REFUSALS", str(refusals))
+    done = batch(job, tmp_path, capsys, [f"--workdir={tmp_path}/my runs"], 75, [])
+    assert done.returncode == 75
+    assert (tmp_path / "requeued").exists() == again
+    assert ("could not be requeued" in done.stdout) == (not again)
+
+
 @pytest.mark.parametrize("where", ["the folder of submission", "a container"])
 def test_slurm_finds_the_checkpoints(
     where: str, job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -241,8 +260,12 @@ def batch(
     tell = '[ -z "${SRUN_CPUS_PER_TASK:-}" ] || echo "CPUs: $SRUN_CPUS_PER_TASK"'
     save = f'cd "{root}"; for n in {steps}; do cp -r step-20 "step-$n"; done'
     commands = {
-        "scontrol": f'[ "$1" = requeue ] && echo "$2" >"{folder}/requeued" || echo host0',
-        "srun": f"{tell}\n{save}; exit {code}",
+        "scontrol": f"""\
+[ "$1" = requeue ] || {{ echo host0; exit; }}
+echo >>"{folder}/asked"
+[ "$(wc -l <"{folder}/asked")" -gt "${{REFUSALS:-0}}" ] && echo "$2" >"{folder}/requeued\"""",
+        "srun": f"{tell}\n{save}; ${{CANCELS:-:}} $PPID; exit {code}",
+        "sleep": ":",
     }
     for name, line in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{line}\n")
@@ -383,6 +406,35 @@ def test_ssh_sends_secrets_through_the_pipe(
     del env["HF_TOKEN"]
     done = subprocess.run(["bash", "-c", text], env=env, capture_output=True, text=True)
     assert done.returncode != 0 and "HF_TOKEN: must be in the environment" in done.stderr
+
+
+def test_ssh_tells_the_hosts_when_the_terminal_is_closed(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The output goes to it, and that it fails then must not end the hosts' jobs."""
+    saving = f"echo saving; sleep 0.3; echo saving; touch {tmp_path}/saved-$$; exit 75"
+    going_on = "while :; do echo on; sleep 0.1; done"
+    python = f"trap '{saving}' TERM; touch {tmp_path}/ready-$$; {going_on}"
+    for name, line in {"ssh": 'shift; exec "$@"', "python": python}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    options = ["--ssh", job, "--hosts=a,b", f"--python={tmp_path}/python", "--name=closed-terminal"]
+    text = render(capsys, *options, f"--ssh-command={tmp_path}/ssh", "--dry-run")
+    terminal, end = os.openpty()
+    command = ["bash", "-c", text]
+    with subprocess.Popen(command, stdout=end, stderr=end, start_new_session=True) as process:
+        os.close(end)
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.close(terminal)
+        os.killpg(process.pid, signal.SIGHUP)
+        try:
+            assert process.wait(timeout=30) == 75
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
 SUBMITTED = {

@@ -51,17 +51,19 @@ PARTIAL = ".partial"
 
 
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
-    """The folder of the run's checkpoints; a replica group has its own, also behind a URL.
+    """The folder of the run's checkpoints; a replica group has its own, wherever that is.
 
     Raises:
         ConfigError: nothing is known of such URLs.
     """
     folder = job_config.checkpoint.folder
+    replica = job_config.fault_tolerance
+    own = f"replica-{replica.replica_id}" if replica.enable else ""
     if is_url(folder):
-        replica = job_config.fault_tolerance
-        own = f"/replica-{replica.replica_id}" if replica.enable else ""
-        return storage_path(f"{folder.rstrip('/')}{own}")
-    return Path(job_config.job.dump_folder, folder)
+        return storage_path(f"{folder.rstrip('/')}/{own}".rstrip("/"))
+    if Path(folder).is_absolute() and own not in Path(folder).parts:  # else the user separates them
+        return Path(folder, own)
+    return Path(job_config.job.dump_folder, folder)  # the group's own
 
 
 def step_folder(root: P, step: int) -> P:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # {{title}}
 # {{command}}
-# Ctrl-C stops it: the ranks save a checkpoint and leave.
+# Ctrl-C stops it, and so does closing the terminal: the ranks save a checkpoint and leave.
 
 set -uo pipefail
 {{required}}
@@ -16,22 +16,27 @@ run() { # run INDEX HOST
         {{secrets}}
         declare -f node
         echo "echo \$\$ >$pid_file.$1; node $1 {{head}} {{port}}"
-    } | "${ssh[@]}" "$2" bash -s 2>&1 | sed -u "s/^/[$2] /"
+    } | "${ssh[@]}" "$2" bash -s 2>&1 | { # where a closed terminal ends sed, the job goes on
+        sed -u "s/^/[$2] /" || cat >/dev/null
+    }
     return "${PIPESTATUS[1]}"
 }
 
 stop() { # on the hosts where it runs still
     for index in "${!running[@]}"; do
         kill -0 "${running[$index]}" 2>/dev/null || continue
-        echo "kill -TERM \$(cat $pid_file.$index)" | "${ssh[@]}" "${hosts[$index]}" bash -s
+        ( # beside the others, as a host that is gone takes its time
+            trap '' INT HUP
+            echo "kill -TERM \$(cat $pid_file.$index)" | "${ssh[@]}" "${hosts[$index]}" bash -s
+        ) &
     done
 }
 
 running=()
-trap stop INT TERM
+trap stop INT TERM HUP
 for index in "${!hosts[@]}"; do
-    # Ctrl-C is for this script, which tells the hosts.
-    (trap '' INT; run "$index" "${hosts[$index]}") &
+    # Signals of the terminal are for this script, which tells the hosts.
+    (trap '' INT HUP; run "$index" "${hosts[$index]}") &
     running[index]=$!
 done
 
@@ -49,4 +54,5 @@ while [ "${#running[@]}" -gt 0 ]; do
     done
     sleep 0.5
 done
+wait
 exit "$code"

@@ -1,0 +1,42 @@
+"""The host where all others meet, which may come later than they do."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.run import parse_args
+
+_PORT = 29400
+"""Of torch's c10d rendezvous, where `--rdzv-endpoint` has none."""
+_PAUSE = 1.0
+
+
+def wait_for_first_host(argv: list[str]) -> None:
+    """Wait until the host at `--rdzv-endpoint` listens, for as long as `join_timeout` says.
+
+    It may still wait for its image, or its name for an address. torch itself tries for a minute,
+    and so it does after this has returned, whatever came of it. Only hosts that are told
+    `is_host=0` wait; how long must be said too.
+    """
+    options = parse_args(argv)
+    settings = dict(pair.partition("=")[::2] for pair in options.rdzv_conf.split(","))
+    seconds = settings.get("join_timeout", "")
+    if options.rdzv_backend != "c10d" or settings.get("is_host") != "0" or not seconds.isdigit():
+        return
+    address = parse_rendezvous_endpoint(options.rdzv_endpoint, _PORT)
+    end = time.monotonic() + int(seconds)
+    said = False
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(address, timeout=10).close()
+            return
+        except OSError as error:  # also a name that is not known yet
+            if not said:
+                sys.stderr.write(
+                    f"waiting for the first host at {options.rdzv_endpoint}: {error}\n"
+                )
+                said = True
+        time.sleep(_PAUSE)
