@@ -375,6 +375,15 @@ def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(
     }
 
 
+@pytest.mark.parametrize("kind", ["job", "jobset", "pytorchjob"])
+def test_pods_wait_a_day_for_one_that_finds_no_host(
+    kind: str, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When they end, that counts as a crash of each."""
+    options = ["--image=a/b:1", f"--kind={kind}", "--nodes=2"]
+    assert "join_timeout=86400" in render(capsys, "--kubernetes", job, *options, "--dry-run")
+
+
 def test_pytorchjobs_have_a_master_and_workers(
     job: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
