@@ -229,6 +229,15 @@ def test_slurm_asks_again_where_requeueing_fails(
     assert ("could not be requeued" in done.stdout) == (not again)
 
 
+def test_slurm_says_that_a_run_which_was_told_to_end_is_not_requeued(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANCELS", "kill -TERM")
+    done = batch(job, tmp_path, capsys, [f"--workdir={tmp_path}/my runs"], 75, [])
+    assert not (tmp_path / "requeued").exists()
+    assert "not requeued" in done.stdout and "--grace" in done.stdout
+
+
 @pytest.mark.parametrize("where", ["the folder of submission", "a container"])
 def test_slurm_finds_the_checkpoints(
     where: str, job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
