@@ -37,12 +37,15 @@ class LaunchJob:
     environment: dict[str, str] = field(default_factory=dict)
     """Name -> value, for the ranks."""
 
-    def node(self, *, shell_environment: bool = True, torchrun: str = "") -> str:
+    def node(
+        self, *, shell_environment: bool = True, torchrun: str = "", join_timeout: int = 900
+    ) -> str:
         """The shell function `node INDEX HEAD PORT` that each host runs.
 
         Args:
             shell_environment: set `environment` in it; else the scheduler does.
             torchrun: options of `torchtitan.distributed.torchrun` that go first.
+            join_timeout: seconds that hosts wait for others.
         """
         options = self.options
         delimiter = "END_OF_JOB"
@@ -60,6 +63,7 @@ class LaunchJob:
             python=options.python,
             options=torchrun and f" {torchrun}",
             nodes=options.nodes,
+            join_timeout=join_timeout,
             processes=options.processes,
             max_restarts=options.max_restarts,
             name=self.name,

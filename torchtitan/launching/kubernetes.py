@@ -15,6 +15,9 @@ _RETRYABLE = 138
 """Exit code above 127, after which the PyTorchJob operator starts a pod again; 128 + SIGUSR1 is the
 one that it leaves to the user."""
 
+_JOIN_SECONDS = 24 * 3600
+"""Pods that wait for one that finds no host would else end, and count as crashes."""
+
 
 def render(job: LaunchJob) -> str:
     """The manifests for `kubectl apply`."""
@@ -57,7 +60,7 @@ def submit(job: LaunchJob, text: str) -> int:
 def _pod(job: LaunchJob, head: str, index: str, restart_policy: str, subdomain: str = "") -> str:
     options = job.options
     torchrun = "" if restart_policy else f"--preempted-code {_RETRYABLE}"
-    node = job.node(shell_environment=False, torchrun=torchrun)
+    node = job.node(shell_environment=False, torchrun=torchrun, join_timeout=_JOIN_SECONDS)
     node += f'\nnode "{index}" {head} {options.port}'
     selector = dict(label.split("=", 1) for label in options.node_selector)
     pod_options = [restart_policy, subdomain]

@@ -229,6 +229,15 @@ def test_slurm_asks_again_where_requeueing_fails(
     assert ("could not be requeued" in done.stdout) == (not again)
 
 
+def test_slurm_says_that_a_run_which_was_told_to_end_is_not_requeued(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANCELS", "kill -TERM")
+    done = batch(job, tmp_path, capsys, [f"--workdir={tmp_path}/my runs"], 75, [])
+    assert not (tmp_path / "requeued").exists()
+    assert "not requeued" in done.stdout and "--grace" in done.stdout
+
+
 @pytest.mark.parametrize("where", ["the folder of submission", "a container"])
 def test_slurm_finds_the_checkpoints(
     where: str, job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -373,6 +382,15 @@ def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(
         "/data": {"persistentVolumeClaim": {"claimName": "data"}},
         "/scratch": {"hostPath": {"path": "/raid"}},
     }
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset", "pytorchjob"])
+def test_pods_wait_a_day_for_one_that_finds_no_host(
+    kind: str, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When they end, that counts as a crash of each."""
+    options = ["--image=a/b:1", f"--kind={kind}", "--nodes=2"]
+    assert "join_timeout=86400" in render(capsys, "--kubernetes", job, *options, "--dry-run")
 
 
 def test_pytorchjobs_have_a_master_and_workers(
