@@ -25,7 +25,9 @@ def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> 
         "model.tokenizer_path",
         f"the tokenizer has {tokenizer.vocab_size} tokens, but {job_config.model.name} "
         f"{job_config.model.flavor} has only {size} in its vocabulary. Use the model's own "
-        "tokenizer, or a flavor with a larger vocabulary",
+        "tokenizer, a flavor with a larger vocabulary, or a model of these sizes: `torchtitan new "
+        f"my_model --like {job_config.model.name}`, and vocab_size = {tokenizer.vocab_size} in "
+        "its args",
     )
 
 

@@ -238,7 +238,8 @@ def _check_outputs(job_config: JobConfig) -> None:
     _check_initial_load(job_config)
     _check_storage(job_config)
     if checkpoint.last_save_in_hf and not checkpoint.enable:
-        problem = "nothing would be saved, since checkpoint.enable is false"
+        problem = "nothing would be saved, since checkpoint.enable is false. Set it to false too "
+        problem += "(--checkpoint.last_save_in_hf false)"
         fail(job_config, "checkpoint.last_save_in_hf", problem)
     if job_config.metrics.enable_wandb and importlib.util.find_spec("wandb") is None:
         problem = "wandb is not installed: pip install 'torchtitan[wandb]'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from torchtitan.errors import ConfigError
@@ -30,8 +31,11 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     try:
         validate(config, world_size)
     except ConfigError as error:
-        if "world size" not in str(error):
+        if not re.search("data ranks|world size", str(error)):
             raise
-        raise ConfigError(f"{error} (--nodes {nodes} x {processes} processes)") from error
+        told = (
+            f"{error} (--nodes {nodes} x {processes} processes; --processes-per-node N sets them)"
+        )
+        raise ConfigError(told) from error
     check_builders(spec, config)
     check_layout(config, world_size)

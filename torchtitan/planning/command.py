@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import time
 import warnings
@@ -109,7 +110,14 @@ def _plan(options: Options, config: JobConfig) -> int:
     if options.png:
         require_matplotlib()
     world_size = options.world_size or default_world_size(config, options.nodes_of)
-    plan = plan_run(config, world_size, get_device(options.device), options.nodes_of)
+    device = get_device(options.device)
+    try:
+        plan = plan_run(config, world_size, device, options.nodes_of)
+    except ConfigError as error:
+        if options.world_size or not re.search("data ranks|world size|processes", str(error)):
+            raise
+        told = f"{error} (on {world_size} devices, the default; --world-size N sets it)"
+        raise ConfigError(told) from error
     budget = Budget.of(plan, options.tokens, options.price) if options.tokens else None
     show(plan, budget)
     if options.json:

@@ -45,7 +45,9 @@ def test_special_tokens_alone_may_be_beyond_the_vocabulary(config, caplog):
     assert not caplog.records
     check_vocabulary(tokenizer, SimpleNamespace(vocab_size=9), config)
     assert "tokenizer folder has special tokens" in caplog.text and "9: <image>." in caplog.text
-    with pytest.raises(ConfigError, match=r"the tokenizer has 10 tokens, but llama3 .* only 8"):
+    with pytest.raises(
+        ConfigError, match=r"10 tokens, but llama3 .* only 8.*new my_model --like llama3"
+    ):
         check_vocabulary(tokenizer, SimpleNamespace(vocab_size=8), config)
     del tokenizer.leave_out
     with pytest.raises(ConfigError, match="the tokenizer has 10 tokens"):

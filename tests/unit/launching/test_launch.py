@@ -534,7 +534,7 @@ MISTAKES = {
     ),
     "batch": (
         ["--slurm", "--", "--training.global_batch_size=100"],
-        ["global_batch_size = 100", "Nearest:"],
+        ["global_batch_size = 100", "Nearest:", "--nodes 1 x 8 processes; --processes-per-node N"],
     ),
     "model": (["--slurm", "--", "--model.name=lama3"], ["lama3", "'llama3'"]),
     "flavor": (["--slurm", "--", "--model.flavor=8"], ["flavor", "8B"]),

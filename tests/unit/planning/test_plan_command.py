@@ -31,10 +31,11 @@ tokenizer_path = "/only/on/the/cluster"
 [training]
 seq_len = 256
 local_batch_size = 4
-dataset = "c4"
 
 [data]
-sources = [{dataset = "jsonl", dataset_path = "/only/on/the/cluster/*.jsonl"}]
+sources = [
+    {dataset = "c4"}, {dataset = "jsonl", dataset_path = "/only/on/the/cluster/*.jsonl"}
+]
 
 [checkpoint]
 enable = true
@@ -169,6 +170,16 @@ def test_a_custom_model_needs_no_more_code(capsys: pytest.CaptureFixture[str], t
 )
 def test_the_default_world(options: list[str], world_size: int) -> None:
     assert default_world_size(load_config(options), 8) == world_size
+
+
+def test_a_batch_that_does_not_fit_the_default_world(job: str) -> None:
+    options = ["--", "--training.global_batch_size=2", "--training.local_batch_size=2"]
+    options += ["--parallelism.pipeline_parallel_degree=1"]
+    with pytest.raises(ConfigError, match=r"data ranks.*\(on 8 devices, the default; --world-s"):
+        main([job, *options])
+    with pytest.raises(ConfigError) as caught:
+        main([job, "--world-size", "8", *options])
+    assert "default" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

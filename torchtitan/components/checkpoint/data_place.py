@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 
 _WAY_OUT = 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+_WAY_OUT += ", so that documents already seen come again"
 
 
 def check_data(

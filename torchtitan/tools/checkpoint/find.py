@@ -34,6 +34,9 @@ def checkpoints_of(location: str) -> list[StoragePath]:
         if isinstance(path, Path) and not path.is_dir():
             raise CheckpointError(f"{path} is no folder")
         return [path]
+    below = sorted(str(run) for run in folders_in(path) if root_of(run) is not None)
+    hint = f". Runs in it: {', '.join(below[:5])}" if below else ""
     raise CheckpointError(
         f"{path} holds no checkpoint: neither step-N folders nor {MANIFEST} nor safetensors files"
+        f"{hint}"
     )

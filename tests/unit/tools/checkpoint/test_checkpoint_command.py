@@ -191,3 +191,9 @@ def test_mistakes_end_with_one_message(tmp_path, capsys, monkeypatch, arguments,
     monkeypatch.chdir(tmp_path)
     code, out = checkpoint(capsys, *arguments)
     assert code == 2 and words in out and "Traceback" not in out and out.count("error:") == 1
+
+
+def test_the_folder_above_runs_names_them(tmp_path, capsys):
+    (tmp_path / "one" / "checkpoint" / "step-2").mkdir(parents=True)
+    code, out = checkpoint(capsys, "list", str(tmp_path))
+    assert code == 2 and f"Runs in it: {tmp_path / 'one'}" in out
