@@ -99,7 +99,8 @@ def test_a_host_runs_the_job_as_it_is_written(
         "-m": "torchtitan.distributed.torchrun",
     }.items():
         assert words[words.index(name) + 1] == value
-    assert f"is_host=1,join_timeout={900 if kind == 'slurm' else 86400}" in words
+    seconds = 86400 if "--kubernetes" in KINDS[kind] else 900
+    assert f"is_host=1,join_timeout={seconds}" in words
     assert "--training.steps=7" in words
     assert ("138" in words) == (kind == "pytorchjob")
 
