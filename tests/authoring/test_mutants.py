@@ -170,7 +170,9 @@ def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None
     assert "as measured (at 64 tokens and more)" in outcomes["cost.flops"].message
 
 
-@pytest.mark.parametrize("name", ["tuple_diffusion", "tiny_codes"])
+@pytest.mark.parametrize(
+    "name", ["tuple_diffusion", pytest.param("tiny_codes", marks=pytest.mark.long)]
+)
 def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path) -> None:
     """Its layouts and what can be asked of any batch; what is of texts says so."""
     subject = Subject(name, "debugmodel", tmp_path, "tiny_own_batches")
