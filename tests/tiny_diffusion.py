@@ -131,11 +131,10 @@ def cut(x: torch.Tensor, patch: int) -> torch.Tensor:
     return F.unfold(x, patch, stride=patch).transpose(1, 2)
 
 
-class NoisyImages:
-    """Waves, of another length in each class, with noise that depends on step and row alone."""
+class Rows:
+    """Samples of (step, row) alone, so that every layout trains on the same."""
 
-    def __init__(self, args: DiffusionArgs, job_config, dp_rank: int, dp_world_size: int) -> None:
-        self.args = args
+    def __init__(self, job_config, dp_rank: int, dp_world_size: int) -> None:
         batch, self.passes = resolve_batch(job_config, dp_world_size)
         share = batch // dp_world_size
         self.rows = torch.arange(dp_rank * share, (dp_rank + 1) * share)
@@ -147,6 +146,27 @@ class NoisyImages:
         rows = self.rows.chunk(self.passes)[number].tolist()
         samples = [self.sample(step, row) for row in rows]
         return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+    def sample(self, step: int, row: int) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        steps = torch.full_like(self.rows, self.taken // self.passes)
+        return {"rows": torch.stack([self.rows, steps], dim=1)}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        self.taken = int(state_dict["rows"][0, 1]) * self.passes
+
+    def close(self) -> None:
+        pass
+
+
+class NoisyImages(Rows):
+    """Waves, of another length in each class, and noise."""
+
+    def __init__(self, args: DiffusionArgs, job_config, dp_rank: int, dp_world_size: int) -> None:
+        super().__init__(job_config, dp_rank, dp_world_size)
+        self.args = args
 
     def sample(self, step: int, row: int) -> dict[str, torch.Tensor]:
         args, random = self.args, torch.Generator().manual_seed(1_000_003 * step + row)
@@ -162,16 +182,6 @@ class NoisyImages:
     def image(self, class_: torch.Tensor, random: torch.Generator) -> torch.Tensor:
         start = torch.rand(self.args.channels, self.args.size, 1, generator=random)
         return torch.sin((start + torch.arange(self.args.size)) * (1 + class_) / 3)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        steps = torch.full_like(self.rows, self.taken // self.passes)
-        return {"rows": torch.stack([self.rows, steps], dim=1)}
-
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        self.taken = int(state_dict["rows"][0, 1]) * self.passes
-
-    def close(self) -> None:
-        pass
 
 
 def build_loss(job_config):

@@ -11,18 +11,10 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from tiny_diffusion import Rows, parallelize
 
 from torchtitan.components import build_lr_scheduler, build_optimizer
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.config.batch import resolve_batch
-from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.pipeline_parallel import build_pipeline
 from torchtitan.protocols import BaseModelArgs, ModelProtocol, TrainSpec, register_train_spec
 
@@ -171,34 +163,13 @@ class Codes(OwnModel):
         return hidden if self.heads is None else self.heads(hidden)
 
 
-class Loader:
-    """Rows by (step, row), so that every layout trains on the same."""
-
+class Loader(Rows):
     def __init__(self, make_row, job_config, tokenizer, dp_rank, dp_world_size):
+        super().__init__(job_config, dp_rank, dp_world_size)
         self.make_row = partial(make_row, job_config)
-        size, self.passes = resolve_batch(job_config, dp_world_size)
-        share = size // dp_world_size
-        self.rows = torch.arange(dp_rank * share, (dp_rank + 1) * share)
-        self.taken = 0
 
-    def __next__(self):
-        step, part = divmod(self.taken, self.passes)
-        self.taken += 1
-        rows = [
-            self.make_row(torch.Generator().manual_seed(1_000_003 * step + row))
-            for row in self.rows.chunk(self.passes)[part].tolist()
-        ]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def state_dict(self):
-        steps = torch.full_like(self.rows, self.taken // self.passes)
-        return {"rows": torch.stack([self.rows, steps], 1)}
-
-    def load_state_dict(self, state_dict):
-        self.taken = int(state_dict["rows"][0, 1]) * self.passes
-
-    def close(self):
-        pass
+    def sample(self, step, row):
+        return self.make_row(torch.Generator().manual_seed(1_000_003 * step + row))
 
 
 def noisy_latents(job_config, generator):
@@ -230,19 +201,6 @@ def squared_error(pred, labels):
 def cross_entropy(pred, labels):
     logits = pred.flatten(0, -2).float()
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def parallelize(model, world_mesh, parallel_dims, job_config):
-    if parallel_dims.tp_enabled:
-        plan = dict.fromkeys(("wq", "wk", "wv", "w1"), ColwiseParallel())
-        plan |= dict.fromkeys(("wo", "w2"), RowwiseParallel())
-        for layer in model.layers.values():
-            parallelize_module(layer, world_mesh["tp"], plan)
-    apply_ac(model, job_config)
-    model = apply_compile(model, job_config)
-    if parallel_dims.dp_enabled:
-        apply_fsdp(model, world_mesh["dp"], job_config)
-    return model
 
 
 def spec(model, args, first, last, make_row, loss):

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+    from torchtitan.protocols.train_spec import TrainSpec
 
 Batch = dict[str, torch.Tensor]
 
@@ -55,6 +57,27 @@ def has_own_loader(build_dataloader_fn: Any) -> bool:
     while isinstance(build_dataloader_fn, partial):
         build_dataloader_fn = build_dataloader_fn.func
     return not str(getattr(build_dataloader_fn, "__module__", "")).startswith("torchtitan.")
+
+
+def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:
+    """The loader of a job on one process."""
+    tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
+    return spec.build_dataloader_fn(job_config, tokenizer, 0, 1)
+
+
+def why_no_batch(error: Exception) -> str:
+    """A line of what an author's loader says: it may want options or data of a job."""
+    if isinstance(error, StopIteration):
+        return "it has ended at the first batch"
+    return str(error).partition("\n")[0] if isinstance(error, ConfigError) else first_line(error)
+
+
+def describe_batch(batch: Batch) -> str:
+    """`tokens float32 [8, 4, 16, 16], labels int64 [8, 64]`."""
+    return ", ".join(
+        f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        for name, tensor in batch.items()
+    )
 
 
 def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:

@@ -30,7 +30,7 @@ _BUCKET_BYTES = 256 * 2**20
 def with_own_folder(job_config: JobConfig) -> JobConfig:
     """The config with the dump folder of this replica group, `job.dump_folder`/replica-N."""
     fault_tolerance, job = job_config.fault_tolerance, job_config.job
-    name = f"replica-{fault_tolerance.replica_id}"
+    name = fault_tolerance.replica
     if fault_tolerance.enable and Path(job.dump_folder).name != name:
         job.dump_folder = str(Path(job.dump_folder, name))
     return job_config
@@ -86,7 +86,7 @@ class Replicas:
             use_async_quorum=False,
             timeout=self._timeout,
             quorum_timeout=self._timeout,
-            replica_id=f"replica-{self._config.replica_id}",
+            replica_id=self._config.replica,
             init_sync=False,  # weights are a function of the seed
         )
         self._manager.load_state_dict({"step": step, "batches_committed": step})

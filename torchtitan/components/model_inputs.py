@@ -67,7 +67,7 @@ class ModelInputs:
                 f"{who} has {others[0]!r} of {type(batch[others[0]]).__name__}, which must be a "
                 "torch.Tensor"
             )
-        own = [name for name in batch if name not in USUAL_KEYS]
+        own = own_inputs(batch)
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
         if unknown:
             raise ConfigError(
@@ -130,12 +130,19 @@ class ModelInputs:
         if device.type == "cuda":  # a copy from other memory waits for what is queued before
             batch = {name: t.contiguous().pin_memory() for name, t in batch.items()}
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        names = [*self._usual, *(name for name in batch if name not in USUAL_KEYS)]
-        inputs = {name: self._in_precision(batch[name]) for name in names}
-        return self._in_precision(batch["tokens"]), batch["labels"], inputs
+        inputs = {name: batch[name] for name in self._usual} | own_inputs(batch)
+        inputs = {name: in_precision(tensor, self._dtype) for name, tensor in inputs.items()}
+        return in_precision(batch["tokens"], self._dtype), batch["labels"], inputs
 
-    def _in_precision(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+def own_inputs(batch: Batch) -> Batch:
+    """What `forward` gets by the names that the author gave."""
+    return {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
+
+
+def in_precision(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An input of the model, in this type if it is in floating point."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> list[str]:

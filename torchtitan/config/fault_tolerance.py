@@ -19,3 +19,8 @@ class FaultTolerance:
     """Replica groups of the run when none is missing; they share out `global_batch_size`."""
     min_replica_size: Annotated[int, Positive] = 1
     """With fewer replica groups, training waits."""
+
+    @property
+    def replica(self) -> str:
+        """Name of this replica group, and of its folders."""
+        return f"replica-{self.replica_id}"

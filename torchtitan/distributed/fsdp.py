@@ -71,8 +71,9 @@ def apply_fsdp(
     reshard = policy != "never" and mesh.size(-1) > 1
 
     own_meshes = own_meshes or {}
-    shared = _modules_of_several_layers(inner)
-    _refuse_parameters_of_several_layers(inner, shared)
+    blocks = blocks_of(inner)
+    shared = _modules_of_several_blocks(blocks)
+    _refuse_parameters_of_several_blocks(blocks, shared)
     for module, own in own_meshes.items():
         fully_shard(
             module,
@@ -81,7 +82,7 @@ def apply_fsdp(
             shard_placement_fn=_placement_over(own),
         )
     apart = [module for module in shared if module not in own_meshes]
-    for layer in dict.fromkeys([*apart, *blocks_of(inner).values()]):
+    for layer in dict.fromkeys([*apart, *blocks.values()]):
         fully_shard(
             layer,
             **options,
@@ -116,18 +117,19 @@ def _parameters(module: nn.Module | None) -> set[nn.Parameter]:
     return set(module.parameters()) if module is not None else set()
 
 
-def _modules_of_several_layers(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules with parameters that are part of more than one layer."""
-    layers = blocks_of(model).values()
-    counts = Counter(module for layer in layers for module in layer.modules())
+def _modules_of_several_blocks(blocks: dict[str, nn.Module]) -> list[nn.Module]:
+    """The outermost modules with parameters that are part of more than one block."""
+    counts = Counter(module for block in blocks.values() for module in block.modules())
     found = [m for m, count in counts.items() if count > 1 and any(True for _ in m.parameters())]
     inside = {part for module in found for part in module.modules() if part is not module}
     return [module for module in found if module not in inside]
 
 
-def _refuse_parameters_of_several_layers(model: nn.Module, shared: list[nn.Module]) -> None:
+def _refuse_parameters_of_several_blocks(
+    blocks: dict[str, nn.Module], shared: list[nn.Module]
+) -> None:
     seen = {id(param): "" for module in shared for param in module.parameters()}
-    for block_name, block in blocks_of(model).items():
+    for block_name, block in blocks.items():
         for name, param in block.named_parameters():
             own = f"{block_name}.{name}"
             other = seen.setdefault(id(param), own)

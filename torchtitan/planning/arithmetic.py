@@ -20,7 +20,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
-from .inputs import Inputs
+from .inputs import TOKEN_IDS, Inputs
 from .roofline import Roofline
 from .trace import meta_model, repetition_of, trace_step
 
@@ -57,13 +57,13 @@ class Arithmetic:
 
     Args:
         config: with the global batch and the sequence length of the search.
-        inputs: what a batch is; by default token ids.
+        inputs: what a batch is.
     """
 
     def __init__(
-        self, config: JobConfig, device: Device, host_size: int, inputs: Inputs | None = None
+        self, config: JobConfig, device: Device, host_size: int, inputs: Inputs = TOKEN_IDS
     ) -> None:
-        self._inputs = inputs or Inputs()
+        self._inputs = inputs
         self._config, self._device, self._host_size = config, device, host_size
         spec = get_train_spec(config.model.name, config.model.flavor)
         args = spec.model_args.update_from_config(config)

@@ -8,11 +8,11 @@ import torch
 import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
-from torchtitan.components.model_inputs import usual_inputs
+from torchtitan.components.model_inputs import in_precision, own_inputs, usual_inputs
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
 from torchtitan.distributed.utils import local_tensor
 
-from .inputs import Inputs, own_inputs
+from .inputs import Inputs
 from .layers import keep_layers
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Ba
     # In floating point as the trainer gives them to a model.
     dtype = getattr(torch, job_config.training.mixed_precision_param)
     return {
-        name: tensor.to(dtype) if name != "labels" and tensor.is_floating_point() else tensor
+        name: tensor if name == "labels" else in_precision(tensor, dtype)
         for name, tensor in batch.items()
     }
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchtitan.components.data_loader import Batch, has_own_loader
+from torchtitan.components.data_loader import (
+    Batch,
+    describe_batch,
+    has_own_loader,
+    open_loader,
+    why_no_batch,
+)
 from torchtitan.components.model_inputs import USUAL_KEYS
 from torchtitan.config import origin
 from torchtitan.errors import ConfigError
@@ -38,14 +44,11 @@ class Inputs:
         """
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         if not has_own_loader(spec.build_dataloader_fn):
-            return cls()
+            return TOKEN_IDS
         try:
             batch = _batch_of_one_row(spec, job_config)
-        except StopIteration:
-            unknown = "it has ended at the first batch"
         except Exception as error:  # of the user's code, or for want of data
-            text = str(error) if isinstance(error, ConfigError) else _in_words(error)
-            unknown = text.partition("\n")[0]
+            unknown = why_no_batch(error)
         else:
             return cls(None if _is_text(batch, job_config) else batch, own=True)
         if getattr(spec.model_args.update_from_config(job_config), "vocab_size", None) is None:
@@ -67,26 +70,20 @@ class Inputs:
         }
 
     def describe(self, batch: Batch) -> str:
-        found = ", ".join(
-            f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            for name, tensor in batch.items()
-        )
-        return found + (
+        return describe_batch(batch) + (
             f" (its data loader gives no batch here: {self.unknown})" * bool(self.unknown)
         )
 
 
-def own_inputs(batch: Batch) -> Batch:
-    """What `forward` gets by the names that the author gave."""
-    return {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
+TOKEN_IDS = Inputs()
+"""Of a model that reads texts."""
 
 
 def _batch_of_one_row(spec: Any, job_config: JobConfig) -> Batch:
     """One row of each tensor, as one process of such a job reads it."""
     config = copy.deepcopy(job_config)
     config.training.local_batch_size = config.training.global_batch_size = 1
-    tokenizer = spec.build_tokenizer_fn(config) if spec.build_tokenizer_fn else None
-    loader = spec.build_dataloader_fn(config, tokenizer, 0, 1)
+    loader = open_loader(spec, config)
     try:
         batch = next(loader)
     finally:
@@ -107,7 +104,3 @@ def _is_text(batch: Batch, job_config: JobConfig) -> bool:
     return set(batch) <= set(USUAL_KEYS) and all(
         row.dtype == torch.int64 and list(row.shape) == [job_config.training.seq_len] for row in ids
     )
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -13,9 +13,10 @@ import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
 from torchtitan.components.data_loader import Batch
+from torchtitan.components.model_inputs import own_inputs
 from torchtitan.protocols.model import layers_of
 
-from .inputs import Inputs, own_inputs
+from .inputs import TOKEN_IDS, Inputs
 
 _EDGE = 2
 """Layers at each end that are not like those between, as FSDP holds a layer and the next."""
@@ -31,12 +32,12 @@ class Repetition:
 
     @classmethod
     def of(
-        cls, model: nn.Module, seq_len: int, multiple: int = 1, inputs: Inputs | None = None
+        cls, model: nn.Module, seq_len: int, multiple: int = 1, inputs: Inputs = TOKEN_IDS
     ) -> Repetition:
         """The one with the fewest different layers.
 
         Args:
-            inputs: by default token ids.
+            inputs: what a batch is.
             multiple: the period is a multiple of this, as every n-th layer is treated differently.
         """
         signatures = layer_signatures(model, seq_len, inputs)
@@ -81,13 +82,13 @@ def keep_layers(model: nn.Module, count: int) -> None:
         del layers[name]
 
 
-def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs | None = None) -> list[str]:
+def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs = TOKEN_IDS) -> list[str]:
     """For each of `model.layers` a text, equal where modules, shapes and settings are, and
     where the model calls them alike.
 
     Args:
         model: on the meta device, or a stage of it.
-        inputs: by default token ids.
+        inputs: what a batch is.
     """
     settings = [_settings(layer) for layer in layers_of(model).values()]
     numbers = [int(name) if name.isdecimal() else -1 for name in layers_of(model)]
@@ -98,7 +99,7 @@ def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs | None = Non
         for key in shared
         if all(s[key] == n for s, n in zip(settings, numbers, strict=True)) and len(settings) > 1
     }
-    calls = _calls(model, (inputs or Inputs()).batch(1, seq_len, "meta"))
+    calls = _calls(model, inputs.batch(1, seq_len, "meta"))
     return [
         repr([call, *((key, value) for key, value in s.items() if key not in own_number)])
         for s, call in zip(settings, calls, strict=True)

@@ -38,7 +38,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import CollectiveRecorder
 from .handing_on import handed_on, hands_on_more
-from .inputs import Inputs
+from .inputs import TOKEN_IDS, Inputs
 from .layers import Repetition, keep_layers
 from .masks import attention_of_cuda
 from .memory import PeakMemory
@@ -54,7 +54,7 @@ def trace_step(
     shallow: int | None = None,
     dims: ParallelDims | None = None,
     stages: list[int] | None = None,
-    inputs: Inputs | None = None,
+    inputs: Inputs = TOKEN_IDS,
 ) -> StepTrace:
     """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
@@ -65,13 +65,12 @@ def trace_step(
             `worth_extrapolating` are extrapolated: leave out the other layers.
         dims: of the job, if there are meshes already.
         stages: of the pipeline, as if this rank had them. Default: those that it has.
-        inputs: what a batch is; by default token ids.
+        inputs: what a batch is.
 
     Raises:
         ConfigError: a rule of the optimizer matches nothing, or what a step does depends on the
             values of tensors; or a model with a loader of its own does not take the inputs.
     """
-    inputs = inputs or Inputs()
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
@@ -128,7 +127,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
     """
     with fake_world(world_size, rank=0):
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
-        _parallel_parts(job_config, dims, 0, _own_stages(job_config, dims), Inputs())
+        _parallel_parts(job_config, dims, 0, _own_stages(job_config, dims), TOKEN_IDS)
 
 
 def _own_stages(job_config: JobConfig, dims: ParallelDims) -> list[int]:
@@ -216,9 +215,7 @@ def stages_at(job_config: JobConfig, place: int) -> list[int]:
     return stages_of_rank(job_config, place)
 
 
-def repetition_of(
-    part: nn.Module, job_config: JobConfig, inputs: Inputs | None = None
-) -> Repetition:
+def repetition_of(part: nn.Module, job_config: JobConfig, inputs: Inputs = TOKEN_IDS) -> Repetition:
     config = job_config.activation_checkpoint
     every_nth = config.mode == "selective" and config.selective_ac_option != "op"
     period = int(config.selective_ac_option) if every_nth else 1

@@ -79,20 +79,25 @@ def test_the_chat_template_that_the_tokenizer_does_not_have(tmp_path):
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "Hié"
 
 
-@pytest.mark.parametrize("documents", ["text", "conversations"])
-def test_a_run_on_conversations_exports_their_template(documents, tmp_path):
-    document = {"text": "Hi there, you all. " * 9} if documents == "text" else {"text": CHAT * 9}
-    (tmp_path / "data.jsonl").write_text(f"{json.dumps(document)}\n" * 4)
+def export_a_run(folder, document, *options):
+    """A run of a step on four such documents leaves `run/checkpoint/step-1` and `step-1-hf`."""
+    (folder / "data.jsonl").write_text(f"{json.dumps({'text': document})}\n" * 4)
     train(
-        tmp_path / "run",
+        folder / "run",
         *tiny_llama.OPTIONS,
         "--training.steps=1",
         "--training.dataset=jsonl",
-        f"--training.dataset_path={tmp_path / 'data.jsonl'}",
+        f"--training.dataset_path={folder / 'data.jsonl'}",
         "--checkpoint.enable",
         "--checkpoint.last_save_in_hf",
-        f"--data.add_bos={json.dumps(documents == 'text')}",
+        *options,
     )
+
+
+@pytest.mark.parametrize("documents", ["text", "conversations"])
+def test_a_run_on_conversations_exports_their_template(documents, tmp_path):
+    document = "Hi there, you all. " * 9 if documents == "text" else CHAT * 9
+    export_a_run(tmp_path, document, f"--data.add_bos={json.dumps(documents == 'text')}")
     folder = tmp_path / "run" / "checkpoint" / "step-1-hf"
     template = folder / "chat_template.jinja"
     assert template.is_file() == (documents == "conversations")
@@ -164,18 +169,8 @@ def test_what_ended_a_turn_of_a_run_is_known_to_all_that_run_its_model(of_run, t
     tokenizer = with_special_tokens(tmp_path / "in")
     template = tmp_path / "own.jinja" if of_run else tokenizer / "chat_template.jinja"
     template.write_text(text)
-    (tmp_path / "data.jsonl").write_text(f"{json.dumps({'text': CHAT * 9})}\n" * 4)
-    train(
-        tmp_path / "run",
-        *tiny_llama.OPTIONS,
-        "--training.steps=1",
-        "--training.dataset=jsonl",
-        f"--training.dataset_path={tmp_path / 'data.jsonl'}",
-        "--checkpoint.enable",
-        "--checkpoint.last_save_in_hf",
-        f"--model.tokenizer_path={tokenizer}",
-        *([f"--data.chat_template={template}"] if of_run else []),
-    )
+    options = [f"--data.chat_template={template}"] if of_run else []
+    export_a_run(tmp_path, CHAT * 9, f"--model.tokenizer_path={tokenizer}", *options)
     ours, exported = (tmp_path / "run" / "checkpoint" / name for name in ("step-1", "step-1-hf"))
     assert cli.main(["convert", "to-hf", str(ours), str(tmp_path / "converted")]) == 0
     for name in ("config.json", "generation_config.json", "chat_template.jinja"):

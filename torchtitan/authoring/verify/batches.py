@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 import torch.nn as nn
 
-from torchtitan.components.data_loader import Batch
+from torchtitan.components.data_loader import Batch, describe_batch, open_loader, why_no_batch
 from torchtitan.components.loss import IGNORE_INDEX, attach_loss, count_labels
-from torchtitan.components.model_inputs import USUAL_KEYS, ModelInputs
+from torchtitan.components.model_inputs import USUAL_KEYS, ModelInputs, in_precision, own_inputs
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 
@@ -49,17 +49,12 @@ class Example:
 
     def rows(self, rows: slice) -> Example:
         inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
-        return Example(self.tokens[rows], self.labels[rows], inputs, self.judge, self.prepare)
+        return replace(self, tokens=self.tokens[rows], labels=self.labels[rows], inputs=inputs)
 
     def cast(self, dtype: torch.dtype) -> Example:
         """With inputs in floating point in this type, as the trainer casts them."""
-        tokens, inputs = _cast(self.tokens, dtype), self.inputs
-        inputs = {name: _cast(tensor, dtype) for name, tensor in inputs.items()}
-        return Example(tokens, self.labels, inputs, self.judge, self.prepare)
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        inputs = {name: in_precision(tensor, dtype) for name, tensor in self.inputs.items()}
+        return replace(self, tokens=in_precision(self.tokens, dtype), inputs=inputs)
 
 
 def random_example(tokens: torch.Tensor) -> Example:
@@ -96,11 +91,8 @@ class OwnBatches:
                 self.close()
                 self.seq_len = length
             self._refuse_unknown_ids(self.batch(1))
-        except StopIteration:
-            self.error = "it has ended at the first batch"
         except Exception as error:  # it may want options or files of a job
-            text = str(error) if isinstance(error, ConfigError) else _in_words(error)
-            self.error = text.partition("\n")[0]
+            self.error = why_no_batch(error)
 
     def _length(self) -> int:
         """The length of the labels in the first batch; that of the job if tokens are ids."""
@@ -128,18 +120,15 @@ class OwnBatches:
 
     def _open(self) -> None:
         if self._loader is None:
-            config, make_tokenizer = self.config, self._spec.build_tokenizer_fn
-            tokenizer = make_tokenizer(config) if make_tokenizer else None
-            self._loader = self._spec.build_dataloader_fn(config, tokenizer, 0, 1)
+            config = self.config
+            self._loader = open_loader(self._spec, config)
+            model = self._spec.meta_model(self._spec.model_args.update_from_config(config))
+            dims = ParallelDims.from_config(config.parallelism, 1)
+            self._expected = ModelInputs(model, dims, config)
 
     def _keep(self, batch: Batch) -> None:
-        batch = self._expected().checked(batch)
+        batch = self._expected.checked(batch)
         self._given.append({name: tensor.clone() for name, tensor in batch.items()})
-
-    def _expected(self) -> ModelInputs:
-        config = self.config
-        model = self._spec.meta_model(self._spec.model_args.update_from_config(config))
-        return ModelInputs(model, ParallelDims.from_config(config.parallelism, 1), config)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 1."""
@@ -171,18 +160,15 @@ class OwnBatches:
         return [] if self.error else [n for n in self.batch(1) if n not in USUAL_KEYS[:2]]
 
     def describe(self) -> str:
-        """`tokens float32 [8, 4, 16, 16], labels int64 [8, 64]`."""
+        """See `describe_batch`."""
         if self.error:
             return f"nothing ({self.error})"
-        return ", ".join(
-            f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            for name, tensor in self.batch(1).items()
-        )
+        return describe_batch(self.batch(1))
 
     def example(self, rows: int, step: int) -> Example:
         batch = self.batch(step)
-        inputs = {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
-        whole = Example(batch["tokens"], batch["labels"], inputs, self._judge, self._prepare)
+        tokens, labels = batch["tokens"], batch["labels"]
+        whole = Example(tokens, labels, own_inputs(batch), self._judge, self._prepare)
         return whole.rows(slice(rows))
 
     def _prepare(self, model: nn.Module) -> None:
@@ -200,7 +186,3 @@ class OwnBatches:
 def _are_ids(tokens: torch.Tensor) -> bool:
     """Whether they are of the form `[batch, seq]` that texts have."""
     return tokens.dtype == torch.int64 and tokens.ndim == 2
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

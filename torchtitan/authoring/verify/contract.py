@@ -117,9 +117,8 @@ def signatures_fit(subject: Subject) -> str:
     spec = subject.spec
     _require_call(f"{spec.model_cls.__name__}.__init__", spec.model_cls, ("args",))
     forward = spec.model_cls.forward
-    given = (
-        tuple(name for name in subject.own.keys if name not in USUAL_KEYS) if subject.own else ()
-    )
+    keys = subject.own.keys if subject.own else []
+    given = tuple(name for name in keys if name not in USUAL_KEYS)
     _require_call(f"{spec.model_cls.__name__}.forward", forward, ("self", "tokens"), given)
     extra = list(inspect.signature(forward).parameters.values())[2:]
     named = [p.name for p in extra if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -11,6 +11,7 @@ from torchtitan.components.loss import IGNORE_INDEX, attach_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
+from torchtitan.tools.text import first_line
 
 from .batches import Example
 from .check import Check, CheckFailedError, NotApplicableError
@@ -109,7 +110,7 @@ def dataloader_resumes(subject: Subject) -> str:
         tokenizer = make_tokenizer(config) if make_tokenizer else None
         first = loader()
     except Exception as error:  # it may want options or files of a job
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = first_line(error)
         raise NotApplicableError(f"it cannot be built without a job's options: {reason}") from error
     try:
         check_dataloader(first, config)

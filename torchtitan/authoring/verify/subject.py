@@ -129,9 +129,8 @@ class Subject:
         """
         if self.own is None:
             return True
-        if self.own.error:
-            return isinstance(getattr(self.args, "vocab_size", None), int)
-        return self.own.is_text and isinstance(getattr(self.args, "vocab_size", None), int)
+        has_vocabulary = isinstance(getattr(self.args, "vocab_size", None), int)
+        return has_vocabulary and (bool(self.own.error) or self.own.is_text)
 
     def require_text(self) -> None:
         """Raises `NotApplicableError` for a model that reads something else."""

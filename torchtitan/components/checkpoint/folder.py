@@ -57,8 +57,8 @@ def checkpoint_root(job_config: JobConfig) -> StoragePath:
         ConfigError: nothing is known of such URLs.
     """
     folder = job_config.checkpoint.folder
-    replica = job_config.fault_tolerance
-    own = f"replica-{replica.replica_id}" if replica.enable else ""
+    fault_tolerance = job_config.fault_tolerance
+    own = fault_tolerance.replica if fault_tolerance.enable else ""
     if is_url(folder):
         return storage_path(f"{folder.rstrip('/')}/{own}".rstrip("/"))
     if Path(folder).is_absolute() and own not in Path(folder).parts:  # else the user separates them
