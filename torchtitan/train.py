@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import sys
 import time
 from contextlib import nullcontext
@@ -23,26 +22,24 @@ import torch.distributed as dist
 
 from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.checkpoint.huggingface import check_exchange, warn_without_bos
+from torchtitan.components.checkpoint.huggingface import warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.components.data_loader import Batch, check_dataloader
+from torchtitan.components.data_loader import Batch, check_dataloader, loader_metrics
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
-from torchtitan.components.guard import Guard, refuse_nonfinite_weights
+from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, count_labels
 from torchtitan.components.metrics import build_metrics_processor
-from torchtitan.components.model_fit import check_builders, check_vocabulary
+from torchtitan.components.model_fit import fitting_model
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.train_state import TrainState
-from torchtitan.components.validate import build_validator, check_validator
+from torchtitan.components.validate import build_validator, check_validator, evaluating
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.unlikely import unlikely
-from torchtitan.config.validate import validate
 from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp
@@ -60,12 +57,10 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.errors import TitanError, TrainingError
-from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.model_converter import build_model_converters
-from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.profiling import check_profiling, maybe_profile
+from torchtitan.tools.profiling import maybe_profile
 from torchtitan.tools.run_folder import make_dump_folder, write_description
 from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
@@ -82,81 +77,65 @@ class Trainer:
     def __init__(self, job_config: JobConfig) -> None:
         self.job_config = job_config = with_own_folder(job_config)
 
-        # Everything a user can get wrong is found before memory is taken, and before processes
+        # Refuse: what a user can get wrong is found before memory is taken, and before processes
         # meet if each of them can look for itself.
-        load_plugins(job_config.job.custom_import)
-        spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-        validate(job_config, utils.world_size())
-        for doubt in unlikely(job_config) if utils.rank() == 0 else []:
-            logger.warning("%s", doubt)
-        check_builders(spec, job_config)
-        check_profiling(job_config)
-        model_args = spec.model_args.update_from_config(job_config)
-        check_exchange(job_config, spec, model_args)
-        tokenizer: Any = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
-        check_vocabulary(tokenizer, model_args, job_config)
-        self.tokenizer = tokenizer
-        parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
-        self.model_converters = build_model_converters(job_config, parallel_dims)
+        spec, model_args, self.tokenizer = fitting_model(job_config, utils.world_size())
+        self.parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
+        self.model_converters = build_model_converters(job_config, self.parallel_dims)
         build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
-        self.metrics = build_metrics(job_config, parallel_dims, model_args)
+        self.metrics = build_metrics(job_config, self.parallel_dims, model_args)
 
+        # Meet.
         if job_config.debug.deterministic:
             use_deterministic_kernels()
         utils.init_distributed(job_config.comm.timeout_seconds)
         self.sum_over_ranks = HostSum()
         check_resume(job_config, model_args, dist.group.WORLD)
         self.device = utils.device()
-        self.parallel_dims = parallel_dims
-        world_mesh = parallel_dims.world_mesh
-        self.dp_rank = world_mesh["dp"].get_local_rank()
-        # Of the ranks that have different tokens, which must not draw the same random numbers.
-        tokens_mesh = world_mesh["dp_cp"]
         self.replicas = Replicas(job_config)
+        world_mesh = self.parallel_dims.world_mesh
+        self.dp_rank, dp = world_mesh["dp"].get_local_rank(), self.parallel_dims.dp
+        data_rank, data_ranks = self.replicas.data_share(self.dp_rank, dp)
+        batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
+        self.tokens_per_step = batch_size * job_config.training.seq_len
+        # Ranks that have different tokens must not draw the same random numbers.
+        tokens_mesh = world_mesh["dp_cp"]
         self.token_rank, _ = self.replicas.data_share(
             tokens_mesh.get_local_rank(), tokens_mesh.size()
         )
-        self.cp_mesh = world_mesh["cp"] if parallel_dims.cp_enabled else None
-        self.pp_mesh = world_mesh["pp"] if parallel_dims.pp_enabled else None
+        self.cp_mesh = world_mesh["cp"] if self.parallel_dims.cp_enabled else None
+        self.pp_mesh = world_mesh["pp"] if self.parallel_dims.pp_enabled else None
 
+        # Build, on the meta device.
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
-        self.model_inputs = ModelInputs(model, parallel_dims, job_config)
+        self.model_inputs = ModelInputs(model, self.parallel_dims, job_config)
         check_rules(model, job_config)
-        logger.info(
-            "%s %s: %s parameters on %d ranks (%s), %s",
-            job_config.model.name,
-            job_config.model.flavor,
-            f"{sum(p.numel() for p in model.parameters()):,}",
-            parallel_dims.world_size,
-            parallel_dims,
-            utils.device_name(),
-        )
+        self._describe(model)
         self.loss_fn = spec.build_loss_fn(job_config)
-        data_rank, data_ranks = self.replicas.data_share(self.dp_rank, parallel_dims.dp)
-        batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
-        self.tokens_per_step = batch_size * job_config.training.seq_len
-        self.dataloader = spec.build_dataloader_fn(job_config, tokenizer, data_rank, data_ranks)
+        self.dataloader = spec.build_dataloader_fn(
+            job_config, self.tokenizer, data_rank, data_ranks
+        )
         check_dataloader(self.dataloader, job_config)
         self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
-                job_config, tokenizer, self.loss_fn, parallel_dims, self.dp_rank, parallel_dims.dp
+                job_config, self.tokenizer, self.loss_fn, self.parallel_dims, self.dp_rank, dp
             )
             check_validator(self.validator, self.dataloader, job_config)
-        layout = world_mesh, parallel_dims, job_config
+        layout = world_mesh, self.parallel_dims, job_config
         self.pipeline = None
-        if parallel_dims.pp_enabled:
+        if self.parallel_dims.pp_enabled:
             assert spec.pipeline_fn is not None  # or the config was refused
             self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize_fn, self.loss_fn)
             self.model_parts = self.pipeline.model_parts
         else:
             self.model_parts = [spec.parallelize_fn(model, *layout)]
-        if parallel_dims.cp_enabled:
+        if self.parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
         on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
 
-        # From here on, memory is taken.
+        # Take memory.
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
             sum_gradients(part)
@@ -166,13 +145,13 @@ class Trainer:
         self.fsdp_modules = [module for part in self.model_parts for module in fsdp_modules(part)]
         self.autocast = mixed_precision(bool(self.fsdp_modules), job_config, self.device)
 
-        self.expert_balance = ExpertBalance(self.model_parts, parallel_dims)
+        self.expert_balance = ExpertBalance(self.model_parts, self.parallel_dims)
         attach_loss(self.loss_fn, self.model_parts)
-        self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, parallel_dims)
+        self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.state = TrainState()
-        self.guard = Guard(job_config, parallel_dims, self.dp_rank)
-        self.replay = Replay(job_config, self.model_parts, parallel_dims)
+        self.guard = Guard(job_config, self.parallel_dims, self.dp_rank)
+        self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
         self.checkpointer = CheckpointManager(
@@ -184,11 +163,21 @@ class Trainer:
             train_state=self.state,
             dp_mesh=world_mesh["dp"],
             guard=self.guard if self.guard.enabled else None,
-            has_tokenizer=tokenizer is not None,
+            has_tokenizer=self.tokenizer is not None,
         )
         self.window = Window()
-        self.data_wait = 0.0
         self.may_hang = False
+
+    def _describe(self, model: torch.nn.Module) -> None:
+        logger.info(
+            "%s %s: %s parameters on %d ranks (%s), %s",
+            self.job_config.model.name,
+            self.job_config.model.flavor,
+            f"{sum(p.numel() for p in model.parameters()):,}",
+            self.parallel_dims.world_size,
+            self.parallel_dims,
+            utils.device_name(),
+        )
 
     def train(self) -> bool:
         """Run the steps that are left; on a signal of `stop_signals`, stop early with a checkpoint.
@@ -255,7 +244,7 @@ class Trainer:
         start = time.perf_counter()
         passes = range(self.accumulation_steps)
         batches = [self.model_inputs.checked(next(self.dataloader)) for _ in passes]
-        self.data_wait += time.perf_counter() - start
+        self.window.data_wait += time.perf_counter() - start
 
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
@@ -286,7 +275,7 @@ class Trainer:
             self.window.add(step, loss_sum, grad_norm)
         else:
             self.expert_balance.discard()
-        self.lr = self.lr_schedulers.last_lr
+        self.window.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
 
@@ -345,25 +334,25 @@ class Trainer:
 
         # A checkpoint of a model that holds NaN would be worse than none, so look before saving.
         if logging_due or saving_due:
-            self.window.read(self.parallel_dims, self._refuse_nonfinite)
+            for read_step in self.window.read(self.parallel_dims):
+                refuse_nonfinite_step(*read_step, self.checkpointer.newest)
         if logging_due:
             self.metrics.log(
                 step,
                 loss=self.window.mean_loss,
                 max_loss=self.window.max_loss,
                 grad_norm=self.window.grad_norm,
-                lr=self.lr,
+                lr=self.window.lr,
                 ntokens_since_last=self.window.tokens,
                 tokens_seen=self.state.tokens_seen,
-                data_wait_seconds=self.data_wait,
+                data_wait_seconds=self.window.data_wait,
                 extra=self.expert_balance.metrics()
-                | self._data_metrics()
+                | loader_metrics(self.dataloader, self.sum_over_ranks)
                 | self.guard.metrics()
                 | self.replicas.metrics()
                 | self.stragglers.metrics(),
             )
             self.window = Window()
-            self.data_wait = 0.0
         with self.metrics.pause():
             if validation_due and not stopping:
                 self._validate()
@@ -379,13 +368,8 @@ class Trainer:
         if not self.validator:
             return
         seed_step(self.job_config.debug.seed, 0, self.token_rank)  # each time, the same noise
-        for part in self.model_parts:
-            part.eval()
-        loss = self.validator.validate(self.model_parts, self.evaluate)
-        for part in self.model_parts:
-            part.train()
-        for module in self.fsdp_modules:
-            module.reshard()  # as after a backward pass: checkpoints need the parameters sharded
+        with evaluating(self.model_parts, self.fsdp_modules):
+            loss = self.validator.validate(self.model_parts, self.evaluate)
         self.metrics.log_validation(self.state.step, loss)
 
     def _roll_back(self) -> bool:
@@ -399,31 +383,11 @@ class Trainer:
             return False
         self.guard.rolled_back(bad_step, self.state.step)
         self.metrics.start(self.state.step)
-        self.window, self.data_wait = Window(), 0.0
+        self.window = Window()
         return True
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [param for part in self.model_parts for param in part.parameters()]
-
-    def _data_metrics(self) -> dict[str, float]:
-        """What the loader tells about itself, if it does: the mean over the data ranks."""
-        tell = getattr(self.dataloader, "metrics", None)
-        values = tell() if tell else {}
-        if not values:
-            return {}
-        means = torch.tensor(list(values.values()), dtype=torch.float64)
-        self.sum_over_ranks(means)
-        means /= dist.get_world_size()
-        return dict(zip(values, means.tolist(), strict=True))
-
-    def _refuse_nonfinite(self, step: int, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        newest = self.checkpointer.newest()
-        raise TrainingError(
-            f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}. "
-            f"The last good checkpoint is {newest or '(none)'}"
-        )
 
     def close(self, save_timeout: float | None = None, failed: bool = False) -> None:
         """Stop the background threads and leave the process group.

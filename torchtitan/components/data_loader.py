@@ -6,12 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+    from torchtitan.distributed.host_sum import HostSum
     from torchtitan.protocols.train_spec import TrainSpec
 
 Batch = dict[str, torch.Tensor]
@@ -122,3 +124,15 @@ def builder(job_config: JobConfig) -> str:
 
 def some(names: Any) -> str:
     return ", ".join(map(repr, names)) or "nothing"
+
+
+def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]:
+    """What a loader tells about itself, if it does: the mean over all ranks, which call this."""
+    tell = getattr(dataloader, "metrics", None)
+    values = tell() if tell else {}
+    if not values:
+        return {}
+    means = torch.tensor(list(values.values()), dtype=torch.float64)
+    sum_over_ranks(means)
+    means /= dist.get_world_size()
+    return dict(zip(values, means.tolist(), strict=True))

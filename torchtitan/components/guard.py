@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -225,6 +225,22 @@ class Guard:
         except OSError as error:
             logger.warning("the bad batch %d cannot be kept: %s", batch, error)
         return f"To see the batch: torchtitan data batch {folder}"
+
+
+def refuse_nonfinite_step(
+    step: int, loss: float, grad_norm: float, newest: Callable[[], object]
+) -> None:
+    """`newest` names the newest checkpoint, for the message.
+
+    Raises:
+        TrainingError: the loss or the norm of the gradients is NaN or infinite.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    raise TrainingError(
+        f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}. "
+        f"The last good checkpoint is {newest() or '(none)'}"
+    )
 
 
 def refuse_nonfinite_weights(parameters: Iterable[torch.Tensor], step: int) -> None:

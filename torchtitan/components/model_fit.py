@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.config.load import fail
+from torchtitan.config.unlikely import unlikely
+from torchtitan.config.validate import validate
 from torchtitan.distributed.utils import rank
+from torchtitan.models.plugins import load_plugins
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.tools.profiling import check_profiling
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-    from torchtitan.protocols.train_spec import TrainSpec
+    from torchtitan.protocols.model import BaseModelArgs
 
 logger = logging.getLogger("torchtitan")
+
+
+class FittingModel(NamedTuple):
+    spec: TrainSpec
+    model_args: BaseModelArgs
+    tokenizer: Any
+    """None if the model reads no text."""
+
+
+def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
+    """The model of a job on `world_size` processes, and what is wrong with the job.
+
+    Raises:
+        ConfigError: the job cannot run like this.
+    """
+    load_plugins(job_config.job.custom_import)
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    validate(job_config, world_size)
+    for doubt in unlikely(job_config) if rank() == 0 else []:
+        logger.warning("%s", doubt)
+    check_builders(spec, job_config)
+    check_profiling(job_config)
+    model_args = spec.model_args.update_from_config(job_config)
+    check_exchange(job_config, spec, model_args)
+    tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
+    check_vocabulary(tokenizer, model_args, job_config)
+    return FittingModel(spec, model_args, tokenizer)
 
 
 def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.components.loss import count_labels
 from torchtitan.components.validator import Evaluate
@@ -118,3 +120,15 @@ def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> N
             "build_validator_fn",
             job_config.model.name,
         )
+
+
+@contextmanager
+def evaluating(model_parts: list[nn.Module], fsdp_modules: list[FSDPModule]) -> Iterator[None]:
+    """The parts in eval mode, and sharded again at the end, as checkpoints need them."""
+    for part in model_parts:
+        part.eval()
+    yield
+    for part in model_parts:
+        part.train()
+    for module in fsdp_modules:
+        module.reshard()

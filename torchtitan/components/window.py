@@ -1,9 +1,8 @@
-"""The losses between two logged steps."""
+"""What is told of the steps between two logged ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,12 @@ class Window:
     def __init__(self) -> None:
         self.tokens = 0
         """Of all steps, those too whose batch was not trained on: they take time all the same."""
+        self.data_wait = 0.0
+        """Seconds that this rank waited for batches."""
+        self.lr = math.nan
+        """Of the last step."""
         self.grad_norm = math.nan
+        """Of the last step that was read."""
         self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._losses: list[float] = []
 
@@ -27,19 +31,19 @@ class Window:
         """`local_loss` is this rank's share of the step's loss, so the sum over ranks is whole."""
         self._unread.append((step, local_loss, grad_norm))
 
-    def read(self, parallel_dims: ParallelDims, check: Callable[[int, float, float], None]) -> None:
-        """Fetch what is new from the device, and hand each step's numbers to `check`."""
+    def read(self, parallel_dims: ParallelDims) -> list[tuple[int, float, float]]:
+        """Fetch what is new from the device. Returns `(step, loss, gradient norm)` of each step."""
         if not self._unread:
-            return
+            return []
         steps, losses, norms = zip(*self._unread, strict=True)
         self._unread = []
         summed = torch.stack(losses).double()
         dist.all_reduce(summed)
         values = (summed / parallel_dims.loss_copies).tolist()
-        for step, loss, norm in zip(steps, values, torch.stack(norms).tolist(), strict=True):
-            check(step, loss, norm)
-            self._losses.append(loss)
-            self.grad_norm = norm
+        grad_norms = torch.stack(norms).tolist()
+        self._losses += values
+        self.grad_norm = grad_norms[-1]
+        return list(zip(steps, values, grad_norms, strict=True))
 
     @property
     def mean_loss(self) -> float:

@@ -170,15 +170,6 @@ def train(trainer: Trainer, steps: int = STEPS, observe: bool = True) -> Recordi
     """
     recording = Recording()
 
-    def read(step: int, loss: float, grad_norm: float) -> None:
-        if not loss < float("inf") or not grad_norm < float("inf"):
-            raise CheckFailedError(
-                f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}",
-                "See the checks of `numerics`.",
-            )
-        recording.losses.append(loss)
-        recording.grad_norms.append(grad_norm)
-
     trainer.checkpointer.load()
     if observe:
         recording.initial = copies(state(trainer))
@@ -193,7 +184,15 @@ def train(trainer: Trainer, steps: int = STEPS, observe: bool = True) -> Recordi
                 recording.gradients = copies(gradients(trainer))
             else:
                 trainer.train_step(stop)
-            trainer.window.read(trainer.parallel_dims, read)
+            for step, loss, grad_norm in trainer.window.read(trainer.parallel_dims):
+                if not loss < float("inf") or not grad_norm < float("inf"):
+                    raise CheckFailedError(
+                        f"step {step}: the loss is {loss} and the norm of the gradients is "
+                        f"{grad_norm}",
+                        "See the checks of `numerics`.",
+                    )
+                recording.losses.append(loss)
+                recording.grad_norms.append(grad_norm)
             trainer.checkpointer.save(trainer.state.step)
     finally:
         stop.close()
