@@ -9,6 +9,7 @@ Run by `torchtitan train`, `python -m torchtitan.train` or `torchrun ... -m torc
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import sys
@@ -411,6 +412,8 @@ class Trainer:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code."""
     init_logger()
+    if not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # a crash in native code tells where Python stood
     job_config = load_config(sys.argv[1:] if argv is None else argv)
     utils.refuse_separate_tasks()
     trainer = Trainer(job_config)

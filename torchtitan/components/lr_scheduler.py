@@ -11,6 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+    from torchtitan.config.lr_scheduler import LRScheduler
 
 DecayType = Literal["linear", "cosine", "sqrt"]
 
@@ -58,16 +59,20 @@ def build_lr_scheduler(
     optimizers: Iterable[torch.optim.Optimizer], job_config: JobConfig
 ) -> LRSchedulersContainer:
     """The schedule of `[lr_scheduler]`, for all optimizers alike."""
-    config = job_config.lr_scheduler
-    factor = partial(
+    factor = schedule_of(job_config.lr_scheduler, job_config.training.steps)
+    return LRSchedulersContainer(optimizers, factor)
+
+
+def schedule_of(config: LRScheduler, training_steps: int) -> Callable[[int], float]:
+    """`lr_factor` of the steps done, as `[lr_scheduler]` says for a run of `training_steps`."""
+    return partial(
         lr_factor,
-        steps=config.total_steps or job_config.training.steps,
+        steps=config.total_steps or training_steps,
         warmup_steps=config.warmup_steps,
         decay_ratio=config.decay_ratio,
         decay_type=config.decay_type,
         min_lr_factor=config.min_lr_factor,
     )
-    return LRSchedulersContainer(optimizers, factor)
 
 
 class LRSchedulersContainer:

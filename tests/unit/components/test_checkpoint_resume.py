@@ -3,12 +3,13 @@
 import dataclasses
 import logging
 import shutil
+import tomllib
 
 import pytest
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 
-from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.config import JobConfig
+from torchtitan.components.checkpoint.resume import check_resume, tell_jump_of_lr
+from torchtitan.config import JobConfig, to_toml
 from torchtitan.errors import CheckpointError
 
 
@@ -120,3 +121,35 @@ def test_the_configuration_is_in_the_checkpoint_and_its_changes_are_shown(saved,
         "  training.steps = 20 (was 10)",
         "  checkpoint.keep_latest_k = 3 (was 10)",
     ]
+
+
+def test_a_jump_of_the_learning_rate_is_told():
+    config = JobConfig()
+    config.training.steps, config.lr_scheduler.warmup_steps, config.optimizer.lr = 14, 4, 1e-3
+    saved = tomllib.loads(to_toml(config))
+    assert tell_jump_of_lr(saved, config, 14) == ""
+    config.optimizer.lr = 5e-4  # on purpose: it has its line in the list of changes
+    assert tell_jump_of_lr(saved, config, 14) == ""
+    config.training.steps = 24
+    assert tell_jump_of_lr(saved, config, 2) == ""  # both warm up
+    assert tell_jump_of_lr(saved, config, 14) == (
+        "The schedule of the learning rate has changed: it goes from 0.0001 at step 14 to 0.00025 "
+        "at step 15"
+    )
+    config.lr_scheduler.total_steps = 14
+    assert tell_jump_of_lr(saved, config, 14) == ""
+    assert tell_jump_of_lr({}, config, 14) == ""
+
+
+def test_it_is_told_of_the_step_that_is_resumed(saved, caplog):
+    def schedule(run):
+        run.config.lr_scheduler.warmup_steps = 0
+        return run
+
+    shutil.rmtree(saved)
+    schedule(Run(saved)).train(4)
+    schedule(Run(saved, steps=40)).manager.load()
+    assert "it goes from" in caplog.text
+    caplog.clear()
+    schedule(Run(saved, steps=40, exclude_from_loading=["lr_scheduler"])).manager.load()
+    assert "it goes from" not in caplog.text

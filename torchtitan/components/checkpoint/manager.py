@@ -38,6 +38,7 @@ from .resume import (
     saved_config,
     steps_to_resume,
     tell_changes,
+    tell_jump_of_lr,
 )
 from .run_state import RunState
 from .save_planner import SharingSavePlanner
@@ -373,6 +374,9 @@ class CheckpointManager:
         if dist.get_rank() == 0:
             changes = tell_changes(saved, self._job_config)
             logger.info("resumed from %s%s", checkpoint.folder, changes)
+            jump = tell_jump_of_lr(saved, self._job_config, checkpoint.manifest.step)
+            if jump and "lr_scheduler" not in exclude:
+                logger.warning("%s", jump)
             if note:
                 logger.info("%s", note)
         return checkpoint.manifest.step

@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Collection
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from torchtitan.components.lr_scheduler import schedule_of
 from torchtitan.config import to_toml
+from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.run_folder import CONFIG_FILE
@@ -189,6 +192,30 @@ def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
     changes = nested_differences(saved, tomllib.loads(to_toml(job_config)))
     lines = [f"\n  {name} = {_shown(now)} (was {_shown(was)})" for name, was, now in changes]
     return f". The configuration has changed since:{''.join(lines)}" if lines else ""
+
+
+def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> str:
+    """A sentence for where another schedule than that of the run so far goes on after `step`.
+
+    More or fewer `training.steps` bend the whole schedule, which is easily overlooked.
+
+    Args:
+        saved: `saved_config` of the checkpoint of `step`.
+    """
+    try:
+        names = {field.name for field in fields(LRScheduler)}
+        was = {key: value for key, value in saved["lr_scheduler"].items() if key in names}
+        before = schedule_of(LRScheduler(**was), saved["training"]["steps"])
+        peak = saved["optimizer"]["lr"]
+    except KeyError:  # of another version, or none
+        return ""
+    after = schedule_of(job_config.lr_scheduler, job_config.training.steps)
+    if step == 0 or abs(before(step) - after(step)) < 0.01:
+        return ""
+    return (
+        f"The schedule of the learning rate has changed: it goes from {peak * before(step - 1):.2g}"
+        f" at step {step} to {job_config.optimizer.lr * after(step):.2g} at step {step + 1}"
+    )
 
 
 def _shown(value: Any) -> str:
