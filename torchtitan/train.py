@@ -412,7 +412,7 @@ class Trainer:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code."""
     init_logger()
-    if not faulthandler.is_enabled():
+    if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a crash in native code tells where Python stood
     job_config = load_config(sys.argv[1:] if argv is None else argv)
     utils.refuse_separate_tasks()
