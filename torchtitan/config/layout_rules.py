@@ -6,12 +6,12 @@ import math
 from itertools import count
 from typing import TYPE_CHECKING, Literal
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.tools.multiples import divisors, nearest_multiples
 
 from .batch import batch_shape, resolve_batch
 from .job_config import JobConfig
-from .load import fail, origin
+from .load import fail
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -31,7 +31,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
     except ConfigError as error:
         largest = max(degrees, key=degrees.__getitem__)
         problem = str(error).removeprefix("parallelism: ")  # of those who build ParallelDims
-        raise ConfigError(f"{origin(job_config, f'parallelism.{largest}')}: {problem}") from error
+        fail(job_config, f"parallelism.{largest}", problem, type(error))
 
     groups = job_config.fault_tolerance.group_size if job_config.fault_tolerance.enable else 1
     resolve_batch(job_config, dims.dp * groups)
@@ -47,6 +47,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
             "training.enable_cpu_offload",
             "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree comes to "
             f"{dims.dp_shard} with {world_size} processes",
+            WorldSizeError,
         )
 
 

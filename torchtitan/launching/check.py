@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import WorldSizeError
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -30,12 +29,8 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     config = without_machine(job_config, world_size)
     try:
         validate(config, world_size)
-    except ConfigError as error:
-        if not re.search("data ranks|world size", str(error)):
-            raise
-        told = (
-            f"{error} (--nodes {nodes} x {processes} processes; --processes-per-node N sets them)"
-        )
-        raise ConfigError(told) from error
+    except WorldSizeError as error:
+        told = f"--nodes {nodes} x {processes} processes; --processes-per-node N sets them"
+        raise WorldSizeError(f"{error} ({told})") from error
     check_builders(spec, config)
     check_layout(config, world_size)
