@@ -132,7 +132,8 @@ def _search(options: Options, config: JobConfig) -> int:
     from torchtitan.config import to_toml
 
     from .devices import get_device
-    from .search import search, show_found
+    from .report import show_found
+    from .search import search
 
     if options.world_size is None:
         raise ConfigError("--search needs --gpus N: the devices to share out")

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from torchtitan.config import JobConfig, fail, origin
 from torchtitan.errors import ConfigError
@@ -25,8 +20,6 @@ _MEMORY_MARGIN = 1.15
 _TIME_MARGIN = 1.1
 """How far above the traces the arithmetic may be: candidates beyond are not traced. Seen: it is 1%
 above them to 14% below in time, 14% above to 22% below in memory (Llama 3 70B on 256)."""
-_SHOWN = 12
-_GIB = 2**30
 
 
 @dataclass
@@ -159,47 +152,3 @@ def _no_layout(config: JobConfig, world_size: int) -> str:
         f"whole number of sequences a data rank. Use a multiple of {world_size}, or of a divisor "
         f"of it that leaves the rest to tensor, context or pipeline parallelism (now {batch})"
     )
-
-
-HEADER = ["layout", "checkpointing", "micro-batch", "schedule", "step s", "tokens/s", "MFU"]
-HEADER += ["peak GiB", ""]
-
-
-def rows(found: Found) -> list[list[str]]:
-    """The fastest that fit, and all of the Pareto front; if none fits, the smallest."""
-    front = {id(plan) for _, plan in found.pareto}
-    shown = [
-        pair for i, pair in enumerate(found.fitting) if i < _SHOWN or id(pair[1]) in front
-    ] or sorted(found.traced, key=lambda pair: pair[1].peak)[:1]
-    return [
-        [
-            str(candidate),
-            candidate.ac,
-            str(candidate.micro_batch),
-            candidate.schedule,
-            three_digits(plan.step_seconds),
-            f"{plan.tokens_per_second:,.0f}",
-            f"{100 * plan.mfu:.1f}%",
-            f"{plan.peak / _GIB:.1f}",
-            "Pareto" if id(plan) in front else "" if plan.room >= 0 else "does not fit",
-        ]
-        for candidate, plan in shown
-    ]
-
-
-def show_found(found: Found) -> None:
-    """Print to stdout."""
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(
-        f"{found.considered:,} layouts considered, {len(found.traced)} traced, "
-        f"{len(found.fitting)} of them fit"
-        + ("" if found.finished else "; stopped by --seconds, a longer search may find better")
-        + "; by arithmetic none does, and this is the smallest" * found.hopeless,
-        soft_wrap=True,
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, heading in enumerate(HEADER):
-        table.add_column(heading, justify="right" if 4 <= column < 8 else "left")
-    for row in rows(found):
-        table.add_row(*row)
-    console.print(table)

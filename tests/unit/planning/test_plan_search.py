@@ -16,7 +16,8 @@ from torchtitan.planning.command import main
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.records import StepTrace
-from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, rows, search
+from torchtitan.planning.report import search_rows
+from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, search
 from torchtitan.planning.trace import trace_step
 
 
@@ -84,7 +85,7 @@ def test_what_cannot_fit_is_not_the_best() -> None:
     small = replace(DEVICES["h100"], memory=DEVICES["h100"].host_memory_reserved + 2**20)
     found = search(job("debugmodel", 4, 256), 2, small, seconds=1)
     assert found.best is None and found.traced and not found.fitting and not found.pareto
-    assert [row[-1] for row in rows(found)] == ["does not fit"]
+    assert [row[-1] for row in search_rows(found)] == ["does not fit"]
     assert found.hopeless and len(found.traced) == 1
 
 
