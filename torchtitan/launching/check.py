@@ -17,10 +17,10 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     model is made and parallelised on the meta device, so its own rules are checked too.
     """
     from torchtitan.components.model_fit import check_builders
-    from torchtitan.config.elsewhere import without_machine
     from torchtitan.config.validate import validate
+    from torchtitan.config.without_machine import without_machine
     from torchtitan.models.plugins import load_plugins
-    from torchtitan.planning.trace import check_layout
+    from torchtitan.planning.trace import try_layout
     from torchtitan.protocols.train_spec import get_train_spec
 
     load_plugins(job_config.job.custom_import)
@@ -33,4 +33,4 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
         told = f"--nodes {nodes} x {processes} processes; --processes-per-node N sets them"
         raise WorldSizeError(f"{error} ({told})") from error
     check_builders(spec, config)
-    check_layout(config, world_size)
+    try_layout(config, world_size)

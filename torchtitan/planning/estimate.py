@@ -16,8 +16,8 @@ import torch.nn as nn
 from torchtitan.components.model_fit import check_builders
 from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
+from torchtitan.config.without_machine import without_machine
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols.model import layers_of
@@ -27,9 +27,9 @@ from .collectives import Collective
 from .devices import Device
 from .extrapolate import extrapolate
 from .inputs import Inputs
-from .layers import Repetition, layer_signatures
 from .memory import Memory
 from .records import PassTrace, StepTrace
+from .repetition import Repetition, layer_signatures
 from .roofline import Groups, Roofline, Traffic
 from .schedule import StageCost, Timeline, actions_of, play
 from .trace import (

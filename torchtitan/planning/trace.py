@@ -37,12 +37,12 @@ from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import CollectiveRecorder
+from .cuda_attention import attention_of_cuda
 from .handing_on import handed_on, hands_on_more
 from .inputs import TOKEN_IDS, Inputs
-from .layers import Repetition, keep_layers
-from .masks import attention_of_cuda
 from .memory import PeakMemory
 from .records import StepTrace
+from .repetition import Repetition, keep_layers
 from .stage import recording, trace_stage
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def trace_step(
     return step
 
 
-def check_layout(job_config: JobConfig, world_size: int) -> None:
+def try_layout(job_config: JobConfig, world_size: int) -> None:
     """Make the model of a job that passed the other checks, and parallelise it on the meta device.
 
     Raises:
