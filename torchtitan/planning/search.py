@@ -72,19 +72,7 @@ def search(
         ConfigError: the job names no global batch or has replica groups, or no layout of so many
             devices can be.
     """
-    if config.training.global_batch_size == -1:
-        fail(
-            config,
-            "training.global_batch_size",
-            "a search needs it, as layouts are compared at the same batch: --global-batch-size N",
-        )
-    if config.fault_tolerance.enable:
-        fail(
-            config,
-            "fault_tolerance.enable",
-            "a search is for one replica group. Set it to false, and give the devices and the "
-            "share of the batch that a group has",
-        )
+    _check(config)
     end = time.monotonic() + seconds
     tell("tracing one layer under each checkpointing mode")
     every = list(candidates(config, world_size, host_size))
@@ -99,39 +87,58 @@ def search(
         possible = [c for c in every if arithmetic.memory(c) <= most]
         return sorted(possible, key=lambda c: (arithmetic.seconds(c), c.cp, c.tp))
 
-    most = _MEMORY_MARGIN * available
-    queue = by_time(most)
-    # If none can fit, the smallest shows by how much.
-    only_smallest = not queue
-    queue = queue or sorted(every, key=arithmetic.memory)
     found = Found(considered=len(every))
     known: Traces = {}
-    refused: ConfigError | None = None
-    while queue:
-        candidate, best = queue.pop(0), found.best
-        if best and arithmetic.seconds(candidate) > _TIME_MARGIN * best.step_seconds:
-            break
-        if time.monotonic() > end and found.traced:
-            found.finished = False
-            break
+    refused: list[ConfigError] = []
+
+    def trace(candidate: Candidate) -> Plan | None:
         tell(_state(found, candidate))
         try:
             job = candidate.config(config)
             plan = plan_run(job, world_size, device, host_size, known, inputs)
         except ConfigError as error:  # a rule of this model, such as the number of heads
-            refused = refused or error
-            continue
+            refused.append(error)
+            return None
         found.traced.append((candidate, plan))
-        if only_smallest and plan.room < 0:
-            found.hopeless = True
+        return plan
+
+    most = _MEMORY_MARGIN * available
+    queue = by_time(most)
+    if not queue:  # the smallest that can be shows by how much the arithmetic is too high
+        for candidate in sorted(every, key=arithmetic.memory):
+            if plan := trace(candidate):
+                found.hopeless = plan.room < 0
+                if not found.hopeless:
+                    queue = by_time(most * arithmetic.memory(candidate) / plan.peak)
+                    queue.remove(candidate)
+                break
+    for candidate in queue:
+        best = found.best
+        if best and arithmetic.seconds(candidate) > _TIME_MARGIN * best.step_seconds:
             break
-        if only_smallest:  # it fits, so the arithmetic is too high by at least this much
-            queue = by_time(most * arithmetic.memory(candidate) / plan.peak)
-            queue.remove(candidate)
-            only_smallest = False
-    if not found.traced and refused is not None:
-        raise refused
+        if time.monotonic() > end and found.traced:
+            found.finished = False
+            break
+        trace(candidate)
+    if refused and not found.traced:
+        raise refused[0]
     return found
+
+
+def _check(config: JobConfig) -> None:
+    if config.training.global_batch_size == -1:
+        fail(
+            config,
+            "training.global_batch_size",
+            "a search needs it, as layouts are compared at the same batch: --global-batch-size N",
+        )
+    if config.fault_tolerance.enable:
+        fail(
+            config,
+            "fault_tolerance.enable",
+            "a search is for one replica group. Set it to false, and give the devices and the "
+            "share of the batch that a group has",
+        )
 
 
 def _state(found: Found, candidate: Candidate) -> str:
