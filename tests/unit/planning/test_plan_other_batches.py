@@ -47,7 +47,7 @@ def test_what_a_stage_hands_on_is_sent() -> None:
         with fake_world(4, rank=0):
             inputs = Inputs.of(config)
             first, second = (
-                trace_step(config, stages=[stage], inputs=inputs).stages[0] for stage in (0, 1)
+                trace_step(config, stage=stage, inputs=inputs).stages[0] for stage in (0, 1)
             )
         assert first.hidden_out == second.hidden_in
         sent[name] = first.hidden_out

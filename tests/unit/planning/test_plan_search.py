@@ -158,11 +158,11 @@ def test_layouts_that_cannot_be_are_passed_over_also_where_none_fits() -> None:
 
 def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their numbers, the schedule and the number of micro-batches."""
-    traced: list[list[int]] = []
+    traced: list[int] = []
 
-    def counting(*args: Any, stages: list[int], **kwargs: Any) -> StepTrace:
-        traced.append(stages)
-        return trace_step(*args, stages=stages, **kwargs)
+    def counting(*args: Any, stage: int, **kwargs: Any) -> StepTrace:
+        traced.append(stage)
+        return trace_step(*args, stage=stage, **kwargs)
 
     monkeypatch.setattr("torchtitan.planning.estimate.trace_step", counting)
     degree = ["--parallelism.pipeline_parallel_degree=4"]
@@ -171,7 +171,7 @@ def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) 
     known: dict = {}
     plan = plan_run(config, 4, DEVICES["h100"], 8, known)
     # Of 8 stages the first (with the embedding), one with 4 and one with 5 layers, and the last.
-    assert traced == [[0], [4], [1], [7]] and len(plan.ranks) == 4
+    assert traced == [0, 4, 1, 7] and len(plan.ranks) == 4
     config.parallelism.pipeline_parallel_schedule = "LoopedBFS"
     config.training.local_batch_size = 16
     plan_run(config, 4, DEVICES["h100"], 8, known)
