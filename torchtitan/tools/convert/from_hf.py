@@ -33,6 +33,7 @@ from torchtitan.components.checkpoint.manifest import Manifest, records_of
 from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
+    files_of,
     read_safetensors_metadata,
 )
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
@@ -95,7 +96,7 @@ def convert_from_hf(
             "seq_len": _max_seq_len(folder),
         },
     )
-    places = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
+    places = files_of(metadata)
     with ExitStack() as stack:
         files = {
             name: stack.enter_context(SafetensorsFile(folder / name))
