@@ -120,7 +120,7 @@ class Arithmetic:
     def memory(self, candidate: Candidate) -> float:
         """Bytes of the fullest rank."""
         c = candidate
-        kept = self._costs[c.ac].activations * self._share(c)
+        kept = self._costs[c.ac].activations * self._sequences(c)
         if c.tp > 1 and c.ac != "full":  # inputs of attention and feed forward, gathered
             kept += 2 * self._hidden(c) * (c.tp - 1)
         return self._whole_memory(c, kept) if c.pp == 1 else self._pipeline_memory(c, kept)
@@ -131,7 +131,7 @@ class Arithmetic:
         gathered = min(_GATHERED * self._layer_params / c.tp, cost.other_bytes)
         # Parameters, gradients and the optimizer's state.
         kept_numbers = self._nparams + (1 + cost.optimizer) * self._trained
-        other = gathered + (cost.other_bytes - gathered) * self._share(c)
+        other = gathered + (cost.other_bytes - gathered) * self._sequences(c)
         return _FLOAT32 * kept_numbers / c.tp / shards + self._layers * kept + other
 
     def _pipeline_memory(self, c: Candidate, kept: float) -> float:
@@ -162,14 +162,14 @@ class Arithmetic:
         tokens = c.micro_batch * self._config.training.seq_len / c.cp / c.tp
         return tokens * self._dim * _BFLOAT16
 
-    def _share(self, c: Candidate) -> float:
+    def _sequences(self, c: Candidate) -> float:
         """What a rank has of a micro-batch, in sequences."""
         return c.micro_batch / c.tp / c.cp
 
     def seconds(self, candidate: Candidate) -> float:
         """The time of a step."""
         c, cost = candidate, self._costs[candidate.ac]
-        passes, share = self._passes(c), self._share(c)
+        passes, share = self._passes(c), self._sequences(c)
         layer = share * cost.seconds + self._tensor_parallel_seconds(c)
         other = share * cost.other_seconds
         # By FSDP, 4 bytes each: twice a parameter in bfloat16, once a gradient in float32.
@@ -201,33 +201,26 @@ class Arithmetic:
 
     def _ranks(self, candidate: Candidate) -> list[_Share]:
         """What the ranks of a pipeline have. Stages are of whole layers, so some have more."""
-        key = candidate.pp, candidate.schedule
+        key, pp = (candidate.pp, candidate.schedule), candidate.pp
         if key not in self._shares:
             job = candidate.config(self._config)
             try:
                 stages = assign_modules(self._model, job, *self._around_layers)
             except ConfigError:  # the trace says why; until then take it for even
-                pp = candidate.pp
-                part = _Share(self._layers / pp, self._nparams / pp, self._trained / pp, False)
-                self._shares[key] = [part] * candidate.pp
-                return self._shares[key]
-            sizes = {
-                name: _sizes(parameters_of(self._model, name)) for names in stages for name in names
-            }
-            own = [
-                [name for stage in stages_of_rank(job, place) for name in stages[stage]]
-                for place in range(candidate.pp)
-            ]
-            self._shares[key] = [
-                _Share(
-                    layers=sum(name.startswith("layers.") for name in names),
-                    params=sum(sizes[name][0] for name in names),
-                    trained=sum(sizes[name][1] for name in names),
-                    last=stages[-1][-1] in names,
-                )
-                for names in own
-            ]
+                even = _Share(self._layers / pp, self._nparams / pp, self._trained / pp, False)
+                self._shares[key] = [even] * pp
+            else:
+                self._shares[key] = [
+                    self._share_of(stages_of_rank(job, place), stages) for place in range(pp)
+                ]
         return self._shares[key]
+
+    def _share_of(self, own: list[int], stages: list[list[str]]) -> _Share:
+        """Args: own: numbers of a rank's stages. stages: names of the modules of each of all."""
+        names = [name for number in own for name in stages[number]]
+        params, trained = _sizes([p for name in names for p in parameters_of(self._model, name)])
+        layers = sum(name.startswith("layers.") for name in names)
+        return _Share(layers, params, trained, last=len(stages) - 1 in own)
 
     def _passes(self, candidate: Candidate) -> int:
         """Micro-batches of a rank in a step."""
