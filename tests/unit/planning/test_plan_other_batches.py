@@ -10,7 +10,7 @@ import tiny_own_batches as own
 from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
-from torchtitan.launching.check import check_job
+from torchtitan.launching.command import check_job
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.inputs import Inputs
