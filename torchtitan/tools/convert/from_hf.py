@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -120,41 +121,39 @@ class _Planned(NamedTuple):
     """Of the tensors in the files that it is made of; none: it begins at 0."""
 
 
+@dataclass
 class _Copier:
-    """Makes tensors of a checkpoint of those of Hugging Face. Args: files: key -> its open file."""
+    """Makes tensors of a checkpoint of those of Hugging Face."""
 
-    def __init__(
-        self,
-        adapter: BaseStateDictAdapter,
-        entries: dict[str, Any],
-        files: dict[str, SafetensorsFile],
-    ) -> None:
-        self._adapter, self._entries, self._files = adapter, entries, files
-        self._buffer = Buffer()
+    adapter: BaseStateDictAdapter
+    entries: dict[str, Any]
+    files: dict[str, SafetensorsFile]
+    """Key -> the open file that has it."""
+    buffer: Buffer = field(default_factory=Buffer)
 
     def write(self, planned: _Planned, file: BinaryIO) -> None:
         """Append a tensor to `file`."""
         shape = tuple(planned.target.shape)
         if not planned.keys:
             torch.save(torch.zeros_like(planned.target, device="cpu"), file)
-        elif parts := contiguous_parts(self._adapter, planned.own_name, shape):
+        elif parts := contiguous_parts(self.adapter, planned.own_name, shape):
             self._write_parts(planned.target, parts, file)
         else:
-            read = {key: self._files[key].read(key) for key in planned.keys}
-            whole = self._adapter.from_hf(read)[planned.own_name]
+            read = {key: self.files[key].read(key) for key in planned.keys}
+            whole = self.adapter.from_hf(read)[planned.own_name]
             torch.save(whole.to(planned.target.dtype).contiguous(), file)
 
     def _write_parts(self, target: torch.Tensor, parts: dict[str, int], file: BinaryIO) -> None:
         """Append a tensor in pieces. Args: parts: key of each of its parts -> first element."""
         data = save_hole(file, target.shape, target.dtype)
         for key, first in parts.items():
-            source, entry = self._files[key], self._entries[key]
+            source, entry = self.files[key], self.entries[key]
             at, count = data + first * target.itemsize, entry.size.numel()
             if entry.properties.dtype == target.dtype:
                 copied, position = source.place_of(key)
                 copy_bytes(copied, position, file, at, count * target.itemsize)
                 continue
-            for start, piece in self._buffer.pieces(count, entry.properties.dtype):
+            for start, piece in self.buffer.pieces(count, entry.properties.dtype):
                 source.read_elements(key, start, piece)
                 file.seek(at + start * target.itemsize)
                 file.write(piece.to(target.dtype).view(torch.uint8).numpy().data)
