@@ -21,7 +21,7 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.ranks import run_ranks
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.planning.collectives import CollectiveRecorder
+from torchtitan.planning.collectives import CollectiveRecorder, sent_by_group
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import Plan, plan_run
 from torchtitan.planning.memory import PeakMemory
@@ -236,7 +236,7 @@ def train_and_record(layout: Layout) -> tuple[Sent, float]:
     with memory, recorder:
         trainer.train_step(stop)
     trainer.close()
-    return _bytes(recorder.sent_by_group()), memory.peak
+    return _bytes(sent_by_group(recorder.collectives)), memory.peak
 
 
 def _state(trainer) -> Iterator[torch.Tensor]:

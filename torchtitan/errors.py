@@ -23,6 +23,10 @@ class ConfigError(TitanError):
     """A key or value of the configuration is wrong."""
 
 
+class WorldSizeError(ConfigError):
+    """The configuration does not fit the number of processes; with another number it may."""
+
+
 class CheckpointError(TitanError):
     """A checkpoint is missing, damaged, of another model, or cannot be written."""
 

@@ -9,7 +9,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.trace import check_layout
+from torchtitan.planning.trace import try_layout
 from torchtitan.protocols import TrainSpec
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
@@ -24,7 +24,7 @@ OPTIONS = [
 def test_a_stage_has_the_modules_that_its_pipeline_names() -> None:
     config = load_config(OPTIONS)
     load_plugins(config.job.custom_import)
-    check_layout(config, 2)
+    try_layout(config, 2)
     assert plan_run(config, 2, DEVICES["h100"]).peak > 0
 
 
@@ -40,4 +40,4 @@ def test_a_module_that_no_stage_has_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setitem(MODEL_REGISTRY, "learned_positions", unnamed)
     with pytest.raises(ConfigError, match=r"embedding.*not named by its pipeline_fn"):
-        check_layout(config, 2)
+        try_layout(config, 2)

@@ -11,7 +11,7 @@ import torch
 from harness import run_ranks
 
 from torchtitan.config import load_config
-from torchtitan.distributed.collectives import CollectiveObserver
+from torchtitan.distributed.collective_observer import CollectiveObserver
 from torchtitan.tools.stop_request import StopRequest
 from torchtitan.train import Trainer
 

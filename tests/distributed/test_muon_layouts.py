@@ -31,7 +31,7 @@ from torchtitan.components.muon import Muon
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
-from torchtitan.distributed.collectives import CollectiveObserver
+from torchtitan.distributed.collective_observer import CollectiveObserver
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.parallel_dims import ParallelDims
 

@@ -126,10 +126,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = buffer[: len(hidden[chunk])]
-            if hidden.dtype == torch.float32:
-                torch.mm(hidden[chunk], weight.T, out=logits)
-            else:
-                logits.copy_(hidden[chunk] @ weight.T)
+            _product(hidden[chunk], weight.T, out=logits)
             valid = labels[chunk] != IGNORE_INDEX
             target_logit = shard.target_logit(logits, labels[chunk])
             peak, total = shard.exponentials_(logits)
@@ -148,10 +145,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[chunk])
             if weight_grad is not None:
-                if weight.dtype == torch.float32:
-                    weight_grad.addmm_(logits_grad.T, hidden[chunk])
-                else:
-                    weight_grad += logits_grad.T @ hidden[chunk]
+                _add_product(logits_grad.T, hidden[chunk], to=weight_grad)
 
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
@@ -166,3 +160,19 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(loss_grad).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """`out = a @ b` in float32. Products with `out` are of one dtype."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
+    """`to += a @ b` in float32."""
+    if a.dtype == torch.float32:
+        to.addmm_(a, b)
+    else:
+        to += a @ b

@@ -95,17 +95,13 @@ class Guard:
         self.rollback_due = False
         if not self.enabled:
             return True
-        # Of the norm the mean, which is the norm, but the same to the last bit on all ranks.
-        shares = [local_loss / self._loss_copies, grad_norm / dist.get_world_size()]
-        values = torch.stack([share.to(local_loss.device, torch.float64) for share in shares])
-        dist.all_reduce(values)
-        loss, norm = values.tolist()
-
+        loss, norm = self._over_ranks(local_loss, grad_norm)
         trouble, what = self._judge(loss, norm)
         action = self._on[trouble] if trouble else "ignore"
-        if action == "ignore":
+        if action in ("ignore", "warn"):
             self._history.append((loss, norm))
             self._bad_in_a_row = 0
+        if action == "ignore":
             return True
 
         batch = step + self.counts.batches_skipped
@@ -115,8 +111,6 @@ class Guard:
             raise TrainingError(f"{where}. {kept}")
         if action == "warn":
             _warn(f"{where}. {kept}")
-            self._history.append((loss, norm))
-            self._bad_in_a_row = 0
             return True
         self._bad_in_a_row += 1
         if self._bad_in_a_row > self._limit:
@@ -131,6 +125,14 @@ class Guard:
             _warn(f"{where}. The batch is skipped. {kept}")
             self.counts.steps_skipped += 1
         return False
+
+    def _over_ranks(self, local_loss: torch.Tensor, grad_norm: torch.Tensor) -> list[float]:
+        """The loss and the norm, the same to the last bit on all ranks."""
+        # Of the norm the mean, which is the norm.
+        shares = [local_loss / self._loss_copies, grad_norm / dist.get_world_size()]
+        values = torch.stack([share.to(local_loss.device, torch.float64) for share in shares])
+        dist.all_reduce(values)
+        return values.tolist()
 
     @property
     def troubled(self) -> bool:
@@ -188,16 +190,12 @@ class Guard:
         """What is wrong with a step, as a word and as a sentence."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return "nonfinite", f"the loss is {loss} and the norm of the gradients is {norm}"
-        if self._on["spike"] == "ignore" or len(self._history) < max(
-            2, (self._history.maxlen or 0) // 2
-        ):
+        enough = max(2, (self._history.maxlen or 0) // 2)
+        if self._on["spike"] == "ignore" or len(self._history) < enough:
             return None, ""
-        for name, value, earlier in zip(
-            ("loss", "norm of the gradients"),
-            (loss, norm),
-            zip(*self._history, strict=True),
-            strict=True,
-        ):
+        losses, norms = zip(*self._history, strict=True)
+        watched = [("loss", loss, losses), ("norm of the gradients", norm, norms)]
+        for name, value, earlier in watched:
             mean, deviation = fmean(earlier), pstdev(earlier)
             if value > mean + self._sigmas * deviation:
                 return "spike", (

@@ -36,7 +36,12 @@ class MatrixExchange:
     """Works on whole matrices by two all-to-alls among the ranks of their mesh.
 
     Rank `k` receives the parts of the `k`-th matrix, computes, and sends each rank its part of the
-    result. So the matrices are worked on side by side, a rank holds one whole matrix at a time, and
+    result. Of two ranks that have half of the matrices A and B each:
+
+        rank 0:  A0 B0  --->  A0 A1  compute A  --->  A0 B0
+        rank 1:  A1 B1  --->  B0 B1  compute B  --->  A1 B1
+
+    So the matrices are worked on side by side, a rank holds one whole matrix at a time, and
     it moves about as many bytes as it owns; an all-gather would move all bytes to all ranks.
 
     Args:
@@ -73,11 +78,29 @@ class MatrixExchange:
             matrices: at most `ranks` of those given at construction; they say where parts belong.
             local: this rank's part of the values of each, `[rows, columns]`, all of one dtype.
         """
-        me, parts = self._rank, [self._parts[id(matrix)] for matrix in matrices]
+        parts = [self._parts[id(matrix)] for matrix in matrices]
         local = [values.to(self._device) for values in local]  # from the host, if offloaded
-        nothing = local[0].new_empty(0)
+        whole = self._gather(matrices, parts, local)
+        send = [local[0].new_empty(0)]  # of a rank that has no matrix to work on
+        if whole is not None:
+            whole = function(whole)
+            send = [part.of(whole) for part in parts[self._rank]]
+        results = self._all_to_all(send, [of_ranks[self._rank].size for of_ranks in parts])
+        # Beyond the matrices there are empty ones, of ranks that have none.
+        return [values.view_as(old) for values, old in zip(results, local, strict=False)]
 
-        # A rank collects its matrix from the ranks that share its replica.
+    def _gather(
+        self,
+        matrices: Sequence[DTensor],
+        parts: Sequence[Sequence[Part]],
+        local: Sequence[torch.Tensor],
+    ) -> torch.Tensor | None:
+        """This rank's matrix, from the ranks that share its replica; None if it has none.
+
+        Args:
+            parts: of each matrix, what each rank has.
+        """
+        me, nothing = self._rank, local[0].new_empty(0)
         send = [
             values if of_ranks[me].replica == of_ranks[owner].replica else nothing
             for owner, (of_ranks, values) in enumerate(zip(parts, local, strict=True))
@@ -85,17 +108,13 @@ class MatrixExchange:
         mine = parts[me] if me < len(parts) else []
         sizes = [part.size if part.replica == mine[me].replica else 0 for part in mine]
         received = self._all_to_all(send, sizes)
-
-        send = [nothing]
-        if mine:
-            whole = nothing.new_empty(matrices[me].shape)
-            for part, values in zip(mine, received, strict=True):
-                if len(values):
-                    part.of(whole).copy_(values.view(part.rows, part.columns))
-            whole = function(whole)
-            send = [part.of(whole) for part in mine]
-        results = self._all_to_all(send, [of_ranks[me].size for of_ranks in parts])
-        return [values.view_as(old) for values, old in zip(results, local, strict=False)]
+        if not mine:
+            return None
+        whole = nothing.new_empty(matrices[me].shape)
+        for part, values in zip(mine, received, strict=True):
+            if len(values):
+                part.of(whole).copy_(values.view(part.rows, part.columns))
+        return whole
 
     def _all_to_all(
         self, send: Sequence[torch.Tensor], sizes: Sequence[int]

@@ -20,6 +20,7 @@ from torchtitan.components.checkpoint.folder import (
     list_checkpoints,
 )
 from torchtitan.errors import ConfigError, TitanError, outage_or
+from torchtitan.tools.run_folder import METRICS_FILE, VALIDATION_FILE
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -91,8 +92,8 @@ class JsonLinesSink:
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[Group, _Lines] = {
-            "train": _Lines(folder / "metrics.jsonl"),
-            "validation": _Lines(folder / "validation.jsonl"),
+            "train": _Lines(folder / METRICS_FILE),
+            "validation": _Lines(folder / VALIDATION_FILE),
         }
         self._started = False
 

@@ -54,26 +54,28 @@ class ModelInputs:
                 config says, by which tokens are counted.
         """
         who = f"{builder(self._config)}: a batch of the loader"
-        if not isinstance(batch, dict):
-            raise ConfigError(
-                f"{who} is {type(batch).__name__}, no dict with 'tokens' and 'labels'"
-            )
-        missing = [name for name in USUAL_KEYS[:2] if name not in batch]
-        if missing:
-            raise ConfigError(f"{who} has {some(batch)} but no {some(missing)}")
-        others = [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]
-        if others:
-            raise ConfigError(
-                f"{who} has {others[0]!r} of {type(batch[others[0]]).__name__}, which must be a "
-                "torch.Tensor"
-            )
+        _check_tensors(who, batch)
+        self._check_names(who, batch)
+        self._check_shapes(who, batch)
+        return batch
+
+    def _check_names(self, who: str, batch: Batch) -> None:
+        """Whether forward() takes what there is, and has what it needs."""
+        model = self._config.model.name
         own = own_inputs(batch)
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
         if unknown:
             raise ConfigError(
-                f"{who} has {some(unknown)}, which forward() of {self._config.model.name} does "
-                f"not take: besides tokens, it takes {some(sorted(self._taken))} from a loader"
+                f"{who} has {some(unknown)}, which forward() of {model} does not take: besides "
+                f"tokens, it takes {some(sorted(self._taken))} from a loader"
             )
+        absent = [name for name in self._needed if name not in batch]
+        if absent:
+            raise ConfigError(
+                f"{who} has {some(batch)} but no {some(absent)}, which forward() of {model} needs"
+            )
+
+    def _check_shapes(self, who: str, batch: Batch) -> None:
         training = self._config.training
         sizes = [training.local_batch_size, training.seq_len]
         shape = list(batch["labels"].shape)
@@ -96,13 +98,8 @@ class ModelInputs:
                     f"{who} has {name!r} of {tensor.dtype}, which must be torch.int64, or floating "
                     "point if they are no ids"
                 )
-        absent = [name for name in self._needed if name not in batch]
-        if absent:
-            raise ConfigError(
-                f"{who} has {some(batch)} but no {some(absent)}, which forward() of "
-                f"{self._config.model.name} needs"
-            )
-        if self._cp and (own or list(batch["tokens"].shape) != sizes or shape != sizes):
+        usual = not own_inputs(batch) and list(batch["tokens"].shape) == shape == sizes
+        if self._cp and not usual:
             fail(
                 self._config,
                 "parallelism.context_parallel_degree",
@@ -110,7 +107,6 @@ class ModelInputs:
                 f"of {self._config.model.name} gives "
                 + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
             )
-        return batch
 
     def on_device(
         self, batch: Batch, device: torch.device, cp_mesh: DeviceMesh | None
@@ -169,3 +165,18 @@ def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobC
             "part of a sequence",
         )
     return [name for name in wanted if name in accepted]
+
+
+def _check_tensors(who: str, batch: object) -> None:
+    """Whether it is a dict of tensors, with tokens and labels."""
+    if not isinstance(batch, dict):
+        raise ConfigError(f"{who} is {type(batch).__name__}, no dict with 'tokens' and 'labels'")
+    missing = [name for name in USUAL_KEYS[:2] if name not in batch]
+    if missing:
+        raise ConfigError(f"{who} has {some(batch)} but no {some(missing)}")
+    others = [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ConfigError(
+            f"{who} has {others[0]!r} of {type(batch[others[0]]).__name__}, which must be a "
+            "torch.Tensor"
+        )

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.collectives import CollectiveObserver, can_be_observed
+from torchtitan.distributed.collective_observer import CollectiveObserver, can_be_observed
 from torchtitan.distributed.utils import device
 from torchtitan.errors import TrainingError
 

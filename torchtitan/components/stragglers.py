@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from torchtitan.config.load import fail
-from torchtitan.distributed.collectives import CollectiveObserver, can_be_observed
+from torchtitan.distributed.collective_observer import CollectiveObserver, can_be_observed
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

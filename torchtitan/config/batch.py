@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from torchtitan.errors import WorldSizeError
 from torchtitan.tools.multiples import divisors, nearest_multiples
 
 from .job_config import JobConfig
@@ -29,7 +30,7 @@ def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
     """`(global_batch_size, accumulation_steps)`: sequences in a step, and forward passes of a rank.
 
     Raises:
-        ConfigError: `training.global_batch_size` is not a whole number of passes of all ranks.
+        WorldSizeError: `training.global_batch_size` is not a whole number of passes of all ranks.
     """
     training = job_config.training
     one_pass = training.local_batch_size * dp_world_size
@@ -43,6 +44,7 @@ def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
             f"ranks ({dp_world_size}) = {one_pass}. "
             f"Nearest: {nearest_multiples(training.global_batch_size, one_pass)}"
             f"{_fitting_data_ranks(training.global_batch_size, training.local_batch_size)}",
+            WorldSizeError,
         )
     return training.global_batch_size, training.global_batch_size // one_pass
 

@@ -6,12 +6,12 @@ import math
 from itertools import count
 from typing import TYPE_CHECKING, Literal
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.tools.multiples import divisors, nearest_multiples
 
 from .batch import batch_shape, resolve_batch
 from .job_config import JobConfig
-from .load import fail, origin
+from .load import fail
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -31,14 +31,15 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
     except ConfigError as error:
         largest = max(degrees, key=degrees.__getitem__)
         problem = str(error).removeprefix("parallelism: ")  # of those who build ParallelDims
-        raise ConfigError(f"{origin(job_config, f'parallelism.{largest}')}: {problem}") from error
+        fail(job_config, f"parallelism.{largest}", problem, type(error))
 
     groups = job_config.fault_tolerance.group_size if job_config.fault_tolerance.enable else 1
     resolve_batch(job_config, dims.dp * groups)
-    _check_sequence_length(job_config, dims)
+    experts = _number_of_experts(job_config) if dims.ep_enabled or dims.tp_enabled else 0
+    _check_sequence_length(job_config, dims, experts)
     _check_context_parallel(job_config, dims)
     _check_tensor_parallel(job_config, dims)
-    _check_experts(job_config, dims)
+    _check_experts(job_config, dims, experts)
     if dims.pp_enabled:
         _check_pipeline(job_config)
     if job_config.training.enable_cpu_offload and not dims.dp_shard_enabled:
@@ -47,6 +48,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
             "training.enable_cpu_offload",
             "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree comes to "
             f"{dims.dp_shard} with {world_size} processes",
+            WorldSizeError,
         )
 
 
@@ -55,14 +57,23 @@ def _sections(job_config: JobConfig) -> list[Literal["training", "validation"]]:
     return ["training", "validation"] if job_config.validation.enable else ["training"]
 
 
-def _check_sequence_length(job_config: JobConfig, dims: ParallelDims) -> None:
+def _number_of_experts(job_config: JobConfig) -> int:
+    import torchtitan.models  # noqa: F401  (fills the registry)
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    return get_train_spec(job_config.model.name, job_config.model.flavor).model_args.num_experts
+
+
+def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: int) -> None:
     unit, reasons = 1, []
     if dims.cp_enabled:
         unit = 2 * dims.cp
         reasons = [f"parallelism.context_parallel_degree ({dims.cp}) cuts it in {unit} chunks"]
-    if dims.tp_enabled and not job_config.parallelism.disable_sequence_parallel:
+    sequence_parallel = not job_config.parallelism.disable_sequence_parallel
+    if dims.tp_enabled and (sequence_parallel or experts):
         unit = math.lcm(unit, dims.cp * dims.tp)
-        reasons += [f"parallelism.tensor_parallel_degree ({dims.tp}) shards the sequence too"]
+        what = "shards the sequence too" if sequence_parallel else "routes a part of it to experts"
+        reasons += [f"parallelism.tensor_parallel_degree ({dims.tp}) {what}"]
     for section in _sections(job_config):
         seq_len = batch_shape(job_config, section)[1]
         if seq_len % unit:
@@ -113,20 +124,12 @@ def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
         fail(job_config, key, problem)
 
 
-def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
-    if not (dims.ep_enabled or dims.tp_enabled):
-        return
-    import torchtitan.models  # noqa: F401  (fills the registry)
-    from torchtitan.protocols.train_spec import get_train_spec
-
+def _check_experts(job_config: JobConfig, dims: ParallelDims, experts: int) -> None:
     model = job_config.model
-    experts = get_train_spec(model.name, model.flavor).model_args.num_experts
-    if experts == 0:
-        for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
-            if getattr(job_config.parallelism, name) > 1:
-                problem = f"{model.name} {model.flavor} has no experts. Use 1"
-                fail(job_config, f"parallelism.{name}", problem)
-        return
+    for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
+        if experts == 0 and getattr(job_config.parallelism, name) > 1:
+            problem = f"{model.name} {model.flavor} has no experts. Use 1"
+            fail(job_config, f"parallelism.{name}", problem)
     if experts % dims.ep:
         fail(
             job_config,
@@ -134,36 +137,41 @@ def _check_experts(job_config: JobConfig, dims: ParallelDims) -> None:
             f"must divide the {experts} experts of {model.name} {model.flavor}. Degrees that do: "
             f"{', '.join(map(str, divisors(experts)))}",
         )
-    unit = dims.cp * dims.tp  # each rank routes its part of the sequence
-    for section in _sections(job_config):
-        seq_len = batch_shape(job_config, section)[1]
-        if dims.tp_enabled and seq_len % unit:
-            fail(
-                job_config,
-                f"{section}.seq_len",
-                f"must be a multiple of {unit}, since each rank of tensor parallel routes a part "
-                f"of the sequence to experts. Nearest: {nearest_multiples(seq_len, unit)}",
-            )
 
 
 def _check_pipeline(job_config: JobConfig) -> None:
-    from torchtitan.distributed.pipeline_split import (
-        SCHEDULE_KINDS,
-        CsvSchedule,
-        splits_backward,
-        stages_per_rank,
-    )
+    from torchtitan.distributed.pipeline_split import splits_backward
 
-    if job_config.loss.name == "chunked_cross_entropy" and splits_backward(job_config):
+    if splits_backward(job_config):
+        _check_split_backward(job_config)
+    size = job_config.parallelism.pipeline_parallel_microbatch_size
+    microbatches: dict[str, int] = {}
+    for section in _sections(job_config):
+        batch = batch_shape(job_config, section)[0]
+        if batch % size:
+            fail(
+                job_config,
+                f"{section}.local_batch_size",
+                f"must be a multiple of parallelism.pipeline_parallel_microbatch_size ({size}). "
+                f"Nearest: {nearest_multiples(batch, size)}",
+            )
+        microbatches[section] = batch // size
+    if job_config.parallelism.pipeline_parallel_schedule_csv:
+        _check_csv_schedule(job_config, microbatches)
+    else:
+        _check_schedule(job_config, microbatches)
+
+
+def _check_split_backward(job_config: JobConfig) -> None:
+    """What does not go with a schedule that computes gradients of weights apart (zero bubble)."""
+    if job_config.loss.name == "chunked_cross_entropy":
         fail(
             job_config,
             "loss.name",
             "has its gradients once, and this pipeline schedule asks twice, for inputs and for "
             "weights. Use 'cross_entropy', or another schedule",
         )
-
-    parallelism = job_config.parallelism
-    if parallelism.fsdp_reshard_after_forward == "always" and splits_backward(job_config):
+    if job_config.parallelism.fsdp_reshard_after_forward == "always":
         # PyTorch looks for the whole parameters in the autograd graph, and would leave out those
         # that are sharded by then.
         fail(
@@ -173,30 +181,30 @@ def _check_pipeline(job_config: JobConfig) -> None:
             "apart from those of inputs (zero bubble). Use 'default' or 'never', or another "
             "schedule",
         )
-    size = parallelism.pipeline_parallel_microbatch_size
-    sections = _sections(job_config)
-    for section in sections:
-        batch = batch_shape(job_config, section)[0]
-        if batch % size:
+
+
+def _check_csv_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None:
+    """`microbatches`: of each section that has batches."""
+    from torchtitan.distributed.pipeline_split import CsvSchedule
+
+    needed = CsvSchedule.read(job_config).microbatches
+    size = job_config.parallelism.pipeline_parallel_microbatch_size
+    for section, number in microbatches.items():
+        if number != needed:
             fail(
                 job_config,
                 f"{section}.local_batch_size",
-                f"must be a multiple of parallelism.pipeline_parallel_microbatch_size ({size}). "
-                f"Nearest: {nearest_multiples(batch, size)}",
+                f"must be {needed * size}: the schedule in "
+                f"{job_config.parallelism.pipeline_parallel_schedule_csv} has {needed} "
+                f"micro-batches, of parallelism.pipeline_parallel_microbatch_size ({size})",
             )
-    if parallelism.pipeline_parallel_schedule_csv:
-        needed = CsvSchedule.read(job_config).microbatches
-        for section in sections:
-            if batch_shape(job_config, section)[0] != needed * size:
-                fail(
-                    job_config,
-                    f"{section}.local_batch_size",
-                    f"must be {needed * size}: the schedule in "
-                    f"{parallelism.pipeline_parallel_schedule_csv} has {needed} micro-batches, of "
-                    f"parallelism.pipeline_parallel_microbatch_size ({size})",
-                )
-        return
 
+
+def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None:
+    """`microbatches`: of each section that has batches."""
+    from torchtitan.distributed.pipeline_split import SCHEDULE_KINDS, stages_per_rank
+
+    parallelism = job_config.parallelism
     schedule, pp = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_degree
     per_rank = stages_per_rank(job_config)
     stages, right = {
@@ -208,18 +216,18 @@ def _check_pipeline(job_config: JobConfig) -> None:
         problem = f"{schedule} needs {stages} a rank"
         fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
 
-    def problem_of(microbatches: int, pp: int) -> str:
-        return _microbatch_problem(schedule, microbatches, pp, pp * per_rank)
+    def problem_of(number: int, pp: int) -> str:
+        return _microbatch_problem(schedule, number, pp, pp * per_rank)
 
-    for section in sections:
-        microbatches = batch_shape(job_config, section)[0] // size
-        if problem := problem_of(microbatches, pp):
-            more = next(n for n in count(microbatches) if not problem_of(n, pp))
-            fewer = next((n for n in range(pp, 1, -1) if not problem_of(microbatches, n)), 1)
+    size = parallelism.pipeline_parallel_microbatch_size
+    for section, number in microbatches.items():
+        if problem := problem_of(number, pp):
+            more = next(n for n in count(number) if not problem_of(n, pp))
+            fewer = next((n for n in range(pp, 1, -1) if not problem_of(number, n)), 1)
             fail(
                 job_config,
                 f"{section}.local_batch_size",
-                f"makes {microbatches} micro-batches of {size}; {schedule} over {pp} ranks needs "
+                f"makes {number} micro-batches of {size}; {schedule} over {pp} ranks needs "
                 f"{problem}. Nearest: {section}.local_batch_size = {more * size}, or "
                 f"parallelism.pipeline_parallel_degree = {fewer}",
             )

@@ -160,9 +160,11 @@ def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
     return f"stands above all sections. It belongs to {where}"
 
 
-def fail(config: JobConfig, key: str, problem: str) -> NoReturn:
-    """Raises `ConfigError` about the value of `key`."""
-    raise ConfigError(f"{origin(config, key)}: {problem}")
+def fail(
+    config: JobConfig, key: str, problem: str, kind: type[ConfigError] = ConfigError
+) -> NoReturn:
+    """Raises `kind` about the value of `key`."""
+    raise kind(f"{origin(config, key)}: {problem}")
 
 
 def origin(config: JobConfig, key: str) -> str:

@@ -39,7 +39,9 @@ def validate(job_config: JobConfig, world_size: int) -> None:
         ConfigError: a rule is broken.
     """
     check_layout(job_config, world_size)
-    _check_data(job_config)
+    _check_datasets(job_config)
+    _check_mixture(job_config)
+    _check_tokenizer(job_config)
     _check_optimizer(job_config)
     _check_schedule(job_config)
     _check_activation_checkpoint(job_config)
@@ -49,17 +51,22 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     _check_outputs(job_config)
 
 
-def _check_data(job_config: JobConfig) -> None:
-    data = job_config.data
-    for i, source in enumerate(data.sources):
+def _check_datasets(job_config: JobConfig) -> None:
+    for i, source in enumerate(job_config.data.sources):
         _check_dataset(job_config, f"data.sources.{i}", source)
-    if data.sources:
+    if job_config.data.sources:
         _refuse_dataset_beside_sources(job_config)
     else:
         _check_dataset(job_config, "training", job_config.training)
     if job_config.validation.enable:
         _check_dataset(job_config, "validation", job_config.validation)
 
+
+def _check_mixture(job_config: JobConfig) -> None:
+    """The names of the sources, and their weights from the beginning and in each phase."""
+    data = job_config.data
+    if data.phases and not data.sources:
+        fail(job_config, "data.phases", "needs data.sources, whose weights it changes")
     names = [source.name or source.dataset for source in data.sources]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -67,19 +74,18 @@ def _check_data(job_config: JobConfig) -> None:
             fail(job_config, f"data.sources.{i}.name", problem)
     if data.sources and not any(source.weight for source in data.sources):
         fail(job_config, "data.sources", "all weights are 0")
-    begins = [phase.from_step for phase in data.phases]
     for i, phase in enumerate(data.phases):
-        if not data.sources:
-            fail(job_config, "data.phases", "needs data.sources, whose weights it changes")
         if len(phase.weights) != len(data.sources):
             problem = f"must have one for each of data.sources, {len(data.sources)} in all"
             fail(job_config, f"data.phases.{i}.weights", problem)
         if not any(phase.weights):
             fail(job_config, f"data.phases.{i}.weights", "all weights are 0")
-        if i and begins[i] <= begins[i - 1]:
-            problem = f"must be more than that of the phase before, {begins[i - 1]}"
+        if i and phase.from_step <= (before := data.phases[i - 1].from_step):
+            problem = f"must be more than that of the phase before, {before}"
             fail(job_config, f"data.phases.{i}.from_step", problem)
 
+
+def _check_tokenizer(job_config: JobConfig) -> None:
     path = job_config.model.tokenizer_path
     if path != "bytes" and not os.path.isfile(
         os.path.join(os.path.expanduser(path), "tokenizer.json")

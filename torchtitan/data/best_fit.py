@@ -56,7 +56,7 @@ class BestFitRow:
 
     @property
     def place(self) -> tuple[int, ...]:
-        """`(document, offset, *origin, sequence)`."""
+        """`order.Place`."""
         return (*self._pool_place, self._sequence)
 
     @property

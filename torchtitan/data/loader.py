@@ -18,7 +18,7 @@ from .chat import ChatTemplate
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document
 from .mixing import Blend, Mixture, Phase, Steps
-from .order import Origin, ShuffledDocuments, StreamedDocuments, epochs
+from .order import Place, ShuffledDocuments, StreamedDocuments, epochs
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
 from .prepared_tokens import PreparedTokens
@@ -138,11 +138,11 @@ class DataLoader:
     def reset(self) -> None:
         """Go back to the first batch."""
         self.close()
-        start = (*Origin(), 0) if self._packing == "best_fit" else Origin()
+        size = 5 if self._packing == "best_fit" else 4  # numbers of a `Place`
         sources = len(self._blend.sources)
         schedule = [0] * Mixture.state_size(sources)
         self._places = np.array(
-            [[*schedule, *(row, 0, *start) * sources] for row in self._rows.tolist()]
+            [[*schedule, *Place(row)[:size] * sources] for row in self._rows.tolist()]
         )
 
     def begin_at(self, step: int) -> None:
@@ -179,16 +179,14 @@ class DataLoader:
         """
         found: dict[str, float] = {}
         sources = self._blend.sources
-        schedule, *parts = self._split(self._places)
-        drawn = Mixture.drawn(schedule[0].tolist(), len(sources))
-        for number, ((name, source), places) in enumerate(zip(sources.items(), parts, strict=True)):
+        schedule, places_in = self._split(self._places)
+        read = self._counts.read
+        drawn = Mixture.drawn(schedule, len(sources))
+        for number, (name, source) in enumerate(sources.items()):
             ending = f"/{name}" if len(sources) > 1 else ""
-            read = [
-                part[number] for part in self._counts.read or [[0.0] * len(sources)] * len(places)
-            ]
             of_rows = [
-                epochs(source, self.global_batch_size, document, part, Origin(*rest[:2]))
-                for (document, _, *rest), part in zip(places.tolist(), read, strict=True)
+                epochs(source, self.global_batch_size, place, read[row][number] if read else 0.0)
+                for row, place in enumerate(places_in[number])
             ]
             found[f"data_epoch{ending}"] = float(np.mean(of_rows))
             if drawn:
@@ -239,8 +237,9 @@ class DataLoader:
             change = "the number of data.sources or data.packing changed"
             remedy = "them"
         elif any(
-            ((part[:, 0] - self._rows) % self.global_batch_size).any()
-            for part in self._split(places)[1:]
+            (place.document - row) % self.global_batch_size
+            for part in self._split(places)[1]
+            for row, place in zip(self._rows.tolist(), part, strict=True)
         ):
             change = "the rows are not those of this rank, as if global_batch_size had changed"
             remedy = "training.global_batch_size"
@@ -257,22 +256,24 @@ class DataLoader:
         tokens = self._places[:, drawn] * saved_len
         self._places[:, drawn] = (tokens + self._seq_len // 2) // self._seq_len
 
-    def _split(self, places: np.ndarray) -> list[np.ndarray]:
-        """Columns of a state: those of the mixture, then those of each source."""
+    def _split(self, places: np.ndarray) -> tuple[list[int], list[list[Place]]]:
+        """What a state holds: that of the mixture, and the places of the rows in each source."""
         sources = len(self._blend.sources)
         size = Mixture.state_size(sources)
-        return [places[:, :size], *np.split(places[:, size:], sources, axis=1)]
+        parts = np.split(places[:, size:], sources, axis=1)
+        schedule = places[0, :size].tolist()
+        return schedule, [[Place(*numbers) for numbers in part.tolist()] for part in parts]
 
     def _batches(self) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
-        schedule, *parts = self._split(self._places.copy())
+        schedule, places_in = self._split(self._places)
         by_source = [
-            self._open_rows(name, source, part.tolist())
-            for (name, source), part in zip(self._blend.sources.items(), parts, strict=True)
+            self._open_rows(name, source, places)
+            for (name, source), places in zip(self._blend.sources.items(), places_in, strict=True)
         ]
         rows = list(zip(self._rows.tolist(), zip(*by_source, strict=True), strict=True))
         readers: list[Iterator[Sequence]] = []
         mixture = Mixture(self._blend.phases, self.global_batch_size, self._seed)
-        mixture.load_state(schedule[0].tolist())
+        mixture.load_state(schedule)
         steps = Steps(mixture, self._workers)
         for worker in range(self._workers):
             share = rows[worker :: self._workers]
@@ -291,23 +292,23 @@ class DataLoader:
             encoder=self._encoder,
         )
 
-    def _open_rows(
-        self, name: str, source: Source, places: list[list[int]]
-    ) -> list[Row | BestFitRow]:
+    def _open_rows(self, name: str, source: Source, places: list[Place]) -> list[Row | BestFitRow]:
         """The rows of this rank in one source."""
         stride = self.global_batch_size
         documents: ShuffledDocuments | StreamedDocuments
         if has_random_access(source):
             documents = ShuffledDocuments(source, self._encoder, self._seed, stride)
         else:
-            first = [(document, Origin(*rest[:2])) for document, _, *rest in places]
+            first = [(place.document, place.origin) for place in places]
             documents = StreamedDocuments(source, self._encoder, stride, first)
         with naming(name):
             if self._packing == "contiguous":
-                return [Row(documents, stride, document, at) for document, at, *_ in places]
+                return [Row(documents, stride, place.document, place.offset) for place in places]
             return [
-                BestFitRow(documents, stride, self._seq_len, document, at, sequence)
-                for document, at, *_, sequence in places
+                BestFitRow(
+                    documents, stride, self._seq_len, place.document, place.offset, place.sequence
+                )
+                for place in places
             ]
 
 

@@ -39,6 +39,23 @@ class Origin(NamedTuple):
     """Number in its lane of the shard's first document."""
 
 
+class Place(NamedTuple):
+    """Where a row of the global batch is in a source, as a state has it."""
+
+    document: int
+    offset: int = 0
+    """Tokens of it that were read."""
+    turn: int = 0
+    first: int = 0
+    """These two are the document's `Origin`."""
+    sequence: int = 0
+    """Of the pool that begins here. Only states of best-fit packing have it."""
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.turn, self.first)
+
+
 class ShuffledDocuments:
     """Documents of a random-access source; document `n` belongs to epoch `n // len(source)`.
 
@@ -208,9 +225,7 @@ def _num_shards(source: Sequential) -> int:
     return source.num_shards if isinstance(source, Sharded) else 1
 
 
-def epochs(
-    source: RandomAccess | Sequential, stride: int, number: int, read: float, origin: Origin
-) -> float:
+def epochs(source: RandomAccess | Sequential, stride: int, place: Place, read: float) -> float:
     """How often a source has been read, if all rows are as far as one is.
 
     A sequential source, whose size is unknown, is counted in whole shards.
@@ -218,16 +233,15 @@ def epochs(
     Args:
         source: the documents.
         stride: rows.
-        number: of the row's document; it has taken one in each turn before.
-        read: documents of the row's from that one on which it has read; a part of that one, mostly.
-        origin: of the document.
+        place: of the row; it has taken a document in each turn before.
+        read: documents of the row's from there on which it has read; a part of that one, mostly.
     """
     if has_random_access(source):
-        turn, row = divmod(number, stride)
+        turn, row = divmod(place.document, stride)
         begun = (row - row % len(source)) / stride  # in its first document: `packing.begin_of`
         return max(turn + read - begun, 0.0) * stride / len(source)
     shards = _num_shards(source)
-    return origin.turn * count_lanes(shards, stride) / shards
+    return place.turn * count_lanes(shards, stride) / shards
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:

@@ -48,7 +48,7 @@ class Row:
 
     @property
     def place(self) -> tuple[int, ...]:
-        """`(document, offset, *origin)` of the next token."""
+        """`order.Place` of the next token, but for the sequence."""
         return self._document, self._offset, *self._origin
 
     @property

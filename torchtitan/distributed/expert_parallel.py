@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import SequenceParallel
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import OwnTokens, Plan
-from torchtitan.tools.rows import inverse_permutation, select_rows
+from torchtitan.tools.select_rows import inverse_permutation, select_rows
 
 if TYPE_CHECKING:
     from torchtitan.models.common.moe import MoE

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.tools.multiples import divisors
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class ParallelDims:
     `dp_shard = -1` takes the ranks that the other degrees leave.
 
     Raises:
-        ConfigError: the degrees do not fit the world.
+        WorldSizeError: the degrees do not fit the world.
+        ConfigError: those of experts do not fit the others.
     """
 
     dp_replicate: int = 1
@@ -60,7 +61,7 @@ class ParallelDims:
         if self.dp_shard == -1:
             if self.world_size % others:
                 alone = f" (`torchrun --nproc-per-node {others} -m torchtitan.train ...`)"
-                raise ConfigError(
+                raise WorldSizeError(
                     f"parallelism: {written} = {others} does not divide the world size "
                     f"{self.world_size} (number of processes). Start a multiple of {others}"
                     f"{alone if self.world_size == 1 else ''}; or the product must be one of "
@@ -68,7 +69,7 @@ class ParallelDims:
                 )
             self.dp_shard = self.world_size // others
         if others * self.dp_shard != self.world_size:
-            raise ConfigError(
+            raise WorldSizeError(
                 f"parallelism: {written} x data_parallel_shard_degree ({self.dp_shard}) = "
                 f"{others * self.dp_shard}, but the world size (number of processes) is "
                 f"{self.world_size}. Start {others * self.dp_shard} processes, or set "

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from torchtitan.config.load import fail
 from torchtitan.distributed.expert_parallel import moe_layers
-from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.errors import did_you_mean
 from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def assign_modules(
         for names in (first_modules, last_modules)
     )
     units = [*first, *layers, *last]
-    _refuse_other_parameters(model, units)
+    _refuse_other_parameters(model, units, job_config)
 
     number = job_config.parallelism.pipeline_parallel_degree * stages_per_rank(job_config)
     points = job_config.parallelism.pipeline_parallel_split_points
@@ -254,15 +254,17 @@ def _cuts_at(points: list[str], units: list[str], number: int, job_config: JobCo
     return cuts
 
 
-def _refuse_other_parameters(model: nn.Module, units: list[str]) -> None:
+def _refuse_other_parameters(model: nn.Module, units: list[str], job_config: JobConfig) -> None:
     """Every parameter must belong to a stage."""
     for name, _ in model.named_parameters():
         if not any(name == unit or name.startswith(f"{unit}.") for unit in units):
-            raise ConfigError(
-                f"parallelism.pipeline_parallel_degree: {type(model).__name__} has the parameter "
-                f"{name!r}, which is in no layer and not named by its pipeline_fn, so no stage "
-                "would have it. Name it, or the module that has it: "
-                "functools.partial(build_pipeline, first_modules=(...), last_modules=(...))"
+            fail(
+                job_config,
+                "parallelism.pipeline_parallel_degree",
+                f"{type(model).__name__} has the parameter {name!r}, which is in no layer and not "
+                "named by its pipeline_fn, so no stage would have it. Name it, or the module that "
+                "has it: functools.partial(build_pipeline, first_modules=(...), "
+                "last_modules=(...))",
             )
 
 

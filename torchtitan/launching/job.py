@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.errors import ConfigError
 
-from .template import render
+from .template import fill
 
 if TYPE_CHECKING:
     from .options import Options
@@ -53,7 +53,7 @@ class LaunchJob:
             delimiter += "_"
         setup = [f"cd {shlex.quote(options.workdir)} || exit"] if options.workdir else []
         exports = [f"export {key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        return render(
+        return fill(
             "node.sh",
             environment="\n".join(exports if shell_environment else []),
             setup="\n".join([*setup, *options.setup]),

@@ -9,7 +9,7 @@ from typing import Any
 from .job import LaunchJob, seconds_of
 from .storage import split_mount
 from .submit import require, run
-from .template import render as fill
+from .template import fill
 
 _RETRYABLE = 138
 """Exit code above 127, after which the PyTorchJob operator starts a pod again; 128 + SIGUSR1 is the

@@ -128,11 +128,32 @@ _ONLY = {
 }
 """Option -> those that have it."""
 _NAME = "[A-Za-z_][A-Za-z0-9_]*"
+_FORMS = {
+    "env": (rf"{_NAME}=[^\n]*", "NAME=VALUE, on one line"),
+    "secret": (
+        rf"{_NAME}(=[-.a-z0-9]+/[-._A-Za-z0-9]+)?",
+        "NAME, or NAME=SECRET/KEY of Kubernetes",
+    ),
+    "mount": (r"[^\s,'\"]+:/(?!/)[^\s,:'\"]*", "SOURCE:/PATH"),
+    "node_selector": (r"[-./\w]+=[-.\w]*", "LABEL=VALUE"),
+}
+"""Option that may be given several times -> a pattern of its values, and the same in words."""
+_WORDS = ("partition", "account", "qos", "namespace", "gpu_type", "infra", "image")
+"""Options whose value is one word."""
+_LEAST = {"nodes": 1, "gpus_per_node": 0, "max_restarts": 0, "grace": 1}
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
 
 
 def check(options: Options) -> None:
     """Raises `ConfigError` for values and combinations that cannot be."""
+    _check_choice(options)
+    _check_numbers(options)
+    _check_texts(options)
+    _check_backend(options)
+
+
+def _check_choice(options: Options) -> None:
+    """One backend, and no options of another."""
     chosen = [name for name in BACKENDS if getattr(options, name)]
     if len(chosen) != 1:
         given = " and ".join(f"--{name}" for name in chosen) or "none"
@@ -144,7 +165,10 @@ def check(options: Options) -> None:
         if getattr(options, name) and chosen[0] not in backends:
             of = " and ".join(f"--{backend}" for backend in backends)
             raise ConfigError(f"{flag(name)}: an option of {of}, not of --{chosen[0]}")
-    for name, least in {"nodes": 1, "gpus_per_node": 0, "max_restarts": 0, "grace": 1}.items():
+
+
+def _check_numbers(options: Options) -> None:
+    for name, least in _LEAST.items():
         if getattr(options, name) < least:
             raise ConfigError(f"{flag(name)} {getattr(options, name)}: must be at least {least}")
     if not 1 <= options.port <= 65535:
@@ -154,24 +178,29 @@ def check(options: Options) -> None:
             f"--gpus-per-node {options.gpus_per_node}, --processes-per-node "
             f"{options.processes_per_node or 'not given'}: a host needs at least one process"
         )
-    for name in ("partition", "account", "qos", "namespace", "gpu_type", "infra", "image"):
-        _check_word(options, name)
+
+
+def _check_texts(options: Options) -> None:
+    for name in _WORDS:
+        value = getattr(options, name)
+        if value is not None and not re.fullmatch(r"[-+./:@#*\w]+", value):
+            raise ConfigError(f"{flag(name)} {value!r}: must be one word")
+    for name, (pattern, form) in _FORMS.items():
+        for value in getattr(options, name):
+            if not re.fullmatch(pattern, value):
+                raise ConfigError(f"{flag(name)} {value}: must be {form}")
     for variable in options.env:
-        _check_variable(variable)
+        name = variable.partition("=")[0]
+        if any(word in name.upper() for word in _SECRET_WORDS):
+            raise ConfigError(
+                f"--env {name}=...: what is rendered would show it. Use --secret {name}, which "
+                "takes it from where it is kept"
+            )
     for secret in options.secret:
-        if not re.fullmatch(rf"{_NAME}(=[-.a-z0-9]+/[-._A-Za-z0-9]+)?", secret):
-            raise ConfigError(f"--secret {secret}: must be NAME, or NAME=SECRET/KEY of Kubernetes")
         if "=" in secret and not options.kubernetes:
             raise ConfigError(f"--secret {secret}: only Kubernetes has SECRET/KEY; use NAME")
-    for mount in options.mount:
-        if not re.fullmatch(r"[^\s,'\"]+:/(?!/)[^\s,:'\"]*", mount):
-            raise ConfigError(f"--mount {mount}: must be SOURCE:/PATH")
-    for label in options.node_selector:
-        if not re.fullmatch(r"[-./\w]+=[-.\w]*", label):
-            raise ConfigError(f"--node-selector {label}: must be LABEL=VALUE")
     if any("\n" in command for command in [*options.setup, *options.sbatch]):
         raise ConfigError("--setup, --sbatch: one line each; give the option again for more")
-    _check_backend(options)
 
 
 def option_key(option: str) -> str:
@@ -197,20 +226,3 @@ def _check_backend(options: Options) -> None:
         if options.nodes not in (1, len(hosts)):
             raise ConfigError(f"--nodes {options.nodes}: --hosts names {len(hosts)}")
         options.nodes = len(hosts)
-
-
-def _check_word(options: Options, name: str) -> None:
-    value = getattr(options, name)
-    if value is not None and not re.fullmatch(r"[-+./:@#*\w]+", value):
-        raise ConfigError(f"{flag(name)} {value!r}: must be one word")
-
-
-def _check_variable(variable: str) -> None:
-    name = variable.partition("=")[0]
-    if not re.fullmatch(rf"{_NAME}=[^\n]*", variable):
-        raise ConfigError(f"--env {variable}: must be NAME=VALUE, on one line")
-    if any(word in name.upper() for word in _SECRET_WORDS):
-        raise ConfigError(
-            f"--env {name}=...: what is rendered would show it. Use --secret {name}, which "
-            "takes it from where it is kept"
-        )

@@ -8,7 +8,7 @@ from typing import Any
 from .job import LaunchJob
 from .storage import split_mount
 from .submit import require, run_on_file
-from .template import render as fill
+from .template import fill
 
 
 def render(job: LaunchJob) -> str:

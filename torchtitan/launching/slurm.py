@@ -9,7 +9,7 @@ from .job import LaunchJob, required_secrets, seconds_of
 from .options import option_key
 from .storage import checkpoint_folder, mount_with
 from .submit import require, run
-from .template import render as fill
+from .template import fill
 
 
 def render(job: LaunchJob) -> str:

@@ -6,7 +6,7 @@ import shlex
 
 from .job import LaunchJob, required_secrets
 from .submit import require, run_on_file
-from .template import render as fill
+from .template import fill
 
 _OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30 -o ServerAliveCountMax=4"

@@ -8,7 +8,7 @@ from importlib.resources import files
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
-def render(template: str, **values: str | int) -> str:
+def fill(template: str, **values: str | int) -> str:
     """Fill in the file `templates/TEMPLATE`.
 
     A place that has a line for itself may take several lines, which get its indentation; if it

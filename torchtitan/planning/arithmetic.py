@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
-from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
+from torchtitan.config.without_machine import without_machine
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
@@ -26,6 +26,13 @@ from .trace import meta_model, repetition_of, trace_step
 
 _BUBBLE = {"": 0.0, "1F1B": 1.0, "Interleaved1F1B": 0.5, "ZBVZeroBubble": 0.3}
 """Share of 1F1B's bubble that is left."""
+_FLOAT32, _BFLOAT16 = 4, 2
+"""Bytes of a number as it is kept and summed, and as it is computed with."""
+_GATHERED = 8
+"""Bytes for each parameter of a layer that FSDP has gathered, gradients and the next layer too."""
+_TP_COLLECTIVES = {"none": 8, "selective": 8, "full": 10}
+"""Checkpointing -> collectives of a layer under tensor parallel: into and out of attention and feed
+forward, in both passes, and what is done again."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,8 @@ class Arithmetic:
         self._costs = {ac: self._trace_layer(ac) for ac in AC_MODES}
 
     def _trace_layer(self, ac: str) -> _LayerCost:
-        job = without_machine(self._config, 1)  # what several ranks rule out, `plan_run` refuses
-        job = Candidate(1, 2, 1, 1, 1, 1, ac, 1, 1, "").config(job)
+        # What several ranks rule out, `plan_run` refuses.
+        job = single_layout(without_machine(self._config, 1), ac)
         job.training.global_batch_size = -1
         validate(job, 2)
         compiled, job.compile.enable = job.compile.enable, False
@@ -112,21 +119,29 @@ class Arithmetic:
 
     def memory(self, candidate: Candidate) -> float:
         """Bytes of the fullest rank."""
-        c, cost = candidate, self._costs[candidate.ac]
-        shards = c.shard * c.cp
-        share = c.micro_batch / c.tp / c.cp
-        kept = cost.activations * share
+        c = candidate
+        kept = self._costs[c.ac].activations * self._sequences(c)
         if c.tp > 1 and c.ac != "full":  # inputs of attention and feed forward, gathered
             kept += 2 * self._hidden(c) * (c.tp - 1)
-        if c.pp == 1:
-            gathered = min(8 * self._layer_params / c.tp, cost.other_bytes)
-            state = 4 * (self._nparams + (1 + cost.optimizer) * self._trained) / c.tp / shards
-            other = gathered + (cost.other_bytes - gathered) * share
-            return state + self._layers * kept + other
+        return self._whole_memory(c, kept) if c.pp == 1 else self._pipeline_memory(c, kept)
+
+    def _whole_memory(self, c: Candidate, kept: float) -> float:
+        """Args: kept: bytes that a layer keeps of a micro-batch."""
+        cost, shards = self._costs[c.ac], c.shard * c.cp
+        gathered = min(_GATHERED * self._layer_params / c.tp, cost.other_bytes)
+        # Parameters, gradients and the optimizer's state.
+        kept_numbers = self._nparams + (1 + cost.optimizer) * self._trained
+        other = gathered + (cost.other_bytes - gathered) * self._sequences(c)
+        return _FLOAT32 * kept_numbers / c.tp / shards + self._layers * kept + other
+
+    def _pipeline_memory(self, c: Candidate, kept: float) -> float:
+        """Args: kept: bytes that a layer keeps of a micro-batch."""
+        optimizer, shards = self._costs[c.ac].optimizer, c.shard * c.cp
         # Whole parameters and gradients; without FSDP casts of parameters.
-        weight, trained = 4 / shards + 2, 4 * cost.optimizer / shards + 4
-        stages = STAGES[c.schedule]
-        buffers = 3 * stages * self._passes(c) * self._hidden(c)
+        weight = _FLOAT32 / shards + _BFLOAT16
+        trained = _FLOAT32 * optimizer / shards + _FLOAT32
+        # Inputs of stages, their gradients, and gradients of outputs.
+        buffers = 3 * STAGES[c.schedule] * self._passes(c) * self._hidden(c)
         return buffers + max(
             (weight * rank.params + trained * rank.trained) / c.tp
             + self._flying(c, place) * rank.layers * kept
@@ -144,62 +159,68 @@ class Arithmetic:
 
     def _hidden(self, c: Candidate) -> float:
         """Bytes of the hidden states that a rank has of a micro-batch between layers."""
-        return c.micro_batch * self._config.training.seq_len / c.cp / c.tp * self._dim * 2
+        tokens = c.micro_batch * self._config.training.seq_len / c.cp / c.tp
+        return tokens * self._dim * _BFLOAT16
+
+    def _sequences(self, c: Candidate) -> float:
+        """What a rank has of a micro-batch, in sequences."""
+        return c.micro_batch / c.tp / c.cp
 
     def seconds(self, candidate: Candidate) -> float:
         """The time of a step."""
-        c, cost, device = candidate, self._costs[candidate.ac], self._device
-        passes = self._passes(c)
-        share = c.micro_batch / c.tp / c.cp
-        link = device.link * device.link_efficiency
-        layer, other = share * cost.seconds, share * cost.other_seconds
-        if c.tp > 1:
-            moved = self._hidden(c) * (c.tp - 1)
-            layer += (10 if c.ac == "full" else 8) * (moved / link + device.latency)
-        ranks = c.shard * c.cp * c.tp
-        rate = link
-        if ranks > self._host_size:
-            mates = max(1, self._host_size // c.tp)
-            rate = min(device.link, mates * device.network) * device.link_efficiency
-        moved = 4 / c.tp * (1 - 1 / (c.shard * c.cp))  # twice a parameter, once a gradient
+        c, cost = candidate, self._costs[candidate.ac]
+        passes, share = self._passes(c), self._sequences(c)
+        layer = share * cost.seconds + self._tensor_parallel_seconds(c)
+        other = share * cost.other_seconds
+        # By FSDP, 4 bytes each: twice a parameter in bfloat16, once a gradient in float32.
+        moved = _FLOAT32 / c.tp * (1 - 1 / (c.shard * c.cp)) / self._fsdp_rate(c)
         if c.pp == 1:
             compute = passes * (self._layers * layer + other)
-            return max(compute, passes * moved * (self._nparams + self._trained) / rate)
+            return max(compute, passes * moved * (self._nparams + self._trained))
         places = self._ranks(c)
         work = [rank.layers * layer + (other if rank.last else 0.0) for rank in places]
         bubble = _BUBBLE[c.schedule] * (c.pp - 1) * sum(work) / c.pp
-        communication = moved * max(rank.params + rank.trained for rank in places) / rate
+        communication = moved * max(rank.params + rank.trained for rank in places)
         return passes * max(work) + bubble + communication
+
+    def _tensor_parallel_seconds(self, c: Candidate) -> float:
+        """Of a layer and micro-batch."""
+        if c.tp == 1:
+            return 0.0
+        device, moved = self._device, self._hidden(c) * (c.tp - 1)
+        once = moved / (device.link * device.link_efficiency) + device.latency
+        return _TP_COLLECTIVES[c.ac] * once
+
+    def _fsdp_rate(self, c: Candidate) -> float:
+        """Bytes/s of what goes around the ranks that share parameters."""
+        device, rate = self._device, self._device.link
+        if c.shard * c.cp * c.tp > self._host_size:
+            mates = max(1, self._host_size // c.tp)  # which use the host's network together
+            rate = min(rate, mates * device.network)
+        return rate * device.link_efficiency
 
     def _ranks(self, candidate: Candidate) -> list[_Share]:
         """What the ranks of a pipeline have. Stages are of whole layers, so some have more."""
-        key = candidate.pp, candidate.schedule
+        key, pp = (candidate.pp, candidate.schedule), candidate.pp
         if key not in self._shares:
             job = candidate.config(self._config)
             try:
                 stages = assign_modules(self._model, job, *self._around_layers)
             except ConfigError:  # the trace says why; until then take it for even
-                pp = candidate.pp
-                part = _Share(self._layers / pp, self._nparams / pp, self._trained / pp, False)
-                self._shares[key] = [part] * candidate.pp
-                return self._shares[key]
-            sizes = {
-                name: _sizes(parameters_of(self._model, name)) for names in stages for name in names
-            }
-            own = [
-                [name for stage in stages_of_rank(job, place) for name in stages[stage]]
-                for place in range(candidate.pp)
-            ]
-            self._shares[key] = [
-                _Share(
-                    layers=sum(name.startswith("layers.") for name in names),
-                    params=sum(sizes[name][0] for name in names),
-                    trained=sum(sizes[name][1] for name in names),
-                    last=stages[-1][-1] in names,
-                )
-                for names in own
-            ]
+                even = _Share(self._layers / pp, self._nparams / pp, self._trained / pp, False)
+                self._shares[key] = [even] * pp
+            else:
+                self._shares[key] = [
+                    self._share_of(stages_of_rank(job, place), stages) for place in range(pp)
+                ]
         return self._shares[key]
+
+    def _share_of(self, own: list[int], stages: list[list[str]]) -> _Share:
+        """Args: own: numbers of a rank's stages. stages: names of the modules of each of all."""
+        names = [name for number in own for name in stages[number]]
+        params, trained = _sizes([p for name in names for p in parameters_of(self._model, name)])
+        layers = sum(name.startswith("layers.") for name in names)
+        return _Share(layers, params, trained, last=len(stages) - 1 in own)
 
     def _passes(self, candidate: Candidate) -> int:
         """Micro-batches of a rank in a step."""

@@ -110,6 +110,7 @@ def _batches(
                 yield Candidate(*degrees, ac, batch, size, schedule)
 
 
-def single_layout(config: JobConfig) -> JobConfig:
-    """The job sharded over two devices and no more, as any model can be."""
-    return Candidate(1, 2, 1, 1, 1, 1, "none", 1, 1, "").config(config)
+def single_layout(config: JobConfig, ac: str = "none") -> JobConfig:
+    """The job sharded over two devices and no more, as any model can be, a sequence at a time."""
+    degrees = {"replicate": 1, "shard": 2, "cp": 1, "tp": 1, "pp": 1, "ep": 1}
+    return Candidate(**degrees, ac=ac, local_batch=1, micro_batch=1, schedule="").config(config)

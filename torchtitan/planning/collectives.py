@@ -107,9 +107,6 @@ class CollectiveRecorder(TorchDispatchMode):
             )
         return result
 
-    def sent_by_group(self) -> dict[tuple[str, str], tuple[float, float]]:
-        return sent_by_group(self.collectives)
-
 
 def sent_by_group(
     collectives: Iterable[Collective] | Mapping[Collective, float],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import sys
 import time
 import warnings
@@ -18,7 +17,7 @@ import tyro
 from rich.console import Console
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.options import flag, shown_as, split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
@@ -113,11 +112,11 @@ def _plan(options: Options, config: JobConfig) -> int:
     device = get_device(options.device)
     try:
         plan = plan_run(config, world_size, device, options.nodes_of)
-    except ConfigError as error:
-        if options.world_size or not re.search("data ranks|world size|processes", str(error)):
+    except WorldSizeError as error:
+        if options.world_size:
             raise
-        told = f"{error} (on {world_size} devices, the default; --world-size N sets it)"
-        raise ConfigError(told) from error
+        told = f"on {world_size} devices, the default; --world-size N sets it"
+        raise WorldSizeError(f"{error} ({told})") from error
     budget = Budget.of(plan, options.tokens, options.price) if options.tokens else None
     show(plan, budget)
     if options.json:
@@ -133,7 +132,8 @@ def _search(options: Options, config: JobConfig) -> int:
     from torchtitan.config import to_toml
 
     from .devices import get_device
-    from .search import search, show_found
+    from .report import show_found
+    from .search import search
 
     if options.world_size is None:
         raise ConfigError("--search needs --gpus N: the devices to share out")

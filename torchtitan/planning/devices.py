@@ -40,15 +40,15 @@ class Device:
     """Seconds that the host takes to launch a kernel."""
 
 
-_GIB = 2**30
+GIB = 2**30
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100", 79.2 * _GIB, 312e12, 0.0, 2.04e12, 300e9, 25e9),
-        Device("h100", 79.1 * _GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9),
-        Device("h200", 139.8 * _GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9),
-        Device("b200", 178.0 * _GIB, 2250e12, 4500e12, 8.0e12, 900e9, 50e9),
-        Device("mi300x", 191.5 * _GIB, 1307e12, 2615e12, 5.3e12, 448e9, 50e9),
+        Device("a100", 79.2 * GIB, 312e12, 0.0, 2.04e12, 300e9, 25e9),
+        Device("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9),
+        Device("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9),
+        Device("b200", 178.0 * GIB, 2250e12, 4500e12, 8.0e12, 900e9, 50e9),
+        Device("mi300x", 191.5 * GIB, 1307e12, 2615e12, 5.3e12, 448e9, 50e9),
     )
 }
 

@@ -16,8 +16,8 @@ import torch.nn as nn
 from torchtitan.components.model_fit import check_builders
 from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.elsewhere import without_machine
 from torchtitan.config.validate import validate
+from torchtitan.config.without_machine import without_machine
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols.model import layers_of
@@ -27,9 +27,9 @@ from .collectives import Collective
 from .devices import Device
 from .extrapolate import extrapolate
 from .inputs import Inputs
-from .layers import Repetition, layer_signatures
 from .memory import Memory
 from .records import PassTrace, StepTrace
+from .repetition import Repetition, layer_signatures
 from .roofline import Groups, Roofline, Traffic
 from .schedule import StageCost, Timeline, actions_of, play
 from .trace import (
@@ -161,63 +161,31 @@ def plan_run(
     validate(config, world_size)
     spec = get_train_spec(config.model.name, config.model.flavor)
     check_builders(spec, config)
-    _refuse_unplannable(config)
-    if device.float8_flops == 0 and any("quantize." in c for c in config.model.converters):
-        problem = f"{device.name} has no products of 8 bits"
-        fail(config, "model.converters", problem)
+    _refuse_unplannable(config, device)
     # Nothing can be traced through the compiler.
     compiled, config.compile.enable = config.compile.enable, False
     model_args = spec.model_args.update_from_config(config)
     dims = ParallelDims.from_config(config.parallelism, world_size)
-    pp = dims.pp
-    roofline = Roofline(device, host_size, compiled)
     traces = _trace_pipeline(config, world_size, dims, {} if known is None else known, inputs)
-    global_batch, accumulation = resolve_batch(config, dims.dp)
-
-    parallelism = config.parallelism
-    micro_batches = 1
-    if pp > 1:
-        micro_batches = (
-            config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
-        )
-    stages = [stages_at(config, rank) for rank in range(pp)]
-    costs: dict[int, StageCost] = {}
-    for rank, (trace, groups) in enumerate(traces):
-        for number, stage in zip(stages[rank], trace.stages, strict=True):
-            costs[number] = roofline.cost(stage, groups)
-    ordered = [costs[number] for number in sorted(costs)]
-    timeline = None
-    if pp > 1:
-        schedule = parallelism.pipeline_parallel_schedule
-        timeline = play(actions_of(schedule, stages, micro_batches), ordered)
-        seconds = timeline.seconds
-    else:
-        seconds = ordered[0].forward + ordered[0].backward
-    optimizer = max(roofline.seconds(trace.optimizer, groups) for trace, groups in traces)
-    step_seconds = accumulation * seconds + optimizer
-    if pp == 1:
-        step_seconds += ordered[0].finish
+    step = _Step(config, dims, Roofline(device, host_size, compiled), traces)
     nparams, flops = model_args.get_nparams_and_flops(config.training.seq_len)
     return Plan(
         config=given,
         device=device,
         dims=dims,
-        ranks=[
-            _rank_plan(
-                roofline, rank, stages[rank], trace, groups, micro_batches, accumulation, timeline
-            )
-            for rank, (trace, groups) in enumerate(traces)
-        ],
-        step_seconds=step_seconds,
-        tokens_per_step=global_batch * config.training.seq_len,
+        ranks=[step.rank_plan(rank) for rank in range(dims.pp)],
+        step_seconds=step.seconds,
+        tokens_per_step=step.global_batch * config.training.seq_len,
         flops_per_token=flops,
         nparams=nparams,
-        accumulation_steps=accumulation,
-        timeline=timeline,
+        accumulation_steps=step.accumulation,
+        timeline=step.timeline,
     )
 
 
-def _refuse_unplannable(config: JobConfig) -> None:
+def _refuse_unplannable(config: JobConfig, device: Device) -> None:
+    if device.float8_flops == 0 and any("quantize." in c for c in config.model.converters):
+        fail(config, "model.converters", f"{device.name} has no products of 8 bits")
     if config.training.enable_cpu_offload:
         fail(
             config,
@@ -294,9 +262,9 @@ def _trace_deep(
     dims = ParallelDims.from_config(config.parallelism, dist.get_world_size())
     groups = {name: dist.get_process_group_ranks(group) for name, group in dims.groups().items()}
     if not repetition.worth_extrapolating:
-        return trace_step(config, dims=dims, stages=[stage], inputs=inputs), groups
+        return trace_step(config, dims=dims, stage=stage, inputs=inputs), groups
     few, more = (
-        trace_step(config, shallow, dims, stages=[stage], inputs=inputs) for shallow in (0, 1)
+        trace_step(config, shallow, dims, stage=stage, inputs=inputs) for shallow in (0, 1)
     )
     return extrapolate(few, more, repetition), groups
 
@@ -315,70 +283,94 @@ def _together(traces: list[StepTrace]) -> StepTrace:
     )
 
 
-def _rank_plan(
-    roofline: Roofline,
-    rank: int,
-    stages: list[int],
-    trace: StepTrace,
-    groups: Groups,
-    micro_batches: int,
-    accumulation: int,
-    timeline: Timeline | None,
-) -> RankPlan:
-    """Args: micro_batches: of one run through the pipeline."""
-    matrix = other = waiting = 0.0
-    collectives: Counter[Collective] = Counter()
-    passes = [(trace.optimizer, 1)]
-    for stage in trace.stages:
-        passes += [(part, micro_batches * accumulation) for part in (stage.forward, stage.backward)]
-        passes += [(part, accumulation if timeline else 1) for part in (stage.start, stage.finish)]
-        if timeline and stage.hidden_out:
-            sent = Collective("send", "pp", 2, int(stage.hidden_out))
-            collectives[sent] += micro_batches * accumulation
-        if timeline and stage.hidden_in:
-            sent = Collective("send", "pp", 2, int(stage.hidden_in))
-            collectives[sent] += micro_batches * accumulation
-    for part, times in passes:
-        seconds = roofline.compute(part)
-        matrix += times * seconds[0]
-        other += times * seconds[1]
-        waiting += times * (roofline.seconds(part, groups) - sum(seconds))
-        for collective, calls in part.collectives.items():
-            collectives[collective] += times * calls
-    return RankPlan(
-        pp_rank=rank,
-        stages=stages,
-        memory=max(_moments(rank, trace, micro_batches, timeline), key=lambda m: m.total),
-        compute_seconds=matrix,
-        other_seconds=other,
-        waiting_seconds=waiting,
-        traffic=roofline.traffic(collectives, groups),
-    )
+class _Step:
+    """A step of all ranks of the pipeline, played: its time, and what each of them needs."""
 
+    def __init__(
+        self,
+        config: JobConfig,
+        dims: ParallelDims,
+        roofline: Roofline,
+        traces: list[tuple[StepTrace, Groups]],
+    ) -> None:
+        self._roofline, self._traces = roofline, traces
+        self._stages = [stages_at(config, rank) for rank in range(dims.pp)]
+        self.global_batch, self.accumulation = resolve_batch(config, dims.dp)
+        self._micro_batches = 1  # of one run through the pipeline
+        self.timeline: Timeline | None = None
+        costs = self._costs()
+        if dims.pp > 1:
+            size = config.parallelism.pipeline_parallel_microbatch_size
+            self._micro_batches = config.training.local_batch_size // size
+            schedule = config.parallelism.pipeline_parallel_schedule
+            self.timeline = play(actions_of(schedule, self._stages, self._micro_batches), costs)
+            seconds = self.accumulation * self.timeline.seconds
+        else:
+            (whole,) = costs
+            seconds = self.accumulation * (whole.forward + whole.backward) + whole.finish
+        self.seconds = seconds + max(roofline.seconds(t.optimizer, groups) for t, groups in traces)
 
-def _moments(
-    rank: int, trace: StepTrace, micro_batches: int, timeline: Timeline | None
-) -> list[Memory]:
-    """The fullest moments of the parts of a step, of all stages of a rank."""
-    stages = trace.stages
-    state = Memory(
-        parameters=sum(stage.parameters for stage in stages),
-        optimizer_state=sum(stage.optimizer_state for stage in stages),
-    )
-    # Buffers for all micro-batches: inputs, their gradients, and gradients of outputs.
-    buffers = sum(2 * stage.hidden_in + stage.hidden_out for stage in stages)
-    pipeline = Memory(pipeline_buffers=micro_batches * buffers if timeline else 0)
-    gradients = Memory(gradients=sum(stage.gradients for stage in stages))
-    optimizer = state + pipeline + gradients + Memory(temporary=trace.optimizer_temporary)
-    if timeline is None:
-        return [*(state + moment for moment in stages[0].moments), optimizer]
-    working = Memory(activations=timeline.held[rank])
-    moments = [optimizer]
-    # Stages hold their whole parameters and gradients until the end; one at a time computes.
-    kept = sum((replace(s.moments[0], temporary=0) for s in stages), state + pipeline)
-    for stage in stages:
-        moments.append(kept + working + Memory(temporary=stage.moments[0].temporary))
-        for reducing in stage.moments[1:]:
-            more = Memory(gradients=reducing.gradients, temporary=reducing.temporary)
-            moments.append(kept + more)
-    return moments
+    def _costs(self) -> list[StageCost]:
+        """Of all stages, in their order."""
+        costs = {}
+        for numbers, (trace, groups) in zip(self._stages, self._traces, strict=True):
+            for number, stage in zip(numbers, trace.stages, strict=True):
+                costs[number] = self._roofline.cost(stage, groups)
+        return [costs[number] for number in sorted(costs)]
+
+    def rank_plan(self, rank: int) -> RankPlan:
+        trace, groups = self._traces[rank]
+        each = self._micro_batches * self.accumulation
+        matrix = other = waiting = 0.0
+        collectives: Counter[Collective] = Counter()
+        passes = [(trace.optimizer, 1)]
+        for stage in trace.stages:
+            passes += [(part, each) for part in (stage.forward, stage.backward)]
+            runs = self.accumulation if self.timeline else 1
+            passes += [(part, runs) for part in (stage.start, stage.finish)]
+            for size in (stage.hidden_out, stage.hidden_in) if self.timeline else ():
+                if size:
+                    collectives[Collective("send", "pp", 2, int(size))] += each
+        for part, times in passes:
+            seconds = self._roofline.compute(part)
+            matrix += times * seconds[0]
+            other += times * seconds[1]
+            waiting += times * (self._roofline.seconds(part, groups) - sum(seconds))
+            for collective, calls in part.collectives.items():
+                collectives[collective] += times * calls
+        return RankPlan(
+            pp_rank=rank,
+            stages=self._stages[rank],
+            memory=max(self._moments(rank), key=lambda m: m.total),
+            compute_seconds=matrix,
+            other_seconds=other,
+            waiting_seconds=waiting,
+            traffic=self._roofline.traffic(collectives, groups),
+        )
+
+    def _moments(self, rank: int) -> list[Memory]:
+        """The fullest moments of the parts of a step, of all stages of a rank."""
+        trace = self._traces[rank][0]
+        stages = trace.stages
+        state = Memory(
+            parameters=sum(stage.parameters for stage in stages),
+            optimizer_state=sum(stage.optimizer_state for stage in stages),
+        )
+        gradients = Memory(gradients=sum(stage.gradients for stage in stages))
+        temporary = Memory(temporary=trace.optimizer_temporary)
+        if self.timeline is None:
+            optimizer = state + gradients + temporary
+            return [*(state + moment for moment in stages[0].moments), optimizer]
+        # Buffers for all micro-batches: inputs, their gradients, and gradients of outputs.
+        buffers = sum(2 * stage.hidden_in + stage.hidden_out for stage in stages)
+        state += Memory(pipeline_buffers=self._micro_batches * buffers)
+        moments = [state + gradients + temporary]
+        # Stages hold their whole parameters and gradients until the end; one at a time computes.
+        kept = sum((replace(s.moments[0], temporary=0) for s in stages), state)
+        working = Memory(activations=self.timeline.held[rank])
+        for stage in stages:
+            moments.append(kept + working + Memory(temporary=stage.moments[0].temporary))
+            for reducing in stage.moments[1:]:
+                more = Memory(gradients=reducing.gradients, temporary=reducing.temporary)
+                moments.append(kept + more)
+        return moments

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import astuple, fields
 from typing import Any
 
-from .layers import Repetition
 from .memory import Memory
 from .records import PassTrace, StageTrace, StepTrace
+from .repetition import Repetition
 
 
 def extrapolate(few: StepTrace, more: StepTrace, repetition: Repetition) -> StepTrace:

@@ -13,7 +13,7 @@ from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
 from torchtitan.distributed.utils import local_tensor
 
 from .inputs import Inputs
-from .layers import keep_layers
+from .repetition import keep_layers
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from torchtitan.distributed.ring_attention import sees_rings
 
-from .masks import computed_share
+from .cuda_attention import computed_share
 from .memory import pausing_for_shapes
 
 

@@ -7,6 +7,7 @@ from html import escape
 from torchtitan.tools.html import page as html_page
 from torchtitan.tools.html import table
 
+from .devices import GIB
 from .estimate import Plan
 from .report import CATEGORIES, Budget, headline, memory_rows, summary, traffic_rows
 from .schedule import BACKWARD, FORWARD, INPUT, REDUCE, WEIGHT, Timeline
@@ -29,7 +30,6 @@ ACTIONS = {
     REDUCE: ("reduction of gradients", "#ff725c"),
 }
 WIDTH, ROW, LEFT = 1000, 26, 90
-_GIB = 2**30
 _MOST_SPANS = 20_000  # a browser is slow with more
 _STYLE = """
 .key span { display: inline-block; width: 1em; height: 1em; margin: 0 .4em 0 1em;
@@ -65,13 +65,13 @@ def _memory(plan: Plan) -> str:
         parts.append(_text(0, top + 17, f"rank {rank.pp_rank}"))
         for name, color in COLORS.items():
             size = getattr(rank.memory, name)
-            title = f"{CATEGORIES[name]}: {size / _GIB:.2f} GiB"
+            title = f"{CATEGORIES[name]}: {size / GIB:.2f} GiB"
             parts.append(_bar(left, top, size * scale, color, title))
             left += size * scale
     height, limit = len(plan.ranks) * ROW, LEFT + plan.available * scale
     parts.append(
         f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="{height}" stroke="#d00" '
-        f'stroke-width="2"><title>{plan.available / _GIB:.1f} GiB</title></line>'
+        f'stroke-width="2"><title>{plan.available / GIB:.1f} GiB</title></line>'
     )
     return _svg(height, parts)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.errors import ConfigError
 
+from .devices import GIB
 from .estimate import Plan
 from .page import ACTIONS, COLORS
 from .report import CATEGORIES, headline
@@ -16,7 +17,6 @@ from .schedule import Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_GIB = 2**30
 _MOST_ROWS = 64  # more cannot be told apart
 
 
@@ -49,11 +49,11 @@ def _draw_memory(axes: Axes, plan: Plan, rows: int) -> None:
     """A bar for each pipeline rank, in GiB, and a line where the device is full."""
     left = [0.0] * rows
     for name, color in COLORS.items():
-        sizes = [getattr(rank.memory, name) / _GIB for rank in plan.ranks[:rows]]
+        sizes = [getattr(rank.memory, name) / GIB for rank in plan.ranks[:rows]]
         if max(sizes) > 0:
             axes.barh(range(rows), sizes, left=left, color=color, label=CATEGORIES[name])
         left = [start + size for start, size in zip(left, sizes, strict=True)]
-    available = plan.available / _GIB
+    available = plan.available / GIB
     axes.axvline(available, color="#d00", label=f"the device's, {available:.1f} GiB")
     axes.set_xlabel("GiB of a rank at its peak")
     _finish(axes, rows)

@@ -1,9 +1,10 @@
-"""A plan as tables for the terminal, and as JSON."""
+"""A plan, or what a search found, as tables for the terminal; a plan as JSON."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ from rich.table import Table
 
 from torchtitan.tools.text import duration, human, three_digits
 
+from .devices import GIB
 from .estimate import Plan, RankPlan
+from .search import Found
 
 CATEGORIES = {
     "parameters": "parameters",
@@ -26,7 +29,9 @@ CATEGORIES = {
     "temporary": "temporary",
 }
 """Field of `Memory` -> heading."""
-_GIB = 2**30
+_SEARCH_HEADER = ["layout", "checkpointing", "micro-batch", "schedule", "step s", "tokens/s"]
+_SEARCH_HEADER += ["MFU", "peak GiB", ""]
+_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,30 @@ class Budget:
 
 def show(plan: Plan, budget: Budget | None = None) -> None:
     """Print to stdout."""
-    # A pipe has no width of its own; in a log, cut columns would be worse than long lines.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = _console()
     console.print(headline(plan), soft_wrap=True)
     console.print(_table("memory of a rank at its peak, GiB", *memory_rows(plan)))
-    console.print(_table("what a rank sends in a step", *traffic_rows(plan), left=4))
+    console.print(_table("what a rank sends in a step", *traffic_rows(plan), words=range(4)))
     for line in summary(plan, budget):
         console.print(line, soft_wrap=True)
+
+
+def show_found(found: Found) -> None:
+    """Print to stdout."""
+    console = _console()
+    console.print(
+        f"{found.considered:,} layouts considered, {len(found.traced)} traced, "
+        f"{len(found.fitting)} of them fit"
+        + ("" if found.finished else "; stopped by --seconds, a longer search may find better")
+        + "; by arithmetic none does, and this is the smallest" * found.hopeless,
+        soft_wrap=True,
+    )
+    console.print(_table(None, _SEARCH_HEADER, search_rows(found), words=(0, 1, 2, 3, 8)))
+
+
+def _console() -> Console:
+    # A pipe has no width of its own; in a log, cut columns would be worse than long lines.
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
 def headline(plan: Plan) -> str:
@@ -80,8 +102,8 @@ def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
     for ranks in _alike(plan.ranks):
         rank = ranks[0]
         cells = [_run_of([r.pp_rank for r in ranks]), _stages(ranks)] if pipeline else []
-        cells += [f"{getattr(rank.memory, name) / _GIB:.2f}" for name in used]
-        cells += [f"{rank.peak / _GIB:.2f}", f"{plan.available / _GIB:.2f}", _verdict(plan, rank)]
+        cells += [f"{getattr(rank.memory, name) / GIB:.2f}" for name in used]
+        cells += [f"{rank.peak / GIB:.2f}", f"{plan.available / GIB:.2f}", _verdict(plan, rank)]
         rows.append(cells)
     return header, rows
 
@@ -103,6 +125,28 @@ def traffic_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
         for t in sorted(rank.traffic, key=lambda t: -t.seconds)
     ]
     return header, rows
+
+
+def search_rows(found: Found) -> list[list[str]]:
+    """The fastest that fit, and all of the Pareto front; if none fits, the smallest."""
+    front = {id(plan) for _, plan in found.pareto}
+    shown = [
+        pair for i, pair in enumerate(found.fitting) if i < _SHOWN or id(pair[1]) in front
+    ] or sorted(found.traced, key=lambda pair: pair[1].peak)[:1]
+    return [
+        [
+            str(candidate),
+            candidate.ac,
+            str(candidate.micro_batch),
+            candidate.schedule,
+            three_digits(plan.step_seconds),
+            f"{plan.tokens_per_second:,.0f}",
+            f"{100 * plan.mfu:.1f}%",
+            f"{plan.peak / GIB:.1f}",
+            "Pareto" if id(plan) in front else "" if plan.room >= 0 else "does not fit",
+        ]
+        for candidate, plan in shown
+    ]
 
 
 def summary(plan: Plan, budget: Budget | None) -> list[str]:
@@ -127,9 +171,9 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
         f"bound by {plan.bound}",
     ]
     if plan.room >= 0:
-        lines.append(f"it fits, with {plan.room / _GIB:.1f} GiB left on the fullest rank")
+        lines.append(f"it fits, with {plan.room / GIB:.1f} GiB left on the fullest rank")
     else:
-        lines.append(f"it does NOT fit: {-plan.room / _GIB:.1f} GiB too much on the fullest rank")
+        lines.append(f"it does NOT fit: {-plan.room / GIB:.1f} GiB too much on the fullest rank")
     if budget:
         cost = "" if budget.cost is None else f", {budget.cost:,.0f} at that price"
         lines.append(
@@ -184,15 +228,17 @@ def _stages(ranks: list[RankPlan]) -> str:
 
 
 def _verdict(plan: Plan, rank: RankPlan) -> str:
-    room = (plan.available - rank.peak) / _GIB
+    room = (plan.available - rank.peak) / GIB
     return f"fits, {room:.1f} left" if room >= 0 else f"{-room:.1f} too much"
 
 
-def _table(title: str, header: list[str], rows: list[list[str]], left: int = 0) -> Table:
-    """`left`: columns that hold words."""
+def _table(
+    title: str | None, header: list[str], rows: list[list[str]], words: Collection[int] = ()
+) -> Table:
+    """`words`: columns that hold words, not numbers."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column, heading in enumerate(header):
-        table.add_column(heading, justify="left" if column < left else "right")
+        table.add_column(heading, justify="left" if column in words else "right")
     for row in rows:
         table.add_row(*row, style="red" if row[-1].endswith("too much") else "")
     return table

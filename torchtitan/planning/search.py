@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from torchtitan.config import JobConfig, fail, origin
 from torchtitan.errors import ConfigError
@@ -25,8 +20,6 @@ _MEMORY_MARGIN = 1.15
 _TIME_MARGIN = 1.1
 """How far above the traces the arithmetic may be: candidates beyond are not traced. Seen: it is 1%
 above them to 14% below in time, 14% above to 22% below in memory (Llama 3 70B on 256)."""
-_SHOWN = 12
-_GIB = 2**30
 
 
 @dataclass
@@ -79,19 +72,7 @@ def search(
         ConfigError: the job names no global batch or has replica groups, or no layout of so many
             devices can be.
     """
-    if config.training.global_batch_size == -1:
-        fail(
-            config,
-            "training.global_batch_size",
-            "a search needs it, as layouts are compared at the same batch: --global-batch-size N",
-        )
-    if config.fault_tolerance.enable:
-        fail(
-            config,
-            "fault_tolerance.enable",
-            "a search is for one replica group. Set it to false, and give the devices and the "
-            "share of the batch that a group has",
-        )
+    _check(config)
     end = time.monotonic() + seconds
     tell("tracing one layer under each checkpointing mode")
     every = list(candidates(config, world_size, host_size))
@@ -106,39 +87,58 @@ def search(
         possible = [c for c in every if arithmetic.memory(c) <= most]
         return sorted(possible, key=lambda c: (arithmetic.seconds(c), c.cp, c.tp))
 
-    most = _MEMORY_MARGIN * available
-    queue = by_time(most)
-    # If none can fit, the smallest shows by how much.
-    only_smallest = not queue
-    queue = queue or sorted(every, key=arithmetic.memory)
     found = Found(considered=len(every))
     known: Traces = {}
-    refused: ConfigError | None = None
-    while queue:
-        candidate, best = queue.pop(0), found.best
-        if best and arithmetic.seconds(candidate) > _TIME_MARGIN * best.step_seconds:
-            break
-        if time.monotonic() > end and found.traced:
-            found.finished = False
-            break
+    refused: list[ConfigError] = []
+
+    def trace(candidate: Candidate) -> Plan | None:
         tell(_state(found, candidate))
         try:
             job = candidate.config(config)
             plan = plan_run(job, world_size, device, host_size, known, inputs)
         except ConfigError as error:  # a rule of this model, such as the number of heads
-            refused = refused or error
-            continue
+            refused.append(error)
+            return None
         found.traced.append((candidate, plan))
-        if only_smallest and plan.room < 0:
-            found.hopeless = True
+        return plan
+
+    most = _MEMORY_MARGIN * available
+    queue = by_time(most)
+    if not queue:  # the smallest that can be shows by how much the arithmetic is too high
+        for candidate in sorted(every, key=arithmetic.memory):
+            if plan := trace(candidate):
+                found.hopeless = plan.room < 0
+                if not found.hopeless:
+                    queue = by_time(most * arithmetic.memory(candidate) / plan.peak)
+                    queue.remove(candidate)
+                break
+    for candidate in queue:
+        best = found.best
+        if best and arithmetic.seconds(candidate) > _TIME_MARGIN * best.step_seconds:
             break
-        if only_smallest:  # it fits, so the arithmetic is too high by at least this much
-            queue = by_time(most * arithmetic.memory(candidate) / plan.peak)
-            queue.remove(candidate)
-            only_smallest = False
-    if not found.traced and refused is not None:
-        raise refused
+        if time.monotonic() > end and found.traced:
+            found.finished = False
+            break
+        trace(candidate)
+    if refused and not found.traced:
+        raise refused[0]
     return found
+
+
+def _check(config: JobConfig) -> None:
+    if config.training.global_batch_size == -1:
+        fail(
+            config,
+            "training.global_batch_size",
+            "a search needs it, as layouts are compared at the same batch: --global-batch-size N",
+        )
+    if config.fault_tolerance.enable:
+        fail(
+            config,
+            "fault_tolerance.enable",
+            "a search is for one replica group. Set it to false, and give the devices and the "
+            "share of the batch that a group has",
+        )
 
 
 def _state(found: Found, candidate: Candidate) -> str:
@@ -159,47 +159,3 @@ def _no_layout(config: JobConfig, world_size: int) -> str:
         f"whole number of sequences a data rank. Use a multiple of {world_size}, or of a divisor "
         f"of it that leaves the rest to tensor, context or pipeline parallelism (now {batch})"
     )
-
-
-HEADER = ["layout", "checkpointing", "micro-batch", "schedule", "step s", "tokens/s", "MFU"]
-HEADER += ["peak GiB", ""]
-
-
-def rows(found: Found) -> list[list[str]]:
-    """The fastest that fit, and all of the Pareto front; if none fits, the smallest."""
-    front = {id(plan) for _, plan in found.pareto}
-    shown = [
-        pair for i, pair in enumerate(found.fitting) if i < _SHOWN or id(pair[1]) in front
-    ] or sorted(found.traced, key=lambda pair: pair[1].peak)[:1]
-    return [
-        [
-            str(candidate),
-            candidate.ac,
-            str(candidate.micro_batch),
-            candidate.schedule,
-            three_digits(plan.step_seconds),
-            f"{plan.tokens_per_second:,.0f}",
-            f"{100 * plan.mfu:.1f}%",
-            f"{plan.peak / _GIB:.1f}",
-            "Pareto" if id(plan) in front else "" if plan.room >= 0 else "does not fit",
-        ]
-        for candidate, plan in shown
-    ]
-
-
-def show_found(found: Found) -> None:
-    """Print to stdout."""
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(
-        f"{found.considered:,} layouts considered, {len(found.traced)} traced, "
-        f"{len(found.fitting)} of them fit"
-        + ("" if found.finished else "; stopped by --seconds, a longer search may find better")
-        + "; by arithmetic none does, and this is the smallest" * found.hopeless,
-        soft_wrap=True,
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, heading in enumerate(HEADER):
-        table.add_column(heading, justify="right" if 4 <= column < 8 else "left")
-    for row in rows(found):
-        table.add_row(*row)
-    console.print(table)

@@ -36,31 +36,16 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 
-def trace_stage(
-    part: nn.Module,
-    stage: int,
-    job_config: JobConfig,
-    dims: ParallelDims,
-    loss_fn: Loss,
-    memory: PeakMemory,
-    recorder: CollectiveRecorder,
-    inputs: Inputs,
-    handed: tuple[torch.Tensor, ...] | None = None,
-) -> StageTrace:
-    """Trace stage `stage` of the pipeline, 0 without one; its gradients are left in place.
+class StageTracer:
+    """Traces stage `stage` of the pipeline, 0 without one; its gradients are left in place.
 
     Within `memory` and `recorder`, which must know the parameters and the optimizer's state.
 
     Args:
         inputs: what a batch is.
-        handed: like what a stage gets from the one before; by default hidden states.
+        handed: like what a stage gets from the one before; None: hidden states.
     """
-    tracer = _StageTracer(part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed)
-    tracer.trace_pipeline() if dims.pp_enabled else tracer.trace_whole()
-    return tracer.trace
 
-
-class _StageTracer:
     def __init__(
         self,
         part: nn.Module,
@@ -83,13 +68,17 @@ class _StageTracer:
         self._inputs = step_inputs(part, dims, job_config, self._batch)
         self._fsdp = fsdp_modules(part)
         self._autocast = mixed_precision(bool(self._fsdp), job_config, torch.device("cpu"))
-        self.trace = StageTrace(
+        self._trace = StageTrace(
             parameters=sum(_local_bytes(t) for t in (*part.parameters(), *part.buffers()))
         )
 
-    def trace_whole(self) -> None:
+    def run(self) -> StageTrace:
+        self._trace_pipeline() if self._dims.pp_enabled else self._trace_whole()
+        return self._trace
+
+    def _trace_whole(self) -> None:
         """F B, or under gradient accumulation F B F B, where the last differs."""
-        trace, memory = self.trace, self._memory
+        trace, memory = self._trace, self._memory
         base = memory.live()
         _, accumulation = resolve_batch(self._config, self._dims.dp)
         if accumulation > 1:
@@ -119,25 +108,26 @@ class _StageTracer:
             )
         else:
             trace.forward, trace.backward = last
+
+        def purpose(number: int) -> str:
+            if number in memory.resized:
+                return "whole_parameters"
+            if number in gradients:
+                return "gradients"
+            return "activations" if number in kept else "temporary"
+
         for sizes in peaks:
             shares: Counter[str] = Counter()
-            for number, size in sizes.items():
-                if number in base:
-                    continue
-                if number in memory.resized:
-                    shares["whole_parameters"] += size
-                elif number in gradients:
-                    shares["gradients"] += size
-                else:
-                    shares["activations" if number in kept else "temporary"] += size
+            for number in sizes.keys() - base.keys():
+                shares[purpose(number)] += sizes[number]
             trace.moments.append(Memory(**shares))
 
-    def trace_pipeline(self) -> None:
+    def _trace_pipeline(self) -> None:
         """F0 F1 B0 B1; `PipelineStage` postpones the reduction of gradients to the end.
 
         F1 is like each forward pass but the first, which may gather parameters; so is B1.
         """
-        trace, memory = self.trace, self._memory
+        trace, memory = self._trace, self._memory
         base = memory.current
         first = PassTrace()
         with self._autocast:  # the casts of weights serve all micro-batches
@@ -196,7 +186,7 @@ class _StageTracer:
         """Args: end_of_phase: called around the last layer, and when the backward pass comes to a
         layer.
         """
-        part, trace = self._part, self.trace
+        part, trace = self._part, self._trace
         entry = (self._tokens,) if self._is_first else self._hidden_states()
         trace.hidden_in = sum(_local_bytes(tensor) for tensor in entry if tensor.requires_grad)
         handles = []

@@ -37,13 +37,13 @@ from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import CollectiveRecorder
+from .cuda_attention import attention_of_cuda
 from .handing_on import handed_on, hands_on_more
 from .inputs import TOKEN_IDS, Inputs
-from .layers import Repetition, keep_layers
-from .masks import attention_of_cuda
 from .memory import PeakMemory
 from .records import StepTrace
-from .stage import recording, trace_stage
+from .repetition import Repetition, keep_layers
+from .stage import StageTracer, recording
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -53,18 +53,18 @@ def trace_step(
     job_config: JobConfig,
     shallow: int | None = None,
     dims: ParallelDims | None = None,
-    stages: list[int] | None = None,
+    stage: int | None = None,
     inputs: Inputs = TOKEN_IDS,
 ) -> StepTrace:
     """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
-    The stages that a rank has of a pipeline run one after the other.
+    Of a pipeline it is the step of a rank that has one stage.
 
     Args:
         shallow: 0 or 1, for the first or second trace from which stages that are
             `worth_extrapolating` are extrapolated: leave out the other layers.
         dims: of the job, if there are meshes already.
-        stages: of the pipeline, as if this rank had them. Default: those that it has.
+        stage: of the pipeline, as if this rank had it. Default: the first that it has.
         inputs: what a batch is.
 
     Raises:
@@ -74,41 +74,36 @@ def trace_step(
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
-    if stages is None:
-        stages = _own_stages(job_config, dims)
-    parts = _parallel_parts(job_config, dims, shallow, stages, inputs)
-    for part in parts:
-        sum_gradients(part)
+    if stage is None:
+        stage = _own_stages(job_config, dims)[0]
+    (part,) = _parallel_parts(job_config, dims, shallow, [stage], inputs)
+    sum_gradients(part)
     first: list[nn.Module] = []
-    if any(stages) and (inputs.own or hands_on_more(_first_stage(job_config), job_config, inputs)):
+    if stage and (inputs.own or hands_on_more(_first_stage(job_config), job_config, inputs)):
         first = _parallel_parts(job_config, dims, 0, [0], inputs)
 
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with _refusing_values(job_config), fake, attention_of_cuda(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for part in [*parts, *first]:
-            part.to_empty(device="cpu")
+        for module in [part, *first]:
+            module.to_empty(device="cpu")
         handed = handed_on(first[0], job_config, dims, inputs) if first else None
         loss_fn = spec.build_loss_fn(job_config)
-        attach_loss(loss_fn, parts)
-        optimizers = spec.build_optimizer_fn(parts, job_config, dims)
-        for part in parts:
-            memory.add(*part.parameters(), *part.buffers())
-        gradients, state = _make_optimizer_state(parts, optimizers, memory)
-        numels = [sum(_local_numel(param) for param in part.parameters()) for part in parts]
-        step = StepTrace(parameters=sum(numels))
+        attach_loss(loss_fn, [part])
+        optimizers = spec.build_optimizer_fn([part], job_config, dims)
+        params = list(part.parameters())
+        memory.add(*params, *part.buffers())
+        gradients, state = _make_optimizer_state(params, optimizers, memory)
+        step = StepTrace(parameters=sum(local_tensor(param).numel() for param in params))
         with memory, recorder:
-            for part, stage, numel in zip(parts, stages, numels, strict=True):
-                trace = trace_stage(
-                    part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed
-                )
-                share = numel / max(sum(numels), 1)
-                trace.gradients, trace.optimizer_state = gradients * share, state * share
-                step.stages.append(trace)
+            trace = StageTracer(
+                part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed
+            ).run()
+            trace.gradients, trace.optimizer_state = gradients, state
+            step.stages.append(trace)
             held = memory.current
             memory.reset_peak()
-            params = [param for part in parts for param in part.parameters()]
             pp_mesh = dims.world_mesh["pp"] if dims.pp_enabled else None
             with recording(recorder, step.optimizer):
                 clip_grad_norm(params, job_config.training.max_norm, pp_mesh)
@@ -118,7 +113,7 @@ def trace_step(
     return step
 
 
-def check_layout(job_config: JobConfig, world_size: int) -> None:
+def try_layout(job_config: JobConfig, world_size: int) -> None:
     """Make the model of a job that passed the other checks, and parallelise it on the meta device.
 
     Raises:
@@ -223,21 +218,16 @@ def repetition_of(part: nn.Module, job_config: JobConfig, inputs: Inputs = TOKEN
 
 
 def _make_optimizer_state(
-    parts: list[nn.Module], optimizers: Any, memory: PeakMemory
+    params: list[nn.Parameter], optimizers: Any, memory: PeakMemory
 ) -> tuple[int, int]:
     """Run a first step. Returns bytes of gradients, and of the state that the optimizer makes."""
     held = memory.current
     with memory:
-        for part in parts:
-            for param in part.parameters():
-                if param.requires_grad:
-                    param.grad = torch.zeros_like(param)
+        for param in params:
+            if param.requires_grad:
+                param.grad = torch.zeros_like(param)
         gradients = memory.current - held
         optimizers.step()
         state = memory.current - held - gradients
         optimizers.zero_grad()
     return gradients, state
-
-
-def _local_numel(param: nn.Parameter) -> int:
-    return (local_tensor(param)).numel()

@@ -38,7 +38,7 @@ def check_profiling(job_config: JobConfig) -> None:
 class Profiler:
     """Call `step(N)` after training step N."""
 
-    def __init__(self, recorders: list[TraceRecorder | MemoryRecorder]) -> None:
+    def __init__(self, recorders: list[_Recorder]) -> None:
         self._recorders = recorders
 
     def step(self, step: int) -> None:
@@ -55,29 +55,30 @@ def maybe_profile(job_config: JobConfig, rank: int, start_step: int) -> Iterator
     """
     check_profiling(job_config)
     config = job_config.profiling
-    kinds: list[type[TraceRecorder] | type[MemoryRecorder]] = []
-    if config.enable_profiling:
-        kinds.append(TraceRecorder)
-    if config.enable_memory_snapshot:
-        kinds.append(MemoryRecorder)
-    folder = Path(job_config.job.dump_folder) / "profile"
+    where = Path(job_config.job.dump_folder, "profile"), config.profile_freq, rank, start_step
     with ExitStack() as stack:
-        recorders: list[TraceRecorder | MemoryRecorder] = [
-            kind(folder, config.profile_freq, rank, start_step) for kind in kinds
-        ]
-        for recorder in recorders:
-            stack.enter_context(recorder)
+        recorders: list[_Recorder] = []
+        if config.enable_profiling:
+            recorders.append(stack.enter_context(TraceRecorder(*where)))
+        if config.enable_memory_snapshot:
+            recorders.append(stack.enter_context(MemoryRecorder(*where)))
         yield Profiler(recorders)
 
 
-class TraceRecorder:
+class _Recorder:
+    def __init__(self, folder: Path, freq: int, rank: int, start_step: int) -> None:
+        self._folder, self._freq, self._rank = folder, freq, rank
+        self._finished_step = start_step
+
+    def step(self, step: int) -> None:
+        self._finished_step = step
+
+
+class TraceRecorder(_Recorder):
     """Writes step-N/rank-R.json.gz (Chrome trace format) for each step N divisible by `freq`."""
 
     def __init__(self, folder: Path, freq: int, rank: int, start_step: int) -> None:
-        self._folder = folder
-        self._freq = freq
-        self._rank = rank
-        self._finished_step = start_step
+        super().__init__(folder, freq, rank, start_step)
         self._closing = False
         activities = [ProfilerActivity.CPU]
         if device_type() == "cuda":
@@ -98,7 +99,7 @@ class TraceRecorder:
         self._profile.stop()
 
     def step(self, step: int) -> None:
-        self._finished_step = step
+        super().step(step)
         with warnings.catch_warnings():
             # Each trace is of one step alone, and torch warns that it is.
             warnings.filterwarnings("ignore", message=".*Profiler clears events")
@@ -119,18 +120,12 @@ class TraceRecorder:
         _try_to_write(what, path, trace.export_chrome_trace)
 
 
-class MemoryRecorder:
+class MemoryRecorder(_Recorder):
     """Writes step-N/memory-rank-R.pickle after each step N divisible by `freq`.
 
     If memory runs out, it writes step-N/out-of-memory-rank-R.pickle of the step that failed. Both
     open at https://pytorch.org/memory_viz.
     """
-
-    def __init__(self, folder: Path, freq: int, rank: int, start_step: int) -> None:
-        self._folder = folder
-        self._freq = freq
-        self._rank = rank
-        self._finished_step = start_step
 
     def __enter__(self) -> MemoryRecorder:
         torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
@@ -144,7 +139,7 @@ class MemoryRecorder:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def step(self, step: int) -> None:
-        self._finished_step = step
+        super().step(step)
         if self._finished_step % self._freq == 0:
             self._write(self._finished_step, "memory")
 

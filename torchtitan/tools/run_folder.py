@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig, origin, to_toml
+from torchtitan.config.toml_file import format_value
 from torchtitan.errors import ConfigError, outage_or
 
 from .environment import ENVIRONMENT_FILE, environment
@@ -18,6 +19,8 @@ CONFIG_FILE = "config.resolved.toml"
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 
+_OF_ONE_RUN = ("job.config_file", "job.dump_folder", "job.description", "job.print_config")
+"""Keys that differ between any two runs, or are not kept with a run."""
 _OF_TRAINED_STEPS = ("loss", "max_loss", "grad_norm")
 
 
@@ -106,3 +109,15 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix + key
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
+
+
+def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Key -> its value in each `flatten`ed config, for the keys that are not the same in all."""
+    keys = dict.fromkeys(key for config in configs for key in config if key not in _OF_ONE_RUN)
+    values = {key: [shown(config.get(key)) for config in configs] for key in keys}
+    return {key: each for key, each in values.items() if len(set(each)) > 1}
+
+
+def shown(value: Any) -> str:
+    """The value of a key as in TOML."""
+    return "unset" if value is None else format_value(value)

@@ -336,8 +336,10 @@ def test_each_rank_of_tensor_parallel_routes_a_part_of_a_whole_sequence(config):
     validate(config, world_size=2)
     config.model.name, config.model.flavor = "qwen3", "debugmodel_moe"
     message = error_of(config, world_size=2)
-    assert message.startswith("training.seq_len = 101: must be a multiple of 2, since each rank")
-    assert message.endswith("Nearest: 100 or 102")
+    assert message == (
+        "training.seq_len = 101: must be a multiple of 2, since parallelism.tensor_parallel_degree "
+        "(2) routes a part of it to experts. Nearest: 100 or 102"
+    )
 
 
 @pytest.mark.parametrize("degree", ["tensor_parallel_degree", "context_parallel_degree"])

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.config import JobConfig, load_config
-from torchtitan.distributed.collectives import can_be_observed
+from torchtitan.distributed.collective_observer import can_be_observed
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
 

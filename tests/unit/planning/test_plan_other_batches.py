@@ -10,7 +10,7 @@ import tiny_own_batches as own
 from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
-from torchtitan.launching.check import check_job
+from torchtitan.launching.command import check_job
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.inputs import Inputs
@@ -47,7 +47,7 @@ def test_what_a_stage_hands_on_is_sent() -> None:
         with fake_world(4, rank=0):
             inputs = Inputs.of(config)
             first, second = (
-                trace_step(config, stages=[stage], inputs=inputs).stages[0] for stage in (0, 1)
+                trace_step(config, stage=stage, inputs=inputs).stages[0] for stage in (0, 1)
             )
         assert first.hidden_out == second.hidden_in
         sent[name] = first.hidden_out

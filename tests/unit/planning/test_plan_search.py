@@ -16,7 +16,8 @@ from torchtitan.planning.command import main
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.records import StepTrace
-from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, rows, search
+from torchtitan.planning.report import search_rows
+from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, search
 from torchtitan.planning.trace import trace_step
 
 
@@ -84,7 +85,7 @@ def test_what_cannot_fit_is_not_the_best() -> None:
     small = replace(DEVICES["h100"], memory=DEVICES["h100"].host_memory_reserved + 2**20)
     found = search(job("debugmodel", 4, 256), 2, small, seconds=1)
     assert found.best is None and found.traced and not found.fitting and not found.pareto
-    assert [row[-1] for row in rows(found)] == ["does not fit"]
+    assert [row[-1] for row in search_rows(found)] == ["does not fit"]
     assert found.hopeless and len(found.traced) == 1
 
 
@@ -157,11 +158,11 @@ def test_layouts_that_cannot_be_are_passed_over_also_where_none_fits() -> None:
 
 def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their numbers, the schedule and the number of micro-batches."""
-    traced: list[list[int]] = []
+    traced: list[int] = []
 
-    def counting(*args: Any, stages: list[int], **kwargs: Any) -> StepTrace:
-        traced.append(stages)
-        return trace_step(*args, stages=stages, **kwargs)
+    def counting(*args: Any, stage: int, **kwargs: Any) -> StepTrace:
+        traced.append(stage)
+        return trace_step(*args, stage=stage, **kwargs)
 
     monkeypatch.setattr("torchtitan.planning.estimate.trace_step", counting)
     degree = ["--parallelism.pipeline_parallel_degree=4"]
@@ -170,7 +171,7 @@ def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) 
     known: dict = {}
     plan = plan_run(config, 4, DEVICES["h100"], 8, known)
     # Of 8 stages the first (with the embedding), one with 4 and one with 5 layers, and the last.
-    assert traced == [[0], [4], [1], [7]] and len(plan.ranks) == 4
+    assert traced == [0, 4, 1, 7] and len(plan.ranks) == 4
     config.parallelism.pipeline_parallel_schedule = "LoopedBFS"
     config.training.local_batch_size = 16
     plan_run(config, 4, DEVICES["h100"], 8, known)

@@ -44,7 +44,7 @@ TOKENIZER_FILES = (
 )
 TRAINING_ONLY = frozenset({"attention", "aux_loss_weight", "bias_update_rate", "use_bias"})
 """Args that `config.json` knows nothing of."""
-_OF_EXTRA_LAYERS = frozenset({"mtp_layers"})
+_IGNORED = TRAINING_ONLY | {"mtp_layers"}  # extra layers, which Hugging Face leaves out
 _ROTARY = ("rope_", "yarn", "window_rope_theta", "temperature_")
 _OUTDATED = ("dtype", "transformers_version", "quantization_config", "_name_or_path")
 
@@ -145,7 +145,7 @@ def check_same_model(folder: Path, args: BaseModelArgs) -> None:
     saved = _read_args(folder, args)
     if saved is None:
         return
-    found = list(differences(saved, args, TRAINING_ONLY | _OF_EXTRA_LAYERS))
+    found = list(differences(saved, args, _IGNORED))
     rotary = [text for name, text in found if name.startswith(_ROTARY)]
     others = [text for name, text in found if not name.startswith(_ROTARY)]
     if others:
@@ -164,11 +164,10 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
     if config is None or not hasattr(args, "from_hf_config"):
         return config
     back = type(args).from_hf_config(config)
-    ignored = TRAINING_ONLY | _OF_EXTRA_LAYERS
     # A bias that is left out changes which experts are chosen; one more, which is zero, does not.
     lost = [
         text
-        for name, text in differences(back, args, ignored - {"use_bias"})
+        for name, text in differences(back, args, _IGNORED - {"use_bias"})
         if not (name.endswith("use_bias") and not attrgetter(name)(args))
     ]
     if lost:
@@ -238,9 +237,7 @@ def _config(
             saved = _read_args(folder, args)
         except CheckpointError:
             continue  # of another model
-        same = saved is not None and not any(
-            differences(saved, args, TRAINING_ONLY | _OF_EXTRA_LAYERS)
-        )
+        same = saved is not None and not any(differences(saved, args, _IGNORED))
         if same or (ours is None and path.is_file()):
             kept = json.loads(path.read_text(encoding="utf-8"))
             if "num_nextn_predict_layers" in kept:

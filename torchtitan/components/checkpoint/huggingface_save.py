@@ -60,6 +60,14 @@ class TensorPlan:
     parts: list[tuple[int, Box]]
     """Rank and the part that it sends; together the whole tensor, each element once."""
 
+    def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, Box, slice]]:
+        """Of each part that has some of the rows from `start` to `stop`: rank, part, which rows."""
+        for sender, box in self.parts:
+            begin, rows = box[0][0], box[1][0]
+            first, end = max(start, begin), min(stop, begin + rows)
+            if first < end:
+                yield sender, box, slice(first, end)
+
 
 @dataclass(frozen=True)
 class SavePlan:
@@ -188,33 +196,40 @@ def _write_tensors(
     plan: SavePlan, own: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
 ) -> None:
     """Raises the first rank's `OSError` on all ranks; what other ranks send is received still."""
-    rank = dist.get_rank()
-    error: OSError | None = None
+    rank, failed = dist.get_rank(), _FirstError()
     writers: dict[str, SafetensorsWriter] = {}
     last_of_file = {tensor.file: tensor.name for tensor in plan.tensors}
     for tensor in plan.tensors:
-        if tensor.writer == rank and tensor.file not in writers and error is None:
-            try:
+        if tensor.writer == rank and tensor.file not in writers and failed.error is None:
+            with failed:
                 path = folder / tensor.file
                 writers[tensor.file] = SafetensorsWriter(path, plan.files[tensor.file])
-            except OSError as caught:
-                error = caught
         for start, piece in _pieces(tensor, own.get(tensor.name), rank, group):
-            if error is None:
-                try:
+            if failed.error is None:
+                with failed:
                     writers[tensor.file].write(tensor.name, piece, start)
-                except OSError as caught:
-                    error = caught
         if tensor.name == last_of_file[tensor.file] and tensor.file in writers:
-            try:
+            with failed:
                 writers.pop(tensor.file).close()
-            except OSError as caught:
-                error = error or caught
     errors: list[OSError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error, group=group)
-    failed = next((e for e in errors if e is not None), None)
-    if failed is not None:
-        raise failed
+    dist.all_gather_object(errors, failed.error, group=group)
+    first = next((error for error in errors if error is not None), None)
+    if first is not None:
+        raise first
+
+
+class _FirstError:
+    """Goes on after an `OSError` within it, of which it keeps the first."""
+
+    error: OSError | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        self.error = self.error or error
+        return True
 
 
 def _pieces(
@@ -229,28 +244,26 @@ def _pieces(
         return
     dtype = tensor.spec.dtype
     for start, stop in tensor.spec.pieces(PIECE_BYTES):
-        piece: Any = None
-        if writing:
-            piece = torch.empty((stop - start, *tensor.spec.shape[1:]), dtype=dtype)
-        for sender, (offsets, sizes) in tensor.parts:
-            first, end = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
-            if first >= end or (rank != sender and not writing):
-                continue
-            target: Any = None
-            if writing:
-                columns = zip(offsets[1:], sizes[1:], strict=True)
-                inner = [slice(offset, offset + size) for offset, size in columns]
-                target = piece[(slice(first - start, end - start), *inner)]
+        piece = torch.empty((stop - start if writing else 0, *tensor.spec.shape[1:]), dtype=dtype)
+        for sender, box, rows in tensor.overlaps(start, stop):
             if rank == sender:
-                rows = own[first - offsets[0] : end - offsets[0]]
+                first = box[0][0]
+                part = own[rows.start - first : rows.stop - first]
                 if writing:
-                    target.copy_(rows)
+                    _place_in(piece, start, box, rows).copy_(part)
                 else:
-                    rows = rows.to("cpu", dtype).contiguous()
-                    dist.send(rows.reshape(-1).view(torch.uint8), tensor.writer, group=group)
-            else:
-                received = torch.empty((end - first, *sizes[1:]), dtype=dtype)
+                    part = part.to("cpu", dtype).contiguous()
+                    dist.send(part.reshape(-1).view(torch.uint8), tensor.writer, group=group)
+            elif writing:
+                target = _place_in(piece, start, box, rows)
+                received = torch.empty(target.shape, dtype=dtype)
                 dist.recv(received.reshape(-1).view(torch.uint8), sender, group=group)
                 target.copy_(received)
         if writing:
             yield start, piece
+
+
+def _place_in(piece: torch.Tensor, start: int, box: Box, rows: slice) -> torch.Tensor:
+    """Of the rows from `start` on of a tensor, those `rows`, with the columns that a box has."""
+    columns = [slice(at, at + size) for at, size in zip(*box, strict=True)][1:]
+    return piece[(slice(rows.start - start, rows.stop - start), *columns)]

@@ -30,6 +30,7 @@ from .manifest import MANIFEST, Manifest, nested_differences, plain_args
 from .reader import (
     CheckpointReader,
     SafetensorsReader,
+    files_of,
     read_metadata,
     read_safetensors_metadata,
     read_state,
@@ -285,7 +286,7 @@ def wanted_keys(
 
 def check_copies(path: Path, metadata: Metadata, adapter: BaseStateDictAdapter) -> None:
     """Raises `CheckpointError` if a tensor that the adapter leaves out is no copy of another."""
-    files = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
+    files = files_of(metadata)
     for copy, first in adapter.copies().items():
         if not {copy, first} <= files.keys():
             continue

@@ -109,7 +109,13 @@ class CheckpointReader(dcp.FileSystemReader):
             whole[tuple(slice(start, start + size) for start, size in place)] = part
         return whole
 
-    def _read_stored(self, path: StoragePath, info: _StorageInfo) -> torch.Tensor:
+    def read_plain(self, key: str) -> Any:
+        """A value that is no tensor. Raises as `parse_again`."""
+        info = self._metadata.storage_data[MetadataIndex(key)]
+        path = self.path / info.relative_path
+        return parse_again(path, partial(self._read_stored, path, info))
+
+    def _read_stored(self, path: StoragePath, info: _StorageInfo) -> Any:
         with path.open("rb") as file:
             return torch.load(self._slice_file(file, info), map_location="cpu", weights_only=True)
 
@@ -217,13 +223,18 @@ def read_state(
         raise CheckpointError(f"{reader.path} cannot be read: {first_line(error)}") from error
 
 
+def files_of(metadata: Metadata) -> dict[str, str]:
+    """Key -> the file that has it, or its last part."""
+    return {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
+
+
 def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[str, Any]) -> None:
     """Raises `CheckpointError` if the checkpoint lacks a key of `state`, or has other shapes."""
     saved: dict[str, Any] = metadata.state_dict_metadata
     missing = [key for key in state if key not in saved]
     if missing:
         raise CheckpointError(f"{folder} lacks {few(missing)}{_way_out(missing)}")
-    files = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
+    files = files_of(metadata)
     misfits = [
         f"{key} (saved {list(saved[key].size)} in {files[key]}, needed {list(value.shape)})"
         for key, value in state.items()

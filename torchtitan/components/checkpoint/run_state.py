@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from .data_place import begin_data, check_data, describe_data, saved_seq_len, warn_of_changed_data
+from .data_fit import check_data, saved_seq_len, warn_of_changed_data
 from .load import OpenCheckpoint, buffer_names, dtype_of_copy, model_state
 
 if TYPE_CHECKING:
@@ -116,9 +116,16 @@ class RunState:
             self._dataloader.load_state_dict({"rows": rows, "seq_len": seq_len})
 
     def describe_data(self) -> dict[str, Any]:
-        """For `Manifest.data`."""
-        return describe_data(self._dataloader)
+        """For `Manifest.data`: what the loader tells; empty where it tells nothing."""
+        tell = getattr(self._dataloader, "describe", None)
+        known = getattr(self._dataloader, "has_conversations", None)
+        return (tell() if tell else {}) | ({} if known is None else {"has_conversations": known})
 
     def begin_data(self, step: int) -> None:
-        """Read the data from their beginning, in a run that has done `step` steps."""
-        begin_data(self._dataloader, step)
+        """Read the data from their beginning, in a run that has done `step` steps.
+
+        A loader that needs to know that number is told.
+        """
+        tell = getattr(self._dataloader, "begin_at", None)
+        if tell:
+            tell(step)

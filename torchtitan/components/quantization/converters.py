@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("torchtitan")
 
-Capability = tuple[int, int]
-
 
 class _Converter:
     """What the converters share: the section of their options, and whether to emulate.
 
-    `key` is the section, `unit` what sizes must be multiples of.
+    `key` is the section, `unit` what sizes must be multiples of, `needed` the least of CUDA devices
+    that have these products; None if there is no kernel.
     """
 
     key: str
     unit = 16
+    needed: tuple[int, int] | None = None
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
         self.job_config, self.parallel_dims = job_config, parallel_dims
@@ -45,19 +45,15 @@ class _Converter:
             problem = "products of 8 bits give bfloat16, so training.mixed_precision_param must be "
             self.fail("emulate", f"{problem}'bfloat16', or this true")
 
-    def capability(self) -> Capability | None:
-        """The least of CUDA devices that have these products; None if there is no kernel."""
-        raise NotImplementedError
-
     def _must_emulate(self) -> bool:
         """On a CPU, where it is for trying things out. Other devices are refused."""
         if device_type() == "cpu":
             return True
-        needed, found = self.capability(), torch.cuda.get_device_capability()
-        if needed is None:
+        if self.needed is None:
             self.fail("emulate", "there is no kernel for these products yet. Set it to true")
-        if found < needed:
-            least, has = (".".join(map(str, version)) for version in (needed, found))
+        found = torch.cuda.get_device_capability()
+        if found < self.needed:
+            least, has = (".".join(map(str, version)) for version in (self.needed, found))
             problem = f"needs a device of compute capability {least}, and this one has {has}. "
             self.fail("emulate", problem + "Set it to true to try the numbers out")
         return False
@@ -142,14 +138,12 @@ class Float8LinearConverter(_LinearConverter):
 
     key = "quantize.linear.float8"
 
-    def capability(self) -> Capability | None:
-        return (8, 9) if self.options.recipe_name == "tensorwise" else (9, 0)
-
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
-        super().__init__(job_config, parallel_dims)
-        recipe = self.options.recipe_name
+        recipe = job_config.quantize.linear.float8.recipe_name
+        self.needed = (8, 9) if recipe == "tensorwise" else (9, 0)
         self.grouping = "tensor" if recipe == "tensorwise" else "row"
         self.quantize_weight_grad = recipe != "rowwise_with_gw_hp"
+        super().__init__(job_config, parallel_dims)
 
 
 class MXLinearConverter(_LinearConverter):
@@ -157,10 +151,8 @@ class MXLinearConverter(_LinearConverter):
 
     key = "quantize.linear.mx"
     unit = MX_BLOCK
+    needed = (10, 0)
     grouping = "block"
-
-    def capability(self) -> Capability | None:
-        return (10, 0)
 
 
 class _GroupedConverter(_Converter):
@@ -201,10 +193,8 @@ class Float8GroupedConverter(_GroupedConverter):
     """`quantize.grouped_mm.float8`."""
 
     key = "quantize.grouped_mm.float8"
+    needed = (9, 0)
     grouping = "row"
-
-    def capability(self) -> Capability | None:
-        return (9, 0)
 
 
 class MXGroupedConverter(_GroupedConverter):
@@ -213,9 +203,6 @@ class MXGroupedConverter(_GroupedConverter):
     key = "quantize.grouped_mm.mx"
     unit = MX_BLOCK
     grouping = "block"
-
-    def capability(self) -> Capability | None:
-        return None
 
 
 for _cls in (Float8LinearConverter, MXLinearConverter, Float8GroupedConverter, MXGroupedConverter):

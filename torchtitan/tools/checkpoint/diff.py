@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
+    files_of,
     read_metadata,
     read_safetensors_metadata,
 )
@@ -56,10 +57,9 @@ class Values:
 class Side:
     """A checkpoint of ours or a Hugging Face folder, whose tensors are read in pieces."""
 
-    def __init__(self, location: str, files: ExitStack) -> None:
+    def __init__(self, location: str) -> None:
         self.folder = storage_path(location)
         self.is_hf = is_hf_weights(self.folder)
-        self._files = files
         self.fields: dict[str, Any] = {}
         if self.is_hf:
             assert isinstance(self.folder, Path)
@@ -79,13 +79,11 @@ class Side:
     def entries(self) -> dict[str, Any]:
         return self.metadata.state_dict_metadata
 
-    def reader(self, key: str) -> Read:
+    def reader(self, key: str, open_files: ExitStack) -> Read:
         """Memory: none, but for a tensor whose parts are no runs of elements: that tensor."""
-        if self.is_hf:
-            name = self.metadata.storage_data[
-                MetadataIndex(key, torch.Size([0] * len(self.entries[key].size)))
-            ].relative_path
-            file = self._files.enter_context(SafetensorsFile(self.folder / name))
+        if isinstance(self.folder, Path) and self.is_hf:
+            path = self.folder / files_of(self.metadata)[key]
+            file = open_files.enter_context(SafetensorsFile(path))
             return lambda start, out: file.read_elements(key, start, out)
         saved = SavedTensor.find(self.folder, self.metadata, key)
         if saved is not None:
@@ -98,17 +96,7 @@ class Side:
         return read
 
     def plain_value(self, key: str) -> Any:
-        info = self.metadata.storage_data[MetadataIndex(key)]
-        path = self.folder / info.relative_path
-        try:
-            with path.open("rb") as file:
-                return torch.load(
-                    CheckpointReader(self.folder, self.metadata)._slice_file(file, info),
-                    map_location="cpu",
-                    weights_only=True,
-                )
-        except Exception as error:
-            raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+        return CheckpointReader(self.folder, self.metadata).read_plain(key)
 
 
 def diff(first: str, second: str) -> int:
@@ -117,14 +105,13 @@ def diff(first: str, second: str) -> int:
     Raises:
         CheckpointError: one is no checkpoint or damaged, or they are of different formats.
     """
-    with ExitStack() as files:
-        a, b = Side(first, files), Side(second, files)
-        if a.is_hf != b.is_hf:
-            ours, hf = (b, a) if a.is_hf else (a, b)
-            raise CheckpointError(
-                f"{hf.folder} is a Hugging Face folder, whose tensors have other names than those "
-                f"of {ours.folder}. First: torchtitan convert from-hf {hf.folder} OUT"
-            )
+    a, b = Side(first), Side(second)
+    if a.is_hf != b.is_hf:
+        ours, hf = (b, a) if a.is_hf else (a, b)
+        raise CheckpointError(
+            f"{hf.folder} is a Hugging Face folder, whose tensors have other names than those of "
+            f"{ours.folder}. First: torchtitan convert from-hf {hf.folder} OUT"
+        )
     fields = list(nested_differences(a.fields, b.fields))
     if fields:
         rows = [[name, _text(was), _text(now)] for name, was, now in fields]
@@ -161,8 +148,8 @@ def _compare(key: str, a: Side, b: Side) -> list[str] | None:
         return [f"shapes {list(x.size)} and {list(y.size)}", "", ""]
     dtypes = x.properties.dtype, y.properties.dtype
     with ExitStack() as files:
-        a._files = b._files = files
-        values = compare_values(a.reader(key), b.reader(key), x.size.numel(), dtypes)
+        readers = a.reader(key, files), b.reader(key, files)
+        values = compare_values(*readers, x.size.numel(), dtypes)
     other_dtype = dtypes[0] != dtypes[1]
     if not values.max_difference and not other_dtype:
         return None

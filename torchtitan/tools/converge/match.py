@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torchtitan.config.toml_file import format_value
 from torchtitan.errors import ConfigError, did_you_mean
-from torchtitan.tools.run_folder import flatten
+from torchtitan.tools.run_folder import differing, flatten, shown
 
 from .runs import Run
 
@@ -46,8 +45,6 @@ WHAT = ("checkpoint.initial_load_path",)
 """Keys of those sections that must be the same nevertheless."""
 
 _BATCH = "training.global_batch_size"
-
-_NOT_SHOWN = ("job.config_file", "job.dump_folder", "job.description", "job.print_config")
 
 
 def check_match(control: Run, tests: Sequence[Run], allowed: Sequence[str]) -> None:
@@ -95,14 +92,7 @@ def may_differ(key: str) -> bool:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Key -> its value in each run, as in TOML, for the keys that are not the same in all."""
-    tables = [flat_config(run) for run in runs]
-    keys = dict.fromkeys(key for table in tables for key in table)
-    shown = {key: [_show(table.get(key)) for table in tables] for key in keys}
-    return {
-        key: values
-        for key, values in shown.items()
-        if len(set(values)) > 1 and key not in _NOT_SHOWN
-    }
+    return differing([flat_config(run) for run in runs])
 
 
 def flat_config(run: Run) -> dict[str, Any]:
@@ -124,15 +114,11 @@ def _check_known(key: str, known: Sequence[str]) -> None:
     raise ConfigError(f"--allow-different {key}: no such key.{did_you_mean(key, candidates)}")
 
 
-def _show(value: Any) -> str:
-    return "unset" if value is None else format_value(value)
-
-
 def _mismatch(control: Run, test: Run, keys: Sequence[str]) -> str:
     expected, found = flat_config(control), flat_config(test)
     lines = [f"{test.argument} does not compute the same as {control.argument}:"]
     for key in keys:
-        values = _show(expected.get(key)), _show(found.get(key))
+        values = shown(expected.get(key)), shown(found.get(key))
         lines.append(f"  {key} = {values[0]} in {control.argument}, {values[1]} in {test.argument}")
     if _BATCH in keys and -1 in [r.config.training.global_batch_size for r in (control, test)]:
         lines.append("  (-1 stands for local_batch_size x data ranks: set it to the same number)")

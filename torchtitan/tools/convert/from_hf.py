@@ -6,8 +6,9 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -33,6 +34,7 @@ from torchtitan.components.checkpoint.manifest import Manifest, records_of
 from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
+    files_of,
     read_safetensors_metadata,
 )
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
@@ -41,6 +43,7 @@ from torchtitan.components.checkpoint.writer import cause_of_failed_write
 from torchtitan.errors import begin_errors_with
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.models.which_model import KnownModel
+from torchtitan.protocols import BaseStateDictAdapter
 
 from .output import new_folder, with_progress
 from .parts import Buffer, contiguous_parts, copy_bytes
@@ -74,21 +77,15 @@ def convert_from_hf(
     wanted = wanted_keys(adapter, metadata, tied)
     check_keys_and_shapes(folder, metadata, hf_state)
     check_no_more(folder, metadata, hf_state, wanted.__contains__)
-    first_name, buffers = first_names(model), buffer_names([model])
 
-    sources = {}
+    planned, first_name, buffers = {}, first_names(model), buffer_names([model])
     for name, tensor in state.items():
-        sources[name] = list(adapter.to_hf({first_name.get(name, name): tensor}))
-
-    def dtype_of(name: str) -> torch.dtype:
-        own = entries[sources[name][0]].properties.dtype if sources[name] else state[name].dtype
-        return dtype_of_copy(own, dtype, name in buffers)
-
-    file_of = {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
-    planned = {
-        name: torch.empty(tensor.shape, dtype=dtype_of(name), device="meta")
-        for name, tensor in state.items()
-    }
+        own_name = first_name.get(name, name)
+        keys = list(adapter.to_hf({own_name: tensor}))
+        own = entries[keys[0]].properties.dtype if keys else tensor.dtype
+        to = dtype_of_copy(own, dtype, name in buffers)
+        target = torch.empty(tensor.shape, dtype=to, device="meta")
+        planned[name] = _Planned(target, own_name, keys)
     manifest = Manifest(
         step=0,
         model_only=True,
@@ -100,40 +97,67 @@ def convert_from_hf(
             "seq_len": _max_seq_len(folder),
         },
     )
-    buffer = Buffer()
+    places = files_of(metadata)
     with ExitStack() as stack:
         files = {
             name: stack.enter_context(SafetensorsFile(folder / name))
-            for name in set(file_of.values())
+            for name in set(places.values())
         }
-
-        def write(name: str, file: BinaryIO) -> None:
-            """Append a tensor to `file`."""
-            target, own_name = planned[name], first_name.get(name, name)
-            if not sources[name]:
-                torch.save(torch.zeros_like(target, device="cpu"), file)
-                return
-            parts = contiguous_parts(adapter, own_name, tuple(target.shape))
-            if parts is None:
-                read = {key: files[file_of[key]].read(key) for key in sources[name]}
-                torch.save(adapter.from_hf(read)[own_name].to(target.dtype).contiguous(), file)
-                return
-            data = save_hole(file, target.shape, target.dtype)
-            for key, first in parts.items():
-                entry, at = entries[key], data + first * target.itemsize
-                if entry.properties.dtype == target.dtype:
-                    source, position = files[file_of[key]].place_of(key)
-                    copy_bytes(source, position, file, at, entry.size.numel() * target.itemsize)
-                    continue
-                for start, piece in buffer.pieces(entry.size.numel(), entry.properties.dtype):
-                    files[file_of[key]].read_elements(key, start, piece)
-                    file.seek(at + start * target.itemsize)
-                    file.write(piece.to(target.dtype).view(torch.uint8).numpy().data)
-            file.seek(0, os.SEEK_END)
-
+        copier = _Copier(adapter, entries, {key: files[name] for key, name in places.items()})
         with new_folder(out) as partial:
-            _save(planned, _Writer(partial, manifest, write))
+            writer = _Writer(partial, manifest, lambda name, to: copier.write(planned[name], to))
+            _save({name: tensor.target for name, tensor in planned.items()}, writer)
     return manifest
+
+
+class _Planned(NamedTuple):
+    """A tensor of the checkpoint that is to be written."""
+
+    target: torch.Tensor
+    """On the meta device, in the dtype that it gets."""
+    own_name: str
+    """The first of its names in the model, by which the adapter knows it."""
+    keys: list[str]
+    """Of the tensors in the files that it is made of; none: it begins at 0."""
+
+
+@dataclass
+class _Copier:
+    """Makes tensors of a checkpoint of those of Hugging Face."""
+
+    adapter: BaseStateDictAdapter
+    entries: dict[str, Any]
+    files: dict[str, SafetensorsFile]
+    """Key -> the open file that has it."""
+    buffer: Buffer = field(default_factory=Buffer)
+
+    def write(self, planned: _Planned, file: BinaryIO) -> None:
+        """Append a tensor to `file`."""
+        shape = tuple(planned.target.shape)
+        if not planned.keys:
+            torch.save(torch.zeros_like(planned.target, device="cpu"), file)
+        elif parts := contiguous_parts(self.adapter, planned.own_name, shape):
+            self._write_parts(planned.target, parts, file)
+        else:
+            read = {key: self.files[key].read(key) for key in planned.keys}
+            whole = self.adapter.from_hf(read)[planned.own_name]
+            torch.save(whole.to(planned.target.dtype).contiguous(), file)
+
+    def _write_parts(self, target: torch.Tensor, parts: dict[str, int], file: BinaryIO) -> None:
+        """Append a tensor in pieces. Args: parts: key of each of its parts -> first element."""
+        data = save_hole(file, target.shape, target.dtype)
+        for key, first in parts.items():
+            source, entry = self.files[key], self.entries[key]
+            at, count = data + first * target.itemsize, entry.size.numel()
+            if entry.properties.dtype == target.dtype:
+                copied, position = source.place_of(key)
+                copy_bytes(copied, position, file, at, count * target.itemsize)
+                continue
+            for start, piece in self.buffer.pieces(count, entry.properties.dtype):
+                source.read_elements(key, start, piece)
+                file.seek(at + start * target.itemsize)
+                file.write(piece.to(target.dtype).view(torch.uint8).numpy().data)
+        file.seek(0, os.SEEK_END)
 
 
 def _max_seq_len(folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def convert_to_hf(
     check_keys_and_shapes(folder, metadata, saved)
     check_no_more(folder, metadata, saved, lambda key: key.startswith(PREFIX))
 
-    entries: dict[str, Any] = metadata.state_dict_metadata
     names = [name for name in state if name not in tied]
+    entries: dict[str, Any] = metadata.state_dict_metadata
     specs, buffers = {}, buffer_names([model])
     for name in names:
         own = entries[PREFIX + name].properties.dtype
@@ -79,27 +80,7 @@ def convert_to_hf(
             specs[key] = TensorSpec(target, tuple(tensor.shape))
     files = plan_files(specs)
     file_of = {key: file for file, of_file in files.items() for key in of_file}
-
-    described = checkpoint.manifest.model
-    reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
-    tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
-    like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
-    data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
-    conversations, template, add_bos = False, "", None
-    if data is not None:  # else it is not of a run, so this is not known
-        add_bos = bool(data.get("add_bos", False))
-        file = data.get("chat_template")
-        # Old checkpoints do not tell. Who had a template had conversations, as far as is known.
-        conversations = checkpoint.manifest.data.get("has_conversations", bool(file))
-        template = chat_template_of(file, tokenizer) if conversations else ""
-    assets = ExportAssets(
-        tokenizer if reads_texts else "",
-        described.get("seq_len", 0),
-        like,
-        template,
-        conversations,
-        add_bos,
-    )
+    assets = _assets(checkpoint, known, tokenizer)
     reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
@@ -120,6 +101,27 @@ def convert_to_hf(
         floating = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
         write_assets(partial, known.args, dtype or floating[0], assets)
     return sum(spec.nbytes for spec in specs.values())
+
+
+def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None) -> ExportAssets:
+    """What else the folder is made of. Args: tokenizer: as of `convert_to_hf`."""
+    described = checkpoint.manifest.model
+    reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
+    tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
+    like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
+    assets = ExportAssets(tokenizer if reads_texts else "", described.get("seq_len", 0), like)
+    data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
+    if data is None:  # it is not of a run, so no more is known
+        return assets
+    file = data.get("chat_template")
+    # Old checkpoints do not tell. Who had a template had conversations, as far as is known.
+    conversations = checkpoint.manifest.data.get("has_conversations", bool(file))
+    return replace(
+        assets,
+        chat_template=chat_template_of(file, tokenizer) if conversations else "",
+        conversations=conversations,
+        add_bos=bool(data.get("add_bos", False)),
+    )
 
 
 def _stream(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torchtitan.errors import CheckpointError
 from torchtitan.tools.html import Html, badge
-from torchtitan.tools.run_folder import flatten
+from torchtitan.tools.run_folder import differing, flatten
 from torchtitan.tools.text import duration, human, human_bytes, three_digits
 
 from .run import Run
@@ -28,9 +28,6 @@ RUN_HEADER = [
 ]
 
 CHECKPOINT_HEADER = ["run", "checkpoint", "holds", "saved at (UTC)", "size"]
-
-_HIDDEN = ("job.dump_folder", "job.description", "job.print_config", "job.config_file")
-"""Keys that differ between any two runs, or are not kept with a run."""
 
 
 def run_rows(runs: list[Run]) -> list[list[str]]:
@@ -77,7 +74,7 @@ def warnings(runs: list[Run]) -> list[str]:
 
 def config_differences(runs: list[Run]) -> list[list[str]]:
     """Keys that are not the same in all runs, with the value in each."""
-    return _differing([run.config for run in runs])
+    return _rows(differing([run.config for run in runs]))
 
 
 def config_changes(runs: list[Run]) -> list[list[str]]:
@@ -85,7 +82,11 @@ def config_changes(runs: list[Run]) -> list[list[str]]:
     from torchtitan.config import JobConfig
 
     default = {k: v for k, v in flatten(asdict(JobConfig())).items() if v is not None}
-    return _differing([default, *(run.config for run in runs)])
+    return _rows(differing([default, *(run.config for run in runs)]))
+
+
+def _rows(values: dict[str, list[str]]) -> list[list[str]]:
+    return [[key, *each] for key, each in values.items()]
 
 
 def environment_rows(runs: list[Run]) -> list[list[str]]:
@@ -133,24 +134,6 @@ def _layout(run: Run) -> str:
         if isinstance(degree, int) and degree != 1
     ]
     return _join(f"{processes} processes:" if processes else None, ", ".join(parts) or None)
-
-
-def _differing(tables: list[dict[str, Any]]) -> list[list[str]]:
-    keys = dict.fromkeys(key for table in tables for key in table if key not in _HIDDEN)
-    shown = {key: [_toml(table.get(key)) for table in tables] for key in keys}
-    return [[key, *values] for key, values in shown.items() if len(set(values)) > 1]
-
-
-def _toml(value: Any) -> str:
-    from torchtitan.config.toml_file import format_value
-
-    if value is None:
-        return "unset"
-    return (
-        str(value)
-        if isinstance(value, list) and value and type(value[0]) is dict
-        else (format_value(value))
-    )
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_diff_of_equal_and_of_different_steps(run, capsys):
     assert code == 1
     assert re.search(r"^step +2 +4$", out, re.M)
     assert re.search(r"^lr_scheduler\.step +2 and 4$", out, re.M)
-    saved = [diff_module.Side(str(step), None) for step in (step_2, step_4)]
+    saved = [diff_module.Side(str(step)) for step in (step_2, step_4)]
     a, b = (whole(side, "model.output.weight") for side in saved)
     expected = (a - b).abs().max().item()
     line = re.search(r"^model\.output\.weight +values +(\S+) +(\S+)$", out, re.M)
@@ -113,7 +114,8 @@ def test_diff_of_equal_and_of_different_steps(run, capsys):
 
 def whole(side, key):
     out = torch.empty(side.entries[key].size.numel())
-    side.reader(key)(0, out)
+    with ExitStack() as files:
+        side.reader(key, files)(0, out)
     return out
 
 

@@ -12,7 +12,7 @@ from torchtitan.config import load_config
 from torchtitan.planning.collectives import Collective
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
-from torchtitan.planning.layers import Repetition, keep_layers
+from torchtitan.planning.repetition import Repetition, keep_layers
 from torchtitan.planning.roofline import Roofline
 from torchtitan.protocols.train_spec import get_train_spec
 

@@ -1,7 +1,13 @@
 """Attention as CUDA has it, while a step is traced on the CPU's code paths.
 
 Flash kernels and flex attention skip what a mask rules out, and hold no mask of `queries * keys`
-bytes. Here a `PlannedMask` takes its place: it says what share of the pairs is computed.
+bytes. Here a `PlannedMask` takes its place: it says what share of the pairs is computed. The share
+goes from where a mask is built to where its use is counted:
+
+1. `_build` and `_mask_of_last` make a `PlannedMask` in place of a mask.
+2. `_attend`, in place of `flex_attention`, gives SDPA the mask's stand-in, whose storage has a size
+   for the share.
+3. `OperationRecorder` sees SDPA, and reads the size by `computed_share`.
 """
 
 from __future__ import annotations
@@ -18,6 +24,9 @@ from torchtitan.models.common import attention
 
 _UNITS = 2**16
 """Bytes of the stand-in of a mask that rules nothing out."""
+_sdpa_of_cpu = attention.sdpa
+_dense_mask = attention.CausalMask.build
+_dense_mask_of_last = attention.mask_of_last
 
 
 class PlannedMask(BlockMask):
@@ -57,9 +66,6 @@ def attention_of_cuda() -> Iterator[None]:
         yield
 
 
-_sdpa_of_cpu = attention.sdpa
-
-
 def _sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -80,9 +86,6 @@ def _sdpa(
         mask = torch.zeros_like(mask, dtype=q.dtype)
     fused = torch.ops.aten._scaled_dot_product_efficient_attention
     return fused(q, k, v, mask, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
-
-
-_dense_mask = attention.CausalMask.build
 
 
 def _build(
@@ -115,9 +118,6 @@ def _pairs(tokens: int, window: int) -> int:
     """How many pairs there are of a query and a key that it sees, at most a window of them."""
     first = min(tokens, window)
     return first * (first + 1) // 2 + (tokens - first) * window
-
-
-_dense_mask_of_last = attention.mask_of_last
 
 
 def _mask_of_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> attention.AttentionMask:

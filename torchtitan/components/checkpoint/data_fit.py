@@ -86,25 +86,11 @@ def source_names(config: dict[str, Any]) -> list[str]:
     return [source.get("name") or source.get("dataset", "") for source in sources]
 
 
-def begin_data(dataloader: Any, step: int) -> None:
-    """Begin the data anew after `step` steps, which a loader that needs to know it is told."""
-    tell = getattr(dataloader, "begin_at", None)
-    if tell:
-        tell(step)
-
-
-def describe_data(dataloader: Any) -> dict[str, Any]:
-    """What a manifest says of the data: what the loader tells; empty where it tells nothing."""
-    tell = getattr(dataloader, "describe", None)
-    known = getattr(dataloader, "has_conversations", None)
-    return (tell() if tell else {}) | ({} if known is None else {"has_conversations": known})
-
-
 def warn_of_changed_data(checkpoint: OpenCheckpoint, current: dict[str, Any]) -> None:
     """Warn, on rank 0, if sources have another size than when the checkpoint was saved.
 
     Args:
-        current: `describe_data` of the loader.
+        current: `RunState.describe_data()`.
     """
     was, now = (data.get("sources", []) for data in (checkpoint.manifest.data, current))
     changes = [
