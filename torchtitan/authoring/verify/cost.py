@@ -23,11 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
 
-from .check import Check, CheckFailedError, NotApplicableError
-from .contract import SPEC
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import loss_of
 from .subject import Subject
-from .weights import BUILDS
+
+CHECKS = Checks("contract.spec")
 
 _LENGTHS = ((8, 16), (64, 128), (256, 512))
 """Tokens, in pairs. The first are no longer than the windows of debug models, the others are
@@ -35,8 +35,9 @@ multiples of the usual chunks."""
 _TOLERANCE = 0.02
 
 
+@CHECKS.of("cost.nparams", "the number of parameters is exact")
 def nparams_are_exact(subject: Subject) -> str:
-    """The number of parameters, for every flavor that can be built without memory."""
+    """Of every flavor."""
     flavors = model_flavors(subject.name) or [subject.flavor]
     wrong = []
     for flavor in dict.fromkeys([subject.flavor, *flavors]):
@@ -86,8 +87,8 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
     return "Count every weight, bias and norm once."
 
 
+@CHECKS.of("cost.flops", "FLOPs a token are as measured", needs=("contract.forward",))
 def flops_are_as_measured(subject: Subject) -> str:
-    """FLOPs of a token, forward and backward."""
     if not subject.reads_text:
         _tell_of_own_batch(subject)
     model = subject.build().train()
@@ -231,9 +232,3 @@ def _judge_attention(claimed: float, measured: float) -> str:
         "args.py: get_nparams_and_flops. 12 x layers x heads x head_dim a key, or 6 if it counts "
         "as causal. Count each layer.",
     )
-
-
-CHECKS = (
-    Check("cost.nparams", "the number of parameters is exact", nparams_are_exact, needs=(SPEC,)),
-    Check("cost.flops", "FLOPs a token are as measured", flops_are_as_measured, needs=(BUILDS,)),
-)

@@ -23,9 +23,11 @@ from torchtitan.protocols.model import ModelProtocol
 from torchtitan.tools.text import few
 
 from .adapter import adapter_of
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import hidden_states, hooked, is_constant, relative_difference, with_noise
 from .subject import Subject
+
+CHECKS = Checks()
 
 TOLERANCE = 1e-4
 """Greatest difference allowed in hidden states and logits in float32, over the largest."""
@@ -67,8 +69,8 @@ def args_of(subject: Subject) -> BaseModelArgs:
     return subject.args if make is None else make(read_config(subject))
 
 
+@CHECKS.of("adapter.hf_config", "the flavor is the checkpoint's model")
 def config_matches(subject: Subject) -> str:
-    """The flavor's args are what the `config.json` says."""
     config, ours = read_config(subject), subject.args
     if hasattr(type(ours), "from_hf_config"):
         try:
@@ -110,8 +112,8 @@ def _fields(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, An
     return rows
 
 
+@CHECKS.of("adapter.hf_names", "the adapter's names and shapes are the files'")
 def names_match(subject: Subject) -> str:
-    """The adapter's names and shapes are those of the files."""
     from torchtitan.components.checkpoint.reader import read_safetensors_metadata
 
     entries: dict[str, Any] = read_safetensors_metadata(folder_of(subject)).state_dict_metadata
@@ -171,8 +173,13 @@ def _tied_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
 
 
+@CHECKS.of(
+    "adapter.hf_numbers",
+    "logits and every layer are equal to transformers'",
+    timeout=600,
+    needs=("adapter.hf_names",),
+)
 def numbers_match(subject: Subject) -> str:
-    """The same logits; else the first layer that differs, and what in it."""
     folder = _without_constants(folder_of(subject), subject)
     theirs = _load_theirs(folder)
     ours = _load_ours(subject, folder)
@@ -361,16 +368,3 @@ def _within(
         "Look at experts and their router: normalised weights, the scale, which are chosen; and at "
         "the residual connections.",
     )
-
-
-CHECKS = (
-    Check("adapter.hf_config", "the flavor is the checkpoint's model", config_matches),
-    Check("adapter.hf_names", "the adapter's names and shapes are the files'", names_match),
-    Check(
-        "adapter.hf_numbers",
-        "logits and every layer are equal to transformers'",
-        numbers_match,
-        timeout=600,
-        needs=("adapter.hf_names",),
-    ),
-)

@@ -12,9 +12,10 @@ from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
 
 from .batches import Example
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .subject import Subject
-from .weights import BUILDS
+
+CHECKS = Checks("contract.forward")
 
 _STEPS = 100
 _FALL = 0.5
@@ -26,8 +27,43 @@ _DEAD = 1e-10
 """A largest gradient below this share of the model's largest is rounding, or none."""
 
 
+@CHECKS.of("learning.gradients", "every parameter gets a gradient")
+def every_parameter_gets_a_gradient(subject: Subject) -> str:
+    """Over some steps, and enough tokens for every expert."""
+    model = subject.build().train()
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise CheckFailedError(
+            f"{len(frozen)} parameters do not require gradients: {few(frozen, 5)}",
+            "What is not trained is a buffer; what a user wants frozen is optimizer.rules.",
+        )
+    largest = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(3):  # weights that start at 0 hide others in the first step
+        example = subject.example(8, 64, seed=step)
+        optimizer.zero_grad()
+        example.loss(model, example.run(model)).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                largest[name] = max(largest[name], parameter.grad.abs().max().item())
+        optimizer.step()
+    limit = _DEAD * max(largest.values())
+    dead = [name for name, value in largest.items() if value <= limit]
+    if dead:
+        experts = [name for name in dead if re.search(r"experts?\.\d+\.", name)]
+        note = ""
+        if len(experts) == len(dead):
+            note = " Of 1,536 tokens the router sent none to these experts: it starts too uneven. "
+        raise CheckFailedError(
+            f"{len(dead)} of {len(largest)} parameters get no gradient: {few(dead, 5)}",
+            f"{note}They are not used in forward(), or behind detach(), no_grad() or a factor of "
+            "0. Remove them, or use them.",
+        )
+    return f"{len(largest)} parameters"
+
+
+@CHECKS.of("learning.one_batch", "one batch is learned by heart")
 def one_batch_is_learned(subject: Subject) -> str:
-    """The model learns a batch by heart."""
     own = subject.own
     try:
         return _learn(subject, subject.example(4, 32), _FALL if subject.reads_text else _OWN_FALL)
@@ -64,40 +100,7 @@ def _learn(subject: Subject, example: Example, fall: float) -> str:
     )
 
 
-def every_parameter_gets_a_gradient(subject: Subject) -> str:
-    """No parameter is dead, over some steps and enough tokens for every expert."""
-    model = subject.build().train()
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    if frozen:
-        raise CheckFailedError(
-            f"{len(frozen)} parameters do not require gradients: {few(frozen, 5)}",
-            "What is not trained is a buffer; what a user wants frozen is optimizer.rules.",
-        )
-    largest = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(3):  # weights that start at 0 hide others in the first step
-        example = subject.example(8, 64, seed=step)
-        optimizer.zero_grad()
-        example.loss(model, example.run(model)).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                largest[name] = max(largest[name], parameter.grad.abs().max().item())
-        optimizer.step()
-    limit = _DEAD * max(largest.values())
-    dead = [name for name, value in largest.items() if value <= limit]
-    if dead:
-        experts = [name for name in dead if re.search(r"experts?\.\d+\.", name)]
-        note = ""
-        if len(experts) == len(dead):
-            note = " Of 1,536 tokens the router sent none to these experts: it starts too uneven. "
-        raise CheckFailedError(
-            f"{len(dead)} of {len(largest)} parameters get no gradient: {few(dead, 5)}",
-            f"{note}They are not used in forward(), or behind detach(), no_grad() or a factor of "
-            "0. Remove them, or use them.",
-        )
-    return f"{len(largest)} parameters"
-
-
+@CHECKS.of("learning.training", "training lowers the loss")
 def training_lowers_the_loss(subject: Subject) -> str:
     """`torchtitan train` on the CPU, with the TrainSpec's own builders and default data."""
     from torchtitan.train import Trainer
@@ -128,19 +131,3 @@ def training_lowers_the_loss(subject: Subject) -> str:
             "parameters, the learning rate, labels and loss.",
         )
     return f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {steps} steps"
-
-
-CHECKS = (
-    Check(
-        "learning.gradients",
-        "every parameter gets a gradient",
-        every_parameter_gets_a_gradient,
-        needs=(BUILDS,),
-    ),
-    Check(
-        "learning.one_batch", "one batch is learned by heart", one_batch_is_learned, needs=(BUILDS,)
-    ),
-    Check(
-        "learning.training", "training lowers the loss", training_lowers_the_loss, needs=(BUILDS,)
-    ),
-)

@@ -14,10 +14,10 @@ from torchtitan.errors import ConfigError
 from torchtitan.tools.text import first_line
 
 from .batches import Example
-from .check import Check, CheckFailedError, NotApplicableError
-from .contract import SPEC
+from .check import CheckFailedError, Checks, NotApplicableError
 from .subject import Subject
-from .weights import BUILDS
+
+CHECKS = Checks("contract.forward")
 
 _SUM = (
     "build_loss_fn: return a function (pred, labels) whose result is the sum, no mean, over the "
@@ -27,8 +27,8 @@ _SUM = (
 _TOLERANCE = 1e-3
 
 
+@CHECKS.of("contract.loss", "the loss is a sum over tokens")
 def loss_is_a_sum(subject: Subject) -> str:
-    """The loss can be called, and adds up over the tokens that have a label."""
     loss_fn = subject.spec.build_loss_fn(subject.config())
     if not callable(loss_fn):
         raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, no function", _SUM)
@@ -93,8 +93,10 @@ def _number(loss: Any) -> float:
     return loss.item()
 
 
+@CHECKS.of(
+    "contract.dataloader", "an own data loader gives batches and resumes", needs=("contract.spec",)
+)
 def dataloader_resumes(subject: Subject) -> str:
-    """An own loader gives batches, and goes on from its state."""
     build = subject.spec.build_dataloader_fn
     if not has_own_loader(build):
         return "torchtitan's own"
@@ -162,14 +164,3 @@ def _require_shares(first: Batch, second: Batch) -> None:
             "the data ranks 0 and 1 get the same tokens",
             "build_dataloader_fn: rank dp_rank of dp_world_size reads a share of its own.",
         )
-
-
-CHECKS = (
-    Check("contract.loss", "the loss is a sum over tokens", loss_is_a_sum, needs=(BUILDS,)),
-    Check(
-        "contract.dataloader",
-        "an own data loader gives batches and resumes",
-        dataloader_resumes,
-        needs=(SPEC,),
-    ),
-)

@@ -16,14 +16,16 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.protocols.model import ModelProtocol, layers_of
 
 from .batches import Example
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import relative_difference
 from .subject import Subject
-from .weights import BUILDS, state_of
+from .weights import state_of
+
+CHECKS = Checks("contract.layers", "contract.forward")
 
 
+@CHECKS.of("contract.recursive", "parts of the model get the same weights as the whole")
 def init_is_recursive(subject: Subject) -> str:
-    """Any part of the model gets the values that it has in the whole."""
     shared = _shared_by_layers(subject)
     if shared and subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"layers share {shared[0]}, and pipeline_fn is None: never parted")
@@ -110,6 +112,7 @@ def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
     return [n for n in first if n not in tied], [n for n in last if n not in tied]
 
 
+@CHECKS.of("contract.absent", "forward works where embedding, norm or output is absent")
 def forward_without_modules(subject: Subject) -> str:
     """A model cut in two gives the numbers of the whole."""
     if subject.spec.pipeline_fn is None:
@@ -179,19 +182,3 @@ def _call(
             "model.py: `h = self.norm(h) if self.norm is not None else h`, and so for the "
             "embedding and the output layer; a pipeline stage gets and gives hidden states.",
         ) from error
-
-
-CHECKS = (
-    Check(
-        "contract.recursive",
-        "parts of the model get the same weights as the whole",
-        init_is_recursive,
-        needs=("contract.layers", BUILDS),
-    ),
-    Check(
-        "contract.absent",
-        "forward works where embedding, norm or output is absent",
-        forward_without_modules,
-        needs=("contract.layers", BUILDS),
-    ),
-)

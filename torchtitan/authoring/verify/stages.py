@@ -19,19 +19,23 @@ from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_ran
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import ModelProtocol
 
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import accepts, hooked, named_layers, packed_documents, vary_constants
 from .subject import Subject
+
+CHECKS = Checks()
 
 SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V": (2, "DualPipeV")}
 """Name -> degree and schedule."""
 
 
+@CHECKS.of(
+    "stages.numbers",
+    "the stages of any pipeline split, one after the other, are the whole model, bit by bit",
+)
 def numbers_are_kept(subject: Subject) -> str:
-    """Any split, its stages called one after the other, gives the logits of the whole model.
-
-    What a stage hands on may be a tuple. Asked of rows that are one document, and if the model
-    takes these, with positions that begin anew within a row, and of packed documents.
+    """Asked of rows that are one document, and if the model takes these, with positions that begin
+    anew within a row, and of packed documents. What a stage hands on may be a tuple.
     """
     if subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
@@ -162,12 +166,3 @@ def _parts_of_rank(
     pipeline_fn = cast(Callable[..., Any], subject.spec.pipeline_fn)
     pipeline = pipeline_fn(model, mesh, dims, config, lambda part, *layout: part, loss_fn)
     return pipeline.model_parts
-
-
-CHECKS = (
-    Check(
-        "stages.numbers",
-        "the stages of any pipeline split, one after the other, are the whole model, bit by bit",
-        numbers_are_kept,
-    ),
-)

@@ -21,19 +21,17 @@ from torchtitan.distributed.tying import preserve_tying
 from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.text import few
 
-from .check import Check, CheckFailedError
-from .contract import SPEC
+from .check import CheckFailedError, Checks
 from .probe import loss_of
 from .subject import Subject
 
-BUILDS = "contract.forward"
-"""The check that the whole model can be built and run. Others need it."""
+CHECKS = Checks("contract.spec")
 
 _SCRATCH_BYTES = 4096  # for a table of a few numbers, such as rates by layer
 
 
+@CHECKS.of("contract.meta", "building on the meta device allocates nothing")
 def construction_allocates_nothing(subject: Subject) -> str:
-    """On the meta device, the constructor makes no tensor that takes memory."""
     args = subject.args  # for which a loader of the author's may be built, with tensors of its own
     with torch.device("meta"), _Allocations() as allocations:
         model = subject.spec.model_cls(args)
@@ -87,8 +85,8 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{module_name}.{name}".lstrip("."), value
 
 
+@CHECKS.of("contract.init_weights", "init_weights sets every parameter and buffer")
 def init_weights_sets_everything(subject: Subject) -> str:
-    """No element of a parameter or buffer is what it was before."""
     poisoned = [_initialised(subject, poison) for poison in (0, 1)]
     unset = []
     for (name, a), (_, b) in zip(*map(state_of, poisoned), strict=True):
@@ -135,63 +133,9 @@ def state_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def init_is_deterministic(subject: Subject) -> str:
-    """The weights are a function of the seed alone."""
-    states = []
-    for state_of_python, seed in ((1, 0), (2, 0), (1, 1)):
-        # The generators that a model might draw from by mistake.
-        random.seed(state_of_python)
-        torch.manual_seed(state_of_python)
-        _seed_numpy(state_of_python)
-        states.append(dict(state_of(subject.build(subject.seed + seed))))
-    first, again, other = states
-    differing = [name for name in first if not torch.equal(first[name], again[name])]
-    if differing:
-        raise CheckFailedError(
-            f"two models of one seed differ in {len(differing)} tensors: {few(differing, 5)}",
-            "init_weights() may draw from PyTorch's own generator alone: no generator=..., no "
-            "numpy or random. Ranks would else start from different weights.",
-        )
-    if all(torch.equal(first[name], other[name]) for name in first):
-        raise CheckFailedError(
-            "models of two seeds have the same weights",
-            "init_weights() must not set a seed of its own.",
-        )
-    return f"{len(first)} tensors alike"
-
-
-def _seed_numpy(seed: int) -> None:
-    import numpy
-
-    numpy.random.seed(seed)
-
-
-def state_dict_is_enough(subject: Subject) -> str:
-    """Parameters and persistent buffers are all that must be saved."""
-    model, other = subject.build(), subject.build(subject.seed + 1)
-    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
-    if missing or unexpected:
-        raise CheckFailedError(f"load_state_dict: {few([*missing, *unexpected], 5)} do not fit")
-    example = subject.example(2)
-    with torch.no_grad():
-        expected, actual = example.run(model), example.run(other)
-    if torch.equal(actual, expected):
-        return f"{len(model.state_dict())} tensors"
-    lost = [
-        name
-        for (name, a), (_, b) in zip(_all_tensors(model), _all_tensors(other), strict=True)
-        if a.shape != b.shape or not torch.equal(a, b)
-    ]
-    raise CheckFailedError(
-        "a model that was saved and loaded gives other logits: its state_dict lacks "
-        f"{few(lost, 5) or 'something'}",
-        "Register with persistent=True what is drawn or trained; only what init_weights() computes "
-        "from the args alone may be persistent=False.",
-    )
-
-
+@CHECKS.of("contract.forward", "forward gives logits [batch, seq, vocab]")
 def forward_gives_logits(subject: Subject) -> str:
-    """Tokens in, logits of the vocabulary out, and a gradient back.
+    """And a gradient comes back.
 
     Of a model that reads something else: a batch of its loader in, what its loss takes out.
     """
@@ -244,30 +188,62 @@ def _own_batch_gives_a_loss(subject: Subject) -> str:
     return f"{own.describe()} -> {list(output.shape)} of 2 rows, loss {loss.item():.4g}"
 
 
-CHECKS = (
-    Check(
-        "contract.meta",
-        "building on the meta device allocates nothing",
-        construction_allocates_nothing,
-        needs=(SPEC,),
-    ),
-    Check(
-        "contract.init_weights",
-        "init_weights sets every parameter and buffer",
-        init_weights_sets_everything,
-        needs=(SPEC,),
-    ),
-    Check(BUILDS, "forward gives logits [batch, seq, vocab]", forward_gives_logits, needs=(SPEC,)),
-    Check(
-        "contract.deterministic",
-        "the weights are a function of the seed alone",
-        init_is_deterministic,
-        needs=(BUILDS,),
-    ),
-    Check(
-        "contract.state_dict",
-        "the state_dict is all that must be saved",
-        state_dict_is_enough,
-        needs=(BUILDS,),
-    ),
+@CHECKS.of(
+    "contract.deterministic",
+    "the weights are a function of the seed alone",
+    needs=("contract.forward",),
 )
+def init_is_deterministic(subject: Subject) -> str:
+    states = []
+    for state_of_python, seed in ((1, 0), (2, 0), (1, 1)):
+        # The generators that a model might draw from by mistake.
+        random.seed(state_of_python)
+        torch.manual_seed(state_of_python)
+        _seed_numpy(state_of_python)
+        states.append(dict(state_of(subject.build(subject.seed + seed))))
+    first, again, other = states
+    differing = [name for name in first if not torch.equal(first[name], again[name])]
+    if differing:
+        raise CheckFailedError(
+            f"two models of one seed differ in {len(differing)} tensors: {few(differing, 5)}",
+            "init_weights() may draw from PyTorch's own generator alone: no generator=..., no "
+            "numpy or random. Ranks would else start from different weights.",
+        )
+    if all(torch.equal(first[name], other[name]) for name in first):
+        raise CheckFailedError(
+            "models of two seeds have the same weights",
+            "init_weights() must not set a seed of its own.",
+        )
+    return f"{len(first)} tensors alike"
+
+
+def _seed_numpy(seed: int) -> None:
+    import numpy
+
+    numpy.random.seed(seed)
+
+
+@CHECKS.of(
+    "contract.state_dict", "the state_dict is all that must be saved", needs=("contract.forward",)
+)
+def state_dict_is_enough(subject: Subject) -> str:
+    model, other = subject.build(), subject.build(subject.seed + 1)
+    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
+    if missing or unexpected:
+        raise CheckFailedError(f"load_state_dict: {few([*missing, *unexpected], 5)} do not fit")
+    example = subject.example(2)
+    with torch.no_grad():
+        expected, actual = example.run(model), example.run(other)
+    if torch.equal(actual, expected):
+        return f"{len(model.state_dict())} tensors"
+    lost = [
+        name
+        for (name, a), (_, b) in zip(_all_tensors(model), _all_tensors(other), strict=True)
+        if a.shape != b.shape or not torch.equal(a, b)
+    ]
+    raise CheckFailedError(
+        "a model that was saved and loaded gives other logits: its state_dict lacks "
+        f"{few(lost, 5) or 'something'}",
+        "Register with persistent=True what is drawn or trained; only what init_weights() computes "
+        "from the args alone may be persistent=False.",
+    )
