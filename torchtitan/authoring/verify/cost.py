@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchtitan.components.checkpoint.load import first_names
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
 
@@ -71,9 +72,7 @@ def _claim(args: Any, seq_len: int) -> tuple[int, int]:
 
 def _guess_of_difference(model: nn.Module, difference: int) -> str:
     """What has as many parameters as there are too many or too few."""
-    all_names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    tied = all_names - {n for n, _ in model.named_parameters()}
-    for name in sorted(tied):
+    for name in sorted(first_names(model)):
         if model.get_parameter(name).numel() == difference:
             return f"{name} shares its weight with another, so it counts once."
     sizes: dict[str, int] = {}
