@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from .subject import Subject
 
-Run = TypeVar("Run", bound="Callable[[Subject], str]")
+Function = TypeVar("Function", bound="Callable[[Subject], str]")
 
 
 class CheckFailedError(Exception):
@@ -78,10 +78,10 @@ class Checks(list[Check]):
         super().__init__()
         self._needs = needs
 
-    def of(self, name: str, asks: str, **options: Any) -> Callable[[Run], Run]:
+    def of(self, name: str, asks: str, **options: Any) -> Callable[[Function], Function]:
         """Above a function, which stays as it is: it is `run` of a check with these fields."""
 
-        def declare(run: Run) -> Run:
+        def declare(run: Function) -> Function:
             self.append(Check(name, asks, run, **{"needs": self._needs, **options}))
             return run
 

@@ -22,7 +22,7 @@ from .reference import (
     Recording,
     Tensors,
     build_trainer,
-    state,
+    tensors_of,
     train,
     whole,
 )
@@ -113,7 +113,7 @@ def save(subject: Subject) -> str:
     else:
         raise NotApplicableError(reasons[0])
     train(trainer, steps=SAVED_STEP, observe=False)
-    full = _whole(state(trainer))
+    full = _whole(tensors_of(trainer))
     if dist.get_rank() == 0:
         torch.save(full, _saved_path(subject))
     return f"saved on {name} after step {SAVED_STEP}"

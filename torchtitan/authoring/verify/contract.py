@@ -128,7 +128,7 @@ def signatures_fit(subject: Subject) -> str:
     spec = subject.spec
     _require_call(f"{spec.model_cls.__name__}.__init__", spec.model_cls, ("args",))
     forward = spec.model_cls.forward
-    keys = subject.own.keys if subject.own else []
+    keys = subject.own_batches.keys if subject.own_batches else []
     given = tuple(name for name in keys if name not in USUAL_KEYS)
     _require_call(f"{spec.model_cls.__name__}.forward", forward, ("self", "tokens"), given)
     extra = list(inspect.signature(forward).parameters.values())[2:]
@@ -201,7 +201,7 @@ def args_are_not_modified(subject: Subject) -> str:
                 "flavor is shared by all jobs of a process.",
             )
     vocab_size = getattr(first, "vocab_size", None)
-    if vocab_size is None and subject.own is not None:
+    if vocab_size is None and subject.own_batches is not None:
         return f"{len(before)} fields, no vocab_size"
     if type(vocab_size) is not int or vocab_size < 2:
         raise CheckFailedError(

@@ -97,7 +97,7 @@ def flops_are_as_measured(subject: Subject) -> str:
         if misfit is not None and isinstance(longest, int) and lengths[-1] > longest:
             break
         try:
-            judged = _judge(model, subject, lengths)
+            fits = _compare(model, subject, lengths)
         except CheckFailedError as error:
             misfit = misfit or error
         except Exception:  # of the model, which may not take so many
@@ -105,7 +105,7 @@ def flops_are_as_measured(subject: Subject) -> str:
                 raise
             break
         else:
-            return judged if misfit is None else f"{judged} (at {lengths[0]} tokens and more)"
+            return fits if misfit is None else f"{fits} (at {lengths[0]} tokens and more)"
     assert misfit is not None  # there are lengths
     raise misfit
 
@@ -115,7 +115,7 @@ def _tell_of_own_batch(subject: Subject) -> NoReturn:
     model, example = subject.build().train(), subject.example(2)
     counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        example.loss(model, example.run(model)).backward()
+        example.loss(example.run(model)).backward()
     measured = counter.get_total_flops() / 2 / subject.length
     raise NotApplicableError(
         f"asked of token ids at several lengths; of its own batches, {measured:,.0f} FLOPs are "
@@ -124,15 +124,15 @@ def _tell_of_own_batch(subject: Subject) -> NoReturn:
     )
 
 
-def _judge(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
+def _compare(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
     measured = [_measure(model, subject, seq) for seq in lengths]
     nparams, _ = _claim(subject.args, lengths[0])
     claimed = [float(_claim(subject.args, seq)[1]) for seq in lengths]
     weights, attention = _split(measured, lengths)
     claimed_weights, claimed_attention = _split(claimed, lengths)
     notes = [
-        _judge_weights(claimed_weights, weights, nparams, model),
-        _judge_attention(claimed_attention, attention),
+        _compare_weights(claimed_weights, weights, nparams, model),
+        _compare_attention(claimed_attention, attention),
     ]
     return "; ".join(note for note in notes if note)
 
@@ -177,7 +177,7 @@ _OWN_FORMULAS: dict[Any, Any] = {
 }
 
 
-def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:
+def _compare_weights(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:
     ratio = claimed / measured
     if abs(ratio - 1) < _TOLERANCE:
         return f"weights: {measured:,.0f} FLOPs a token, as measured"
@@ -208,7 +208,7 @@ def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Modu
     )
 
 
-def _judge_attention(claimed: float, measured: float) -> str:
+def _compare_attention(claimed: float, measured: float) -> str:
     if measured <= 0:
         return ""
     ratio = claimed / measured

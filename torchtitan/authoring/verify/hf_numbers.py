@@ -28,7 +28,7 @@ from .subject import Subject
 
 CHECKS = Checks("adapter.hf_names")
 
-TOLERANCE = 1e-4
+_TOLERANCE = 1e-4
 """Greatest difference allowed in hidden states and logits in float32, over the largest."""
 
 
@@ -49,13 +49,13 @@ def numbers_match(subject: Subject) -> str:
         our_logits, their_logits = ours(tokens), theirs(tokens, use_cache=False).logits
     worst = 0.0
     for number, (mine, other) in enumerate(zip(our_layers, their_layers, strict=True)):
-        if number == 0 and (d := _difference(a.inputs[mine], b.inputs[other])) > TOLERANCE:
+        if number == 0 and (d := _difference(a.inputs[mine], b.inputs[other])) > _TOLERANCE:
             raise CheckFailedError(
                 f"what {mine} gets differs by {d:.1e} of the largest: the embedding",
                 "Look at a factor of the embedding (Gemma: sqrt(dim)), positions, or a norm.",
             )
         difference = _difference(a.outputs[mine], b.outputs[other])
-        if difference > TOLERANCE:
+        if difference > _TOLERANCE:
             inner = [pair for pair in pairs if pair[0].startswith(f"{mine}.")]
             where, hint = _within(inner, a, b)
             raise CheckFailedError(
@@ -65,7 +65,7 @@ def numbers_match(subject: Subject) -> str:
             )
         worst = max(worst, difference)
     difference = relative_difference(our_logits, their_logits)
-    if difference > TOLERANCE:
+    if difference > _TOLERANCE:
         raise CheckFailedError(
             f"all layers are alike, but the logits differ by {difference:.1e} of the largest",
             "Look at the final norm, at the output layer (tied?), and at a factor or soft limit of "
@@ -180,7 +180,7 @@ def _within(pairs: list[tuple[str, str]], a: _Record, b: _Record) -> tuple[str, 
     order = list(a.outputs)  # by when they were done
     pairs = [pair for pair in pairs if pair[0] in a.outputs and pair[1] in b.outputs]
     for mine, other in sorted(pairs, key=lambda pair: order.index(pair[0])):
-        if _difference(a.inputs[mine], b.inputs[other]) > TOLERANCE:
+        if _difference(a.inputs[mine], b.inputs[other]) > _TOLERANCE:
             return (
                 f"; in it, the input of {mine} (theirs: {other})",
                 f"Everything that leads to {mine} is alike in modules with weights, so what is "
@@ -192,10 +192,10 @@ def _within(pairs: list[tuple[str, str]], a: _Record, b: _Record) -> tuple[str, 
                 "routing.",
             )
         ours_out, theirs_out = a.outputs[mine], b.outputs[other]
-        if _difference(ours_out, theirs_out) > TOLERANCE:
+        if _difference(ours_out, theirs_out) > _TOLERANCE:
             flat = ours_out.flatten(2), theirs_out.flatten(2)
             same_numbers = flat[0].shape == flat[1].shape and (
-                _difference(flat[0].sort().values, flat[1].sort().values) < TOLERANCE
+                _difference(flat[0].sort().values, flat[1].sort().values) < _TOLERANCE
             )
             if same_numbers:
                 return (

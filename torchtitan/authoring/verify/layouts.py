@@ -24,7 +24,7 @@ from .batches import BATCH
 from .check import Check, CheckFailedError, Checks, NotApplicableError
 from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
 from .subject import Subject
-from .verdict import Comparison, compare, judge
+from .verdict import Comparison, compare_runs, judge
 
 CHECKS = Checks()
 
@@ -162,15 +162,15 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
             "forward() draws random numbers in training mode, and layouts draw different ones. Set "
             "the dropout rates of this flavor to 0 to have its layouts checked"
             + ", and let the data loader draw noise"
-            * (subject.own is not None)
+            * (subject.own_batches is not None)
         )
 
 
 def _require_same_batches(subject: Subject) -> None:
     """Two loaders of the author's give the same, else no layouts can be compared."""
-    if subject.own is None or subject.own.error:
+    if subject.own_batches is None or subject.own_batches.error:
         return
-    first, other = subject.own.batch(1), subject.own.again()
+    first, other = subject.own_batches.batch(1), subject.own_batches.again()
     second = other.batch(1)
     other.close()
     for name, tensor in first.items():
@@ -245,7 +245,7 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     except ConfigError as error:
         raise NotApplicableError(str(error)) from error
     reference = Recording.load(reference_path(subject, layout.reference))
-    comparison = compare(trainer, train(trainer), reference)
+    comparison = compare_runs(trainer, train(trainer), reference)
     found: list[Comparison] = [comparison] * dist.get_world_size()
     dist.all_gather_object(found, comparison)
     _require_effect(trainer, comparison)

@@ -42,7 +42,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     for step in range(3):  # weights that start at 0 hide others in the first step
         example = subject.example(8, 64, seed=step)
         optimizer.zero_grad()
-        example.loss(model, example.run(model)).backward()
+        example.loss(example.run(model)).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 largest[name] = max(largest[name], parameter.grad.abs().max().item())
@@ -64,7 +64,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
 
 @CHECKS.of("learning.one_batch", "one batch is learned by heart")
 def one_batch_is_learned(subject: Subject) -> str:
-    own = subject.own
+    own = subject.own_batches
     try:
         return _learn(subject, subject.example(4, 32), _FALL if subject.reads_text else _OWN_FALL)
     except CheckFailedError:
@@ -83,7 +83,7 @@ def _learn(subject: Subject, example: Example, fall: float) -> str:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 5)
         optimizer.zero_grad()
-        loss = example.loss(model, example.run(model))
+        loss = example.loss(example.run(model))
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise CheckFailedError(f"the loss is {losses[-1]} after {step} steps on one batch")

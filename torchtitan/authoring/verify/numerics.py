@@ -41,7 +41,7 @@ def bf16_is_near_float32(subject: Subject) -> str:
         with torch.no_grad(), cast(model), recorded_outputs(model) as narrow:
             actual = given.run(model)
         difference = _median_difference(actual, expected)
-        losses = example.loss(model, actual).item(), example.loss(model, expected).item()
+        losses = example.loss(actual).item(), example.loss(expected).item()
         worst = max(worst, difference)
         if not difference < BF16_TOLERANCE or abs(losses[0] - losses[1]) > 0.02 * abs(losses[1]):
             raise CheckFailedError(
@@ -181,7 +181,7 @@ def logits_are_of_the_right_dtype(subject: Subject) -> str:
 def nothing_is_float64(subject: Subject) -> str:
     model, example = subject.build().train(), subject.example(1)
     with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
-        example.loss(model, example.run(model)).backward()
+        example.loss(example.run(model)).backward()
     if wide.found:
         (module, operation, dtype), count = next(iter(wide.found)), len(wide.found)
         raise CheckFailedError(
@@ -229,7 +229,7 @@ def long_contexts_are_finite(subject: Subject) -> str:
             else:
                 with cast(model):
                     logits = example.cast(torch.bfloat16).run(model)
-        loss = example.loss(model, logits)
+        loss = example.loss(logits)
         bad = [name for name, out in outputs.items() if not out.isfinite().all()]
         if bad or not logits.isfinite().all():
             first = outputs[bad[0]] if bad else logits

@@ -127,7 +127,7 @@ def forward_without_modules(subject: Subject) -> str:
     example = subject.example(2)
     with torch.no_grad():
         expected = example.run(whole)
-        hidden = _call(first, (example.tokens,), example.inputs, f"without {', '.join(after)}")
+        hidden = _run_part(first, (example.tokens,), example.inputs, f"without {', '.join(after)}")
         if not isinstance(hidden, tuple):
             _require_hidden_states(hidden, example, f"without {', '.join(after)}", subject)
         handed = hidden if isinstance(hidden, tuple) else (hidden,)
@@ -138,7 +138,7 @@ def forward_without_modules(subject: Subject) -> str:
                     f"{type(part).__name__}",
                     "A pipeline stage hands on a tensor, or a tuple of tensors.",
                 )
-        actual = _call(last, handed, example.inputs, f"without {', '.join(before)} and layers")
+        actual = _run_part(last, handed, example.inputs, f"without {', '.join(before)} and layers")
     difference = relative_difference(actual, expected)
     if actual.shape != expected.shape or difference > 1e-5:
         raise CheckFailedError(
@@ -155,7 +155,7 @@ def _require_hidden_states(
 ) -> None:
     shape = list(example.tokens.shape)
     # A model with a loader of its own may have several tokens to a hidden state.
-    wrong = subject.own is None and list(hidden.shape[:2]) != shape
+    wrong = subject.own_batches is None and list(hidden.shape[:2]) != shape
     if wrong or not hidden.is_floating_point():
         raise CheckFailedError(
             f"{without}, forward() returns {hidden.dtype} {list(hidden.shape)}, not the hidden "
@@ -170,7 +170,7 @@ def _remove(model: nn.Module, names: list[str], layers: list[str]) -> None:
         del layers_of(model)[name]
 
 
-def _call(
+def _run_part(
     model: nn.Module, entry: tuple[torch.Tensor, ...], inputs: dict[str, Any], description: str
 ) -> Any:
     torch.manual_seed(0)  # as `Example.run` has it

@@ -44,7 +44,7 @@ def numbers_are_kept(subject: Subject) -> str:
     whole = subject.build_varied()
     inputs = _inputs(subject, tokens) if subject.reads_text else {"its batch": example.inputs}
     with torch.no_grad():
-        expected = {rows: _call(whole, tokens, given) for rows, given in inputs.items()}
+        expected = {rows: _run_stage(whole, tokens, given) for rows, given in inputs.items()}
     done, refused = [], ""
     for split, (degree, schedule) in SPLITS.items():
         try:
@@ -57,7 +57,7 @@ def numbers_are_kept(subject: Subject) -> str:
             h: Any = tokens
             with torch.no_grad():
                 for stage in stages:
-                    h = _call(stage, h, given)
+                    h = _run_stage(stage, h, given)
             if torch.equal(h, expected[rows]):
                 continue
             first = _first_part_that_differs(whole, stages, tokens, given)
@@ -88,7 +88,7 @@ def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch
     return inputs
 
 
-def _call(model: nn.Module, x: Any, inputs: dict[str, torch.Tensor]) -> Any:
+def _run_stage(model: nn.Module, x: Any, inputs: dict[str, torch.Tensor]) -> Any:
     """With what the stage before hands on, a tensor or a tuple, and the inputs that it takes."""
     accepted = inspect.signature(model.forward).parameters
     entry = x if isinstance(x, tuple) else (x,)
@@ -122,7 +122,7 @@ def _first_part_that_differs(
         for model in models:
             keep = partial(_keep, outputs)
             with torch.no_grad(), hooked(named_layers(model), keep):
-                h = _call(model, h, inputs)
+                h = _run_stage(model, h, inputs)
     for name, output in expected.items():
         if name not in found or not torch.equal(found[name], output):
             return name

@@ -62,7 +62,7 @@ class Comparison:
     recomputes: bool = True
 
 
-def compare(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
+def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
     """This rank's recording against the reference."""
     rank = dist.get_rank()
     found = Comparison(

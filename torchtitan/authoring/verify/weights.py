@@ -163,7 +163,7 @@ def forward_gives_logits(subject: Subject) -> str:
 
 
 def _own_batch_gives_a_loss(subject: Subject) -> str:
-    own = subject.own
+    own = subject.own_batches
     if own is None or own.error:
         raise CheckFailedError(
             f"the data loader of {subject.name} gives no batches here: {own.error if own else ''}",
@@ -181,7 +181,7 @@ def _own_batch_gives_a_loss(subject: Subject) -> str:
         )
     if not output.isfinite().all():
         raise CheckFailedError("the output of an untrained model is not finite")
-    loss = example.loss(model, output)
+    loss = example.loss(output)
     if not loss.isfinite():
         raise CheckFailedError(f"the loss of an untrained model is {loss}")
     loss.backward()

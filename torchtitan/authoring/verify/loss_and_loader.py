@@ -41,13 +41,13 @@ def loss_is_a_sum(subject: Subject) -> str:
     alone = labels.clone(), labels.clone()
     alone[0][1], alone[1][0] = IGNORE_INDEX, IGNORE_INDEX
 
-    def loss_of(labels: torch.Tensor) -> float:
+    def summed(labels: torch.Tensor) -> float:
         torch.manual_seed(0)
         with torch.enable_grad():  # some are others without
             loss = loss_fn(model(tokens), labels)
         return _number(loss)
 
-    both, parts = loss_of(labels), [loss_of(part) for part in alone]
+    both, parts = summed(labels), [summed(part) for part in alone]
     if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
         raise CheckFailedError(
             f"the loss of two sequences is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} with "
@@ -62,14 +62,14 @@ def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
     model, example = subject.build().train(), subject.example(2)
     attach_loss(loss_fn, [model])
 
-    def loss_of(part: Example, seed: int = 0) -> float:
+    def summed(part: Example, seed: int = 0) -> float:
         torch.manual_seed(seed)
         return _number(loss_fn(model(part.tokens, **part.inputs), part.labels))
 
-    both, other = loss_of(example), loss_of(example, seed=1)
+    both, other = summed(example), summed(example, seed=1)
     if both != other:
         raise NotApplicableError("forward() draws random numbers, so no two losses are alike")
-    parts = [loss_of(example.rows(slice(row, row + 1))) for row in range(2)]
+    parts = [summed(example.rows(slice(row, row + 1))) for row in range(2)]
     if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
         raise CheckFailedError(
             f"the loss of two rows is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} alone",

@@ -92,7 +92,7 @@ def trailing_tokens_do_not_matter(subject: Subject) -> str:
 @CHECKS.of("semantics.lengths", "sequences of any length work")
 def any_length_works(subject: Subject) -> str:
     """Sequences of 1, 2 and an odd number of tokens, and longer than windows and chunks."""
-    if subject.own and subject.spec.model_cls.sees_later_tokens:
+    if subject.own_batches and subject.spec.model_cls.sees_later_tokens:
         raise NotApplicableError("its own loader may give one length alone, as two equal halves")
     model = subject.build_varied()
     limits = window_sizes(subject)
