@@ -79,11 +79,11 @@ class Checks(list[Check]):
         self._needs = needs
 
     def of(self, name: str, asks: str, **options: Any) -> Callable[[Function], Function]:
-        """Above a function, which stays as it is: it is `run` of a check with these fields."""
+        """Above a function: makes it `run` of a check, with these and other fields of `Check`."""
 
         def declare(run: Function) -> Function:
             self.append(Check(name, asks, run, **{"needs": self._needs, **options}))
-            return run
+            return run  # as it is, so that it can be pickled
 
         return declare
 

@@ -97,7 +97,7 @@ def flops_are_as_measured(subject: Subject) -> str:
         if misfit is not None and isinstance(longest, int) and lengths[-1] > longest:
             break
         try:
-            fits = _compare(model, subject, lengths)
+            fits = _claims_fit(model, subject, lengths)
         except CheckFailedError as error:
             misfit = misfit or error
         except Exception:  # of the model, which may not take so many
@@ -124,15 +124,15 @@ def _tell_of_own_batch(subject: Subject) -> NoReturn:
     )
 
 
-def _compare(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
+def _claims_fit(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
     measured = [_measure(model, subject, seq) for seq in lengths]
     nparams, _ = _claim(subject.args, lengths[0])
     claimed = [float(_claim(subject.args, seq)[1]) for seq in lengths]
     weights, attention = _split(measured, lengths)
     claimed_weights, claimed_attention = _split(claimed, lengths)
     notes = [
-        _compare_weights(claimed_weights, weights, nparams, model),
-        _compare_attention(claimed_attention, attention),
+        _weights_fit(claimed_weights, weights, nparams, model),
+        _attention_fits(claimed_attention, attention),
     ]
     return "; ".join(note for note in notes if note)
 
@@ -177,7 +177,7 @@ _OWN_FORMULAS: dict[Any, Any] = {
 }
 
 
-def _compare_weights(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:
+def _weights_fit(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:
     ratio = claimed / measured
     if abs(ratio - 1) < _TOLERANCE:
         return f"weights: {measured:,.0f} FLOPs a token, as measured"
@@ -208,7 +208,7 @@ def _compare_weights(claimed: float, measured: float, nparams: int, model: nn.Mo
     )
 
 
-def _compare_attention(claimed: float, measured: float) -> str:
+def _attention_fits(claimed: float, measured: float) -> str:
     if measured <= 0:
         return ""
     ratio = claimed / measured
