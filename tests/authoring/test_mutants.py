@@ -197,12 +197,12 @@ def test_a_loader_of_texts_adds_its_batches_to_random_tokens(tmp_path: Path) -> 
     subject = Subject(
         "loader_without_shares", "debugmodel", tmp_path, "mutants.loader_without_shares"
     )
-    assert subject.own is not None and subject.reads_text
+    assert subject.own_batches is not None and subject.reads_text
     batches = Batches(subject, subject.config("--training.local_batch_size=8").training, 0, 1)
     random, own = next(batches), next(batches)
     assert torch.equal(random["tokens"], subject.tokens(8, 65, seed=1)[:, :-1])
-    assert torch.equal(own["tokens"], subject.own.batch(2)["tokens"])
-    assert subject.own.batch(2)["tokens"].shape == (8, 64)
+    assert torch.equal(own["tokens"], subject.own_batches.batch(2)["tokens"])
+    assert subject.own_batches.batch(2)["tokens"].shape == (8, 64)
 
 
 def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> None:

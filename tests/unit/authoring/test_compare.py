@@ -15,7 +15,7 @@ from torchtitan.authoring.verify.compare import (
     compare_tensors,
 )
 from torchtitan.authoring.verify.reference import BATCH
-from torchtitan.authoring.verify.verdict import Comparison, judge
+from torchtitan.authoring.verify.verdict import LIMITS, Comparison, judge
 from torchtitan.config import load_config
 
 SEQ, HEADS, DIM = 16, 4, 6
@@ -75,8 +75,9 @@ def test_tensors_that_should_be_zero_are_held_against_the_floor() -> None:
 def comparison(**fields: object) -> Comparison:
     names = {"layers.0.w.weight", "layers.1.w.weight"}
     order = ["layers.0.w", "layers.0", "layers.1.w", "layers.1", ""]
-    given = {"loss_error": 0.0, "norm_error": 0.0, "names": names}
-    return Comparison(**given | {"expected_names": names, "order": order} | fields)
+    errors = dict.fromkeys(LIMITS, 0.0) | fields.pop("errors", {})
+    given = {"names": names, "expected_names": names, "order": order, "errors": errors}
+    return Comparison(**given | fields)
 
 
 def judged(*found: Comparison) -> CheckFailedError:
@@ -89,10 +90,10 @@ def judged(*found: Comparison) -> CheckFailedError:
 
 def test_the_first_output_and_the_last_gradient_are_named() -> None:
     outputs = [Difference("layers.1.w", 0.5, "tokens 3", rank=0), Difference("layers.0", 0.1)]
-    first = comparison(loss_error=0.1, outputs=outputs)
+    first = comparison(errors={"loss": 0.1}, outputs=outputs)
     assert "output differs is layers.0: by 0.1 of its norm" in judged(first).problem
     gradients = [Difference("layers.0.w.weight", 0.5), Difference("layers.1.w.weight", 0.2)]
-    second = comparison(gradients=gradients, gradient_error=0.5)
+    second = comparison(gradients=gradients, errors={"gradient": 0.5})
     assert "gradient differs is layers.1.w.weight: by 0.2" in judged(comparison(), second).problem
 
 

@@ -1,6 +1,6 @@
 """`torchtitan verify`: checks that prove a model right, on a laptop, under every parallelism.
 
-* `check.py`: what a check is;
+* `check.py`: what a check is, and how one is declared;
 * `subject.py`: the model under test;
 * `catalog.py`: all checks, from one module for each subject matter (`contract.py`, ...);
 * `reference.py`, `observe.py`: a short run of the real trainer, and what it records;

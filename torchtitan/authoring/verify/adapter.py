@@ -14,9 +14,10 @@ from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
 
-from .check import Check, CheckFailedError, NotApplicableError
-from .contract import SPEC
+from .check import CheckFailedError, Checks, NotApplicableError
 from .subject import Subject
+
+CHECKS = Checks("adapter.round_trip")
 
 State = dict[str, Any]
 
@@ -51,8 +52,9 @@ def _tied(state: State) -> set[str]:
     return {name for several in names.values() if len(several) > 1 for name in several}
 
 
+@CHECKS.of("adapter.round_trip", "from_hf(to_hf(state)) is the state", needs=("contract.spec",))
 def maps_there_and_back(subject: Subject) -> str:
-    """`from_hf(to_hf(state))` is the state, exactly, and nothing is changed in place."""
+    """Exactly, and nothing is changed in place."""
     model, adapter = subject.spec.meta_model(subject.args), adapter_of(subject)
     state = distinct_state(model)
     kept = {name: tensor.clone() for name, tensor in state.items()}
@@ -163,8 +165,8 @@ def _sorted_rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix[matrix[:, 0].argsort()]
 
 
+@CHECKS.of("adapter.parts", "a stage's names alone are mapped as within the whole")
 def parts_map_alike(subject: Subject) -> str:
-    """The names of a pipeline stage alone are mapped as within the whole."""
     adapter = adapter_of(subject)
     state = distinct_state(subject.spec.meta_model(subject.args))
     whole, tied = adapter.to_hf(dict(state)), _tied(state)
@@ -185,8 +187,8 @@ def parts_map_alike(subject: Subject) -> str:
     return f"{count} parts"
 
 
+@CHECKS.of("adapter.flavors", "all flavors' names are mapped")
 def flavors_map(subject: Subject) -> str:
-    """The larger flavors' names and shapes are mapped there and back too."""
     adapter_of(subject)
     flavors = [flavor for flavor in model_flavors(subject.name) if flavor != subject.flavor]
     if not flavors:
@@ -210,8 +212,8 @@ def flavors_map(subject: Subject) -> str:
     return f"{len(flavors)} flavors"
 
 
+@CHECKS.of("adapter.dtensor", "sharded tensors are mapped without gathering them", ranks=2)
 def works_on_dtensors(subject: Subject) -> str:
-    """Sharded tensors are mapped there and back without gathering them. Called on two ranks."""
     from torch.distributed.device_mesh import init_device_mesh
 
     model = subject.spec.meta_model(subject.args)
@@ -252,32 +254,3 @@ def works_on_dtensors(subject: Subject) -> str:
 def _local_bytes(state: State) -> int:
     locals_ = {id(t): local_tensor(t) for t in state.values()}
     return sum(tensor.nbytes for tensor in locals_.values())
-
-
-CHECKS = (
-    Check(
-        "adapter.round_trip",
-        "from_hf(to_hf(state)) is the state",
-        maps_there_and_back,
-        needs=(SPEC,),
-    ),
-    Check(
-        "adapter.parts",
-        "a stage's names alone are mapped as within the whole",
-        parts_map_alike,
-        needs=("adapter.round_trip",),
-    ),
-    Check(
-        "adapter.flavors",
-        "all flavors' names are mapped",
-        flavors_map,
-        needs=("adapter.round_trip",),
-    ),
-    Check(
-        "adapter.dtensor",
-        "sharded tensors are mapped without gathering them",
-        works_on_dtensors,
-        ranks=2,
-        needs=("adapter.round_trip",),
-    ),
-)

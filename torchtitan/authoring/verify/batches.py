@@ -28,14 +28,14 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Example:
-    """A batch, and how a model is run on it and judged."""
+    """A batch, and how a model is run on it and its loss is computed."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     inputs: Batch
     """What `forward` gets by name."""
-    judge: Callable[[nn.Module, Any, torch.Tensor], torch.Tensor]
-    """Called with the model, what it returned and the labels: the mean loss."""
+    mean_loss: Callable[[Any, torch.Tensor], torch.Tensor]
+    """Called with what the model returned and the labels."""
     prepare: Callable[[nn.Module], None] = lambda model: None
     """Called with a model before it runs."""
 
@@ -43,9 +43,9 @@ class Example:
         self.prepare(model)
         return model(self.tokens, **self.inputs)
 
-    def loss(self, model: nn.Module, output: Any) -> torch.Tensor:
+    def loss(self, output: Any) -> torch.Tensor:
         """The mean loss of what `run` returned, a float32 scalar."""
-        return self.judge(model, output, self.labels)
+        return self.mean_loss(output, self.labels)
 
     def rows(self, rows: slice) -> Example:
         inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
@@ -61,7 +61,7 @@ def random_example(tokens: torch.Tensor) -> Example:
     """Of tokens `[batch, seq]`, each of which predicts the next."""
     labels = tokens.roll(-1, 1)
     labels[:, -1] = IGNORE_INDEX
-    return Example(tokens, labels, {}, lambda model, logits, labels: loss_of(logits, tokens))
+    return Example(tokens, labels, {}, lambda logits, labels: loss_of(logits, tokens))
 
 
 class OwnBatches:
@@ -168,7 +168,7 @@ class OwnBatches:
     def example(self, rows: int, step: int) -> Example:
         batch = self.batch(step)
         tokens, labels = batch["tokens"], batch["labels"]
-        whole = Example(tokens, labels, own_inputs(batch), self._judge, self._prepare)
+        whole = Example(tokens, labels, own_inputs(batch), self._mean_loss, self._prepare)
         return whole.rows(slice(rows))
 
     def _prepare(self, model: nn.Module) -> None:
@@ -179,7 +179,7 @@ class OwnBatches:
             attach_loss(self.loss_fn, [model])
             self._prepared.add(model)
 
-    def _judge(self, model: nn.Module, output: Any, labels: torch.Tensor) -> torch.Tensor:
+    def _mean_loss(self, output: Any, labels: torch.Tensor) -> torch.Tensor:
         return self.loss_fn(output, labels) / count_labels(labels).clamp(min=1)
 
 

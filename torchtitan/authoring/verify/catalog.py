@@ -12,43 +12,43 @@ from . import (
     checkpoints,
     contract,
     cost,
-    hugging_face,
+    hf_files,
+    hf_numbers,
+    invariances,
     layouts,
     learning,
+    loss_and_loader,
     numerics,
-    own_parts,
     parts,
     semantics,
     stages,
-    surroundings,
     weights,
 )
 from .check import Check
-from .contract import IMPORT
 
 MODULES = (
     contract,
     weights,
     parts,
-    own_parts,
+    loss_and_loader,
     semantics,
-    surroundings,
+    invariances,
     numerics,
     cost,
     adapter,
-    hugging_face,
+    hf_files,
+    hf_numbers,
     learning,
     stages,
     layouts,
     checkpoints,
 )
-"""Each has `CHECKS`."""
+"""Each has `CHECKS`. The first of all is needed by those that need no other."""
 
 
 def all_checks() -> list[Check]:
-    """All checks. Those that need no other one need that the model can be imported."""
-    checks = [check for module in MODULES for check in module.CHECKS]
-    return [IMPORT, *(replace(c, needs=c.needs or (IMPORT.name,)) for c in checks)]
+    first, *others = (check for module in MODULES for check in module.CHECKS)
+    return [first, *(replace(check, needs=check.needs or (first.name,)) for check in others)]
 
 
 def choose(only: Iterable[str] = (), quick: bool = False) -> list[Check]:

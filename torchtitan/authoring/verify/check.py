@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from .subject import Subject
+
+Function = TypeVar("Function", bound="Callable[[Subject], str]")
 
 
 class CheckFailedError(Exception):
@@ -63,6 +65,27 @@ class Check:
     @property
     def group(self) -> str:
         return self.name.partition(".")[0]
+
+
+class Checks(list[Check]):
+    """The checks of a module, in the order in which they are run and shown.
+
+    Args:
+        needs: what those need that say nothing else.
+    """
+
+    def __init__(self, *needs: str) -> None:
+        super().__init__()
+        self._needs = needs
+
+    def of(self, name: str, asks: str, **options: Any) -> Callable[[Function], Function]:
+        """Above a function: makes it `run` of a check, with these and other fields of `Check`."""
+
+        def declare(run: Function) -> Function:
+            self.append(Check(name, asks, run, **{"needs": self._needs, **options}))
+            return run  # as it is, so that it can be pickled
+
+        return declare
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torchtitan.components.checkpoint.load import model_state
 from torchtitan.errors import ConfigError
 from torchtitan.train import Trainer
 
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import Check, CheckFailedError, Checks, NotApplicableError
 from .compare import Difference, compare_tensors
 from .layouts import LAYOUTS, REFERENCE, options_of, reference_path
 from .reference import (
@@ -22,12 +22,14 @@ from .reference import (
     Recording,
     Tensors,
     build_trainer,
-    state,
+    tensors_of,
     train,
     whole,
 )
 from .subject import Subject
 from .verdict import LOSS_TOLERANCE, WEIGHT_TOLERANCE, max_error
+
+CHECKS = Checks()
 
 SAVED_STEP = STEPS // 2
 SAVE = "checkpoints.save"
@@ -65,6 +67,37 @@ def resumes_bitwise(layout: str, subject: Subject) -> str:
     return f"{len(weights)} tensors of the model, {len(optimizer)} of the optimizer"
 
 
+def _resume_checks(layout: str, suffix: str) -> tuple[Check, Check]:
+    run = Check(
+        f"checkpoints.run{suffix}",
+        "a run saves a checkpoint on its way",
+        partial(runs_without_a_stop, layout),
+        ranks=LAYOUTS[layout].ranks,
+        joins=True,
+        timeout=180.0,
+        quick=not suffix,
+    )
+    resume = replace(
+        run,
+        name=f"checkpoints.resume{suffix}",
+        asks="a run that stops there and resumes ends with the same bits",
+        run=partial(resumes_bitwise, layout),
+        needs=(run.name,),
+    )
+    return run, resume
+
+
+CHECKS += [*_resume_checks(ONE, ""), *_resume_checks("fsdp2", "_fsdp2")]
+
+
+@CHECKS.of(
+    SAVE,
+    "four ranks that shard and split the weights save a checkpoint",
+    ranks=4,
+    joins=True,
+    timeout=180.0,
+    quick=False,
+)
 def save(subject: Subject) -> str:
     """Leaves a checkpoint of four ranks in `subject.folder`, and what is in it as whole tensors."""
     reasons = []
@@ -80,7 +113,7 @@ def save(subject: Subject) -> str:
     else:
         raise NotApplicableError(reasons[0])
     train(trainer, steps=SAVED_STEP, observe=False)
-    full = _whole(state(trainer))
+    full = _whole(tensors_of(trainer))
     if dist.get_rank() == 0:
         torch.save(full, _saved_path(subject))
     return f"saved on {name} after step {SAVED_STEP}"
@@ -119,6 +152,21 @@ def loads_on(layout: str, subject: Subject) -> str:
             "in no checkpoint.",
         )
     return f"weights exact, next losses off by {error:.0e}"
+
+
+CHECKS += [
+    Check(
+        f"checkpoints.load_{'one' if layout == ONE else layout}",
+        "that checkpoint resumes here: weights exact, next losses those of one process",
+        partial(loads_on, layout),
+        ranks=LAYOUTS[layout].ranks,
+        joins=True,
+        timeout=180.0,
+        quick=False,
+        needs=(SAVE, REFERENCE),
+    )
+    for layout in (ONE, "tp2", "pp2")
+]
 
 
 def _in_folder(name: str) -> tuple[str, ...]:
@@ -168,51 +216,3 @@ def _straight_path(subject: Subject, layout: str) -> Path:
 
 def _saved_path(subject: Subject) -> Path:
     return subject.folder / "saved.pt"
-
-
-def _resume_checks(layout: str, suffix: str) -> tuple[Check, Check]:
-    run = Check(
-        f"checkpoints.run{suffix}",
-        "a run saves a checkpoint on its way",
-        partial(runs_without_a_stop, layout),
-        ranks=LAYOUTS[layout].ranks,
-        joins=True,
-        timeout=180.0,
-        quick=not suffix,
-    )
-    resume = replace(
-        run,
-        name=f"checkpoints.resume{suffix}",
-        asks="a run that stops there and resumes ends with the same bits",
-        run=partial(resumes_bitwise, layout),
-        needs=(run.name,),
-    )
-    return run, resume
-
-
-CHECKS = (
-    *_resume_checks(ONE, ""),
-    *_resume_checks("fsdp2", "_fsdp2"),
-    Check(
-        SAVE,
-        "four ranks that shard and split the weights save a checkpoint",
-        save,
-        ranks=4,
-        joins=True,
-        timeout=180.0,
-        quick=False,
-    ),
-    *(
-        Check(
-            f"checkpoints.load_{'one' if layout == ONE else layout}",
-            "that checkpoint resumes here: weights exact, next losses those of one process",
-            partial(loads_on, layout),
-            ranks=LAYOUTS[layout].ranks,
-            joins=True,
-            timeout=180.0,
-            quick=False,
-            needs=(SAVE, REFERENCE),
-        )
-        for layout in (ONE, "tp2", "pp2")
-    ),
-)

@@ -115,7 +115,7 @@ def compare_outputs(
             expected = expected.index_select(dim, places)
         relative = _relative(local, expected, float(expected.norm()))
         if not relative <= tolerance:
-            where = _where(local, expected, indices, whole[0].shape, part.seq_len, tolerance)
+            where = _wrong_places(local, expected, indices, whole[0].shape, part.seq_len, tolerance)
             differences.append(Difference(name, relative, where, rank=rank))
     return differences, compared, left_out
 
@@ -204,7 +204,7 @@ def _placed(tensor: DTensor) -> str:
     return f"the shard {', '.join(sharded)}" if sharded else ""
 
 
-def _where(
+def _wrong_places(
     local: torch.Tensor,
     expected: torch.Tensor,
     indices: Indices,

@@ -17,8 +17,10 @@ from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProto
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.text import few
 
-from .check import Check, CheckFailedError
+from .check import CheckFailedError, Checks
 from .subject import Subject
+
+CHECKS = Checks("contract.spec")
 
 OPTIONAL_INPUTS = ("positions", "document_ids")
 """Inputs of `forward` that the trainer can fill."""
@@ -58,8 +60,17 @@ MAY_BE_NONE = {
 }
 
 
+@CHECKS.of("contract.import", "the module that registers the model can be imported", needs=())
+def can_be_imported(subject: Subject) -> str:
+    try:
+        load_plugins(subject.custom_import)
+    except ConfigError as error:
+        raise CheckFailedError(str(error), "the module that --custom-import names") from error
+    return ""
+
+
+@CHECKS.of("contract.spec", "the TrainSpec's fields are of the right kinds", needs=())
 def spec_is_complete(subject: Subject) -> str:
-    """The fields of the `TrainSpec` are what they should be."""
     spec = subject.spec
     if not isinstance(spec, TrainSpec):
         raise CheckFailedError(
@@ -112,12 +123,12 @@ def _require_dataclass(args_cls: type) -> None:
         )
 
 
+@CHECKS.of("contract.signatures", "all can be called as the trainer calls it")
 def signatures_fit(subject: Subject) -> str:
-    """Everything can be called as the trainer calls it."""
     spec = subject.spec
     _require_call(f"{spec.model_cls.__name__}.__init__", spec.model_cls, ("args",))
     forward = spec.model_cls.forward
-    keys = subject.own.keys if subject.own else []
+    keys = subject.own_batches.keys if subject.own_batches else []
     given = tuple(name for name in keys if name not in USUAL_KEYS)
     _require_call(f"{spec.model_cls.__name__}.forward", forward, ("self", "tokens"), given)
     extra = list(inspect.signature(forward).parameters.values())[2:]
@@ -165,8 +176,9 @@ def _require_call(
         ) from error
 
 
+@CHECKS.of("contract.args", "update_from_config returns args and leaves the flavor as it is")
 def args_are_not_modified(subject: Subject) -> str:
-    """`update_from_config` returns args and leaves the flavor as it is; sizes are integers."""
+    """And its `vocab_size` is a number of tokens."""
     args = get_train_spec(subject.name, subject.flavor).model_args
     before = copy.deepcopy(vars(args))
     # Two jobs that differ in all that args may take from one.
@@ -189,7 +201,7 @@ def args_are_not_modified(subject: Subject) -> str:
                 "flavor is shared by all jobs of a process.",
             )
     vocab_size = getattr(first, "vocab_size", None)
-    if vocab_size is None and subject.own is not None:
+    if vocab_size is None and subject.own_batches is not None:
         return f"{len(before)} fields, no vocab_size"
     if type(vocab_size) is not int or vocab_size < 2:
         raise CheckFailedError(
@@ -204,8 +216,9 @@ def _differs(key: str, before: dict[str, Any], now: BaseModelArgs) -> bool:
     return before.get(key) != getattr(now, key, None)
 
 
+@CHECKS.of("contract.layers", "the layers are an nn.ModuleDict keyed by their number")
 def layers_are_a_dict(subject: Subject) -> str:
-    """The layers can be deleted one by one without renaming others."""
+    """So that they can be deleted one by one without renaming others."""
     model = subject.spec.meta_model(subject.args)
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleDict):
@@ -228,41 +241,3 @@ def layers_are_a_dict(subject: Subject) -> str:
             "model.py: make args.n_layers of them.",
         )
     return f"{len(layers)} layers"
-
-
-def can_be_imported(subject: Subject) -> str:
-    try:
-        load_plugins(subject.custom_import)
-    except ConfigError as error:
-        raise CheckFailedError(str(error), "the module that --custom-import names") from error
-    return ""
-
-
-IMPORT = Check(
-    "contract.import", "the module that registers the model can be imported", can_be_imported
-)
-
-SPEC = "contract.spec"
-"""The check that there is a model to ask. Others need it."""
-
-CHECKS = (
-    Check(SPEC, "the TrainSpec's fields are of the right kinds", spec_is_complete),
-    Check(
-        "contract.signatures",
-        "all can be called as the trainer calls it",
-        signatures_fit,
-        needs=(SPEC,),
-    ),
-    Check(
-        "contract.args",
-        "update_from_config returns args and leaves the flavor as it is",
-        args_are_not_modified,
-        needs=(SPEC,),
-    ),
-    Check(
-        "contract.layers",
-        "the layers are an nn.ModuleDict keyed by their number",
-        layers_are_a_dict,
-        needs=(SPEC,),
-    ),
-)

@@ -20,14 +20,15 @@ import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchtitan.components.checkpoint.load import first_names
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
 
-from .check import Check, CheckFailedError, NotApplicableError
-from .contract import SPEC
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import loss_of
 from .subject import Subject
-from .weights import BUILDS
+
+CHECKS = Checks("contract.spec")
 
 _LENGTHS = ((8, 16), (64, 128), (256, 512))
 """Tokens, in pairs. The first are no longer than the windows of debug models, the others are
@@ -35,8 +36,9 @@ multiples of the usual chunks."""
 _TOLERANCE = 0.02
 
 
+@CHECKS.of("cost.nparams", "the number of parameters is exact")
 def nparams_are_exact(subject: Subject) -> str:
-    """The number of parameters, for every flavor that can be built without memory."""
+    """Of every flavor."""
     flavors = model_flavors(subject.name) or [subject.flavor]
     wrong = []
     for flavor in dict.fromkeys([subject.flavor, *flavors]):
@@ -70,9 +72,7 @@ def _claim(args: Any, seq_len: int) -> tuple[int, int]:
 
 def _guess_of_difference(model: nn.Module, difference: int) -> str:
     """What has as many parameters as there are too many or too few."""
-    all_names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    tied = all_names - {n for n, _ in model.named_parameters()}
-    for name in sorted(tied):
+    for name in sorted(first_names(model)):
         if model.get_parameter(name).numel() == difference:
             return f"{name} shares its weight with another, so it counts once."
     sizes: dict[str, int] = {}
@@ -86,8 +86,8 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
     return "Count every weight, bias and norm once."
 
 
+@CHECKS.of("cost.flops", "FLOPs a token are as measured", needs=("contract.forward",))
 def flops_are_as_measured(subject: Subject) -> str:
-    """FLOPs of a token, forward and backward."""
     if not subject.reads_text:
         _tell_of_own_batch(subject)
     model = subject.build().train()
@@ -97,7 +97,7 @@ def flops_are_as_measured(subject: Subject) -> str:
         if misfit is not None and isinstance(longest, int) and lengths[-1] > longest:
             break
         try:
-            judged = _judge(model, subject, lengths)
+            fits = _claims_fit(model, subject, lengths)
         except CheckFailedError as error:
             misfit = misfit or error
         except Exception:  # of the model, which may not take so many
@@ -105,7 +105,7 @@ def flops_are_as_measured(subject: Subject) -> str:
                 raise
             break
         else:
-            return judged if misfit is None else f"{judged} (at {lengths[0]} tokens and more)"
+            return fits if misfit is None else f"{fits} (at {lengths[0]} tokens and more)"
     assert misfit is not None  # there are lengths
     raise misfit
 
@@ -115,7 +115,7 @@ def _tell_of_own_batch(subject: Subject) -> NoReturn:
     model, example = subject.build().train(), subject.example(2)
     counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        example.loss(model, example.run(model)).backward()
+        example.loss(example.run(model)).backward()
     measured = counter.get_total_flops() / 2 / subject.length
     raise NotApplicableError(
         f"asked of token ids at several lengths; of its own batches, {measured:,.0f} FLOPs are "
@@ -124,15 +124,15 @@ def _tell_of_own_batch(subject: Subject) -> NoReturn:
     )
 
 
-def _judge(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
+def _claims_fit(model: nn.Module, subject: Subject, lengths: tuple[int, int]) -> str:
     measured = [_measure(model, subject, seq) for seq in lengths]
     nparams, _ = _claim(subject.args, lengths[0])
     claimed = [float(_claim(subject.args, seq)[1]) for seq in lengths]
     weights, attention = _split(measured, lengths)
     claimed_weights, claimed_attention = _split(claimed, lengths)
     notes = [
-        _judge_weights(claimed_weights, weights, nparams, model),
-        _judge_attention(claimed_attention, attention),
+        _weights_fit(claimed_weights, weights, nparams, model),
+        _attention_fits(claimed_attention, attention),
     ]
     return "; ".join(note for note in notes if note)
 
@@ -177,7 +177,7 @@ _OWN_FORMULAS: dict[Any, Any] = {
 }
 
 
-def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:
+def _weights_fit(claimed: float, measured: float, nparams: int, model: nn.Module) -> str:
     ratio = claimed / measured
     if abs(ratio - 1) < _TOLERANCE:
         return f"weights: {measured:,.0f} FLOPs a token, as measured"
@@ -208,7 +208,7 @@ def _judge_weights(claimed: float, measured: float, nparams: int, model: nn.Modu
     )
 
 
-def _judge_attention(claimed: float, measured: float) -> str:
+def _attention_fits(claimed: float, measured: float) -> str:
     if measured <= 0:
         return ""
     ratio = claimed / measured
@@ -231,9 +231,3 @@ def _judge_attention(claimed: float, measured: float) -> str:
         "args.py: get_nparams_and_flops. 12 x layers x heads x head_dim a key, or 6 if it counts "
         "as causal. Count each layer.",
     )
-
-
-CHECKS = (
-    Check("cost.nparams", "the number of parameters is exact", nparams_are_exact, needs=(SPEC,)),
-    Check("cost.flops", "FLOPs a token are as measured", flops_are_as_measured, needs=(BUILDS,)),
-)

@@ -29,7 +29,7 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
     if not ended:
         return _explain_hang(failures)
     first = min(ended, key=_innocence)
-    place = _collective(first.traceback)[1] if _died(first) else _where(first.traceback)
+    place = _collective(first.traceback)[1] if _died(first) else _innermost_frame(first.traceback)
     if "SIGKILL" in first.reason:
         return (
             f"rank {first.rank} was {first.reason}, most likely for want of memory",
@@ -97,7 +97,7 @@ def _is_authors(file: str) -> bool:
     )
 
 
-def _where(traceback: str) -> str:
+def _innermost_frame(traceback: str) -> str:
     """The innermost frame of an exception's traceback or a crash's stacks that is not PyTorch's.
 
     Of a traceback, one of the author's if there is one: what it called tells less.

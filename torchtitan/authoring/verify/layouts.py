@@ -21,10 +21,12 @@ from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
 from .batches import BATCH
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import Check, CheckFailedError, Checks, NotApplicableError
 from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
 from .subject import Subject
-from .verdict import Comparison, compare, judge
+from .verdict import Comparison, compare_runs, judge
+
+CHECKS = Checks()
 
 REFERENCE = "layouts.one_device"
 DOCUMENTS = "layouts.one_device_documents"
@@ -106,6 +108,7 @@ def options_of(layout: Layout) -> list[str]:
     return [f"--training.local_batch_size={local_batch_size}", *layout.options]
 
 
+@CHECKS.of(REFERENCE, "the model trains on one process, and a forward pass can be repeated")
 def one_device(subject: Subject) -> str:
     """Leaves the reference in `subject.folder`."""
     try:
@@ -119,22 +122,6 @@ def one_device(subject: Subject) -> str:
     recording = _train_for_reference(trainer)
     recording.save(reference_path(subject))
     _require_repeatable(trainer, subject)
-    return _losses(recording)
-
-
-def one_device_with_documents(subject: Subject) -> str:
-    """Leaves the reference of layouts with packed documents."""
-    if not subject.reads_text:
-        if subject.own_documents.error:
-            raise NotApplicableError(f"no packed documents: {subject.own_documents.error}")
-        if not {"positions", "document_ids"} <= set(subject.own_documents.batch(1)):
-            raise NotApplicableError("its data loader gives no positions and document_ids")
-    try:
-        trainer = build_trainer(subject, f"--training.local_batch_size={BATCH}", DOCUMENT_MASK)
-    except ConfigError as error:
-        raise NotApplicableError(str(error)) from error
-    recording = _train_for_reference(trainer)
-    recording.save(reference_path(subject, DOCUMENTS))
     return _losses(recording)
 
 
@@ -175,15 +162,15 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
             "forward() draws random numbers in training mode, and layouts draw different ones. Set "
             "the dropout rates of this flavor to 0 to have its layouts checked"
             + ", and let the data loader draw noise"
-            * (subject.own is not None)
+            * (subject.own_batches is not None)
         )
 
 
 def _require_same_batches(subject: Subject) -> None:
     """Two loaders of the author's give the same, else no layouts can be compared."""
-    if subject.own is None or subject.own.error:
+    if subject.own_batches is None or subject.own_batches.error:
         return
-    first, other = subject.own.batch(1), subject.own.again()
+    first, other = subject.own_batches.batch(1), subject.own_batches.again()
     second = other.batch(1)
     other.close()
     for name, tensor in first.items():
@@ -195,8 +182,12 @@ def _require_same_batches(subject: Subject) -> None:
             )
 
 
+@CHECKS.of(
+    "layouts.updates",
+    "the optimizer changes every parameter that has a gradient",
+    needs=(REFERENCE,),
+)
 def every_parameter_is_updated(subject: Subject) -> str:
-    """The optimizer of the run on one process has changed each parameter with a gradient."""
     recording = Recording.load(reference_path(subject))
     trained = [name for name in recording.gradients if name in recording.weights]
     kept = [
@@ -224,6 +215,28 @@ def _moves(weight: torch.Tensor, gradient: torch.Tensor) -> bool:
     return bool((step > 2 * torch.finfo(weight.dtype).eps * weight.abs().double()).any())
 
 
+@CHECKS.of(
+    DOCUMENTS,
+    "the model trains on packed documents on one process",
+    quick=False,
+    needs=(REFERENCE,),
+)
+def one_device_with_documents(subject: Subject) -> str:
+    """Leaves the reference of layouts with packed documents."""
+    if not subject.reads_text:
+        if subject.own_documents.error:
+            raise NotApplicableError(f"no packed documents: {subject.own_documents.error}")
+        if not {"positions", "document_ids"} <= set(subject.own_documents.batch(1)):
+            raise NotApplicableError("its data loader gives no positions and document_ids")
+    try:
+        trainer = build_trainer(subject, f"--training.local_batch_size={BATCH}", DOCUMENT_MASK)
+    except ConfigError as error:
+        raise NotApplicableError(str(error)) from error
+    recording = _train_for_reference(trainer)
+    recording.save(reference_path(subject, DOCUMENTS))
+    return _losses(recording)
+
+
 def trains_like_one_device(name: str, subject: Subject) -> str:
     """The check of a layout, on each of its ranks."""
     layout = LAYOUTS[name]
@@ -232,11 +245,26 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     except ConfigError as error:
         raise NotApplicableError(str(error)) from error
     reference = Recording.load(reference_path(subject, layout.reference))
-    comparison = compare(trainer, train(trainer), reference)
+    comparison = compare_runs(trainer, train(trainer), reference)
     found: list[Comparison] = [comparison] * dist.get_world_size()
     dist.all_gather_object(found, comparison)
     _require_effect(trainer, comparison)
     return judge(found, trainer.job_config)
+
+
+CHECKS += [
+    Check(
+        f"layouts.{name}",
+        "losses, gradients and weights are those of one process",
+        partial(trains_like_one_device, name),
+        ranks=layout.ranks,
+        joins=True,
+        timeout=layout.timeout,
+        quick=layout.quick,
+        needs=(layout.reference,),
+    )
+    for name, layout in LAYOUTS.items()
+]
 
 
 def _require_effect(trainer: Trainer, comparison: Comparison) -> None:
@@ -267,38 +295,3 @@ def _is_sharded(trainer: Trainer, mesh_dim: str) -> bool:
                 if not isinstance(place, Replicate):
                     return True
     return False
-
-
-CHECKS = (
-    Check(
-        REFERENCE,
-        "the model trains on one process, and a forward pass can be repeated",
-        one_device,
-    ),
-    Check(
-        "layouts.updates",
-        "the optimizer changes every parameter that has a gradient",
-        every_parameter_is_updated,
-        needs=(REFERENCE,),
-    ),
-    Check(
-        DOCUMENTS,
-        "the model trains on packed documents on one process",
-        one_device_with_documents,
-        quick=False,
-        needs=(REFERENCE,),
-    ),
-    *(
-        Check(
-            f"layouts.{name}",
-            "losses, gradients and weights are those of one process",
-            partial(trains_like_one_device, name),
-            ranks=layout.ranks,
-            joins=True,
-            timeout=layout.timeout,
-            quick=layout.quick,
-            needs=(layout.reference,),
-        )
-        for name, layout in LAYOUTS.items()
-    ),
-)

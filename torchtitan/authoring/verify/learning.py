@@ -12,9 +12,10 @@ from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
 
 from .batches import Example
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .subject import Subject
-from .weights import BUILDS
+
+CHECKS = Checks("contract.forward")
 
 _STEPS = 100
 _FALL = 0.5
@@ -26,46 +27,9 @@ _DEAD = 1e-10
 """A largest gradient below this share of the model's largest is rounding, or none."""
 
 
-def one_batch_is_learned(subject: Subject) -> str:
-    """The model learns a batch by heart."""
-    own = subject.own
-    try:
-        return _learn(subject, subject.example(4, 32), _FALL if subject.reads_text else _OWN_FALL)
-    except CheckFailedError:
-        if not subject.reads_text or own is None or own.error:
-            raise
-        # It may be made to predict something else than the next token, as an encoder-decoder is.
-        return _learn(subject, own.example(4, 1), _FALL)
-
-
-def _learn(subject: Subject, example: Example, fall: float) -> str:
-    """Until `fall` of the first loss is left. Raises `CheckFailedError` if it takes too long."""
-    model = subject.build().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    losses = []
-    for step in range(_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 5)
-        optimizer.zero_grad()
-        loss = example.loss(model, example.run(model))
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise CheckFailedError(f"the loss is {losses[-1]} after {step} steps on one batch")
-        if losses[-1] < losses[0] - (1 - fall) * abs(losses[0]):
-            return f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {step} steps"
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    raise CheckFailedError(
-        f"after {_STEPS} steps on one batch of {example.labels.shape[:2].numel()} tokens, the loss "
-        f"fell from {losses[0]:.2f} to {losses[-1]:.2f} only, not below {fall * losses[0]:.2f}",
-        "Look at learning.gradients for dead parameters; then for detach(), no_grad() or argmax in "
-        "forward(), a residual connection that is missing, and norms.",
-    )
-
-
+@CHECKS.of("learning.gradients", "every parameter gets a gradient")
 def every_parameter_gets_a_gradient(subject: Subject) -> str:
-    """No parameter is dead, over some steps and enough tokens for every expert."""
+    """Over some steps, and enough tokens for every expert."""
     model = subject.build().train()
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:
@@ -78,7 +42,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     for step in range(3):  # weights that start at 0 hide others in the first step
         example = subject.example(8, 64, seed=step)
         optimizer.zero_grad()
-        example.loss(model, example.run(model)).backward()
+        example.loss(example.run(model)).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 largest[name] = max(largest[name], parameter.grad.abs().max().item())
@@ -98,6 +62,45 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     return f"{len(largest)} parameters"
 
 
+@CHECKS.of("learning.one_batch", "one batch is learned by heart")
+def one_batch_is_learned(subject: Subject) -> str:
+    own = subject.own_batches
+    try:
+        return _learn(subject, subject.example(4, 32), _FALL if subject.reads_text else _OWN_FALL)
+    except CheckFailedError:
+        if not subject.reads_text or own is None or own.error:
+            raise
+        # It may be made to predict something else than the next token, as an encoder-decoder is.
+        return _learn(subject, own.example(4, 1), _FALL)
+
+
+def _learn(subject: Subject, example: Example, fall: float) -> str:
+    """Until `fall` of the first loss is left. Raises `CheckFailedError` if it takes too long."""
+    model = subject.build().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    losses = []
+    for step in range(_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 5)
+        optimizer.zero_grad()
+        loss = example.loss(example.run(model))
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise CheckFailedError(f"the loss is {losses[-1]} after {step} steps on one batch")
+        if losses[-1] < losses[0] - (1 - fall) * abs(losses[0]):
+            return f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {step} steps"
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    raise CheckFailedError(
+        f"after {_STEPS} steps on one batch of {example.labels.shape[:2].numel()} tokens, the loss "
+        f"fell from {losses[0]:.2f} to {losses[-1]:.2f} only, not below {fall * losses[0]:.2f}",
+        "Look at learning.gradients for dead parameters; then for detach(), no_grad() or argmax in "
+        "forward(), a residual connection that is missing, and norms.",
+    )
+
+
+@CHECKS.of("learning.training", "training lowers the loss")
 def training_lowers_the_loss(subject: Subject) -> str:
     """`torchtitan train` on the CPU, with the TrainSpec's own builders and default data."""
     from torchtitan.train import Trainer
@@ -128,19 +131,3 @@ def training_lowers_the_loss(subject: Subject) -> str:
             "parameters, the learning rate, labels and loss.",
         )
     return f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {steps} steps"
-
-
-CHECKS = (
-    Check(
-        "learning.gradients",
-        "every parameter gets a gradient",
-        every_parameter_gets_a_gradient,
-        needs=(BUILDS,),
-    ),
-    Check(
-        "learning.one_batch", "one batch is learned by heart", one_batch_is_learned, needs=(BUILDS,)
-    ),
-    Check(
-        "learning.training", "training lowers the loss", training_lowers_the_loss, needs=(BUILDS,)
-    ),
-)

@@ -15,10 +15,11 @@ from torch.utils.module_tracker import ModuleTracker
 
 from torchtitan.tools.text import few
 
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import accepts, loss_of, recorded_outputs
 from .subject import Subject
-from .weights import BUILDS
+
+CHECKS = Checks("contract.forward")
 
 LONG_CONTEXT = 2048
 """Tokens; less if the args have a smaller `max_seq_len`."""
@@ -29,8 +30,8 @@ median over tokens, since some tokens go to other experts when scores are rounde
 _WIDE = (torch.float64, torch.complex128)
 
 
+@CHECKS.of("numerics.bf16", "bfloat16 is near float32")
 def bf16_is_near_float32(subject: Subject) -> str:
-    """The same weights give nearly the same logits and loss in bfloat16, at a long context."""
     model = subject.build_varied()
     example = subject.example(1, _long(subject, 1024))
     with torch.no_grad(), recorded_outputs(model) as wide:
@@ -40,7 +41,7 @@ def bf16_is_near_float32(subject: Subject) -> str:
         with torch.no_grad(), cast(model), recorded_outputs(model) as narrow:
             actual = given.run(model)
         difference = _median_difference(actual, expected)
-        losses = example.loss(model, actual).item(), example.loss(model, expected).item()
+        losses = example.loss(actual).item(), example.loss(expected).item()
         worst = max(worst, difference)
         if not difference < BF16_TOLERANCE or abs(losses[0] - losses[1]) > 0.02 * abs(losses[1]):
             raise CheckFailedError(
@@ -53,6 +54,11 @@ def bf16_is_near_float32(subject: Subject) -> str:
     return f"logits within {worst:.1%} at {example.labels.shape[1]} tokens"
 
 
+@CHECKS.of(
+    "numerics.bf16_positions",
+    "bfloat16 leaves positions exact",
+    needs=("contract.layers", "contract.forward"),
+)
 @torch.no_grad()
 def positions_are_exact_in_bf16(subject: Subject) -> str:
     """bfloat16 makes no larger difference at late positions than at early ones.
@@ -153,8 +159,8 @@ def _long(subject: Subject, wanted: int = LONG_CONTEXT) -> int:
     return min(wanted, longest) if isinstance(longest, int) else wanted
 
 
+@CHECKS.of("numerics.dtype", "logits are in the weights' dtype or float32")
 def logits_are_of_the_right_dtype(subject: Subject) -> str:
-    """Logits and what flows between layers follow the dtype of the parameters."""
     model, example = subject.build(), subject.example(1)
     with torch.no_grad():
         found = {torch.float32: example.run(model).dtype}
@@ -171,11 +177,11 @@ def logits_are_of_the_right_dtype(subject: Subject) -> str:
     )
 
 
+@CHECKS.of("numerics.float64", "nothing is float64")
 def nothing_is_float64(subject: Subject) -> str:
-    """No operation of the forward or backward pass makes a float64 tensor."""
     model, example = subject.build().train(), subject.example(1)
     with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
-        example.loss(model, example.run(model)).backward()
+        example.loss(example.run(model)).backward()
     if wide.found:
         (module, operation, dtype), count = next(iter(wide.found)), len(wide.found)
         raise CheckFailedError(
@@ -210,8 +216,8 @@ class _WideTensors(TorchDispatchMode):
         return result
 
 
+@CHECKS.of("numerics.finite", "outputs and gradients at a long context are finite")
 def long_contexts_are_finite(subject: Subject) -> str:
-    """No NaN or infinity in outputs and gradients, in float32 and in bfloat16."""
     model, seq = subject.build().train(), _long(subject)
     example = subject.example(1, seq)
     seq = example.labels.shape[1]
@@ -223,7 +229,7 @@ def long_contexts_are_finite(subject: Subject) -> str:
             else:
                 with cast(model):
                     logits = example.cast(torch.bfloat16).run(model)
-        loss = example.loss(model, logits)
+        loss = example.loss(logits)
         bad = [name for name, out in outputs.items() if not out.isfinite().all()]
         if bad or not logits.isfinite().all():
             first = outputs[bad[0]] if bad else logits
@@ -252,6 +258,7 @@ def _broken(tensor: torch.Tensor) -> bool:
     return not bool(tensor.isfinite().all())
 
 
+@CHECKS.of("numerics.first_loss", "the untrained loss is near log(vocab_size)")
 @torch.no_grad()
 def first_loss_is_that_of_guessing(subject: Subject) -> str:
     """An untrained model neither knows the next token nor is sure of a wrong one."""
@@ -271,33 +278,3 @@ def first_loss_is_that_of_guessing(subject: Subject) -> str:
             "residual stream, and a final norm before the output layer.",
         )
     return f"{loss:.2f}, log(vocab_size) = {guessing:.2f}"
-
-
-CHECKS = (
-    Check("numerics.bf16", "bfloat16 is near float32", bf16_is_near_float32, needs=(BUILDS,)),
-    Check(
-        "numerics.bf16_positions",
-        "bfloat16 leaves positions exact",
-        positions_are_exact_in_bf16,
-        needs=("contract.layers", BUILDS),
-    ),
-    Check(
-        "numerics.dtype",
-        "logits are in the weights' dtype or float32",
-        logits_are_of_the_right_dtype,
-        needs=(BUILDS,),
-    ),
-    Check("numerics.float64", "nothing is float64", nothing_is_float64, needs=(BUILDS,)),
-    Check(
-        "numerics.finite",
-        "outputs and gradients at a long context are finite",
-        long_contexts_are_finite,
-        needs=(BUILDS,),
-    ),
-    Check(
-        "numerics.first_loss",
-        "the untrained loss is near log(vocab_size)",
-        first_loss_is_that_of_guessing,
-        needs=(BUILDS,),
-    ),
-)

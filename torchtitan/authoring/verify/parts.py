@@ -16,14 +16,16 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.protocols.model import ModelProtocol, layers_of
 
 from .batches import Example
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import relative_difference
 from .subject import Subject
-from .weights import BUILDS, state_of
+from .weights import state_of
+
+CHECKS = Checks("contract.layers", "contract.forward")
 
 
+@CHECKS.of("contract.recursive", "parts of the model get the same weights as the whole")
 def init_is_recursive(subject: Subject) -> str:
-    """Any part of the model gets the values that it has in the whole."""
     shared = _shared_by_layers(subject)
     if shared and subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"layers share {shared[0]}, and pipeline_fn is None: never parted")
@@ -110,6 +112,7 @@ def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
     return [n for n in first if n not in tied], [n for n in last if n not in tied]
 
 
+@CHECKS.of("contract.absent", "forward works where embedding, norm or output is absent")
 def forward_without_modules(subject: Subject) -> str:
     """A model cut in two gives the numbers of the whole."""
     if subject.spec.pipeline_fn is None:
@@ -124,7 +127,7 @@ def forward_without_modules(subject: Subject) -> str:
     example = subject.example(2)
     with torch.no_grad():
         expected = example.run(whole)
-        hidden = _call(first, (example.tokens,), example.inputs, f"without {', '.join(after)}")
+        hidden = _run_part(first, (example.tokens,), example.inputs, f"without {', '.join(after)}")
         if not isinstance(hidden, tuple):
             _require_hidden_states(hidden, example, f"without {', '.join(after)}", subject)
         handed = hidden if isinstance(hidden, tuple) else (hidden,)
@@ -135,7 +138,7 @@ def forward_without_modules(subject: Subject) -> str:
                     f"{type(part).__name__}",
                     "A pipeline stage hands on a tensor, or a tuple of tensors.",
                 )
-        actual = _call(last, handed, example.inputs, f"without {', '.join(before)} and layers")
+        actual = _run_part(last, handed, example.inputs, f"without {', '.join(before)} and layers")
     difference = relative_difference(actual, expected)
     if actual.shape != expected.shape or difference > 1e-5:
         raise CheckFailedError(
@@ -152,7 +155,7 @@ def _require_hidden_states(
 ) -> None:
     shape = list(example.tokens.shape)
     # A model with a loader of its own may have several tokens to a hidden state.
-    wrong = subject.own is None and list(hidden.shape[:2]) != shape
+    wrong = subject.own_batches is None and list(hidden.shape[:2]) != shape
     if wrong or not hidden.is_floating_point():
         raise CheckFailedError(
             f"{without}, forward() returns {hidden.dtype} {list(hidden.shape)}, not the hidden "
@@ -167,7 +170,7 @@ def _remove(model: nn.Module, names: list[str], layers: list[str]) -> None:
         del layers_of(model)[name]
 
 
-def _call(
+def _run_part(
     model: nn.Module, entry: tuple[torch.Tensor, ...], inputs: dict[str, Any], description: str
 ) -> Any:
     torch.manual_seed(0)  # as `Example.run` has it
@@ -179,19 +182,3 @@ def _call(
             "model.py: `h = self.norm(h) if self.norm is not None else h`, and so for the "
             "embedding and the output layer; a pipeline stage gets and gives hidden states.",
         ) from error
-
-
-CHECKS = (
-    Check(
-        "contract.recursive",
-        "parts of the model get the same weights as the whole",
-        init_is_recursive,
-        needs=("contract.layers", BUILDS),
-    ),
-    Check(
-        "contract.absent",
-        "forward works where embedding, norm or output is absent",
-        forward_without_modules,
-        needs=("contract.layers", BUILDS),
-    ),
-)

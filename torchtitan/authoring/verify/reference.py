@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torchtitan.config.training import Training
     from torchtitan.train import Trainer
 
-    from .batches import OwnBatches
     from .subject import Subject
 
 STEPS = 4
@@ -108,11 +107,13 @@ class Batches:
 
     def _batch(self, step: int) -> Tensors:
         """The batch of all ranks, each tensor `[BATCH, ...]`."""
-        subject = self._subject
+        subject, own = self._subject, self._subject.own_batches
         if not subject.reads_text:
-            return (subject.own_documents if self._documents else _own(subject)).batch(step)
-        if subject.own and not subject.own.error and not self._documents and step % 2 == 0:
-            return subject.own.batch(step)
+            own = subject.own_documents if self._documents else own
+            assert own is not None  # or it reads text
+            return own.batch(step)
+        if own and not own.error and not self._documents and step % 2 == 0:
+            return own.batch(step)
         seq_len = subject.length
         tokens = subject.tokens(BATCH, seq_len + 1, seed=step)
         prompts = torch.arange(BATCH)[:, None] * seq_len // (BATCH + 4)
@@ -131,11 +132,6 @@ class Batches:
 
     def close(self) -> None:
         """Nothing runs in the background."""
-
-
-def _own(subject: Subject) -> OwnBatches:
-    assert subject.own is not None  # or it reads text
-    return subject.own
 
 
 def build_trainer(subject: Subject, *options: str) -> Trainer:
@@ -172,7 +168,7 @@ def train(trainer: Trainer, steps: int = STEPS, observe: bool = True) -> Recordi
 
     trainer.checkpointer.load()
     if observe:
-        recording.initial = copies(state(trainer))
+        recording.initial = copies(tensors_of(trainer))
     stop = StopRequest()
     try:
         while trainer.state.step < steps:
@@ -181,7 +177,7 @@ def train(trainer: Trainer, steps: int = STEPS, observe: bool = True) -> Recordi
                 with ModuleOutputs(trainer.model_parts, trainer.job_config) as seen:
                     trainer.train_step(stop)
                 recording.outputs, recording.recomputed = seen.outputs, seen.recomputed
-                recording.gradients = copies(gradients(trainer))
+                recording.gradients = copies(gradients_of(trainer))
             else:
                 trainer.train_step(stop)
             for step, loss, grad_norm in trainer.window.read(trainer.parallel_dims):
@@ -196,11 +192,11 @@ def train(trainer: Trainer, steps: int = STEPS, observe: bool = True) -> Recordi
             trainer.checkpointer.save(trainer.state.step)
     finally:
         stop.close()
-    recording.weights = copies(state(trainer))
+    recording.weights = copies(tensors_of(trainer))
     return recording
 
 
-def state(trainer: Trainer) -> Tensors:
+def tensors_of(trainer: Trainer) -> Tensors:
     """This rank's parameters and buffers by their names in checkpoints, and other buffers."""
     buffers = {
         canonical_name(name): buffer
@@ -210,7 +206,7 @@ def state(trainer: Trainer) -> Tensors:
     return buffers | model_state(trainer.model_parts)
 
 
-def gradients(trainer: Trainer) -> Tensors:
+def gradients_of(trainer: Trainer) -> Tensors:
     return {
         canonical_name(name): param.grad
         for part in trainer.model_parts

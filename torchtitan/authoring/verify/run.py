@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torchtitan.distributed.ranks import RankFailure, Ranks, RanksFailedError
@@ -88,11 +89,10 @@ class _Runner:
         start = time.monotonic()
         try:
             with self._ranks(check) as ranks:
-                results = ranks.wait(check.timeout)
-            status, message, hint, details = "pass", results[0], "", ""
+                outcome = Outcome(check, "pass", ranks.wait(check.timeout)[0])
         except RanksFailedError as error:
-            status, message, hint, details = _judge(error.failures)
-        return Outcome(check, status, message, hint, details, time.monotonic() - start)
+            outcome = _failed(check, error.failures)
+        return replace(outcome, seconds=time.monotonic() - start)
 
     def stop(self) -> None:
         """End the processes of checks that run; those that wait for their turn never start."""
@@ -136,20 +136,18 @@ def _on_rank(check: Check, subject: Subject) -> str:
     return message
 
 
-def _judge(failures: list[RankFailure]) -> tuple[str, str, str, str]:
-    """Status, message, hint and details from what became of the ranks.
-
-    Ranks that the check itself stopped know best; then those that raised another exception or died;
-    those that hung because of it come last.
+def _failed(check: Check, failures: list[RankFailure]) -> Outcome:
+    """What became of the ranks: those that the check itself stopped know best; then those that
+    raised another exception or died; those that hung because of it come last.
     """
     for failure in failures:
         if isinstance(failure.exception, CheckFailedError):
-            return "fail", failure.exception.problem, failure.exception.hint, ""
+            return Outcome(check, "fail", failure.exception.problem, failure.exception.hint)
     for failure in failures:
         if isinstance(failure.exception, NotApplicableError):
-            return "skip", str(failure.exception), "", ""
+            return Outcome(check, "skip", str(failure.exception))
     message, hint = explain(failures)
-    return "fail", message, hint, "\n\n".join(map(str, failures))
+    return Outcome(check, "fail", message, hint, "\n\n".join(map(str, failures)))
 
 
 class _Slots:

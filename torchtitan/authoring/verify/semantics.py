@@ -14,20 +14,20 @@ import torch
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import accepts, cut_by_tokens, cut_layers, relative_difference, require_causal
 from .subject import Subject
-from .weights import BUILDS
 
-NEEDS = ("contract.layers", BUILDS)
+CHECKS = Checks("contract.layers", "contract.forward")
+
 ROUTING = (
     "A mixture of experts must not drop tokens that exceed a capacity, nor let experts choose "
     "tokens: then a token's output depends on which others are in the batch."
 )
 
 
+@CHECKS.of("semantics.causality", "no token sees a later one")
 def no_token_sees_a_later_one(subject: Subject) -> str:
-    """The output of a token does not depend on later ones."""
     require_causal(subject.spec.model_cls)
     model, tokens = subject.build_varied(), subject.tokens(1)
     seq = tokens.shape[1]
@@ -74,6 +74,7 @@ def _later_tokens_change_nothing(
         )
 
 
+@CHECKS.of("semantics.memory", "tokens see earlier ones")
 def tokens_see_earlier_ones(subject: Subject) -> str:
     """Every layer that mixes tokens lets them see earlier ones and themselves."""
     model, tokens = subject.build_varied(), subject.tokens(1)
@@ -116,6 +117,7 @@ def tokens_see_earlier_ones(subject: Subject) -> str:
     return f"{sum(mixing.values())} of {len(mixing)} layers mix tokens{note}"
 
 
+@CHECKS.of("semantics.documents", "packed documents do not see each other")
 def documents_are_apart(subject: Subject) -> str:
     """A document gives the same in a packed sequence as alone."""
     if not accepts(subject.spec.model_cls, "document_ids"):
@@ -152,6 +154,7 @@ def documents_are_apart(subject: Subject) -> str:
     return f"documents of {start} and {seq - start} tokens, equal to {difference:.0e}"
 
 
+@CHECKS.of("semantics.positions", "forward(positions=...) is used")
 def positions_are_used(subject: Subject) -> str:
     """The argument `positions` counts from 0 by default, and changes what it should."""
     if not accepts(subject.spec.model_cls, "positions"):
@@ -178,6 +181,7 @@ def positions_are_used(subject: Subject) -> str:
     return f"positions in the reverse order change logits by {turned:.0e}"
 
 
+@CHECKS.of("semantics.order", "the order of tokens matters")
 @torch.no_grad()
 def order_matters(subject: Subject) -> str:
     """Some layer tells the same earlier tokens in another order apart."""
@@ -217,19 +221,3 @@ def _claims_of_positions(subject: Subject, model: torch.nn.Module) -> list[str]:
     names += [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     claims = [name for name in names if any(word in name.lower() for word in words)]
     return claims + ["forward(positions)"] * accepts(subject.spec.model_cls, "positions")
-
-
-CHECKS = (
-    Check(
-        "semantics.causality", "no token sees a later one", no_token_sees_a_later_one, needs=NEEDS
-    ),
-    Check("semantics.memory", "tokens see earlier ones", tokens_see_earlier_ones, needs=NEEDS),
-    Check(
-        "semantics.documents",
-        "packed documents do not see each other",
-        documents_are_apart,
-        needs=NEEDS,
-    ),
-    Check("semantics.positions", "forward(positions=...) is used", positions_are_used, needs=NEEDS),
-    Check("semantics.order", "the order of tokens matters", order_matters, needs=NEEDS),
-)

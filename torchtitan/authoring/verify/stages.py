@@ -19,19 +19,23 @@ from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_ran
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import ModelProtocol
 
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import accepts, hooked, named_layers, packed_documents, vary_constants
 from .subject import Subject
+
+CHECKS = Checks()
 
 SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V": (2, "DualPipeV")}
 """Name -> degree and schedule."""
 
 
+@CHECKS.of(
+    "stages.numbers",
+    "the stages of any pipeline split, one after the other, are the whole model, bit by bit",
+)
 def numbers_are_kept(subject: Subject) -> str:
-    """Any split, its stages called one after the other, gives the logits of the whole model.
-
-    What a stage hands on may be a tuple. Asked of rows that are one document, and if the model
-    takes these, with positions that begin anew within a row, and of packed documents.
+    """Asked of rows that are one document, and if the model takes these, with positions that begin
+    anew within a row, and of packed documents. What a stage hands on may be a tuple.
     """
     if subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
@@ -40,7 +44,7 @@ def numbers_are_kept(subject: Subject) -> str:
     whole = subject.build_varied()
     inputs = _inputs(subject, tokens) if subject.reads_text else {"its batch": example.inputs}
     with torch.no_grad():
-        expected = {rows: _call(whole, tokens, given) for rows, given in inputs.items()}
+        expected = {rows: _run_stage(whole, tokens, given) for rows, given in inputs.items()}
     done, refused = [], ""
     for split, (degree, schedule) in SPLITS.items():
         try:
@@ -53,7 +57,7 @@ def numbers_are_kept(subject: Subject) -> str:
             h: Any = tokens
             with torch.no_grad():
                 for stage in stages:
-                    h = _call(stage, h, given)
+                    h = _run_stage(stage, h, given)
             if torch.equal(h, expected[rows]):
                 continue
             first = _first_part_that_differs(whole, stages, tokens, given)
@@ -84,7 +88,7 @@ def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch
     return inputs
 
 
-def _call(model: nn.Module, x: Any, inputs: dict[str, torch.Tensor]) -> Any:
+def _run_stage(model: nn.Module, x: Any, inputs: dict[str, torch.Tensor]) -> Any:
     """With what the stage before hands on, a tensor or a tuple, and the inputs that it takes."""
     accepted = inspect.signature(model.forward).parameters
     entry = x if isinstance(x, tuple) else (x,)
@@ -118,7 +122,7 @@ def _first_part_that_differs(
         for model in models:
             keep = partial(_keep, outputs)
             with torch.no_grad(), hooked(named_layers(model), keep):
-                h = _call(model, h, inputs)
+                h = _run_stage(model, h, inputs)
     for name, output in expected.items():
         if name not in found or not torch.equal(found[name], output):
             return name
@@ -162,12 +166,3 @@ def _parts_of_rank(
     pipeline_fn = cast(Callable[..., Any], subject.spec.pipeline_fn)
     pipeline = pipeline_fn(model, mesh, dims, config, lambda part, *layout: part, loss_fn)
     return pipeline.model_parts
-
-
-CHECKS = (
-    Check(
-        "stages.numbers",
-        "the stages of any pipeline split, one after the other, are the whole model, bit by bit",
-        numbers_are_kept,
-    ),
-)

@@ -92,7 +92,7 @@ class Subject:
         return model
 
     @cached_property
-    def own(self) -> OwnBatches | None:
+    def own_batches(self) -> OwnBatches | None:
         """Batches of the model's own loader; None if it has the library's."""
         from torchtitan.components.data_loader import has_own_loader
 
@@ -111,14 +111,14 @@ class Subject:
 
     def close(self) -> None:
         """Have the loaders that were built stop what runs in the background."""
-        for name in ("own", "own_documents"):
+        for name in ("own_batches", "own_documents"):
             if (batches := self.__dict__.get(name)) is not None:
                 batches.close()
 
     @property
     def length(self) -> int:
         """`training.seq_len` of all jobs: `seq_len`, or the length that an own loader gives."""
-        return self.own.seq_len if self.own else self.seq_len
+        return self.own_batches.seq_len if self.own_batches else self.seq_len
 
     @property
     def reads_text(self) -> bool:
@@ -127,18 +127,18 @@ class Subject:
         They are unless its own loader gives something else. One that gives nothing here says no
         more than that the model has a vocabulary.
         """
-        if self.own is None:
+        if self.own_batches is None:
             return True
         has_vocabulary = isinstance(getattr(self.args, "vocab_size", None), int)
-        return has_vocabulary and (bool(self.own.error) or self.own.is_text)
+        return has_vocabulary and (bool(self.own_batches.error) or self.own_batches.is_text)
 
     def require_text(self) -> None:
         """Raises `NotApplicableError` for a model that reads something else."""
         if not self.reads_text:
-            assert self.own is not None
+            assert self.own_batches is not None
             raise NotApplicableError(
                 "asked of token ids [batch, seq] alone; the data loader of "
-                f"{self.name} gives {self.own.describe()}"
+                f"{self.name} gives {self.own_batches.describe()}"
             )
 
     @property
@@ -174,14 +174,14 @@ class Subject:
 
         if self.reads_text:
             return random_example(self.tokens(batch, seq, seed))
-        assert self.own is not None
+        assert self.own_batches is not None
         self.require_own()
-        return self.own.example(batch, 1 + seed)
+        return self.own_batches.example(batch, 1 + seed)
 
     def require_own(self) -> None:
         """Raises `NotApplicableError` if the model needs batches that its loader does not give."""
-        if self.own and self.own.error and not self.reads_text:
-            raise NotApplicableError(f"no batches, see contract.forward: {self.own.error}")
+        if self.own_batches and self.own_batches.error and not self.reads_text:
+            raise NotApplicableError(f"no batches, see contract.forward: {self.own_batches.error}")
 
 
 def require_model(name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -29,14 +29,21 @@ GRADIENT_TOLERANCE = 1e-3
 WEIGHT_TOLERANCE = 1e-4
 OUTPUT_TOLERANCE = 1e-4
 INITIAL_TOLERANCE = 1e-6
+LIMITS = {
+    "loss": LOSS_TOLERANCE,
+    "gradient norm": GRADIENT_TOLERANCE,
+    "gradient": GRADIENT_TOLERANCE,
+    "weight": WEIGHT_TOLERANCE,
+}
+"""What decides -> the error that it may have."""
 
 
 @dataclass
 class Comparison:
     """What a rank found, to be shown to the others."""
 
-    loss_error: float
-    norm_error: float
+    errors: dict[str, float]
+    """The largest of each of `LIMITS`."""
     first_loss_error: float = 0.0
     """Error of the loss of the first step alone, in which the weights are the same."""
     names: set[str] = field(default_factory=set)
@@ -49,20 +56,20 @@ class Comparison:
     recomputed: list[Difference] = field(default_factory=list)
     gradients: list[Difference] = field(default_factory=list)
     weights: list[Difference] = field(default_factory=list)
-    gradient_error: float = 0.0
-    weight_error: float = 0.0
     compared: int = 0
     """Outputs of modules that could be compared."""
     left_out: int = 0
     recomputes: bool = True
 
 
-def compare(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
+def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
     """This rank's recording against the reference."""
     rank = dist.get_rank()
     found = Comparison(
-        loss_error=_largest_relative(run.losses, reference.losses),
-        norm_error=_largest_relative(run.grad_norms, reference.grad_norms),
+        errors={
+            "loss": _largest_relative(run.losses, reference.losses),
+            "gradient norm": _largest_relative(run.grad_norms, reference.grad_norms),
+        },
         first_loss_error=_largest_relative(run.losses[:1], reference.losses[:1]),
         names=set(run.weights),
         expected_names=set(reference.weights),
@@ -78,7 +85,7 @@ def compare(trainer: Trainer, run: Recording, reference: Recording) -> Compariso
     # A gradient that should be 0 is rounding error: it is held against the other gradients.
     squares = sum(float(g.double().square().sum()) for g in reference.gradients.values())
     numbers = sum(g.numel() for g in reference.gradients.values())
-    found.gradients, found.gradient_error = compare_tensors(
+    found.gradients, found.errors["gradient"] = compare_tensors(
         run.gradients,
         reference.gradients,
         rank,
@@ -89,7 +96,7 @@ def compare(trainer: Trainer, run: Recording, reference: Recording) -> Compariso
         if name in run.weights and name not in run.gradients:
             problem = "it gets no gradient"
             found.gradients.append(Difference(name, math.inf, problem=problem, rank=rank))
-    found.weights, found.weight_error = compare_tensors(
+    found.weights, found.errors["weight"] = compare_tensors(
         run.weights, reference.weights, rank, WEIGHT_TOLERANCE, floor=LEARNING_RATE * STEPS
     )
     return found
@@ -101,39 +108,23 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
     Raises:
         CheckFailedError: the layout trains otherwise. Names where that begins.
     """
-    first = found[0]
-    _judge_names(found)
-    initial = [d for comparison in found for d in comparison.initial]
-    if initial:
-        _fail(job_config, "initial", min(initial, key=_position(first.order)), initial, "")
-
-    errors = {
-        "loss": (max_error(c.loss_error for c in found), LOSS_TOLERANCE),
-        "gradient norm": (max_error(c.norm_error for c in found), GRADIENT_TOLERANCE),
-        "gradient": (max_error(c.gradient_error for c in found), GRADIENT_TOLERANCE),
-        "weight": (max_error(c.weight_error for c in found), WEIGHT_TOLERANCE),
-    }
-    gradients = [d for comparison in found for d in comparison.gradients]
-    wrong = {name: error for name, (error, tolerance) in errors.items() if not error <= tolerance}
+    _refuse_other_names(found)
+    _refuse("initial", found, job_config)
+    errors = {name: max_error(c.errors[name] for c in found) for name in LIMITS}
+    wrong = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
     compared = sum(c.compared for c in found)
-    if not wrong and not gradients:
+    if not wrong and not any(c.gradients for c in found):
         left_out = max(c.left_out for c in found)
         not_placed = f", {left_out} outputs not comparable" if left_out and compared else ""
         return (
-            f"off by {errors['loss'][0]:.0e} of the loss, {errors['gradient'][0]:.0e} of a "
-            f"gradient, {errors['weight'][0]:.0e} of a weight{not_placed}"
+            f"off by {errors['loss']:.0e} of the loss, {errors['gradient']:.0e} of a gradient, "
+            f"{errors['weight']:.0e} of a weight{not_placed}"
         )
 
     summary = ", ".join(f"{name} by {error:.2g}" for name, error in wrong.items())
     summary = f". Off in all: {summary}" if summary else ""
-    forward = _position(first.order)
-    outputs = [d for comparison in found for d in comparison.outputs]
-    recomputed = [d for comparison in found for d in comparison.recomputed]
-    weights = [d for comparison in found for d in comparison.weights]
-    if outputs:
-        _fail(job_config, "output", min(outputs, key=forward), outputs, summary)
-    if recomputed:
-        _fail(job_config, "recomputed", min(recomputed, key=forward), recomputed, summary)
+    _refuse("outputs", found, job_config, summary)
+    _refuse("recomputed", found, job_config, summary)
     first_loss = max_error(c.first_loss_error for c in found)
     if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are much alike
         raise CheckFailedError(
@@ -142,17 +133,15 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
             "whose label is not IGNORE_INDEX, and no mean: the trainer divides by the tokens of "
             "the whole step.",
         )
-    if gradients:  # an error spreads backwards, so it begins at the last of them
-        _fail(job_config, "gradient", max(gradients, key=forward), gradients, summary)
-    if weights:
-        _fail(job_config, "weight", min(weights, key=forward), weights, summary)
+    _refuse("gradients", found, job_config, summary)
+    _refuse("weights", found, job_config, summary)
     raise CheckFailedError(
         f"outputs, gradients and weights agree, but not what the trainer reports{summary}",
         "The loss of the last stage, or of a rank, is not that of its tokens.",
     )
 
 
-def _judge_names(found: list[Comparison]) -> None:
+def _refuse_other_names(found: list[Comparison]) -> None:
     expected, names = found[0].expected_names, set().union(*(c.names for c in found))
     missing, extra = sorted(expected - names), sorted(names - expected)
     if missing or extra:
@@ -166,75 +155,70 @@ def _judge_names(found: list[Comparison]) -> None:
         )
 
 
-def _fail(
-    job_config: JobConfig,
-    kind: str,
-    difference: Difference,
-    alike: list[Difference],
-    end: str,
-) -> NoReturn:
-    name = difference.name or "the model"
-    others = len({d.name for d in alike}) - 1
-    place = {
-        "initial": f"the initial value of {name} differs",
-        "output": f"the first module whose output differs is {name}",
-        "recomputed": f"recomputed in the backward pass, {name} gives another output",
-        "gradient": f"outputs agree; the last parameter whose gradient differs is {name}",
-        "weight": f"gradients agree in step 1; the weight {name} differs at the end",
-    }[kind]
-    also = f"; {others} more differ" if others else ""
-    raise CheckFailedError(f"{place}: {difference}{also}{end}", _hint(kind, job_config))
+def _refuse(kind: str, found: list[Comparison], job_config: JobConfig, end: str = "") -> None:
+    """Raises `CheckFailedError` if tensors of a kind differ, and names where that begins."""
+    differences = [d for comparison in found for d in getattr(comparison, kind)]
+    if differences:
+        # An error in gradients spreads backwards, so it begins at the last of them.
+        choose = max if kind == "gradients" else min
+        begin = choose(differences, key=_position(found[0].order))
+        others = len({d.name for d in differences}) - 1
+        also = f"; {others} more differ" if others else ""
+        place = _PLACES[kind].format(begin.name or "the model")
+        raise CheckFailedError(f"{place}: {begin}{also}{end}", _hint(kind, job_config))
 
+
+_PLACES = {
+    "initial": "the initial value of {} differs",
+    "outputs": "the first module whose output differs is {}",
+    "recomputed": "recomputed in the backward pass, {} gives another output",
+    "gradients": "outputs agree; the last parameter whose gradient differs is {}",
+    "weights": "gradients agree in step 1; the weight {} differs at the end",
+}
 
 _HINTS = {
-    ("output", "tp"): "the tensor-parallel plan in parallelize.py. Usual mistakes: RowwiseParallel "
-    "left out for a matrix that reads split features (its result is a part of a sum); a norm that "
-    "is not SequenceParallel; view() with the number of all heads instead of -1; a bias that each "
-    "rank adds",
-    ("output", "cp"): "RoPE must turn by the `positions` that forward() is given, not by "
+    ("initial", ""): "init_weights() must be a function of the parameter: no random generator of "
+    "its own, no counter over layers; use nn.init and the layer's own number",
+    ("outputs", "tp"): "the tensor-parallel plan in parallelize.py. Usual mistakes: "
+    "RowwiseParallel left out for a matrix that reads split features (its result is a part of a "
+    "sum); a norm that is not SequenceParallel; view() with the number of all heads instead of -1; "
+    "a bias that each rank adds",
+    ("outputs", "cp"): "RoPE must turn by the `positions` that forward() is given, not by "
     "arange(seq); attention and its mask must be ScaledDotProductAttention and CausalMask",
-    ("output", "pp"): "a stage has some of the layers, under their old names: what depends on a "
+    ("outputs", "pp"): "a stage has some of the layers, under their old names: what depends on a "
     "layer must use its own number, not its place in self.layers; and forward() must use "
     "`positions` and `document_ids`",
-    ("output", "ep"): "the router must score each token by itself, and experts take rows in any "
+    ("outputs", "ep"): "the router must score each token by itself, and experts take rows in any "
     "order",
-    ("output", "dp"): "something is computed over the batch, which other ranks have a part of",
-    ("output", "ac"): "what is checkpointed computes something else: forward() depends on whether "
+    ("outputs", "dp"): "something is computed over the batch, which other ranks have a part of",
+    ("outputs", "ac"): "what is checkpointed computes something else: forward() depends on whether "
     "gradients are wanted (torch.is_grad_enabled, or use_reentrant=True), or on its calls before",
-    ("output", "compile"): "the compiled block computes something else: try compile.backend = "
+    ("outputs", "compile"): "the compiled block computes something else: try compile.backend = "
     "'eager' to tell tracing from code generation",
-    ("output", ""): "something depends on the number of sequences in a forward pass, or is kept "
+    ("outputs", ""): "something depends on the number of sequences in a forward pass, or is kept "
     "from one to the next",
-    ("gradient", "tp"): "the tensor-parallel plan: a parameter that is used for a part of the "
+    ("gradients", "tp"): "the tensor-parallel plan: a parameter that is used for a part of the "
     "sequence must be replicated as a DTensor (SequenceParallel), so that its gradients are added",
-    ("gradient", "cp"): "apply_fsdp must be called when parallel_dims.dp_enabled, which is true "
+    ("gradients", "cp"): "apply_fsdp must be called when parallel_dims.dp_enabled, which is true "
     "under context parallelism too; no parameter may stay outside",
-    ("gradient", "pp"): "every micro-batch must add to the gradients; tied weights in two stages "
+    ("gradients", "pp"): "every micro-batch must add to the gradients; tied weights in two stages "
     "drift apart",
-    ("gradient", "ep"): "experts are sharded over meshes of their own: own_meshes of apply_fsdp",
-    ("gradient", "dp"): "fully_shard must be called for the whole model after its blocks, and "
+    ("gradients", "ep"): "experts are sharded over meshes of their own: own_meshes of apply_fsdp",
+    ("gradients", "dp"): "fully_shard must be called for the whole model after its blocks, and "
     "leave no parameter out: gradients of others are not added up over the data ranks",
-    ("gradient", "ac"): "what is recomputed must not differ from the first time: no state, no "
+    ("gradients", "ac"): "what is recomputed must not differ from the first time: no state, no "
     "random numbers outside of torch, apply_ac around whole blocks",
-    ("gradient", "compile"): "the compiled block computes something else: try "
+    ("gradients", "compile"): "the compiled block computes something else: try "
     "compile.backend = 'eager' to tell tracing from code generation",
+    ("weights", ""): "all parameters must be given to the optimizer with requires_grad, in each "
+    "stage and shard; see build_optimizer_fn",
 }
+"""Kind, and what the layout uses -> the usual mistakes."""
 
 
 def _hint(kind: str, job_config: JobConfig) -> str:
-    used = parallelisms(job_config)
-    if kind == "initial":
-        return (
-            "init_weights() must be a function of the parameter: no random generator of its own, "
-            "no counter over layers; use nn.init and the layer's own number"
-        )
-    if kind == "weight":
-        return (
-            "all parameters must be given to the optimizer with requires_grad, in each stage and "
-            "shard; see build_optimizer_fn"
-        )
-    kind = "gradient" if kind == "recomputed" else kind
-    hints = [_HINTS[kind, name] for name in used if (kind, name) in _HINTS]
+    kind = "gradients" if kind == "recomputed" else kind
+    hints = [_HINTS[kind, name] for name in parallelisms(job_config) if (kind, name) in _HINTS]
     return ". ".join(hints) or _HINTS.get((kind, ""), "parallelize.py")
 
 

@@ -21,19 +21,17 @@ from torchtitan.distributed.tying import preserve_tying
 from torchtitan.protocols import ModelProtocol
 from torchtitan.tools.text import few
 
-from .check import Check, CheckFailedError
-from .contract import SPEC
+from .check import CheckFailedError, Checks
 from .probe import loss_of
 from .subject import Subject
 
-BUILDS = "contract.forward"
-"""The check that the whole model can be built and run. Others need it."""
+CHECKS = Checks("contract.spec")
 
 _SCRATCH_BYTES = 4096  # for a table of a few numbers, such as rates by layer
 
 
+@CHECKS.of("contract.meta", "building on the meta device allocates nothing")
 def construction_allocates_nothing(subject: Subject) -> str:
-    """On the meta device, the constructor makes no tensor that takes memory."""
     args = subject.args  # for which a loader of the author's may be built, with tensors of its own
     with torch.device("meta"), _Allocations() as allocations:
         model = subject.spec.model_cls(args)
@@ -87,8 +85,8 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{module_name}.{name}".lstrip("."), value
 
 
+@CHECKS.of("contract.init_weights", "init_weights sets every parameter and buffer")
 def init_weights_sets_everything(subject: Subject) -> str:
-    """No element of a parameter or buffer is what it was before."""
     poisoned = [_initialised(subject, poison) for poison in (0, 1)]
     unset = []
     for (name, a), (_, b) in zip(*map(state_of, poisoned), strict=True):
@@ -135,8 +133,67 @@ def state_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
+@CHECKS.of("contract.forward", "forward gives logits [batch, seq, vocab]")
+def forward_gives_logits(subject: Subject) -> str:
+    """And a gradient comes back.
+
+    Of a model that reads something else: a batch of its loader in, what its loss takes out.
+    """
+    if not subject.reads_text:
+        return _own_batch_gives_a_loss(subject)
+    model = subject.build()
+    tokens = subject.tokens(2, 16)
+    logits = model(tokens)
+    expected = [2, 16, subject.vocab_size]
+    if not isinstance(logits, torch.Tensor):
+        raise CheckFailedError(
+            f"forward() returns {type(logits).__name__}, not logits",
+            "Return the tensor [batch, seq, vocab] alone. Losses of the model's own, such as those "
+            "that balance experts, are added in its backward pass.",
+        )
+    if list(logits.shape) != expected:
+        raise CheckFailedError(
+            f"forward() of tokens [2, 16] returns {list(logits.shape)}, not {expected}",
+            "The last module is the output layer, nn.Linear(dim, vocab_size).",
+        )
+    if not torch.isfinite(logits).all():
+        raise CheckFailedError("logits of an untrained model are not finite")
+    loss_of(logits, tokens).backward()
+    return f"[batch, seq] -> [batch, seq, {subject.vocab_size}]"
+
+
+def _own_batch_gives_a_loss(subject: Subject) -> str:
+    own = subject.own_batches
+    if own is None or own.error:
+        raise CheckFailedError(
+            f"the data loader of {subject.name} gives no batches here: {own.error if own else ''}",
+            "Without them, nothing can be run: the model has no vocab_size, so random tokens are "
+            "none of its inputs. build_dataloader_fn must work with the default options, as in a "
+            "debug flavor.",
+        )
+    model, example = subject.build(), subject.example(2)
+    output = example.run(model)
+    if not isinstance(output, torch.Tensor):
+        raise CheckFailedError(
+            f"forward() returns {type(output).__name__}, not a tensor",
+            "Return one tensor, which the loss gets: torch.stack several, or put targets into the "
+            "labels.",
+        )
+    if not output.isfinite().all():
+        raise CheckFailedError("the output of an untrained model is not finite")
+    loss = example.loss(output)
+    if not loss.isfinite():
+        raise CheckFailedError(f"the loss of an untrained model is {loss}")
+    loss.backward()
+    return f"{own.describe()} -> {list(output.shape)} of 2 rows, loss {loss.item():.4g}"
+
+
+@CHECKS.of(
+    "contract.deterministic",
+    "the weights are a function of the seed alone",
+    needs=("contract.forward",),
+)
 def init_is_deterministic(subject: Subject) -> str:
-    """The weights are a function of the seed alone."""
     states = []
     for state_of_python, seed in ((1, 0), (2, 0), (1, 1)):
         # The generators that a model might draw from by mistake.
@@ -166,8 +223,10 @@ def _seed_numpy(seed: int) -> None:
     numpy.random.seed(seed)
 
 
+@CHECKS.of(
+    "contract.state_dict", "the state_dict is all that must be saved", needs=("contract.forward",)
+)
 def state_dict_is_enough(subject: Subject) -> str:
-    """Parameters and persistent buffers are all that must be saved."""
     model, other = subject.build(), subject.build(subject.seed + 1)
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     if missing or unexpected:
@@ -188,86 +247,3 @@ def state_dict_is_enough(subject: Subject) -> str:
         "Register with persistent=True what is drawn or trained; only what init_weights() computes "
         "from the args alone may be persistent=False.",
     )
-
-
-def forward_gives_logits(subject: Subject) -> str:
-    """Tokens in, logits of the vocabulary out, and a gradient back.
-
-    Of a model that reads something else: a batch of its loader in, what its loss takes out.
-    """
-    if not subject.reads_text:
-        return _own_batch_gives_a_loss(subject)
-    model = subject.build()
-    tokens = subject.tokens(2, 16)
-    logits = model(tokens)
-    expected = [2, 16, subject.vocab_size]
-    if not isinstance(logits, torch.Tensor):
-        raise CheckFailedError(
-            f"forward() returns {type(logits).__name__}, not logits",
-            "Return the tensor [batch, seq, vocab] alone. Losses of the model's own, such as those "
-            "that balance experts, are added in its backward pass.",
-        )
-    if list(logits.shape) != expected:
-        raise CheckFailedError(
-            f"forward() of tokens [2, 16] returns {list(logits.shape)}, not {expected}",
-            "The last module is the output layer, nn.Linear(dim, vocab_size).",
-        )
-    if not torch.isfinite(logits).all():
-        raise CheckFailedError("logits of an untrained model are not finite")
-    loss_of(logits, tokens).backward()
-    return f"[batch, seq] -> [batch, seq, {subject.vocab_size}]"
-
-
-def _own_batch_gives_a_loss(subject: Subject) -> str:
-    own = subject.own
-    if own is None or own.error:
-        raise CheckFailedError(
-            f"the data loader of {subject.name} gives no batches here: {own.error if own else ''}",
-            "Without them, nothing can be run: the model has no vocab_size, so random tokens are "
-            "none of its inputs. build_dataloader_fn must work with the default options, as in a "
-            "debug flavor.",
-        )
-    model, example = subject.build(), subject.example(2)
-    output = example.run(model)
-    if not isinstance(output, torch.Tensor):
-        raise CheckFailedError(
-            f"forward() returns {type(output).__name__}, not a tensor",
-            "Return one tensor, which the loss gets: torch.stack several, or put targets into the "
-            "labels.",
-        )
-    if not output.isfinite().all():
-        raise CheckFailedError("the output of an untrained model is not finite")
-    loss = example.loss(model, output)
-    if not loss.isfinite():
-        raise CheckFailedError(f"the loss of an untrained model is {loss}")
-    loss.backward()
-    return f"{own.describe()} -> {list(output.shape)} of 2 rows, loss {loss.item():.4g}"
-
-
-CHECKS = (
-    Check(
-        "contract.meta",
-        "building on the meta device allocates nothing",
-        construction_allocates_nothing,
-        needs=(SPEC,),
-    ),
-    Check(
-        "contract.init_weights",
-        "init_weights sets every parameter and buffer",
-        init_weights_sets_everything,
-        needs=(SPEC,),
-    ),
-    Check(BUILDS, "forward gives logits [batch, seq, vocab]", forward_gives_logits, needs=(SPEC,)),
-    Check(
-        "contract.deterministic",
-        "the weights are a function of the seed alone",
-        init_is_deterministic,
-        needs=(BUILDS,),
-    ),
-    Check(
-        "contract.state_dict",
-        "the state_dict is all that must be saved",
-        state_dict_is_enough,
-        needs=(BUILDS,),
-    ),
-)

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint (`--hf`) against the model: sizes, names, and each layer's numbers.
+"""A Hugging Face checkpoint (`--hf`) against the model: each layer's numbers.
 
 Both models get the same tokens. Hidden states are compared before the first layer, after each
 layer, and at the end; within the first layer that differs, the outputs of the modules whose weights
@@ -8,177 +8,38 @@ norms of a new model are all 1, and could be exchanged unseen.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file, save_file
 
+from torchtitan.components.checkpoint.load import first_names
 from torchtitan.distributed.determinism import derive_seed
-from torchtitan.errors import TitanError
-from torchtitan.protocols import BaseModelArgs
+from torchtitan.distributed.init import initialize_weights
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.tools.text import few
 
-from .adapter import adapter_of
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
+from .hf_files import adapter_of_files, folder_of, model_of_files
 from .probe import hidden_states, hooked, is_constant, relative_difference, with_noise
 from .subject import Subject
 
-TOLERANCE = 1e-4
+CHECKS = Checks("adapter.hf_names")
+
+_TOLERANCE = 1e-4
 """Greatest difference allowed in hidden states and logits in float32, over the largest."""
 
-_SIZES = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
-"""Usual fields of args -> those of `config.json`, for args without `from_hf_config`."""
-_NOT_IN_CONFIG = {"attention", "aux_loss_weight"}
-"""Fields of args, or of what they hold, that say how to train."""
 
-
-def folder_of(subject: Subject) -> Path:
-    """Raises `NotApplicableError` without `--hf`."""
-    if subject.hf_path is None:
-        raise NotApplicableError("give --hf PATH to compare with a Hugging Face checkpoint")
-    return subject.hf_path
-
-
-def read_config(subject: Subject) -> dict[str, Any]:
-    path = folder_of(subject) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckFailedError(f"{path} cannot be read: {error}") from error
-    return config.get("text_config", config)
-
-
-def args_of(subject: Subject) -> BaseModelArgs:
-    """The args that `config.json` gives, or else the flavor's."""
-    make = getattr(type(subject.spec.model_args), "from_hf_config", None)
-    return subject.args if make is None else make(read_config(subject))
-
-
-def config_matches(subject: Subject) -> str:
-    """The flavor's args are what the `config.json` says."""
-    config, ours = read_config(subject), subject.args
-    if hasattr(type(ours), "from_hf_config"):
-        try:
-            theirs = args_of(subject)
-        except TitanError as error:
-            raise CheckFailedError(
-                f"{type(ours).__name__}.from_hf_config refuses it: {error}",
-                "It is of another architecture, or has an option that the model does not have.",
-            ) from error
-        differences = [
-            f"{name} = {a!r} (config.json: {b!r})"
-            for name, a, b in _fields(ours, theirs)
-            if a != b and name.rpartition(".")[2] not in _NOT_IN_CONFIG
-        ]
-    else:
-        differences = [
-            f"{name} = {getattr(ours, name)!r} (config.json: {key} = {config[key]!r})"
-            for name, key in _SIZES.items()
-            if hasattr(ours, name) and config.get(key) not in (None, getattr(ours, name))
-        ]
-    if differences:
-        raise CheckFailedError(
-            f"flavor {subject.flavor} is not the model of {folder_of(subject)}: "
-            f"{few(differences, 5)}",
-            "__init__.py: the flavor's arguments; or choose the checkpoint's flavor by --flavor.",
-        )
-    return f"model_type {config.get('model_type')}"
-
-
-def _fields(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Name and both values of each field, of those that are dataclasses too."""
-    rows = []
-    for field in dataclasses.fields(ours):
-        a, b, name = getattr(ours, field.name), getattr(theirs, field.name), prefix + field.name
-        if dataclasses.is_dataclass(a) and type(a) is type(b):
-            rows += _fields(a, b, f"{name}.")
-        else:
-            rows.append((name, a, b))
-    return rows
-
-
-def names_match(subject: Subject) -> str:
-    """The adapter's names and shapes are those of the files."""
-    from torchtitan.components.checkpoint.reader import read_safetensors_metadata
-
-    entries: dict[str, Any] = read_safetensors_metadata(folder_of(subject)).state_dict_metadata
-    files = {name: list(entry.size) for name, entry in entries.items()}
-    model, adapter = _meta(subject), _adapter(subject)
-    state = {n: t for n, t in model.state_dict().items() if n not in _tied_names(model)}
-    ours = {name: list(tensor.shape) for name, tensor in adapter.to_hf(state).items()}
-    buffers = adapter.to_hf({n: t for n, t in model.named_buffers() if n in state})
-    if missing := [name for name in ours if name not in files and name not in buffers]:
-        raise CheckFailedError(
-            f"to_hf() gives {few(missing, 5)}, which the files do not have; they have "
-            f"{few(_closest(missing, files), 5)}",
-            "state_dict_adapter.py: the names of model.safetensors.index.json.",
-        )
-    for name, shape in ours.items():
-        if name in files and files[name] != shape:
-            turned = " (it is transposed)" if files[name] == shape[::-1] else ""
-            raise CheckFailedError(
-                f"to_hf() gives {name} as {shape}, but in the files it is {files[name]}{turned}",
-                "state_dict_adapter.py, or the args.",
-            )
-    left = [name for name in files if name not in ours and not _is_passed_over(adapter, name)]
-    if left:
-        raise CheckFailedError(
-            f"the files have {few(left, 5)}, which the model has not",
-            "A bias or norm may be missing in the model. What really is not needed, from_hf() must "
-            "leave out without an error.",
-        )
-    return f"{len(ours)} tensors"
-
-
-def _closest(names: list[str], files: dict[str, Any]) -> list[str]:
-    """The names in the files that are most like the first of `names`."""
-    from difflib import get_close_matches
-
-    return get_close_matches(names[0], files, n=3, cutoff=0.0)
-
-
-def _is_passed_over(adapter: Any, name: str) -> bool:
-    """Whether `from_hf` leaves a tensor out."""
-    try:
-        return not adapter.from_hf({name: torch.empty(0, device="meta")})
-    except Exception:
-        return False
-
-
-def _meta(subject: Subject) -> ModelProtocol:
-    return subject.spec.meta_model(args_of(subject))
-
-
-def _adapter(subject: Subject) -> Any:
-    return type(adapter_of(subject))(args_of(subject), hf_assets_path=folder_of(subject))
-
-
-def _tied_names(model: nn.Module) -> set[str]:
-    first = {name for name, _ in model.named_parameters()}
-    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
-
-
+@CHECKS.of("adapter.hf_numbers", "logits and every layer are equal to transformers'", timeout=600)
 def numbers_match(subject: Subject) -> str:
-    """The same logits; else the first layer that differs, and what in it."""
     folder = _without_constants(folder_of(subject), subject)
     theirs = _load_theirs(folder)
     ours = _load_ours(subject, folder)
     tokens = subject.tokens(2)
     tokens = tokens % min(subject.vocab_size, theirs.config.vocab_size)
-    pairs = _pairs(ours, theirs, _adapter(subject))
+    pairs = _pairs(ours, theirs, adapter_of_files(subject))
     our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
     if len(our_layers) != len(their_layers):
         raise CheckFailedError(f"{len(our_layers)} layers, not {len(their_layers)}")
@@ -188,15 +49,15 @@ def numbers_match(subject: Subject) -> str:
         our_logits, their_logits = ours(tokens), theirs(tokens, use_cache=False).logits
     worst = 0.0
     for number, (mine, other) in enumerate(zip(our_layers, their_layers, strict=True)):
-        if number == 0 and (d := _difference(a.inputs[mine], b.inputs[other])) > TOLERANCE:
+        if number == 0 and (d := _difference(a.inputs[mine], b.inputs[other])) > _TOLERANCE:
             raise CheckFailedError(
                 f"what {mine} gets differs by {d:.1e} of the largest: the embedding",
                 "Look at a factor of the embedding (Gemma: sqrt(dim)), positions, or a norm.",
             )
         difference = _difference(a.outputs[mine], b.outputs[other])
-        if difference > TOLERANCE:
+        if difference > _TOLERANCE:
             inner = [pair for pair in pairs if pair[0].startswith(f"{mine}.")]
-            where, hint = _within(inner, a, b, ours)
+            where, hint = _within(inner, a, b)
             raise CheckFailedError(
                 f"{mine} is the first layer that differs from {other}, by {difference:.1e} of the "
                 f"largest{where}",
@@ -204,7 +65,7 @@ def numbers_match(subject: Subject) -> str:
             )
         worst = max(worst, difference)
     difference = relative_difference(our_logits, their_logits)
-    if difference > TOLERANCE:
+    if difference > _TOLERANCE:
         raise CheckFailedError(
             f"all layers are alike, but the logits differ by {difference:.1e} of the largest",
             "Look at the final norm, at the output layer (tied?), and at a factor or soft limit of "
@@ -215,8 +76,6 @@ def numbers_match(subject: Subject) -> str:
 
 def _without_constants(folder: Path, subject: Subject) -> Path:
     """A folder of the same files, with noise in tensors that are constant; `folder` if none is."""
-    from safetensors.torch import load_file, save_file
-
     copied = subject.folder / "hf_with_noise"
     changed: set[str] = set()
     for file in folder.glob("*.safetensors"):
@@ -251,18 +110,14 @@ def _load_theirs(folder: Path) -> Any:
 
 def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
     """By the adapter of this spec, whatever other models are registered."""
-    from safetensors.torch import load_file
-
-    from torchtitan.distributed.init import initialize_weights
-
-    model = _meta(subject)
+    model = model_of_files(subject)
     initialize_weights(model, subject.seed, torch.device("cpu"))
     hf: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         hf |= load_file(file)
-    state = _adapter(subject).from_hf(hf)
+    state = adapter_of_files(subject).from_hf(hf)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = _tied_names(model)
+    tied = first_names(model)
     buffers = {name for name, _ in model.named_buffers()}
     missing = [name for name in missing if name not in tied and name not in buffers]
     if missing or unexpected:
@@ -320,14 +175,12 @@ def _difference(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
     return relative_difference(a.flatten(2), b.flatten(2).view_as(a.flatten(2)))
 
 
-def _within(
-    pairs: list[tuple[str, str]], a: _Record, b: _Record, ours: nn.Module
-) -> tuple[str, str]:
+def _within(pairs: list[tuple[str, str]], a: _Record, b: _Record) -> tuple[str, str]:
     """What in a layer differs first, and the likely mistake."""
     order = list(a.outputs)  # by when they were done
     pairs = [pair for pair in pairs if pair[0] in a.outputs and pair[1] in b.outputs]
     for mine, other in sorted(pairs, key=lambda pair: order.index(pair[0])):
-        if _difference(a.inputs[mine], b.inputs[other]) > TOLERANCE:
+        if _difference(a.inputs[mine], b.inputs[other]) > _TOLERANCE:
             return (
                 f"; in it, the input of {mine} (theirs: {other})",
                 f"Everything that leads to {mine} is alike in modules with weights, so what is "
@@ -339,10 +192,10 @@ def _within(
                 "routing.",
             )
         ours_out, theirs_out = a.outputs[mine], b.outputs[other]
-        if _difference(ours_out, theirs_out) > TOLERANCE:
+        if _difference(ours_out, theirs_out) > _TOLERANCE:
             flat = ours_out.flatten(2), theirs_out.flatten(2)
             same_numbers = flat[0].shape == flat[1].shape and (
-                _difference(flat[0].sort().values, flat[1].sort().values) < TOLERANCE
+                _difference(flat[0].sort().values, flat[1].sort().values) < _TOLERANCE
             )
             if same_numbers:
                 return (
@@ -361,16 +214,3 @@ def _within(
         "Look at experts and their router: normalised weights, the scale, which are chosen; and at "
         "the residual connections.",
     )
-
-
-CHECKS = (
-    Check("adapter.hf_config", "the flavor is the checkpoint's model", config_matches),
-    Check("adapter.hf_names", "the adapter's names and shapes are the files'", names_match),
-    Check(
-        "adapter.hf_numbers",
-        "logits and every layer are equal to transformers'",
-        numbers_match,
-        timeout=600,
-        needs=("adapter.hf_names",),
-    ),
-)

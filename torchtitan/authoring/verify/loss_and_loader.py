@@ -14,10 +14,10 @@ from torchtitan.errors import ConfigError
 from torchtitan.tools.text import first_line
 
 from .batches import Example
-from .check import Check, CheckFailedError, NotApplicableError
-from .contract import SPEC
+from .check import CheckFailedError, Checks, NotApplicableError
 from .subject import Subject
-from .weights import BUILDS
+
+CHECKS = Checks("contract.forward")
 
 _SUM = (
     "build_loss_fn: return a function (pred, labels) whose result is the sum, no mean, over the "
@@ -27,8 +27,8 @@ _SUM = (
 _TOLERANCE = 1e-3
 
 
+@CHECKS.of("contract.loss", "the loss is a sum over tokens")
 def loss_is_a_sum(subject: Subject) -> str:
-    """The loss can be called, and adds up over the tokens that have a label."""
     loss_fn = subject.spec.build_loss_fn(subject.config())
     if not callable(loss_fn):
         raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, no function", _SUM)
@@ -41,13 +41,13 @@ def loss_is_a_sum(subject: Subject) -> str:
     alone = labels.clone(), labels.clone()
     alone[0][1], alone[1][0] = IGNORE_INDEX, IGNORE_INDEX
 
-    def loss_of(labels: torch.Tensor) -> float:
+    def summed(labels: torch.Tensor) -> float:
         torch.manual_seed(0)
         with torch.enable_grad():  # some are others without
             loss = loss_fn(model(tokens), labels)
         return _number(loss)
 
-    both, parts = loss_of(labels), [loss_of(part) for part in alone]
+    both, parts = summed(labels), [summed(part) for part in alone]
     if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
         raise CheckFailedError(
             f"the loss of two sequences is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} with "
@@ -62,14 +62,14 @@ def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
     model, example = subject.build().train(), subject.example(2)
     attach_loss(loss_fn, [model])
 
-    def loss_of(part: Example, seed: int = 0) -> float:
+    def summed(part: Example, seed: int = 0) -> float:
         torch.manual_seed(seed)
         return _number(loss_fn(model(part.tokens, **part.inputs), part.labels))
 
-    both, other = loss_of(example), loss_of(example, seed=1)
+    both, other = summed(example), summed(example, seed=1)
     if both != other:
         raise NotApplicableError("forward() draws random numbers, so no two losses are alike")
-    parts = [loss_of(example.rows(slice(row, row + 1))) for row in range(2)]
+    parts = [summed(example.rows(slice(row, row + 1))) for row in range(2)]
     if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
         raise CheckFailedError(
             f"the loss of two rows is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} alone",
@@ -93,8 +93,10 @@ def _number(loss: Any) -> float:
     return loss.item()
 
 
+@CHECKS.of(
+    "contract.dataloader", "an own data loader gives batches and resumes", needs=("contract.spec",)
+)
 def dataloader_resumes(subject: Subject) -> str:
-    """An own loader gives batches, and goes on from its state."""
     build = subject.spec.build_dataloader_fn
     if not has_own_loader(build):
         return "torchtitan's own"
@@ -162,14 +164,3 @@ def _require_shares(first: Batch, second: Batch) -> None:
             "the data ranks 0 and 1 get the same tokens",
             "build_dataloader_fn: rank dp_rank of dp_world_size reads a share of its own.",
         )
-
-
-CHECKS = (
-    Check("contract.loss", "the loss is a sum over tokens", loss_is_a_sum, needs=(BUILDS,)),
-    Check(
-        "contract.dataloader",
-        "an own data loader gives batches and resumes",
-        dataloader_resumes,
-        needs=(SPEC,),
-    ),
-)

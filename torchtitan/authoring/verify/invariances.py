@@ -9,14 +9,16 @@ import torch
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
-from .check import Check, CheckFailedError, NotApplicableError
+from .check import CheckFailedError, Checks, NotApplicableError
 from .probe import cut_layers, recorded_outputs, relative_difference, require_causal
-from .semantics import NEEDS, ROUTING
+from .semantics import ROUTING
 from .subject import Subject
 
+CHECKS = Checks("contract.layers", "contract.forward")
 
+
+@CHECKS.of("semantics.batch", "sequences of a batch are independent")
 def rows_are_independent(subject: Subject) -> str:
-    """A sequence gives the same alone as in a batch, in training too."""
     if not subject.reads_text:
         return _own_rows_are_independent(subject)
     model, tokens = subject.build_varied(), subject.tokens(3)
@@ -67,8 +69,8 @@ def _own_rows_are_independent(subject: Subject) -> str:
     return f"equal to {worst:.0e}"
 
 
+@CHECKS.of("semantics.padding", "trailing tokens do not matter")
 def trailing_tokens_do_not_matter(subject: Subject) -> str:
-    """A prefix gives the same alone as with padding behind it."""
     require_causal(subject.spec.model_cls)
     model, tokens = subject.build_varied(), subject.tokens(2)
     length = tokens.shape[1] // 2 + 3
@@ -87,9 +89,10 @@ def trailing_tokens_do_not_matter(subject: Subject) -> str:
     return f"equal to {difference:.0e}"
 
 
+@CHECKS.of("semantics.lengths", "sequences of any length work")
 def any_length_works(subject: Subject) -> str:
     """Sequences of 1, 2 and an odd number of tokens, and longer than windows and chunks."""
-    if subject.own and subject.spec.model_cls.sees_later_tokens:
+    if subject.own_batches and subject.spec.model_cls.sees_later_tokens:
         raise NotApplicableError("its own loader may give one length alone, as two equal halves")
     model = subject.build_varied()
     limits = window_sizes(subject)
@@ -137,9 +140,9 @@ def window_sizes(subject: Subject) -> list[int]:
     )
 
 
+@CHECKS.of("semantics.repeatable", "evaluation is a function of the tokens alone")
 @torch.no_grad()
 def forward_is_repeatable(subject: Subject) -> str:
-    """In evaluation, the logits are a function of the tokens alone."""
     model = subject.build_varied()
     tokens, others = subject.example(2), subject.example(2, 40, seed=1)
     with recorded_outputs(model) as first:
@@ -158,26 +161,3 @@ def forward_is_repeatable(subject: Subject) -> str:
             "Noise is drawn by the data loader.",
         )
     return "equal bit by bit"
-
-
-CHECKS = (
-    Check(
-        "semantics.batch",
-        "sequences of a batch are independent",
-        rows_are_independent,
-        needs=NEEDS,
-    ),
-    Check(
-        "semantics.padding",
-        "trailing tokens do not matter",
-        trailing_tokens_do_not_matter,
-        needs=NEEDS,
-    ),
-    Check("semantics.lengths", "sequences of any length work", any_length_works, needs=NEEDS),
-    Check(
-        "semantics.repeatable",
-        "evaluation is a function of the tokens alone",
-        forward_is_repeatable,
-        needs=NEEDS,
-    ),
-)

@@ -1,0 +1,158 @@
+"""A Hugging Face checkpoint (`--hf`) against the model: what its files say, sizes and names."""
+
+from __future__ import annotations
+
+import dataclasses
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.components.checkpoint.load import first_names
+from torchtitan.components.checkpoint.reader import read_safetensors_metadata
+from torchtitan.errors import CheckpointError, TitanError
+from torchtitan.models.from_hf import read_hf_config
+from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter
+from torchtitan.protocols.model import ModelProtocol
+from torchtitan.tools.text import few
+
+from .adapter import adapter_of
+from .check import CheckFailedError, Checks, NotApplicableError
+from .subject import Subject
+
+CHECKS = Checks()
+
+_SIZES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+"""Usual fields of args -> those of `config.json`, for args without `from_hf_config`."""
+_NOT_IN_CONFIG = {"attention", "aux_loss_weight"}
+"""Fields of args, or of what they hold, that say how to train."""
+
+
+def folder_of(subject: Subject) -> Path:
+    """Raises `NotApplicableError` without `--hf`."""
+    if subject.hf_path is None:
+        raise NotApplicableError("give --hf PATH to compare with a Hugging Face checkpoint")
+    return subject.hf_path
+
+
+def read_config(subject: Subject) -> dict[str, Any]:
+    """That of a model's text part, where it has several."""
+    try:
+        config = read_hf_config(folder_of(subject))
+    except CheckpointError as error:
+        raise CheckFailedError(f"{folder_of(subject)}: {error}") from error
+    return config.get("text_config", config)
+
+
+def args_of(subject: Subject) -> BaseModelArgs:
+    """The args that `config.json` gives, or else the flavor's."""
+    make = getattr(type(subject.spec.model_args), "from_hf_config", None)
+    return subject.args if make is None else make(read_config(subject))
+
+
+@CHECKS.of("adapter.hf_config", "the flavor is the checkpoint's model")
+def config_matches(subject: Subject) -> str:
+    config, ours = read_config(subject), subject.args
+    if hasattr(type(ours), "from_hf_config"):
+        try:
+            theirs = args_of(subject)
+        except TitanError as error:
+            raise CheckFailedError(
+                f"{type(ours).__name__}.from_hf_config refuses it: {error}",
+                "It is of another architecture, or has an option that the model does not have.",
+            ) from error
+        differences = [
+            f"{name} = {a!r} (config.json: {b!r})"
+            for name, a, b in _fields(ours, theirs)
+            if a != b and name.rpartition(".")[2] not in _NOT_IN_CONFIG
+        ]
+    else:
+        differences = [
+            f"{name} = {getattr(ours, name)!r} (config.json: {key} = {config[key]!r})"
+            for name, key in _SIZES.items()
+            if hasattr(ours, name) and config.get(key) not in (None, getattr(ours, name))
+        ]
+    if differences:
+        raise CheckFailedError(
+            f"flavor {subject.flavor} is not the model of {folder_of(subject)}: "
+            f"{few(differences, 5)}",
+            "__init__.py: the flavor's arguments; or choose the checkpoint's flavor by --flavor.",
+        )
+    return f"model_type {config.get('model_type')}"
+
+
+def _fields(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Name and both values of each field, of those that are dataclasses too."""
+    rows = []
+    for field in dataclasses.fields(ours):
+        a, b, name = getattr(ours, field.name), getattr(theirs, field.name), prefix + field.name
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            rows += _fields(a, b, f"{name}.")
+        else:
+            rows.append((name, a, b))
+    return rows
+
+
+@CHECKS.of("adapter.hf_names", "the adapter's names and shapes are the files'")
+def names_match(subject: Subject) -> str:
+    entries: dict[str, Any] = read_safetensors_metadata(folder_of(subject)).state_dict_metadata
+    files = {name: list(entry.size) for name, entry in entries.items()}
+    model, adapter = model_of_files(subject), adapter_of_files(subject)
+    tied = first_names(model)
+    state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    ours = {name: list(tensor.shape) for name, tensor in adapter.to_hf(state).items()}
+    buffers = adapter.to_hf({n: t for n, t in model.named_buffers() if n in state})
+    if missing := [name for name in ours if name not in files and name not in buffers]:
+        raise CheckFailedError(
+            f"to_hf() gives {few(missing, 5)}, which the files do not have; they have "
+            f"{few(_closest(missing, files), 5)}",
+            "state_dict_adapter.py: the names of model.safetensors.index.json.",
+        )
+    for name, shape in ours.items():
+        if name in files and files[name] != shape:
+            turned = " (it is transposed)" if files[name] == shape[::-1] else ""
+            raise CheckFailedError(
+                f"to_hf() gives {name} as {shape}, but in the files it is {files[name]}{turned}",
+                "state_dict_adapter.py, or the args.",
+            )
+    left = [name for name in files if name not in ours and not _is_passed_over(adapter, name)]
+    if left:
+        raise CheckFailedError(
+            f"the files have {few(left, 5)}, which the model has not",
+            "A bias or norm may be missing in the model. What really is not needed, from_hf() must "
+            "leave out without an error.",
+        )
+    return f"{len(ours)} tensors"
+
+
+def _closest(names: list[str], files: dict[str, Any]) -> list[str]:
+    """The names in the files that are most like the first of `names`."""
+    return get_close_matches(names[0], files, n=3, cutoff=0.0)
+
+
+def _is_passed_over(adapter: Any, name: str) -> bool:
+    """Whether `from_hf` leaves a tensor out."""
+    try:
+        return not adapter.from_hf({name: torch.empty(0, device="meta")})
+    except Exception:
+        return False
+
+
+def model_of_files(subject: Subject) -> ModelProtocol:
+    """Of the sizes in `config.json`, without memory."""
+    return subject.spec.meta_model(args_of(subject))
+
+
+def adapter_of_files(subject: Subject) -> BaseStateDictAdapter:
+    """Made for these files. Raises `NotApplicableError` if the model has none."""
+    return type(adapter_of(subject))(args_of(subject), hf_assets_path=folder_of(subject))
