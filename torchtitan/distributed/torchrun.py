@@ -64,8 +64,8 @@ class _Signals:
         if number == signal.SIGHUP:
             leave_closed_terminal()
         ranks = _children()
-        if not ranks:  # nothing has begun that could be lost
-            raise SystemExit(PREEMPTED)
+        if not ranks:  # nothing has begun that could be lost; the others may go on
+            raise _left(number)
         _tell(ranks, number)
 
     def code_of(self, failures: dict[int, Any]) -> int:
@@ -105,8 +105,7 @@ class _Agent(LocalElasticAgent):
     def _leave_if_told(self) -> None:
         if self._signals.received:
             # As an error this would close the rendezvous, also to the hosts that go on.
-            number = signal.Signals(min(self._signals.received))
-            raise SignalException(f"{number.name}: the ranks have left", number)
+            raise _left(min(self._signals.received))
 
     def _hosts_waiting(self) -> int:
         """How many hosts want to join.
@@ -198,12 +197,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--preempted-code"]:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
-    wait_for_first_host(argv)
     # torchrun sets handlers too, for these signals and no others.
-    argv = ["--signals-to-handle", "SIGQUIT", *argv]
+    words = ["--signals-to-handle", "SIGQUIT", *argv]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
         try:
-            torchrun(argv)
+            wait_for_first_host(argv)
+            torchrun(words)
         except ChildFailedError as error:
             code = signals.code_of(error.failures)
             if code == PREEMPTED:
@@ -211,9 +210,15 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"{error}\n")
             return code
         except SignalException as error:
-            # Of a host that leaves an elastic job, or torchrun's own, after which nothing is saved.
+            # Of a host that has no ranks, or leaves an elastic job; or torchrun's own, after which
+            # nothing is saved.
             return preempted_code if error.sigval in signals.received else 1
     return 0
+
+
+def _left(number: int) -> SignalException:
+    name = signal.Signals(number)
+    return SignalException(f"{name.name}: no ranks are left", name)
 
 
 def _tell(processes: list[int], number: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,37 @@ def test_another_code_for_preempted_runs(tmp_path: Path) -> None:
     process = start(tmp_path, "75", "--preempted-code", "138")
     process.communicate(timeout=60)
     assert process.returncode == 138
+
+
+@pytest.mark.parametrize("is_host", [0, 1])
+def test_a_host_that_is_told_to_stop_while_it_waits_for_others_is_preempted(
+    is_host: int, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", "--preempted-code", "138"]
+    words += ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    words += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    words += [f"--rdzv-conf=is_host={is_host},join_timeout=600", "rank.py"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        if is_host:
+            wait_for_listener(port, process)
+        else:
+            assert "waiting for the first host" in process.stderr.readline()
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 138, err
+
+
+def wait_for_listener(port: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 OWNER = """
