@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
@@ -124,6 +124,22 @@ def builder(job_config: JobConfig) -> str:
 
 def some(names: Any) -> str:
     return ", ".join(map(repr, names)) or "nothing"
+
+
+def next_batch(dataloader: Any, job_config: JobConfig, step: int) -> Batch:
+    """The next micro-batch, which is for `step`.
+
+    Raises:
+        DataError: the loader has ended. Started again, it would do so at the same place.
+    """
+    try:
+        return cast(Batch, next(dataloader))
+    except StopIteration as error:
+        raise DataError(
+            f"{builder(job_config)}: the loader has ended in step {step} of "
+            f"{job_config.training.steps}. Its __next__ must go on without end: after the last "
+            "batch, begin the data anew"
+        ) from error
 
 
 def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]:
