@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+
+from torchtitan.distributed import torchrun
 
 RANK = """
 import os, signal, sys, time
@@ -107,6 +113,64 @@ def wait_for_listener(port: int, process: subprocess.Popen) -> None:
         except OSError:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
+
+
+OUTAGE = """
+import os, sys
+from torchtitan.cli import exit_on_user_error
+from torchtitan.errors import OutageError
+
+if "RANK" not in os.environ:
+    from torchtitan.distributed import torchrun
+
+    torchrun._PAUSES = tuple(map(float, sys.argv.pop(1).split(",")))
+    sys.exit(torchrun.main())
+with exit_on_user_error():
+    if sys.argv[1] == "crash":
+        raise SystemExit(1)
+    if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < 2:
+        raise OutageError("the storage is away")
+"""
+
+
+def start_outage(folder: Path, pauses: str, mode: str) -> subprocess.Popen:
+    (folder / "agent.py").write_text(OUTAGE)
+    restarts = 1 if mode == "crash" else 2
+    words = [sys.executable, str(folder / "agent.py"), pauses, f"--max-restarts={restarts}"]
+    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", words[1], mode]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+def test_ranks_start_again_after_a_pause_which_grows_with_each_outage(tmp_path: Path) -> None:
+    process = start_outage(tmp_path, "0,1,600", "outage")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert re.findall("start again in (.*) s", err) == ["0", "1"]
+
+
+def test_a_crash_is_not_waited_for(tmp_path: Path) -> None:
+    process = start_outage(tmp_path, "600", "crash")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "start again" not in err
+
+
+def test_a_signal_ends_the_pause(tmp_path: Path) -> None:
+    with start_outage(tmp_path, "600", "outage") as process:
+        assert any("start again in 600 s" in line for line in process.stderr)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+
+
+@pytest.mark.parametrize("closed", [True, RendezvousConnectionError("the first host is gone")])
+def test_the_pause_ends_with_the_job(closed: object) -> None:
+    agent = torchrun._Agent.__new__(torchrun._Agent)
+    handler = SimpleNamespace(is_closed=Mock(side_effect=[False, closed]))
+    agent._outages = 1
+    agent._worker_group = SimpleNamespace(spec=SimpleNamespace(rdzv_handler=handler))
+    begin = time.monotonic()
+    agent._wait_for_the_end_of_an_outage()
+    assert time.monotonic() - begin < torchrun._PAUSES[0] / 2
 
 
 OWNER = """
