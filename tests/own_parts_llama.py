@@ -3,6 +3,7 @@
 own_loss            a plain function
 own_loader_steps    a loader whose state is a number, not rows
 own_loader_noise    a loader that gives more than the model gets
+own_loader_ends     a loader that ends after two batches
 """
 
 from dataclasses import replace
@@ -54,6 +55,25 @@ def get_own_loader_noise(flavor: str) -> TrainSpec:
     )
 
 
+class Ending(Loader):
+    left = 2
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        self.left -= 1
+        return super().__next__()
+
+
+def get_own_loader_ends(flavor: str) -> TrainSpec:
+    state = {"rows": torch.tensor([[0]])}
+    return replace(
+        tiny_llama.get_train_spec(flavor),
+        build_dataloader_fn=lambda config, *_: Ending(config, state),
+    )
+
+
 register_train_spec("own_loss", get_own_loss)
 register_train_spec("own_loader_steps", get_own_loader_steps)
 register_train_spec("own_loader_noise", get_own_loader_noise)
+register_train_spec("own_loader_ends", get_own_loader_ends)

@@ -25,7 +25,12 @@ from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.huggingface import warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.components.data_loader import Batch, check_dataloader, loader_metrics
+from torchtitan.components.data_loader import (
+    Batch,
+    check_dataloader,
+    loader_metrics,
+    next_batch,
+)
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, count_labels
@@ -244,7 +249,8 @@ class Trainer:
         self.watch.enter("data", step)
         start = time.perf_counter()
         passes = range(self.accumulation_steps)
-        batches = [self.model_inputs.checked(next(self.dataloader)) for _ in passes]
+        given = (next_batch(self.dataloader, config, step) for _ in passes)
+        batches = [self.model_inputs.checked(batch) for batch in given]
         self.window.data_wait += time.perf_counter() - start
 
         self.watch.enter("token count", step)

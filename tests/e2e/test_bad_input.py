@@ -69,6 +69,13 @@ def test_what_a_loader_gives_in_vain_is_refused(tmp_path: Path) -> None:
     assert_one_message(done, "build_dataloader_fn of own_loader_noise", "has 'noise'")
 
 
+def test_a_loader_that_ends_before_the_run(tmp_path: Path) -> None:
+    options = ("--model.name=own_loader_ends", "--training.steps=9")
+    done = refused(tmp_path / "run", OWN, *options)
+    assert "build_dataloader_fn of own_loader_ends: the loader has ended in step " in done.err
+    assert done.exit_codes == [2] and "Traceback" not in done.err, done.err
+
+
 def test_a_loss_may_be_a_plain_function(tmp_path: Path) -> None:
     done = refused(tmp_path / "run", OWN, "--model.name=own_loss", "--training.steps=1")
     assert set(done.exit_codes) == {0}, done.err

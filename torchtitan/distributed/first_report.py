@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+ONE_MESSAGE = "torchtitan/one_message"
+"""In the file of a rank's error that is one message, not a traceback."""
 _PATIENCE = timedelta(seconds=5)
 
 
@@ -53,4 +55,5 @@ def write_error_file(message: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with open(path, "w") as file:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+            error = {"message": {"message": message, "extraInfo": extra}, ONE_MESSAGE: True}
+            json.dump(error, file)

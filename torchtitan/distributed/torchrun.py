@@ -7,6 +7,8 @@ It takes torchrun's options, and differs from it in this:
   SIGUSR1.
 * Ranks that leave with exit code 75 (preempted) or 2 (a mistake of the user) are not started
   again on this allocation, whatever `--max-restarts` says.
+* Ranks that an outage has ended (of a storage, say) are started again after a pause, which grows
+  while they do not get far. So the restarts last longer than it does.
 * A host that is replaced joins the hosts that are left, also with `--nnodes N`; torchrun tells it
   no address to meet at (torch 2.11 to 2.13). The host at `--rdzv-endpoint` has to stay.
 * Hosts wait for the one at `--rdzv-endpoint` as long as `join_timeout` says; torchrun's give up
@@ -39,6 +41,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main as torchrun
 
 from torchtitan.distributed.first_host import wait_for_first_host
+from torchtitan.distributed.first_report import ONE_MESSAGE
 from torchtitan.distributed.utils import JOB_STORE
 from torchtitan.tools.open_files import allow_open_files
 from torchtitan.tools.stop_request import PREEMPTED, stop_signals
@@ -47,6 +50,11 @@ from torchtitan.tools.terminal import leave_closed_terminal
 _MISTAKE = 2
 _SAVE_SECONDS = 2 * 3600.0
 """As long as a save may take: `SAVE_TIMEOUT` of the checkpoints."""
+_PAUSES = (10.0, 60.0, 300.0)
+"""Seconds before ranks that an outage has ended are started again: the first time, the second, and
+each further one. Other hosts, which wait meanwhile, do so for 600 s at least (`join_timeout`)."""
+_FAR_SECONDS = 300.0
+"""Ranks that ran for so long got over the outage before, and met a new one."""
 _TEARDOWN_SECONDS = 30.0
 """How long ranks may go on after the first host has left."""
 
@@ -64,8 +72,8 @@ class _Signals:
         if number == signal.SIGHUP:
             leave_closed_terminal()
         ranks = _children()
-        if not ranks:  # nothing has begun that could be lost
-            raise SystemExit(PREEMPTED)
+        if not ranks:  # nothing has begun that could be lost; the others may go on
+            raise _left(number)
         _tell(ranks, number)
 
     def code_of(self, failures: dict[int, Any]) -> int:
@@ -84,6 +92,9 @@ class _Agent(LocalElasticAgent):
         super().__init__(**options)
         self._signals = signals
         self._round = 0
+        self._started_at = 0.0
+        self._outages = 0
+        """How many have ended the ranks one after the other; 0 if it was something else."""
         self._lost_at: float | None = None
         """When the connection to the first host was lost, whose agent has the store."""
         handler: Any = self._worker_group.spec.rdzv_handler
@@ -95,6 +106,10 @@ class _Agent(LocalElasticAgent):
         if not result.failures:
             return result
         code = self._signals.code_of(result.failures)
+        outage = code == 1 and any(map(_is_outage, result.failures.values()))
+        if not outage or time.monotonic() > self._started_at + _FAR_SECONDS:
+            self._outages = 0
+        self._outages += outage
         if code == PREEMPTED and self._is_elastic():
             self._leave_if_told()
             self._remaining_restarts += 1
@@ -105,8 +120,26 @@ class _Agent(LocalElasticAgent):
     def _leave_if_told(self) -> None:
         if self._signals.received:
             # As an error this would close the rendezvous, also to the hosts that go on.
-            number = signal.Signals(min(self._signals.received))
-            raise SignalException(f"{number.name}: the ranks have left", number)
+            raise _left(min(self._signals.received))
+
+    def _restart_workers(self, worker_group: Any) -> None:
+        if self._outages and worker_group.state != WorkerState.HEALTHY:
+            self._wait_for_the_end_of_an_outage()
+        super()._restart_workers(worker_group)
+
+    def _wait_for_the_end_of_an_outage(self) -> None:
+        """Wait, but not once the others have ended the job; a signal ends the wait."""
+        seconds = _PAUSES[min(self._outages, len(_PAUSES)) - 1]
+        sys.stderr.write(f"an outage has ended the ranks: they start again in {seconds:.0f} s\n")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._job_has_ended():
+            time.sleep(0.5)
+
+    def _job_has_ended(self) -> bool:
+        try:
+            return bool(self._worker_group.spec.rdzv_handler.is_closed())
+        except RendezvousConnectionError:  # the first host has left
+            return True
 
     def _hosts_waiting(self) -> int:
         """How many hosts want to join.
@@ -188,6 +221,7 @@ class _Agent(LocalElasticAgent):
             return super()._start_workers(worker_group)
         finally:
             self._remaining_restarts = left
+            self._started_at = time.monotonic()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,12 +232,12 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--preempted-code"]:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
-    wait_for_first_host(argv)
     # torchrun sets handlers too, for these signals and no others.
-    argv = ["--signals-to-handle", "SIGQUIT", *argv]
+    words = ["--signals-to-handle", "SIGQUIT", *argv]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
         try:
-            torchrun(argv)
+            wait_for_first_host(argv)
+            torchrun(words)
         except ChildFailedError as error:
             code = signals.code_of(error.failures)
             if code == PREEMPTED:
@@ -211,9 +245,20 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"{error}\n")
             return code
         except SignalException as error:
-            # Of a host that leaves an elastic job, or torchrun's own, after which nothing is saved.
+            # Of a host that has no ranks, or leaves an elastic job; or torchrun's own, after which
+            # nothing is saved.
             return preempted_code if error.sigval in signals.received else 1
     return 0
+
+
+def _left(number: int) -> SignalException:
+    name = signal.Signals(number)
+    return SignalException(f"{name.name}: no ranks are left", name)
+
+
+def _is_outage(failure: Any) -> bool:
+    """Whether a rank ended with code 1 and a message, as by an `OutageError`, not by a crash."""
+    return failure.exitcode == 1 and ONE_MESSAGE in failure.error_file_data
 
 
 def _tell(processes: list[int], number: int) -> None:

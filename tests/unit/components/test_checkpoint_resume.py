@@ -57,6 +57,21 @@ def test_only_a_checkpoint_that_would_be_resumed_counts(saved, tmp_path):
     check_resume(config_of(saved), other)  # `load` will tell that all are damaged
 
 
+def test_a_replica_group_tells_of_checkpoints_where_it_looked_before(saved, caplog):
+    folder = saved / "checkpoint"
+    config = config_of(saved, folder=str(folder))
+    check_resume(config, TinyArgs())
+    assert not caplog.records
+    config.fault_tolerance.enable = True
+    check_resume(config, TinyArgs())
+    assert f"in {folder}/replica-0, where there are none. {folder} has step-4" in caplog.text
+    caplog.clear()
+    (folder / "replica-0").mkdir()
+    (folder / "step-4").rename(folder / "replica-0" / "step-4")
+    check_resume(config, TinyArgs())
+    assert not caplog.records
+
+
 def test_load_step_that_has_counted_is_checked_where_the_run_goes_on(saved):
     run = Run(saved, load_step=2)
     run.manager.load()

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn as nn
 
-from torchtitan.components.data_loader import check_dataloader
+from torchtitan.components.data_loader import check_dataloader, next_batch
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, DataError
 
 TOKENS = torch.zeros(2, 4, dtype=torch.int64)
 
@@ -76,6 +76,15 @@ def test_a_state_is_asked_for_where_there_are_checkpoints(config):
 def test_a_state_is_rows(config, state, found):
     with pytest.raises(ConfigError, match=f"{found}.*must be .*int64 tensor"):
         check_dataloader(Loader(state), config)
+
+
+def test_a_loader_that_ends_is_a_mistake_that_names_the_step(config):
+    loader = iter([{"tokens": TOKENS, "labels": TOKENS}])
+    config.training.steps = 9
+    assert next_batch(loader, config, 1)["tokens"] is TOKENS
+    with pytest.raises(DataError, match="_fn of mine: the loader has ended in step 2 of 9") as end:
+        next_batch(loader, config, 2)
+    assert end.value.exit_code == 2
 
 
 class Model(nn.Module):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+
+from torchtitan.distributed import torchrun
 
 RANK = """
 import os, signal, sys, time
@@ -75,6 +82,95 @@ def test_another_code_for_preempted_runs(tmp_path: Path) -> None:
     process = start(tmp_path, "75", "--preempted-code", "138")
     process.communicate(timeout=60)
     assert process.returncode == 138
+
+
+@pytest.mark.parametrize("is_host", [0, 1])
+def test_a_host_that_is_told_to_stop_while_it_waits_for_others_is_preempted(
+    is_host: int, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", "--preempted-code", "138"]
+    words += ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    words += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    words += [f"--rdzv-conf=is_host={is_host},join_timeout=600", "rank.py"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        if is_host:
+            wait_for_listener(port, process)
+        else:
+            assert "waiting for the first host" in process.stderr.readline()
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 138, err
+
+
+def wait_for_listener(port: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+OUTAGE = """
+import os, sys
+from torchtitan.cli import exit_on_user_error
+from torchtitan.errors import OutageError
+
+if "RANK" not in os.environ:
+    from torchtitan.distributed import torchrun
+
+    torchrun._PAUSES = tuple(map(float, sys.argv.pop(1).split(",")))
+    sys.exit(torchrun.main())
+with exit_on_user_error():
+    if sys.argv[1] == "crash":
+        raise SystemExit(1)
+    if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < 2:
+        raise OutageError("the storage is away")
+"""
+
+
+def start_outage(folder: Path, pauses: str, mode: str) -> subprocess.Popen:
+    (folder / "agent.py").write_text(OUTAGE)
+    restarts = 1 if mode == "crash" else 2
+    words = [sys.executable, str(folder / "agent.py"), pauses, f"--max-restarts={restarts}"]
+    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", words[1], mode]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+def test_ranks_start_again_after_a_pause_which_grows_with_each_outage(tmp_path: Path) -> None:
+    process = start_outage(tmp_path, "0,1,600", "outage")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert re.findall("start again in (.*) s", err) == ["0", "1"]
+
+
+def test_a_crash_is_not_waited_for(tmp_path: Path) -> None:
+    process = start_outage(tmp_path, "600", "crash")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "start again" not in err
+
+
+def test_a_signal_ends_the_pause(tmp_path: Path) -> None:
+    with start_outage(tmp_path, "600", "outage") as process:
+        assert any("start again in 600 s" in line for line in process.stderr)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+
+
+@pytest.mark.parametrize("closed", [True, RendezvousConnectionError("the first host is gone")])
+def test_the_pause_ends_with_the_job(closed: object) -> None:
+    agent = torchrun._Agent.__new__(torchrun._Agent)
+    handler = SimpleNamespace(is_closed=Mock(side_effect=[False, closed]))
+    agent._outages = 1
+    agent._worker_group = SimpleNamespace(spec=SimpleNamespace(rdzv_handler=handler))
+    begin = time.monotonic()
+    agent._wait_for_the_end_of_an_outage()
+    assert time.monotonic() - begin < torchrun._PAUSES[0] / 2
 
 
 OWNER = """

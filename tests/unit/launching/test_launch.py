@@ -369,6 +369,8 @@ def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(
     actions = {rule["action"]: rule for rule in reversed(spec["podFailurePolicy"]["rules"])}
     assert actions["Ignore"]["onExitCodes"]["values"] == [75]
     assert actions["FailJob"]["onExitCodes"]["values"] == [2]
+    # The meeting point goes with the first pod, so nobody waits for others once that one is done.
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
     pod = spec["template"]["spec"]
     assert pod["subdomain"] == service["metadata"]["name"] and pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] == 180 and pod["nodeSelector"] == {"gpu": "h100"}

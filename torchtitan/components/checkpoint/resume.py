@@ -9,6 +9,7 @@ restarted after step-6, it goes on from step-6, not from step-2.
 from __future__ import annotations
 
 import json
+import logging
 import tomllib
 from collections.abc import Collection
 from dataclasses import fields
@@ -40,6 +41,8 @@ from .storage import StoragePath
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
+logger = logging.getLogger("torchtitan")
+
 
 def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | None = None) -> None:
     """Refuse, before memory is taken, to go on from a checkpoint of another model, or of a run
@@ -63,6 +66,7 @@ def _check_folder(job_config: JobConfig, args: Any) -> None:
     refuse_live_owner(root)
     folder = next((path for path in _in_turn(root, step) if is_resumable(path)), None)
     if folder is None:
+        _tell_of_checkpoints_above(root, job_config)
         return  # nothing to resume from, or damaged, which is told where it is loaded
     try:
         model = Manifest.read(folder).model
@@ -75,6 +79,21 @@ def _check_folder(job_config: JobConfig, args: Any) -> None:
             f"{folder} is of another model, so this run cannot resume from it:{lines}\nRestore the "
             "model, or start a new run in another job.dump_folder; checkpoint.initial_load_path "
             "gives it weights"
+        )
+
+
+def _tell_of_checkpoints_above(root: StoragePath, job_config: JobConfig) -> None:
+    """Say so where a replica group finds none, but the folder that the user named has some."""
+    replicas = job_config.fault_tolerance
+    if not replicas.enable or root.name != replicas.replica or list_checkpoints(root):
+        return
+    others = list_checkpoints(root.parent)
+    if others:
+        logger.warning(
+            "this replica group begins at step 0: it looks for checkpoints in %s, where there are "
+            "none. %s has %s, which it does not resume. If that is its own, move it to %s and "
+            "start again",
+            *(root, root.parent, others[-1].name, root),
         )
 
 

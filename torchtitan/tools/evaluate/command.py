@@ -142,10 +142,11 @@ def _evaluate_dataset(
     with begin_errors_with(f"--dataset {options.dataset}"):
         result = evaluate(loaded, dataset, seq_len, options.batch_size, options.max_tokens, add_bos)
     if utils.rank() == 0:
+        bits = result.bits_per_byte
         sys.stdout.write(
             f"loss           {result.loss:.4f} nats a token\n"
             f"perplexity     {result.perplexity:.3f}\n"
-            f"bits per byte  {result.bits_per_byte:.4f}\n"
+            f"bits per byte  {'-' if bits is None else f'{bits:.4f}'}\n"
             f"tokens         {result.tokens:,} ({result.documents:,} documents, "
             f"{result.bytes:,} bytes)\n"
         )

@@ -34,8 +34,9 @@ class Perplexity:
 
     loss: float
     perplexity: float
-    bits_per_byte: float
-    """Bits to predict all tokens, the ends of documents included, over the bytes of the text."""
+    bits_per_byte: float | None
+    """Bits to predict all tokens, the ends of documents included, over the bytes of the text. None
+    where that has no whole character, see `max_tokens`."""
     tokens: int
     """Predicted: those of the documents, and the eos that ends each."""
     bytes: int
@@ -159,7 +160,7 @@ def evaluate(
     return Perplexity(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=total / math.log(2) / stream.bytes,
+        bits_per_byte=total / math.log(2) / stream.bytes if stream.bytes else None,
         tokens=stream.tokens,
         bytes=stream.bytes,
         documents=stream.documents,

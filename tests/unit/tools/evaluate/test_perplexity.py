@@ -114,6 +114,18 @@ def test_the_command(folder, tmp_path, capsys):
     assert f"{result['loss']:.4f}" in capsys.readouterr().out
 
 
+def test_a_text_that_is_cut_within_its_first_character(folder, tmp_path, capsys):
+    texts, out = tmp_path / "texts.txt", tmp_path / "out.json"
+    texts.write_text("日本")
+    command = ["eval", "--checkpoint", str(folder), "--tokenizer", "bytes", "--dataset", "text"]
+    command += ["--dataset-path", str(texts), "--max-tokens", "1", "--json", str(out)]
+    assert main(command) == 0
+    result = json.loads(out.read_text())
+    assert result["tokens"] == 1 and result["bytes"] == 0 and result["loss"] > 0
+    assert result["bits_per_byte"] is None
+    assert "bits per byte  -\n" in capsys.readouterr().out
+
+
 def test_bos_is_as_the_tokenizer_has_it_and_as_the_options_say(folder, tmp_path):
     """Against the sums of texts that begin with bos, or not."""
     with_bos = tmp_path / "tokenizer"

@@ -1,0 +1,36 @@
+"""What loaders tell, if each rank tells something else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from harness import run_ranks
+
+from torchtitan.components.data_loader import loader_metrics
+from torchtitan.distributed.host_sum import HostSum
+from torchtitan.distributed.utils import init_distributed
+
+
+def logged(told: list[dict[str, float]]) -> dict[str, float]:
+    init_distributed(timeout_seconds=10)
+    loader = SimpleNamespace(metrics=lambda: told[dist.get_rank()])
+    found = loader_metrics(loader, HostSum())
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("told", "means"),
+    [
+        ([{}, {}, {}], {}),
+        ([{"a": 1.0, "b": 2.0}, {"a": 2.0, "b": 3.0}, {"a": 6.0, "b": 4.0}], {"a": 3.0, "b": 3.0}),
+        ([{"skipped": 4.0}, {}, {}], {"skipped": 4.0}),
+        ([{"a": 1.0, "b": 20.0}, {"b": 40.0, "a": 3.0}, {"a": 5.0}], {"a": 3.0, "b": 30.0}),
+    ],
+)
+def test_the_mean_is_that_of_the_ranks_that_tell(
+    told: list[dict[str, float]], means: dict[str, float]
+) -> None:
+    assert run_ranks(logged, 3, told) == [means] * 3
