@@ -27,10 +27,10 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     compiled once, and parameter names stay as they are. Over the whole model the result is
     `torch.compile`'s wrapper.
 
-    A block must be one graph, unless it has experts: where these are dispatched to other ranks,
+    A layer must be one graph, unless it has experts: where these are dispatched to other ranks,
     sharded apart from their block, or in float32, the graph is in two, before and after them. So it
     is around the router where the backward pass is in two. If such a block is checkpointed, what it
-    recomputes is compiled, with either scope.
+    recomputes is compiled, with either scope. Blocks of other stacks may be several graphs.
     """
     config = job_config.compile
     if not config.enable or "model" not in config.components:
@@ -47,12 +47,13 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     mode = None if config.mode == "default" else config.mode
     options: dict[str, Any] = {"backend": config.backend, "mode": mode}
     split = _splits_blocks(job_config)
-    for layer in blocks_of(model).values():
+    for name, layer in blocks_of(model).items():
         experts = moe_layers(layer)
         if experts and split and is_checkpointed(layer):
             _compile_checkpointed(layer, job_config, options)
         elif config.scope == "block":
-            layer.forward = torch.compile(layer.forward, fullgraph=not experts, **options)
+            fullgraph = name.startswith("layers.") and not experts
+            layer.forward = torch.compile(layer.forward, fullgraph=fullgraph, **options)
     return cast(M, torch.compile(model, **options)) if config.scope == "model" else model
 
 

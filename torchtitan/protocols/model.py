@@ -104,9 +104,9 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """What is gathered, recomputed and compiled one by one: name -> module, the layers first.
 
     Besides the layers, these are the blocks of other stacks, such as an encoder's or a vision
-    tower's: members of a list, dict or sequence of modules that all have parts with parameters, at
-    least two of them alike. Not those that share a parameter with another part of the model.
-    Pipelines cut between layers alone.
+    tower's: members of a list, dict or sequence of modules that all have a `forward` and parts with
+    parameters, at least two of them alike. Not those that share a parameter with another part of
+    the model. Pipelines cut between layers alone.
     """
     blocks: dict[str, nn.Module] = {f"layers.{n}": layer for n, layer in layers_of(model).items()}
     uses = _uses(model)
@@ -136,8 +136,14 @@ def _is_stack(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
         and len({type(member) for member in members}) < len(members)
+        and all(_can_be_called(member) for member in members)
         and all(any(True for _ in _inner_parameters(member)) for member in members)
     )
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Not a list of parts: FSDP gathers what is called."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _inner_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn as nn
@@ -52,6 +54,33 @@ def test_a_block_that_shares_a_parameter_is_left_to_the_model() -> None:
     assert list(blocks_of(model)) == [name for name in NAMES if name != "encoder.1"]
 
 
+class Parts(nn.Module):
+    """Its parts are called from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = Block(), nn.Sequential(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        lambda: nn.ModuleList([Block(), nn.Sequential(nn.Linear(4, 4))]),
+        lambda: nn.ModuleDict({"attention": Block(), "mlp": nn.Sequential(nn.Linear(4, 4))}),
+        Parts,
+    ],
+)
+def test_what_has_no_forward_is_no_block_and_trains(member: Callable[[], nn.Module]) -> None:
+    model = Model()
+    model.layers["0"] = Block()
+    model.tower.blocks = nn.ModuleList([member(), member()])
+    assert list(blocks_of(model)) == NAMES[:4]
+    with fake_world(2, 0):
+        mesh = init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("dp", "dp_shard_cp", "tp"))
+        apply_fsdp(model, mesh["dp"], JobConfig())
+    assert not any(isinstance(module, FSDPModule) for module in model.tower.modules())
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_text_models_have_their_layers_alone(name: str) -> None:
     model = tiny_spec(name).meta_model(TINY[name])
@@ -75,3 +104,24 @@ def test_every_block_is_gathered_checkpointed_and_compiled() -> None:
         apply_fsdp(model, mesh["dp"], config)
     assert all(isinstance(block, FSDPModule) for block in blocks_of(model).values())
     assert not isinstance(model.heads[0], FSDPModule)
+
+
+class Broken(Block):
+    """The compiler cannot make one graph of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        torch._dynamo.graph_break()
+        return x
+
+
+def test_a_layer_must_be_one_graph_but_no_other_block() -> None:
+    model = Model()
+    model.layers = nn.ModuleDict({"0": Broken()})
+    model.encoder = nn.ModuleList([Broken(), Broken()])
+    config = JobConfig()
+    config.compile.enable, config.compile.backend = True, "eager"
+    apply_compile(model, config)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model.layers["0"](torch.ones(1, 4))
+    model.encoder[0](torch.ones(1, 4))
