@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torchtitan.data.kept_batch import keep_batch
 from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import TrainingError
+from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -220,8 +221,9 @@ class Guard:
         try:
             if self._keeps_rows:
                 keep_batch(folder, self._dp_rank, batches, facts)
-        except OSError as error:
-            logger.warning("the bad batch %d cannot be kept: %s", batch, error)
+        except Exception as error:  # a batch that cannot be kept is no reason to end a run
+            logger.warning("the bad batch %d cannot be kept: %s", batch, first_line(error))
+            return "The batch could not be kept"
         return f"To see the batch: torchtitan data batch {folder}"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ def keep_batch(
 ) -> None:
     """Write the rows of one data rank: `tokens`, `labels` and what else reaches the model.
 
+    What has another shape or type in some micro-batch, or is not in all of them, is written for
+    each by itself, as `0.tokens`, `1.tokens`.
+
     Data rank 0 also writes `facts`, among them `tokenizer`, a path or `bytes`.
 
     Raises:
@@ -28,13 +33,26 @@ def keep_batch(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # What the trainer knows of texts follows from their tokens.
-    names = [name for name in batches[0] if name not in ("positions", "document_ids")]
-    arrays: dict[str, Any] = {
-        name: np.concatenate([_array(name, batch[name]) for batch in batches]) for name in names
-    }
-    np.savez_compressed(folder / f"data-rank-{dp_rank}.npz", **arrays)
+    names = set().union(*batches) - {"positions", "document_ids"}
+    arrays: dict[str, np.ndarray] = {}
+    for name in sorted(names):
+        parts = {i: _array(name, batch[name]) for i, batch in enumerate(batches) if name in batch}
+        kinds = {(part.dtype, part.shape[1:]) for part in parts.values()}
+        if len(parts) == len(batches) and len(kinds) == 1:
+            arrays[name] = np.concatenate(list(parts.values()))
+        else:
+            arrays |= {f"{number}.{name}": part for number, part in parts.items()}
+    _write(folder / f"data-rank-{dp_rank}.npz", arrays)
     if dp_rank == 0:
         (folder / _FACTS).write_text(json.dumps(facts))
+
+
+def _write(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    # As np.savez_compressed, which cannot write what is called as one of its own arguments.
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
@@ -96,9 +114,18 @@ def _rows(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for file in files:
         try:
             arrays = np.load(file)
-            yield from zip(arrays["tokens"], arrays["labels"], strict=True)
+            yield from zip(_of(arrays, "tokens"), _of(arrays, "labels"), strict=True)
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{file} is damaged: {error}") from error
+
+
+def _of(arrays: Mapping[str, np.ndarray], name: str) -> Iterator[np.ndarray]:
+    """Rows of what was written whole, or for each micro-batch by itself."""
+    if name in arrays or f"0.{name}" not in arrays:
+        yield from arrays[name]
+        return
+    for number in itertools.takewhile(lambda i: f"{i}.{name}" in arrays, itertools.count()):
+        yield from arrays[f"{number}.{name}"]
 
 
 def _decoder(path: str) -> Any:

@@ -35,3 +35,23 @@ def test_rows_of_ids_are_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFix
     assert set(np.load(tmp_path / "data-rank-0.npz")) == {"tokens", "labels"}
     show_batch(tmp_path)
     assert "5 tokens, 5 trained on, 5 distinct ---\nwords" in capsys.readouterr().out
+
+
+def test_micro_batches_of_other_lengths_are_kept_each_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def batch(length: int, **others: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"tokens": torch.rand(2, length), "labels": torch.ones(2, 4), **others}
+
+    batches = [batch(6, file=torch.ones(2)), batch(7, file=torch.ones(2), mask=torch.ones(2))]
+    keep_batch(tmp_path, 0, batches, FACTS)
+
+    kept = np.load(tmp_path / "data-rank-0.npz")
+    assert set(kept) == {"0.tokens", "1.tokens", "labels", "file", "1.mask"}
+    np.testing.assert_array_equal(kept["1.tokens"], batches[1]["tokens"])
+    assert kept["labels"].shape == (4, 4)
+
+    show_batch(tmp_path)
+    shown = capsys.readouterr().out
+    assert "row 1: tokens float32 [6]" in shown
+    assert "row 3: tokens float32 [7]" in shown
