@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 USUAL_KEYS = ("tokens", "labels", "positions", "document_ids")
 """Keys of a batch that the trainer knows; others are inputs of the model by their names."""
 
+_OF_A_PIPELINE = ("target", "losses", "return_outputs")
+"""Arguments of a pipeline's step, to which inputs of the model are passed by their names too."""
+
 
 class ModelInputs:
     """Looks at batches, and makes of them what the model's `forward` takes.
@@ -63,6 +66,12 @@ class ModelInputs:
         """Whether forward() takes what there is, and has what it needs."""
         model = self._config.model.name
         own = own_inputs(batch)
+        reserved = [name for name in own if name in _OF_A_PIPELINE]
+        if reserved:  # without a pipeline too, so that a model can go on with one
+            raise ConfigError(
+                f"{who} has {some(reserved)}, but an input of forward() cannot be called "
+                f"{some(_OF_A_PIPELINE)}, which pipelines have for themselves. Choose another name"
+            )
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
         if unknown:
             raise ConfigError(

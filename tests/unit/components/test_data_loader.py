@@ -128,6 +128,16 @@ def test_a_batch_has_tokens_and_labels_and_nothing_that_nobody_reads(config):
     assert checked(batch) is batch
 
 
+@pytest.mark.parametrize("name", ["target", "losses", "return_outputs"])
+def test_an_input_has_no_name_that_pipelines_have(config, name):
+    class Any(nn.Module):
+        def forward(self, x, **inputs):
+            return x
+
+    with pytest.raises(ConfigError, match=f"of mine: .* has '{name}', but .*Choose another name"):
+        inputs(config, Any()).checked({"tokens": TOKENS, "labels": TOKENS, name: TOKENS})
+
+
 def test_tokens_are_counted_by_the_config_so_labels_have_its_sizes(config):
     checked = inputs(config).checked
     with pytest.raises(ConfigError, match=r"labels of shape \[2, 3\]. It must begin with \[2, 4\]"):
