@@ -133,7 +133,7 @@ class ModelInputs:
         if cp_mesh is not None:
             batch = shard_batch(batch, cp_mesh, self._config)
         if device.type == "cuda":  # a copy from other memory waits for what is queued before
-            batch = {name: t.contiguous().pin_memory() for name, t in batch.items()}
+            batch = {name: pinned(tensor) for name, tensor in batch.items()}
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
         inputs = {name: batch[name] for name in self._usual} | own_inputs(batch)
         inputs = {name: in_precision(tensor, self._dtype) for name, tensor in inputs.items()}
@@ -143,6 +143,11 @@ class ModelInputs:
 def own_inputs(batch: Batch) -> Batch:
     """What `forward` gets by the names that the author gave."""
     return {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """In pinned memory if it is on the host; a loader may also put it on the device itself."""
+    return tensor.contiguous().pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def in_precision(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

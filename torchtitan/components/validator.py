@@ -25,8 +25,9 @@ class Validator(Protocol):
 
         Args:
             model_parts: in eval mode meanwhile, and seeded alike each time.
-            evaluate: called equally often on every rank, with batches as of the data loader, of
-                `validation.local_batch_size` samples under pipeline parallelism. It has no
+            evaluate: called equally often on every rank, with batches as of the data loader; under
+                pipeline parallelism of as many samples as
+                `torchtitan.config.batch.batch_shape(job_config, "validation")` says. It has no
                 gradients.
         """
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from torchtitan.components.data_loader import check_dataloader, next_batch
-from torchtitan.components.model_inputs import ModelInputs
+from torchtitan.components.model_inputs import ModelInputs, pinned
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, DataError
@@ -186,3 +186,12 @@ def test_what_the_model_is_called_with(config):
     tokens, labels, more = model_inputs.on_device(batch, torch.device("cpu"), None)
     assert tokens.dtype == torch.bfloat16 and labels is noise
     assert more.keys() == {"times"} and more["times"] is times
+
+
+def test_only_what_is_on_the_host_is_pinned(monkeypatch):
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copies.append(tensor) or tensor)
+    elsewhere = torch.empty(2, device="meta")
+    assert pinned(elsewhere) is elsewhere and not copies
+    pinned(TOKENS.T)
+    assert copies[0].is_contiguous()
