@@ -50,7 +50,8 @@ class DataLoader(Protocol):
         """`{"rows": [rows of this rank, k] int64}`: where the data go on after the last batch.
 
         A checkpoint joins the rows of all data ranks, in their order, and another number of ranks
-        divides them anew. Each rank has as many. Called where `checkpoint.enable` is set.
+        divides them anew. Each rank has as many; so that this can be, there is a row for each
+        sequence of the global batch. Called where `checkpoint.enable` is set.
         """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -117,7 +118,8 @@ def check_state(state: Any, job_config: JobConfig) -> None:
     raise ConfigError(
         f"{builder(job_config)}: the loader's state_dict() has {found}. It must be "
         '{"rows": int64 tensor [rows of this rank, k]}, which checkpoints share out over any '
-        "number of ranks; a single number n is torch.tensor([[n]])"
+        "number of ranks: a row for each sequence of the global batch, "
+        "global_batch_size / dp_world_size on a rank"
     )
 
 

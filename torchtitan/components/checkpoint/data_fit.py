@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from torchtitan.components.data_loader import builder, has_own_loader
 from torchtitan.errors import CheckpointError
+from torchtitan.protocols.train_spec import get_train_spec
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -41,6 +43,14 @@ def check_data(
     if rows is None:
         return
     saved, current = rows.size[0], len(own_rows) * dp_size
+    if rows.size != torch.Size((current, own_rows.shape[1])) and _has_own_loader(job_config):
+        raise CheckpointError(
+            f"{folder} has loader states with rows of {list(rows.size)} over all data ranks, but "
+            f"{builder(job_config)} makes loaders that have {[current, own_rows.shape[1]]} now. "
+            "If a row belongs to a sequence of the global batch, there are as many on any number "
+            "of data ranks. Restore what they follow from, such as training.global_batch_size or "
+            f"the number of data ranks, or set {_WAY_OUT}"
+        )
     if saved != current:
         raise CheckpointError(
             f"{folder} was saved with a global batch of {saved} sequences, but "
@@ -73,6 +83,11 @@ def check_data(
             f"{folder} was saved with data.add_bos = {json.dumps(add_bos)}, and data.packing = "
             f'"best_fit" has packed documents so. Restore it, or set {_WAY_OUT}'
         )
+
+
+def _has_own_loader(job_config: JobConfig) -> bool:
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    return has_own_loader(spec.build_dataloader_fn)
 
 
 def saved_seq_len(checkpoint: OpenCheckpoint) -> int | None:

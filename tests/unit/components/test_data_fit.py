@@ -1,0 +1,51 @@
+"""Rows of a checkpoint that are not as many as the loader's: what a message can know of them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from torchtitan.components.checkpoint import data_fit
+from torchtitan.config import JobConfig
+from torchtitan.data import build_dataloader
+from torchtitan.errors import CheckpointError
+
+
+def check(monkeypatch: pytest.MonkeyPatch, build: Any, saved: list[int], rows: list[int]) -> None:
+    """On one data rank."""
+    config = JobConfig()
+    config.model.name = "mine"
+    spec = SimpleNamespace(build_dataloader_fn=build)
+    monkeypatch.setattr(data_fit, "get_train_spec", lambda name, flavor: spec)
+    entry = SimpleNamespace(size=torch.Size(saved))
+    checkpoint: Any = SimpleNamespace(
+        folder="step-2",
+        metadata=SimpleNamespace(state_dict_metadata={"dataloader.rows": entry}),
+        manifest=SimpleNamespace(model={}),
+    )
+    data_fit.check_data(checkpoint, {}, config, torch.zeros(rows, dtype=torch.int64), 1)
+
+
+@pytest.mark.parametrize("rows", [[1, 1], [2, 3]])
+def test_of_an_own_loader_the_rows_are_told_and_no_batch_size(monkeypatch, rows):
+    with pytest.raises(CheckpointError) as error:
+        check(monkeypatch, lambda *args: None, [2, 1], rows)
+    message = str(error.value)
+    assert message.startswith("step-2 has loader states with rows of [2, 1] over all")
+    assert f"build_dataloader_fn of mine makes loaders that have {rows} now" in message
+    assert "a global batch of 2" not in message and "data.sources" not in message
+    assert 'checkpoint.exclude_from_loading = ["dataloader"]' in message
+
+
+def test_of_the_librarys_loader_the_keys_are_named(monkeypatch):
+    with pytest.raises(
+        CheckpointError, match=r"training\.global_batch_size is 1 now\. Set it to 2"
+    ):
+        check(monkeypatch, build_dataloader, [2, 1], [1, 1])
+    with pytest.raises(CheckpointError, match=r"another number of data\.sources"):
+        check(monkeypatch, build_dataloader, [2, 1], [2, 3])
+
+
+def test_rows_that_are_as_many_fit(monkeypatch):
+    check(monkeypatch, lambda *args: None, [2, 1], [2, 1])
