@@ -72,6 +72,14 @@ class ModelInputs:
                 f"{who} has {some(reserved)}, but an input of forward() cannot be called "
                 f"{some(_OF_A_PIPELINE)}, which pipelines have for themselves. Choose another name"
             )
+        masked = self._config.training.document_mask
+        if "positions" in batch and "document_ids" not in batch and not masked:
+            # With document_ids, they are those of packed documents, for which the mask is off.
+            raise ConfigError(
+                f"{who} has 'positions' without 'document_ids', but without training.document_mask "
+                "the positions of a sequence are 0, 1, 2, ... Leave them out, give document_ids "
+                "too and set training.document_mask, or choose another name, also in forward()"
+            )
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
         if unknown:
             raise ConfigError(

@@ -138,6 +138,17 @@ def test_an_input_has_no_name_that_pipelines_have(config, name):
         inputs(config, Any()).checked({"tokens": TOKENS, "labels": TOKENS, name: TOKENS})
 
 
+def test_positions_that_would_be_replaced_are_refused(config):
+    batch = {"tokens": TOKENS, "labels": TOKENS, "times": TOKENS[:, 0], "positions": TOKENS}
+    with pytest.raises(ConfigError, match=r"of mine: .* 'positions' without .*document_mask, or"):
+        inputs(config, Needy()).checked(batch)
+    # Packed documents may be trained on without a mask, as with the library's loader.
+    packed = batch | {"document_ids": TOKENS}
+    assert inputs(config, Needy()).checked(packed) is packed
+    config.training.document_mask = True
+    assert inputs(config, Needy()).checked(packed) is packed
+
+
 def test_tokens_are_counted_by_the_config_so_labels_have_its_sizes(config):
     checked = inputs(config).checked
     with pytest.raises(ConfigError, match=r"labels of shape \[2, 3\]. It must begin with \[2, 4\]"):
