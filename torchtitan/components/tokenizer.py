@@ -184,6 +184,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """As `decode`, with special tokens as they are written in tokenizer.json."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def _special_id(self, kind: str) -> int | None:
         """Id of the token that the folder names `{kind}_token` or numbers `{kind}_token_id`."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):

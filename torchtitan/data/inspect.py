@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from torchtitan.components.tokenizer import Tokenizer, open_tokenizer
+from torchtitan.components.tokenizer import HuggingFaceTokenizer, Tokenizer, open_tokenizer
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
 
@@ -143,7 +143,7 @@ def _statistics(
         f"vocabulary     {len(used):,} of {len(counts):,} ids occur",
         "most frequent  "
         + ", ".join(
-            f"{tokenizer.decode([int(i)])!r} {counts[i] / counts.sum():.1%}" for i in common
+            f"{_decode([int(i)], tokenizer)!r} {counts[i] / counts.sum():.1%}" for i in common
         ),
     ]
     if encoder.skipped:
@@ -151,12 +151,19 @@ def _statistics(
     return lines
 
 
+def _decode(ids: list[int], tokenizer: Tokenizer) -> str:
+    """With special tokens, where they have a name: a chat's tell who speaks."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.decode_all(ids)
+    return tokenizer.decode(ids)
+
+
 def _text(ids: np.ndarray, tokenizer: Tokenizer, characters: int) -> str:
     """The beginning; what is not trained on in [[double brackets]]."""
     ids = ids[: 8 * characters]
     parts = []
     for trained, run in itertools.groupby(ids.tolist(), lambda i: i >= 0):
-        text = tokenizer.decode([i if trained else ~i for i in run])
+        text = _decode([i if trained else ~i for i in run], tokenizer)
         parts.append(text if trained else f"[[{text}]]")
     text = "".join(parts)
     return text if len(text) <= characters else f"{text[:characters]} ..."

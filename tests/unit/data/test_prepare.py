@@ -401,6 +401,26 @@ def test_inspect_marks_what_is_not_trained_on(tmp_path: Path, capsys) -> None:
     assert "(user) Hi" in capsys.readouterr().out
 
 
+def test_inspect_shows_special_tokens_of_a_chat(tmp_path: Path, capsys) -> None:
+    words = {"</s>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "user": 3, "assistant": 4, "Hi": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>", "<|im_start|>", "<|im_end|>"])
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": chat}) + "\n")
+
+    options = ["--dataset", "jsonl", "--text-key", "messages", "--tokenizer-path", str(folder)]
+    assert main(["data", "inspect", str(path), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "[[<|im_start|> user Hi <|im_end|> <|im_start|> assistant]]Hi <|im_end|>" in shown
+    assert "'<|im_start|>' " in shown.partition("most frequent")[2]
+
+
 def test_inspect_takes_registered_datasets_that_need_no_path(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
