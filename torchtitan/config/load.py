@@ -20,8 +20,8 @@ from .job_config import JobConfig
 from .toml_file import TomlFile, format_value, to_toml
 from .upstream import instead
 
-_MOST_UNKNOWN = 20
-"""Unknown keys of a file that are told at once."""
+_MOST_MISTAKES = 20
+"""Mistakes of a file that are told at once."""
 _registry = ConstructorRegistry()
 
 
@@ -129,30 +129,43 @@ def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
     if file is None:
         return base
     messages: list[str] = []
-    while True:
+    while True:  # what is told is taken out, to find what else there is
         try:
             config = fill(base, table)
             break
-        except UnknownKeyError as error:
-            if len(messages) < _MOST_UNKNOWN:
-                found = _unknown(base, table, error)
-                messages += [f"{file.where(path)}: {problem}" for path, problem in found]
-            else:
+        except BadValueError as error:
+            # What else is wrong with tables may come of what was taken out of them.
+            alone = isinstance(error, UnknownKeyError) or _is_value(table, error.path)
+            if messages and not alone:
+                break
+            if len(messages) >= _MOST_MISTAKES:
                 messages.append("and more")
                 break
+            found = _mistakes(base, table, error)
+            messages += [f"{file.where(path)}: {problem}" for path, problem in found]
+            if not alone:
+                break
             _remove(table, error.path)
-        except BadValueError as error:
-            messages.append(f"{file.where(error.path)}: {error.problem}")
-            break
     if messages:
         raise ConfigError("\n".join(messages))
     return config
 
 
-def _unknown(
-    base: JobConfig, table: dict[str, Any], error: UnknownKeyError
+def _is_value(table: Any, path: Path) -> bool:
+    """Whether a key of a table, and no array's element, has this path; and it is no table."""
+    for key in path:
+        if isinstance(key, int):
+            return False
+        table = table[key]
+    return not isinstance(table, dict)
+
+
+def _mistakes(
+    base: JobConfig, table: dict[str, Any], error: BadValueError
 ) -> list[tuple[Path, str]]:
-    """What is wrong with an unknown key; in an unknown section, with those that upstream has."""
+    """What is wrong with a value or key; in an unknown section, with those that upstream has."""
+    if not isinstance(error, UnknownKeyError):
+        return [(error.path, error.problem)]
     section = table[str(error.path[0])]
     if len(error.path) > 1 or not isinstance(section, dict):
         return [(error.path, _successor(base, error.path) or error.problem)]

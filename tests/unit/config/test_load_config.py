@@ -228,13 +228,13 @@ def test_message_for_a_wrong_value_in_the_file(write, text, message):
     assert error_of(write(text)) == message
 
 
-def test_all_unknown_keys_of_a_file_are_told_at_once(write):
+def test_all_mistakes_of_a_file_are_told_at_once(write):
     text = (
         "[model]\nhf_assets_path = 'x'\n[training]\nstepz = 1\nlr = 1\n"
         "[training.dataloader]\nnum_workers = 0\n[experimental]\ncustom_import = 'x'\n"
         "[quantize.linear.float8]\nprecompute_float8_dynamic_scale_for_fsdp = true\n"
         "[memory_estimation]\nenable = false\nother = 1\n[trainin]\nsteps = 1\n"
-        "[optimizer]\nrules = [{pattern = 'a', patern = 'b'}]\nlr = 'fast'\n"
+        "[optimizer]\nrules = [{pattern = 'a', patern = 'b'}]\nlr = 'fast'\nlrr = 1\n"
     )
     upstream = "unknown key, of upstream torchtitan. Here:"
     starts = [
@@ -250,13 +250,14 @@ def test_all_unknown_keys_of_a_file_are_told_at_once(write):
         "run.toml:15: [trainin]: unknown section. Did you mean 'training'?",
         "run.toml:18: [optimizer] rules[0].patern: unknown key. Did you mean 'pattern'?",
         "run.toml:19: [optimizer] lr: must be a number, not 'fast'",
+        "run.toml:20: [optimizer] lrr: unknown key. Did you mean 'lr'?",
     ]
     lines = error_of(write(text)).split("\n")
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
-def test_of_many_unknown_keys_some_are_told(write):
+def test_of_many_mistakes_some_are_told(write):
     lines = error_of(write("".join(f"key_{i} = 1\n" for i in range(5000)))).split("\n")
     assert len(lines) == 21
     assert lines[-1] == "and more"
