@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.checkpoint.huggingface import warn_without_bos
+from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import (
     Batch,
@@ -194,6 +194,7 @@ class Trainer:
         config = self.job_config
         self.watch.start()
         if self.checkpointer.load() == 0:
+            warn_of_bytes(config, self.tokenizer)
             warn_without_bos(config, self.tokenizer)
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)

@@ -28,6 +28,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from torchtitan.config import JobConfig
+from torchtitan.config.upstream import INSTEAD
 from torchtitan.errors import TitanError
 
 NETWORK = "needs a network"
@@ -297,6 +298,18 @@ def test_the_keys_to_migrate_to_exist() -> None:
     for row in re.findall(r"^\| (`.*?) \|", of_trainer, re.M):
         named = set(re.findall(r"`([a-z_0-9]+)`", row))
         assert named <= fields, named - fields
+
+
+def test_what_messages_say_of_upstreams_keys_is_what_the_page_says() -> None:
+    page = PAGES["docs/migrating.md"].read_text()
+    table = page.split("\nKeys and commands:\n")[1].split("\nAll other keys")[0]
+    rows = {}
+    for left, right in re.findall(r"^\| (`.*?) \| (.*) \|$", table, re.M):
+        keys = re.findall(r"`(\.?[a-z_0-9]+(?:\.[a-z_0-9]+)*)`", left)
+        if "= " not in left and "scripts/" not in left:
+            section = keys[0].rpartition(".")[0] if keys else ""
+            rows |= {section + k if k[0] == "." else k: right.replace("`", "") for k in keys}
+    assert rows == INSTEAD
 
 
 @pytest.mark.parametrize("page", PAGES)

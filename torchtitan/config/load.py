@@ -13,12 +13,15 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from torchtitan.errors import ConfigError
 
-from .check import BadValueError, UnknownKeyError, fill
+from .check import BadValueError, Path, UnknownKeyError, fill
 from .custom import custom_job_config
 from .job import Job
 from .job_config import JobConfig
 from .toml_file import TomlFile, format_value, to_toml
+from .upstream import instead
 
+_MOST_MISTAKES = 20
+"""Mistakes of a file that are told at once."""
 _registry = ConstructorRegistry()
 
 
@@ -80,7 +83,7 @@ def load_config(argv: list[str]) -> JobConfig:
     early = _parse(_JobOptions(), argv, add_help=False, return_unknown_args=True)[0].job
     file = TomlFile.read(early.config_file) if early.config_file is not None else None
     config = _with_file(file, early.custom_config_module)
-    _refuse_options_of_other_sections(config, argv)
+    _refuse_options_of_others(config, argv)
     config = _parse(config, argv)
     try:
         config = fill(config, asdict(config))  # types are right by now, ranges may not be
@@ -125,26 +128,91 @@ def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
     base = custom_job_config(module) if module and isinstance(module, str) else JobConfig()
     if file is None:
         return base
-    try:
-        return fill(base, table)
-    except BadValueError as error:
-        problem = error.problem
-        header = len(error.path) == 1 and isinstance(table[str(error.path[0])], dict)
-        if isinstance(error, UnknownKeyError) and not header:
-            problem = _in_other_sections(base, error.path) or problem
-        raise ConfigError(f"{file.where(error.path)}: {problem}") from error
+    messages: list[str] = []
+    while True:  # what is told is taken out, to find what else there is
+        try:
+            config = fill(base, table)
+            break
+        except BadValueError as error:
+            # What else is wrong with tables may come of what was taken out of them.
+            alone = isinstance(error, UnknownKeyError) or _is_value(table, error.path)
+            if messages and not alone:
+                break
+            if len(messages) >= _MOST_MISTAKES:
+                messages.append("and more")
+                break
+            found = _mistakes(base, table, error)
+            messages += [f"{file.where(path)}: {problem}" for path, problem in found]
+            if not alone:
+                break
+            _remove(table, error.path)
+    if messages:
+        raise ConfigError("\n".join(messages))
+    return config
 
 
-def _refuse_options_of_other_sections(config: JobConfig, argv: list[str]) -> None:
-    """`--training.lr`, for which the parser names the option that is spelled most alike."""
+def _is_value(table: Any, path: Path) -> bool:
+    """Whether a key of a table, and no array's element, has this path; and it is no table."""
+    for key in path:
+        if isinstance(key, int):
+            return False
+        table = table[key]
+    return not isinstance(table, dict)
+
+
+def _mistakes(
+    base: JobConfig, table: dict[str, Any], error: BadValueError
+) -> list[tuple[Path, str]]:
+    """What is wrong with a value or key; in an unknown section, with those that upstream has."""
+    if not isinstance(error, UnknownKeyError):
+        return [(error.path, error.problem)]
+    section = table[str(error.path[0])]
+    if len(error.path) > 1 or not isinstance(section, dict):
+        return [(error.path, _successor(base, error.path) or error.problem)]
+    keys = [(*error.path, key) for key in section]
+    told = [(path, _successor(base, path)) for path in keys if instead(path)]
+    whole = [] if told and len(told) == len(keys) else [(error.path, error.problem)]
+    return [*whole, *told]
+
+
+def _successor(config: JobConfig, path: Path) -> str:
+    """What is wrong with an unknown key, where we know what to use for it; else empty."""
+    if text := instead(path):
+        return f"unknown key, of upstream torchtitan. Here: {text}"
+    return _in_other_sections(config, path)
+
+
+def _remove(table: Any, path: Path) -> None:
+    *parents, key = path
+    for parent in parents:
+        table = table[parent]
+    del table[key]
+
+
+def _refuse_options_of_others(config: JobConfig, argv: list[str]) -> None:
+    """`--training.lr`, for which the parser names the option that is spelled most alike, and
+    upstream's options."""
+    messages = []
     for word in argv:
-        section, dot, key = word.removeprefix("--").partition("=")[0].partition(".")
-        section, key = section.replace("-", "_"), key.replace("-", "_")
-        own = getattr(config, section, None) if word.startswith("--") and dot else None
-        if own is None or hasattr(own, key):
+        name = word.partition("=")[0].replace("-", "_")
+        if not name.startswith("__") or "." not in name:
             continue
-        if problem := _in_other_sections(config, (section, key)):
-            raise ConfigError(f"--{section}.{key}: {problem}")
+        path = tuple(name.removeprefix("__").split("."))
+        if not _has(config, path) and (problem := _successor(config, path)):
+            messages.append(f"--{'.'.join(path)}: {problem}")
+    if messages:
+        raise ConfigError("\n".join(messages))
+
+
+def _has(config: JobConfig, path: tuple[str, ...]) -> bool:
+    value: Any = config
+    for name in path:
+        if isinstance(value, list):  # of tables: what follows is for the parser to judge
+            return True
+        if not hasattr(value, name):
+            return False
+        value = getattr(value, name)
+    return True
 
 
 def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:

@@ -16,7 +16,8 @@ class Float8Linear:
     """A scale for each tensor (fastest; gradients in e5m2), or for each row (more exact; all in
     e4m3); `_with_gw_hp` leaves the gradients of weights in high precision."""
     filter_fqns: list[str] = field(default_factory=_sensitive_layers)
-    """Layers whose names contain one of these stay as they are."""
+    """Layers whose names contain one of these stay as they are. What no name contains is refused,
+    but for the two defaults."""
     emulate: bool = False
     """Round to float8, but multiply in high precision: the same numbers on any device, slowly. On
     a CPU it is always so."""

@@ -14,9 +14,11 @@ from tiny_models import TINY, tiny_spec
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan.components.checkpoint import safetensors_files
+from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.huggingface import (
     ExportAssets,
     export_config,
+    warn_of_bytes,
     warn_without_bos,
 )
 from torchtitan.components.checkpoint.huggingface_save import save_huggingface
@@ -248,3 +250,26 @@ def test_weights_that_know_bos_are_not_trained_without_it_in_silence(tmp_path, c
     config.checkpoint.initial_load_in_hf = False
     warn_without_bos(config, tokenizer)
     assert len(caplog.messages) == 1
+
+
+def test_weights_with_a_tokenizer_do_not_read_bytes_in_silence(tmp_path, caplog, monkeypatch):
+    folder = tmp_path / "out"
+    save(build("llama3"), folder)
+    config, tokenizer = JobConfig(), BytesTokenizer()
+    config.checkpoint.initial_load_path = str(folder)
+    file = folder / "tokenizer.json"
+    file.unlink(missing_ok=True)
+    with caplog.at_level(logging.WARNING, logger="torchtitan"):
+        warn_of_bytes(config, tokenizer)
+        write_bytes_tokenizer(folder)
+        warn_of_bytes(config, tokenizer)
+        file.write_text('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}')
+        warn_of_bytes(config, object())  # a tokenizer that was chosen
+        monkeypatch.setenv("RANK", "1")
+        warn_of_bytes(config, tokenizer)
+        assert not caplog.messages
+        monkeypatch.setenv("RANK", "0")
+        warn_of_bytes(config, tokenizer)
+    assert len(caplog.messages) == 1
+    start = f'model.tokenizer_path = "bytes": the weights in {folder} were probably trained with'
+    assert caplog.messages[0].startswith(start)

@@ -122,7 +122,9 @@ def load_or_refuse(argv: list[str]) -> JobConfig | None:
         try:
             return load_config(argv)
         except ConfigError as error:
-            assert str(error) and "\n" not in str(error)
+            lines = str(error).split("\n")  # one for each mistake
+            starts = (argv[1] + ":", "--", "and more") if len(lines) > 1 else ("",)
+            assert all(line and line.startswith(starts) for line in lines)
         except SystemExit as stop:
             assert stop.code in (0, 2)
     return None

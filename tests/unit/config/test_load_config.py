@@ -228,6 +228,41 @@ def test_message_for_a_wrong_value_in_the_file(write, text, message):
     assert error_of(write(text)) == message
 
 
+def test_all_mistakes_of_a_file_are_told_at_once(write):
+    text = (
+        "[model]\nhf_assets_path = 'x'\n[training]\nstepz = 1\nlr = 1\n"
+        "[training.dataloader]\nnum_workers = 0\n[experimental]\ncustom_import = 'x'\n"
+        "[quantize.linear.float8]\nprecompute_float8_dynamic_scale_for_fsdp = true\n"
+        "[memory_estimation]\nenable = false\nother = 1\n[trainin]\nsteps = 1\n"
+        "[optimizer]\nrules = [{pattern = 'a', patern = 'b'}]\nlr = 'fast'\nlrr = 1\n"
+    )
+    upstream = "unknown key, of upstream torchtitan. Here:"
+    starts = [
+        f"run.toml:2: [model] hf_assets_path: {upstream} model.tokenizer_path",
+        "run.toml:4: [training] stepz: unknown key. Did you mean 'steps'? Allowed: ",
+        "run.toml:5: [training] lr: unknown key. It belongs to [optimizer]",
+        f"run.toml:6: [training] dataloader: {upstream} data.workers, ",
+        f"run.toml:9: [experimental] custom_import: {upstream} job.custom_import",
+        "run.toml:11: [quantize] linear.float8.precompute_float8_dynamic_scale_for_fsdp: "
+        f"{upstream} none",
+        f"run.toml:13: [memory_estimation] enable: {upstream} torchtitan plan",
+        f"run.toml:14: [memory_estimation] other: {upstream} torchtitan plan",
+        "run.toml:15: [trainin]: unknown section. Did you mean 'training'?",
+        "run.toml:18: [optimizer] rules[0].patern: unknown key. Did you mean 'pattern'?",
+        "run.toml:19: [optimizer] lr: must be a number, not 'fast'",
+        "run.toml:20: [optimizer] lrr: unknown key. Did you mean 'lr'?",
+    ]
+    lines = error_of(write(text)).split("\n")
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+def test_of_many_mistakes_some_are_told(write):
+    lines = error_of(write("".join(f"key_{i} = 1\n" for i in range(5000)))).split("\n")
+    assert len(lines) == 21
+    assert lines[-1] == "and more"
+
+
 def test_message_for_an_unknown_section(write):
     message = error_of(write("[model]\n\n[trainin]\nsteps = 5\n"))
     start = "run.toml:3: [trainin]: unknown section. Did you mean 'training'? Allowed: activation_"
@@ -285,6 +320,17 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
         (
             ["--training.warmup-steps", "3"],
             "--training.warmup_steps: unknown key. It belongs to [lr_scheduler]",
+        ),
+        (
+            ["--model.hf_assets_path=x", "--training.dataloader.num-workers", "2"],
+            "--model.hf_assets_path: unknown key, of upstream torchtitan. Here: "
+            "model.tokenizer_path\n--training.dataloader.num_workers: unknown key, of upstream "
+            "torchtitan. Here: data.workers, which are threads; batches go through pinned memory",
+        ),
+        (
+            ["--experimental.custom_import", "x"],
+            "--experimental.custom_import: unknown key, of upstream torchtitan. Here: "
+            "job.custom_import",
         ),
         (["--debug.seed", str(2**64)], "--debug.seed: must fit in 64 bits"),
         (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
-from torchtitan.config.load import fail
+from torchtitan.config.load import fail, origin
 from torchtitan.data.chat import read_fields
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
@@ -118,6 +118,31 @@ def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) 
         check_same_model(path, args)
     if checkpoint.last_save_in_hf:
         export_config(args)
+
+
+def warn_of_bytes(job_config: JobConfig, tokenizer: object) -> None:
+    """Say so if the weights come with a tokenizer, and the run reads bytes, as by default."""
+    path = initial_load_path(job_config)
+    if (
+        rank()
+        or path is None
+        or not (isinstance(tokenizer, BytesTokenizer) and is_hf_weights(path))
+    ):
+        return
+    file = path / TOKENIZER_FILES[0]
+    try:
+        theirs = json.loads(file.read_bytes())["model"]
+        is_bytes = len(theirs["vocab"]) == 256 and not theirs["merges"]  # as `last_save_in_hf` has
+    except OSError:
+        return
+    except (ValueError, LookupError, TypeError):  # of no kind that we write
+        is_bytes = False
+    if not is_bytes:
+        logger.warning(
+            "%s: the weights in %s were probably trained with the tokenizer beside them, and mean "
+            "nothing for bytes: set model.tokenizer_path to a local copy of that folder",
+            *(origin(job_config, "model.tokenizer_path"), path),
+        )
 
 
 def warn_without_bos(job_config: JobConfig, tokenizer: object) -> None:

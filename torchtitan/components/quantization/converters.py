@@ -85,6 +85,7 @@ class _LinearConverter(_Converter):
     quantize_weight_grad = True
 
     def convert(self, model: nn.Module) -> None:
+        self._check_filter(model)
         linears = {
             name: module
             for name, module in model.named_modules()
@@ -101,6 +102,16 @@ class _LinearConverter(_Converter):
             )
             model.set_submodule(name, quantized)
         self.tell(len(linears), "linear layers")
+
+    def _check_filter(self, model: nn.Module) -> None:
+        """A name that filters nothing is misspelt, or several that the command line took as one."""
+        names = [name for name, _ in model.named_modules()]
+        usual = type(self.options)().filter_fqns  # of mixtures of experts too
+        for part in self.options.filter_fqns:
+            if part in usual or any(part in name for name in names):
+                continue
+            spaces = " On the command line, spaces stand between names" if "," in part else ""
+            self.fail("filter_fqns", f"no layer's name contains {part!r}.{spaces}".rstrip("."))
 
     def _check_sizes(self, name: str, linear: nn.Linear) -> None:
         unit = self.unit * self.parallel_dims.tp  # either size may be split

@@ -204,6 +204,19 @@ def test_a_filter_that_leaves_nothing_is_refused():
         converted(build(), FLOAT8, options=options)
 
 
+@pytest.mark.parametrize("name", [FLOAT8, MX])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["attention.wq,output"], "'attention.wq,output'. On the command line, spaces stand"),
+        (["output", "atention.wq"], "filter_fqns: no layer's name contains 'atention.wq'"),
+    ],
+)
+def test_a_filter_of_no_layer_is_refused(name, words, message):
+    with pytest.raises(ConfigError, match=message):
+        converted(build(), name, options=(f"--{name}.filter_fqns", *words))
+
+
 def test_two_converters_of_the_same_layers_are_refused():
     with pytest.raises(ConfigError, match="no linear layer is left to convert"):
         converted(build(), FLOAT8, MX)

@@ -53,3 +53,13 @@ def test_scales_of_fp8_weights_are_refused(tmp_path):
         DeepSeekV3Model(V3).load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         DeepSeekV3StateDictAdapter(V3).from_hf(tensors)
+
+
+def test_a_bias_that_the_flavor_has_not_is_refused(tmp_path):
+    """As upstream writes it for all flavors."""
+    hf_model(V3).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    without = dataclasses.replace(V3, moe=dataclasses.replace(V3.moe, use_bias=False))
+    with pytest.raises(CheckpointError, match=r"e_score_correction_bias.* `use_bias = True`"):
+        DeepSeekV3StateDictAdapter(without).from_hf(tensors)
+    DeepSeekV3StateDictAdapter(V3).from_hf(tensors)

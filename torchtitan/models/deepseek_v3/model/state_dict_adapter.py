@@ -13,6 +13,8 @@ from torchtitan.errors import CheckpointError
 from torchtitan.models.common.expert_state_dict import ExpertsAdapter
 from torchtitan.models.common.state_dict import numbers_of
 
+_BIAS = ".mlp.gate.e_score_correction_bias"
+
 
 class DeepSeekV3StateDictAdapter(ExpertsAdapter):
     names: ClassVar = {
@@ -62,6 +64,12 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
                 raise CheckpointError(
                     f"checkpoint: tensor {name!r} scales an FP8 weight, which is not read. "
                     "Convert the checkpoint to bfloat16"
+                )
+            if name.endswith(_BIAS) and not self.model_args.moe.use_bias:
+                raise CheckpointError(
+                    f"checkpoint: tensor {name!r}: its experts are chosen by a bias, which the "
+                    "flavor of this run has not. Use one with `use_bias = True`, such as one of "
+                    "your own (`torchtitan new --like deepseek_v3`)"
                 )
 
     def _predicts_more_tokens(self, key: str) -> bool:

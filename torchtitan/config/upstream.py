@@ -1,0 +1,81 @@
+"""Keys of upstream torchtitan that are not here, and what to use instead.
+
+The same as the table in docs/migrating.md, which a test compares.
+"""
+
+from __future__ import annotations
+
+_ONE_STEP = "none: one step, after two of warm-up"
+_STACKS = "comm.hang_seconds: stacks and NCCL's record in DUMP_FOLDER/hang"
+
+INSTEAD = {
+    "model.hf_assets_path": "model.tokenizer_path",
+    "model.print_after_conversion": "none",
+    "experimental.custom_import": "job.custom_import",
+    "experimental.custom_args_module": "job.custom_config_module",
+    "job.save_config_file": "always: config.resolved.toml",
+    "training.dtype": "none: master weights are float32",
+    "training.gc_debug": "none",
+    "training.dataloader": "data.workers, which are threads; batches go through pinned memory",
+    "optimizer.early_step_in_backward": "none",
+    "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "none",
+    "activation_checkpoint.debug": "none",
+    "activation_checkpoint.determinism_check": "none",
+    "activation_checkpoint.early_stop": "none",
+    "activation_checkpoint.preserve_rng_state": "none",
+    "activation_checkpoint.visualize_memory_budget_pareto": "none",
+    "debug.deterministic_warn_only": "none",
+    "debug.moe_force_load_balance": "none",
+    "quantize.linear.mx.recipe_name": "none: MXFP8",
+    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "none: MXFP8",
+    "quantize.grouped_mm.mx.recipe_name": "none: MXFP8",
+    "quantize.grouped_mm.float8.fqns": "none: all experts",
+    "quantize.grouped_mm.mx.fqns": "none: all experts",
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": "none",
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "none",
+    "parallelism.module_fqns_per_model_part": "parallelism.pipeline_parallel_split_points: the "
+    "first module of each stage but the first",
+    "parallelism.pipeline_parallel_layers_per_stage": "parallelism."
+    "pipeline_parallel_stages_per_rank",
+    "parallelism.pipeline_parallel_first_stage_less_layers": "parallelism."
+    "pipeline_parallel_embedding_weight",
+    "parallelism.pipeline_parallel_last_stage_less_layers": "parallelism."
+    "pipeline_parallel_output_weight",
+    "parallelism.context_parallel_rotate_method": "parallelism.context_parallel_method: "
+    "allgather, ring, ulysses",
+    "parallelism.context_parallel_load_balancer": "always balanced",
+    "parallelism.expert_parallel_comm_backend": "none",
+    "parallelism.pipeline_parallel_expert_parallel_overlap": "none",
+    "checkpoint.enable_first_step_checkpoint": "none; checkpoint.interval = 1 in a trial run",
+    "checkpoint.initial_load_in_hf_quantized": "none",
+    "checkpoint.initial_load_model_only": "checkpoint.initial_load_path loads the model only",
+    "checkpoint.create_seed_checkpoint": "not needed: the same seed gives the same weights on "
+    "every layout",
+    "checkpoint.load_only": "checkpoint.initial_load_path without checkpoint.enable",
+    "checkpoint.enable_ft_dataloader_checkpoints": "none",
+    "profiling.save_traces_folder": "always DUMP_FOLDER/profile",
+    "profiling.save_memory_snapshot_folder": "always DUMP_FOLDER/profile",
+    "profiling.profiler_active": _ONE_STEP,
+    "profiling.profiler_warmup": _ONE_STEP,
+    "metrics.disable_color_printing": 'NO_COLOR=1, or metrics.progress = "plain"',
+    "metrics.save_for_all_ranks": "none: rank 0 writes",
+    "comm.init_timeout_seconds": "comm.timeout_seconds",
+    "comm.train_timeout_seconds": "comm.timeout_seconds",
+    "comm.trace_buf_size": _STACKS,
+    "comm.save_traces_folder": _STACKS,
+    "comm.save_traces_file_prefix": _STACKS,
+    "comm.mode": "none: torchtitan plan, torchtitan verify",
+    "fault_tolerance.process_group": "none",
+    "fault_tolerance.process_group_timeout_ms": "none",
+    "fault_tolerance.semi_sync_method": "none",
+    "memory_estimation": "torchtitan plan",
+}
+
+
+def instead(path: tuple[str | int, ...]) -> str:
+    """What to use instead of a key or section, or a part of it; empty if upstream has none such."""
+    names = [str(part) for part in path]
+    for count in range(len(names), 0, -1):
+        if text := INSTEAD.get(".".join(names[:count])):
+            return text
+    return ""
