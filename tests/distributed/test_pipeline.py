@@ -39,7 +39,6 @@ def pipeline(degree: int = 2, **others: object) -> tuple[str, ...]:
 
 
 LAYOUTS = {
-    "1f1b": (2, 8, pipeline()),
     "interleaved": (2, 8, pipeline(schedule="Interleaved1F1B")),
     "zbv": (2, 8, pipeline(schedule="ZBVZeroBubble")),
     "pp2_fsdp2": (4, 4, pipeline(shard=2)),
@@ -47,6 +46,7 @@ LAYOUTS = {
     "pp2_cp2": (4, 8, pipeline(context=2)),
 }
 LONG_LAYOUTS = {
+    "1f1b": (2, 8, pipeline()),
     "dual_pipe_v": (2, 8, pipeline(schedule="DualPipeV")),
     "chunked_loss": (2, 8, (*pipeline(), "--loss.name=chunked_cross_entropy")),
     "gpipe": (2, 8, pipeline(schedule="GPipe")),
@@ -105,9 +105,11 @@ def test_a_pipeline_trains_like_one_process(name: str, one_process: Path, tmp_pa
 @pytest.mark.parametrize(
     "schedule",
     [
-        "1F1B",
         "ZBVZeroBubble",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("Interleaved1F1B", "DualPipeV")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("1F1B", "Interleaved1F1B", "DualPipeV")
+        ),
     ],
 )
 def test_validation_gives_the_loss_of_one_process(
@@ -192,7 +194,9 @@ def test_experts_in_a_pipeline_with_activation_checkpointing(name: str, tmp_path
     ("saved", "resumed"),
     [
         ((2, 8, pipeline()), (1, 8, ())),
-        ((1, 8, ()), (2, 8, pipeline(schedule="ZBVZeroBubble"))),
+        pytest.param(
+            (1, 8, ()), (2, 8, pipeline(schedule="ZBVZeroBubble")), marks=pytest.mark.long
+        ),
         pytest.param(
             (4, 4, pipeline(shard=2)),
             (2, 8, ("--parallelism.tensor_parallel_degree=2",)),

@@ -70,7 +70,7 @@ def test_the_last_queries_of_a_prefix_hold_no_mask() -> None:
     assert abs(bend(4, "--parallelism.context_parallel_degree=4")) < 0.001
 
 
-@pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.parametrize("cp", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_values_smaller_than_queries_hold_no_scores(cp: int) -> None:
     """DeepSeek's. The CPU has no fused kernel for them, CUDA has."""
     options = [f"--parallelism.context_parallel_degree={cp}"]
