@@ -47,6 +47,8 @@ LOSSES_COMPARED = {"float32": None, "bfloat16": 40}
 UPSTREAM = "TORCHTITAN_0_2_2"
 """Environment variable: the Python that has the package."""
 
+_OURS = ("THP_MEM_ALLOC_ENABLE", "PYTORCH_ALLOC_CONF")
+
 
 @dataclass
 class Contestant:
@@ -125,8 +127,8 @@ def start(name: str, command: list[str], plan: dict[str, Any], folder: Path) -> 
     plan = plan | {"reports_fd": reports_fd, "words_fd": words_fd, "folder": str(folder)}
     plan |= {"port": _free_port()}
     (folder / "plan.json").write_text(json.dumps(plan))
-    # Importing our package sets it, and this process has; each contestant is as its users find it.
-    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    # Importing our package sets them; each contestant is as its users find it.
+    environment = {k: v for k, v in os.environ.items() if k not in _OURS}
     began = time.perf_counter()
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(

@@ -122,6 +122,11 @@ def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     if job_config.parallelism.disable_sequence_parallel:
         problem = "needs sequence parallel: set parallelism.disable_sequence_parallel = false"
         fail(job_config, key, problem)
+    quantized = [name for name in job_config.model.converters if name.startswith("quantize.")]
+    if quantized:
+        # The compiler looks for products beside the collectives, and finds the casts.
+        problem = f"does nothing beside the converter {quantized[0]!r} of model.converters. Use one"
+        fail(job_config, key, problem)
 
 
 def _check_experts(job_config: JobConfig, dims: ParallelDims, experts: int) -> None:

@@ -160,6 +160,9 @@ def test_what_async_tensor_parallel_needs(config, monkeypatch):
     assert error_of(config, 2).startswith(start + "the compiler does it: set compile.enable")
     config.compile.enable = True
     validate(config, 2)
+    config.model.converters = ["quantize.linear.float8"]
+    assert "does nothing beside the converter 'quantize.linear.float8'" in error_of(config, 2)
+    config.model.converters = []
     config.parallelism.disable_sequence_parallel = True
     assert error_of(config, 2).startswith(start + "needs sequence parallel")
 
