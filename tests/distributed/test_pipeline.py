@@ -43,9 +43,9 @@ LAYOUTS = {
     "zbv": (2, 8, pipeline(schedule="ZBVZeroBubble")),
     "pp2_fsdp2": (4, 4, pipeline(shard=2)),
     "pp2_tp2": (4, 8, pipeline(tensor=2)),
-    "pp2_cp2": (4, 8, pipeline(context=2)),
 }
 LONG_LAYOUTS = {
+    "pp2_cp2": (4, 8, pipeline(context=2)),
     "1f1b": (2, 8, pipeline()),
     "dual_pipe_v": (2, 8, pipeline(schedule="DualPipeV")),
     "chunked_loss": (2, 8, (*pipeline(), "--loss.name=chunked_cross_entropy")),
