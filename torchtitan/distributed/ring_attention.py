@@ -8,6 +8,7 @@ this part's share of the gradients (FlashAttention-2, arXiv:2307.08691).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -85,19 +86,75 @@ def _shapes(
     return torch.empty_like(q), lse, list(rng)
 
 
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rng: list[torch.Tensor],
+    group: str,
+    rank: int,
+    size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, from that of `out` and what `_forward` returned."""
+    ring = _Ring(group, rank, size)
+    kv = torch.stack([k, v])
+    q_grad = torch.zeros_like(q, dtype=torch.float32)
+    kv_grad = torch.zeros_like(kv, dtype=torch.float32)
+    for step in range(size):
+        coming = _pass_on(kv, ring) if step + 1 < size else None
+        rows, keys = _block(ring, step, q.shape[2])
+        queries = [x[:, :, rows].contiguous() for x in (grad, q, out, lse)]
+        block_grad, block_q, block_out, block_lse = queries
+        block_k, block_v = kv[:, :, :, keys].unbind()
+        block_q_grad, *block_kv_grad = _flash_backward(
+            block_grad, block_q, block_out, block_lse, block_k, block_v, rng, step == 0
+        )
+        q_grad[:, :, rows] += block_q_grad
+        kv_grad = _wait(kv_grad)
+        kv_grad[:, :, :, keys] += torch.stack(block_kv_grad)
+        # The gradients follow their keys, and are home after the last step.
+        kv_grad = _pass_on(kv_grad, ring)
+        kv = _wait(coming)
+    k_grad, v_grad = _wait(kv_grad).unbind()
+    grads = zip((q, k, v), (q_grad, k_grad, v_grad), strict=True)
+    q_grad, k_grad, v_grad = (torch.empty_like(x).copy_(x_grad) for x, x_grad in grads)
+    return q_grad, k_grad, v_grad
+
+
+_ring_backward = torch.library.custom_op(
+    "torchtitan::ring_attention_backward", _backward, mutates_args=()
+)
+"""One operation, so that a compiled forward pass does not send the keys that this one needs, and
+keep those of all ranks for it, because they depend on no gradient."""
+
+
+@_ring_backward.register_fake
+def _gradient_shapes(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def sees_rings(mode: type[M]) -> type[M]:
     """Decorates a class of dispatch modes that are to see what a ring does, not a ring."""
+    for operation, inside in ((_ring_forward, _forward), (_ring_backward, _backward)):
+        operation.register_torch_dispatch(mode, _looks_at(inside))
+    return mode
 
-    def look_inside(mode: Any, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+
+def _looks_at(inside: Callable[..., Any]) -> Callable[..., Any]:
+    def look(mode: Any, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
         # It is entered already: what its class does on entering must not be done twice.
         TorchDispatchMode.__enter__(mode)
         try:
-            return _forward(*args, **(kwargs or {}))
+            return inside(*args, **(kwargs or {}))
         finally:
             TorchDispatchMode.__exit__(mode, None, None, None)
 
-    _ring_forward.register_torch_dispatch(mode, look_inside)
-    return mode
+    return look
 
 
 class _RingAttention(torch.autograd.Function):
@@ -113,27 +170,8 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse, *rng = ctx.saved_tensors
-        ring = _Ring(*ctx.ring)
-        kv = torch.stack([k, v])
-        q_grad = torch.zeros_like(q, dtype=torch.float32)
-        kv_grad = torch.zeros_like(kv, dtype=torch.float32)
-        for step in range(ring.size):
-            coming = _pass_on(kv, ring) if step + 1 < ring.size else None
-            rows, keys = _block(ring, step, q.shape[2])
-            queries = [x[:, :, rows].contiguous() for x in (grad, q, out, lse)]
-            block_grad, block_q, block_out, block_lse = queries
-            block_k, block_v = kv[:, :, :, keys].unbind()
-            block_q_grad, *block_kv_grad = _flash_backward(
-                block_grad, block_q, block_out, block_lse, block_k, block_v, rng, step == 0
-            )
-            q_grad[:, :, rows] += block_q_grad
-            kv_grad = _wait(kv_grad)
-            kv_grad[:, :, :, keys] += torch.stack(block_kv_grad)
-            # The gradients follow their keys, and are home after the last step.
-            kv_grad = _pass_on(kv_grad, ring)
-            kv = _wait(coming)
-        k_grad, v_grad = _wait(kv_grad).to(k.dtype).unbind()
-        return q_grad.to(q.dtype), k_grad, v_grad, None, None, None
+        grads = _ring_backward(grad, q, k, v, out, lse, rng, *ctx.ring)
+        return *grads, None, None, None
 
 
 def _block(ring: _Ring, step: int, length: int) -> tuple[slice, slice]:

@@ -161,13 +161,23 @@ def _overlap_with_matmuls(tp_mesh: DeviceMesh) -> None:
     each other's memory.
     """
     import torch._inductor.config
+    from torch.distributed import _functional_collectives
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True
+    # The compiler knows a gather by its split and concatenation, which it then removes. PyTorch
+    # makes a view where a micro-batch is one sequence, and none was fused (torch 2.11 to 2.13).
+    if hasattr(_functional_collectives, "_maybe_view_chunk_cat"):
+        _functional_collectives._maybe_view_chunk_cat = _split_and_concatenate
     with warnings.catch_warnings():
         # Needed by torch 2.11; 2.13 does it by itself, and says so.
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(tp_mesh.get_group().group_name)
+
+
+def _split_and_concatenate(gathered: torch.Tensor, ranks: int, dim: int) -> torch.Tensor:
+    """What ranks had, `[ranks * n, ...]`, joined along `dim`."""
+    return gathered if dim == 0 else torch.cat(gathered.chunk(ranks), dim)
 
 
 def _output_style(job_config: JobConfig) -> ParallelStyle:

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 
-from torchtitan.distributed.ring_attention import _flash, _flash_backward, _merge
+from torchtitan.distributed.fake_world import fake_world
+from torchtitan.distributed.ring_attention import (
+    _flash,
+    _flash_backward,
+    _merge,
+    ring_attention,
+)
+from torchtitan.distributed.sequence_shards import SequenceShards
 
 
 def heads(device: str, dtype: torch.dtype, keys: int) -> tuple[torch.Tensor, ...]:
@@ -34,6 +44,35 @@ def test_a_ring_is_one_operation_on_each_device(device):
         out, lse, _ = torch.ops.torchtitan.ring_attention(q, k, v, "ring", 0, 2)
     assert (out.shape, out.stride(), out.dtype) == (q.shape, q.stride(), q.dtype)
     assert lse.shape == q.shape[:3]
+
+
+def test_a_compiled_ring_keeps_no_keys_of_other_ranks():
+    graphs: list[list[str]] = []
+    kept: list[list[tuple[int, ...]]] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append([str(n.target) for n in graph.graph.nodes if "torchtitan" in str(n.target)])
+        graphs[-1] += ["send" for n in graph.graph.nodes if "c10d" in str(n.target)]
+        outputs = graph.graph.output_node().args[0]
+        kept.append([tuple(n.meta["val"].shape) for n in outputs if n is not None])
+        return graph
+
+    with fake_world(4, rank=0):
+        group = dist.group.WORLD.group_name
+        q, k, v = (x.requires_grad_() for x in heads("cpu", torch.float32, 32))
+        shards = SequenceShards(init_device_mesh("cpu", (4,)), balanced=True)
+
+        @torch.compile(backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return ring_attention(q, k, v, shards, group)
+
+        attend(q, k, v).sum().backward()
+    forward, backward = graphs
+    assert forward == ["torchtitan.ring_attention.default"]
+    assert backward == ["torchtitan.ring_attention_backward.default"]
+    # The output, and what the backward pass needs: q, k, v, the output and the denominators.
+    assert sorted(kept[0]) == sorted([q.shape, q.shape, k.shape, v.shape, q.shape, q.shape[:3]])
+    assert k.grad is not None and k.grad.shape == k.shape
 
 
 def test_merged_parts_are_attention_to_all_keys():
