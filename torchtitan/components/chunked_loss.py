@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ class ChunkedCrossEntropy:
     receives, and this loss applies the layer. Parameters keep their names.
     """
 
-    def __init__(self, chunk_size: int, z_loss_weight: float) -> None:
+    def __init__(self, chunk_size: int, z_loss_weight: float, backend: str | None = None) -> None:
         self._chunk_size = chunk_size
         self._z_loss_weight = z_loss_weight
+        self._backend = backend
         self._output: nn.Linear | None = None
 
     def attach(self, model_parts: list[nn.Module]) -> None:
@@ -55,6 +58,7 @@ class ChunkedCrossEntropy:
             labels.flatten(),
             self._chunk_size,
             of_training(self._z_loss_weight),
+            self._backend,
         )
 
 
@@ -68,6 +72,7 @@ def chunked_linear_cross_entropy(
     labels: torch.Tensor,
     chunk_size: int,
     z_loss_weight: float = 0.0,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """`cross_entropy(hidden @ weight.T, labels, z_loss_weight)`, a few tokens at a time.
 
@@ -83,6 +88,8 @@ def chunked_linear_cross_entropy(
         labels: `[tokens]` int64.
         chunk_size: tokens whose logits are held at once.
         z_loss_weight: as in `cross_entropy`.
+        backend: of `torch.compile`, for what lies between the products; without tensor parallelism.
+            None leaves it eager.
 
     Returns:
         The sum over valid tokens, a float32 scalar. It can be differentiated once.
@@ -95,10 +102,12 @@ def chunked_linear_cross_entropy(
     if torch.is_autocast_enabled(device):  # which knows nothing of products with `out`
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if shard.mesh is not None:  # its ranks tell each other numbers in between
+        backend = None
     # Inside the function below gradients are always off, so it has to be told.
     training = torch.is_grad_enabled()
     return _ChunkedLinearCrossEntropy.apply(
-        hidden, weight, labels, shard, chunk_size, z_loss_weight, training
+        hidden, weight, labels, shard, chunk_size, z_loss_weight, training, backend
     )
 
 
@@ -113,35 +122,31 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         z_loss_weight: float,
         training: bool,
+        backend: str | None,
     ) -> torch.Tensor:
         hidden_grad = weight_grad = None
         if training and ctx.needs_input_grad[0]:
             hidden_grad = torch.empty_like(hidden)
         if training and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        grad_dtype = None if hidden_grad is None and weight_grad is None else hidden.dtype
 
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = min(chunk_size, len(hidden))
-        buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
+        # Compiled, the numbers between the products are no tensors, and need no memory.
+        buffer = None
+        if backend is None:
+            buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
+        between = _between_products if backend is None else _compiled_between_products(backend)
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits = buffer[: len(hidden[chunk])]
-            _product(hidden[chunk], weight.T, out=logits)
-            valid = labels[chunk] != IGNORE_INDEX
-            target_logit = shard.target_logit(logits, labels[chunk])
-            peak, total = shard.exponentials_(logits)
-            log_partition = peak + total.log()
-            losses = log_partition - target_logit + z_loss_weight * log_partition.square()
-            loss += losses.where(valid, 0).sum()
-            if hidden_grad is None and weight_grad is None:
+            logits = _product(hidden[chunk], weight.T, buffer)
+            chunk_loss, logits_grad = between(
+                logits, labels[chunk], shard, z_loss_weight, grad_dtype
+            )
+            loss += chunk_loss
+            if logits_grad is None:
                 continue
-
-            # d loss / d logits = softmax * (1 + 2 z log_partition) - one_hot(label)
-            softmax_factor = (1 + 2 * z_loss_weight * log_partition).where(valid, 0)
-            logits.mul_((softmax_factor / total)[:, None])
-            index, mine = shard.local_labels(labels[chunk], logits.size(-1))
-            logits.scatter_add_(-1, index[:, None], -mine.float()[:, None])
-            logits_grad = logits.to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[chunk])
             if weight_grad is not None:
@@ -159,15 +164,64 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             hidden_grad.mul_(loss_grad)
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(loss_grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """`out = a @ b` in float32. Products with `out` are of one dtype."""
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
+def _between_products(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    shard: VocabShard,
+    z_loss_weight: float,
+    grad_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What lies between the products forward and backward: the loss, and the logits' gradient.
+
+    Args:
+        logits: `[rows, vocab of this rank]`. Overwritten if float32, unless this is compiled.
+        labels: `[rows]` int64.
+        grad_dtype: of the gradient; None if it is not needed.
+
+    Returns:
+        The sum of the loss, a float32 scalar, and the gradient like `logits`, if needed.
+    """
+    compiled = torch.compiler.is_compiling()
+    logits = logits.to(torch.float32, copy=compiled)
+    valid = labels != IGNORE_INDEX
+    target_logit = shard.target_logit(logits, labels)
+    peak, total = shard.exponentials_(logits)
+    log_partition = peak + total.log()
+    losses = log_partition - target_logit + z_loss_weight * log_partition.square()
+    loss = losses.where(valid, 0).sum()
+    if grad_dtype is None:
+        return loss, None
+
+    # d loss / d logits = softmax * (1 + 2 z log_partition) - one_hot(label)
+    softmax_factor = (1 + 2 * z_loss_weight * log_partition).where(valid, 0)
+    logits.mul_((softmax_factor / total)[:, None])
+    index, mine = shard.local_labels(labels, logits.size(-1))
+    if compiled:  # part of the one kernel that writes, which a scatter would not be
+        vocabulary = torch.arange(logits.size(-1), device=logits.device)
+        logits -= ((vocabulary == index[:, None]) & mine[:, None]).float()
     else:
-        out.copy_(a @ b)
+        logits.scatter_add_(-1, index[:, None], -mine.float()[:, None])
+    return loss, logits.to(grad_dtype)
+
+
+@cache
+def _compiled_between_products(
+    backend: str,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    return torch.compile(_between_products, backend=backend, fullgraph=True)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """`a @ b`; with a float32 buffer `[at least rows of a, columns of b]`, in its first rows."""
+    if buffer is None:
+        return a @ b
+    out = buffer[: len(a)]
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    return out.copy_(a @ b)  # products with `out` are of one dtype
 
 
 def _add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:

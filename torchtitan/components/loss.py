@@ -58,10 +58,12 @@ def build_loss(job_config: JobConfig) -> Loss:
     # Imported here because that module builds on this one.
     from torchtitan.components.chunked_loss import ChunkedCrossEntropy
 
-    config = job_config.loss
+    config, compile_config = job_config.loss, job_config.compile
+    compiled = compile_config.enable and "loss" in compile_config.components
+    backend = compile_config.backend if compiled else None
     if config.name == "chunked_cross_entropy":
-        return ChunkedCrossEntropy(config.chunk_size, config.z_loss_weight)
-    return CrossEntropy(config.z_loss_weight, job_config)
+        return ChunkedCrossEntropy(config.chunk_size, config.z_loss_weight, backend)
+    return CrossEntropy(config.z_loss_weight, backend)
 
 
 def of_training(z_loss_weight: float) -> float:
@@ -72,12 +74,11 @@ def of_training(z_loss_weight: float) -> float:
 class CrossEntropy:
     """Cross entropy of the logits that the model returns, `[batch, seq, vocab]`."""
 
-    def __init__(self, z_loss_weight: float, job_config: JobConfig) -> None:
+    def __init__(self, z_loss_weight: float, backend: str | None = None) -> None:
         self._z_loss_weight = z_loss_weight
         self._function = cross_entropy
-        compile_config = job_config.compile
-        if compile_config.enable and "loss" in compile_config.components:
-            self._function = torch.compile(cross_entropy, backend=compile_config.backend)
+        if backend is not None:
+            self._function = torch.compile(cross_entropy, backend=backend)
 
     def attach(self, model_parts: list[nn.Module]) -> None:
         """Nothing to prepare."""

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 SPLIT_DIMS = {"w1": 1, "w2": 2, "w3": 1}
 """Parameter of `GroupedExperts` -> dimension of the features inside an expert."""
 
+_STAY = "_rows_stay"
+"""Attribute of experts whose rows are not to travel, see `without_exchange`."""
+
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -101,6 +104,8 @@ def _dispatched(
     @wraps(forward)
     @torch.compiler.disable  # how many rows travel is known only when they do
     def dispatched_forward(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        if getattr(experts, _STAY, False):
+            return torch.zeros_like(rows)
         exchange = RowExchange(counts, len(rows), ep, etp)
         rows = exchange.send(rows)
         with _local_parameters(experts):
@@ -108,6 +113,23 @@ def _dispatched(
         return exchange.send_back(rows)
 
     return dispatched_forward
+
+
+@contextmanager
+def without_exchange(model: nn.Module) -> Iterator[None]:
+    """Meanwhile no rows travel, and what would come back from other ranks is zeros.
+
+    For passes that ask for shapes alone. Their tokens may all be equal, and would all go to the
+    same few ranks, which have no memory for so many.
+    """
+    experts = [layer.experts for layer in moe_layers(model)]
+    for module in experts:
+        setattr(module, _STAY, True)
+    try:
+        yield
+    finally:
+        for module in experts:
+            delattr(module, _STAY)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 
 from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import origin
+from torchtitan.distributed.expert_parallel import without_exchange
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.distributed.utils import device, local_tensor
 from torchtitan.errors import ConfigError
@@ -271,8 +272,9 @@ def _drop_backward(schedule: Any) -> None:
 class _Stage(PipelineStage):
     """A stage that is in eval mode while PyTorch finds out the shapes of what it sends.
 
-    That is a forward pass with the first micro-batch (torch 2.13, which adds a backward pass) or
-    zeros (2.11), which must not count as training: in the load statistics of experts, for example.
+    That is a forward pass with the first micro-batch, after the first stage with zeros (torch 2.11)
+    or whatever memory holds (2.13, which adds a backward pass). It must not count as training, in
+    the load statistics of experts for example, and no rows are sent to experts.
     Activation checkpointing computes in the backward pass what it computed in the forward pass.
     """
 
@@ -284,23 +286,24 @@ class _Stage(PipelineStage):
         return [op for op in ops if op.group_peer != self.group_rank]
 
     def _forward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
-        with _in_eval_mode(self.submod):
+        with _asked_for_shapes(self.submod):
             return super()._forward_metadata_inference(*args, **kwargs)
 
     def _backward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
-        with _in_eval_mode(self.submod):
+        with _asked_for_shapes(self.submod):
             return cast(Any, super())._backward_metadata_inference(*args, **kwargs)
 
     def _shape_inference(self, *args: Any, **kwargs: Any) -> Any:
-        with _in_eval_mode(self.submod):
+        with _asked_for_shapes(self.submod):
             return cast(Any, super())._shape_inference(*args, **kwargs)
 
 
 @contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def _asked_for_shapes(module: nn.Module) -> Iterator[None]:
     was_training = module.training
     module.eval()
     try:
-        yield
+        with without_exchange(module):
+            yield
     finally:
         module.train(was_training)

@@ -175,9 +175,9 @@ def _overlap_with_matmuls(tp_mesh: DeviceMesh) -> None:
         enable_symm_mem_for_group(tp_mesh.get_group().group_name)
 
 
-def _split_and_concatenate(gathered: torch.Tensor, ranks: int, dim: int) -> torch.Tensor:
-    """What ranks had, `[ranks * n, ...]`, joined along `dim`."""
-    return gathered if dim == 0 else torch.cat(gathered.chunk(ranks), dim)
+def _split_and_concatenate(res: torch.Tensor, group_size: int, gather_dim: int) -> torch.Tensor:
+    """What ranks had, `[group_size * n, ...]`, joined along `gather_dim`."""
+    return res if gather_dim == 0 else torch.cat(res.chunk(group_size), gather_dim)
 
 
 def _output_style(job_config: JobConfig) -> ParallelStyle:

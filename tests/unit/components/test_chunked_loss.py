@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -127,3 +128,36 @@ def test_the_config_chooses_it() -> None:
     config = JobConfig()
     config.loss.name = "chunked_cross_entropy"
     assert isinstance(build_loss(config), ChunkedCrossEntropy)
+
+
+@pytest.mark.parametrize(
+    ("backend", "chunk_size", "dtype"),
+    [
+        ("aot_eager", 5, torch.float32),
+        ("aot_eager", 48, torch.bfloat16),
+        ("inductor", 5, torch.bfloat16),
+    ],
+)
+def test_compiled_it_is_the_same_loss(backend: str, chunk_size: int, dtype: torch.dtype) -> None:
+    config = JobConfig()
+    config.loss.name = "chunked_cross_entropy"
+    config.loss.chunk_size, config.loss.z_loss_weight = chunk_size, 0.01
+    config.compile.backend = backend
+    tokens, labels = batch()
+    results = []
+    for config.compile.enable in (False, True):
+        model = Model().to(dtype)
+        loss = build_loss(config)
+        loss.attach([model])
+        counters.clear()
+        value = loss(model(tokens), labels)
+        value.backward()
+        assert bool(counters["stats"]["unique_graphs"]) == config.compile.enable
+        with torch.no_grad():
+            of_validation = loss(model(tokens), labels)
+        grads = [param.grad for param in model.parameters()]
+        results.append([value, of_validation, *grads])
+        torch._dynamo.reset()
+    for eager, compiled in zip(*results, strict=True):
+        digits = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
+        torch.testing.assert_close(compiled, eager, **digits)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .scaling import E4M3, E5M2, Grouping, quantize, scaled_grouped_mm, scaled_mm
+from .scaling import E4M3, E5M2, Grouping, Scaled, quantize, scaled_grouped_mm, scaled_mm
 
 
 def quantized_linear(
@@ -81,6 +83,7 @@ def quantized_grouped_linear(
     ends: torch.Tensor,
     grouping: Grouping,
     emulate: bool = False,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """`grouped_linear` of `torchtitan.models.common.moe` with operands rounded to float8.
 
@@ -93,12 +96,14 @@ def quantized_grouped_linear(
         ends: where each expert's rows end, `[num_experts]` int32.
         grouping: `row` or `block`.
         emulate: see `scaled_mm`.
+        backend: of `torch.compile`, for the rounding where the call is in no compiled graph, as
+            that of experts is which are dispatched to other ranks. None leaves it eager.
 
     Returns:
         `[rows, out]`.
     """
     rows, weight = _autocast(rows, weight)
-    return _QuantizedGroupedLinear.apply(rows, weight, ends, grouping, emulate)
+    return _QuantizedGroupedLinear.apply(rows, weight, ends, grouping, emulate, backend)
 
 
 class _QuantizedGroupedLinear(torch.autograd.Function):
@@ -110,11 +115,13 @@ class _QuantizedGroupedLinear(torch.autograd.Function):
         ends: torch.Tensor,
         grouping: Grouping,
         emulate: bool,
+        backend: str | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight, ends)
-        ctx.grouping, ctx.emulate = grouping, emulate
+        ctx.grouping, ctx.emulate, ctx.backend = grouping, emulate, backend
         with torch.autocast(rows.device.type, enabled=False):
-            a, b = quantize(rows, E4M3, grouping), quantize(weight, E4M3, grouping)
+            a = _quantize_alone(rows, grouping, backend)
+            b = _quantize_alone(weight, grouping, backend)
             return scaled_grouped_mm(a, b, ends, rows.dtype, emulate)
 
     @staticmethod
@@ -123,12 +130,31 @@ class _QuantizedGroupedLinear(torch.autograd.Function):
         rows_grad = weight_grad = None
         with torch.autocast(rows.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                a = quantize(grad, E4M3, ctx.grouping)
-                b = quantize(weight.mT, E4M3, ctx.grouping)
+                a = _quantize_alone(grad, ctx.grouping, ctx.backend)
+                b = _quantize_alone(weight.mT, ctx.grouping, ctx.backend)
                 rows_grad = scaled_grouped_mm(a, b, ends, rows.dtype, ctx.emulate)
             if ctx.needs_input_grad[1]:
                 weight_grad = F.grouped_mm(grad.contiguous().mT, rows, offs=ends)
-        return rows_grad, weight_grad, None, None, None
+        return rows_grad, weight_grad, None, None, None, None
+
+
+def _quantize_alone(tensor: torch.Tensor, grouping: Grouping, backend: str | None) -> Scaled:
+    """`quantize` to e4m3, compiled by itself unless it is compiled with what is around it."""
+    if backend is None or torch.compiler.is_compiling():
+        return quantize(tensor, E4M3, grouping)
+    data, scale = _compiled_quantize(backend)(tensor, grouping)
+    return Scaled(data, scale, grouping)
+
+
+@cache
+def _compiled_quantize(backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def parts(tensor: torch.Tensor, grouping: Grouping) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = quantize(tensor, E4M3, grouping)
+        # As products need it: what is transposed is written so at once.
+        return scaled.data.contiguous(), scaled.scale
+
+    # How many rows a rank gets changes with each batch.
+    return torch.compile(parts, backend=backend, dynamic=True)
 
 
 def _autocast(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,3 +117,29 @@ def test_experts_have_the_errors_of_linear_layers(grouping):
     assert relative(out, exact) == pytest.approx(product_error(3, 3), rel=0.05)
     assert relative(rows_grad, exact_grads[0]) == pytest.approx(product_error(3, 3), rel=0.05)
     torch.testing.assert_close(weight_grad, exact_grads[1])
+
+
+@pytest.mark.parametrize("grouping", ["row", "block"])
+def test_experts_outside_a_compiled_graph_round_in_graphs_of_their_own(grouping, monkeypatch):
+    seen: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.append(len(inputs))
+        return graph
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(count, name=f"count_{grouping}")
+    ends = torch.tensor([10, 32], dtype=torch.int32)
+    values = torch.randn(32, 64), torch.randn(2, 32, 64)
+
+    @torch.compiler.disable  # as experts are that are dispatched to other ranks
+    def product(backend: str | None) -> list[torch.Tensor]:
+        rows, weight = (x.clone().requires_grad_() for x in values)
+        out = quantized_grouped_linear(rows, weight, ends, grouping, True, backend)
+        out.square().sum().backward()
+        assert rows.grad is not None and weight.grad is not None
+        return [out, rows.grad, weight.grad]
+
+    for ours, expected in zip(product(f"count_{grouping}"), product(None), strict=True):
+        assert torch.equal(ours, expected)
+    assert seen, "nothing was compiled"

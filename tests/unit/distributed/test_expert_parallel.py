@@ -1,0 +1,34 @@
+"""Experts that are dispatched; what travels is in tests/distributed/test_row_exchange.py."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from torchtitan.distributed import expert_parallel
+from torchtitan.distributed.expert_parallel import apply_expert_parallel
+from torchtitan.distributed.fake_world import fake_world
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_parallel import _asked_for_shapes
+from torchtitan.models.common.moe import MoE, MoEArgs
+
+
+def test_a_pass_that_asks_for_shapes_sends_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sent(Exception):
+        pass
+
+    def send(*args: object) -> None:
+        raise Sent
+
+    monkeypatch.setattr(expert_parallel, "RowExchange", send)
+    with fake_world(2, rank=0):
+        model = nn.ModuleDict({"moe": MoE(16, MoEArgs(num_experts=4, top_k=2, hidden_dim=16))})
+        model["moe"].init_weights(0.02, 0.02)
+        apply_expert_parallel(model, ParallelDims(dp_shard=2, ep=2, world_size=2))
+        x = torch.zeros(2, 8, 16, requires_grad=True)
+        with _asked_for_shapes(model):
+            assert not model.training
+            out = model["moe"](x)
+        assert out.shape == x.shape
+        assert model.training
+        with pytest.raises(Sent):
+            model["moe"](x)
