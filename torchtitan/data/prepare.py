@@ -106,7 +106,7 @@ def _lock(out: Path) -> Iterator[Lock]:
     Without locks two may write the folder, each under names of its own, the same contents.
     """
     lock = Lock(out / "prepare.lock")
-    free = lock.take()
+    free = lock.take(patience=2.0)  # a process that is killed with its workers ends after a moment
     if free is False:
         raise ConfigError(
             f"--out {out}: another `torchtitan data prepare` is writing it. Wait for that one, or "

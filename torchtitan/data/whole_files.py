@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -65,11 +66,13 @@ class Lock:
         self._path = path
         self._file: BinaryIO | None = None
 
-    def take(self) -> bool | None:
-        """Whether it was free; None: it cannot be told here."""
+    def take(self, patience: float = 0.0) -> bool | None:
+        """Whether it was free, or became so within `patience` seconds; None: it cannot be told."""
+        deadline = time.monotonic() + patience
         self._file = writing(self._path.open, "wb")
         try:
-            free = try_lock(self._file)
+            while not (free := try_lock(self._file)) and time.monotonic() < deadline:
+                time.sleep(0.05)
         except OSError:
             return None
         if not free:
