@@ -200,7 +200,7 @@ def test_a_second_start_is_refused_while_the_first_lives(lines: Path, tmp_path: 
     with pytest.raises(ConfigError, match="another `torchtitan data prepare` is writing it"):
         main_of_data(words)
     assert list(out.glob("*.partial"))
-    threading.Timer(0.3, lock.forget).start()  # as when the first is killed, and ends a moment later
+    threading.Timer(0.3, lock.forget).start()  # as when the first is killed
     assert main_of_data(words) == 0
     assert not list(out.glob("*.partial")) and not (out / "prepare.lock").exists()
 
