@@ -34,6 +34,7 @@ SAVED_OPS = {
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torchtitan.ring_attention.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops.higher_order.flex_attention,
     _aten.topk.default,
 }

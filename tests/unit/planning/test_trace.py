@@ -83,6 +83,21 @@ def test_every_group_has_a_name_where_experts_have_groups_of_their_own() -> None
     assert ranks["pp"] == ranks["expert_pp"] == [0, 8]
 
 
+@pytest.mark.parametrize(("mode", "again"), [("none", 0), ("selective", 1), ("full", 3)])
+def test_checkpointing_per_op_sends_no_rows_to_experts_again(mode: str, again: int) -> None:
+    options = [
+        "--model.name=qwen3",
+        "--training.seq_len=64",
+        f"--activation_checkpoint.mode={mode}",
+    ]
+    options += ["--parallelism.expert_parallel_degree=2"]
+    options += ["--activation_checkpoint.selective_ac_option=op"]
+    sent = sent_by_group(trace(8, 0, "debugmodel_moe", *options, rep=2).collectives)
+    layers = get_train_spec("qwen3", "debugmodel_moe").model_args.n_layers
+    # How many rows there are, and these there and back, forward and backward.
+    assert sent["ep", "all_to_all"][0] == layers * (5 + again)
+
+
 def test_a_ring_sends_keys_and_values_to_one_rank_at_a_time() -> None:
     options = ["--training.seq_len=64", "--training.mixed_precision_param=float32"]
     options += ["--parallelism.context_parallel_method=ring"]
