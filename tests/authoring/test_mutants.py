@@ -193,6 +193,17 @@ def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) 
     assert "its own loader may give one length" in outcomes["semantics.lengths"].message
 
 
+@pytest.mark.parametrize(
+    "name", ["two_predictions", pytest.param("two_predictions_stacked", marks=pytest.mark.long)]
+)
+def test_a_right_model_with_more_outputs_in_training_passes(name: str, tmp_path: Path) -> None:
+    """By a loss of its own."""
+    subject = Subject(name, "debugmodel", tmp_path, "two_predictions")
+    only = ["cost.flops", "numerics.float64", "learning.gradients", "layouts.one_device"]
+    outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status != "pass"] == []
+
+
 def test_a_loader_of_texts_adds_its_batches_to_random_tokens(tmp_path: Path) -> None:
     subject = Subject(
         "loader_without_shares", "debugmodel", tmp_path, "mutants.loader_without_shares"

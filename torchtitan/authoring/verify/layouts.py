@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._pytree import tree_leaves
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
@@ -144,26 +145,37 @@ def reference_path(subject: Subject, reference: str = REFERENCE) -> Path:
 def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
     """Two forward passes in training mode give the same, else no layouts can be compared."""
     example = subject.example(2)
-    logits = []
+    outputs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         with torch.no_grad():
-            logits.append(trainer.model_parts[0](example.tokens, **example.inputs))
-    first, same_seed, other_seed = map(whole, logits)
-    if not torch.equal(first, same_seed):
-        by = float((first - same_seed).norm() / first.norm())
+            output = trainer.model_parts[0](example.tokens, **example.inputs)
+        # In training it may be several tensors, for a loss of the author's.
+        outputs.append([whole(t) for t in tree_leaves(output) if isinstance(t, torch.Tensor)])
+    first, same_seed, other_seed = outputs
+    if differing := _unequal(first, same_seed):
+        a, b = differing
+        by = float((a - b).norm() / a.norm())
         raise CheckFailedError(
             f"two forward passes of the same tokens differ by {by:.2g} of the logits' norm",
             "forward() must not keep state from one call to the next: activation checkpointing "
             "and pipelines call it more than once a step, gradient accumulation too.",
         )
-    if not torch.equal(first, other_seed):
+    if _unequal(first, other_seed):
         raise NotApplicableError(
             "forward() draws random numbers in training mode, and layouts draw different ones. Set "
             "the dropout rates of this flavor to 0 to have its layouts checked"
             + ", and let the data loader draw noise"
             * (subject.own_batches is not None)
         )
+
+
+def _unequal(
+    first: list[torch.Tensor], second: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The first pair of tensors that differ."""
+    pairs = zip(first, second, strict=True)
+    return next((pair for pair in pairs if not torch.equal(*pair)), None)
 
 
 def _require_same_batches(subject: Subject) -> None:

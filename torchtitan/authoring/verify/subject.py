@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
     from torchtitan.protocols.train_spec import TrainSpec
 
-    from .batches import Example, OwnBatches
+    from .batches import Example, OwnBatches, OwnLoss
 
 
 @dataclass
@@ -90,6 +90,16 @@ class Subject:
         model = self.build()
         vary_constants(model, self.seed)
         return model
+
+    @cached_property
+    def own_loss(self) -> OwnLoss | None:
+        """The author's; None if the model has the library's."""
+        from torchtitan.components.loss import build_loss
+
+        from .batches import OwnLoss
+
+        build = self.spec.build_loss_fn
+        return None if build is build_loss else OwnLoss(lambda: build(self.config()))
 
     @cached_property
     def own_batches(self) -> OwnBatches | None:
@@ -173,7 +183,7 @@ class Subject:
         from .batches import random_example
 
         if self.reads_text:
-            return random_example(self.tokens(batch, seq, seed))
+            return random_example(self.tokens(batch, seq, seed), self.own_loss)
         assert self.own_batches is not None
         self.require_own()
         return self.own_batches.example(batch, 1 + seed)
