@@ -33,6 +33,7 @@ MUTANTS = sorted(
 QUICK = {
     "adapter_exchanges_norms",
     "adapter_permutes_queries",
+    "angles_given_to_layers",
     "codes_sum_left_out",
     "dead_parameter",
     "diffusion_condition_dropped",

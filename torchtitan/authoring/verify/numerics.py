@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.module_tracker import ModuleTracker
 
+from torchtitan.components.model_inputs import in_precision
+from torchtitan.protocols.model import blocks_of
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
@@ -37,7 +39,7 @@ def bf16_is_near_float32(subject: Subject) -> str:
     with torch.no_grad(), recorded_outputs(model) as wide:
         expected = example.run(model)
     worst, given = 0.0, example.cast(torch.bfloat16)  # as the trainer does
-    for cast, description in ((_autocast, "autocast"), (_cast_parameters, "bfloat16 parameters")):
+    for cast, description in _CASTS.items():
         with torch.no_grad(), cast(model), recorded_outputs(model) as narrow:
             actual = given.run(model)
         difference = _median_difference(actual, expected)
@@ -47,9 +49,12 @@ def bf16_is_near_float32(subject: Subject) -> str:
             raise CheckFailedError(
                 f"with {description}, logits differ from float32 by {difference:.1%} (loss "
                 f"{losses[0]:.4f}, not {losses[1]:.4f}){_first_coarse(narrow, wide)}",
-                "Compute in float32 what needs it: rotary angles and positions (bfloat16 has no "
-                "integers above 256), the mean of squares in norms, softmax and routing scores. "
-                "Buffers with angles stay float32.",
+                _hint(
+                    cast,
+                    "Compute in float32 what needs it: rotary angles and positions (bfloat16 has "
+                    "no integers above 256), the mean of squares in norms, softmax and routing "
+                    "scores. Buffers with angles stay float32.",
+                ),
             )
     return f"logits within {worst:.1%} at {example.labels.shape[1]} tokens"
 
@@ -78,12 +83,13 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
             parameter.mul_(_SHARPER)
     early = torch.arange(seq)[None]
     late = early + shift
-    worst = 0.0
-    for cast, description in ((_autocast, "autocast"), (_cast_parameters, "bfloat16 parameters")):
+    worst, exact = 0.0, []
+    for positions in (early, late):
+        with recorded_outputs(model) as wide:
+            exact.append((positions, model(tokens, positions=positions), wide))
+    for cast, description in _CASTS.items():
         differences, modules = [], []
-        for positions in (early, late):
-            with recorded_outputs(model) as wide:
-                expected = model(tokens, positions=positions)
+        for positions, expected, wide in exact:
             with cast(model), recorded_outputs(model) as narrow:
                 actual = model(tokens, positions=positions)
             differences.append(_median_difference(actual, expected))
@@ -96,9 +102,12 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
                 f"with {description}, logits differ from float32 by {differences[1]:.1%} at "
                 f"positions from {shift} on, but by {differences[0]:.1%} from 0 on"
                 + (f"; the first module where it shows is {names[0]}" if names else ""),
-                "Positions and rotary angles must stay float32: bfloat16 has no integers above "
-                "256. Make them by positions.float() * frequencies, not by einsum or @, which "
-                "autocast casts; and rotate in float32.",
+                _hint(
+                    cast,
+                    "Positions and rotary angles must stay float32: bfloat16 has no integers above "
+                    "256. Make them by positions.float() * frequencies, not by einsum or @, which "
+                    "autocast casts; and rotate in float32.",
+                ),
             )
     return f"{worst:.2f} times the difference at position {shift}"
 
@@ -152,6 +161,43 @@ def _cast_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = kept[name]
+
+
+@contextmanager
+def _cast_as_fsdp(model: nn.Module) -> Iterator[None]:
+    """As FSDP trains: besides parameters, what blocks are called with."""
+
+    def narrow(value: Any) -> Any:
+        return in_precision(value, torch.bfloat16) if isinstance(value, torch.Tensor) else value
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map(narrow, args), tree_map(narrow, kwargs)
+
+    with ExitStack() as stack:
+        for block in blocks_of(model).values():
+            handle = block.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(_cast_parameters(model))
+        yield
+
+
+_CASTS = {
+    _autocast: "autocast",
+    _cast_parameters: "bfloat16 parameters",
+    _cast_as_fsdp: "bfloat16 parameters and arguments of layers",
+}
+"""The ways in which jobs compute in bfloat16 -> what they are called."""
+
+
+def _hint(cast: Any, usual: str) -> str:
+    """Of what differs by a cast, after those before it have passed."""
+    if cast is not _cast_as_fsdp:
+        return usual
+    return (
+        "FSDP casts the floating-point tensors that a layer is called with to bfloat16, which has "
+        "8 bits: of angles and positions, the rest is lost. Hand on their cosine and sine, complex "
+        "numbers, or the integer positions, and compute the angles within the layer in float32."
+    )
 
 
 def _long(subject: Subject, wanted: int = LONG_CONTEXT) -> int:
