@@ -40,6 +40,7 @@ QUICK = {
     "diffusion_noise_unseeded",
     "diffusion_without_data",
     "document_mask_ignored",
+    "dropped_before_the_norm",
     "float64_leak",
     "flops_off_by_two",
     "fsdp_without_root",
