@@ -35,6 +35,7 @@ QUICK = {
     "adapter_permutes_queries",
     "angles_given_to_layers",
     "codes_sum_left_out",
+    "compile_ignored",
     "dead_parameter",
     "diffusion_condition_dropped",
     "diffusion_noise_unseeded",
@@ -43,6 +44,7 @@ QUICK = {
     "dropped_before_the_norm",
     "float64_leak",
     "flops_off_by_two",
+    "fsdp_in_float32",
     "fsdp_without_root",
     "init_not_recursive",
     "layer_number_from_place",
@@ -204,6 +206,24 @@ def test_a_right_model_with_more_outputs_in_training_passes(name: str, tmp_path:
     only = ["cost.flops", "numerics.float64", "learning.gradients", "layouts.one_device"]
     outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status != "pass"] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "check", "note"),
+    [
+        (
+            "feed_forward_replicated",
+            "layouts.tp2",
+            r"60% of the layers' matrices are whole .*: layers\.N\.feed_forward\.w1\.weight, ",
+        ),
+        ("fsdp_in_float32", "layouts.fsdp2", "FSDP gathers all layers at once"),
+    ],
+)
+def test_an_option_that_costs_more_than_it_must_is_told(name, check, note, tmp_path) -> None:
+    outcomes = {o.check.name: o for o in run_checks(choose([check]), subject_of(name, tmp_path))}
+    assert outcomes[check].status == "pass"
+    assert re.search(note, outcomes[check].message), outcomes[check].message
 
 
 def test_a_loader_of_texts_adds_its_batches_to_random_tokens(tmp_path: Path) -> None:

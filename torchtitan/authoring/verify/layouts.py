@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves
 
 from torchtitan.errors import ConfigError
@@ -23,6 +22,7 @@ from torchtitan.train import Trainer
 
 from .batches import BATCH
 from .check import Check, CheckFailedError, Checks, NotApplicableError
+from .effects import CompiledGraphs, require_effect
 from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
 from .subject import Subject
 from .verdict import Comparison, compare_runs, judge
@@ -257,11 +257,39 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     except ConfigError as error:
         raise NotApplicableError(str(error)) from error
     reference = Recording.load(reference_path(subject, layout.reference))
-    comparison = compare_runs(trainer, train(trainer), reference)
+    with CompiledGraphs(trainer.model_parts) as graphs:
+        recording = train(trainer)
+    comparison = compare_runs(trainer, recording, reference)
     found: list[Comparison] = [comparison] * dist.get_world_size()
     dist.all_gather_object(found, comparison)
-    _require_effect(trainer, comparison)
-    return judge(found, trainer.job_config)
+    notes = require_effect(trainer, comparison, graphs.count)
+    return judge(found, trainer.job_config) + notes
+
+
+@CHECKS.of(
+    "layouts.fsdp2_bfloat16",
+    "FSDP computes in the precision of the job",
+    ranks=2,
+    joins=True,
+    timeout=120.0,
+    quick=False,
+    needs=(REFERENCE,),
+)
+def fsdp_computes_in_bfloat16(subject: Subject) -> str:
+    options = [o for o in options_of(LAYOUTS["fsdp2"]) if "mixed_precision" not in o]
+    try:
+        trainer = build_trainer(subject, *options, "--training.mixed_precision_param=bfloat16")
+    except ConfigError as error:
+        raise NotApplicableError(str(error)) from error
+    outputs = train(trainer, steps=1).outputs
+    inner = {name: tensors for name, tensors in outputs.items() if name}
+    narrow = [n for n, tensors in inner.items() if any(t.dtype == torch.bfloat16 for t in tensors)]
+    if inner and not narrow:
+        raise CheckFailedError(
+            "training.mixed_precision_param = bfloat16 has no effect: no module gives bfloat16",
+            "fully_shard needs mp_policy=MixedPrecisionPolicy(param_dtype=...), as in apply_fsdp.",
+        )
+    return f"{len(narrow)} of {len(inner)} modules give bfloat16"
 
 
 CHECKS += [
@@ -277,33 +305,3 @@ CHECKS += [
     )
     for name, layout in LAYOUTS.items()
 ]
-
-
-def _require_effect(trainer: Trainer, comparison: Comparison) -> None:
-    """An option that the model ignores would pass every comparison."""
-    config, dims = trainer.job_config, trainer.parallel_dims
-    ignored = ""
-    if dims.tp_enabled and not _is_sharded(trainer, "tp"):
-        ignored = "tensor_parallel_degree"
-    elif dims.ep_enabled and not _is_sharded(trainer, "ep"):
-        ignored = "expert_parallel_degree"
-    elif config.activation_checkpoint.mode == "full" and not config.compile.enable:
-        ignored = "" if comparison.recomputes else "activation_checkpoint.mode"
-    if ignored:
-        raise CheckFailedError(
-            f"{ignored} = 2 has no effect: no parameter is divided over these ranks"
-            if "degree" in ignored
-            else f"{ignored} = full has no effect: nothing is recomputed in the backward pass",
-            "parallelize.py must apply it, or raise ConfigError if the model cannot have it.",
-        )
-
-
-def _is_sharded(trainer: Trainer, mesh_dim: str) -> bool:
-    for part in trainer.model_parts:
-        for param in part.parameters():
-            names = (param.device_mesh.mesh_dim_names or ()) if isinstance(param, DTensor) else ()
-            if isinstance(param, DTensor) and mesh_dim in names:
-                place = param.placements[names.index(mesh_dim)]
-                if not isinstance(place, Replicate):
-                    return True
-    return False
