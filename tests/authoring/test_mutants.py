@@ -208,19 +208,20 @@ def test_a_right_model_with_more_outputs_in_training_passes(name: str, tmp_path:
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status != "pass"] == []
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "check", "note"),
     [
-        (
+        ("dropout_and_no_tensor_parallel", "layouts.one_device", "Dropout is left out .* in all"),
+        pytest.param(
             "feed_forward_replicated",
             "layouts.tp2",
             r"60% of the layers' matrices are whole .*: layers\.N\.feed_forward\.w1\.weight, ",
+            marks=pytest.mark.long,
         ),
         ("fsdp_in_float32", "layouts.fsdp2", "FSDP gathers all layers at once"),
     ],
 )
-def test_an_option_that_costs_more_than_it_must_is_told(name, check, note, tmp_path) -> None:
+def test_a_layout_passes_with_a_note(name, check, note, tmp_path) -> None:
     outcomes = {o.check.name: o for o in run_checks(choose([check]), subject_of(name, tmp_path))}
     assert outcomes[check].status == "pass"
     assert re.search(note, outcomes[check].message), outcomes[check].message

@@ -30,3 +30,11 @@ def test_the_innermost_line_of_the_author(files, shown):
     trace = "".join(f'  File "{file}", line 7, in f\n    f()\n' for file in files)
     _, place = explain([RankFailure(0, "RuntimeError: bad", trace, exit_code=1)])
     assert shown in place and place.endswith(":7 in f")
+
+
+def test_a_mixture_of_plain_and_distributed_tensors_is_a_style_that_is_missing():
+    reason = "RuntimeError: aten.add.Tensor got mixed torch.Tensor and DTensor, need to convert all"
+    trace = '  File "/home/me/model.py", line 7, in forward\n    x + self.norm(x)\n'
+    _, place = explain([RankFailure(0, reason, trace, exit_code=1)])
+    assert place.startswith("/home/me/model.py:7 in forward. ")
+    assert "SequenceParallel(use_local_output=True)" in place

@@ -23,7 +23,7 @@ from torchtitan.train import Trainer
 from .batches import BATCH
 from .check import Check, CheckFailedError, Checks, NotApplicableError
 from .effects import CompiledGraphs, require_effect
-from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
+from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole, without_dropout
 from .subject import Subject
 from .verdict import Comparison, compare_runs, judge
 
@@ -122,8 +122,7 @@ def one_device(subject: Subject) -> str:
     _require_same_batches(subject)
     recording = _train_for_reference(trainer)
     recording.save(reference_path(subject))
-    _require_repeatable(trainer, subject)
-    return _losses(recording)
+    return _losses(recording) + _require_repeatable(trainer, subject)
 
 
 def _train_for_reference(trainer: Trainer) -> Recording:
@@ -142,17 +141,12 @@ def reference_path(subject: Subject, reference: str = REFERENCE) -> Path:
     return subject.folder / f"{reference.partition('.')[2]}.pt"
 
 
-def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
-    """Two forward passes in training mode give the same, else no layouts can be compared."""
-    example = subject.example(2)
-    outputs = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            output = trainer.model_parts[0](example.tokens, **example.inputs)
-        # In training it may be several tensors, for a loss of the author's.
-        outputs.append([whole(t) for t in tree_leaves(output) if isinstance(t, torch.Tensor)])
-    first, same_seed, other_seed = outputs
+def _require_repeatable(trainer: Trainer, subject: Subject) -> str:
+    """Two forward passes in training mode give the same, else no layouts can be compared. Returns
+    what was left out to that end.
+    """
+    with without_dropout():
+        first, same_seed, other_seed = (_outputs(trainer, subject, seed) for seed in (0, 0, 1))
     if differing := _unequal(first, same_seed):
         a, b = differing
         by = float((a - b).norm() / a.norm())
@@ -163,11 +157,23 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
         )
     if _unequal(first, other_seed):
         raise NotApplicableError(
-            "forward() draws random numbers in training mode, and layouts draw different ones. Set "
-            "the dropout rates of this flavor to 0 to have its layouts checked"
+            "NO LAYOUT IS CHECKED: forward() draws random numbers in training mode, other than "
+            "those of torch.nn.functional.dropout, and layouts draw different ones. Set the rates "
+            "of this flavor to 0 to have its layouts checked"
             + ", and let the data loader draw noise"
             * (subject.own_batches is not None)
         )
+    drops = _unequal(first, _outputs(trainer, subject, 1))
+    return ". Dropout is left out here and in all layouts" if drops else ""
+
+
+def _outputs(trainer: Trainer, subject: Subject, seed: int) -> list[torch.Tensor]:
+    """Of a forward pass in training mode: several tensors perhaps, for a loss of the author's."""
+    example = subject.example(2)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        output = trainer.model_parts[0](example.tokens, **example.inputs)
+    return [whole(t) for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
 
 
 def _unequal(
