@@ -146,6 +146,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
         ("learned_positions", "debugmodel", "learned_positions"),
         ("recurrent", "debugmodel", "recurrent"),
         ("shared_projection", "debugmodel", "shared_projection"),
+        ("short_contexts", "debugmodel", "short_contexts"),
         ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("bidirectional", "debugmodel", "bidirectional"),
         ("two_halves", "debugmodel", "two_halves"),
@@ -195,6 +196,16 @@ def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) 
     outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
     assert "its own loader may give one length" in outcomes["semantics.lengths"].message
+
+
+def test_a_right_model_that_refuses_long_sequences_passes(tmp_path: Path) -> None:
+    subject = Subject("short_contexts", "debugmodel", tmp_path, "short_contexts")
+    only = ["contract.args", "numerics.bf16", "numerics.bf16_positions", "numerics.finite"]
+    outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
+    assert outcomes["contract.args"].message.endswith("vocab_size 264, of 128 tokens at most")
+    assert outcomes["numerics.finite"].message.startswith("128 tokens, ")
+    assert outcomes["numerics.bf16_positions"].status == "skip"
 
 
 @pytest.mark.parametrize(

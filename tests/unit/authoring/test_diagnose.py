@@ -38,3 +38,9 @@ def test_a_mixture_of_plain_and_distributed_tensors_is_a_style_that_is_missing()
     _, place = explain([RankFailure(0, reason, trace, exit_code=1)])
     assert place.startswith("/home/me/model.py:7 in forward. ")
     assert "SequenceParallel(use_local_output=True)" in place
+
+
+def test_an_index_out_of_range_may_be_a_table_of_positions():
+    trace = '  File "/home/me/model.py", line 7, in forward\n    self.places(positions)\n'
+    failure = RankFailure(0, "IndexError: index out of range in self", trace, exit_code=1)
+    assert "max_seq_len" in explain([failure])[1]

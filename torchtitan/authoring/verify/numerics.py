@@ -24,7 +24,7 @@ from .subject import Subject
 CHECKS = Checks("contract.forward")
 
 LONG_CONTEXT = 2048
-"""Tokens; less if the args have a smaller `max_seq_len`."""
+"""Tokens; less if the model takes no more."""
 BF16_TOLERANCE = 0.05
 """Length of the difference that bfloat16 makes in a token's logits, over that of the logits: the
 median over tokens, since some tokens go to other experts when scores are rounded."""
@@ -35,7 +35,7 @@ _WIDE = (torch.float64, torch.complex128)
 @CHECKS.of("numerics.bf16", "bfloat16 is near float32")
 def bf16_is_near_float32(subject: Subject) -> str:
     model = subject.build_varied()
-    example = subject.example(1, _long(subject, 1024))
+    example = subject.example(1, subject.at_most(1024))
     with torch.no_grad(), recorded_outputs(model) as wide:
         expected = example.run(model)
     worst, given = 0.0, example.cast(torch.bfloat16)  # as the trainer does
@@ -73,10 +73,12 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
     """
     if not accepts(subject.spec.model_cls, "positions"):
         raise NotApplicableError("forward() takes no positions")
-    seq = _long(subject, 256)
-    shift = _long(subject, _LATE + seq) - seq
+    seq = subject.at_most(256)
+    shift = subject.at_most(_LATE + seq) - seq
     if shift < 256:  # all positions are exact in bfloat16
-        raise NotApplicableError(f"max_seq_len = {shift + seq}, so there are no late positions")
+        raise NotApplicableError(
+            f"the model takes {shift + seq} tokens at most, so there are no late positions"
+        )
     model, tokens = subject.build_varied(), subject.tokens(1, seq)
     for parameter in model.layers.parameters():
         if parameter.ndim > 1:
@@ -200,11 +202,6 @@ def _hint(cast: Any, usual: str) -> str:
     )
 
 
-def _long(subject: Subject, wanted: int = LONG_CONTEXT) -> int:
-    longest = getattr(subject.args, "max_seq_len", None)
-    return min(wanted, longest) if isinstance(longest, int) else wanted
-
-
 @CHECKS.of("numerics.dtype", "logits are in the weights' dtype or float32")
 def logits_are_of_the_right_dtype(subject: Subject) -> str:
     model, example = subject.build(), subject.example(1)
@@ -267,7 +264,7 @@ class _WideTensors(TorchDispatchMode):
 
 @CHECKS.of("numerics.finite", "outputs and gradients at a long context are finite")
 def long_contexts_are_finite(subject: Subject) -> str:
-    model, seq = subject.build().train(), _long(subject)
+    model, seq = subject.build().train(), subject.at_most(LONG_CONTEXT)
     example = subject.example(1, seq)
     seq = example.labels.shape[1]
     for cast, dtype in ((None, "float32"), (_autocast, "bfloat16")):

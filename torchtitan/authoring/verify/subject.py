@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,28 @@ class Subject:
     def args(self) -> BaseModelArgs:
         """The model's arguments, for one process."""
         return self.spec.model_args.update_from_config(self.config())
+
+    def at_most(self, wanted: int) -> int:
+        """`wanted` tokens, or fewer: as many as the model takes, by the `max_seq_len` of its args and
+        their `update_from_config`.
+        """
+        longest = getattr(self.args, "max_seq_len", None)
+        wanted = min(wanted, longest) if isinstance(longest, int) else wanted
+        if wanted <= self.length or self._takes(wanted):
+            return wanted
+        taken, refused = self.length, wanted
+        while refused - taken > 1:
+            middle = (taken + refused) // 2
+            taken, refused = (middle, refused) if self._takes(middle) else (taken, middle)
+        return taken
+
+    def _takes(self, seq_len: int) -> bool:
+        args = copy.deepcopy(self.spec.model_args)  # which a mistake would change
+        try:
+            args.update_from_config(self.config(f"--training.seq_len={seq_len}"))
+        except ConfigError:
+            return False
+        return True
 
     def config(self, *options: str) -> JobConfig:
         """A job of the model in float32, with the options of `torchtitan train`."""
