@@ -55,8 +55,8 @@ class Subject:
         return self.spec.model_args.update_from_config(self.config())
 
     def at_most(self, wanted: int) -> int:
-        """`wanted` tokens, or fewer: as many as the model takes, by the `max_seq_len` of its args and
-        their `update_from_config`.
+        """`wanted` tokens, or fewer: as many as the `max_seq_len` of the args allows, and their
+        `update_from_config`.
         """
         longest = getattr(self.args, "max_seq_len", None)
         wanted = min(wanted, longest) if isinstance(longest, int) else wanted
