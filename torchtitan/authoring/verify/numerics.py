@@ -175,8 +175,9 @@ def _cast_as_fsdp(model: nn.Module) -> Iterator[None]:
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return tree_map(narrow, args), tree_map(narrow, kwargs)
 
+    has_layers = isinstance(getattr(model, "layers", None), nn.ModuleDict)  # see contract.layers
     with ExitStack() as stack:
-        for block in blocks_of(model).values():
+        for block in blocks_of(model).values() if has_layers else ():
             handle = block.register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(_cast_parameters(model))
