@@ -25,12 +25,7 @@ from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.components.data_loader import (
-    Batch,
-    check_dataloader,
-    loader_metrics,
-    next_batch,
-)
+from torchtitan.components.data_loader import Batch, check_dataloader, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, count_labels
@@ -41,6 +36,7 @@ from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
+from torchtitan.components.told import loader_metrics, loss_metrics
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validate import build_validator, check_validator, evaluating
 from torchtitan.components.window import Window
@@ -356,6 +352,7 @@ class Trainer:
                 data_wait_seconds=self.window.data_wait,
                 extra=self.expert_balance.metrics()
                 | loader_metrics(self.dataloader, self.sum_over_ranks)
+                | loss_metrics(self.loss_fn, self.sum_over_ranks)
                 | self.guard.metrics()
                 | self.replicas.metrics()
                 | self.stragglers.metrics(),

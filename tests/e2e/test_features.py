@@ -48,6 +48,26 @@ def test_an_option_does_not_change_the_losses(
     assert losses(lines) == pytest.approx(losses(plain), rel=1e-4)
 
 
+TOLD = {
+    "one": (1, "--training.replay_freq=1"),
+    "fsdp": (2, "--validation.enable", "--validation.freq=1", "--validation.steps=1"),
+    "tp": (2, "--parallelism.tensor_parallel_degree=2"),
+    "cp": (2, "--parallelism.context_parallel_degree=2"),
+    "pp": (2, "--parallelism.pipeline_parallel_degree=2"),
+}
+
+
+@pytest.mark.parametrize("layout", TOLD)
+def test_what_a_loss_tells_is_of_the_steps_of_training_on_all_ranks(
+    layout: str, tmp_path: Path
+) -> None:
+    """Neither of evaluation nor, in a pipeline, of the pass that finds out shapes."""
+    ranks, *options = TOLD[layout]
+    own = "--job.custom_import=own_parts_llama", "--model.name=own_loss_tells"
+    lines = train(tmp_path, *OPTIONS, *own, *options, ranks=ranks)
+    assert [line["loss_main"] for line in lines] == pytest.approx(losses(lines), rel=1e-6)
+
+
 def test_bfloat16_trains_like_float32_on_float32_weights(plain: list[dict], tmp_path: Path) -> None:
     options = ("--training.mixed_precision_param=bfloat16", "--checkpoint.enable")
     for ranks in 1, 2:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
-from statistics import mean
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-import torch.distributed as dist
 
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-    from torchtitan.distributed.host_sum import HostSum
     from torchtitan.protocols.train_spec import TrainSpec
 
 Batch = dict[str, torch.Tensor]
@@ -145,33 +141,3 @@ def next_batch(dataloader: Any, job_config: JobConfig, step: int) -> Batch:
             f"{job_config.training.steps}. Its __next__ must go on without end: after the last "
             "batch, begin the data anew"
         ) from error
-
-
-def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]:
-    """What a loader tells about itself, if it does: means over the ranks that tell it.
-
-    All ranks call this.
-    """
-    tell = getattr(dataloader, "metrics", None)
-    values: dict[str, float] = tell() if tell else {}
-    if not _alike("\n".join(values), sum_over_ranks):
-        told: list[dict[str, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(told, {name: float(value) for name, value in values.items()})
-        names = sorted(set().union(*told))
-        return {name: mean(own[name] for own in told if name in own) for name in names}
-    if not values:
-        return {}
-    means = torch.tensor(list(values.values()), dtype=torch.float64)
-    sum_over_ranks(means)
-    means /= dist.get_world_size()
-    return dict(zip(values, means.tolist(), strict=True))
-
-
-def _alike(text: str, sum_over_ranks: HostSum) -> bool:
-    """Whether all ranks have the same text, by a checksum of it."""
-    checksum = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=3).digest())
-    sums = torch.tensor([checksum, checksum**2])  # 48 bits: thousands of ranks' fit into 63
-    sum_over_ranks(sums)
-    total, total_of_squares = sums.tolist()
-    # Equal for numbers that are all the same, and for no others (Cauchy and Schwarz).
-    return bool(total**2 == dist.get_world_size() * total_of_squares)
