@@ -2,6 +2,7 @@
 
 own_loss            a plain function
 own_loss_tells      one that wraps ours, and tells of it
+own_loss_forgets    one that wraps ours, and does not hand attach on
 own_loader_steps    a loader whose state is a number, not rows
 own_loader_noise    a loader that gives more than the model gets
 own_loader_ends     a loader that ends after two batches
@@ -61,6 +62,11 @@ class Telling:
         return told
 
 
+def get_own_loss_forgets(flavor: str) -> TrainSpec:
+    spec = tiny_llama.get_train_spec(flavor)
+    return replace(spec, build_loss_fn=lambda job_config: build_loss(job_config).__call__)
+
+
 def get_own_loss_tells(flavor: str) -> TrainSpec:
     return replace(tiny_llama.get_train_spec(flavor), build_loss_fn=Telling)
 
@@ -98,6 +104,7 @@ def get_own_loader_ends(flavor: str) -> TrainSpec:
 
 register_train_spec("own_loss", get_own_loss)
 register_train_spec("own_loss_tells", get_own_loss_tells)
+register_train_spec("own_loss_forgets", get_own_loss_forgets)
 register_train_spec("own_loader_steps", get_own_loader_steps)
 register_train_spec("own_loader_noise", get_own_loader_noise)
 register_train_spec("own_loader_ends", get_own_loader_ends)

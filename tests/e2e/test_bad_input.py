@@ -81,6 +81,12 @@ def test_a_loss_may_be_a_plain_function(tmp_path: Path) -> None:
     assert set(done.exit_codes) == {0}, done.err
 
 
+def test_a_loss_that_wraps_ours_and_does_not_hand_attach_on(tmp_path: Path) -> None:
+    options = ("--model.name=own_loss_forgets", "--loss.name=chunked_cross_entropy")
+    done = refused(tmp_path / "run", OWN, *options)
+    assert_one_message(done, "loss.name = 'chunked_cross_entropy'", "loss.attach = main.attach")
+
+
 def test_a_rule_for_no_parameter(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     rules = ["layers.0", "layer.1"]

@@ -51,7 +51,13 @@ class ChunkedCrossEntropy:
             self._output = output
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        assert self._output is not None, "attach() was not called with the last part of the model"
+        """Raises `ConfigError` if `attach` was not called with the last part of the model."""
+        if self._output is None:
+            raise ConfigError(
+                "loss.name = 'chunked_cross_entropy' applies the model's output layer, but its "
+                "attach(model_parts) was not called. A build_loss_fn that calls torchtitan's loss "
+                "hands it on: loss.attach = main.attach. Or use loss.name = 'cross_entropy'"
+            )
         return chunked_linear_cross_entropy(
             pred.flatten(end_dim=-2),
             self._output.weight,
