@@ -38,7 +38,7 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
-from torchtitan.protocols.model import layers_of
+from torchtitan.protocols.model import layers_of, other_blocks_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -62,7 +62,8 @@ def apply_tensor_parallel(
     may lack any of them. What has other names is left to its author.
 
     Args:
-        block_plan: of each block; where blocks differ, what makes it from the block.
+        block_plan: of each block, a layer or one of the model's `other_blocks`; where blocks
+            differ, what makes it from the block.
 
     Raises:
         ConfigError: `tok_embeddings` is no `nn.Embedding`, or `output` no `nn.Linear`.
@@ -80,7 +81,7 @@ def apply_tensor_parallel(
         _overlap_with_matmuls(tp_mesh)
     with preserve_tying(model):
         parallelize_module(model, tp_mesh, adapt(model_plan))
-        for block in layers_of(model).values():
+        for block in (*layers_of(model).values(), *other_blocks_of(model).values()):
             parallelize_module(block, tp_mesh, adapt(plan_of(block)))
 
 
