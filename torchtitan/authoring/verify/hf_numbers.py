@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torchtitan.components.checkpoint.load import first_names
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
+from torchtitan.models.from_hf import read_hf_config
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.tools.text import few
 
@@ -96,12 +97,19 @@ def _without_constants(folder: Path, subject: Subject) -> Path:
 
 
 def _load_theirs(folder: Path) -> Any:
+    """Raises `NotApplicableError` if there is nothing to compare with."""
     try:
         import transformers
     except ImportError as error:
         raise NotApplicableError(
             "transformers is not installed: pip install transformers to compare numbers"
         ) from error
+    kind = read_hf_config(folder).get("model_type")
+    if kind is not None and kind not in transformers.CONFIG_MAPPING:
+        raise NotApplicableError(
+            f"transformers {transformers.__version__} has no model of model_type = {kind!r} to "
+            "compare numbers with"
+        )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
