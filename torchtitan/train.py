@@ -423,11 +423,13 @@ def main(argv: list[str] | None = None) -> int:
         faulthandler.enable(sys.__stderr__)  # a crash in native code tells where Python stood
     job_config = load_config(sys.argv[1:] if argv is None else argv)
     utils.refuse_separate_tasks()
-    trainer = Trainer(job_config)
+    trainer = None
     try:
+        trainer = Trainer(job_config)
         finished = trainer.train()
-    except Exception as error:
-        if not trainer.may_hang:
+    except (Exception, KeyboardInterrupt) as error:
+        # Also of a trainer that is half made, or has not begun with its steps.
+        if not (utils.in_cuda_group() or (trainer and trainer.may_hang)):
             raise
         end_at_once(error)
     if finished:
