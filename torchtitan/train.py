@@ -115,7 +115,8 @@ class Trainer:
         # Build, on the meta device.
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
-        self.model_inputs = ModelInputs(model, self.parallel_dims, job_config)
+        vocab_size = getattr(model_args, "vocab_size", None)
+        self.model_inputs = ModelInputs(model, self.parallel_dims, job_config, vocab_size)
         check_rules(model, job_config)
         self._describe(model)
         self.loss_fn = spec.build_loss_fn(job_config)
@@ -320,7 +321,7 @@ class Trainer:
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
         self.watch.enter("after the step", self.state.step)
-        tokens, labels, inputs = self._to_device(batch)
+        tokens, labels, inputs = self._to_device(self.model_inputs.checked_for_validation(batch))
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
