@@ -29,6 +29,7 @@ from torchtitan.components.data_loader import (
     Batch,
     check_dataloader,
     loader_metrics,
+    loader_outages,
     next_batch,
 )
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
@@ -120,9 +121,10 @@ class Trainer:
         check_rules(model, job_config)
         self._describe(model)
         self.loss_fn = spec.build_loss_fn(job_config)
-        self.dataloader = spec.build_dataloader_fn(
-            job_config, self.tokenizer, data_rank, data_ranks
-        )
+        with loader_outages(job_config):
+            self.dataloader = spec.build_dataloader_fn(
+                job_config, self.tokenizer, data_rank, data_ranks
+            )
         check_dataloader(self.dataloader, job_config)
         self.validator: Any = None
         if job_config.validation.enable:

@@ -1,5 +1,6 @@
 """What a data loader lacks is said at once, in one message."""
 
+import errno
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torchtitan.components.data_loader import check_dataloader, next_batch
 from torchtitan.components.model_inputs import ModelInputs, pinned
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import ConfigError, DataError, OutageError
 
 TOKENS = torch.zeros(2, 4, dtype=torch.int64)
 LONGER = torch.zeros(3, 6, dtype=torch.int64)
@@ -87,6 +88,38 @@ def test_a_loader_that_ends_is_a_mistake_that_names_the_step(config):
     with pytest.raises(DataError, match="_fn of mine: the loader has ended in step 2 of 9") as end:
         next_batch(loader, config, 2)
     assert end.value.exit_code == 2
+
+
+class Failing:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("peer"), TimeoutError("late"), OSError(errno.EIO, "I/O error")]
+)
+def test_an_outage_of_an_own_loader_is_told_as_one(config, error, caplog):
+    with pytest.raises(OutageError, match=f"of mine: {type(error).__name__}: .* This may") as told:
+        next_batch(Failing(error), config, 1)
+    assert told.value.exit_code == 1
+    assert "in __next__" in caplog.text  # where it was raised
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(FileNotFoundError(errno.ENOENT, "none"), PermissionError(errno.EACCES, "not for you")),
+        *(OSError(errno.ENOSPC, "full"), OSError("of a file"), ValueError("a bug")),
+        DataError("a mistake"),
+    ],
+)
+def test_other_errors_of_an_own_loader_stay_as_they_are(config, error):
+    with pytest.raises(type(error)) as raised:
+        next_batch(Failing(error), config, 1)
+    assert raised.value is error
 
 
 class Model(nn.Module):
