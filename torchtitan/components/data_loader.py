@@ -33,6 +33,8 @@ logger = logging.getLogger("torchtitan")
 Batch = dict[str, torch.Tensor]
 
 _METHODS = ("__next__", "close")
+_SLOTS = 64
+"""Numbers that a loader tells in the same message as their names' checksums."""
 _STATE_METHODS = ("state_dict", "load_state_dict")
 
 
@@ -186,24 +188,29 @@ def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]
     """
     tell = getattr(dataloader, "metrics", None)
     values: dict[str, float] = tell() if tell else {}
-    if not _alike("\n".join(values), sum_over_ranks):
-        told: list[dict[str, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(told, {name: float(value) for name, value in values.items()})
+    numbers = [float(value) for value in values.values()]
+    checksums = _checksums("\n".join(values))
+    ranks, firsts = dist.get_world_size(), numbers[:_SLOTS]
+    # One sum for both. It is of as many numbers on each rank, whatever that rank tells.
+    given = [*checksums, *(c**2 for c in checksums), *firsts, *[0.0] * (_SLOTS - len(firsts))]
+    sums = torch.tensor(given, dtype=torch.float64)
+    sum_over_ranks(sums)
+    parts = len(checksums)
+    pairs = zip(sums[:parts].tolist(), sums[parts : 2 * parts].tolist(), strict=True)
+    # Equal for numbers that are all the same, and for no others (Cauchy and Schwarz).
+    if not all(int(total) ** 2 == ranks * int(squares) for total, squares in pairs):
+        told: list[dict[str, float]] = [{}] * ranks
+        dist.all_gather_object(told, dict(zip(values, numbers, strict=True)))
         names = sorted(set().union(*told))
         return {name: mean(own[name] for own in told if name in own) for name in names}
-    if not values:
-        return {}
-    means = torch.tensor(list(values.values()), dtype=torch.float64)
-    sum_over_ranks(means)
-    means /= dist.get_world_size()
+    rest = torch.tensor(numbers[_SLOTS:], dtype=torch.float64)
+    if len(rest):
+        sum_over_ranks(rest)
+    means = torch.cat([sums[2 * parts :][: len(firsts)], rest]) / ranks
     return dict(zip(values, means.tolist(), strict=True))
 
 
-def _alike(text: str, sum_over_ranks: HostSum) -> bool:
-    """Whether all ranks have the same text, by a checksum of it."""
-    checksum = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=3).digest())
-    sums = torch.tensor([checksum, checksum**2])  # 48 bits: thousands of ranks' fit into 63
-    sum_over_ranks(sums)
-    total, total_of_squares = sums.tolist()
-    # Equal for numbers that are all the same, and for no others (Cauchy and Schwarz).
-    return bool(total**2 == dist.get_world_size() * total_of_squares)
+def _checksums(text: str) -> tuple[int, int]:
+    """Of 16 bits each: the squares of a million ranks' add up to less than 53 bits, exactly."""
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return int.from_bytes(digest[:2]), int.from_bytes(digest[2:])
