@@ -81,8 +81,7 @@ def has_own_loader(build_dataloader_fn: Any) -> bool:
 
 def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:
     """The loader of a job on one process."""
-    tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
-    return spec.build_dataloader_fn(job_config, tokenizer, 0, 1)
+    return spec.build_dataloader_fn(job_config, spec.tokenizer(job_config), 0, 1)
 
 
 def why_no_batch(error: Exception) -> str:
