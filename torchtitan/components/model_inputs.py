@@ -116,14 +116,7 @@ class ModelInputs:
                 f"{who} has {some(reserved)}, but an input of forward() cannot be called "
                 f"{some(_OF_A_PIPELINE)}, which pipelines have for themselves. Choose another name"
             )
-        masked = self._config.training.document_mask
-        if "positions" in batch and "document_ids" not in batch and not masked:
-            # With document_ids, they are those of packed documents, for which the mask is off.
-            raise ConfigError(
-                f"{who} has 'positions' without 'document_ids', but without training.document_mask "
-                "the positions of a sequence are 0, 1, 2, ... Leave them out, give document_ids "
-                "too and set training.document_mask, or choose another name, also in forward()"
-            )
+        refuse_lone_positions(who, batch, self._config)
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
         if unknown:
             raise ConfigError(
@@ -200,6 +193,18 @@ class ModelInputs:
         inputs = {name: batch[name] for name in self._usual} | own_inputs(batch)
         inputs = {name: in_precision(tensor, self._dtype) for name, tensor in inputs.items()}
         return in_precision(batch["tokens"], self._dtype), batch["labels"], inputs
+
+
+def refuse_lone_positions(who: str, batch: Batch, job_config: JobConfig) -> None:
+    """Raises `ConfigError` for positions that the model would not get."""
+    masked = job_config.training.document_mask
+    if "positions" in batch and "document_ids" not in batch and not masked:
+        # With document_ids, they are those of packed documents, for which the mask is off.
+        raise ConfigError(
+            f"{who} has 'positions' without 'document_ids', but without training.document_mask "
+            "the positions of a sequence are 0, 1, 2, ... Leave them out, give document_ids "
+            "too and set training.document_mask, or choose another name, also in forward()"
+        )
 
 
 def own_inputs(batch: Batch) -> Batch:
