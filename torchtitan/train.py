@@ -29,6 +29,7 @@ from torchtitan.components.data_loader import (
     Batch,
     check_dataloader,
     loader_metrics,
+    loader_outages,
     next_batch,
 )
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
@@ -115,13 +116,15 @@ class Trainer:
         # Build, on the meta device.
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
-        self.model_inputs = ModelInputs(model, self.parallel_dims, job_config)
+        vocab_size = getattr(model_args, "vocab_size", None)
+        self.model_inputs = ModelInputs(model, self.parallel_dims, job_config, vocab_size)
         check_rules(model, job_config)
         self._describe(model)
         self.loss_fn = spec.build_loss_fn(job_config)
-        self.dataloader = spec.build_dataloader_fn(
-            job_config, self.tokenizer, data_rank, data_ranks
-        )
+        with loader_outages(job_config):
+            self.dataloader = spec.build_dataloader_fn(
+                job_config, self.tokenizer, data_rank, data_ranks
+            )
         check_dataloader(self.dataloader, job_config)
         self.validator: Any = None
         if job_config.validation.enable:
@@ -320,7 +323,7 @@ class Trainer:
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
         self.watch.enter("after the step", self.state.step)
-        tokens, labels, inputs = self._to_device(batch)
+        tokens, labels, inputs = self._to_device(self.model_inputs.checked_for_validation(batch))
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
@@ -423,11 +426,13 @@ def main(argv: list[str] | None = None) -> int:
         faulthandler.enable(sys.__stderr__)  # a crash in native code tells where Python stood
     job_config = load_config(sys.argv[1:] if argv is None else argv)
     utils.refuse_separate_tasks()
-    trainer = Trainer(job_config)
+    trainer = None
     try:
+        trainer = Trainer(job_config)
         finished = trainer.train()
-    except Exception as error:
-        if not trainer.may_hang:
+    except (Exception, KeyboardInterrupt) as error:
+        # Also of a trainer that is half made, or has not begun with its steps.
+        if not (utils.in_cuda_group() or (trainer and trainer.may_hang)):
             raise
         end_at_once(error)
     if finished:

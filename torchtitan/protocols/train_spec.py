@@ -59,6 +59,10 @@ class TrainSpec:
             cast(Any, model).args = args  # which a checkpoint is compared with when it is resumed
         return model
 
+    def tokenizer(self, job_config: Any) -> Any:
+        """That of a job; None if the model reads no text."""
+        return self.build_tokenizer_fn(job_config) if self.build_tokenizer_fn else None
+
 
 def register_train_spec(name: str, factory: TrainSpecFactory) -> None:
     """Make a model known as `model.name = name`. Repeating the same call is harmless.
