@@ -62,6 +62,7 @@ from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.same_outcome import on_rank_zero
+from torchtitan.distributed.unapplied import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.tools.garbage_collection import GarbageCollection
@@ -139,6 +140,7 @@ class Trainer:
             self.model_parts = [spec.parallelize_fn(model, *layout)]
         if self.parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
+        warn_of_unapplied(self.model_parts, job_config)
         on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
 
         # Take memory.
