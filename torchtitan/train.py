@@ -46,6 +46,7 @@ from torchtitan.components.validate import build_validator, check_validator, eva
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
+from torchtitan.config.load import print_config
 from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp
@@ -424,6 +425,8 @@ def main(argv: list[str] | None = None) -> int:
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a crash in native code tells where Python stood
     job_config = load_config(sys.argv[1:] if argv is None else argv)
+    if job_config.job.print_config:
+        print_config(job_config)
     utils.refuse_separate_tasks()
     trainer = Trainer(job_config)
     try:

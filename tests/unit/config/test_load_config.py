@@ -409,6 +409,17 @@ def test_only_one_rank_prints_the_config(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_print_config_in_a_file_stops_no_run(write, capsys):
+    """As in upstream's files; a scheduler would take exit code 0 for a run that is done."""
+    argv = write("[job]\nprint_config = true\n[training]\nsteps = 5")
+    assert load_config(argv).job.print_config
+    assert capsys.readouterr().out == ""  # of a command that plans the job, say
+    assert not load_config([*argv, "--job.print_config=false"]).job.print_config
+    with pytest.raises(SystemExit):
+        load_config([*argv, "--job.print_config"])
+    assert "steps = 5" in capsys.readouterr().out
+
+
 def test_awkward_values_survive_the_round_trip(write):
     config = JobConfig()
     config.job.description = 'quotes " \\ \n\r\t \x7f \x01 é 😀 #'
