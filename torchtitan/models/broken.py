@@ -10,14 +10,14 @@ from types import ModuleType
 from typing import NoReturn
 
 from torchtitan.errors import ConfigError
-from torchtitan.tools.user_module import failed_import
+from torchtitan.tools.user_module import with_place
 
 
 class BrokenModel:
     """In the registry, in place of a `get_train_spec`."""
 
     def __init__(self, name: str, problem: str, error: Exception) -> None:
-        self.problem = f"the model {name} cannot be used: its {problem}"
+        self.problem = f"the model {name} cannot be used: its import failed with {problem}"
         self._error = error
 
     def __call__(self, flavor: str) -> NoReturn:
@@ -50,5 +50,5 @@ def import_each(package: str, folder: Path) -> None:
         except Exception as error:
             broken = sys.modules[module] = _BrokenModule(module)
             broken.__path__ = [str(folder / found.name)]  # its parts can be imported
-            problem = failed_import(error, [broken.__path__[0]])
+            problem = with_place(error, [broken.__path__[0]])
             broken.get_train_spec = BrokenModel(found.name, problem, error)

@@ -31,39 +31,31 @@ def import_user_module(name: str, key: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        problem = failed_import(error, _places(name))
-        raise ConfigError(f"{key} = {name!r}: the {problem}") from error
+        problem = with_place(error, places_of(name))
+        raise ConfigError(f"{key} = {name!r}: the import failed with {problem}") from error
     if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
         raise NoPackageError(f"{key} = {name!r}: {_without_init(name, Path(*module.__path__[:1]))}")
     return module
 
 
-def failed_import(error: Exception, places: list[str]) -> str:
-    """`import failed with NameError: ... (FILE:LINE)`.
+def with_place(error: Exception, places: list[str]) -> str:
+    """`NameError: ... (FILE:LINE)`.
 
     Args:
-        places: the folders or files of what was imported. Its line is named, and not that of a
-            library which it calls.
+        places: folders or files of the user. Their line is named, and not that of a library which
+            they call.
     """
+    name = type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
-        return f"import failed with {_named(error, error.msg)} ({error.filename}:{error.lineno})"
-    return f"import failed with {with_place(error, places)}"
-
-
-def with_place(error: Exception, places: list[str]) -> str:
-    """`NameError: ... (FILE:LINE)`, with the last line in `places` that raised the error."""
+        return f"{name}: {error.msg} ({error.filename}:{error.lineno})"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     own = [f for f in frames if any(Path(f.filename).is_relative_to(place) for place in places)]
     frame = (own or frames)[-1]
     in_file = not frame.filename.startswith("<frozen")  # Python's own import code
-    return _named(error, str(error)) + (f" ({frame.filename}:{frame.lineno})" if in_file else "")
+    return f"{name}: {error}" + (f" ({frame.filename}:{frame.lineno})" if in_file else "")
 
 
-def _named(error: Exception, text: str) -> str:
-    return f"{type(error).__name__}: {text}"
-
-
-def _places(name: str) -> list[str]:
+def places_of(name: str) -> list[str]:
     """Where Python finds the module, or the package that it is in; empty if it does not."""
     try:
         spec = importlib.util.find_spec(name.partition(".")[0])

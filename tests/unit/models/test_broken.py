@@ -86,7 +86,9 @@ def test_what_else_is_imported_from_it_tells_the_same(zoo: Path) -> None:
 def test_a_config_json_of_no_model_may_be_of_the_broken_one(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(MODEL_REGISTRY, "broken", BrokenModel("broken", "XY", ValueError()))
     (tmp_path / "config.json").write_text('{"model_type": "mine"}')
-    with pytest.raises(CheckpointError, match=r"And the model broken cannot be used: its XY\."):
+    with pytest.raises(
+        CheckpointError, match=r"And the model broken cannot be used: its import failed with XY\."
+    ):
         train_spec_of_hf_folder(tmp_path)
 
 
@@ -102,7 +104,7 @@ def test_the_list_of_models_goes_on(monkeypatch, capsys) -> None:
     assert "llama3" in printed.out and "qwen3" in printed.out
     line = without_sizes.__code__.co_firstlineno + 1
     assert printed.err.splitlines() == [
-        "warning: the model broken cannot be used: its XY",
+        "warning: the model broken cannot be used: its import failed with XY",
         f"warning: sizeless: NameError: name 'torch' is not defined ({__file__}:{line})",
     ]
 
