@@ -47,6 +47,7 @@ from torchtitan.components.validate import build_validator, check_validator, eva
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
+from torchtitan.config.load import print_config
 from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp
@@ -63,6 +64,7 @@ from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.same_outcome import on_rank_zero
+from torchtitan.distributed.unapplied import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.tools.garbage_collection import GarbageCollection
@@ -142,6 +144,7 @@ class Trainer:
             self.model_parts = [spec.parallelize_fn(model, *layout)]
         if self.parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
+        warn_of_unapplied(self.model_parts, job_config)
         on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
 
         # Take memory.
@@ -425,6 +428,8 @@ def main(argv: list[str] | None = None) -> int:
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a crash in native code tells where Python stood
     job_config = load_config(sys.argv[1:] if argv is None else argv)
+    if job_config.job.print_config:
+        print_config(job_config)
     utils.refuse_separate_tasks()
     trainer = None
     try:
