@@ -6,6 +6,7 @@ own_loss_forgets    one that wraps ours, and does not hand attach on
 own_loader_steps    a loader whose state is a number, not rows
 own_loader_noise    a loader that gives more than the model gets
 own_loader_ends     a loader that ends after two batches
+own_validator       a validator whose tokens the model does not know
 """
 
 from dataclasses import replace
@@ -102,9 +103,24 @@ def get_own_loader_ends(flavor: str) -> TrainSpec:
     )
 
 
+class UnknownTokens:
+    def validate(self, model_parts, evaluate):
+        tokens = torch.full((3, 8), 10_000)
+        return evaluate({"tokens": tokens, "labels": tokens}).item()
+
+    def close(self):
+        pass
+
+
+def get_own_validator(flavor: str) -> TrainSpec:
+    spec = tiny_llama.get_train_spec(flavor)
+    return replace(spec, build_validator_fn=lambda *_: UnknownTokens())
+
+
 register_train_spec("own_loss", get_own_loss)
 register_train_spec("own_loss_tells", get_own_loss_tells)
 register_train_spec("own_loss_forgets", get_own_loss_forgets)
+register_train_spec("own_validator", get_own_validator)
 register_train_spec("own_loader_steps", get_own_loader_steps)
 register_train_spec("own_loader_noise", get_own_loader_noise)
 register_train_spec("own_loader_ends", get_own_loader_ends)

@@ -102,6 +102,13 @@ def test_corrupt_toml(tmp_path: Path) -> None:
     assert_one_message(done, f"{config}:2: not valid TOML")
 
 
+def test_a_validator_with_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
+    options = ("--model.name=own_validator", "--validation.enable", "--validation.freq=1")
+    done = refused(tmp_path / "run", OWN, *options)
+    assert "build_validator_fn of own_validator: a batch of the validator has the tok" in done.err
+    assert done.exit_codes == [2] and "Traceback" not in done.err, done.err
+
+
 @pytest.mark.parametrize("section", ["training", "validation"])
 def test_an_empty_dataset(section: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()

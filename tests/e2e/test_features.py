@@ -120,8 +120,13 @@ def test_the_resolved_config_repeats_the_run(plain: list[dict], tmp_path: Path) 
     )
     ours.job.config_file = theirs.job.config_file = None
     assert ours == theirs
-    again = train(tmp_path / "again", "--job.config_file", str(resolved))
-    assert losses(again) == losses(plain)
+    # And with the key in it that upstream's files have, which prints and trains.
+    resolved.write_text(resolved.read_text().replace("[job]\n", "[job]\nprint_config = true\n"))
+    words = "--job.config_file", str(resolved), f"--job.dump_folder={tmp_path}/again"
+    again = command("train", *words)
+    assert again.exit_code == 0, again.err
+    assert losses(read_lines(tmp_path / "again" / "metrics.jsonl")) == losses(plain)
+    assert "[training]\n" in again.out
 
 
 def test_an_ordinary_run_says_nothing_but_its_log(tmp_path: Path) -> None:

@@ -82,6 +82,9 @@ def trained(folder: Path, ranks: int, *more: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(folder)
     done = command("train", *words, ranks=ranks)
     assert done.exit_code == 0, done.err
+    if "--activation_checkpoint.mode=full" in more:
+        assert "WARNING" not in done.err
+    assert "compile.enable = true: has no effect" not in done.err
     return losses(folder)
 
 
@@ -96,7 +99,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_guides_model_trains_alike_on_one_and_four_processes(one: Path, tmp_path: Path) -> None:
     torchrun = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "torchtitan.train"]
-    shell([*torchrun, *options(tmp_path, whole=False)], cwd=tmp_path)
+    done = shell([*torchrun, *options(tmp_path, whole=False)], cwd=tmp_path)
+    # Its `parallelize_fn` knows one mode of checkpointing, which is not the default.
+    assert done.err.count('activation_checkpoint.mode = "selective": has no effect') == 1
     assert losses(one)[-1] < losses(one)[0] - 0.3
     assert losses(tmp_path) == pytest.approx(losses(one), rel=1e-4)
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import (
+    ConfigError,
+    DataError,
+    OutageError,
+    TitanError,
+    disk_is_full,
+    may_pass,
+)
 from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.protocols.train_spec import TrainSpec
+
+logger = logging.getLogger("torchtitan")
 
 Batch = dict[str, torch.Tensor]
 
@@ -63,8 +75,7 @@ def has_own_loader(build_dataloader_fn: Any) -> bool:
 
 def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:
     """The loader of a job on one process."""
-    tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
-    return spec.build_dataloader_fn(job_config, tokenizer, 0, 1)
+    return spec.build_dataloader_fn(job_config, spec.tokenizer(job_config), 0, 1)
 
 
 def why_no_batch(error: Exception) -> str:
@@ -132,12 +143,32 @@ def next_batch(dataloader: Any, job_config: JobConfig, step: int) -> Batch:
 
     Raises:
         DataError: the loader has ended. Started again, it would do so at the same place.
+        OutageError: see `loader_outages`.
     """
     try:
-        return cast(Batch, next(dataloader))
+        with loader_outages(job_config):
+            return cast(Batch, next(dataloader))
     except StopIteration as error:
         raise DataError(
             f"{builder(job_config)}: the loader has ended in step {step} of "
             f"{job_config.training.steps}. Its __next__ must go on without end: after the last "
             "batch, begin the data anew"
+        ) from error
+
+
+@contextmanager
+def loader_outages(job_config: JobConfig) -> Iterator[None]:
+    """Turns errors of an author's loader that may pass, such as a connection that is reset, into
+    an `OutageError`, after which the run is started again later and not at once.
+    """
+    try:
+        yield
+    except (TitanError, StopIteration):
+        raise
+    except Exception as error:
+        if disk_is_full(error) or not may_pass(error):
+            raise
+        logger.exception("where the data loader failed:")  # it may be a bug of the author after all
+        raise OutageError(
+            f"{builder(job_config)}: {first_line(error)}. This may pass: start the run again"
         ) from error

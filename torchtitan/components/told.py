@@ -12,6 +12,9 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torchtitan.distributed.host_sum import HostSum
 
+_SLOTS = 128
+"""Numbers that go in the same message as their names' checksums: two for each name."""
+
 
 def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]:
     """What a loader tells about itself, if it does: means over the ranks that tell it.
@@ -36,28 +39,37 @@ def loss_metrics(loss_fn: Any, sum_over_ranks: HostSum) -> dict[str, float]:
 
 def _means(values: dict[str, tuple[float, float]], sum_over_ranks: HostSum) -> dict[str, float]:
     """Sums over counts, of all ranks. Names may be others on each rank."""
-    told = {name: [float(number) for number in pair] for name, pair in values.items()}
-    if not _alike("\n".join(told), sum_over_ranks):
-        of_ranks: list[dict[str, list[float]]] = [{}] * dist.get_world_size()
+    told = {name: (float(total), float(count)) for name, (total, count) in values.items()}
+    numbers = [number for pair in told.values() for number in pair]
+    checksums = _checksums("\n".join(told))
+    ranks, firsts = dist.get_world_size(), numbers[:_SLOTS]
+    # One sum for both. It is of as many numbers on each rank, whatever that rank tells.
+    given = [*checksums, *(c**2 for c in checksums), *firsts, *[0.0] * (_SLOTS - len(firsts))]
+    sums = torch.tensor(given, dtype=torch.float64)
+    sum_over_ranks(sums)
+    parts = len(checksums)
+    pairs = zip(sums[:parts].tolist(), sums[parts : 2 * parts].tolist(), strict=True)
+    # Equal for numbers that are all the same, and for no others (Cauchy and Schwarz).
+    if all(int(total) ** 2 == ranks * int(squares) for total, squares in pairs):
+        rest = torch.tensor(numbers[_SLOTS:], dtype=torch.float64)
+        if len(rest):
+            sum_over_ranks(rest)
+        summed = torch.cat([sums[2 * parts :][: len(firsts)], rest]).tolist()
+        told = dict(zip(told, zip(summed[::2], summed[1::2], strict=True), strict=True))
+    else:
+        of_ranks: list[dict[str, tuple[float, float]]] = [{}] * ranks
         dist.all_gather_object(of_ranks, told)
         names = sorted(set().union(*of_ranks))
-        told = {name: _sums(own[name] for own in of_ranks if name in own) for name in names}
-    elif told:
-        sums = torch.tensor(list(told.values()), dtype=torch.float64)
-        sum_over_ranks(sums)
-        told = dict(zip(told, sums.tolist(), strict=True))
+        told = {name: _sum(own[name] for own in of_ranks if name in own) for name in names}
     return {name: total / count for name, (total, count) in told.items() if count}
 
 
-def _sums(pairs: Iterable[list[float]]) -> list[float]:
-    return [sum(column) for column in zip(*pairs, strict=True)]
+def _sum(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    totals, counts = zip(*pairs, strict=True)
+    return sum(totals), sum(counts)
 
 
-def _alike(text: str, sum_over_ranks: HostSum) -> bool:
-    """Whether all ranks have the same text, by a checksum of it."""
-    checksum = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=3).digest())
-    sums = torch.tensor([checksum, checksum**2])  # 48 bits: thousands of ranks' fit into 63
-    sum_over_ranks(sums)
-    total, total_of_squares = sums.tolist()
-    # Equal for numbers that are all the same, and for no others (Cauchy and Schwarz).
-    return bool(total**2 == dist.get_world_size() * total_of_squares)
+def _checksums(text: str) -> tuple[int, int]:
+    """Of 16 bits each: the squares of a million ranks' add up to less than 53 bits, exactly."""
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return int.from_bytes(digest[:2]), int.from_bytes(digest[2:])

@@ -108,8 +108,7 @@ def dataloader_resumes(subject: Subject) -> str:
         return loaders[-1]
 
     try:
-        make_tokenizer = subject.spec.build_tokenizer_fn
-        tokenizer = make_tokenizer(config) if make_tokenizer else None
+        tokenizer = subject.spec.tokenizer(config)
         first = loader()
     except Exception as error:  # it may want options or files of a job
         reason = first_line(error)
