@@ -81,9 +81,12 @@ def test_a_loss_may_be_a_plain_function(tmp_path: Path) -> None:
     assert set(done.exit_codes) == {0}, done.err
 
 
-def test_a_loss_that_wraps_ours_and_does_not_hand_attach_on(tmp_path: Path) -> None:
-    options = ("--model.name=own_loss_forgets", "--loss.name=chunked_cross_entropy")
-    done = refused(tmp_path / "run", OWN, *options)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_wraps_ours_and_does_not_hand_attach_on(ranks: int, tmp_path: Path) -> None:
+    """Under tensor parallelism the output layer could not even be called."""
+    options = ["--model.name=own_loss_forgets", "--loss.name=chunked_cross_entropy"]
+    options.append(f"--parallelism.tensor_parallel_degree={ranks}")
+    done = refused(tmp_path / "run", OWN, *options, ranks=ranks)
     assert_one_message(done, "loss.name = 'chunked_cross_entropy'", "loss.attach = main.attach")
 
 

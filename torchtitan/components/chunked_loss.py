@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.components.loss import IGNORE_INDEX, VocabShard, of_training
+from torchtitan.distributed.tensor_parallel import LOSS_NOT_ATTACHED
 from torchtitan.errors import ConfigError
 
 
@@ -53,11 +54,7 @@ class ChunkedCrossEntropy:
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Raises `ConfigError` if `attach` was not called with the last part of the model."""
         if self._output is None:
-            raise ConfigError(
-                "loss.name = 'chunked_cross_entropy' applies the model's output layer, but its "
-                "attach(model_parts) was not called. A build_loss_fn that calls torchtitan's loss "
-                "hands it on: loss.attach = main.attach. Or use loss.name = 'cross_entropy'"
-            )
+            raise ConfigError(LOSS_NOT_ATTACHED)
         return chunked_linear_cross_entropy(
             pred.flatten(end_dim=-2),
             self._output.weight,

@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 
 Plan = dict[str, ParallelStyle]
 
+LOSS_NOT_ATTACHED = (
+    "loss.name = 'chunked_cross_entropy' applies the model's output layer, but its "
+    "attach(model_parts) was not called. A build_loss_fn that calls torchtitan's loss hands it on: "
+    "loss.attach = main.attach. Or use loss.name = 'cross_entropy'"
+)
+"""A mistake of an author, found where the layer or the loss is called first."""
+
 
 def apply_tensor_parallel(
     model: nn.Module,
@@ -317,6 +324,7 @@ class DeferredOutputParallel(ParallelStyle):
 
     The layer receives `[batch, seq / tp, dim]` and passes on all of `[batch, seq, dim]` as a plain
     tensor whose gradient is a partial sum, since each rank's vocabulary contributes a part of it.
+    Called without that loss, it raises `ConfigError`.
     """
 
     def __init__(self) -> None:
@@ -329,6 +337,8 @@ class DeferredOutputParallel(ParallelStyle):
             module.register_parameter("weight", nn.Parameter(weight))
 
         def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            if "forward" not in vars(module):  # which `attach` of the loss has replaced
+                raise ConfigError(LOSS_NOT_ATTACHED)
             return gather_for_parts(inputs[0], mesh, self.input_layouts)
 
         return distribute_module(module, device_mesh, shard_weight, gather_sequence)
