@@ -39,6 +39,7 @@ QUICK = {
     "diffusion_noise_unseeded",
     "diffusion_without_data",
     "document_mask_ignored",
+    "documents_of_row_0",
     "float64_leak",
     "flops_off_by_two",
     "fsdp_without_root",

@@ -11,11 +11,19 @@ import dataclasses
 
 import torch
 
+from torchtitan.protocols.model import ModelProtocol
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
 from .check import CheckFailedError, Checks, NotApplicableError
-from .probe import accepts, cut_by_tokens, cut_layers, relative_difference, require_causal
+from .probe import (
+    accepts,
+    cut_by_tokens,
+    cut_layers,
+    packed_documents,
+    relative_difference,
+    require_causal,
+)
 from .subject import Subject
 
 CHECKS = Checks("contract.layers", "contract.forward")
@@ -151,7 +159,64 @@ def documents_are_apart(subject: Subject) -> str:
             "Positions count from the beginning of each document: use the argument `positions`, "
             "not torch.arange(seq), wherever places matter.",
         )
-    return f"documents of {start} and {seq - start} tokens, equal to {difference:.0e}"
+    for seed in (1, 2):
+        _rows_have_documents_of_their_own(model, subject.tokens(3), seed)
+    return f"documents of {start} and {seq - start} tokens, equal to {difference:.0e}; 2 x 3 rows"
+
+
+def _rows_have_documents_of_their_own(
+    model: ModelProtocol, tokens: torch.Tensor, seed: int
+) -> None:
+    """Each row of a batch has its own documents, in the next batch of the same shape others."""
+    rows, seq = tokens.shape
+    positions, ids = packed_documents(rows, seq, seed)
+    inputs = {"document_ids": ids}
+    if accepts(type(model), "positions"):
+        inputs["positions"] = positions
+    last = ids == ids[:, -1:]  # [rows, seq]: of the last document of each row
+    for cut in cut_by_tokens(model, tokens, **inputs):
+        seen = cut.gradient((last,)).masked_fill(last, 0)
+        for row in (seen > 0).any(dim=1).nonzero().flatten().tolist():
+            raise CheckFailedError(
+                f"{cut.name}: in {_which(row, seed)}, the last document sees "
+                f"{int((seen[row] > 0).sum())} tokens of the others",
+                _hint_of_rows("document_ids", "the mask", row, seed),
+            )
+    if "positions" not in inputs:
+        return
+    with torch.no_grad():
+        packed = model(tokens, **inputs)
+        for row, start in enumerate(last.long().argmax(dim=1).tolist()):
+            alone = model(tokens[row : row + 1, start:])
+            difference = relative_difference(packed[row : row + 1, start:], alone)
+            if difference > TOLERANCE:
+                raise CheckFailedError(
+                    f"in {_which(row, seed)}, the last document's logits differ by "
+                    f"{difference:.1e} of the largest from those that it has alone",
+                    _hint_of_rows("positions", "what was computed of positions", row, seed),
+                )
+
+
+def _which(row: int, seed: int) -> str:
+    return f"row {row} of {'a batch' if seed == 1 else 'the second batch'}"
+
+
+def _hint_of_rows(name: str, kept: str, row: int, seed: int) -> str:
+    if seed > 1:
+        return (
+            f"The first batch, of the same shape, is right: {kept} seems to be kept from one call "
+            "to the next. Documents differ from batch to batch, so keep nothing that depends on "
+            f"{name}."
+        )
+    if row > 0:
+        return (
+            f"Row 0 is right: each row has its own {name} [batch, seq]. Look for {name}[0] or "
+            f"{name}[:1] in forward(), in the mask, and in the tables of rotary positions."
+        )
+    return (
+        f"Look at how forward() uses {name} [batch, seq] of several documents, and whether {kept} "
+        "is kept from an earlier call."
+    )
 
 
 @CHECKS.of("semantics.positions", "forward(positions=...) is used")
