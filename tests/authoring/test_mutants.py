@@ -46,6 +46,7 @@ QUICK = {
     "init_not_recursive",
     "layer_number_from_place",
     "layers_in_a_list",
+    "mask_in_evaluation_only",
     "mask_off_by_one",
     "missing_causal_mask_behind_zeros",
     "norm_not_sequence_parallel",
@@ -60,6 +61,9 @@ QUICK = {
 
 ON_ONE_PROCESS = ("contract", "semantics", "numerics", "cost", "adapter", "learning")
 """Groups of checks that tests of right models run here."""
+
+DROPOUT_CHECKS = ["semantics.causality", "semantics.documents", "semantics.batch"]
+"""Those that look at gradients in training."""
 
 CHECKS = {check.name: check for check in all_checks()}
 
@@ -146,6 +150,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
         ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("bidirectional", "debugmodel", "bidirectional"),
         ("two_halves", "debugmodel", "two_halves"),
+        ("dropout_and_balance", "debugmodel", "dropout_and_balance"),
         ("tuple_diffusion", "debugmodel", "tiny_own_batches"),
         ("tiny_codes", "debugmodel", "tiny_own_batches"),
         ("tiny_diffusion", "tiny", "tiny_diffusion"),
@@ -204,6 +209,13 @@ def test_a_loader_of_texts_adds_its_batches_to_random_tokens(tmp_path: Path) -> 
     assert torch.equal(random["tokens"], subject.tokens(8, 65, seed=1)[:, :-1])
     assert torch.equal(own["tokens"], subject.own_batches.batch(2)["tokens"])
     assert subject.own_batches.batch(2)["tokens"].shape == (8, 64)
+
+
+def test_a_right_model_with_dropout_and_a_balance_loss_passes(tmp_path: Path) -> None:
+    """Its gradients in training are not of paths alone."""
+    subject = Subject("dropout_and_balance", "debugmodel", tmp_path, "dropout_and_balance")
+    outcomes = list(run_checks(choose(DROPOUT_CHECKS), subject))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
 
 
 def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> None:
