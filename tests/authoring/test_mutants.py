@@ -56,6 +56,7 @@ QUICK = {
     "positions_within_the_part",
     "router_not_normalised",
     "uninitialised_buffer",
+    "values_are_the_keys",
 }
 """Those that CI looks for, one or two of a kind; the others are `long`."""
 
