@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from torchtitan.authoring.verify.catalog import all_checks, choose
-from torchtitan.authoring.verify.check import Outcome
+from torchtitan.authoring.verify.check import NotApplicableError, Outcome
 from torchtitan.authoring.verify.reference import Batches
 from torchtitan.authoring.verify.run import run_checks
 from torchtitan.authoring.verify.subject import Subject
@@ -57,13 +57,14 @@ QUICK = {
     "router_not_normalised",
     "uninitialised_buffer",
     "values_are_the_keys",
+    "wrong_backward",
 }
 """Those that CI looks for, one or two of a kind; the others are `long`."""
 
 ON_ONE_PROCESS = ("contract", "semantics", "numerics", "cost", "adapter", "learning")
 """Groups of checks that tests of right models run here."""
 
-DROPOUT_CHECKS = ["semantics.causality", "semantics.documents", "semantics.batch"]
+DROPOUT_CHECKS = ["semantics.causality", "semantics.documents", "semantics.batch", "learning.slope"]
 """Those that look at gradients in training."""
 
 CHECKS = {check.name: check for check in all_checks()}
@@ -152,6 +153,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
         ("bidirectional", "debugmodel", "bidirectional"),
         ("two_halves", "debugmodel", "two_halves"),
         ("dropout_and_balance", "debugmodel", "dropout_and_balance"),
+        ("ternary", "debugmodel", "ternary"),
         ("tuple_diffusion", "debugmodel", "tiny_own_batches"),
         ("tiny_codes", "debugmodel", "tiny_own_batches"),
         ("tiny_diffusion", "tiny", "tiny_diffusion"),
@@ -217,6 +219,16 @@ def test_a_right_model_with_dropout_and_a_balance_loss_passes(tmp_path: Path) ->
     subject = Subject("dropout_and_balance", "debugmodel", tmp_path, "dropout_and_balance")
     outcomes = list(run_checks(choose(DROPOUT_CHECKS), subject))
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+def test_gradients_may_be_meant_to_be_no_slopes(tmp_path: Path) -> None:
+    """As those of weights that are rounded to -1, 0 and 1; others say so."""
+    for name, reason in (
+        ("ternary", "forward() rounds what depends on weights"),
+        ("scaled_gradients", "Model.estimates_gradients is True"),
+    ):
+        with pytest.raises(NotApplicableError, match=re.escape(reason)):
+            CHECKS["learning.slope"].run(Subject(name, "debugmodel", tmp_path, "ternary"))
 
 
 def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> None:

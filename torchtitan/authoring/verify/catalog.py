@@ -21,6 +21,7 @@ from . import (
     numerics,
     parts,
     semantics,
+    slope,
     stages,
     weights,
 )
@@ -39,6 +40,7 @@ MODULES = (
     hf_files,
     hf_numbers,
     learning,
+    slope,
     stages,
     layouts,
     checkpoints,
