@@ -46,6 +46,7 @@ QUICK = {
     "init_not_recursive",
     "layer_number_from_place",
     "layers_in_a_list",
+    "loss_shifts_again",
     "mask_in_evaluation_only",
     "mask_off_by_one",
     "missing_causal_mask_behind_zeros",
