@@ -174,6 +174,15 @@ def test_a_right_model_passes(name: str, flavor: str, custom_import: str, tmp_pa
     assert not failures(Subject(name, flavor, tmp_path, custom_import))
 
 
+def test_a_right_model_is_compared_where_its_window_ends(tmp_path: Path) -> None:
+    config = importlib.import_module("window").hf_config()
+    (tmp_path / "hf").mkdir()
+    hf_path = write_hf_model(config, tmp_path / "hf")
+    subject = Subject("window", "debugmodel", tmp_path, "window", hf_path)
+    said = CHECKS["adapter.hf_numbers"].run(subject)
+    assert said.startswith("logits of 193 tokens equal to")
+
+
 def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None:
     subject = Subject("recurrent", "debugmodel", tmp_path, "recurrent")
     outcomes = {o.check.name: o for o in run_checks(choose(["semantics", "cost"]), subject)}
