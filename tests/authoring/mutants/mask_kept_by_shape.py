@@ -14,11 +14,10 @@ class Mask(base.CausalMask):
     kept = None
 
     def forward(self, seq_len, document_ids, device):
-        if document_ids is None:
-            return super().forward(seq_len, document_ids, device)
-        if self.kept is None or len(self.kept) != len(document_ids):
-            self.kept = super().forward(seq_len, document_ids, device)
-        return self.kept
+        key = seq_len, document_ids is not None and len(document_ids)
+        if self.kept is None or self.kept[0] != key:
+            self.kept = key, super().forward(seq_len, document_ids, device)
+        return self.kept[1]
 
 
 class Model(base.Model):

@@ -190,6 +190,9 @@ def _rows_have_documents_of_their_own(
 ) -> None:
     """Each row of a batch has its own documents, in the next batch of the same shape others."""
     inputs, last = _packed(model, tokens, seed)
+    first = _packed(model, tokens, seed=1)[0]
+    if seed > 1:
+        model(tokens, **first)  # just before, so that what is kept of the last call is of this
     for cut in cut_by_tokens(model, tokens, **inputs):
         seen = cut.gradient((last,)).masked_fill(last, 0)
         for row in (seen > 0).any(dim=1).nonzero().flatten().tolist():
@@ -201,6 +204,8 @@ def _rows_have_documents_of_their_own(
     if "positions" not in inputs:
         return
     with torch.no_grad():
+        if seed > 1:
+            model(tokens, **first)
         packed = model(tokens, **inputs)
         for row, start in enumerate(last.long().argmax(dim=1).tolist()):
             alone = model(tokens[row : row + 1, start:])
