@@ -71,6 +71,10 @@ class ModelProtocol(nn.Module):
     """Whether tokens see later ones, as in encoders and masked diffusion: `verify` then does not
     ask that they do not, and `generate` and `eval` refuse the model. (Not `causal`, a name that
     buffers of masks have.)"""
+    estimates_gradients: ClassVar[bool] = False
+    """Whether some gradients are meant to be others than the slope of the loss, as those of
+    straight-through estimators, of `detach()` within a formula, and of gradients that are scaled:
+    `verify` then does not measure the slope."""
 
     other_blocks: ClassVar[tuple[str, ...]] = ()
     """Modules beside `layers` that are blocks as layers are, by their names: one block (that of
