@@ -33,16 +33,20 @@ MUTANTS = sorted(
 QUICK = {
     "adapter_exchanges_norms",
     "adapter_permutes_queries",
+    "angles_given_to_layers",
     "codes_sum_left_out",
     "config_of_another_model",
+    "compile_ignored",
     "dead_parameter",
     "diffusion_condition_dropped",
     "diffusion_noise_unseeded",
     "diffusion_without_data",
     "document_mask_ignored",
     "documents_of_row_0",
+    "dropped_before_the_norm",
     "float64_leak",
     "flops_off_by_two",
+    "fsdp_in_float32",
     "fsdp_without_root",
     "init_not_recursive",
     "layer_number_from_place",
@@ -152,6 +156,7 @@ def test_the_base_of_the_mutants_is_right(tmp_path: Path) -> None:
         ("learned_positions", "debugmodel", "learned_positions"),
         ("recurrent", "debugmodel", "recurrent"),
         ("shared_projection", "debugmodel", "shared_projection"),
+        ("short_contexts", "debugmodel", "short_contexts"),
         ("starts_at_zero", "debugmodel", "starts_at_zero"),
         ("bidirectional", "debugmodel", "bidirectional"),
         ("two_halves", "debugmodel", "two_halves"),
@@ -212,6 +217,46 @@ def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) 
     outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
     assert "its own loader may give one length" in outcomes["semantics.lengths"].message
+
+
+def test_a_right_model_that_refuses_long_sequences_passes(tmp_path: Path) -> None:
+    subject = Subject("short_contexts", "debugmodel", tmp_path, "short_contexts")
+    only = ["contract.args", "numerics.bf16", "numerics.bf16_positions", "numerics.finite"]
+    outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
+    assert outcomes["contract.args"].message.endswith("vocab_size 264, of 128 tokens at most")
+    assert outcomes["numerics.finite"].message.startswith("128 tokens, ")
+    assert outcomes["numerics.bf16_positions"].status == "skip"
+
+
+@pytest.mark.parametrize(
+    "name", ["two_predictions", pytest.param("two_predictions_stacked", marks=pytest.mark.long)]
+)
+def test_a_right_model_with_more_outputs_in_training_passes(name: str, tmp_path: Path) -> None:
+    """By a loss of its own."""
+    subject = Subject(name, "debugmodel", tmp_path, "two_predictions")
+    only = ["cost.flops", "numerics.float64", "learning.gradients", "layouts.one_device"]
+    outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status != "pass"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "note"),
+    [
+        ("dropout_and_no_tensor_parallel", "layouts.one_device", "Dropout is left out .* in all"),
+        pytest.param(
+            "feed_forward_replicated",
+            "layouts.tp2",
+            r"60% of the layers' matrices are whole .*: layers\.N\.feed_forward\.w1\.weight, ",
+            marks=pytest.mark.long,
+        ),
+        ("fsdp_in_float32", "layouts.fsdp2", "FSDP gathers all layers at once"),
+    ],
+)
+def test_a_layout_passes_with_a_note(name, check, note, tmp_path) -> None:
+    outcomes = {o.check.name: o for o in run_checks(choose([check]), subject_of(name, tmp_path))}
+    assert outcomes[check].status == "pass"
+    assert re.search(note, outcomes[check].message), outcomes[check].message
 
 
 def test_a_loader_of_texts_adds_its_batches_to_random_tokens(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 
+_GRAPHS_OF_A_FUNCTION = 8
+"""As many as the compiler allows by default: for training and evaluation, and other shapes."""
+
 
 def apply_compile(model: M, job_config: JobConfig) -> M:
     """Compile the model by `compile.scope`, when `compile.components` names it.
 
     Per block (the default; see `blocks_of`), those that are alike share one graph, which is
-    compiled once, and parameter names stay as they are. Over the whole model the result is
-    `torch.compile`'s wrapper.
+    compiled once, and parameter names stay as they are. Blocks that read other Python numbers, such
+    as their own, are compiled one by one, which only takes longer. Over the whole model the result
+    is `torch.compile`'s wrapper.
 
     A layer must be one graph, unless it has experts: where these are dispatched to other ranks,
     sharded apart from their block, or in float32, the graph is in two, before and after them. So it
@@ -46,8 +51,10 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     # Other backends than inductor take no mode, not even the default.
     mode = None if config.mode == "default" else config.mode
     options: dict[str, Any] = {"backend": config.backend, "mode": mode}
-    split = _splits_blocks(job_config)
-    for name, layer in blocks_of(model).items():
+    split, blocks = _splits_blocks(job_config), blocks_of(model)
+    if config.scope == "block":
+        options |= _as_many_graphs_as(len(blocks))
+    for name, layer in blocks.items():
         experts = moe_layers(layer)
         if experts and split and is_checkpointed(layer):
             _compile_checkpointed(layer, job_config, options)
@@ -55,6 +62,20 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
             fullgraph = name.startswith("layers.") and not experts
             layer.forward = torch.compile(layer.forward, fullgraph=fullgraph, **options)
     return cast(M, torch.compile(model, **options)) if config.scope == "model" else model
+
+
+def _as_many_graphs_as(blocks: int) -> dict[str, int]:
+    """Options of `torch.compile` by which each block may have as many graphs as one function may.
+
+    All blocks are one function for the compiler. A Python number that differs between them, such as
+    a scale by the layer's number, makes each a graph of its own: more than it allows one function.
+    """
+    limit = _GRAPHS_OF_A_FUNCTION * blocks
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": limit}
+    config = torch._dynamo.config  # torch 2.11 has a limit for all functions alone
+    config.recompile_limit = max(config.recompile_limit, limit)
+    return {}
 
 
 def _splits_blocks(job_config: JobConfig) -> bool:

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchtitan.config.batch import batch_shape
-from torchtitan.config.load import origin
+from torchtitan.config.load import fail, origin
 from torchtitan.distributed.expert_parallel import without_exchange
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.distributed.utils import device, local_tensor
@@ -125,6 +125,7 @@ class Pipeline:
                 part.register_forward_pre_hook(_contiguous_gradients)
             if number < self._num_stages - 1:
                 part.register_forward_hook(_contiguous_outputs)
+                part.register_forward_hook(_SameNumberOfOutputs(number, job_config))
         # Training and evaluation have schedules of their own: torch plans the communication anew
         # whenever one schedule changes between them.
         self._training = self._build_schedule(job_config.training.local_batch_size)
@@ -180,6 +181,8 @@ class Pipeline:
                 **inputs,
             )
         except RuntimeError as error:
+            if isinstance(error.__cause__, ConfigError):  # of a stage; PyTorch adds its arguments
+                raise error.__cause__ from None
             if "'_input_metadata' is invalid" not in str(error):
                 raise
             raise ConfigError(
@@ -255,6 +258,33 @@ def _contiguous_gradients(part: nn.Module, inputs: Any) -> None:
 
 def _contiguous_outputs(part: nn.Module, args: Any, outputs: Any) -> Any:
     return tree_map_only(torch.Tensor, torch.Tensor.contiguous, outputs)
+
+
+class _SameNumberOfOutputs:
+    """After each forward pass of a stage: it hands on as many tensors as PyTorch has seen when it
+    planned the pipeline, with the stage in evaluation mode (`_asked_for_shapes`).
+
+    Raises:
+        ConfigError: it does not; PyTorch would look for a receiver and raise `KeyError: 1`.
+    """
+
+    def __init__(self, stage: int, job_config: JobConfig) -> None:
+        self._stage = stage
+        self._config = job_config
+        self._in_evaluation: int | None = None
+
+    def __call__(self, part: nn.Module, args: Any, outputs: Any) -> None:
+        count = len(outputs) if isinstance(outputs, tuple | list) else 1
+        if not part.training:
+            self._in_evaluation = count
+        elif self._in_evaluation not in (None, count):
+            fail(
+                self._config,
+                "model.name",
+                f"stage {self._stage} of the pipeline hands on {count} tensors in training, but "
+                f"{self._in_evaluation} in evaluation. Forward() must hand the next stage as many "
+                "in both, whatever self.training is; only what the last stage returns may differ",
+            )
 
 
 def _drop_backward(schedule: Any) -> None:

@@ -20,7 +20,11 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 @dataclass
 class BaseModelArgs:
-    """Hyperparameters of a model; subclasses add fields with defaults."""
+    """Hyperparameters of a model; subclasses add fields with defaults.
+
+    A field `max_seq_len` is the longest sequence that the model takes, which `verify` and
+    `generate` then keep to.
+    """
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
         """Return `(num_params, flops_per_token)`.

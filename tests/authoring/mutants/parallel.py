@@ -9,8 +9,9 @@ from mutants import base
 
 
 def parallelize_with(**replaced: Callable[..., Any]) -> Callable[..., Any]:
-    """A `parallelize_fn`. `replaced` are of apply_tp, apply_cp, apply_ac, apply_fsdp."""
-    names = ("apply_tp", "apply_cp", "apply_ac", "apply_fsdp")
+    """A `parallelize_fn`. `replaced` are of apply_tp, apply_cp, apply_ac, apply_compile and
+    apply_fsdp."""
+    names = ("apply_tp", "apply_cp", "apply_ac", "apply_compile", "apply_fsdp")
     steps = {name: getattr(base, name) for name in names} | replaced
 
     def parallelize(model, world_mesh, parallel_dims, job_config):
@@ -19,7 +20,7 @@ def parallelize_with(**replaced: Callable[..., Any]) -> Callable[..., Any]:
         if parallel_dims.cp_enabled:
             steps["apply_cp"](model, world_mesh["cp"], job_config)
         steps["apply_ac"](model, job_config)
-        model = base.apply_compile(model, job_config)
+        model = steps["apply_compile"](model, job_config)
         if parallel_dims.dp_enabled:
             steps["apply_fsdp"](model, world_mesh["dp"], job_config)
         return model

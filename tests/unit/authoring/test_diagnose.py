@@ -30,3 +30,17 @@ def test_the_innermost_line_of_the_author(files, shown):
     trace = "".join(f'  File "{file}", line 7, in f\n    f()\n' for file in files)
     _, place = explain([RankFailure(0, "RuntimeError: bad", trace, exit_code=1)])
     assert shown in place and place.endswith(":7 in f")
+
+
+def test_a_mixture_of_plain_and_distributed_tensors_is_a_style_that_is_missing():
+    reason = "RuntimeError: aten.add.Tensor got mixed torch.Tensor and DTensor, need to convert all"
+    trace = '  File "/home/me/model.py", line 7, in forward\n    x + self.norm(x)\n'
+    _, place = explain([RankFailure(0, reason, trace, exit_code=1)])
+    assert place.startswith("/home/me/model.py:7 in forward. ")
+    assert "SequenceParallel(use_local_output=True)" in place
+
+
+def test_an_index_out_of_range_may_be_a_table_of_positions():
+    trace = '  File "/home/me/model.py", line 7, in forward\n    self.places(positions)\n'
+    failure = RankFailure(0, "IndexError: index out of range in self", trace, exit_code=1)
+    assert "max_seq_len" in explain([failure])[1]

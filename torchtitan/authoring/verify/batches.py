@@ -57,10 +57,36 @@ class Example:
         return replace(self, tokens=in_precision(self.tokens, dtype), inputs=inputs)
 
 
-def random_example(tokens: torch.Tensor) -> Example:
-    """Of tokens `[batch, seq]`, each of which predicts the next."""
+class OwnLoss:
+    """The mean of a loss of the author's, which is prepared and divided as the trainer does.
+
+    Args:
+        build: makes the loss, when it is first needed.
+    """
+
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self._build = build
+        self._loss_fn: Any = None
+        self._prepared: WeakSet[nn.Module] = WeakSet()
+
+    def prepare(self, model: nn.Module) -> None:
+        torch.manual_seed(0)  # what forward() draws is no difference between two runs
+        if self._loss_fn is None:
+            self._loss_fn = self._build()
+        if model not in self._prepared:
+            attach_loss(self._loss_fn, [model])
+            self._prepared.add(model)
+
+    def mean(self, output: Any, labels: torch.Tensor) -> torch.Tensor:
+        return self._loss_fn(output, labels) / count_labels(labels).clamp(min=1)
+
+
+def random_example(tokens: torch.Tensor, own_loss: OwnLoss | None = None) -> Example:
+    """Of tokens `[batch, seq]`, each of which predicts the next; by default with cross entropy."""
     labels = tokens.roll(-1, 1)
     labels[:, -1] = IGNORE_INDEX
+    if own_loss is not None:
+        return Example(tokens, labels, {}, own_loss.mean, own_loss.prepare)
     return Example(tokens, labels, {}, lambda logits, labels: loss_of(logits, tokens))
 
 
@@ -83,8 +109,7 @@ class OwnBatches:
         self._spec, self._job, self._options = spec, job, options
         self._loader: Any = None
         self._given: list[Batch] = []
-        self._prepared: WeakSet[nn.Module] = WeakSet()
-        self.loss_fn: Any = None
+        self._loss = OwnLoss(lambda: spec.build_loss_fn(self.config))
         try:
             length = self._length()
             if length != seq_len:
@@ -168,19 +193,8 @@ class OwnBatches:
     def example(self, rows: int, step: int) -> Example:
         batch = self.batch(step)
         tokens, labels = batch["tokens"], batch["labels"]
-        whole = Example(tokens, labels, own_inputs(batch), self._mean_loss, self._prepare)
+        whole = Example(tokens, labels, own_inputs(batch), self._loss.mean, self._loss.prepare)
         return whole.rows(slice(rows))
-
-    def _prepare(self, model: nn.Module) -> None:
-        torch.manual_seed(0)  # what forward() draws is no difference between two runs
-        if self.loss_fn is None:
-            self.loss_fn = self._spec.build_loss_fn(self.config)
-        if model not in self._prepared:
-            attach_loss(self.loss_fn, [model])
-            self._prepared.add(model)
-
-    def _mean_loss(self, output: Any, labels: torch.Tensor) -> torch.Tensor:
-        return self.loss_fn(output, labels) / count_labels(labels).clamp(min=1)
 
 
 def _are_ids(tokens: torch.Tensor) -> bool:

@@ -40,7 +40,7 @@ ONE = "accumulation"
 def runs_without_a_stop(layout: str, subject: Subject) -> str:
     """Leaves a checkpoint from the middle of a run, and how the run went on from there."""
     trainer = _trainer(subject, *options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
-    recording = train(trainer, observe=False)
+    recording = train(trainer, observe=False, dropout=True)
     weights, optimizer = _whole(recording.weights), _whole(_optimizer_state(trainer))
     if dist.get_rank() == 0:
         losses = recording.losses[SAVED_STEP:]
@@ -52,7 +52,7 @@ def resumes_bitwise(layout: str, subject: Subject) -> str:
     """Go on from that checkpoint: losses, weights and optimizer are those without a stop."""
     options = (*options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
     trainer = _trainer(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
-    resumed = train(trainer, observe=False)
+    resumed = train(trainer, observe=False, dropout=True)
     losses, weights, optimizer = torch.load(
         _straight_path(subject, layout), mmap=True, weights_only=True
     )

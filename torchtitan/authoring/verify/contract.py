@@ -54,6 +54,9 @@ PARAMETERS = {
 }
 """Callables of a `TrainSpec` -> what the trainer calls them with, by position."""
 
+_LONG = 4096
+"""Tokens of the second job that args are adapted to, if they can be."""
+
 MAY_BE_NONE = {
     "pipeline_fn",
     "build_tokenizer_fn",
@@ -185,7 +188,8 @@ def args_are_not_modified(subject: Subject) -> str:
     before = copy.deepcopy(vars(args))
     # Two jobs that differ in all that args may take from one.
     first = args.update_from_config(subject.config())
-    args.update_from_config(subject.config("--training.seq_len=4096", "--debug.seed=1"))
+    longest = subject.at_most(_LONG)
+    args.update_from_config(subject.config(f"--training.seq_len={longest}", "--debug.seed=1"))
     if not isinstance(first, type(args)):
         raise CheckFailedError(
             f"{type(args).__name__}.update_from_config returns {type(first).__name__}",
@@ -203,16 +207,17 @@ def args_are_not_modified(subject: Subject) -> str:
                 "flavor is shared by all jobs of a process.",
             )
     _require_way_back(first)
+    limit = f", of {longest} tokens at most" if longest < _LONG else ""
     vocab_size = getattr(first, "vocab_size", None)
     if vocab_size is None and subject.own_batches is not None:
-        return f"{len(before)} fields, no vocab_size"
+        return f"{len(before)} fields, no vocab_size{limit}"
     if type(vocab_size) is not int or vocab_size < 2:
         raise CheckFailedError(
             f"{type(args).__name__}.vocab_size is {vocab_size!r}, not a number of tokens",
             "args.py: vocab_size: int = ... The trainer compares it with the tokenizer's. Only a "
             "model with a build_dataloader_fn of its own may have none.",
         )
-    return f"{len(before)} fields, vocab_size {vocab_size}"
+    return f"{len(before)} fields, vocab_size {vocab_size}{limit}"
 
 
 def _require_way_back(args: BaseModelArgs) -> None:

@@ -25,7 +25,6 @@ from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
-from .probe import loss_of
 from .subject import Subject
 
 CHECKS = Checks("contract.spec")
@@ -146,14 +145,14 @@ def _split(flops: list[float], lengths: tuple[int, int]) -> tuple[float, float]:
 
 def _measure(model: nn.Module, subject: Subject, seq: int) -> float:
     """Per token. The kernels of plain attention are those that the counter knows."""
-    tokens = subject.tokens(2, seq)
+    example = subject.example(2, seq)
     model.zero_grad()
     counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        loss_of(model(tokens), tokens).backward()
+        example.loss(example.run(model)).backward()
     if counter.get_total_flops() == 0:
         raise NotApplicableError("the model uses no operation whose FLOPs PyTorch counts")
-    return counter.get_total_flops() / tokens.numel()
+    return counter.get_total_flops() / example.tokens.numel()
 
 
 def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:

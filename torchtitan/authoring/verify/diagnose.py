@@ -42,6 +42,18 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
             f"{place}. Use a smaller flavor; weights, gradients and optimizer state are held at "
             "once.",
         )
+    if "mixed torch.Tensor and DTensor" in first.reason:
+        place += (
+            ". In the tensor-parallel plan, what goes into the residual stream must be a local "
+            "tensor: a norm or a replicated matrix that is added to it needs "
+            "SequenceParallel(use_local_output=True). A parameter of the model itself needs a "
+            "style, or parallelize_module, too"
+        )
+    if "IndexError" in first.reason:
+        place += (
+            ". If the model has a table of positions, say how many tokens it takes: max_seq_len in "
+            "its args, or a ConfigError from update_from_config"
+        )
     return f"rank {first.rank}: {reason}", place
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._pytree import tree_leaves
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
@@ -22,7 +22,8 @@ from torchtitan.train import Trainer
 
 from .batches import BATCH
 from .check import Check, CheckFailedError, Checks, NotApplicableError
-from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole
+from .effects import CompiledGraphs, require_effect
+from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole, without_dropout
 from .subject import Subject
 from .verdict import Comparison, compare_runs, judge
 
@@ -121,8 +122,7 @@ def one_device(subject: Subject) -> str:
     _require_same_batches(subject)
     recording = _train_for_reference(trainer)
     recording.save(reference_path(subject))
-    _require_repeatable(trainer, subject)
-    return _losses(recording)
+    return _losses(recording) + _require_repeatable(trainer, subject)
 
 
 def _train_for_reference(trainer: Trainer) -> Recording:
@@ -141,29 +141,47 @@ def reference_path(subject: Subject, reference: str = REFERENCE) -> Path:
     return subject.folder / f"{reference.partition('.')[2]}.pt"
 
 
-def _require_repeatable(trainer: Trainer, subject: Subject) -> None:
-    """Two forward passes in training mode give the same, else no layouts can be compared."""
-    example = subject.example(2)
-    logits = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            logits.append(trainer.model_parts[0](example.tokens, **example.inputs))
-    first, same_seed, other_seed = map(whole, logits)
-    if not torch.equal(first, same_seed):
-        by = float((first - same_seed).norm() / first.norm())
+def _require_repeatable(trainer: Trainer, subject: Subject) -> str:
+    """Two forward passes in training mode give the same, else no layouts can be compared. Returns
+    what was left out to that end.
+    """
+    with without_dropout():
+        first, same_seed, other_seed = (_outputs(trainer, subject, seed) for seed in (0, 0, 1))
+    if differing := _unequal(first, same_seed):
+        a, b = differing
+        by = float((a - b).norm() / a.norm())
         raise CheckFailedError(
             f"two forward passes of the same tokens differ by {by:.2g} of the logits' norm",
             "forward() must not keep state from one call to the next: activation checkpointing "
             "and pipelines call it more than once a step, gradient accumulation too.",
         )
-    if not torch.equal(first, other_seed):
+    if _unequal(first, other_seed):
         raise NotApplicableError(
-            "forward() draws random numbers in training mode, and layouts draw different ones. Set "
-            "the dropout rates of this flavor to 0 to have its layouts checked"
+            "NO LAYOUT IS CHECKED: forward() draws random numbers in training mode, other than "
+            "those of torch.nn.functional.dropout, and layouts draw different ones. Set the rates "
+            "of this flavor to 0 to have its layouts checked"
             + ", and let the data loader draw noise"
             * (subject.own_batches is not None)
         )
+    drops = _unequal(first, _outputs(trainer, subject, 1))
+    return ". Dropout is left out here and in all layouts" if drops else ""
+
+
+def _outputs(trainer: Trainer, subject: Subject, seed: int) -> list[torch.Tensor]:
+    """Of a forward pass in training mode: several tensors perhaps, for a loss of the author's."""
+    example = subject.example(2)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        output = trainer.model_parts[0](example.tokens, **example.inputs)
+    return [whole(t) for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+
+
+def _unequal(
+    first: list[torch.Tensor], second: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The first pair of tensors that differ."""
+    pairs = zip(first, second, strict=True)
+    return next((pair for pair in pairs if not torch.equal(*pair)), None)
 
 
 def _require_same_batches(subject: Subject) -> None:
@@ -245,11 +263,39 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     except ConfigError as error:
         raise NotApplicableError(str(error)) from error
     reference = Recording.load(reference_path(subject, layout.reference))
-    comparison = compare_runs(trainer, train(trainer), reference)
+    with CompiledGraphs(trainer.model_parts) as graphs:
+        recording = train(trainer)
+    comparison = compare_runs(trainer, recording, reference)
     found: list[Comparison] = [comparison] * dist.get_world_size()
     dist.all_gather_object(found, comparison)
-    _require_effect(trainer, comparison)
-    return judge(found, trainer.job_config)
+    notes = require_effect(trainer, comparison, graphs.count)
+    return judge(found, trainer.job_config) + notes
+
+
+@CHECKS.of(
+    "layouts.fsdp2_bfloat16",
+    "FSDP computes in the precision of the job",
+    ranks=2,
+    joins=True,
+    timeout=120.0,
+    quick=False,
+    needs=(REFERENCE,),
+)
+def fsdp_computes_in_bfloat16(subject: Subject) -> str:
+    options = [o for o in options_of(LAYOUTS["fsdp2"]) if "mixed_precision" not in o]
+    try:
+        trainer = build_trainer(subject, *options, "--training.mixed_precision_param=bfloat16")
+    except ConfigError as error:
+        raise NotApplicableError(str(error)) from error
+    outputs = train(trainer, steps=1).outputs
+    inner = {name: tensors for name, tensors in outputs.items() if name}
+    narrow = [n for n, tensors in inner.items() if any(t.dtype == torch.bfloat16 for t in tensors)]
+    if inner and not narrow:
+        raise CheckFailedError(
+            "training.mixed_precision_param = bfloat16 has no effect: no module gives bfloat16",
+            "fully_shard needs mp_policy=MixedPrecisionPolicy(param_dtype=...), as in apply_fsdp.",
+        )
+    return f"{len(narrow)} of {len(inner)} modules give bfloat16"
 
 
 CHECKS += [
@@ -265,33 +311,3 @@ CHECKS += [
     )
     for name, layout in LAYOUTS.items()
 ]
-
-
-def _require_effect(trainer: Trainer, comparison: Comparison) -> None:
-    """An option that the model ignores would pass every comparison."""
-    config, dims = trainer.job_config, trainer.parallel_dims
-    ignored = ""
-    if dims.tp_enabled and not _is_sharded(trainer, "tp"):
-        ignored = "tensor_parallel_degree"
-    elif dims.ep_enabled and not _is_sharded(trainer, "ep"):
-        ignored = "expert_parallel_degree"
-    elif config.activation_checkpoint.mode == "full" and not config.compile.enable:
-        ignored = "" if comparison.recomputes else "activation_checkpoint.mode"
-    if ignored:
-        raise CheckFailedError(
-            f"{ignored} = 2 has no effect: no parameter is divided over these ranks"
-            if "degree" in ignored
-            else f"{ignored} = full has no effect: nothing is recomputed in the backward pass",
-            "parallelize.py must apply it, or raise ConfigError if the model cannot have it.",
-        )
-
-
-def _is_sharded(trainer: Trainer, mesh_dim: str) -> bool:
-    for part in trainer.model_parts:
-        for param in part.parameters():
-            names = (param.device_mesh.mesh_dim_names or ()) if isinstance(param, DTensor) else ()
-            if isinstance(param, DTensor) and mesh_dim in names:
-                place = param.placements[names.index(mesh_dim)]
-                if not isinstance(place, Replicate):
-                    return True
-    return False

@@ -26,8 +26,9 @@ _STEPS = 100
 _FALL = 0.5
 """Share of the first loss that is left after so many steps on one batch, at most."""
 _OWN_FALL = 0.9
-"""The same of what a loader of the author's gives, of which no more is known than that it can be
-learned: noise that is to be told from data, for one, is learned slowly."""
+"""The same of a loader's or a loss of the author's, of which no more is known than that it can be
+learned: noise that is to be told from data, for one, is learned slowly, and a loss may have a
+floor."""
 _DEAD = 1e-10
 """A largest gradient below this share of the model's largest is rounding, or none."""
 
@@ -158,13 +159,14 @@ def _ids(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
 @CHECKS.of("learning.one_batch", "one batch is learned by heart")
 def one_batch_is_learned(subject: Subject) -> str:
     own = subject.own_batches
+    usual = subject.reads_text and subject.own_loss is None
     try:
-        return _learn(subject, subject.example(4, 32), _FALL if subject.reads_text else _OWN_FALL)
+        return _learn(subject, subject.example(4, 32), _FALL if usual else _OWN_FALL)
     except CheckFailedError:
         if not subject.reads_text or own is None or own.error:
             raise
         # It may be made to predict something else than the next token, as an encoder-decoder is.
-        return _learn(subject, own.example(4, 1), _FALL)
+        return _learn(subject, own.example(4, 1), _FALL if usual else _OWN_FALL)
 
 
 def _learn(subject: Subject, example: Example, fall: float) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.module_tracker import ModuleTracker
 
+from torchtitan.components.model_inputs import in_precision
+from torchtitan.protocols.model import blocks_of
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
@@ -22,7 +24,7 @@ from .subject import Subject
 CHECKS = Checks("contract.forward")
 
 LONG_CONTEXT = 2048
-"""Tokens; less if the args have a smaller `max_seq_len`."""
+"""Tokens; less if the model takes no more."""
 BF16_TOLERANCE = 0.05
 """Length of the difference that bfloat16 makes in a token's logits, over that of the logits: the
 median over tokens, since some tokens go to other experts when scores are rounded."""
@@ -33,11 +35,11 @@ _WIDE = (torch.float64, torch.complex128)
 @CHECKS.of("numerics.bf16", "bfloat16 is near float32")
 def bf16_is_near_float32(subject: Subject) -> str:
     model = subject.build_varied()
-    example = subject.example(1, _long(subject, 1024))
+    example = subject.example(1, subject.at_most(1024))
     with torch.no_grad(), recorded_outputs(model) as wide:
         expected = example.run(model)
     worst, given = 0.0, example.cast(torch.bfloat16)  # as the trainer does
-    for cast, description in ((_autocast, "autocast"), (_cast_parameters, "bfloat16 parameters")):
+    for cast, description in _CASTS.items():
         with torch.no_grad(), cast(model), recorded_outputs(model) as narrow:
             actual = given.run(model)
         difference = _median_difference(actual, expected)
@@ -47,9 +49,12 @@ def bf16_is_near_float32(subject: Subject) -> str:
             raise CheckFailedError(
                 f"with {description}, logits differ from float32 by {difference:.1%} (loss "
                 f"{losses[0]:.4f}, not {losses[1]:.4f}){_first_coarse(narrow, wide)}",
-                "Compute in float32 what needs it: rotary angles and positions (bfloat16 has no "
-                "integers above 256), the mean of squares in norms, softmax and routing scores. "
-                "Buffers with angles stay float32.",
+                _hint(
+                    cast,
+                    "Compute in float32 what needs it: rotary angles and positions (bfloat16 has "
+                    "no integers above 256), the mean of squares in norms, softmax and routing "
+                    "scores. Buffers with angles stay float32.",
+                ),
             )
     return f"logits within {worst:.1%} at {example.labels.shape[1]} tokens"
 
@@ -68,22 +73,25 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
     """
     if not accepts(subject.spec.model_cls, "positions"):
         raise NotApplicableError("forward() takes no positions")
-    seq = _long(subject, 256)
-    shift = _long(subject, _LATE + seq) - seq
+    seq = subject.at_most(256)
+    shift = subject.at_most(_LATE + seq) - seq
     if shift < 256:  # all positions are exact in bfloat16
-        raise NotApplicableError(f"max_seq_len = {shift + seq}, so there are no late positions")
+        raise NotApplicableError(
+            f"the model takes {shift + seq} tokens at most, so there are no late positions"
+        )
     model, tokens = subject.build_varied(), subject.tokens(1, seq)
     for parameter in model.layers.parameters():
         if parameter.ndim > 1:
             parameter.mul_(_SHARPER)
     early = torch.arange(seq)[None]
     late = early + shift
-    worst = 0.0
-    for cast, description in ((_autocast, "autocast"), (_cast_parameters, "bfloat16 parameters")):
+    worst, exact = 0.0, []
+    for positions in (early, late):
+        with recorded_outputs(model) as wide:
+            exact.append((positions, model(tokens, positions=positions), wide))
+    for cast, description in _CASTS.items():
         differences, modules = [], []
-        for positions in (early, late):
-            with recorded_outputs(model) as wide:
-                expected = model(tokens, positions=positions)
+        for positions, expected, wide in exact:
             with cast(model), recorded_outputs(model) as narrow:
                 actual = model(tokens, positions=positions)
             differences.append(_median_difference(actual, expected))
@@ -96,9 +104,12 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
                 f"with {description}, logits differ from float32 by {differences[1]:.1%} at "
                 f"positions from {shift} on, but by {differences[0]:.1%} from 0 on"
                 + (f"; the first module where it shows is {names[0]}" if names else ""),
-                "Positions and rotary angles must stay float32: bfloat16 has no integers above "
-                "256. Make them by positions.float() * frequencies, not by einsum or @, which "
-                "autocast casts; and rotate in float32.",
+                _hint(
+                    cast,
+                    "Positions and rotary angles must stay float32: bfloat16 has no integers above "
+                    "256. Make them by positions.float() * frequencies, not by einsum or @, which "
+                    "autocast casts; and rotate in float32.",
+                ),
             )
     return f"{worst:.2f} times the difference at position {shift}"
 
@@ -154,9 +165,41 @@ def _cast_parameters(model: nn.Module) -> Iterator[None]:
             parameter.data = kept[name]
 
 
-def _long(subject: Subject, wanted: int = LONG_CONTEXT) -> int:
-    longest = getattr(subject.args, "max_seq_len", None)
-    return min(wanted, longest) if isinstance(longest, int) else wanted
+@contextmanager
+def _cast_as_fsdp(model: nn.Module) -> Iterator[None]:
+    """As FSDP trains: besides parameters, what blocks are called with."""
+
+    def narrow(value: Any) -> Any:
+        return in_precision(value, torch.bfloat16) if isinstance(value, torch.Tensor) else value
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map(narrow, args), tree_map(narrow, kwargs)
+
+    with ExitStack() as stack:
+        for block in blocks_of(model).values():
+            handle = block.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(_cast_parameters(model))
+        yield
+
+
+_CASTS = {
+    _autocast: "autocast",
+    _cast_parameters: "bfloat16 parameters",
+    _cast_as_fsdp: "bfloat16 parameters and arguments of layers",
+}
+"""The ways in which jobs compute in bfloat16 -> what they are called."""
+
+
+def _hint(cast: Any, usual: str) -> str:
+    """Of what differs by a cast, after those before it have passed."""
+    if cast is not _cast_as_fsdp:
+        return usual
+    return (
+        "FSDP casts the floating-point tensors that a layer is called with to bfloat16, which has "
+        "8 bits: of angles and positions, the rest is lost. Hand on their cosine and sine, complex "
+        "numbers, or the integer positions, and compute the angles within the layer in float32."
+    )
 
 
 @CHECKS.of("numerics.dtype", "logits are in the weights' dtype or float32")
@@ -181,7 +224,10 @@ def logits_are_of_the_right_dtype(subject: Subject) -> str:
 def nothing_is_float64(subject: Subject) -> str:
     model, example = subject.build().train(), subject.example(1)
     with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
-        example.loss(example.run(model)).backward()
+        output = example.run(model)
+        with _disable_current_modes():  # what a loss of the author's counts may be float64
+            loss = example.loss(output)
+        loss.backward()
     if wide.found:
         (module, operation, dtype), count = next(iter(wide.found)), len(wide.found)
         raise CheckFailedError(
@@ -218,7 +264,7 @@ class _WideTensors(TorchDispatchMode):
 
 @CHECKS.of("numerics.finite", "outputs and gradients at a long context are finite")
 def long_contexts_are_finite(subject: Subject) -> str:
-    model, seq = subject.build().train(), _long(subject)
+    model, seq = subject.build().train(), subject.at_most(LONG_CONTEXT)
     example = subject.example(1, seq)
     seq = example.labels.shape[1]
     for cast, dtype in ((None, "float32"), (_autocast, "bfloat16")):
@@ -231,8 +277,9 @@ def long_contexts_are_finite(subject: Subject) -> str:
                     logits = example.cast(torch.bfloat16).run(model)
         loss = example.loss(logits)
         bad = [name for name, out in outputs.items() if not out.isfinite().all()]
-        if bad or not logits.isfinite().all():
-            first = outputs[bad[0]] if bad else logits
+        results = [t for t in tree_leaves(logits) if isinstance(t, torch.Tensor) and _broken(t)]
+        if bad or results:
+            first = outputs[bad[0]] if bad else results[0]
             places = (~first.isfinite()).nonzero()
             where = f", first at index {places[0].tolist()} of {list(first.shape)}"
             raise CheckFailedError(

@@ -8,11 +8,15 @@ reproduce.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.checkpoint.load import model_state
@@ -155,11 +159,14 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
     return Trainer(subject.config(*OPTIONS, *options))
 
 
-def train(trainer: Trainer, steps: int = STEPS, observe: bool = True) -> Recording:
+def train(
+    trainer: Trainer, steps: int = STEPS, observe: bool = True, dropout: bool = False
+) -> Recording:
     """Resume if there is a checkpoint, and train up to step `steps`.
 
     Args:
         observe: record more than losses, gradient norms and final weights.
+        dropout: as the model has it; layouts draw different numbers, so they are compared without.
 
     Raises:
         CheckFailedError: a loss or gradient norm is not finite.
@@ -171,29 +178,59 @@ def train(trainer: Trainer, steps: int = STEPS, observe: bool = True) -> Recordi
         recording.initial = copies(tensors_of(trainer))
     stop = StopRequest()
     try:
-        while trainer.state.step < steps:
-            trainer.state.step += 1
-            if observe and trainer.state.step == 1:
-                with ModuleOutputs(trainer.model_parts, trainer.job_config) as seen:
-                    trainer.train_step(stop)
-                recording.outputs, recording.recomputed = seen.outputs, seen.recomputed
-                recording.gradients = copies(gradients_of(trainer))
-            else:
-                trainer.train_step(stop)
-            for step, loss, grad_norm in trainer.window.read(trainer.parallel_dims):
-                if not loss < float("inf") or not grad_norm < float("inf"):
-                    raise CheckFailedError(
-                        f"step {step}: the loss is {loss} and the norm of the gradients is "
-                        f"{grad_norm}",
-                        "See the checks of `numerics`.",
-                    )
-                recording.losses.append(loss)
-                recording.grad_norms.append(grad_norm)
-            trainer.checkpointer.save(trainer.state.step)
+        with nullcontext() if dropout else without_dropout():
+            _train(trainer, recording, steps, observe, stop)
     finally:
         stop.close()
     recording.weights = copies(tensors_of(trainer))
     return recording
+
+
+def _train(
+    trainer: Trainer, recording: Recording, steps: int, observe: bool, stop: StopRequest
+) -> None:
+    while trainer.state.step < steps:
+        trainer.state.step += 1
+        if observe and trainer.state.step == 1:
+            with ModuleOutputs(trainer.model_parts, trainer.job_config) as seen:
+                trainer.train_step(stop)
+            recording.outputs, recording.recomputed = seen.outputs, seen.recomputed
+            recording.gradients = copies(gradients_of(trainer))
+        else:
+            trainer.train_step(stop)
+        for step, loss, grad_norm in trainer.window.read(trainer.parallel_dims):
+            if not loss < float("inf") or not grad_norm < float("inf"):
+                raise CheckFailedError(
+                    f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}",
+                    "See the checks of `numerics`.",
+                )
+            recording.losses.append(loss)
+            recording.grad_norms.append(grad_norm)
+        trainer.checkpointer.save(trainer.state.step)
+
+
+@contextmanager
+def without_dropout() -> Iterator[None]:
+    """Within it, PyTorch's dropout does nothing, that of attention too; but not what is called by a
+    name that a module has imported.
+    """
+    attend = F.scaled_dot_product_attention
+
+    def attend_to_all(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) > 4:  # query, key, value, attn_mask, dropout_p
+            args = (*args[:4], 0.0, *args[5:])
+        return attend(*args, **(kwargs | {"dropout_p": 0.0} if "dropout_p" in kwargs else kwargs))
+
+    def keep(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return input
+
+    names = [name for name in dir(F) if name.endswith("dropout") or name.startswith("dropout")]
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend_to_all))
+        for name in names:
+            if not name.startswith("_"):
+                stack.enter_context(patch.object(F, name, keep))
+        yield
 
 
 def tensors_of(trainer: Trainer) -> Tensors:

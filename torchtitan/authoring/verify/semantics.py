@@ -168,6 +168,14 @@ def documents_are_apart(subject: Subject) -> str:
                 "the causal rule; see CausalMask in torchtitan/models/common/attention.py. Models "
                 "without it must not take document_ids.",
             )
+        later = cut.gradient((slice(None), start))[0, start + 1 :]
+        if (later > 0).any() and not subject.spec.model_cls.sees_later_tokens:
+            raise CheckFailedError(
+                f"{cut.name}: with document_ids, token {start} sees {int((later > 0).sum())} later "
+                "tokens of its own document",
+                "The mask of documents must hold the causal rule too; see CausalMask in "
+                "torchtitan/models/common/attention.py.",
+            )
     with torch.no_grad():
         packed = model(tokens, **inputs)[:, start:]
         alone = model(tokens[:, start:])

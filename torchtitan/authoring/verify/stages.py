@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves
 
 from torchtitan.config import JobConfig
 from torchtitan.config.validate import validate
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import ModelProtocol
@@ -25,8 +28,14 @@ from .subject import Subject
 
 CHECKS = Checks()
 
-SPLITS = {"two stages": (2, "1F1B"), "four stages": (2, "Interleaved1F1B"), "a V": (2, "DualPipeV")}
-"""Name -> degree and schedule."""
+SPLITS = {
+    "two stages": ("1F1B",),
+    "four stages": ("Interleaved1F1B",),
+    "a V": ("DualPipeV",),
+    "layers and the rest": ("1F1B", "END"),
+}
+"""Name -> schedule, and where it is cut if not by cost; `END` stands for the first module after the
+layers. All on two ranks."""
 
 
 @CHECKS.of(
@@ -40,40 +49,81 @@ def numbers_are_kept(subject: Subject) -> str:
     if subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
     example = subject.example(2)
-    tokens = example.tokens
     whole = subject.build_varied()
-    inputs = _inputs(subject, tokens) if subject.reads_text else {"its batch": example.inputs}
-    with torch.no_grad():
-        expected = {rows: _run_stage(whole, tokens, given) for rows, given in inputs.items()}
+    inputs = (
+        _inputs(subject, example.tokens) if subject.reads_text else {"its batch": example.inputs}
+    )
     done, refused = [], ""
-    for split, (degree, schedule) in SPLITS.items():
+    for split, layout in SPLITS.items():
         try:
-            stages = _stages(subject, degree, schedule)
+            stages = _stages(subject, *layout)
         except ConfigError as error:
             refused = str(error)
             continue
         _require_same_names(whole, stages, split)
         for rows, given in inputs.items():
-            h: Any = tokens
-            with torch.no_grad():
-                for stage in stages:
-                    h = _run_stage(stage, h, given)
-            if torch.equal(h, expected[rows]):
-                continue
-            first = _first_part_that_differs(whole, stages, tokens, given)
-            by = float((h - expected[rows]).norm() / expected[rows].norm())
-            raise CheckFailedError(
-                f"split in {split}, with {rows}, the logits differ by {by:.2g} of their norm; the "
-                f"first layer whose output differs is {first}",
-                "A stage has some of the layers, under their old names. What depends on a layer "
-                "must use its own number, never its place in self.layers or their count; only "
-                "embedding, norm and output may be None; and every stage must use the positions "
-                "and document_ids that forward() is given.",
-            )
+            for training in (False, True):
+                for part in (whole, *stages):
+                    part.train(training)
+                mode = " in training" * training
+                _require_whole_model(whole, stages, example.tokens, given, split, f"{rows}{mode}")
         done.append(split)
     if not done:
         raise NotApplicableError(refused)
     return f"exact for {', '.join(done)}"
+
+
+@torch.no_grad()
+def _require_whole_model(
+    whole: nn.Module,
+    stages: list[nn.Module],
+    tokens: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    split: str,
+    rows: str,
+) -> None:
+    try:
+        expected, actual = (_run(models, tokens, inputs) for models in ([whole], stages))
+    except ConfigError as error:  # of what a stage hands on
+        raise CheckFailedError(f"split in {split}, with {rows}: {error}", "forward()") from error
+    if _kinds(actual) != _kinds(expected):
+        difference = f"they give {_kinds(actual)}, not {_kinds(expected)}"
+    elif not (by := _difference(actual, expected)):
+        return
+    else:
+        first = _first_part_that_differs(whole, stages, tokens, inputs)
+        difference = (
+            f"the logits differ by {by:.2g} of their norm; the first layer whose output differs is "
+            f"{first}"
+        )
+    raise CheckFailedError(
+        f"split in {split}, with {rows}, {difference}",
+        "A stage has some of the layers, under their old names. What depends on a layer must use "
+        "its own number, never its place in self.layers or their count; only embedding, norm and "
+        "output may be None; and every stage must use the positions and document_ids that "
+        "forward() is given, and hand on what later ones need.",
+    )
+
+
+def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
+    """What the last returns, each called with what the one before returned: its tensors."""
+    torch.manual_seed(0)  # the stages, one after the other, draw what the whole model draws
+    for model in models:
+        x = _run_stage(model, x, inputs)
+    return tree_leaves(x)
+
+
+def _kinds(values: list[Any]) -> str:
+    shapes = (list(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__ for v in values)
+    return " and ".join(map(str, shapes)) or "nothing"
+
+
+def _difference(actual: list[Any], expected: list[Any]) -> float:
+    """Norm of the first difference, over that of the expected tensor."""
+    for a, b in zip(actual, expected, strict=True):
+        if isinstance(b, torch.Tensor) and not torch.equal(a, b):
+            return float((a - b).norm() / b.norm())
+    return 0.0
 
 
 def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
@@ -118,11 +168,10 @@ def _first_part_that_differs(
     expected: dict[str, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
     for models, outputs in (([whole], expected), (stages, found)):
-        h: Any = tokens
-        for model in models:
-            keep = partial(_keep, outputs)
-            with torch.no_grad(), hooked(named_layers(model), keep):
-                h = _run_stage(model, h, inputs)
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(hooked(named_layers(model), partial(_keep, outputs)))
+            _run(models, tokens, inputs)
     for name, output in expected.items():
         if name not in found or not torch.equal(found[name], output):
             return name
@@ -133,13 +182,20 @@ def _keep(outputs: dict[str, torch.Tensor], name: str, *call: Any) -> None:
     outputs[name] = call[-1][0] if isinstance(call[-1], tuple) else call[-1]
 
 
-def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:
+def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:
     """The stages that the model's own `pipeline_fn` makes, each with its weights, in order.
 
     Raises:
         ConfigError: the model cannot be split so.
     """
+    degree, cuts = 2, []
+    if cut:
+        _, last = modules_around_layers(subject.spec.pipeline_fn)
+        model = subject.spec.meta_model(subject.args)
+        first = next((name for name in last if getattr(model, name, None) is not None), cut)
+        cuts = [f"--parallelism.pipeline_parallel_split_points={first}"]
     config = subject.config(
+        *cuts,
         f"--parallelism.pipeline_parallel_degree={degree}",
         f"--parallelism.pipeline_parallel_schedule={schedule}",
         "--training.local_batch_size=8",
@@ -153,7 +209,7 @@ def _stages(subject: Subject, degree: int, schedule: str) -> list[nn.Module]:
             for number, part in zip(stages_of_rank(config, rank), parts, strict=True):
                 initialize_weights(part, subject.seed, torch.device("cpu"))
                 vary_constants(part, subject.seed)
-                stages[number] = part.eval()
+                stages[number] = part
     return [stages[number] for number in range(degree * stages_per_rank(config))]
 
 

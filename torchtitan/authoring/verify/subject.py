@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
     from torchtitan.protocols.train_spec import TrainSpec
 
-    from .batches import Example, OwnBatches
+    from .batches import Example, OwnBatches, OwnLoss
 
 
 @dataclass
@@ -53,6 +54,28 @@ class Subject:
     def args(self) -> BaseModelArgs:
         """The model's arguments, for one process."""
         return self.spec.model_args.update_from_config(self.config())
+
+    def at_most(self, wanted: int) -> int:
+        """`wanted` tokens, or fewer: as many as the `max_seq_len` of the args allows, and their
+        `update_from_config`.
+        """
+        longest = getattr(self.args, "max_seq_len", None)
+        wanted = min(wanted, longest) if isinstance(longest, int) else wanted
+        if wanted <= self.length or self._takes(wanted):
+            return wanted
+        taken, refused = self.length, wanted
+        while refused - taken > 1:
+            middle = (taken + refused) // 2
+            taken, refused = (middle, refused) if self._takes(middle) else (taken, middle)
+        return taken
+
+    def _takes(self, seq_len: int) -> bool:
+        args = copy.deepcopy(self.spec.model_args)  # which a mistake would change
+        try:
+            args.update_from_config(self.config(f"--training.seq_len={seq_len}"))
+        except ConfigError:
+            return False
+        return True
 
     def config(self, *options: str) -> JobConfig:
         """A job of the model in float32, with the options of `torchtitan train`."""
@@ -91,6 +114,16 @@ class Subject:
         model = self.build()
         vary_constants(model, self.seed)
         return model
+
+    @cached_property
+    def own_loss(self) -> OwnLoss | None:
+        """The author's; None if the model has the library's."""
+        from torchtitan.components.loss import build_loss
+
+        from .batches import OwnLoss
+
+        build = self.spec.build_loss_fn
+        return None if build is build_loss else OwnLoss(lambda: build(self.config()))
 
     @cached_property
     def own_batches(self) -> OwnBatches | None:
@@ -174,7 +207,7 @@ class Subject:
         from .batches import random_example
 
         if self.reads_text:
-            return random_example(self.tokens(batch, seq, seed))
+            return random_example(self.tokens(batch, seq, seed), self.own_loss)
         assert self.own_batches is not None
         self.require_own()
         return self.own_batches.example(batch, 1 + seed)

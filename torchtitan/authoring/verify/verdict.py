@@ -184,7 +184,9 @@ _HINTS = {
     "sum); a norm that is not SequenceParallel; view() with the number of all heads instead of -1; "
     "a bias that each rank adds",
     ("outputs", "cp"): "RoPE must turn by the `positions` that forward() is given, not by "
-    "arange(seq); attention and its mask must be ScaledDotProductAttention and CausalMask",
+    "arange(seq); attention and its mask must be ScaledDotProductAttention and CausalMask. What "
+    "mixes tokens by other means than attention (a recurrence, a convolution, a shift) sees this "
+    "rank's part of the sequence alone: such a model must leave apply_cp out",
     ("outputs", "pp"): "a stage has some of the layers, under their old names: what depends on a "
     "layer must use its own number, not its place in self.layers; and forward() must use "
     "`positions` and `document_ids`",

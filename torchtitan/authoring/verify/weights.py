@@ -148,8 +148,9 @@ def forward_gives_logits(subject: Subject) -> str:
     if not isinstance(logits, torch.Tensor):
         raise CheckFailedError(
             f"forward() returns {type(logits).__name__}, not logits",
-            "Return the tensor [batch, seq, vocab] alone. Losses of the model's own, such as those "
-            "that balance experts, are added in its backward pass.",
+            "In eval(), return the tensor [batch, seq, vocab] alone; in training, a loss of your "
+            "own may get more. Losses such as those that balance experts are added in the backward "
+            "pass.",
         )
     if list(logits.shape) != expected:
         raise CheckFailedError(

@@ -1,0 +1,32 @@
+"""With document_ids, the mask tells documents apart, but tokens see later ones of their own."""
+
+from __future__ import annotations
+
+import torch
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("semantics.documents",)
+SAYS = r"with document_ids, token 21 sees 42 later tokens of its own document .* causal rule too"
+
+
+class Model(base.Model):
+    def forward(self, tokens, positions=None, document_ids=None):
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        mask = self.mask(positions.shape[1], None, positions.device)
+        if document_ids is not None:
+            mask = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        for layer in self.layers.values():
+            h = layer(h, positions, mask)
+        h = self.norm(h) if self.norm is not None else h
+        return self.output(h) if self.output is not None else h
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=Model)
+
+
+register_train_spec("documents_not_causal", get_train_spec)

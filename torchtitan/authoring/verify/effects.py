@@ -1,0 +1,149 @@
+"""Whether the options of a layout have an effect: one that is ignored passes every comparison."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch.nn as nn
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+
+from torchtitan.distributed.expert_parallel import moe_layers
+from torchtitan.protocols.model import blocks_of
+from torchtitan.tools.text import few
+
+from .check import CheckFailedError
+from .verdict import Comparison
+
+if TYPE_CHECKING:
+    from torchtitan.train import Trainer
+
+_WHOLE = 0.5
+"""Share of the matrices of layers that tensor parallelism may leave on each rank without a word:
+routers, and low ranks as those of multi-head latent attention."""
+
+
+class CompiledGraphs:
+    """While open, counts the graphs that are compiled during forward passes of the model."""
+
+    def __init__(self, model_parts: list[nn.Module]) -> None:
+        self.count = 0
+        self._before = 0
+        self._hooks: list[Any] = []
+        for part in model_parts:
+            self._hooks.append(part.register_forward_pre_hook(self._begin))
+            self._hooks.append(part.register_forward_hook(self._end))
+
+    def _begin(self, *call: Any) -> None:
+        self._before = counters["stats"]["unique_graphs"]
+
+    def _end(self, *call: Any) -> None:
+        self.count += counters["stats"]["unique_graphs"] - self._before
+
+    def __enter__(self) -> CompiledGraphs:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def require_effect(trainer: Trainer, comparison: Comparison, graphs: int) -> str:
+    """Returns what an author should know of options that have less of an effect than they could.
+
+    Args:
+        graphs: as many as were compiled in forward passes.
+
+    Raises:
+        CheckFailedError: an option has none.
+    """
+    config, dims = trainer.job_config, trainer.parallel_dims
+    ignored = effect = ""
+    if dims.tp_enabled and not _is_sharded(trainer, "tp"):
+        ignored, effect = "tensor_parallel_degree = 2", _NOT_DIVIDED
+    elif dims.ep_enabled and not _is_sharded(trainer, "ep"):
+        ignored, effect = "expert_parallel_degree = 2", _NOT_DIVIDED
+    elif config.compile.enable and not graphs:
+        ignored, effect = "compile.enable", "no forward pass of the model is compiled"
+    elif (
+        config.activation_checkpoint.mode == "full"
+        and not config.compile.enable
+        and not comparison.recomputes
+    ):
+        ignored = "activation_checkpoint.mode = full"
+        effect = "nothing is recomputed in the backward pass"
+    if ignored:
+        raise CheckFailedError(
+            f"{ignored} has no effect: {effect}",
+            "parallelize.py must apply it, or raise ConfigError if the model cannot have it.",
+        )
+    notes = [
+        _left_whole(trainer) if dims.tp_enabled else "",
+        _gathered_at_once(trainer),
+        _compiled_one_by_one(trainer, graphs),
+    ]
+    return "".join(f". Note: {note}" for note in notes if note)
+
+
+_NOT_DIVIDED = "no parameter is divided over these ranks"
+
+
+def _is_sharded(trainer: Trainer, mesh_dim: str) -> bool:
+    return any(
+        is_sharded(param, mesh_dim) for part in trainer.model_parts for param in part.parameters()
+    )
+
+
+def is_sharded(param: nn.Parameter, mesh_dim: str) -> bool:
+    if not isinstance(param, DTensor):
+        return False
+    names = param.device_mesh.mesh_dim_names or ()
+    return mesh_dim in names and not isinstance(param.placements[names.index(mesh_dim)], Replicate)
+
+
+def _left_whole(trainer: Trainer) -> str:
+    """Which matrices of the layers every tensor rank has as a whole, if they are most of them."""
+    matrices: dict[str, tuple[nn.Parameter, bool]] = {}
+    for part in trainer.model_parts:
+        for block, layer in blocks_of(part).items():
+            of_experts = {p for moe in moe_layers(layer) for p in moe.parameters()}
+            for name, param in layer.named_parameters():
+                if param.ndim == 2 and param not in of_experts:  # these have layouts of their own
+                    matrices[f"{block}.{name}"] = param, is_sharded(param, "tp")
+    numbers = sum(param.numel() for param, _ in matrices.values())
+    whole = {name: param for name, (param, sharded) in matrices.items() if not sharded}
+    share = sum(param.numel() for param in whole.values()) / max(numbers, 1)
+    if share <= _WHOLE:
+        return ""
+    return (
+        f"{share:.0%} of the layers' matrices are whole on every tensor rank, which computes "
+        f"them all: {few(sorted({_of_any_layer(name) for name in whole}), 5)}"
+    )
+
+
+def _gathered_at_once(trainer: Trainer) -> str:
+    """Said where FSDP has the whole model as one group."""
+    parts = trainer.model_parts
+    modules = [module for part in parts for module in part.modules()]
+    sharded = any(isinstance(module, FSDPModule) for module in modules)
+    blocks = [m for part in parts for block in blocks_of(part).values() for m in block.modules()]
+    if not sharded or any(isinstance(module, FSDPModule) for module in blocks):
+        return ""
+    return "FSDP gathers all layers at once: call fully_shard for each, as apply_fsdp does"
+
+
+def _compiled_one_by_one(trainer: Trainer, graphs: int) -> str:
+    blocks = [block for part in trainer.model_parts for block in blocks_of(part).values()]
+    alike = len({type(block) for block in blocks}) == 1
+    if not alike or not 2 < len(blocks) <= graphs or any(moe_layers(block) for block in blocks):
+        return ""
+    return (
+        f"{len(blocks)} layers are {graphs} graphs, compiled one by one: a Python number that "
+        "differs by layer would be no reason if it were a buffer"
+    )
+
+
+def _of_any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name)
