@@ -1,9 +1,12 @@
 """`tiny_llama` with a loss or a data loader of its author's, by the model's name:
 
 own_loss            a plain function
+own_loss_tells      one that wraps ours, and tells of it
+own_loss_forgets    one that wraps ours, and does not hand attach on
 own_loader_steps    a loader whose state is a number, not rows
 own_loader_noise    a loader that gives more than the model gets
 own_loader_ends     a loader that ends after two batches
+own_validator       a validator whose tokens the model does not know
 """
 
 from dataclasses import replace
@@ -12,7 +15,7 @@ from functools import partial
 import tiny_llama
 import torch
 
-from torchtitan.components.loss import cross_entropy
+from torchtitan.components.loss import build_loss, count_labels, cross_entropy
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 MODEL_CONFIGS = tiny_llama.MODEL_CONFIGS
@@ -40,6 +43,33 @@ class Loader:
 def get_own_loss(flavor: str) -> TrainSpec:
     spec = tiny_llama.get_train_spec(flavor)
     return replace(spec, build_loss_fn=lambda job_config: partial(cross_entropy, z_loss_weight=0.0))
+
+
+class Telling:
+    def __init__(self, job_config):
+        self.main = build_loss(job_config)
+        self.attach = self.main.attach
+        self.sum, self.count = 0.0, 0
+
+    def __call__(self, pred, labels):
+        loss = self.main(pred, labels)
+        if torch.is_grad_enabled():
+            self.sum, self.count = self.sum + loss.detach(), self.count + count_labels(labels)
+        return loss
+
+    def metrics(self):
+        told = {"loss_main": (self.sum, self.count)}
+        self.sum, self.count = 0.0, 0
+        return told
+
+
+def get_own_loss_forgets(flavor: str) -> TrainSpec:
+    spec = tiny_llama.get_train_spec(flavor)
+    return replace(spec, build_loss_fn=lambda job_config: build_loss(job_config).__call__)
+
+
+def get_own_loss_tells(flavor: str) -> TrainSpec:
+    return replace(tiny_llama.get_train_spec(flavor), build_loss_fn=Telling)
 
 
 def get_own_loader_steps(flavor: str) -> TrainSpec:
@@ -73,7 +103,24 @@ def get_own_loader_ends(flavor: str) -> TrainSpec:
     )
 
 
+class UnknownTokens:
+    def validate(self, model_parts, evaluate):
+        tokens = torch.full((3, 8), 10_000)
+        return evaluate({"tokens": tokens, "labels": tokens}).item()
+
+    def close(self):
+        pass
+
+
+def get_own_validator(flavor: str) -> TrainSpec:
+    spec = tiny_llama.get_train_spec(flavor)
+    return replace(spec, build_validator_fn=lambda *_: UnknownTokens())
+
+
 register_train_spec("own_loss", get_own_loss)
+register_train_spec("own_loss_tells", get_own_loss_tells)
+register_train_spec("own_loss_forgets", get_own_loss_forgets)
+register_train_spec("own_validator", get_own_validator)
 register_train_spec("own_loader_steps", get_own_loader_steps)
 register_train_spec("own_loader_noise", get_own_loader_noise)
 register_train_spec("own_loader_ends", get_own_loader_ends)

@@ -1,9 +1,12 @@
 """`tiny_llama` on a device whose process group, as NCCL's, cannot be left after a failure.
 
-Rank 1 fails in its second batch: FAILS="data", by a user's mistake, or FAILS="bug".
+Rank 1 fails, as FAILS says: in its second batch by a user's mistake, "data", or by a "bug"; or
+before the first step, in its "model", by a Ctrl-C there, "interrupt", or while it is to "load".
 """
 
 import os
+import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -11,13 +14,16 @@ import tiny_llama
 import torch
 import torch.distributed as dist
 
+from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.data import build_dataloader
+from torchtitan.distributed import utils
 from torchtitan.errors import DataError
+from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.protocols import TrainSpec, register_train_spec
 from torchtitan.train import Trainer
 
 MODEL_CONFIGS = tiny_llama.MODEL_CONFIGS
-_close, _destroy = Trainer.close, dist.destroy_process_group
+_close, _destroy, _load = Trainer.close, dist.destroy_process_group, CheckpointManager.load
 
 
 def _close_on_cuda(self, *args, **kwargs) -> None:
@@ -31,6 +37,29 @@ def _wait_forever(group=None) -> None:
     _destroy(group)
 
 
+def _fail_before_steps(place) -> None:
+    """Fail if this is the place, as if on CUDA, with a thread that an ordinary exit waits for."""
+    if os.environ.get("RANK") != "1" or os.environ.get("FAILS") not in place:
+        return
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    utils.device_type = lambda: "cuda"
+    if os.environ["FAILS"] == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    raise torch.OutOfMemoryError(f"in the {os.environ['FAILS']}")
+
+
+def _failing_load(self) -> int:
+    _fail_before_steps(("load",))
+    return _load(self)
+
+
+class FailingModel(Llama3Model):
+    def init_weights(self) -> None:
+        _fail_before_steps(("model", "interrupt"))
+        super().init_weights()
+
+
+CheckpointManager.load = _failing_load
 Trainer.close = _close_on_cuda
 dist.destroy_process_group = _wait_forever
 
@@ -52,6 +81,7 @@ class FailingLoader:
 def get_train_spec(flavor: str) -> TrainSpec:
     return replace(
         tiny_llama.get_train_spec(flavor),
+        model_cls=FailingModel,
         build_dataloader_fn=lambda *args: FailingLoader(build_dataloader(*args)),
     )
 

@@ -70,7 +70,7 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(error.exit_code) from error
 
 
-def end_at_once(error: Exception) -> NoReturn:
+def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
     """Show an error as `exit_on_user_error` or Python would, and end the process with its code.
 
     Nothing is cleaned up. Python would wait for threads, and CUDA for what it has begun, which may
@@ -82,11 +82,14 @@ def end_at_once(error: Exception) -> NoReturn:
             raise error
     except SystemExit as end:
         code = int(end.code or 0)
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         traceback.print_exc()
     with suppress(OSError):  # nobody reads it
         sys.stdout.flush()
         sys.stderr.flush()
+    if isinstance(error, KeyboardInterrupt):  # ends by its signal, as in Python
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     os._exit(code)
 
 

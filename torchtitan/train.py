@@ -25,12 +25,7 @@ from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.components.data_loader import (
-    Batch,
-    check_dataloader,
-    loader_metrics,
-    next_batch,
-)
+from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, count_labels
@@ -41,11 +36,13 @@ from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
+from torchtitan.components.told import loader_metrics, loss_metrics
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validate import build_validator, check_validator, evaluating
 from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
+from torchtitan.config.load import print_config
 from torchtitan.distributed import utils
 from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp
@@ -62,6 +59,7 @@ from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.same_outcome import on_rank_zero
+from torchtitan.distributed.unapplied import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.tools.garbage_collection import GarbageCollection
@@ -115,13 +113,15 @@ class Trainer:
         # Build, on the meta device.
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
-        self.model_inputs = ModelInputs(model, self.parallel_dims, job_config)
+        vocab_size = getattr(model_args, "vocab_size", None)
+        self.model_inputs = ModelInputs(model, self.parallel_dims, job_config, vocab_size)
         check_rules(model, job_config)
         self._describe(model)
         self.loss_fn = spec.build_loss_fn(job_config)
-        self.dataloader = spec.build_dataloader_fn(
-            job_config, self.tokenizer, data_rank, data_ranks
-        )
+        with loader_outages(job_config):
+            self.dataloader = spec.build_dataloader_fn(
+                job_config, self.tokenizer, data_rank, data_ranks
+            )
         check_dataloader(self.dataloader, job_config)
         self.validator: Any = None
         if job_config.validation.enable:
@@ -139,6 +139,7 @@ class Trainer:
             self.model_parts = [spec.parallelize_fn(model, *layout)]
         if self.parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
+        warn_of_unapplied(self.model_parts, job_config)
         on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
 
         # Take memory.
@@ -320,7 +321,7 @@ class Trainer:
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
         self.watch.enter("after the step", self.state.step)
-        tokens, labels, inputs = self._to_device(batch)
+        tokens, labels, inputs = self._to_device(self.model_inputs.checked_for_validation(batch))
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:
@@ -356,6 +357,7 @@ class Trainer:
                 data_wait_seconds=self.window.data_wait,
                 extra=self.expert_balance.metrics()
                 | loader_metrics(self.dataloader, self.sum_over_ranks)
+                | loss_metrics(self.loss_fn, self.sum_over_ranks)
                 | self.guard.metrics()
                 | self.replicas.metrics()
                 | self.stragglers.metrics(),
@@ -422,12 +424,16 @@ def main(argv: list[str] | None = None) -> int:
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a crash in native code tells where Python stood
     job_config = load_config(sys.argv[1:] if argv is None else argv)
+    if job_config.job.print_config:
+        print_config(job_config)
     utils.refuse_separate_tasks()
-    trainer = Trainer(job_config)
+    trainer = None
     try:
+        trainer = Trainer(job_config)
         finished = trainer.train()
-    except Exception as error:
-        if not trainer.may_hang:
+    except (Exception, KeyboardInterrupt) as error:
+        # Also of a trainer that is half made, or has not begun with its steps.
+        if not (utils.in_cuda_group() or (trainer and trainer.may_hang)):
             raise
         end_at_once(error)
     if finished:

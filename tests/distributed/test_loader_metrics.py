@@ -1,4 +1,4 @@
-"""What loaders tell, if each rank tells something else."""
+"""What loaders and losses tell, if each rank tells something else."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import pytest
 import torch.distributed as dist
 from harness import run_ranks
 
-from torchtitan.components.data_loader import loader_metrics
+from torchtitan.components.told import loader_metrics, loss_metrics
 from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.utils import init_distributed
 
 
-def logged(told: list[dict[str, float]]) -> dict[str, float]:
+def logged(told: list[dict[str, float]]) -> tuple[dict[str, float], int]:
+    """What is logged, and with how many sums."""
     init_distributed(timeout_seconds=10)
     loader = SimpleNamespace(metrics=lambda: told[dist.get_rank()])
-    found = loader_metrics(loader, HostSum())
+    host_sum, sums = HostSum(), []
+    found = loader_metrics(loader, lambda tensor: sums.append(host_sum(tensor)))
     dist.destroy_process_group()
-    return found
+    return found, len(sums)
 
 
 @pytest.mark.parametrize(
@@ -33,4 +35,32 @@ def logged(told: list[dict[str, float]]) -> dict[str, float]:
 def test_the_mean_is_that_of_the_ranks_that_tell(
     told: list[dict[str, float]], means: dict[str, float]
 ) -> None:
-    assert run_ranks(logged, 3, told) == [means] * 3
+    assert run_ranks(logged, 3, told) == [(means, 1)] * 3
+
+
+def test_many_numbers_need_a_second_sum() -> None:
+    told = [{f"a{number}": float(number + rank) for number in range(70)} for rank in range(2)]
+    means = {f"a{number}": number + 0.5 for number in range(70)}
+    assert run_ranks(logged, 2, told) == [(means, 2)] * 2
+
+
+def logged_of_a_loss(told: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    init_distributed(timeout_seconds=10)
+    loss = SimpleNamespace(metrics=lambda: told[dist.get_rank()])
+    found = loss_metrics(loss, HostSum()) | loss_metrics(len, HostSum())
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("told", "quotients"),
+    [
+        ([{"a": (6.0, 2), "b": (0.0, 0)}, {"a": (3.0, 4), "b": (0.0, 0)}], {"a": 1.5}),
+        ([{"a": (6.0, 2)}, {}], {"a": 3.0}),
+        ([{}, {}], {}),
+    ],
+)
+def test_a_term_of_the_loss_is_the_sum_over_the_count_of_all_ranks(
+    told: list[dict[str, tuple[float, float]]], quotients: dict[str, float]
+) -> None:
+    assert run_ranks(logged_of_a_loss, 2, told) == [quotients] * 2

@@ -81,6 +81,15 @@ def test_a_loss_may_be_a_plain_function(tmp_path: Path) -> None:
     assert set(done.exit_codes) == {0}, done.err
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_wraps_ours_and_does_not_hand_attach_on(ranks: int, tmp_path: Path) -> None:
+    """Under tensor parallelism the output layer could not even be called."""
+    options = ["--model.name=own_loss_forgets", "--loss.name=chunked_cross_entropy"]
+    options.append(f"--parallelism.tensor_parallel_degree={ranks}")
+    done = refused(tmp_path / "run", OWN, *options, ranks=ranks)
+    assert_one_message(done, "loss.name = 'chunked_cross_entropy'", "loss.attach = main.attach")
+
+
 def test_a_rule_for_no_parameter(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     rules = ["layers.0", "layer.1"]
@@ -94,6 +103,13 @@ def test_corrupt_toml(tmp_path: Path) -> None:
     config.write_text("[training]\nsteps = = 3\n")
     done = refused(tmp_path / "run", f"--job.config_file={config}", ranks=2)
     assert_one_message(done, f"{config}:2: not valid TOML")
+
+
+def test_a_validator_with_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
+    options = ("--model.name=own_validator", "--validation.enable", "--validation.freq=1")
+    done = refused(tmp_path / "run", OWN, *options)
+    assert "build_validator_fn of own_validator: a batch of the validator has the tok" in done.err
+    assert done.exit_codes == [2] and "Traceback" not in done.err, done.err
 
 
 @pytest.mark.parametrize("section", ["training", "validation"])

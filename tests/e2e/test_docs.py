@@ -28,7 +28,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from torchtitan.config import JobConfig
-from torchtitan.config.upstream import INSTEAD
+from torchtitan.config.upstream import INSTEAD, VALUES
 from torchtitan.errors import TitanError
 
 NETWORK = "needs a network"
@@ -310,6 +310,10 @@ def test_what_messages_say_of_upstreams_keys_is_what_the_page_says() -> None:
             section = keys[0].rpartition(".")[0] if keys else ""
             rows |= {section + k if k[0] == "." else k: right.replace("`", "") for k in keys}
     assert rows == INSTEAD
+    for values in VALUES.values():
+        for value, text in values.items():
+            (right,) = re.findall(rf'^\| .*"{value}".* \| (.*) \|$', table, re.M)
+            assert set(re.split("[`, ]+", text)) <= set(re.split('[`,; ="]+', right)), value
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -30,6 +30,16 @@ def test_a_failing_rank_does_not_wait_for_nccl(fails: str, code: int, tmp_path: 
         assert "Traceback" in done.err and "ValueError: the second batch" in done.err
 
 
+@pytest.mark.parametrize(("fails", "code"), [("model", 1), ("load", 1), ("interrupt", -2)])
+def test_a_rank_that_fails_before_the_first_step_does_not_either(
+    fails: str, code: int, tmp_path: Path
+) -> None:
+    done = run(tmp_path, FAILS=fails)
+    assert done.exit_codes[1] == code, done.err
+    error = "KeyboardInterrupt" if fails == "interrupt" else f"OutOfMemoryError: in the {fails}"
+    assert "Traceback" in done.err and error in done.err
+
+
 def test_a_run_that_succeeds_leaves_the_group_and_names_its_device(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.exit_code == 0, done.err

@@ -48,6 +48,26 @@ def test_an_option_does_not_change_the_losses(
     assert losses(lines) == pytest.approx(losses(plain), rel=1e-4)
 
 
+TOLD = {
+    "one": (1, "--training.replay_freq=1"),
+    "fsdp": (2, "--validation.enable", "--validation.freq=1", "--validation.steps=1"),
+    "tp": (2, "--parallelism.tensor_parallel_degree=2"),
+    "cp": (2, "--parallelism.context_parallel_degree=2"),
+    "pp": (2, "--parallelism.pipeline_parallel_degree=2"),
+}
+
+
+@pytest.mark.parametrize("layout", TOLD)
+def test_what_a_loss_tells_is_of_the_steps_of_training_on_all_ranks(
+    layout: str, tmp_path: Path
+) -> None:
+    """Neither of evaluation nor, in a pipeline, of the pass that finds out shapes."""
+    ranks, *options = TOLD[layout]
+    own = "--job.custom_import=own_parts_llama", "--model.name=own_loss_tells"
+    lines = train(tmp_path, *OPTIONS, *own, *options, ranks=ranks)
+    assert [line["loss_main"] for line in lines] == pytest.approx(losses(lines), rel=1e-6)
+
+
 def test_bfloat16_trains_like_float32_on_float32_weights(plain: list[dict], tmp_path: Path) -> None:
     options = ("--training.mixed_precision_param=bfloat16", "--checkpoint.enable")
     for ranks in 1, 2:
@@ -100,8 +120,13 @@ def test_the_resolved_config_repeats_the_run(plain: list[dict], tmp_path: Path) 
     )
     ours.job.config_file = theirs.job.config_file = None
     assert ours == theirs
-    again = train(tmp_path / "again", "--job.config_file", str(resolved))
-    assert losses(again) == losses(plain)
+    # And with the key in it that upstream's files have, which prints and trains.
+    resolved.write_text(resolved.read_text().replace("[job]\n", "[job]\nprint_config = true\n"))
+    words = "--job.config_file", str(resolved), f"--job.dump_folder={tmp_path}/again"
+    again = command("train", *words)
+    assert again.exit_code == 0, again.err
+    assert losses(read_lines(tmp_path / "again" / "metrics.jsonl")) == losses(plain)
+    assert "[training]\n" in again.out
 
 
 def test_an_ordinary_run_says_nothing_but_its_log(tmp_path: Path) -> None:

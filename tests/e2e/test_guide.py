@@ -82,6 +82,9 @@ def trained(folder: Path, ranks: int, *more: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(folder)
     done = command("train", *words, ranks=ranks)
     assert done.exit_code == 0, done.err
+    if "--activation_checkpoint.mode=full" in more:
+        assert "WARNING" not in done.err
+    assert "compile.enable = true: has no effect" not in done.err
     return losses(folder)
 
 
@@ -96,7 +99,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_guides_model_trains_alike_on_one_and_four_processes(one: Path, tmp_path: Path) -> None:
     torchrun = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "torchtitan.train"]
-    shell([*torchrun, *options(tmp_path, whole=False)], cwd=tmp_path)
+    done = shell([*torchrun, *options(tmp_path, whole=False)], cwd=tmp_path)
+    # Its `parallelize_fn` knows one mode of checkpointing, which is not the default.
+    assert done.err.count('activation_checkpoint.mode = "selective": has no effect') == 1
     assert losses(one)[-1] < losses(one)[0] - 0.3
     assert losses(tmp_path) == pytest.approx(losses(one), rel=1e-4)
 
@@ -181,6 +186,33 @@ def test_the_guides_loss_and_loader_train_and_resume_on_any_layout(
     done = command("train", *words, *two, ranks=4)
     assert done.exit_code == 0, done.err
     assert losses(tmp_path) == pytest.approx(whole[4:], rel=1e-4)
+
+
+def test_the_guides_loss_of_two_terms_is_logged_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the chunked loss that it calls gets the output layer."""
+    monkeypatch.chdir(tmp_path)
+    logged = []
+    for ranks, loss in ((1, "cross_entropy"), (2, "chunked_cross_entropy")):
+        words = options(tmp_path, f"--loss.name={loss}", "--validation.enable", whole=False)
+        package, blocks = tmp_path / "my_pkg" / "your_model", code_blocks()
+        (package / "loss.py").write_text(blocks["loss.py, of two terms"])
+        model, init = package / "model" / "model.py", package / "__init__.py"
+        text = model.read_text()
+        end = textwrap.indent(blocks["model/model.py, at the end of forward"], " " * 8)
+        text = text.replace("        h = self.norm(h)\n        return self.output(h)\n", end)
+        after = "        self.after = nn.Linear(args.dim, args.dim, bias=False)\n"
+        model.write_text(text.replace("        self.output =", after + "        self.output ="))
+        text = init.read_text().replace("import build_loss, ", "import ")
+        init.write_text("from .loss import build_loss\n" + text)
+        done = command("train", *words, ranks=ranks)
+        assert done.exit_code == 0, done.err
+        logged.append(read_lines(tmp_path / "run" / "metrics.jsonl"))
+        shutil.rmtree(tmp_path / "run")
+    for key in ("loss", "loss_after"):
+        one, two = ([line[key] for line in lines] for lines in logged)
+        assert two == pytest.approx(one, rel=1e-4) and one[-1] < one[0] - 0.2, key
 
 
 def test_the_guides_training_configs_load_as_they_stand(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from torchtitan.components.loss import IGNORE_INDEX, VocabShard, of_training
+from torchtitan.distributed.tensor_parallel import LOSS_NOT_ATTACHED
 from torchtitan.errors import ConfigError
 
 
@@ -51,7 +52,9 @@ class ChunkedCrossEntropy:
             self._output = output
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        assert self._output is not None, "attach() was not called with the last part of the model"
+        """Raises `ConfigError` if `attach` was not called with the last part of the model."""
+        if self._output is None:
+            raise ConfigError(LOSS_NOT_ATTACHED)
         return chunked_linear_cross_entropy(
             pred.flatten(end_dim=-2),
             self._output.weight,

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from statistics import mean
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-import torch.distributed as dist
 
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import (
+    ConfigError,
+    DataError,
+    OutageError,
+    TitanError,
+    disk_is_full,
+    may_pass,
+)
 from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-    from torchtitan.distributed.host_sum import HostSum
     from torchtitan.protocols.train_spec import TrainSpec
+
+logger = logging.getLogger("torchtitan")
 
 Batch = dict[str, torch.Tensor]
 
@@ -67,8 +75,7 @@ def has_own_loader(build_dataloader_fn: Any) -> bool:
 
 def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:
     """The loader of a job on one process."""
-    tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
-    return spec.build_dataloader_fn(job_config, tokenizer, 0, 1)
+    return spec.build_dataloader_fn(job_config, spec.tokenizer(job_config), 0, 1)
 
 
 def why_no_batch(error: Exception) -> str:
@@ -136,9 +143,11 @@ def next_batch(dataloader: Any, job_config: JobConfig, step: int) -> Batch:
 
     Raises:
         DataError: the loader has ended. Started again, it would do so at the same place.
+        OutageError: see `loader_outages`.
     """
     try:
-        return cast(Batch, next(dataloader))
+        with loader_outages(job_config):
+            return cast(Batch, next(dataloader))
     except StopIteration as error:
         raise DataError(
             f"{builder(job_config)}: the loader has ended in step {step} of "
@@ -147,31 +156,19 @@ def next_batch(dataloader: Any, job_config: JobConfig, step: int) -> Batch:
         ) from error
 
 
-def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]:
-    """What a loader tells about itself, if it does: means over the ranks that tell it.
-
-    All ranks call this.
+@contextmanager
+def loader_outages(job_config: JobConfig) -> Iterator[None]:
+    """Turns errors of an author's loader that may pass, such as a connection that is reset, into
+    an `OutageError`, after which the run is started again later and not at once.
     """
-    tell = getattr(dataloader, "metrics", None)
-    values: dict[str, float] = tell() if tell else {}
-    if not _alike("\n".join(values), sum_over_ranks):
-        told: list[dict[str, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(told, {name: float(value) for name, value in values.items()})
-        names = sorted(set().union(*told))
-        return {name: mean(own[name] for own in told if name in own) for name in names}
-    if not values:
-        return {}
-    means = torch.tensor(list(values.values()), dtype=torch.float64)
-    sum_over_ranks(means)
-    means /= dist.get_world_size()
-    return dict(zip(values, means.tolist(), strict=True))
-
-
-def _alike(text: str, sum_over_ranks: HostSum) -> bool:
-    """Whether all ranks have the same text, by a checksum of it."""
-    checksum = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=3).digest())
-    sums = torch.tensor([checksum, checksum**2])  # 48 bits: thousands of ranks' fit into 63
-    sum_over_ranks(sums)
-    total, total_of_squares = sums.tolist()
-    # Equal for numbers that are all the same, and for no others (Cauchy and Schwarz).
-    return bool(total**2 == dist.get_world_size() * total_of_squares)
+    try:
+        yield
+    except (TitanError, StopIteration):
+        raise
+    except Exception as error:
+        if disk_is_full(error) or not may_pass(error):
+            raise
+        logger.exception("where the data loader failed:")  # it may be a bug of the author after all
+        raise OutageError(
+            f"{builder(job_config)}: {first_line(error)}. This may pass: start the run again"
+        ) from error

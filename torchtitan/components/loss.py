@@ -19,7 +19,12 @@ IGNORE_INDEX = -100
 
 
 class Loss(Protocol):
-    """What `build_loss_fn` returns. A function is one too: `attach` may be left out."""
+    """What `build_loss_fn` returns. A function is one too: `attach` may be left out.
+
+    It may also have `metrics() -> dict[str, tuple[float, float]]`, called by all ranks where a step
+    is logged: name -> what it summed since the call before, and how many numbers that were. Logged
+    are the quotients of both over all ranks. Evaluation, which has no gradients, is not to count.
+    """
 
     def attach(self, model_parts: list[nn.Module]) -> None:
         """Prepare the parallelized model parts of this rank. Called once, before training.

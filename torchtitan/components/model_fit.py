@@ -35,17 +35,27 @@ def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
         ConfigError: the job cannot run like this.
     """
     load_plugins(job_config.job.custom_import)
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    validate(job_config, world_size)
+    spec = valid_spec(job_config, world_size)
     for doubt in unlikely(job_config) if rank() == 0 else []:
         logger.warning("%s", doubt)
-    check_builders(spec, job_config)
     check_profiling(job_config)
     model_args = spec.model_args.update_from_config(job_config)
     check_exchange(job_config, spec, model_args)
-    tokenizer = spec.build_tokenizer_fn(job_config) if spec.build_tokenizer_fn else None
+    tokenizer = spec.tokenizer(job_config)
     check_vocabulary(tokenizer, model_args, job_config)
     return FittingModel(spec, model_args, tokenizer)
+
+
+def valid_spec(job_config: JobConfig, world_size: int) -> TrainSpec:
+    """The model of a job whose plugins are loaded.
+
+    Raises:
+        ConfigError: there is none, a rule between the options is broken, or it lacks a part.
+    """
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    validate(job_config, world_size)
+    check_builders(spec, job_config)
+    return spec
 
 
 def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:

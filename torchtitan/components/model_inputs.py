@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchtitan.components.data_loader import Batch, builder, some
+from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
 from torchtitan.distributed.context_parallel import shard_batch
 from torchtitan.errors import ConfigError
@@ -31,14 +32,20 @@ class ModelInputs:
 
     Args:
         model: the whole model, before it is parallelized.
+        vocab_size: tokens that are ids are below it, where it is known.
     """
 
     def __init__(
-        self, model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig
+        self,
+        model: nn.Module,
+        parallel_dims: ParallelDims,
+        job_config: JobConfig,
+        vocab_size: int | None = None,
     ) -> None:
         self._config = job_config
+        self._vocab_size = vocab_size
         self._usual = usual_inputs(model, parallel_dims, job_config)
-        self._cp = parallel_dims.cp_enabled
+        self._cp, self._pp = parallel_dims.cp, parallel_dims.pp_enabled
         self._dtype = getattr(torch, job_config.training.mixed_precision_param)
         parameters = list(inspect.signature(model.forward).parameters.values())
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -59,7 +66,44 @@ class ModelInputs:
         who = f"{builder(self._config)}: a batch of the loader"
         _check_tensors(who, batch)
         self._check_names(who, batch)
-        self._check_shapes(who, batch)
+        sizes = list(batch_shape(self._config, "training"))
+        shape = list(batch["labels"].shape)
+        if shape[:2] != sizes:
+            raise ConfigError(
+                f"{who} has labels of shape {shape}. It must begin with {sizes}, "
+                "[training.local_batch_size, training.seq_len]: seq_len is the number of what a "
+                "sample has predictions for, by which tokens and FLOPs are counted"
+            )
+        self._check_shapes(who, batch, f"training.local_batch_size ({sizes[0]})")
+        return batch
+
+    def checked_for_validation(self, batch: Batch) -> Batch:
+        """A batch that a validator gives to `evaluate` as it is.
+
+        Raises:
+            ConfigError: as `checked`; but it may be of any size, as far as the layout lets it.
+        """
+        who = f"build_validator_fn of {self._config.model.name}: a batch of the validator"
+        _check_tensors(who, batch)
+        self._check_names(who, batch)
+        shape = list(batch["labels"].shape)
+        if len(shape) < 2:
+            raise ConfigError(
+                f"{who} has labels of shape {shape}. It must begin with a number of samples and one"
+                " of what each has predictions for"
+            )
+        rows = batch_shape(self._config, "validation")[0]
+        if self._pp and shape[0] != rows:
+            raise ConfigError(
+                f"{who} has {shape[0]} samples. A pipeline's schedule is made for "
+                f"validation.local_batch_size, {rows} here (training's where it is unset)"
+            )
+        if self._cp > 1 and shape[1] % (2 * self._cp):
+            raise ConfigError(
+                f"{who} has sequences of {shape[1]}. parallelism.context_parallel_degree "
+                f"({self._cp}) cuts them in {2 * self._cp} chunks, which must be equal"
+            )
+        self._check_shapes(who, batch, f"that of its labels ({shape[0]})")
         return batch
 
     def _check_names(self, who: str, batch: Batch) -> None:
@@ -72,14 +116,7 @@ class ModelInputs:
                 f"{who} has {some(reserved)}, but an input of forward() cannot be called "
                 f"{some(_OF_A_PIPELINE)}, which pipelines have for themselves. Choose another name"
             )
-        masked = self._config.training.document_mask
-        if "positions" in batch and "document_ids" not in batch and not masked:
-            # With document_ids, they are those of packed documents, for which the mask is off.
-            raise ConfigError(
-                f"{who} has 'positions' without 'document_ids', but without training.document_mask "
-                "the positions of a sequence are 0, 1, 2, ... Leave them out, give document_ids "
-                "too and set training.document_mask, or choose another name, also in forward()"
-            )
+        refuse_lone_positions(who, batch, self._config)
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
         if unknown:
             raise ConfigError(
@@ -92,21 +129,15 @@ class ModelInputs:
                 f"{who} has {some(batch)} but no {some(absent)}, which forward() of {model} needs"
             )
 
-    def _check_shapes(self, who: str, batch: Batch) -> None:
-        training = self._config.training
-        sizes = [training.local_batch_size, training.seq_len]
+    def _check_shapes(self, who: str, batch: Batch, rows: str) -> None:
+        """Whether all has the sizes of the labels. `rows` names the first of these."""
         shape = list(batch["labels"].shape)
-        if shape[:2] != sizes:
-            raise ConfigError(
-                f"{who} has labels of shape {shape}. It must begin with {sizes}, "
-                "[training.local_batch_size, training.seq_len]: seq_len is the number of what a "
-                "sample has predictions for, by which tokens and FLOPs are counted"
-            )
+        sizes = shape[:2]
         for name, tensor in batch.items():
             if list(tensor.shape[:1]) != sizes[:1]:
                 raise ConfigError(
                     f"{who} has {name!r} of shape {list(tensor.shape)}, whose first size must be "
-                    f"training.local_batch_size ({sizes[0]})"
+                    f"{rows}"
                 )
             # IGNORE_INDEX must fit into labels, and cross entropy takes no other integers.
             ids = name == "labels" or (name in USUAL_KEYS and list(tensor.shape) == sizes)
@@ -115,14 +146,28 @@ class ModelInputs:
                     f"{who} has {name!r} of {tensor.dtype}, which must be torch.int64, or floating "
                     "point if they are no ids"
                 )
+        self._check_ids(who, batch["tokens"])
         usual = not own_inputs(batch) and list(batch["tokens"].shape) == shape == sizes
-        if self._cp and not usual:
+        if self._cp > 1 and not usual:
             fail(
                 self._config,
                 "parallelism.context_parallel_degree",
-                "context parallelism divides tokens and labels [batch, seq] alone, but the loader "
-                f"of {self._config.model.name} gives "
+                f"context parallelism divides tokens and labels [batch, seq] alone, but {who} has "
                 + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
+            )
+
+    def _check_ids(self, who: str, tokens: torch.Tensor) -> None:
+        """An id beyond the embedding would be an index error on the device, hard to read."""
+        size = self._vocab_size
+        ids = tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.numel() > 0
+        if size is None or not ids or tokens.device.type != "cpu":  # else the host would wait
+            return
+        least, largest = (int(found) for found in tokens.aminmax())
+        if least < 0 or largest >= size:
+            wrong = least if least < 0 else largest
+            raise ConfigError(
+                f"{who} has the token {wrong}, but the vocab_size of {self._config.model.name} "
+                f"{self._config.model.flavor} is {size}: tokens are from 0 to {size - 1}"
             )
 
     def on_device(
@@ -137,7 +182,9 @@ class ModelInputs:
         if not self._config.training.document_mask and "positions" in self._usual:
             # The sequence is one document to the model.
             labels = batch["labels"]
-            batch["positions"] = torch.arange(labels.shape[1]).expand(labels.shape[:2])
+            # In a dict of its own: a validator may keep its batch, and give it again.
+            positions = torch.arange(labels.shape[1]).expand(labels.shape[:2])
+            batch = batch | {"positions": positions}
         if cp_mesh is not None:
             batch = shard_batch(batch, cp_mesh, self._config)
         if device.type == "cuda":  # a copy from other memory waits for what is queued before
@@ -146,6 +193,18 @@ class ModelInputs:
         inputs = {name: batch[name] for name in self._usual} | own_inputs(batch)
         inputs = {name: in_precision(tensor, self._dtype) for name, tensor in inputs.items()}
         return in_precision(batch["tokens"], self._dtype), batch["labels"], inputs
+
+
+def refuse_lone_positions(who: str, batch: Batch, job_config: JobConfig) -> None:
+    """Raises `ConfigError` for positions that the model would not get."""
+    masked = job_config.training.document_mask
+    if "positions" in batch and "document_ids" not in batch and not masked:
+        # With document_ids, they are those of packed documents, for which the mask is off.
+        raise ConfigError(
+            f"{who} has 'positions' without 'document_ids', but without training.document_mask "
+            "the positions of a sequence are 0, 1, 2, ... Leave them out, give document_ids "
+            "too and set training.document_mask, or choose another name, also in forward()"
+        )
 
 
 def own_inputs(batch: Batch) -> Batch:

@@ -20,6 +20,7 @@ from typing import (
 from torchtitan.errors import did_you_mean
 
 from .base import Range
+from .upstream import value_instead
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
@@ -85,8 +86,10 @@ def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
         return _member(value, args, path, default)
     if origin is Literal:
         if not any(type(choice) is type(value) and choice == value for choice in args):
-            near = did_you_mean(value if isinstance(value, str) else "", map(str, args))
-            raise BadValueError(path, f"{show(value)} is not allowed.{near}")
+            allowed = [str(choice) for choice in args]
+            hint = value_instead(".".join(map(str, path)), value, allowed)
+            hint = hint or did_you_mean(value if isinstance(value, str) else "", allowed)
+            raise BadValueError(path, f"{show(value)} is not allowed.{hint}")
         return value
     if origin is list:
         if not isinstance(value, list):

@@ -14,7 +14,8 @@ class Job:
     description: str = "default job"
     """Free text that says what this run is for."""
     print_config: bool = False
-    """Print the resolved config as TOML and stop before training."""
+    """Print the resolved config as TOML. On the command line, stop before training; in the file,
+    train."""
     custom_import: str = ""
     """Python module to import first, so that it can register a model (`my_pkg.my_model`)."""
     custom_config_module: str = ""

@@ -71,7 +71,8 @@ def load_config(argv: list[str]) -> JobConfig:
 
     A word `run.toml` that is no option's value stands for `--job.config_file run.toml`.
 
-    `--help` and `--job.print_config` print to stdout and exit.
+    `--help` and `--job.print_config` print to stdout and exit. In a file, `job.print_config` stops
+    nothing: a scheduler would take the run for done.
 
     Raises:
         ConfigError: an option, key, value or file is wrong.
@@ -91,11 +92,16 @@ def load_config(argv: list[str]) -> JobConfig:
         raise ConfigError(f"--{'.'.join(map(str, error.path))}: {error.problem}") from error
     config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
     config.checkpoint.folder = os.path.expanduser(config.checkpoint.folder)
-    if config.job.print_config:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stdout.write(to_toml(config))
+    if early.print_config:
+        print_config(config)
         raise SystemExit(0)
     return config
+
+
+def print_config(config: JobConfig) -> None:
+    """On rank 0, as a file that comes to the same config."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(to_toml(config))
 
 
 def _with_config_option(argv: list[str]) -> list[str]:

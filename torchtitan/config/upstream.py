@@ -1,9 +1,12 @@
-"""Keys of upstream torchtitan that are not here, and what to use instead.
+"""Keys and values of upstream torchtitan that are not here, and what to use instead.
 
 The same as the table in docs/migrating.md, which a test compares.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 _ONE_STEP = "none: one step, after two of warm-up"
 _STACKS = "comm.hang_seconds: stacks and NCCL's record in DUMP_FOLDER/hang"
@@ -47,7 +50,8 @@ INSTEAD = {
     "parallelism.expert_parallel_comm_backend": "none",
     "parallelism.pipeline_parallel_expert_parallel_overlap": "none",
     "checkpoint.enable_first_step_checkpoint": "none; checkpoint.interval = 1 in a trial run",
-    "checkpoint.initial_load_in_hf_quantized": "none",
+    "checkpoint.initial_load_in_hf_quantized": "none: FP8 weights of DeepSeek-V3 are converted "
+    "by its inference/fp8_cast_bf16.py first",
     "checkpoint.initial_load_model_only": "checkpoint.initial_load_path loads the model only",
     "checkpoint.create_seed_checkpoint": "not needed: the same seed gives the same weights on "
     "every layout",
@@ -70,6 +74,33 @@ INSTEAD = {
     "fault_tolerance.semi_sync_method": "none",
     "memory_estimation": "torchtitan plan",
 }
+
+_DATASETS = {"c4_test": "stdlib, or text with files of your own"}
+VALUES = {
+    "model.flavor": {
+        "17bx16e": "109B-A17B, with the layers of upstream's _irope",
+        "17bx128e": "400B-A17B, with the layers of upstream's _irope",
+    },
+    "training.dataset": _DATASETS,
+    "validation.dataset": _DATASETS,
+    "checkpoint.async_mode": {"async_with_pinned_mem": "async"},
+}
+_MASKED = re.compile("_(flex|varlen|flex_attn|varlen_attn|irope)$")
+"""Endings of flavors that attend within documents."""
+
+
+def value_instead(key: str, value: object, allowed: Iterable[str]) -> str:
+    """The end of a message about a value that is none of `allowed`; empty if upstream has it not.
+
+    Like `did_you_mean`, it begins with a space.
+    """
+    name = str(value)
+    plain = _MASKED.sub("", name) if key == "model.flavor" else name
+    here = VALUES.get(key, {}).get(plain, plain)
+    if re.split("[, ]", here)[0] not in allowed or here == name:
+        return ""
+    mask = ", and training.document_mask = true" if plain != name else ""
+    return f" It is of upstream torchtitan. Here: {here}{mask}"
 
 
 def instead(path: tuple[str | int, ...]) -> str:

@@ -19,6 +19,7 @@ from .job_config import JobConfig
 from .layout_rules import check_layout
 from .load import fail
 from .survival_rules import check_survival
+from .upstream import value_instead
 
 _DATASETS_WITH_PATH = {
     "text": "a file, a glob or a folder",
@@ -113,8 +114,9 @@ def _check_dataset(job_config: JobConfig, section: str, config: Any) -> None:
     from torchtitan.data.sources import DATASETS
 
     if config.dataset not in DATASETS:
-        problem = f"no such dataset.{did_you_mean(config.dataset, DATASETS)}"
-        fail(job_config, f"{section}.dataset", problem)
+        key, name = f"{section}.dataset", config.dataset
+        hint = value_instead(key, name, DATASETS) or did_you_mean(name, DATASETS)
+        fail(job_config, key, f"no such dataset.{hint}")
     if config.dataset in _DATASETS_WITH_PATH and not config.dataset_path:
         problem = f"needs {section}.dataset_path: {_DATASETS_WITH_PATH[config.dataset]}"
         fail(job_config, f"{section}.dataset", problem)

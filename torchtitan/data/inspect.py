@@ -77,7 +77,13 @@ def inspect(
             continue
         lengths.append(len(ids))
         measured += len(ids)
-        counts += np.bincount(np.where(ids < 0, ~ids, ids), minlength=len(counts))
+        unmasked = np.where(ids < 0, ~ids, ids)
+        if unmasked.max() >= len(counts):
+            raise DataError(
+                f"{path}, {name}: token {unmasked.max()} is outside of the tokenizer's vocabulary "
+                f"of {len(counts)}: the data is damaged, which --verify shows"
+            )
+        counts += np.bincount(unmasked, minlength=len(counts))
         if len(shown) < samples:
             shown.append((name, ids))
         elif measured > _MEASURED_TOKENS:
@@ -122,7 +128,7 @@ def _facts(source: Source, path: str) -> list[str]:
         lines.append(f"documents      {len(source):,}")
     if isinstance(source, PreparedTokens):
         origin = source.index["source"]
-        lines.append(f"made from      {origin['dataset']} {origin['dataset_path'] or ''}")
+        lines.append(f"made from      {origin['dataset']} {origin.get('dataset_path') or ''}")
         if source.index.get("add_bos"):
             lines.append("bos            begins each document")
         if source.index["skipped"]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
+from torchtitan.tools.text import first_line
 
 _FACTS = "batch.json"
 
@@ -79,8 +80,10 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
 
     try:
         facts = json.loads((folder / _FACTS).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{folder} holds no kept batch: {error}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("tokenizer"), str):
+        raise DataError(f"{folder / _FACTS} is damaged: it names no tokenizer")
     lines = [f"{name:10} {value}" for name, value in facts.items()]
     decode: Any = None
     for number, (tokens, labels) in enumerate(_rows(folder)):
@@ -110,13 +113,14 @@ def _summary(values: np.ndarray) -> str:
 
 def _rows(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and labels of each row, of texts `[seq]`, in the order of the global batch."""
-    files = sorted(folder.glob("data-rank-*.npz"), key=lambda p: int(p.stem.rpartition("-")[2]))
-    for file in files:
+    numbers = {path: path.stem.rpartition("-")[2] for path in folder.glob("data-rank-*.npz")}
+    files = [path for path, number in numbers.items() if number.isdecimal()]
+    for file in sorted(files, key=lambda path: int(numbers[path])):
         try:
             arrays = np.load(file)
             yield from zip(_of(arrays, "tokens"), _of(arrays, "labels"), strict=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{file} is damaged: {error}") from error
+        except Exception as error:  # zipfile, its codecs and NumPy raise many types
+            raise DataError(f"{file} is damaged: {first_line(error)}") from error
 
 
 def _of(arrays: Mapping[str, np.ndarray], name: str) -> Iterator[np.ndarray]:

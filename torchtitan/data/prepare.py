@@ -136,8 +136,10 @@ def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
     if path.is_file():
         try:
             found = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged; remove {out}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} is damaged; remove {out}")
         found.setdefault("add_bos", False)  # of a folder that was begun before there was the option
         if found.get("source") == old_source:
             found["source"] = settings["source"]

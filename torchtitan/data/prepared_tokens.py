@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 
 FORMAT = "torchtitan-tokens"
 VERSION = 1
+_OF_TOKENIZERS: dict[str, type] = {
+    "path": str,
+    "fingerprint": str,
+    "eos_id": int,
+    "vocab_size": int,
+}
+_OF_SHARDS: dict[str, type] = {
+    "name": str,
+    "tokens": int,
+    "documents": int,
+    "bin_sha256": str,
+    "idx_sha256": str,
+}
 INDEX = "index.json"
 _LONGEST_COPY = 2**24
 """Bytes of a document."""
@@ -129,10 +142,26 @@ def read_index(folder: Path) -> dict[str, Any]:
                 f"{path} is of format {index['format']!r} version {index['version']}; this version "
                 f"reads {FORMAT!r} up to {VERSION}"
             )
-        _ = index["dtype"], index["tokenizer"]["fingerprint"], index["shards"][0]["documents"]
-    except (ValueError, LookupError, TypeError) as error:
+        _check_fields(index)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     return index
+
+
+def _check_fields(index: dict[str, Any]) -> None:
+    """Raises `LookupError` or `TypeError`: what is read later is not there, or of another kind."""
+    shards = index["shards"][0], *index["shards"][1:]
+    tables: list[tuple[dict[str, Any], dict[str, type]]] = [
+        (index, {"dtype": str, "skipped": int}),
+        (index["source"], {"dataset": str}),
+        (index["tokenizer"], _OF_TOKENIZERS),
+        *((shard, _OF_SHARDS) for shard in shards),
+    ]
+    for table, kinds in tables:
+        for key, kind in kinds.items():
+            if type(table[key]) is not kind:
+                raise TypeError(f"{key} is {table[key]!r}")
+    np.dtype(index["dtype"])
 
 
 def _changed(path: str | Path, how: str) -> DataError:

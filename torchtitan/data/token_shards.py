@@ -61,8 +61,14 @@ class Shard(MappedTokens):
         return len(self.ends)
 
     def document(self, index: int) -> np.ndarray:
-        start = self.ends[index - 1] if index else 0
-        return read_ahead(self.tokens, int(start), int(self.ends[index]))
+        """Raises `DataError`: it begins or ends where no document can."""
+        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
+        if not 0 <= start <= end <= len(self.tokens):
+            raise DataError(
+                f"{self.path} is damaged: document {index} (from 0) is said to have the tokens "
+                f"from {start} to {end}, of {len(self.tokens)}"
+            )
+        return read_ahead(self.tokens, start, end)
 
 
 class TokenFiles:

@@ -38,12 +38,19 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
-from torchtitan.protocols.model import layers_of
+from torchtitan.protocols.model import layers_of, other_blocks_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 Plan = dict[str, ParallelStyle]
+
+LOSS_NOT_ATTACHED = (
+    "loss.name = 'chunked_cross_entropy' applies the model's output layer, but its "
+    "attach(model_parts) was not called. A build_loss_fn that calls torchtitan's loss hands it on: "
+    "loss.attach = main.attach. Or use loss.name = 'cross_entropy'"
+)
+"""A mistake of an author, found where the layer or the loss is called first."""
 
 
 def apply_tensor_parallel(
@@ -62,7 +69,8 @@ def apply_tensor_parallel(
     may lack any of them. What has other names is left to its author.
 
     Args:
-        block_plan: of each block; where blocks differ, what makes it from the block.
+        block_plan: of each block, a layer or one of the model's `other_blocks`; where blocks
+            differ, what makes it from the block.
 
     Raises:
         ConfigError: `tok_embeddings` is no `nn.Embedding`, or `output` no `nn.Linear`.
@@ -80,7 +88,7 @@ def apply_tensor_parallel(
         _overlap_with_matmuls(tp_mesh)
     with preserve_tying(model):
         parallelize_module(model, tp_mesh, adapt(model_plan))
-        for block in layers_of(model).values():
+        for block in (*layers_of(model).values(), *other_blocks_of(model).values()):
             parallelize_module(block, tp_mesh, adapt(plan_of(block)))
 
 
@@ -316,6 +324,7 @@ class DeferredOutputParallel(ParallelStyle):
 
     The layer receives `[batch, seq / tp, dim]` and passes on all of `[batch, seq, dim]` as a plain
     tensor whose gradient is a partial sum, since each rank's vocabulary contributes a part of it.
+    Called without that loss, it raises `ConfigError`.
     """
 
     def __init__(self) -> None:
@@ -328,6 +337,8 @@ class DeferredOutputParallel(ParallelStyle):
             module.register_parameter("weight", nn.Parameter(weight))
 
         def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            if "forward" not in vars(module):  # which `attach` of the loss has replaced
+                raise ConfigError(LOSS_NOT_ATTACHED)
             return gather_for_parts(inputs[0], mesh, self.input_layouts)
 
         return distribute_module(module, device_mesh, shard_weight, gather_sequence)

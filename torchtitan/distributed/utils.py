@@ -191,6 +191,11 @@ def init_distributed(timeout_seconds: int) -> None:
     _require_same_device(distributed_c10d._get_default_store(), rank(), device_type())
 
 
+def in_cuda_group() -> bool:
+    """Whether processes on CUDA have met: at an ordinary exit, NCCL may wait for all of them."""
+    return device_type() == "cuda" and dist.is_initialized()
+
+
 def _store(timeout: timedelta) -> dist.Store:
     """The store of torchrun, in which ranks look for each other.
 

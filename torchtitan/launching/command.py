@@ -92,23 +92,19 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     What only the cluster has (files, CUDA) is not looked for. Beyond the rules between options, the
     model is made and parallelised on the meta device, so its own rules are checked too.
     """
-    from torchtitan.components.model_fit import check_builders
-    from torchtitan.config.validate import validate
+    from torchtitan.components.model_fit import valid_spec
     from torchtitan.config.without_machine import without_machine
     from torchtitan.models.plugins import load_plugins
     from torchtitan.planning.trace import try_layout
-    from torchtitan.protocols.train_spec import get_train_spec
 
     load_plugins(job_config.job.custom_import)
-    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = nodes * processes
     config = without_machine(job_config, world_size)
     try:
-        validate(config, world_size)
+        valid_spec(config, world_size)
     except WorldSizeError as error:
         told = f"--nodes {nodes} x {processes} processes; --processes-per-node N sets them"
         raise WorldSizeError(f"{error} ({told})") from error
-    check_builders(spec, config)
     try_layout(config, world_size)
 
 

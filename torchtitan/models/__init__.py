@@ -1,6 +1,11 @@
 """The models. Each folder is self-contained; this table makes them known to the trainer."""
 
+from pathlib import Path
+
+from torchtitan.models.broken import import_each
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
+
+import_each(__name__, Path(__file__).parent)
 
 from .deepseek_v3 import get_train_spec as get_deepseek_v3_train_spec
 from .gemma3 import get_train_spec as get_gemma3_train_spec

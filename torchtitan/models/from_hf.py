@@ -9,6 +9,7 @@ from typing import Any
 
 from torchtitan.errors import CheckpointError, begin_errors_with, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.broken import BrokenModel
 from torchtitan.models.common.hf_config import OtherArchitectureError
 from torchtitan.protocols.train_spec import TrainSpec, model_flavors
 
@@ -54,7 +55,9 @@ def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
             except OtherArchitectureError as error:
                 known += error.model_types
     model_type = config.get("model_type")
+    broken = [f.problem for f in MODEL_REGISTRY.values() if isinstance(f, BrokenModel)]
     raise CheckpointError(
         f"{CONFIG}: model_type = {model_type!r} is no model that can be read."
         f"{did_you_mean(str(model_type), set(known))}"
+        f"{''.join(f' And {problem}.' for problem in broken)}"
     )

@@ -6,7 +6,7 @@ import logging
 from importlib.metadata import entry_points
 
 from torchtitan.protocols.train_spec import register_train_spec
-from torchtitan.tools.user_module import import_user_module
+from torchtitan.tools.user_module import import_user_module, places_of, with_place
 
 logger = logging.getLogger("torchtitan")
 
@@ -34,11 +34,10 @@ def load_plugins(custom_import: str = "") -> None:
                 register_train_spec(entry_point.name, loaded)
         except Exception as error:
             logger.warning(
-                "model plugin %s = %s failed to load: %s: %s",
+                "model plugin %s = %s failed to load: %s",
                 entry_point.name,
                 entry_point.value,
-                type(error).__name__,
-                error,
+                with_place(error, places_of(entry_point.module)),
             )
     if custom_import:
         import_user_module(custom_import, "job.custom_import")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from torchtitan.components.checkpoint.huggingface import (
     TRAINING_ONLY,
@@ -108,22 +111,58 @@ def model_of_checkpoint(folder: Path, told: KnownModel | None = None) -> KnownMo
         return KnownModel(name, flavor, spec, spec.model_args)
     try:
         args = dataclass_of(type(spec.model_args), model["args"])
-    except (TypeError, ValueError) as error:
+    except (NameError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: the args of {name}: {error}") from error
     return KnownModel(name, _flavor_of(name, args, frozenset({"attention"})), spec, args)
 
 
 def dataclass_of(cls: type, fields: dict[str, Any]) -> Any:
-    """The inverse of `dataclasses.asdict`. Raises `TypeError` for an unknown field."""
+    """The inverse of `plain_args`, by the types of the fields.
+
+    Dataclasses come back, tuples, and keys that are numbers; in lists, tuples, dicts and unions
+    too. What else JSON does not know is left as JSON has it.
+
+    Raises:
+        TypeError: an unknown field.
+        ValueError: a tuple of another length than its type says, or a key that is no number.
+    """
     hints = get_type_hints(cls)
-    values = {}
-    for name, value in fields.items():
-        kinds = (hints.get(name), *get_args(hints.get(name)))
-        nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-        values[name] = (
-            dataclass_of(nested[0], value) if isinstance(value, dict) and nested else value
-        )
+    computed = {field.name for field in dataclasses.fields(cls) if not field.init}
+    values = {k: _value_of(hints.get(k), v) for k, v in fields.items() if k not in computed}
     return cls(**values)
+
+
+def _value_of(hint: Any, value: Any) -> Any:
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        possible = [one for one in inner if _may_be(one, value)]
+        return _value_of(max(possible, key=partial(_knows, value)), value) if possible else value
+    if not _may_be(hint, value):
+        return value
+    if dataclasses.is_dataclass(kind):
+        return dataclass_of(cast(type, kind), value)
+    if isinstance(value, dict):
+        key, of_value = inner or (str, Any)
+        number = key if key in (int, float) else str  # JSON has text for keys
+        return {number(k): _value_of(of_value, v) for k, v in value.items()}
+    if kind is tuple and inner and inner[-1] is not ...:
+        return tuple(_value_of(one, item) for one, item in zip(inner, value, strict=True))
+    made = [_value_of(inner[0] if inner else Any, item) for item in value]
+    return tuple(made) if kind is tuple else made
+
+
+def _may_be(hint: Any, value: Any) -> bool:
+    """Whether JSON's dict or list may stand for a value of this type."""
+    kind = get_origin(hint) or hint
+    if isinstance(value, dict):
+        return dataclasses.is_dataclass(kind) or kind in (dict, Mapping)
+    return isinstance(value, list) and kind in (list, tuple, Sequence)
+
+
+def _knows(fields: Any, hint: Any) -> bool:
+    """Whether it is a dataclass that has all these fields."""
+    known = [f.name for f in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
+    return set(fields) <= set(known) if isinstance(fields, dict) else False
 
 
 def _flavor_of(name: str, args: BaseModelArgs, ignored: frozenset[str]) -> str:

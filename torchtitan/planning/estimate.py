@@ -13,15 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.components.model_fit import check_builders
+from torchtitan.components.model_fit import valid_spec
 from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.validate import validate
 from torchtitan.config.without_machine import without_machine
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols.model import layers_of
-from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import Collective
 from .devices import Device
@@ -158,9 +156,7 @@ def plan_run(
     """
     inputs = inputs or Inputs.of(config)
     given, config = config, without_machine(config, world_size)
-    validate(config, world_size)
-    spec = get_train_spec(config.model.name, config.model.flavor)
-    check_builders(spec, config)
+    spec = valid_spec(config, world_size)
     _refuse_unplannable(config, device)
     # Nothing can be traced through the compiler.
     compiled, config.compile.enable = config.compile.enable, False

@@ -40,7 +40,8 @@ def step_inputs(
     """What `forward` gets besides tokens."""
     places = torch.zeros(batch["labels"].shape[:2], dtype=torch.int64)
     names = usual_inputs(part, dims, job_config)
-    return {name: places.clone() for name in names} | own_inputs(batch)
+    # A loader of the model's own may give some of another shape.
+    return {name: batch.get(name, places).clone() for name in names} | own_inputs(batch)
 
 
 def tensors_of(out: Any) -> tuple[torch.Tensor, ...]:

@@ -10,12 +10,13 @@ import torch
 
 from torchtitan.components.data_loader import (
     Batch,
+    builder,
     describe_batch,
     has_own_loader,
     open_loader,
     why_no_batch,
 )
-from torchtitan.components.model_inputs import USUAL_KEYS
+from torchtitan.components.model_inputs import USUAL_KEYS, refuse_lone_positions
 from torchtitan.config import origin
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
@@ -40,7 +41,8 @@ class Inputs:
         """Asks a loader of the model's own for a batch.
 
         Raises:
-            ConfigError: it gives none here, and a model without `vocab_size` reads no token ids.
+            ConfigError: it gives none here, and a model without `vocab_size` reads no token ids;
+                or it gives positions that the model would not get.
         """
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         if not has_own_loader(spec.build_dataloader_fn):
@@ -50,6 +52,11 @@ class Inputs:
         except Exception as error:  # of the user's code, or for want of data
             unknown = why_no_batch(error)
         else:
+            refuse_lone_positions(
+                f"{builder(job_config)}: a batch of the loader", batch, job_config
+            )
+            if not job_config.training.document_mask:  # the model does not get them
+                batch = {name: row for name, row in batch.items() if name not in USUAL_KEYS[2:]}
             return cls(None if _is_text(batch, job_config) else batch, own=True)
         if getattr(spec.model_args.update_from_config(job_config), "vocab_size", None) is None:
             raise ConfigError(
@@ -91,16 +98,14 @@ def _batch_of_one_row(spec: Any, job_config: JobConfig) -> Batch:
     missing = [name for name in USUAL_KEYS[:2] if name not in batch]
     if missing:
         raise ConfigError(f"a batch has no {', '.join(missing)}")
-    masked = config.training.document_mask
     return {
         name: torch.empty(tensor.shape[1:], dtype=tensor.dtype, device="meta")
         for name, tensor in batch.items()
-        if masked or name not in USUAL_KEYS[2:]
     }
 
 
 def _is_text(batch: Batch, job_config: JobConfig) -> bool:
-    ids = batch["tokens"], batch["labels"]
     return set(batch) <= set(USUAL_KEYS) and all(
-        row.dtype == torch.int64 and list(row.shape) == [job_config.training.seq_len] for row in ids
+        row.dtype == torch.int64 and list(row.shape) == [job_config.training.seq_len]
+        for row in batch.values()
     )

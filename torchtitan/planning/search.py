@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torchtitan.config import JobConfig, fail, origin
+from torchtitan.config.without_machine import without_machine
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import three_digits
 
@@ -15,6 +16,7 @@ from .candidates import Candidate, candidates
 from .devices import Device
 from .estimate import Plan, Traces, plan_run
 from .inputs import Inputs
+from .trace import try_layout
 
 _MEMORY_MARGIN = 1.15
 _TIME_MARGIN = 1.1
@@ -78,6 +80,7 @@ def search(
     every = list(candidates(config, world_size, host_size))
     if not every:
         raise ConfigError(_no_layout(config, world_size))
+    every = _without_impossible_cp(every, config)
     inputs = Inputs.of(config)
     arithmetic = Arithmetic(config, device, host_size, inputs)
     available = device.memory - device.host_memory_reserved
@@ -123,6 +126,25 @@ def search(
     if refused and not found.traced:
         raise refused[0]
     return found
+
+
+def _without_impossible_cp(every: list[Candidate], config: JobConfig) -> list[Candidate]:
+    """Leave out context parallelism if the model refuses it.
+
+    Raises:
+        ConfigError: it does, and no layout is without.
+    """
+    whole = [candidate for candidate in every if candidate.cp == 1]
+    if len(whole) == len(every):
+        return every
+    shared = replace(every[0], replicate=1, shard=1, cp=2, tp=1, pp=1, ep=1, schedule="")
+    try:
+        try_layout(without_machine(shared.config(config), 2), 2)
+    except ConfigError:
+        if not whole:
+            raise
+        return whole
+    return every
 
 
 def _check(config: JobConfig) -> None:

@@ -25,6 +25,7 @@ from torchtitan.components.loss import attach_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, freeze
 from torchtitan.config import origin
+from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
@@ -141,7 +142,8 @@ def _parallel_parts(
 
     Raises:
         ConfigError: the model cannot be split or cut like this, a rule of the optimizer matches
-            nothing, or forward does not take what the job would give it.
+            nothing, forward does not take what the job would give it, or `parallelize_fn` does not
+            apply context parallelism.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     model = meta_model(job_config, dims)
@@ -155,7 +157,10 @@ def _parallel_parts(
         repetition = repetition_of(part, job_config, inputs)
         if shallow is not None and repetition.worth_extrapolating:
             keep_layers(part, repetition.depth(repetition.traced[shallow]))
-    return [spec.parallelize_fn(part, dims.world_mesh, dims, job_config) for part in parts]
+    parts = [spec.parallelize_fn(part, dims.world_mesh, dims, job_config) for part in parts]
+    if dims.cp_enabled:
+        require_applied_cp(parts, job_config)
+    return parts
 
 
 @contextmanager

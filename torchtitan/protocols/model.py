@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
 @dataclass
 class BaseModelArgs:
     """Hyperparameters of a model; subclasses add fields with defaults.
@@ -72,6 +75,16 @@ class ModelProtocol(nn.Module):
     """Whether tokens see later ones, as in encoders and masked diffusion: `verify` then does not
     ask that they do not, and `generate` and `eval` refuse the model. (Not `causal`, a name that
     buffers of masks have.)"""
+    estimates_gradients: ClassVar[bool] = False
+    """Whether some gradients are meant to be others than the slope of the loss, as those of
+    straight-through estimators, of `detach()` within a formula, and of gradients that are scaled:
+    `verify` then does not measure the slope."""
+
+    other_blocks: ClassVar[tuple[str, ...]] = ()
+    """Modules beside `layers` that are blocks as layers are, by their names: one block (that of
+    multi-token prediction, say), or a stack of them. They are gathered, recomputed and compiled one
+    by one (`blocks_of`), and `apply_tensor_parallel` applies the plan of blocks to them. A stage of
+    a pipeline that is without one has None there."""
 
     if not TYPE_CHECKING:  # type checkers are to see that `model_cls(args)` takes the args
 
@@ -109,14 +122,29 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
     Besides the layers, these are the blocks of other stacks, such as an encoder's or a vision
     tower's: members of a list, dict or sequence of modules that all have a `forward` and parts with
-    parameters, at least two of them alike. Not those that share a parameter with another part of
-    the model. Pipelines cut between layers alone.
+    parameters, at least two of them alike; and what `other_blocks` of the model names. Not those
+    that share a parameter with another part of the model. Pipelines cut between layers alone.
     """
     blocks: dict[str, nn.Module] = {f"layers.{n}": layer for n, layer in layers_of(model).items()}
     uses = _uses(model)
-    for name, block in _blocks_in(model, ""):
+    others = other_blocks_of(model)
+    for name, block in (*_blocks_in(model, "", set(others.values())), *others.items()):
         if all(uses[parameter] == count for parameter, count in _uses(block).items()):
             blocks[name] = block
+    return blocks
+
+
+def other_blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that `other_blocks` of the model names and that this stage has."""
+    blocks: dict[str, nn.Module] = {}
+    for name in getattr(model, "other_blocks", ()):
+        module: Any = model
+        for part in name.split("."):
+            module = getattr(module, part) if module is not None else None
+        if isinstance(module, _LISTS):
+            blocks |= {f"{name}.{n}": block for n, block in module.named_children()}
+        elif module is not None:
+            blocks[name] = module
     return blocks
 
 
@@ -125,20 +153,23 @@ def _uses(module: nn.Module) -> Counter[nn.Parameter]:
     return Counter(param for _, param in module.named_parameters(remove_duplicate=False))
 
 
-def _blocks_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _blocks_in(
+    module: nn.Module, prefix: str, known: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks of stacks, but neither layers nor what is known already."""
     for name, child in module.named_children():
-        if prefix + name == "layers":
+        if prefix + name == "layers" or child in known:
             continue
         if _is_stack(child):
             yield from ((f"{prefix}{name}.{n}", block) for n, block in child.named_children())
         else:
-            yield from _blocks_in(child, f"{prefix}{name}.")
+            yield from _blocks_in(child, f"{prefix}{name}.", known)
 
 
 def _is_stack(module: nn.Module) -> bool:
     members = list(module.children())
     return (
-        isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        isinstance(module, _LISTS)
         and len({type(member) for member in members}) < len(members)
         and all(_can_be_called(member) for member in members)
         and all(any(True for _ in _inner_parameters(member)) for member in members)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from torchtitan.config.upstream import value_instead
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
@@ -59,6 +60,10 @@ class TrainSpec:
             cast(Any, model).args = args  # which a checkpoint is compared with when it is resumed
         return model
 
+    def tokenizer(self, job_config: Any) -> Any:
+        """That of a job; None if the model reads no text."""
+        return self.build_tokenizer_fn(job_config) if self.build_tokenizer_fn else None
+
 
 def register_train_spec(name: str, factory: TrainSpecFactory) -> None:
     """Make a model known as `model.name = name`. Repeating the same call is harmless.
@@ -88,7 +93,6 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
         )
     flavors = model_flavors(name)
     if flavors and flavor not in flavors:
-        raise ConfigError(
-            f"model.flavor = {flavor!r}: {name} has no such flavor.{did_you_mean(flavor, flavors)}"
-        )
+        hint = value_instead("model.flavor", flavor, flavors) or did_you_mean(flavor, flavors)
+        raise ConfigError(f"model.flavor = {flavor!r}: {name} has no such flavor.{hint}")
     return MODEL_REGISTRY[name](flavor)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.broken import BrokenModel
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.options import positive
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human
+from torchtitan.tools.user_module import with_place
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     load_plugins(args.custom_import)
     if args.name is not None and args.name not in MODEL_REGISTRY:
         raise ConfigError(f"no model {args.name!r}.{did_you_mean(args.name, MODEL_REGISTRY)}")
-    names = [args.name] if args.name else sorted(MODEL_REGISTRY)
-    sizes = [size for name in names for size in model_sizes(name, args.seq_len)]
+    sizes, problems = [], []
+    for name in [args.name] if args.name else sorted(MODEL_REGISTRY):
+        try:
+            sizes += model_sizes(name, args.seq_len)
+        except Exception as error:  # of the model's author
+            if args.name:
+                raise
+            problems.append(_problem(name, error))
 
     header = ["model", "flavor", "parameters", "exactly", f"GFLOP/token at {args.seq_len:,}"]
     rows = [
@@ -44,16 +54,31 @@ def main(argv: list[str] | None = None) -> int:
         for s in sizes
     ]
     print_table(header, rows, left=2, sections=True)
+    for problem in problems:
+        sys.stderr.write(f"warning: {problem}\n")
     return 0
 
 
 def model_sizes(name: str, seq_len: int) -> list[ModelSize]:
-    """Sizes of a model's flavors, in the order of its `MODEL_CONFIGS`."""
+    """Sizes of a model's flavors, in the order of its `MODEL_CONFIGS`.
+
+    Raises:
+        ConfigError: the model cannot be imported.
+    """
+    if isinstance(broken := MODEL_REGISTRY[name], BrokenModel):
+        raise ConfigError(broken.problem)
     sizes = []
     for flavor in model_flavors(name):
         args = get_train_spec(name, flavor).model_args
         sizes.append(ModelSize(name, flavor, *args.get_nparams_and_flops(seq_len)))
     return sizes
+
+
+def _problem(name: str, error: Exception) -> str:
+    if isinstance(error, ConfigError):
+        return str(error)
+    package = sys.modules[MODEL_REGISTRY[name].__module__]
+    return f"{name}: {with_place(error, [str(Path(package.__file__ or '').parent)])}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
@@ -30,15 +31,39 @@ def import_user_module(name: str, key: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        in_file = not frame.filename.startswith("<frozen")  # Python's own import code
-        where = f" ({frame.filename}:{frame.lineno})" if in_file else ""
-        raise ConfigError(
-            f"{key} = {name!r}: the import failed with {type(error).__name__}: {error}{where}"
-        ) from error
+        problem = with_place(error, places_of(name))
+        raise ConfigError(f"{key} = {name!r}: the import failed with {problem}") from error
     if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
         raise NoPackageError(f"{key} = {name!r}: {_without_init(name, Path(*module.__path__[:1]))}")
     return module
+
+
+def with_place(error: Exception, places: list[str]) -> str:
+    """`NameError: ... (FILE:LINE)`.
+
+    Args:
+        places: folders or files of the user. Their line is named, and not that of a library which
+            they call.
+    """
+    name = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{name}: {error.msg} ({error.filename}:{error.lineno})"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    own = [f for f in frames if any(Path(f.filename).is_relative_to(place) for place in places)]
+    frame = (own or frames)[-1]
+    in_file = not frame.filename.startswith("<frozen")  # Python's own import code
+    return f"{name}: {error}" + (f" ({frame.filename}:{frame.lineno})" if in_file else "")
+
+
+def places_of(name: str) -> list[str]:
+    """Where Python finds the module, or the package that it is in; empty if it does not."""
+    try:
+        spec = importlib.util.find_spec(name.partition(".")[0])
+    except (ImportError, ValueError):
+        return []
+    if spec is None:
+        return []
+    return list(spec.submodule_search_locations or [spec.origin or ""])
 
 
 def _without_init(name: str, folder: Path) -> str:

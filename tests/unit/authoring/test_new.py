@@ -70,6 +70,10 @@ def test_a_model_like_any_other_has_the_guides_files_and_its_own_names(like, her
     assert spec.parallelize_fn.__name__ == f"parallelize_{name}"
     lint = ["ruff", "check", "--select=E,F", "--line-length=100", str(folder)]
     assert shell(lint, check=False).exit_code == 0, shell(lint, check=False).out
+    parallelize = (folder / "infra" / "parallelize.py").read_text()
+    assert (
+        parallelize.count("leaves these two lines out: then it is refused.\n        apply_cp(") == 1
+    )
     # It is the model that it is like, under another name.
     original = get_train_spec(like, "debugmodel")
     assert vars(spec.model_args) == vars(original.model_args)

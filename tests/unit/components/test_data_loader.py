@@ -1,5 +1,6 @@
 """What a data loader lacks is said at once, in one message."""
 
+import errno
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,11 @@ from torchtitan.components.data_loader import check_dataloader, next_batch
 from torchtitan.components.model_inputs import ModelInputs, pinned
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.errors import ConfigError, DataError, OutageError
 
 TOKENS = torch.zeros(2, 4, dtype=torch.int64)
+LONGER = torch.zeros(3, 6, dtype=torch.int64)
+VALIDATED = "checked_for_validation"
 
 
 @pytest.fixture
@@ -87,6 +90,38 @@ def test_a_loader_that_ends_is_a_mistake_that_names_the_step(config):
     assert end.value.exit_code == 2
 
 
+class Failing:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("peer"), TimeoutError("late"), OSError(errno.EIO, "I/O error")]
+)
+def test_an_outage_of_an_own_loader_is_told_as_one(config, error, caplog):
+    with pytest.raises(OutageError, match=f"of mine: {type(error).__name__}: .* This may") as told:
+        next_batch(Failing(error), config, 1)
+    assert told.value.exit_code == 1
+    assert "in __next__" in caplog.text  # where it was raised
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(FileNotFoundError(errno.ENOENT, "none"), PermissionError(errno.EACCES, "not for you")),
+        *(OSError(errno.ENOSPC, "full"), OSError("of a file"), ValueError("a bug")),
+        DataError("a mistake"),
+    ],
+)
+def test_other_errors_of_an_own_loader_stay_as_they_are(config, error):
+    with pytest.raises(type(error)) as raised:
+        next_batch(Failing(error), config, 1)
+    assert raised.value is error
+
+
 class Model(nn.Module):
     def forward(self, x: torch.Tensor, *, times: torch.Tensor | None = None) -> torch.Tensor:
         return x
@@ -104,10 +139,15 @@ class Needy(nn.Module):
         return x
 
 
+class Causal(nn.Module):
+    def forward(self, x: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
+        return x
+
+
 def inputs(config: JobConfig, model: nn.Module | None = None, **degrees: int) -> ModelInputs:
     config.training.local_batch_size, config.training.seq_len = TOKENS.shape
-    dims = ParallelDims(world_size=degrees.get("cp", 1), **degrees)
-    return ModelInputs(model or Model(), dims, config)
+    dims = ParallelDims(world_size=max(degrees.values(), default=1), **degrees)
+    return ModelInputs(model or Model(), dims, config, vocab_size=100)
 
 
 def test_a_batch_has_tokens_and_labels_and_nothing_that_nobody_reads(config):
@@ -181,6 +221,54 @@ def test_what_forward_needs_is_in_a_batch(config):
 def test_a_batch_has_tensors_and_ids_are_int64(config, wrong, found):
     with pytest.raises(ConfigError, match=f"of mine: a batch of the loader has {found}"):
         inputs(config).checked({"tokens": TOKENS, "labels": TOKENS, **wrong})
+
+
+@pytest.mark.parametrize(("check", "who"), [("checked", "loader"), (VALIDATED, "validator")])
+@pytest.mark.parametrize("token", [-1, 100])
+def test_a_token_is_in_the_vocabulary(config, check, who, token):
+    check = getattr(inputs(config), check)
+    config.model.flavor = "1B"
+    batch = {"tokens": TOKENS + token, "labels": TOKENS}
+    with pytest.raises(ConfigError, match=f"{who} has the token {token}, but the vocab_size of mi"):
+        check(batch)
+    codes = {"tokens": (TOKENS + token).float(), "labels": TOKENS}
+    assert check(codes) is codes
+    assert check({"tokens": TOKENS + 99, "labels": TOKENS})
+
+
+def test_a_validator_may_have_other_sizes(config):
+    checked = getattr(inputs(config), VALIDATED)
+    batch = {"tokens": LONGER, "labels": LONGER, "times": LONGER[:, 0]}
+    assert checked(batch) is batch
+    name = "build_validator_fn of mine: a batch of the validator"
+    with pytest.raises(ConfigError, match=f"{name} has 'times' of shape .* labels [(]3[)]"):
+        checked(batch | {"times": TOKENS})
+    with pytest.raises(ConfigError, match=f"{name} has labels of shape .3.. It must begin with a"):
+        checked({"tokens": LONGER, "labels": LONGER[:, 0]})
+    with pytest.raises(ConfigError, match=f"{name} has 'noise', which forward"):
+        checked(batch | {"noise": LONGER})
+    with pytest.raises(ConfigError, match=f"{name} has 'tokens', 'times' but no 'labels'"):
+        checked({"tokens": LONGER, "times": LONGER[:, 0]})
+
+
+def test_a_layout_needs_sizes_of_a_validator(config):
+    batch = {"tokens": LONGER, "labels": LONGER}
+    pipeline = inputs(config, Causal(), pp=2)
+    with pytest.raises(
+        ConfigError, match=r"3 samples\. A pip.* validation\.local_batch_size, 2 he"
+    ):
+        getattr(pipeline, VALIDATED)(batch)
+    context = inputs(config, Causal(), cp=2)
+    with pytest.raises(ConfigError, match=r"sequences of 6\. .* \(2\) cuts them in 4 chunks"):
+        getattr(context, VALIDATED)(batch)
+
+
+def test_a_batch_that_is_kept_can_be_given_again(config):
+    context = inputs(config, Causal(), cp=2)
+    batch = {"tokens": TOKENS, "labels": TOKENS}
+    more = context.on_device(batch, torch.device("cpu"), None)[2]
+    assert more["positions"].tolist() == [[0, 1, 2, 3]] * 2
+    assert getattr(context, VALIDATED)(batch).keys() == {"tokens", "labels"}
 
 
 def test_images_may_be_bytes(config):

@@ -135,6 +135,16 @@ def test_a_copied_tokenizer_that_begins_texts_otherwise_is_told_of(trained, adds
     assert told == (trained is not None and trained != adds)
 
 
+def test_warnings_name_the_folder_as_it_will_be_called(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(type(ARGS), "to_hf_config", lambda args: None)
+    with caplog.at_level(logging.WARNING, logger="torchtitan"):
+        (tmp_path / "step-20-hf.partial").mkdir()
+        assets = ExportAssets(str(tmp_path / "none"), 128)
+        write_assets(tmp_path / "step-20-hf.partial", ARGS, torch.float32, assets)
+    assert f"no tokenizer for {tmp_path}/step-20-hf: " in caplog.text
+    assert f"{tmp_path}/step-20-hf: no config.json, as Llama3ModelArgs has no" in caplog.text
+
+
 def with_special_tokens(folder, *names):
     """A tokenizer of bytes with tokens 258, 259 and so on."""
     folder.mkdir()

@@ -9,7 +9,10 @@ import pytest
 
 from torchtitan.config import JobConfig, load_config, origin, to_toml
 from torchtitan.config.optimizer import ParamRule
+from torchtitan.config.validate import validate
 from torchtitan.errors import ConfigError
+from torchtitan.models import MODEL_REGISTRY  # noqa: F401  (fills the registry)
+from torchtitan.protocols.train_spec import get_train_spec
 
 GUIDE_TOML = """\
 [job]
@@ -257,6 +260,50 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
+def test_values_that_upstream_calls_otherwise_are_told_what_to_be_here(write):
+    upstream = "It is of upstream torchtitan. Here:"
+    path = write("[checkpoint]\nasync_mode = 'async_with_pinned_mem'")
+    assert error_of(path) == (
+        "run.toml:2: [checkpoint] async_mode: 'async_with_pinned_mem' is not allowed. "
+        f"{upstream} async"
+    )
+    config = JobConfig()
+    config.validation.enable, config.validation.dataset = True, "c4_test"
+    with pytest.raises(ConfigError) as caught:
+        validate(config, 1)
+    assert str(caught.value) == (
+        f'validation.dataset = "c4_test": no such dataset. {upstream} stdlib, or text with files '
+        "of your own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "flavor", "here"),
+    [
+        ("llama3", "8B_flex", "8B, and training.document_mask = true"),
+        ("llama3", "debugmodel_varlen_attn", "debugmodel, and training.document_mask = true"),
+        ("deepseek_v3", "debugmodel_flex_attn", "debugmodel, and training.document_mask = true"),
+        ("llama4", "17bx16e", "109B-A17B, with the layers of upstream's _irope"),
+        (
+            "llama4",
+            "17bx128e_irope",
+            "400B-A17B, with the layers of upstream's _irope, and training.document_mask = true",
+        ),
+        ("llama3", "17bx16e", None),
+        ("llama3", "9B_flex", None),
+        ("llama3", "_flex", None),
+    ],
+)
+def test_flavors_that_upstream_calls_otherwise(model, flavor, here):
+    with pytest.raises(ConfigError) as caught:
+        get_train_spec(model, flavor)
+    start = f"model.flavor = {flavor!r}: {model} has no such flavor."
+    if here:
+        assert str(caught.value) == f"{start} It is of upstream torchtitan. Here: {here}"
+    else:
+        assert str(caught.value).startswith(start) and " Allowed: " in str(caught.value)
+
+
 def test_of_many_mistakes_some_are_told(write):
     lines = error_of(write("".join(f"key_{i} = 1\n" for i in range(5000)))).split("\n")
     assert len(lines) == 21
@@ -407,6 +454,17 @@ def test_only_one_rank_prints_the_config(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         load_config(["--job.print_config"])
     assert capsys.readouterr().out == ""
+
+
+def test_print_config_in_a_file_stops_no_run(write, capsys):
+    """As in upstream's files; a scheduler would take exit code 0 for a run that is done."""
+    argv = write("[job]\nprint_config = true\n[training]\nsteps = 5")
+    assert load_config(argv).job.print_config
+    assert capsys.readouterr().out == ""  # of a command that plans the job, say
+    assert not load_config([*argv, "--job.print_config=false"]).job.print_config
+    with pytest.raises(SystemExit):
+        load_config([*argv, "--job.print_config"])
+    assert "steps = 5" in capsys.readouterr().out
 
 
 def test_awkward_values_survive_the_round_trip(write):

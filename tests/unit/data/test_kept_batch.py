@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from torchtitan import cli
 from torchtitan.data.kept_batch import keep_batch, show_batch
+from torchtitan.errors import DataError
 
 FACTS = {"step": 3, "tokenizer": "bytes"}
 
@@ -55,3 +57,42 @@ def test_micro_batches_of_other_lengths_are_kept_each_by_itself(
     shown = capsys.readouterr().out
     assert "row 1: tokens float32 [6]" in shown
     assert "row 3: tokens float32 [7]" in shown
+
+
+def test_a_damaged_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut off anywhere, as by a crash, or with another byte anywhere."""
+    tokens = torch.tensor([list(b"words")])
+    keep_batch(tmp_path, 0, [{"tokens": tokens, "labels": tokens}], FACTS)
+    file = tmp_path / "data-rank-0.npz"
+    whole = file.read_bytes()
+    damaged = {f"first {n} bytes": whole[:n] for n in range(0, len(whole), 7)}
+    damaged |= {
+        f"byte {n}": whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :]
+        for n in range(0, len(whole), 3)
+    }
+    refused = 0
+    for how, content in damaged.items():
+        file.write_bytes(content)
+        try:
+            cli.main(["data", "batch", str(tmp_path)])
+        except SystemExit as end:
+            refused += 1
+            assert end.code == 2
+            shown = capsys.readouterr().err
+            assert shown.startswith(f"error: {file} is damaged: "), (how, shown)
+            assert shown.count("\n") == 1, (how, shown)
+    assert refused > len(damaged) / 2  # not what is no part of a row, as times of the archive
+
+
+@pytest.mark.parametrize("facts", ["[]", "{}", '{"tokenizer": 5}', "{", "[" * 100_000])
+def test_damaged_facts_are_one_message(facts: str, tmp_path: Path) -> None:
+    (tmp_path / "batch.json").write_text(facts)
+    with pytest.raises(DataError, match=r"holds no kept batch|is damaged: it names no tokenizer"):
+        show_batch(tmp_path)
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    keep_batch(tmp_path, 0, [], FACTS)
+    (tmp_path / "data-rank-0 (copy).npz").touch()
+    (tmp_path / "data-rank-0.npz").unlink()
+    show_batch(tmp_path)

@@ -369,6 +369,60 @@ def test_a_changed_shard_is_named(lines: Path, tmp_path: Path) -> None:
         PreparedTokens(out)
 
 
+def test_each_field_of_the_index_that_is_damaged_is_told(lines: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(out, "--dataset", "jsonl", "--dataset-path", str(lines), "--shards", "2")
+    whole = json.loads((out / "index.json").read_text())
+    needed = {"name", "tokens", "documents", "bin_sha256", "idx_sha256"}
+    places = [(["shards", number], key) for number in (0, 1) for key in needed]
+    places += [(["tokenizer"], key) for key in ("path", "fingerprint", "vocab_size", "eos_id")]
+    places += [([], key) for key in ("dtype", "shards", "tokenizer", "source", "skipped")]
+    for place, key in places:
+        for value in (None, [], "gone"):
+            index = table = json.loads(json.dumps(whole))
+            for step in place:
+                table = table[step]
+            if value == "gone":
+                del table[key]
+            else:
+                table[key] = value
+            (out / "index.json").write_text(json.dumps(index))
+            with pytest.raises(DataError, match=r"index\.json is damaged"):
+                PreparedTokens(out)
+    for text in ("[" * 100_000, json.dumps(whole | {"dtype": "x"})):
+        (out / "index.json").write_text(text)
+        with pytest.raises(DataError, match=r"index\.json is damaged"):
+            PreparedTokens(out)
+
+
+def test_inspect_tells_of_damaged_tokens_and_ends(lines: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    prepare(out, "--dataset", "jsonl", "--dataset-path", str(lines), "--shards", "1")
+    file, ends = out / "shard-00000.bin", out / "shard-00000.idx"
+    for path, damage, message in (
+        (file, b"\x00\x70", "token 28672 is outside of the tokenizer's vocabulary of 258"),
+        (ends, b"\x00\x00\x00\x00\x00\x00\x00\x70", f"{file} is damaged: document "),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(content[: -len(damage)] + damage)
+        with pytest.raises(SystemExit) as caught:
+            main(["data", "inspect", str(out)])
+        assert caught.value.code == 2
+        shown = capsys.readouterr().err
+        assert message in shown.splitlines()[-1] and "Traceback" not in shown
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", ["[", "[]", "[" * 100_000])
+def test_damaged_settings_are_told(content: str, lines: Path, tmp_path: Path) -> None:
+    (tmp_path / "prepare.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"prepare\.json is damaged; remove"):
+        main_of_data(
+            ["prepare", "--dataset", "jsonl", "--dataset-path", str(lines)]
+            + ["--out", str(tmp_path)]
+        )
+
+
 def test_tokens_of_another_tokenizer_are_refused(lines: Path, tmp_path: Path, bpe: Path) -> None:
     prepare(tmp_path / "out", "--dataset", "jsonl", "--dataset-path", str(lines))
     with pytest.raises(DataError, match="was prepared with the tokenizer 'bytes'"):

@@ -120,3 +120,35 @@ def test_what_cannot_be_split_is_named(name: str):
     ):
         mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
         apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
+
+
+class PostNorm(torch.nn.Module):
+    """Adds the output of a norm to the residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.RMSNorm(4), torch.nn.RMSNorm(4)
+        self.w1, self.w2 = (torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        return x + self.last(self.w2(self.w1(self.first(x))))
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_norm_after_a_matrix_gives_a_local_output_to_the_residual_stream(local: bool):
+    model = Unnamed()
+    model.layers = torch.nn.ModuleDict({"0": PostNorm()})
+    plan = {
+        "first": SequenceParallel(),
+        "w1": ColwiseParallel(input_layouts=Shard(1)),
+        "w2": RowwiseParallel(output_layouts=Shard(1)),
+        "last": SequenceParallel(use_local_output=local),
+    }
+    with fake_world(2, rank=1):
+        mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
+        apply_tensor_parallel(model, mesh, TP2, plan)
+        if local:
+            assert type(model.layers["0"](torch.ones(1, 2, 4))) is torch.Tensor
+        else:
+            with pytest.raises(RuntimeError, match=r"got mixed torch\.Tensor and DTensor"):
+                model.layers["0"](torch.ones(1, 2, 4))

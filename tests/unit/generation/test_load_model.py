@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import tiny_hf
@@ -17,6 +18,7 @@ from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, DataError, TitanError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
+from torchtitan.models import MODEL_REGISTRY
 from torchtitan.tools.convert.command import main as convert
 
 
@@ -194,6 +196,22 @@ def test_a_model_that_nobody_registered(run_folder, tmp_path):
     manifest.model["name"] = "of_somebody"
     manifest.write(folder)
     fails(CheckpointError, "'of_somebody'", "--custom-import", checkpoint=str(folder))
+
+
+def test_a_run_is_exported_with_what_it_imported(run_folder, tmp_path, monkeypatch):
+    """`generate` finds the run's `job.custom_import` as `open_source` does."""
+    for known in (MODEL_REGISTRY, sys.modules):
+        monkeypatch.setitem(known, "tiny_llama", None)
+        del known["tiny_llama"]  # and it is back afterwards
+    step = tmp_path / "step-6"
+    shutil.copytree(run_folder / "checkpoint" / "step-6", step)
+    assert convert(["to-hf", str(step), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+    del MODEL_REGISTRY["tiny_llama"]
+    config = step / "config.resolved.toml"
+    config.write_text(config.read_text().replace('"tiny_llama"', '"gone_llama"'))
+    with pytest.raises(ConfigError, match=rf"{config}: job\.custom_import = 'gone_llama': the im"):
+        convert(["to-hf", str(step), str(tmp_path / "again")])
 
 
 def test_a_model_whose_tokens_see_later_ones(hf_folder, monkeypatch):

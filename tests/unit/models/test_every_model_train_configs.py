@@ -10,6 +10,7 @@ from model_cases import CASES
 from torchtitan import models
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import load_config
+from torchtitan.config.validate import validate
 from torchtitan.data.sources import DATASETS
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
@@ -28,6 +29,15 @@ def test_it_loads_and_fits_its_model(path):
     args.update_from_config(config)  # raises where tensor parallelism does not fit
     resolve_batch(config, dp_world_size=8)
     assert config.training.dataset in DATASETS
+
+
+@pytest.mark.parametrize("path", configs("deepseek_v3"), ids=lambda path: path.stem)
+def test_deepseek_trains_with_a_document_mask_where_it_is_set(path):
+    """As upstream's flavors do, for runs that come from there; V3's paper has none."""
+    options = ["--job.config_file", str(path), "--model.tokenizer_path=bytes"]
+    assert not load_config(options).training.document_mask
+    degree = "--parallelism.context_parallel_degree=2"
+    validate(load_config([*options, "--training.document_mask", degree]), world_size=16)
 
 
 SIZED = [

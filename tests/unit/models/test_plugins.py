@@ -83,6 +83,27 @@ def test_custom_import_that_raises_names_error_and_line(outside: Path) -> None:
     assert f"({outside / 'broken_model.py'}:3)" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "error", "line"),
+    [
+        ("x = 1\nif x\n", "SyntaxError: expected ':'", 2),
+        ("\nimport json\njson.loads('{')\n", "JSONDecodeError: Expecting property name", 3),
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'", 1),
+    ],
+)
+def test_custom_import_that_fails_elsewhere_names_its_own_line(
+    outside: Path, text: str, error: str, line: int
+) -> None:
+    (outside / "broken_pkg").mkdir()
+    (outside / "broken_pkg" / "__init__.py").touch()
+    (outside / "broken_pkg" / "model.py").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_plugins("broken_pkg.model")
+    message = str(caught.value)
+    assert f": the import failed with {error}" in message
+    assert message.endswith(f"({outside}/broken_pkg/model.py:{line})")
+
+
 def test_custom_import_from_one_folder_too_high(
     outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,4 +154,7 @@ def test_broken_entry_point_is_named_and_does_not_stop_the_others(
     load_plugins()
     assert "good" in MODEL_REGISTRY
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert warning == "model plugin bad = plugin_broken failed to load: OSError: no licence"
+    assert warning == (
+        "model plugin bad = plugin_broken failed to load: OSError: no licence "
+        f"({outside / 'plugin_broken.py'}:1)"
+    )

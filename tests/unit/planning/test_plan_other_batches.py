@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
 import pytest
 import tiny_own_batches as own
@@ -97,6 +99,42 @@ def test_the_trainers_rules_of_batches_hold() -> None:
         plan_run(job("tuple_diffusion", "--training.seq_len=32"), 2, DEVICES["h100"])
     with pytest.raises(ConfigError, match="takes no positions"):
         plan_run(job("tiny_codes", CP2), 2, DEVICES["h100"])
+
+
+class PlacedCodes(own.Codes):
+    """Of images, whose codes have a place in two dimensions."""
+
+    seen: ClassVar[set[tuple[int, ...]]] = set()
+
+    def forward(self, tokens, *, positions=None, document_ids=None):
+        self.seen.add(tuple(positions.shape))
+        return super().forward(tokens)
+
+
+def placed_codes(monkeypatch: pytest.MonkeyPatch, *extra: str) -> None:
+    """`tiny_codes`, whose loader gives these too, positions as rows and columns."""
+
+    def rows(job_config, generator):
+        row = own.masked_codes(job_config, generator)
+        return row | {name: row["tokens"][:, :2] for name in extra}
+
+    spec = replace(
+        own.codes(), model_cls=PlacedCodes, build_dataloader_fn=partial(own.Loader, rows)
+    )
+    monkeypatch.setitem(MODEL_REGISTRY, "tiny_codes", lambda flavor: spec)
+
+
+def test_positions_are_those_of_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed_codes(monkeypatch, "positions", "document_ids")
+    PlacedCodes.seen.clear()
+    plan_run(job("tiny_codes", "--training.document_mask"), 2, DEVICES["h100"])
+    assert PlacedCodes.seen == {(2, 16, 2)}
+
+
+def test_positions_that_the_trainer_refuses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed_codes(monkeypatch, "positions")
+    with pytest.raises(ConfigError, match=r"of tiny_codes: a batch .* 'positions' without 'doc"):
+        plan_run(job("tiny_codes"), 2, DEVICES["h100"])
 
 
 def test_a_document_mask_that_forward_does_not_take_is_refused_before_a_job_is_sent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.optimizer import ParamRule
+from torchtitan.errors import ConfigError
 from torchtitan.planning.arithmetic import Arithmetic
 from torchtitan.planning.candidates import Candidate, candidates
 from torchtitan.planning.command import main
@@ -17,7 +19,7 @@ from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.records import StepTrace
 from torchtitan.planning.report import search_rows
-from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, search
+from torchtitan.planning.search import _MEMORY_MARGIN, _TIME_MARGIN, _without_impossible_cp, search
 from torchtitan.planning.trace import trace_step
 
 
@@ -154,6 +156,22 @@ def test_layouts_that_cannot_be_are_passed_over_also_where_none_fits() -> None:
     found = search(job("405B", 8, 13), 2, DEVICES["h100"], 8, seconds=0)
     assert [candidate.tp for candidate, _ in found.traced] == [1]
     assert not found.fitting
+
+
+def test_context_parallelism_that_training_refuses_is_refused_and_not_searched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recurrence, say, whose author leaves `apply_cp` out."""
+    config = job("debugmodel", 2, 4096)
+    one, two = (Candidate(1, 1, cp, 1, 1, 1, "full", 2 // cp, 2, "") for cp in (1, 2))
+    assert _without_impossible_cp([two, one], config) == [two, one]
+    monkeypatch.setattr("torchtitan.models.llama3.infra.parallelize.apply_cp", lambda *_: None)
+    assert _without_impossible_cp([two, one], config) == [one]
+    # Where no other layout can be, the search says why.
+    monkeypatch.setattr("torchtitan.planning.search.candidates", lambda *_: [two])
+    for asked in (partial(plan_run, two.config(config)), partial(search, config)):
+        with pytest.raises(ConfigError, match="does not support context parallelism"):
+            asked(2, DEVICES["h100"])
 
 
 def test_stages_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,15 @@ import torch.nn as nn
 from tiny_models import TINY, tiny_spec
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import RowwiseParallel
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac, is_checkpointed
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.fsdp import apply_fsdp
+from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
 from torchtitan.protocols import blocks_of
 
 
@@ -104,6 +107,58 @@ def test_every_block_is_gathered_checkpointed_and_compiled() -> None:
         apply_fsdp(model, mesh["dp"], config)
     assert all(isinstance(block, FSDPModule) for block in blocks_of(model).values())
     assert not isinstance(model.heads[0], FSDPModule)
+
+
+class WithOtherBlocks(Model):
+    """`towers` is no stack of blocks that are alike, and `single` is none at all."""
+
+    other_blocks = ("single", "towers", "tower.absent", "gone.inside")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers["0"] = Block()
+        self.single = Nested()
+        self.tower.absent = self.gone = None  # as in stages of a pipeline that are without
+
+
+class Nested(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([Block(), Block()])
+
+
+OTHERS = ["single", "towers.audio", "towers.text"]
+
+
+def test_a_model_names_other_blocks_which_are_treated_as_layers_are() -> None:
+    model = WithOtherBlocks()
+    assert list(blocks_of(model)) == NAMES + OTHERS
+    config = JobConfig()
+    config.activation_checkpoint.mode = "full"
+    apply_ac(model, config)
+    assert all(is_checkpointed(blocks_of(model)[name]) for name in OTHERS)
+    with fake_world(2, 0):
+        names = ("dp", "dp_shard_cp", "tp")
+        mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=names)
+        config.parallelism.disable_sequence_parallel = True
+        plan = {"linear": RowwiseParallel(output_layouts=Shard(1))}
+        plan_of = lambda block: plan if hasattr(block, "linear") else {}  # noqa: E731
+        apply_tensor_parallel(model, mesh["tp"], config, plan_of)
+        assert model.single.linear.weight.placements == (Shard(1),)
+        # The sequence is whole between other blocks too.
+        assert model.single.linear(torch.ones(1, 2, 2)).shape == (1, 2, 4)
+        mesh = init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=names)
+        model = WithOtherBlocks()
+        apply_fsdp(model, mesh["dp"], JobConfig())
+    assert all(isinstance(blocks_of(model)[name], FSDPModule) for name in OTHERS)
+    assert not any(isinstance(block, FSDPModule) for block in model.single.inner)
+
+
+def test_a_name_that_no_module_has_is_an_error() -> None:
+    model = WithOtherBlocks()
+    model.other_blocks = ("sinlge",)
+    with pytest.raises(AttributeError, match="sinlge"):
+        blocks_of(model)
 
 
 class Broken(Block):

@@ -18,6 +18,12 @@ from torchtitan.errors import ConfigError
 DEBUG_FLAVOR = "debugmodel"
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
+_APPLY_CP = "        apply_cp("
+_ABOUT_CP = """\
+        # Only attention sees the other ranks' tokens. A model that mixes tokens by other means
+        # (recurrence, convolution, a shift) leaves these two lines out: then it is refused.
+"""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -80,7 +86,7 @@ class ModelSource:
         for part in ("model", "infra"):
             for path in sorted((self.folder / part).glob("*.py")):
                 name = f"{part}/{path.name}"
-                text = self.rename(path.read_text())
+                text = self.rename(path.read_text()).replace(_APPLY_CP, _ABOUT_CP + _APPLY_CP)
                 copies[name] = _replace_docstring(text, first_lines.get(name))
         return copies
 

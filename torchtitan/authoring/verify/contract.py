@@ -10,9 +10,11 @@ from typing import Any
 
 import torch.nn as nn
 
+from torchtitan.components.checkpoint.manifest import plain_args
 from torchtitan.components.model_inputs import USUAL_KEYS
 from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
+from torchtitan.models.which_model import dataclass_of
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter, ModelProtocol, TrainSpec
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.text import few
@@ -181,7 +183,7 @@ def _require_call(
 
 @CHECKS.of("contract.args", "update_from_config returns args and leaves the flavor as it is")
 def args_are_not_modified(subject: Subject) -> str:
-    """And its `vocab_size` is a number of tokens."""
+    """And a checkpoint gives them back; `vocab_size` is a number of tokens."""
     args = get_train_spec(subject.name, subject.flavor).model_args
     before = copy.deepcopy(vars(args))
     # Two jobs that differ in all that args may take from one.
@@ -204,6 +206,7 @@ def args_are_not_modified(subject: Subject) -> str:
                 "args.py: return dataclasses.replace(self, ...) instead of assigning to self. A "
                 "flavor is shared by all jobs of a process.",
             )
+    _require_way_back(first)
     limit = f", of {longest} tokens at most" if longest < _LONG else ""
     vocab_size = getattr(first, "vocab_size", None)
     if vocab_size is None and subject.own_batches is not None:
@@ -215,6 +218,29 @@ def args_are_not_modified(subject: Subject) -> str:
             "model with a build_dataloader_fn of its own may have none.",
         )
     return f"{len(before)} fields, vocab_size {vocab_size}{limit}"
+
+
+def _require_way_back(args: BaseModelArgs) -> None:
+    """`generate`, `eval` and `convert` read args from a checkpoint's manifest, which is JSON."""
+    hint = (
+        "args.py: numbers, text, dataclasses, and Optional, list, tuple and dict of these, each "
+        "with its type (layers: tuple[LayerArgs, ...]), come back from the manifest of a "
+        "checkpoint."
+    )
+    try:
+        back = dataclass_of(type(args), plain_args(args))
+    except (NameError, TypeError, ValueError) as error:
+        raise CheckFailedError(
+            f"{type(args).__name__} does not come back from a checkpoint: {error}", hint
+        ) from error
+    for field in dataclasses.fields(args):
+        was, now = getattr(args, field.name), getattr(back, field.name)
+        if type(was) is not type(now) or was != now:
+            raise CheckFailedError(
+                f"{type(args).__name__}.{field.name} is {was!r}, and comes back from a checkpoint "
+                f"as {now!r}",
+                hint,
+            )
 
 
 def _differs(key: str, before: dict[str, Any], now: BaseModelArgs) -> bool:

@@ -23,7 +23,7 @@ from .subject import Subject
 
 CHECKS = Checks()
 
-_SIZES = {
+SIZES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -79,7 +79,7 @@ def config_matches(subject: Subject) -> str:
     else:
         differences = [
             f"{name} = {getattr(ours, name)!r} (config.json: {key} = {config[key]!r})"
-            for name, key in _SIZES.items()
+            for name, key in SIZES.items()
             if hasattr(ours, name) and config.get(key) not in (None, getattr(ours, name))
         ]
     if differences:

@@ -8,6 +8,7 @@ norms of a new model are all 1, and could be exchanged unseen.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from torchtitan.components.checkpoint.load import first_names
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
-from torchtitan.protocols.model import ModelProtocol
+from torchtitan.models.from_hf import read_hf_config
+from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError
-from .hf_files import adapter_of_files, folder_of, model_of_files
+from .hf_files import adapter_of_files, args_of, folder_of, model_of_files
+from .invariances import window_sizes
 from .probe import hidden_states, hooked, is_constant, relative_difference, with_noise
 from .subject import Subject
 
@@ -31,14 +34,22 @@ CHECKS = Checks("adapter.hf_names")
 _TOLERANCE = 1e-4
 """Greatest difference allowed in hidden states and logits in float32, over the largest."""
 
+_BEYOND = 64
+"""Tokens that see no more of the first ones."""
+_OPERATIONS = 6e12
+"""Of a forward and backward pass at most, to see where windows end; a third of it is done, twice:
+some minutes of a CPU."""
+
 
 @CHECKS.of("adapter.hf_numbers", "logits and every layer are equal to transformers'", timeout=600)
 def numbers_match(subject: Subject) -> str:
     folder = _without_constants(folder_of(subject), subject)
     theirs = _load_theirs(folder)
     ours = _load_ours(subject, folder)
-    tokens = subject.tokens(2)
-    tokens = tokens % min(subject.vocab_size, theirs.config.vocab_size)
+    config = theirs.config.get_text_config()
+    reached = _beyond_windows(subject, args_of(subject), config)
+    tokens = subject.tokens(2 if reached.length == subject.length else 1, reached.length)
+    tokens = tokens % min(subject.vocab_size, config.vocab_size)
     pairs = _pairs(ours, theirs, adapter_of_files(subject))
     our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
     if len(our_layers) != len(their_layers):
@@ -58,9 +69,17 @@ def numbers_match(subject: Subject) -> str:
         if difference > _TOLERANCE:
             inner = [pair for pair in pairs if pair[0].startswith(f"{mine}.")]
             where, hint = _within(inner, a, b)
+            first = _first_token(a.outputs[mine], b.outputs[other])
+            ended = [window for window in reached.windows if window - 1 <= first <= window + 1]
+            if ended:
+                hint = (
+                    f"Earlier tokens are alike, so look at the window or chunk of {ended[0]}: in "
+                    f"most models query q sees the {ended[0]} keys q - {ended[0] - 1} to q, itself "
+                    "among them."
+                )
             raise CheckFailedError(
                 f"{mine} is the first layer that differs from {other}, by {difference:.1e} of the "
-                f"largest{where}",
+                f"largest{f', from token {first} on' if first else ''}{where}",
                 hint,
             )
         worst = max(worst, difference)
@@ -71,7 +90,58 @@ def numbers_match(subject: Subject) -> str:
             "Look at the final norm, at the output layer (tied?), and at a factor or soft limit of "
             "the logits.",
         )
-    return f"logits equal to {difference:.0e}, layers to {worst:.0e}"
+    return (
+        f"logits of {reached.length} tokens equal to {difference:.0e}, layers to {worst:.0e}"
+        f"{reached.note}"
+    )
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """How many tokens are compared, such that the windows of attention end within them."""
+
+    length: int
+    windows: list[int]
+    """Windows and chunks that do."""
+    note: str
+    """Which do not, for a message."""
+
+
+def _beyond_windows(subject: Subject, args: BaseModelArgs, config: Any) -> _Reached:
+    """As many as both models take, and as can be computed.
+
+    Args:
+        args: of our model of these files.
+        config: transformers', of the texts' part.
+    """
+    theirs = [
+        value
+        for name, value in config.to_dict().items()
+        if ("window" in name or "chunk" in name) and "layers" not in name and type(value) is int
+    ]
+    longest = [getattr(config, "max_position_embeddings", None), getattr(args, "max_seq_len", None)]
+    most = min((n for n in longest if isinstance(n, int)), default=2**62)
+    length, reached, left = subject.length, [], []
+    for window in sorted({*window_sizes(args), *theirs}):
+        wanted = window if window < length else window + 1 + _BEYOND
+        if window < 1 or window >= most:  # it never ends
+            continue
+        wanted = min(wanted, most)
+        if args.get_nparams_and_flops(wanted)[1] * wanted > _OPERATIONS:
+            left.append(str(window))
+        else:
+            length = max(length, wanted)
+            reached.append(window)
+    note = f"; they do not reach the window of {', '.join(left)}" if left else ""
+    return _Reached(length, reached, note)
+
+
+def _first_token(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Of hidden states `[batch, seq, dim]`, the first that differs; 0 if shapes do."""
+    if a.shape != b.shape or a.ndim != 3:
+        return 0
+    limit = _TOLERANCE * b.abs().max()
+    return int(((a - b).abs().amax(dim=(0, 2)) > limit).long().argmax())
 
 
 def _without_constants(folder: Path, subject: Subject) -> Path:
@@ -96,12 +166,19 @@ def _without_constants(folder: Path, subject: Subject) -> Path:
 
 
 def _load_theirs(folder: Path) -> Any:
+    """Raises `NotApplicableError` if there is nothing to compare with."""
     try:
         import transformers
     except ImportError as error:
         raise NotApplicableError(
             "transformers is not installed: pip install transformers to compare numbers"
         ) from error
+    kind = read_hf_config(folder).get("model_type")
+    if kind is not None and kind not in transformers.CONFIG_MAPPING:
+        raise NotApplicableError(
+            f"transformers {transformers.__version__} has no model of model_type = {kind!r} to "
+            "compare numbers with"
+        )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn as nn
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
 
 from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
+from .probe import hooked
 from .subject import Subject
 
 CHECKS = Checks("contract.forward")
@@ -39,11 +44,13 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
             "What is not trained is a buffer; what a user wants frozen is optimizer.rules.",
         )
     largest = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
+    rows = _Rows(model, subject)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(3):  # weights that start at 0 hide others in the first step
         example = subject.example(8, 64, seed=step)
         optimizer.zero_grad()
-        example.loss(example.run(model)).backward()
+        with rows.watching(example.labels.shape[-1]):
+            example.loss(example.run(model)).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 largest[name] = max(largest[name], parameter.grad.abs().max().item())
@@ -60,7 +67,93 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
             f"{note}They are not used in forward(), or behind detach(), no_grad() or a factor of "
             "0. Remove them, or use them.",
         )
+    rows.require_gradients()
     return f"{len(largest)} parameters"
+
+
+_FEW_TOKENS = re.compile(r"experts?\b|(^|\.)(router|gate)(\.|$)")
+"""Names of modules of which a part may get no token, or few."""
+
+
+class _Rows:
+    """Rows of matrices that got a gradient, where each row should.
+
+    That is so of the outputs of a linear layer or a convolution, and of those rows of an embedding
+    that were looked up for a token that has a next one. Other parameters may be tables of which a
+    part is read.
+    """
+
+    def __init__(self, model: nn.Module, subject: Subject) -> None:
+        self._embeddings, self._matrices = {}, {}
+        self._asked: dict[str, torch.Tensor] = {}
+        self._alive: dict[str, torch.Tensor] = {}
+        vocab_size = subject.vocab_size if subject.reads_text else None
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, nn.Parameter) or _FEW_TOKENS.search(name):
+                continue
+            if isinstance(module, nn.Embedding):
+                if subject.reads_text:  # others may have tokens that are padding
+                    self._embeddings[name] = module
+                    self._asked[name] = torch.zeros(len(weight), dtype=torch.bool)
+            elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                self._matrices[name] = module
+                # A vocabulary may be padded.
+                self._asked[name] = torch.arange(len(weight)) < (vocab_size or len(weight))
+            if name in self._asked:
+                self._alive[name] = torch.zeros(len(weight), dtype=torch.bool)
+
+    @contextmanager
+    def watching(self, seq_len: int) -> Iterator[None]:
+        """Around a forward and backward pass on sequences of so many tokens."""
+
+        looked_up: dict[str, list[torch.Tensor]] = {name: [] for name in self._embeddings}
+
+        def read(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            ids = _ids(args, kwargs)
+            if ids is not None and ids.numel() % seq_len == 0:
+                looked_up[name].append(ids.reshape(-1, seq_len)[:, :-1].flatten())
+
+        with hooked(self._embeddings.items(), read):
+            yield
+        for name, module in [*self._matrices.items(), *self._embeddings.items()]:
+            if module.weight.grad is None:
+                continue
+            alive = module.weight.grad.flatten(1).abs().amax(1) > 0
+            self._alive[name] |= alive
+            if alive.any():  # none is where what comes after it is still 0
+                for rows in looked_up.get(name, []):
+                    self._asked[name][rows] = True
+
+    def require_gradients(self) -> None:
+        for name, asked in self._asked.items():
+            dead = asked & ~self._alive[name]
+            if not dead.any():
+                continue
+            numbers = few([str(int(row)) for row in dead.nonzero().flatten()], 3)
+            what = f"{int(dead.sum())} of {len(dead)} rows"
+            padding = getattr(self._embeddings.get(name), "padding_idx", None)
+            hint = (
+                "Outputs of this layer are never used: look at how forward() slices or splits "
+                "them (two slices that should differ may be the same). Use them, or make the "
+                "layer smaller."
+            )
+            if padding is not None:
+                hint = (
+                    f"nn.Embedding(padding_idx={padding}) never trains that row. No padding is "
+                    "given to the model and the token may be one of the text, so leave it out."
+                )
+            elif name in self._embeddings:
+                hint = "These rows were looked up, but nothing that depends on them is in the loss."
+            raise CheckFailedError(f"{name}.weight: {what} get no gradient: {numbers}", hint)
+
+
+def _ids(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The first tensor of integers among arguments."""
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+            return value
+    return None
 
 
 @CHECKS.of("learning.one_batch", "one batch is learned by heart")

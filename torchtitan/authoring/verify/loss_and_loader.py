@@ -11,7 +11,7 @@ from torchtitan.components.loss import IGNORE_INDEX, attach_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
-from torchtitan.tools.text import first_line
+from torchtitan.tools.text import few, first_line
 
 from .batches import Example
 from .check import CheckFailedError, Checks, NotApplicableError
@@ -54,7 +54,49 @@ def loss_is_a_sum(subject: Subject) -> str:
             "the labels of only one of them",
             _SUM,
         )
+    if subject.own_batches is None and not subject.spec.model_cls.sees_later_tokens:
+        _require_gradients_where_labels_are(loss_fn, model, tokens, subject.vocab_size)
     return "a sum over tokens"
+
+
+def _require_gradients_where_labels_are(
+    loss_fn: Any, model: torch.nn.Module, tokens: torch.Tensor, vocab_size: int
+) -> None:
+    """What the model gives for a token gets a gradient where the label counts, and only there."""
+    # Each label is there twice or more, 0 and the last among them, and is not the next token.
+    rows, seq = tokens.shape
+    spread = torch.linspace(0, vocab_size - 1, max(seq // 2, 2)).long()
+    labels = spread.repeat(rows * seq // len(spread) + 1)[: rows * seq].view(rows, seq).clone()
+    labels[0, seq // 4 : seq // 2] = IGNORE_INDEX
+    pred = model(tokens)
+    if not isinstance(pred, torch.Tensor) or pred.shape[:2] != tokens.shape:
+        return  # the loss's own affair
+    (grad,) = torch.autograd.grad(loss_fn(pred, labels), pred, allow_unused=True)
+    if grad is None:
+        return
+    counts, learned = labels != IGNORE_INDEX, grad.flatten(2).abs().amax(-1) > 0
+    shifted = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], dim=1)
+    if torch.equal(learned, shifted):
+        raise CheckFailedError(
+            "the loss compares what the model gives for a token with the label of the next one: "
+            "the last token gets no gradient",
+            "build_loss_fn: labels are shifted already, labels[:, i] is what token i is to "
+            "predict. Compare pred with labels as they are, not pred[:, :-1] with labels[:, 1:].",
+        )
+    if (learned & ~counts).any():
+        row, place = (learned & ~counts).nonzero()[0].tolist()
+        raise CheckFailedError(
+            f"token {place} of row {row} has the label IGNORE_INDEX, but gets a gradient", _SUM
+        )
+    never = [int(label) for label in spread.unique() if not learned[labels == label].any()]
+    others = counts & ~torch.isin(labels, torch.tensor(never, dtype=torch.int64))
+    if never and others.any() and torch.equal(learned, others):  # else it chooses by other rules
+        raise CheckFailedError(
+            f"tokens whose label is {few([str(label) for label in never], 5)} are never learned: "
+            "they get no gradient",
+            "build_loss_fn: IGNORE_INDEX (-100) alone says that a label does not count. There is "
+            "no padding: 0 is a token as others are.",
+        )
 
 
 def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
@@ -108,8 +150,7 @@ def dataloader_resumes(subject: Subject) -> str:
         return loaders[-1]
 
     try:
-        make_tokenizer = subject.spec.build_tokenizer_fn
-        tokenizer = make_tokenizer(config) if make_tokenizer else None
+        tokenizer = subject.spec.tokenizer(config)
         first = loader()
     except Exception as error:  # it may want options or files of a job
         reason = first_line(error)

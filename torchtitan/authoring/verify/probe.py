@@ -84,6 +84,16 @@ class CutLayer:
         generator = torch.Generator().manual_seed(0)
         part = self.output[where]
         weights = torch.randn(part.shape, generator=generator).to(part.dtype)
+        return self._backward(part, weights)
+
+    def adds_gradients(self) -> bool:
+        """Whether the backward pass adds to the gradient what is not of the output.
+
+        As where a router's balance loss is a term of the loss that forward() does not return.
+        """
+        return bool((self._backward(self.output, torch.zeros_like(self.output)) > 0).any())
+
+    def _backward(self, part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         (grad,) = torch.autograd.grad(
             part, self.input, weights, retain_graph=True, allow_unused=True
         )

@@ -11,11 +11,20 @@ import dataclasses
 
 import torch
 
+from torchtitan.protocols.model import ModelProtocol
 from torchtitan.tools.text import few
 
 from .agreement import TOLERANCE, disagreement, run_of
 from .check import CheckFailedError, Checks, NotApplicableError
-from .probe import accepts, cut_by_tokens, cut_layers, relative_difference, require_causal
+from .probe import (
+    CutLayer,
+    accepts,
+    cut_by_tokens,
+    cut_layers,
+    packed_documents,
+    relative_difference,
+    require_causal,
+)
 from .subject import Subject
 
 CHECKS = Checks("contract.layers", "contract.forward")
@@ -25,6 +34,11 @@ ROUTING = (
     "tokens: then a token's output depends on which others are in the batch."
 )
 
+_IN_TRAINING = (
+    "In evaluation it does not: look for self.training, such as is_causal=not self.training, and "
+    "for a path of its own for training."
+)
+
 
 @CHECKS.of("semantics.causality", "no token sees a later one")
 def no_token_sees_a_later_one(subject: Subject) -> str:
@@ -32,20 +46,34 @@ def no_token_sees_a_later_one(subject: Subject) -> str:
     model, tokens = subject.build_varied(), subject.tokens(1)
     seq = tokens.shape[1]
     queries = sorted({0, 1, seq // 3, seq // 2, seq - 2})
-    for cut in cut_by_tokens(model, tokens):
-        for query in queries:
-            later = cut.gradient((slice(None), query))[0, query + 1 :]
-            if (later > 0).any():
-                leak = query + 1 + int(later.argmax())
-                raise CheckFailedError(
-                    f"{cut.name}: token {query} sees {int((later > 0).sum())} later tokens, "
-                    f"{few([str(query + 1 + int(i)) for i in later.nonzero().flatten()], 3)}; "
-                    f"most of all token {leak}",
-                    _mask_hint(query, later),
-                )
+    for training in (False, True):
+        for cut in _layers_to_ask(model.train(training), tokens):
+            for query in queries:
+                later = cut.gradient((slice(None), query))[0, query + 1 :]
+                if (later > 0).any():
+                    leak = query + 1 + int(later.argmax())
+                    raise CheckFailedError(
+                        f"{cut.name}: {'in training, ' if training else ''}token {query} sees "
+                        f"{int((later > 0).sum())} later tokens, "
+                        f"{few([str(query + 1 + int(i)) for i in later.nonzero().flatten()], 3)}; "
+                        f"most of all token {leak}",
+                        _IN_TRAINING if training else _mask_hint(query, later),
+                    )
+    model.eval()
     for seed in (1, 2, 3):
         _later_tokens_change_nothing(model, tokens, subject.tokens(1, seed=seed))
     return f"{len(model.layers)} layers, queries {few([str(q) for q in queries], 5)} of {seq}"
+
+
+def _layers_to_ask(
+    model: ModelProtocol, tokens: torch.Tensor, **inputs: torch.Tensor
+) -> list[CutLayer]:
+    """The layers of a model whose gradients tell paths; dropout takes some away, and adds none.
+
+    In training that is not so of layers that give a balance loss its gradient in the backward pass.
+    """
+    cuts = cut_by_tokens(model, tokens, **inputs)
+    return [cut for cut in cuts if not (model.training and cut.adds_gradients())]
 
 
 def _mask_hint(query: int, later: torch.Tensor) -> str:
@@ -159,7 +187,89 @@ def documents_are_apart(subject: Subject) -> str:
             "Positions count from the beginning of each document: use the argument `positions`, "
             "not torch.arange(seq), wherever places matter.",
         )
-    return f"documents of {start} and {seq - start} tokens, equal to {difference:.0e}"
+    for seed in (1, 2):
+        _rows_have_documents_of_their_own(model, subject.tokens(3), seed)
+    _documents_are_apart_in_training(model, subject.tokens(3))
+    return f"documents of {start} and {seq - start} tokens, equal to {difference:.0e}; 2 x 3 rows"
+
+
+def _rows_have_documents_of_their_own(
+    model: ModelProtocol, tokens: torch.Tensor, seed: int
+) -> None:
+    """Each row of a batch has its own documents, in the next batch of the same shape others."""
+    inputs, last = _packed(model, tokens, seed)
+    first = _packed(model, tokens, seed=1)[0]
+    if seed > 1:
+        model(tokens, **first)  # just before, so that what is kept of the last call is of this
+    for cut in cut_by_tokens(model, tokens, **inputs):
+        seen = cut.gradient((last,)).masked_fill(last, 0)
+        for row in (seen > 0).any(dim=1).nonzero().flatten().tolist():
+            raise CheckFailedError(
+                f"{cut.name}: in {_which(row, seed)}, the last document sees "
+                f"{int((seen[row] > 0).sum())} tokens of the others",
+                _hint_of_rows("document_ids", "the mask", row, seed),
+            )
+    if "positions" not in inputs:
+        return
+    with torch.no_grad():
+        if seed > 1:
+            model(tokens, **first)
+        packed = model(tokens, **inputs)
+        for row, start in enumerate(last.long().argmax(dim=1).tolist()):
+            alone = model(tokens[row : row + 1, start:])
+            difference = relative_difference(packed[row : row + 1, start:], alone)
+            if difference > TOLERANCE:
+                raise CheckFailedError(
+                    f"in {_which(row, seed)}, the last document's logits differ by "
+                    f"{difference:.1e} of the largest from those that it has alone",
+                    _hint_of_rows("positions", "what was computed of positions", row, seed),
+                )
+
+
+def _packed(
+    model: ModelProtocol, tokens: torch.Tensor, seed: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of rows of several documents; and which tokens are of a row's last, `[rows, seq]`."""
+    rows, seq = tokens.shape
+    positions, ids = packed_documents(rows, seq, seed)
+    inputs = {"document_ids": ids}
+    if accepts(type(model), "positions"):
+        inputs["positions"] = positions
+    return inputs, ids == ids[:, -1:]
+
+
+def _documents_are_apart_in_training(model: ModelProtocol, tokens: torch.Tensor) -> None:
+    inputs, last = _packed(model.train(), tokens, seed=3)
+    for cut in _layers_to_ask(model, tokens, **inputs):
+        seen = cut.gradient((last,)).masked_fill(last, 0)
+        if (seen > 0).any():
+            raise CheckFailedError(
+                f"{cut.name}: in training, tokens of the last document of a row see "
+                f"{int((seen > 0).sum())} tokens of the others",
+                _IN_TRAINING,
+            )
+
+
+def _which(row: int, seed: int) -> str:
+    return f"row {row} of {'a batch' if seed == 1 else 'the second batch'}"
+
+
+def _hint_of_rows(name: str, kept: str, row: int, seed: int) -> str:
+    if seed > 1:
+        return (
+            f"The first batch, of the same shape, is right: {kept} seems to be kept from one call "
+            "to the next. Documents differ from batch to batch, so keep nothing that depends on "
+            f"{name}."
+        )
+    if row > 0:
+        return (
+            f"Row 0 is right: each row has its own {name} [batch, seq]. Look for {name}[0] or "
+            f"{name}[:1] in forward(), in the mask, and in the tables of rotary positions."
+        )
+    return (
+        f"Look at how forward() uses {name} [batch, seq] of several documents, and whether {kept} "
+        "is kept from an earlier call."
+    )
 
 
 @CHECKS.of("semantics.positions", "forward(positions=...) is used")

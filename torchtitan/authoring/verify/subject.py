@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.models.broken import BrokenModel
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec, model_flavors
 
@@ -218,12 +219,15 @@ class Subject:
 
 
 def require_model(name: str) -> None:
-    """Raises `ConfigError` if no module that was imported has registered the model."""
+    """Raises `ConfigError` if no module that was imported has registered the model, or it cannot be
+    imported itself."""
     if name not in MODEL_REGISTRY:
         raise ConfigError(
             f"no model {name!r}.{did_you_mean(name, MODEL_REGISTRY)} A model outside of torchtitan "
             "is made known by --custom-import MODULE (in conformance_tests: custom_import)"
         )
+    if isinstance(broken := MODEL_REGISTRY[name], BrokenModel):
+        raise ConfigError(broken.problem)
 
 
 def default_flavor(name: str) -> str:

@@ -145,6 +145,11 @@ def partial_folder(folder: P) -> P:
     return cast(P, folder.with_name(f"{folder.name}{PARTIAL}"))
 
 
+def final_folder(folder: Path) -> Path:
+    """What a `partial_folder` will be called, which is what a message names."""
+    return folder.with_name(folder.name.removesuffix(PARTIAL))
+
+
 def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
     """Make room for the files of `folder`: an empty `partial_folder(folder)`.
 

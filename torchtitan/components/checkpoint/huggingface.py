@@ -22,6 +22,7 @@ from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .chat_files import chat_template_of, end_of_turn
+from .folder import final_folder
 from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
 
@@ -221,7 +222,8 @@ def write_assets(
         ends.append(turn)
     config = _config(args, tokenizer, ends, assets)
     if config is None:
-        logger.warning("%s: no config.json, as %s has no to_hf_config", folder, type(args).__name__)
+        name = type(args).__name__
+        logger.warning("%s: no config.json, as %s has no to_hf_config", final_folder(folder), name)
     else:
         for name in _OUTDATED:
             config.pop(name, None)
@@ -316,7 +318,7 @@ def _write_tokenizer(folder: Path, tokenizer: str, add_bos: bool) -> Tokenizer |
     try:
         return HuggingFaceTokenizer(source)
     except DataError as error:
-        logger.warning("no tokenizer for %s: %s", folder, error)
+        logger.warning("no tokenizer for %s: %s", final_folder(folder), error)
         return None
 
 

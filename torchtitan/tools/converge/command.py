@@ -18,7 +18,7 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.options import flag, shown_as, split_overrides
 
 from .compare import Outcome, judge
-from .curves import no_curves, read_curves
+from .curves import no_curves, read_curves, read_skipped
 from .launch import launch
 from .match import check_match, warn_of_repeats
 from .page import write_page
@@ -127,10 +127,13 @@ def _run_all(runs: list[Run]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for run in runs:
         if run.finished:
-            outcomes.append(Outcome(run, read_curves(run.folder)))
+            outcomes.append(_outcome(run))
         elif outcomes and outcomes[0].problems():
             outcomes.append(Outcome(run, no_curves(), "not started"))
         else:
-            failure = launch(run)
-            outcomes.append(Outcome(run, read_curves(run.folder), failure))
+            outcomes.append(_outcome(run, launch(run)))
     return outcomes
+
+
+def _outcome(run: Run, failure: str | None = None) -> Outcome:
+    return Outcome(run, read_curves(run.folder), failure, read_skipped(run.folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,23 +39,25 @@ class Outcome:
     curves: dict[str, Curve]
     failure: str | None = None
     """Exit code and end of the log of a job that failed."""
+    skipped: set[int] = field(default_factory=set)
+    """Steps that the guard skipped, which have no loss."""
 
     def problems(self) -> list[str]:
         """Why its curves cannot be compared in full."""
         problems = []
         steps = range(1, self.run.config.training.steps + 1)
-        missing = {n: {step for step in steps if step not in c} for n, c in self.curves.items()}
+        wanted = {*steps} - self.skipped
+        missing = {name: wanted - curve.keys() for name, curve in self.curves.items()}
         if any(missing.values()):
             names = " and ".join(name for name in missing if missing[name])
-            absent = _ranges(sorted(set.union(*missing.values())))
-            training = self.run.config.training
-            skips = {"skip", "rollback"} & {training.on_nonfinite, training.on_spike}
-            why = ": not logged, or skipped by the guard" if skips else ""
-            problems.append(f"no {names} of {absent} (of {len(steps)}){why}")
+            absent = ranges(set.union(*missing.values()))
+            problems.append(f"no {names} of {absent} (of {len(steps)})")
+        elif not wanted:
+            problems.append(f"the guard skipped all {len(steps)} steps")
         for name, curve in self.curves.items():
-            bad = [step for step, value in sorted(curve.items()) if math.isnan(value)]
+            bad = {step for step, value in curve.items() if math.isnan(value)}
             if bad:
-                problems.append(f"{name} is not finite at {_ranges(bad)}")
+                problems.append(f"{name} is not finite at {ranges(bad)}")
         if self.failure:  # last, as it has many lines
             problems.append(self.failure)
         return problems
@@ -96,6 +98,7 @@ class Verdict:
     outcome: Outcome
     differences: dict[str, Difference]
     problems: list[str] = field(default_factory=list)
+    control_skipped: set[int] = field(default_factory=set)
 
     @property
     def name(self) -> str:
@@ -105,6 +108,8 @@ class Verdict:
     def state(self) -> Literal["equal", "diverged", "failed"]:
         if self.problems:
             return "failed"
+        if self.outcome.skipped != self.control_skipped:  # that is another training
+            return "diverged"
         exceeding = [d.first_exceeding for d in self.differences.values()]
         return "equal" if exceeding == [None] * len(exceeding) else "diverged"
 
@@ -121,7 +126,10 @@ def judge(
         for name in METRICS
     }
     control_failed = ["the control failed"] if control.problems() else []
-    return Verdict(test, differences, control_failed + test.problems())
+    problems = control_failed + test.problems()
+    if not problems and not differences["loss"].relative:
+        problems = ["no step that both were trained on: the guard skipped the others"]
+    return Verdict(test, differences, problems, control.skipped)
 
 
 def relative(control: Curve, test: Curve) -> Curve:
@@ -139,14 +147,14 @@ def _nan_last(value: float) -> tuple[bool, float]:
     return (True, 0.0) if math.isnan(value) else (False, value)
 
 
-def _ranges(steps: Sequence[int]) -> str:
+def ranges(steps: Collection[int]) -> str:
     """`steps 3-7, 9`, at most three ranges."""
-    ranges: list[list[int]] = []
-    for step in steps:
-        if ranges and step == ranges[-1][1] + 1:
-            ranges[-1][1] = step
+    found: list[list[int]] = []
+    for step in sorted(steps):
+        if found and step == found[-1][1] + 1:
+            found[-1][1] = step
         else:
-            ranges.append([step, step])
-    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in ranges[:3]]
-    more = ", ..." if len(ranges) > 3 else ""
+            found.append([step, step])
+    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in found[:3]]
+    more = ", ..." if len(found) > 3 else ""
     return f"step{'s' if len(steps) > 1 else ''} {', '.join(shown)}{more}"

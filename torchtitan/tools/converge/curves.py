@@ -24,6 +24,17 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     }
 
 
+def read_skipped(folder: Path) -> set[int]:
+    """The steps whose batch the guard had the run leave out."""
+    skipped, before = set(), 0
+    for row in read_rows(folder / METRICS_FILE):
+        count = row.get("steps_skipped") or 0
+        if count > before:
+            skipped.add(row["step"])
+        before = count
+    return skipped
+
+
 def no_curves() -> dict[str, Curve]:
     """The curves of a run that was not started."""
     return {name: {} for name in METRICS}

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from torchtitan.tools.environment import environment
 
-from .compare import Difference, Outcome, Verdict
+from .compare import Difference, Outcome, Verdict, ranges
 from .curves import METRICS
 from .match import differences
 
@@ -98,8 +98,23 @@ def verdict_line(verdict: Verdict, control: str) -> str:
                 f"{name} beyond {short(difference.tolerance, 3)} from step {first} "
                 f"({short(difference.relative[first])}), at most {_at_step(difference)}"
             )
+    if skips := _skips(verdict, control):
+        parts.append(skips)
     word = "EQUAL to" if verdict.state == "equal" else "DIVERGED from"
     return f"{verdict.name}: {word} {control}: {'; '.join(parts)}"
+
+
+def _skips(verdict: Verdict, control: str) -> str:
+    """What the guard did in the two; "" if nothing."""
+    here, there = verdict.outcome.skipped, verdict.control_skipped
+    if here == there:
+        return f"the guard skipped {_steps(here)} in both" if here else ""
+    return f"the guard skipped {_steps(here)}, in {control} {_steps(there)}"
+
+
+def _steps(steps: set[int]) -> str:
+    """`2 of the steps (steps 3, 7)`."""
+    return f"{len(steps)} of the steps ({ranges(steps)})" if steps else "none"
 
 
 def failure_line(control: Outcome) -> str:
@@ -135,6 +150,7 @@ def to_json(result: Result) -> dict[str, Any]:
             "processes": outcome.run.processes,
             "layout": outcome.run.layout,
             "problems": outcome.problems(),
+            "skipped_steps": sorted(outcome.skipped),
             "final_loss": _finite(_final(outcome)),
         }
         for outcome in result.outcomes

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import torch
 
-from torchtitan.errors import ConfigError
+from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.resume import saved_config
+from torchtitan.errors import ConfigError, begin_errors_with
+from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
+from torchtitan.tools.run_folder import CONFIG_FILE
 from torchtitan.tools.text import human_bytes, three_digits
 
 from .from_hf import convert_from_hf
@@ -44,11 +48,22 @@ def main(argv: list[str] | None = None) -> int:
         known = model_of_hf_folder(args.source, told)
         written = convert_from_hf(args.source, args.out, known, dtype).nbytes
     else:
+        if told is None:
+            _load_models_of_run(args.source)
         known = model_of_checkpoint(args.source, told)
         written = convert_to_hf(args.source, args.out, known, dtype, args.tokenizer)
     seconds = time.perf_counter() - start
     sys.stdout.write(f"{args.out}: {known}, {human_bytes(written)} in {three_digits(seconds)} s\n")
     return 0
+
+
+def _load_models_of_run(checkpoint: Path) -> None:
+    """Import what the run that saved a checkpoint imported, if its model is not known yet."""
+    manifest = Manifest.read(checkpoint)
+    if manifest.model.get("name") not in MODEL_REGISTRY:
+        job = saved_config(checkpoint, manifest).get("job", {})
+        with begin_errors_with(f"{checkpoint / CONFIG_FILE}"):
+            load_plugins(job.get("custom_import", ""))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
             "--job.custom_import",
             default="",
             metavar="MODULE",
-            help="Python module to import first, so that it can register a model",
+            help="Python module to import first, so that it can register a model (default of "
+            "to-hf: that of the run)",
         )
     for action in (from_hf, to_hf):
         action.add_argument("--dtype", choices=DTYPES, help="default: keep that of the tensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from torchtitan.tools.converge.compare import (
     judge,
     relative,
 )
-from torchtitan.tools.converge.curves import no_curves, read_curves
+from torchtitan.tools.converge.curves import no_curves, read_curves, read_skipped
+from torchtitan.tools.converge.report import verdict_line
 from torchtitan.tools.converge.runs import open_run
 
 
 def outcome(folder: Path, failure: str | None = None) -> Outcome:
     run = open_run(folder.name, str(folder))
-    return Outcome(run, read_curves(folder), failure)
+    return Outcome(run, read_curves(folder), failure, read_skipped(folder))
 
 
 def verdict(tmp_path: Path, control: list, test: list, *options: str, **given) -> Verdict:
@@ -152,11 +154,45 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         read_curves(folder)
 
 
-def test_steps_that_the_guard_skipped_are_not_called_not_finite(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", [3.0, None, 1.0], "--training.on_spike=skip")
-    text = (
-        (folder / "metrics.jsonl").read_text().replace('"step": 2', '"step": 2, "steps_skipped": 1')
+def skipping(folder: Path, losses: list[float | None]) -> Outcome:
+    """A run that has no loss where the guard skipped the step."""
+    write_run(folder, losses, "--training.on_spike=skip")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows, start=1):
+        row["steps_skipped"] = losses[:number].count(None)
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return outcome(folder)
+
+
+def test_steps_that_the_guard_skipped_in_both_are_left_out(tmp_path: Path) -> None:
+    found = [skipping(tmp_path / name, [3.0, None, 1.0]) for name in ("control", "test")]
+    same = judge(*found)
+    assert (same.state, same.problems, [*same.differences["loss"].relative]) == (
+        "equal",
+        [],
+        [1, 3],
     )
-    (folder / "metrics.jsonl").write_text(text)
-    problems = outcome(folder).problems()
-    assert problems == ["no loss of step 2 (of 3): not logged, or skipped by the guard"]
+    assert verdict_line(same, "control").endswith(
+        "the guard skipped 1 of the steps (step 2) in both"
+    )
+
+
+def test_runs_that_skipped_other_steps_have_diverged(tmp_path: Path) -> None:
+    control = skipping(tmp_path / "control", [3.0, 2.0, 1.0])
+    other = judge(control, skipping(tmp_path / "test", [3.0, None, 1.0]))
+    assert (other.state, other.problems) == ("diverged", [])
+    assert verdict_line(other, "control") == (
+        "test: DIVERGED from control: the guard skipped 1 of the steps (step 2), in control none"
+    )
+
+
+def test_runs_with_no_step_in_common_have_failed(tmp_path: Path) -> None:
+    control = skipping(tmp_path / "control", [3.0, None, None])
+    assert judge(control, skipping(tmp_path / "test", [None, 2.0, 1.0])).state == "failed"
+    nothing = skipping(tmp_path / "all", [None] * 3)
+    assert nothing.problems() == ["the guard skipped all 3 steps"]
+
+
+def test_a_step_that_was_not_logged_is_missing_all_the_same(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [3.0, 2.0], "--training.on_spike=skip")
+    assert outcome(folder).problems() == ["no loss and grad_norm of step 3 (of 3)"]

@@ -63,7 +63,8 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
             if name.endswith(".weight_scale_inv"):
                 raise CheckpointError(
                     f"checkpoint: tensor {name!r} scales an FP8 weight, which is not read. "
-                    "Convert the checkpoint to bfloat16"
+                    "Convert the checkpoint to bfloat16 by DeepSeek's own script, "
+                    "inference/fp8_cast_bf16.py of github.com/deepseek-ai/DeepSeek-V3"
                 )
             if name.endswith(_BIAS) and not self.model_args.moe.use_bias:
                 raise CheckpointError(

@@ -1,0 +1,32 @@
+"""The loss shifts labels, which are shifted already, as Hugging Face's models do."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from mutants import base
+
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("contract.loss",)
+SAYS = r"the label of the next one.*not pred\[:, :-1\] with labels\[:, 1:\]"
+
+
+def shifted_cross_entropy(pred, labels):
+    return F.cross_entropy(
+        pred[:, :-1].flatten(0, 1).float(),
+        labels[:, 1:].flatten(),
+        reduction="sum",
+        ignore_index=IGNORE_INDEX,
+    )
+
+
+def build(job_config):
+    return shifted_cross_entropy
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, build_loss_fn=build)
+
+
+register_train_spec("loss_shifts_again", get_train_spec)

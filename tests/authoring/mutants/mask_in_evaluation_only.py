@@ -1,0 +1,31 @@
+"""In training, each token sees all others."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("semantics.causality",)
+SAYS = r"layers\.0: in training, token 0 sees 63 later tokens.*look for self\.training"
+
+
+class InnerAttention(base.ScaledDotProductAttention):
+    def forward(self, q, k, v, mask=None):
+        if mask is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=not self.training)
+        return super().forward(q, k, v, mask)
+
+
+class Attention(base.Attention):
+    def __init__(self, args):
+        super().__init__(args)
+        self.inner_attention = InnerAttention()
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=base.with_layers(attention=Attention))
+
+
+register_train_spec("mask_in_evaluation_only", get_train_spec)

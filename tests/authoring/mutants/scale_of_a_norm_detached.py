@@ -1,0 +1,31 @@
+"""A norm's scale is taken for a constant in the backward pass."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from mutants import base
+
+from torchtitan.protocols import TrainSpec, register_train_spec
+
+CAUGHT_BY = ("learning.slope",)
+SAYS = r"is layers\.3\.attention\.wo\.weight.*follows layers\.3\.attention\.wo is.*detach\(\)"
+
+
+class Norm(nn.RMSNorm):
+    def forward(self, x):
+        scale = x.detach().float().square().mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return (x * scale.to(x.dtype)) * self.weight
+
+
+class Block(base.Block):
+    def __init__(self, args):
+        super().__init__(args)
+        self.attention_norm = Norm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = Norm(args.dim, eps=args.norm_eps)
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(flavor, model_cls=base.with_layers(block=Block))
+
+
+register_train_spec("scale_of_a_norm_detached", get_train_spec)

@@ -1,0 +1,129 @@
+"""A `parallelize_fn` that leaves options out is told of on rank 0, and one that does not is not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn as nn
+from tiny_models import tiny_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from torchtitan.config import JobConfig
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.unapplied import warn_of_unapplied
+
+AC = (
+    "since the parallelize_fn of llama3 does not call "
+    "torchtitan.distributed.activation_checkpoint.apply_ac(model, job_config) here"
+)
+COMPILE = AC.replace("activation_checkpoint.apply_ac", "compile.apply_compile")
+
+
+@pytest.fixture
+def config() -> Iterator[JobConfig]:
+    config = JobConfig()
+    config.activation_checkpoint.mode = "none"
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        yield config
+
+
+def model() -> nn.Module:
+    return tiny_model("llama3")
+
+
+def warnings(caplog: pytest.LogCaptureFixture, config: JobConfig, *parts: nn.Module) -> list[str]:
+    caplog.clear()
+    warn_of_unapplied(list(parts), config)
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", "memory_budget"])
+def test_a_mode_that_is_not_applied(mode, config, caplog):
+    config.activation_checkpoint.mode = mode
+    part = model()
+    (warning,) = warnings(caplog, config, part)
+    assert warning == f'activation_checkpoint.mode = "{mode}": has no effect, {AC}'
+    apply_ac(part, config)
+    assert warnings(caplog, config, part) == []
+
+
+def test_the_guides_model_without_checkpointing_is_quiet(config, caplog):
+    assert warnings(caplog, config, model()) == []
+
+
+@pytest.mark.parametrize("option", ["2", "100"])
+def test_some_blocks_are_enough(option, config, caplog):
+    config.activation_checkpoint.mode = "selective"
+    config.activation_checkpoint.selective_ac_option = option
+    part = model()
+    apply_ac(part, config)
+    assert warnings(caplog, config, part) == []
+
+
+def test_the_wrapper_of_torch_counts(config, caplog):
+    config.activation_checkpoint.mode = "full"
+    part = model()
+    part.layers["0"] = checkpoint_wrapper(part.layers["0"])
+    assert warnings(caplog, config, part) == []
+
+
+def test_a_stage_without_layers_is_quiet(config, caplog):
+    config.activation_checkpoint.mode, config.compile.enable = "full", True
+    stage = model()
+    stage.layers = nn.ModuleDict()
+    assert warnings(caplog, config, stage) == []
+
+
+def test_other_ranks_are_quiet(config, caplog, monkeypatch):
+    config.activation_checkpoint.mode = "full"
+    monkeypatch.setenv("RANK", "1")
+    assert warnings(caplog, config, model()) == []
+
+
+def compiled_in_place(part: nn.Module) -> nn.Module:
+    part.layers["0"].compile()
+    return part
+
+
+def a_part_left_to_eager_mode(part: nn.Module) -> nn.Module:
+    part.norm.forward = torch.compiler.disable(part.norm.forward)
+    return part
+
+
+def test_a_model_that_is_not_compiled(config, caplog):
+    config.compile.enable = True
+    for part in (model(), a_part_left_to_eager_mode(model())):
+        assert warnings(caplog, config, part) == [
+            f"compile.enable = true: has no effect, {COMPILE}"
+        ]
+    config.compile.components = ["loss"]
+    assert warnings(caplog, config, model()) == []
+
+
+@pytest.mark.parametrize("compile", [torch.compile, compiled_in_place])
+def test_other_ways_to_compile_count(compile: Callable, config, caplog):
+    config.compile.enable = True
+    assert warnings(caplog, config, compile(model())) == []
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3, experts"])
+@pytest.mark.parametrize("scope", ["block", "model"])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_what_our_models_apply_is_quiet(mode, scope, name, config, caplog):
+    """Among them the blocks of experts that are compiled within their checkpoint."""
+    config.activation_checkpoint.mode = mode
+    config.training.mixed_precision_param = "float32"
+    config.compile.enable, config.compile.scope = True, scope
+    part = tiny_model(name)
+    apply_ac(part, config)
+    assert warnings(caplog, config, apply_compile(part, config)) == []
+
+
+def test_a_compiler_that_is_switched_off_is_no_fault_of_the_model(config, caplog, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    config.compile.enable = True
+    assert warnings(caplog, config, torch.compile(model())) == []

@@ -1,0 +1,114 @@
+"""The `config.json` that args give for Hugging Face, of every flavor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from torchtitan.components.checkpoint.huggingface import export_config
+from torchtitan.errors import CheckpointError, TitanError
+from torchtitan.protocols import BaseModelArgs
+from torchtitan.protocols.train_spec import get_train_spec, model_flavors
+from torchtitan.tools.text import few, first_line
+
+from .check import CheckFailedError, Checks, NotApplicableError
+from .hf_files import SIZES
+from .subject import Subject
+
+CHECKS = Checks("contract.spec")
+
+_HINT = "args.py: to_hf_config() must give each option of the args, under Hugging Face's name."
+
+
+@CHECKS.of("adapter.config_json", "to_hf_config says what the args say, of every flavor")
+def config_says_what_args_say(subject: Subject) -> str:
+    """So that an export is of this model, and does not end with an error after a training."""
+    flavors = {subject.flavor: subject.spec.model_args}
+    for flavor in model_flavors(subject.name):
+        flavors[flavor] = get_train_spec(subject.name, flavor).model_args
+    given, refused = 0, []
+    for flavor, args in flavors.items():
+        try:
+            config = args.to_hf_config()
+        except TitanError:  # it says itself that there is no such model
+            refused.append(flavor)
+            continue
+        except Exception as error:
+            raise CheckFailedError(
+                f"{flavor}: to_hf_config() fails: {type(error).__name__}: {error}", _HINT
+            ) from error
+        if config is None:
+            continue
+        given += 1
+        _require_json(flavor, config)
+        if lost := list(_lost(args, config)):
+            raise CheckFailedError(f"{flavor}: config.json would have {few(lost, 5)}", _HINT)
+        try:
+            export_config(args)
+        except CheckpointError:  # Hugging Face's implementation has no such option
+            refused.append(flavor)
+        except Exception as error:
+            raise CheckFailedError(
+                f"{flavor}: from_hf_config(to_hf_config()) fails: {type(error).__name__}: "
+                f"{first_line(error)}",
+                "args.py: from_hf_config() must read what to_hf_config() writes.",
+            ) from error
+    if not given and not refused:
+        raise NotApplicableError("to_hf_config gives none, so exports have no config.json")
+    note = f"; Hugging Face cannot express {few(refused, 5)}" if refused else ""
+    return f"{given} flavor{'s' if given != 1 else ''}{note}"
+
+
+def _require_json(flavor: str, config: dict[str, Any]) -> None:
+    missing = [name for name in ("model_type", "architectures") if name not in config]
+    if missing:
+        raise CheckFailedError(
+            f"{flavor}: config.json would have no {few(missing)}, by which transformers knows the "
+            "model",
+            _HINT,
+        )
+    try:
+        json.dumps(config)
+    except TypeError as error:
+        raise CheckFailedError(f"{flavor}: to_hf_config() is no JSON: {error}", _HINT) from error
+
+
+def _lost(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[str]:
+    """Fields of `args` that the file could say, and says otherwise."""
+    read = getattr(type(args), "from_hf_config", None)
+    if read is None:
+        for name, key in SIZES.items():
+            value = getattr(args, name, None)
+            if value is not None and config.get(key, value) != value:
+                yield f"{key} = {config[key]!r} ({name} is {value!r})"
+        return
+    try:
+        back = read(dict(config))
+    except Exception:  # which is another failure
+        return
+    for name, value in _numbers(args):
+        other = getattr(back, name)
+        if other != value and (key := _key_of(name, other, config, read)):
+            yield f"{key} = {config[key]!r}, which is {name} = {other!r} and not {value!r}"
+
+
+def _numbers(args: BaseModelArgs) -> Iterator[tuple[str, Any]]:
+    """Names and values of fields that are numbers or truth values."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            yield name, value
+
+
+def _key_of(name: str, value: Any, config: dict[str, Any], read: Any) -> str:
+    """The entry of `config.json` that `name` is read from; "" if none is."""
+    for key, entry in config.items():
+        if not isinstance(entry, int | float):
+            continue
+        changed = not entry if isinstance(entry, bool) else 2 * entry
+        try:
+            if getattr(read({**config, key: changed}), name) != value:
+                return key
+        except Exception:  # no such model
+            continue
+    return ""

@@ -1,0 +1,259 @@
+"""The backward pass against the forward pass: a gradient is the slope of the loss.
+
+The loss is measured a little before and a little behind the weights, along the gradient, and all
+that in float64, also where the model asks for less: differences are then known to many digits. What
+is no derivative, but is no mistake either, is recognised or said: rounding by its operations, jumps
+(as of tokens that change their expert) by estimates that do not agree, a loss of the backward pass
+alone by its gradient, and everything else by `ModelProtocol.estimates_gradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtitan.tools.text import first_line
+
+from .batches import Example
+from .check import CheckFailedError, Checks, NotApplicableError
+from .probe import recorded_outputs
+from .subject import Subject
+
+CHECKS = Checks("contract.forward", "learning.gradients")
+
+_STEPS = (1e-6, 1e-5, 1e-4, 1e-3)
+"""How far from the weights the loss is measured, as a share of their norm."""
+_TOLERANCE = 1e-4
+"""Of the slope along one parameter's gradient, over the gradient. Right ones are within 1e-6."""
+_OF_SEVERAL = 1e-5
+"""The same along those of several parameters together, of which one may be wrong."""
+_AGREE = 0.02
+"""By how much two steps' differences from the gradient differ, where they are known."""
+_LEAST = 1e-3
+"""Share of a group's largest influence on the loss below which a parameter counts less."""
+
+_WIDER = {
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float16: torch.float64,
+    torch.complex64: torch.complex128,
+}
+_FLOATS = {*_WIDER, *_WIDER.values()}
+_ROUNDS = {"round", "floor", "ceil", "trunc", "sign", "sgn", "bucketize", "heaviside"}
+
+
+@CHECKS.of("learning.slope", "gradients are the slopes of the loss")
+def gradients_are_slopes(subject: Subject) -> str:
+    if subject.spec.model_cls.estimates_gradients:
+        raise NotApplicableError(f"{subject.spec.model_cls.__name__}.estimates_gradients is True")
+    model, example = subject.build_varied().train(), _in_float64(subject.example(2, 24))
+    with _InFloat64() as mode, _default_float64():
+        model.double()
+        try:
+            loss = _Loss(model, example, mode)
+        except NotApplicableError:
+            raise
+        except Exception as error:  # it asks for a dtype, or has kernels that do
+            raise NotApplicableError(f"it does not run in float64: {first_line(error)}") from error
+        everything = list(loss.gradients)
+        difference = loss.difference(everything)
+        if difference <= _OF_SEVERAL:
+            return f"along {len(everything)} parameters' gradients, to {difference:.0e}"
+        wrong = [names for names in loss.groups() if loss.differs(names, _OF_SEVERAL)]
+        found = {name: loss.differs([name], _TOLERANCE) for names in wrong for name in names}
+    found = {name: difference for name, difference in found.items() if difference}
+    if not found:
+        return f"{len(loss.gradients)} parameters, each within {_TOLERANCE:.0e}"
+    last = max(found, key=lambda name: loss.order.get(name.rpartition(".")[0], -1))
+    largest = max(found, key=lambda name: found[name])
+    raise CheckFailedError(
+        f"{len(found)} of {len(loss.gradients)} parameters have gradients that are not the slope "
+        f"of the loss: the last in the order of forward() is {last}, whose slope is other by "
+        f"{found[last]:.1%}; the largest difference is {found[largest]:.1%}, of {largest}",
+        f"The backward pass of what follows {last.rpartition('.')[0]} is wrong: a "
+        "torch.autograd.Function whose backward() is not the derivative of its forward(), or a "
+        "detach() or no_grad() on the way, as in a norm's scale. If gradients are meant to be "
+        "others (a straight-through estimator), say so in the model's class: "
+        "estimates_gradients = True.",
+    )
+
+
+class _Loss:
+    """The loss of a model as a function of its weights, with its gradients.
+
+    Raises:
+        NotApplicableError: it has no slope.
+    """
+
+    def __init__(self, model: nn.Module, example: Example, mode: _InFloat64) -> None:
+        self._model, self._example, self._mode = model, example, mode
+        with recorded_outputs(model) as outputs:
+            loss = self._measured()
+        self.order = {name: number for number, name in enumerate(outputs)}
+        """Of modules, by when they are done."""
+        self._parameters = dict(model.named_parameters())
+        whole, added = self._gradients(loss, 1.0), self._gradients(loss, 0.0)
+        self.gradients = {name: grad - added[name] for name, grad in whole.items()}
+        again = self._measured()
+        if not torch.equal(again, loss):
+            raise NotApplicableError("the same tokens give another loss the second time in train()")
+        self._rounded = list(mode.rounded)
+
+    def _gradients(self, loss: torch.Tensor, weight: float) -> dict[str, torch.Tensor]:
+        """Of `weight` times the loss, and of what the backward pass adds by itself."""
+        grads = torch.autograd.grad(
+            *(loss, list(self._parameters.values()), torch.full_like(loss, weight)),
+            allow_unused=True,
+            retain_graph=True,
+        )
+        return {
+            name: torch.zeros_like(parameter) if grad is None else grad
+            for (name, parameter), grad in zip(self._parameters.items(), grads, strict=True)
+        }
+
+    def _measured(self) -> torch.Tensor:
+        self._mode.rounded.clear()
+        torch.manual_seed(0)  # for dropout
+        return self._example.loss(self._example.run(self._model))
+
+    def groups(self) -> list[list[str]]:
+        """Names of the parameters of each layer, and of what is in none."""
+        groups: dict[str, list[str]] = {}
+        for name in self.gradients:
+            parts = name.split(".")
+            groups.setdefault(parts[1] if parts[0] == "layers" else "", []).append(name)
+        return list(groups.values())
+
+    def difference(self, names: list[str]) -> float:
+        """How much the slope along gradients differs from them, over it, at the best step."""
+        return min(map(abs, self._differences(names, _OF_SEVERAL)), default=0.0)
+
+    def differs(self, names: list[str], tolerance: float) -> float:
+        """The same, by steps that agree; 0 if none do, or for less than the tolerance."""
+        found = self._differences(names, tolerance)
+        if min(map(abs, found), default=0.0) <= tolerance:
+            return 0.0
+        for a, b in pairwise(found):
+            if abs(a - b) <= _AGREE * min(abs(a), abs(b)):
+                return abs(a)
+        return 0.0  # it is not smooth
+
+    def _differences(self, names: list[str], enough: float) -> list[float]:
+        """Of each step, until one is small enough.
+
+        Raises:
+            NotApplicableError: what the loss depends on is rounded.
+        """
+        directions, expected = self._directions(names)
+        found: list[float] = []
+        for step in _STEPS if expected else ():
+            up, down = self._at(directions, step), self._at(directions, -step)
+            found.append((up - down) / (2 * step) / expected - 1)
+            if abs(found[-1]) <= enough:
+                break
+        return found
+
+    def _directions(self, names: list[str]) -> tuple[dict[str, torch.Tensor], float]:
+        """A change of each parameter along its gradient, such that all change the loss alike.
+
+        Returns:
+            changes: of the size of the parameter, or less.
+            slope: of the loss along all of them, by the gradients.
+        """
+        influence = {
+            name: (self._parameters[name].norm() * self.gradients[name].norm()).item()
+            for name in names
+        }
+        most = max(influence.values())
+        influence = {n: value for n, value in influence.items() if value > _LEAST**2 * most}
+        if not influence:
+            return {}, 0.0
+        each = max(min(influence.values()), _LEAST * most)
+        changes, slope = {}, 0.0
+        for name, value in influence.items():
+            share = min(each / value, 1.0)
+            gradient, size = self.gradients[name], self._parameters[name].detach().norm()
+            changes[name] = share * size * gradient / gradient.norm()
+            slope += share * value
+        return changes, slope
+
+    def _at(self, changes: dict[str, torch.Tensor], step: float) -> float:
+        kept = {name: self._parameters[name].detach().clone() for name in changes}
+        with torch.no_grad():
+            for name, change in changes.items():
+                self._parameters[name].add_(change, alpha=step)
+        try:
+            loss = self._measured().item()
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    self._parameters[name].copy_(value)
+        if self._mode.rounded != self._rounded:
+            raise NotApplicableError("forward() rounds what depends on weights")
+        return loss
+
+
+def _in_float64(example: Example) -> Example:
+    example = example.cast(torch.float64)
+    if example.labels.is_floating_point():
+        example = replace(example, labels=example.labels.double())
+    return example
+
+
+@contextmanager
+def _default_float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _InFloat64(TorchDispatchMode):
+    """Operations give float64 where they are asked for less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: list[float] = []
+        """Sums of what was rounded."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket.__name__
+        rounds = name in _ROUNDS or (  # to integers, or to 8 bits
+            name == "_to_copy" and kwargs.get("dtype", torch.float64) not in _FLOATS
+        )
+        if rounds and args[0].is_floating_point():
+            self.rounded.append(args[0].sum().item())
+        if kwargs.get("dtype") in _WIDER:
+            kwargs["dtype"] = _WIDER[kwargs["dtype"]]
+        if name == "_grouped_mm" and args[0].dtype == torch.float64:
+            return _grouped_mm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _grouped_mm(
+    a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, *unused: Any, **others: Any
+) -> torch.Tensor:
+    """`torch._grouped_mm`, whose kernels know no float64, of `[rows, k]` and `[groups, k, n]`; or
+    of `[m, rows]` and `[rows, n]`, which gives `[groups, m, n]`."""
+    if offs is None:
+        return a @ b
+    ends = offs.tolist()
+    parts = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+    if b.ndim == 2:
+        return torch.stack([a[..., part] @ b[part] for part in parts])
+    out = a.new_zeros(a.shape[0], b.shape[-1])
+    for group, part in enumerate(parts):
+        out[part] = a[part] @ b[group]
+    return out

@@ -1,0 +1,74 @@
+"""Options that a model's `parallelize_fn` has left out, which nothing else would tell of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+from torchtitan.config.load import origin
+from torchtitan.distributed.activation_checkpoint import is_checkpointed
+from torchtitan.distributed.utils import rank
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+logger = logging.getLogger("torchtitan")
+
+
+def warn_of_unapplied(model_parts: list[nn.Module], job_config: JobConfig) -> None:
+    """Say on rank 0 which options have no effect. No error, as the model trains without them."""
+    if rank() != 0:
+        return
+    modules = [module for part in model_parts for module in part.modules()]
+    # A pipeline's stage may have none.
+    has_layers = any(len(getattr(part, "layers", ())) for part in model_parts)
+    for key, function in _unapplied(modules, has_layers, job_config):
+        logger.warning(
+            "%s: has no effect, since the parallelize_fn of %s does not call "
+            "torchtitan.distributed.%s(model, job_config) here",
+            *(origin(job_config, key), job_config.model.name, function),
+        )
+
+
+def _unapplied(
+    modules: list[nn.Module], has_layers: bool, job_config: JobConfig
+) -> Iterator[tuple[str, str]]:
+    """Keys of options, and the function below `torchtitan.distributed` that does what they say."""
+    config = job_config.activation_checkpoint
+    if config.mode == "memory_budget":
+        applied = torch._functorch.config.activation_memory_budget == config.memory_budget
+    else:
+        applied = config.mode == "none" or not has_layers or any(map(_recomputes, modules))
+    if not applied:
+        yield "activation_checkpoint.mode", "activation_checkpoint.apply_ac"
+    wanted = job_config.compile.enable and "model" in job_config.compile.components
+    if wanted and has_layers and not any(map(_is_compiled, modules)) and _compiler_is_on():
+        yield "compile.enable", "compile.apply_compile"
+
+
+def _recomputes(module: nn.Module) -> bool:
+    """By `apply_ac`, or by torch's own wrapper."""
+    return is_checkpointed(module) or isinstance(module, CheckpointWrapper)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile` of the module or its forward, or by `module.compile()`."""
+    forward: Any = module.forward
+    forwards = forward, getattr(forward, "checkpoint_of", None)
+    return module._compiled_call_impl is not None or any(map(_is_marked, forwards))
+
+
+def _is_marked(function: Any) -> bool:
+    """By the compiler, which also marks what it is told to leave alone."""
+    compiled = hasattr(function, "_torchdynamo_orig_callable")
+    return compiled and not hasattr(function, "_torchdynamo_disable")
+
+
+def _compiler_is_on() -> bool:
+    """Not under TORCHDYNAMO_DISABLE, where `torch.compile` hands back what it is given."""
+    return _is_marked(torch.compile(_compiler_is_on))
