@@ -69,7 +69,7 @@ def _require_gradients_where_labels_are(
     labels = spread.repeat(rows * seq // len(spread) + 1)[: rows * seq].view(rows, seq).clone()
     labels[0, seq // 4 : seq // 2] = IGNORE_INDEX
     pred = model(tokens)
-    if not isinstance(pred, torch.Tensor) or pred.shape[:2] != tokens.shape:
+    if not isinstance(pred, torch.Tensor) or pred.shape[:-1] != tokens.shape:
         return  # the loss's own affair
     (grad,) = torch.autograd.grad(loss_fn(pred, labels), pred, allow_unused=True)
     if grad is None:
