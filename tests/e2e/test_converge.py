@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CONFIG = """
 [model]
 name = "llama3"
@@ -38,6 +40,7 @@ def verdict(folder: Path) -> dict:
     return json.loads((folder / "outputs" / "converge" / "verdict.json").read_text())
 
 
+@pytest.mark.long
 def test_two_ranks_are_equal_to_one_process_and_another_seed_is_not(tmp_path: Path) -> None:
     (tmp_path / "model.toml").write_text(CONFIG.format(seed=42))
     (tmp_path / "seed.toml").write_text(CONFIG.format(seed=43))

@@ -84,7 +84,8 @@ def test_signals_to_torchrun_save_and_say_so_by_the_exit_code(
     assert curve(again) == whole
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_terminal_that_is_closed_has_the_run_save(ranks: int, tmp_path: Path) -> None:
     """The bar is drawn on it, which fails from then on, maybe before the signal comes."""
     words = [sys.executable, "-m", "torchtitan.distributed.torchrun", "--nproc-per-node=2"]

@@ -172,6 +172,7 @@ def test_a_storage_that_does_not_answer_is_an_outage(monkeypatch: pytest.MonkeyP
         file_size("https://host/a.txt")
 
 
+@pytest.mark.long
 def test_a_hub_that_does_not_answer_is_one_message_and_exit_code_1(tmp_path: Path) -> None:
     env = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}

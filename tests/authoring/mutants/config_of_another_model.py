@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from mutants import base
 
+from torchtitan.models.common.hf_config import OtherArchitectureError
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("adapter.config_json",)
@@ -19,10 +20,13 @@ SAYS = (
 class Args(base.Args):
     def to_hf_config(self) -> dict[str, Any]:
         usual = {"architectures": ["LlamaForCausalLM"], "hidden_size": self.dim}
-        return base.hf_config() | usual
+        return base.hf_config() | usual | {"model_type": "config_of_another_model"}
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
+        # Tests in the same process have other folders read.
+        if config.get("model_type") != "config_of_another_model":
+            raise OtherArchitectureError("of another model")
         return cls(dim=config["hidden_size"], rope_theta=config["rope_theta"])
 
 

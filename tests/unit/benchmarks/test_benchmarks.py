@@ -115,6 +115,7 @@ def test_chunked_loss_takes_less_memory_than_plain():
         assert loss.relative_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.long
 def test_conversion_against_a_copy():
     table = convert.measure(rounds=1, layers=1)
     assert [row[0] for row in table.rows] == ["plain copy", "from-hf", "to-hf"]

@@ -359,6 +359,7 @@ print("peak", (peak() - before) * 1024)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux's accounting")
 def test_conversion_takes_little_more_memory_than_the_largest_tensor(tmp_path):
     """A model of 340 MB, whose largest tensor has 33 MB."""
