@@ -64,8 +64,7 @@ def build_loss(job_config: JobConfig) -> Loss:
     from torchtitan.components.chunked_loss import ChunkedCrossEntropy
 
     config, compile_config = job_config.loss, job_config.compile
-    compiled = compile_config.enable and "loss" in compile_config.components
-    backend = compile_config.backend if compiled else None
+    backend = compile_config.backend if compile_config.compiles("loss") else None
     if config.name == "chunked_cross_entropy":
         return ChunkedCrossEntropy(config.chunk_size, config.z_loss_weight, backend)
     return CrossEntropy(config.z_loss_weight, backend)

@@ -22,3 +22,7 @@ class Compile:
     """What inductor spends on speed. `max-autotune-no-cudagraphs` tries kernels out when it
     compiles. `reduce-overhead` replays the model's kernels as CUDA graphs, for one GPU whose
     kernels are too short for the host to keep up; `max-autotune` does both."""
+
+    def compiles(self, component: Literal["model", "loss"]) -> bool:
+        """Whether it is on, and for this component."""
+        return self.enable and component in self.components

@@ -116,7 +116,7 @@ def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
         fail(job_config, key, "needs parallelism.tensor_parallel_degree of 2 or more")
     if device_type() != "cuda":
         fail(job_config, key, "needs CUDA, whose devices can read each other's memory")
-    if not config.enable or "model" not in config.components or config.backend != "inductor":
+    if not config.compiles("model") or config.backend != "inductor":
         problem = "the compiler does it: set compile.enable, 'model' in compile.components and "
         fail(job_config, key, problem + "compile.backend = 'inductor'")
     if job_config.parallelism.disable_sequence_parallel:

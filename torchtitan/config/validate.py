@@ -154,12 +154,12 @@ def _check_schedule(job_config: JobConfig) -> None:
 def _check_activation_checkpoint(job_config: JobConfig) -> None:
     from torchtitan.distributed.pipeline_split import splits_backward
 
-    config, compile_config = job_config.activation_checkpoint, job_config.compile
+    config = job_config.activation_checkpoint
     option = config.selective_ac_option
     if option != "op" and not re.fullmatch("[1-9][0-9]{0,8}", option):
         problem = "must be 'op', or a positive integer N for every N-th block"
         fail(job_config, "activation_checkpoint.selective_ac_option", problem)
-    compiles_model = compile_config.enable and "model" in compile_config.components
+    compiles_model = job_config.compile.compiles("model")
     per_op = config.mode == "selective" and option == "op"
     if per_op and splits_backward(job_config) and not compiles_model:
         fail(
@@ -201,7 +201,7 @@ def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
     config, key = job_config.compile, "compile.mode"
     if config.mode == "default":
         return
-    if not config.enable or "model" not in config.components or config.backend != "inductor":
+    if not config.compiles("model") or config.backend != "inductor":
         problem = "set compile.enable, 'model' in compile.components and compile.backend = "
         fail(job_config, key, f"{problem}'inductor', which alone has modes")
     if config.mode == "max-autotune-no-cudagraphs":

@@ -38,7 +38,7 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     recomputes is compiled, with either scope. Blocks of other stacks may be several graphs.
     """
     config = job_config.compile
-    if not config.enable or "model" not in config.components:
+    if not config.compiles("model"):
         return model
     if splits_backward(job_config):
         # The backward pass runs twice over one graph, so it may not overwrite what it reads.

@@ -46,7 +46,7 @@ def _unapplied(
         applied = config.mode == "none" or not has_layers or any(map(_recomputes, modules))
     if not applied:
         yield "activation_checkpoint.mode", "activation_checkpoint.apply_ac"
-    wanted = job_config.compile.enable and "model" in job_config.compile.components
+    wanted = job_config.compile.compiles("model")
     if wanted and has_layers and not any(map(_is_compiled, modules)) and _compiler_is_on():
         yield "compile.enable", "compile.apply_compile"
 

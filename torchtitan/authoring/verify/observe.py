@@ -32,7 +32,7 @@ class ModuleOutputs:
         self.outputs: Outputs = defaultdict(list)
         self.recomputed: Outputs = defaultdict(list)
         """Outputs in the backward pass, where activation checkpointing runs modules again."""
-        compiles = job_config.compile.enable and "model" in job_config.compile.components
+        compiles = job_config.compile.compiles("model")
         self._hooks = []
         for part in model_parts:
             for name, module in part.named_modules():

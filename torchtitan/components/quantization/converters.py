@@ -58,19 +58,13 @@ class _Converter:
             self.fail("emulate", problem + "Set it to true to try the numbers out")
         return False
 
-    @property
-    def compiled(self) -> bool:
-        """Whether the model is."""
-        config = self.job_config.compile
-        return config.enable and "model" in config.components
-
     def tell(self, count: int, what: str) -> None:
         """Log what was converted."""
         logger.info("%s: %d %s", self.key, count, what)
         if self.emulate and not self.options.emulate and rank() == 0:
             text = "%s: emulated, as on every CPU: the numbers are right, the speed is not"
             logger.warning(text, self.key)
-        if not self.emulate and not self.compiled:
+        if not self.emulate and not self.job_config.compile.compiles("model"):
             text = (
                 "%s: without compile.enable, rounding to 8 bits takes a pass over memory for each "
                 "of its steps, and may cost more than the products save"
@@ -180,11 +174,12 @@ class _GroupedConverter(_Converter):
             name = self.job_config.model.name
             problem = f"{self.key} is for mixtures of experts, and {name} has none"
             fail(self.job_config, "model.converters", problem)
+        compiler = self.job_config.compile
         product = partial(
             quantized_grouped_linear,
             grouping=self.grouping,
             emulate=self.emulate,
-            backend=self.job_config.compile.backend if self.compiled else None,
+            backend=compiler.backend if compiler.compiles("model") else None,
         )
         for layer in layers:
             if not hasattr(layer.experts, "product"):
