@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = {k: v for k, v in row.items() if v is not None or k not in _OF_TRAINED_STEPS}
         rows.append(row)
     return rows
+
+
+def skipped_steps(counts: Iterable[tuple[int, float]]) -> list[int]:
+    """Logged steps by which the guard had skipped more than at the one before.
+
+    Args:
+        counts: of rows in their order, the step and `steps_skipped`.
+    """
+    found, before = [], 0.0
+    for step, count in counts:
+        if count > before:
+            found.append(step)
+        before = count
+    return found
 
 
 def unique_names(arguments: Sequence[str]) -> list[str]:

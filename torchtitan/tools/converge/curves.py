@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from torchtitan.errors import ConfigError
-from torchtitan.tools.run_folder import METRICS_FILE, read_rows
+from torchtitan.tools.run_folder import METRICS_FILE, read_rows, skipped_steps
 
 METRICS = ("loss", "grad_norm")
 """What is compared."""
@@ -26,13 +26,8 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 def read_skipped(folder: Path) -> set[int]:
     """The steps whose batch the guard had the run leave out."""
-    skipped, before = set(), 0
-    for row in read_rows(folder / METRICS_FILE):
-        count = row.get("steps_skipped") or 0
-        if count > before:
-            skipped.add(row["step"])
-        before = count
-    return skipped
+    rows = read_rows(folder / METRICS_FILE)
+    return set(skipped_steps((row["step"], row.get("steps_skipped") or 0) for row in rows))
 
 
 def no_curves() -> dict[str, Curve]:

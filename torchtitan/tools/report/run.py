@@ -21,6 +21,7 @@ from torchtitan.tools.run_folder import (
     VALIDATION_FILE,
     flatten,
     read_rows,
+    skipped_steps,
     unique_names,
 )
 
@@ -105,8 +106,7 @@ class Run:
     def skipped(self) -> list[int]:
         """Logged steps by which the guard had skipped more than at the one before."""
         curve = self.curves.get("steps_skipped", Curve([], []))
-        values = [0.0, *curve.values]
-        return [s for s, (a, b) in zip(curve.steps, pairwise(values), strict=True) if b > a]
+        return skipped_steps(zip(curve.steps, curve.values, strict=True))
 
     def median(self, key: str) -> float | None:
         """The upper median of a key's finite values."""
