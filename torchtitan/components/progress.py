@@ -22,7 +22,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from torchtitan.tools.text import duration, human, three_digits
+from torchtitan.tools.text import duration, human, scientific, three_digits
 
 logger = logging.getLogger("torchtitan")
 
@@ -250,11 +250,10 @@ class WarningCounter(logging.Handler):
 def _fields(values: dict[str, Any]) -> list[str]:
     """The short forms of the values, the most important first; at most 80 columns together."""
     loss = values["loss"]
-    mantissa, exponent = f"{values['lr']:.1e}".split("e")
     fields = [
-        f"loss {loss:.{3 if loss >= 10 else 4}f}",
+        f"loss {scientific(loss) if abs(loss) >= 1e6 else f'{loss:.{3 if loss >= 10 else 4}f}'}",
         f"grad {three_digits(values['grad_norm'])}",
-        f"lr {mantissa}e{int(exponent)}",
+        f"lr {scientific(values['lr'], decimals=1)}",
         f"{human(values['tokens_per_second'], space='')} tok/s",
         f"{three_digits(values['tflops_per_second_per_device'])} TFLOP/s",
     ]

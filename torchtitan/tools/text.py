@@ -24,11 +24,19 @@ def human_bytes(number: float) -> str:
 
 
 def three_digits(number: float) -> str:
-    """`0.0123`, `0.512`, `1.23`, `12.3`, `123`, `1234`; `nan` and `inf` as they are."""
+    """`0.0123`, `0.512`, `1.23`, `12.3`, `123`, `1234`, `1.23e-7`; `nan` and `inf` as they are."""
     if not math.isfinite(number) or number == 0:
         return f"{number:g}"
+    if not 1e-4 <= abs(number) < 1e6:
+        return scientific(number)
     decimals = 2 - math.floor(math.log10(abs(float(f"{number:.2e}"))))
     return f"{number:.{max(decimals, 0)}f}"
+
+
+def scientific(number: float, decimals: int = 2) -> str:
+    """`1.23e-7`, `4.50e12`."""
+    mantissa, exponent = f"{number:.{decimals}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def duration(seconds: float) -> str:

@@ -36,6 +36,8 @@ def test_human(number: float, text: str) -> None:
         (99.96, "100"),
         (1234.5, "1234"),
         (-0.25, "-0.250"),
+        (1.4e-43, "1.40e-43"),
+        (-2.5e9, "-2.50e9"),
         (float("nan"), "nan"),
         (float("inf"), "inf"),
     ],
