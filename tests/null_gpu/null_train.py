@@ -1,0 +1,89 @@
+"""`torchtitan train` on the null GPU, see null_gpu.c. By torchrun or alone.
+
+What depends on numbers that a kernel would have computed is done otherwise: objects travel on the
+host, and experts get even shares. NULL_WORLD = N: one process stands for rank 0 of N, whose
+collectives do nothing, and tells its peak memory. REFUSE_SYNC: from the second step on, the host
+may not wait for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from torchtitan import train
+from torchtitan.config import load_config
+from torchtitan.distributed import expert_parallel, utils
+from torchtitan.distributed.tying import preserve_tying
+from torchtitan.tools.stop_request import StopRequest
+
+STEPS = 3
+
+
+def main() -> int:
+    expert_parallel.FakeTensor = torch.Tensor  # of which the load is taken to be even
+    for name in ("send_object_list", "recv_object_list"):
+        on_host = partial(getattr(dist, name), device=torch.device("cpu"))
+        setattr(distributed_c10d, name, on_host)
+        setattr(dist, name, on_host)
+    if os.environ.get("REFUSE_SYNC"):
+        train.Trainer.train_step = _without_sync(train.Trainer.train_step)
+    world_size = os.environ.get("NULL_WORLD")
+    return _tell_memory(int(world_size)) if world_size else train.main()
+
+
+def _without_sync(train_step: Any) -> Any:
+    def wrapped(trainer: train.Trainer, stop: StopRequest) -> bool:
+        first = trainer.state.step == 1
+        torch.cuda.set_sync_debug_mode("default" if first else "error")
+        try:
+            return train_step(trainer, stop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return wrapped
+
+
+def _tell_memory(world_size: int) -> int:
+    """Print the bytes at the peak of the allocator in the last of some steps, as JSON."""
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    new_group = dist.new_group
+
+    def join(timeout_seconds: int) -> None:
+        torch.cuda.set_device(0)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+    def fake_group(ranks: Any = None, **options: Any) -> Any:
+        return new_group(ranks, backend="fake", group_desc=options.get("group_desc"))
+
+    def allocate(model: torch.nn.Module, seed: int, device: torch.device, _: torch.device) -> None:
+        with preserve_tying(model):
+            model.to_empty(device=device)  # values would be drawn in vain
+
+    def same_on_all(objects: list[Any], own: Any, group: Any = None) -> None:
+        objects[:] = [own] * len(objects)
+
+    utils.init_distributed = join
+    train.initialize_weights = allocate
+    dist.new_group = fake_group
+    dist.broadcast_object_list = lambda *_, **__: None
+    dist.all_gather_object = same_on_all
+    trainer, stop = train.Trainer(load_config(sys.argv[1:])), StopRequest()
+    for trainer.state.step in range(1, STEPS + 1):
+        torch.cuda.reset_peak_memory_stats()
+        trainer.train_step(stop)
+    sys.stdout.write(json.dumps({"peak": torch.cuda.max_memory_allocated()}) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # threads of the trainer go on
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""CUDA's code paths without a GPU: PyTorch's CUDA build, on a GPU whose kernels do nothing.
+
+The numbers mean nothing here. What is tested is that all that runs on the host does: no tensor is
+on the wrong device, no kernel refuses its types, nothing waits for the device in a step, Triton
+compiles what inductor writes, and the allocator's peak is the planned one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from build import build
+
+from torchtitan.config import load_config
+from torchtitan.planning.devices import DEVICES
+from torchtitan.planning.estimate import plan_run
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        torch.version.cuda is None or torch.cuda.is_available() or shutil.which("gcc") is None,
+        reason="for the CUDA build of PyTorch, gcc, and no GPU",
+    ),
+]
+
+SCRIPT = Path(__file__).parent / "null_train.py"
+MODELS = Path(__file__).parents[2] / "torchtitan" / "models"
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("null_gpu"))
+
+
+@pytest.fixture
+def run(library: Path, tmp_path: Path) -> Callable[..., str]:
+    """Runs null_train.py; returns what it printed."""
+
+    def run(*options: str, ranks: int = 1, **env: str) -> str:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        done = subprocess.run(
+            [sys.executable, *torchrun, SCRIPT, *options, f"--job.dump_folder={tmp_path / 'run'}"],
+            env=os.environ
+            | {
+                "LD_PRELOAD": str(library),
+                "LD_LIBRARY_PATH": str(library.parent),
+                "NULL_GPUS": "8",
+                "NULL_GPU_FOLDER": str(tmp_path),
+                "OMP_NUM_THREADS": "1",
+            }
+            | env,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def debug_model(name: str, file: str = "debug_model") -> list[str]:
+    return [
+        f"--job.config_file={MODELS / name / 'train_configs' / file}.toml",
+        "--training.mixed_precision_param=bfloat16",
+        f"--training.steps={STEPS}",
+    ]
+
+
+def degree(kind: str, size: int = 2) -> str:
+    return f"--parallelism.{kind}_degree={size}"
+
+
+NO_SYNC = {"REFUSE_SYNC": "1"}
+DEBUG_MODELS = {
+    "llama3": debug_model("llama3"),
+    "qwen3": debug_model("qwen3"),
+    "qwen3_moe": debug_model("qwen3", "debug_model_moe"),
+    "deepseek_v3": debug_model("deepseek_v3"),
+    "gpt_oss": debug_model("gpt_oss"),
+    "llama4": debug_model("llama4"),
+    "gemma3": debug_model("gemma3"),
+}
+FEATURES = {
+    "selective": ["--activation_checkpoint.mode=selective"],
+    "full": ["--activation_checkpoint.mode=full"],
+    "accumulation": ["--training.global_batch_size=32"],
+    "deterministic": ["--debug.deterministic"],
+    "muon": ["--optimizer.name=Muon"],
+    "float8": ["--model.converters=quantize.linear.float8"],
+    "validation": ["--validation.enable", "--validation.freq=2", "--validation.steps=2"],
+    "compile": ["--compile.enable"],
+    "compile_selective": ["--compile.enable", "--activation_checkpoint.mode=selective"],
+    "traces": [
+        "--profiling.enable_profiling",
+        "--profiling.profile_freq=4",
+        "--profiling.enable_memory_snapshot",
+    ],
+}
+LAYOUTS = {
+    "fsdp": (2, "llama3", []),
+    "ddp": (2, "llama3", [degree("data_parallel_replicate"), degree("data_parallel_shard", 1)]),
+    "tp": (2, "llama3", [degree("tensor_parallel")]),
+    "cp": (2, "llama3", [degree("context_parallel")]),
+    "ring": (
+        2,
+        "llama3",
+        [degree("context_parallel"), "--parallelism.context_parallel_method=ring"],
+    ),
+    "fsdp_compile": (2, "llama3", ["--compile.enable"]),
+    "ep": (2, "deepseek_v3", [degree("expert_parallel")]),
+    "ep_compile": (2, "qwen3_moe", [degree("expert_parallel"), "--compile.enable"]),
+    "fsdp_tp": (4, "llama3", [degree("tensor_parallel")]),
+}
+WAITING = {
+    "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
+    "offload": (2, "llama3", ["--training.enable_cpu_offload", "--training.max_norm=0"]),
+    "checkpoints": (
+        2,
+        "llama3",
+        ["--checkpoint.enable", "--checkpoint.interval=2", "--checkpoint.async_mode=async"],
+    ),
+}
+
+
+@pytest.mark.parametrize("model", DEBUG_MODELS)
+def test_a_model_trains_without_waiting_for_the_device(run: Callable[..., str], model: str) -> None:
+    run(*DEBUG_MODELS[model], **NO_SYNC)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_works_without_waiting_for_the_device(
+    run: Callable[..., str], feature: str
+) -> None:
+    run(*DEBUG_MODELS["llama3"], *FEATURES[feature], **NO_SYNC)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_works_by_nccl_without_waiting_for_the_device(
+    run: Callable[..., str], layout: str
+) -> None:
+    ranks, model, options = LAYOUTS[layout]
+    run(*DEBUG_MODELS[model], *options, ranks=ranks, **NO_SYNC)
+
+
+@pytest.mark.parametrize("layout", WAITING)
+def test_a_layout_works_whose_host_waits_for_the_device(
+    run: Callable[..., str], layout: str
+) -> None:
+    ranks, model, options = WAITING[layout]
+    run(*DEBUG_MODELS[model], *options, ranks=ranks)
+
+
+PLANNED = {
+    "llama3/llama3_1b": 1,
+    "llama3/llama3_3b": 8,
+    "llama3/llama3_8b": 8,
+    "llama3/llama3_405b": 512,
+    "deepseek_v3/deepseek_v3_16b": 64,
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_allocators_peak_is_the_planned_one(run: Callable[..., str], name: str) -> None:
+    model, file = name.split("/")
+    world_size = PLANNED[name]
+    options = [
+        f"--job.config_file={MODELS / model / 'train_configs' / file}.toml",
+        "--model.tokenizer_path=bytes",
+        "--training.dataset=stdlib",
+        "--checkpoint.enable=false",
+        "--compile.enable=false",
+        "--training.global_batch_size=-1",  # one micro-batch a step
+    ]
+    planned = plan_run(load_config(options), world_size, DEVICES["h100"]).peak
+    told = run(*options, NULL_WORLD=str(world_size))
+    assert planned == pytest.approx(json.loads(told.splitlines()[-1])["peak"], rel=0.02)
