@@ -200,9 +200,9 @@ def model_files(
 def _with_config(args: str, findings: Findings) -> str:
     """The args, reading a `config.json` of this kind, in which absent features must stay absent."""
     absent = {k: v for k, v in findings.absent.items() if f'"{k}"' not in args}
-    lines = [f'        hf.require("{key}", {value!r})\n' for key, value in absent.items()]
+    lines = [f'            hf.require("{key}", {value!r})\n' for key, value in absent.items()]
     return re.sub(
-        r'(        hf = HuggingFaceConfig\(\w+, )"[^"]+"(.*\n)',
+        r'(        with HuggingFaceConfig\(\w+, )"[^"]+"(.*\n)',
         lambda match: f'{match[1]}"{findings.model_type}"{match[2]}{"".join(lines)}',
         args,
         count=1,

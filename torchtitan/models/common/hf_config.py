@@ -47,7 +47,7 @@ class OtherArchitectureError(CheckpointError):
 
 
 class HuggingFaceConfig:
-    """The fields of a `config.json`, each to be asked for once.
+    """The fields of a `config.json`, each to be asked for once, in a `with` block that makes args.
 
     Args:
         fields: the parsed file.
@@ -55,6 +55,8 @@ class HuggingFaceConfig:
 
     Raises:
         OtherArchitectureError: the file is of another architecture.
+        CheckpointError: at the end of the block: the args are refused (`ValueError`), or a field
+            is left that may have an effect.
     """
 
     def __init__(self, fields: dict[str, Any], *model_types: str) -> None:
@@ -65,6 +67,17 @@ class HuggingFaceConfig:
             raise OtherArchitectureError(
                 f"config.json: model_type is {self.model_type!r}, not {expected}", model_types
             )
+
+    def __enter__(self) -> HuggingFaceConfig:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, ValueError):  # sizes that do not fit together
+            raise CheckpointError(f"config.json: {error}") from error
+        left = sorted(self._fields.keys() - WITHOUT_EFFECT)
+        if left and error is None:
+            fields = ", ".join(f"{name} = {self._fields[name]!r}" for name in left)
+            raise CheckpointError(f"config.json: unknown fields: {fields}")
 
     def take(self, *names: str, kind: type, default: Any = _REQUIRED) -> Any:
         """The value of a field, which has several names if it was renamed.
@@ -135,17 +148,6 @@ class HuggingFaceConfig:
             self._fields["rope_theta"] = theta
         theta = self.take("rope_theta", kind=float)
         return theta, None if scaling.get("rope_type", "default") == "default" else scaling
-
-    def finish(self) -> None:
-        """Call when all that is understood was asked for.
-
-        Raises:
-            CheckpointError: a field is left that may have an effect.
-        """
-        left = sorted(self._fields.keys() - WITHOUT_EFFECT)
-        if left:
-            fields = ", ".join(f"{name} = {self._fields[name]!r}" for name in left)
-            raise CheckpointError(f"config.json: unknown fields: {fields}")
 
 
 def unsupported(name: str, value: Any) -> CheckpointError:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from torchtitan.config.load import fail
-from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -183,25 +182,24 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
         """
-        hf = HuggingFaceConfig(config, "deepseek_v3", "deepseek_v2")
-        hf.require("hidden_act", "silu")
-        hf.require("attention_bias", False)
-        hf.require("attention_dropout", 0.0)
-        hf.require("mlp_bias", False)
-        hf.require("rope_interleave", True)
-        hf.require("quantization_config", None)  # FP8 weights are not read
-        hf.ignore("auto_map", "aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
-        n_heads = hf.take("num_attention_heads", kind=int)
-        hf.require("num_key_value_heads", n_heads, None)
-        sizes = {
-            "qk_nope_dim": hf.take("qk_nope_head_dim", kind=int),
-            "qk_rope_dim": hf.take("qk_rope_head_dim", kind=int),
-        }
-        hf.require("head_dim", sizes["qk_rope_dim"], None)
-        hf.require("qk_head_dim", sum(sizes.values()))
-        rope_theta, rope_scaling = hf.take_rope()
-        try:
-            args = cls(
+        with HuggingFaceConfig(config, "deepseek_v3", "deepseek_v2") as hf:
+            hf.require("hidden_act", "silu")
+            hf.require("attention_bias", False)
+            hf.require("attention_dropout", 0.0)
+            hf.require("mlp_bias", False)
+            hf.require("rope_interleave", True)
+            hf.require("quantization_config", None)  # FP8 weights are not read
+            hf.ignore("auto_map", "aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
+            n_heads = hf.take("num_attention_heads", kind=int)
+            hf.require("num_key_value_heads", n_heads, None)
+            sizes = {
+                "qk_nope_dim": hf.take("qk_nope_head_dim", kind=int),
+                "qk_rope_dim": hf.take("qk_rope_head_dim", kind=int),
+            }
+            hf.require("head_dim", sizes["qk_rope_dim"], None)
+            hf.require("qk_head_dim", sum(sizes.values()))
+            rope_theta, rope_scaling = hf.take_rope()
+            return cls(
                 dim=hf.take("hidden_size", kind=int),
                 n_layers=hf.take("num_hidden_layers", kind=int),
                 n_dense_layers=hf.take("first_k_dense_replace", kind=int),
@@ -219,10 +217,6 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
                 mtp_layers=hf.take("num_nextn_predict_layers", kind=int, default=0),
                 **sizes,
             )
-        except ValueError as error:  # sizes that do not fit together
-            raise CheckpointError(f"config.json: {error}") from error
-        hf.finish()
-        return args
 
 
 def _moe_from_hf(hf: HuggingFaceConfig) -> MoEArgs:

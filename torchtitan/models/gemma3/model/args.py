@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -129,18 +128,17 @@ class Gemma3ModelArgs(BaseModelArgs):
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
         """
-        hf = HuggingFaceConfig(config, "gemma3_text")
-        hf.require("hidden_activation", "gelu_pytorch_tanh")
-        hf.require("attention_bias", False)
-        hf.require("attention_dropout", 0.0)
-        hf.require("attn_logit_softcapping", None)
-        hf.require("final_logit_softcapping", None)
-        hf.require("use_bidirectional_attention", False, None)
-        hf.ignore("cache_implementation")
-        n_layers = hf.take("num_hidden_layers", kind=int)
-        rope_theta, rope_factor, window_rope_theta = _take_rope(hf)
-        try:
-            args = cls(
+        with HuggingFaceConfig(config, "gemma3_text") as hf:
+            hf.require("hidden_activation", "gelu_pytorch_tanh")
+            hf.require("attention_bias", False)
+            hf.require("attention_dropout", 0.0)
+            hf.require("attn_logit_softcapping", None)
+            hf.require("final_logit_softcapping", None)
+            hf.require("use_bidirectional_attention", False, None)
+            hf.ignore("cache_implementation")
+            n_layers = hf.take("num_hidden_layers", kind=int)
+            rope_theta, rope_factor, window_rope_theta = _take_rope(hf)
+            return cls(
                 dim=hf.take("hidden_size", kind=int),
                 n_layers=n_layers,
                 n_heads=hf.take("num_attention_heads", kind=int),
@@ -157,10 +155,6 @@ class Gemma3ModelArgs(BaseModelArgs):
                 window_rope_theta=window_rope_theta,
                 tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=True),
             )
-        except ValueError as error:  # sizes that do not fit together
-            raise CheckpointError(f"config.json: {error}") from error
-        hf.finish()
-        return args
 
 
 def _take_pattern(hf: HuggingFaceConfig, n_layers: int) -> int:

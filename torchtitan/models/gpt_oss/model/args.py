@@ -141,26 +141,25 @@ class GptOssModelArgs(BaseModelArgs):
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
         """
-        hf = HuggingFaceConfig(config, "gpt_oss")
-        if "quantization_config" in config:
-            raise CheckpointError(
-                f"config.json: quantization_config = {config['quantization_config']!r} is not "
-                "supported. Let transformers dequantize the model (Mxfp4Config(dequantize=True)) "
-                "and save it in bfloat16"
-            )
-        hf.require("hidden_act", "silu")
-        hf.require("attention_bias", True)
-        hf.require("attention_dropout", 0.0)
-        hf.require("swiglu_alpha", ALPHA)
-        hf.ignore("initial_context_length", "experts_per_token")  # said by other fields too
-        n_layers = hf.take("num_hidden_layers", kind=int)
-        alternating = ["sliding_attention", "full_attention"] * n_layers
-        hf.require("layer_types", alternating[:n_layers])
-        rope_theta, rope_scaling = hf.take_rope()
-        if rope_scaling is None:
-            raise unsupported("rope_scaling", None)
-        try:
-            args = cls(
+        with HuggingFaceConfig(config, "gpt_oss") as hf:
+            if "quantization_config" in config:
+                raise CheckpointError(
+                    f"config.json: quantization_config = {config['quantization_config']!r} is not "
+                    "supported. Let transformers dequantize the model "
+                    "(Mxfp4Config(dequantize=True)) and save it in bfloat16"
+                )
+            hf.require("hidden_act", "silu")
+            hf.require("attention_bias", True)
+            hf.require("attention_dropout", 0.0)
+            hf.require("swiglu_alpha", ALPHA)
+            hf.ignore("initial_context_length", "experts_per_token")  # said by other fields too
+            n_layers = hf.take("num_hidden_layers", kind=int)
+            alternating = ["sliding_attention", "full_attention"] * n_layers
+            hf.require("layer_types", alternating[:n_layers])
+            rope_theta, rope_scaling = hf.take_rope()
+            if rope_scaling is None:
+                raise unsupported("rope_scaling", None)
+            return cls(
                 dim=hf.take("hidden_size", kind=int),
                 n_layers=n_layers,
                 n_heads=hf.take("num_attention_heads", kind=int),
@@ -180,7 +179,3 @@ class GptOssModelArgs(BaseModelArgs):
                 rope_scaling=yarn_from_hf(rope_scaling),
                 tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
             )
-        except ValueError as error:  # sizes that do not fit together
-            raise CheckpointError(f"config.json: {error}") from error
-        hf.finish()
-        return args

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -106,18 +105,18 @@ class Llama3ModelArgs(BaseModelArgs):
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
         """
-        hf = HuggingFaceConfig(config, "llama")
-        hf.require("hidden_act", "silu")
-        hf.require("attention_bias", False)
-        hf.require("attention_dropout", 0.0)
-        hf.require("mlp_bias", False)
-        hf.require("rope_interleaved", False)
-        hf.ignore("pretraining_tp", "is_llama_config")
-        dim, n_heads = hf.take("hidden_size", kind=int), hf.take("num_attention_heads", kind=int)
-        hf.require("head_dim", dim // max(n_heads, 1), None)
-        rope_theta, rope_scaling = hf.take_rope()
-        try:
-            args = cls(
+        with HuggingFaceConfig(config, "llama") as hf:
+            hf.require("hidden_act", "silu")
+            hf.require("attention_bias", False)
+            hf.require("attention_dropout", 0.0)
+            hf.require("mlp_bias", False)
+            hf.require("rope_interleaved", False)
+            hf.ignore("pretraining_tp", "is_llama_config")
+            dim = hf.take("hidden_size", kind=int)
+            n_heads = hf.take("num_attention_heads", kind=int)
+            hf.require("head_dim", dim // max(n_heads, 1), None)
+            rope_theta, rope_scaling = hf.take_rope()
+            return cls(
                 dim=dim,
                 n_layers=hf.take("num_hidden_layers", kind=int),
                 n_heads=n_heads,
@@ -129,7 +128,3 @@ class Llama3ModelArgs(BaseModelArgs):
                 rope_scaling=rope_scaling_from_hf(rope_scaling) if rope_scaling else None,
                 tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
             )
-        except ValueError as error:  # sizes that do not fit together
-            raise CheckpointError(f"config.json: {error}") from error
-        hf.finish()
-        return args

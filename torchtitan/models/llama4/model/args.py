@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from torchtitan.config.load import fail
-from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -167,17 +166,16 @@ class Llama4ModelArgs(BaseModelArgs):
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
         """
-        hf = HuggingFaceConfig(config, "llama4_text")
-        hf.require("hidden_act", "silu")
-        hf.require("attention_bias", False)
-        hf.require("attention_dropout", 0.0)
-        hf.require("router_jitter_noise", 0.0)
-        hf.require("for_llm_compressor", False)
-        tuned = bool(config.get("attn_temperature_tuning", True))
-        hf.require("attn_temperature_tuning", True, False, 4)  # 4: what Meta's first files say
-        scale = hf.take("attn_scale", kind=float, default=0.1)
-        rope_theta, rope_scaling = hf.take_rope()
-        try:
+        with HuggingFaceConfig(config, "llama4_text") as hf:
+            hf.require("hidden_act", "silu")
+            hf.require("attention_bias", False)
+            hf.require("attention_dropout", 0.0)
+            hf.require("router_jitter_noise", 0.0)
+            hf.require("for_llm_compressor", False)
+            tuned = bool(config.get("attn_temperature_tuning", True))
+            hf.require("attn_temperature_tuning", True, False, 4)  # 4: what Meta's first files say
+            scale = hf.take("attn_scale", kind=float, default=0.1)
+            rope_theta, rope_scaling = hf.take_rope()
             args = cls(
                 dim=hf.take("hidden_size", kind=int),
                 n_layers=hf.take("num_hidden_layers", kind=int),
@@ -203,13 +201,10 @@ class Llama4ModelArgs(BaseModelArgs):
                 rope_scaling=None if rope_scaling is None else rope_scaling_from_hf(rope_scaling),
                 tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
             )
-        except ValueError as error:  # sizes that do not fit together
-            raise CheckpointError(f"config.json: {error}") from error
-        # These lists say once more what the intervals say.
-        positions = [args.has_positions(layer) for layer in range(args.n_layers)]
-        kinds = ["chunked_attention" if has else "full_attention" for has in positions]
-        hf.require("no_rope_layers", [int(has) for has in positions], [], None)
-        hf.require("layer_types", kinds, None)
-        hf.require("moe_layers", list(filter(args.has_experts, range(args.n_layers))), None)
-        hf.finish()
-        return args
+            # These lists say once more what the intervals say.
+            positions = [args.has_positions(layer) for layer in range(args.n_layers)]
+            kinds = ["chunked_attention" if has else "full_attention" for has in positions]
+            hf.require("no_rope_layers", [int(has) for has in positions], [], None)
+            hf.require("layer_types", kinds, None)
+            hf.require("moe_layers", list(filter(args.has_experts, range(args.n_layers))), None)
+            return args

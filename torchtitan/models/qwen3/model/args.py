@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from torchtitan.errors import CheckpointError
 from torchtitan.models.common.attention import AttentionKernel
 from torchtitan.models.common.divisibility import (
     require_divisible_by_tp,
@@ -121,19 +120,18 @@ class Qwen3ModelArgs(BaseModelArgs):
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
         """
-        hf = HuggingFaceConfig(config, "qwen3", "qwen3_moe")
-        hf.require("hidden_act", "silu")
-        hf.require("attention_bias", False)
-        hf.require("attention_dropout", 0.0)
-        hf.require("use_sliding_window", False)
-        hf.ignore("sliding_window", "max_window_layers")
-        n_layers = hf.take("num_hidden_layers", kind=int)
-        hf.require("layer_types", ["full_attention"] * n_layers)
-        rope_theta, rope_scaling = hf.take_rope()
-        if rope_scaling is not None:
-            raise unsupported("rope_scaling", rope_scaling)
-        try:
-            args = cls(
+        with HuggingFaceConfig(config, "qwen3", "qwen3_moe") as hf:
+            hf.require("hidden_act", "silu")
+            hf.require("attention_bias", False)
+            hf.require("attention_dropout", 0.0)
+            hf.require("use_sliding_window", False)
+            hf.ignore("sliding_window", "max_window_layers")
+            n_layers = hf.take("num_hidden_layers", kind=int)
+            hf.require("layer_types", ["full_attention"] * n_layers)
+            rope_theta, rope_scaling = hf.take_rope()
+            if rope_scaling is not None:
+                raise unsupported("rope_scaling", rope_scaling)
+            return cls(
                 dim=hf.take("hidden_size", kind=int),
                 n_layers=n_layers,
                 n_heads=hf.take("num_attention_heads", kind=int),
@@ -146,10 +144,6 @@ class Qwen3ModelArgs(BaseModelArgs):
                 rope_theta=rope_theta,
                 tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
             )
-        except ValueError as error:  # sizes that do not fit together
-            raise CheckpointError(f"config.json: {error}") from error
-        hf.finish()
-        return args
 
 
 def _moe_from_hf(hf: HuggingFaceConfig) -> MoEArgs:
