@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -30,45 +31,29 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         TitanError: an option, the data or the tokenizer is wrong.
     """
-    args = _parser().parse_args(argv)
+    options = vars(_parser().parse_args(argv))
     init_logger()
     allow_open_files()  # data may be in thousands of files, which are mapped
-    if args.command == "inspect":
-        inspect(
-            args.path,
-            dataset=args.dataset,
-            text_key=args.text_key,
-            split=args.split,
-            tokenizer_path=args.tokenizer_path,
-            samples=args.samples,
-            characters=args.characters,
-            verify=args.verify,
-            chat_template=args.chat_template,
-            custom_import=args.custom_import,
-        )
-        return 0
-    if args.command == "batch":
-        show_batch(Path(args.folder), args.tokenizer_path, args.characters)
-        return 0
-    task = Task(
-        dataset=args.dataset,
-        dataset_path=args.dataset_path,
-        text_key=args.text_key,
-        split=args.split,
-        tokenizer_path=args.tokenizer_path,
-        on_error=args.on_error,
-        custom_import=args.custom_import,
-        add_bos=args.add_bos,
-    )
+    command = options.pop("command")  # the others are its function's arguments
+    if command == "prepare":
+        return _prepare(**options)
+    if command == "inspect":
+        inspect(**options)
+    else:
+        show_batch(**options)
+    return 0
+
+
+def _prepare(out: Path, workers: int, shards: int | None, **task: Any) -> int:
     try:
         with _Bar() as bar:
-            index = prepare(task, Path(args.out), args.workers, args.shards, bar.show)
+            index = prepare(Task(**task), out, workers, shards, bar.show)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on with the shards that are missing\n")
         return 128 + signal.SIGINT
     skipped = f", {index['skipped']:,} documents skipped" if index["skipped"] else ""
     sys.stdout.write(
-        f"{args.out}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
+        f"{out}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
         f"{len(index['shards'])} shards{skipped}\n"
     )
     return 0
@@ -79,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = commands.add_parser("prepare", help="tokenize a dataset into memory-mapped shards")
-    one.add_argument("--out", required=True, metavar="FOLDER", help="of the shards and their index")
+    one.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="of the shards and their index"
+    )
     one.add_argument("--dataset", default="text", help="as training.dataset (default: text)")
     one.add_argument("--dataset-path", metavar="PATH", help="as training.dataset_path")
     _add_fields(one)
@@ -122,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(two)
 
     three = commands.add_parser("batch", help="show a batch that a run kept, such as a bad one")
-    three.add_argument("folder", metavar="FOLDER", help="DUMP_FOLDER/bad_batches/batch-N")
+    three.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="DUMP_FOLDER/bad_batches/batch-N"
+    )
     three.add_argument("--tokenizer-path", help="default: that of the run")
     three.add_argument(
         "--characters", type=positive, default=400, metavar="N", help="of a row (default: 400)"

@@ -28,15 +28,15 @@ _MEASURED_TOKENS = 20_000_000
 def inspect(
     path: str,
     *,
-    dataset: str = "tokens",
-    text_key: str = "text",
-    split: str | None = None,
-    tokenizer_path: str | None = None,
-    samples: int = 3,
-    characters: int = 400,
-    verify: bool = False,
-    chat_template: str | None = None,
-    custom_import: str = "",
+    dataset: str,
+    text_key: str,
+    split: str | None,
+    tokenizer_path: str | None,
+    samples: int,
+    characters: int,
+    verify: bool,
+    chat_template: str | None,
+    custom_import: str,
 ) -> None:
     """Write statistics and decoded samples of a dataset to stdout.
 
