@@ -32,16 +32,16 @@ class JsonLines:
         self.files = files
         self._text_key = text_key
         self._line_ends = [ends_of(file, ord("\n")) for file in files]
-        self._ends = list(itertools.accumulate(map(len, self._line_ends)))
+        self._starts = list(itertools.accumulate(map(len, self._line_ends), initial=0))
         self._maps = [_map(file) for file in files]
         self._check_first()
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> object:
-        number = bisect.bisect_right(self._ends, index)
-        line = index - (self._ends[number - 1] if number else 0)
+        number = bisect.bisect_right(self._starts, index) - 1
+        line = index - self._starts[number]
         return read_line(self._line(number, line), self._text_key, self.files[number], line + 1)
 
     def _line(self, number: int, line: int) -> bytes:

@@ -132,14 +132,14 @@ class TextFiles:
         self.files = files
         self._piece_bytes = piece_bytes
         pieces = (max(1, math.ceil(file_size(file) / piece_bytes)) for file in files)
-        self._ends = list(itertools.accumulate(pieces))
+        self._starts = list(itertools.accumulate(pieces, initial=0))
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> str:
-        number = bisect.bisect_right(self._ends, index)
-        piece = index - (self._ends[number - 1] if number else 0)
+        number = bisect.bisect_right(self._starts, index) - 1
+        piece = index - self._starts[number]
         path = self.files[number]
         with reading(path), open_file(path) as file:
             start = self._cut(file, piece)

@@ -81,15 +81,16 @@ class TokenFiles:
         self._count()
 
     def _count(self) -> None:
-        self._ends = list(itertools.accumulate(shard.documents for shard in self.shards))
+        documents = (shard.documents for shard in self.shards)
+        self._starts = list(itertools.accumulate(documents, initial=0))
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        number = bisect.bisect_right(self._ends, index)
+        number = bisect.bisect_right(self._starts, index) - 1
         shard = self.shards[number]
-        place = index - (self._ends[number - 1] if number else 0)
+        place = index - self._starts[number]
         tokens = shard.document(place)
         if self._vocab_size is not None and len(tokens):
             _check_ids(tokens, self._vocab_size, f"{shard.path}, document {place} (from 0)")
