@@ -49,28 +49,26 @@ def check_storage(job: LaunchJob) -> str:
     if folder is None or not (options.kubernetes or options.skypilot or in_container):
         return ""
     mount = mount_with(folder, job)
-    if in_container:
-        if mount:
-            return ""
-        return (
-            f"checkpoints go to {folder} in each container, and are lost with it unless the "
-            "cluster mounts that: give --mount /FOLDER:/PATH and -- --job.dump_folder /PATH/..., "
-            "or a URL in checkpoint.folder"
-        )
-    if options.kubernetes:
-        if mount:
-            return ""
-        return (
-            f"checkpoints go to {folder} in each pod, and are lost with it: give --mount "
-            "CLAIM:/PATH and -- --job.dump_folder /PATH/..., or a URL in checkpoint.folder"
-        )
-    if mount:
+    if mount and options.skypilot:
         source, path = mount
         bucket = source if "://" in source else "s3://BUCKET"
         raise ConfigError(
             f"--mount {source}:{path}: checkpoints would go under it, to {folder}, and never reach "
             "the bucket, as SkyPilot copies to the hosts and not back. Save them to a URL: "
             f"-- --checkpoint.folder {bucket.rstrip('/')}/{job.name}"
+        )
+    if mount:
+        return ""
+    if in_container:
+        return (
+            f"checkpoints go to {folder} in each container, and are lost with it unless the "
+            "cluster mounts that: give --mount /FOLDER:/PATH and -- --job.dump_folder /PATH/..., "
+            "or a URL in checkpoint.folder"
+        )
+    if options.kubernetes:
+        return (
+            f"checkpoints go to {folder} in each pod, and are lost with it: give --mount "
+            "CLAIM:/PATH and -- --job.dump_folder /PATH/..., or a URL in checkpoint.folder"
         )
     if options.spot or options.nodes > 1:
         return (
