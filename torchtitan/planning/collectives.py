@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchtitan.distributed.ring_attention import sees_rings
+
+from .recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ _KINDS = {
 
 
 @sees_rings
-class CollectiveRecorder(TorchDispatchMode):
+class CollectiveRecorder(Recorder):
     """Within it, every collective of this process is recorded in `collectives`.
 
-    Works on real and on fake tensors. Code compiled by inductor is not seen.
+    Code compiled by inductor is not seen.
 
     Args:
         groups: name -> group, as `ParallelDims.groups()` gives them; the first of equals wins.
@@ -82,30 +82,19 @@ class CollectiveRecorder(TorchDispatchMode):
         for name, group in groups.items():
             self._names.setdefault(group.group_name, name)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if DTensor in types:
-            return NotImplemented  # it comes back with the operations on its parts
-        result = func(*args, **(kwargs or {}))
+    def record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         kind = _KINDS.get(func._schema.name)
-        if kind is not None:
-            if kind == "all_to_all" and _has_one_receiver(args):
-                kind = "send"  # one step around a ring
-            group = _group_of(args)
-            sizes = [
-                sum(t.numel() * t.element_size() for t in tree_leaves(side) if _is_tensor(t))
-                for side in (args[:1], args[1:2], result)
-            ]
-            self.collectives.append(
-                Collective(
-                    kind,
-                    self._names.get(group.group_name, group.group_name),
-                    group.size(),
-                    max(sizes),
-                )
-            )
-        return result
+        if kind is None:
+            return
+        if kind == "all_to_all" and _has_one_receiver(args):
+            kind = "send"  # one step around a ring
+        group = _group_of(args)
+        name = self._names.get(group.group_name, group.group_name)
+        sizes = [
+            sum(t.numel() * t.element_size() for t in tree_leaves(side) if _is_tensor(t))
+            for side in (args[:1], args[1:2], result)
+        ]
+        self.collectives.append(Collective(kind, name, group.size(), max(sizes)))
 
 
 def sent_by_group(

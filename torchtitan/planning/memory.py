@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from typing import Any, cast
+from typing import Any, Self
 from unittest.mock import patch
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from torchtitan.distributed.ring_attention import sees_rings
+
+from .recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Memory:
 
 
 @sees_rings
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(Recorder):
     """Within it, counts the bytes of all live tensors that operations make, and their peak.
 
     A storage counts once, however many views it has, from its first sight until it is freed, and
@@ -68,7 +66,6 @@ class PeakMemory(TorchDispatchMode):
         self._events: list[tuple[int, int]] = []  # number, change in bytes
         self._start: dict[int, int] = {}  # of the events: number -> bytes
         self._peak_at = 0  # events until then
-        self.paused = False
 
     def add(self, *tensors: torch.Tensor) -> None:
         """Count tensors that exist already, such as parameters."""
@@ -92,19 +89,13 @@ class PeakMemory(TorchDispatchMode):
             sizes[number] = sizes.get(number, 0) + change
         return sizes
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if DTensor in types:
-            return NotImplemented  # it comes back with the operations on its parts
-        result = func(*args, **(kwargs or {}))
-        for leaf in [] if self.paused else tree_leaves(result):
+    def record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and not is_traceable_wrapper_subclass(leaf):
                 self._see(leaf.untyped_storage())
-        return result
 
-    def __enter__(self) -> PeakMemory:
-        original = self._original_resize = torch.UntypedStorage.resize_
+    def __enter__(self) -> Self:
+        original = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             result = original(storage, size)
@@ -113,14 +104,12 @@ class PeakMemory(TorchDispatchMode):
                 self._set(storage._cdata, storage.nbytes())
             return result
 
-        cast(Any, torch.UntypedStorage).resize_ = resize_
-        self._pausing = pausing_for_shapes(self)
-        self._pausing.__enter__()
+        self._resizing = patch.object(torch.UntypedStorage, "resize_", resize_)
+        self._resizing.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        cast(Any, torch.UntypedStorage).resize_ = self._original_resize
-        self._pausing.__exit__(*error)
+        self._resizing.stop()
         super().__exit__(*error)
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -145,25 +134,6 @@ class PeakMemory(TorchDispatchMode):
         size = self._sizes.pop(key)
         self.current -= size
         self._events.append((self._numbers.pop(key), -size))
-
-
-@contextmanager
-def pausing_for_shapes(recorder: Any) -> Iterator[None]:
-    """Within it, `recorder.paused` is true while DTensor works out shapes.
-
-    It does so with fake tensors of global size, on which nothing is computed in truth.
-    """
-    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
-
-    def propagate_unseen(*args: Any, **kwargs: Any) -> Any:
-        recorder.paused = True
-        try:
-            return propagate(*args, **kwargs)
-        finally:
-            recorder.paused = False
-
-    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_unseen):
-        yield
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from torchtitan.distributed.ring_attention import sees_rings
 
 from .cuda_attention import computed_share
-from .memory import pausing_for_shapes
+from .recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -30,39 +28,24 @@ class Operation:
 
 
 @sees_rings
-class OperationRecorder(TorchDispatchMode):
+class OperationRecorder(Recorder):
     """Within it, every operation on local tensors is counted in `operations`.
 
-    Views cost nothing. Works on real and on fake tensors.
+    Views cost nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[Operation] = Counter()
-        self.paused = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if DTensor in types:
-            return NotImplemented  # it comes back with the operations on its parts
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and not self.paused and not _is_free(func):
-            operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-            moved = sum(map(_bytes, (*operands, *results)))
-            flops = _flops(func, args, kwargs or {}, result)
-            self.operations[Operation(func.overloadpacket._qualified_op_name, flops, moved)] += 1
-        return result
-
-    def __enter__(self) -> OperationRecorder:
-        self._pausing = pausing_for_shapes(self)
-        self._pausing.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._pausing.__exit__(*error)
-        super().__exit__(*error)
+    def record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace != "aten" or _is_free(func):
+            return
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        moved = sum(map(_bytes, (*operands, *results)))
+        flops = _flops(func, args, kwargs, result)
+        self.operations[Operation(func.overloadpacket._qualified_op_name, flops, moved)] += 1
 
 
 _FREE = (
