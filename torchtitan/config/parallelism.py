@@ -64,3 +64,14 @@ class Parallelism:
     """Ranks that share the experts of a layer, out of those of dp_shard, cp and tp."""
     expert_tensor_parallel_degree: Annotated[int, Positive] = 1
     """Ranks that share each expert's matrices: 1, or `tensor_parallel_degree`."""
+
+    @property
+    def smallest_world(self) -> int:
+        """Processes that the degrees need, of which -1 counts as 1."""
+        return (
+            self.pipeline_parallel_degree
+            * self.data_parallel_replicate_degree
+            * max(self.data_parallel_shard_degree, 1)
+            * self.context_parallel_degree
+            * self.tensor_parallel_degree
+        )

@@ -170,16 +170,10 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 def default_world_size(config: JobConfig, host_size: int) -> int:
     """Devices of a job whose command does not say how many."""
-    parallelism = config.parallelism
-    product = (
-        parallelism.pipeline_parallel_degree
-        * parallelism.data_parallel_replicate_degree
-        * parallelism.context_parallel_degree
-        * parallelism.tensor_parallel_degree
-    )
-    if parallelism.data_parallel_shard_degree != -1:
-        return product * parallelism.data_parallel_shard_degree
-    return math.lcm(product, host_size) if product < host_size else product
+    smallest = config.parallelism.smallest_world
+    if config.parallelism.data_parallel_shard_degree != -1 or smallest >= host_size:
+        return smallest
+    return math.lcm(smallest, host_size)
 
 
 def _check(options: Options) -> None:

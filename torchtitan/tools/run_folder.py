@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    skipped = 0
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -81,25 +81,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 break
             shown = line[:60].decode(errors="replace")
             raise ConfigError(f"{path}:{number}: not a logged step: {shown!r}") from error
-        before, skipped = skipped, row.get("steps_skipped") or 0
-        if skipped > before:
-            row = {k: v for k, v in row.items() if v is not None or k not in _OF_TRAINED_STEPS}
         rows.append(row)
+    for row in compress(rows, guard_skipped(row.get("steps_skipped") or 0 for row in rows)):
+        for key in _OF_TRAINED_STEPS:
+            if row.get(key, 0) is None:
+                del row[key]
     return rows
 
 
-def skipped_steps(counts: Iterable[tuple[int, float]]) -> list[int]:
-    """Logged steps by which the guard had skipped more than at the one before.
+def guard_skipped(counts: Iterable[float]) -> Iterator[bool]:
+    """Of each row, whether the guard had skipped more steps by then than at the row before.
 
     Args:
-        counts: of rows in their order, the step and `steps_skipped`.
+        counts: `steps_skipped` of the rows, in their order.
     """
-    found, before = [], 0.0
-    for step, count in counts:
-        if count > before:
-            found.append(step)
-        before = count
-    return found
+    return (count > before for before, count in pairwise([0, *counts]))
 
 
 def unique_names(arguments: Sequence[str]) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import compress
 from pathlib import Path
 
 from torchtitan.errors import ConfigError
-from torchtitan.tools.run_folder import METRICS_FILE, read_rows, skipped_steps
+from torchtitan.tools.run_folder import METRICS_FILE, guard_skipped, read_rows
 
 METRICS = ("loss", "grad_norm")
 """What is compared."""
@@ -27,7 +28,8 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 def read_skipped(folder: Path) -> set[int]:
     """The steps whose batch the guard had the run leave out."""
     rows = read_rows(folder / METRICS_FILE)
-    return set(skipped_steps((row["step"], row.get("steps_skipped") or 0) for row in rows))
+    skipped = guard_skipped(row.get("steps_skipped") or 0 for row in rows)
+    return {row["step"] for row in compress(rows, skipped)}
 
 
 def no_curves() -> dict[str, Curve]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.parallelism import Parallelism
 from torchtitan.config.validate import validate
-from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.tools.run_folder import CONFIG_FILE, METRICS_FILE, unique_names
 
@@ -65,7 +63,7 @@ def plan_runs(
     Args:
         arguments: a TOML file, or the folder of a finished run, each.
         out: folder for the new runs; each gets `out/NAME`.
-        nproc: `NAME=N` each, see `processes_of` for the runs that are not named.
+        nproc: `NAME=N` each; of the others, the smallest world that their degrees allow.
         overrides: options of `torchtitan train` that go to every job.
 
     Raises:
@@ -94,15 +92,6 @@ def plan_runs(
     if overrides and all(run.finished for run in runs):
         raise ConfigError(f"{overrides[0]}: options after -- need a run to start; all are finished")
     return runs
-
-
-def processes_of(parallelism: Parallelism) -> int:
-    """The smallest world that the degrees allow: their product, where -1 counts as 1."""
-    degrees = [getattr(parallelism, CONFIG_KEYS[name]) for name in _WORLD_DIMS]
-    return math.prod(max(degree, 1) for degree in degrees)
-
-
-_WORLD_DIMS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 def open_run(name: str, argument: str) -> Run:
@@ -146,7 +135,7 @@ def _plan_run(
     if rollbacks:
         options += [f"--training.{name}=skip" for name in rollbacks]
         config = load_config(options)
-    processes = processes or processes_of(config.parallelism)
+    processes = processes or config.parallelism.smallest_world
     if device_type() == "cuda":
         _check_devices(name, processes)
     load_plugins(config.job.custom_import)

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from torchtitan.tools.run_folder import (
     METRICS_FILE,
     VALIDATION_FILE,
     flatten,
+    guard_skipped,
     read_rows,
-    skipped_steps,
     unique_names,
 )
 
@@ -106,7 +106,7 @@ class Run:
     def skipped(self) -> list[int]:
         """Logged steps by which the guard had skipped more than at the one before."""
         curve = self.curves.get("steps_skipped", Curve([], []))
-        return skipped_steps(zip(curve.steps, curve.values, strict=True))
+        return list(compress(curve.steps, guard_skipped(curve.values)))
 
     def median(self, key: str) -> float | None:
         """The upper median of a key's finite values."""

@@ -9,7 +9,7 @@ from run_folder import write_config, write_run
 
 from torchtitan.config.parallelism import Parallelism
 from torchtitan.errors import ConfigError
-from torchtitan.tools.converge.runs import FORCED, plan_runs, processes_of, unique_names
+from torchtitan.tools.converge.runs import FORCED, plan_runs, unique_names
 
 TP2 = "--parallelism.tensor_parallel_degree=2"
 
@@ -37,7 +37,7 @@ def test_names_are_those_of_files_and_folders_and_unique(tmp_path: Path) -> None
 def test_default_world_is_the_smallest_that_the_degrees_allow(
     degrees: dict[str, int], processes: int
 ) -> None:
-    assert processes_of(Parallelism(**degrees)) == processes
+    assert Parallelism(**degrees).smallest_world == processes
 
 
 def test_a_planned_run_has_its_layout_batch_and_forced_options(tmp_path: Path) -> None:
