@@ -24,6 +24,7 @@ from .reference import (
     build_trainer,
     tensors_of,
     train,
+    trainer_or_skip,
     whole,
 )
 from .subject import Subject
@@ -39,7 +40,9 @@ ONE = "accumulation"
 
 def runs_without_a_stop(layout: str, subject: Subject) -> str:
     """Leaves a checkpoint from the middle of a run, and how the run went on from there."""
-    trainer = _trainer(subject, *options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
+    trainer = trainer_or_skip(
+        subject, *options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}")
+    )
     recording = train(trainer, observe=False, dropout=True)
     weights, optimizer = _whole(recording.weights), _whole(_optimizer_state(trainer))
     if dist.get_rank() == 0:
@@ -51,7 +54,7 @@ def runs_without_a_stop(layout: str, subject: Subject) -> str:
 def resumes_bitwise(layout: str, subject: Subject) -> str:
     """Go on from that checkpoint: losses, weights and optimizer are those without a stop."""
     options = (*options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
-    trainer = _trainer(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
+    trainer = trainer_or_skip(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
     resumed = train(trainer, observe=False, dropout=True)
     losses, weights, optimizer = torch.load(
         _straight_path(subject, layout), mmap=True, weights_only=True
@@ -122,7 +125,7 @@ def save(subject: Subject) -> str:
 def loads_on(layout: str, subject: Subject) -> str:
     """Resume the checkpoint of other ranks: the same weights, and the next losses."""
     options = (*options_of(LAYOUTS[layout]), *_in_folder("shared"), "--checkpoint.interval=1000")
-    trainer = _trainer(subject, *options)
+    trainer = trainer_or_skip(subject, *options)
     saved = torch.load(_saved_path(subject), mmap=True, weights_only=True)
     trainer.checkpointer.load()
     rank = dist.get_rank()
@@ -175,13 +178,6 @@ def _in_folder(name: str) -> tuple[str, ...]:
         f"--checkpoint.folder={name}",
         f"--checkpoint.interval={SAVED_STEP}",
     )
-
-
-def _trainer(subject: Subject, *options: str) -> Trainer:
-    try:
-        return build_trainer(subject, *options)
-    except ConfigError as error:
-        raise NotApplicableError(str(error)) from error
 
 
 def _optimizer_state(trainer: Trainer) -> Tensors:

@@ -23,7 +23,16 @@ from torchtitan.train import Trainer
 from .batches import BATCH
 from .check import Check, CheckFailedError, Checks, NotApplicableError
 from .effects import CompiledGraphs, require_effect
-from .reference import LEARNING_RATE, STEPS, Recording, build_trainer, train, whole, without_dropout
+from .reference import (
+    LEARNING_RATE,
+    STEPS,
+    Recording,
+    build_trainer,
+    train,
+    trainer_or_skip,
+    whole,
+    without_dropout,
+)
 from .subject import Subject
 from .verdict import Comparison, compare_runs, judge
 
@@ -246,10 +255,7 @@ def one_device_with_documents(subject: Subject) -> str:
             raise NotApplicableError(f"no packed documents: {subject.own_documents.error}")
         if not {"positions", "document_ids"} <= set(subject.own_documents.batch(1)):
             raise NotApplicableError("its data loader gives no positions and document_ids")
-    try:
-        trainer = build_trainer(subject, f"--training.local_batch_size={BATCH}", DOCUMENT_MASK)
-    except ConfigError as error:
-        raise NotApplicableError(str(error)) from error
+    trainer = trainer_or_skip(subject, f"--training.local_batch_size={BATCH}", DOCUMENT_MASK)
     recording = _train_for_reference(trainer)
     recording.save(reference_path(subject, DOCUMENTS))
     return _losses(recording)
@@ -258,10 +264,7 @@ def one_device_with_documents(subject: Subject) -> str:
 def trains_like_one_device(name: str, subject: Subject) -> str:
     """The check of a layout, on each of its ranks."""
     layout = LAYOUTS[name]
-    try:
-        trainer = build_trainer(subject, *options_of(layout))
-    except ConfigError as error:
-        raise NotApplicableError(str(error)) from error
+    trainer = trainer_or_skip(subject, *options_of(layout))
     reference = Recording.load(reference_path(subject, layout.reference))
     with CompiledGraphs(trainer.model_parts) as graphs:
         recording = train(trainer)
@@ -283,10 +286,7 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
 )
 def fsdp_computes_in_bfloat16(subject: Subject) -> str:
     options = [o for o in options_of(LAYOUTS["fsdp2"]) if "mixed_precision" not in o]
-    try:
-        trainer = build_trainer(subject, *options, "--training.mixed_precision_param=bfloat16")
-    except ConfigError as error:
-        raise NotApplicableError(str(error)) from error
+    trainer = trainer_or_skip(subject, *options, "--training.mixed_precision_param=bfloat16")
     outputs = train(trainer, steps=1).outputs
     inner = {name: tensors for name, tensors in outputs.items() if name}
     narrow = [n for n, tensors in inner.items() if any(t.dtype == torch.bfloat16 for t in tensors)]

@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpoint.load import model_state
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed.names import canonical_name
+from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 from torchtitan.tools.stop_request import StopRequest
 
 from .batches import BATCH
-from .check import CheckFailedError
+from .check import CheckFailedError, NotApplicableError
 from .observe import ModuleOutputs, Outputs
 from .probe import packed_documents
 
@@ -157,6 +158,14 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
         spec, build_dataloader_fn=build_dataloader, build_tokenizer_fn=None
     )
     return Trainer(subject.config(*OPTIONS, *options))
+
+
+def trainer_or_skip(subject: Subject, *options: str) -> Trainer:
+    """As `build_trainer`, of a job that a model may refuse: there is nothing to ask of it then."""
+    try:
+        return build_trainer(subject, *options)
+    except ConfigError as error:
+        raise NotApplicableError(str(error)) from error
 
 
 def train(

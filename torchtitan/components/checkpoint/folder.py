@@ -122,7 +122,7 @@ def _saved_at(folder: StoragePath) -> str:
 def damage(folder: StoragePath) -> str:
     """What is wrong with a checkpoint as far as sizes tell; "" if nothing is."""
     try:
-        Manifest.read(folder).check_sizes(folder)
+        Manifest.read_whole(folder)
     except DamagedCheckpointError as error:
         return str(error)
     return ""
@@ -131,11 +131,9 @@ def damage(folder: StoragePath) -> str:
 def is_resumable(folder: StoragePath) -> bool:
     """False for an export, and for a checkpoint that is damaged as far as sizes tell."""
     try:
-        manifest = Manifest.read(folder)
-        manifest.check_sizes(folder)
+        return not Manifest.read_whole(folder).model_only
     except DamagedCheckpointError:
         return False
-    return not manifest.model_only
 
 
 def partial_folder(folder: P) -> P:

@@ -131,13 +131,7 @@ class OpenCheckpoint:
             DamagedCheckpointError: on all ranks: a file is missing, or not as it was written.
             OutageError: on all ranks: a file cannot be read.
         """
-
-        def read_manifest() -> Manifest:
-            manifest = Manifest.read(folder)
-            manifest.check_sizes(folder)
-            return manifest
-
-        manifest = on_rank_zero(read_manifest, group)
+        manifest = on_rank_zero(lambda: Manifest.read_whole(folder), group)
         if verify:
             on_all_ranks(
                 lambda rank, ranks: manifest.check_contents(folder, _share(manifest, rank, ranks)),

@@ -102,6 +102,13 @@ class Manifest:
                 raise DamagedCheckpointError(f"{path} is damaged: {name!r} is no file's name")
         return manifest
 
+    @classmethod
+    def read_whole(cls, folder: StoragePath) -> Manifest:
+        """As `read`, and `check_sizes`."""
+        manifest = cls.read(folder)
+        manifest.check_sizes(folder)
+        return manifest
+
     @property
     def nbytes(self) -> int:
         """Size of all files but the manifest."""

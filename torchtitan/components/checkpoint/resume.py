@@ -122,8 +122,7 @@ def _saved_since(newest_first: list[StoragePath], load_step: int) -> list[Storag
     damaged: list[StoragePath] = []
     for folder in newest_first:
         try:
-            manifest = Manifest.read(folder)
-            manifest.check_sizes(folder)
+            manifest = Manifest.read_whole(folder)
             saved = saved_config(folder, manifest)
         except DamagedCheckpointError:
             damaged.append(folder)

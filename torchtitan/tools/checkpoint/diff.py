@@ -67,8 +67,7 @@ class Side:
             if (self.folder / "config.json").is_file():
                 self.fields = {"config": _read(self.folder / "config.json", json.loads)}
             return
-        manifest = Manifest.read(self.folder)
-        manifest.check_sizes(self.folder)
+        manifest = Manifest.read_whole(self.folder)
         self.metadata = read_metadata(self.folder)
         of_manifest = dataclasses.asdict(manifest)
         self.fields = {name: of_manifest[name] for name in ("step", "model_only", "model")}

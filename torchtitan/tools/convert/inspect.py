@@ -43,8 +43,7 @@ def inspect(folder: Path) -> Contents:
     if is_huggingface(folder):
         metadata = read_safetensors_metadata(folder)
         return Contents("Hugging Face", _hf_model(folder, metadata), metadata)
-    manifest = Manifest.read(folder)
-    manifest.check_sizes(folder)
+    manifest = Manifest.read_whole(folder)
     content = "model alone" if manifest.model_only else "resumable"
     kind = f"checkpoint of ours, step {manifest.step}, {content}"
     return Contents(kind, _our_model(folder, manifest), read_metadata(folder))
