@@ -19,6 +19,7 @@ from rich.console import Console
 from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.models.plugins import load_plugins
+from torchtitan.tools.figures import MISSING, can_plot
 from torchtitan.tools.options import flag, shown_as, split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
 
@@ -103,11 +104,11 @@ def _plan(options: Options, config: JobConfig) -> int:
     from .devices import get_device
     from .estimate import plan_run
     from .page import page
-    from .picture import png, require_matplotlib
+    from .picture import png
     from .report import Budget, as_json, show
 
-    if options.png:
-        require_matplotlib()
+    if options.png and not can_plot():
+        raise ConfigError(f"--png {options.png}: {MISSING}, or use --html")
     world_size = options.world_size or default_world_size(config, options.nodes_of)
     device = get_device(options.device)
     try:

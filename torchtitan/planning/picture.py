@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from torchtitan.errors import ConfigError
+from torchtitan.tools import figures
 
 from .devices import GIB
 from .estimate import Plan
@@ -18,12 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_ROWS = 64  # more cannot be told apart
-
-
-def require_matplotlib() -> None:
-    """Raises `ConfigError` if it is not installed."""
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--png needs matplotlib: pip install 'torchtitan[plots]', or use --html")
 
 
 def png(plan: Plan) -> bytes:
@@ -40,9 +32,7 @@ def png(plan: Plan) -> bytes:
         if plan.timeline:
             _draw_timeline(axes[1], plan, plan.timeline, rows)
         figure.suptitle(headline(plan), fontsize=11)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+        return figures.png(figure)
 
 
 def _draw_memory(axes: Axes, plan: Plan, rows: int) -> None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
+from torchtitan.tools.tables import console, rich_table
 from torchtitan.tools.text import duration, human, three_digits
 
 from .devices import GIB
@@ -32,6 +27,8 @@ CATEGORIES = {
 _SEARCH_HEADER = ["layout", "checkpointing", "micro-batch", "schedule", "step s", "tokens/s"]
 _SEARCH_HEADER += ["MFU", "peak GiB", ""]
 _SHOWN = 12
+_WIDTH = 200
+"""Of a log."""
 
 
 @dataclass(frozen=True)
@@ -55,30 +52,26 @@ class Budget:
 
 def show(plan: Plan, budget: Budget | None = None) -> None:
     """Print to stdout."""
-    console = _console()
-    console.print(headline(plan), soft_wrap=True)
-    console.print(_table("memory of a rank at its peak, GiB", *memory_rows(plan)))
-    console.print(_table("what a rank sends in a step", *traffic_rows(plan), words=range(4)))
+    out = console(_WIDTH)
+    out.print(headline(plan), soft_wrap=True)
+    title = "memory of a rank at its peak, GiB"
+    out.print(rich_table(*memory_rows(plan), (), title=title, style=_style_of_fit))
+    out.print(rich_table(*traffic_rows(plan), range(4), title="what a rank sends in a step"))
     for line in summary(plan, budget):
-        console.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
 def show_found(found: Found) -> None:
     """Print to stdout."""
-    console = _console()
-    console.print(
+    out = console(_WIDTH)
+    out.print(
         f"{found.considered:,} layouts considered, {len(found.traced)} traced, "
         f"{len(found.fitting)} of them fit"
         + ("" if found.finished else "; stopped by --seconds, a longer search may find better")
         + "; by arithmetic none does, and this is the smallest" * found.hopeless,
         soft_wrap=True,
     )
-    console.print(_table(None, _SEARCH_HEADER, search_rows(found), words=(0, 1, 2, 3, 8)))
-
-
-def _console() -> Console:
-    # A pipe has no width of its own; in a log, cut columns would be worse than long lines.
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    out.print(rich_table(_SEARCH_HEADER, search_rows(found), (0, 1, 2, 3, 8)))
 
 
 def headline(plan: Plan) -> str:
@@ -232,13 +225,5 @@ def _verdict(plan: Plan, rank: RankPlan) -> str:
     return f"fits, {room:.1f} left" if room >= 0 else f"{-room:.1f} too much"
 
 
-def _table(
-    title: str | None, header: list[str], rows: list[list[str]], words: Collection[int] = ()
-) -> Table:
-    """`words`: columns that hold words, not numbers."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for column, heading in enumerate(header):
-        table.add_column(heading, justify="left" if column in words else "right")
-    for row in rows:
-        table.add_row(*row, style="red" if row[-1].endswith("too much") else "")
-    return table
+def _style_of_fit(row: list[str]) -> str:
+    return "red" if row[-1].endswith("too much") else ""

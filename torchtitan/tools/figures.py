@@ -25,7 +25,7 @@ def can_plot() -> bool:
 def png(figure: Figure) -> bytes:
     """The picture as a file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection
 
 from rich import box
 from rich.console import Console
@@ -19,22 +20,45 @@ def print_table(
         sections: a line between rows whose first cells differ (on a terminal).
     """
     if sys.stdout.isatty():
-        Console().print(_rich_table(header, rows, left, sections))
+        Console().print(rich_table(header, rows, range(left), sections=sections))
     else:
         sys.stdout.write(_plain_table(header, rows, left))
 
 
-def _rich_table(header: list[str], rows: list[list[str]], left: int, sections: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, title in enumerate(header):
-        table.add_column(title, justify="left" if column < left else "right")
+def rich_table(
+    header: list[str],
+    rows: list[list[str]],
+    words: Collection[int],
+    *,
+    title: str | None = None,
+    sections: bool = False,
+    style: Callable[[list[str]], str] = lambda row: "",
+) -> Table:
+    """A table for a `console`.
+
+    Args:
+        words: columns that hold words, not numbers.
+        sections: as of `print_table`.
+        style: of a row.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column, heading in enumerate(header):
+        table.add_column(heading, justify="left" if column in words else "right")
     previous = None
     for row in rows:
         if sections and previous not in (None, row[0]):
             table.add_section()
         previous = row[0]
-        table.add_row(*row)
+        table.add_row(*row, style=style(row))
     return table
+
+
+def console(width: int) -> Console:
+    """One that writes to stdout; `width` is for a pipe or a log, which have none of their own.
+
+    Cut columns would be worse there than long lines.
+    """
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def _plain_table(header: list[str], rows: list[list[str]], left: int) -> str:

@@ -16,12 +16,12 @@ from harness import command
 from torchtitan.config import load_config
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
-from torchtitan.planning import picture
 from torchtitan.planning.command import default_world_size, main
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.page import ACTIONS, COLORS
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools import figures
 
 JOB = """\
 [model]
@@ -139,8 +139,10 @@ def check_picture(content: bytes) -> None:
 
 
 def test_a_picture_needs_matplotlib(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--png needs matplotlib: .*torchtitan\[plots\]"):
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"--png plan.png: matplotlib is not .*torchtitan\[plots\]"
+    ):
         main([job, "--png", "plan.png"])
 
 

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from torchtitan.tools.environment import environment
+from torchtitan.tools.tables import console, rich_table
 
 from .compare import Difference, Outcome, Verdict, ranges
 from .curves import METRICS
@@ -69,13 +66,8 @@ def rows(result: Result) -> list[list[str]]:
 
 def show(result: Result, out: Path) -> None:
     """Print the table and the verdicts to stdout."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, title in enumerate(HEADER):
-        table.add_column(title, justify="right" if column in (1, 3, 4, 5) else "left")
-    for row in rows(result):
-        table.add_row(*row, style=STATES[row[-1]])
-    # A pipe has no width of its own; in a log, cut columns would be worse than long lines.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    table = rich_table(HEADER, rows(result), (0, 2, 6), style=lambda row: STATES[row[-1]])
+    console(160).print(table)
     name = result.control.run.name
     lines = [failure_line(result.control)] if result.control.problems() else []
     lines += [verdict_line(verdict, name) for verdict in result.verdicts]
