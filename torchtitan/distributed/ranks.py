@@ -284,10 +284,6 @@ def _unpickle(pickled: bytes) -> Exception | None:
         return None
 
 
-def _read(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
-
-
 def _read_end(path: Path, size: int) -> str:
     """The last `size` bytes of a file that may be large."""
     with path.open("rb") as file:
@@ -297,7 +293,8 @@ def _read_end(path: Path, size: int) -> str:
 
 def _read_stacks(path: Path) -> str:
     """What faulthandler wrote, without what is the same in every rank."""
-    threads = _read(path).partition("\nExtension modules:")[0].split("\n\n")
+    text = path.read_text(errors="replace") if path.exists() else ""
+    threads = text.partition("\nExtension modules:")[0].split("\n\n")
     return "\n\n".join(thread for thread in threads if _end_with_parent.__name__ not in thread)
 
 

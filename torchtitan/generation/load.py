@@ -102,7 +102,7 @@ class Source:
     @property
     def is_converted(self) -> bool:
         """`torchtitan convert from-hf` wrote it."""
-        return self.manifest is not None and _is_converted(self.manifest)
+        return self.manifest is not None and self.manifest.is_converted
 
 
 @dataclass
@@ -131,25 +131,10 @@ def open_source(options: ModelOptions) -> Source:
     folder = _checkpoint_folder(options.checkpoint)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
     is_hf = manifest is None
-    saved_config = None if manifest is None else _config_of_run(folder, _is_converted(manifest))
+    saved_config = None if manifest is None else _config_of_run(folder, manifest.is_converted)
     job_config = saved_config or JobConfig()
-    if options.flavor is not None and options.model is None:
-        raise ConfigError("--flavor needs --model")
-    if options.model is not None:
-        flavor = options.flavor
-        if flavor is None:
-            flavors = model_flavors(options.model) if options.model in MODEL_REGISTRY else []
-            if flavors:
-                allowed = ", ".join(flavors)
-                raise ConfigError(f"--model {options.model} needs --flavor. Allowed: {allowed}")
-        name, spec = options.model, get_train_spec(options.model, flavor or "")
-    elif is_hf:
-        name, spec = train_spec_of_hf_folder(folder)
-        flavor = ""
-    else:
-        known = model_of_checkpoint(folder)
-        name, flavor, spec = known.name, known.flavor, replace(known.spec, model_args=known.args)
-    job_config.model.name, job_config.model.flavor = name, flavor or ""
+    name, flavor, spec = _model(options, folder, is_hf)
+    job_config.model.name, job_config.model.flavor = name, flavor
     if options.tokenizer is not None:
         job_config.model.tokenizer_path = options.tokenizer
     elif is_hf:
@@ -174,6 +159,24 @@ def open_source(options: ModelOptions) -> Source:
     source.stop_tokens = _stop_tokens(source)
     source.max_seq_len = _max_seq_len(source)
     return source
+
+
+def _model(options: ModelOptions, folder: Path, is_hf: bool) -> tuple[str, str, TrainSpec]:
+    """Name, flavor ("": none of ours) and `TrainSpec`: what the options say, else the folder."""
+    if options.model is None:
+        if options.flavor is not None:
+            raise ConfigError("--flavor needs --model")
+        if is_hf:
+            name, spec = train_spec_of_hf_folder(folder)
+            return name, "", spec
+        known = model_of_checkpoint(folder)
+        return known.name, known.flavor, replace(known.spec, model_args=known.args)
+    flavors = model_flavors(options.model) if options.model in MODEL_REGISTRY else []
+    if flavors and options.flavor is None:
+        allowed = ", ".join(flavors)
+        raise ConfigError(f"--model {options.model} needs --flavor. Allowed: {allowed}")
+    flavor = options.flavor or ""
+    return options.model, flavor, get_train_spec(options.model, flavor)
 
 
 def load_model(source: Source) -> LoadedModel:
@@ -221,10 +224,6 @@ def _checkpoint_folder(location: str) -> Path:
         f"--checkpoint {path} holds no checkpoint: neither {MANIFEST} or step-N folders (ours) nor "
         f"{SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face)"
     )
-
-
-def _is_converted(manifest: Manifest) -> bool:
-    return manifest.model_only and manifest.step == 0
 
 
 def _config_of_run(folder: Path, is_converted: bool) -> JobConfig | None:

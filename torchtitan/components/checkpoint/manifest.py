@@ -110,6 +110,11 @@ class Manifest:
         return manifest
 
     @property
+    def is_converted(self) -> bool:
+        """`torchtitan convert from-hf` wrote it."""
+        return self.model_only and self.step == 0
+
+    @property
     def nbytes(self) -> int:
         """Size of all files but the manifest."""
         return sum(record.size for record in self.files.values())

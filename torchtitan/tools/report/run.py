@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import compress, pairwise
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from torchtitan.components.metric_keys import STARTED_AT
@@ -110,8 +111,8 @@ class Run:
 
     def median(self, key: str) -> float | None:
         """The upper median of a key's finite values."""
-        values = sorted(self.curves[key].finite) if key in self.curves else []
-        return values[len(values) // 2] if values else None
+        values = self.curves[key].finite if key in self.curves else []
+        return median_high(values) if values else None
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
