@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -271,9 +272,7 @@ def _others(beats: list[Heartbeat], late: list[Heartbeat]) -> str:
     others = [beat for beat in beats if beat.rank not in named]
     if not others:
         return ""
-    places: dict[tuple[int, str], int] = {}
-    for beat in others:
-        places[beat.step, beat.phase] = places.get((beat.step, beat.phase), 0) + 1
+    places = Counter((beat.step, beat.phase) for beat in others)
     return "Of the others, " + ", ".join(
         f"{number} wait in step {step}, phase '{phase}'"
         for (step, phase), number in sorted(places.items())

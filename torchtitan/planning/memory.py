@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from dataclasses import astuple, dataclass
 from typing import Any, Self
 from unittest.mock import patch
@@ -84,9 +85,9 @@ class PeakMemory(Recorder):
 
     def live_at_peak(self) -> dict[int, int]:
         """`live()`, at the peak since the last reset."""
-        sizes = dict(self._start)
+        sizes = Counter(self._start)
         for number, change in self._events[: self._peak_at]:
-            sizes[number] = sizes.get(number, 0) + change
+            sizes[number] += change
         return sizes
 
     def record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:

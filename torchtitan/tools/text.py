@@ -55,6 +55,18 @@ def few(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 8`, at most three ranges."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in found[:3]]
+    return ", ".join(shown) + (", ..." if len(found) > 3 else "")
+
+
 def natural_order(name: str) -> list[tuple[int, str]]:
     """A key to sort by, with numbers in a name in their order: `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from torchtitan.distributed.context_parallel import sequence_shards
 from torchtitan.distributed.utils import local_tensor
+from torchtitan.tools.text import ranges
 
 from .batches import BATCH
 from .observe import Outputs
@@ -226,17 +227,5 @@ def _wrong_places(
         others = [d for d in range(wrong.ndim) if d != dim]
         found = places[wrong.any(dim=others)].tolist()
         if len(found) < shape[dim]:
-            parts.append(f"{name} {_ranges(found)}")
+            parts.append(f"{name} {ranges(found)}")
     return ", ".join(parts)
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """`0-3, 8`, at most three ranges."""
-    ranges: list[list[int]] = []
-    for number in sorted(numbers):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in ranges[:3]]
-    return ", ".join(shown) + (", ..." if len(ranges) > 3 else "")

@@ -13,6 +13,7 @@ differ, so some counts pass that leave something out, and the outcome says what:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any, NoReturn
 
 import torch
@@ -74,10 +75,10 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
     for name in sorted(first_names(model)):
         if model.get_parameter(name).numel() == difference:
             return f"{name} shares its weight with another, so it counts once."
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         pattern = ".".join("N" if part.isdigit() else part for part in name.split("."))
-        sizes[pattern] = sizes.get(pattern, 0) + parameter.numel()
+        sizes[pattern] += parameter.numel()
     alike = [name for name, size in sizes.items() if size == abs(difference)]
     if alike:
         kind = "counted twice" if difference > 0 else "not counted"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torchtitan.config import JobConfig
+from torchtitan.tools.text import ranges
 
 from .curves import METRICS, Curve
 from .runs import Run
@@ -50,14 +51,14 @@ class Outcome:
         missing = {name: wanted - curve.keys() for name, curve in self.curves.items()}
         if any(missing.values()):
             names = " and ".join(name for name in missing if missing[name])
-            absent = ranges(set.union(*missing.values()))
+            absent = step_ranges(set.union(*missing.values()))
             problems.append(f"no {names} of {absent} (of {len(steps)})")
         elif not wanted:
             problems.append(f"the guard skipped all {len(steps)} steps")
         for name, curve in self.curves.items():
             bad = {step for step, value in curve.items() if math.isnan(value)}
             if bad:
-                problems.append(f"{name} is not finite at {ranges(bad)}")
+                problems.append(f"{name} is not finite at {step_ranges(bad)}")
         if self.failure:  # last, as it has many lines
             problems.append(self.failure)
         return problems
@@ -74,7 +75,8 @@ class Difference:
     @property
     def worst_step(self) -> int | None:
         """NaN is worse than any number; None if there is no common step."""
-        return max(self.relative, key=lambda step: _nan_last(self.relative[step]), default=None)
+        size = self.relative
+        return max(size, key=lambda step: (math.isnan(size[step]), size[step]), default=None)
 
     @property
     def worst(self) -> float:
@@ -143,18 +145,6 @@ def _relative(control: float, test: float) -> float:
     return abs(test - control) / abs(control) if control else math.inf
 
 
-def _nan_last(value: float) -> tuple[bool, float]:
-    return (True, 0.0) if math.isnan(value) else (False, value)
-
-
-def ranges(steps: Collection[int]) -> str:
+def step_ranges(steps: Collection[int]) -> str:
     """`steps 3-7, 9`, at most three ranges."""
-    found: list[list[int]] = []
-    for step in sorted(steps):
-        if found and step == found[-1][1] + 1:
-            found[-1][1] = step
-        else:
-            found.append([step, step])
-    shown = [f"{first}" if first == last else f"{first}-{last}" for first, last in found[:3]]
-    more = ", ..." if len(found) > 3 else ""
-    return f"step{'s' if len(steps) > 1 else ''} {', '.join(shown)}{more}"
+    return f"step{'s' if len(steps) > 1 else ''} {ranges(steps)}"

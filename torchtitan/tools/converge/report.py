@@ -12,7 +12,7 @@ from typing import Any
 from torchtitan.tools.environment import environment
 from torchtitan.tools.tables import console, rich_table
 
-from .compare import Difference, Outcome, Verdict, ranges
+from .compare import Difference, Outcome, Verdict, step_ranges
 from .curves import METRICS
 from .match import differences
 
@@ -106,7 +106,7 @@ def _skips(verdict: Verdict, control: str) -> str:
 
 def _steps(steps: set[int]) -> str:
     """`2 of the steps (steps 3, 7)`."""
-    return f"{len(steps)} of the steps ({ranges(steps)})" if steps else "none"
+    return f"{len(steps)} of the steps ({step_ranges(steps)})" if steps else "none"
 
 
 def failure_line(control: Outcome) -> str:
