@@ -93,6 +93,20 @@ def open_file(path: str) -> BinaryIO:
         return fsspec.open(path, "rb").open()
 
 
+@contextmanager
+def unpacked(path: str) -> Iterator[BinaryIO]:
+    """The bytes of a file or URL, which may be compressed. Raises as `unreadable` says."""
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            yield file
+    except TitanError:
+        raise
+    except Exception as error:  # of `fsspec`, or of damaged compression
+        raise unreadable(path, error) from error
+
+
 def unreadable(path: str | Path, error: Exception) -> TitanError:
     """What to raise for an error of reading: a `DataError`, or an `OutageError` if it may pass."""
     reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

@@ -21,7 +21,7 @@ from torchtitan.errors import (
     outage_or,
 )
 
-from .files import open_file
+from .files import open_file, unpacked
 from .json_lines import check_first_line
 from .rows import check_key, document_of, read_line
 
@@ -195,15 +195,10 @@ def _documents_as_json(
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, each with its number."""
-    import fsspec
-
-    try:
-        with fsspec.open(file, "rb", compression="infer") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line
-    except Exception as error:  # damaged compression has many types
-        raise _unreadable(repr(file), error) from error
+    with unpacked(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line
 
 
 def _versions(files: list[str]) -> list[tuple[int, int]]:

@@ -8,9 +8,9 @@ import json
 import mmap
 from collections.abc import Iterator
 
-from torchtitan.errors import BadDocumentError, DataError, TitanError, begin_errors_with
+from torchtitan.errors import BadDocumentError, DataError, begin_errors_with
 
-from .files import ends_of, reading, unreadable
+from .files import ends_of, reading, unpacked
 from .rows import check_key, read_line
 
 
@@ -76,21 +76,14 @@ class JsonLineStream:
 
     def shard(self, index: int) -> Iterator[object]:
         """Raises as `unreadable` says where the file cannot be read."""
-        import fsspec
-
         path = self.files[index]
-        try:
-            with fsspec.open(path, "rb", compression="infer") as lines:
-                for number, line in enumerate(lines, start=1):
-                    try:
-                        document = read_line(line, self._text_key, path, number)
-                    except BadDocumentError as error:
-                        document = error
-                    yield document
-        except TitanError:
-            raise
-        except Exception as error:  # of `fsspec`, or of damaged compression
-            raise unreadable(path, error) from error
+        with unpacked(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    document = read_line(line, self._text_key, path, number)
+                except BadDocumentError as error:
+                    document = error
+                yield document
 
 
 def check_first_line(line: bytes, text_key: str, where: str) -> None:
@@ -110,13 +103,8 @@ def check_first_line(line: bytes, text_key: str, where: str) -> None:
 
 def is_array(path: str) -> bool:
     """Whether a file, perhaps compressed, is one JSON array. Raises as `unreadable` says."""
-    import fsspec
-
-    try:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            return file.read(4096).lstrip().startswith(b"[")
-    except Exception as error:  # of `fsspec`, or of damaged compression
-        raise unreadable(path, error) from error
+    with unpacked(path) as file:
+        return file.read(4096).lstrip().startswith(b"[")
 
 
 def _map(path: str) -> mmap.mmap | bytes:
