@@ -82,7 +82,7 @@ def keep_layers(model: nn.Module, count: int) -> None:
         del layers[name]
 
 
-def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs = TOKEN_IDS) -> list[str]:
+def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs) -> list[str]:
     """For each of `model.layers` a text, equal where modules, shapes and settings are, and
     where the model calls them alike.
 

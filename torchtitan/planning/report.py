@@ -176,7 +176,7 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
     return lines
 
 
-def as_json(plan: Plan, budget: Budget | None = None) -> dict[str, Any]:
+def as_json(plan: Plan, budget: Budget | None) -> dict[str, Any]:
     """Bytes, seconds and shares, unrounded."""
     model = plan.config.model
     return {

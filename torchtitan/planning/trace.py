@@ -215,7 +215,7 @@ def stages_at(job_config: JobConfig, place: int) -> list[int]:
     return stages_of_rank(job_config, place)
 
 
-def repetition_of(part: nn.Module, job_config: JobConfig, inputs: Inputs = TOKEN_IDS) -> Repetition:
+def repetition_of(part: nn.Module, job_config: JobConfig, inputs: Inputs) -> Repetition:
     config = job_config.activation_checkpoint
     every_nth = config.mode == "selective" and config.selective_ac_option != "op"
     period = int(config.selective_ac_option) if every_nth else 1

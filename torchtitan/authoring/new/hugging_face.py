@@ -76,7 +76,7 @@ class Findings:
     """Our tensors that no name of theirs was found for."""
 
 
-def find_out(folder: Path, like: str = "") -> Findings:
+def find_out(folder: Path, like: str) -> Findings:
     """Read `config.json`, and the names and shapes of tensors if there are weights.
 
     Args:

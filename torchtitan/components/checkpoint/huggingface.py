@@ -68,7 +68,7 @@ class ExportAssets:
     """Whether bos began the documents that were trained on; None: unknown."""
 
     @classmethod
-    def of_job(cls, job_config: JobConfig, has_tokenizer: bool = True) -> ExportAssets:
+    def of_job(cls, job_config: JobConfig, has_tokenizer: bool) -> ExportAssets:
         """What a run with this config puts in; `has_tokenizer`: whether its model reads by one."""
         tokenizer = job_config.model.tokenizer_path
         folders = [initial_load_path(job_config)]

@@ -55,9 +55,9 @@ class CheckpointWriter(FileSystemWriter):
         manifest: Manifest,
         claim: Claim,
         times: folders.SaveTimes,
-        config: str = "",
-        keep_latest: int = 0,
-        damaged: Collection[str] = (),
+        config: str,
+        keep_latest: int,
+        damaged: Collection[str],
     ) -> None:
         super().__init__(str(folder), sync_files=False)  # `CheckpointFiles` syncs
         self.fs = CheckpointFiles()

@@ -24,8 +24,8 @@ class QuantizedLinear(nn.Linear):
         self,
         linear: nn.Linear,
         grouping: Grouping,
-        quantize_weight_grad: bool = True,
-        emulate: bool = False,
+        quantize_weight_grad: bool,
+        emulate: bool,
     ) -> None:
         super().__init__(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"

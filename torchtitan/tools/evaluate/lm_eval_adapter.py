@@ -177,9 +177,9 @@ def require_lm_eval() -> None:
 def run_tasks(
     model: TaskModel,
     tasks: Iterable[str],
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    include_path: str | None = None,
+    num_fewshot: int | None,
+    limit: int | None,
+    include_path: str | None,
 ) -> dict[str, Any]:
     """Evaluate on tasks of lm-evaluation-harness.
 
