@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-import triton
 
 _HERE = Path(__file__).parent
 _SOURCES = [_HERE / "null_gpu.c", _HERE / "null_nccl.c"]
@@ -21,6 +20,8 @@ def build(folder: Path) -> Path:
 
     It needs gcc, and nm of binutils. The headers came with PyTorch: structures differ by version.
     """
+    import triton  # which is not with PyTorch's CPU build
+
     packages = Path(torch.__file__).parents[1]
     headers = next(packages.glob("nvidia/*/include/driver_types.h")).parent
     more_headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
