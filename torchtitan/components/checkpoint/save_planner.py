@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
+from itertools import product
+from math import prod
+from operator import add
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 _SHARERS = 8
@@ -47,7 +53,11 @@ class SharingSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        plans, metadata = super().create_global_plan(all_plans)
+        plans, metadata = create_default_global_save_plan(self._dedup_save_plans(all_plans))
+        check_chunks(metadata)
+        metadata.planner_data = {}
+        for plan in reversed(plans):
+            metadata.planner_data |= plan.planner_data
         # It is in the metadata now, and ranks need it no more.
         return [dataclasses.replace(plan, planner_data=None) for plan in plans], metadata
 
@@ -74,3 +84,36 @@ def _is_shared(item: WriteItem) -> bool:
     return item.type == WriteItemType.BYTE_IO or (
         item.type == WriteItemType.TENSOR and size <= _SMALL
     )
+
+
+def check_chunks(metadata: Metadata) -> None:
+    """See that the chunks of each tensor are the whole of it, and each element is in one of them.
+
+    PyTorch's check compares chunks in pairs, which takes minutes where thousands of ranks cut a
+    tensor along two dimensions. Here a chunk counts 1 at its first corner, -1 at the neighbours of
+    that, 1 at theirs and so on; the sums are those of the whole tensor only if nothing is missing,
+    overlaps or sticks out.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        sums: Counter[tuple[int, ...]] = Counter()
+        for chunk in entry.chunks:
+            _add_corners(sums, chunk, 1)
+        _add_corners(sums, ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size), -1)
+        if any(sums.values()):
+            first = min(corner for corner, count in sums.items() if count)
+            raise ValueError(
+                f"the ranks would not write each element of {name} {list(entry.size)} once: "
+                f"its {len(entry.chunks)} parts have a gap, overlap or stick out at {list(first)}"
+            )
+
+
+def _add_corners(sums: Counter[tuple[int, ...]], chunk: ChunkStorageMetadata, weight: int) -> None:
+    corners = product(*zip(chunk.offsets, map(add, chunk.offsets, chunk.sizes), strict=True))
+    signs = product((weight,), *[(1, -1)] * len(chunk.offsets))
+    for corner, sign in zip(corners, signs, strict=True):
+        sums[corner] += prod(sign)
