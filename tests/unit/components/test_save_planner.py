@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from torchtitan.components.checkpoint.save_planner import SharingSavePlanner
+from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Where a part begins, and its size."""
@@ -47,7 +47,7 @@ def plans_of(size: tuple[int, ...], boxes: list[Box]) -> list[SavePlan]:
 
 
 def planner() -> SharingSavePlanner:
-    return SharingSavePlanner(None)
+    return SharingSavePlanner(None, LastSave())
 
 
 def grid(rows: int, columns: int) -> list[Box]:
