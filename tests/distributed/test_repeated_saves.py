@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from harness import on_ranks
+from harness import on_ranks, train
 from test_checkpoint_layouts import Run, world_size_of
+from tiny_llama import OPTIONS
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -202,6 +203,17 @@ def save_from_pinned_memory_and_not(folder: Path) -> None:
 def test_the_last_save_repeats_those_in_the_background(tmp_path: Path) -> None:
     on_ranks(2, save_from_pinned_memory_and_not, tmp_path)
     assert_right(tmp_path, [1, 2, 3])
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_saves_of_a_whole_run_are_alike(tmp_path: Path, async_mode: str) -> None:
+    """The same `.metadata`, with the name that PyTorch gives a save, is that of a save repeated."""
+    guard = ("--training.on_spike=skip", "--training.spike_window=6", "--training.spike_sigmas=99")
+    mode = f"--checkpoint.async_mode={async_mode}"
+    saving = ("--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=0")
+    train(tmp_path, *OPTIONS, *guard, *saving, mode, "--training.steps=12", ranks=2)
+    contents = [(tmp_path / f"checkpoint/step-{n}/.metadata").read_bytes() for n in range(1, 13)]
+    assert len(set(contents[6:])) == 1  # before, the window of the guard is not full
 
 
 def save_others_between(folder: Path) -> None:
