@@ -260,6 +260,12 @@ def flush_to_disk(file: IO[Any]) -> None:
     os.fsync(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Returns when the contents of a local file, whoever wrote it, are on the disk."""
+    with path.open("rb") as file:
+        flush_to_disk(file)
+
+
 def sync_folder(folder: Path) -> None:
     """Returns when the names in a local folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

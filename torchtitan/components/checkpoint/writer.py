@@ -134,7 +134,9 @@ class CheckpointWriter(FileSystemWriter):
         this afterwards they would wait for it in a step of training.
         """
         try:
-            found = folders.to_prune(self._folder.parent, self._keep_latest, self._damaged)
+            found = folders.to_prune(
+                self._folder.parent, self._keep_latest, self._damaged, self._times.whole
+            )
         except Exception as error:
             logger.warning("it is not known which old checkpoints to delete: %s", error)
             return
