@@ -5,7 +5,7 @@ FAULT="ACTION POINT N R", for example "kill rename 2 0". Actions: `kill` (SIGKIL
 
     write       a file is half written
     synced      a file is on the disk
-    rename      before a file or folder is renamed: .metadata, the whole step, what is pruned
+    rename      before a file or folder is renamed: the whole step, what is pruned
     renamed     after that
     delete      before a file of a folder is deleted: an old step, what a crash left
     load        before a tensor that was read is put in its place
@@ -63,7 +63,7 @@ def _replace(*args, **kwargs):
 
 
 def _unlink(path, *, dir_fd=None):
-    if dir_fd is not None:  # as shutil.rmtree calls it
+    if ".partial/" in str(path):  # as `folder.rmtree` calls it
         reach("delete")
     _original["unlink"](path, dir_fd=dir_fd)
 

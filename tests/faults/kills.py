@@ -20,7 +20,7 @@ STEPS = 10
 SAVED_EVERY = 2
 KEPT = 2
 
-_LAST_NUMBER = {"write": 10, "synced": 10, "rename": 10, "renamed": 10, "delete": 12, "load": 60}
+_LAST_NUMBER = {"write": 10, "synced": 10, "rename": 8, "renamed": 8, "delete": 12, "load": 60}
 """Points of tests/faulty_llama.py -> about how often a run comes to them."""
 
 

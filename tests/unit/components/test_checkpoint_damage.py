@@ -12,6 +12,7 @@ from harness import checkpoints_in
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.load import OpenCheckpoint
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 
 FILES = [".metadata", "__0_0.distcp", "config.resolved.toml", "manifest.json"]
@@ -185,7 +186,7 @@ def test_pruning_that_is_cut_off_leaves_nothing_that_looks_complete(tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders.shutil, "rmtree", delete_one_file)
+        patch.setattr(folders, "rmtree", delete_one_file)
         with pytest.raises(KeyboardInterrupt):
             run.train(4)
     assert steps_in(tmp_path) == ["step-2.partial", "step-4"]
@@ -196,10 +197,21 @@ def test_pruning_that_is_cut_off_leaves_nothing_that_looks_complete(tmp_path, mo
 
 
 def test_files_and_folders_are_synced_before_a_checkpoint_appears(tmp_path, monkeypatch):
-    """In this order: each file's bytes, the names in the folder, the rename, the name of it."""
+    """In this order: each file's bytes, once, the names in the folder, the rename, its name.
+
+    A rank tells rank 0 of its file when its bytes are on the disk.
+    """
     import os
 
     events = []
+    write_data = CheckpointWriter.write_data
+
+    def spy_write_data(writer, plan, planner):
+        future = write_data(writer, plan, planner)
+        events.append("told")
+        return future
+
+    monkeypatch.setattr(CheckpointWriter, "write_data", spy_write_data)
     fsync, rename = os.fsync, type(tmp_path).rename
 
     def spy_fsync(descriptor):
@@ -217,7 +229,8 @@ def test_files_and_folders_are_synced_before_a_checkpoint_appears(tmp_path, monk
     at = events.index(f"{root}/step-2.partial -> {root}/step-2")
     before = events[:at]
     for name in FILES:
-        assert f"{root}/step-2.partial/{name}" in before
+        assert before.count(f"{root}/step-2.partial/{name}") == 1
+    assert before.index(f"{root}/step-2.partial/__0_0.distcp") < before.index("told")
     assert before[-1] == f"{root}/step-2.partial"
     assert str(tmp_path) in before  # the new folder `checkpoint` in it
     assert events[at + 1] == str(root)

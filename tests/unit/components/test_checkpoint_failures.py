@@ -242,7 +242,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_no_harm(tmp_path, monkeyp
 
     run = Run(tmp_path, keep_latest_k=1)
     run.train(2)
-    monkeypatch.setattr(folders.shutil, "rmtree", refuse)
+    monkeypatch.setattr(folders, "rmtree", refuse)
     run.train(4)
     assert [r.getMessage() for r in warnings_in(caplog)] == [
         f"{tmp_path}/checkpoint/step-2 could not be deleted: PermissionError: [Errno 13] "
@@ -255,7 +255,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_no_harm(tmp_path, monkeyp
 def in_use(monkeypatch):
     """Call it with a folder: a file in that is as one on NFS that somebody reads."""
     held = []
-    rmtree = folders.shutil.rmtree
+    rmtree = folders.rmtree
 
     def keep_held(path, ignore_errors=False):
         if not ignore_errors and any((path / name).exists() for name in held):
@@ -267,7 +267,7 @@ def in_use(monkeypatch):
         (folder / ".nfs0001").write_text("in use")
         held.append(".nfs0001")
 
-    monkeypatch.setattr(folders.shutil, "rmtree", keep_held)
+    monkeypatch.setattr(folders, "rmtree", keep_held)
     return hold
 
 
@@ -312,6 +312,25 @@ def test_a_checkpoint_that_cannot_have_its_name_back_is_named(tmp_path, saved, m
         with pytest.raises(CheckpointError, match=rf"{replaced} cannot be renamed to step-2: "):
             Run(tmp_path).manager.load()
     assert Run(tmp_path).manager.load() == 2
+
+
+def test_a_folder_is_deleted_with_all_that_is_in_it(tmp_path):
+    folder, elsewhere = tmp_path / "step-2.partial", tmp_path / "elsewhere"
+    for path in folder / "inside", elsewhere:
+        path.mkdir(parents=True)
+        (path / "file").write_text("some")
+    for number in range(100):
+        (folder / f"__{number}_0.distcp").write_bytes(b"")
+    (folder / "link").symlink_to(elsewhere)
+    folders.rmtree(folder)
+    assert not folder.exists() and (elsewhere / "file").exists()
+    with pytest.raises(FileNotFoundError):
+        folders.rmtree(folder)
+    folder.symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic link"):
+        folders.rmtree(folder)
+    folders.rmtree(folder, ignore_errors=True)
+    assert (elsewhere / "file").exists()
 
 
 def test_where_all_are_kept_none_is_looked_at(tmp_path, saved, monkeypatch):

@@ -169,6 +169,22 @@ def test_keeps_the_newest_k(tmp_path):
     assert steps_in(tmp_path) == ["step-10", "step-8"]
 
 
+def test_a_run_looks_once_whether_a_checkpoint_is_whole_and_not_at_its_own(tmp_path, monkeypatch):
+    Run(tmp_path).train(4)
+    (tmp_path / "checkpoint" / "step-4" / ".metadata").write_bytes(b"short")
+    run = Run(tmp_path, keep_latest_k=3, load_step=2)
+    assert run.manager.load() == 2
+    looked_at = []
+    sizes_in = manifest.sizes_in
+    monkeypatch.setattr(
+        manifest, "sizes_in", lambda folder: looked_at.append(folder.name) or sizes_in(folder)
+    )
+    for step in 3, 5, 7, 9:
+        run.manager.save(step, last=True)
+    assert looked_at == ["step-2", *["step-4"] * 4]  # again, since it is not whole
+    assert steps_in(tmp_path) == ["step-4", "step-5", "step-7", "step-9"]
+
+
 def test_keep_0_keeps_all(tmp_path):
     Run(tmp_path, keep_latest_k=0, interval=1).train(12)
     assert len(steps_in(tmp_path)) == 12

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import warnings
 
 import pytest
@@ -212,6 +213,20 @@ def test_fields_of_the_folder_that_the_run_started_from_are_kept(tmp_path):
     save_huggingface([other], tmp_path / "other", torch.float16, assets, dist.group.WORLD)
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["max_position_embeddings"] == 512
+
+
+def test_each_file_is_synced_once(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def spy(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    folder = tmp_path / "out"
+    save(build("llama3"), folder)
+    assert sorted(synced) == sorted([*os.listdir(folder), "out.partial", tmp_path.name])
 
 
 def test_a_failed_save_leaves_the_older_folder(tmp_path, monkeypatch):

@@ -34,3 +34,17 @@ def test_a_batch_that_cannot_be_kept_does_not_end_the_run(
     assert guard.counts.steps_skipped == 1
     assert "the bad batch 2 cannot be kept: ValueError: unlike\n" in caplog.text
     assert "The batch is skipped. The batch could not be kept" in caplog.text
+
+
+def test_the_saved_history_has_one_length_whatever_its_numbers() -> None:
+    """So that where other values of a checkpoint are does not change from save to save."""
+    dims = SimpleNamespace(loss_copies=1, world_mesh=SimpleNamespace(mesh_dim_names=()))
+    guard = Guard(JobConfig(), cast(ParallelDims, dims), dp_rank=0)
+    lengths = set()
+    for history in [(2 / 3, 1 / 3)] * 128, [(7 / 3, 1e-7 / 3)] * 128:
+        guard._history.extend(history)
+        state = guard.state_dict()
+        lengths.add(len(state["json"]))
+        guard.load_state_dict(state)
+        assert list(guard._history) == history
+    assert lengths == {8192}

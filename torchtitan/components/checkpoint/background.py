@@ -43,7 +43,13 @@ class BackgroundSaves:
         self.step: int | None = None
         """Step of the save under way; None: there is none, or its end was seen by `finish`."""
 
-    def start(self, step: int, state: dict[str, Any], writer: CheckpointWriter) -> None:
+    def start(
+        self,
+        step: int,
+        state: dict[str, Any],
+        writer: CheckpointWriter,
+        planner: SharingSavePlanner,
+    ) -> None:
         """Begin to save. `state` has the parts "model" and "optimizer", and others.
 
         Parameters and the optimizers' state change in `optimizer.step()` alone, which waits for
@@ -63,7 +69,7 @@ class BackgroundSaves:
         response = dcp.async_save(
             state,
             storage_writer=writer,
-            planner=SharingSavePlanner(self._group),
+            planner=planner,
             process_group=self._group,
             async_stager=self._stager,
         )

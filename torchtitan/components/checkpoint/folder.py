@@ -17,9 +17,12 @@ A remote storage has no such rename. There, files go straight to `step-1000`, wh
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +34,6 @@ from .storage import (
     P,
     RemotePath,
     StoragePath,
-    flush_to_disk,
     folders_in,
     is_url,
     make_folder,
@@ -48,6 +50,8 @@ logger = logging.getLogger("torchtitan")
 
 PARTIAL = ".partial"
 """End of the name of a local folder that is not complete; in a remote folder, a file's name."""
+_DELETED_AT_ONCE = 16
+"""Files of a folder: a file server takes about a millisecond for each, and there is one a rank."""
 
 
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
@@ -101,6 +105,8 @@ class SaveTimes:
     def __init__(self, root: StoragePath) -> None:
         self._root = root
         self._latest: str | None = None
+        self.whole: set[str] = set()
+        """Times of checkpoints whose files are all there: this run has written or seen them."""
 
     def now(self) -> str:
         """For a checkpoint that is complete now: its `Manifest.saved_at`."""
@@ -108,6 +114,7 @@ class SaveTimes:
             newest_first = map(_saved_at, reversed(list_checkpoints(self._root)))
             self._latest = next(filter(None, newest_first), "")
         self._latest = time_after(self._latest)
+        self.whole.add(self._latest)
         return self._latest
 
 
@@ -128,10 +135,18 @@ def damage(folder: StoragePath) -> str:
     return ""
 
 
-def is_resumable(folder: StoragePath) -> bool:
-    """False for an export, and for a checkpoint that is damaged as far as sizes tell."""
+def is_resumable(folder: StoragePath, whole: set[str] | None = None) -> bool:
+    """False for an export, and for a checkpoint that is damaged as far as sizes tell.
+
+    `whole`: see `SaveTimes`. Sizes of these are not looked at; another one that is whole is added.
+    """
+    whole = set() if whole is None else whole
     try:
-        return not Manifest.read_whole(folder).model_only
+        manifest = Manifest.read(folder)
+        if manifest.saved_at not in whole:
+            manifest.check_sizes(folder)
+            whole.add(manifest.saved_at)
+        return not manifest.model_only
     except DamagedCheckpointError:
         return False
 
@@ -179,7 +194,7 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
 
 
 def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
-    """Make the partial folder of `folder`, which is complete, visible under its name.
+    """Make the partial folder of `folder`, whose files are on the disk, visible under its name.
 
     A good one that has the name is replaced. A damaged one, by its size or since its name is in
     `damaged`, is kept as `step-N.damaged`.
@@ -188,9 +203,6 @@ def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
         (folder / PARTIAL).unlink()
         return
     partial = partial_folder(folder)
-    for path in partial.iterdir():
-        with path.open("rb") as file:
-            flush_to_disk(file)
     sync_folder(partial)
     replaced = folder.with_name(f"{folder.name}.replaced")
     if folder.exists():
@@ -201,7 +213,7 @@ def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
             folder.rename(replaced)
     partial.rename(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    rmtree(replaced, ignore_errors=True)
 
 
 def delete(folder: StoragePath) -> None:
@@ -223,7 +235,16 @@ def delete(folder: StoragePath) -> None:
         partial = partial_folder(folder)
         folder.rename(partial)
         sync_folder(folder.parent)
-    shutil.rmtree(partial)
+    rmtree(partial)
+
+
+def rmtree(folder: Path, ignore_errors: bool = False) -> None:
+    """`shutil.rmtree`, some files at a time."""
+    if not folder.is_symlink():  # to a place that is not ours to clear
+        with ThreadPoolExecutor(_DELETED_AT_ONCE) as threads, suppress(OSError):
+            for path in folder.iterdir():
+                threads.submit(os.unlink, path)
+    shutil.rmtree(folder, ignore_errors)  # what is left, or its error
 
 
 def delete_if_possible(folder: StoragePath) -> None:
@@ -264,17 +285,22 @@ def restore_replaced(root: StoragePath) -> None:
             raise outage_or(CheckpointError, message, error) from error
 
 
-def to_prune(root: StoragePath, keep: int, damaged: Collection[str] = ()) -> list[StoragePath]:
+def to_prune(
+    root: StoragePath,
+    keep: int,
+    damaged: Collection[str] = (),
+    whole: set[str] | None = None,
+) -> list[StoragePath]:
     """The resumable checkpoints but the `keep` saved last; none if `keep` is 0.
 
     Exports and damaged checkpoints are not counted, so that a good one is always left. Damage is
-    known by sizes, and of those named in `damaged`; to read all files after each save, for their
-    checksums, would cost more than it is worth.
+    known by sizes, of all but the `whole` (see `is_resumable`), and of those named in `damaged`; to
+    read all files after each save, for their checksums, would cost more than it is worth.
     """
     if not keep:
         return []
-    good = [p for p in list_checkpoints(root) if p.name not in damaged and is_resumable(p)]
-    return good[:-keep]
+    found = [path for path in list_checkpoints(root) if path.name not in damaged]
+    return [path for path in found if is_resumable(path, whole)][:-keep]
 
 
 def _is_partial(folder: StoragePath) -> bool:

@@ -44,6 +44,7 @@ from .safetensors_files import (
     plan_files,
     write_index,
 )
+from .storage import sync_file
 
 logger = logging.getLogger("torchtitan")
 
@@ -117,6 +118,9 @@ def save_huggingface(
         def finish() -> None:
             write_index(partial, files)
             write_assets(partial, args, dtype, assets)
+            for path in partial.iterdir():
+                if path.name not in plan.files:  # which their writers have synced
+                    sync_file(path)
             folders.commit(folder)
 
         on_rank_zero(finish, group)

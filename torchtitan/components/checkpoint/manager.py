@@ -41,7 +41,7 @@ from .resume import (
     tell_jump_of_lr,
 )
 from .run_state import RunState
-from .save_planner import SharingSavePlanner
+from .save_planner import LastSave, SharingSavePlanner
 from .storage import StoragePath
 from .writer import CheckpointWriter, error_of_failed_save
 
@@ -123,6 +123,7 @@ class CheckpointManager:
             job_config, model_parts, dataloader, has_tokenizer, self._root, self._claim, self._group
         )
         self._background = BackgroundSaves(model_parts, optimizers, self._group)
+        self._last_save = LastSave()
         self.last_saved: int | None = None
         """Step of the last checkpoint that this process saved and completed."""
 
@@ -170,20 +171,17 @@ class CheckpointManager:
             manifest,
             self._claim,
             self._times,
+            self._last_save,
             config=to_toml(self._job_config),
             keep_latest=self._config.keep_latest_k,
             damaged=frozenset(self._damaged),
         )
+        planner = SharingSavePlanner(self._group, self._last_save)
         if self._config.async_mode == "async" and not last:
-            self._background.start(step, state, writer)
+            self._background.start(step, state, writer, planner)
             return
         try:
-            dcp.save(
-                state,
-                storage_writer=writer,
-                planner=SharingSavePlanner(self._group),
-                process_group=self._group,
-            )
+            dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
         except CheckpointException as failure:
             message, error = self._clean_up(step, failure)
             if last:
@@ -208,6 +206,7 @@ class CheckpointManager:
             self._saved(step)
 
     def _saved(self, step: int) -> None:
+        self._last_save.ended_well = True
         folder = step_folder(self._root, step)
         self._lineage = [path for path in self._lineage if path != folder] + [folder]
         self._damaged.discard(folder.name)

@@ -239,14 +239,15 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
         return {}
 
 
-def write_durably(path: StoragePath, content: bytes) -> None:
+def write_durably(path: StoragePath, content: bytes) -> FileRecord:
     """Write a file as a whole. Returns when it is on the disk."""
     if isinstance(path, RemotePath):
         path.write_bytes(content)
-        return
-    with path.open("wb") as file:
-        file.write(content)
-        flush_to_disk(file)
+    else:
+        with path.open("wb") as file:
+            file.write(content)
+            flush_to_disk(file)
+    return FileRecord(len(content), f"{zlib.crc32(content):08x}")
 
 
 def flush_to_disk(file: IO[Any]) -> None:
@@ -257,6 +258,12 @@ def flush_to_disk(file: IO[Any]) -> None:
     except (AttributeError, OSError):
         return
     os.fsync(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Returns when the contents of a local file, whoever wrote it, are on the disk."""
+    with path.open("rb") as file:
+        flush_to_disk(file)
 
 
 def sync_folder(folder: Path) -> None:
@@ -357,13 +364,3 @@ class CheckpointFiles(FileSystem):
 
     def mkdir(self, path: Any) -> None:
         raise NotImplementedError  # `folder.begin` does
-
-    def exists(self, path: Any) -> bool:
-        return path.exists()
-
-    def rm_file(self, path: Any) -> None:
-        path.unlink()
-
-    def rename(self, path: Any, new_path: Any) -> None:
-        path.rename(new_path)
-        self.records[new_path.name] = self.records.pop(path.name)

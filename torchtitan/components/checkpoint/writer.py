@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import traceback
 from collections.abc import Collection
 from typing import Any, cast
 
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
@@ -24,9 +26,12 @@ from torchtitan.tools.run_folder import CONFIG_FILE
 from . import folder as folders
 from .manifest import Manifest
 from .owner import Claim
+from .save_planner import LastSave
 from .storage import CheckpointFiles, FileRecord, StoragePath, write_durably
 
 logger = logging.getLogger("torchtitan")
+
+METADATA = ".metadata"
 
 
 class CheckpointWriter(FileSystemWriter):
@@ -41,6 +46,7 @@ class CheckpointWriter(FileSystemWriter):
         manifest: what is saved; `finish` fills in time and files.
         claim: on the folder that `folder` is in.
         times: of what is saved there.
+        last: of the same ranks, and of the planner of this save.
         config: text of the file `config.resolved.toml`.
         keep_latest: checkpoints to leave after this one was added; 0 leaves all.
         damaged: names of checkpoints that are known to be damaged.
@@ -55,6 +61,7 @@ class CheckpointWriter(FileSystemWriter):
         manifest: Manifest,
         claim: Claim,
         times: folders.SaveTimes,
+        last: LastSave,
         config: str,
         keep_latest: int,
         damaged: Collection[str],
@@ -69,6 +76,7 @@ class CheckpointWriter(FileSystemWriter):
         self._damaged = damaged
         self._claim = claim
         self._times = times
+        self._last = last
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # rank 0 makes the folder, below
@@ -79,15 +87,17 @@ class CheckpointWriter(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
-        """Where each item was written, and last the records of this rank's files."""
+        """Where each item was written, if rank 0 does not know, and the records of the files."""
         try:
             # PyTorch's own checksums, slower and of the same bytes, would be checked by nobody.
             with cast(Any, serialization_config).patch("save.compute_crc32", False):
                 results = super().write_data(plan, planner).value()
         except Exception as error:
             raise cause_of_failed_write(error) from None
+        known = self._last.repeated and results == self._last.results
+        self._last.results = results
         done: Future[list[Any]] = Future()
-        done.set_result([*results, self.fs.records])
+        done.set_result([*([] if known else results), self.fs.records])
         return done
 
     def storage_meta(self) -> StorageMeta:
@@ -98,12 +108,17 @@ class CheckpointWriter(FileSystemWriter):
         files: dict[str, FileRecord] = {}
         for *_, records in results:
             files |= records
-        super().finish(metadata, [items for *items, _ in results])
-        write_durably(self.path / CONFIG_FILE, self._config.encode())
+        told = {item.index: item.storage_data for *items, _ in results for item in items}
+        last = self._last
+        if told or not last.repeated:
+            saved = pickle.loads(last.metadata) if last.repeated else metadata
+            saved.storage_data = {**(saved.storage_data or {}), **told}
+            saved.storage_meta, saved.version = self.storage_meta(), CURRENT_DCP_VERSION
+            last.metadata = pickle.dumps(saved)
         # It is sent to all ranks, which have no use for it.
         metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
-        files |= self.fs.records  # with that of .metadata
-        files[CONFIG_FILE] = FileRecord.of(self.path / CONFIG_FILE)
+        files[METADATA] = write_durably(self.path / METADATA, last.metadata)
+        files[CONFIG_FILE] = write_durably(self.path / CONFIG_FILE, self._config.encode())
         self._manifest.files = dict(sorted(files.items()))
         self._claim.check()
         self._manifest.saved_at = self._times.now()
@@ -119,7 +134,9 @@ class CheckpointWriter(FileSystemWriter):
         this afterwards they would wait for it in a step of training.
         """
         try:
-            found = folders.to_prune(self._folder.parent, self._keep_latest, self._damaged)
+            found = folders.to_prune(
+                self._folder.parent, self._keep_latest, self._damaged, self._times.whole
+            )
         except Exception as error:
             logger.warning("it is not known which old checkpoints to delete: %s", error)
             return
