@@ -1,4 +1,4 @@
-"""`tiny_llama` with a loss or a data loader of its author's, by the model's name:
+"""`tiny_llama` with a part of its author's, by the model's name:
 
 own_loss            a plain function
 own_loss_tells      one that wraps ours, and tells of it
@@ -7,8 +7,10 @@ own_loader_steps    a loader whose state is a number, not rows
 own_loader_noise    a loader that gives more than the model gets
 own_loader_ends     a loader that ends after two batches
 own_validator       a validator whose tokens the model does not know
+own_frozen          its embedding, norms and queries are frozen
 """
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +18,7 @@ import tiny_llama
 import torch
 
 from torchtitan.components.loss import build_loss, count_labels, cross_entropy
+from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 MODEL_CONFIGS = tiny_llama.MODEL_CONFIGS
@@ -117,6 +120,20 @@ def get_own_validator(flavor: str) -> TrainSpec:
     return replace(spec, build_validator_fn=lambda *_: UnknownTokens())
 
 
+class Frozen(Llama3Model):
+    """Of each kind of tensor-parallel style one: ours, and two of PyTorch's."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        for name, param in self.named_parameters():
+            param.requires_grad_(not re.search("tok_embeddings|norm|wq", name))
+
+
+def get_own_frozen(flavor: str) -> TrainSpec:
+    return replace(tiny_llama.get_train_spec(flavor), model_cls=Frozen)
+
+
+register_train_spec("own_frozen", get_own_frozen)
 register_train_spec("own_loss", get_own_loss)
 register_train_spec("own_loss_tells", get_own_loss_tells)
 register_train_spec("own_loss_forgets", get_own_loss_forgets)

@@ -133,10 +133,10 @@ class Trainer:
         self.pipeline = None
         if self.parallel_dims.pp_enabled:
             assert spec.pipeline_fn is not None  # or the config was refused
-            self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize_fn, self.loss_fn)
+            self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize, self.loss_fn)
             self.model_parts = self.pipeline.model_parts
         else:
-            self.model_parts = [spec.parallelize_fn(model, *layout)]
+            self.model_parts = [spec.parallelize(model, *layout)]
         if self.parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
         warn_of_unapplied(self.model_parts, job_config)

@@ -194,7 +194,7 @@ def load_model(source: Source) -> LoadedModel:
     for param in model.parameters():  # not the buffers: routers keep their state in float32
         param.data = param.data.to(dtype)
     if dims.world_size > 1:
-        model = spec.parallelize_fn(model, dims.world_mesh, dims, config)
+        model = spec.parallelize(model, dims.world_mesh, dims, config)
     _allocate(model, utils.device())
     load_model_weights(model, source.folder)
     return LoadedModel(source, model.eval(), dims)

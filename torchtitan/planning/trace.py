@@ -157,7 +157,7 @@ def _parallel_parts(
         repetition = repetition_of(part, job_config, inputs)
         if shallow is not None and repetition.worth_extrapolating:
             keep_layers(part, repetition.depth(repetition.traced[shallow]))
-    parts = [spec.parallelize_fn(part, dims.world_mesh, dims, job_config) for part in parts]
+    parts = [spec.parallelize(part, dims.world_mesh, dims, job_config) for part in parts]
     if dims.cp_enabled:
         require_applied_cp(parts, job_config)
     return parts

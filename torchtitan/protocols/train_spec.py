@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn as nn
 
 from torchtitan.config.upstream import value_instead
+from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
@@ -58,6 +60,20 @@ class TrainSpec:
             model = self.model_cls(args)
         if getattr(model, "args", None) is None:
             cast(Any, model).args = args  # which a checkpoint is compared with when it is resumed
+        return model
+
+    def parallelize(self, model: nn.Module, *layout: Any) -> nn.Module:
+        """`parallelize_fn`, after which what was frozen is frozen still.
+
+        PyTorch's `parallelize_module` makes parameters anew, which then all require gradients.
+        """
+        places = model.named_parameters(remove_duplicate=False)
+        frozen = {canonical_name(name) for name, param in places if not param.requires_grad}
+        model = self.parallelize_fn(model, *layout)
+        for name, param in model.named_parameters():
+            # In time for FSDP, which looks at it in the first forward pass.
+            if canonical_name(name) in frozen:
+                param.requires_grad_(False)
         return model
 
     def tokenizer(self, job_config: Any) -> Any:
