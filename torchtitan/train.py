@@ -36,6 +36,7 @@ from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
+from torchtitan.components.tokenizer import path_of
 from torchtitan.components.told import loader_metrics, loss_metrics
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validate import build_validator, check_validator, evaluating
@@ -94,7 +95,7 @@ class Trainer:
             use_deterministic_kernels()
         utils.init_distributed(job_config.comm.timeout_seconds)
         self.sum_over_ranks = HostSum()
-        check_resume(job_config, model_args, dist.group.WORLD)
+        check_resume(job_config, model_args, dist.group.WORLD, self.tokenizer)
         self.device = utils.device()
         self.replicas = Replicas(job_config)
         world_mesh = self.parallel_dims.world_mesh
@@ -157,7 +158,7 @@ class Trainer:
         self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.state = TrainState()
-        self.guard = Guard(job_config, self.parallel_dims, self.dp_rank)
+        self.guard = Guard(job_config, self.parallel_dims, self.dp_rank, path_of(self.tokenizer))
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
@@ -170,7 +171,7 @@ class Trainer:
             train_state=self.state,
             dp_mesh=world_mesh["dp"],
             guard=self.guard if self.guard.enabled else None,
-            has_tokenizer=self.tokenizer is not None,
+            tokenizer=self.tokenizer,
         )
         self.window = Window()
         self.may_hang = False

@@ -4,12 +4,13 @@ from .data_loader import DataLoader
 from .loss import Loss, build_loss
 from .lr_scheduler import build_lr_scheduler
 from .optimizer import build_optimizer
-from .tokenizer import build_tokenizer
+from .tokenizer import Tokenizer, build_tokenizer
 from .validator import Validator
 
 __all__ = [
     "DataLoader",
     "Loss",
+    "Tokenizer",
     "Validator",
     "build_loss",
     "build_lr_scheduler",

@@ -42,7 +42,6 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     check_layout(job_config, world_size)
     _check_datasets(job_config)
     _check_mixture(job_config)
-    _check_tokenizer(job_config)
     _check_optimizer(job_config)
     _check_schedule(job_config)
     _check_activation_checkpoint(job_config)
@@ -84,20 +83,6 @@ def _check_mixture(job_config: JobConfig) -> None:
         if i and phase.from_step <= (before := data.phases[i - 1].from_step):
             problem = f"must be more than that of the phase before, {before}"
             fail(job_config, f"data.phases.{i}.from_step", problem)
-
-
-def _check_tokenizer(job_config: JobConfig) -> None:
-    path = job_config.model.tokenizer_path
-    if path != "bytes" and not os.path.isfile(
-        os.path.join(os.path.expanduser(path), "tokenizer.json")
-    ):
-        fail(
-            job_config,
-            "model.tokenizer_path",
-            "not a folder with a Hugging Face tokenizer.json. Fetch one by `torchtitan download "
-            "ORGANISATION/NAME --include tokenizer --include config` (into assets/NAME), or use "
-            "'bytes', which needs no file, for a model with as few ids",
-        )
 
 
 def _refuse_dataset_beside_sources(job_config: JobConfig) -> None:

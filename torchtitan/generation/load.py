@@ -29,7 +29,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
 )
 from torchtitan.components.checkpoint.storage import is_url, storage_path
 from torchtitan.components.model_fit import fits_vocabulary
-from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
 from torchtitan.distributed import utils
@@ -292,7 +292,7 @@ def _stop_tokens(source: Source) -> frozenset[int]:
     a turn of the run's conversations.
     """
     config = source.job_config
-    folders = [config.model.tokenizer_path]
+    folders = [path_of(source.tokenizer)]
     if source.is_hf:
         folders.append(str(source.folder))
     elif source.is_converted and source.manifest:
@@ -301,7 +301,8 @@ def _stop_tokens(source: Source) -> frozenset[int]:
     for folder in folders:
         if folder not in ("", "bytes"):
             tokens.update(_told_ends(Path(folder).expanduser()))
-    if source.of_run and source.manifest and source.manifest.data.get("has_conversations"):
+    manifest = source.manifest if source.of_run and folders[0] else None
+    if manifest and manifest.data.get("has_conversations"):
         turn = end_of_turn(Path(folders[0]).expanduser(), config.data.chat_template)
         tokens |= set() if turn is None else {turn}
     return frozenset(tokens)

@@ -62,7 +62,7 @@ class TrainSpec:
             cast(Any, model).args = args  # which a checkpoint is compared with when it is resumed
         return model
 
-    def parallelize(self, model: nn.Module, *layout: Any) -> nn.Module:
+    def parallelize(self, model: nn.Module, *layout: Any) -> Any:
         """`parallelize_fn`, after which what was frozen is frozen still.
 
         PyTorch's `parallelize_module` makes parameters anew, which then all require gradients.

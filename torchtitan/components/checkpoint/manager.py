@@ -47,6 +47,7 @@ from .writer import CheckpointWriter, error_of_failed_save
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
+    from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
@@ -75,7 +76,7 @@ class CheckpointManager:
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
-        has_tokenizer: whether the model reads by the tokenizer of the config, so exports have it.
+        tokenizer: that the model reads by, or None.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class CheckpointManager:
         train_state: Stateful,
         dp_mesh: DeviceMesh,
         guard: Stateful | None = None,
-        has_tokenizer: bool = True,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
@@ -109,7 +110,9 @@ class CheckpointManager:
             dp_mesh=dp_mesh,
             guard=guard,
         )
-        self._model_description = describe_model(job_config, getattr(model_parts[0], "args", None))
+        self._model_description = describe_model(
+            job_config, getattr(model_parts[0], "args", None), tokenizer
+        )
         self._lineage: list[StoragePath] = []
         """What this run resumed from and has saved, to which it can go back."""
         self._damaged: set[str] = set()
@@ -119,7 +122,7 @@ class CheckpointManager:
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._final_export = FinalExport(
-            job_config, model_parts, dataloader, has_tokenizer, self._root, self._claim, self._group
+            job_config, model_parts, dataloader, tokenizer, self._root, self._claim, self._group
         )
         self._background = BackgroundSaves(model_parts, optimizers, self._group)
         self.last_saved: int | None = None

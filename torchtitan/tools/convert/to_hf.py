@@ -109,7 +109,14 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
-    assets = ExportAssets(tokenizer if reads_texts else "", described.get("seq_len", 0), like)
+    own = described.get("own_tokenizer", {}) if not tokenizer else {}
+    assets = ExportAssets(
+        tokenizer if reads_texts else "",
+        described.get("seq_len", 0),
+        like,
+        bos_id=own.get("bos_id"),
+        eos_id=own.get("eos_id"),
+    )
     data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
     if data is None:  # it is not of a run, so no more is known
         return assets
