@@ -33,7 +33,7 @@ from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import fitting_model
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
-from torchtitan.components.optimizer import check_rules
+from torchtitan.components.optimizer import check_rules, container_of
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.tokenizer import path_of
@@ -155,7 +155,8 @@ class Trainer:
 
         self.expert_balance = ExpertBalance(self.model_parts, self.parallel_dims)
         attach_loss(self.loss_fn, self.model_parts)
-        self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
+        built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
+        self.optimizers = container_of(built, self.model_parts, job_config)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.state = TrainState()
         self.guard = Guard(job_config, self.parallel_dims, self.dp_rank, path_of(self.tokenizer))

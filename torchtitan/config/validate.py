@@ -112,7 +112,8 @@ def _check_optimizer(job_config: JobConfig) -> None:
 
     name = job_config.optimizer.name
     if name not in OPTIMIZERS:
-        problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)}"
+        problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)} One of your own is made "
+        problem += "known by register_optimizer"
         fail(job_config, "optimizer.name", problem)
     for i, rule in enumerate(job_config.optimizer.rules):
         key = f"optimizer.rules.{i}"

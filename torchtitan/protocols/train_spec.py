@@ -28,7 +28,8 @@ class TrainSpec:
     * `parallelize_fn(model, world_mesh, parallel_dims, job_config) -> model`
     * `pipeline_fn(model, world_mesh, parallel_dims, job_config, parallelize_fn, loss_fn) ->
       Pipeline`; `torchtitan.distributed.pipeline_parallel.build_pipeline` is one
-    * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`
+    * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`, or, where
+      there is one part, its `torch.optim.Optimizer`
     * `build_lr_scheduler_fn(optimizers, job_config) -> LRSchedulersContainer`
     * `build_dataloader_fn(job_config, tokenizer, dp_rank, dp_world_size) -> DataLoader`,
       what `torchtitan.components.DataLoader` describes
