@@ -14,7 +14,8 @@ import gc
 import logging
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -77,9 +78,26 @@ _SECONDS_AFTER_A_FAILURE = 3.0
 
 
 class Trainer:
-    """One training run."""
+    """One training run.
+
+    A process has one at a time: until `train` or `close` ends, or a failure of either or of the
+    set-up, which close it too.
+
+    Raises:
+        RuntimeError: the process has a process group already, such as another trainer's.
+    """
 
     def __init__(self, job_config: JobConfig) -> None:
+        if dist.is_initialized():
+            raise RuntimeError(
+                "this process has a process group already: another Trainer's, which its train() or "
+                "close() ends, or your own (dist.destroy_process_group())"
+            )
+        self._closed = self.may_hang = False
+        with self._closing_on_failure():
+            self._set_up(job_config)
+
+    def _set_up(self, job_config: JobConfig) -> None:
         self.job_config = job_config = with_own_folder(job_config)
 
         # Refuse: what a user can get wrong is found before memory is taken, and before processes
@@ -175,7 +193,6 @@ class Trainer:
             tokenizer=self.tokenizer,
         )
         self.window = Window()
-        self.may_hang = False
 
     def _describe(self, model: torch.nn.Module) -> None:
         logger.info(
@@ -195,6 +212,45 @@ class Trainer:
             Whether the last step is done.
         """
         config = self.job_config
+        with self._closing_on_failure():
+            self._begin()
+            stop = StopRequest()
+            gc_control = GarbageCollection(config.training.gc_freq)
+            try:
+                with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
+                    while self.state.step < config.training.steps:
+                        self.replicas.begin_step()
+                        self.state.step += 1
+                        with self.stragglers.measure(self.state.step):
+                            stopping = self.train_step(stop)
+                        self.watch.enter("after the step", self.state.step)
+                        if self.replicas.lost_step:
+                            self.state.step -= 1
+                            continue
+                        tokens = self.replicas.present(self.tokens_per_step)
+                        self.window.tokens += tokens
+                        if not self.guard.troubled:
+                            self.state.tokens_seen += tokens
+                        if not (self.guard.rollback_due and self._roll_back()):
+                            self._after_step(stopping)
+                        with self.metrics.pause():
+                            profiler.step(self.state.step)
+                        gc_control.step(self.state.step)
+                        if stopping:
+                            break
+                self.close()
+            finally:  # after a failure nothing is left to save: a signal may end what hangs then
+                gc_control.close()
+                stop.close()
+        finished = self.state.step >= config.training.steps
+        logger.info(
+            "training %s step %d", "finished at" if finished else "stopped after", self.state.step
+        )
+        return finished
+
+    def _begin(self) -> None:
+        """Load what there is to go on from."""
+        config = self.job_config
         self.watch.start()
         if self.checkpointer.load() == 0:
             warn_of_bytes(config, self.tokenizer)
@@ -204,46 +260,6 @@ class Trainer:
         self.metrics.start(self.state.step)
         common = self.checkpointer.replica_state, self.checkpointer.load_replica_state
         self.replicas.start(self.state.step, *common)
-        stop = StopRequest()
-        gc_control = GarbageCollection(config.training.gc_freq)
-        try:
-            with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
-                while self.state.step < config.training.steps:
-                    self.replicas.begin_step()
-                    self.state.step += 1
-                    with self.stragglers.measure(self.state.step):
-                        stopping = self.train_step(stop)
-                    self.watch.enter("after the step", self.state.step)
-                    if self.replicas.lost_step:
-                        self.state.step -= 1
-                        continue
-                    tokens = self.replicas.present(self.tokens_per_step)
-                    self.window.tokens += tokens
-                    if not self.guard.troubled:
-                        self.state.tokens_seen += tokens
-                    if not (self.guard.rollback_due and self._roll_back()):
-                        self._after_step(stopping)
-                    with self.metrics.pause():
-                        profiler.step(self.state.step)
-                    gc_control.step(self.state.step)
-                    if stopping:
-                        break
-        except BaseException as error:
-            stop.close()  # nothing is left to save, so a signal may end a process that hangs
-            patience = None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE
-            self.close(patience, failed=True)
-            raise
-        else:
-            self.close()
-        finally:
-            gc_control.close()
-            self.metrics.close()
-            stop.close()
-        finished = self.state.step >= config.training.steps
-        logger.info(
-            "training %s step %d", "finished at" if finished else "stopped after", self.state.step
-        )
-        return finished
 
     def train_step(self, stop: StopRequest) -> bool:
         """One optimizer step. Returns whether a rank was asked to stop, the same on every rank."""
@@ -401,22 +417,38 @@ class Trainer:
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [param for part in self.model_parts for param in part.parameters()]
 
+    @contextmanager
+    def _closing_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            patience = None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE
+            self.close(patience, failed=True)
+            raise
+
     def close(self, save_timeout: float | None = None, failed: bool = False) -> None:
-        """Stop the background threads and leave the process group.
+        """Stop the background threads and leave the process group. A second call does nothing.
 
         `save_timeout` is in seconds. After it, a save in the background is left alone. `failed`:
-        other ranks may be gone, or never come here.
+        other ranks may be gone, or never come here, and parts of this may not have been made.
         """
+        if self._closed:
+            return
+        self._closed = True
         # NCCL would first wait for all collectives under way, and so for those ranks.
-        self.may_hang = failed and self.device.type == "cuda"
-        self.watch.close()
-        self.replicas.close()
-        self.dataloader.close()
-        if self.validator:
-            self.validator.close()
-        self.may_hang |= not self.checkpointer.close(save_timeout)
-        if not self.may_hang:
-            dist.destroy_process_group()
+        self.may_hang = failed and utils.in_cuda_group() and dist.get_world_size() > 1
+        made = vars(self)
+        try:
+            for name in ("watch", "replicas", "dataloader", "validator"):
+                if made.get(name) is not None:
+                    made[name].close()
+            if "checkpointer" in made:
+                self.may_hang |= not self.checkpointer.close(save_timeout)
+            if dist.is_initialized() and not self.may_hang:
+                dist.destroy_process_group()
+        finally:
+            if "metrics" in made:
+                self.metrics.close()
 
 
 @exit_on_user_error()
