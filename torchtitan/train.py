@@ -59,6 +59,7 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.hang_watch import HangWatch
 from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
+from torchtitan.distributed.names import require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.distributed.unapplied import warn_of_unapplied
@@ -135,6 +136,8 @@ class Trainer:
         vocab_size = getattr(model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, self.parallel_dims, job_config, vocab_size)
         check_rules(model, job_config)
+        if pattern := job_config.checkpoint.initial_load_exclude:
+            require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
         self._describe(model)
         self.loss_fn = spec.build_loss_fn(job_config)
         with loader_outages(job_config):

@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.muon import Muon
-from torchtitan.config.load import fail
-from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -224,12 +223,8 @@ def check_rules(model: nn.Module, job_config: JobConfig) -> None:
     Raises:
         ConfigError: the pattern of a rule matches no parameter.
     """
-    names = [canonical_name(fqn) for fqn, _ in model.named_parameters()]
     for i, rule in enumerate(job_config.optimizer.rules):
-        if not any(re.search(rule.pattern, name) for name in names):
-            some = ", ".join(names[:: max(1, len(names) // 5)][:5])
-            problem = f"pattern {rule.pattern!r} matches no parameter. Some of their names: {some}"
-            fail(job_config, f"optimizer.rules.{i}", problem)
+        require_match(rule.pattern, model, job_config, f"optimizer.rules.{i}")
 
 
 def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:

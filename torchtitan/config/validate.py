@@ -119,10 +119,14 @@ def _check_optimizer(job_config: JobConfig) -> None:
         key = f"optimizer.rules.{i}"
         if not rule.pattern:
             fail(job_config, key, "needs a pattern")
-        try:
-            re.compile(rule.pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            fail(job_config, f"{key}.pattern", f"not a regular expression: {error}")
+        _check_pattern(job_config, f"{key}.pattern", rule.pattern)
+
+
+def _check_pattern(job_config: JobConfig, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        fail(job_config, key, f"not a regular expression: {error}")
 
 
 def _check_schedule(job_config: JobConfig) -> None:
@@ -257,6 +261,8 @@ def _check_storage(job_config: JobConfig) -> None:
 
 
 def _check_initial_load(job_config: JobConfig) -> None:
+    exclude = job_config.checkpoint.initial_load_exclude
+    _check_pattern(job_config, "checkpoint.initial_load_exclude", exclude)
     in_hf, path = job_config.checkpoint.initial_load_in_hf, job_config.checkpoint.initial_load_path
     key = "checkpoint.initial_load_path" if path else "checkpoint.initial_load_in_hf"
     if in_hf and not path:

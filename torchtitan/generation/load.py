@@ -42,6 +42,7 @@ from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_f
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint
 from torchtitan.protocols.model import ModelProtocol
+from torchtitan.protocols.model_converter import convert_to_load
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
 from torchtitan.tools.run_folder import CONFIG_FILE
 
@@ -191,6 +192,7 @@ def load_model(source: Source) -> LoadedModel:
     dims = ParallelDims.from_config(config.parallelism, utils.world_size())
     dtype = getattr(torch, config.training.mixed_precision_param)
     model = spec.meta_model()
+    convert_to_load(model, config, dims)
     for param in model.parameters():  # not the buffers: routers keep their state in float32
         param.data = param.data.to(dtype)
     if dims.world_size > 1:

@@ -31,6 +31,7 @@ from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
 from .model_identity import describe_model
 from .owner import Claim, TakenOverError, require_shared
+from .reader import MisfitError
 from .resume import (
     folders_to_resume,
     gone_on_since,
@@ -281,8 +282,18 @@ class CheckpointManager:
                 return step
         path = self._initial_load_path
         if path is not None:
-            load_weights_of_parts(self._model_parts, path, self._group, self._config.verify)
-            logger.info("started from the weights in %s", path)
+            exclude = self._config.initial_load_exclude
+            try:
+                load_weights_of_parts(
+                    self._model_parts, path, self._group, self._config.verify, exclude
+                )
+            except MisfitError as error:
+                raise CheckpointError(
+                    f"{error}. Parameters that match checkpoint.initial_load_exclude are not read "
+                    "and begin with their initial values"
+                ) from error
+            apart = f", but for parameters that match {exclude!r}" if exclude else ""
+            logger.info("started from the weights in %s%s", path, apart)
         return 0
 
     def roll_back(self, exclude: Collection[str] = ()) -> int | None:
