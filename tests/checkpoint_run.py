@@ -97,13 +97,12 @@ class Run:
         steps: int = 10,
         model: nn.Module | None = None,
         optimizer: str = "AdamW",
-        tokenizer: str = "bytes",
+        tokenizer: Any = None,
         **checkpoint: Any,
     ) -> None:
         self.config = config = JobConfig()
         config.job.dump_folder = str(dump_folder)
         config.training.steps = steps
-        config.model.tokenizer_path = tokenizer
         config.optimizer.name, config.optimizer.lr = optimizer, 1e-2
         config.lr_scheduler.warmup_steps = 1
         for key, value in ({"enable": True, "interval": 2} | checkpoint).items():
@@ -123,6 +122,7 @@ class Run:
             dataloader=self.loader,
             train_state=self.state,
             dp_mesh=parallel_dims.world_mesh["dp"],
+            tokenizer=tokenizer,
         )
 
     def train(self, until: int, last: bool = False) -> list[float]:

@@ -57,7 +57,7 @@ def assert_equal_weights(
 
 def newest_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The whole tensors of the model in the newest checkpoint of a dump folder."""
-    checkpoints = (folder / "checkpoint").glob("step-*")
+    checkpoints = (folder / "checkpoint").glob("step-*[0-9]")
     checkpoint = max(checkpoints, key=lambda path: int(path.name.removeprefix("step-")))
     metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     state = {

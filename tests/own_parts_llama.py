@@ -1,4 +1,4 @@
-"""`tiny_llama` with a loss or a data loader of its author's, by the model's name:
+"""`tiny_llama` with a part of its author's, by the model's name:
 
 own_loss            a plain function
 own_loss_tells      one that wraps ours, and tells of it
@@ -7,16 +7,24 @@ own_loader_steps    a loader whose state is a number, not rows
 own_loader_noise    a loader that gives more than the model gets
 own_loader_ends     a loader that ends after two batches
 own_validator       a validator whose tokens the model does not know
+own_tokenizer       a tokenizer that is neither bytes nor Hugging Face's
+own_adapters        exports leave out the adapters of the converter `adapters`
+own_frozen          its embedding, norms and queries are frozen
 """
 
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import tiny_llama
 import torch
+import torch.nn as nn
 
 from torchtitan.components.loss import build_loss, count_labels, cross_entropy
-from torchtitan.protocols import TrainSpec, register_train_spec
+from torchtitan.models.llama3.model import Llama3Model, Llama3StateDictAdapter
+from torchtitan.protocols import TrainSpec, register_model_converter, register_train_spec
+from torchtitan.protocols.model import layers_of
 
 MODEL_CONFIGS = tiny_llama.MODEL_CONFIGS
 
@@ -117,6 +125,97 @@ def get_own_validator(flavor: str) -> TrainSpec:
     return replace(spec, build_validator_fn=lambda *_: UnknownTokens())
 
 
+class Frozen(Llama3Model):
+    """Of each kind of tensor-parallel style one: ours, and two of PyTorch's."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        for name, param in self.named_parameters():
+            param.requires_grad_(not re.search("tok_embeddings|norm|wq", name))
+
+
+def get_own_frozen(flavor: str) -> TrainSpec:
+    return replace(tiny_llama.get_train_spec(flavor), model_cls=Frozen)
+
+
+class Letters:
+    """Of `model.tokenizer_path`, a file: the letters that there are."""
+
+    vocab_size, bos_id, eos_id = 40, None, 0
+
+    def __init__(self, letters: str = "etaoin") -> None:
+        self.fingerprint = letters
+
+    def encode(self, text):
+        return [self.fingerprint.find(letter) + 2 for letter in text]
+
+    def decode(self, ids):
+        return "".join(self.fingerprint[i - 2] for i in ids if i > 1)
+
+
+def get_own_tokenizer(flavor: str) -> TrainSpec:
+    return replace(
+        tiny_llama.get_train_spec(flavor),
+        build_tokenizer_fn=lambda config: Letters(Path(config.model.tokenizer_path).read_text()),
+    )
+
+
+class Adapted(nn.Linear):
+    """A linear layer, frozen, with one of rank 2 beside it that learns, and is 0 at first."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight.requires_grad_(False)
+        self.down = nn.Parameter(torch.empty(2, linear.in_features, device="meta"))
+        self.up = nn.Parameter(torch.empty(linear.out_features, 2, device="meta"))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if hasattr(self, "down"):
+            nn.init.normal_(self.down)
+            nn.init.zeros_(self.up)
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class Adapters:
+    changes_parameters = True
+
+    def __init__(self, job_config, parallel_dims):
+        pass
+
+    def convert(self, model):
+        model.requires_grad_(False)
+        for layer in layers_of(model).values():
+            layer.attention.wq = Adapted(layer.attention.wq)
+
+    def post_optimizer_hook(self, model_parts):
+        pass
+
+
+class WithoutAdapters(Llama3StateDictAdapter):
+    def to_hf(self, state_dict):
+        kept = {k: t for k, t in state_dict.items() if not k.endswith(("wq.down", "wq.up"))}
+        return super().to_hf(kept)
+
+
+class ForAdapters(Llama3Model):
+    """A class of its own, by which its adapter to Hugging Face is found."""
+
+
+def get_own_adapters(flavor: str) -> TrainSpec:
+    return replace(
+        tiny_llama.get_train_spec(flavor),
+        model_cls=ForAdapters,
+        state_dict_adapter=WithoutAdapters,
+    )
+
+
+register_model_converter(Adapters, "adapters")
+register_train_spec("own_adapters", get_own_adapters)
+register_train_spec("own_tokenizer", get_own_tokenizer)
+register_train_spec("own_frozen", get_own_frozen)
 register_train_spec("own_loss", get_own_loss)
 register_train_spec("own_loss_tells", get_own_loss_tells)
 register_train_spec("own_loss_forgets", get_own_loss_forgets)

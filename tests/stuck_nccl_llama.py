@@ -27,7 +27,8 @@ _close, _destroy, _load = Trainer.close, dist.destroy_process_group, CheckpointM
 
 
 def _close_on_cuda(self, *args, **kwargs) -> None:
-    self.device = torch.device("cuda")
+    if os.environ.get("FAILS"):
+        utils.device_type = lambda: "cuda"
     _close(self, *args, **kwargs)
 
 

@@ -14,7 +14,8 @@ import gc
 import logging
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,9 +34,10 @@ from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import fitting_model
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
-from torchtitan.components.optimizer import check_rules
+from torchtitan.components.optimizer import check_rules, container_of
 from torchtitan.components.replay import Replay
 from torchtitan.components.stragglers import Stragglers
+from torchtitan.components.tokenizer import path_of
 from torchtitan.components.told import loader_metrics, loss_metrics
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validate import build_validator, check_validator, evaluating
@@ -57,6 +59,7 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.hang_watch import HangWatch
 from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
+from torchtitan.distributed.names import require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.distributed.unapplied import warn_of_unapplied
@@ -76,9 +79,26 @@ _SECONDS_AFTER_A_FAILURE = 3.0
 
 
 class Trainer:
-    """One training run."""
+    """One training run.
+
+    A process has one at a time: until `train` or `close` ends, or a failure of either or of the
+    set-up, which close it too.
+
+    Raises:
+        RuntimeError: the process has a process group already, such as another trainer's.
+    """
 
     def __init__(self, job_config: JobConfig) -> None:
+        if dist.is_initialized():
+            raise RuntimeError(
+                "this process has a process group already: another Trainer's, which its train() or "
+                "close() ends, or your own (dist.destroy_process_group())"
+            )
+        self._closed = self.may_hang = False
+        with self._closing_on_failure():
+            self._set_up(job_config)
+
+    def _set_up(self, job_config: JobConfig) -> None:
         self.job_config = job_config = with_own_folder(job_config)
 
         # Refuse: what a user can get wrong is found before memory is taken, and before processes
@@ -94,7 +114,7 @@ class Trainer:
             use_deterministic_kernels()
         utils.init_distributed(job_config.comm.timeout_seconds)
         self.sum_over_ranks = HostSum()
-        check_resume(job_config, model_args, dist.group.WORLD)
+        check_resume(job_config, model_args, dist.group.WORLD, self.tokenizer)
         self.device = utils.device()
         self.replicas = Replicas(job_config)
         world_mesh = self.parallel_dims.world_mesh
@@ -116,6 +136,8 @@ class Trainer:
         vocab_size = getattr(model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, self.parallel_dims, job_config, vocab_size)
         check_rules(model, job_config)
+        if pattern := job_config.checkpoint.initial_load_exclude:
+            require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
         self._describe(model)
         self.loss_fn = spec.build_loss_fn(job_config)
         with loader_outages(job_config):
@@ -133,10 +155,10 @@ class Trainer:
         self.pipeline = None
         if self.parallel_dims.pp_enabled:
             assert spec.pipeline_fn is not None  # or the config was refused
-            self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize_fn, self.loss_fn)
+            self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize, self.loss_fn)
             self.model_parts = self.pipeline.model_parts
         else:
-            self.model_parts = [spec.parallelize_fn(model, *layout)]
+            self.model_parts = [spec.parallelize(model, *layout)]
         if self.parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
         warn_of_unapplied(self.model_parts, job_config)
@@ -154,10 +176,11 @@ class Trainer:
 
         self.expert_balance = ExpertBalance(self.model_parts, self.parallel_dims)
         attach_loss(self.loss_fn, self.model_parts)
-        self.optimizers = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
+        built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
+        self.optimizers = container_of(built, self.model_parts, job_config)
         self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.state = TrainState()
-        self.guard = Guard(job_config, self.parallel_dims, self.dp_rank)
+        self.guard = Guard(job_config, self.parallel_dims, self.dp_rank, path_of(self.tokenizer))
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
@@ -170,10 +193,9 @@ class Trainer:
             train_state=self.state,
             dp_mesh=world_mesh["dp"],
             guard=self.guard if self.guard.enabled else None,
-            has_tokenizer=self.tokenizer is not None,
+            tokenizer=self.tokenizer,
         )
         self.window = Window()
-        self.may_hang = False
 
     def _describe(self, model: torch.nn.Module) -> None:
         logger.info(
@@ -193,6 +215,45 @@ class Trainer:
             Whether the last step is done.
         """
         config = self.job_config
+        with self._closing_on_failure():
+            self._begin()
+            stop = StopRequest()
+            gc_control = GarbageCollection(config.training.gc_freq)
+            try:
+                with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
+                    while self.state.step < config.training.steps:
+                        self.replicas.begin_step()
+                        self.state.step += 1
+                        with self.stragglers.measure(self.state.step):
+                            stopping = self.train_step(stop)
+                        self.watch.enter("after the step", self.state.step)
+                        if self.replicas.lost_step:
+                            self.state.step -= 1
+                            continue
+                        tokens = self.replicas.present(self.tokens_per_step)
+                        self.window.tokens += tokens
+                        if not self.guard.troubled:
+                            self.state.tokens_seen += tokens
+                        if not (self.guard.rollback_due and self._roll_back()):
+                            self._after_step(stopping)
+                        with self.metrics.pause():
+                            profiler.step(self.state.step)
+                        gc_control.step(self.state.step)
+                        if stopping:
+                            break
+                self.close()
+            finally:  # after a failure nothing is left to save: a signal may end what hangs then
+                gc_control.close()
+                stop.close()
+        finished = self.state.step >= config.training.steps
+        logger.info(
+            "training %s step %d", "finished at" if finished else "stopped after", self.state.step
+        )
+        return finished
+
+    def _begin(self) -> None:
+        """Load what there is to go on from."""
+        config = self.job_config
         self.watch.start()
         if self.checkpointer.load() == 0:
             warn_of_bytes(config, self.tokenizer)
@@ -202,46 +263,6 @@ class Trainer:
         self.metrics.start(self.state.step)
         common = self.checkpointer.replica_state, self.checkpointer.load_replica_state
         self.replicas.start(self.state.step, *common)
-        stop = StopRequest()
-        gc_control = GarbageCollection(config.training.gc_freq)
-        try:
-            with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
-                while self.state.step < config.training.steps:
-                    self.replicas.begin_step()
-                    self.state.step += 1
-                    with self.stragglers.measure(self.state.step):
-                        stopping = self.train_step(stop)
-                    self.watch.enter("after the step", self.state.step)
-                    if self.replicas.lost_step:
-                        self.state.step -= 1
-                        continue
-                    tokens = self.replicas.present(self.tokens_per_step)
-                    self.window.tokens += tokens
-                    if not self.guard.troubled:
-                        self.state.tokens_seen += tokens
-                    if not (self.guard.rollback_due and self._roll_back()):
-                        self._after_step(stopping)
-                    with self.metrics.pause():
-                        profiler.step(self.state.step)
-                    gc_control.step(self.state.step)
-                    if stopping:
-                        break
-        except BaseException as error:
-            stop.close()  # nothing is left to save, so a signal may end a process that hangs
-            patience = None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE
-            self.close(patience, failed=True)
-            raise
-        else:
-            self.close()
-        finally:
-            gc_control.close()
-            self.metrics.close()
-            stop.close()
-        finished = self.state.step >= config.training.steps
-        logger.info(
-            "training %s step %d", "finished at" if finished else "stopped after", self.state.step
-        )
-        return finished
 
     def train_step(self, stop: StopRequest) -> bool:
         """One optimizer step. Returns whether a rank was asked to stop, the same on every rank."""
@@ -399,22 +420,38 @@ class Trainer:
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [param for part in self.model_parts for param in part.parameters()]
 
+    @contextmanager
+    def _closing_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            patience = None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE
+            self.close(patience, failed=True)
+            raise
+
     def close(self, save_timeout: float | None = None, failed: bool = False) -> None:
-        """Stop the background threads and leave the process group.
+        """Stop the background threads and leave the process group. A second call does nothing.
 
         `save_timeout` is in seconds. After it, a save in the background is left alone. `failed`:
-        other ranks may be gone, or never come here.
+        other ranks may be gone, or never come here, and parts of this may not have been made.
         """
+        if self._closed:
+            return
+        self._closed = True
         # NCCL would first wait for all collectives under way, and so for those ranks.
-        self.may_hang = failed and self.device.type == "cuda"
-        self.watch.close()
-        self.replicas.close()
-        self.dataloader.close()
-        if self.validator:
-            self.validator.close()
-        self.may_hang |= not self.checkpointer.close(save_timeout)
-        if not self.may_hang:
-            dist.destroy_process_group()
+        self.may_hang = failed and utils.in_cuda_group() and dist.get_world_size() > 1
+        made = vars(self)
+        try:
+            for name in ("watch", "replicas", "dataloader", "validator"):
+                if made.get(name) is not None:
+                    made[name].close()
+            if "checkpointer" in made:
+                self.may_hang |= not self.checkpointer.close(save_timeout)
+            if dist.is_initialized() and not self.may_hang:
+                dist.destroy_process_group()
+        finally:
+            if "metrics" in made:
+                self.metrics.close()
 
 
 @exit_on_user_error()

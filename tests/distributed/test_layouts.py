@@ -168,3 +168,19 @@ def test_larger_layout_gives_the_losses_of_one_process_on_documents(
     processes, local_batch_size, *options = LONG_DOCUMENT_LAYOUTS[name]
     folder = train_layout(tmp_path, processes, local_batch_size, DOCUMENTS, *options)
     assert_equal_runs(folder, one_process_of_documents)
+
+
+FROZEN = ("--job.custom_import=own_parts_llama", "--model.name=own_frozen", "--training.steps=3")
+
+
+def test_what_the_model_freezes_stays_frozen_under_tensor_parallelism(tmp_path: Path) -> None:
+    """PyTorch's styles make new parameters, which require gradients."""
+    expected = train_layout(tmp_path / "one", 1, 8, *FROZEN)
+    assert_equal_runs(train_layout(tmp_path / "tp2", 2, 8, *FROZEN, TP2), expected)
+
+
+@pytest.mark.long
+def test_what_the_model_freezes_stays_frozen_in_stages(tmp_path: Path) -> None:
+    expected = train_layout(tmp_path / "one", 1, 8, *FROZEN)
+    pp2 = "--parallelism.pipeline_parallel_degree=2"
+    assert_equal_runs(train_layout(tmp_path / "pp2xtp2", 4, 8, *FROZEN, TP2, pp2), expected)

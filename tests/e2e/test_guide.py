@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 import textwrap
@@ -213,6 +214,33 @@ def test_the_guides_loss_of_two_terms_is_logged_apart(
     for key in ("loss", "loss_after"):
         one, two = ([line[key] for line in lines] for lines in logged)
         assert two == pytest.approx(one, rel=1e-4) and one[-1] < one[0] - 0.2, key
+
+
+def test_the_guides_tokenizer_optimizer_and_converter_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letters").write_text(string.printable)
+    own = ["--model.tokenizer_path=letters", "--optimizer.name=Lion", "--optimizer.lr=5e-3"]
+    words = options(tmp_path, *own, whole=False)
+    package, blocks = tmp_path / "my_pkg" / "your_model", code_blocks()
+    for name in ("tokenizer", "optimizer", "adapters"):
+        (package / f"{name}.py").write_text(blocks[f"{name}.py"])
+    init = package / "__init__.py"
+    text = init.read_text().replace(", build_tokenizer\n", "\n")
+    init.write_text(
+        "from . import adapters, optimizer\nfrom .tokenizer import Letters as build_tokenizer\n" + text
+    )
+    for tensor_parallel in (1, 2):
+        degree = f"--parallelism.tensor_parallel_degree={tensor_parallel}"
+        done = command("train", *words, degree, ranks=tensor_parallel)
+        assert done.exit_code == 0, done.err
+        first, *_, last = losses(tmp_path)
+        assert last < first - 0.2
+        shutil.rmtree(tmp_path / "run")
+    done = command("train", *words, "--model.converters=adapters", "--checkpoint.enable")
+    assert done.exit_code == 0, done.err
+    shell(["torchtitan", "generate", "--checkpoint=run", "--prompt=a"], cwd=tmp_path)
 
 
 def test_the_guides_training_configs_load_as_they_stand(tmp_path: Path) -> None:

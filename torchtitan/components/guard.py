@@ -56,9 +56,16 @@ class Guard:
 
     Args:
         dp_rank: number of this data rank, whose rows of a bad batch are kept for inspection.
+        tokenizer: `bytes` or a folder, by which they are shown as text; "": they are not.
     """
 
-    def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims, dp_rank: int) -> None:
+    def __init__(
+        self,
+        job_config: JobConfig,
+        parallel_dims: ParallelDims,
+        dp_rank: int,
+        tokenizer: str,
+    ) -> None:
         training = job_config.training
         self._on: dict[Trouble, str] = {
             "nonfinite": training.on_nonfinite,
@@ -77,7 +84,7 @@ class Guard:
         mesh = parallel_dims.world_mesh
         others = [name for name in ("pp", "cp", "tp") if name in (mesh.mesh_dim_names or ())]
         self._keeps_rows = all(mesh[name].get_local_rank() == 0 for name in others)
-        self._dp_rank = dp_rank
+        self._dp_rank, self._tokenizer = dp_rank, tokenizer
         self._kept = 0
 
     def allows(
@@ -218,7 +225,7 @@ class Guard:
             "batch": batch,
             "loss": str(loss),
             "grad_norm": str(norm),
-            "tokenizer": self._config.model.tokenizer_path,
+            "tokenizer": self._tokenizer,
         }
         try:
             if self._keeps_rows:

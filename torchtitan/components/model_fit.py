@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchtitan.components.checkpoint.huggingface import check_exchange
+from torchtitan.components.tokenizer import check_tokenizer
 from torchtitan.config.load import fail
 from torchtitan.config.unlikely import unlikely
 from torchtitan.config.validate import validate
@@ -42,6 +43,7 @@ def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
     model_args = spec.model_args.update_from_config(job_config)
     check_exchange(job_config, spec, model_args)
     tokenizer = spec.tokenizer(job_config)
+    check_tokenizer(tokenizer, job_config)
     check_vocabulary(tokenizer, model_args, job_config)
     return FittingModel(spec, model_args, tokenizer)
 

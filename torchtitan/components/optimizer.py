@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.muon import Muon
-from torchtitan.config.load import fail
-from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,14 +53,14 @@ Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Opt
 def _adam(cls: type[torch.optim.Adam]) -> Build:
     def build(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
         betas = (config.beta1, config.beta2)
-        groups = _param_groups(params, config.lr)
+        groups = param_groups(params, config.lr)
         return [cls(groups, lr=config.lr, betas=betas, eps=config.eps, **_kernel(config))]
 
     return build
 
 
 def _sgd(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    groups = _param_groups(params, config.lr)
+    groups = param_groups(params, config.lr)
     # The fused kernel of SGD knows no sharded parameters; foreach is its nearest.
     foreach = config.implementation != "for-loop"
     return [torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=foreach)]
@@ -76,7 +75,7 @@ def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.o
     others = [p for p in params if not p.is_hidden_matrix]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        groups = _param_groups(matrices, config.muon_lr)
+        groups = param_groups(matrices, config.muon_lr)
         optimizers.append(Muon(groups, lr=config.muon_lr, momentum=config.momentum))
     if others:
         optimizers += OPTIMIZERS["AdamW"](others, config)
@@ -92,8 +91,25 @@ OPTIMIZERS: dict[str, Build] = {
 """`optimizer.name` -> builder."""
 
 
+def register_optimizer(name: str, build: Build) -> None:
+    """Make an optimizer known as `optimizer.name = name`. Repeating the same call is harmless.
+
+    `build(params, config)` gets the parameters that this rank trains, of one part of the model, and
+    the section `[optimizer]`. It is for `param_groups`, which heeds `optimizer.rules`.
+
+    Raises:
+        ValueError: the name is taken by another function.
+    """
+    if OPTIMIZERS.setdefault(name, build) is not build:
+        raise ValueError(f"optimizer {name!r} is already registered; choose another name")
+
+
 class OptimizersContainer:
-    """The optimizers of all model parts of this rank, as one."""
+    """The optimizers of all model parts of this rank, as one: what `build_optimizer_fn` returns.
+
+    Args:
+        parts: each model part, with the optimizers of its parameters.
+    """
 
     def __init__(self, parts: list[tuple[nn.Module, list[torch.optim.Optimizer]]]) -> None:
         self._parts = parts
@@ -125,6 +141,26 @@ class OptimizersContainer:
         for optimizer, of_groups in zip(self, settings, strict=True):
             for group, own in zip(optimizer.param_groups, of_groups, strict=True):
                 group.update(own)
+
+
+def container_of(
+    built: Any, model_parts: list[nn.Module], job_config: JobConfig
+) -> OptimizersContainer:
+    """What a `build_optimizer_fn` has built, where the trainer can use it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if isinstance(built, torch.optim.Optimizer) and len(model_parts) == 1:
+        return OptimizersContainer([(model_parts[0], [built])])
+    wanted = ("__iter__", "step", "zero_grad", "state_dict", "load_state_dict")
+    if missing := [name for name in wanted if not hasattr(built, name)]:
+        raise ConfigError(
+            f"build_optimizer_fn of {job_config.model.name} returns {type(built).__name__}, which "
+            f"has no {', '.join(missing)}. Return torchtitan.components.OptimizersContainer("
+            "[(part, [optimizer of its parameters]) for part in model_parts])"
+        )
+    return built
 
 
 _SETTINGS = frozenset(
@@ -172,7 +208,7 @@ def freeze(model: nn.Module, job_config: JobConfig) -> None:
 
 
 def _nothing_to_train(job_config: JobConfig) -> str:
-    problem = "optimizer.rules: lr_scale = 0 freezes every parameter of "
+    problem = "the model, or lr_scale = 0 in optimizer.rules, freezes every parameter of "
     if job_config.parallelism.pipeline_parallel_degree == 1:
         return f"{problem}the model"
     return (
@@ -187,12 +223,8 @@ def check_rules(model: nn.Module, job_config: JobConfig) -> None:
     Raises:
         ConfigError: the pattern of a rule matches no parameter.
     """
-    names = [canonical_name(fqn) for fqn, _ in model.named_parameters()]
     for i, rule in enumerate(job_config.optimizer.rules):
-        if not any(re.search(rule.pattern, name) for name in names):
-            some = ", ".join(names[:: max(1, len(names) // 5)][:5])
-            problem = f"pattern {rule.pattern!r} matches no parameter. Some of their names: {some}"
-            fail(job_config, f"optimizer.rules.{i}", problem)
+        require_match(rule.pattern, model, job_config, f"optimizer.rules.{i}")
 
 
 def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:
@@ -228,8 +260,11 @@ def _kind(module_name: str, module: nn.Module, name: str) -> str:
     return "weight"
 
 
-def _param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]]:
-    """One group for each learning rate, weight decay and mesh: fused kernels take one mesh."""
+def param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]]:
+    """One group for each learning rate, weight decay and mesh: fused kernels take one mesh.
+
+    `lr` is the peak learning rate of parameters whose `lr_scale` is 1.
+    """
     groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for p in params:
         mesh = p.param.device_mesh if isinstance(p.param, DTensor) else None

@@ -11,19 +11,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torchtitan.errors import BadDocumentError, DataError, outage_or
+from torchtitan.config.load import fail
+from torchtitan.errors import BadDocumentError, ConfigError, DataError, outage_or
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline and the tools need of a tokenizer."""
+    """What `build_tokenizer_fn` returns.
+
+    It may also have `fingerprint`, a text that is another one for another tokenizer: a run that is
+    resumed compares it.
+    """
 
     vocab_size: int
     """One more than the largest id."""
     bos_id: int | None
+    """Where there is one, it may begin documents (`data.add_bos`)."""
     eos_id: int
+    """It ends each document."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; adds no special tokens."""
@@ -38,7 +45,7 @@ class BytesTokenizer:
     vocab_size = 258
     bos_id: int | None = 256
     eos_id = 257
-    fingerprint = "bytes"
+    fingerprint = path = "bytes"
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -63,6 +70,7 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: str | Path) -> None:
         import tokenizers
 
+        self.path = str(folder)
         self._folder = Path(folder)
         path = self._folder / "tokenizer.json"
         if not path.is_file():
@@ -229,8 +237,40 @@ class HuggingFaceTokenizer:
 
 
 def build_tokenizer(job_config: JobConfig) -> Tokenizer:
-    """The tokenizer of `model.tokenizer_path`. Raises `DataError` where it cannot be loaded."""
-    return open_tokenizer(job_config.model.tokenizer_path)
+    """The tokenizer of `model.tokenizer_path`.
+
+    Raises:
+        ConfigError: there is none.
+        DataError: it cannot be loaded.
+    """
+    path = job_config.model.tokenizer_path
+    if path != "bytes" and not (Path(path).expanduser() / "tokenizer.json").is_file():
+        fail(
+            job_config,
+            "model.tokenizer_path",
+            "not a folder with a Hugging Face tokenizer.json. Fetch one by `torchtitan download "
+            "ORGANISATION/NAME --include tokenizer --include config` (into assets/NAME), or use "
+            "'bytes', which needs no file, for a model with as few ids",
+        )
+    return open_tokenizer(path)
+
+
+def path_of(tokenizer: Any) -> str:
+    """`bytes` or a folder, from which it can be opened again; "" for None and an author's own."""
+    ours = type(tokenizer) in (BytesTokenizer, HuggingFaceTokenizer)
+    return str(tokenizer.path) if ours else ""
+
+
+def check_tokenizer(tokenizer: Any, job_config: JobConfig) -> None:
+    """Raises `ConfigError` if it lacks something that is needed later."""
+    wanted = ("vocab_size", "bos_id", "eos_id", "encode", "decode")
+    missing = [name for name in wanted if not hasattr(tokenizer, name)]
+    if missing and tokenizer is not None:
+        raise ConfigError(
+            f"build_tokenizer_fn of {job_config.model.name} returns {type(tokenizer).__name__}, "
+            f"which has no {', '.join(missing)}. A tokenizer needs {', '.join(wanted)}; see "
+            "torchtitan.components.Tokenizer"
+        )
 
 
 def open_tokenizer(path: str) -> BytesTokenizer | HuggingFaceTokenizer:

@@ -35,6 +35,9 @@ class Checkpoint:
     initial_load_in_hf: bool = False
     """Start a new run from a Hugging Face folder: `initial_load_path`, or that of
     `model.tokenizer_path` where it is empty."""
+    initial_load_exclude: str = ""
+    """Regular expression, searched in the names of parameters: those that begin with their initial
+    values in a new run, and not with those of `initial_load_path`, which may lack them."""
     exclude_from_loading: list[ExcludablePart] = field(default_factory=list)
     """Parts of the state not to load on resume. It counts once: a checkpoint that was saved with
     the same value is loaded whole, so that a restart does not begin the parts anew again. Another

@@ -13,7 +13,8 @@ class Model:
     flavor: str = "debugmodel"
     """Size of the model, a key of its `MODEL_CONFIGS`."""
     tokenizer_path: str = "bytes"
-    """`bytes` (UTF-8 bytes, needs no file) or a folder with a Hugging Face `tokenizer.json`."""
+    """`bytes` (UTF-8 bytes, needs no file) or a folder with a Hugging Face `tokenizer.json`; a
+    `build_tokenizer_fn` of your own may mean something else."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """Attention kernel. `auto`: flex for document masks on CUDA, else SDPA. CPU always uses SDPA,
     since flex attention has no backward there."""

@@ -24,7 +24,7 @@ class Optimizer:
 
     name: str = "AdamW"
     """AdamW, Adam, SGD or Muon (Muon takes the hidden matrices; AdamW takes embeddings, norms,
-    biases and the output layer)."""
+    biases and the output layer), or what `register_optimizer` has made known."""
     lr: Annotated[float, Range(gt=0)] = 8e-4
     """Peak learning rate."""
     beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9

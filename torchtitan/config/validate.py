@@ -42,7 +42,6 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     check_layout(job_config, world_size)
     _check_datasets(job_config)
     _check_mixture(job_config)
-    _check_tokenizer(job_config)
     _check_optimizer(job_config)
     _check_schedule(job_config)
     _check_activation_checkpoint(job_config)
@@ -86,20 +85,6 @@ def _check_mixture(job_config: JobConfig) -> None:
             fail(job_config, f"data.phases.{i}.from_step", problem)
 
 
-def _check_tokenizer(job_config: JobConfig) -> None:
-    path = job_config.model.tokenizer_path
-    if path != "bytes" and not os.path.isfile(
-        os.path.join(os.path.expanduser(path), "tokenizer.json")
-    ):
-        fail(
-            job_config,
-            "model.tokenizer_path",
-            "not a folder with a Hugging Face tokenizer.json. Fetch one by `torchtitan download "
-            "ORGANISATION/NAME --include tokenizer --include config` (into assets/NAME), or use "
-            "'bytes', which needs no file, for a model with as few ids",
-        )
-
-
 def _refuse_dataset_beside_sources(job_config: JobConfig) -> None:
     """`text_key` may be set: validation takes it."""
     training = job_config.training
@@ -127,16 +112,21 @@ def _check_optimizer(job_config: JobConfig) -> None:
 
     name = job_config.optimizer.name
     if name not in OPTIMIZERS:
-        problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)}"
+        problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)} One of your own is made "
+        problem += "known by register_optimizer"
         fail(job_config, "optimizer.name", problem)
     for i, rule in enumerate(job_config.optimizer.rules):
         key = f"optimizer.rules.{i}"
         if not rule.pattern:
             fail(job_config, key, "needs a pattern")
-        try:
-            re.compile(rule.pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            fail(job_config, f"{key}.pattern", f"not a regular expression: {error}")
+        _check_pattern(job_config, f"{key}.pattern", rule.pattern)
+
+
+def _check_pattern(job_config: JobConfig, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        fail(job_config, key, f"not a regular expression: {error}")
 
 
 def _check_schedule(job_config: JobConfig) -> None:
@@ -271,6 +261,8 @@ def _check_storage(job_config: JobConfig) -> None:
 
 
 def _check_initial_load(job_config: JobConfig) -> None:
+    exclude = job_config.checkpoint.initial_load_exclude
+    _check_pattern(job_config, "checkpoint.initial_load_exclude", exclude)
     in_hf, path = job_config.checkpoint.initial_load_in_hf, job_config.checkpoint.initial_load_path
     key = "checkpoint.initial_load_path" if path else "checkpoint.initial_load_in_hf"
     if in_hf and not path:

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from typing import TYPE_CHECKING
+
+import torch.nn as nn
+
+from torchtitan.config.load import fail
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """Modules that torch puts around another: torch.compile, activation checkpointing, FSDP1."""
 
@@ -9,3 +19,12 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 def canonical_name(fqn: str) -> str:
     """The name that a parameter has in the bare model: `_orig_mod.norm.weight` -> `norm.weight`."""
     return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)
+
+
+def require_match(pattern: str, model: nn.Module, job_config: JobConfig, key: str) -> None:
+    """Raises `ConfigError` if the pattern, of `key`, matches no parameter of the whole model."""
+    names = [canonical_name(fqn) for fqn, _ in model.named_parameters()]
+    if not any(re.search(pattern, name) for name in names):
+        some = ", ".join(names[:: max(1, len(names) // 5)][:5])
+        problem = f"pattern {pattern!r} matches no parameter. Some of their names: {some}"
+        fail(job_config, key, problem)

@@ -29,7 +29,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
 )
 from torchtitan.components.checkpoint.storage import is_url, storage_path
 from torchtitan.components.model_fit import fits_vocabulary
-from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
 from torchtitan.distributed import utils
@@ -42,6 +42,7 @@ from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_f
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint
 from torchtitan.protocols.model import ModelProtocol
+from torchtitan.protocols.model_converter import convert_to_load
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
 from torchtitan.tools.run_folder import CONFIG_FILE
 
@@ -191,10 +192,11 @@ def load_model(source: Source) -> LoadedModel:
     dims = ParallelDims.from_config(config.parallelism, utils.world_size())
     dtype = getattr(torch, config.training.mixed_precision_param)
     model = spec.meta_model()
+    convert_to_load(model, config, dims)
     for param in model.parameters():  # not the buffers: routers keep their state in float32
         param.data = param.data.to(dtype)
     if dims.world_size > 1:
-        model = spec.parallelize_fn(model, dims.world_mesh, dims, config)
+        model = spec.parallelize(model, dims.world_mesh, dims, config)
     _allocate(model, utils.device())
     load_model_weights(model, source.folder)
     return LoadedModel(source, model.eval(), dims)
@@ -292,7 +294,7 @@ def _stop_tokens(source: Source) -> frozenset[int]:
     a turn of the run's conversations.
     """
     config = source.job_config
-    folders = [config.model.tokenizer_path]
+    folders = [path_of(source.tokenizer)]
     if source.is_hf:
         folders.append(str(source.folder))
     elif source.is_converted and source.manifest:
@@ -301,7 +303,8 @@ def _stop_tokens(source: Source) -> frozenset[int]:
     for folder in folders:
         if folder not in ("", "bytes"):
             tokens.update(_told_ends(Path(folder).expanduser()))
-    if source.of_run and source.manifest and source.manifest.data.get("has_conversations"):
+    manifest = source.manifest if source.of_run and folders[0] else None
+    if manifest and manifest.data.get("has_conversations"):
         turn = end_of_turn(Path(folders[0]).expanduser(), config.data.chat_template)
         tokens |= set() if turn is None else {turn}
     return frozenset(tokens)

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 import torchtitan.models  # noqa: F401  (fills the registry)
 from torchtitan.components.loss import attach_loss
 from torchtitan.components.model_inputs import ModelInputs
-from torchtitan.components.optimizer import check_rules, freeze
+from torchtitan.components.optimizer import check_rules, container_of, freeze
 from torchtitan.config import origin
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.fake_world import fake_world
@@ -92,7 +92,8 @@ def trace_step(
         handed = handed_on(first[0], job_config, dims, inputs) if first else None
         loss_fn = spec.build_loss_fn(job_config)
         attach_loss(loss_fn, [part])
-        optimizers = spec.build_optimizer_fn([part], job_config, dims)
+        built = spec.build_optimizer_fn([part], job_config, dims)
+        optimizers = container_of(built, [part], job_config)
         params = list(part.parameters())
         memory.add(*params, *part.buffers())
         gradients, state = _make_optimizer_state(params, optimizers, memory)
@@ -157,7 +158,7 @@ def _parallel_parts(
         repetition = repetition_of(part, job_config, inputs)
         if shallow is not None and repetition.worth_extrapolating:
             keep_layers(part, repetition.depth(repetition.traced[shallow]))
-    parts = [spec.parallelize_fn(part, dims.world_mesh, dims, job_config) for part in parts]
+    parts = [spec.parallelize(part, dims.world_mesh, dims, job_config) for part in parts]
     if dims.cp_enabled:
         require_applied_cp(parts, job_config)
     return parts

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from torchtitan.config import JobConfig, fail
 from torchtitan.errors import did_you_mean
+from torchtitan.tools.text import few
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 class ModelConverter(Protocol):
     """What replaces modules of a model, such as linear layers by quantized ones.
 
-    Names, shapes and dtypes of parameters must stay, so that checkpoints do.
+    It may freeze parameters. Names, shapes and dtypes of parameters stay, so that checkpoints do;
+    unless its class says `changes_parameters = True`, as one that adds adapters must: `generate`,
+    `eval` and `convert to-hf` then apply it, too.
 
     Raises:
         ConfigError: the options do not fit the device or the layout.
@@ -50,7 +53,7 @@ class ModelConvertersContainer:
     """The converters of `model.converters`, applied in that order, as one."""
 
     def __init__(self, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
-        names = job_config.model.converters
+        self._job_config, names = job_config, job_config.model.converters
         for name in names:
             if name not in MODEL_CONVERTERS:
                 problem = f"no such converter {name!r}.{did_you_mean(name, MODEL_CONVERTERS)}"
@@ -61,12 +64,39 @@ class ModelConvertersContainer:
         self.converters = [MODEL_CONVERTERS[name](job_config, parallel_dims) for name in names]
 
     def convert(self, model: nn.Module) -> None:
+        """Raises `ConfigError` for one that changes parameters and does not say so."""
         for converter in self.converters:
+            before = _parameters_of(model)
             converter.convert(model)
+            changed = before ^ _parameters_of(model)
+            if changed and not _changes_parameters(converter):
+                name, params = type(converter).__name__, sorted({name for name, _ in changed})
+                problem = f"{name} adds or changes parameters ({few(params)}). Its class must say "
+                problem += "so, by changes_parameters = True"
+                fail(self._job_config, "model.converters", problem)
 
     def post_optimizer_hook(self, model_parts: list[nn.Module]) -> None:
         for converter in self.converters:
             converter.post_optimizer_hook(model_parts)
+
+
+def _parameters_of(model: nn.Module) -> set[tuple[str, object]]:
+    return {(name, (p.shape, p.dtype)) for name, p in model.named_parameters()}
+
+
+def _changes_parameters(converter: ModelConverter | type[ModelConverter]) -> bool:
+    return getattr(converter, "changes_parameters", False)
+
+
+def convert_to_load(model: nn.Module, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
+    """Give a model the parameters that it had in the run of `job_config`, whose modules are loaded.
+
+    Other converters are left out: they are for training, and may not fit this machine.
+    """
+    for name in job_config.model.converters:
+        converter_cls = MODEL_CONVERTERS.get(name)
+        if converter_cls is not None and _changes_parameters(converter_cls):
+            converter_cls(job_config, parallel_dims).convert(model)
 
 
 def build_model_converters(

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn as nn
 
 from torchtitan.config.upstream import value_instead
+from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
@@ -26,7 +28,8 @@ class TrainSpec:
     * `parallelize_fn(model, world_mesh, parallel_dims, job_config) -> model`
     * `pipeline_fn(model, world_mesh, parallel_dims, job_config, parallelize_fn, loss_fn) ->
       Pipeline`; `torchtitan.distributed.pipeline_parallel.build_pipeline` is one
-    * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`
+    * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`, or, where
+      there is one part, its `torch.optim.Optimizer`
     * `build_lr_scheduler_fn(optimizers, job_config) -> LRSchedulersContainer`
     * `build_dataloader_fn(job_config, tokenizer, dp_rank, dp_world_size) -> DataLoader`,
       what `torchtitan.components.DataLoader` describes
@@ -58,6 +61,20 @@ class TrainSpec:
             model = self.model_cls(args)
         if getattr(model, "args", None) is None:
             cast(Any, model).args = args  # which a checkpoint is compared with when it is resumed
+        return model
+
+    def parallelize(self, model: nn.Module, *layout: Any) -> Any:
+        """`parallelize_fn`, after which what was frozen is frozen still.
+
+        PyTorch's `parallelize_module` makes parameters anew, which then all require gradients.
+        """
+        places = model.named_parameters(remove_duplicate=False)
+        frozen = {canonical_name(name) for name, param in places if not param.requires_grad}
+        model = self.parallelize_fn(model, *layout)
+        for name, param in model.named_parameters():
+            # In time for FSDP, which looks at it in the first forward pass.
+            if canonical_name(name) in frozen:
+                param.requires_grad_(False)
         return model
 
     def tokenizer(self, job_config: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from types import FrameType
 
 from torchtitan.tools.terminal import leave_closed_terminal
@@ -29,12 +30,17 @@ def stop_signals() -> list[signal.Signals]:
 
 
 class StopRequest:
-    """While open, signals are remembered; only a second Ctrl-C interrupts as usual."""
+    """While open, signals are remembered; only a second Ctrl-C interrupts as usual.
+
+    Python gives signals to the main thread alone: in another one, they are left as they are.
+    """
 
     def __init__(self) -> None:
         self.received = False
         self._interrupted = False
-        self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = stop_signals() if in_main else []
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def close(self) -> None:
         for number, handler in self._previous.items():

@@ -5,10 +5,12 @@ import logging
 import shutil
 import tomllib
 
+import own_parts_llama
 import pytest
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 
 from torchtitan.components.checkpoint.resume import check_resume, tell_jump_of_lr
+from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig, to_toml
 from torchtitan.errors import CheckpointError
 
@@ -112,16 +114,30 @@ def test_of_a_tokenizer_its_files_count_and_not_their_place(tmp_path):
     files = tmp_path / "tokenizer"
     files.mkdir()
     (files / "tokenizer.json").write_text("{}")
-    Run(tmp_path, tokenizer=str(files)).train(2)
+    tokenizer = object.__new__(HuggingFaceTokenizer)  # its files need not make one here
+    tokenizer.path = str(files)
+    Run(tmp_path, tokenizer=tokenizer).train(2)
     config = config_of(tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.tokenizer_path = .*tokenizer \(now bytes\)"):
-        check_resume(config, TinyArgs())
-    config.model.tokenizer_path = str(shutil.copytree(files, tmp_path / "copy"))
-    check_resume(config, TinyArgs())
+        check_resume(config, TinyArgs(), tokenizer=BytesTokenizer())
+    tokenizer.path = str(shutil.copytree(files, tmp_path / "copy"))
+    check_resume(config, TinyArgs(), tokenizer=tokenizer)
     (files / "tokenizer.json").write_text('{"added": 1}')
-    config.model.tokenizer_path = str(files)
+    tokenizer.path = str(files)
     with pytest.raises(CheckpointError, match="with other files"):
-        check_resume(config, TinyArgs())
+        check_resume(config, TinyArgs(), tokenizer=tokenizer)
+
+
+def test_an_authors_tokenizer_is_known_by_its_ids_and_its_fingerprint(tmp_path):
+    Run(tmp_path, tokenizer=own_parts_llama.Letters()).train(2)
+    config = config_of(tmp_path)
+    check_resume(config, TinyArgs(), tokenizer=own_parts_llama.Letters())
+    with pytest.raises(CheckpointError, match=r"tokenizer_path = .*'Letters'.* \(now bytes\)"):
+        check_resume(config, TinyArgs(), tokenizer=BytesTokenizer())
+    other = own_parts_llama.Letters()
+    other.fingerprint = "other letters"
+    with pytest.raises(CheckpointError, match=r"\(now .*'other letters'"):
+        check_resume(config, TinyArgs(), tokenizer=other)
 
 
 def test_the_configuration_is_in_the_checkpoint_and_its_changes_are_shown(saved, caplog):

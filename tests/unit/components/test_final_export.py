@@ -1,10 +1,12 @@
 """A finished run leaves its Hugging Face folder, if need be when it is started again."""
 
 import errno
+import json
 import logging
 import os
 import shutil
 
+import own_parts_llama
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,16 +16,20 @@ from safetensors.torch import load_file
 from tiny_models import tiny_spec
 
 from torchtitan.components.checkpoint import final_export, huggingface_save
-from torchtitan.components.checkpoint.huggingface import ExportAssets
+from torchtitan.components.checkpoint.huggingface import TOKENIZER_FILES, ExportAssets
+from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError, OutageError
+from torchtitan.models.which_model import model_of_checkpoint
+from torchtitan.tools.convert.to_hf import convert_to_hf
 
 
 def run_of(tmp_path, **checkpoint):
     spec = tiny_spec("llama3")
     model = spec.model_cls(spec.model_args)
     initialize_weights(model, 0, torch.device("cpu"))
-    return Run(tmp_path, model=model, **({"steps": 4, "last_save_in_hf": True} | checkpoint))
+    options = {"steps": 4, "last_save_in_hf": True, "tokenizer": BytesTokenizer()} | checkpoint
+    return Run(tmp_path, model=model, **options)
 
 
 def fail(monkeypatch, number):
@@ -96,3 +102,15 @@ def test_a_run_that_is_not_over_makes_no_export(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint")
     assert run_of(tmp_path).manager.load() == 0
     assert checkpoints_in(tmp_path / "checkpoint") == []
+
+
+def test_no_other_tokenizer_is_exported_than_that_of_the_run(tmp_path, caplog):
+    """Here one of an author's, which has no files that Hugging Face reads."""
+    run_of(tmp_path, tokenizer=own_parts_llama.Letters()).train(4, last=True)
+    checkpoint, of_run = (tmp_path / "checkpoint" / name for name in ("step-4", "step-4-hf"))
+    converted = tmp_path / "converted"
+    convert_to_hf(checkpoint, converted, model_of_checkpoint(checkpoint), None)
+    for folder in (of_run, converted):
+        assert {path.name for path in folder.iterdir()}.isdisjoint(TOKENIZER_FILES)
+        assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 0
+    assert f"no tokenizer for {of_run}: that of the run is its author's own" in caplog.text

@@ -20,7 +20,7 @@ def test_a_batch_that_cannot_be_kept_does_not_end_the_run(
     config.job.dump_folder = str(tmp_path)
     config.training.on_nonfinite = "skip"
     dims = SimpleNamespace(loss_copies=1, world_mesh=SimpleNamespace(mesh_dim_names=()))
-    guard = Guard(config, cast(ParallelDims, dims), dp_rank=0)
+    guard = Guard(config, cast(ParallelDims, dims), dp_rank=0, tokenizer="bytes")
 
     def fails(*args: object) -> None:
         raise ValueError("unlike\nmore lines")

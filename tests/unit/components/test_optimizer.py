@@ -4,12 +4,16 @@ import pytest
 import torch
 import torch.nn as nn
 
+from torchtitan.components import optimizer
 from torchtitan.components.muon import Muon
 from torchtitan.components.optimizer import (
     OPTIMIZERS,
     OptimizersContainer,
     build_optimizer,
     check_rules,
+    container_of,
+    param_groups,
+    register_optimizer,
 )
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
@@ -199,3 +203,37 @@ def test_a_tied_weight_is_one_parameter() -> None:
     model = Model()
     model.output.weight = model.tok_embeddings.weight
     assert len(setting(model, build(model), "lr")) == 4
+
+
+def test_an_optimizer_of_an_author_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "OPTIMIZERS", dict(OPTIMIZERS))
+
+    def build_sgd(params, config):
+        return [torch.optim.SGD(param_groups(params, config.lr), lr=config.lr)]
+
+    for _ in range(2):
+        register_optimizer("Mine", build_sgd)
+    with pytest.raises(ValueError, match="'AdamW' is already registered"):
+        register_optimizer("AdamW", build_sgd)
+    model, rules = Model(), [ParamRule("hidden", lr_scale=0.0), ParamRule("norm", lr_scale=0.5)]
+    rates = setting(model, build(model, "Mine", lr=0.2, rules=rules), "lr")
+    assert rates["norm.weight"] == 0.1 and rates["output.weight"] == 0.2
+    assert "hidden.weight" not in rates
+
+
+def test_a_plain_optimizer_of_one_part_is_enough() -> None:
+    model = Model()
+    built = container_of(torch.optim.SGD(model.parameters(), lr=0.1), [model], JobConfig())
+    train(model, built, 1)
+    assert built.state_dict()["param_groups.norm.weight.lr"] == 0.1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_no_optimizer_is_refused_with_what_is_one(parts: int) -> None:
+    """Of several parts, one optimizer cannot tell which names its parameters have."""
+    models = [Model() for _ in range(parts)]
+    params = [p for model in models for p in model.parameters()]
+    built = torch.optim.SGD(params, lr=0.1) if parts == 2 else object()
+    message = r"^build_optimizer_fn of llama3 returns (SGD|object), which has no __iter__.* Return "
+    with pytest.raises(ConfigError, match=message):
+        container_of(built, models, JobConfig())

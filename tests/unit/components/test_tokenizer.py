@@ -7,10 +7,17 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, build_tokenizer
-from torchtitan.config import JobConfig
-from torchtitan.errors import BadDocumentError, DataError
+from torchtitan.components.model_fit import fitting_model
+from torchtitan.components.tokenizer import (
+    BytesTokenizer,
+    HuggingFaceTokenizer,
+    build_tokenizer,
+    check_tokenizer,
+)
+from torchtitan.config import JobConfig, load_config
+from torchtitan.errors import BadDocumentError, ConfigError, DataError
 
+OWN_PARTS = "--job.custom_import=own_parts_llama"
 VOCABULARY = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "<unk>": 9}  # ids have gaps
 
 
@@ -161,3 +168,27 @@ def test_special_tokens_beyond_a_models_vocabulary_are_refused_in_texts(tmp_path
             encode("a<image>")
     write(tmp_path, "tokenizer_config.json", {"eos_token": "<image>"})
     assert HuggingFaceTokenizer(tmp_path).leave_out(3) is None  # which is needed
+
+
+def test_a_path_must_be_that_of_a_tokenizer_where_the_tokenizer_is_ours(tmp_path: Path) -> None:
+    config = JobConfig()
+    config.model.tokenizer_path = str(tmp_path)
+    message = f'model.tokenizer_path = "{tmp_path}": not a folder with a Hugging Face tokenizer.'
+    with pytest.raises(ConfigError, match=message):
+        build_tokenizer(config)
+
+
+def test_a_path_is_what_the_author_of_a_tokenizer_says(tmp_path: Path) -> None:
+    file = tmp_path / "letters.txt"
+    file.write_text("abc")
+    path = f"--model.tokenizer_path={file}"
+    config = load_config(["--model.name=own_tokenizer", "--model.flavor=tiny", OWN_PARTS, path])
+    assert fitting_model(config, 1).tokenizer.encode("cab") == [4, 2, 3]
+
+
+def test_a_tokenizer_that_lacks_something_is_refused() -> None:
+    check_tokenizer(None, JobConfig())  # the model reads no text
+    check_tokenizer(BytesTokenizer(), JobConfig())
+    message = r"^build_tokenizer_fn of llama3 returns object, which has no vocab_size, bos_id, "
+    with pytest.raises(ConfigError, match=message):
+        check_tokenizer(object(), JobConfig())

@@ -197,14 +197,6 @@ def test_own_files_need_a_path(config, name):
     validate(config, 1)
 
 
-def test_tokenizer_folder(config, tmp_path):
-    config.model.tokenizer_path = str(tmp_path)
-    message = f'model.tokenizer_path = "{tmp_path}": not a folder with a Hugging Face tokenizer.'
-    assert error_of(config).startswith(message)
-    (tmp_path / "tokenizer.json").touch()
-    validate(config, 1)
-
-
 def test_unknown_optimizer(config):
     config.optimizer.name = "AdmW"
     message = error_of(config)

@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from torchtitan.components.checkpoint.manifest import Manifest
-from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, DataError, TitanError
+from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, TitanError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
 from torchtitan.models import MODEL_REGISTRY
@@ -225,7 +225,7 @@ def test_a_model_whose_tokens_see_later_ones(hf_folder, monkeypatch):
 
 def test_tokenizers_that_do_not_fit(hf_folder, tmp_path):
     fails(ConfigError, "no tokenizer.json", "--tokenizer bytes", checkpoint=str(hf_folder))
-    fails(DataError, "tokenizer.json", checkpoint=str(hf_folder), tokenizer=str(tmp_path / "no"))
+    fails(ConfigError, "tokenizer.json", checkpoint=str(hf_folder), tokenizer=str(tmp_path / "no"))
     write_tokenizer(tmp_path / "large", 300)
     large = str(tmp_path / "large")
     fails(ConfigError, "300 tokens", "only 264", checkpoint=str(hf_folder), tokenizer=large)

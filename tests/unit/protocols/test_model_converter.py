@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
@@ -11,6 +12,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.protocols import model_converter
 from torchtitan.protocols.model_converter import (
     build_model_converters,
+    convert_to_load,
     register_model_converter,
 )
 
@@ -82,3 +84,22 @@ def test_a_name_is_registered_once():
     register_model_converter(Recorder, "recorder")
     with pytest.raises(ValueError, match="'recorder' is already registered"):
         register_model_converter(Other, "recorder")
+
+
+def test_a_converter_that_adds_parameters_must_say_so():
+    class Adding(Recorder):
+        def convert(self, model: nn.Module) -> None:
+            model.register_parameter("more", nn.Parameter(torch.zeros(1)))
+
+    register_model_converter(Adding, "adding")
+    with pytest.raises(
+        ConfigError, match=r"model\.converters.*Adding adds or .* \(more\)\. Its class"
+    ):
+        build_model_converters(config("adding"), DIMS).convert(nn.Linear(1, 1))
+    model = nn.Linear(1, 1)
+    convert_to_load(model, config("recorder", "adding"), DIMS)
+    assert not hasattr(model, "more")
+    Adding.changes_parameters = True
+    build_model_converters(config("adding"), DIMS).convert(nn.Linear(1, 1))
+    convert_to_load(model, config("recorder", "adding"), DIMS)
+    assert hasattr(model, "more")

@@ -23,6 +23,7 @@ from .storage import StoragePath
 from .writer import error_of_failed_save
 
 if TYPE_CHECKING:
+    from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
@@ -34,7 +35,7 @@ class FinalExport:
     Args:
         model_parts: this rank's parts of the model.
         dataloader: tells whether it has had conversations.
-        has_tokenizer: whether the model reads by the tokenizer of the config.
+        tokenizer: that the model reads by, or None.
         root: the folder of checkpoints, in which it is made.
         claim: on that folder.
         group: all ranks.
@@ -45,7 +46,7 @@ class FinalExport:
         job_config: JobConfig,
         model_parts: list[nn.Module],
         dataloader: Any,
-        has_tokenizer: bool,
+        tokenizer: Tokenizer | None,
         root: StoragePath,
         claim: Claim,
         group: dist.ProcessGroup,
@@ -56,7 +57,7 @@ class FinalExport:
         self._root = root
         self._claim = claim
         self._group = group
-        self._assets = ExportAssets.of_job(job_config, has_tokenizer)
+        self._assets = ExportAssets.of_job(job_config, tokenizer)
 
     def is_due(self, step: int) -> bool:
         """Whether a run that has done `step` steps, and no more to do, is to leave one."""

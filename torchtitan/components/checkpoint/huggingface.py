@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
+from torchtitan.components.tokenizer import (
+    BytesTokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    path_of,
+)
 from torchtitan.config.load import fail, origin
 from torchtitan.data.chat import read_fields
 from torchtitan.distributed.utils import rank
@@ -55,7 +60,7 @@ class ExportAssets:
     """Where the files of a Hugging Face folder that are not weights come from."""
 
     tokenizer: str
-    """`bytes`, or a folder (`model.tokenizer_path`); "": none."""
+    """`bytes`, or a folder; "": none that Hugging Face reads."""
     max_seq_len: int
     """Longest sequence trained on; 0: unknown."""
     like: tuple[Path, ...] = ()
@@ -66,20 +71,25 @@ class ExportAssets:
     """Whether conversations were trained on, so that what ends a turn ends a text."""
     add_bos: bool | None = None
     """Whether bos began the documents that were trained on; None: unknown."""
+    bos_id: int | None = None
+    """Of an author's tokenizer, which has no files, as `eos_id` is."""
+    eos_id: int | None = None
 
     @classmethod
-    def of_job(cls, job_config: JobConfig, has_tokenizer: bool) -> ExportAssets:
-        """What a run with this config puts in; `has_tokenizer`: whether its model reads by one."""
-        tokenizer = job_config.model.tokenizer_path
+    def of_job(cls, job_config: JobConfig, tokenizer: Tokenizer | None) -> ExportAssets:
+        """What a run with this config puts in; `tokenizer`: what its model reads by."""
+        path, max_seq_len = path_of(tokenizer), job_config.training.seq_len
         folders = [initial_load_path(job_config)]
-        if tokenizer != "bytes":
-            folders.append(Path(tokenizer).expanduser())
+        if path not in ("", "bytes"):
+            folders.append(Path(path).expanduser())
         like = tuple(folder for folder in folders if isinstance(folder, Path))
-        if not has_tokenizer:
-            return cls("", job_config.training.seq_len, like)
+        if tokenizer is None:
+            return cls("", max_seq_len, like)
+        if not path:
+            return cls("", max_seq_len, like, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
         data = job_config.data
-        template = chat_template_of(data.chat_template, tokenizer)
-        return cls(tokenizer, job_config.training.seq_len, like, template, add_bos=data.add_bos)
+        template = chat_template_of(data.chat_template, path)
+        return cls(path, max_seq_len, like, template, add_bos=data.add_bos)
 
     def after_training_on(self, dataloader: Any) -> ExportAssets:
         """These, with a chat template only if the loader has had conversations."""
@@ -216,11 +226,15 @@ def write_assets(
     _warn_of_other_bos(tokenizer, assets)
     if assets.chat_template:
         (folder / "chat_template.jinja").write_text(assets.chat_template, encoding="utf-8")
-    ends = [] if tokenizer is None else [tokenizer.eos_id]
+    if assets.eos_id is not None:
+        path = final_folder(folder)
+        logger.warning("no tokenizer for %s: that of the run is its author's own", path)
+    ids = assets if tokenizer is None else tokenizer
+    ends = [] if ids.eos_id is None else [ids.eos_id]
     turn = end_of_turn(folder) if assets.conversations else None
     if turn is not None and turn not in ends:
         ends.append(turn)
-    config = _config(args, tokenizer, ends, assets)
+    config = _config(args, ids.bos_id, ends, assets)
     if config is None:
         name = type(args).__name__
         logger.warning("%s: no config.json, as %s has no to_hf_config", final_folder(folder), name)
@@ -255,7 +269,7 @@ def _add_ends(fields: dict[str, Any], ends: list[int]) -> bool:
 
 
 def _config(
-    args: BaseModelArgs, tokenizer: Tokenizer | None, ends: list[int], assets: ExportAssets
+    args: BaseModelArgs, bos_id: int | None, ends: list[int], assets: ExportAssets
 ) -> dict[str, Any] | None:
     ours = export_config(args)
     for folder in assets.like:
@@ -276,8 +290,8 @@ def _config(
     longest = _longest(ours, assets.max_seq_len)
     if longest:
         ours["max_position_embeddings"] = longest
-    if tokenizer is not None:
-        ours |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
+    if ends:
+        ours |= {"bos_token_id": bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
     return ours
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -77,6 +78,7 @@ def load_weights_of_parts(
     path: StoragePath,
     group: dist.ProcessGroup | None,
     verify: bool = True,
+    exclude: str = "",
 ) -> None:
     """`load_model_weights` for the parts of one model that a rank of `group` has.
 
@@ -85,18 +87,28 @@ def load_weights_of_parts(
 
     Args:
         verify: read and check whole files first, see `OpenCheckpoint.open`.
+        exclude: pattern of the names of parameters that stay as they are.
     """
+
+    def is_unneeded(name: str) -> bool:
+        return bool(exclude and re.search(exclude, name))
+
     if on_rank_zero(lambda: is_huggingface(path), group):
-        _load_huggingface(model_parts, cast(Path, path), group)
+        _load_huggingface(model_parts, cast(Path, path), group, is_unneeded)
     else:
         checkpoint = OpenCheckpoint.open(path, group, verify)
         saved = checkpoint.metadata.state_dict_metadata
         state = {
             name: tensor
             for name, tensor in model_state(model_parts).items()
-            if f"model.{name}" in saved or not name.endswith(_BALANCE)
+            if (f"model.{name}" in saved or not name.endswith(_BALANCE)) and not is_unneeded(name)
         }
-        checkpoint.read_into({"model": state}, model_parts[0], group, _BALANCE_ALONE)
+        checkpoint.read_into(
+            {"model": state},
+            model_parts[0],
+            group,
+            lambda name: name.endswith(_BALANCE_ALONE) or is_unneeded(name),
+        )
 
 
 def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
@@ -155,12 +167,12 @@ class OpenCheckpoint:
         state: dict[str, Any],
         model: nn.Module,
         group: dist.ProcessGroup | None,
-        unneeded: tuple[str, ...] = (),
+        is_unneeded: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Fill the parts of `state` ("model", "optimizer", ...) in place; other parts stay unread.
 
         Args:
-            unneeded: ends of names that `state` need not have.
+            is_unneeded: name within a part -> whether `state` need not have it.
 
         Raises:
             CheckpointError: a file is damaged, or keys or shapes do not fit. It says in which
@@ -171,14 +183,15 @@ class OpenCheckpoint:
         reader = CheckpointReader(self.folder, self.metadata)
 
         def is_wanted(key: str) -> bool:
-            return key.partition(".")[0] in parts and not key.endswith(unneeded)
+            part, _, name = key.partition(".")
+            return part in parts and not is_unneeded(name)
 
         try:
             read_state(state, reader, is_wanted, group)
         except DamagedCheckpointError:
             raise
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{self._difference_from(model)}") from error
+            raise type(error)(f"{error}{self._difference_from(model)}") from error
 
     def _difference_from(self, model: nn.Module) -> str:
         saved, current = self.manifest.model.get("args", {}), model_args(model)
@@ -217,7 +230,10 @@ def is_huggingface(path: StoragePath) -> bool:
 
 
 def _load_huggingface(
-    model_parts: list[nn.Module], path: Path, group: dist.ProcessGroup | None
+    model_parts: list[nn.Module],
+    path: Path,
+    group: dist.ProcessGroup | None,
+    is_unneeded: Callable[[str], bool],
 ) -> None:
     names = adapter_of(model_parts[0], path)
     on_rank_zero(lambda: check_hf_config(path, model_parts[0]), group)
@@ -226,7 +242,11 @@ def _load_huggingface(
         names.check_names(metadata.state_dict_metadata)
     on_rank_zero(lambda: check_copies(path, metadata, names), group)
     tied = tied_names(model_parts)
-    state = {name: t for name, t in model_state(model_parts).items() if name not in tied}
+
+    def is_left_out(name: str) -> bool:
+        return name in tied or is_unneeded(name)
+
+    state = {name: t for name, t in model_state(model_parts).items() if not is_left_out(name)}
     # A layer after the other, since what was taken apart, such as experts, is put together in new
     # memory. Adapters may remember what they convert, so each layer has one of its own.
     layers = []
@@ -234,7 +254,7 @@ def _load_huggingface(
         adapter = adapter_of(model_parts[0], path)
         layers.append((part, adapter, adapter.to_hf(part)))
 
-    wanted = wanted_keys(names, metadata, tied)
+    wanted = wanted_keys(names, metadata, is_left_out)
     hf_state = {key: tensor for *_, hf_part in layers for key, tensor in hf_part.items()}
     read_state(hf_state, SafetensorsReader(path, metadata), wanted.__contains__, group)
     del hf_state
@@ -259,7 +279,7 @@ def by_layer(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def wanted_keys(
-    adapter: BaseStateDictAdapter, metadata: Metadata, tied: Collection[str]
+    adapter: BaseStateDictAdapter, metadata: Metadata, is_left_out: Callable[[str], bool]
 ) -> set[str]:
     """The tensors of a Hugging Face folder that the model must have a place for.
 
@@ -273,7 +293,7 @@ def wanted_keys(
         except (CheckpointError, KeyError):
             wanted.add(key)
             continue
-        if any(name not in tied for name in converted):
+        if not all(map(is_left_out, converted)):
             wanted.add(key)
     return wanted
 

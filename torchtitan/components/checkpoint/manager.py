@@ -31,6 +31,7 @@ from .load import OpenCheckpoint, load_weights_of_parts
 from .manifest import Manifest
 from .model_identity import describe_model
 from .owner import Claim, TakenOverError, require_shared
+from .reader import MisfitError
 from .resume import (
     folders_to_resume,
     gone_on_since,
@@ -47,6 +48,7 @@ from .writer import CheckpointWriter, error_of_failed_save
 
 if TYPE_CHECKING:
     from torchtitan.components.optimizer import OptimizersContainer
+    from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
@@ -76,7 +78,7 @@ class CheckpointManager:
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
-        has_tokenizer: whether the model reads by the tokenizer of the config, so exports have it.
+        tokenizer: that the model reads by, or None.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class CheckpointManager:
         train_state: Stateful,
         dp_mesh: DeviceMesh,
         guard: Stateful | None = None,
-        has_tokenizer: bool = True,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
@@ -110,7 +112,9 @@ class CheckpointManager:
             dp_mesh=dp_mesh,
             guard=guard,
         )
-        self._model_description = describe_model(job_config, getattr(model_parts[0], "args", None))
+        self._model_description = describe_model(
+            job_config, getattr(model_parts[0], "args", None), tokenizer
+        )
         self._lineage: list[StoragePath] = []
         """What this run resumed from and has saved, to which it can go back."""
         self._damaged: set[str] = set()
@@ -120,7 +124,7 @@ class CheckpointManager:
         # Of its own, so that background saves do not get between the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._final_export = FinalExport(
-            job_config, model_parts, dataloader, has_tokenizer, self._root, self._claim, self._group
+            job_config, model_parts, dataloader, tokenizer, self._root, self._claim, self._group
         )
         self._background = BackgroundSaves(model_parts, optimizers, self._group)
         self._last_save = LastSave()
@@ -278,8 +282,18 @@ class CheckpointManager:
                 return step
         path = self._initial_load_path
         if path is not None:
-            load_weights_of_parts(self._model_parts, path, self._group, self._config.verify)
-            logger.info("started from the weights in %s", path)
+            exclude = self._config.initial_load_exclude
+            try:
+                load_weights_of_parts(
+                    self._model_parts, path, self._group, self._config.verify, exclude
+                )
+            except MisfitError as error:
+                raise CheckpointError(
+                    f"{error}. Parameters that match checkpoint.initial_load_exclude are not read "
+                    "and begin with their initial values"
+                ) from error
+            apart = f", but for parameters that match {exclude!r}" if exclude else ""
+            logger.info("started from the weights in %s%s", path, apart)
         return 0
 
     def roll_back(self, exclude: Collection[str] = ()) -> int | None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchtitan.components.tokenizer import path_of
+
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
 from .manifest import nested_differences, plain_args
 
@@ -16,17 +18,25 @@ if TYPE_CHECKING:
 _WITH_BUFFERS = ("aux_loss_weight", "use_bias")
 
 
-def describe_model(job_config: JobConfig, args: Any) -> dict[str, Any]:
-    """What a manifest says of the model, as JSON gives it back."""
-    tokenizer = job_config.model.tokenizer_path
-    return {
+def describe_model(job_config: JobConfig, args: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a manifest says of the model, as JSON gives it back.
+
+    Of a tokenizer of an author's, `own_tokenizer` tells.
+    """
+    path = path_of(tokenizer)
+    described = {
         "name": job_config.model.name,
         "flavor": job_config.model.flavor,
         "args": plain_args(args),
-        "tokenizer": _absolute(tokenizer),
-        "tokenizer_sha256": _tokenizer_digest(tokenizer),
+        "tokenizer": _absolute(path),
+        "tokenizer_sha256": _tokenizer_digest(path),
         "seq_len": job_config.training.seq_len,
     }
+    if tokenizer is not None and not path:
+        fields = ("vocab_size", "bos_id", "eos_id", "fingerprint")
+        told = {name: getattr(tokenizer, name, None) for name in fields}
+        described["own_tokenizer"] = {"class": type(tokenizer).__qualname__, **told}
+    return described
 
 
 def model_differences(
@@ -41,8 +51,8 @@ def model_differences(
     for name in ("name", "flavor"):
         if saved.get(name) != current[name]:
             yield f"model.{name}", saved.get(name), current[name]
-    if saved.get("tokenizer_sha256") != current["tokenizer_sha256"]:
-        was, now = saved.get("tokenizer"), current["tokenizer"]
+    if any(saved.get(key) != current.get(key) for key in ("tokenizer_sha256", "own_tokenizer")):
+        was, now = (of.get("own_tokenizer") or of.get("tokenizer") for of in (saved, current))
         yield "model.tokenizer_path", was, now if now != was else f"{now} with other files"
     was, now = saved.get("args", {}), current["args"]
     for name, a, b in nested_differences(was, now):
@@ -52,12 +62,12 @@ def model_differences(
 
 
 def _absolute(tokenizer: str) -> str:
-    return tokenizer if tokenizer == "bytes" else str(Path(tokenizer).expanduser().absolute())
+    return tokenizer if tokenizer in ("", "bytes") else str(Path(tokenizer).expanduser().absolute())
 
 
 def _tokenizer_digest(tokenizer: str) -> str:
-    """Digest of the files that make a tokenizer; "" for `bytes`, which has none."""
-    if tokenizer == "bytes":
+    """Digest of the files that make a tokenizer; "" where there are none."""
+    if tokenizer in ("", "bytes"):
         return ""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:

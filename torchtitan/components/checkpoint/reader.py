@@ -228,12 +228,16 @@ def files_of(metadata: Metadata) -> dict[str, str]:
     return {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
 
 
+class MisfitError(CheckpointError):
+    """A checkpoint has other keys or shapes than what is to be read."""
+
+
 def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[str, Any]) -> None:
-    """Raises `CheckpointError` if the checkpoint lacks a key of `state`, or has other shapes."""
+    """Raises `MisfitError` if the checkpoint lacks a key of `state`, or has other shapes."""
     saved: dict[str, Any] = metadata.state_dict_metadata
     missing = [key for key in state if key not in saved]
     if missing:
-        raise CheckpointError(f"{folder} lacks {few(missing)}{_way_out(missing)}")
+        raise MisfitError(f"{folder} lacks {few(missing)}{_way_out(missing)}")
     files = files_of(metadata)
     misfits = [
         f"{key} (saved {list(saved[key].size)} in {files[key]}, needed {list(value.shape)})"
@@ -243,17 +247,17 @@ def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[s
         and saved[key].size != value.shape
     ]
     if misfits:
-        raise CheckpointError(f"{folder} has other shapes of {few(misfits)}{_way_out(misfits)}")
+        raise MisfitError(f"{folder} has other shapes of {few(misfits)}{_way_out(misfits)}")
 
 
 def check_no_more(
     folder: StoragePath, metadata: Metadata, read: Collection[str], is_wanted: Callable[[str], bool]
 ) -> None:
-    """Raises `CheckpointError` if a key that has to be read is not among those that are."""
+    """Raises `MisfitError` if a key that has to be read is not among those that are."""
     keys = metadata.state_dict_metadata
     unread = [key for key in keys if key not in read and is_wanted(key)]
     if unread:
-        raise CheckpointError(
+        raise MisfitError(
             f"{folder} has {few(unread)}, which this run has no place for{_way_out(unread)}"
         )
 

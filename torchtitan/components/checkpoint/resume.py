@@ -44,7 +44,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 
 
-def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | None = None) -> None:
+def check_resume(
+    job_config: JobConfig,
+    args: Any,
+    group: dist.ProcessGroup | None = None,
+    tokenizer: Any = None,
+) -> None:
     """Refuse, before memory is taken, to go on from a checkpoint of another model, or of a run
     that is still at work.
 
@@ -58,10 +63,10 @@ def check_resume(job_config: JobConfig, args: Any, group: dist.ProcessGroup | No
         OutageError: on all ranks: the checkpoints cannot be read.
     """
     if job_config.checkpoint.enable:
-        on_rank_zero(lambda: _check_folder(job_config, args), group)
+        on_rank_zero(lambda: _check_folder(job_config, args, tokenizer), group)
 
 
-def _check_folder(job_config: JobConfig, args: Any) -> None:
+def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
     root, step = checkpoint_root(job_config), job_config.checkpoint.load_step
     refuse_live_owner(root)
     folder = next((path for path in _in_turn(root, step) if is_resumable(path)), None)
@@ -72,7 +77,7 @@ def _check_folder(job_config: JobConfig, args: Any) -> None:
         model = Manifest.read(folder).model
     except DamagedCheckpointError:
         return
-    found = list(model_differences(model, describe_model(job_config, args)))
+    found = list(model_differences(model, describe_model(job_config, args, tokenizer)))
     if found:
         lines = "".join(f"\n  {name} = {was} (now {now})" for name, was, now in found)
         raise CheckpointError(

@@ -74,7 +74,7 @@ def convert_from_hf(
     model = known.build()
     state, tied = model_state([model]), tied_names([model])
     hf_state = adapter.to_hf({name: t for name, t in state.items() if name not in tied})
-    wanted = wanted_keys(adapter, metadata, tied)
+    wanted = wanted_keys(adapter, metadata, tied.__contains__)
     check_keys_and_shapes(folder, metadata, hf_state)
     check_no_more(folder, metadata, hf_state, wanted.__contains__)
 

@@ -31,7 +31,12 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
+from torchtitan.config import load_config
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import KnownModel
+from torchtitan.protocols.model_converter import convert_to_load
+from torchtitan.tools.run_folder import CONFIG_FILE
 
 from .output import new_folder, refuse_existing, with_progress
 from .parts import Buffer, contiguous_parts, copy_bytes
@@ -65,6 +70,10 @@ def convert_to_hf(
     adapter = known.adapter(folder)
     export_config(known.args)
     model = known.build()
+    if saved_config(folder, checkpoint.manifest).get("model", {}).get("converters"):
+        config = load_config(["--job.config_file", str(folder / CONFIG_FILE)])
+        load_plugins(config.job.custom_import)
+        convert_to_load(model, config, ParallelDims(world_size=1))
     state, tied = model_state([model]), tied_names([model])
     saved = {PREFIX + name: tensor for name, tensor in state.items()}
     check_keys_and_shapes(folder, metadata, saved)
@@ -91,7 +100,7 @@ def convert_to_hf(
                 for key, first in parts.items():
                     _stream(saved_tensor, first, key, writers[file_of[key]], buffer)
                 continue
-            whole = reader.read_tensor(PREFIX + name)
+            whole = tensor = reader.read_tensor(PREFIX + name)
             for key, tensor in adapter.to_hf({name: whole}).items():
                 writers[file_of[key]].write(key, tensor.to(specs[key].dtype))
             del whole, tensor
@@ -109,7 +118,14 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
-    assets = ExportAssets(tokenizer if reads_texts else "", described.get("seq_len", 0), like)
+    own = described.get("own_tokenizer", {}) if not tokenizer else {}
+    assets = ExportAssets(
+        tokenizer if reads_texts else "",
+        described.get("seq_len", 0),
+        like,
+        bos_id=own.get("bos_id"),
+        eos_id=own.get("eos_id"),
+    )
     data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
     if data is None:  # it is not of a run, so no more is known
         return assets

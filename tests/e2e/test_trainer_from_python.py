@@ -1,0 +1,58 @@
+"""`Trainer` within a program: one after the other, whatever became of the one before."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import tiny_llama
+import torch.distributed as dist
+from harness import run_ranks
+
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.optimizer import ParamRule
+from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.train import Trainer
+
+
+def config_of(folder: Path, *options: str) -> JobConfig:
+    options = ("--training.steps=2", *options, f"--job.dump_folder={folder}")
+    return load_config([*tiny_llama.OPTIONS, *options])
+
+
+def fail_and_train(folder: Path) -> None:
+    before = threading.enumerate()
+
+    # In the set-up, after the process has joined its group.
+    config = config_of(folder / "set_up")
+    config.optimizer.rules = [ParamRule("nothing", lr_scale=0.5)]
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        Trainer(config)
+
+    # Before the first step.
+    config = config_of(folder / "load", "--checkpoint.enable", "--checkpoint.load_step=7")
+    with pytest.raises(CheckpointError, match="there is no"):
+        Trainer(config).train()
+    assert not dist.is_initialized() and threading.enumerate() == before
+
+    # Two at a time, as where a cell of a notebook is run again.
+    first = Trainer(config_of(folder / "first"))
+    with pytest.raises(RuntimeError, match=r"another Trainer's, which its train\(\) or close\(\)"):
+        Trainer(config_of(folder / "second"))
+    assert first.train() and threading.enumerate() == before
+
+    # In another thread, to which Python gives no signals.
+    finished = []
+    trainer = Trainer(config_of(folder / "thread"))
+    first.close()  # which was over before
+    thread = threading.Thread(target=lambda: finished.append(trainer.train()))
+    thread.start()
+    thread.join()
+    assert finished == [True]
+    lines = [(folder / name / "metrics.jsonl").read_text() for name in ("first", "thread")]
+    assert len({line.partition('"max_loss"')[0] for line in lines}) == 1
+
+
+def test_a_trainer_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    run_ranks(fail_and_train, 1, tmp_path)

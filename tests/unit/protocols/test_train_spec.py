@@ -1,0 +1,35 @@
+"""What `TrainSpec` does besides naming builders."""
+
+from __future__ import annotations
+
+import own_parts_llama
+
+from torchtitan.config import load_config
+from torchtitan.distributed.fake_world import fake_world
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.planning.trace import trace_step
+
+FROZEN = own_parts_llama.get_own_frozen("tiny")
+TP2 = "--parallelism.tensor_parallel_degree=2"
+OPTIONS = ["--job.custom_import=own_parts_llama", "--model.name=own_frozen", "--model.flavor=tiny"]
+
+
+def test_parallelize_keeps_frozen_what_the_model_froze() -> None:
+    config = load_config([*OPTIONS, TP2])
+    with fake_world(4, rank=0):
+        dims = ParallelDims.from_config(config.parallelism, 4)
+        model = FROZEN.meta_model()
+        expected = {name: param.requires_grad for name, param in model.named_parameters()}
+        model = FROZEN.parallelize(model, dims.world_mesh, dims, config)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == expected
+    assert len(set(expected.values())) == 2
+
+
+def test_a_plan_gives_what_is_frozen_no_gradients_under_tensor_parallelism() -> None:
+    gradients = {}
+    for name in ("own_frozen", "tiny_llama"):
+        config = load_config([*OPTIONS, TP2, f"--model.name={name}", "--training.seq_len=64"])
+        with fake_world(2, rank=0):
+            gradients[name] = trace_step(config).stages[0].gradients
+    frozen = [p.numel() for p in FROZEN.meta_model().parameters() if not p.requires_grad]
+    assert gradients["tiny_llama"] - gradients["own_frozen"] > 0.9 * sum(frozen) * 4 / 2
