@@ -159,6 +159,13 @@ def test_checkpoints_behind_a_url_are_not_looked_for(tmp_path: Path) -> None:
     assert "<h2>Checkpoints" not in (run / "report.html").read_text()
 
 
+def test_passwords_in_urls_are_not_passed_on(tmp_path: Path) -> None:
+    options = ["--checkpoint.folder=memory://me:hunter2@host/ck"]
+    main([str(write_run(tmp_path / "run", LOSSES, *options))])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "memory://me:***@host/ck" in page and "hunter2" not in page
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path / "<b>&'", LOSSES, "--job.description=</script><i>x")
     other = write_run(tmp_path / "other", LOSSES)
