@@ -7,7 +7,7 @@ set -uo pipefail
 : "${HF_TOKEN:?must be in the environment}"
 hosts=(node1 node2)
 ssh=(ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30 -o ServerAliveCountMax=4)
-pid_file=/tmp/torchtitan-llama3-8b.pid
+pid_file=.torchtitan-llama3-8b-$$-$RANDOM.pid # in the home folder, where ssh begins
 
 node() { # node INDEX HEAD PORT: what each host runs
     local index=$1 head=$2 port=$3 host=()
@@ -79,7 +79,8 @@ run() { # run INDEX HOST
     {
         printf 'export HF_TOKEN=%q\n' "$HF_TOKEN"
         declare -f node
-        echo "echo \$\$ >$pid_file.$1; node $1 node1 29500"
+        echo "(echo \$BASHPID >$pid_file.$1 || exit; node $1 node1 29500)"
+        echo "code=\$?; rm -f $pid_file.$1; exit \$code"
     } | "${ssh[@]}" "$2" bash -s 2>&1 | { # where a closed terminal ends sed, the job goes on
         sed -u "s/^/[$2] /" || cat >/dev/null
     }

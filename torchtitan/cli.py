@@ -114,8 +114,9 @@ def _report(message: str) -> None:
     """Show an error on stderr: of several ranks with the same one, once."""
     from torchtitan.distributed.first_report import claim_report, write_error_file
     from torchtitan.tools.secrets import hide_secrets
+    from torchtitan.tools.text import printable
 
-    message = hide_secrets(message)
+    message = printable(hide_secrets(message))
     write_error_file(message)
     with claim_report(message) as first:
         if first:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,6 +47,15 @@ def test_ranks_form_a_world_and_return_their_results_in_order(tmp_path, monkeypa
             "cwd": str(tmp_path),
             "variable": "value",
         }
+
+
+def reach_the_store_by_another_address() -> None:
+    socket.create_connection(("127.0.0.2", int(os.environ["MASTER_PORT"])), timeout=5)
+
+
+def test_other_hosts_do_not_reach_the_store():
+    with pytest.raises(RanksFailedError, match="ConnectionRefusedError"):
+        run_ranks(reach_the_store_by_another_address, 1)
 
 
 def raise_on_rank_1() -> None:

@@ -67,7 +67,9 @@ def script(hosts: Hosts, folder: Path, steps: int, *options: str) -> Path:
 
 def test_two_hosts_have_the_losses_of_one(hosts: Hosts, tmp_path: Path, capfd) -> None:
     path = script(hosts, tmp_path / "two", 3)
-    done = subprocess.run(["bash", path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", path], cwd=path.parent, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[host0] " in done.stdout and "on 2 ranks" in done.stdout
     two = read_lines(tmp_path / "two" / "metrics.jsonl")
@@ -79,7 +81,9 @@ def test_two_hosts_have_the_losses_of_one(hosts: Hosts, tmp_path: Path, capfd) -
 def test_a_signal_saves_on_all_hosts(hosts: Hosts, tmp_path: Path, capfd) -> None:
     folder = tmp_path / "stopped"
     path = script(hosts, folder, 10_000, "--", "--checkpoint.enable")
-    with subprocess.Popen(["bash", path], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        ["bash", path], cwd=path.parent, stdout=subprocess.PIPE, text=True
+    ) as process:
         _wait_for_a_step(folder, process)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
@@ -91,7 +95,9 @@ def test_a_signal_saves_on_all_hosts(hosts: Hosts, tmp_path: Path, capfd) -> Non
 
 def test_a_host_that_fails_ends_the_job(hosts: Hosts, tmp_path: Path, capfd) -> None:
     path = script(hosts, tmp_path / "failed", 10_000, "--max-restarts=0")
-    with subprocess.Popen(["bash", path], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        ["bash", path], cwd=path.parent, stdout=subprocess.PIPE, text=True
+    ) as process:
         _wait_for_a_step(tmp_path / "failed", process)
         hosts[1].kill()
         output, _ = process.communicate(timeout=60)

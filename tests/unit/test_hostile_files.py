@@ -27,6 +27,7 @@ from torchtitan.config import load_config, to_toml
 from torchtitan.data import build_dataloader
 from torchtitan.errors import CheckpointError, ConfigError, TitanError
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.secrets import hide_secrets
 
 SOURCES = sorted(Path(torchtitan.__file__).parent.rglob("*.py"))
 
@@ -279,6 +280,33 @@ def test_logs_and_errors_hide_secrets(capsys: pytest.CaptureFixture[str]) -> Non
     assert err.count("***") == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("saved s3://me:hunter2@host/ck/step-2", "saved s3://me:***@host/ck/step-2"),
+        ('"sftp://:a%2Fb@host:22/x"', '"sftp://:***@host:22/x"'),
+        (
+            "https://h/a?X-Amz-Signature=0f&X-Amz-Date=1",
+            "https://h/a?X-Amz-Signature=***&X-Amz-Date=1",
+        ),
+        ("'az://c/a?se=1&sig=0f%3D'", "'az://c/a?se=1&sig=***'"),
+        ("s3://bucket/a:b/c@d http://[::1]:80/@x", "s3://bucket/a:b/c@d http://[::1]:80/@x"),
+    ],
+)
+def test_passwords_in_urls_are_hidden(text: str, shown: str) -> None:
+    assert hide_secrets(text) == shown
+
+
+def test_errors_hide_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.exit_on_user_error()
+    def fail() -> None:
+        raise ConfigError("two\n\tlines and \x1b[31mred")
+
+    with pytest.raises(SystemExit):
+        fail()
+    assert capsys.readouterr().err == "error: two\n\tlines and \\x1b[31mred\n"
+
+
 @pytest.mark.usefixtures("secrets")
 def test_a_token_that_is_no_header_is_not_shown_by_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -313,11 +341,12 @@ def test_what_a_run_writes_has_no_secrets(
 
     class Wandb(ModuleType):
         def init(self, **settings: object) -> None:
-            assert SECRET not in repr(settings)
+            assert SECRET not in repr(settings) and "hunter2" not in repr(settings)
             raise RuntimeError(f"API key {SECRET} is not valid")
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
     config.job.dump_folder = str(tmp_path / "run")
+    config.training.dataset_path = "sftp://me:hunter2@host/a"
 
     @cli.exit_on_user_error()
     def start() -> None:

@@ -21,6 +21,7 @@ from torchtitan.components.checkpoint.folder import (
 )
 from torchtitan.errors import ConfigError, TitanError, outage_or
 from torchtitan.tools.run_folder import METRICS_FILE, VALIDATION_FILE
+from torchtitan.tools.secrets import hide_secrets
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -309,7 +310,7 @@ class WandbSink:
                 id=kept_id,  # None: that of WANDB_RUN_ID, or a new one
                 resume=None if os.environ.get("WANDB_RESUME") else "allow",
                 dir=str(folder),
-                config=asdict(job_config),
+                config=json.loads(hide_secrets(json.dumps(asdict(job_config)))),
             )
             # A key of our own for the x axis: W&B drops values of a step of its own that it has
             # been at before, and so those after the run went back.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torchtitan.config.load import fail
-from torchtitan.errors import BadDocumentError, ConfigError, DataError, outage_or
+from torchtitan.errors import BadDocumentError, ConfigError, DataError
+from torchtitan.tools.foreign_files import read_json
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -225,15 +226,7 @@ class HuggingFaceTokenizer:
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self._folder / name
-        if not path.is_file():
-            return {}
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are both ValueErrors
-            raise outage_or(DataError, f"{path} cannot be read: {error}", error) from error
-        if not isinstance(content, dict):
-            raise DataError(f"{path} must hold a JSON object, not {type(content).__name__}")
-        return content
+        return read_json(path, DataError) if path.is_file() else {}
 
 
 def build_tokenizer(job_config: JobConfig) -> Tokenizer:

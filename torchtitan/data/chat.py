@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from torchtitan.distributed.utils import rank
-from torchtitan.errors import BadDocumentError, DataError, outage_or
+from torchtitan.errors import BadDocumentError, DataError, TitanError, outage_or
+from torchtitan.tools.foreign_files import read_json
 
 logger = logging.getLogger("torchtitan")
 
@@ -46,7 +46,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         try:
             self._template = compile_template(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise DataError(f"{name} is not a Jinja template: {error}") from error
 
     def segments(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
@@ -92,7 +92,7 @@ class ChatTemplate:
             )
         except (
             *(jinja2.TemplateError, TypeError, ValueError),
-            *(LookupError, AttributeError, ArithmeticError),
+            *(LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
         ) as error:
             raise BadDocumentError(f"{self._name} refuses the conversation: {error}") from error
 
@@ -184,7 +184,6 @@ def _read(path: Path) -> str:
 def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a file that is a JSON object; none where the file is missing or damaged."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, DataError)
+    except TitanError:
         return {}  # the tokenizer has its own message for that
-    return fields if isinstance(fields, dict) else {}

@@ -14,6 +14,7 @@ import os
 import pickle
 import resource
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -108,7 +109,7 @@ class Ranks:
         output_folder: Path | None = None,
     ) -> None:
         # As torchrun does: the launcher holds the store, so its port is free for certain.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = _store_of_this_host()
         self._temporary = tempfile.TemporaryDirectory(prefix="torchtitan-ranks-")
         # Pickled here, since `multiprocessing` would share the memory of tensors, by a thread.
         call = pickle.dumps((function, args))
@@ -238,6 +239,18 @@ class _Rank:
             exit_code=None if stopped else code,
             exception=exception,
         )
+
+
+def _store_of_this_host() -> dist.TCPStore:
+    """A store that no other host reaches. Left to itself, `TCPStore` listens on all interfaces."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    host, port = listener.getsockname()
+    descriptor = listener.detach()
+    return dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
+    )
 
 
 def _shorten_socket_names() -> None:

@@ -6,7 +6,6 @@ Two kinds of folders tell which model they hold: a checkpoint of ours by its man
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,6 +43,7 @@ from torchtitan.models.which_model import model_of_checkpoint
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.protocols.model_converter import convert_to_load
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
+from torchtitan.tools.foreign_files import read_json
 from torchtitan.tools.run_folder import CONFIG_FILE
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -315,10 +315,7 @@ def _told_ends(folder: Path) -> list[int]:
     for path in (folder / "generation_config.json", folder / CONFIG):
         if not path.is_file():
             continue
-        try:
-            told: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+        told = read_json(path, CheckpointError).get("eos_token_id")
         ends = told if isinstance(told, list) else [] if told is None else [told]
         if not all(type(token) is int for token in ends):
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import sys
@@ -19,6 +20,7 @@ from . import kubernetes, skypilot, slurm, ssh
 from .job import LaunchJob, job_name
 from .options import Options, check
 from .storage import check_saving, check_storage
+from .template import require_plain
 
 DESCRIPTION = """\
 Start a job on a cluster, or show what would be submitted. CONFIG is the file that `torchtitan
@@ -73,6 +75,10 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
     environment = {"NCCL_DEBUG": "WARN", "PYTHONUNBUFFERED": "1"}
     environment |= dict(variable.split("=", 1) for variable in options.env)
     text = TomlFile.read(options.config).text
+    for number, line in enumerate(text.split("\n"), 1):
+        require_plain(line, f"{options.config}:{number}")
+    for word in argv:
+        require_plain(word, f"argument {word!r}")
     return LaunchJob(
         options=options,
         name=name,
@@ -123,4 +129,13 @@ def _rendering(argv: list[str]) -> str:
     """The command that shows what `argv` submits."""
     own, _ = split_overrides(argv)
     words = [word for word in own if word != "--dry-run"]
-    return shlex.join(["torchtitan", "launch", *words, "--dry-run", *argv[len(own) :]])
+    words = ["torchtitan", "launch", *words, "--dry-run", *argv[len(own) :]]
+    return " ".join(map(_on_one_line, words))
+
+
+def _on_one_line(word: str) -> str:
+    """The word, quoted for Bash. In a comment, a second line would be no comment."""
+    if "\n" not in word:
+        return shlex.quote(word)
+    escaped = json.dumps(word, ensure_ascii=False)[1:-1]  # Bash has the same escapes
+    return "$'" + escaped.replace("'", r"\'") + "'"

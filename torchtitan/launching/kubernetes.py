@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from .job import LaunchJob, seconds_of
 from .storage import split_mount
 from .submit import require, run
-from .template import fill
+from .template import fill, quoted
 
 _RETRYABLE = 138
 """Exit code above 127, after which the PyTorchJob operator starts a pod again; 128 + SIGUSR1 is the
@@ -33,7 +32,7 @@ def render(job: LaunchJob) -> str:
         "title": job.title,
         "command": job.command,
         "name": job.name,
-        "namespace": f"namespace: {options.namespace}" if options.namespace else "",
+        "namespace": f"namespace: {quoted(options.namespace)}" if options.namespace else "",
         "nodes": options.nodes,
         "max_restarts": options.max_restarts,
         "backoff": options.max_restarts * options.nodes,  # pods that fail
@@ -47,7 +46,7 @@ def render(job: LaunchJob) -> str:
                 fill("replica.yaml", role="Worker", replicas=options.nodes - 1, pod=pod)
             )
         return fill("pytorchjob.yaml", **values, replicas="".join(replicas))
-    subdomain = f"subdomain: {job.name}" if kind == "job" else ""  # a JobSet has one itself
+    subdomain = f"subdomain: {quoted(job.name)}" if kind == "job" else ""  # a JobSet has one itself
     pod = _pod(job, head, "$JOB_COMPLETION_INDEX", "restartPolicy: Never", subdomain)
     return fill(f"{kind}.yaml", **values, pod=pod)
 
@@ -65,35 +64,35 @@ def _pod(job: LaunchJob, head: str, index: str, restart_policy: str, subdomain: 
     selector = dict(label.split("=", 1) for label in options.node_selector)
     pod_options = [restart_policy, subdomain]
     if selector:
-        pod_options.append(f"nodeSelector: {json.dumps(selector)}")
+        pod_options.append(f"nodeSelector: {quoted(selector)}")
     limits = {}
     if options.gpus_per_node:
         limits["nvidia.com/gpu"] = options.gpus_per_node
         toleration = "{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"
         pod_options.append(f"tolerations: [{toleration}]")
-    environment = [
-        f"- {{name: {name}, value: {json.dumps(value)}}}" for name, value in job.environment.items()
+    variables: list[dict[str, Any]] = [
+        {"name": name, "value": value} for name, value in job.environment.items()
     ]
     for secret in options.secret:
         name, _, where = secret.partition("=")
         of, _, key = where.rpartition("/")
-        reference = f"{{secretKeyRef: {{name: {of or 'torchtitan'}, key: {key or name}}}}}"
-        environment.append(f"- {{name: {name}, valueFrom: {reference}}}")
+        reference = {"name": of or "torchtitan", "key": key or name}
+        variables.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
     volumes, mounts = [], []
     for number, (source, path) in enumerate(map(split_mount, options.mount)):
-        kind = f"persistentVolumeClaim: {{claimName: {json.dumps(source)}}}"
+        kind = f"persistentVolumeClaim: {{claimName: {quoted(source)}}}"
         if source.startswith("/"):
-            kind = f"hostPath: {{path: {json.dumps(source)}}}"
+            kind = f"hostPath: {{path: {quoted(source)}}}"
         volumes.append(f"- {{name: mount-{number}, {kind}}}")
-        mounts.append(f"- {{name: mount-{number}, mountPath: {json.dumps(path)}}}")
+        mounts.append(f"- {{name: mount-{number}, mountPath: {quoted(path)}}}")
     return fill(
         "pod.yaml",
         pod_options="\n".join(option for option in pod_options if option),
         grace=options.grace,
-        image=json.dumps(options.image),
+        image=quoted(options.image),
         node=_without_expansion(node),
-        environment="\n".join(environment),
-        resources=f"resources:\n  limits: {json.dumps(limits)}" if limits else "",
+        environment="\n".join(f"- {quoted(variable)}" for variable in variables),
+        resources=f"resources:\n  limits: {quoted(limits)}" if limits else "",
         volume_mounts="\n".join(mounts),
         volumes="\n".join(volumes),
     )

@@ -199,8 +199,9 @@ def _check_texts(options: Options) -> None:
     for secret in options.secret:
         if "=" in secret and not options.kubernetes:
             raise ConfigError(f"--secret {secret}: only Kubernetes has SECRET/KEY; use NAME")
-    if any("\n" in command for command in [*options.setup, *options.sbatch]):
-        raise ConfigError("--setup, --sbatch: one line each; give the option again for more")
+    for name, value in vars(options).items():
+        if any("\n" in str(text) for text in (value if isinstance(value, list) else [value])):
+            raise ConfigError(f"{flag(name)}: must be one line; --setup may be given several times")
 
 
 def option_key(option: str) -> str:

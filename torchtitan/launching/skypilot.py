@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from .job import LaunchJob
 from .storage import split_mount
 from .submit import require, run_on_file
-from .template import fill
+from .template import fill, quoted
 
 
 def render(job: LaunchJob) -> str:
@@ -51,8 +50,8 @@ def submit(job: LaunchJob, text: str) -> int:
 
 
 def mapping(values: dict[str, Any]) -> str:
-    """Lines of YAML, `name: value`. JSON's strings are YAML's too."""
-    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
+    """Lines of YAML, `name: value`."""
+    return "\n".join(f"{name}: {quoted(value)}" for name, value in values.items())
 
 
 def section(name: str, values: dict[str, Any]) -> str:

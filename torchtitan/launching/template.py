@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
+from typing import Any
+
+from torchtitan.errors import ConfigError
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What ends a line of YAML, as `\\n` does, or may not stand in YAML or in UTF-8."""
+
+
+def require_plain(text: str, where: str) -> None:
+    """Raises `ConfigError`, begun with `where`, if no script or manifest can hold `text`."""
+    if unsafe := _UNSAFE.search(text):
+        code = f"{ord(unsafe[0]):04x}"
+        raise ConfigError(
+            f"{where}: the character U+{code.upper()} cannot go to a cluster as it is; TOML has "
+            f'"\\u{code}" for it'
+        )
+
+
+def quoted(value: Any) -> str:
+    """A value as JSON, which is YAML too: bare, the name `no` would be false."""
+    return json.dumps(value, ensure_ascii=False)  # YAML knows no pairs of escapes
 
 
 def fill(template: str, **values: str | int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.broken import BrokenModel
 from torchtitan.models.common.hf_config import OtherArchitectureError
 from torchtitan.protocols.train_spec import TrainSpec, model_flavors
+from torchtitan.tools.foreign_files import read_json
 
 CONFIG = "config.json"
 
@@ -25,21 +25,14 @@ def train_spec_of_hf_folder(folder: Path) -> tuple[str, TrainSpec]:
         CheckpointError: the file is missing or damaged, no model reads it, or the one that does
             has no support for a field in it.
     """
+    config = read_hf_config(folder)
     with begin_errors_with(str(folder)):
-        return _train_spec(read_hf_config(folder))
+        return _train_spec(config)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """The fields of `config.json`. Raises `CheckpointError` if it is missing or damaged."""
-    try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{CONFIG} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{CONFIG} is damaged: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{CONFIG} is damaged: it holds no JSON object")
-    return fields
+    return read_json(folder / CONFIG, CheckpointError)
 
 
 def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:

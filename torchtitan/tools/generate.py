@@ -24,6 +24,7 @@ from torchtitan.generation.load import (
 )
 from torchtitan.generation.sampling import Sampling
 from torchtitan.generation.text import TextStream, encode_prompt
+from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.options import require_at_least_one
 from torchtitan.tools.result_file import require_folder, write_result
@@ -122,7 +123,7 @@ def read_prompts(options: Options) -> list[str]:
             if not line.strip():
                 continue
             try:
-                prompt = json.loads(line)["prompt"]
+                prompt = parse_json(line)["prompt"]
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f'{path}:{number}: not {{"prompt": "..."}}') from error
             if not isinstance(prompt, str):

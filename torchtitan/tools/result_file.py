@@ -31,7 +31,7 @@ def make_folder(path: str, option: str) -> None:
 
 def write_result(path: str, content: str | bytes, option: str) -> None:
     """Write a file. Raises `ConfigError`, which names the option, if that fails."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="replace") if isinstance(content, str) else content
     try:
         Path(path).expanduser().write_bytes(data)
     except OSError as error:

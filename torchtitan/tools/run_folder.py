@@ -15,6 +15,7 @@ from torchtitan.config.toml_file import format_value
 from torchtitan.errors import ConfigError, outage_or
 
 from .environment import ENVIRONMENT_FILE, environment
+from .foreign_files import parse_json
 
 CONFIG_FILE = "config.resolved.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -60,7 +61,7 @@ def _writing(job_config: JobConfig) -> Iterator[Path]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` or `validation.jsonl`; none if there is no such file.
+    """The numbers in `metrics.jsonl` or `validation.jsonl`, by line; none if there is no such file.
 
     A last line that was cut off, by a kill or because it is just being written, is left out. So is
     what is null since the guard skipped all steps since the row before: nothing was not finite.
@@ -74,9 +75,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = {key: value for key, value in parse_json(line).items() if _is_number(value)}
             int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if number == len(lines):
                 break
             shown = line[:60].decode(errors="replace")
@@ -87,6 +88,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             if row.get(key, 0) is None:
                 del row[key]
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is what a run logs: null, or a number that a float can hold."""
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**1000)
 
 
 def guard_skipped(counts: Iterable[float]) -> Iterator[bool]:

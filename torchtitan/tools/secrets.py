@@ -1,8 +1,9 @@
-"""Tokens and keys of the environment, which no log and no message may show."""
+"""Tokens and keys of the environment and of URLs, which no log and no message may show."""
 
 from __future__ import annotations
 
 import os
+import re
 
 NAMES = (
     "HF_TOKEN",
@@ -11,6 +12,12 @@ NAMES = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
 )
+_OF_URLS = re.compile(
+    r"(://[^\s/@:]*:)[^\s/@]+(?=@)"
+    r"|([?&;](?:x-(?:amz|goog)-)?(?:signature|sig|security-token)=)[^\s&\"'<]+",
+    re.IGNORECASE,
+)
+"""The password of `s3://USER:PASSWORD@HOST`, and what signs a URL."""
 
 
 def hide_secrets(text: str) -> str:
@@ -23,4 +30,4 @@ def hide_secrets(text: str) -> str:
         value = os.environ.get(name, "").strip()
         if len(value) >= 4:
             text = text.replace(value, "***")
-    return text
+    return _OF_URLS.sub(lambda found: f"{found[1] or found[2]}***", text)

@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .text import printable
+
 
 def print_table(
     header: list[str], rows: list[list[str]], left: int, sections: bool = False
@@ -19,8 +21,11 @@ def print_table(
         left: so many columns are aligned to the left, the others to the right.
         sections: a line between rows whose first cells differ (on a terminal).
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
-        Console().print(rich_table(header, rows, range(left), sections=sections))
+        Console(markup=False, emoji=False).print(
+            rich_table(header, rows, range(left), sections=sections)
+        )
     else:
         sys.stdout.write(_plain_table(header, rows, left))
 

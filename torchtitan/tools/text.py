@@ -6,6 +6,9 @@ import math
 import re
 from collections.abc import Iterable
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tabs and the ends of lines."""
+
 
 def human(number: float, space: str = " ") -> str:
     """Three significant digits and a unit: 8030261248 -> `8.03 B`."""
@@ -71,6 +74,11 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     """A key to sort by, with numbers in a name in their order: `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def printable(text: str) -> str:
+    """With escapes in the place of control characters, which a terminal would obey."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:

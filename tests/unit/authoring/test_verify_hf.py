@@ -15,7 +15,7 @@ from torchtitan.authoring.verify.subject import Subject
 def test_a_config_that_is_none_is_a_failed_check(content, problem, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckFailedError, match=rf"{tmp_path}: config\.json .*{problem}"):
+    with pytest.raises(CheckFailedError, match=rf"{tmp_path}/config\.json .*{problem}"):
         config_matches(Subject("llama3", "debugmodel", tmp_path, hf_path=tmp_path))
 
 

@@ -92,7 +92,7 @@ def test_the_first_place_counts(folder: Path) -> None:
     [
         ("tokenizer_config.json", {}, "does not say which token ends a document"),
         ("tokenizer_config.json", {"eos_token": "<end>"}, "'<end>' is not in the vocabulary"),
-        ("tokenizer_config.json", ["</s>"], "must hold a JSON object, not list"),
+        ("tokenizer_config.json", ["</s>"], "holds no JSON object"),
         ("config.json", {"eos_token_id": 10}, r"eos_token_id = 10 is not an id.*0 to 9"),
         ("config.json", {"eos_token_id": -1}, "eos_token_id = -1"),
         ("config.json", {"eos_token_id": "1"}, "eos_token_id = '1'"),
@@ -115,10 +115,10 @@ def test_a_corrupt_tokenizer_is_named(folder: Path, content: bytes) -> None:
         HuggingFaceTokenizer(folder)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 99_999])
 def test_a_corrupt_file_beside_it_is_named(folder: Path, content: bytes) -> None:
     (folder / "tokenizer_config.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is damaged"):
         HuggingFaceTokenizer(folder)
 
 

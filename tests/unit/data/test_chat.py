@@ -89,11 +89,26 @@ def test_a_malformed_conversation_is_refused(case: str) -> None:
         ),
         ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
         ("{{ messages[0].content.no.such }}", "refuses the conversation"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the conversation"),
+        ("{{ 'a' * 10**15 }}", "refuses the conversation"),
     ],
 )
 def test_a_template_that_does_not_fit_is_named(source: str, problem: str) -> None:
     with pytest.raises(BadDocumentError, match=f"the template.*{problem}"):
         template(source).segments(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [
+        ("{{ " + "(" * 5000 + "1", ")" * 5000 + " }}"),
+        ("{% if true %}" * 300, "{% endif %}" * 300),
+        ("{% for i in [] %}" * 30, "{% endfor %}" * 30),
+    ],
+)
+def test_what_is_nested_too_deeply_is_no_template(opened: str, closed: str) -> None:
+    with pytest.raises(DataError, match="is not a Jinja template"):
+        template(opened + closed)
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox() -> None:

@@ -85,13 +85,13 @@ def test_a_host_runs_the_job_as_it_is_written(
     python = tmp_path / "python"
     python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nenv | grep ^GREETING\ncat "${@: -2:1}"\n')
     python.chmod(0o755)
-    options = ["--nodes=2", f"--python={python}", "--env=GREETING=it's $HOME", "--dry-run"]
+    options = ["--nodes=2", f"--python={python}", "--env=GREETING=it's $HOME 😀", "--dry-run"]
     text = render(capsys, job, *KINDS[kind], *options, "--", "--training.steps=7")
     script, environment = script_of(kind, text)
     bash = ["bash", "-c", script]
     env = os.environ | {"TMPDIR": str(tmp_path)} | environment
     out = subprocess.run(bash, env=env, capture_output=True, text=True, check=True).stdout
-    assert "GREETING=it's $HOME\n" in out
+    assert "GREETING=it's $HOME 😀\n" in out
     assert out.endswith(JOB)
     words = out.splitlines()
     for name, value in {
@@ -156,6 +156,44 @@ def script_of(kind: str, text: str) -> tuple[str, dict[str, str]]:
         container["args"][0],
     )
     return script.rpartition("node ")[0] + "node 0 head 1234", variables
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_stands_in_a_comment_of_one_line(
+    kind: str, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = 'it\'s\n"two" \\ lines\t#'
+    words = [job, *KINDS[kind], "--dry-run", "--", "--job.description", description]
+    text = render(capsys, *words)
+    script_of(kind, text)
+    rendering = re.search("^# Rendered by: (.*)$", text, re.MULTILINE)[1]
+    bash = ["bash", "-c", f"printf '%s\\0' {rendering}"]
+    read = subprocess.run(bash, capture_output=True, text=True, check=True).stdout
+    assert read.split("\0")[2:-1] == words
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("slurm", "ssh")])
+def test_names_are_texts_in_yaml(kind: str, job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (
+        ["--name=no", "--env=ON=1"]
+        if kind == "skypilot"
+        else ["--name=no", "--env=ON=1", "--namespace=123"]
+    )
+    for document in yaml.safe_load_all(render(capsys, job, *KINDS[kind], *options, "--dry-run")):
+        if kind == "skypilot":
+            assert document["name"] == "no"
+        else:
+            assert document["metadata"] == {"name": "no", "namespace": "123"}
+    if kind != "skypilot":
+        assert script_of(kind, yaml.safe_dump(document))[1]["ON"] == "1"
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u0085"])
+def test_a_file_that_no_script_can_hold_is_refused(character: str, job: str) -> None:
+    Path(job).write_text(f'{JOB}\n[job]\ndescription = "Llama{character}3"\n')
+    code = f"{ord(character):04x}"
+    with pytest.raises(ConfigError, match=rf'job.toml:14: .*U\+{code.upper()} .*"\\u{code}"'):
+        main([job, "--slurm", "--dry-run"])
 
 
 def test_slurm_has_what_its_users_set(job: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,7 +498,12 @@ def test_ssh_sends_secrets_through_the_pipe(
 def test_ssh_tells_the_hosts_when_the_terminal_is_closed(
     job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The output goes to it, and that it fails then must not end the hosts' jobs."""
+    """The output goes to it, and that it fails then must not end the hosts' jobs.
+
+    What tells them apart from another job of the same name is gone at the end.
+    """
+    home = tmp_path / "home"
+    home.mkdir()
     saving = f"echo saving; sleep 0.3; echo saving; touch {tmp_path}/saved-$$; exit 75"
     going_on = "while :; do echo on; sleep 0.1; done"
     python = f"trap '{saving}' TERM; touch {tmp_path}/ready-$$; {going_on}"
@@ -471,11 +514,14 @@ def test_ssh_tells_the_hosts_when_the_terminal_is_closed(
     text = render(capsys, *options, f"--ssh-command={tmp_path}/ssh", "--dry-run")
     terminal, end = os.openpty()
     command = ["bash", "-c", text]
-    with subprocess.Popen(command, stdout=end, stderr=end, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdout=end, stderr=end, start_new_session=True, cwd=home
+    ) as process:
         os.close(end)
         deadline = time.monotonic() + 30
         while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
+        names = [path.name for path in home.iterdir()]
         os.close(terminal)
         os.killpg(process.pid, signal.SIGHUP)
         try:
@@ -484,6 +530,8 @@ def test_ssh_tells_the_hosts_when_the_terminal_is_closed(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     assert len(list(tmp_path.glob("saved-*"))) == 2
+    assert len([name for name in names if f"-{process.pid}-" in name]) == 2
+    assert not list(home.iterdir())
 
 
 SUBMITTED = {
@@ -571,6 +619,9 @@ MISTAKES = {
     "flavor": (["--slurm", "--", "--model.flavor=8"], ["flavor", "8B"]),
     "dataset": (["--slurm", "--", "--training.dataset=c5"], ["c5", "Did you mean 'c4'"]),
     "key": (["--slurm", "--", "--training.sequence=3"], ["sequence"]),
+    "two lines": (["--slurm", "--workdir=/a\ntouch b"], ["--workdir: must be one line"]),
+    "carriage return": (["--slurm", "--sbatch=comment=a\rtouch b"], ["argument", "U+000D"]),
+    "line separator": (["--ssh", "--hosts=a", "--env=A=b\u2028c"], ["argument", "U+2028"]),
     "out": (["--slurm", "--out=/no/such/file"], ["--out /no/such/file", "no such folder"]),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -15,6 +14,7 @@ from torchtitan.models.common.state_dict import pattern_of
 from torchtitan.models.from_hf import read_hf_config, train_spec_of_hf_folder
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.tools.foreign_files import read_json
 from torchtitan.tools.text import human
 
 from .source import DEBUG_FLAVOR
@@ -175,8 +175,9 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with SafetensorsFile(path) as file:
             shapes |= {pattern_of(name): spec.shape for name, spec in file.specs.items()}
     if not shapes and (index := folder / "model.safetensors.index.json").is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        shapes = {pattern_of(name): () for name in names}  # weights are elsewhere
+        names = read_json(index, CheckpointError).get("weight_map")
+        if isinstance(names, dict):
+            shapes = {pattern_of(name): () for name in names}  # weights are elsewhere
     return shapes
 
 

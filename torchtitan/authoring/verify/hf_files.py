@@ -50,7 +50,7 @@ def read_config(subject: Subject) -> dict[str, Any]:
     try:
         config = read_hf_config(folder_of(subject))
     except CheckpointError as error:
-        raise CheckFailedError(f"{folder_of(subject)}: {error}") from error
+        raise CheckFailedError(str(error)) from error
     return config.get("text_config", config)
 
 

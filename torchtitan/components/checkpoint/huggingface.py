@@ -23,6 +23,7 @@ from torchtitan.config.load import fail, origin
 from torchtitan.data.chat import read_fields
 from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
+from torchtitan.tools.foreign_files import parse_json, read_json
 from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
@@ -142,7 +143,7 @@ def warn_of_bytes(job_config: JobConfig, tokenizer: object) -> None:
         return
     file = path / TOKENIZER_FILES[0]
     try:
-        theirs = json.loads(file.read_bytes())["model"]
+        theirs = parse_json(file.read_bytes())["model"]
         is_bytes = len(theirs["vocab"]) == 256 and not theirs["merges"]  # as `last_save_in_hf` has
     except OSError:
         return
@@ -280,7 +281,7 @@ def _config(
             continue  # of another model
         same = saved is not None and not any(differences(saved, args, _IGNORED))
         if same or (ours is None and path.is_file()):
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_json(path, CheckpointError)
             if "num_nextn_predict_layers" in kept:
                 kept["num_nextn_predict_layers"] = 0
             _add_ends(kept, ends)

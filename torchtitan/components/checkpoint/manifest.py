@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.errors import DamagedCheckpointError, OutageError
+from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import first_line
 
 from .patience import read_again
@@ -91,7 +92,7 @@ class Manifest:
         if zlib.crc32(text[: own.start()] + _NO_CHECKSUM) != int(own[1], 16):
             raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             del fields["crc32"]
             fields["files"] = {name: FileRecord(**of) for name, of in fields["files"].items()}
             manifest = cls(**fields)

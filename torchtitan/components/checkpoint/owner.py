@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from torchtitan.distributed.same_outcome import on_all_ranks, on_rank_zero
 from torchtitan.errors import CheckpointError, outage_or
+from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import first_line
 
 from .patience import read_again
@@ -76,7 +77,7 @@ class Owner:
         """
         path = folder / OWNER
         try:
-            return cls(**json.loads(read_again(path, path.read_bytes)))
+            return cls(**parse_json(read_again(path, path.read_bytes)))
         except (OSError, ValueError, TypeError):
             return None
 

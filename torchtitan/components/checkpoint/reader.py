@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import pickle
 import warnings
 from collections import defaultdict
@@ -36,6 +35,7 @@ from torch.futures import Future
 
 from torchtitan.config.checkpoint import ExcludablePart
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import few, first_line
 
 from .failures import first_failure
@@ -338,16 +338,17 @@ def _safetensors_files(folder: Path) -> list[str]:
     if not index.is_file():
         return [SAFETENSORS_FILE]
     try:
-        files = set(json.loads(read_again(index, index.read_text))["weight_map"].values())
+        files = set(parse_json(read_again(index, index.read_text))["weight_map"].values())
+        names = sorted(str(Path(name)) for name in files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged: {first_line(error)}") from error
     single = folder / SAFETENSORS_FILE
-    if single.is_file() and single.name not in files:
+    if single.is_file() and single.name not in names:
         raise CheckpointError(
             f"{folder} holds two models: {single.name}, which transformers would load, and the "
             f"files that {index.name} names. Delete the one that is not wanted"
         )
-    return sorted(files)
+    return names
 
 
 def _way_out(keys: list[str]) -> str:

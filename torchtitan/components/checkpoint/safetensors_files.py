@@ -113,6 +113,8 @@ class SafetensorsFile:
             self._starts[name] = 8 + header_bytes + entry["data_offsets"][0]
 
     def _open(self) -> Any:
+        if not self.path.is_file():  # a pipe would be waited for, a folder taken for an outage
+            raise FileNotFoundError
         with safe_open(self.path, framework="pt"):
             pass  # the library checks that header and length of the file are in order
         return open(self.path, "rb", buffering=0)

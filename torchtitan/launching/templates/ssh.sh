@@ -7,7 +7,7 @@ set -uo pipefail
 {{required}}
 hosts=({{hosts}})
 ssh=({{ssh}})
-pid_file=/tmp/torchtitan-{{name}}.pid
+pid_file=.torchtitan-{{name}}-$$-$RANDOM.pid # in the home folder, where ssh begins
 
 {{node}}
 
@@ -15,7 +15,8 @@ run() { # run INDEX HOST
     {
         {{secrets}}
         declare -f node
-        echo "echo \$\$ >$pid_file.$1; node $1 {{head}} {{port}}"
+        echo "(echo \$BASHPID >$pid_file.$1 || exit; node $1 {{head}} {{port}})"
+        echo "code=\$?; rm -f $pid_file.$1; exit \$code"
     } | "${ssh[@]}" "$2" bash -s 2>&1 | { # where a closed terminal ends sed, the job goes on
         sed -u "s/^/[$2] /" || cat >/dev/null
     }

@@ -27,6 +27,7 @@ from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, 
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.storage import StoragePath, storage_path
 from torchtitan.errors import CheckpointError
+from torchtitan.tools.foreign_files import read_json
 from torchtitan.tools.run_folder import CONFIG_FILE
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import first_line, natural_order
@@ -65,9 +66,11 @@ class Side:
             assert isinstance(self.folder, Path)
             self.metadata: Metadata = read_safetensors_metadata(self.folder)
             if (self.folder / "config.json").is_file():
-                self.fields = {"config": _read(self.folder / "config.json", json.loads)}
+                config = read_json(self.folder / "config.json", CheckpointError)
+                self.fields = {"config": config}
             return
         manifest = Manifest.read_whole(self.folder)
+        manifest.check_contents(self.folder, manifest.files.keys() & {".metadata", CONFIG_FILE})
         self.metadata = read_metadata(self.folder)
         of_manifest = dataclasses.asdict(manifest)
         self.fields = {name: of_manifest[name] for name in ("step", "model_only", "model")}

@@ -44,6 +44,7 @@ def inspect(folder: Path) -> Contents:
         metadata = read_safetensors_metadata(folder)
         return Contents("Hugging Face", _hf_model(folder, metadata), metadata)
     manifest = Manifest.read_whole(folder)
+    manifest.check_contents(folder, manifest.files.keys() & {".metadata"})
     content = "model alone" if manifest.model_only else "resumable"
     kind = f"checkpoint of ours, step {manifest.step}, {content}"
     return Contents(kind, _our_model(folder, manifest), read_metadata(folder))

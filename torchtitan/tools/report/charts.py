@@ -27,6 +27,8 @@ _MOST_POINTS = 500
 _POINTS_OF_PAGE = 20_000
 """Points of all lines: about a megabyte and a half."""
 _MOST_MARKS = 100
+_HUGE = 1e300
+"""An axis ends here, as its length must be a number; one that is shorter than 1e-300 is none."""
 _FEW = 30
 """Points that are marked by dots, as a line alone would not tell where they are."""
 
@@ -240,10 +242,11 @@ def _place(limits: tuple[float, float], start: float, end: float) -> Callable[[f
 
 def _limits(values: list[float]) -> tuple[float, float]:
     """The range of the values, made wider if it is empty."""
+    values = [min(max(value, -_HUGE), _HUGE) for value in values]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if high - low > 1e-9 * max(abs(low), abs(high)):
+    if high - low > max(1e-9 * max(abs(low), abs(high)), 1 / _HUGE):
         return low, high
-    room = 0.5 * abs(low) or 0.5
+    room = 0.5 * abs(low) if abs(low) > 1 / _HUGE else 0.5
     return low - room, high + room
 
 

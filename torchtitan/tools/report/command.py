@@ -12,6 +12,7 @@ import tyro
 from torchtitan.errors import ConfigError
 from torchtitan.tools.figures import MISSING, can_plot, png
 from torchtitan.tools.result_file import require_folder, write_result
+from torchtitan.tools.secrets import hide_secrets
 
 from .page import report_page
 from .run import read_runs
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if out is None:
         folder = runs[0].folder if len(runs) == 1 else Path()
         out = str(folder / "report.html")
-    write_result(out, report_page(runs), "--out")
+    write_result(out, hide_secrets(report_page(runs)), "--out")
     written = [out]
     if options.png:
         from .figure import draw

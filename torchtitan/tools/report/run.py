@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from torchtitan.components.metric_keys import STARTED_AT
 from torchtitan.errors import ConfigError
 from torchtitan.tools.environment import ENVIRONMENT_FILE
+from torchtitan.tools.foreign_files import read_json, read_text
 from torchtitan.tools.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -25,6 +25,12 @@ from torchtitan.tools.run_folder import (
     read_rows,
     unique_names,
 )
+
+_TYPES = {
+    **dict.fromkeys(("job.description", "model.name", "model.flavor", "checkpoint.folder"), str),
+    "training.steps": int,
+}
+"""Of keys that a report looks at. A file of another tool, or a damaged one, may have others."""
 
 
 @dataclass
@@ -132,17 +138,18 @@ def _read_run(name: str, folder: Path) -> Run:
     from torchtitan.components.checkpoint.storage import is_url
 
     _check(folder)
-    config_text = _read_text(folder / CONFIG_FILE)
-    config = flatten(_parse(folder / CONFIG_FILE, config_text, tomllib.loads))
-    environment_text = _read_text(folder / ENVIRONMENT_FILE) or "{}"
-    environment = _parse(folder / ENVIRONMENT_FILE, environment_text, json.loads)
+    config_text, config = _read_config(folder / CONFIG_FILE)
+    environment_file = folder / ENVIRONMENT_FILE
+    environment = read_json(environment_file, ConfigError) if environment_file.exists() else {}
+    saved_in = config.get("checkpoint.folder", "checkpoint")
     try:
         curves = _curves(read_rows(folder / METRICS_FILE))
         validation = _curves(read_rows(folder / VALIDATION_FILE)).get("loss", Curve([], []))
         written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime)
-    except OSError as error:
+        # Those behind a URL are not looked for: a report needs no network.
+        checkpoints = [] if is_url(saved_in) else list_checkpoints(folder / saved_in)
+    except (OSError, ValueError) as error:  # of a path with a NUL, ValueError
         raise ConfigError(f"{folder}: cannot read it: {error}") from error
-    saved_in = config.get("checkpoint.folder", "checkpoint")
     return Run(
         name,
         folder,
@@ -151,8 +158,7 @@ def _read_run(name: str, folder: Path) -> Run:
         config,
         config_text,
         {key: str(value) for key, value in environment.items()},
-        # Those behind a URL are not looked for: a report needs no network.
-        [] if is_url(saved_in) else list_checkpoints(folder / saved_in),
+        checkpoints,
         written,
     )
 
@@ -176,8 +182,6 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
         for key, value in row.items():
             if value is None:
                 value = math.nan  # what the run writes for what is not finite
-            elif type(value) not in (int, float):
-                continue
             if key not in curves:
                 curves[key] = Curve([], [])
             curves[key].steps.append(step)
@@ -186,21 +190,13 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
     return curves
 
 
-def _read_text(path: Path) -> str:
-    """Empty if there is no such file."""
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text and the keys of a run's config; nothing if there is no such file."""
+    if not path.exists():
+        return "", {}
+    text = read_text(path, ConfigError)
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot read it: {error}") from error
-
-
-def _parse(path: Path, text: str, parse: Any) -> dict[str, Any]:
-    try:
-        table = parse(text)
-    except ValueError as error:
-        raise ConfigError(f"{path}: damaged: {error}") from error
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path}: damaged: not a table")
-    return table
+        config = flatten(tomllib.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+    return text, {k: v for k, v in config.items() if isinstance(v, _TYPES.get(k, object))}

@@ -195,6 +195,15 @@ def test_mistakes_end_with_one_message(tmp_path, capsys, monkeypatch, arguments,
     assert code == 2 and words in out and "Traceback" not in out and out.count("error:") == 1
 
 
+@pytest.mark.parametrize("name", [".metadata", "config.resolved.toml"])
+def test_diff_makes_nothing_of_a_damaged_file(run, capsys, name):
+    """Of `.metadata`, a flipped bit may ask for any amount of memory."""
+    two, four = run / "checkpoint" / "step-2", run / "checkpoint" / "step-4"
+    flip(four / name)
+    code, out = checkpoint(capsys, "diff", two, four)
+    assert code == 2 and f"{four / name} is damaged: CRC-32" in out
+
+
 def test_the_folder_above_runs_names_them(tmp_path, capsys):
     (tmp_path / "one" / "checkpoint" / "step-2").mkdir(parents=True)
     code, out = checkpoint(capsys, "list", str(tmp_path))

@@ -193,10 +193,17 @@ def change_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def change_index(folder: Path, name: str, file: object) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][name] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+INDEX = "model.safetensors.index.json"
 LAST = "model-00002-of-00002.safetensors"
 NORM = "model.norm.weight"
 BAD_HF = {
@@ -209,6 +216,9 @@ BAD_HF = {
     "truncated": (lambda f: truncate(f / LAST), [LAST, "damaged"]),
     "absent shard": (lambda f: (f / LAST).unlink(), [LAST, "is missing"]),
     "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), ["model.safetensors"]),
+    "deep index": (lambda f: (f / INDEX).write_text("[" * 50_000), [INDEX, "damaged"]),
+    "number in the index": (lambda f: change_index(f, NORM, 5), [INDEX, "damaged"]),
+    "folder in the index": (lambda f: change_index(f, NORM, "."), ["is missing"]),
     "damaged config": (lambda f: (f / "config.json").write_text("{"), ["config.json is damaged"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json", "--model"]),
     "other architecture": (

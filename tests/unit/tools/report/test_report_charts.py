@@ -81,7 +81,19 @@ def test_a_line_is_broken_where_a_value_is_not_finite(tmp_path: Path) -> None:
     assert to_json(runs, charts)["charts"][0]["lines"][0]["mean"][1] is None
 
 
-@pytest.mark.parametrize("losses", [[2.0], [2.0, 2.0, 2.0], [0.0, 0.0], [None, None], [-1e-320]])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [2.0],
+        [2.0, 2.0, 2.0],
+        [0.0, 0.0],
+        [None, None],
+        [-1e-320],
+        [1e308, -1e308],
+        [2e303, 3e303],
+        [5e-324, 1e-323],
+    ],
+)
 def test_any_values_can_be_drawn(tmp_path: Path, losses: list[float | None]) -> None:
     runs = read_runs([str(write_run(tmp_path / "run", losses))])
     for chart in build_charts(runs):

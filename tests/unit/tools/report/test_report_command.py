@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -158,6 +159,13 @@ def test_checkpoints_behind_a_url_are_not_looked_for(tmp_path: Path) -> None:
     assert "<h2>Checkpoints" not in (run / "report.html").read_text()
 
 
+def test_passwords_in_urls_are_not_passed_on(tmp_path: Path) -> None:
+    options = ["--checkpoint.folder=memory://me:hunter2@host/ck"]
+    main([str(write_run(tmp_path / "run", LOSSES, *options))])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "memory://me:***@host/ck" in page and "hunter2" not in page
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path / "<b>&'", LOSSES, "--job.description=</script><i>x")
     other = write_run(tmp_path / "other", LOSSES)
@@ -228,6 +236,9 @@ def test_a_picture_without_matplotlib_is_refused(
         main([str(run), "--png", "x.png"])
 
 
+DEEP = "[" * 50_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -256,14 +267,42 @@ def test_a_mistake_is_a_config_error(
     [
         ("metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 2}\n', r"metrics.jsonl:2: not a logged"),
         ("metrics.jsonl", '[1]\n{"step": 2}\n', r"metrics.jsonl:1: not a logged step"),
-        ("config.resolved.toml", "a = [", r"config.resolved.toml: damaged"),
-        ("environment.json", "[]", r"environment.json: damaged: not a table"),
+        ("metrics.jsonl", f'{DEEP}\n{{"step": 2}}\n', r"metrics.jsonl:1: not a logged step"),
+        ("metrics.jsonl", '{"step": 1e400}\n{"step": 2}\n', r"metrics.jsonl:1: not a logged"),
+        ("config.resolved.toml", "a = [", r"config.resolved.toml is damaged"),
+        ("config.resolved.toml", f"a = {DEEP}", r"config.resolved.toml is damaged"),
+        ("config.resolved.toml", 'checkpoint.folder = "\\u0000"', r"run: cannot read it"),
+        ("environment.json", "[]", r"environment.json is damaged: it holds no JSON object"),
+        ("environment.json", DEEP, r"environment.json is damaged: nested too deeply"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str, message: str) -> None:
     run = write_run(tmp_path / "run", LOSSES)
     (run / file).write_text(content)
     with pytest.raises(ConfigError, match=message):
+        main([str(run)])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.jsonl", f'{{"step": 1, "loss": 1{"0" * 400}, "lr": "x", "steps_skipped": []}}\n'),
+        ("config.resolved.toml", "[job]\ndescription = 5\n[checkpoint]\nfolder = 5\n"),
+        ("config.resolved.toml", "[training]\nsteps = 'x'\n[model]\nname = [1]\n"),
+        ("environment.json", '{"\\ud800": "\\ud800"}'),
+    ],
+)
+def test_what_no_run_has_written_is_left_out(tmp_path: Path, file: str, content: str) -> None:
+    run = write_run(tmp_path / "run", LOSSES)
+    (run / file).write_text(content)
+    assert main([str(run)]) == 0
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", LOSSES)
+    (run / "config.resolved.toml").unlink()
+    os.mkfifo(run / "config.resolved.toml")
+    with pytest.raises(ConfigError, match=r"config.resolved.toml cannot be read: it is no file"):
         main([str(run)])
 
 

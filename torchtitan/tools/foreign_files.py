@@ -1,0 +1,45 @@
+"""Files that others wrote, and may have damaged: what is read, or one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torchtitan.errors import TitanError, outage_or
+
+
+def read_text(path: Path, mistake: type[TitanError]) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        TitanError: a `mistake`: it is missing, no text, or no file (a pipe may never end); an
+            `OutageError`: it cannot be read now.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise mistake(f"{path} cannot be read: it is no file")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise outage_or(mistake, f"{path} cannot be read: {error.strerror}", error) from error
+    except ValueError as error:
+        raise mistake(f"{path} is damaged: {error}") from error
+
+
+def read_json(path: Path, mistake: type[TitanError]) -> dict[str, Any]:
+    """The fields of a file that holds a JSON object. Raises as `read_text`."""
+    try:
+        fields = parse_json(read_text(path, mistake))
+    except ValueError as error:
+        raise mistake(f"{path} is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise mistake(f"{path} is damaged: it holds no JSON object")
+    return fields
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`, but what is nested too deeply is a `ValueError` too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
