@@ -66,7 +66,7 @@ FULL_AC = "--activation_checkpoint.mode=full"
 OP_AC = "--activation_checkpoint.mode=selective"
 LAYOUTS = {
     "accumulation": (1, 2),
-    "ddp2": (2, 4, REPLICATE2, "--parallelism.data_parallel_shard_degree=1"),
+    "ddp2_accumulation": (2, 2, REPLICATE2, "--parallelism.data_parallel_shard_degree=1"),
     "fsdp2": (2, 4),
     "fsdp4": (4, 2),
     "hsdp2x2": (4, 2, REPLICATE2),
@@ -81,7 +81,7 @@ LAYOUTS = {
 LONG_LAYOUTS = {
     "fsdp2xtp2_chunked_loss": (4, 4, TP2, "--loss.name=chunked_cross_entropy"),
     "op_ac_fsdp2xtp2": (4, 4, TP2, "--activation_checkpoint.mode=selective"),
-    "ddp2_accumulation": (2, 2, REPLICATE2, "--parallelism.data_parallel_shard_degree=1"),
+    "ddp2": (2, 4, REPLICATE2, "--parallelism.data_parallel_shard_degree=1"),
     "hsdp2x2_accumulation": (4, 1, REPLICATE2),
     "tp2_gathered_logits": (2, 8, TP2, "--parallelism.disable_loss_parallel"),
     "fsdp2_chunked_loss": (2, 4, "--loss.name=chunked_cross_entropy", "--loss.chunk_size=100"),

@@ -133,4 +133,5 @@ def test_an_ordinary_run_says_nothing_but_its_log(tmp_path: Path) -> None:
     for ranks in 1, 2:
         done = command("train", *OPTIONS, f"--job.dump_folder={tmp_path}/{ranks}", ranks=ranks)
         assert done.exit_code == 0 and done.out == ""
-        assert all(line.startswith("20") for line in done.err.splitlines()), done.err
+        lines = done.err.splitlines()
+        assert lines and all(line.startswith("20") for line in lines), done.err

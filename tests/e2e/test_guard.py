@@ -90,15 +90,21 @@ def test_all_layouts_skip_the_same_steps(layout: str, skipped: list[dict], tmp_p
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize(
+    ("mode", "log_freq", "logged"),
+    [("disabled", 1, [1, 2, 3, 4, 5, 6]), ("async", 2, [1, 2, 4, 6])],
+)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_rollback_goes_on_with_later_data(ranks: int, mode: str, tmp_path: Path) -> None:
+def test_a_rollback_goes_on_with_later_data(
+    ranks: int, mode: str, log_freq: int, logged: list[int], tmp_path: Path
+) -> None:
     """Back from step 4 to step 2: as a run that never had batches 3 and 4, to the last bit."""
-    options = [*ROLLBACK, f"--checkpoint.async_mode={mode}"]
+    options = [*ROLLBACK, f"--checkpoint.async_mode={mode}", f"--metrics.log_freq={log_freq}"]
     expected = lines_of(tmp_path / "dropped", *options, ranks=ranks, DROP="3 4")
     lines = lines_of(tmp_path / "run", *options, ranks=ranks, POISON="4:nan")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert [line["step"] for line in lines] == logged
+    for key in "loss", "max_loss", "grad_norm":
+        assert [line.get(key) for line in lines] == [line.get(key) for line in expected]
     assert lines[-1]["rollbacks"] == 1 and lines[-1]["batches_skipped"] == 2
     ours, theirs = newest_weights(tmp_path / "run"), newest_weights(tmp_path / "dropped")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -146,6 +152,12 @@ def test_no_checkpoint_is_saved_after_a_bad_step_but_at_the_end(tmp_path: Path) 
     options = ["--checkpoint.enable", "--checkpoint.interval=2"]
     lines_of(tmp_path, SKIP, *options, POISON="4:nan 6:nan")
     assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-6"]
+
+
+def test_no_checkpoint_of_a_bad_step_is_saved_between_logged_ones(tmp_path: Path) -> None:
+    done = run(tmp_path, *SAVE_EACH, "--metrics.log_freq=100", POISON="3:nan")
+    assert done.exit_code == 2 and "step 3: the loss is nan" in done.err, done.err
+    assert checkpoints_in(tmp_path / "checkpoint") == ["step-1", "step-2"]
 
 
 def test_a_model_of_nan_is_not_saved_at_the_end(tmp_path: Path) -> None:

@@ -229,7 +229,8 @@ def test_the_guides_tokenizer_optimizer_and_converter_train(
     init = package / "__init__.py"
     text = init.read_text().replace(", build_tokenizer\n", "\n")
     init.write_text(
-        "from . import adapters, optimizer\nfrom .tokenizer import Letters as build_tokenizer\n" + text
+        "from . import adapters, optimizer\nfrom .tokenizer import Letters as build_tokenizer\n"
+        + text
     )
     for tensor_parallel in (1, 2):
         degree = f"--parallelism.tensor_parallel_degree={tensor_parallel}"

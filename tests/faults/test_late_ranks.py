@@ -16,7 +16,8 @@ import torch
 from harness import Finished, command, read_lines
 from tiny_llama import OPTIONS
 
-from torchtitan.distributed.hang_watch import Heartbeat, report, waits
+from torchtitan.config import JobConfig
+from torchtitan.distributed.hang_watch import HangWatch, Heartbeat, report, waits
 
 LATE = (
     *OPTIONS,
@@ -77,6 +78,13 @@ def test_a_run_without_a_hang_reports_none(tmp_path: Path) -> None:
         done = run(tmp_path / str(seconds), f"--comm.hang_seconds={seconds}")
         assert "no progress" not in done.err
         assert not (tmp_path / str(seconds) / "hang").exists()
+
+
+def test_unless_it_is_told_a_hang_is_reported_before_the_timeout_ends_the_run() -> None:
+    config = JobConfig()
+    assert HangWatch(config)._limit == config.comm.timeout_seconds / 2
+    config.comm.hang_seconds = 7
+    assert HangWatch(config)._limit == 7
 
 
 def beat(rank: int, step: int, phase: str, waits: bool = True, time: float = 100.0) -> Heartbeat:

@@ -47,7 +47,7 @@ class BestFitRow:
         self._seq_len = seq_len
         self._document = document
         self._next, self._next_origin = documents.open(document)
-        if offset == 0 and sequence == 0:
+        if offset == 0:
             offset = begin_of(documents, stride, document, len(self._next))
         require_place(document, offset, len(self._next))
         self._offset = offset

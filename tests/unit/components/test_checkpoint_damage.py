@@ -175,6 +175,15 @@ def test_pruning_does_not_count_damaged_ones(tmp_path, damage):
     assert steps_in(tmp_path) == ["step-4", "step-5", "step-6", "step-8"]
 
 
+def test_a_step_that_is_saved_anew_is_no_longer_damaged(tmp_path):
+    Run(tmp_path).train(4)
+    damaged(tmp_path, 4)
+    run = Run(tmp_path, keep_latest_k=1)
+    assert run.manager.load() == 2
+    run.train(6)
+    assert steps_in(tmp_path) == ["step-4.damaged", "step-6"]
+
+
 def test_pruning_that_is_cut_off_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     run = Run(tmp_path, keep_latest_k=1)
     run.train(2)
@@ -224,7 +233,7 @@ def test_files_and_folders_are_synced_before_a_checkpoint_appears(tmp_path, monk
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(type(tmp_path), "rename", spy_rename)
-    Run(tmp_path).train(2)
+    Run(tmp_path, keep_latest_k=1).train(4)
     root = tmp_path / "checkpoint"
     at = events.index(f"{root}/step-2.partial -> {root}/step-2")
     before = events[:at]
@@ -234,6 +243,8 @@ def test_files_and_folders_are_synced_before_a_checkpoint_appears(tmp_path, monk
     assert before[-1] == f"{root}/step-2.partial"
     assert str(tmp_path) in before  # the new folder `checkpoint` in it
     assert events[at + 1] == str(root)
+    pruned = events.index(f"{root}/step-2 -> {root}/step-2.partial")
+    assert events[pruned + 1] == str(root)  # before its files are deleted
 
 
 def test_a_run_goes_back_again_and_again(tmp_path):

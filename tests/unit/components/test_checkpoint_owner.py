@@ -178,9 +178,15 @@ def test_a_run_at_work_on_this_machine_is_not_disturbed(tmp_path):
     check_resume(config, TinyArgs())
 
     config.job.dump_folder = str(tmp_path)
-    earlier = replace(owner, process="another start of the machine")  # the number is used again
-    (root / OWNER).write_text(json.dumps(asdict(earlier)))
-    check_resume(config, TinyArgs())
+    time.sleep(0.03)  # some ticks of the kernel's clock
+    second = subprocess.Popen(["sleep", "60"])
+    # The number of an owner that is gone, used again: after the machine started anew, or before.
+    for process in ("another start of the machine", _process(other.pid)):
+        earlier = replace(owner, pid=second.pid, process=process)
+        (root / OWNER).write_text(json.dumps(asdict(earlier)))
+        check_resume(config, TinyArgs())
+    second.kill()
+    second.wait()
 
     (root / OWNER).write_text(json.dumps(asdict(owner)))
     other.kill()

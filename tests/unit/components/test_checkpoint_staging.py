@@ -36,12 +36,13 @@ def test_a_copy_is_of_the_same_values_and_types():
 
 def test_memory_is_kept_for_the_next_copy_if_it_fits():
     stager = HostCopy()
-    state = {"w": torch.randn(8, 8), "other": torch.randn(3)}
+    state = {"w": torch.randn(8, 8), "other": torch.randn(3), "half": torch.randn(3)}
     first = stager.stage(state).result()
     places = first["w"].data_ptr(), first["other"].data_ptr()
-    second = stager.stage({"w": state["w"] + 1, "other": torch.randn(4)}).result()
+    changed = {"w": state["w"] + 1, "other": torch.randn(4), "half": state["half"].bfloat16()}
+    second = stager.stage(changed).result()
     assert second["w"].data_ptr() == places[0]
-    assert torch.equal(second["w"], state["w"] + 1) and second["other"].shape == (4,)
+    torch.testing.assert_close(second, changed, rtol=0, atol=0)
     stager.close()
 
 

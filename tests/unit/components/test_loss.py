@@ -4,10 +4,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.components.chunked_loss import ChunkedCrossEntropy, chunked_linear_cross_entropy
-from torchtitan.components.loss import IGNORE_INDEX, build_loss, cross_entropy
+from torchtitan.components.loss import IGNORE_INDEX, VocabShard, build_loss, cross_entropy
 from torchtitan.config import JobConfig
+from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
 
 
@@ -75,6 +79,32 @@ def test_chunked_loss_in_bfloat16_is_close() -> None:
     torch.testing.assert_close(chunked, plain, rtol=1e-2, atol=0)
     expected, actual = (torch.autograd.grad(loss, weight)[0] for loss in (plain, chunked))
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+
+
+def test_many_chunks_in_bfloat16_add_up_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(8192, 16).bfloat16(), torch.randn(32, 16).bfloat16()
+    labels = torch.randint(32, (8192,))
+    exact = weight.float().requires_grad_()
+    cross_entropy(hidden.float() @ exact.T, labels).backward()
+    errors = []
+    for chunk_size in (8192, 16):
+        own = weight.clone().requires_grad_()
+        chunked_linear_cross_entropy(hidden, own, labels, chunk_size).backward()
+        errors.append((own.grad.float() - exact.grad).norm())
+    one, many = errors
+    assert many < 2 * one
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_tensor_parallelism_need_not_divide_the_vocabulary(rank: int) -> None:
+    with fake_world(4, rank):
+        mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+        (rows, _), (start, _) = compute_local_shape_and_global_offset((10, 4), mesh, [Shard(0)])
+        shape = torch.Size((10, 4))
+        local = torch.empty(rows, 4)
+        weight = DTensor.from_local(local, mesh, [Shard(0)], shape=shape, stride=(4, 1))
+        assert VocabShard.of_dim(weight, 0).start == start
 
 
 def test_chunked_loss_under_autocast_computes_products_in_bfloat16() -> None:

@@ -51,7 +51,7 @@ def test_groups_keep_their_ratio_and_a_resumed_schedule_goes_on() -> None:
         first, second = (group["lr"] for group in one.param_groups)
         assert first == pytest.approx(2 / 3)
         assert second == pytest.approx(first / 2)
-    assert resumed.last_lr == schedule.last_lr
+    assert resumed.last_lr == schedule.last_lr == pytest.approx(2 / 3)  # the highest
 
 
 def test_a_trial_run_has_the_learning_rates_of_the_whole_one() -> None:

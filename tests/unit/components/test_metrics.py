@@ -293,8 +293,13 @@ def test_plain_progress_line(
     log(processor, 1)
     clock.now += 9
     log(processor, 10, ntokens_since_last=9_000_000)
-    first, second = caplog.messages
-    assert "ETA" not in first
+    clock.now += 60
+    processor.start(4)  # the run goes back; what it did before tells nothing of the pace
+    log(processor, 5)
+    clock.now += 18
+    log(processor, 14)
+    first, second, third, fourth = caplog.messages
+    assert "ETA" not in first + third and fourth.endswith("ETA 0:02:52")
     assert second.startswith(
         "step  10/100  loss 2.5000  grad 0.500  lr 3.0e-4  1.00M tok/s  2.00 TFLOP/s  "
     )

@@ -38,3 +38,11 @@ def test_replica_groups_balance_by_the_load_of_all(model: nn.Module) -> None:
     balance.step()
     assert model[0].load.tolist() == [4, 8, 4, 0] and not model[0].tally.any()
     assert model[0].selection_bias.tolist() == [0, -0.5, 0, 0.5]
+
+
+def test_the_tokens_of_a_step_that_was_not_taken_are_forgotten(model: nn.Module) -> None:
+    balance = ExpertBalance([model], ParallelDims(world_size=1))
+    model[0].tally.fill_(3)
+    balance.add_up(lambda load: load)
+    balance.discard()
+    assert not model[0].tally.any() and not model[0].load.any()

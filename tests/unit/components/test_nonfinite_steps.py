@@ -1,36 +1,56 @@
 """What the numerical guard does on one process."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+from checkpoint_run import world_of_one  # noqa: F401
 
 from torchtitan.components import guard as guard_module
-from torchtitan.components.guard import Guard
+from torchtitan.components.guard import Guard, refuse_nonfinite_weights
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import TrainingError
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., Guard]:
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    config.training.on_nonfinite = config.training.on_spike = "skip"
+    config.training.spike_window, config.training.spike_sigmas = 4, 3.0
+    config.training.bad_step_limit = 2
+    return lambda dims=None: Guard(config, dims or ParallelDims(world_size=1), 0, "bytes")
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the bad batches that are kept."""
+    names: list[str] = []
+    keep = lambda folder, *args: names.append(folder.name)  # noqa: E731
+    monkeypatch.setattr(guard_module, "keep_batch", keep)
+    return names
+
+
+def allows(guard: Guard, step: int, loss: float, norm: float = 1.0) -> bool:
+    return guard.allows(step, torch.tensor(loss), torch.tensor(norm), [{}])
 
 
 def test_a_batch_that_cannot_be_kept_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    build: Callable[..., Guard], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = JobConfig()
-    config.job.dump_folder = str(tmp_path)
-    config.training.on_nonfinite = "skip"
-    dims = SimpleNamespace(loss_copies=1, world_mesh=SimpleNamespace(mesh_dim_names=()))
-    guard = Guard(config, cast(ParallelDims, dims), dp_rank=0, tokenizer="bytes")
-
     def fails(*args: object) -> None:
         raise ValueError("unlike\nmore lines")
 
     monkeypatch.setattr(guard_module, "keep_batch", fails)
-    monkeypatch.setattr(guard_module.dist, "all_reduce", lambda values: None)
-    monkeypatch.setattr(guard_module.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(guard_module.dist, "get_rank", lambda: 0)
+    guard = build()
     with caplog.at_level("WARNING"):
-        assert not guard.allows(2, torch.tensor(float("nan")), torch.tensor(1.0), [{}])
+        assert not allows(guard, 2, NAN)
     assert guard.counts.steps_skipped == 1
     assert "the bad batch 2 cannot be kept: ValueError: unlike\n" in caplog.text
     assert "The batch is skipped. The batch could not be kept" in caplog.text
@@ -38,8 +58,7 @@ def test_a_batch_that_cannot_be_kept_does_not_end_the_run(
 
 def test_the_saved_history_has_one_length_whatever_its_numbers() -> None:
     """So that where other values of a checkpoint are does not change from save to save."""
-    dims = SimpleNamespace(loss_copies=1, world_mesh=SimpleNamespace(mesh_dim_names=()))
-    guard = Guard(JobConfig(), cast(ParallelDims, dims), dp_rank=0)
+    guard = Guard(JobConfig(), ParallelDims(world_size=1), 0, "bytes")
     lengths = set()
     for history in [(2 / 3, 1 / 3)] * 128, [(7 / 3, 1e-7 / 3)] * 128:
         guard._history.extend(history)
@@ -48,3 +67,70 @@ def test_the_saved_history_has_one_length_whatever_its_numbers() -> None:
         guard.load_state_dict(state)
         assert list(guard._history) == history
     assert lengths == {8192}
+
+
+def test_a_spike_of_the_norm_alone_is_seen(build: Callable[..., Guard], kept: list[str]) -> None:
+    guard = build()
+    for step, (loss, norm) in enumerate([(2.0, 1.0), (2.1, 1.1), (2.0, 0.9), (1.9, 1.0)], start=1):
+        assert allows(guard, step, loss, norm)
+    assert not allows(guard, 5, 2.0, 50.0)
+    assert guard.counts.steps_skipped == 1 and kept == ["batch-5"]
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_resumed_guard_knows_the_steps_before(build: Callable[..., Guard]) -> None:
+    guard, resumed = build(), build()
+    for step, loss in enumerate([2.0, 2.1, 2.0, 1.9], start=1):
+        assert allows(guard, step, loss)
+    resumed.load_state_dict(guard.state_dict())
+    assert not allows(resumed, 5, 50.0)
+
+
+def test_rollbacks_to_other_checkpoints_do_not_add_up(build: Callable[..., Guard]) -> None:
+    guard = build()
+    for step in (4, 8, 12, 16):
+        guard.rolled_back(step, step - 2)
+    guard.rolled_back(16, 14)
+    with pytest.raises(TrainingError, match="step 16: 3 rollbacks to the checkpoint of step 14"):
+        guard.rolled_back(16, 14)
+
+
+def test_no_more_than_some_bad_batches_are_kept(
+    build: Callable[..., Guard], kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard_module, "_MOST_KEPT_BATCHES", 2)
+    guard = build()
+    for step in (1, 3, 5):
+        assert not allows(guard, step, NAN)
+        assert allows(guard, step + 1, 2.0)
+    assert kept == ["batch-1", "batch-3"]
+
+
+class Mesh(dict[str, Any]):
+    """A rank's place in each dimension."""
+
+    mesh_dim_names = property(tuple)
+
+
+@pytest.mark.parametrize("dim", ["dp", "pp", "cp", "tp"])
+def test_of_the_ranks_of_the_same_rows_the_first_keeps_them(
+    dim: str, build: Callable[..., Guard], kept: list[str]
+) -> None:
+    """Else they would write the same files at once."""
+    for rank in range(2):
+        mesh = Mesh({dim: SimpleNamespace(get_local_rank=lambda rank=rank: rank)})
+        dims = SimpleNamespace(loss_copies=1, world_mesh=mesh)
+        assert not allows(build(cast(ParallelDims, dims)), 1, NAN)
+    assert len(kept) == (2 if dim == "dp" else 1)
+
+
+def test_weights_that_are_bad_on_another_rank_are_refused_here_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else this rank would wait in the save for the one that raised."""
+    refuse_nonfinite_weights([torch.ones(2)], 3)
+    with pytest.raises(TrainingError, match="step 3: weights are not finite"):
+        refuse_nonfinite_weights([torch.ones(2), torch.tensor([1.0, NAN])], 3)
+    monkeypatch.setattr(guard_module.dist, "all_reduce", lambda bad: bad.add_(1))
+    with pytest.raises(TrainingError, match="step 3: weights are not finite"):
+        refuse_nonfinite_weights([torch.ones(2)], 3)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.components import optimizer
 from torchtitan.components.muon import Muon
@@ -17,6 +19,7 @@ from torchtitan.components.optimizer import (
 )
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
+from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
 
 
@@ -237,3 +240,17 @@ def test_what_is_no_optimizer_is_refused_with_what_is_one(parts: int) -> None:
     message = r"^build_optimizer_fn of llama3 returns (SGD|object), which has no __iter__.* Return "
     with pytest.raises(ConfigError, match=message):
         container_of(built, models, JobConfig())
+
+
+def test_a_group_has_the_parameters_of_one_mesh() -> None:
+    """As those of experts have another, and the fused kernel takes one."""
+    model = Model()
+    with fake_world(2, 0):
+        for module, name in ((model.hidden, "dp"), (model.output, "ep")):
+            mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
+            local = module.weight.detach()
+            weight = DTensor.from_local(local, mesh, [Replicate()], run_check=False)
+            module.weight = nn.Parameter(weight)
+        groups = [group["params"] for optimizer in build(model) for group in optimizer.param_groups]
+    meshes = [{getattr(param, "device_mesh", None) for param in params} for params in groups]
+    assert all(len(of_group) == 1 for of_group in meshes) and len(set.union(*meshes)) == 3

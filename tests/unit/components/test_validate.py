@@ -9,7 +9,12 @@ import torch.nn as nn
 
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.components.validate import TextValidator, build_validator, check_validator
+from torchtitan.components.validate import (
+    TextValidator,
+    build_validator,
+    check_validator,
+    evaluating,
+)
 from torchtitan.config import JobConfig
 from torchtitan.data import best_fit, build_validation_dataloader
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -107,6 +112,13 @@ def test_the_sequences_do_not_depend_on_the_seed(config: JobConfig) -> None:
         rows.append(torch.cat([next(loader)["tokens"] for _ in range(STEPS)]))
         loader.close()
     assert torch.equal(*rows)
+
+
+def test_the_model_evaluates_meanwhile_and_trains_afterwards() -> None:
+    part = nn.Sequential(nn.Dropout(0.5))
+    with evaluating([part], []):
+        assert not any(module.training for module in part.modules())
+    assert all(module.training for module in part.modules())
 
 
 def test_a_validator_that_lacks_something_is_told_at_once(config: JobConfig) -> None:

@@ -127,6 +127,9 @@ def test_sequence_that_context_parallel_ranks_cannot_share(config):
         "parallelism.context_parallel_degree (3) cuts it in 6 chunks and "
         "parallelism.tensor_parallel_degree (4) shards the sequence too. Nearest: 96 or 108"
     )
+    config.parallelism.context_parallel_degree = 2
+    config.training.seq_len = 12
+    assert "must be a multiple of 8" in error_of(config, world_size=8)  # tp shards each half
 
 
 def test_what_a_ring_cannot_do(config, monkeypatch):

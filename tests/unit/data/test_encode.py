@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from torchtitan.components.tokenizer import BytesTokenizer
+from torchtitan.data import encode
 from torchtitan.data.encode import Encoder, first_document
 from torchtitan.errors import BadDocumentError, DataError
 
@@ -59,6 +60,15 @@ def test_a_dataset_of_malformed_documents_does_not_run_for_ever() -> None:
     with pytest.raises(DataError, match=r"10,000 malformed documents in a row: line 1"):
         while True:
             encoder(BadDocumentError("line 1"))
+
+
+def test_a_good_document_ends_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_MOST_IN_A_ROW", 2)
+    encoder = Encoder(BytesTokenizer(), on_error="skip")
+    for _ in range(5):
+        encoder(BadDocumentError("bad"))
+        encoder("good")
+    assert encoder.skipped == 5
 
 
 @pytest.mark.parametrize("kind", ["random_access", "stream"])

@@ -81,6 +81,8 @@ def test_rows_that_share_a_document_begin_at_even_distances() -> None:
     documents = ShuffledDocuments(["x"], lambda text: np.arange(100), seed=0)
     rows = [Row(documents, stride=4, document=row, offset=0) for row in range(4)]
     assert [row.place[1] for row in rows] == [0, 25, 50, 75]
+    resumed = Row(documents, stride=4, document=4, offset=0)  # where its second one begins
+    assert resumed.place[1] == 0
 
 
 def test_a_place_beyond_the_document_is_refused() -> None:

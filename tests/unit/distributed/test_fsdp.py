@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.fsdp import apply_fsdp
+from torchtitan.distributed.fsdp import apply_fsdp, fsdp_modules, set_last_micro_batch
 from torchtitan.errors import ConfigError
 from torchtitan.planning.trace import fake_world
 
@@ -27,10 +27,38 @@ class Model(nn.Module):
         self.layers = nn.ModuleDict({"0": Block(), "1": Block(), "2": Block()})
 
 
-def sharded(model: Model) -> None:
+def sharded(model: Model, config: JobConfig | None = None) -> None:
     with fake_world(2, 0):
         mesh = init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("dp", "dp_shard_cp", "tp"))
+        apply_fsdp(model, mesh["dp"], config or JobConfig())
+
+
+@pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
+def test_gradients_are_reduced_in_the_type_asked_for(reduce: str) -> None:
+    with torch.device("meta"):
+        model = Model()
+    config = JobConfig()
+    config.training.mixed_precision_param = "bfloat16"
+    config.training.mixed_precision_reduce = reduce
+    sharded(model, config)
+    policies = [module._get_fsdp_state()._mp_policy for module in fsdp_modules(model)]
+    types = {(policy.param_dtype, policy.reduce_dtype) for policy in policies}
+    assert types == {(torch.bfloat16, getattr(torch, reduce))}
+
+
+def test_replicas_sum_gradients_after_the_last_micro_batch_alone() -> None:
+    with torch.device("meta"):
+        model = Model()
+    with fake_world(4, 0):
+        names = ("dp", "dp_replicate", "dp_shard_cp")
+        mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=names)
         apply_fsdp(model, mesh["dp"], JobConfig())
+    modules = fsdp_modules(model)
+    groups = [group for m in modules if (group := m._get_fsdp_state()._fsdp_param_group)]
+    assert groups
+    for last in (False, True):
+        set_last_micro_batch(modules, last)
+        assert {group.all_reduce_grads for group in groups} == {last}
 
 
 def test_a_module_of_several_layers_is_a_group_of_its_own() -> None:

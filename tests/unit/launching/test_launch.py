@@ -562,7 +562,14 @@ def test_without_dry_run_the_tool_gets_it(
 
 @pytest.mark.parametrize(
     ("written", "seconds"),
-    [("30", 1800), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-02:03:04", 93784)],
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-12", 129600),
+        ("1-02:30", 95400),
+        ("1-02:03:04", 93784),
+    ],
 )
 def test_times_are_those_of_slurm(written: str, seconds: int) -> None:
     assert seconds_of(written) == seconds

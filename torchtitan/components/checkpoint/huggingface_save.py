@@ -119,7 +119,7 @@ def save_huggingface(
             write_index(partial, files)
             write_assets(partial, args, dtype, assets)
             for path in partial.iterdir():
-                if path.name not in plan.files:  # which their writers have synced
+                if path.name not in files:  # which their writers have synced
                     sync_file(path)
             folders.commit(folder)
 

@@ -198,6 +198,29 @@ def test_tokens_that_do_not_divide_are_refused():
     converted(build(), FLOAT8, options=high_precision)
 
 
+@pytest.mark.parametrize(
+    ("batch", "seq_len", "degrees", "message"),
+    [
+        (1, 48, {"tp": 2}, "training.local_batch_size = 1: .* this makes 24"),
+        (2, 40, {"pp": 2}, "pipeline_parallel_microbatch_size = 1: .* this makes 40"),
+    ],
+)
+def test_the_tokens_are_those_of_a_forward_pass_of_a_rank(batch, seq_len, degrees, message):
+    options = (f"--training.seq_len={seq_len}", f"--training.local_batch_size={batch}")
+    converted(build(), FLOAT8, options=options)
+    with pytest.raises(ConfigError, match=message):
+        converted(build(), FLOAT8, options=options, **degrees)
+
+
+def test_tensor_parallelism_of_experts_needs_larger_multiples():
+    model = build("qwen3", "debugmodel_moe")
+    experts = model.layers["1"].moe.experts
+    experts.w2 = nn.Parameter(torch.empty(8, 48, 64, device="meta"))
+    converted(model, EXPERTS)
+    with pytest.raises(ConfigError, match=r"multiples of 32, and the experts' w2 is \[8, 48, 64\]"):
+        converted(model, EXPERTS, tp=2, etp=2)
+
+
 def test_a_filter_that_leaves_nothing_is_refused():
     options = (f"--{FLOAT8}.filter_fqns", "layers", "output")
     with pytest.raises(ConfigError, match="no linear layer is left to convert"):

@@ -1,0 +1,75 @@
+"""What the trainer's steps draw at random, wait for, and leave behind for the next one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from harness import run_ranks
+
+from torchtitan import train
+from torchtitan.config import load_config
+from torchtitan.tools.stop_request import StopRequest
+from torchtitan.train import Trainer
+
+CONFIG = [
+    *["--training.seq_len=32", "--training.local_batch_size=2", "--training.steps=3"],
+    *["--job.custom_import=poisoned_llama", "--model.name=poisoned_llama"],
+    *["--activation_checkpoint.mode=none", "--training.mixed_precision_param=float32"],
+]
+STEPS = (1, 2, 3, 2)  # the last as in a run that goes back, or is resumed
+WAIT = 0.02
+
+
+def draws(folder: str, options: list[str]) -> tuple[list[float], list[float]]:
+    """The numbers that the model draws in `STEPS`, and in the validations after them."""
+    trainer: Any = Trainer(load_config([*CONFIG, *options, f"--job.dump_folder={folder}"]))
+    (model,) = trainer.model_parts
+    in_steps: list[float] = []
+    in_validations: list[float] = []
+    model.register_forward_pre_hook(lambda *_: in_steps.append(torch.rand(()).item()))
+    trainer.validator = SimpleNamespace(
+        validate=lambda *_: torch.rand(()).item(), close=lambda: None
+    )
+    trainer.metrics.log_validation = lambda step, loss: in_validations.append(loss)
+    next_batch = train.next_batch
+
+    def late_batch(*args: Any) -> Any:
+        time.sleep(WAIT)
+        return next_batch(*args)
+
+    stop = StopRequest()
+    with patch.object(train, "next_batch", late_batch):
+        for number, trainer.state.step in enumerate(STEPS):
+            torch.rand(number)  # what else the process draws must not matter
+            trainer.guard.allows = lambda *args, number=number: number > 0
+            trainer.train_step(stop)
+            assert not any(name.endswith("tally") and t.any() for name, t in model.named_buffers())
+            trainer._validate()
+    assert trainer.window.data_wait >= len(STEPS) * WAIT
+    stop.close()
+    trainer.close()
+    return in_steps, in_validations
+
+
+LAYOUTS = {
+    "fsdp": (["--model.flavor=experts"], False),
+    "cp": (["--model.flavor=tiny", "--parallelism.context_parallel_degree=2"], False),
+    "tp": (["--model.flavor=tiny", "--parallelism.tensor_parallel_degree=2"], True),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_step_draws_its_own_numbers_on_each_rank_that_has_other_tokens(
+    name: str, tmp_path: Path
+) -> None:
+    options, alike = LAYOUTS[name]
+    (one, validation), (two, _) = run_ranks(draws, 2, str(tmp_path), options)
+    assert len(set(one[:3])) == 3 and one[3] == one[1]
+    assert one == two if alike else not set(one) & set(two)
+    assert len(validation) == 4 and len(set(validation)) == 1

@@ -1,0 +1,18 @@
+"""What is told of several steps at once."""
+
+from __future__ import annotations
+
+import torch
+from checkpoint_run import world_of_one  # noqa: F401
+
+from torchtitan.components.window import Window
+from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+def test_what_is_told_is_of_all_steps_since_the_last_logged_one() -> None:
+    window, dims = Window(), ParallelDims(world_size=1)
+    for step, loss in enumerate([4.0, 2.0, 3.0], start=1):
+        window.add(step, torch.tensor(loss), torch.tensor(float(step)))
+        if step != 2:  # as where a checkpoint is saved in between
+            window.read(dims)
+    assert (window.mean_loss, window.max_loss, window.grad_norm) == (3.0, 4.0, 3.0)
