@@ -63,7 +63,9 @@ class DataLoader(Protocol):
         """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from such a state, which also has `seq_len`, that of the run that saved it."""
+        """Go on from such a state, which also has the `seq_len` of the run that saved it, and
+        `described`, what `describe` told there.
+        """
 
 
 def has_own_loader(build_dataloader_fn: Any) -> bool:

@@ -18,7 +18,15 @@ from .chat import ChatTemplate
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document
 from .mixing import Blend, Mixture, Phase, Steps
-from .order import Place, ShuffledDocuments, StreamedDocuments, epochs
+from .order import (
+    Place,
+    ShuffledDocuments,
+    StreamedDocuments,
+    count_equal_lanes,
+    count_lanes,
+    epochs,
+    num_shards,
+)
 from .packing import Row, to_batch
 from .prefetch import Prefetcher
 from .prepared_tokens import PreparedTokens
@@ -141,6 +149,7 @@ class DataLoader:
         size = 5 if self._packing == "best_fit" else 4  # numbers of a `Place`
         sources = len(self._blend.sources)
         schedule = [0] * Mixture.state_size(sources)
+        self._lanes = self._count_lanes(count_lanes)
         self._places = np.array(
             [[*schedule, *Place(row)[:size] * sources] for row in self._rows.tolist()]
         )
@@ -184,8 +193,9 @@ class DataLoader:
         drawn = Mixture.drawn(schedule, len(sources))
         for number, (name, source) in enumerate(sources.items()):
             ending = f"/{name}" if len(sources) > 1 else ""
+            divided = self.global_batch_size, self._lanes[number]
             of_rows = [
-                epochs(source, self.global_batch_size, place, read[row][number] if read else 0.0)
+                epochs(source, *divided, place, read[row][number] if read else 0.0)
                 for row, place in enumerate(places_in[number])
             ]
             found[f"data_epoch{ending}"] = float(np.mean(of_rows))
@@ -205,24 +215,35 @@ class DataLoader:
     def describe(self) -> dict[str, Any]:
         """`{"sources": [{"name", "documents" or "shards"}]}`: how large they are, where known.
 
-        A checkpoint keeps it, since a state is a place in data of this size.
+        A checkpoint keeps it, since a state is a place in data of this size. With shards it also
+        has `lanes`, see `order.count_lanes`.
         """
-        sources = self._blend.sources.items()
-        return {"sources": [{"name": name, **size_of(source)} for name, source in sources]}
+        sources = [{"name": name, **size_of(part)} for name, part in self._blend.sources.items()]
+        for source, lanes in zip(sources, self._lanes, strict=True):
+            if "shards" in source:
+                source["lanes"] = lanes
+        return {"sources": sources}
+
+    def _count_lanes(self, rule: Callable[[int, int], int]) -> list[int]:
+        """Of each source, by the number of its shards and the rows of the batch."""
+        shards = map(num_shards, self._blend.sources.values())
+        return [rule(number, self.global_batch_size) for number in shards]
 
     def state_dict(self) -> dict[str, Any]:
         """`{"rows": [rows of this rank, k] int64}`: where each row is after the last complete step
         handed out. That is `Mixture.state`, then `Row.place` for each source; k is 4 for one.
 
-        The rows of all ranks in order are the state of the run, for any number of ranks.
+        The rows of all ranks in order are the state of the run, for any number of ranks. With
+        them goes `described`, what `describe` tells, the same on each.
         """
-        return {"rows": torch.from_numpy(self._places.copy())}
+        return {"rows": torch.from_numpy(self._places.copy()), "described": self.describe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state of `state_dict`; the number of ranks may differ.
 
         Under contiguous packing `seq_len` may too. Where the state has that of the saved run,
-        tokens are counted on from those that it had.
+        tokens are counted on from those that it had. Where it is `described`, sources keep the
+        lanes they had, or those of a time when these were not told.
 
         Raises:
             CheckpointError: the state is of another global batch size, mixture or packing.
@@ -250,6 +271,11 @@ class DataLoader:
             )
         self.close()
         self._places = places.copy()
+        if "described" in state_dict:
+            old = self._count_lanes(count_equal_lanes)
+            sources = state_dict["described"].get("sources") or [{}] * len(old)
+            told = zip(sources, old, strict=True)
+            self._lanes = [source.get("lanes", lanes) for source, lanes in told]
         drawn = Mixture.drawn_part(len(self._blend.sources))
         saved_len = state_dict.get("seq_len") or self._seq_len
         # In sequences of the new length, to the nearest.
@@ -267,8 +293,10 @@ class DataLoader:
     def _batches(self) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
         schedule, places_in = self._split(self._places)
         by_source = [
-            self._open_rows(name, source, places)
-            for (name, source), places in zip(self._blend.sources.items(), places_in, strict=True)
+            self._open_rows(name, source, lanes, places)
+            for (name, source), lanes, places in zip(
+                self._blend.sources.items(), self._lanes, places_in, strict=True
+            )
         ]
         rows = list(zip(self._rows.tolist(), zip(*by_source, strict=True), strict=True))
         readers: list[Iterator[Sequence]] = []
@@ -292,7 +320,9 @@ class DataLoader:
             encoder=self._encoder,
         )
 
-    def _open_rows(self, name: str, source: Source, places: list[Place]) -> list[Row | BestFitRow]:
+    def _open_rows(
+        self, name: str, source: Source, lanes: int, places: list[Place]
+    ) -> list[Row | BestFitRow]:
         """The rows of this rank in one source."""
         stride = self.global_batch_size
         documents: ShuffledDocuments | StreamedDocuments
@@ -300,7 +330,7 @@ class DataLoader:
             documents = ShuffledDocuments(source, self._encoder, self._seed, stride)
         else:
             first = [(place.document, place.origin) for place in places]
-            documents = StreamedDocuments(source, self._encoder, stride, first)
+            documents = StreamedDocuments(source, self._encoder, stride, lanes, first)
         with naming(name):
             if self._packing == "contiguous":
                 return [Row(documents, stride, place.document, place.offset) for place in places]

@@ -1,11 +1,12 @@
 """Which document comes when: a dataset as an endless, numbered series of documents.
 
-The series depends on the source, the seed and the size of the global batch alone. Ranks and rows of
-a batch share it out by number, so every layout of ranks sees the same data.
+The series depends on the source, the seed, the size of the global batch and the number of lanes.
+Ranks and rows of a batch share it out by number, so every layout of ranks sees the same data.
 """
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +25,13 @@ _MASK_64 = 2**64 - 1
 _MIX_A, _MIX_B, _MIX_C = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x2545F4914F6CDD1D
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _PLANNED = 128
-_MAX_LANES = 64
-"""A lane has a file open and a block of it in memory, 10 to 30 MB."""
+_EQUAL_LANES = 64
+"""At most. A lane has a file open and a block of it in memory, 10 to 30 MB, on each rank that has
+rows of it."""
 _SHARDS_PER_LANE = 8
 """At least, so that lanes, and with them the rows of a batch, go through about as much text."""
+_ROWS_PER_LANE = 8
+"""At least, where not all have equally many; for the same reason. A rank reads the text of all."""
 
 
 class Origin(NamedTuple):
@@ -99,7 +103,7 @@ class ShuffledDocuments:
 class StreamedDocuments:
     """Documents of a sequential source, for the rows of one rank.
 
-    Rows share the source out by lanes of equally many consecutive rows. A lane reads every
+    Rows share the source out by lanes of about equally many consecutive rows. A lane reads every
     `lanes`-th shard (file) of the source, over and over, and deals the documents to its rows in
     turn. So a rank reads the lanes of its own rows alone, each once. A source without shards is
     one lane, which all ranks read; but each tokenizes only its own documents.
@@ -111,6 +115,7 @@ class StreamedDocuments:
         source: the documents, in order.
         encode: document -> ids.
         stride: number of rows of the global batch; row `b` takes documents `b`, `b + stride`, ...
+        lanes: see `count_lanes`.
         first: for each row of this rank, the first document that it will ask for, and its origin.
     """
 
@@ -121,19 +126,20 @@ class StreamedDocuments:
         source: Sequential,
         encode: Encode,
         stride: int,
+        lanes: int,
         first: Iterable[tuple[int, Origin]],
     ) -> None:
         self._encode = encode
         self._stride = stride
         self._lock = threading.Lock()
-        lanes = count_lanes(_num_shards(source), stride)
-        self._width = stride // lanes
+        self._begins = [lane * stride // lanes for lane in range(lanes + 1)]
+        """The first row of each lane, and the number of rows."""
         starts: dict[int, list[tuple[int, Origin]]] = defaultdict(list)
         for number, origin in first:
             lane, number = self._in_lane(number)
             starts[lane].append((number, origin))
         self._lanes = {
-            lane: Lane(source, lane, lanes, self._width, start, encode)
+            lane: Lane(source, lane, lanes, self._width(lane), start, encode)
             for lane, start in starts.items()
         }
 
@@ -147,14 +153,26 @@ class StreamedDocuments:
     def _in_lane(self, number: int) -> tuple[int, int]:
         """The lane of document `number`, and its number there."""
         turn, row = divmod(number, self._stride)
-        lane, place = divmod(row, self._width)
-        return lane, turn * self._width + place
+        lane = bisect.bisect_right(self._begins, row) - 1
+        return lane, turn * self._width(lane) + row - self._begins[lane]
+
+    def _width(self, lane: int) -> int:
+        return self._begins[lane + 1] - self._begins[lane]
 
 
-def count_lanes(shards: int, stride: int) -> int:
-    """The most lanes that divide the rows of a batch and have enough shards."""
-    most = min(_MAX_LANES, shards // _SHARDS_PER_LANE, stride)
-    return max((lanes for lanes in range(1, most + 1) if stride % lanes == 0), default=1)
+def count_lanes(shards: int, rows: int) -> int:
+    """Into how many lanes a new run divides the rows of a batch."""
+    most = min(shards // _SHARDS_PER_LANE, rows // _ROWS_PER_LANE)
+    return max(most, count_equal_lanes(shards, rows))
+
+
+def count_equal_lanes(shards: int, rows: int) -> int:
+    """The most lanes that divide the rows of a batch and have enough shards.
+
+    Checkpoints that do not tell their number of lanes have so many.
+    """
+    most = min(_EQUAL_LANES, shards // _SHARDS_PER_LANE, rows)
+    return max((lanes for lanes in range(1, most + 1) if rows % lanes == 0), default=1)
 
 
 class Lane:
@@ -202,7 +220,7 @@ def repeat(
     Raises:
         DataError: there is none.
     """
-    shards = _num_shards(source)
+    shards = num_shards(source)
     turn, number = origin
     last_with_text = turn - 1
     while turn - last_with_text <= shards:
@@ -221,11 +239,14 @@ def repeat(
     raise DataError("empty: it has no document with text")
 
 
-def _num_shards(source: Sequential) -> int:
+def num_shards(source: object) -> int:
+    """1 for a source without shards."""
     return source.num_shards if isinstance(source, Sharded) else 1
 
 
-def epochs(source: RandomAccess | Sequential, stride: int, place: Place, read: float) -> float:
+def epochs(
+    source: RandomAccess | Sequential, stride: int, lanes: int, place: Place, read: float
+) -> float:
     """How often a source has been read, if all rows are as far as one is.
 
     A sequential source, whose size is unknown, is counted in whole shards.
@@ -233,6 +254,7 @@ def epochs(source: RandomAccess | Sequential, stride: int, place: Place, read: f
     Args:
         source: the documents.
         stride: rows.
+        lanes: of a sequential source.
         place: of the row; it has taken a document in each turn before.
         read: documents of the row's from there on which it has read; a part of that one, mostly.
     """
@@ -240,8 +262,7 @@ def epochs(source: RandomAccess | Sequential, stride: int, place: Place, read: f
         turn, row = divmod(place.document, stride)
         begun = (row - row % len(source)) / stride  # in its first document: `packing.begin_of`
         return max(turn + read - begun, 0.0) * stride / len(source)
-    shards = _num_shards(source)
-    return place.turn * count_lanes(shards, stride) / shards
+    return place.turn * lanes / num_shards(source)
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:

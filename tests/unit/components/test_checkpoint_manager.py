@@ -376,6 +376,15 @@ def test_sources_of_other_names_or_in_another_order_are_refused(tmp_path):
     assert excluding.manager.load() == 2
 
 
+def test_a_loader_is_told_what_it_described(tmp_path):
+    of_sources(tmp_path, "a", "b").train(2)
+    again, told = of_sources(tmp_path, "a", "b", documents=(1, 2)), []
+    again.loader.load_state_dict = told.append
+    again.manager.load()
+    sources = [{"name": "a", "documents": 10}, {"name": "b", "documents": 20}]
+    assert told[0]["described"] == {"sources": sources}
+
+
 def test_data_of_another_size_is_told(tmp_path, caplog):
     of_sources(tmp_path, "a", "b").train(2)
     of_sources(tmp_path, "a", "b").manager.load()

@@ -104,6 +104,30 @@ def test_a_run_in_pieces_is_the_run_in_one(kind: str, packing: str, runs: list) 
         assert all(map(torch.equal, actual, wanted)), f"step {number}"
 
 
+def test_a_state_keeps_its_lanes() -> None:
+    """One of an earlier version, which does not tell them, has those of that version."""
+
+    def open_loader(state: dict) -> DataLoader:
+        one = DataLoader(KINDS["files"], BytesTokenizer(), SEQ_LEN, 17, 17, on_error="skip")
+        one.load_state_dict(state)
+        return one
+
+    def lanes(one: DataLoader) -> int:
+        return one.describe()["sources"][0]["lanes"]
+
+    rows = torch.tensor([[row, 0, 0, 0] for row in range(17)])
+    new, old = open_loader({"rows": rows}), open_loader({"rows": rows, "described": {}})
+    assert (lanes(new), lanes(old)) == (2, 1)
+    assert not torch.equal(next(new)["tokens"], next(old)["tokens"])
+    for before in (new, old):
+        for _ in range(3):
+            next(before)
+        again = open_loader(before.state_dict())
+        assert lanes(again) == lanes(before)
+        assert all(torch.equal(next(again)["tokens"], next(before)["tokens"]) for _ in range(5))
+        close([before, again])
+
+
 def test_the_state_is_small_and_the_same_on_every_layout() -> None:
     states = []
     for ranks, local, workers in ((1, 8, 1), (4, 1, 2), (2, 2, 3)):

@@ -171,7 +171,7 @@ def test_a_loader_tells_how_large_its_sources_are() -> None:
     loader = DataLoader(Blend(sources, (Phase(1, (1.0,) * 3),)), BytesTokenizer(), 8, 4, 4)
     assert loader.describe()["sources"] == [
         {"name": "texts", "documents": 2},
-        {"name": "files", "shards": 3},
+        {"name": "files", "shards": 3, "lanes": 1},
         {"name": "stream"},
     ]
     one = DataLoader(["a", "b"], BytesTokenizer(), 8, 4, 4)

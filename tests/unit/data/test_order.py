@@ -14,7 +14,9 @@ from torchtitan.data.order import (
     Origin,
     ShuffledDocuments,
     StreamedDocuments,
+    count_equal_lanes,
     count_lanes,
+    num_shards,
     permute,
 )
 from torchtitan.errors import DataError
@@ -48,7 +50,9 @@ def files(shards: int, texts: int = 6) -> Files:
 
 
 def stream(source, rows: range, stride: int, places=None) -> StreamedDocuments:
-    return StreamedDocuments(source, encode, stride, places or [(row, Origin()) for row in rows])
+    lanes = count_lanes(num_shards(source), stride)
+    places = places or [(row, Origin()) for row in rows]
+    return StreamedDocuments(source, encode, stride, lanes, places)
 
 
 def value(documents: StreamedDocuments, number: int) -> int:
@@ -91,13 +95,27 @@ def test_rows_that_have_the_same_document_open_share_its_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shards", "stride", "lanes"),
+    ("shards", "rows", "lanes"),
     [(1, 8, 1), (15, 8, 1), (16, 8, 2), (1024, 8, 8), (1024, 512, 64), (1024, 96, 48), (999, 7, 7)],
 )
-def test_lanes_divide_the_batch_and_have_shards_enough(
-    shards: int, stride: int, lanes: int
+def test_lanes_divide_the_batch_and_have_shards_enough(shards: int, rows: int, lanes: int) -> None:
+    assert count_lanes(shards, rows) == count_equal_lanes(shards, rows) == lanes
+
+
+@pytest.mark.parametrize(
+    ("shards", "rows", "lanes", "before"),
+    [
+        (10**5, 10_000, 1250, 50),
+        (10**5, 9992, 1249, 8),
+        (1024, 10_000, 128, 50),
+        (1024, 251, 31, 1),
+    ],
+)
+def test_rows_of_a_large_batch_share_a_lane_with_few(
+    shards: int, rows: int, lanes: int, before: int
 ) -> None:
-    assert count_lanes(shards, stride) == lanes
+    assert count_lanes(shards, rows) == lanes
+    assert count_equal_lanes(shards, rows) == before
 
 
 def test_without_shards_rows_take_the_documents_in_turn() -> None:
@@ -112,7 +130,7 @@ def test_empty_texts_have_no_number() -> None:
 
 def test_of_arrays_too_only_empty_ones_have_no_number() -> None:
     ids = [np.array(ids, np.int32) for ids in ([], [3, 4], [0], [], [5])]
-    documents = StreamedDocuments(ids, Encoder(BytesTokenizer()), 1, [(0, Origin())])
+    documents = StreamedDocuments(ids, Encoder(BytesTokenizer()), 1, 1, [(0, Origin())])
     assert [documents.open(n)[0].tolist() for n in range(4)] == [[3, 4], [0], [5], [3, 4]]
 
 
@@ -126,6 +144,17 @@ def test_a_rank_opens_the_shards_of_its_own_rows_alone() -> None:
         everything += [value(documents, number) for number in numbers]
         assert source.opened == list(range(rank, 16, 2))
     assert sorted(everything) == [100 * s + i for s in range(1, 17) for i in range(1, 7)]
+
+
+def test_a_lane_may_have_a_row_more_than_another() -> None:
+    """16 shards and 17 rows: two lanes, of 8 rows and of 9."""
+    source = files(16, texts=9)
+    documents = stream(source, range(17), stride=17)
+    first = [value(documents, number) for number in range(2 * 17)]
+    assert first[:8] == list(range(101, 109)) and first[8:17] == list(range(201, 210))
+    assert first[17:25] == [109, *range(301, 308)] and first[25:] == list(range(401, 410))
+    ranks = [stream(files(16, texts=9), range(row, row + 1), stride=17) for row in range(17)]
+    assert [value(ranks[number % 17], number) for number in range(2 * 17)] == first
 
 
 def test_ranks_that_share_a_lane_get_what_one_rank_would_get() -> None:

@@ -69,9 +69,10 @@ class CheckpointManager:
             name.
         lr_schedulers: as it is after `steps` steps of the optimizers.
         dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`; what it loads
-            has also the `seq_len` that they were saved with, or None where that is not known. If it
-            has `describe` and `begin_at`, as `DataLoader`, these are called. Where its
-            `has_conversations` is true, exports have a chat template.
+            has also the `seq_len` that they were saved with, or None where that is not known, and
+            `described`, what `describe` told then, without what is not known. If it has `describe`
+            and `begin_at`, as `DataLoader`, these are called. Where its `has_conversations` is
+            true, exports have a chat template.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
         guard: the state of the numerical guard, where there is one. Checkpoints need not have it.

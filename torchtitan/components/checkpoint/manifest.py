@@ -52,7 +52,7 @@ class Manifest:
     `model_identity.describe_model`."""
     data: dict[str, Any] = field(default_factory=dict)
     """`sources`, see `DataLoader.describe`, not in exports, and `has_conversations`. Old
-    checkpoints may lack both."""
+    checkpoints may lack both, or the `lanes` of sources."""
     saved_at: str = ""
     """Time of completion: UTC, ISO 8601. Sorts as text. See `folder.SaveTimes`."""
     files: dict[str, FileRecord] = field(default_factory=dict)

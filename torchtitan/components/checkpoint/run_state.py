@@ -112,8 +112,10 @@ class RunState:
         self.load_state_dict(state)
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
-            seq_len = saved_seq_len(checkpoint)
-            self._dataloader.load_state_dict({"rows": rows, "seq_len": seq_len})
+            seq_len, described = saved_seq_len(checkpoint), checkpoint.manifest.data
+            self._dataloader.load_state_dict(
+                {"rows": rows, "seq_len": seq_len, "described": described}
+            )
 
     def describe_data(self) -> dict[str, Any]:
         """For `Manifest.data`: what the loader tells; empty where it tells nothing."""
