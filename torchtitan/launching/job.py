@@ -15,6 +15,9 @@ from .template import fill
 if TYPE_CHECKING:
     from .options import Options
 
+_HOSTS_WITHOUT_CARE = 100
+"""Whose heartbeats may come every 5 s, as is torchrun's default."""
+
 
 @dataclass
 class LaunchJob:
@@ -63,12 +66,25 @@ class LaunchJob:
             python=options.python,
             options=torchrun and f" {torchrun}",
             nodes=options.nodes,
-            join_timeout=join_timeout,
+            rdzv_conf=f"join_timeout={join_timeout}{_keep_alive(options.nodes)}",
             processes=options.processes,
             max_restarts=options.max_restarts,
             name=self.name,
             arguments="".join(f" {shlex.quote(word)}" for word in self.overrides),
         ).rstrip("\n")
+
+
+def _keep_alive(hosts: int) -> str:
+    """An option for the seconds between two heartbeats of a host, which uses the variable `index`.
+
+    A heartbeat replaces one state of all hosts, 146 kB for 1,250 of them, and of those in flight
+    one succeeds: 72 a second if they come one by one, next to none if all come at once. A host that
+    misses 3, by the interval of another one, is taken for dead.
+    """
+    if hosts <= _HOSTS_WITHOUT_CARE:
+        return ""
+    interval = hosts // 16
+    return f",keep_alive_interval=$(({interval} + index % {interval // 3 + 1}))"
 
 
 def job_name(options: Options) -> str:

@@ -15,10 +15,14 @@ import tomllib
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from harness import command
+from torch.distributed import HashStore
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
 from torchtitan.errors import ConfigError
 from torchtitan.launching.command import main
@@ -103,6 +107,30 @@ def test_a_host_runs_the_job_as_it_is_written(
     assert f"is_host=1,join_timeout={seconds}" in words
     assert "--training.steps=7" in words
     assert ("138" in words) == (kind == "pytorchjob")
+
+
+def test_many_hosts_send_heartbeats_less_often_and_not_at_once(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By options that torchrun reads. A host is not taken for dead before it misses two."""
+    text = render(capsys, "--slurm", job, "--nodes=1250", "--dry-run")
+    word = re.search('--rdzv-conf ("[^"]*")', text)[1]
+    out = subprocess.run(
+        ["bash", "-c", f"for index in {{0..99}}; do echo {word}; done"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    intervals = []
+    for line in out.split():
+        options = dict(pair.split("=") for pair in line.split(","))
+        parameters = RendezvousParameters("c10d", "head", "job", 1250, 1250, None, **options)
+        handler = create_handler(HashStore(), SimpleNamespace(name="c10d"), parameters)
+        assert handler.settings.keep_alive_max_attempt == 3
+        intervals.append(handler.settings.keep_alive_interval.total_seconds())
+    assert len(set(intervals)) == 27 and min(intervals) == 78
+    assert 2 * max(intervals) < 3 * min(intervals)
+    assert "keep_alive" not in render(capsys, "--slurm", job, "--nodes=100", "--dry-run")
 
 
 def script_of(kind: str, text: str) -> tuple[str, dict[str, str]]:

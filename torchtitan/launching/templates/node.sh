@@ -12,6 +12,6 @@ node() { # node INDEX HEAD PORT: what each host runs
     exec {{python}} -m torchtitan.distributed.torchrun{{options}} \
         --nnodes {{nodes}} --nproc-per-node {{processes}} --max-restarts {{max_restarts}} \
         --rdzv-backend c10d --rdzv-id {{name}} --rdzv-endpoint "$head:$port" \
-        --rdzv-conf "is_host=$((index == 0)),join_timeout={{join_timeout}}" "${host[@]}" \
+        --rdzv-conf "is_host=$((index == 0)),{{rdzv_conf}}" "${host[@]}" \
         -m torchtitan.train --job.config_file "$config"{{arguments}} </dev/null
 }
