@@ -18,32 +18,34 @@ class HostSum:
     those that a rank has.
 
     Gloo hands a tensor on along a ring of all n ranks: 2 (n - 1) messages one after the other,
-    a second or two with 10,000 ranks. Here the ranks stand in rows and columns, and add up along
-    the rows and then along the columns: 4 (sqrt(n) - 1) messages, if n is a square.
+    a second or two with 10,000 ranks. Here the ranks stand in rows, and add up along their row; the
+    first ones of the rows add that up, and tell their row: about 4 sqrt(n) messages.
     """
 
     def __init__(self) -> None:
-        world_size, rank = dist.get_world_size(), dist.get_rank()
-        self._groups: list[dist.ProcessGroup | None] = [None]
-        rows, columns = grid(world_size)
-        if rows > 1:
-            row = range(rank // columns * columns, (rank // columns + 1) * columns)
-            column = range(rank % columns, world_size, columns)
-            self._groups = [
+        self._row: dist.ProcessGroup | None = None
+        rank, rows = dist.get_rank(), rows_of(dist.get_world_size())
+        row = next(row for row in rows if rank in row)
+        self._several, self._head = len(rows) > 1, row[0]
+        if self._several:
+            heads = [row[0] for row in rows]
+            # Others have a group of their own in its place: all have as many groups then.
+            across = heads if rank == self._head else [rank]
+            self._row, self._across = (
                 # Only those in a group wait for each other: there are many groups.
-                dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
-                for ranks in (row, column)
-            ]
+                dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+                for ranks in (list(row), across)
+            )
 
     def __call__(self, tensor: torch.Tensor) -> None:
         """Replace `tensor` by its sum over all ranks, the same to the last bit on each."""
-        for group in self._groups:
-            dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor, group=self._row)
+        if self._several:
+            dist.all_reduce(tensor, group=self._across)
+            dist.broadcast(tensor, self._head, group=self._row)
 
 
-def grid(ranks: int) -> tuple[int, int]:
-    """Rows and columns, their product `ranks`, as near to a square as they can be."""
-    if ranks <= _FEW:
-        return 1, ranks
-    rows = next(n for n in range(math.isqrt(ranks), 0, -1) if ranks % n == 0)
-    return rows, ranks // rows
+def rows_of(ranks: int) -> list[range]:
+    """The ranks of each row: one of few ranks, else about as many rows as a row has ranks."""
+    rows = math.isqrt(ranks) if ranks > _FEW else 1
+    return [range(row * ranks // rows, (row + 1) * ranks // rows) for row in range(rows)]
