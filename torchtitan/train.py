@@ -360,7 +360,7 @@ class Trainer:
                 | loss_metrics(self.loss_fn, self.sum_over_ranks)
                 | self.guard.metrics()
                 | self.replicas.metrics()
-                | self.stragglers.metrics(),
+                | self.stragglers.metrics(self.sum_over_ranks),
             )
             self.window = Window()
         with self.metrics.pause():

@@ -20,6 +20,9 @@ def sums(few: int) -> tuple[int, list[int], list[float]]:
     second = torch.tensor([dist.get_rank() + 0.1, 1e-9, 1e7 / (dist.get_rank() + 3)])
     add_up(first)
     add_up(second)
+    last = torch.tensor(dist.get_rank())
+    add_up(last, dist.ReduceOp.MAX)
+    assert last == dist.get_world_size() - 1
     groups = len(dist.distributed_c10d._world.pg_map)
     dist.destroy_process_group()
     return groups, first.tolist(), second.tolist()

@@ -20,6 +20,7 @@ from torchtitan.distributed.collective_observer import CollectiveObserver, can_b
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+    from torchtitan.distributed.host_sum import HostSum
 
 
 class Stragglers:
@@ -53,7 +54,7 @@ class Stragglers:
             yield
         self._own = self._clock() - begin - self._waited
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, sum_over_ranks: HostSum) -> dict[str, float]:
         """Times of the last step measured since the last call; empty if there was none. Collective.
 
         * `own_seconds_mean`, `own_seconds_max`: the time that ranks worked in the step, that is
@@ -64,10 +65,10 @@ class Stragglers:
             return {}
         own, self._own = torch.tensor(self._own, dtype=torch.float64), None
         total, most = own.clone(), own.clone()
-        dist.all_reduce(total)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        sum_over_ranks(total)
+        sum_over_ranks(most, dist.ReduceOp.MAX)
         slowest = torch.tensor(dist.get_rank() if own == most else dist.get_world_size())
-        dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
+        sum_over_ranks(slowest, dist.ReduceOp.MIN)
         return {
             "own_seconds_mean": float(total) / dist.get_world_size(),
             "own_seconds_max": float(most),

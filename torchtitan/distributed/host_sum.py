@@ -7,6 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
+_SUM = dist.ReduceOp.SUM
 _FEW = 16
 """Ranks up to which a ring is as good."""
 
@@ -37,11 +38,14 @@ class HostSum:
                 for ranks in (list(row), across)
             )
 
-    def __call__(self, tensor: torch.Tensor) -> None:
-        """Replace `tensor` by its sum over all ranks, the same to the last bit on each."""
-        dist.all_reduce(tensor, group=self._row)
+    def __call__(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = _SUM) -> None:
+        """Replace `tensor` by its sum over all ranks, the same to the last bit on each.
+
+        `op`: what to take in place of the sum.
+        """
+        dist.all_reduce(tensor, op, group=self._row)
         if self._several:
-            dist.all_reduce(tensor, group=self._across)
+            dist.all_reduce(tensor, op, group=self._across)
             dist.broadcast(tensor, self._head, group=self._row)
 
 
