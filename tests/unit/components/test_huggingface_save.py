@@ -21,7 +21,11 @@ from torchtitan.components.checkpoint.huggingface import (
     warn_of_bytes,
     warn_without_bos,
 )
-from torchtitan.components.checkpoint.huggingface_save import save_huggingface
+from torchtitan.components.checkpoint.huggingface_save import (
+    plan_tensors,
+    save_huggingface,
+    share_out,
+)
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights
@@ -171,6 +175,23 @@ def test_files_are_what_the_safetensors_library_reads(tmp_path, monkeypatch):
     assert (config["bos_token_id"], config["eos_token_id"]) == (256, 257)
     assert HuggingFaceTokenizer(folder).vocab_size == 258
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_a_rank_is_told_its_own_share_alone():
+    """64 ranks in two replicas of 32, which have 4 rows each of two tensors in two files."""
+    spec = safetensors_files.TensorSpec(torch.float32, (128, 8))
+    rows = [((4 * (rank % 32), 0), (4, 8)) for rank in range(64)]
+    parts = [{"a": (spec, box), "b": (spec, box)} for box in rows]
+    files = {"1.safetensors": {"a": spec}, "2.safetensors": {"b": spec}}
+    tensors = plan_tensors(files, 64)
+    assert [(t.name, t.writer) for t in tensors] == [("a", 0), ("b", 32)]
+    shares = share_out(tensors, parts)
+    for number, tensor in enumerate(tensors):
+        senders = [rank for rank, share in enumerate(shares) if number in share.sends]
+        assert tensor.writer in senders and sorted(rank % 32 for rank in senders) == [*range(32)]
+        written = shares[tensor.writer].writes
+        assert written == {number: sorted(((r, rows[r]) for r in senders), key=lambda s: s[1])}
+    assert [rank for rank, share in enumerate(shares) if share.writes] == [0, 32]
 
 
 def test_fields_of_the_folder_that_the_run_started_from_are_kept(tmp_path):

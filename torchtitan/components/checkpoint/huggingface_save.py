@@ -2,8 +2,9 @@
 
 Rank 0 learns which parts of which tensors each rank has, and plans: which tensor goes into which
 file (by names and shapes alone, so that every layout writes the same bytes), and which rank writes
-a file. Then the tensors go by, a few rows at a time: the ranks that have parts of these rows send
-them to the writer. So no rank holds more than its own part of the model and one piece.
+a file. It tells each rank its own share of the work: thousands of ranks have millions of parts.
+Then the tensors go by, a few rows at a time: the ranks that have parts of these rows send them to
+the writer. So no rank holds more than its own part of the model and one piece.
 
 torch.distributed.checkpoint's HuggingFaceStorageWriter was not enough: each rank serializes all of
 its part in memory, into files of its own, and rank 0 then reads and writes the whole model again.
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, field
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,33 +49,29 @@ logger = logging.getLogger("torchtitan")
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a part of a tensor, at least one dimension each."""
+Files = dict[str, dict[str, TensorSpec]]
+"""Name of a file -> name of each of its tensors -> what it is."""
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Who sends what of a tensor, and who writes it."""
+    """Which rank writes a tensor, and where."""
 
     name: str
     spec: TensorSpec
     file: str
     writer: int
-    parts: list[tuple[int, Box]]
-    """Rank and the part that it sends; together the whole tensor, each element once."""
-
-    def overlaps(self, start: int, stop: int) -> Iterator[tuple[int, Box, slice]]:
-        """Of each part that has some of the rows from `start` to `stop`: rank, part, which rows."""
-        for sender, box in self.parts:
-            begin, rows = box[0][0], box[1][0]
-            first, end = max(start, begin), min(stop, begin + rows)
-            if first < end:
-                yield sender, box, slice(first, end)
 
 
-@dataclass(frozen=True)
-class SavePlan:
-    files: dict[str, dict[str, TensorSpec]]
-    tensors: list[TensorPlan]
-    """In the order in which all ranks go through them: those of different files take turns."""
+@dataclass
+class Share:
+    """What one rank does. Tensors are told by their numbers in `plan_tensors`."""
+
+    sends: set[int] = field(default_factory=set)
+    """The tensors of which it sends its part."""
+    writes: dict[int, list[tuple[int, Box]]] = field(default_factory=dict)
+    """Of each tensor that it writes, the parts and the ranks that send them; together the whole
+    tensor, each element once. In the order of their first rows."""
 
 
 def save_huggingface(
@@ -109,16 +107,15 @@ def save_huggingface(
         for name, t in hf_state.items()
     }
     parts = {name: (specs[name], box) for name, (box, part) in local.items() if part.numel()}
-    plan = _agree_on_plan(parts, group, max_file_bytes)
+    files, share = _agree_on_plan(parts, group, max_file_bytes)
 
     partial = folders.partial_folder(folder)
     try:
         on_rank_zero(lambda: _begin(folder), group)
-        own = {name: part for name, (_, part) in local.items()}
-        _write_tensors(plan, own, partial, group)
+        _write_tensors(files, share, local, partial, group)
 
         def finish() -> None:
-            write_index(partial, plan.files)
+            write_index(partial, files)
             write_assets(partial, args, dtype, assets)
             folders.commit(folder)
 
@@ -152,38 +149,57 @@ def _local_part(tensor: torch.Tensor) -> tuple[Box, torch.Tensor]:
 
 def _agree_on_plan(
     parts: dict[str, tuple[TensorSpec, Box]], group: dist.ProcessGroup, max_file_bytes: int
-) -> SavePlan:
-    gathered: Any = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+) -> tuple[Files, Share]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    gathered: Any = [None] * ranks if rank == 0 else None
     dist.gather_object(parts, gathered, dst=0, group=group)
-    return on_rank_zero(lambda: _make_plan(gathered, max_file_bytes), group)
+
+    def plan() -> Files:
+        specs = {name: spec for parts in gathered for name, (spec, _) in parts.items()}
+        files = plan_files(specs, max_file_bytes)
+        shares.extend(share_out(plan_tensors(files, ranks), gathered))
+        return files
+
+    shares: list[Any] = []
+    files = on_rank_zero(plan, group)
+    if rank != 0:
+        shares = [None]
+        dist.recv_object_list(shares, 0, group=group)
+    for other in range(1, len(shares)):  # not scattered: all would be padded to a writer's
+        dist.send_object_list([shares[other]], other, group=group)
+    return files, shares[0]
 
 
-def _make_plan(
-    parts_of_rank: list[dict[str, tuple[TensorSpec, Box]]], max_file_bytes: int
-) -> SavePlan:
-    specs: dict[str, TensorSpec] = {}
+def plan_tensors(files: Files, ranks: int) -> list[TensorPlan]:
+    """In the order in which all ranks go through them: those of different files take turns."""
+    stride = max(1, ranks // len(files))  # so that nodes share the work
+    tensors_of_file = [
+        [TensorPlan(name, spec, file, number * stride % ranks) for name, spec in of_file.items()]
+        for number, (file, of_file) in enumerate(files.items())
+    ]
+    by_turns = zip_longest(*tensors_of_file)
+    return [tensor for turn in by_turns for tensor in turn if tensor is not None]
+
+
+def share_out(
+    tensors: list[TensorPlan], parts_of_rank: list[dict[str, tuple[TensorSpec, Box]]]
+) -> list[Share]:
+    """The share of each rank. Of ranks that have the same part, one sends it."""
     holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, parts in enumerate(parts_of_rank):
-        for name, (spec, box) in parts.items():
-            specs[name] = spec
+        for name, (_, box) in parts.items():
             holders[name][box].append(rank)
-
-    files = plan_files(specs, max_file_bytes)
-    stride = max(1, len(parts_of_rank) // len(files))  # so that nodes share the work
-    tensors_of_file = []
-    for number, (file, of_file) in enumerate(files.items()):
-        writer = number * stride % len(parts_of_rank)
-        tensors = []
-        for i, (name, spec) in enumerate(of_file.items()):
-            senders = [
-                (writer if writer in ranks else ranks[i % len(ranks)], box)
-                for box, ranks in sorted(holders[name].items())
-            ]
-            _check_complete(name, spec, [box for _, box in senders])
-            tensors.append(TensorPlan(name, spec, file, writer, senders))
-        tensors_of_file.append(tensors)
-    by_turns = zip_longest(*tensors_of_file)
-    return SavePlan(files, [tensor for turn in by_turns for tensor in turn if tensor is not None])
+    shares = [Share() for _ in parts_of_rank]
+    for number, tensor in enumerate(tensors):
+        senders = [
+            (tensor.writer if tensor.writer in ranks else ranks[number % len(ranks)], box)
+            for box, ranks in sorted(holders[tensor.name].items())
+        ]
+        _check_complete(tensor.name, tensor.spec, [box for _, box in senders])
+        shares[tensor.writer].writes[number] = senders
+        for sender, _ in senders:
+            shares[sender].sends.add(number)
+    return shares
 
 
 def _check_complete(name: str, spec: TensorSpec, boxes: list[Box]) -> None:
@@ -193,18 +209,28 @@ def _check_complete(name: str, spec: TensorSpec, boxes: list[Box]) -> None:
 
 
 def _write_tensors(
-    plan: SavePlan, own: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup
+    files: Files,
+    share: Share,
+    local: dict[str, tuple[Box, torch.Tensor]],
+    folder: Path,
+    group: dist.ProcessGroup,
 ) -> None:
     """Raises the first rank's `OSError` on all ranks; what other ranks send is received still."""
-    rank, failed = dist.get_rank(), _FirstError()
+    failed = _FirstError()
     writers: dict[str, SafetensorsWriter] = {}
-    last_of_file = {tensor.file: tensor.name for tensor in plan.tensors}
-    for tensor in plan.tensors:
-        if tensor.writer == rank and tensor.file not in writers and failed.error is None:
+    tensors = plan_tensors(files, dist.get_world_size())
+    last_of_file = {tensor.file: tensor.name for tensor in tensors}
+    for number, tensor in enumerate(tensors):
+        own = local.get(tensor.name)
+        if number not in share.writes:
+            if number in share.sends and own is not None:
+                _send(tensor, *own, group)
+            continue
+        if tensor.file not in writers and failed.error is None:
             with failed:
-                path = folder / tensor.file
-                writers[tensor.file] = SafetensorsWriter(path, plan.files[tensor.file])
-        for start, piece in _pieces(tensor, own.get(tensor.name), rank, group):
+                writers[tensor.file] = SafetensorsWriter(folder / tensor.file, files[tensor.file])
+        part = None if own is None else own[1]
+        for start, piece in _receive(tensor, share.writes[number], part, group):
             if failed.error is None:
                 with failed:
                     writers[tensor.file].write(tensor.name, piece, start)
@@ -232,38 +258,54 @@ class _FirstError:
         return True
 
 
-def _pieces(
-    tensor: TensorPlan, own: Any, rank: int, group: dist.ProcessGroup
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Move the tensor's rows to its writer. The writer gets first rows and pieces, on the CPU.
-
-    `own`: this rank's part of the tensor, or None if it has none.
-    """
-    writing = rank == tensor.writer
-    if not writing and all(sender != rank for sender, _ in tensor.parts):
-        return
-    dtype = tensor.spec.dtype
+def _send(tensor: TensorPlan, box: Box, part: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Send this rank's part of a tensor to its writer, in pieces."""
     for start, stop in tensor.spec.pieces(PIECE_BYTES):
-        piece = torch.empty((stop - start if writing else 0, *tensor.spec.shape[1:]), dtype=dtype)
-        for sender, box, rows in tensor.overlaps(start, stop):
-            if rank == sender:
-                first = box[0][0]
-                part = own[rows.start - first : rows.stop - first]
-                if writing:
-                    _place_in(piece, start, box, rows).copy_(part)
-                else:
-                    part = part.to("cpu", dtype).contiguous()
-                    dist.send(part.reshape(-1).view(torch.uint8), tensor.writer, group=group)
-            elif writing:
-                target = _place_in(piece, start, box, rows)
+        rows = _rows_within(box, start, stop)
+        if rows:
+            piece = _take(part, box, rows).to("cpu", tensor.spec.dtype).contiguous()
+            dist.send(piece.reshape(-1).view(torch.uint8), tensor.writer, group=group)
+
+
+def _receive(
+    tensor: TensorPlan, parts: list[tuple[int, Box]], own: Any, group: dist.ProcessGroup
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """First rows of a tensor's pieces, and the pieces, on the CPU.
+
+    Args:
+        parts: as in `Share.writes`.
+        own: this rank's part, or None if it has none.
+    """
+    rank, dtype = dist.get_rank(), tensor.spec.dtype
+    begins = [offsets[0] for _, (offsets, _) in parts]
+    ends = list(accumulate((offsets[0] + sizes[0] for _, (offsets, sizes) in parts), max))
+    for start, stop in tensor.spec.pieces(PIECE_BYTES):
+        piece = torch.empty((stop - start, *tensor.spec.shape[1:]), dtype=dtype)
+        for sender, box in parts[bisect_right(ends, start) : bisect_left(begins, stop)]:
+            rows = _rows_within(box, start, stop)
+            target = _place_in(piece, start, box, rows)
+            if sender == rank:
+                target.copy_(_take(own, box, rows))
+            elif rows:
                 received = torch.empty(target.shape, dtype=dtype)
                 dist.recv(received.reshape(-1).view(torch.uint8), sender, group=group)
                 target.copy_(received)
-        if writing:
-            yield start, piece
+        yield start, piece
 
 
-def _place_in(piece: torch.Tensor, start: int, box: Box, rows: slice) -> torch.Tensor:
+def _rows_within(box: Box, start: int, stop: int) -> range:
+    """Those rows of a part that are from `start` to `stop`."""
+    begin, rows = box[0][0], box[1][0]
+    first = max(start, begin)
+    return range(first, max(first, min(stop, begin + rows)))
+
+
+def _take(part: torch.Tensor, box: Box, rows: range) -> torch.Tensor:
+    first = box[0][0]
+    return part[rows.start - first : rows.stop - first]
+
+
+def _place_in(piece: torch.Tensor, start: int, box: Box, rows: range) -> torch.Tensor:
     """Of the rows from `start` on of a tensor, those `rows`, with the columns that a box has."""
     columns = [slice(at, at + size) for at, size in zip(*box, strict=True)][1:]
     return piece[(slice(rows.start - start, rows.stop - start), *columns)]
