@@ -160,7 +160,11 @@ def dataloader_resumes(subject: Subject) -> str:
         dims = ParallelDims.from_config(config.parallelism, 1)
         inputs = ModelInputs(subject.spec.meta_model(), dims, config)
         before = _next(first, inputs)
-        state = {"rows": first.state_dict()["rows"].clone(), "seq_len": subject.length}
+        state = {
+            "rows": first.state_dict()["rows"].clone(),
+            "seq_len": subject.length,
+            "described": getattr(first, "describe", dict)(),
+        }
         expected = _next(first, inputs)
         again = loader()
         again.load_state_dict(state)
