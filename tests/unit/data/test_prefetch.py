@@ -28,6 +28,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
+    gc.unfreeze()  # `cli.main` freezes what it finds, also loaders of other tests
     gc.collect()
     wait_until(lambda: not threads())
 
