@@ -228,10 +228,10 @@ def test_the_guides_tokenizer_optimizer_and_converter_train(
         (package / f"{name}.py").write_text(blocks[f"{name}.py"])
     init = package / "__init__.py"
     text = init.read_text().replace(", build_tokenizer\n", "\n")
-    init.write_text(
+    own_parts = (
         "from . import adapters, optimizer\nfrom .tokenizer import Letters as build_tokenizer\n"
-        + text
     )
+    init.write_text(own_parts + text)
     for tensor_parallel in (1, 2):
         degree = f"--parallelism.tensor_parallel_degree={tensor_parallel}"
         done = command("train", *words, degree, ranks=tensor_parallel)
@@ -241,7 +241,8 @@ def test_the_guides_tokenizer_optimizer_and_converter_train(
         shutil.rmtree(tmp_path / "run")
     done = command("train", *words, "--model.converters=adapters", "--checkpoint.enable")
     assert done.exit_code == 0, done.err
-    shell(["torchtitan", "generate", "--checkpoint=run", "--prompt=a"], cwd=tmp_path)
+    done = command("generate", "--checkpoint=run", "--prompt=a")
+    assert done.exit_code == 0, done.err
 
 
 def test_the_guides_training_configs_load_as_they_stand(tmp_path: Path) -> None:

@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan import train
@@ -30,14 +28,16 @@ STEPS = 3
 
 def main() -> int:
     expert_parallel.FakeTensor = torch.Tensor  # of which the load is taken to be even
-    for name in ("send_object_list", "recv_object_list"):
-        on_host = partial(getattr(dist, name), device=torch.device("cpu"))
-        setattr(distributed_c10d, name, on_host)
-        setattr(dist, name, on_host)
+    dist.send_object_list = _on_host(dist.send_object_list)
+    dist.recv_object_list = _on_host(dist.recv_object_list)
     if os.environ.get("REFUSE_SYNC"):
         train.Trainer.train_step = _without_sync(train.Trainer.train_step)
     world_size = os.environ.get("NULL_WORLD")
     return _tell_memory(int(world_size)) if world_size else train.main()
+
+
+def _on_host(function: Any) -> Any:
+    return lambda *args, **options: function(*args, **options | {"device": torch.device("cpu")})
 
 
 def _without_sync(train_step: Any) -> Any:

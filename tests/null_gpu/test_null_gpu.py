@@ -100,11 +100,7 @@ FEATURES = {
     "validation": ["--validation.enable", "--validation.freq=2", "--validation.steps=2"],
     "compile": ["--compile.enable"],
     "compile_selective": ["--compile.enable", "--activation_checkpoint.mode=selective"],
-    "traces": [
-        "--profiling.enable_profiling",
-        "--profiling.profile_freq=4",
-        "--profiling.enable_memory_snapshot",
-    ],
+    "memory_snapshot": ["--profiling.enable_memory_snapshot", "--profiling.profile_freq=4"],
 }
 LAYOUTS = {
     "fsdp": (2, "llama3", []),
@@ -123,7 +119,16 @@ LAYOUTS = {
 }
 WAITING = {
     "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
-    "offload": (2, "llama3", ["--training.enable_cpu_offload", "--training.max_norm=0"]),
+    "offload": (
+        2,
+        "llama3",
+        [
+            "--training.enable_cpu_offload",
+            # What is copied to the host was never computed, and may be infinite.
+            "--training.on_nonfinite=skip",
+            "--training.bad_step_limit=100",
+        ],
+    ),
     "checkpoints": (
         2,
         "llama3",

@@ -26,10 +26,8 @@ def test_parallelize_keeps_frozen_what_the_model_froze() -> None:
 
 
 def test_a_plan_gives_what_is_frozen_no_gradients_under_tensor_parallelism() -> None:
-    gradients = {}
-    for name in ("own_frozen", "tiny_llama"):
-        config = load_config([*OPTIONS, TP2, f"--model.name={name}", "--training.seq_len=64"])
-        with fake_world(2, rank=0):
-            gradients[name] = trace_step(config).stages[0].gradients
-    frozen = [p.numel() for p in FROZEN.meta_model().parameters() if not p.requires_grad]
-    assert gradients["tiny_llama"] - gradients["own_frozen"] > 0.9 * sum(frozen) * 4 / 2
+    config = load_config([*OPTIONS, TP2, "--training.seq_len=64"])
+    with fake_world(2, rank=0):
+        gradients = trace_step(config).stages[0].gradients
+    trained = [p.numel() for p in FROZEN.meta_model().parameters() if p.requires_grad]
+    assert gradients == sum(trained) * 4 / 2  # each is split over the two ranks
