@@ -119,16 +119,6 @@ LAYOUTS = {
 }
 WAITING = {
     "pp": (2, "llama3", [degree("pipeline_parallel"), "--training.local_batch_size=8"]),
-    "offload": (
-        2,
-        "llama3",
-        [
-            "--training.enable_cpu_offload",
-            # What is copied to the host was never computed, and may be infinite.
-            "--training.on_nonfinite=skip",
-            "--training.bad_step_limit=100",
-        ],
-    ),
     "checkpoints": (
         2,
         "llama3",
