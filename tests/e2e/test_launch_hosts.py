@@ -78,6 +78,7 @@ def test_two_hosts_have_the_losses_of_one(hosts: Hosts, tmp_path: Path, capfd) -
     assert [line["loss"] for line in two] == [line["loss"] for line in one]
 
 
+@pytest.mark.long
 def test_a_signal_saves_on_all_hosts(hosts: Hosts, tmp_path: Path, capfd) -> None:
     folder = tmp_path / "stopped"
     path = script(hosts, folder, 10_000, "--", "--checkpoint.enable")

@@ -36,7 +36,7 @@ LAYOUTS = {
     "pp2": (2, "--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=8"),
     "experts": (2, "--model.flavor=experts", "--parallelism.expert_parallel_degree=2"),
 }
-LONG = {"accumulation", "fsdp2 op_ac", "tp2", "cp2"}
+LONG = {"accumulation", "fsdp2 op_ac", "tp2", "cp2", "compile"}
 
 
 def run(folder: Path, layout: str, *more: str, **env: str) -> Finished:

@@ -30,4 +30,5 @@ def test_every_converter_exists_and_the_example_loads(tmp_path: Path) -> None:
     job_config = load_config(["--job.config_file", str(tmp_path / "run.toml")])
     build_model_converters(job_config, ParallelDims(world_size=1))
     named = set(re.findall(r"`(quantize\.\w+\.\w+)`", TEXT))
-    assert named == set(MODEL_CONVERTERS)
+    # Other tests make converters of their own known.
+    assert named == {name for name in MODEL_CONVERTERS if name.startswith("quantize.")}
