@@ -46,9 +46,10 @@ def run(library: Path, tmp_path: Path) -> Callable[..., str]:
     """Runs null_train.py; returns what it printed."""
 
     def run(*options: str, ranks: int = 1, **env: str) -> str:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start = torchrun if ranks > 1 else []
         done = subprocess.run(
-            [sys.executable, *torchrun, SCRIPT, *options, f"--job.dump_folder={tmp_path / 'run'}"],
+            [sys.executable, *start, SCRIPT, *options, f"--job.dump_folder={tmp_path / 'run'}"],
             env=os.environ
             | {
                 "LD_PRELOAD": str(library),
