@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import mmap
 from collections.abc import Iterator
 
 from torchtitan.errors import BadDocumentError, DataError, begin_errors_with
+from torchtitan.tools.foreign_files import parse_json
 
 from .files import ends_of, reading, unpacked
 from .rows import check_key, read_line
@@ -93,8 +93,8 @@ def check_first_line(line: bytes, text_key: str, where: str) -> None:
         DataError: `line` is an object without that key.
     """
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return
     if isinstance(row, dict):
         with begin_errors_with(where):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
+from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import first_line
 
 _FACTS = "batch.json"
@@ -79,8 +80,8 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
     from torchtitan.components.loss import IGNORE_INDEX
 
     try:
-        facts = json.loads((folder / _FACTS).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        facts = parse_json((folder / _FACTS).read_text())
+    except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no kept batch: {error}") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("tokenizer"), str):
         raise DataError(f"{folder / _FACTS} is damaged: it names no tokenizer")

@@ -19,6 +19,7 @@ from typing import Any
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.errors import ConfigError, DataError
+from torchtitan.tools.foreign_files import parse_json
 
 from .prepare_work import Job, Task, length_of, write_shards
 from .prepared_tokens import FORMAT, INDEX, VERSION, read_index
@@ -135,8 +136,8 @@ def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
     path = out / SETTINGS
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
-        except (ValueError, RecursionError) as error:
+            found = parse_json(path.read_text())
+        except ValueError as error:
             raise ConfigError(f"{path} is damaged; remove {out}") from error
         if not isinstance(found, dict):
             raise ConfigError(f"{path} is damaged; remove {out}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from torchtitan.distributed.utils import local_rank, local_world_size
 from torchtitan.errors import DataError
+from torchtitan.tools.foreign_files import parse_json
 
 from .files import file_size, reading, sha256
 from .mapped import SHARDS, map_file
@@ -136,14 +136,14 @@ def read_index(folder: Path) -> dict[str, Any]:
     with reading(path):
         content = path.read_bytes()
     try:
-        index = json.loads(content.decode())
+        index = parse_json(content.decode())
         if index["format"] != FORMAT or index["version"] > VERSION:
             raise DataError(
                 f"{path} is of format {index['format']!r} version {index['version']}; this version "
                 f"reads {FORMAT!r} up to {VERSION}"
             )
         _check_fields(index)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     return index
 
