@@ -250,8 +250,9 @@ class WarningCounter(logging.Handler):
 def _fields(values: dict[str, Any]) -> list[str]:
     """The short forms of the values, the most important first; at most 80 columns together."""
     loss = values["loss"]
+    plain = f"{loss:.{3 if loss >= 10 else 4}f}"
     fields = [
-        f"loss {scientific(loss) if abs(loss) >= 1e6 else f'{loss:.{3 if loss >= 10 else 4}f}'}",
+        f"loss {scientific(loss) if abs(loss) >= 1e6 else plain}",
         f"grad {three_digits(values['grad_norm'])}",
         f"lr {scientific(values['lr'], decimals=1)}",
         f"{human(values['tokens_per_second'], space='')} tok/s",
