@@ -130,6 +130,19 @@ def begin_errors_with(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
+def refuse_incomplete(made: object, maker: str, missing: list[str], needed: str) -> None:
+    """Raises `ConfigError` if what an author's function has made lacks something.
+
+    Args:
+        maker: the function.
+        missing: what it lacks.
+        needed: the message's end, which says what it should have.
+    """
+    if missing:
+        name = type(made).__name__
+        raise ConfigError(f"{maker} returns {name}, which has no {', '.join(missing)}{needed}")
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest name, then all allowed ones."""
     allowed = sorted(allowed)

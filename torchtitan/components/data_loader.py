@@ -17,6 +17,7 @@ from torchtitan.errors import (
     TitanError,
     disk_is_full,
     may_pass,
+    refuse_incomplete,
 )
 from torchtitan.tools.text import first_line
 
@@ -100,12 +101,9 @@ def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
     saves = job_config.checkpoint.enable
     wanted = (*_METHODS, *_STATE_METHODS) if saves else _METHODS
     missing = [name for name in wanted if not _has(dataloader, name)]
-    if missing:
-        raise ConfigError(
-            f"{builder(job_config)} returns {type(dataloader).__name__}, which has no "
-            f"{', '.join(missing)}. A data loader needs {', '.join(_METHODS)} and, for "
-            f"checkpoints, {', '.join(_STATE_METHODS)}; see torchtitan.components.DataLoader"
-        )
+    needed = f". A data loader needs {', '.join(_METHODS)} and, for checkpoints, "
+    needed += f"{', '.join(_STATE_METHODS)}; see torchtitan.components.DataLoader"
+    refuse_incomplete(dataloader, builder(job_config), missing, needed)
     if saves:
         check_state(dataloader.state_dict(), job_config)
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.components.muon import Muon
 from torchtitan.distributed.names import canonical_name, require_match
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, refuse_incomplete
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -154,12 +154,10 @@ def container_of(
     if isinstance(built, torch.optim.Optimizer) and len(model_parts) == 1:
         return OptimizersContainer([(model_parts[0], [built])])
     wanted = ("__iter__", "step", "zero_grad", "state_dict", "load_state_dict")
-    if missing := [name for name in wanted if not hasattr(built, name)]:
-        raise ConfigError(
-            f"build_optimizer_fn of {job_config.model.name} returns {type(built).__name__}, which "
-            f"has no {', '.join(missing)}. Return torchtitan.components.OptimizersContainer("
-            "[(part, [optimizer of its parameters]) for part in model_parts])"
-        )
+    missing = [name for name in wanted if not hasattr(built, name)]
+    needed = ". Return torchtitan.components.OptimizersContainer("
+    needed += "[(part, [optimizer of its parameters]) for part in model_parts])"
+    refuse_incomplete(built, f"build_optimizer_fn of {job_config.model.name}", missing, needed)
     return built
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torchtitan.config.load import fail
-from torchtitan.errors import BadDocumentError, ConfigError, DataError
+from torchtitan.errors import BadDocumentError, DataError, refuse_incomplete
 from torchtitan.tools.foreign_files import read_json
 
 if TYPE_CHECKING:
@@ -256,14 +256,13 @@ def path_of(tokenizer: Any) -> str:
 
 def check_tokenizer(tokenizer: Any, job_config: JobConfig) -> None:
     """Raises `ConfigError` if it lacks something that is needed later."""
+    if tokenizer is None:
+        return
     wanted = ("vocab_size", "bos_id", "eos_id", "encode", "decode")
     missing = [name for name in wanted if not hasattr(tokenizer, name)]
-    if missing and tokenizer is not None:
-        raise ConfigError(
-            f"build_tokenizer_fn of {job_config.model.name} returns {type(tokenizer).__name__}, "
-            f"which has no {', '.join(missing)}. A tokenizer needs {', '.join(wanted)}; see "
-            "torchtitan.components.Tokenizer"
-        )
+    needed = f". A tokenizer needs {', '.join(wanted)}; see torchtitan.components.Tokenizer"
+    maker = f"build_tokenizer_fn of {job_config.model.name}"
+    refuse_incomplete(tokenizer, maker, missing, needed)
 
 
 def open_tokenizer(path: str) -> BytesTokenizer | HuggingFaceTokenizer:

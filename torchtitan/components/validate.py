@@ -18,7 +18,7 @@ from torchtitan.components.validator import Evaluate
 from torchtitan.config.batch import batch_shape
 from torchtitan.data import DataLoader, build_validation_dataloader
 from torchtitan.distributed.utils import rank
-from torchtitan.errors import ConfigError
+from torchtitan.errors import refuse_incomplete
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
@@ -107,11 +107,8 @@ def build_validator(
 def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> None:
     """Raises `ConfigError` if the validator lacks a method; warns of one that may ask otherwise."""
     missing = [n for n in ("validate", "close") if not callable(getattr(validator, n, None))]
-    if missing:
-        raise ConfigError(
-            f"build_validator_fn of {job_config.model.name} returns {type(validator).__name__}, "
-            f"which has no {', '.join(missing)}; see torchtitan.components.Validator"
-        )
+    maker = f"build_validator_fn of {job_config.model.name}"
+    refuse_incomplete(validator, maker, missing, "; see torchtitan.components.Validator")
     usual = isinstance(validator, TextValidator)
     if usual and not isinstance(dataloader, DataLoader) and rank() == 0:
         logger.warning(
