@@ -1,4 +1,5 @@
-"""Llama 3 with the layers of its larger flavors, but few of them, so that a CPU steps in seconds.
+"""Llama 3 with the layers of its larger flavors, but few of them, so that a CPU steps in seconds;
+and whole ones for a GPU.
 
 `--job.custom_import benchmarks.flavors` registers them under the name `benchmark_llama3`.
 """
@@ -19,6 +20,7 @@ MODEL_CONFIGS = {
     ),
     "150M-4-layers": replace(llama3.MODEL_CONFIGS["150M"], n_layers=4, vocab_size=_VOCAB_SIZE),
     "1B-1-layer": replace(llama3.MODEL_CONFIGS["1B"], n_layers=1, vocab_size=_VOCAB_SIZE),
+    "1B": llama3.MODEL_CONFIGS["1B"],
 }
 MODEL_CONFIGS |= {
     # What the `torchtitan` package of PyPI can express too.

@@ -5,7 +5,8 @@ Each runs in a process of its own, from the same weights over the same batches, 
 turns of a few steps: what disturbs the machine for longer than a turn falls on all; the ratio of
 turns of one round is the result. Who goes first changes from round to round. Two processes of the
 same trainer can differ by some percent for as long as they live (where their memory lies), so all
-are started several times. That the losses agree shows that all do the same work.
+are started several times. That the losses agree shows that all do the same work. A GPU, whose
+memory they would not share, they have one after the other.
 
     python -m benchmarks.peers.compare [--upstream VENV/bin/python] [--compile]
         [--precision bfloat16] [--starts 3]
@@ -18,6 +19,7 @@ import dataclasses
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from benchmarks.peers.turns import WARMUP_STEPS
 from benchmarks.report import Bar, Spread, Table, verdict
 from torchtitan.config import load_config
 from torchtitan.config.batch import resolve_batch
+from torchtitan.distributed import utils
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.protocols.train_spec import get_train_spec
 
@@ -65,6 +68,13 @@ class Contestant:
     losses: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {statistics.median(self.wall):.3f} s a turn, "
+            f"{self.peak_bytes / 2**30:.2f} GiB, first step after {self.first_step:.1f} s, "
+            f"losses from {self.losses[0]:.4f} to {self.losses[-1]:.4f}"
+        )
+
     def take_turn(self) -> dict[str, Any]:
         self.words.write("go\n")
         self.words.flush()
@@ -84,12 +94,14 @@ def prepare(config_file: Path, flavor: str, steps: int, folder: Path) -> dict[st
     spec = get_train_spec("benchmark_llama3", flavor)
     with torch.device("meta"):
         model = spec.model_cls(spec.model_args)
-    initialize_weights(model, config.debug.seed, torch.device("cpu"))
+    initialize_weights(model, config.debug.seed, utils.device())  # whose numbers ours draws
     weights = folder / "weights"
     weights.mkdir()
     adapter = spec.state_dict_adapter(spec.model_args)
     save_file(adapter.to_hf(model.state_dict()), weights / "model.safetensors", {"format": "pt"})
     (weights / "config.json").write_text(json.dumps(spec.model_args.to_hf_config()))
+    del model
+    torch.cuda.empty_cache()  # for the contestants, where the weights were made there
 
     batch_size, accumulation_steps = resolve_batch(config, 1)
     loader = spec.build_dataloader_fn(config, spec.build_tokenizer_fn(config), 0, 1)
@@ -164,16 +176,16 @@ def compare(
     compiled: bool = False,
     precision: str = "float32",
     upstream: str | None = None,
+    trainer: bool = True,
 ) -> tuple[dict[str, Any], list[Contestant]]:
     """All contestants by turns, one start of each; ours is the first of the list.
 
     Raises:
         RuntimeError: one fails, or the losses differ, so that they did not do the same work.
     """
-    commands = {
-        "ours": [sys.executable, "-m", "benchmarks.peers.ours"],
-        "Hugging Face Trainer": [sys.executable, "-m", "benchmarks.peers.hugging_face"],
-    }
+    commands = {"ours": [sys.executable, "-m", "benchmarks.peers.ours"]}
+    if trainer:
+        commands["Hugging Face Trainer"] = [sys.executable, "-m", "benchmarks.peers.hugging_face"]
     if upstream:
         # -E: a `PYTHONPATH` may point to this repository, which is the other `torchtitan`.
         commands["torchtitan 0.2.2"] = [upstream, "-E", str(HERE / "upstream.py")]
@@ -183,26 +195,39 @@ def compare(
         steps = WARMUP_STEPS + rounds * steps_per_turn + 1
         plan = prepare(config_file, flavor, steps, folder)
         plan |= {"compile": compiled, "precision": precision, "steps_per_turn": steps_per_turn}
-        contestants = []
-        for number, (name, command) in enumerate(commands.items()):
-            contestants.append(start(name, command, plan, folder / str(number)))
-            stack.callback(contestants[-1].process.kill)
-        for number in range(rounds):
-            first = number % len(contestants)
-            for contestant in contestants[first:] + contestants[:first]:
-                report = contestant.take_turn()
-                contestant.wall.append(report["wall"])
-                contestant.cpu.append(report["cpu"])
-        for contestant in contestants:
-            last = contestant.take_turn()
-            contestant.losses = last["losses"][: LOSSES_COMPARED[precision]]
-            contestant.peak_bytes = last["peak"]
-            contestant.process.wait(timeout=60)
+        alone = torch.cuda.is_available()
+        groups = [[name] for name in commands] if alone else [list(commands)]
+        contestants: list[Contestant] = []
+        for names in groups:
+            group = []
+            for name in names:
+                own = folder / name.replace(" ", "_")
+                group.append(start(name, commands[name], plan, own))
+                stack.callback(group[-1].process.kill)
+            take_turns(group, rounds)
+            contestants += group
+    for contestant in contestants:
+        contestant.losses = contestant.losses[: LOSSES_COMPARED[precision]]
     ours = contestants[0]
     for other in contestants[1:]:
         if (difference := loss_difference(ours, other)) > LOSS_TOLERANCE[precision]:
             raise RuntimeError(f"the losses of {other.name} differ from ours by {difference:.1e}")
     return plan, contestants
+
+
+def take_turns(group: list[Contestant], rounds: int) -> None:
+    """All rounds, and the end of the processes."""
+    for number in range(rounds):
+        first = number % len(group)
+        for contestant in group[first:] + group[:first]:
+            report = contestant.take_turn()
+            contestant.wall.append(report["wall"])
+            contestant.cpu.append(report["cpu"])
+    for contestant in group:
+        last = contestant.take_turn()
+        contestant.losses, contestant.peak_bytes = last["losses"], last["peak"]
+        contestant.process.wait(timeout=60)
+        print(contestant, file=sys.stderr, flush=True)
 
 
 def loss_difference(ours: Contestant, other: Contestant) -> float:
@@ -253,7 +278,9 @@ def row(name: str, plan: dict[str, Any], ours: Contestant, other: Contestant) ->
 PLANS = [("debugmodel", 6, 5), ("layers_150m", 6, 2), ("layers_1b", 6, 1)]
 """Config, rounds of a start, steps of a turn."""
 STARTS = 3
+GPU_PLANS = [("llama3_1b", 6, 3)]
 FLAVORS = {
+    "llama3_1b": "1B-untied",
     "debugmodel": "debugmodel-untied",
     "layers_150m": "150M-4-layers-untied",
     "layers_1b": "1B-1-layer-untied",
@@ -266,6 +293,7 @@ def table(
     upstream: str | None,
     starts: int = STARTS,
     precision: str = "float32",
+    trainer: bool = True,
 ) -> Table:
     rows, bars = [], []
     for name, rounds, steps_per_turn in plans:
@@ -278,6 +306,7 @@ def table(
             compiled=compiled,
             precision=precision,
             upstream=upstream,
+            trainer=trainer,
         )
         ours, *others = contestants
         rows += [row(name, plan, ours, contestant) for contestant in contestants]
@@ -299,8 +328,8 @@ def table(
         ],
         rows,
         f"Median (lowest to highest) over the rounds of {starts} starts; a round is a turn of "
-        "each. The peak is that of the whole process. The first step's time holds the start of "
-        "the process.",
+        "each. The peak is that of the whole process, on a GPU of its tensors. The first step's "
+        "time holds the start of the process.",
         bars,
         "tokens/s of ours over those of the other",
     )
@@ -310,8 +339,13 @@ def run(quick: bool = False) -> list[Table]:
     upstream = os.environ.get(UPSTREAM)
     if quick:
         return [table(False, [("debugmodel", 2, 1)], upstream, starts=1)]
+    if torch.cuda.is_available():
+        return [
+            table(compiled, GPU_PLANS, upstream, starts=1, precision="bfloat16")
+            for compiled in (False, True)
+        ]
     precisions = ["float32"]
-    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported():
+    if torch.cpu._is_amx_tile_supported():
         precisions.append("bfloat16")  # which other CPUs are slow in
     return [
         table(compiled, PLANS, upstream, precision=precision)
@@ -322,7 +356,7 @@ def run(quick: bool = False) -> list[Table]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", choices=FLAVORS, nargs="+", default=list(FLAVORS))
+    parser.add_argument("--config", choices=FLAVORS, nargs="+", default=[p[0] for p in PLANS])
     parser.add_argument("--starts", type=int, default=STARTS)
     parser.add_argument("--rounds", type=int, default=6, help="of each start")
     parser.add_argument("--compile", action="store_true")
@@ -332,10 +366,13 @@ def main(argv: list[str] | None = None) -> int:
         default=os.environ.get(UPSTREAM),
         help=f"Python of an environment with torchtitan==0.2.2; default: ${UPSTREAM}",
     )
+    parser.add_argument("--no-trainer", action="store_true", help="leave out Hugging Face's")
     args = parser.parse_args(argv)
-    steps = {name: steps for name, _, steps in PLANS}
+    steps = {name: steps for name, _, steps in PLANS + GPU_PLANS}
     plans = [(name, args.rounds, steps[name]) for name in args.config]
-    compared = table(args.compile, plans, args.upstream, args.starts, args.precision)
+    compared = table(
+        args.compile, plans, args.upstream, args.starts, args.precision, not args.no_trainer
+    )
     print(compared.markdown())
     return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,6 +40,7 @@ class Turns:
             self._report({"first_step": True})
         if done < 0 or done % self._steps_per_turn:
             return
+        _wait_for_gpu()
         if self._resumed is not None:
             wall, cpu = time.perf_counter(), time.process_time()
             self._report({"wall": wall - self._resumed[0], "cpu": cpu - self._resumed[1]})
@@ -54,8 +56,21 @@ class Turns:
         self._reports.flush()
 
 
+def _cuda() -> Any:
+    """`torch.cuda` if there is a GPU, else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def _wait_for_gpu() -> None:
+    if cuda := _cuda():
+        cuda.synchronize()
+
+
 def _peak_bytes() -> int:
-    """The kernel's high-water mark of the process's resident set."""
+    """Of tensors on a GPU; else the kernel's high-water mark of the process's resident set."""
+    if cuda := _cuda():
+        return int(cuda.max_memory_allocated())
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match
     return int(match[1]) * 1024

@@ -83,8 +83,8 @@ def chunked_linear_cross_entropy(
     `weight` are computed during the forward pass, so that at most one chunk's logits exist.
 
     Args:
-        hidden: `[tokens, dim]`, plain tensor. Products are computed in its dtype, which is that of
-            `weight`; under autocast, in autocast's.
+        hidden: `[tokens, dim]`, plain tensor. Products are computed in its dtype; under autocast,
+            in autocast's.
         weight: `[vocab, dim]`. A DTensor on a one-dimensional mesh means tensor parallelism: each
             rank applies its part of the vocabulary to the same `hidden`. Then the gradient of
             `hidden` on each rank is a *partial* sum, which the caller has to reduce over the mesh.
@@ -103,8 +103,7 @@ def chunked_linear_cross_entropy(
         weight = weight.redistribute(placements=[Shard(0)]).to_local()
     device = hidden.device.type
     if torch.is_autocast_enabled(device):  # which knows nothing of products with `out`
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     if shard.mesh is not None:  # its ranks tell each other numbers in between
         backend = None
     # Inside the function below gradients are always off, so it has to be told.
@@ -133,12 +132,15 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         if training and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         grad_dtype = None if hidden_grad is None and weight_grad is None else hidden.dtype
+        # Here, so that autocast's rounding of the weight does not round its gradient too.
+        weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
 
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = min(chunk_size, len(hidden))
+        # In half precision, logits become float32 on the way, and need no place of their own.
         # Compiled, the numbers between the products are no tensors, and need no memory.
         buffer = None
-        if backend is None:
+        if backend is None and hidden.dtype == torch.float32:
             buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
         between = _between_products if backend is None else _compiled_between_products(backend)
         for start in range(0, len(hidden), chunk_size):
@@ -156,7 +158,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 _add_product(logits_grad.T, hidden[chunk], to=weight_grad)
 
         ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype = weight_dtype
         return loss
 
     @staticmethod
@@ -188,11 +190,17 @@ def _between_products(
         The sum of the loss, a float32 scalar, and the gradient like `logits`, if needed.
     """
     compiled = torch.compiler.is_compiling()
-    logits = logits.to(torch.float32, copy=compiled)
     valid = labels != IGNORE_INDEX
     target_logit = shard.target_logit(logits, labels)
-    peak, total = shard.exponentials_(logits)
-    log_partition = peak + total.log()
+    if logits.dtype == torch.float32 or shard.mesh is not None or compiled:
+        logits = logits.to(torch.float32, copy=compiled)
+        peak, total = shard.exponentials_(logits)
+        log_partition = peak + total.log()
+    else:  # one kernel both casts and normalises
+        first = logits[:, 0].float()
+        logits = torch.log_softmax(logits, -1, dtype=torch.float32)
+        log_partition, total = first - logits[:, 0], torch.ones_like(first)
+        logits.exp_()
     losses = log_partition - target_logit + z_loss_weight * log_partition.square()
     loss = losses.where(valid, 0).sum()
     if grad_dtype is None:
@@ -218,18 +226,20 @@ def _compiled_between_products(
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-    """`a @ b`; with a float32 buffer `[at least rows of a, columns of b]`, in its first rows."""
-    if buffer is None:
-        return a @ b
-    out = buffer[: len(a)]
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    return out.copy_(a @ b)  # products with `out` are of one dtype
+    """`a @ b`; with a buffer `[at least rows of a, columns of b]`, in its first rows."""
+    return a @ b if buffer is None else torch.mm(a, b, out=buffer[: len(a)])
 
 
 def _add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
     """`to += a @ b` in float32."""
     if a.dtype == torch.float32:
         to.addmm_(a, b)
+    elif adds_wide_products(to.device):
+        torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
     else:
         to += a @ b
+
+
+def adds_wide_products(device: torch.device) -> bool:
+    """Whether PyTorch has products of half precision there that are added to float32 unrounded."""
+    return device.type == "cuda"

@@ -116,9 +116,11 @@ def test_chunked_loss_under_autocast_computes_products_in_bfloat16() -> None:
     expected = chunked_linear_cross_entropy(*low, labels, 8)
     expected.backward()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    for ours, theirs in zip((hidden, weight), low, strict=True):
-        assert ours.grad.dtype == torch.float32
-        torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=0, atol=0)
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(hidden.grad, low[0].grad.float(), rtol=0, atol=0)
+    # That of the weight is summed in float32, and stays so.
+    torch.testing.assert_close(weight.grad.bfloat16(), low[1].grad, rtol=0, atol=0)
+    assert not torch.equal(weight.grad, low[1].grad.float())
 
 
 def test_chunked_loss_needs_an_output_layer_that_it_can_fuse() -> None:

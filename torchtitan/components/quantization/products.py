@@ -51,27 +51,35 @@ class _QuantizedLinear(torch.autograd.Function):
         quantize_weight_grad: bool,
         emulate: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
         ctx.grouping, ctx.emulate = grouping, emulate
         ctx.quantize_weight_grad = quantize_weight_grad
         with torch.autocast(x.device.type, enabled=False):
             rows, matrix = quantize(x, E4M3, grouping), quantize(weight, E4M3, grouping)
-            return scaled_mm(rows, matrix, x.dtype, emulate)
+        # The scale of a whole tensor is that of its transpose.
+        scales = [rows.scale, matrix.scale] if grouping == "tensor" else []
+        ctx.save_for_backward(x, weight, *scales)
+        with torch.autocast(x.device.type, enabled=False):
+            return scaled_mm(rows, matrix, x.dtype, emulate, fast=True)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, *scales = ctx.saved_tensors
+        x_scale, weight_scale = scales or (None, None)
         grouping, emulate = ctx.grouping, ctx.emulate
         # Gradients spread wider. Smaller groups are narrow enough for e4m3, whose digits are finer.
         grad_dtype = E5M2 if grouping == "tensor" else E4M3
-        x_grad = weight_grad = None
+        x_grad = weight_grad = grad_scale = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                rows = quantize(grad, grad_dtype, grouping)
-                x_grad = scaled_mm(rows, quantize(weight.T, E4M3, grouping), x.dtype, emulate)
+                both_ways = ctx.needs_input_grad[1] and ctx.quantize_weight_grad
+                rows = quantize(grad, grad_dtype, grouping, strips=both_ways)
+                grad_scale = rows.scale if grouping == "tensor" else None
+                matrix = quantize(weight.T, E4M3, grouping, weight_scale, strips=True)
+                x_grad = scaled_mm(rows, matrix, x.dtype, emulate)
             if ctx.needs_input_grad[1] and ctx.quantize_weight_grad:
-                columns = quantize(grad.T, grad_dtype, grouping)
-                weight_grad = scaled_mm(columns, quantize(x.T, E4M3, grouping), x.dtype, emulate)
+                columns = quantize(grad.T, grad_dtype, grouping, grad_scale, strips=True)
+                matrix = quantize(x.T, E4M3, grouping, x_scale, strips=True)
+                weight_grad = scaled_mm(columns, matrix, x.dtype, emulate)
             elif ctx.needs_input_grad[1]:
                 weight_grad = grad.T @ x
         return x_grad, weight_grad, None, None, None

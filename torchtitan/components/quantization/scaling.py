@@ -44,20 +44,46 @@ class Scaled:
         return data * self.scale.to(dtype)
 
 
-def quantize(tensor: torch.Tensor, dtype: torch.dtype, grouping: Grouping) -> Scaled:
+_STRIP = 128
+"""Numbers of a row that are looked through in the first of two steps."""
+
+
+def quantize(
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    grouping: Grouping,
+    scale: torch.Tensor | None = None,
+    strips: bool = False,
+) -> Scaled:
     """Round `tensor` `[..., rows, columns]` to the nearest numbers of a float8 `dtype`.
 
     A group that holds infinity or NaN comes out with NaN.
+
+    Args:
+        scale: of this tensor, if it is known already. None: it is computed.
+        strips: look for the largest number of a row in two steps. In one, the compiler fuses the
+            search with the rounding, which is best if rows lie in memory as such, and is slow if
+            `tensor` is a transpose, or is rounded both ways.
     """
     values = tensor.float()
     if grouping == "block":
         values = values.unflatten(-1, (-1, MX_BLOCK))
-    dims = (-2, -1) if grouping == "tensor" else (-1,)
-    scale = power_of_two_scale(values.abs().amax(dim=dims, keepdim=True), dtype)
+    if scale is None:
+        scale = power_of_two_scale(_largest(values, grouping, strips), dtype)
     data = (values / scale).to(dtype)
     if grouping == "block":
         return Scaled(data.flatten(start_dim=-2), scale.squeeze(-1), grouping)
     return Scaled(data, scale, grouping)
+
+
+def _largest(values: torch.Tensor, grouping: Grouping, strips: bool) -> torch.Tensor:
+    """The largest absolute number of each group."""
+    sizes = values.abs()
+    if grouping == "tensor":
+        return sizes.amax(dim=(-2, -1), keepdim=True)
+    if strips and grouping == "row" and values.size(-1) % _STRIP == 0:
+        sizes = sizes.unflatten(-1, (-1, _STRIP)).amax(dim=-1)
+    return sizes.amax(dim=-1, keepdim=True)
 
 
 def power_of_two_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -71,7 +97,9 @@ def power_of_two_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return power.clamp(min=2.0**-126)
 
 
-def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype, emulate: bool) -> torch.Tensor:
+def scaled_mm(
+    a: Scaled, b: Scaled, dtype: torch.dtype, emulate: bool, fast: bool = False
+) -> torch.Tensor:
     """`a @ b.T`, summed in float32.
 
     Args:
@@ -79,6 +107,7 @@ def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype, emulate: bool) -> torch.
         b: `[n, k]`; k and n are multiples of 16, and of 32 for MX.
         dtype: of the result; without `emulate`, bfloat16.
         emulate: multiply dequantized numbers, on devices without float8 products.
+        fast: let tensor cores add up with fewer digits, where that is faster (Hopper).
 
     Returns:
         `[m, n]`.
@@ -96,6 +125,7 @@ def scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype, emulate: bool) -> torch.
         scale_a=scale_a.contiguous(),
         scale_b=scale_b.contiguous(),
         out_dtype=dtype,
+        use_fast_accum=fast,
     )
 
 

@@ -87,12 +87,45 @@ class Rotation:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate `x` `[batch, seq, heads, head_dim]` in float32, and return it in its dtype."""
-        wide = x.float()
-        if self.interleaved:
-            partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        else:
-            partner = wide.roll(x.shape[-1] // 2, dims=-1)
-        return torch.addcmul(wide * self.cos, partner, self.sin).to(x.dtype)
+        if torch.compiler.is_compiling():  # which fuses what follows
+            wide = x.float()
+            if self.interleaved:
+                partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+            else:
+                partner = wide.roll(x.shape[-1] // 2, dims=-1)
+            return torch.addcmul(wide * self.cos, partner, self.sin).to(x.dtype)
+        return _Rotate.apply(x, self.cos, self.sin, self.interleaved)
+
+
+class _Rotate(torch.autograd.Function):
+    """The same in half of the passes over memory, whose backward pass turns back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _rotate(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    def halves(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if interleaved:
+            return tensor.unflatten(-1, (-1, 2)).unbind(-1)
+        return tensor.chunk(2, dim=-1)
+
+    out = x * cos  # float32
+    for part, partner, factor in zip(halves(out), reversed(halves(x)), halves(sin), strict=True):
+        part.addcmul_(partner, factor)
+    return out.to(x.dtype)
 
 
 def rope_frequencies(

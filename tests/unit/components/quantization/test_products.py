@@ -104,6 +104,35 @@ def test_under_autocast_it_works_in_bfloat16():
     assert torch.equal(out, as_bfloat16)
 
 
+@pytest.mark.parametrize("grouping", ["tensor", "row"])
+def test_several_layers_of_one_graph_compute_what_they_do_eagerly(grouping):
+    """Of 2 x 128 tokens, so that the largest numbers of columns are looked for in strips."""
+    torch._dynamo.reset()
+    x = normal(2, 128, 64, seed=0).requires_grad_()
+    weights = [normal(size, 64, seed=size).requires_grad_() for size in (32, 16)]
+
+    def layers(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [quantized_linear(x, weight, grouping, emulate=True) for weight in weights]
+
+    results = []
+    for run in (layers, torch.compile(layers, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(x, weights)
+        assert all(one.dtype == torch.bfloat16 for one in out)
+        grads = torch.autograd.grad(sum(one.square().sum() for one in out), (x, *weights))
+        results.append([*out, *grads])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_strips_change_no_scale(strips):
+    matrix = normal(96, 256, seed=0)
+    scale = quantize(matrix, E4M3, "row", strips=strips).scale
+    expected = torch.stack([quantize(row[None], E4M3, "tensor").scale[0] for row in matrix])
+    assert torch.equal(scale, expected)
+
+
 @pytest.mark.parametrize("grouping", ["row", "block"])
 def test_experts_have_the_errors_of_linear_layers(grouping):
     rows = normal(96, 64, seed=0).requires_grad_()
