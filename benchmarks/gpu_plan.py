@@ -1,7 +1,7 @@
 """What `torchtitan plan` says of a run on one GPU, beside the run: peak memory and step time.
 
-Llama 3 of 150M, 1B and 3B parameters under each activation checkpointing mode, eager, each run in
-a process of its own. Further arguments are options of the trainer, for runs and plans alike.
+Llama 3 of 150M, 1B and 3B parameters under each activation checkpointing mode, eager. Further
+arguments are options of the trainer, for runs and plans alike.
 
     python -m benchmarks.gpu_plan [--device h100] [--models 150m 1b]
     python -m benchmarks.gpu_plan --tiny

@@ -137,10 +137,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = min(chunk_size, len(hidden))
-        # In half precision, logits become float32 on the way, and need no place of their own.
         # Compiled, the numbers between the products are no tensors, and need no memory.
         buffer = None
-        if backend is None and hidden.dtype == torch.float32:
+        if backend is None:
             buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
         between = _between_products if backend is None else _compiled_between_products(backend)
         for start in range(0, len(hidden), chunk_size):
@@ -155,7 +154,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[chunk])
             if weight_grad is not None:
-                _add_product(logits_grad.T, hidden[chunk], to=weight_grad)
+                add_product(logits_grad.T, hidden[chunk], to=weight_grad)
 
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight_dtype
@@ -190,17 +189,11 @@ def _between_products(
         The sum of the loss, a float32 scalar, and the gradient like `logits`, if needed.
     """
     compiled = torch.compiler.is_compiling()
+    logits = logits.to(torch.float32, copy=compiled)
     valid = labels != IGNORE_INDEX
     target_logit = shard.target_logit(logits, labels)
-    if logits.dtype == torch.float32 or shard.mesh is not None or compiled:
-        logits = logits.to(torch.float32, copy=compiled)
-        peak, total = shard.exponentials_(logits)
-        log_partition = peak + total.log()
-    else:  # one kernel both casts and normalises
-        first = logits[:, 0].float()
-        logits = torch.log_softmax(logits, -1, dtype=torch.float32)
-        log_partition, total = first - logits[:, 0], torch.ones_like(first)
-        logits.exp_()
+    peak, total = shard.exponentials_(logits)
+    log_partition = peak + total.log()
     losses = log_partition - target_logit + z_loss_weight * log_partition.square()
     loss = losses.where(valid, 0).sum()
     if grad_dtype is None:
@@ -226,20 +219,20 @@ def _compiled_between_products(
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-    """`a @ b`; with a buffer `[at least rows of a, columns of b]`, in its first rows."""
-    return a @ b if buffer is None else torch.mm(a, b, out=buffer[: len(a)])
+    """`a @ b`; with a float32 buffer `[at least rows of a, columns of b]`, in its first rows."""
+    if buffer is None:
+        return a @ b
+    out = buffer[: len(a)]
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    return out.copy_(a @ b)  # products with `out` are of one dtype
 
 
-def _add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
+def add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
     """`to += a @ b` in float32."""
     if a.dtype == torch.float32:
         to.addmm_(a, b)
-    elif adds_wide_products(to.device):
+    elif to.is_cuda:  # where products of half precision are added unrounded
         torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
     else:
         to += a @ b
-
-
-def adds_wide_products(device: torch.device) -> bool:
-    """Whether PyTorch has products of half precision there that are added to float32 unrounded."""
-    return device.type == "cuda"

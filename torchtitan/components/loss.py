@@ -169,7 +169,7 @@ class VocabShard:
     def target_logit(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The logit of each label, `[tokens]` float32, the same on all ranks; 0 of ignored ones."""
         index, mine = self.local_labels(labels, logits.size(-1))
-        return self._reduce(logits.gather(-1, index[:, None]).squeeze(-1).float().where(mine, 0))
+        return self._reduce(logits.gather(-1, index[:, None]).squeeze(-1).where(mine, 0))
 
     def local_labels(self, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels as indices into this rank's `size` logits (0 elsewhere), and where they belong."""

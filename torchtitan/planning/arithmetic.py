@@ -22,7 +22,7 @@ from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
 from .inputs import TOKEN_IDS, Inputs
 from .roofline import Roofline
-from .trace import meta_model, repetition_of, trace_step
+from .trace import meta_model, quantizes, repetition_of, trace_step
 
 _BUBBLE = {"": 0.0, "1F1B": 1.0, "Interleaved1F1B": 0.5, "ZBVZeroBubble": 0.3}
 """Share of 1F1B's bubble that is left."""
@@ -91,7 +91,7 @@ class Arithmetic:
         job.training.global_batch_size = -1
         validate(job, 2)
         compiled, job.compile.enable = job.compile.enable, False
-        roofline = Roofline(self._device, self._host_size, compiled)
+        roofline = Roofline(self._device, self._host_size, compiled, quantizes(job))
         repetition = repetition_of(meta_model(job), job, self._inputs)
         with fake_world(2, rank=0):
             dims = ParallelDims.from_config(job.parallelism, 2)

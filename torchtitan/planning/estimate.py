@@ -33,6 +33,7 @@ from .schedule import StageCost, Timeline, actions_of, play
 from .trace import (
     meta_model,
     meta_parts,
+    quantizes,
     repetition_of,
     stages_at,
     trace_step,
@@ -163,7 +164,8 @@ def plan_run(
     model_args = spec.model_args.update_from_config(config)
     dims = ParallelDims.from_config(config.parallelism, world_size)
     traces = _trace_pipeline(config, world_size, dims, {} if known is None else known, inputs)
-    step = _Step(config, dims, Roofline(device, host_size, compiled), traces)
+    roofline = Roofline(device, host_size, compiled, quantizes(config))
+    step = _Step(config, dims, roofline, traces)
     nparams, flops = model_args.get_nparams_and_flops(config.training.seq_len)
     return Plan(
         config=given,
@@ -180,7 +182,7 @@ def plan_run(
 
 
 def _refuse_unplannable(config: JobConfig, device: Device) -> None:
-    if device.float8_flops == 0 and any("quantize." in c for c in config.model.converters):
+    if device.float8_flops == 0 and quantizes(config):
         fail(config, "model.converters", f"{device.name} has no products of 8 bits")
     if config.training.enable_cpu_offload:
         fail(
@@ -304,7 +306,9 @@ class _Step:
         else:
             (whole,) = costs
             seconds = self.accumulation * (whole.forward + whole.backward) + whole.finish
-        self.seconds = seconds + max(roofline.seconds(t.optimizer, groups) for t, groups in traces)
+        self.seconds = seconds + max(
+            roofline.seconds(t.optimizer, groups, eager=True) for t, groups in traces
+        )
 
     def _costs(self) -> list[StageCost]:
         """Of all stages, in their order."""
@@ -328,10 +332,11 @@ class _Step:
                 if size:
                     collectives[Collective("send", "pp", 2, int(size))] += each
         for part, times in passes:
-            seconds = self._roofline.compute(part)
+            eager = part is trace.optimizer
+            seconds = self._roofline.compute(part, eager)
             matrix += times * seconds[0]
             other += times * seconds[1]
-            waiting += times * (self._roofline.seconds(part, groups) - sum(seconds))
+            waiting += times * (self._roofline.seconds(part, groups, eager) - sum(seconds))
             for collective, calls in part.collectives.items():
                 collectives[collective] += times * calls
         return RankPlan(

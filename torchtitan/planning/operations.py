@@ -59,7 +59,7 @@ _FREE = (
 )
 
 
-_ATTENTION = (
+ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
 )
@@ -80,15 +80,16 @@ def _is_free(func: Any) -> bool:
 
 def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     name = func.overloadpacket.__name__
-    if name in _ATTENTION:
+    if name in ATTENTION:
         return _attention_flops(func, args, kwargs)
-    if name.removesuffix("_backward") in _ATTENTION:
+    if name.removesuffix("_backward") in ATTENTION:
         return _attention_flops(func, args, kwargs) * 5 // 2
     if name == "_scaled_grouped_mm":
         return 2 * result.numel() * args[0].shape[-1]
     if name == "_grouped_mm":
         return 2 * result.numel() * args[0].shape[-1] if result.dim() == 2 else _grouped(args)
-    formula = flop_registry.get(func.overloadpacket)
+    out_of_place = getattr(torch.ops.aten, name.removesuffix("_"), func.overloadpacket)
+    formula = flop_registry.get(out_of_place)
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
 
 

@@ -13,14 +13,19 @@ from dataclasses import dataclass
 
 from .collectives import Collective
 from .devices import Device
+from .operations import ATTENTION
 from .records import PassTrace, StageTrace
 from .schedule import StageCost
 
 OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate", "expert_dp_replicate")
 """Groups whose collectives run while the device computes; others are waited for."""
 FLOAT8_PRODUCTS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm")
+ATTENTION_KERNELS = tuple(f"aten::{name}" for name in ATTENTION)
 FUSED = 0.4
 """Share of the bytes of element-wise operations that is left when they are compiled together."""
+FUSED_QUANTIZED = 0.23
+"""The same of a model whose products are of 8 bits: rounding to them is many operations, of which
+one or two kernels are left."""
 
 Groups = dict[str, list[int]]
 """Name -> numbers of the ranks of a group."""
@@ -44,10 +49,13 @@ class Traffic:
 class Roofline:
     """Durations on one kind of device."""
 
-    def __init__(self, device: Device, host_size: int, compiled: bool) -> None:
+    def __init__(
+        self, device: Device, host_size: int, compiled: bool, quantized: bool = False
+    ) -> None:
         self._device = device
         self._host_size = host_size
         self._compiled = compiled
+        self._fused = FUSED_QUANTIZED if quantized else FUSED
 
     def cost(self, stage: StageTrace, groups: Groups) -> StageCost:
         forward = self.seconds(stage.forward, groups)
@@ -63,14 +71,18 @@ class Roofline:
             finish=self.seconds(stage.finish, groups),
         )
 
-    def seconds(self, trace: PassTrace, groups: Groups) -> float:
+    def seconds(self, trace: PassTrace, groups: Groups, eager: bool = False) -> float:
         """Time of a pass: overlapped communication shows where it is longer than computing."""
-        matrix, other = self.compute(trace)
+        matrix, other = self.compute(trace, eager)
         waited, overlapped = self._communication(trace.collectives, groups)
         return max(matrix + other + waited, overlapped)
 
-    def compute(self, trace: PassTrace) -> tuple[float, float]:
-        """Seconds of matrix products, and of all else."""
+    def compute(self, trace: PassTrace, eager: bool = False) -> tuple[float, float]:
+        """Seconds of matrix products, and of all else.
+
+        Args:
+            eager: of what is not compiled with the model, such as the optimizer.
+        """
         device = self._device
         byte_rate = device.bandwidth * device.bandwidth_efficiency
         matrix = other = 0.0
@@ -79,12 +91,16 @@ class Roofline:
                 flops = device.flops
                 if operation.name in FLOAT8_PRODUCTS:
                     flops = device.float8_flops
-                flops_rate = flops * device.matmul_efficiency
+                efficiency = device.matmul_efficiency
+                if operation.name.removesuffix("_backward") in ATTENTION_KERNELS:
+                    efficiency = device.attention_efficiency
+                flops_rate = flops * efficiency
                 seconds = max(operation.flops / flops_rate, operation.moved / byte_rate)
                 matrix += calls * max(seconds, device.launch)
             else:
-                share = FUSED if self._compiled else 1.0
-                launch = 0.0 if self._compiled else device.launch
+                compiled = self._compiled and not eager
+                share = self._fused if compiled else 1.0
+                launch = 0.0 if compiled else device.launch
                 other += calls * max(share * operation.moved / byte_rate, launch)
         return matrix, other
 

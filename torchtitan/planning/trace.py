@@ -39,6 +39,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 
 from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
+from .cuda_loss import loss_of_cuda
 from .handing_on import handed_on, hands_on_more
 from .inputs import TOKEN_IDS, Inputs
 from .memory import PeakMemory
@@ -85,7 +86,13 @@ def trace_step(
 
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with _refusing_values(job_config), fake, attention_of_cuda(), warnings.catch_warnings():
+    with (
+        _refusing_values(job_config),
+        fake,
+        attention_of_cuda(),
+        loss_of_cuda(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         for module in [part, *first]:
             module.to_empty(device="cpu")
@@ -207,6 +214,11 @@ def _first_stage(job_config: JobConfig) -> nn.Module:
     """Not parallelised, on the meta device."""
     (part,) = meta_parts(meta_model(job_config), job_config, [0])
     return part
+
+
+def quantizes(config: JobConfig) -> bool:
+    """Whether products of the model are of 8 bits."""
+    return any("quantize." in name for name in config.model.converters)
 
 
 def stages_at(job_config: JobConfig, place: int) -> list[int]:

@@ -184,31 +184,38 @@ def metrics(tokens_per_second: float) -> str:
 
 
 def test_a_run_that_fails_is_a_row_and_each_is_told_at_once(monkeypatch, capsys):
-    codes = iter([0, 0, 0, 1, 0, 0, -9, 1])
+    problems = iter([None, None, None, "OutOfMemoryError: no", None, None, "a", "OutOfMemoryError"])
     seen = []
 
-    def train(command: list[str]) -> SimpleNamespace:
-        folder = Path(command[command.index("--job.dump_folder") + 1])
+    def train(options: list[str]) -> str | None:
+        folder = Path(options[options.index("--job.dump_folder") + 1])
         folder.joinpath("metrics.jsonl").write_text(metrics(100.0 + len(seen)))
         seen.append(capsys.readouterr().err)
-        return SimpleNamespace(returncode=next(codes))
+        return next(problems)
 
-    monkeypatch.setattr(gpu_llama3.subprocess, "run", train)
+    monkeypatch.setattr(gpu_llama3, "train", train)
     config = gpu_llama3.CONFIGS / "llama3_1b.toml"
-    rows = gpu_llama3.measure(config, 2, 989.0, []).rows
+    rows = gpu_llama3.measure(config, list(gpu_llama3.MODES), 2, 989.0, []).rows
     assert [row[0] for row in rows] == [
-        *("eager", "compiled", "compiled, float8 (1 failed: exit -9)", "compiled, float8 rowwise")
+        *("eager", "compiled", "compiled, float8 (1 failed: a)", "compiled, float8 rowwise")
     ]
     assert rows[0][1].startswith("102") and rows[2][1].startswith("102")
-    assert rows[3][1:] == ["failed: exit 1", *[""] * 5]
+    assert rows[3][1:] == ["failed: OutOfMemoryError: no", *[""] * 5]
     assert seen[1] == "round 1, eager: 100 tokens/s, 2.00 TFLOP/s, 1.00 GiB, first step 3.00 s\n"
-    assert seen[4] == "round 1, compiled, float8 rowwise: failed: exit 1\n"
+    assert seen[4] == "round 1, compiled, float8 rowwise: failed: OutOfMemoryError: no\n"
+
+
+def test_a_trainer_that_fails_is_told_of_and_the_next_one_trains(tmp_path, capsys):
+    base = [*gpu_llama3.TINY, "--metrics.progress", "plain", "--job.dump_folder", str(tmp_path)]
+    problem = gpu_llama3.train([*base, "--training.seq_len", "0"])
+    assert problem is not None and problem.startswith("ConfigError: training.seq_len")
+    assert gpu_llama3.train(base) is None
 
 
 def test_a_failed_run_stands_beside_its_plan():
     plan = SimpleNamespace(peak=3 * 2**30, step_seconds=0.9, tokens_per_step=100)
-    cells = gpu_plan._cells(plan, gpu_llama3.Failed(1), gpu=True)
-    assert cells == ["3.00 GiB", "failed: exit 1", "", "0.900", "", ""]
+    cells = gpu_plan._cells(plan, gpu_llama3.Failed("no memory"), gpu=True)
+    assert cells == ["3.00 GiB", "failed: no memory", "", "0.900", "", ""]
 
 
 @pytest.mark.parametrize("module", [gpu_llama3, gpu_plan])

@@ -11,7 +11,7 @@ from torchtitan.planning.collectives import Collective
 from torchtitan.planning.devices import DEVICES, Device, get_device
 from torchtitan.planning.operations import Operation
 from torchtitan.planning.records import PassTrace
-from torchtitan.planning.roofline import FUSED, Roofline
+from torchtitan.planning.roofline import FUSED, FUSED_QUANTIZED, Roofline
 
 DEVICE = Device(
     "round",
@@ -39,6 +39,21 @@ def test_operations_add_up() -> None:
     trace = PassTrace(Counter({MATMUL: 3, COPY: 2}))
     assert roofline().compute(trace) == pytest.approx((3.0, 2.0))
     assert roofline(compiled=True).compute(trace) == pytest.approx((3.0, 2.0 * FUSED))
+    quantized = Roofline(DEVICE, 8, compiled=True, quantized=True)
+    assert quantized.compute(trace) == pytest.approx((3.0, 2.0 * FUSED_QUANTIZED))
+
+
+def test_the_optimizer_is_not_compiled_with_the_model() -> None:
+    trace = PassTrace(Counter({MATMUL: 3, COPY: 2}))
+    assert roofline(compiled=True).compute(trace, eager=True) == pytest.approx((3.0, 2.0))
+
+
+@pytest.mark.parametrize("suffix", ["", "_backward"])
+def test_attention_has_a_rate_of_its_own(suffix: str) -> None:
+    name = f"aten::_scaled_dot_product_flash_attention_for_cpu{suffix}"
+    attention = Operation(name, flops=10**12, moved=10**6)
+    trace = PassTrace(Counter({attention: 3}))
+    assert roofline().compute(trace)[0] == pytest.approx(3.0 / DEVICE.attention_efficiency)
 
 
 @pytest.mark.parametrize("name", ["aten::_scaled_mm", "aten::_scaled_grouped_mm"])
