@@ -167,16 +167,35 @@ PLANNED = {
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_the_allocators_peak_is_the_planned_one(run: Callable[..., str], name: str) -> None:
+    planned, peak = planned_and_peak(run, name, "--compile.enable=false")
+    assert planned == pytest.approx(peak, rel=0.02)
+
+
+COMPILED = {
+    "llama3/llama3_1b": ["--activation_checkpoint.mode=none", "--training.local_batch_size=2"],
+    "llama3/llama3_3b": ["--activation_checkpoint.mode=none", "--training.local_batch_size=1"],
+    "llama3/llama3_8b": ["--activation_checkpoint.mode=none", "--training.seq_len=4096"],
+    "qwen3/qwen3_8b": ["--activation_checkpoint.mode=selective", degree("tensor_parallel")],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_so_it_is_compiled(run: Callable[..., str], name: str) -> None:
+    planned, peak = planned_and_peak(run, name, "--compile.enable", *COMPILED[name])
+    assert planned == pytest.approx(peak, rel=0.04)
+
+
+def planned_and_peak(run: Callable[..., str], name: str, *more: str) -> tuple[float, float]:
     model, file = name.split("/")
-    world_size = PLANNED[name]
+    world_size = PLANNED.get(name, 8)
     options = [
         f"--job.config_file={MODELS / model / 'train_configs' / file}.toml",
         "--model.tokenizer_path=bytes",
         "--training.dataset=stdlib",
         "--checkpoint.enable=false",
-        "--compile.enable=false",
         "--training.global_batch_size=-1",  # one micro-batch a step
+        *more,
     ]
     planned = plan_run(load_config(options), world_size, DEVICES["h100"]).peak
     told = run(*options, NULL_WORLD=str(world_size))
-    assert planned == pytest.approx(json.loads(told.splitlines()[-1])["peak"], rel=0.02)
+    return planned, json.loads(told.splitlines()[-1])["peak"]

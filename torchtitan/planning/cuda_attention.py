@@ -38,6 +38,8 @@ class PlannedMask(BlockMask):
 
     def stand_in(self, dtype: torch.dtype) -> torch.Tensor:
         """`[1, 1, 1, 1]`, for SDPA to take as a mask. The size of its storage is the share."""
+        if torch.compiler.is_compiling():  # no recorder looks, and nothing may be remembered
+            return torch.empty(1, 1, 1, 1, dtype=dtype)
         if dtype not in self._stand_ins:
             length = max(1, round(self.share * _UNITS) // dtype.itemsize)
             self._stand_ins[dtype] = torch.empty(length, dtype=dtype)[:1].view(1, 1, 1, 1)

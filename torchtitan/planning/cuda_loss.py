@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
 
 from torchtitan.components import chunked_loss
+from torchtitan.components.loss import VocabShard
 
 
-def loss_of_cuda() -> AbstractContextManager[Any]:
-    """Within it, products of half precision are added to float32 without a tensor in between."""
-    return patch.object(chunked_loss, "add_product", _add_product)
+@contextmanager
+def loss_of_cuda() -> Iterator[None]:
+    """Within it, products of half precision are added to float32 without a tensor in between, and
+    what is compiled between products reads the logits and writes their gradient, no more.
+    """
+    with (
+        patch.object(chunked_loss, "add_product", _add_product),
+        patch.object(chunked_loss, "_compiled_between_products", _compiled_between_products),
+    ):
+        yield
 
 
 def _add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
     to.addmm_(a, b)  # fake tensors do not mind that dtypes differ
+
+
+def _compiled_between_products(
+    backend: str,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    def between(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        shard: VocabShard,
+        z_loss_weight: float,
+        grad_dtype: torch.dtype | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss = logits.new_zeros((), dtype=torch.float32)
+        return loss, None if grad_dtype is None else logits.to(grad_dtype, copy=True)
+
+    return between

@@ -159,12 +159,10 @@ def plan_run(
     given, config = config, without_machine(config, world_size)
     spec = valid_spec(config, world_size)
     _refuse_unplannable(config, device)
-    # Nothing can be traced through the compiler.
-    compiled, config.compile.enable = config.compile.enable, False
     model_args = spec.model_args.update_from_config(config)
     dims = ParallelDims.from_config(config.parallelism, world_size)
     traces = _trace_pipeline(config, world_size, dims, {} if known is None else known, inputs)
-    roofline = Roofline(device, host_size, compiled, quantizes(config))
+    roofline = Roofline(device, host_size, config.compile.enable, quantizes(config))
     step = _Step(config, dims, roofline, traces)
     nparams, flops = model_args.get_nparams_and_flops(config.training.seq_len)
     return Plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .collectives import Collective
 from .memory import Memory
@@ -45,6 +45,14 @@ class StageTrace:
     """What else the first forward pass of a step does: gather parameters, in a pipeline."""
     finish: PassTrace = field(default_factory=PassTrace)
     """What else the last backward pass of a step does: reduce gradients that were postponed."""
+
+    def keep(self, activations: float) -> None:
+        """Of the activations only so many bytes, at each moment in proportion."""
+        share = min(1.0, activations / max(self.activations, 1))
+        self.activations *= share
+        self.moments = [
+            replace(moment, activations=share * moment.activations) for moment in self.moments
+        ]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.pipelining import PipelineStage
 
 from torchtitan.config import origin
@@ -76,6 +77,32 @@ class StageTracer:
         self._trace_pipeline() if self._dims.pp_enabled else self._trace_whole()
         return self._trace
 
+    def kept(self) -> int:
+        """Bytes that a forward pass keeps for its backward pass, parameters not counted.
+
+        For a part that is compiled: `run` has recorders, beside which the compiler does nothing.
+        """
+        entry = (self._tokens,) if self._is_first else self._hidden_states()
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            storage = _storage(tensor)
+            saved[storage._cdata] = storage
+            return tensor
+
+        given = {_storage(tensor)._cdata for tensor in (*self._state(), *entry)}
+        with saved_tensors_hooks(save, lambda tensor: tensor), self._autocast:
+            out = self._part(*entry, **self._inputs)
+            if self._is_last:
+                out = self._loss_fn(out, self._labels)
+        # What FSDP has gathered is a parameter now, or empty.
+        given |= {_storage(tensor)._cdata for tensor in self._state()}
+        kept = sum(storage.nbytes() for key, storage in saved.items() if key not in given)
+        return kept + (0 if self._is_last else sum(map(_local_bytes, tensors_of(out))))
+
+    def _state(self) -> list[torch.Tensor]:
+        return [*self._part.parameters(), *self._part.buffers()]
+
     def _trace_whole(self) -> None:
         """F B, or under gradient accumulation F B F B, where the last differs."""
         trace, memory = self._trace, self._memory
@@ -95,7 +122,7 @@ class StageTracer:
         memory.reset_peak()
         before = memory.live()
         out = self._forward(last[0], end_of_phase)
-        kept = memory.live().keys() - before.keys()
+        kept = memory.live().keys() - before.keys() - memory.resized
         trace.activations = sum(memory.live()[number] for number in kept)
         end_of_phase()
         self._backward(out, last[1])
@@ -268,6 +295,10 @@ def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
                 break
 
     return hook
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return local_tensor(tensor).untyped_storage()
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:

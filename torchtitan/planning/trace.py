@@ -6,6 +6,9 @@ The model, its `parallelize_fn`, the loss and the optimizer are the real ones; t
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, container_of, freeze
 from torchtitan.config import origin
 from torchtitan.distributed.context_parallel import require_applied_cp
+from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
@@ -43,12 +47,15 @@ from .cuda_loss import loss_of_cuda
 from .handing_on import handed_on, hands_on_more
 from .inputs import TOKEN_IDS, Inputs
 from .memory import PeakMemory
-from .records import StepTrace
+from .records import StageTrace, StepTrace
 from .repetition import Repetition, keep_layers
 from .stage import StageTracer, recording
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+
+
+logger = logging.getLogger("torchtitan")
 
 
 def trace_step(
@@ -60,7 +67,8 @@ def trace_step(
 ) -> StepTrace:
     """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
-    Of a pipeline it is the step of a rank that has one stage.
+    Of a pipeline it is the step of a rank that has one stage. What a compiled job does is traced as
+    if it were not; what it keeps for the backward pass is what the compiler would.
 
     Args:
         shallow: 0 or 1, for the first or second trace from which stages that are
@@ -73,6 +81,10 @@ def trace_step(
         ConfigError: a rule of the optimizer matches nothing, or what a step does depends on the
             values of tensors; or a model with a loader of its own does not take the inputs.
     """
+    # Nothing is compiled for fake tensors. The chunked loss has a stand-in: see `loss_of_cuda`.
+    chunked = job_config.loss.name == "chunked_cross_entropy"
+    components = [name for name in job_config.compile.components if name == "loss" and chunked]
+    compiled, job_config = job_config, _with_compile(job_config, components=components)
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     world_size = dist.get_world_size()
     dims = dims or ParallelDims.from_config(job_config.parallelism, world_size)
@@ -80,6 +92,10 @@ def trace_step(
         stage = _own_stages(job_config, dims)[0]
     (part,) = _parallel_parts(job_config, dims, shallow, [stage], inputs)
     sum_gradients(part)
+    compiled_parts: list[nn.Module] = []
+    if _compiler_decides(compiled, part):
+        compiled = _with_compile(compiled, backend=PARTITIONED, mode="default")
+        compiled_parts = _parallel_parts(compiled, dims, shallow, [stage], inputs)
     first: list[nn.Module] = []
     if stage and (inputs.own or hands_on_more(_first_stage(job_config), job_config, inputs)):
         first = _parallel_parts(job_config, dims, 0, [0], inputs)
@@ -94,7 +110,7 @@ def trace_step(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        for module in [part, *first]:
+        for module in [part, *first, *compiled_parts]:
             module.to_empty(device="cpu")
         handed = handed_on(first[0], job_config, dims, inputs) if first else None
         loss_fn = spec.build_loss_fn(job_config)
@@ -119,7 +135,44 @@ def trace_step(
                 optimizers.step()
             step.optimizer_temporary = memory.peak - held
             optimizers.zero_grad()
+        for like in compiled_parts:
+            attach_loss(loss_fn, [like])
+            layout = job_config, dims, loss_fn, memory, recorder, inputs, handed
+            _keep_as_compiled(trace, StageTracer(like, stage, *layout))
     return step
+
+
+def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
+    """Whether the compiler decides what is kept for the backward pass.
+
+    Full checkpointing leaves it no choice. What experts keep is in part out of its hands, and would
+    be missed.
+    """
+    compiles = job_config.compile.compiles("model")
+    return compiles and job_config.activation_checkpoint.mode != "full" and not moe_layers(part)
+
+
+def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
+    """Of the activations, keep what the compiled part of a tracer does."""
+    torch._dynamo.reset()
+    try:
+        trace.keep(tracer.kept())
+    except Exception as error:  # of the compiler, with what is not a real device
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.100}"
+        logger.warning("memory is that of an eager run, as the compiler fails here: %s", reason)
+    finally:
+        torch._dynamo.reset()
+
+
+PARTITIONED = "aot_eager_decomp_partition"
+"""A backend of `torch.compile` that decides what to keep as inductor does, and compiles nothing."""
+
+
+def _with_compile(job_config: JobConfig, **settings: Any) -> JobConfig:
+    """A copy with other options of `[compile]`."""
+    copied = copy.copy(job_config)
+    copied.compile = dataclasses.replace(job_config.compile, **settings)
+    return copied
 
 
 def try_layout(job_config: JobConfig, world_size: int) -> None:
