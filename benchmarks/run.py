@@ -57,7 +57,7 @@ SUITES = {
         "data",
         "checkpoint",
     ],
-    "gpu": ["gpu_llama3", "gpu_plan", "products", "loss"],
+    "gpu": ["gpu_llama3", "peers", "gpu_plan", "products", "loss"],
 }
 RESULTS = Path(__file__).parent / "results"
 
