@@ -208,7 +208,7 @@ def test_a_run_that_fails_is_a_row_and_each_is_told_at_once(monkeypatch, capsys)
 def test_a_trainer_that_fails_is_told_of_and_the_next_one_trains(tmp_path, capsys):
     base = [*gpu_llama3.TINY, "--metrics.progress", "plain", "--job.dump_folder", str(tmp_path)]
     problem = gpu_llama3.train([*base, "--training.seq_len", "0"])
-    assert problem is not None and problem.startswith("ConfigError: training.seq_len")
+    assert problem is not None and problem.startswith("ConfigError: --training.seq_len")
     assert gpu_llama3.train(base) is None
 
 
