@@ -22,6 +22,7 @@ from torchtitan.distributed.ranks import run_ranks
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.planning.collectives import CollectiveRecorder, sent_by_group
+from torchtitan.planning.cuda_norm import norm_of_cuda
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import Plan, plan_run
 from torchtitan.planning.memory import PeakMemory
@@ -233,7 +234,7 @@ def train_and_record(layout: Layout) -> tuple[Sent, float]:
     trainer.optimizers.zero_grad()
     memory.add(*_state(trainer))
     trainer.state.step = 2
-    with memory, recorder:
+    with norm_of_cuda(), memory, recorder:  # as the plans have it
         trainer.train_step(stop)
     trainer.close()
     return _bytes(sent_by_group(recorder.collectives)), memory.peak

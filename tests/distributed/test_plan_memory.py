@@ -12,6 +12,7 @@ from harness import run_ranks
 from torchtitan.config import load_config
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
+from torchtitan.planning.cuda_norm import norm_of_cuda
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.memory import PeakMemory
@@ -110,7 +111,7 @@ def real_peak(arguments: list[str]) -> int:
     register()
     trainer, stop, memory = Trainer(load_config(arguments)), StopRequest(), PeakMemory()
     memory.add(*_state(trainer))
-    with memory:
+    with norm_of_cuda(), memory:
         for step in (1, 2, 3):
             memory.reset_peak()
             trainer.state.step = step

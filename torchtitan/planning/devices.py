@@ -33,9 +33,9 @@ class Device:
     attention_efficiency: float = 0.45
     """Share of `flops` that fused attention reaches, forward and backward (measured on an H100,
     cuDNN's kernels at 4,096 tokens: 0.39 for heads of 64 features, 0.49 for 128)."""
-    bandwidth_efficiency: float = 0.8
+    bandwidth_efficiency: float = 0.7
     """Share of `bandwidth` that element-wise kernels reach (measured on an H100: 0.9 for a copy,
-    0.78 for fused AdamW)."""
+    0.78 for fused AdamW, 0.7 for what is left of a step of Llama 3 1B)."""
     link_efficiency: float = 0.75
     """Share of `link` and `network` that collectives of many megabytes reach."""
     latency: float = 2e-5

@@ -21,9 +21,9 @@ OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate", "expert_dp_replicate")
 """Groups whose collectives run while the device computes; others are waited for."""
 FLOAT8_PRODUCTS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm")
 ATTENTION_KERNELS = tuple(f"aten::{name}" for name in ATTENTION)
-FUSED = 0.5
+FUSED = 0.7
 """Share of the bytes of element-wise operations that is left when they are compiled together."""
-FUSED_QUANTIZED = 0.27
+FUSED_QUANTIZED = 0.25
 """The same of a model whose products are of 8 bits: rounding to them is many operations, of which
 one or two kernels are left."""
 

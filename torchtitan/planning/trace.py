@@ -44,6 +44,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
 from .cuda_loss import loss_of_cuda
+from .cuda_norm import norm_of_cuda
 from .handing_on import handed_on, hands_on_more
 from .inputs import TOKEN_IDS, Inputs
 from .memory import PeakMemory
@@ -107,6 +108,7 @@ def trace_step(
         fake,
         attention_of_cuda(),
         loss_of_cuda(),
+        norm_of_cuda(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
