@@ -232,7 +232,7 @@ def add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
     """`to += a @ b` in float32."""
     if a.dtype == torch.float32:
         to.addmm_(a, b)
-    elif to.is_cuda:  # where products of half precision are added unrounded
+    elif to.is_cuda and torch.version.hip is None:  # NVIDIA's kernels add unrounded products
         torch.addmm(to, a, b, out_dtype=torch.float32, out=to)
     else:
         to += a @ b

@@ -145,12 +145,13 @@ def trace_step(
 
 
 def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
-    """Whether the compiler decides what is kept for the backward pass.
+    """Whether inductor decides what is kept for the backward pass.
 
     Full checkpointing leaves it no choice. What experts keep is in part out of its hands, and would
     be missed.
     """
-    compiles = job_config.compile.compiles("model")
+    config = job_config.compile
+    compiles = config.compiles("model") and config.backend == "inductor"
     return compiles and job_config.activation_checkpoint.mode != "full" and not moe_layers(part)
 
 
@@ -160,7 +161,8 @@ def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
     try:
         trace.keep(tracer.kept())
     except Exception as error:  # of the compiler, with what is not a real device
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.100}"
+        first_line = str(error).strip().partition("\n")[0]
+        reason = f"{type(error).__name__}: {first_line:.100}"
         logger.warning("memory is that of an eager run, as the compiler fails here: %s", reason)
     finally:
         torch._dynamo.reset()

@@ -43,7 +43,7 @@ LAYOUTS = {
 def test_the_compiler_keeps_less(layout: str) -> None:
     ranks, options = LAYOUTS[layout]
     eager, compiled = (plan("llama3", flag, *options, ranks=ranks) for flag in (False, True))
-    assert 0.3 * activations(eager) < activations(compiled) < 0.8 * activations(eager)
+    assert 0.3 * activations(eager) < activations(compiled) < 0.9 * activations(eager)
     assert compiled.peak < eager.peak
 
 

@@ -107,7 +107,7 @@ def scaled_mm(
         b: `[n, k]`; k and n are multiples of 16, and of 32 for MX.
         dtype: of the result; without `emulate`, bfloat16.
         emulate: multiply dequantized numbers, on devices without float8 products.
-        fast: let tensor cores add up with fewer digits, where that is faster (Hopper).
+        fast: let tensor cores add up with fewer digits, where that is faster (Hopper); not of MX.
 
     Returns:
         `[m, n]`.
@@ -125,7 +125,7 @@ def scaled_mm(
         scale_a=scale_a.contiguous(),
         scale_b=scale_b.contiguous(),
         out_dtype=dtype,
-        use_fast_accum=fast,
+        use_fast_accum=fast and a.grouping != "block",
     )
 
 
