@@ -158,6 +158,9 @@ def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
 def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
     """Of the activations, keep what the compiled part of a tracer does."""
     torch._dynamo.reset()
+    of_compiler = logging.getLogger("torch._dynamo")
+    level = of_compiler.level
+    of_compiler.setLevel(logging.ERROR)  # its advice is for those who compile
     try:
         trace.keep(tracer.kept())
     except Exception as error:  # of the compiler, with what is not a real device
@@ -165,6 +168,7 @@ def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
         reason = f"{type(error).__name__}: {first_line:.100}"
         logger.warning("memory is that of an eager run, as the compiler fails here: %s", reason)
     finally:
+        of_compiler.setLevel(level)
         torch._dynamo.reset()
 
 
