@@ -158,18 +158,19 @@ def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
 def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
     """Of the activations, keep what the compiled part of a tracer does."""
     torch._dynamo.reset()
-    of_compiler = logging.getLogger("torch._dynamo")
-    level = of_compiler.level
-    of_compiler.setLevel(logging.ERROR)  # its advice is for those who compile
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the compiler's advice is for those who compile
+    problem = None
     try:
         trace.keep(tracer.kept())
     except Exception as error:  # of the compiler, with what is not a real device
         first_line = str(error).strip().partition("\n")[0]
-        reason = f"{type(error).__name__}: {first_line:.100}"
-        logger.warning("memory is that of an eager run, as the compiler fails here: %s", reason)
+        problem = f"{type(error).__name__}: {first_line:.100}"
     finally:
-        of_compiler.setLevel(level)
+        logging.disable(disabled)
         torch._dynamo.reset()
+    if problem:
+        logger.warning("memory is that of an eager run, as the compiler fails here: %s", problem)
 
 
 PARTITIONED = "aot_eager_decomp_partition"
