@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.report import Spread, Table, verdict
 from torchtitan.config import load_config
-from torchtitan.tools.text import three_digits
+from torchtitan.tools.text import first_line, three_digits
 
 CONFIGS = Path(__file__).parent / "configs"
 PLANS = {"llama3_1b": ["--training.local_batch_size=8"], "llama3_3b": []}
@@ -111,7 +111,7 @@ def train(options: list[str]) -> str | None:
     try:
         Trainer(load_config(options)).train()
     except Exception as error:
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        problem = first_line(error)
     gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_available():

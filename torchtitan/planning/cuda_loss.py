@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from torchtitan.components import chunked_loss
-from torchtitan.components.loss import VocabShard
 
 
 @contextmanager
@@ -31,14 +31,8 @@ def _add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
 def _compiled_between_products(
     backend: str,
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    def between(
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        shard: VocabShard,
-        z_loss_weight: float,
-        grad_dtype: torch.dtype | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        loss = logits.new_zeros((), dtype=torch.float32)
+    def between(logits: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss, grad_dtype = logits.new_zeros((), dtype=torch.float32), others[-1]
         return loss, None if grad_dtype is None else logits.to(grad_dtype, copy=True)
 
     return between

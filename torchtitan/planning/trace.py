@@ -40,6 +40,7 @@ from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.text import first_line
 
 from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
@@ -164,8 +165,7 @@ def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
     try:
         trace.keep(tracer.kept())
     except Exception as error:  # of the compiler, with what is not a real device
-        first_line = str(error).strip().partition("\n")[0]
-        problem = f"{type(error).__name__}: {first_line:.100}"
+        problem = first_line(error)
     finally:
         logging.disable(disabled)
         torch._dynamo.reset()

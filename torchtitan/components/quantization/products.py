@@ -55,10 +55,9 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.quantize_weight_grad = quantize_weight_grad
         with torch.autocast(x.device.type, enabled=False):
             rows, matrix = quantize(x, E4M3, grouping), quantize(weight, E4M3, grouping)
-        # The scale of a whole tensor is that of its transpose.
-        scales = [rows.scale, matrix.scale] if grouping == "tensor" else []
-        ctx.save_for_backward(x, weight, *scales)
-        with torch.autocast(x.device.type, enabled=False):
+            # The scale of a whole tensor is that of its transpose.
+            scales = [rows.scale, matrix.scale] if grouping == "tensor" else []
+            ctx.save_for_backward(x, weight, *scales)
             return scaled_mm(rows, matrix, x.dtype, emulate, fast=True)
 
     @staticmethod
