@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
@@ -27,4 +28,6 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-            _clear_sharding_prop_cache()  # it holds meshes, whose groups are gone
+            # Both hold meshes, whose groups are gone.
+            _clear_sharding_prop_cache()
+            torch._dynamo.reset()

@@ -158,7 +158,6 @@ def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
 
 def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
     """Of the activations, keep what the compiled part of a tracer does."""
-    torch._dynamo.reset()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the compiler's advice is for those who compile
     problem = None
@@ -168,7 +167,6 @@ def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
         problem = first_line(error)
     finally:
         logging.disable(disabled)
-        torch._dynamo.reset()
     if problem:
         logger.warning("memory is that of an eager run, as the compiler fails here: %s", problem)
 
