@@ -23,6 +23,9 @@ class Checkpoint:
     """`async` writes in the background while training goes on."""
     keep_latest_k: Annotated[int, NonNegative] = 10
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: Annotated[int, NonNegative] = 0
+    """Besides the newest, keep those of every so many steps for good, to evaluate or to branch off
+    from; a multiple of `interval`. 0: none."""
     load_step: Annotated[int, Range(ge=0, special=(-1,))] = -1
     """Step to resume from; -1: the newest complete one. It counts once: if the newest was saved
     with the same value, the run goes on from that, so that a restart does not go back again."""

@@ -1,4 +1,4 @@
-"""Rules of what keeps a run alive: the guard, the hang watch, replica groups."""
+"""Rules of what keeps a run alive: checkpoints, the guard, the hang watch, replica groups."""
 
 from __future__ import annotations
 
@@ -11,9 +11,21 @@ from .load import fail
 
 def check_survival(job_config: JobConfig) -> None:
     """Raises `ConfigError` if what is to keep the run alive does not fit the rest."""
+    _check_checkpoints(job_config)
     _check_guard(job_config)
     _check_watch(job_config)
     _check_fault_tolerance(job_config)
+
+
+def _check_checkpoints(job_config: JobConfig) -> None:
+    config = job_config.checkpoint
+    if config.keep_every % config.interval:
+        below = config.keep_every - config.keep_every % config.interval
+        problem = (
+            f"must be a multiple of checkpoint.interval ({config.interval}), or no checkpoint of "
+            f"these steps is saved. Nearest: {below or config.interval}"
+        )
+        fail(job_config, "checkpoint.keep_every", problem)
 
 
 def _check_guard(job_config: JobConfig) -> None:

@@ -185,6 +185,11 @@ def test_a_run_looks_once_whether_a_checkpoint_is_whole_and_not_at_its_own(tmp_p
     assert steps_in(tmp_path) == ["step-4", "step-5", "step-7", "step-9"]
 
 
+def test_those_of_every_so_many_steps_are_kept_for_good(tmp_path):
+    Run(tmp_path, keep_latest_k=2, keep_every=6).train(16)
+    assert sorted(steps_in(tmp_path)) == ["step-12", "step-14", "step-16", "step-6"]
+
+
 def test_keep_0_keeps_all(tmp_path):
     Run(tmp_path, keep_latest_k=0, interval=1).train(12)
     assert len(steps_in(tmp_path)) == 12

@@ -420,6 +420,16 @@ def test_a_hang_is_found_before_the_timeout(config):
     assert "comm.hang_seconds = 60: must be less than comm.timeout_seconds (60)" in error_of(config)
 
 
+def test_checkpoints_to_keep_for_good_must_be_saved(config):
+    config.checkpoint.interval, config.checkpoint.keep_every = 500, 5000
+    validate(config, 1)
+    config.checkpoint.keep_every = 1250
+    message = "checkpoint.keep_every = 1250: must be a multiple of checkpoint.interval (500)"
+    assert message in error_of(config) and error_of(config).endswith("Nearest: 1000")
+    config.checkpoint.keep_every = 100
+    assert error_of(config).endswith("Nearest: 500")
+
+
 def test_what_stragglers_cannot_be_measured_with(config):
     config.metrics.straggler_freq = 10
     validate(config, 1)

@@ -290,8 +290,11 @@ def to_prune(
     keep: int,
     damaged: Collection[str] = (),
     whole: set[str] | None = None,
+    keep_every: int = 0,
 ) -> list[StoragePath]:
     """The resumable checkpoints but the `keep` saved last; none if `keep` is 0.
+
+    Nor those of each `keep_every` steps, if that is not 0.
 
     Exports and damaged checkpoints are not counted, so that a good one is always left. Damage is
     known by sizes, of all but the `whole` (see `is_resumable`), and of those named in `damaged`; to
@@ -300,7 +303,8 @@ def to_prune(
     if not keep:
         return []
     found = [path for path in list_checkpoints(root) if path.name not in damaged]
-    return [path for path in found if is_resumable(path, whole)][:-keep]
+    old = [path for path in found if is_resumable(path, whole)][:-keep]
+    return [path for path in old if not keep_every or step_of(path) % keep_every]
 
 
 def _is_partial(folder: StoragePath) -> bool:

@@ -178,6 +178,7 @@ class CheckpointManager:
             self._last_save,
             config=to_toml(self._job_config),
             keep_latest=self._config.keep_latest_k,
+            keep_every=self._config.keep_every,
             damaged=frozenset(self._damaged),
         )
         planner = SharingSavePlanner(self._group, self._last_save)

@@ -64,6 +64,7 @@ class CheckpointWriter(FileSystemWriter):
         last: LastSave,
         config: str,
         keep_latest: int,
+        keep_every: int,
         damaged: Collection[str],
     ) -> None:
         super().__init__(str(folder), sync_files=False)  # `CheckpointFiles` syncs
@@ -72,7 +73,7 @@ class CheckpointWriter(FileSystemWriter):
         self._folder = folder
         self._manifest = manifest
         self._config = config
-        self._keep_latest = keep_latest
+        self._keep_latest, self._keep_every = keep_latest, keep_every
         self._damaged = damaged
         self._claim = claim
         self._times = times
@@ -135,7 +136,11 @@ class CheckpointWriter(FileSystemWriter):
         """
         try:
             found = folders.to_prune(
-                self._folder.parent, self._keep_latest, self._damaged, self._times.whole
+                self._folder.parent,
+                self._keep_latest,
+                self._damaged,
+                self._times.whole,
+                self._keep_every,
             )
         except Exception as error:
             logger.warning("it is not known which old checkpoints to delete: %s", error)

@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     elif args.action == "prune":
         if args.keep < 1:
             raise ConfigError(f"--keep {args.keep}: must be 1 or more")
-        prune(args.path, args.keep, args.dry_run)
+        if args.keep_every < 0:
+            raise ConfigError(f"--keep-every {args.keep_every}: must be 0 or more")
+        prune(args.path, args.keep, args.keep_every, args.dry_run)
     else:
         return diff(args.first, args.second)
     return 0
@@ -50,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     prune = actions.add_parser("prune", help="delete all resumable checkpoints but the newest")
     prune.add_argument("path", metavar="PATH", help="a run's folder, or that of its checkpoints")
     prune.add_argument("--keep", type=int, required=True, metavar="K", help="so many are kept")
+    prune.add_argument(
+        "--keep-every", type=int, default=0, metavar="N", help="and those of every N steps"
+    )
     prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
 
     diff = actions.add_parser("diff", help="in what two checkpoints, or two HF folders, differ")

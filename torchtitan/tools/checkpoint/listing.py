@@ -101,8 +101,10 @@ def _problems(folder: StoragePath) -> list[str]:
         return [str(error)]
 
 
-def prune(location: str, keep: int, dry_run: bool) -> None:
+def prune(location: str, keep: int, keep_every: int, dry_run: bool) -> None:
     """Delete the resumable checkpoints of a run but the `keep` good ones saved last.
+
+    Those of each `keep_every` steps stay, too, if that is not 0.
 
     The files of those that stay are read: one whose checksums are wrong is not counted.
 
@@ -123,7 +125,7 @@ def prune(location: str, keep: int, dry_run: bool) -> None:
                 damaged.add(folder.name)
             else:
                 good += 1
-    old = to_prune(root, keep, damaged)
+    old = to_prune(root, keep, damaged, keep_every=keep_every)
     for folder in old:
         size = _size(folder)
         if not dry_run:

@@ -95,6 +95,13 @@ def test_prune_keeps_the_last_good_ones_by_their_checksums(run, capsys):
     assert names_in(run) == ["step-4", "step-6"]
 
 
+def test_prune_keeps_those_of_every_so_many_steps(run, capsys):
+    code, out = checkpoint(capsys, "prune", run, "--keep", 1, "--keep-every", 2)
+    assert code == 0 and "deleted" not in out and len(names_in(run)) == 3
+    code, out = checkpoint(capsys, "prune", run, "--keep", 1, "--keep-every", 4)
+    assert code == 0 and names_in(run) == ["step-4", "step-6"]
+
+
 def test_diff_of_equal_and_of_different_steps(run, capsys):
     step_2, step_4 = (run / "checkpoint" / f"step-{n}" for n in (2, 4))
     code, out = checkpoint(capsys, "diff", step_2, step_2)
@@ -185,6 +192,10 @@ def test_nan_is_equal_to_nan_alone():
         (["verify", "nowhere/step-2"], "is no folder"),
         (["prune", "nowhere", "--keep", "1"], "holds no step-N folders"),
         (["prune", "nowhere", "--keep", "0"], "--keep 0: must be 1 or more"),
+        (
+            ["prune", "nowhere", "--keep", "1", "--keep-every", "-1"],
+            "--keep-every -1: must be 0 or more",
+        ),
         (["diff", "nowhere", "nowhere"], "manifest.json cannot be read"),
         (["list", "nothing://a"], "fsspec knows no nothing://"),
     ],
