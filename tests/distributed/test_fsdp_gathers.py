@@ -15,7 +15,7 @@ from torchtitan.distributed.collective_observer import CollectiveObserver
 from torchtitan.tools.stop_request import StopRequest
 from torchtitan.train import Trainer
 
-RANKS, BATCH = 2, 2
+RANKS, BATCH, LAYERS = 2, 2, 4
 CONFIG = [
     *["--training.seq_len=32", f"--training.local_batch_size={BATCH}", "--training.steps=3"],
     *["--job.custom_import=tiny_llama", "--model.name=tiny_llama", "--model.flavor=tiny"],
@@ -23,8 +23,8 @@ CONFIG = [
 ]
 
 
-def gathers_of_a_step(micro_batches: int, folder: str) -> tuple[Counter[int], list[int]]:
-    """How often each size (of a rank's share) is gathered; the sizes of the groups."""
+def gathers_of_a_step(micro_batches: int, folder: str) -> tuple[Counter[int], int, int]:
+    """How often each size (of a rank's share) is gathered; the sizes of head and embedding."""
     batch = BATCH * RANKS * micro_batches
     options = [f"--training.global_batch_size={batch}", f"--job.dump_folder={folder}"]
     trainer = Trainer(load_config([*CONFIG, *options]))
@@ -43,13 +43,16 @@ def gathers_of_a_step(micro_batches: int, folder: str) -> tuple[Counter[int], li
             trainer.train_step(stop)
     model: Any = trainer.model_parts[0]
     head = sum(p.to_local().numel() for m in (model.norm, model.output) for p in m.parameters())
+    embedding = model.tok_embeddings.weight.to_local().numel()
     stop.close()
     trainer.close()
-    return count, head
+    return count, head, embedding
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_the_head_is_gathered_once_a_micro_batch(micro_batches: int, tmp_path) -> None:
-    """It stays until the backward pass, which begins with it."""
-    count, head = run_ranks(gathers_of_a_step, RANKS, micro_batches, str(tmp_path))[0]
-    assert count[head] == micro_batches, (count, head)
+def test_head_and_embedding_are_gathered_once_a_micro_batch(micro_batches: int, tmp_path) -> None:
+    """The head stays until the backward pass, which begins with it. That of a table needs none."""
+    count, *sizes = run_ranks(gathers_of_a_step, RANKS, micro_batches, str(tmp_path))[0]
+    assert len(set(sizes)) == 2 and [count[size] for size in sizes] == [micro_batches] * 2, count
+    layers = {size: times for size, times in count.items() if size not in sizes}
+    assert set(layers.values()) == {2 * LAYERS * micro_batches}, count

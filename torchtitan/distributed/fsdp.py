@@ -96,10 +96,12 @@ def apply_fsdp(
     tied = bool(_parameters(embedding) & _parameters(output))
     if not tied:  # a tied weight must be in one group, the root's
         if embedding is not None:
+            is_table = type(embedding) is nn.Embedding  # whose gradient needs the tokens alone
             fully_shard(embedding, **options, reshard_after_forward=reshard)
             # The backward pass ends here. FSDP would gather what the forward pass of the
             # micro-batch before ended with.
             embedding.set_modules_to_backward_prefetch([embedding])
+            embedding.set_unshard_in_backward(not is_table)
         if head:
             fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
     fully_shard(inner, **options)

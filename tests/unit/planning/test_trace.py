@@ -44,10 +44,12 @@ def test_fsdp_moves_the_parameters_three_times_a_step() -> None:
     options = ["--parallelism.fsdp_reshard_after_forward=always", "--training.seq_len=64"]
     options += ["--training.mixed_precision_param=float32"]
     sent = sent_by_group(trace(8, 0, "debugmodel", *options).collectives)
-    once = nparams("debugmodel") * 4 * 7 / 8  # bytes
-    # The root's group is never resharded: of the debug model it has no parameter.
-    assert sent["fsdp", "all_gather"][1] == pytest.approx(2 * once, rel=0.01)
-    assert sent["fsdp", "reduce_scatter"][1] == pytest.approx(once, rel=0.01)
+    args = get_train_spec("llama3", "debugmodel").model_args
+    once, embedding = (n * 4 * 7 / 8 for n in (nparams("debugmodel"), args.vocab_size * args.dim))
+    # The root's group is never resharded: of the debug model it has no parameter. The backward pass
+    # of the embedding needs no parameters.
+    assert sent["fsdp", "all_gather"][1] == pytest.approx(2 * once - embedding, rel=1e-3)
+    assert sent["fsdp", "reduce_scatter"][1] == pytest.approx(once, rel=1e-3)
 
 
 def test_tensor_parallel_moves_the_hidden_states_eight_times_a_layer() -> None:
@@ -111,7 +113,10 @@ def test_a_ring_sends_keys_and_values_to_one_rank_at_a_time() -> None:
 
 
 def test_a_rank_of_half_as_many_holds_twice_the_state() -> None:
-    """Activations and gathered parameters are the same, so the difference is the state."""
+    """Activations and gathered parameters are the same, so the difference is the state.
+
+    Without gradients: memory is fullest where the backward pass begins, with the head.
+    """
     config = load_config(
         [
             "--model.flavor=8B",
@@ -122,8 +127,8 @@ def test_a_rank_of_half_as_many_holds_twice_the_state() -> None:
         ]
     )
     few, many = (plan_run(config, world, DEVICES["h100"]).peak for world in (32, 64))
-    state = 16 * nparams("8B")  # parameter, gradient, two moments, in float32
-    assert few - many == pytest.approx(state / 32 - state / 64, rel=0.1)
+    state = 12 * nparams("8B")  # parameter and two moments, in float32
+    assert few - many == pytest.approx(state / 32 - state / 64, rel=0.05)
 
 
 LAYOUTS = {
