@@ -29,6 +29,7 @@ from torchtitan.tools.text import few
 from .bytes_tokenizer_files import write_bytes_tokenizer
 from .chat_files import chat_template_of, end_of_turn
 from .folder import final_folder
+from .manifest import nested_differences, plain_args
 from .safetensors_files import is_hf_weights
 from .storage import StoragePath, storage_path
 
@@ -347,16 +348,8 @@ def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
         return type(args).from_hf_config(read_hf_config(folder))
 
 
-def differences(
-    saved: Any, current: Any, ignored: frozenset[str], prefix: str = ""
-) -> Iterator[tuple[str, str]]:
+def differences(saved: Any, current: Any, ignored: frozenset[str]) -> Iterator[tuple[str, str]]:
     """The name of each field in which two dataclasses differ, and a text with both values."""
-    for field in dataclasses.fields(current):
-        if field.name in ignored:
-            continue
-        a, b = getattr(saved, field.name), getattr(current, field.name)
-        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            yield from differences(a, b, ignored, f"{prefix}{field.name}.")
-        elif a != b:
-            name = f"{prefix}{field.name}"
+    for name, a, b in nested_differences(plain_args(saved), plain_args(current)):
+        if name.rpartition(".")[2] not in ignored:
             yield name, f"{name} = {a} (now {b})"
