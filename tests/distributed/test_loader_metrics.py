@@ -18,7 +18,7 @@ def logged(told: list[dict[str, float]]) -> tuple[dict[str, float], int]:
     init_distributed(timeout_seconds=10)
     loader = SimpleNamespace(metrics=lambda: told[dist.get_rank()])
     host_sum, sums = HostSum(), []
-    found = loader_metrics(loader, lambda tensor: sums.append(host_sum(tensor)))
+    found = loader_metrics(loader, lambda *given: sums.append(host_sum(*given)))
     dist.destroy_process_group()
     return found, len(sums)
 
@@ -35,7 +35,7 @@ def logged(told: list[dict[str, float]]) -> tuple[dict[str, float], int]:
 def test_the_mean_is_that_of_the_ranks_that_tell(
     told: list[dict[str, float]], means: dict[str, float]
 ) -> None:
-    assert run_ranks(logged, 3, told) == [(means, 1)] * 3
+    assert run_ranks(logged, 3, told) == [(means, 2 if means and all(told) and len({tuple(t) for t in told}) == 1 else 1)] * 3
 
 
 def test_many_numbers_need_a_second_sum() -> None:

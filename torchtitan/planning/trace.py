@@ -36,6 +36,7 @@ from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
+from torchtitan.distributed.tying import preserve_tying
 from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model_converter import build_model_converters
@@ -114,7 +115,8 @@ def trace_step(
     ):
         warnings.simplefilter("ignore")
         for module in [part, *first, *compiled_parts]:
-            module.to_empty(device="cpu")
+            with preserve_tying(module):
+                module.to_empty(device="cpu")
         handed = handed_on(first[0], job_config, dims, inputs) if first else None
         loss_fn = spec.build_loss_fn(job_config)
         attach_loss(loss_fn, [part])

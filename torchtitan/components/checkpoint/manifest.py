@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,11 @@ from .storage import FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"
 
-_OWN_CHECKSUM = re.compile(rb'"crc32": "([0-9a-f]{8})"\n}\n\Z')
-_NO_CHECKSUM = b'"crc32": "00000000"\n}\n'
+_NO_CHECKSUM = {"crc32": "00000000"}
+
+
+def _as_text(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, indent=1).encode() + b"\n"
 
 
 def _checkpoints_below(folder: StoragePath) -> list[StoragePath]:
@@ -62,11 +64,9 @@ class Manifest:
     def write(self, folder: StoragePath) -> None:
         """Complete the checkpoint in `folder`, whose `files` are on the disk."""
         self.saved_at = self.saved_at or time_after("")
-        fields = dataclasses.asdict(self) | {"crc32": "00000000"}
-        text = json.dumps(fields, indent=1).encode() + b"\n"
-        assert text.endswith(_NO_CHECKSUM)
-        own = f"{zlib.crc32(text):08x}".encode()
-        write_durably(folder / MANIFEST, text[:-12] + own + text[-4:])
+        fields = dataclasses.asdict(self) | _NO_CHECKSUM
+        own = {"crc32": f"{zlib.crc32(_as_text(fields)):08x}"}
+        write_durably(folder / MANIFEST, _as_text(fields | own))
 
     @classmethod
     def read(cls, folder: StoragePath) -> Manifest:
@@ -86,14 +86,10 @@ class Manifest:
             raise DamagedCheckpointError(
                 f"{path} cannot be read ({reason}): the checkpoint is incomplete or damaged"
             ) from error
-        own = _OWN_CHECKSUM.search(text)
-        if not own:
-            raise DamagedCheckpointError(f"{path} is damaged: it does not end with its checksum")
-        if zlib.crc32(text[: own.start()] + _NO_CHECKSUM) != int(own[1], 16):
-            raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
         try:
             fields = parse_json(text)
-            del fields["crc32"]
+            if f"{zlib.crc32(_as_text(fields | _NO_CHECKSUM)):08x}" != fields.pop("crc32"):
+                raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
             fields["files"] = {name: FileRecord(**of) for name, of in fields["files"].items()}
             manifest = cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -6,7 +6,7 @@ A model names its block and its hyperparameters; see `models/llama3/model/model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -109,12 +109,6 @@ class Decoder(ModelProtocol):
             self.norm.reset_parameters()
         if self.output is not None and not self._is_tied:
             nn.init.normal_(self.output.weight, std=INIT_STD)
-
-    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
-        """As `nn.Module.to_empty`, which gives every module memory of its own, but still tied."""
-        super().to_empty(device=device, recurse=recurse)
-        self._tie_weights()
-        return self
 
     @property
     def _is_tied(self) -> bool:
