@@ -103,6 +103,18 @@ class HuggingFaceConfig:
             )
         return value
 
+    def take_decoder(self, tied: bool = False) -> dict[str, Any]:
+        """What `hf_fields` writes, as our args. `tied`: what a missing field means."""
+        self.require("attention_dropout", 0.0)
+        return {
+            "dim": self.take("hidden_size", kind=int),
+            "n_layers": self.take("num_hidden_layers", kind=int),
+            "n_heads": self.take("num_attention_heads", kind=int),
+            "vocab_size": self.take("vocab_size", kind=int),
+            "norm_eps": self.take("rms_norm_eps", kind=float),
+            "tie_word_embeddings": self.take("tie_word_embeddings", kind=bool, default=tied),
+        }
+
     def require(self, name: str, *supported: Any) -> None:
         """Accept the field `name` if it is missing or has one of the values given.
 

@@ -185,13 +185,12 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         with HuggingFaceConfig(config, "deepseek_v3", "deepseek_v2") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)
-            hf.require("attention_dropout", 0.0)
+            decoder = hf.take_decoder()
             hf.require("mlp_bias", False)
             hf.require("rope_interleave", True)
             hf.require("quantization_config", None)  # FP8 weights are not read
             hf.ignore("auto_map", "aux_loss_alpha", "ep_size", "pretraining_tp", "seq_aux")
-            n_heads = hf.take("num_attention_heads", kind=int)
-            hf.require("num_key_value_heads", n_heads, None)
+            hf.require("num_key_value_heads", decoder["n_heads"], None)
             sizes = {
                 "qk_nope_dim": hf.take("qk_nope_head_dim", kind=int),
                 "qk_rope_dim": hf.take("qk_rope_head_dim", kind=int),
@@ -200,20 +199,15 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             hf.require("qk_head_dim", sum(sizes.values()))
             rope_theta, rope_scaling = hf.take_rope()
             return cls(
-                dim=hf.take("hidden_size", kind=int),
-                n_layers=hf.take("num_hidden_layers", kind=int),
+                **decoder,
                 n_dense_layers=hf.take("first_k_dense_replace", kind=int),
-                n_heads=n_heads,
                 q_rank=hf.take("q_lora_rank", kind=int, default=None),
                 kv_rank=hf.take("kv_lora_rank", kind=int),
                 v_dim=hf.take("v_head_dim", kind=int),
                 ffn_dim=hf.take("intermediate_size", kind=int),
                 moe=_moe_from_hf(hf),
-                vocab_size=hf.take("vocab_size", kind=int),
-                norm_eps=hf.take("rms_norm_eps", kind=float),
                 rope_theta=rope_theta,
                 yarn=None if rope_scaling is None else yarn_from_hf(rope_scaling),
-                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
                 mtp_layers=hf.take("num_nextn_predict_layers", kind=int, default=0),
                 **sizes,
             )

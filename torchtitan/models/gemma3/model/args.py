@@ -131,29 +131,23 @@ class Gemma3ModelArgs(BaseModelArgs):
         with HuggingFaceConfig(config, "gemma3_text") as hf:
             hf.require("hidden_activation", "gelu_pytorch_tanh")
             hf.require("attention_bias", False)
-            hf.require("attention_dropout", 0.0)
+            decoder = hf.take_decoder(tied=True)
             hf.require("attn_logit_softcapping", None)
             hf.require("final_logit_softcapping", None)
             hf.require("use_bidirectional_attention", False, None)
             hf.ignore("cache_implementation")
-            n_layers = hf.take("num_hidden_layers", kind=int)
             rope_theta, rope_factor, window_rope_theta = _take_rope(hf)
             return cls(
-                dim=hf.take("hidden_size", kind=int),
-                n_layers=n_layers,
-                n_heads=hf.take("num_attention_heads", kind=int),
+                **decoder,
                 n_kv_heads=hf.take("num_key_value_heads", kind=int),
                 head_dim=hf.take("head_dim", kind=int),
                 query_pre_attn_scalar=hf.take("query_pre_attn_scalar", kind=int),
                 ffn_dim=hf.take("intermediate_size", kind=int),
                 sliding_window=hf.take("sliding_window", kind=int),
-                full_attention_every=_take_pattern(hf, n_layers),
-                vocab_size=hf.take("vocab_size", kind=int),
-                norm_eps=hf.take("rms_norm_eps", kind=float),
+                full_attention_every=_take_pattern(hf, decoder["n_layers"]),
                 rope_theta=rope_theta,
                 rope_factor=rope_factor,
                 window_rope_theta=window_rope_theta,
-                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=True),
             )
 
 

@@ -150,19 +150,16 @@ class GptOssModelArgs(BaseModelArgs):
                 )
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", True)
-            hf.require("attention_dropout", 0.0)
+            decoder = hf.take_decoder()
             hf.require("swiglu_alpha", ALPHA)
             hf.ignore("initial_context_length", "experts_per_token")  # said by other fields too
-            n_layers = hf.take("num_hidden_layers", kind=int)
-            alternating = ["sliding_attention", "full_attention"] * n_layers
-            hf.require("layer_types", alternating[:n_layers])
+            alternating = ["sliding_attention", "full_attention"] * decoder["n_layers"]
+            hf.require("layer_types", alternating[: decoder["n_layers"]])
             rope_theta, rope_scaling = hf.take_rope()
             if rope_scaling is None:
                 raise unsupported("rope_scaling", None)
             return cls(
-                dim=hf.take("hidden_size", kind=int),
-                n_layers=n_layers,
-                n_heads=hf.take("num_attention_heads", kind=int),
+                **decoder,
                 n_kv_heads=hf.take("num_key_value_heads", kind=int),
                 head_dim=hf.take("head_dim", kind=int),
                 sliding_window=hf.take("sliding_window", kind=int),
@@ -173,9 +170,6 @@ class GptOssModelArgs(BaseModelArgs):
                     gate_bias=True,
                 ),
                 swiglu_limit=hf.take("swiglu_limit", kind=float, default=7.0),
-                vocab_size=hf.take("vocab_size", kind=int),
-                norm_eps=hf.take("rms_norm_eps", kind=float),
                 rope_theta=rope_theta,
                 rope_scaling=yarn_from_hf(rope_scaling),
-                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
             )

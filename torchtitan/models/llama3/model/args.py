@@ -108,23 +108,16 @@ class Llama3ModelArgs(BaseModelArgs):
         with HuggingFaceConfig(config, "llama") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)
-            hf.require("attention_dropout", 0.0)
+            decoder = hf.take_decoder()
             hf.require("mlp_bias", False)
             hf.require("rope_interleaved", False)
             hf.ignore("pretraining_tp", "is_llama_config")
-            dim = hf.take("hidden_size", kind=int)
-            n_heads = hf.take("num_attention_heads", kind=int)
-            hf.require("head_dim", dim // max(n_heads, 1), None)
+            hf.require("head_dim", decoder["dim"] // max(decoder["n_heads"], 1), None)
             rope_theta, rope_scaling = hf.take_rope()
             return cls(
-                dim=dim,
-                n_layers=hf.take("num_hidden_layers", kind=int),
-                n_heads=n_heads,
-                n_kv_heads=hf.take("num_key_value_heads", kind=int, default=n_heads),
+                **decoder,
+                n_kv_heads=hf.take("num_key_value_heads", kind=int, default=decoder["n_heads"]),
                 ffn_dim=hf.take("intermediate_size", kind=int),
-                vocab_size=hf.take("vocab_size", kind=int),
-                norm_eps=hf.take("rms_norm_eps", kind=float),
                 rope_theta=rope_theta,
                 rope_scaling=rope_scaling_from_hf(rope_scaling) if rope_scaling else None,
-                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
             )

@@ -169,7 +169,7 @@ class Llama4ModelArgs(BaseModelArgs):
         with HuggingFaceConfig(config, "llama4_text") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)
-            hf.require("attention_dropout", 0.0)
+            decoder = hf.take_decoder()
             hf.require("router_jitter_noise", 0.0)
             hf.require("for_llm_compressor", False)
             tuned = bool(config.get("attn_temperature_tuning", True))
@@ -177,9 +177,7 @@ class Llama4ModelArgs(BaseModelArgs):
             scale = hf.take("attn_scale", kind=float, default=0.1)
             rope_theta, rope_scaling = hf.take_rope()
             args = cls(
-                dim=hf.take("hidden_size", kind=int),
-                n_layers=hf.take("num_hidden_layers", kind=int),
-                n_heads=hf.take("num_attention_heads", kind=int),
+                **decoder,
                 n_kv_heads=hf.take("num_key_value_heads", kind=int),
                 head_dim=hf.take("head_dim", kind=int),
                 ffn_dim=hf.take("intermediate_size_mlp", kind=int),
@@ -195,11 +193,8 @@ class Llama4ModelArgs(BaseModelArgs):
                 qk_norm=hf.take("use_qk_norm", kind=bool, default=True),
                 temperature_floor=hf.take("floor_scale", kind=int, default=8192),
                 temperature_scale=scale if tuned else 0.0,
-                vocab_size=hf.take("vocab_size", kind=int),
-                norm_eps=hf.take("rms_norm_eps", kind=float),
                 rope_theta=rope_theta,
                 rope_scaling=None if rope_scaling is None else rope_scaling_from_hf(rope_scaling),
-                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
             )
             # These lists say once more what the intervals say.
             positions = [args.has_positions(layer) for layer in range(args.n_layers)]

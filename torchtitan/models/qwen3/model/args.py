@@ -123,26 +123,20 @@ class Qwen3ModelArgs(BaseModelArgs):
         with HuggingFaceConfig(config, "qwen3", "qwen3_moe") as hf:
             hf.require("hidden_act", "silu")
             hf.require("attention_bias", False)
-            hf.require("attention_dropout", 0.0)
+            decoder = hf.take_decoder()
             hf.require("use_sliding_window", False)
             hf.ignore("sliding_window", "max_window_layers")
-            n_layers = hf.take("num_hidden_layers", kind=int)
-            hf.require("layer_types", ["full_attention"] * n_layers)
+            hf.require("layer_types", ["full_attention"] * decoder["n_layers"])
             rope_theta, rope_scaling = hf.take_rope()
             if rope_scaling is not None:
                 raise unsupported("rope_scaling", rope_scaling)
             return cls(
-                dim=hf.take("hidden_size", kind=int),
-                n_layers=n_layers,
-                n_heads=hf.take("num_attention_heads", kind=int),
+                **decoder,
                 n_kv_heads=hf.take("num_key_value_heads", kind=int),
                 head_dim=hf.take("head_dim", kind=int),
                 ffn_dim=hf.take("intermediate_size", kind=int),
                 moe=_moe_from_hf(hf) if hf.model_type == "qwen3_moe" else None,
-                vocab_size=hf.take("vocab_size", kind=int),
-                norm_eps=hf.take("rms_norm_eps", kind=float),
                 rope_theta=rope_theta,
-                tie_word_embeddings=hf.take("tie_word_embeddings", kind=bool, default=False),
             )
 
 
