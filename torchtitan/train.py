@@ -64,6 +64,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.same_outcome import on_rank_zero
 from torchtitan.distributed.unapplied import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
+from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
@@ -99,17 +100,25 @@ class Trainer:
             self._set_up(job_config)
 
     def _set_up(self, job_config: JobConfig) -> None:
-        self.job_config = job_config = with_own_folder(job_config)
+        self.job_config = with_own_folder(job_config)
+        spec, model_args = self._check_job()
+        self._join_ranks(model_args)
+        self._build_on_meta(spec, model_args)
+        self._allocate(spec)
 
-        # Refuse: what a user can get wrong is found before memory is taken, and before processes
-        # meet if each of them can look for itself.
+    def _check_job(self) -> tuple[TrainSpec, BaseModelArgs]:
+        """Refuse mistakes before memory is taken and, where possible, before processes meet."""
+        job_config = self.job_config
         spec, model_args, self.tokenizer = fitting_model(job_config, utils.world_size())
         self.parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
         self.model_converters = build_model_converters(job_config, self.parallel_dims)
         build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
         self.metrics = build_metrics(job_config, self.parallel_dims, model_args)
+        return spec, model_args
 
-        # Meet.
+    def _join_ranks(self, model_args: BaseModelArgs) -> None:
+        """Form the process group and the meshes, and divide the batch among the ranks."""
+        job_config = self.job_config
         if job_config.debug.deterministic:
             use_deterministic_kernels()
         utils.init_distributed(job_config.comm.timeout_seconds)
@@ -118,9 +127,9 @@ class Trainer:
         self.device = utils.device()
         self.replicas = Replicas(job_config)
         world_mesh = self.parallel_dims.world_mesh
-        self.dp_rank, dp = world_mesh["dp"].get_local_rank(), self.parallel_dims.dp
-        data_rank, data_ranks = self.replicas.data_share(self.dp_rank, dp)
-        batch_size, self.accumulation_steps = resolve_batch(job_config, data_ranks)
+        self.dp_rank = world_mesh["dp"].get_local_rank()
+        self.data_share = self.replicas.data_share(self.dp_rank, self.parallel_dims.dp)
+        batch_size, self.accumulation_steps = resolve_batch(job_config, self.data_share[1])
         self.tokens_per_step = batch_size * job_config.training.seq_len
         # Ranks that have different tokens must not draw the same random numbers.
         tokens_mesh = world_mesh["dp_cp"]
@@ -130,7 +139,9 @@ class Trainer:
         self.cp_mesh = world_mesh["cp"] if self.parallel_dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if self.parallel_dims.pp_enabled else None
 
-        # Build, on the meta device.
+    def _build_on_meta(self, spec: TrainSpec, model_args: BaseModelArgs) -> None:
+        """The model's parts, parallelized, without memory yet; the loss and the data."""
+        job_config, world_mesh = self.job_config, self.parallel_dims.world_mesh
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
         vocab_size = getattr(model_args, "vocab_size", None)
@@ -141,14 +152,17 @@ class Trainer:
         self._describe(model)
         self.loss_fn = spec.build_loss_fn(job_config)
         with loader_outages(job_config):
-            self.dataloader = spec.build_dataloader_fn(
-                job_config, self.tokenizer, data_rank, data_ranks
-            )
+            self.dataloader = spec.build_dataloader_fn(job_config, self.tokenizer, *self.data_share)
         check_dataloader(self.dataloader, job_config)
         self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
-                job_config, self.tokenizer, self.loss_fn, self.parallel_dims, self.dp_rank, dp
+                job_config,
+                self.tokenizer,
+                self.loss_fn,
+                self.parallel_dims,
+                self.dp_rank,
+                self.parallel_dims.dp,
             )
             check_validator(self.validator, self.dataloader, job_config)
         layout = world_mesh, self.parallel_dims, job_config
@@ -164,7 +178,9 @@ class Trainer:
         warn_of_unapplied(self.model_parts, job_config)
         on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
 
-        # Take memory.
+    def _allocate(self, spec: TrainSpec) -> None:
+        """Weights, optimizer, and what else the steps need."""
+        job_config, world_mesh = self.job_config, self.parallel_dims.world_mesh
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
             sum_gradients(part)
