@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from torchtitan.distributed.utils import local_offsets
 
 
 class Part(NamedTuple):
@@ -136,8 +137,7 @@ def _own_part(matrix: DTensor) -> Part:
     for dim, placement in enumerate(matrix.placements):
         if isinstance(placement, Replicate):
             replica = replica * mesh.size(dim) + mesh.get_local_rank(dim)
-    shape, offset = compute_local_shape_and_global_offset(matrix.shape, mesh, matrix.placements)
-    return Part(replica, *offset, *shape)
+    return Part(replica, *local_offsets(matrix), *matrix.to_local().shape)
 
 
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup:

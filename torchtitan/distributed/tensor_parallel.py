@@ -26,7 +26,6 @@ from torch.distributed.tensor import (
     distribute_module,
     distribute_tensor,
 )
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -37,6 +36,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.distributed.tying import preserve_tying
+from torchtitan.distributed.utils import local_offsets
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of, other_blocks_of
 
@@ -285,9 +285,7 @@ class EmbeddingParallel(ParallelStyle):
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
             raise NotImplementedError(f"{module} is no nn.Embedding without max_norm")
         weight = distribute_tensor(module.weight, device_mesh, [Shard(0)])
-        _, (start, _) = compute_local_shape_and_global_offset(
-            weight.shape, device_mesh, weight.placements
-        )
+        start, _ = local_offsets(weight)
         module.register_parameter("weight", nn.Parameter(weight))
         module.forward = partial(self._look_up, module, device_mesh, start)
         return module

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.open_files import allow_open_files
@@ -133,6 +134,16 @@ def local_world_size() -> int:
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_offsets(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where in the whole tensor this rank's part begins, a number for each dimension."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(offsets)
 
 
 def refuse_separate_tasks() -> None:

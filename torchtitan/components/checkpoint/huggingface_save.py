@@ -25,10 +25,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.distributed.same_outcome import on_rank_zero
+from torchtitan.distributed.utils import local_offsets, local_tensor
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.text import first_line
@@ -140,15 +139,10 @@ def _begin(folder: Path) -> None:
 
 def _local_part(tensor: torch.Tensor) -> tuple[Box, torch.Tensor]:
     """Where this rank's part of a tensor is in the whole, and the part; scalars become `[1]`."""
-    part, offsets = tensor, (0,) * tensor.ndim
-    if isinstance(tensor, DTensor):
-        part = tensor.to_local()
-        _, offsets = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
+    part, offsets = local_tensor(tensor), local_offsets(tensor)
     if part.ndim == 0:
         part, offsets = part.reshape(1), (0,)
-    return (tuple(offsets), tuple(part.shape)), part
+    return (offsets, tuple(part.shape)), part
 
 
 def _agree_on_plan(
