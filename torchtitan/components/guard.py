@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
+from torchtitan.components.data_loader import Batch
 from torchtitan.data.kept_batch import keep_batch
 from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import TrainingError
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("torchtitan")
 
-Batch = dict[str, torch.Tensor]
 Trouble = Literal["nonfinite", "spike"]
 
 _MOST_KEPT_BATCHES = 32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torchtitan.distributed.ring_attention import sees_rings
 
@@ -70,17 +71,8 @@ class CollectiveObserver(TorchDispatchMode):
         inputs: list[torch.Tensor] = []
         if name not in _NO_INPUT:
             at = _INPUT_ARGUMENT.get(name, 0) if namespace == "c10d" else 0
-            inputs = list(_tensors(args[at])) if len(args) > at else []
+            inputs = [t for t in tree_leaves(args[at : at + 1]) if isinstance(t, torch.Tensor)]
         return self._observe(name, inputs, lambda: func(*args, **kwargs))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for element in value:
-            yield from _tensors(element)
 
 
 def can_be_observed(
