@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tiny_llama
 
-from torchtitan.components.checkpoint import patience
+from torchtitan.components.checkpoint import retry
 from torchtitan.protocols import register_train_spec
 
 MODEL_CONFIGS = tiny_llama.MODEL_CONFIGS
@@ -21,6 +21,6 @@ def _open_or_fail(path, mode="r", *args, **kwargs):
 
 if os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
     Path.open = _open_or_fail
-    patience.RETRY_AFTER = (0.1, 0.1)
+    retry.RETRY_AFTER = (0.1, 0.1)
 
 register_train_spec("unreadable_llama", tiny_llama.get_train_spec)

@@ -112,7 +112,7 @@ def exit_when_unread() -> Iterator[None]:
 
 def _report(message: str) -> None:
     """Show an error on stderr: of several ranks with the same one, once."""
-    from torchtitan.distributed.first_report import claim_report, write_error_file
+    from torchtitan.distributed.error_report import claim_report, write_error_file
     from torchtitan.tools.secrets import hide_secrets
     from torchtitan.tools.text import printable
 

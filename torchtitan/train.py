@@ -35,17 +35,18 @@ from torchtitan.components.model_fit import fitting_model
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
+from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
+from torchtitan.components.step_stats import Window
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.tokenizer import path_of
-from torchtitan.components.told import loader_metrics, loss_metrics
 from torchtitan.components.train_state import TrainState
 from torchtitan.components.validate import build_validator, check_validator, evaluating
-from torchtitan.components.window import Window
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import print_config
 from torchtitan.distributed import utils
+from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
@@ -61,8 +62,7 @@ from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.names import require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.same_outcome import on_rank_zero
-from torchtitan.distributed.unapplied import warn_of_unapplied
+from torchtitan.distributed.unused_options import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters

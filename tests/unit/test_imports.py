@@ -9,8 +9,8 @@ import pytest
 
 @pytest.mark.parametrize("package", ["components", "data", "planning.trace"])
 def test_a_package_can_be_imported_first(package: str) -> None:
-    models = "from torchtitan.models import MODEL_REGISTRY as models, broken"
-    none = "assert not [m for m in models.values() if isinstance(m, broken.BrokenModel)]"
+    models = "from torchtitan.models import MODEL_REGISTRY as models, import_errors"
+    none = "assert not [m for m in models.values() if isinstance(m, import_errors.BrokenModel)]"
     done = subprocess.run(
         [sys.executable, "-c", f"import torchtitan.{package}; {models}; {none}"],
         capture_output=True,

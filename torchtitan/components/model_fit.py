@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.tokenizer import check_tokenizer
+from torchtitan.config.likely_mistakes import unlikely
 from torchtitan.config.load import fail
-from torchtitan.config.unlikely import unlikely
 from torchtitan.config.validate import validate
 from torchtitan.distributed.utils import rank
 from torchtitan.models.plugins import load_plugins

@@ -40,8 +40,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main as torchrun
 
-from torchtitan.distributed.first_host import wait_for_first_host
-from torchtitan.distributed.first_report import ONE_MESSAGE
+from torchtitan.distributed.error_report import ONE_MESSAGE
+from torchtitan.distributed.rendezvous import wait_for_first_host
 from torchtitan.distributed.utils import JOB_STORE
 from torchtitan.tools.open_files import allow_open_files
 from torchtitan.tools.stop_request import PREEMPTED, stop_signals

@@ -99,7 +99,7 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     model is made and parallelised on the meta device, so its own rules are checked too.
     """
     from torchtitan.components.model_fit import valid_spec
-    from torchtitan.config.without_machine import without_machine
+    from torchtitan.config.portable import without_machine
     from torchtitan.models.plugins import load_plugins
     from torchtitan.planning.trace import try_layout
 

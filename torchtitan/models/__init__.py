@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torchtitan.models.broken import import_each
+from torchtitan.models.import_errors import import_each
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
 import_each(__name__, Path(__file__).parent)

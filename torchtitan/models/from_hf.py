@@ -8,8 +8,8 @@ from typing import Any
 
 from torchtitan.errors import CheckpointError, begin_errors_with, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
-from torchtitan.models.broken import BrokenModel
 from torchtitan.models.common.hf_config import OtherArchitectureError
+from torchtitan.models.import_errors import BrokenModel
 from torchtitan.protocols.train_spec import TrainSpec, model_flavors
 from torchtitan.tools.foreign_files import read_json
 

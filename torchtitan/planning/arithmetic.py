@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
+from torchtitan.config.portable import without_machine
 from torchtitan.config.validate import validate
-from torchtitan.config.without_machine import without_machine
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers

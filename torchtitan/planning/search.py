@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torchtitan.config import JobConfig, fail, origin
-from torchtitan.config.without_machine import without_machine
+from torchtitan.config.portable import without_machine
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import three_digits
 

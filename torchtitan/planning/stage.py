@@ -26,11 +26,11 @@ from torchtitan.errors import ConfigError, TitanError
 from torchtitan.protocols.model import layers_of
 
 from .collectives import CollectiveRecorder
-from .handing_on import micro_batch, step_inputs, tensors_of
 from .inputs import Inputs
 from .memory import Memory, PeakMemory
 from .operations import OperationRecorder
 from .records import PassTrace, StageTrace
+from .stage_inputs import micro_batch, step_inputs, tensors_of
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss

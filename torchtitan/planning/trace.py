@@ -47,12 +47,12 @@ from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
 from .cuda_loss import loss_of_cuda
 from .cuda_norm import norm_of_cuda
-from .handing_on import handed_on, hands_on_more
 from .inputs import TOKEN_IDS, Inputs
 from .memory import PeakMemory
 from .records import StageTrace, StepTrace
 from .repetition import Repetition, keep_layers
 from .stage import StageTracer, recording
+from .stage_inputs import handed_on, hands_on_more
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

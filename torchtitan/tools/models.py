@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
-from torchtitan.models.broken import BrokenModel
+from torchtitan.models.import_errors import BrokenModel
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.options import positive

@@ -8,10 +8,10 @@ from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from object_store import EndpointConnectionError, IncompleteReadError, ObjectStore
 
 from torchtitan.components.checkpoint import folder as folders
-from torchtitan.components.checkpoint import patience
+from torchtitan.components.checkpoint import retry
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.owner import Claim
-from torchtitan.components.checkpoint.patience import parse_again
+from torchtitan.components.checkpoint.retry import parse_again
 from torchtitan.components.checkpoint.storage import storage_path
 from torchtitan.errors import CheckpointError, OutageError
 
@@ -21,7 +21,7 @@ FILES = [".metadata", "__0_0.distcp", "config.resolved.toml", "manifest.json"]
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(patience, "RETRY_AFTER", (0, 0, 0))
+    monkeypatch.setattr(retry, "RETRY_AFTER", (0, 0, 0))
     yield
     ObjectStore.store.clear()
 

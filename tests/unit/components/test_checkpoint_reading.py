@@ -14,7 +14,7 @@ from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.cli import exit_on_user_error
-from torchtitan.components.checkpoint import patience, storage
+from torchtitan.components.checkpoint import retry, storage
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import CheckpointReader, read_metadata
@@ -28,7 +28,7 @@ ALWAYS = 1000
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(patience, "RETRY_AFTER", (0, 0, 0))
+    monkeypatch.setattr(retry, "RETRY_AFTER", (0, 0, 0))
 
 
 class FailingFile(io.FileIO):

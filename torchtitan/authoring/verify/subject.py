@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.errors import ConfigError, did_you_mean
-from torchtitan.models.broken import BrokenModel
+from torchtitan.models.import_errors import BrokenModel
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec, model_flavors
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.distributed.same_outcome import on_rank_zero
+from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 
 from .folder import step_folder

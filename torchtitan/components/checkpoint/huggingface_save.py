@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.distributed.same_outcome import on_rank_zero
+from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.distributed.utils import local_offsets, local_tensor
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.model import BaseModelArgs

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from torchtitan.distributed.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.distributed.names import canonical_name
-from torchtitan.distributed.same_outcome import on_all_ranks, on_rank_zero
 from torchtitan.errors import (
     CheckpointError,
     ConfigError,

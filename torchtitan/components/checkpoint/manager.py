@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config import to_toml
-from torchtitan.distributed.same_outcome import on_rank_zero
+from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.distributed.utils import job_store
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.text import first_line

@@ -22,7 +22,7 @@ from torchtitan.errors import DamagedCheckpointError, OutageError
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import first_line
 
-from .patience import read_again
+from .retry import read_again
 from .storage import FileRecord, StoragePath, sizes_in, write_durably
 
 MANIFEST = "manifest.json"

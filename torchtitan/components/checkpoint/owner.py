@@ -20,12 +20,12 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from torchtitan.distributed.same_outcome import on_all_ranks, on_rank_zero
+from torchtitan.distributed.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.errors import CheckpointError, outage_or
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import first_line
 
-from .patience import read_again
+from .retry import read_again
 from .storage import StoragePath, make_folder, write_durably
 
 OWNER = ".owner.json"

@@ -39,7 +39,7 @@ from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.text import few, first_line
 
 from .failures import first_failure
-from .patience import NO_DAMAGE, parse_again, read_again
+from .retry import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
 from .storage import CheckpointFiles, RemotePath, StoragePath
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torchtitan.components.lr_scheduler import schedule_of
 from torchtitan.config import to_toml
 from torchtitan.config.lr_scheduler import LRScheduler
-from torchtitan.distributed.same_outcome import on_rank_zero
+from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.run_folder import CONFIG_FILE
 
@@ -35,7 +35,7 @@ from .folder import (
 from .manifest import Manifest, nested_differences
 from .model_identity import describe_model, model_differences
 from .owner import refuse_live_owner
-from .patience import parse_again
+from .retry import parse_again
 from .storage import StoragePath
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torchtitan.errors import CheckpointError
 from torchtitan.tools.text import natural_order
 
-from .patience import parse_again
+from .retry import parse_again
 from .saved_tensors import read_all
 from .storage import StoragePath
 

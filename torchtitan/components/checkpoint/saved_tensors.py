@@ -18,7 +18,7 @@ from torch.serialization import skip_data
 
 from torchtitan.errors import CheckpointError
 
-from .patience import parse_again
+from .retry import parse_again
 from .storage import StoragePath
 
 

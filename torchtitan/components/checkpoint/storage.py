@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torchtitan.errors import ConfigError, may_pass
 from torchtitan.tools.text import first_line
 
-from .patience import read_again
+from .retry import read_again
 
 _CHUNK = 1 << 20
 """Bytes that are checksummed, then written or read on, while the processor's cache holds them."""

@@ -1,4 +1,4 @@
-"""The job as it is checked and planned on a machine that will not train it."""
+"""A copy of a job config without the settings of one machine, to check or plan it elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that a model's `parallelize_fn` has left out, which nothing else would tell of."""
+"""Warnings about options that a model's `parallelize_fn` ignores."""
 
 from __future__ import annotations
 

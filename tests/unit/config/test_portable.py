@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from torchtitan.config import JobConfig
+from torchtitan.config.portable import without_machine
 from torchtitan.config.validate import validate
-from torchtitan.config.without_machine import without_machine
 from torchtitan.errors import ConfigError
 
 

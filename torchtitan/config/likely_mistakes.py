@@ -1,4 +1,4 @@
-"""What a config may say, but hardly means."""
+"""Warnings about settings that are valid, but usually a mistake."""
 
 from __future__ import annotations
 

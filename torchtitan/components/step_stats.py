@@ -1,4 +1,4 @@
-"""What is told of the steps between two logged ones."""
+"""Losses and gradient norms of the steps since the last logged one."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.unapplied import warn_of_unapplied
+from torchtitan.distributed.unused_options import warn_of_unapplied
 
 AC = (
     "since the parallelize_fn of llama3 does not call "

@@ -8,17 +8,17 @@ import time
 
 import pytest
 
-from torchtitan.distributed import first_host
+from torchtitan.distributed import rendezvous
 
 
 def wait(port: int, conf: str) -> None:
     words = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--rdzv-conf={conf}"]
-    first_host.wait_for_first_host([*words, "rank.py"])
+    rendezvous.wait_for_first_host([*words, "rank.py"])
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_host, "_PAUSE", 0.05)
+    monkeypatch.setattr(rendezvous, "_PAUSE", 0.05)
 
 
 def test_it_waits_until_the_first_host_listens(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The host where all others meet, which may come later than they do."""
+"""Waits for the host of the rendezvous, which may start later than the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stages of a pipeline hand on, where that is more than hidden states `[batch, seq, dim]`."""
+"""Inputs of pipeline stages that are more than hidden states `[batch, seq, dim]`."""
 
 from __future__ import annotations
 

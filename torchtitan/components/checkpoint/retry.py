@@ -1,7 +1,7 @@
-"""A storage that fails for a while has no damaged files: reading is tried again, or the run ends.
+"""Retries reads of a storage that fails for a while, and tells outages from damage.
 
-Damage is a file that is missing or short, bytes with another checksum, and bytes of which nothing
-can be made. Another checkpoint is taken then, so nothing else may pass for it.
+Damage is a missing or short file, a wrong checksum, or bytes that cannot be parsed. The run then
+falls back to an older checkpoint, so an outage must never be mistaken for damage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models that cannot be imported: they are told of where they are used, and end nothing else."""
+"""Keeps one model's import error from breaking the others: it is raised where the model is used."""
 
 from __future__ import annotations
 

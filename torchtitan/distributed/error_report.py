@@ -1,4 +1,4 @@
-"""All ranks find the same mistake in a config; the user should read of it once."""
+"""Reports an error that all ranks raise only once."""
 
 from __future__ import annotations
 

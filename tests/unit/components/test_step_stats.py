@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from checkpoint_run import world_of_one  # noqa: F401
 
-from torchtitan.components.window import Window
+from torchtitan.components.step_stats import Window
 from torchtitan.distributed.parallel_dims import ParallelDims
 
 

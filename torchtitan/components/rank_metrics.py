@@ -1,4 +1,4 @@
-"""What parts of a run tell for the metrics, each rank its own: means over all that tell it."""
+"""Means over ranks of the metrics that data loaders and losses report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All ranks see the same outcome of what one of them did."""
+"""Calls of a function on one rank whose result or error every rank gets."""
 
 from __future__ import annotations
 
