@@ -15,7 +15,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -457,17 +457,22 @@ class Trainer:
         # NCCL would first wait for all collectives under way, and so for those ranks.
         self.may_hang = failed and utils.in_cuda_group() and dist.get_world_size() > 1
         made = vars(self)
-        try:
-            for name in ("watch", "replicas", "dataloader", "validator"):
-                if made.get(name) is not None:
-                    made[name].close()
-            if "checkpointer" in made:
-                self.may_hang |= not self.checkpointer.close(save_timeout)
-            if dist.is_initialized() and not self.may_hang:
-                dist.destroy_process_group()
-        finally:
+        with ExitStack() as closing:  # the last first, and all of them even if one fails
             if "metrics" in made:
-                self.metrics.close()
+                closing.callback(self.metrics.close)
+            closing.callback(self._leave_group)
+            if "checkpointer" in made:
+                closing.callback(self._close_checkpointer, save_timeout)
+            for name in ("validator", "dataloader", "replicas", "watch"):
+                if made.get(name) is not None:
+                    closing.callback(made[name].close)
+
+    def _close_checkpointer(self, save_timeout: float | None) -> None:
+        self.may_hang |= not self.checkpointer.close(save_timeout)
+
+    def _leave_group(self) -> None:
+        if dist.is_initialized() and not self.may_hang:
+            dist.destroy_process_group()
 
 
 @exit_on_user_error()

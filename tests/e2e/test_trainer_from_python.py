@@ -36,6 +36,13 @@ def fail_and_train(folder: Path) -> None:
         Trainer(config).train()
     assert not dist.is_initialized() and threading.enumerate() == before
 
+    # One part fails to close: the others are closed all the same.
+    trainer = Trainer(config_of(folder / "close"))
+    trainer.replicas.close = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not dist.is_initialized() and threading.enumerate() == before
+
     # Two at a time, as where a cell of a notebook is run again.
     first = Trainer(config_of(folder / "first"))
     with pytest.raises(RuntimeError, match=r"another Trainer's, which its train\(\) or close\(\)"):
