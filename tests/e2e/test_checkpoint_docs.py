@@ -28,8 +28,8 @@ def test_the_commands_run_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert done.exit_code == 0, done.err
         out += done.out
     assert out.count("good, by sizes") == 3 and out.count(" good\n") == 4
-    assert f"would delete {folder}/step-2" in out and f"deleted {folder}/step-4" in out
-    assert checkpoints_in(folder) == ["step-6"]
+    assert f"would delete {folder}/step-2" in out and f"deleted {folder}/step-2" in out
+    assert checkpoints_in(folder) == ["step-4", "step-6"]  # step-4 stays by --keep-every 4
 
 
 def test_the_table_of_files_is_right(tmp_path: Path) -> None:
