@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -82,7 +83,8 @@ def apply_fsdp(
             shard_placement_fn=_placement_over(own),
         )
     apart = [module for module in shared if module not in own_meshes]
-    for layer in dict.fromkeys([*apart, *blocks.values()]):
+    layers = list(dict.fromkeys(blocks.values()))
+    for layer in dict.fromkeys([*apart, *layers]):
         fully_shard(
             layer,
             **options,
@@ -105,6 +107,24 @@ def apply_fsdp(
         if head:
             fully_shard(head, **options, reshard_after_forward=policy == "always" and reshard)
     fully_shard(inner, **options)
+    if own_meshes:
+        units = [[block, *(m for m in block.modules() if m in own_meshes)] for block in layers]
+        _prefetch_whole_blocks([*units, head[:1]] if head and not tied else units)
+
+
+def _prefetch_whole_blocks(units: list[list[Any]]) -> None:
+    """Gather a block and its experts while the block before it computes, in both directions.
+
+    By default, a group is gathered when the host comes to it, ahead of the device. But in a block
+    with experts the host waits, to learn how many rows travel. And in the backward pass, experts
+    would be gathered only when their block begins, which uses them first.
+
+    Args:
+        units: in the order of the forward pass, each block with its experts, the block first.
+    """
+    for unit, following in pairwise(units):
+        unit[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(unit)
 
 
 def _callable_part(model: nn.Module, name: str) -> Any:
