@@ -43,4 +43,4 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, weight, _ = ctx.saved_tensors
-        return torch.addcmul(x, grad, weight), torch.empty_like(weight)
+        return torch.addcmul(x, grad, weight), torch.zeros_like(weight)
