@@ -1,4 +1,4 @@
-"""The trainer: set-up, then the step loop, from top to bottom.
+"""The trainer: the set-up, then the step loop, to be read from top to bottom.
 
 TOML + command line -> JobConfig -> ParallelDims -> mesh -> TrainSpec -> model on meta
 -> loss, data -> (pipeline stages) -> parallelize -> weights -> optimizer, schedule
@@ -74,19 +74,19 @@ from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
 logger = logging.getLogger("torchtitan")
 
-# After an error, another rank may be gone. A save in the background then waits for it in vain, and
-# other ranks for this one.
+# After an error, another rank may be gone: a background save would wait for it in vain, and the
+# remaining ranks for this one.
 _SECONDS_AFTER_A_FAILURE = 3.0
 
 
 class Trainer:
     """One training run.
 
-    A process has one at a time: until `train` or `close` ends, or a failure of either or of the
-    set-up, which close it too.
+    A process can hold only one at a time. The trainer is closed when `train` or `close` returns,
+    and when the set-up or either method fails.
 
     Raises:
-        RuntimeError: the process has a process group already, such as another trainer's.
+        RuntimeError: the process already has a process group, such as another trainer's.
     """
 
     def __init__(self, job_config: JobConfig) -> None:
@@ -107,7 +107,7 @@ class Trainer:
         self._allocate(spec)
 
     def _check_job(self) -> tuple[TrainSpec, BaseModelArgs]:
-        """Refuse mistakes before memory is taken and, where possible, before processes meet."""
+        """Refuse mistakes before memory is allocated and, where possible, before ranks connect."""
         job_config = self.job_config
         spec, model_args, self.tokenizer = fitting_model(job_config, utils.world_size())
         self.parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
@@ -131,7 +131,7 @@ class Trainer:
         self.data_share = self.replicas.data_share(self.dp_rank, self.parallel_dims.dp)
         batch_size, self.accumulation_steps = resolve_batch(job_config, self.data_share[1])
         self.tokens_per_step = batch_size * job_config.training.seq_len
-        # Ranks that have different tokens must not draw the same random numbers.
+        # Ranks with different tokens must not draw the same random numbers.
         tokens_mesh = world_mesh["dp_cp"]
         self.token_rank, _ = self.replicas.data_share(
             tokens_mesh.get_local_rank(), tokens_mesh.size()
@@ -140,7 +140,7 @@ class Trainer:
         self.pp_mesh = world_mesh["pp"] if self.parallel_dims.pp_enabled else None
 
     def _build_on_meta(self, spec: TrainSpec, model_args: BaseModelArgs) -> None:
-        """The model's parts, parallelized, without memory yet; the loss and the data."""
+        """Build the parallelized model parts, still without memory, and the loss and the data."""
         job_config, world_mesh = self.job_config, self.parallel_dims.world_mesh
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
@@ -168,7 +168,7 @@ class Trainer:
         layout = world_mesh, self.parallel_dims, job_config
         self.pipeline = None
         if self.parallel_dims.pp_enabled:
-            assert spec.pipeline_fn is not None  # or the config was refused
+            assert spec.pipeline_fn is not None  # otherwise the config was refused
             self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize, self.loss_fn)
             self.model_parts = self.pipeline.model_parts
         else:
@@ -179,7 +179,7 @@ class Trainer:
         on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
 
     def _allocate(self, spec: TrainSpec) -> None:
-        """Weights, optimizer, and what else the steps need."""
+        """Allocate the weights, the optimizer and everything else that the steps need."""
         job_config, world_mesh = self.job_config, self.parallel_dims.world_mesh
         offload = job_config.training.enable_cpu_offload
         for part in self.model_parts:
@@ -225,7 +225,7 @@ class Trainer:
         )
 
     def train(self) -> bool:
-        """Run the steps that are left; on a signal of `stop_signals`, stop early with a checkpoint.
+        """Run the remaining steps; on one of `stop_signals`, stop early with a checkpoint.
 
         Returns:
             Whether the last step is done.
@@ -258,7 +258,7 @@ class Trainer:
                         if stopping:
                             break
                 self.close()
-            finally:  # after a failure nothing is left to save: a signal may end what hangs then
+            finally:  # nothing is left to save after a failure: let signals end a hanging process
                 gc_control.close()
                 stop.close()
         finished = self.state.step >= config.training.steps
@@ -268,7 +268,7 @@ class Trainer:
         return finished
 
     def _begin(self) -> None:
-        """Load what there is to go on from."""
+        """Load the checkpoint or the initial weights that the run starts from."""
         config = self.job_config
         self.watch.start()
         if self.checkpointer.load() == 0:
@@ -281,7 +281,7 @@ class Trainer:
         self.replicas.start(self.state.step, *common)
 
     def train_step(self, stop: StopRequest) -> bool:
-        """One optimizer step. Returns whether a rank was asked to stop, the same on every rank."""
+        """Run one optimizer step. Return whether any rank was asked to stop, equal on all ranks."""
         config, step = self.job_config, self.state.step
         self._start_step()
 
@@ -295,10 +295,10 @@ class Trainer:
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
-        # On the host, which need not wait for the device then to read them.
+        # On the host, so that reading the counts does not wait for the device.
         counts = torch.tensor([tokens, int(stop.received)])
         self.sum_over_ranks(counts)
-        # At least 1: a step of prompts alone teaches nothing, and has a loss of 0.
+        # At least 1: a step of prompts alone has no labels, and its loss is 0.
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
         global_tokens = self.replicas.sum(own_tokens).clamp(min=1)
 
@@ -330,10 +330,10 @@ class Trainer:
         self.optimizers.zero_grad()
 
     def _gradients(self, batches: list[Batch], global_tokens: torch.Tensor) -> torch.Tensor:
-        """Leave the gradients of all micro-batches in the parameters. Returns the share of loss."""
+        """Leave the gradients of all micro-batches in the parameters. Return the share of loss."""
         loss_sum = torch.zeros((), device=self.device)
-        # Autocast forgets its casts of weights when the outermost context ends, so micro-batches
-        # share them in this one. Under checkpointing they would be kept where they were not before.
+        # Autocast drops its cached casts of weights when the outermost context ends, so micro-
+        # batches share this one. Under checkpointing it would keep casts that are otherwise freed.
         share = len(batches) > 1 and self.job_config.activation_checkpoint.mode == "none"
         with torch.autocast(self.device.type, enabled=False) if share else nullcontext():
             for number, batch in enumerate(batches, start=1):
@@ -342,7 +342,7 @@ class Trainer:
         return loss_sum
 
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:
-        """Add the gradients of one micro-batch. Returns its share of the step's loss."""
+        """Add the gradients of one micro-batch. Return its share of the step's loss."""
         tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
         with self.autocast:
@@ -350,13 +350,13 @@ class Trainer:
                 return self.pipeline.forward_backward(tokens, labels, inputs, global_tokens)
             pred = self.model_parts[0](tokens, **inputs)
             loss = self.loss_fn(pred, labels) / global_tokens
-        del pred  # its memory is needed in the backward pass
+        del pred  # the backward pass needs its memory
         loss.backward()
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        """The summed loss of a batch, without gradients; 0 on ranks without the last stage."""
+        """Return the summed loss of a batch, without gradients; 0 unless on the last stage."""
         self.watch.enter("after the step", self.state.step)
         tokens, labels, inputs = self._to_device(self.model_inputs.checked_for_validation(batch))
         begin_forward_pass(self.job_config)
@@ -369,16 +369,16 @@ class Trainer:
         return self.model_inputs.on_device(batch, self.device, self.cp_mesh)
 
     def _after_step(self, stopping: bool) -> None:
-        """Log, validate and save what is due after this step."""
+        """Log, validate and save whatever is due after this step."""
         config, step = self.job_config, self.state.step
         last = step == config.training.steps
         ending = last or stopping
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
-        # Validation may take longer than a run has that was told to stop.
+        # Validation may take longer than the time that a stopping run has left.
         validation_due = last or (step % config.validation.freq == 0 and not stopping)
         saving_due = self.checkpointer.is_due(step, ending) and self.guard.may_save(ending)
 
-        # A checkpoint of a model that holds NaN would be worse than none, so look before saving.
+        # A checkpoint of a model that holds NaN is worse than none, so check before saving.
         if logging_due or saving_due:
             for read_step in self.window.read(self.parallel_dims):
                 refuse_nonfinite_step(*read_step, self.checkpointer.newest)
@@ -414,15 +414,15 @@ class Trainer:
     def _validate(self) -> None:
         if not self.validator:
             return
-        seed_step(self.job_config.debug.seed, 0, self.token_rank)  # each time, the same noise
+        seed_step(self.job_config.debug.seed, 0, self.token_rank)  # the same noise each time
         with evaluating(self.model_parts, self.fsdp_modules):
             loss = self.validator.validate(self.model_parts, self.evaluate)
         self.metrics.log_validation(self.state.step, loss)
 
     def _roll_back(self) -> bool:
-        """Go back to the newest checkpoint, and on with the data after this step.
+        """Return to the newest checkpoint, but continue with the data after this step.
 
-        Returns False if there is none yet, so that the step is only skipped.
+        Returns False if there is no checkpoint yet, in which case the step is only skipped.
         """
         bad_step = self.state.step
         if self.checkpointer.roll_back(exclude=("dataloader", "guard")) is None:
@@ -448,13 +448,13 @@ class Trainer:
     def close(self, save_timeout: float | None = None, failed: bool = False) -> None:
         """Stop the background threads and leave the process group. A second call does nothing.
 
-        `save_timeout` is in seconds. After it, a save in the background is left alone. `failed`:
-        other ranks may be gone, or never come here, and parts of this may not have been made.
+        `save_timeout` is in seconds; a background save that takes longer is no longer waited for.
+        `failed`: other ranks may be gone or never call this, and parts of `self` may not exist.
         """
         if self._closed:
             return
         self._closed = True
-        # NCCL would first wait for all collectives under way, and so for those ranks.
+        # NCCL would first wait for all pending collectives, and so for the ranks that are gone.
         self.may_hang = failed and utils.in_cuda_group() and dist.get_world_size() > 1
         made = vars(self)
         with ExitStack() as closing:  # the last first, and all of them even if one fails
@@ -477,10 +477,10 @@ class Trainer:
 
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code."""
+    """Train as the command line says. Return the exit code."""
     init_logger()
     if sys.__stderr__ and not faulthandler.is_enabled():
-        faulthandler.enable(sys.__stderr__)  # a crash in native code tells where Python stood
+        faulthandler.enable(sys.__stderr__)  # prints the Python stack on a crash in native code
     job_config = load_config(sys.argv[1:] if argv is None else argv)
     if job_config.job.print_config:
         print_config(job_config)
@@ -490,14 +490,14 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(job_config)
         finished = trainer.train()
     except (Exception, KeyboardInterrupt) as error:
-        # Also of a trainer that is half made, or has not begun with its steps.
+        # Also when the trainer is only half made or has not begun its steps.
         if not (utils.in_cuda_group() or (trainer and trainer.may_hang)):
             raise
         end_at_once(error)
     if finished:
         return 0
     if not (job_config.checkpoint.enable or job_config.fault_tolerance.enable):
-        # No code that has a scheduler start the job again, each time from step 0.
+        # Not a code that makes a scheduler restart the job, each time from step 0.
         raise TrainingError(
             f"stopped after step {trainer.state.step} of {job_config.training.steps}, and nothing "
             "is saved, since checkpoint.enable is false: started again, it begins at step 0"
@@ -506,5 +506,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what imports made stays, so no collection need look at it
+    gc.freeze()  # imported objects stay alive, so no collection needs to look at them
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Activation checkpointing: recompute in the backward pass what would not fit in memory.
+"""Activation checkpointing: recompute activations in the backward pass to save memory.
 
 A block's `forward` is replaced by one that checkpoints it. There is no wrapper module, so parameter
 names stay as they are.
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import torchtitan.distributed.ring_attention  # noqa: F401  (makes the operation that is kept)
+import torchtitan.distributed.ring_attention  # noqa: F401  (registers an op of SAVED_OPS)
 from torchtitan.protocols.model import blocks_of
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ SAVED_OPS = {
     torch.ops.higher_order.flex_attention,
     _aten.topk.default,
 }
-"""Kept by selective checkpointing per op: dear to compute or to communicate, cheap to hold. And
-what chooses experts, which must choose the same again."""
+"""Ops whose results selective checkpointing per op keeps: costly to compute or to communicate,
+cheap to hold. Also `topk`, which chooses experts: the recomputation must choose the same ones."""
 
 MATMUL_OPS = {
     _aten.mm.default,
@@ -48,7 +48,7 @@ MATMUL_OPS = {
     _aten._scaled_mm.default,
     _aten._scaled_grouped_mm.default,
 }
-"""Products, of which selective checkpointing per op keeps every other one."""
+"""Matrix products; selective checkpointing per op keeps every other one."""
 
 
 def apply_ac(model: nn.Module, job_config: JobConfig) -> None:
@@ -73,7 +73,7 @@ def apply_ac(model: nn.Module, job_config: JobConfig) -> None:
 
 
 def _selective_contexts() -> Any:
-    """Contexts of one block's forward and recomputation, which must choose alike."""
+    """Return the contexts of a block's forward pass and recomputation, which must decide alike."""
     matmuls: Counter[bool] = Counter()
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -88,10 +88,10 @@ def _selective_contexts() -> Any:
 
 
 class _OnlyKeptOps(TorchDispatchMode):
-    """Hands on to selective checkpointing's own mode only what it may have kept.
+    """Passes only ops that may have been kept to selective checkpointing's own mode.
 
     Torch's mode expects the recomputation to run each operation as often as the forward pass did.
-    But the hooks of FSDP on modules within a block (experts) gather weights only if they have to.
+    But the FSDP hooks of modules within a block (experts) gather weights only when necessary.
     """
 
     def __init__(self, inner: TorchDispatchMode) -> None:
@@ -111,16 +111,16 @@ class _OnlyKeptOps(TorchDispatchMode):
 
 
 def checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | None) -> Any:
-    """`forward` whose activations are recomputed.
+    """Return `forward` with its activations recomputed in the backward pass.
 
     Args:
-        context_fn: makes the contexts of its forward pass and of its recomputation.
+        context_fn: returns the contexts of the forward pass and of the recomputation.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if context_fn is not None:
         options["context_fn"] = context_fn
 
-    # Without the attributes by which the compiler would know `forward`, if it made that.
+    # Without the attributes of `forward`: if it is compiled, the compiler would recognize them.
     @wraps(forward, updated=())
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, **options, **kwargs)

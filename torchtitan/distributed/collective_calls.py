@@ -1,4 +1,4 @@
-"""Calls of a function on one rank whose result or error every rank gets."""
+"""Run a function on rank 0 or on all ranks; if it fails, every rank raises the same error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_all_ranks(function: Callable[[int, int], T], group: dist.ProcessGroup | N
     `group` holds all ranks; None: there is only this process.
 
     Returns:
-        What this rank's call returned.
+        The result of this rank's call.
     """
     rank, ranks = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
     result: T | None = None

@@ -1,4 +1,4 @@
-"""Sees each collective of a block of code, whoever calls it: FSDP, DTensor, a pipeline."""
+"""Observe each collective of a block of code, whoever calls it: FSDP, DTensor, a pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _NAMESPACES = ("c10d", "_c10d_functional", "c10d_functional")
 _NO_COMMUNICATION = ("wait_tensor", "_wrap_tensor_autograd")
-# Of those with several tensors, which argument is read; of all others, it is the first.
+# Index of the input argument of collectives that take several tensors; it is 0 for all others.
 _INPUT_ARGUMENT = {
     "_allgather_base_": 1,
     "_reduce_scatter_base_": 1,
@@ -40,7 +40,7 @@ _NO_INPUT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
 class CollectiveObserver(TorchDispatchMode):
     """While entered, calls `observe(name, inputs, call)` for each collective of this thread.
 
-    Backward passes are seen too, since autograd's threads take the mode over. Operations go
+    Backward passes are observed too, since autograd's threads inherit the mode. All operations go
     through Python, which is slow, so enter it for single steps only.
 
     Args:
@@ -60,7 +60,7 @@ class CollectiveObserver(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
-            return NotImplemented  # what they do with their local tensors comes here then
+            return NotImplemented  # their operations on local tensors arrive here next
         kwargs = kwargs or {}
         namespace = getattr(func, "namespace", "")
         if namespace not in _NAMESPACES:
@@ -78,9 +78,9 @@ class CollectiveObserver(TorchDispatchMode):
 def can_be_observed(
     model_parts: list[nn.Module], job_config: JobConfig, device: torch.device
 ) -> bool:
-    """Whether `CollectiveObserver` may be entered: compiled code refuses to run under it.
+    """Return whether `CollectiveObserver` may be entered: compiled code refuses to run under it.
 
-    Flex attention is compiled too, which CUDA takes for masks that are not plain causal.
+    Flex attention is compiled too; CUDA uses it for masks that are not plain causal.
     """
     from torchtitan.models.common.attention import CausalMask
 

@@ -1,8 +1,8 @@
-"""Compiled blocks under activation checkpointing, where parts of a block run eager.
+"""Compile checkpointed blocks in which some parts run eagerly.
 
-The compiler must split a block where a part of it runs eager, and cannot within a checkpoint: it
-would leave the whole block to eager mode. So the checkpoint is around the compiled block, rather
-than the block with its checkpoint being compiled:
+The compiler must split a block around its eager parts, and cannot do so within a checkpoint: it
+would run the whole block eagerly. So the checkpoint is outside and the compiled block inside it,
+not the other way round:
 
     checkpoint              in the forward pass      when it is recomputed
       compiled: q, k, v     run                      run again
@@ -10,9 +10,8 @@ than the block with its checkpoint being compiled:
       compiled: the router  run                      run again
       eager:    experts     run, some of it kept     taken, or run again
 
-Per op, only the eager parts are asked what to keep. Of the kernels of compiled code, selective
-checkpointing would hold on to results that this code later writes over, as it knows who else reads
-them.
+Per op, selective checkpointing looks only at the eager parts. From compiled code it would keep
+kernel results that this code overwrites later, because the compiler knows only its own readers.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from torchtitan.distributed.activation_checkpoint import checkpointed
 def compile_inside(
     layer: nn.Module, compiler: Callable[..., Any], eager: list[nn.Module], keeps: bool
 ) -> None:
-    """Compile what the checkpoint of a block recomputes.
+    """Compile the function that a block's checkpoint recomputes.
 
     Args:
         layer: a block that `apply_ac` has checkpointed.
-        eager: its modules that run eager, if selective checkpointing per op may keep something.
-        keeps: whether it may; else per op recomputes the whole block, as `full`.
+        eager: its modules that run eagerly if selective checkpointing per op may keep something.
+        keeps: whether it may; if not, per op recomputes the whole block, like `full`.
     """
     made: Any = layer.forward
     context_fn = None
@@ -46,26 +45,26 @@ def compile_inside(
             module.forward = parts.in_contexts(module.forward)
         context_fn = parts.contexts_of_block
     forward = checkpointed(compiler(made.checkpoint_of), context_fn)
-    layer.forward = torch.compiler.disable(forward)  # around it the whole model may be traced
+    layer.forward = torch.compiler.disable(forward)  # the model around it may be traced
 
 
 class _Parts:
-    """The eager parts of a block, each of which runs in a context of its own.
+    """The eager parts of a block, each of which runs in its own context.
 
-    A block runs its parts in the same order when it is recomputed, so the n-th part of a
-    recomputation belongs to the n-th of the forward pass.
+    The recomputation runs a block's parts in the same order as the forward pass, so its n-th part
+    belongs to the n-th of the forward pass.
 
     Args:
-        context_fn: makes the contexts of one part's forward pass and recomputation.
+        context_fn: returns the contexts of one part's forward pass and recomputation.
     """
 
     def __init__(self, context_fn: Callable[[], Any]) -> None:
         self._context_fn = context_fn
         self.contexts: Iterator[Any] | None = None
-        """What the parts that run next run in. None: outside of a checkpoint."""
+        """Contexts of the parts that run next. None: outside of a checkpoint."""
 
     def in_contexts(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of a part, in the next context."""
+        """Return the forward of a part, run in the next context."""
 
         @wraps(forward)
         @torch.compiler.disable
@@ -76,7 +75,7 @@ class _Parts:
         return forward_in_context
 
     def contexts_of_block(self) -> tuple[_Pass, _Pass]:
-        """The `context_fn` of the block's checkpoint."""
+        """Return the contexts of the block's checkpoint, as its `context_fn`."""
         recomputations: list[Any] = []
 
         def forwards() -> Iterator[Any]:
@@ -89,7 +88,7 @@ class _Parts:
 
 
 class _Pass:
-    """While it is entered, as often as it is, the parts run in `contexts`, one after the other."""
+    """While entered, which may be repeated, runs the parts in `contexts`, one after the other."""
 
     def __init__(self, parts: _Parts, contexts: Iterable[Any]) -> None:
         self._parts = parts

@@ -1,7 +1,7 @@
 """Context parallelism: several ranks share each sequence.
 
-`shard_batch` leaves a rank its part of a batch, and `apply_cp` lets the model's attention see the
-other ranks' keys. All else in a transformer treats tokens one by one, so it needs to know nothing.
+`shard_batch` returns a rank's part of a batch, and `apply_cp` lets the model's attention see the
+other ranks' keys. All else in a transformer treats tokens one by one, so it needs no change.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Attend = Callable[..., torch.Tensor]
 def shard_batch(
     batch: dict[str, torch.Tensor], cp_mesh: DeviceMesh, job_config: JobConfig
 ) -> dict[str, torch.Tensor]:
-    """This rank's part of a batch.
+    """Return this rank's part of a batch.
 
     Args:
-        batch: tensors `[batch, seq]`, the same on all ranks of the mesh, with `positions` that were
-            counted in the whole sequence. `seq` is a multiple of `2 * cp`.
+        batch: tensors `[batch, seq]`, the same on all ranks of the mesh, with `positions` counted
+            in the whole sequence. `seq` is a multiple of `2 * cp`.
 
     Returns:
         Tensors `[batch, seq / cp]`.
@@ -43,16 +43,16 @@ def shard_batch(
 
 
 def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> None:
-    """Attend over whole sequences of which each rank of `cp_mesh` has a part, in place.
+    """Make attention cover whole sequences of which each rank of `cp_mesh` has a part, in place.
 
     Replaces the `forward` of each `CausalMask` and `ScaledDotProductAttention` in the model. Call
     it before activation checkpointing and compilation.
 
     Raises:
-        ConfigError: the model does not attend by these modules, or by a rule that the method of
-            `parallelism.context_parallel_method` cannot follow.
+        ConfigError: the model's attention does not use these modules, or follows a rule that
+            `parallelism.context_parallel_method` does not support.
     """
-    # Models import this module.
+    # Imported here because models import this module.
     from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
 
     method = job_config.parallelism.context_parallel_method
@@ -66,7 +66,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             "ScaledDotProductAttention of torchtitan.models.common.attention, so its attention "
             "cannot be shared. Set it to 1",
         )
-    # Its kernels are called with the default scale, and know nothing that a subclass adds.
+    # The ring's kernels use the default scale and ignore everything that a subclass adds.
     plain = all(type(a) is ScaledDotProductAttention and a.scale is None for a in attentions)
     if method == "ring" and not plain:
         fail(
@@ -91,7 +91,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
 
 
 def require_applied_cp(model_parts: list[nn.Module], job_config: JobConfig) -> None:
-    """Refuse a model that would attend within the parts of a sequence.
+    """Refuse a model whose attention would stay within the parts of a sequence.
 
     Raises:
         ConfigError: its `parallelize_fn` did not call `apply_cp`.
@@ -107,7 +107,7 @@ def require_applied_cp(model_parts: list[nn.Module], job_config: JobConfig) -> N
 
 
 def sequence_shards(cp_mesh: DeviceMesh, job_config: JobConfig) -> SequenceShards:
-    """Which part of each sequence a rank of the mesh has."""
+    """Return which part of each sequence a rank of the mesh has."""
     # Ulysses attends to whole sequences for some heads, which is balanced in any order.
     balanced = job_config.parallelism.context_parallel_method != "ulysses"
     return SequenceShards(cp_mesh, balanced)
@@ -116,14 +116,14 @@ def sequence_shards(cp_mesh: DeviceMesh, job_config: JobConfig) -> SequenceShard
 def _shared_mask(
     whole: Callable[..., AttentionMask], shards: SequenceShards, method: str
 ) -> Callable[..., AttentionMask]:
-    """The mask of the queries that this rank attends for, and all keys."""
+    """Return the forward of a mask with all keys and the queries that this rank attends for."""
 
     def forward(
         seq_len: int, document_ids: torch.Tensor | None, device: torch.device
     ) -> AttentionMask:
         seq_len = seq_len * shards.size
         if method == "ring":
-            return None  # it knows no other rule than plain causal
+            return None  # it supports only plain causal attention
         if document_ids is not None:
             document_ids = shards.gather(document_ids, 1)
         queries = None
@@ -170,7 +170,7 @@ def _ulysses(attend: Attend, shards: SequenceShards) -> Attend:
 
 
 def _ring(attend: Attend, shards: SequenceShards) -> Attend:
-    """Pass keys and values around. Instead of `attend`, by a kernel that can be merged."""
+    """Pass keys and values around, using a kernel with mergeable results instead of `attend`."""
     group_name = shards.mesh.get_group().group_name  # here, as the compiler cannot trace it
 
     def forward(

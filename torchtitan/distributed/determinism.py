@@ -1,4 +1,4 @@
-"""Randomness that is a function of the seed and the step."""
+"""Derive all randomness from the seed and the step."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def use_deterministic_kernels() -> None:
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts, the same in every process."""
+    """Return a 63-bit seed from any parts, the same in every process."""
     text = "/".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def seed_step(seed: int, step: int, token_rank: int) -> None:
-    """Seed dropout and the like for one step, so that a resumed run draws what it would have drawn.
+    """Seed dropout and the like for one step, so that a resumed run draws the same numbers.
 
-    Ranks that work on the same tokens (tensor parallel) draw alike. `token_rank` is the number of a
-    rank among those that have different tokens (data and context parallel).
+    Ranks that work on the same tokens (tensor parallel) draw alike. `token_rank` is a rank's number
+    among the ranks that have different tokens (data and context parallel).
     """
     torch.manual_seed(derive_seed(seed, "step", step, token_rank))

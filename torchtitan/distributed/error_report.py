@@ -1,4 +1,4 @@
-"""Reports an error that all ranks raise only once."""
+"""Show an error once, although all ranks raise it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 ONE_MESSAGE = "torchtitan/one_message"
-"""In the file of a rank's error that is one message, not a traceback."""
+"""Key in a rank's error file: the error is a single message, not a traceback."""
 _PATIENCE = timedelta(seconds=5)
 
 
 @contextmanager
 def claim_report(message: str) -> Iterator[bool]:
-    """Yields whether this rank is to show `message`: under torchrun, the first to ask is.
+    """Yield whether this rank should show `message`; under torchrun, the first rank to ask should.
 
-    The others leave the `with` block after that rank has: a rank that ends has torchrun stop all
-    others at once. Ranks find each other by the store of torchrun, so it works before (and after)
-    they have formed a process group; where there is no such store, every rank is the first.
+    The others leave the `with` block after that rank, because torchrun stops all ranks as soon as
+    one ends. Ranks communicate through torchrun's store, so this works before (and after) they have
+    a process group. Without such a store, every rank is the first.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         yield True
@@ -34,7 +34,7 @@ def claim_report(message: str) -> Iterator[bool]:
     try:
         store = dist.TCPStore(host, port, is_master=False, timeout=_PATIENCE)
         first = store.add(f"{key}/asked", 1) == 1
-    except RuntimeError:  # torchrun is gone, or on a host that cannot be reached
+    except RuntimeError:  # torchrun is gone, or its host cannot be reached
         yield True
         return
     yield first
@@ -48,9 +48,9 @@ def claim_report(message: str) -> Iterator[bool]:
 
 
 def write_error_file(message: str) -> None:
-    """Have torchrun show the message in its summary, the last that a user reads.
+    """Make torchrun show the message in its summary, the last thing that a user reads.
 
-    torch.distributed.elastic reads the file; its own `record` would put a traceback into it.
+    torch.distributed.elastic reads the file; its own `record` would write a traceback into it.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}

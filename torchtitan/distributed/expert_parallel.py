@@ -1,9 +1,9 @@
 """Expert parallelism: the experts of each mixture-of-experts layer are spread over ranks.
 
-The router runs on each rank for the rank's own tokens, under tensor parallelism for its part of the
+The router runs on each rank for that rank's tokens, under tensor parallelism for its part of the
 sequence. Rows of tokens, sorted by expert, travel to the ranks that have their experts and back
 (GShard, arXiv:2006.16668). If each expert's matrices are split too (expert tensor parallelism), the
-ranks that share an expert first show one another their rows, and add up their results afterwards.
+ranks that share an expert first exchange their rows, and sum their results afterwards.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from torchtitan.models.common.moe import MoE
 
 SPLIT_DIMS = {"w1": 1, "w2": 2, "w3": 1}
-"""Parameter of `GroupedExperts` -> dimension of the features inside an expert."""
+"""Parameter of `GroupedExperts` -> dimension of the hidden features of an expert."""
 
 _STAY = "_rows_stay"
-"""Attribute of experts whose rows are not to travel, see `without_exchange`."""
+"""Attribute of experts whose rows must not travel, see `without_exchange`."""
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def router_plan() -> Plan:
-    """The part of a block's tensor-parallel plan that has each rank route its part of the sequence.
+    """Return the part of a block's tensor-parallel plan that makes each rank route its own tokens.
 
-    The `MoE` module of the block is `moe`.
+    These are its part of the sequence. The `MoE` module of the block must be named `moe`.
     """
     return {
         "moe": OwnTokens(),
@@ -61,8 +61,8 @@ def apply_expert_parallel(
         split_dims: parameter of the experts -> dimension that expert tensor parallelism splits.
 
     Returns:
-        Experts -> the mesh that `apply_fsdp` is to shard them over. Empty if they need none of
-        their own, because they are held by the same ranks as the rest of their block.
+        Experts -> the mesh that `apply_fsdp` must shard them over. Empty if they need no mesh of
+        their own, because the same ranks hold them and the rest of their block.
     """
     layers = moe_layers(model)
     if not layers or (not parallel_dims.ep_enabled and not parallel_dims.tp_enabled):
@@ -81,7 +81,7 @@ def apply_expert_parallel(
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:
-    # Imported here because the package of models imports this module.
+    # Imported here because torchtitan.models imports this module.
     from torchtitan.models.common.moe import MoE
 
     return [module for module in model.modules() if isinstance(module, MoE)]
@@ -98,11 +98,11 @@ def _shard_experts(experts: nn.Module, mesh: DeviceMesh, split_dims: dict[str, i
 def _dispatched(
     experts: nn.Module, ep: dist.ProcessGroup | None = None, etp: dist.ProcessGroup | None = None
 ) -> Forward:
-    """The forward of `experts` that takes rows for all experts, wherever they are."""
+    """Return a forward of `experts` that takes rows for all experts, wherever they are."""
     forward = experts.forward
 
     @wraps(forward)
-    @torch.compiler.disable  # how many rows travel is known only when they do
+    @torch.compiler.disable  # the number of rows that travel is known only at run time
     def dispatched_forward(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         if getattr(experts, _STAY, False):
             return torch.zeros_like(rows)
@@ -117,10 +117,10 @@ def _dispatched(
 
 @contextmanager
 def without_exchange(model: nn.Module) -> Iterator[None]:
-    """Meanwhile no rows travel, and what would come back from other ranks is zeros.
+    """Move no rows within this context; experts return zeros.
 
-    For passes that ask for shapes alone. Their tokens may all be equal, and would all go to the
-    same few ranks, which have no memory for so many.
+    For passes that only determine shapes. Their tokens may all be equal, and would all go to the
+    same few ranks, which lack the memory for so many.
     """
     experts = [layer.experts for layer in moe_layers(model)]
     for module in experts:
@@ -134,7 +134,7 @@ def without_exchange(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _local_parameters(module: nn.Module) -> Iterator[None]:
-    """Meanwhile the module's parameters are this rank's parts, as plain tensors."""
+    """Use this rank's parts of the parameters, as plain tensors, within this context."""
     whole: dict[str, Any] = dict(module._parameters)
     module._parameters.update({name: param.to_local() for name, param in whole.items()})
     try:
@@ -147,10 +147,10 @@ class RowExchange:
     """Moves the rows of one forward pass to the ranks that have their experts, and back.
 
     Args:
-        counts: rows that this rank has for each expert of all ranks, `[num_experts]` int64.
+        counts: this rank's rows for each expert of all ranks, `[num_experts]` int64.
         rows: their sum.
         ep: the ranks that have different experts; None if every rank has all.
-        etp: the ranks that each have a part of the same experts; None if experts are whole.
+        etp: the ranks that have different parts of the same experts; None if experts are whole.
     """
 
     def __init__(
@@ -174,24 +174,24 @@ class RowExchange:
         self.counts = sources.sum(dim=(0, 1))
         """Rows for each expert of this rank, `[experts of a rank]` int64."""
 
-        if isinstance(counts, FakeTensor):  # when a run is planned, the load is taken to be even
+        if isinstance(counts, FakeTensor):  # planning a run assumes an even load
             numbers = [rows // ep_size] * (2 * ep_size) + [rows] * etp_size
         else:
             numbers = torch.cat([outgoing.sum(1), incoming.sum(1), sources.sum((1, 2))]).tolist()
         self._sent = numbers[:ep_size]
         self._arrived = numbers[ep_size : 2 * ep_size]
         self._shown = numbers[2 * ep_size :]
-        # Rows arrive by source, then expert; experts take them by expert.
+        # Rows arrive sorted by source, then expert; experts take them sorted by expert.
         expert = torch.arange(len(self.counts), device=counts.device).repeat(etp_size * ep_size)
         expert = expert.repeat_interleave(sources.flatten(), output_size=sum(self._shown))
         self._order = expert.argsort(stable=True)
         self._place = inverse_permutation(self._order)
 
     def send(self, rows: torch.Tensor) -> torch.Tensor:
-        """From this rank's rows, sorted by expert, to all rows for the experts of this rank.
+        """Send this rank's rows, sorted by expert; return all rows for this rank's experts.
 
         Args:
-            rows: `[sum of the counts given, dim]`.
+            rows: `[sum of counts, dim]`.
 
         Returns:
             `[sum of self.counts, dim]`, sorted by expert.
@@ -205,7 +205,7 @@ class RowExchange:
         return select_rows(rows, self._order, self._place)
 
     def send_back(self, rows: torch.Tensor) -> torch.Tensor:
-        """The way back of `send`; what the ranks of `etp` made of one row is added up."""
+        """Reverse `send`, summing the results of the `etp` ranks for each row."""
         rows = select_rows(rows, self._place, self._order)
         if self._etp is not None:
             rows = all_to_all_single_autograd(rows, self._own_copies, self._shown, self._etp)

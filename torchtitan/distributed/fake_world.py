@@ -1,4 +1,4 @@
-"""One process that stands for any rank of any world."""
+"""Simulate any rank of any world in one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 @contextmanager
 def fake_world(world_size: int, rank: int) -> Iterator[None]:
-    """This process is rank `rank` of `world_size`, whose collectives do nothing.
+    """Make this process rank `rank` of `world_size` ranks, with collectives that do nothing.
 
     Raises:
         RuntimeError: a process group exists already.
@@ -28,6 +28,6 @@ def fake_world(world_size: int, rank: int) -> Iterator[None]:
             yield
         finally:
             dist.destroy_process_group()
-            # Both hold meshes, whose groups are gone.
+            # Both caches hold meshes, whose groups are gone.
             _clear_sharding_prop_cache()
             torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Data parallelism: FSDP2, HSDP and DDP, all by `fully_shard`."""
+"""Data parallelism: FSDP2, HSDP and DDP, all through `fully_shard`."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def apply_fsdp(
 
     `dp_mesh` is `world_mesh["dp"]`. Within it, `dp_shard` ranks shard and `dp_replicate` groups
     hold replicas: HSDP when both exceed one, DDP when only the latter does. Context ranks shard
-    too, as they hold the same parameters for other tokens.
+    too, because they hold the same parameters for other tokens.
 
     Each block of the model (`blocks_of`) is gathered on its own; so is `tok_embeddings`. `norm` and
     `output` form one group that stays gathered, because the backward pass begins with it. A model
-    may lack any of the three; what has other names, or is a list of modules, is in the root's
+    may lack any of the three. Modules with other names and lists of modules are in the root's
     group. A module that several blocks share is a group of its own.
 
     Args:
-        own_meshes: modules within blocks that are sharded over other meshes, each as a group of its
-            own: experts, see `apply_expert_parallel`.
+        own_meshes: modules within blocks that are sharded over other meshes, each as its own group:
+            experts, see `apply_expert_parallel`.
 
     Raises:
-        ConfigError: blocks share a parameter, but not the module that has it.
+        ConfigError: blocks share a parameter, but not the module that holds it.
     """
     # torch.compile's wrapper delegates to the model.
     inner: Any = getattr(model, "_orig_mod", model)
@@ -68,7 +68,7 @@ def apply_fsdp(
     policy = job_config.parallelism.fsdp_reshard_after_forward
     if policy == "default" and job_config.parallelism.pipeline_parallel_degree > 1:
         policy = "never"
-    # With one rank to shard over, freeing what was gathered would save nothing.
+    # With one rank to shard over, freeing gathered parameters would save nothing.
     reshard = policy != "never" and mesh.size(-1) > 1
 
     own_meshes = own_meshes or {}
@@ -96,12 +96,12 @@ def apply_fsdp(
     )
     head = [m for m in (norm, output) if m is not None]
     tied = bool(_parameters(embedding) & _parameters(output))
-    if not tied:  # a tied weight must be in one group, the root's
+    if not tied:  # a tied weight must be in a single group, the root's
         if embedding is not None:
-            is_table = type(embedding) is nn.Embedding  # whose gradient needs the tokens alone
+            is_table = type(embedding) is nn.Embedding  # its gradient needs only the tokens
             fully_shard(embedding, **options, reshard_after_forward=reshard)
-            # The backward pass ends here. FSDP would gather what the forward pass of the
-            # micro-batch before ended with.
+            # The backward pass ends here. FSDP would prefetch the last group of the previous
+            # micro-batch's forward pass.
             embedding.set_modules_to_backward_prefetch([embedding])
             embedding.set_unshard_in_backward(not is_table)
         if head:
@@ -128,7 +128,7 @@ def _prefetch_whole_blocks(units: list[list[Any]]) -> None:
 
 
 def _callable_part(model: nn.Module, name: str) -> Any:
-    """A module that FSDP can gather when it is called, or None: a list of modules never is."""
+    """Return a module that FSDP can gather when it is called; None for a list, as it never is."""
     part = getattr(model, name, None)
     if not isinstance(part, nn.Module) or isinstance(part, nn.ModuleList | nn.ModuleDict):
         return None
@@ -140,7 +140,7 @@ def _parameters(module: nn.Module | None) -> set[nn.Parameter]:
 
 
 def _modules_of_several_blocks(blocks: dict[str, nn.Module]) -> list[nn.Module]:
-    """The outermost modules with parameters that are part of more than one block."""
+    """Return the outermost modules with parameters that belong to more than one block."""
     counts = Counter(module for block in blocks.values() for module in block.modules())
     found = [m for m, count in counts.items() if count > 1 and any(True for _ in m.parameters())]
     inside = {part for module in found for part in module.modules() if part is not module}
@@ -164,9 +164,9 @@ def _refuse_parameters_of_several_blocks(
 
 
 def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
-    """How parameters of a block are cut: along rows (None), but experts as evenly as possible.
+    """Return how to cut a block's parameters: along rows (None), but experts as evenly as possible.
 
-    With more ranks than experts, a cut between experts would leave ranks without any.
+    With more ranks than experts, cutting between experts would leave ranks without any.
     """
     ranks = mesh.size(-1)
 
@@ -178,7 +178,7 @@ def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
             for size, place in zip(param.device_mesh.shape, param.placements, strict=True):
                 dim = cast(Shard, place).dim
                 taken[dim] = taken.get(dim, 1) * size
-        # FSDP cuts other dimensions than the first only evenly, and here none that is cut already.
+        # FSDP cuts dimensions other than the first only evenly, and here none that is already cut.
         free = [dim for dim in (1, 2) if dim not in taken and param.size(dim) % ranks == 0]
         if param.size(0) // taken[0] % ranks == 0 or not free:
             return None
@@ -188,7 +188,7 @@ def _placement_over(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
 
 
 def _sharding_mesh(dp_mesh: DeviceMesh) -> DeviceMesh:
-    """The `dp_shard_cp` mesh, or the two-dimensional one when there are replicas."""
+    """Return the `dp_shard_cp` mesh, or the two-dimensional one when there are replicas."""
     world_mesh = dp_mesh._get_root_mesh()
     if "dp_replicate" in (world_mesh.mesh_dim_names or ()):
         return world_mesh["dp_replicate", "dp_shard_cp"]
@@ -200,10 +200,10 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Have data ranks add their gradients rather than average them.
+    """Make data ranks sum their gradients rather than average them.
 
     The trainer divides the loss by the number of tokens of all ranks, so the sum is the gradient of
-    the mean over tokens, also when ranks hold different numbers of tokens.
+    the mean over tokens, even when ranks hold different numbers of tokens.
     """
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
@@ -218,7 +218,7 @@ def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
 
 
 def mixed_precision(fsdp: bool, job_config: JobConfig, device: torch.device) -> Any:
-    """Mixed precision where FSDP does not provide it."""
+    """Return a context for mixed precision where FSDP does not provide it."""
     dtype = getattr(torch, job_config.training.mixed_precision_param)
     if fsdp or dtype == torch.float32:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""The norm of all gradients of a model that is spread over several meshes, and clipping to it."""
+"""Clip the gradients of a model that is spread over several meshes to a global norm."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def clip_grad_norm(
 
     Each gradient may be a plain tensor (the same on all ranks) or a DTensor on any mesh; partial
     sums are reduced first. Squares are summed per set of mesh dimensions that the gradient is
-    sharded over, and reduced over these alone, so that nothing is counted twice and no gradient is
+    sharded over, and reduced over these only, so that nothing is counted twice and no gradient is
     gathered.
 
     Args:
         parameters: of all model parts of this rank.
-        pp_mesh: the ranks that have the other stages of a pipeline.
+        pp_mesh: the ranks that have the other pipeline stages.
 
     Returns:
         The norm before clipping: a float32 scalar, the same on every rank, not synchronised with
@@ -35,7 +35,7 @@ def clip_grad_norm(
     """
     parameters = [p for p in parameters if p.grad is not None]
     for param in parameters:
-        # Of a weight that each rank applied to its part of the sequence, such as a norm's.
+        # As with a norm's weight, which each rank applied to its part of the sequence.
         grad = param.grad
         if isinstance(grad, DTensor) and any(x.is_partial() for x in grad.placements):
             param.grad = grad.redistribute(placements=cast(DTensor, param).placements)
@@ -69,11 +69,11 @@ def clip_grad_norm(
 
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Sum over all elements of all tensors, a float64 scalar, exact to about 1e-7 for any size."""
+    """Return the sum over all elements as a float64 scalar, exact to about 1e-7 for any size."""
     if tensors[0].device.type == "cpu":
-        # Over a whole tensor, the CPU kernel adds up float32 in a few long chains: of 64 million
-        # elements it misses 0.5%, and it misses less of the shards of the same tensor. By rows it
-        # is right, and as fast.
+        # Over a whole tensor, the CPU kernel adds up float32 in a few long chains: for 64 million
+        # elements the error is 0.5%, and less for shards of the same tensor. By rows it is
+        # accurate, and as fast.
         norms = [torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32) for t in tensors]
         return torch.cat([norm.flatten() for norm in norms]).double().square().sum()
     norm_of_each = torch._foreach_norm(tensors, 2, dtype=torch.float32)
@@ -81,7 +81,7 @@ def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _sharding_meshes(grad: torch.Tensor) -> tuple[DeviceMesh, ...]:
-    """The one-dimensional meshes that `grad` is sharded over."""
+    """Return the one-dimensional meshes that `grad` is sharded over."""
     if not isinstance(grad, DTensor):
         return ()
     mesh = grad.device_mesh

@@ -1,4 +1,4 @@
-"""Notices that training stands still, writes down where, and names the rank the others wait for."""
+"""Notice that training hangs, write down where, and name the rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _STORE_SECONDS = 20.0
 _SYNCS = frozenset(
     {"tolist", "item", "int", "float", "cpu", "nonzero", "wait", "synchronize", "_cuda_synchronize"}
 )
-"""Calls in which the host waits for the device; with NCCL, for the collectives before them."""
+"""Calls in which the host waits for the device; with NCCL, also for collectives before them."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank tells the others of itself."""
+    """The status that a rank sends to the others."""
 
     rank: int
     host: str
     step: int
     phase: str
     seconds: float
-    """In this phase."""
+    """Time spent in this phase."""
     where: str
-    """Innermost line of Python of the main thread; "" unless it stands still."""
+    """The main thread's innermost line of Python; "" unless the rank hangs."""
     waits: bool
-    """Whether it may wait for other ranks there: in PyTorch's communication, or for the device."""
+    """Whether that line may wait for other ranks: in PyTorch's communication, or for the device."""
     time: float
     """When it was sent, in seconds since 1970."""
 
@@ -69,10 +69,10 @@ class HangWatch:
 
     If it is not, the rank writes the Python stacks of its threads to `hang/rank-N.txt` in the dump
     folder, and PyTorch's record of its collectives to `hang/flight_recorder_N`. Rank 0 then reads
-    what all ranks say, and reports who is late. The run goes on; `comm.timeout_seconds` ends it.
+    all heartbeats and reports which ranks are late. The run goes on until `comm.timeout_seconds`.
 
-    Each rank sends a few heartbeats per `hang_seconds` to the store of the process group, by a
-    connection of its own. Only rank 0 reads them, and only when it stands still itself.
+    Each rank sends a few heartbeats per `hang_seconds` to the store of the process group, over a
+    connection of its own. Only rank 0 reads them, and only when it hangs itself.
     """
 
     def __init__(self, job_config: JobConfig) -> None:
@@ -85,19 +85,19 @@ class HangWatch:
         self._main_thread = threading.get_ident()
 
     def start(self) -> None:
-        """Begin to watch this thread. All ranks call this, once they have met."""
+        """Begin to watch this thread. All ranks call this, once they have a process group."""
         if not self._limit:
             return
         self._main_thread = threading.get_ident()
         self._store = dist.distributed_c10d._get_default_store()
         if dist.get_world_size() > 1:
-            # While the main thread waits in the store, its connection is taken.
-            self._store = cast(Any, self._store).clone()  # which torch's stubs lack
+            # While the main thread waits in the store, it occupies its connection.
+            self._store = cast(Any, self._store).clone()  # torch's stubs lack it
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
         self._thread.start()
 
     def enter(self, phase: str, step: int) -> None:
-        """The main thread comes to `phase`, one of `PHASES`, of `step`."""
+        """Record that the main thread enters `phase`, one of `PHASES`, of `step`."""
         self._now = (step, phase, time.monotonic())
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class HangWatch:
             logger.warning("the report of a hang cannot be written: %s", error)
 
     def _read_all(self) -> tuple[list[Heartbeat], list[int]]:
-        """The last heartbeat of each rank, and the ranks that never sent one."""
+        """Return the last heartbeat of each rank, and the ranks that never sent one."""
         keys = [_key(rank) for rank in range(dist.get_world_size())]
         present = keys
         if not self._store.check(keys):
@@ -192,8 +192,9 @@ class HangWatch:
 
 
 def waits(frame: FrameType) -> bool:
-    """Whether the innermost frame of a thread is in PyTorch's communication, in which gloo waits,
-    or waits for the device, as for NCCL.
+    """Return whether a thread may wait for other ranks, judging by its innermost frame.
+
+    It may in PyTorch's communication (gloo waits there), or in a wait for the device (NCCL).
     """
     code = frame.f_code
     if os.path.join("torch", "distributed", "") in code.co_filename:
@@ -202,9 +203,9 @@ def waits(frame: FrameType) -> bool:
 
 
 def _calls(frame: FrameType) -> str:
-    """Name of the function that a frame calls, if its arguments are no more than local names.
+    """Return the name of the function that a frame calls; "" if an argument is not a local name.
 
-    Of the bytecode: the file with the source may be on the storage that hangs.
+    Reads bytecode, because the source file may be on the storage that hangs.
     """
     name = ""
     for instruction in dis.get_instructions(frame.f_code):
@@ -222,8 +223,9 @@ _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NA
 
 
 def report(beats: list[Heartbeat], silent: list[int], limit: float, on_cuda: bool = False) -> str:
-    """Who is late: ranks not heard of, else those in the earliest place, else those that do not
-    wait. If that tells nothing, where all stand.
+    """Return which ranks are late, or where all ranks are if none stands out.
+
+    Late are the ranks not heard from, else those in the earliest place, else those not waiting.
 
     Args:
         beats: the last heartbeat of each rank that ever sent one.
@@ -235,7 +237,7 @@ def report(beats: list[Heartbeat], silent: list[int], limit: float, on_cuda: boo
     head = f"no progress for {limit:g} s"
     if silent:
         return f"{head}. Never heard of: {_enumerate([f'rank {rank}' for rank in silent])}"
-    # A live rank sends every quarter of the limit.
+    # A live rank sends a heartbeat every quarter of the limit.
     mute = [beat for beat in beats if now - beat.time > limit]
     if mute:
         told = [f"{beat} when last heard of, {now - beat.time:.0f} s ago" for beat in mute]
@@ -253,7 +255,7 @@ _ON_DEVICE = ". What the devices wait for is in flight_recorder_N of each rank"
 
 
 def _places(beats: list[Heartbeat]) -> str:
-    """Where ranks stand that are in one phase; the fewest at one line first."""
+    """Return where ranks of the same phase stand; lines with the fewest ranks come first."""
     places: dict[str, list[Heartbeat]] = {}
     for beat in beats:
         places.setdefault(beat.where, []).append(beat)
@@ -285,7 +287,7 @@ def _enumerate(items: list[str]) -> str:
 
 
 def _flight_record() -> bytes | None:
-    """PyTorch's record of the last collectives, a pickle; None where it keeps none."""
+    """Return PyTorch's record of the last collectives, a pickle; None if it keeps none."""
     names = ["_dump_fr_trace"]
     if torch.cuda.is_available():
         names.insert(0, "_dump_nccl_trace")

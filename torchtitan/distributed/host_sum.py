@@ -1,4 +1,4 @@
-"""Sums of a few numbers over all ranks, on the host, at each step."""
+"""Sum a few numbers over all ranks, on the host, at each step."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch.distributed as dist
 
 _SUM = dist.ReduceOp.SUM
 _FEW = 16
-"""Ranks up to which a ring is as good."""
+"""Number of ranks up to which a ring is as good."""
 
 
 class HostSum:
-    """Adds up small tensors on the host. All ranks make one, and call it, together.
+    """Sums small tensors on the host. All ranks construct it, and call it, together.
 
-    Make it before groups that only some of the ranks are in: PyTorch names groups by the number of
-    those that a rank has.
+    Construct it before groups that only some of the ranks are in: PyTorch names a group by the
+    number of groups that the rank has already.
 
-    Gloo hands a tensor on along a ring of all n ranks: 2 (n - 1) messages one after the other,
-    a second or two with 10,000 ranks. Here the ranks stand in rows, and add up along their row; the
-    first ones of the rows add that up, and tell their row: about 4 sqrt(n) messages.
+    Gloo passes a tensor along a ring of all n ranks: 2 (n - 1) messages one after the other, a
+    second or two with 10,000 ranks. Here the ranks stand in rows: each row sums, the first ranks of
+    the rows sum their results, and broadcast to their rows, with about 4 sqrt(n) messages.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class HostSum:
         self._several, self._head = len(rows) > 1, row[0]
         if self._several:
             heads = [row[0] for row in rows]
-            # Others have a group of their own in its place: all have as many groups then.
+            # Other ranks get a group of their own instead, so that all have equally many groups.
             across = heads if rank == self._head else [rank]
             self._row, self._across = (
-                # Only those in a group wait for each other: there are many groups.
+                # Only the ranks of a group wait for each other: there are many groups.
                 dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
                 for ranks in (list(row), across)
             )
@@ -41,7 +41,7 @@ class HostSum:
     def __call__(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = _SUM) -> None:
         """Replace `tensor` by its sum over all ranks, the same to the last bit on each.
 
-        `op`: what to take in place of the sum.
+        `op`: the reduction to use instead of the sum.
         """
         dist.all_reduce(tensor, op, group=self._row)
         if self._several:
@@ -50,6 +50,6 @@ class HostSum:
 
 
 def rows_of(ranks: int) -> list[range]:
-    """The ranks of each row: one of few ranks, else about as many rows as a row has ranks."""
+    """Return the ranks of each row: one row of few ranks, else about as many rows as columns."""
     rows = math.isqrt(ranks) if ranks > _FEW else 1
     return [range(row * ranks // rows, (row + 1) * ranks // rows) for row in range(rows)]

@@ -1,10 +1,10 @@
-"""Weights that depend on the seed and the parameter's name alone, never on the layout.
+"""Initialise weights by the seed and the parameter's name alone, independent of the layout.
 
 Parameters are initialised after they were sharded. An ordinary random number generator would give
-every layout other weights: each rank draws for its own shard, and a pipeline stage draws for fewer
-layers. Here every random operation gets a seed of its own, made of (seed, parameter name, how often
-that parameter was drawn for), and a sharded parameter draws the whole tensor and keeps its part.
-So two runs of one seed can be compared step by step, whatever their layouts.
+different weights in every layout: each rank draws for its own shard, and a pipeline stage draws for
+fewer layers. Here every random operation gets its own seed, derived from (seed, parameter name,
+number of earlier draws for it), and a sharded parameter draws the whole tensor and keeps its part.
+So two runs with the same seed can be compared step by step, whatever their layouts.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torchtitan.protocols.model import ModelProtocol
 def set_weights(model: ModelProtocol) -> None:
     """Set all weights of a model, as on a single device.
 
-    Every module first gets PyTorch's own defaults (`reset_parameters`), then
-    `model.init_weights()` decides.
+    Every module first gets PyTorch's own defaults (`reset_parameters`), which
+    `model.init_weights()` then overrides.
     """
     for module in model.modules():
         reset = getattr(module, "reset_parameters", None)
@@ -43,16 +43,16 @@ def initialize_weights(
     device: torch.device,
     buffer_device: torch.device | None = None,
 ) -> None:
-    """Allocate a model that is on the meta device, and set all its weights, see `set_weights`.
+    """Allocate a model that is on the meta device, and set all its weights (`set_weights`).
 
     Args:
         device: where parameters live.
-        buffer_device: where buffers live, and where numbers are drawn; None: with the parameters.
-            They differ when parameters are offloaded to the host, which would draw other numbers,
-            and slowly.
+        buffer_device: where buffers live and random numbers are drawn; None: `device`. The two
+            differ when parameters are offloaded to the host, where drawing would be slow and give
+            other numbers.
 
     Raises:
-        RuntimeError: a parameter or buffer is left unset (the author's bug); names it.
+        RuntimeError: a parameter or buffer is left unset (the model's bug); the message names it.
     """
     with preserve_tying(model):
         model.to_empty(device=device)
@@ -74,7 +74,7 @@ class SeededInit(TorchDispatchMode):
     `trunc_normal_`) belongs to the parameter that was drawn for last.
 
     Args:
-        device: draws for parameters and buffers; None: the one that they are on.
+        device: where to draw for parameters and buffers; None: on their own device.
     """
 
     def __init__(self, model: nn.Module, seed: int, device: torch.device | None = None) -> None:
@@ -93,7 +93,7 @@ class SeededInit(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         own_generator = kwargs.get("generator") is not None
-        # Of a part, `weight[:4]`, DTensor makes a copy of its own, where the values would be lost.
+        # Not for a slice (`weight[:4]`): DTensor slices into a copy, so the values would be lost.
         if copies_whole_values(func, args) and _storage_key(args[0]) in self._names:
             return self._on_whole_tensor(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags or own_generator:
@@ -108,7 +108,7 @@ class SeededInit(TorchDispatchMode):
         return self._on_whole_tensor(func, args, kwargs)
 
     def _on_whole_tensor(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Do as if the first argument were not sharded, and keep this rank's part of the result."""
+        """Run `func` as if its first argument were not sharded, and keep this rank's part."""
         target = args[0]
         local = local_tensor(target)
         mutable = func._schema.is_mutable
@@ -134,9 +134,10 @@ class SeededInit(TorchDispatchMode):
 
 
 def copies_whole_values(func: Any, args: Any) -> bool:
-    """Whether numbers that every rank has computed go into a sharded tensor, which DTensor refuses.
+    """Return whether a plain tensor, equal on all ranks, is copied into a sharded one.
 
-    As in `self.A_log.copy_(torch.arange(n).log())` of a model that is written for one device.
+    DTensor refuses this. It occurs in models written for one device, for example as
+    `self.A_log.copy_(torch.arange(n).log())`.
     """
     if func is not torch.ops.aten.copy_.default:
         return False
@@ -144,22 +145,22 @@ def copies_whole_values(func: Any, args: Any) -> bool:
 
 
 def _storage_key(tensor: torch.Tensor) -> int:
-    """Identifies a tensor's memory, so that `weight.data` and `weight` are one."""
+    """Return a key of a tensor's memory, the same for `weight.data` and `weight`."""
     local = local_tensor(tensor)
     return local.untyped_storage()._cdata
 
 
 class _Unset(TorchDispatchMode):
-    """Finds the parameters and buffers that nobody sets while it is entered.
+    """Finds the parameters and buffers that are not set while it is entered.
 
-    Floating and complex tensors are filled with NaN, so that one which is set in part is found too.
-    Of integers and booleans, only whether anything was written to them is known.
+    Floating and complex tensors are filled with NaN, so that partly set ones are found, too. Of
+    integers and booleans, it knows only whether anything was written to them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
-        self._unwritten: dict[int, torch.Tensor] = {}  # which keeps keys from being used again
+        self._unwritten: dict[int, torch.Tensor] = {}  # the tensors keep keys from being reused
         for _, tensor in _local_tensors(model):
             if _holds_nan(tensor):
                 tensor.fill_(float("nan"))
@@ -179,7 +180,7 @@ class _Unset(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def refuse(self) -> None:
-        """Raise a RuntimeError that names what is unset."""
+        """Raise a RuntimeError that names the unset tensors, if there are any."""
         unset = [
             canonical_name(name)
             for name, tensor in _local_tensors(self._model)

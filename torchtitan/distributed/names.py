@@ -1,4 +1,4 @@
-"""Parameter names as they stand in checkpoints and in `optimizer.rules`."""
+"""Parameter names as used in checkpoints and in `optimizer.rules`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-"""Modules that torch puts around another: torch.compile, activation checkpointing, FSDP1."""
+"""Wrapper modules of torch: torch.compile, activation checkpointing, FSDP1."""
 
 
 def canonical_name(fqn: str) -> str:
-    """The name that a parameter has in the bare model: `_orig_mod.norm.weight` -> `norm.weight`."""
+    """Return a parameter's name in the bare model: `_orig_mod.norm.weight` -> `norm.weight`."""
     return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)
 
 
 def require_match(pattern: str, model: nn.Module, job_config: JobConfig, key: str) -> None:
-    """Raises `ConfigError` if the pattern, of `key`, matches no parameter of the whole model."""
+    """Raise `ConfigError` if the pattern, of config key `key`, matches no parameter of the model.
+
+    `model` is the whole model.
+    """
     names = [canonical_name(fqn) for fqn, _ in model.named_parameters()]
     if not any(re.search(pattern, name) for name in names):
         some = ", ".join(names[:: max(1, len(names) // 5)][:5])

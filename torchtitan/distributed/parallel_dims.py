@@ -34,11 +34,11 @@ class ParallelDims:
     Experts have no ranks of their own: `ep * etp` divides `dp_shard * cp * tp`, whose ranks hold
     the experts of a layer together (DeepSpeed-MoE, arXiv:2201.05596).
 
-    `dp_shard = -1` takes the ranks that the other degrees leave.
+    `dp_shard = -1` takes all ranks that the other degrees leave.
 
     Raises:
         WorldSizeError: the degrees do not fit the world.
-        ConfigError: those of experts do not fit the others.
+        ConfigError: the expert degrees do not fit the others.
     """
 
     dp_replicate: int = 1
@@ -101,13 +101,13 @@ class ParallelDims:
 
     @property
     def dp(self) -> int:
-        """Ranks that read different data."""
+        """Number of ranks that read different data."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def dp_enabled(self) -> bool:
         """Whether several ranks hold the same weights for different tokens, so that FSDP (or DDP)
-        has something to do: data ranks, and context ranks, which have other parts of a sequence.
+        applies. These are data ranks, and context ranks, which have other parts of a sequence.
         """
         return self.dp * self.cp > 1
 
@@ -141,21 +141,21 @@ class ParallelDims:
 
     @property
     def expert_dp(self) -> int:
-        """Ranks that hold the same experts for different tokens, within a replica of the model."""
+        """Number of ranks that hold the same experts for different tokens, within a replica."""
         return self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
 
     @property
     def non_data_parallel_size(self) -> int:
-        """Ranks that read the same data."""
+        """Number of ranks that read the same data."""
         return self.pp * self.cp * self.tp
 
     @property
     def loss_copies(self) -> int:
-        """Ranks that compute the same loss. Of a pipeline, only the last stage has one."""
+        """Number of ranks that compute the same loss; in a pipeline, only the last stage does."""
         return self.tp
 
     def __str__(self) -> str:
-        """`dp_replicate 1, dp_shard 4, tp 2`: what is used, and always the data ranks."""
+        """Return `dp_shard 4, tp 2`: the degrees above 1, and always dp_shard."""
         shown = {name: getattr(self, name) for name in CONFIG_KEYS}
         return ", ".join(
             f"{name} {size}" for name, size in shown.items() if size > 1 or name == "dp_shard"
@@ -165,7 +165,7 @@ class ParallelDims:
     def world_mesh(self) -> DeviceMesh:
         """The mesh of all ranks: pp, dp_replicate, dp_shard, cp, tp, outermost first.
 
-        Dimensions of degree 1 are left out, but for dp_shard. Besides, these names always exist:
+        Dimensions of degree 1 are left out, except dp_shard. In addition, these names always exist:
 
         * `dp`: ranks that read different data;
         * `dp_shard_cp`: ranks that share parameters, gradients and optimizer state (FSDP);
@@ -187,20 +187,20 @@ class ParallelDims:
 
     @cached_property
     def expert_mesh(self) -> DeviceMesh:
-        """The same ranks as experts see them: pp, dp_replicate, expert_dp, ep, etp.
+        """The same ranks, arranged for experts: pp, dp_replicate, expert_dp, ep, etp.
 
         `ep` ranks have different experts, `etp` ranks share each expert's matrices, `expert_dp`
-        ranks hold the same experts and shard them (FSDP). Dimensions of degree 1 are left out, but
-        for expert_dp. Needs an initialised process group.
+        ranks hold the same experts and shard them (FSDP). Dimensions of degree 1 are left out,
+        except expert_dp. Needs an initialised process group.
         """
         sizes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "expert_dp": self.expert_dp}
         return _mesh(sizes | {"ep": self.ep, "etp": self.etp}, always="expert_dp")
 
     def groups(self) -> dict[str, ProcessGroup]:
-        """Name -> process group that this rank is in, for the parallelisms that are enabled.
+        """Return name -> process group of this rank, for the parallelisms that are enabled.
 
-        `fsdp` has the ranks that share parameters. Experts have groups of their own of the same
-        ranks as `dp_replicate` and `pp`, named `expert_dp_replicate` and `expert_pp`.
+        `fsdp` has the ranks that share parameters. Experts have their own groups for the ranks of
+        `dp_replicate` and `pp`, named `expert_dp_replicate` and `expert_pp`.
         """
         groups = {}
         for name in ("pp", "dp_replicate", "cp", "tp"):

@@ -1,8 +1,8 @@
-"""Pipeline parallelism: the layers of a model on several groups of ranks, by PyTorch's schedules.
+"""Pipeline parallelism: spread a model's layers over groups of ranks, by PyTorch's schedules.
 
 A stage is a copy of the model with the modules of other stages deleted, so every stage is an
-instance of the same class, and names in checkpoints do not change. `split_model` decides who gets
-what; `Pipeline` runs a batch through the schedule.
+instance of the same class, and names in checkpoints do not change. `split_model` assigns modules to
+stages; `Pipeline` runs a batch through the schedule.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def build_pipeline(
 ) -> Pipeline:
     """Split `model`, parallelize this rank's stages, and prepare the schedule.
 
-    This is a `TrainSpec.pipeline_fn`. Models whose modules have other names give them by
+    This is a `TrainSpec.pipeline_fn`. Models whose modules have other names pass these with
     `functools.partial`.
 
     Args:
@@ -67,8 +67,8 @@ def build_pipeline(
         parallelize_fn: applied to each stage.
         loss_fn: applied by the last stage.
         first_modules: modules and bare parameters before the layers, in the order of the forward
-            pass. They stay together, in the first stage, unless a split point is among them.
-        last_modules: those after the layers. Each may be absent by itself.
+            pass. They stay together in the first stage, unless a split point is among them.
+        last_modules: those after the layers. Any of them may be absent.
 
     Raises:
         ConfigError: the model has too few layers, cannot be cut at the split points, or shares
@@ -84,7 +84,7 @@ def build_pipeline(
 def modules_around_layers(
     pipeline_fn: Callable[..., Any] | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """`first_modules` and `last_modules` of a `TrainSpec.pipeline_fn`: chosen, or by default."""
+    """Return `first_modules` and `last_modules` of a `TrainSpec.pipeline_fn`, or the defaults."""
     chosen = getattr(pipeline_fn, "keywords", {})  # of a functools.partial
     defaults = inspect.signature(build_pipeline).parameters
     first, last = (
@@ -120,14 +120,14 @@ class Pipeline:
         self._is_last = self._num_stages - 1 in stages
         self._divisor: torch.Tensor | float = 1.0
         for number, part in zip(stages, model_parts, strict=True):
-            # What is sent may not be a view, neither hidden states nor gradients.
+            # Neither hidden states nor gradients may be views when they are sent.
             if number > 0:
                 part.register_forward_pre_hook(_contiguous_gradients)
             if number < self._num_stages - 1:
                 part.register_forward_hook(_contiguous_outputs)
                 part.register_forward_hook(_SameNumberOfOutputs(number, job_config))
-        # Training and evaluation have schedules of their own: torch plans the communication anew
-        # whenever one schedule changes between them.
+        # Training and evaluation have their own schedules: torch plans the communication anew
+        # whenever one schedule switches between them.
         self._training = self._build_schedule(job_config.training.local_batch_size)
         self._evaluation: Any = None
 
@@ -141,11 +141,11 @@ class Pipeline:
         """Train on `[local_batch_size, seq]` tokens; gradients accumulate in the parameters.
 
         Args:
-            inputs: what else the model's forward takes, each `[local_batch_size, seq]`.
-            divisor: of the summed loss.
+            inputs: the other inputs of the model's forward, each `[local_batch_size, seq]`.
+            divisor: what the summed loss is divided by.
 
         Returns:
-            The loss over `divisor`, a scalar; 0 on ranks without the last stage.
+            The loss divided by `divisor`, a scalar; 0 on ranks without the last stage.
         """
         self._divisor = divisor
         loss = self._run(self._training.step, tokens, labels, inputs)
@@ -157,7 +157,7 @@ class Pipeline:
     def evaluate(
         self, tokens: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """The summed loss of `[validation.local_batch_size, seq]` tokens; 0 without last stage."""
+        """Sum the loss of `[validation.local_batch_size, seq]` tokens; 0 without last stage."""
         if self._evaluation is None:
             self._evaluation = self._build_schedule(batch_shape(self._config, "validation")[0])
             _drop_backward(self._evaluation)
@@ -181,7 +181,7 @@ class Pipeline:
                 **inputs,
             )
         except RuntimeError as error:
-            if isinstance(error.__cause__, ConfigError):  # of a stage; PyTorch adds its arguments
+            if isinstance(error.__cause__, ConfigError):  # from a stage; PyTorch adds its arguments
                 raise error.__cause__ from None
             if "'_input_metadata' is invalid" not in str(error):
                 raise
@@ -227,8 +227,8 @@ class Pipeline:
 def _lay_out_gradients_like_weights(part: nn.Module) -> None:
     """Copy gradients whose strides are not their parameter's.
 
-    `backward()` does so itself. Schedules that compute the gradients of weights apart store what
-    `torch.autograd.grad` gives, and fused optimizers then pair the wrong numbers without a word
+    `backward()` does so itself. Schedules that compute the gradients of weights separately store
+    the results of `torch.autograd.grad`, and fused optimizers then silently pair the wrong numbers
     (seen with torch 2.13).
     """
     for param in part.parameters():
@@ -261,8 +261,10 @@ def _contiguous_outputs(part: nn.Module, args: Any, outputs: Any) -> Any:
 
 
 class _SameNumberOfOutputs:
-    """After each forward pass of a stage: it hands on as many tensors as PyTorch has seen when it
-    planned the pipeline, with the stage in evaluation mode (`_asked_for_shapes`).
+    """Checks that a stage outputs as many tensors as when PyTorch planned the pipeline.
+
+    Runs after each forward pass. The planning has the stage in evaluation mode
+    (`_asked_for_shapes`).
 
     Raises:
         ConfigError: it does not; PyTorch would look for a receiver and raise `KeyError: 1`.
@@ -300,17 +302,19 @@ def _drop_backward(schedule: Any) -> None:
 
 
 class _Stage(PipelineStage):
-    """A stage that is in eval mode while PyTorch finds out the shapes of what it sends.
+    """A stage that is in eval mode while PyTorch infers the shapes of its outputs.
 
-    That is a forward pass with the first micro-batch, after the first stage with zeros (torch 2.11)
-    or whatever memory holds (2.13, which adds a backward pass). It must not count as training, in
-    the load statistics of experts for example, and no rows are sent to experts.
-    Activation checkpointing computes in the backward pass what it computed in the forward pass.
+    The inference is a forward pass with the first micro-batch, after the first stage with zeros
+    (torch 2.11) or uninitialised memory (2.13, which adds a backward pass). It must not count as
+    training, for example in the load statistics of experts, and it sends no rows to experts.
+    The backward pass needs the same mode: activation checkpointing runs the forward pass again.
     """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """The operations that connect it to other ranks. The two in the middle of a V are on one,
-        and torch 2.11 would have gloo connect that to itself.
+        """Return the operations that connect the stage to other ranks.
+
+        The two stages in the middle of a V are on one rank, which torch 2.11 would have gloo
+        connect to itself.
         """
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
@@ -320,7 +324,7 @@ class _Stage(PipelineStage):
             return super()._forward_metadata_inference(*args, **kwargs)
 
     def _backward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
-        if "loss_fn" in kwargs:  # which may count what it is called with
+        if "loss_fn" in kwargs:  # the real one may count its inputs
             kwargs["loss_fn"] = _any_loss
         with _asked_for_shapes(self.submod):
             return cast(Any, super())._backward_metadata_inference(*args, **kwargs)
@@ -331,7 +335,7 @@ class _Stage(PipelineStage):
 
 
 def _any_loss(pred: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Differentiable, which is all that is asked of a loss for the shapes of gradients."""
+    """Return a differentiable number: the shapes of gradients need nothing else of a loss."""
     return torch.stack([local_tensor(t).float().sum() for t in tree_leaves(pred)]).sum()
 
 

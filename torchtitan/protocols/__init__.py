@@ -1,4 +1,4 @@
-"""The contracts a model author writes against; no machinery."""
+"""The interfaces that a model author implements, without machinery."""
 
 from .model import BaseModelArgs, ModelProtocol, blocks_of, layers_of
 from .model_converter import ModelConverter, register_model_converter

@@ -22,8 +22,8 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 class BaseModelArgs:
     """Hyperparameters of a model; subclasses add fields with defaults.
 
-    A field `max_seq_len` is the longest sequence that the model takes, which `verify` and
-    `generate` then keep to.
+    A field `max_seq_len`, if there is one, is the longest sequence that the model takes; `verify`
+    and `generate` respect it.
     """
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
@@ -36,21 +36,21 @@ class BaseModelArgs:
 
     @property
     def num_experts(self) -> int:
-        """Experts of a mixture-of-experts layer, which expert parallelism divides; 0: none."""
+        """Number of experts in a mixture-of-experts layer, for expert parallelism; 0: none."""
         return 0
 
     def update_from_config(self, job_config: JobConfig) -> Self:
-        """Return args adapted to a training config. Raise `ConfigError` if they cannot be.
+        """Return args adapted to a training config. Raise `ConfigError` if that is impossible.
 
         Called before any weights are allocated. Return a copy rather than change a flavor in place.
         """
         return self
 
     def to_hf_config(self) -> dict[str, Any] | None:
-        """The `config.json` that Hugging Face's implementation of this model needs.
+        """Return the `config.json` for Hugging Face's implementation of this model.
 
-        It is the inverse of a class method `from_hf_config(config)`, which a model that reads
-        Hugging Face's files defines too. None: there is no such implementation, or it is unknown.
+        It is the inverse of the class method `from_hf_config(config)`, which models that read
+        Hugging Face files define, too. None: there is no such implementation, or it is unknown.
         """
         return None
 
@@ -58,13 +58,13 @@ class BaseModelArgs:
 class ModelProtocol(nn.Module):
     """A single-device model. Parallelism is applied to it from outside.
 
-    `forward(tokens)` takes `[batch, seq]` int64 token ids and returns `[batch, seq, vocab]` logits;
-    or what its own data loader and loss agree on, see `torchtitan.components.DataLoader`.
-    A model that can use them declares optional keyword arguments, both `[batch, seq]` int64, and
-    the trainer fills those that it finds in the signature under `training.document_mask`:
+    `forward(tokens)` takes `[batch, seq]` int64 token ids and returns `[batch, seq, vocab]` logits,
+    or whatever its own data loader and loss agree on (see `torchtitan.components.DataLoader`).
+    It may declare these optional keyword arguments, both `[batch, seq]` int64. The trainer passes
+    those that it finds in the signature under `training.document_mask`:
 
-    * `document_ids`: number of the document that each token belongs to;
-    * `positions`: position of each token in its document.
+    * `document_ids`: the number of each token's document;
+    * `positions`: the position of each token in its document.
 
     For pipeline parallelism, layers live in an `nn.ModuleDict`, and the embedding, the final norm
     and the output layer may be None.
@@ -72,21 +72,21 @@ class ModelProtocol(nn.Module):
 
     layers: nn.ModuleDict
     sees_later_tokens: ClassVar[bool] = False
-    """Whether tokens see later ones, as in encoders and masked diffusion: `verify` then does not
-    ask that they do not, and `generate` and `eval` refuse the model. (Not `causal`, a name that
-    buffers of masks have.)"""
+    """Whether tokens see later ones, as in encoders and masked diffusion. If so, `verify` skips its
+    test of causality, and `generate` and `eval` refuse the model. (Not named `causal`, because mask
+    buffers have that name.)"""
     estimates_gradients: ClassVar[bool] = False
-    """Whether some gradients are meant to be others than the slope of the loss, as those of
-    straight-through estimators, of `detach()` within a formula, and of gradients that are scaled:
-    `verify` then does not measure the slope."""
+    """Whether some gradients differ from the slope of the loss on purpose, as with straight-through
+    estimators, `detach()` within a formula, and scaled gradients. If so, `verify` does not measure
+    the slope."""
 
     other_blocks: ClassVar[tuple[str, ...]] = ()
-    """Modules beside `layers` that are blocks as layers are, by their names: one block (that of
-    multi-token prediction, say), or a stack of them. They are gathered, recomputed and compiled one
-    by one (`blocks_of`), and `apply_tensor_parallel` applies the plan of blocks to them. A stage of
-    a pipeline that is without one has None there."""
+    """Names of modules beside `layers` that are blocks, too: a single block (such as that of
+    multi-token prediction) or a stack of them. Each block is gathered, recomputed and compiled on
+    its own (`blocks_of`), and `apply_tensor_parallel` applies the plan of blocks to it. A pipeline
+    stage without such a module has None in its place."""
 
-    if not TYPE_CHECKING:  # type checkers are to see that `model_cls(args)` takes the args
+    if not TYPE_CHECKING:  # hidden, so that type checkers accept `model_cls(args)`
 
         def __init__(self) -> None:
             super().__init__()
@@ -101,7 +101,7 @@ class ModelProtocol(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define init_weights")
 
     def load_checkpoint(self, path: str | Path) -> Self:
-        """Load weights from a checkpoint folder of ours (DCP) or a Hugging Face safetensors folder.
+        """Load weights from a torchtitan (DCP) or a Hugging Face (safetensors) checkpoint folder.
 
         Hugging Face folders go through the `state_dict_adapter` of the model's `TrainSpec`. Raises
         `CheckpointError` for a missing or damaged file, or keys and shapes that do not fit.
@@ -113,17 +113,18 @@ class ModelProtocol(nn.Module):
 
 
 def layers_of(model: nn.Module) -> nn.ModuleDict:
-    """The layers of a `ModelProtocol`, or of what `torch.compile` made of it."""
+    """Return the layers of a `ModelProtocol`, also of one that `torch.compile` has wrapped."""
     return cast(nn.ModuleDict, model.layers)
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """What is gathered, recomputed and compiled one by one: name -> module, the layers first.
+    """Return the modules that are gathered, recomputed and compiled one by one: name -> module.
 
-    Besides the layers, these are the blocks of other stacks, such as an encoder's or a vision
-    tower's: members of a list, dict or sequence of modules that all have a `forward` and parts with
-    parameters, at least two of them alike; and what `other_blocks` of the model names. Not those
-    that share a parameter with another part of the model. Pipelines cut between layers alone.
+    These are the layers, then the blocks of other stacks, such as an encoder's or a vision tower's:
+    a list, dict or sequence whose members all have a `forward` and submodules with parameters, at
+    least two members being of the same type. The modules named in the model's `other_blocks` come
+    last. Modules that share a parameter with another part of the model are left out. Pipelines cut
+    between layers only.
     """
     blocks: dict[str, nn.Module] = {f"layers.{n}": layer for n, layer in layers_of(model).items()}
     uses = _uses(model)
@@ -135,7 +136,7 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def other_blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that `other_blocks` of the model names and that this stage has."""
+    """Return the blocks that the model's `other_blocks` names and that this stage has."""
     blocks: dict[str, nn.Module] = {}
     for name in getattr(model, "other_blocks", ()):
         module: Any = model
@@ -149,14 +150,14 @@ def other_blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _uses(module: nn.Module) -> Counter[nn.Parameter]:
-    """In how many places each parameter is."""
+    """Count the places in which each parameter is used."""
     return Counter(param for _, param in module.named_parameters(remove_duplicate=False))
 
 
 def _blocks_in(
     module: nn.Module, prefix: str, known: set[nn.Module]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Blocks of stacks, but neither layers nor what is known already."""
+    """Yield the blocks of stacks, except layers and modules that are known already."""
     for name, child in module.named_children():
         if prefix + name == "layers" or child in known:
             continue
@@ -177,7 +178,7 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _can_be_called(module: nn.Module) -> bool:
-    """Not a list of parts: FSDP gathers what is called."""
+    """Return whether the module has a forward, unlike a list of parts: FSDP gathers on a call."""
     return type(module).forward is not nn.Module.forward
 
 

@@ -1,4 +1,4 @@
-"""`ModelConverter` changes a model before it is parallelized: `model.converters` names some."""
+"""`ModelConverter`: changes a model before it is parallelized, as `model.converters` lists."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class ModelConverter(Protocol):
-    """What replaces modules of a model, such as linear layers by quantized ones.
+    """Replaces modules of a model, such as linear layers by quantized ones.
 
-    It may freeze parameters. Names, shapes and dtypes of parameters stay, so that checkpoints do;
-    unless its class says `changes_parameters = True`, as one that adds adapters must: `generate`,
-    `eval` and `convert to-hf` then apply it, too.
+    It may freeze parameters. It must keep their names, shapes and dtypes, so that checkpoints stay
+    valid, unless its class sets `changes_parameters = True`, as one that adds adapters must.
+    `generate`, `eval` and `convert to-hf` then apply it, too.
 
     Raises:
         ConfigError: the options do not fit the device or the layout.
@@ -64,7 +64,7 @@ class ModelConvertersContainer:
         self.converters = [MODEL_CONVERTERS[name](job_config, parallel_dims) for name in names]
 
     def convert(self, model: nn.Module) -> None:
-        """Raises `ConfigError` for one that changes parameters and does not say so."""
+        """Apply all converters. Raise `ConfigError` if one changes parameters undeclared."""
         for converter in self.converters:
             before = _parameters_of(model)
             converter.convert(model)
@@ -89,9 +89,10 @@ def _changes_parameters(converter: ModelConverter | type[ModelConverter]) -> boo
 
 
 def convert_to_load(model: nn.Module, job_config: JobConfig, parallel_dims: ParallelDims) -> None:
-    """Give a model the parameters that it had in the run of `job_config`, whose modules are loaded.
+    """Apply those converters of `job_config` that change parameters, so that weights fit the model.
 
-    Other converters are left out: they are for training, and may not fit this machine.
+    The modules that `job_config` imports must be loaded. Other converters are left out: they are
+    for training, and may not fit this machine.
     """
     for name in job_config.model.converters:
         converter_cls = MODEL_CONVERTERS.get(name)
@@ -102,7 +103,7 @@ def convert_to_load(model: nn.Module, job_config: JobConfig, parallel_dims: Para
 def build_model_converters(
     job_config: JobConfig, parallel_dims: ParallelDims
 ) -> ModelConvertersContainer:
-    """Raises `ConfigError` for an unknown name, or options that do not fit."""
+    """Build the job's converters. Raise `ConfigError` for an unknown name or unfitting options."""
     import torchtitan.components.quantization  # noqa: F401  (registers ours)
 
     return ModelConvertersContainer(job_config, parallel_dims)

@@ -22,15 +22,15 @@ class BaseStateDictAdapter(ABC):
         self.hf_assets_path = Path(hf_assets_path) if hf_assets_path else None
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse a checkpoint of a kind that cannot be read, given its tensors' names.
+        """Refuse a checkpoint of a kind that cannot be read, judging by its tensors' names.
 
         Raises:
-            CheckpointError: it is of such a kind.
+            CheckpointError: the checkpoint is of such a kind.
         """
         return
 
     def copies(self) -> dict[str, str]:
-        """Tensors that a file may have though they are left out, each with what it must equal."""
+        """Return copies of tied tensors that a file may contain: name -> name of its equal."""
         return {}
 
     def _convert_key_to_hf(self, key: str) -> str:

@@ -1,4 +1,4 @@
-"""`TrainSpec` says how to train a model; the registry maps a model's name to its factory."""
+"""`TrainSpec` describes how to train a model; the registry maps a model's name to its factory."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class TrainSpec:
     * `parallelize_fn(model, world_mesh, parallel_dims, job_config) -> model`
     * `pipeline_fn(model, world_mesh, parallel_dims, job_config, parallelize_fn, loss_fn) ->
       Pipeline`; `torchtitan.distributed.pipeline_parallel.build_pipeline` is one
-    * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`, or, where
-      there is one part, its `torch.optim.Optimizer`
+    * `build_optimizer_fn(model_parts, job_config, parallel_dims) -> OptimizersContainer`, or a
+      `torch.optim.Optimizer` if there is one part
     * `build_lr_scheduler_fn(optimizers, job_config) -> LRSchedulersContainer`
     * `build_dataloader_fn(job_config, tokenizer, dp_rank, dp_world_size) -> DataLoader`,
-      what `torchtitan.components.DataLoader` describes
+      see `torchtitan.components.DataLoader`
     * `build_tokenizer_fn(job_config) -> Tokenizer`
     * `build_loss_fn(job_config) -> Loss`: a function `(pred, labels)` that sums over valid tokens,
       see `torchtitan.components.Loss`
     * `build_validator_fn(job_config, tokenizer, loss_fn, parallel_dims, dp_rank, dp_world_size)
-      -> Validator`, what `torchtitan.components.Validator` describes
+      -> Validator`, see `torchtitan.components.Validator`
     * `build_metrics_processor_fn(job_config, parallel_dims, model_args) -> MetricsProcessor`
     """
 
@@ -55,30 +55,30 @@ class TrainSpec:
     build_metrics_processor_fn: Callable[..., Any] | None = None
 
     def meta_model(self, args: BaseModelArgs | None = None) -> ModelProtocol:
-        """The whole model without memory, of `model_args` or of others."""
+        """Return the whole model on the meta device, built from `args` or else `model_args`."""
         args = self.model_args if args is None else args
         with torch.device("meta"):
             model = self.model_cls(args)
         if getattr(model, "args", None) is None:
-            cast(Any, model).args = args  # which a checkpoint is compared with when it is resumed
+            cast(Any, model).args = args  # compared with the checkpoint's on resuming
         return model
 
     def parallelize(self, model: nn.Module, *layout: Any) -> Any:
-        """`parallelize_fn`, after which what was frozen is frozen still.
+        """Run `parallelize_fn`, then freeze again the parameters that were frozen before.
 
-        PyTorch's `parallelize_module` makes parameters anew, which then all require gradients.
+        PyTorch's `parallelize_module` creates new parameters, which all require gradients.
         """
         places = model.named_parameters(remove_duplicate=False)
         frozen = {canonical_name(name) for name, param in places if not param.requires_grad}
         model = self.parallelize_fn(model, *layout)
         for name, param in model.named_parameters():
-            # In time for FSDP, which looks at it in the first forward pass.
+            # Before the first forward pass, in which FSDP reads `requires_grad`.
             if canonical_name(name) in frozen:
                 param.requires_grad_(False)
         return model
 
     def tokenizer(self, job_config: Any) -> Any:
-        """That of a job; None if the model reads no text."""
+        """Return the job's tokenizer; None if the model reads no text."""
         return self.build_tokenizer_fn(job_config) if self.build_tokenizer_fn else None
 
 
@@ -96,14 +96,14 @@ def register_train_spec(name: str, factory: TrainSpecFactory) -> None:
 
 
 def model_flavors(name: str) -> list[str]:
-    """Flavors of a model: the keys of `MODEL_CONFIGS` in the module that defines its factory."""
+    """Return a model's flavors: the keys of `MODEL_CONFIGS` in the module of its factory."""
     factory = MODEL_REGISTRY[name]
     configs = getattr(factory, "__globals__", {}).get("MODEL_CONFIGS", {})
     return list(configs)
 
 
 def get_train_spec(name: str, flavor: str) -> TrainSpec:
-    """Look a model up. Raises `ConfigError` that lists what there is."""
+    """Look up a model. If there is none, raise a `ConfigError` that lists the known names."""
     if name not in MODEL_REGISTRY:
         raise ConfigError(
             f"model.name = {name!r}: no such model.{did_you_mean(name, MODEL_REGISTRY)}"
