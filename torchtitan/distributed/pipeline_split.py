@@ -1,4 +1,4 @@
-"""Which stage of a pipeline has which modules, and which rank has which stages."""
+"""Assign modules to pipeline stages, and stages to ranks."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ SCHEDULE_KINDS = {
     "ZBVZeroBubble": "V",
     "DualPipeV": "V",
 }
-"""`single`: a rank has one stage. `looped`: two or more, which go around the ranks: rank r has the
-stages r, r + pp, ... `V`: two, which go forth and back: rank r has
-the stages r and 2 pp - 1 - r."""
+"""`single`: a rank has one stage. `looped`: a rank has two or more, which go around the ranks: rank
+r has stages r, r + pp, ... `V`: a rank has two, which go forth and back: rank r has
+stages r and 2 pp - 1 - r."""
 
 
 SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-"""Schedules that compute gradients of inputs first, of weights later, to fill the bubble."""
+"""Schedules that fill the bubble by computing gradients of inputs first and of weights later."""
 
 
 @dataclass
 class CsvSchedule:
-    """What `parallelism.pipeline_parallel_schedule_csv` says: a row a rank, actions like `1F0`."""
+    """`parallelism.pipeline_parallel_schedule_csv`: one row per rank, with actions like `1F0`."""
 
     KEY: ClassVar = "parallelism.pipeline_parallel_schedule_csv"
     stages: list[list[int]]
@@ -53,7 +53,7 @@ class CsvSchedule:
 
     @classmethod
     def read(cls, job_config: JobConfig) -> CsvSchedule:
-        """Raises `ConfigError` if the file is missing, or not a schedule for this degree."""
+        """Read the file. Raise `ConfigError` if it is missing, or no schedule for this degree."""
         parallelism = job_config.parallelism
         try:
             text = Path(parallelism.pipeline_parallel_schedule_csv).read_text()
@@ -93,7 +93,7 @@ def splits_backward(job_config: JobConfig) -> bool:
 
 
 def stages_per_rank(job_config: JobConfig) -> int:
-    """As configured, or the least that the schedule needs."""
+    """Return the configured number of stages per rank, or the fewest that the schedule needs."""
     parallelism = job_config.parallelism
     if parallelism.pipeline_parallel_schedule_csv:
         return len(CsvSchedule.read(job_config).stages[0])
@@ -103,7 +103,7 @@ def stages_per_rank(job_config: JobConfig) -> int:
 
 
 def stages_of_rank(job_config: JobConfig, pp_rank: int) -> list[int]:
-    """Numbers of the stages of a rank of the pipeline, ascending."""
+    """Return the numbers of the stages of a pipeline rank, ascending."""
     parallelism = job_config.parallelism
     if parallelism.pipeline_parallel_schedule_csv:
         return CsvSchedule.read(job_config).stages[pp_rank]
@@ -120,7 +120,7 @@ def split_model(
     first_modules: tuple[str, ...],
     last_modules: tuple[str, ...],
 ) -> list[nn.Module]:
-    """The parts of `model` (on the meta device) that belong to `stages`.
+    """Return the parts of `model` (on the meta device) that belong to `stages`.
 
     See `build_pipeline` for the arguments and errors. Modules without parameters are in every part.
     """
@@ -137,7 +137,7 @@ def assign_modules(
     first_modules: tuple[str, ...],
     last_modules: tuple[str, ...],
 ) -> list[list[str]]:
-    """Names of the modules of each stage of the pipeline, in the order of the model.
+    """Return the names of the modules of each pipeline stage, in the order of the model.
 
     See `build_pipeline` for the arguments and errors.
     """
@@ -162,7 +162,7 @@ def assign_modules(
                 f"{len(layers)} stages (degree x stages of a rank)",
             )
         costs = _costs(model, units, len(first), len(last), job_config)
-        # What is before the layers stays together: how it is put together is the model's own.
+        # Modules before the layers stay together, because each model combines them its own way.
         together = max(len(first), 1)
         costs = [sum(costs[:together]), *costs[together:]]
         cuts = [cut + together - 1 for cut in balanced_cuts(costs, number)]
@@ -172,15 +172,15 @@ def assign_modules(
 
 
 def balanced_cuts(costs: list[float], stages: int) -> list[int]:
-    """Where to cut a sequence into `stages` non-empty runs whose largest sum is least.
+    """Return where to cut a sequence into `stages` non-empty runs so that the largest sum is least.
 
     Returns:
-        The first index of every run but the first. Among equals, later runs are the shorter ones.
+        The first index of every run but the first. Among equals, later runs are shorter.
     """
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)
-    # best[k][n]: the least largest sum of the first n costs in k + 1 runs, and the last cut.
+    # best[k][n]: the least maximal sum of the first n costs in k + 1 runs, and the last cut.
     best = [[(prefix[n], 0) for n in range(len(costs) + 1)]]
     for runs in range(2, stages + 1):
         row = [(float("inf"), 0)] * (len(costs) + 1)
@@ -200,9 +200,9 @@ def balanced_cuts(costs: list[float], stages: int) -> list[int]:
 def _costs(
     model: nn.Module, units: list[str], firsts: int, lasts: int, job_config: JobConfig
 ) -> list[float]:
-    """Cost of each unit: the parameters that a token uses, which are its FLOPs but for a factor.
+    """Return each unit's cost: the parameters that a token uses, which are proportional to FLOPs.
 
-    The embedding has none, but is memory. It costs as much of a layer as it takes of its memory.
+    The embedding has no FLOPs, but takes memory. Its memory costs as much as a layer's memory does.
     """
     parallelism = job_config.parallelism
     sizes = [sum(p.numel() for p in parameters_of(model, name)) for name in units]
@@ -218,7 +218,7 @@ def _costs(
 
 
 def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Those of a module of the model, or the parameter that has this name itself."""
+    """Return the parameters of the module with this name, or the parameter with this name."""
     unit = _unit(model, name)
     return [unit] if isinstance(unit, nn.Parameter) else list(unit.parameters())
 
@@ -228,7 +228,7 @@ def _unit(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
 
 
 def _unused_by_a_token(model: nn.Module, name: str) -> float:
-    """Parameters of the experts that the router does not choose."""
+    """Count the parameters of the experts that the router does not choose."""
     unit, unused = _unit(model, name), 0.0
     for moe in [] if isinstance(unit, nn.Parameter) else moe_layers(unit):
         share = moe.router.args.top_k / moe.router.args.num_experts
@@ -255,7 +255,7 @@ def _cuts_at(points: list[str], units: list[str], number: int, job_config: JobCo
 
 
 def _refuse_other_parameters(model: nn.Module, units: list[str], job_config: JobConfig) -> None:
-    """Every parameter must belong to a stage."""
+    """Refuse parameters that belong to no stage."""
     for name, _ in model.named_parameters():
         if not any(name == unit or name.startswith(f"{unit}.") for unit in units):
             fail(
@@ -271,7 +271,7 @@ def _refuse_other_parameters(model: nn.Module, units: list[str], job_config: Job
 def _refuse_shared_parameters(
     model: nn.Module, assignment: list[list[str]], job_config: JobConfig
 ) -> None:
-    """A weight in two stages would be two weights, which drift apart."""
+    """Refuse a weight in two stages: it would become two weights, which drift apart."""
     owners: dict[int, tuple[int, str]] = {}
     for stage, names in enumerate(assignment):
         for name in names:

@@ -1,8 +1,8 @@
-"""Starts the ranks of a world in milliseconds, and says what became of them.
+"""Start the ranks of a world in milliseconds, and report how they ended.
 
 Importing PyTorch takes seconds. So each rank is forked from a server that has imported it once:
 Python's `multiprocessing` forkserver. The server runs nothing else, has one thread and never
-touches CUDA, which is what makes its forks sound; the caller may have threads and use CUDA.
+touches CUDA, so that forking it is safe; the caller may have threads and use CUDA.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 
 PRELOADED = ("torchtitan.train", "torchtitan.models", "torch.distributed.pipelining")
-"""What the server imports. None of it may start a thread or touch CUDA."""
+"""Modules that the server imports. None of them may start a thread or touch CUDA."""
 
-# Once a rank has failed the others are of no use, but what they say may help: the first to report
+# Once a rank has failed the others are of no use, but their errors may help: the first to report
 # is not always the one at fault.
 _SECONDS_AFTER_A_FAILURE = 5.0
 _SECONDS_TO_DUMP_STACKS = 5.0
@@ -42,7 +42,7 @@ _LONGEST_TMPDIR = 70  # bytes; unix(7): a name has 107, of which /pymp-8/listene
 
 @dataclass
 class RankFailure:
-    """What became of a rank that did not return."""
+    """The outcome of a rank that did not return."""
 
     rank: int
     reason: str
@@ -50,11 +50,11 @@ class RankFailure:
     traceback: str = ""
     """Traceback of its exception; of all its threads if it crashed or had to be stopped."""
     output: str = ""
-    """The end of what it wrote to stdout and stderr."""
+    """The end of its stdout and stderr."""
     exit_code: int | None = None
-    """As of `multiprocessing.Process`; None if it had to be stopped."""
+    """`exitcode` of its `multiprocessing.Process`; None if it had to be stopped."""
     exception: Exception | None = None
-    """What it raised, if that can be pickled."""
+    """The exception that it raised, if that can be pickled."""
 
     def __str__(self) -> str:
         parts = [f"rank {self.rank}: {self.reason}", self.traceback, self.output]
@@ -78,10 +78,10 @@ class RanksFailedError(RuntimeError):
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
 ) -> list[Any]:
-    """`function(*args)` on each of `world_size` new ranks; their results, by rank.
+    """Run `function(*args)` on each of `world_size` new ranks, and return their results by rank.
 
     Raises:
-        RanksFailedError: after `timeout` seconds at the latest.
+        RanksFailedError: some ranks failed; raised after `timeout` seconds at the latest.
     """
     with Ranks(function, world_size, *args) as ranks:
         return ranks.wait(timeout)
@@ -90,13 +90,14 @@ def run_ranks(
 class Ranks:
     """Processes that each call `function(*args)` as one rank of a world of their own.
 
-    They have the environment that torchrun gives (`RANK`, `MASTER_ADDR`, ...), one thread for
-    computing, and stdout and stderr of their own. Leaving the `with` block stops those that run.
+    Each has the environment that torchrun sets (`RANK`, `MASTER_ADDR`, ...), one thread for
+    computing, and its own stdout and stderr. Leaving the `with` block stops those still running.
 
     Args:
-        function: of a module, so that it can be pickled; so must `args` and the results be.
+        function: defined in a module, so that it can be pickled, as must be `args` and results.
         world_size: number of ranks.
-        env: the environment of the ranks before torchrun's variables; by default the caller's.
+        env: environment of the ranks to which torchrun's variables are added; default: the
+            caller's.
         output_folder: receives `rank-N.out` and `rank-N.err`; by default a temporary one.
     """
 
@@ -108,10 +109,10 @@ class Ranks:
         env: Mapping[str, str] | None = None,
         output_folder: Path | None = None,
     ) -> None:
-        # As torchrun does: the launcher holds the store, so its port is free for certain.
+        # As in torchrun, the launcher holds the store, so its port is certainly free.
         self._store = _store_of_this_host()
         self._temporary = tempfile.TemporaryDirectory(prefix="torchtitan-ranks-")
-        # Pickled here, since `multiprocessing` would share the memory of tensors, by a thread.
+        # Pickled here, because `multiprocessing` would share the memory of tensors, by a thread.
         call = pickle.dumps((function, args))
         env = dict(os.environ if env is None else env)
         context = multiprocessing.get_context("forkserver")
@@ -135,7 +136,7 @@ class Ranks:
         return [rank.process.pid for rank in self._ranks]
 
     def wait(self, timeout: float) -> list[Any]:
-        """The results of all ranks. Raises `RanksFailedError`, after `timeout` seconds at most."""
+        """Return all ranks' results, or raise `RanksFailedError`, within `timeout` seconds."""
         deadline, limit = time.monotonic() + timeout, f"not done after {timeout:g} s"
         failures: list[RankFailure] = []
         running = {rank.process.sentinel: rank for rank in self._ranks}
@@ -161,7 +162,7 @@ class Ranks:
         return [rank.result for rank in self._ranks]
 
     def kill(self) -> None:
-        """End all ranks at once. `wait`, maybe in another thread, then raises."""
+        """End all ranks at once. `wait`, possibly in another thread, then raises."""
         for rank in self._ranks:
             rank.process.kill()
 
@@ -187,13 +188,13 @@ class _Rank:
     stacks: Path
     result: Any = None
     error: tuple[str, str, bytes] | None = None
-    """An exception in one line, its traceback, and itself, pickled (b"" if it cannot be)."""
+    """An exception in one line, its traceback, and the pickled exception (b"" if impossible)."""
     process: Any = field(init=False)
-    """A `multiprocessing` process; its types say too little of one that has begun, or ended."""
+    """A `multiprocessing` process; its types are too loose for one that has started or ended."""
     pipe: connection.Connection = field(init=False)
 
     def output_files(self) -> list[Path]:
-        """The files of stdout and stderr."""
+        """Return the files of stdout and stderr."""
         return [self.output.with_suffix(suffix) for suffix in (".out", ".err")]
 
     def start(self, context: Any) -> None:
@@ -206,15 +207,15 @@ class _Rank:
         theirs.close()
 
     def receive(self) -> None:
-        """What the rank has sent; nothing, if it was sent before or the rank died."""
+        """Receive the rank's result or error, unless it was received before or the rank died."""
         with suppress(EOFError, OSError):
             if self.pipe.poll():
                 self.result, self.error = pickle.loads(self.pipe.recv_bytes())
 
     def failure(self, stopped: str = "") -> RankFailure | None:
-        """Why the rank failed, now that it has ended; None if it returned.
+        """Return why the rank, which is ending, failed; None if it returned.
 
-        `stopped` says why it was stopped, if it was.
+        `stopped` is the reason for stopping it, if it was stopped.
         """
         self.process.join()
         code = self.process.exitcode
@@ -242,7 +243,7 @@ class _Rank:
 
 
 def _store_of_this_host() -> dist.TCPStore:
-    """A store that no other host reaches. Left to itself, `TCPStore` listens on all interfaces."""
+    """Return a store that no other host reaches; `TCPStore` would listen on all interfaces."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
@@ -254,9 +255,9 @@ def _store_of_this_host() -> dist.TCPStore:
 
 
 def _shorten_socket_names() -> None:
-    """Have the server's socket in /tmp if its name would be too long in TMPDIR, as some jobs have.
+    """Put the server's socket in /tmp if its name would be too long in TMPDIR, as in some jobs.
 
-    `multiprocessing` makes its temporary folder once, for as long as this process lives.
+    `multiprocessing` creates its temporary folder once per process.
     """
     if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_TMPDIR:
         return
@@ -269,7 +270,7 @@ def _shorten_socket_names() -> None:
 
 
 def _stop(ranks: Iterable[_Rank], reason: str) -> list[RankFailure]:
-    """End ranks that still run, having them write down where they are."""
+    """End ranks that still run, after they have written down their stacks."""
     ranks = list(ranks)
     for rank in ranks:
         with suppress(ProcessLookupError):
@@ -290,7 +291,7 @@ def _pickle(exception: Exception) -> bytes:
 
 
 def _unpickle(pickled: bytes) -> Exception | None:
-    """The exception; None if its class is not known here or takes other arguments."""
+    """Return the exception; None if its class is unknown here or takes other arguments."""
     try:
         return pickle.loads(pickled)
     except Exception:
@@ -298,14 +299,14 @@ def _unpickle(pickled: bytes) -> Exception | None:
 
 
 def _read_end(path: Path, size: int) -> str:
-    """The last `size` bytes of a file that may be large."""
+    """Return the last `size` bytes of a file that may be large."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - size))
         return file.read().decode(errors="replace")
 
 
 def _read_stacks(path: Path) -> str:
-    """What faulthandler wrote, without what is the same in every rank."""
+    """Return the stacks that faulthandler wrote, without parts that are the same in every rank."""
     text = path.read_text(errors="replace") if path.exists() else ""
     threads = text.partition("\nExtension modules:")[0].split("\n\n")
     return "\n\n".join(thread for thread in threads if _end_with_parent.__name__ not in thread)
@@ -336,16 +337,16 @@ def _run_rank(
     output_files: list[Path],
     stacks: Path,
 ) -> None:
-    """The life of a rank, in its own process."""
-    gc.freeze()  # what the server has imported; walking it would copy its memory into each rank
+    """Run a rank, in its own process."""
+    gc.freeze()  # collecting the server's imports would copy their memory into each rank
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     for descriptor, path in enumerate(output_files, start=1):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), descriptor)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a crash, the stacks are enough
-    with suppress(OSError):  # when memory runs out, Linux is to end a rank, not its caller
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump: the stacks are enough
+    with suppress(OSError):  # when memory runs out, Linux should kill a rank, not its caller
         Path("/proc/self/oom_score_adj").write_text("1000")
     stacks_file = open(stacks, "w")  # noqa: SIM115 (open as long as the process lives)
     faulthandler.enable(stacks_file)
@@ -363,7 +364,7 @@ def _run_rank(
 
 
 def _end_with_parent() -> None:
-    """A rank must not outlive its caller, waiting for other ranks."""
+    """End this rank when its caller has ended, so that it does not wait for other ranks."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
     os._exit(1)

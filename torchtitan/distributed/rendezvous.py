@@ -1,4 +1,4 @@
-"""Waits for the host of the rendezvous, which may start later than the others."""
+"""Wait for the host of the rendezvous, which may start later than the others."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import parse_args
 
 _PORT = 29400
-"""Of torch's c10d rendezvous, where `--rdzv-endpoint` has none."""
+"""Default port of torch's c10d rendezvous, if `--rdzv-endpoint` has none."""
 _PAUSE = 1.0
 
 
 def wait_for_first_host(argv: list[str]) -> None:
-    """Wait until the host at `--rdzv-endpoint` listens, for as long as `join_timeout` says.
+    """Wait until the host at `--rdzv-endpoint` listens, at most `join_timeout` seconds.
 
-    It may still wait for its image, or its name for an address. torch itself tries for a minute,
-    and so it does after this has returned, whatever came of it. Only hosts that are told
-    `is_host=0` wait; how long must be said too.
+    That host may still wait for its image, or its name may have no address yet. torch itself tries
+    for a minute, and still does so after this function returns, whatever the outcome. Only hosts
+    with `is_host=0` wait, and only if `join_timeout` is given.
     """
     options = parse_args(argv)
     settings = dict(pair.partition("=")[::2] for pair in options.rdzv_conf.split(","))
@@ -33,7 +33,7 @@ def wait_for_first_host(argv: list[str]) -> None:
         try:
             socket.create_connection(address, timeout=10).close()
             return
-        except OSError as error:  # also a name that is not known yet
+        except OSError as error:  # also if the name does not resolve yet
             if not said:
                 sys.stderr.write(
                     f"waiting for the first host at {options.rdzv_endpoint}: {error}\n"

@@ -1,9 +1,9 @@
 """Causal attention whose keys and values travel around a ring (arXiv:2310.01889).
 
 At each step a rank attends to the keys of one rank while it passes them on, so that no rank ever
-holds all of them. The parts are merged by the logarithms of their softmax denominators, which the
-flash kernels return; given those of the whole, the same kernels' backward passes return exactly
-this part's share of the gradients (FlashAttention-2, arXiv:2307.08691).
+holds all keys. The partial results are merged by the logarithms of their softmax denominators,
+which the flash kernels return. Given the whole denominators, the kernels' backward passes return
+exactly this part's share of the gradients (FlashAttention-2, arXiv:2307.08691).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ M = TypeVar("M", bound=TorchDispatchMode)
 
 class _Ring(NamedTuple):
     group: str
-    """Name of its ranks."""
+    """Name of the process group of its ranks."""
     rank: int
     size: int
 
@@ -31,7 +31,7 @@ class _Ring(NamedTuple):
 def ring_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards, group: str
 ) -> torch.Tensor:
-    """Plain causal attention over sequences that the ranks share in balanced order.
+    """Attend causally over sequences that the ranks share in balanced order.
 
     Args:
         q: `[batch, heads, seq / cp, head_dim]`; on CUDA bfloat16 or float16, for its flash kernel.
@@ -48,20 +48,21 @@ def ring_attention(
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, rank: int, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """What all ranks of a ring call at once.
+    """Compute ring attention; all ranks of a ring call this at once.
 
     Args:
-        group: name of the ranks of the ring.
-        rank: this one's place.
-        size: of the ring.
+        group: name of the ring's process group.
+        rank: this rank's place in the ring.
+        size: number of ranks in the ring.
 
     Returns:
-        Output, log of the softmax denominators `[batch, heads, seq / cp]`, and what backward needs.
+        Output, log of the softmax denominators `[batch, heads, seq / cp]`, and random state for
+        backward.
     """
     ring = _Ring(group, rank, size)
     kv = torch.stack([k, v])
     for step in range(size):
-        # Sent now, waited for when the next step uses it.
+        # Sent now, waited for at the end of this step.
         coming = _pass_on(kv, ring) if step + 1 < size else None
         rows, keys = _block(ring, step, q.shape[2])
         block_k, block_v = kv[:, :, :, keys].unbind()
@@ -75,7 +76,7 @@ def _forward(
 
 
 _ring_forward = torch.library.custom_op("torchtitan::ring_attention", _forward, mutates_args=())
-"""One operation, so that selective checkpointing keeps what a ring returns, and not its blocks."""
+"""A single op, so that selective checkpointing keeps the ring's result rather than its blocks."""
 
 
 @_ring_forward.register_fake
@@ -98,7 +99,7 @@ def _backward(
     rank: int,
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, from that of `out` and what `_forward` returned."""
+    """Return the gradients of q, k and v, given that of `out` and the results of `_forward`."""
     ring = _Ring(group, rank, size)
     kv = torch.stack([k, v])
     q_grad = torch.zeros_like(q, dtype=torch.float32)
@@ -115,7 +116,7 @@ def _backward(
         q_grad[:, :, rows] += block_q_grad
         kv_grad = _wait(kv_grad)
         kv_grad[:, :, :, keys] += torch.stack(block_kv_grad)
-        # The gradients follow their keys, and are home after the last step.
+        # The gradients travel with their keys, and are home after the last step.
         kv_grad = _pass_on(kv_grad, ring)
         kv = _wait(coming)
     k_grad, v_grad = _wait(kv_grad).unbind()
@@ -127,8 +128,8 @@ def _backward(
 _ring_backward = torch.library.custom_op(
     "torchtitan::ring_attention_backward", _backward, mutates_args=()
 )
-"""One operation, so that a compiled forward pass does not send the keys that this one needs, and
-keep those of all ranks for it, because they depend on no gradient."""
+"""A single op. Otherwise the compiler would send the keys for it in the forward pass, since they
+depend on no gradient, and keep those of all ranks until the backward pass."""
 
 
 @_ring_backward.register_fake
@@ -139,7 +140,7 @@ def _gradient_shapes(
 
 
 def sees_rings(mode: type[M]) -> type[M]:
-    """Decorates a class of dispatch modes that are to see what a ring does, not a ring."""
+    """Decorate a class of dispatch modes so that they see the ops inside a ring, not the ring."""
     for operation, inside in ((_ring_forward, _forward), (_ring_backward, _backward)):
         operation.register_torch_dispatch(mode, _looks_at(inside))
     return mode
@@ -147,7 +148,7 @@ def sees_rings(mode: type[M]) -> type[M]:
 
 def _looks_at(inside: Callable[..., Any]) -> Callable[..., Any]:
     def look(mode: Any, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
-        # It is entered already: what its class does on entering must not be done twice.
+        # The mode is entered already: its class's own actions on entering must not be repeated.
         TorchDispatchMode.__enter__(mode)
         try:
             return inside(*args, **(kwargs or {}))
@@ -175,10 +176,10 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _block(ring: _Ring, step: int, length: int) -> tuple[slice, slice]:
-    """Which of this rank's queries see which of the keys that are here at this step: all of them.
+    """Return slices of this rank's queries and the present keys: these queries see all these keys.
 
-    Two chunks are here, an early and a late one. Those of a lower rank are earlier than this rank's
-    early chunk and later than its late chunk; those of a higher rank lie between the two.
+    Two chunks are present, an early and a late one. Those of a lower rank are earlier than this
+    rank's early chunk and later than its late chunk; those of a higher rank lie between the two.
     """
     whole, early, late = slice(None), slice(length // 2), slice(length // 2, None)
     if step == 0:
@@ -189,7 +190,7 @@ def _block(ring: _Ring, step: int, length: int) -> tuple[slice, slice]:
 
 
 def _pass_on(tensor: torch.Tensor, ring: _Ring) -> torch.Tensor:
-    """Send to the next rank, receive from the one before. The result may still be under way."""
+    """Send to the next rank, receive from the previous one. The result may still be pending."""
     to_next, from_previous = [0] * ring.size, [0] * ring.size
     to_next[(ring.rank + 1) % ring.size] = len(tensor)
     from_previous[(ring.rank - 1) % ring.size] = len(tensor)
@@ -203,7 +204,7 @@ def _wait(tensor: Any) -> Any:
 def _merge(
     out: torch.Tensor, lse: torch.Tensor, block: torch.Tensor, block_lse: torch.Tensor
 ) -> None:
-    """Add what more keys contribute to `out` and `lse`, in place."""
+    """Add the contribution of further keys to `out` and `lse`, in place."""
     total = torch.logaddexp(lse, block_lse)
     out.mul_((lse - total).exp()[..., None])
     out.add_(block * (block_lse - total).exp()[..., None])
@@ -213,7 +214,7 @@ def _merge(
 def _flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Output, log of the softmax denominators `[batch, heads, seq]`, and what backward needs."""
+    """Return output, log of the softmax denominators `[batch, heads, seq]`, and random state."""
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse, ()
@@ -233,7 +234,7 @@ def _flash_backward(
     rng: list[torch.Tensor],
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal

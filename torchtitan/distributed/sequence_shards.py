@@ -1,4 +1,4 @@
-"""Which part of a sequence each rank of context parallelism has."""
+"""Divide each sequence among the ranks of context parallelism."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 
 class SequenceShards:
-    """A sequence is cut in `2 * cp` equal chunks, and each of `cp` ranks has two of them.
+    """Cuts a sequence into `2 * cp` equal chunks, and gives two of them to each of `cp` ranks.
 
     Args:
-        mesh: the ranks that share each sequence, in one dimension.
-        balanced: rank `r` has chunks `r` and `2 * cp - 1 - r`, so that under a causal mask all
-            ranks have as many pairs of query and key (Llama 3, arXiv:2407.21783, section 3.3.2).
+        mesh: the ranks that share each sequence; one-dimensional.
+        balanced: rank `r` has chunks `r` and `2 * cp - 1 - r`, so that with a causal mask all ranks
+            have equally many query-key pairs (Llama 3, arXiv:2407.21783, section 3.3.2).
             Otherwise it has the consecutive chunks `2 * r` and `2 * r + 1`.
     """
 
@@ -33,12 +33,12 @@ class SequenceShards:
         self._in_order = [held.index(number) for number in range(2 * self.size)]
 
     def shard(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part of a tensor whose dimension `dim` is the sequence."""
+        """Return this rank's part of a tensor whose dimension `dim` is the sequence."""
         chunks = tensor.chunk(2 * self.size, dim)
         return torch.cat([chunks[number] for number in self.chunks], dim)
 
     def gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """All ranks' parts in the order of the sequence: all-gather; backward, reduce-scatter."""
+        """Return all ranks' parts in sequence order: all-gather; in backward, reduce-scatter."""
         shard = DTensor.from_local(tensor, self.mesh, [Shard(dim)], run_check=False)
         gathered = shard.redistribute(placements=[Replicate()])
         chunks = gathered.to_local(grad_placements=[Partial()]).chunk(2 * self.size, dim)
@@ -47,7 +47,7 @@ class SequenceShards:
     def exchange(self, tensor: torch.Tensor, split_dim: int, join_dim: int) -> torch.Tensor:
         """All-to-all: rank `r` gets the `r`-th part along `split_dim` of each rank's tensor.
 
-        It joins them along `join_dim` in the order of the ranks. Differentiable.
+        The received parts are joined along `join_dim` in rank order. Differentiable.
         """
         parts = torch.stack(tensor.chunk(self.size, split_dim))
         one_each = [1] * self.size

@@ -50,7 +50,7 @@ LOSS_NOT_ATTACHED = (
     "attach(model_parts) was not called. A build_loss_fn that calls torchtitan's loss hands it on: "
     "loss.attach = main.attach. Or use loss.name = 'cross_entropy'"
 )
-"""A mistake of an author, found where the layer or the loss is called first."""
+"""An author's mistake, found at the first call of the output layer or of the loss."""
 
 
 def apply_tensor_parallel(
@@ -61,16 +61,16 @@ def apply_tensor_parallel(
 ) -> None:
     """Split the matrices of `model` over `tp_mesh`, in place.
 
-    Between the split matrices the hidden states `[batch, seq, dim]` are sharded over the sequence,
-    so that norms and residuals are shared among the ranks too. Plans are written for that, and
+    Between the split matrices, the hidden states `[batch, seq, dim]` are sharded over the sequence,
+    so that the ranks share norms and residuals, too. Plans are written for this layout, and
     `Shard(1)` in them is the sequence; `parallelism.disable_sequence_parallel` keeps it whole.
 
     The embedding, the norm and the output layer are `tok_embeddings`, `norm` and `output`; a model
-    may lack any of them. What has other names is left to its author.
+    may lack any of them. Modules with other names are left to the model's author.
 
     Args:
-        block_plan: of each block, a layer or one of the model's `other_blocks`; where blocks
-            differ, what makes it from the block.
+        block_plan: plan of each block, a layer or one of the model's `other_blocks`; if blocks
+            differ, a function from a block to its plan.
 
     Raises:
         ConfigError: `tok_embeddings` is no `nn.Embedding`, or `output` no `nn.Linear`.
@@ -93,7 +93,7 @@ def apply_tensor_parallel(
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    """Whether the model has a module of this name, which then must be one that can be split."""
+    """Return whether the model has a module of this name. Refuse one that cannot be split."""
     module = getattr(model, name, None)
     kind = {"tok_embeddings": nn.Embedding, "output": nn.Linear}.get(name, nn.Module)
     if module is not None and not isinstance(module, kind):
@@ -106,7 +106,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def attention_plan(name: str = "attention") -> Plan:
-    """The part of a block's plan that splits the heads of its attention.
+    """Return the part of a block's plan that splits the heads of its attention.
 
     Args:
         name: of a module with the layers `wq`, `wk`, `wv` and `wo`, which the block calls with
@@ -125,11 +125,11 @@ def attention_plan(name: str = "attention") -> Plan:
 
 
 def feed_forward_plan(name: str = "feed_forward", gated: bool = True) -> Plan:
-    """The part of a block's plan that splits the features inside its feed-forward layer.
+    """Return the part of a block's plan that splits the hidden features of its feed-forward layer.
 
     Args:
         name: of a module like `FeedForward`.
-        gated: it has a `w3` besides `w1` and `w2`.
+        gated: whether it has a `w3` besides `w1` and `w2`.
     """
     gate: Plan = {f"{name}.w3": ColwiseParallel()} if gated else {}
     return gate | {
@@ -140,7 +140,7 @@ def feed_forward_plan(name: str = "feed_forward", gated: bool = True) -> Plan:
 
 
 def _plan_for_whole_sequence(plan: Plan) -> Plan:
-    """The plan without sequence parallelism, but for the inside of modules of `OwnTokens`."""
+    """Return the plan without sequence parallelism, except inside modules of `OwnTokens`."""
     own = tuple(f"{name}." for name, style in plan.items() if isinstance(style, OwnTokens))
     return {
         name: style if name.startswith(own) else _with_whole_sequence(style)
@@ -149,7 +149,7 @@ def _plan_for_whole_sequence(plan: Plan) -> Plan:
 
 
 def _with_whole_sequence(value: Any) -> Any:
-    """A copy of a part of a plan, with `Replicate()` in each place of `Shard(1)`."""
+    """Return a copy of a part of a plan, with `Replicate()` in place of each `Shard(1)`."""
     if value == Shard(1):
         return Replicate()
     if isinstance(value, dict):
@@ -163,7 +163,7 @@ def _with_whole_sequence(value: Any) -> Any:
 
 
 def _overlap_with_matmuls(tp_mesh: DeviceMesh) -> None:
-    """Have the compiler cut matrix products, and send each part while the next is computed.
+    """Make the compiler cut matrix products, and send each part while the next is computed.
 
     Async tensor parallelism (Wang et al., ASPLOS 2023, doi:10.1145/3567955.3567959); ranks read
     each other's memory.
@@ -173,18 +173,18 @@ def _overlap_with_matmuls(tp_mesh: DeviceMesh) -> None:
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True
-    # The compiler knows a gather by its split and concatenation, which it then removes. PyTorch
-    # makes a view where a micro-batch is one sequence, and none was fused (torch 2.11 to 2.13).
+    # The compiler recognizes a gather by its split and concatenation, which it then removes. If a
+    # micro-batch is one sequence, PyTorch uses a view, so none was fused (torch 2.11 to 2.13).
     if hasattr(_functional_collectives, "_maybe_view_chunk_cat"):
         _functional_collectives._maybe_view_chunk_cat = _split_and_concatenate
     with warnings.catch_warnings():
-        # Needed by torch 2.11; 2.13 does it by itself, and says so.
+        # Needed by torch 2.11; 2.13 does it itself, and warns.
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(tp_mesh.get_group().group_name)
 
 
 def _split_and_concatenate(res: torch.Tensor, group_size: int, gather_dim: int) -> torch.Tensor:
-    """What ranks had, `[group_size * n, ...]`, joined along `gather_dim`."""
+    """Return the ranks' parts, `[group_size * n, ...]`, joined along `gather_dim`."""
     return res if gather_dim == 0 else torch.cat(res.chunk(group_size), gather_dim)
 
 
@@ -198,10 +198,10 @@ def _output_style(job_config: JobConfig) -> ParallelStyle:
 
 
 class SharedInput(ParallelStyle):
-    """For a module without parameters whose input all ranks use, each for heads of its own.
+    """For a module without parameters whose input all ranks use, each for its own heads.
 
-    The input `[batch, seq / tp, ...]` is gathered to all of `[batch, seq, ...]` as a plain tensor
-    whose gradient is a partial sum. Other arguments stay as they are.
+    The input `[batch, seq / tp, ...]` is gathered to the whole `[batch, seq, ...]` as a plain
+    tensor whose gradient is a partial sum. Other arguments stay as they are.
     """
 
     def __init__(self) -> None:
@@ -216,10 +216,10 @@ class SharedInput(ParallelStyle):
 
 
 class OwnTokens(ParallelStyle):
-    """For a module that treats each token by itself, such as a mixture of experts.
+    """For a module that treats tokens independently, such as a mixture of experts.
 
-    Each rank gives it the part `[batch, seq / tp, dim]` of the sequence, as a plain tensor, also
-    where the sequence is whole between the modules.
+    Each rank passes it a part `[batch, seq / tp, dim]` of the sequence, as a plain tensor, even if
+    the sequence is whole between the modules.
     """
 
     def __init__(self) -> None:
@@ -260,7 +260,7 @@ class HeadwiseParallel(ParallelStyle):
                 sharded = distribute_tensor(param, mesh, [Shard(0)])
                 module.register_parameter(key, nn.Parameter(sharded))
 
-        # distribute_module() is annotated as if these gave nothing back.
+        # distribute_module() is annotated as if these functions returned nothing.
         def from_heads(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False)
 
@@ -273,8 +273,8 @@ class HeadwiseParallel(ParallelStyle):
 class EmbeddingParallel(ParallelStyle):
     """Shards an `nn.Embedding` over the vocabulary: a rank looks up its own tokens.
 
-    The gradient of the weight has the weight's placement. `RowwiseParallel` makes it of the whole
-    vocabulary on each rank (seen with torch 2.13): 4.2 GB for Llama 3 70B.
+    The gradient of the weight has the weight's placement. With `RowwiseParallel`, it covers the
+    whole vocabulary on each rank (seen with torch 2.13): 4.2 GB for Llama 3 70B.
     """
 
     def __init__(self, *, output_layouts: Placement) -> None:
@@ -297,18 +297,18 @@ class EmbeddingParallel(ParallelStyle):
         own = embed_own(tokens, weight.to_local(grad_placements=weight.placements), start)
         hidden = DTensor.from_local(own, mesh, [Partial()], run_check=False)
         output = hidden.redistribute(placements=self.output_layouts).to_local()
-        # A compiled block that receives a tensor still on its way gives back a gradient of the
-        # wrong type (seen with torch 2.13). Any operation waits; a copy of `[batch, seq / tp, dim]`
-        # is the least of them.
+        # A compiled block that receives a pending tensor returns a gradient of the wrong type (seen
+        # with torch 2.13). Any operation waits for the tensor; a copy of `[batch, seq / tp, dim]`
+        # is the cheapest.
         return output.clone() if isinstance(output, AsyncCollectiveTensor) else output
 
 
 def embed_own(tokens: torch.Tensor, weight: torch.Tensor, start: int) -> torch.Tensor:
-    """Embeddings `[batch, seq, dim]` of the tokens whose rows `weight` has, zeros for others.
+    """Embed the tokens whose rows `weight` has, as `[batch, seq, dim]`; zeros for other tokens.
 
     Args:
         tokens: `[batch, seq]`.
-        weight: `[rows, dim]`, from row `start` on of the whole one. May have no rows.
+        weight: `[rows, dim]`, the rows of the whole weight from `start` on. May have no rows.
     """
     others = (tokens < start) | (tokens >= start + weight.shape[0])
     if not weight.shape[0]:
@@ -320,8 +320,8 @@ def embed_own(tokens: torch.Tensor, weight: torch.Tensor, start: int) -> torch.T
 class DeferredOutputParallel(ParallelStyle):
     """For an output layer that the chunked loss applies: shards its weight over the vocabulary.
 
-    The layer receives `[batch, seq / tp, dim]` and passes on all of `[batch, seq, dim]` as a plain
-    tensor whose gradient is a partial sum, since each rank's vocabulary contributes a part of it.
+    The layer receives `[batch, seq / tp, dim]` and passes on the whole `[batch, seq, dim]` as a
+    plain tensor whose gradient is a partial sum, since each rank's vocabulary contributes to it.
     Called without that loss, it raises `ConfigError`.
     """
 
@@ -335,7 +335,7 @@ class DeferredOutputParallel(ParallelStyle):
             module.register_parameter("weight", nn.Parameter(weight))
 
         def gather_sequence(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            if "forward" not in vars(module):  # which `attach` of the loss has replaced
+            if "forward" not in vars(module):  # `attach` of the loss replaces it
                 raise ConfigError(LOSS_NOT_ATTACHED)
             return gather_for_parts(inputs[0], mesh, self.input_layouts)
 
@@ -345,9 +345,10 @@ class DeferredOutputParallel(ParallelStyle):
 def gather_for_parts(
     tensor: torch.Tensor, mesh: DeviceMesh, layouts: tuple[Placement, ...]
 ) -> torch.Tensor:
-    """All of `tensor`, which a plain tensor is the part of that `layouts` say, as a plain tensor.
+    """Return the whole of `tensor`, on every rank, as a plain tensor.
 
-    What is computed from it differs on each rank, so that its gradient is a partial sum.
+    A plain input is the part that `layouts` describe. The result is used differently on each rank,
+    so its gradient is a partial sum.
     """
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, layouts, run_check=False)

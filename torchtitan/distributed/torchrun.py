@@ -1,22 +1,22 @@
-"""torchrun for hosts that may be taken away: `python -m torchtitan.distributed.torchrun ...`.
+"""A torchrun for preemptible hosts: `python -m torchtitan.distributed.torchrun ...`.
 
-It takes torchrun's options, and differs from it in this:
+It takes torchrun's options, and differs from it as follows:
 
 * SIGTERM, SIGUSR1, SIGINT and SIGHUP (not under nohup) go to the ranks, which save a checkpoint and
-  leave in their own time. torchrun would kill them after 30 s (torch 2.11), and does not know
+  exit in their own time. torchrun would kill them after 30 s (torch 2.11), and does not handle
   SIGUSR1.
-* Ranks that leave with exit code 75 (preempted) or 2 (a mistake of the user) are not started
-  again on this allocation, whatever `--max-restarts` says.
-* Ranks that an outage has ended (of a storage, say) are started again after a pause, which grows
-  while they do not get far. So the restarts last longer than it does.
-* A host that is replaced joins the hosts that are left, also with `--nnodes N`; torchrun tells it
-  no address to meet at (torch 2.11 to 2.13). The host at `--rdzv-endpoint` has to stay.
-* Hosts wait for the one at `--rdzv-endpoint` as long as `join_timeout` says; torchrun's give up
+* Ranks that exit with code 75 (preempted) or 2 (a mistake of the user) are not restarted on this
+  allocation, whatever `--max-restarts` says.
+* Ranks that an outage has ended (of a storage, say) are restarted after a pause, which grows as
+  long as they do not get far. So the restarts outlast the outage.
+* A replaced host joins the hosts that are left, also with `--nnodes N`; torchrun gives it no
+  address to meet at (torch 2.11 to 2.13). The host at `--rdzv-endpoint` has to stay.
+* Hosts wait for the one at `--rdzv-endpoint` for `join_timeout` seconds; with torchrun they give up
   after a minute.
-* With `--nnodes MIN:MAX`, a host that is told to stop leaves the job, and the others go on; a host
-  that comes has all ranks save before they start again. Neither counts as a restart.
-* The exit code is that of the ranks, which the scheduler's script acts on; torchrun's is 1. With
-  `--preempted-code N` as the first option it is N in the place of 75.
+* With `--nnodes MIN:MAX`, a host that receives a stop signal leaves the job, and the others go on;
+  when a host joins, all ranks save before they restart. Neither counts as a restart.
+* The exit code is that of the ranks, for the scheduler's script to act on; torchrun's is 1. With
+  `--preempted-code N` as the first option, it is N instead of 75.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from torchtitan.tools.terminal import leave_closed_terminal
 
 _MISTAKE = 2
 _SAVE_SECONDS = 2 * 3600.0
-"""As long as a save may take: `SAVE_TIMEOUT` of the checkpoints."""
+"""Longest time that a save may take: `SAVE_TIMEOUT` of the checkpoints."""
 _PAUSES = (10.0, 60.0, 300.0)
-"""Seconds before ranks that an outage has ended are started again: the first time, the second, and
-each further one. Other hosts, which wait meanwhile, do so for 600 s at least (`join_timeout`)."""
+"""Seconds before ranks that an outage has ended are restarted: the first time, the second, and each
+further one. Other hosts wait meanwhile, for 600 s at least (`join_timeout`)."""
 _FAR_SECONDS = 300.0
-"""Ranks that ran for so long got over the outage before, and met a new one."""
+"""Ranks that ran for this long had survived the last outage, and met a new one."""
 _TEARDOWN_SECONDS = 30.0
 """How long ranks may go on after the first host has left."""
 
@@ -72,21 +72,21 @@ class _Signals:
         if number == signal.SIGHUP:
             leave_closed_terminal()
         ranks = _children()
-        if not ranks:  # nothing has begun that could be lost; the others may go on
+        if not ranks:  # no work has begun that could be lost; the other hosts may go on
             raise _left(number)
         _tell(ranks, number)
 
     def code_of(self, failures: dict[int, Any]) -> int:
-        """The exit code that sums up those of ranks that did not end with 0."""
+        """Return one exit code for ranks that did not end with 0."""
         codes = {failure.exitcode for failure in failures.values()}
-        # A signal ends ranks that are still starting.
+        # A signal kills ranks that are still starting.
         if PREEMPTED in codes or any(-code in self.received for code in codes):
             return PREEMPTED
         return _MISTAKE if _MISTAKE in codes else 1
 
 
 class _Agent(LocalElasticAgent):
-    """Restarts ranks that crashed, not those that meant to leave."""
+    """Restarts ranks that crashed, but not those that exited on purpose."""
 
     def __init__(self, signals: _Signals, **options: Any) -> None:
         super().__init__(**options)
@@ -94,9 +94,9 @@ class _Agent(LocalElasticAgent):
         self._round = 0
         self._started_at = 0.0
         self._outages = 0
-        """How many have ended the ranks one after the other; 0 if it was something else."""
+        """Number of consecutive outages that ended the ranks; 0 if it was something else."""
         self._lost_at: float | None = None
-        """When the connection to the first host was lost, whose agent has the store."""
+        """When the connection to the first host was lost, whose agent holds the store."""
         handler: Any = self._worker_group.spec.rdzv_handler
         self._ask_for_waiting = handler.num_nodes_waiting
         handler.num_nodes_waiting = self._hosts_waiting
@@ -119,7 +119,7 @@ class _Agent(LocalElasticAgent):
 
     def _leave_if_told(self) -> None:
         if self._signals.received:
-            # As an error this would close the rendezvous, also to the hosts that go on.
+            # An error would close the rendezvous, also for the hosts that go on.
             raise _left(min(self._signals.received))
 
     def _restart_workers(self, worker_group: Any) -> None:
@@ -128,7 +128,7 @@ class _Agent(LocalElasticAgent):
         super()._restart_workers(worker_group)
 
     def _wait_for_the_end_of_an_outage(self) -> None:
-        """Wait, but not once the others have ended the job; a signal ends the wait."""
+        """Wait, unless the other hosts have ended the job; a signal ends the wait."""
         seconds = _PAUSES[min(self._outages, len(_PAUSES)) - 1]
         sys.stderr.write(f"an outage has ended the ranks: they start again in {seconds:.0f} s\n")
         end = time.monotonic() + seconds
@@ -142,10 +142,10 @@ class _Agent(LocalElasticAgent):
             return True
 
     def _hosts_waiting(self) -> int:
-        """How many hosts want to join.
+        """Return how many hosts want to join.
 
-        Not known once the first host has left. The ranks of this one are told to stop then too, and
-        how they end counts, unless they go on as if nothing had happened.
+        This is unknown once the first host has left. Then this host's ranks are told to stop,
+        too, and their exit code decides, unless they still run after `_TEARDOWN_SECONDS`.
         """
         try:
             waiting: int = self._ask_for_waiting()
@@ -163,7 +163,7 @@ class _Agent(LocalElasticAgent):
         super()._stop_workers(worker_group)  # kills them after 30 s
 
     def _let_ranks_save(self) -> None:
-        """Tell the ranks to leave, and wait, unless a host is missing: then they wait for it."""
+        """Ask the ranks to leave, and wait for them, unless they wait for a missing host."""
         _tell(_children(), signal.SIGTERM)
         end = time.monotonic() + _SAVE_SECONDS
         while _children() and time.monotonic() < end and not self._host_is_missing():
@@ -172,48 +172,48 @@ class _Agent(LocalElasticAgent):
             self._leave_if_told()
 
     def _host_is_missing(self) -> bool:
-        """Whether a host of this round has left or died, as one has whose ranks crashed."""
+        """Return whether a host of this round has left or died, for example after a crash."""
         group: Any = self._worker_group
-        self._hosts_waiting()  # brings the state up to date
+        self._hosts_waiting()  # updates the state
         holder = getattr(group.spec.rdzv_handler, "_state_holder", None)
-        if holder is None:  # another kind of rendezvous, which does not tell
+        if holder is None:  # another kind of rendezvous, which does not report it
             return False
         return len(holder.state.participants) < group.group_world_size
 
     def _is_elastic(self) -> bool:
-        """Whether the job goes on with fewer hosts, or with more."""
+        """Return whether the job goes on with fewer hosts, or with more."""
         settings = self._rendezvous_settings()
         return settings is not None and settings.min_nodes < settings.max_nodes
 
     def _rendezvous_settings(self) -> Any:
-        """Settings of the c10d rendezvous; None with the static one, where hosts meet but once."""
+        """Return the settings of the c10d rendezvous; None for the static one, held only once."""
         return getattr(self._worker_group.spec.rdzv_handler, "settings", None)
 
     def _rendezvous(self, worker_group: Any) -> None:
         meets_again = self._rendezvous_settings() is not None
         if meets_again:
-            # The ranks' store. torch keeps that of the first rendezvous, whose address a host that
-            # comes later waits for in vain (2.11 to 2.13); so each rendezvous has a store of its
-            # own, which the first agent makes once all have come.
+            # Give each rendezvous its own store for the ranks, which the first agent creates once
+            # all have come. torch keeps the store of the first rendezvous, for whose address a
+            # later host waits in vain (2.11 to 2.13).
             handler = worker_group.spec.rdzv_handler
             handler._bootstrap_store_info = None
-            # What one start leaves to the next is in the agents' store, which stays.
+            # Data that one start leaves to the next is in the agents' store, which stays.
             kept = getattr(handler, "_store", None)
             if isinstance(kept, TCPStore):
                 os.environ[JOB_STORE] = f"{kept.host}:{kept.port}"
         super()._rendezvous(worker_group)
         self._round += 1
-        if meets_again:  # the agents' store has keys of this rendezvous alone
+        if meets_again:  # the agents' store has keys of this rendezvous only
             if worker_group.group_rank == 0:
                 worker_group.store.set("torchtitan/round", str(self._round))
             self._round = int(worker_group.store.get("torchtitan/round"))
 
     def _start_workers(self, worker_group: Any) -> Any:
-        """Starts ranks that find each other.
+        """Start ranks that find each other.
 
-        They look for each other under TORCHELASTIC_RESTART_COUNT. torchrun puts in how often the
-        ranks of this host crashed, which is another number on other hosts, and the same again
-        after a host has come or gone. Here it is the number of the rendezvous.
+        They use TORCHELASTIC_RESTART_COUNT as a key. torchrun sets it to the number of crashes of
+        this host's ranks, which differs between hosts, and does not change when a host joins or
+        leaves. Here it is the number of the rendezvous.
         """
         left = self._remaining_restarts
         self._remaining_restarts = worker_group.spec.max_restarts - self._round + 1
@@ -225,14 +225,14 @@ class _Agent(LocalElasticAgent):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run torchrun with `argv`; returns the exit code."""
+    """Run torchrun with `argv`, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    allow_open_files()  # one agent has the store that all ranks are connected with
+    allow_open_files()  # one agent holds the store that all ranks connect to
     preempted_code = PREEMPTED
     if argv[:1] == ["--preempted-code"]:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
-    # torchrun sets handlers too, for these signals and no others.
+    # torchrun sets handlers too, but only for these signals.
     words = ["--signals-to-handle", "SIGQUIT", *argv]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
         try:
@@ -245,8 +245,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"{error}\n")
             return code
         except SignalException as error:
-            # Of a host that has no ranks, or leaves an elastic job; or torchrun's own, after which
-            # nothing is saved.
+            # From a host that has no ranks, or leaves an elastic job; or from torchrun itself,
+            # after which nothing is saved.
             return preempted_code if error.sigval in signals.received else 1
     return 0
 
@@ -257,7 +257,7 @@ def _left(number: int) -> SignalException:
 
 
 def _is_outage(failure: Any) -> bool:
-    """Whether a rank ended with code 1 and a message, as by an `OutageError`, not by a crash."""
+    """Return whether a rank ended with code 1 and a message, as by an `OutageError`, no crash."""
     return failure.exitcode == 1 and ONE_MESSAGE in failure.error_file_data
 
 
@@ -268,7 +268,7 @@ def _tell(processes: list[int], number: int) -> None:
 
 
 def _children() -> list[int]:
-    """Process numbers of the ranks."""
+    """Return the process ids of the ranks."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -11,10 +11,10 @@ import torch.nn as nn
 
 @contextmanager
 def preserve_tying(model: nn.Module) -> Iterator[None]:
-    """Parameters that are one object on entry are one object again on exit.
+    """Tie parameters again on exit if they are one object on entry.
 
     `to_empty` and `distribute_module` replace each module's parameters one by one, which unties
-    them. The first module's parameter wins.
+    them. The parameter of the first module is kept.
     """
     places: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():

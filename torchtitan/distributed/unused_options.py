@@ -1,4 +1,4 @@
-"""Warnings about options that a model's `parallelize_fn` ignores."""
+"""Warn about options that a model's `parallelize_fn` ignores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger("torchtitan")
 
 
 def warn_of_unapplied(model_parts: list[nn.Module], job_config: JobConfig) -> None:
-    """Say on rank 0 which options have no effect. No error, as the model trains without them."""
+    """Warn on rank 0 about options without effect. No error, as the model trains without them."""
     if rank() != 0:
         return
     modules = [module for part in model_parts for module in part.modules()]
-    # A pipeline's stage may have none.
+    # A pipeline stage may have none.
     has_layers = any(len(getattr(part, "layers", ())) for part in model_parts)
     for key, function in _unapplied(modules, has_layers, job_config):
         logger.warning(
@@ -38,7 +38,7 @@ def warn_of_unapplied(model_parts: list[nn.Module], job_config: JobConfig) -> No
 def _unapplied(
     modules: list[nn.Module], has_layers: bool, job_config: JobConfig
 ) -> Iterator[tuple[str, str]]:
-    """Keys of options, and the function below `torchtitan.distributed` that does what they say."""
+    """Yield keys of options, and the function in `torchtitan.distributed` that applies them."""
     config = job_config.activation_checkpoint
     if config.mode == "memory_budget":
         applied = torch._functorch.config.activation_memory_budget == config.memory_budget
@@ -52,23 +52,23 @@ def _unapplied(
 
 
 def _recomputes(module: nn.Module) -> bool:
-    """By `apply_ac`, or by torch's own wrapper."""
+    """Return whether `apply_ac` or torch's own wrapper checkpoints the module."""
     return is_checkpointed(module) or isinstance(module, CheckpointWrapper)
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile` of the module or its forward, or by `module.compile()`."""
+    """Return whether the module or its forward was compiled, or `module.compile()` was called."""
     forward: Any = module.forward
     forwards = forward, getattr(forward, "checkpoint_of", None)
     return module._compiled_call_impl is not None or any(map(_is_marked, forwards))
 
 
 def _is_marked(function: Any) -> bool:
-    """By the compiler, which also marks what it is told to leave alone."""
+    """Return whether the compiler has marked the function, except as one to leave alone."""
     compiled = hasattr(function, "_torchdynamo_orig_callable")
     return compiled and not hasattr(function, "_torchdynamo_disable")
 
 
 def _compiler_is_on() -> bool:
-    """Not under TORCHDYNAMO_DISABLE, where `torch.compile` hands back what it is given."""
+    """Return False under TORCHDYNAMO_DISABLE, where `torch.compile` returns its argument."""
     return _is_marked(torch.compile(_compiler_is_on))

@@ -1,4 +1,4 @@
-"""The process's device and part of tensors, and joining the other processes."""
+"""The process's device, its part of tensors, and its connection to the other processes."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ JOB_STORE = "TORCHTITAN_JOB_STORE"
 
 
 def device_type() -> str:
-    """`cuda` where there is one, else `cpu`."""
+    """Return `cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device() -> torch.device:
-    """The device of this process; torchrun gives each process of a host its own."""
+    """Return the device of this process; torchrun gives each process of a host its own."""
     if device_type() == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", local_rank())
 
 
 def device_name() -> str:
-    """What this process computes on, for a reader: `NVIDIA H100 80GB HBM3`, `CPU`."""
+    """Return this process's device for display: `NVIDIA H100 80GB HBM3`, `CPU`."""
     return torch.cuda.get_device_name(device()) if device_type() == "cuda" else "CPU"
 
 
 def check_devices() -> None:
-    """Raises `ConfigError` where GPUs are there that PyTorch cannot use, or too few of them.
+    """Raise `ConfigError` if there are GPUs that PyTorch cannot use, or too few of them.
 
-    An empty CUDA_VISIBLE_DEVICES says that none is wanted.
+    An empty CUDA_VISIBLE_DEVICES means that none is wanted.
     """
     if device_type() == "cuda":
         processes, gpus = max(local_world_size(), local_rank() + 1), torch.cuda.device_count()
@@ -60,7 +60,7 @@ def check_devices() -> None:
 
 
 def _gpu_files() -> list[Path]:
-    """The GPUs of NVIDIA that this machine or container was given."""
+    """Return the device files of the NVIDIA GPUs given to this machine or container."""
     return sorted(Path("/dev").glob("nvidia[0-9]*"))
 
 
@@ -73,9 +73,9 @@ def _why_not() -> str:
 
 
 def _require_same_device(store: dist.Store, rank: int, device_type: str) -> None:
-    """Raises `ConfigError` on a rank that has no GPU while rank 0 has one, or the other way round.
+    """Raise `ConfigError` on a rank that has no GPU while rank 0 has one, or the other way round.
 
-    They would wait for each other in vain.
+    Such ranks would wait for each other in vain.
     """
     key = "torchtitan/device_type"
     if rank == 0:
@@ -88,12 +88,12 @@ def _require_same_device(store: dist.Store, rank: int, device_type: str) -> None
 
 
 def world_size() -> int:
-    """Number of processes, known from torchrun's environment before they have met."""
+    """Return the number of processes by torchrun's environment, known before they connect."""
     return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
-    """Number of this process, known before the processes have met."""
+    """Return the number of this process, known before the processes connect."""
     return _number("RANK", 0)
 
 
@@ -106,7 +106,7 @@ def _number(name: str, default: int) -> int:
 
 
 def _check_environment() -> None:
-    """Raises `ConfigError` where the variables of torchrun are there in part, as by another job."""
+    """Raise `ConfigError` if torchrun's variables are set only in part, as by another job."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if "RANK" in missing and world_size() == 1:
@@ -122,22 +122,22 @@ def _check_environment() -> None:
 
 
 def local_rank() -> int:
-    """Number of this process among those of its host."""
+    """Return the number of this process among those of its host."""
     return _number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
-    """Number of processes on this host."""
+    """Return the number of processes on this host."""
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
+    """Return this rank's part of a DTensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_offsets(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Where in the whole tensor this rank's part begins, a number for each dimension."""
+    """Return the index in the whole tensor at which this rank's part begins, per dimension."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim
     _, offsets = compute_local_shape_and_global_offset(
@@ -147,10 +147,10 @@ def local_offsets(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def refuse_separate_tasks() -> None:
-    """Raises `ConfigError` for one of several processes that srun has started without torchrun.
+    """Raise `ConfigError` for one of several processes that srun has started without torchrun.
 
-    Each would be a run of its own, and all would write into one folder. Other variables of Slurm
-    are there in a batch script too, which is one process.
+    Each would be a run of its own, and all would write into one folder. Other Slurm variables are
+    set in a batch script, too, which is one process.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
@@ -170,7 +170,7 @@ def init_distributed(timeout_seconds: int) -> None:
 
     Raises:
         ConfigError: variables of torchrun are missing, or no numbers; GPUs cannot be used, are
-            fewer than the processes of this host, or are on a part of the hosts only.
+            fewer than the processes of this host, or exist on only some of the hosts.
     """
     _check_environment()
     check_devices()
@@ -178,15 +178,15 @@ def init_distributed(timeout_seconds: int) -> None:
     if device_type() == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device())
-    # How many of the last collectives PyTorch keeps a record of, for when they hang.
+    # Number of recent collectives that PyTorch keeps a record of, for when they hang.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    # Else gloo connects each rank with all others in each group that is made: with 10,000 ranks and
-    # two groups of them all, a process has 20,000 sockets before the first step. Collectives need a
-    # few neighbours, which are then connected with at their first use.
+    # Otherwise gloo connects each rank with all others in each new group: with 10,000 ranks and two
+    # groups of them all, a process has 20,000 sockets before the first step. Collectives need a few
+    # neighbours, which this connects at their first use.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     allow_open_files()
     timeout = timedelta(seconds=timeout_seconds)
-    # Also of groups that are made later: those of a mesh would have PyTorch's, half an hour.
+    # Also for later groups: those of a mesh would have PyTorch's default, half an hour.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -203,26 +203,26 @@ def init_distributed(timeout_seconds: int) -> None:
 
 
 def in_cuda_group() -> bool:
-    """Whether processes on CUDA have met: at an ordinary exit, NCCL may wait for all of them."""
+    """Return whether CUDA processes are connected: on a normal exit, NCCL may wait for them all."""
     return device_type() == "cuda" and dist.is_initialized()
 
 
 def _store(timeout: timedelta) -> dist.Store:
-    """The store of torchrun, in which ranks look for each other.
+    """Return torchrun's store, through which ranks find each other.
 
-    It outlives them. So the ranks of each start have keys of their own: under the same ones they
-    might find addresses of ranks that are gone, and fail at once.
+    It outlives them, so the ranks of each start have their own keys: with the same keys they might
+    find addresses of ranks that are gone, and fail at once.
     """
     start = os.environ["TORCHELASTIC_RESTART_COUNT"]
     return dist.PrefixStore(f"torchtitan/start-{start}", _agent_store(timeout))
 
 
 def job_store() -> dist.Store | None:
-    """What the ranks of a job leave to those that torchrun starts after them; None without it."""
+    """Return a store from which later starts of a job's ranks read; None without torchrun."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     timeout = distributed_c10d.default_pg_timeout
-    # Our torchrun makes another store at MASTER_PORT each time, so it names the one that stays.
+    # Our torchrun makes a new store at MASTER_PORT each time, so JOB_STORE names the lasting one.
     host, _, port = os.environ.get(JOB_STORE, "").rpartition(":")
     store: dist.Store
     if port:

@@ -1,12 +1,12 @@
 """Causal attention, optionally within documents, windows or chunks, by PyTorch's fused kernels.
 
-A model builds the mask once a forward pass, by a `CausalMask`, and hands it to all blocks, which
-attend by a `ScaledDotProductAttention`. Both are modules without parameters, so that context
-parallelism can take their places. The type of the mask chooses the kernel:
+A model builds the mask once per forward pass, with a `CausalMask`, and passes it to all blocks,
+which attend with a `ScaledDotProductAttention`. Both are modules without parameters, so that
+context parallelism can replace them. The type of the mask chooses the kernel:
 
 * None: plain causal; scaled dot product attention (SDPA) skips the upper triangle (flash kernel);
-* a boolean tensor, true where a query may look: SDPA with a mask, `seq * seq` bytes a sequence;
-* a `BlockMask`: flex attention, which skips blocks that are masked throughout (CUDA).
+* a boolean tensor, true where a query may look: SDPA with a mask, `seq * seq` bytes per sequence;
+* a `BlockMask`: flex attention, which skips blocks that are fully masked (CUDA).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ScaledDotProductAttention(nn.Module):
             q: `[batch, heads, seq, head_dim]`.
             k: `[batch, kv_heads, seq, head_dim]`; each serves `heads / kv_heads` query heads.
             v: like `k`.
-            mask: from `CausalMask`. None is causal, where fewer queries than keys are the last.
+            mask: from `CausalMask`. None: causal; fewer queries than keys are the last ones.
 
         Returns:
             `[batch, heads, seq, head_dim]`.
@@ -80,7 +80,7 @@ def sdpa(
 ) -> torch.Tensor:
     """PyTorch's scaled dot product attention, for the arguments of `ScaledDotProductAttention`.
 
-    Without mask and `is_causal`, each query sees all keys.
+    With neither `mask` nor `is_causal`, each query sees all keys.
     """
     grouped = q.shape[1] != k.shape[1]
     if grouped and not _knows_grouped_heads(q, mask):
@@ -93,10 +93,10 @@ def sdpa(
 
 
 def _knows_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether SDPA's kernel for such queries does.
+    """Return whether SDPA's kernel for such queries supports grouped heads.
 
-    CUDA's memory-efficient one does not, and no other but the one that writes all scores down takes
-    masks or float32.
+    CUDA's memory-efficient kernel does not, but is the only one that takes masks or float32, except
+    the one that materializes all scores.
     """
     if q.device.type == "cpu":
         return True
@@ -107,15 +107,15 @@ def _knows_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
 def flash_of_last(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """Causal attention of queries that are the last of the keys' tokens, by CUDA's flash kernel.
+    """Attend causally by CUDA's flash kernel, with queries that are the last of the keys' tokens.
 
-    Its triangle ends at the last key. SDPA's begins at the first.
+    The kernel aligns its triangle with the last key, SDPA with the first.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     size = v.shape[-1]
     if size == q.shape[-1]:
         return flash(q, k, v, 0.0, True, scale=scale)[0]
-    v = F.pad(v, (0, q.shape[-1] - size))  # the kernel knows one size; zeros make it
+    v = F.pad(v, (0, q.shape[-1] - size))  # the kernel supports one head size: pad with zeros
     return flash(q, k, v, 0.0, True, scale=scale)[0].narrow(-1, 0, size)
 
 
@@ -124,27 +124,28 @@ def _has_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def fits_flash_kernel(q: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether CUDA's flash kernel takes such queries, and values that are padded to their size."""
+    """Return whether CUDA's flash kernel takes such queries, and values padded to their size."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     size = q.shape[-1]
     return half and v.shape[-1] <= size and size % 8 == 0 and size <= 256
 
 
 def mask_of_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionMask:
-    """The causal mask of queries that are the last of the keys' tokens, for no flash kernel."""
+    """Return the causal mask of queries that are the keys' last tokens, if no flash kernel fits."""
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     return mask.tril(k.shape[2] - q.shape[2])
 
 
 class CausalMask(nn.Module):
-    """Makes the mask of a causal model: a query sees its own key and earlier ones, of its document.
+    """Builds the mask of a causal model: a query sees its own and earlier keys of its document.
 
     Args:
-        kernel: `model.attention`. `auto` is plain causal SDPA where that is the rule, else flex on
+        kernel: `model.attention`. `auto`: SDPA if the mask is plain causal, else flex attention on
             CUDA. CPU always uses SDPA, because flex attention has no backward pass there.
-        window: keys that a query sees, the last of them its own (sliding window); None: all.
-        chunk: tokens in a chunk, counted from the beginning of each document; a query sees keys of
-            its own chunk alone. None: one chunk.
+        window: number of keys that a query sees, the last being its own (sliding window); None:
+            all.
+        chunk: tokens in a chunk, counted from the beginning of each document; a query sees only
+            keys of its own chunk. None: one chunk.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class CausalMask(nn.Module):
         device: torch.device,
         queries: torch.Tensor | None = None,
     ) -> AttentionMask:
-        """The mask of one batch.
+        """Return the mask of one batch.
 
         Args:
             seq_len: tokens in a sequence.
@@ -171,7 +172,7 @@ class CausalMask(nn.Module):
             queries: `[n]` int64, places in the sequence of the queries; None: all, in order.
 
         Returns:
-            Of `n` queries and `seq` keys, for all heads. None: plain causal.
+            The mask of `n` queries and `seq` keys, for all heads. None: plain causal.
         """
         plain = self.is_plain(seq_len, document_ids)
         use_flex = self.uses_flex(plain, device)
@@ -187,25 +188,25 @@ class CausalMask(nn.Module):
         device: torch.device,
         queries: torch.Tensor | None,
     ) -> AttentionMask:
-        """The mask for flex attention or, else, SDPA, for the same arguments as `forward`."""
+        """Return the mask for flex attention or else SDPA; other arguments as in `forward`."""
         batch = 1 if document_ids is None else document_ids.shape[0]
         n = seq_len if queries is None else queries.shape[0]
         build = flex_mask if use_flex else dense_mask
         return build(self.rule(document_ids, queries), batch, n, seq_len, device)
 
     def uses_flex(self, plain: bool, device: torch.device) -> bool:
-        """Whether the kernel is flex attention for a mask that is `plain` causal or is not."""
+        """Return whether to use flex attention for a mask that is, or is not, `plain` causal."""
         return device.type == "cuda" and (
             self.kernel == "flex" or (self.kernel == "auto" and not plain)
         )
 
     def is_plain(self, seq_len: int, document_ids: torch.Tensor | None) -> bool:
-        """Whether the mask is plain causal, for the same arguments as `forward`."""
+        """Return whether the mask is plain causal, for the same arguments as `forward`."""
         limits = [limit for limit in (self.window, self.chunk) if limit is not None]
         return document_ids is None and all(limit >= seq_len for limit in limits)
 
     def rule(self, document_ids: torch.Tensor | None, queries: torch.Tensor | None) -> Rule:
-        """What the mask allows, for the same arguments as `forward`."""
+        """Return the mask's rule, for the same arguments as `forward`."""
         window, chunk = self.window, self.chunk
         places = None if document_ids is None else places_in_documents(document_ids)
 
@@ -229,7 +230,7 @@ class CausalMask(nn.Module):
 
 
 def places_in_documents(document_ids: torch.Tensor) -> torch.Tensor:
-    """How many tokens of its document come before each token; both `[batch, seq]` int64."""
+    """Count the tokens of its document before each token; both `[batch, seq]` int64."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device)
     begins = document_ids != document_ids.roll(1, dims=1)
     begins[:, 0] = True
@@ -239,7 +240,7 @@ def places_in_documents(document_ids: torch.Tensor) -> torch.Tensor:
 def dense_mask(
     rule: Rule, batch: int, queries: int, keys: int, device: torch.device
 ) -> torch.Tensor:
-    """Boolean `[batch, 1, queries, keys]`, true where a query may look."""
+    """Return a boolean mask `[batch, 1, queries, keys]`, true where a query may look."""
     batch_index, query, key = (torch.arange(n, device=device) for n in (batch, queries, keys))
     batch_index, query = batch_index[:, None, None, None], query[:, None]
     allowed = rule(batch_index, torch.zeros_like(batch_index), query, key)
@@ -247,18 +248,18 @@ def dense_mask(
 
 
 def flex_mask(rule: Rule, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
-    """The same as a block mask for flex attention."""
+    """Return the same mask as a block mask for flex attention."""
     create = _fused(create_block_mask, device)
     return create(rule, batch, None, queries, keys, device=device)
 
 
 def fused_flex_attention(device: torch.device) -> Callable[..., Any]:
-    """`flex_attention`, compiled where it needs to be."""
+    """Return `flex_attention`, compiled where it needs to be."""
     return _fused(flex_attention, device)
 
 
 def _fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`function` compiled on CUDA, where flex attention would else hold `seq * seq` scores.
+    """Compile `function` on CUDA, where flex attention would otherwise hold `seq * seq` scores.
 
     Within a region that is being compiled, the function becomes part of that region.
     """

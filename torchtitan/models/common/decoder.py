@@ -1,6 +1,6 @@
-"""What decoder-only language models have in common: everything around the blocks.
+"""The common part of decoder-only language models: everything around the blocks.
 
-A model names its block and its hyperparameters; see `models/llama3/model/model.py`.
+A model provides its block and its hyperparameters; see `models/llama3/model/model.py`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ INIT_STD = 0.02
 
 
 def residual_std(layer_id: int) -> float:
-    """Standard deviation for matrices that write to the residual stream, in layer `layer_id`.
+    """Return the standard deviation for layer `layer_id`'s matrices that write to the residual.
 
-    2 (layer_id + 1) sublayers have written to the stream by then; their sum stays level (GPT-2).
+    2 (layer_id + 1) sublayers have written to the stream by then; this keeps the scale of their sum
+    constant (GPT-2).
     """
     return INIT_STD / (2 * (layer_id + 1)) ** 0.5
 
 
 class Decoder(ModelProtocol):
-    """A decoder-only language model. In a pipeline stage, layers may be deleted and other parts be
-    None.
+    """A decoder-only language model. In a pipeline stage, layers may be deleted and other parts may
+    be None.
 
     Args:
         args: with `dim`, `n_layers`, `vocab_size`, `norm_eps`, `head_dim`, `rope_theta`,
             `tie_word_embeddings` and `attention`.
-        block: makes the block of a layer from its number and `args`. The block has
+        block: returns the block of a layer, given the layer's number and `args`. The block has
             `forward(x, rotate, mask)` and `init_weights()`.
     """
 
@@ -49,11 +50,11 @@ class Decoder(ModelProtocol):
         self._tie_weights()
 
     def rope_frequencies(self, device: torch.device) -> torch.Tensor:
-        """Angle a position of each pair of features: `[head_dim / 2]`, float32, radians."""
+        """Return the angle per position of each feature pair: `[head_dim / 2]` float32, radians."""
         return rope_frequencies(self.args.head_dim, self.args.rope_theta, device=device)
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """What blocks turn the queries and keys of `positions` `[batch or 1, seq]` by."""
+        """Return the rotation of queries and keys at `positions` `[batch or 1, seq]`."""
         return rotation(positions, self.rope_frequencies(positions.device))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -63,9 +64,9 @@ class Decoder(ModelProtocol):
     def attention_inputs(
         self, positions: torch.Tensor, document_ids: torch.Tensor | None
     ) -> Mapping[str, tuple[Callable[..., Any], AttentionMask]]:
-        """Name of each layer -> what it turns its queries and keys by, and how it attends.
+        """Return layer name -> the rotation of its queries and keys, and its attention mask.
 
-        Here the same for all layers. The arguments are those of `forward`.
+        Both are the same for all layers here. The arguments are those of `forward`.
         """
         rotate = self.rotation(positions)
         mask = self.mask(positions.shape[1], document_ids, positions.device)
@@ -77,7 +78,7 @@ class Decoder(ModelProtocol):
         positions: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of the next token.
+        """Return the logits of the next token.
 
         Args:
             tokens: `[batch, seq]` int64; hidden states `[batch, seq, dim]` without an embedding.
@@ -99,10 +100,10 @@ class Decoder(ModelProtocol):
         return self.output(h) if self.output is not None else h
 
     def init_weights(self) -> None:
-        """Normal weights of std 0.02, less for what writes to the residual stream (GPT-2)."""
+        """Draw normal weights of std 0.02, less for those that write to the residual (GPT-2)."""
         if self.tok_embeddings is not None:
             nn.init.normal_(self.tok_embeddings.weight, std=INIT_STD)
-        layer: Any  # what `block` makes
+        layer: Any  # returned by `block`
         for layer in self.layers.values():
             layer.init_weights()
         if self.norm is not None:

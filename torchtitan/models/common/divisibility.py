@@ -1,4 +1,4 @@
-"""The rules that a model's sizes divide over the tensor and context parallel ranks."""
+"""Check that a model's sizes divide evenly over tensor and context parallel ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def require_divisible_by_tp(job_config: JobConfig, **sizes: int) -> None:
     """Check that tensor parallelism can cut every one of `sizes` (name -> size) in equal parts.
 
     Raises:
-        ConfigError: it cannot; names the key, the sizes and the degrees that work.
+        ConfigError: it cannot; the message names the key, the sizes and the degrees that work.
     """
     degree = job_config.parallelism.tensor_parallel_degree
     if all(size % degree == 0 for size in sizes.values()):
@@ -52,12 +52,12 @@ def require_splittable_experts(job_config: JobConfig, hidden_dim: int) -> None:
 
 
 def require_heads_divisible_by_cp(job_config: JobConfig, n_heads: int) -> None:
-    """Check that Ulysses can give each rank as many of the query heads as the others.
+    """Check that Ulysses can give each rank equally many query heads.
 
-    Key and value heads need not divide: they are repeated where there are too few.
+    Key and value heads need not divide: they are repeated if there are too few.
 
     Raises:
-        ConfigError: it cannot; names the key and the degrees that work.
+        ConfigError: it cannot; the message names the key and the degrees that work.
     """
     parallelism = job_config.parallelism
     heads = n_heads // parallelism.tensor_parallel_degree

@@ -1,7 +1,7 @@
-"""Exchange of experts with Hugging Face, whose files hold each expert's matrices apart.
+"""Exchange experts with Hugging Face, whose files store each expert's matrices separately.
 
-A sharded model exchanges without a full copy on any rank: each rank converts the experts that it
-has, so that ranks have different names in their Hugging Face state dicts.
+A sharded model exchanges without a full copy on any rank: each rank converts its own experts, so
+that ranks have different names in their Hugging Face state dicts.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .state_dict import RenamingAdapter, numbers_of, pattern_of, rename
 
 
 class ExpertsAdapter(RenamingAdapter):
-    """A `RenamingAdapter` that also takes experts apart and puts them together.
+    """A `RenamingAdapter` that also splits expert weights into matrices and joins these.
 
-    `from_hf` gives weights of experts the layout that they had when `to_hf` saw them last, whole
-    tensors without one. It raises `CheckpointError` if an expert is missing.
+    `from_hf` gives expert weights the layout in which `to_hf` saw them last; if it saw none, it
+    returns whole tensors. It raises `CheckpointError` if an expert is missing.
     """
 
     expert_names: ClassVar[Mapping[str, str]]
-    """Our name of a weight `[num_experts, ...]` -> theirs of one expert's, with another `{}`."""
+    """Our name of a weight `[num_experts, ...]` -> theirs of one expert's, with one more `{}`."""
     training_state: ClassVar[frozenset[str]] = frozenset(
         {"layers.{}.moe.router.load", "layers.{}.moe.router.selection_bias"}
     )
-    """What Hugging Face's layout has no place for."""
+    """Tensors for which Hugging Face's layout has no place."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,11 +90,11 @@ class ExpertsAdapter(RenamingAdapter):
 
 
 def split_experts(weight: torch.Tensor) -> dict[int, torch.Tensor]:
-    """The matrices of the experts that this rank has, by the expert's number; views of `weight`.
+    """Return the matrices of this rank's experts, by the expert's number, as views of `weight`.
 
     Args:
-        weight: `[num_experts, rows, columns]`. Of a DTensor, dimensions other than the first may be
-            sharded too; then the matrices are DTensors.
+        weight: `[num_experts, rows, columns]`. A DTensor may also be sharded over other dimensions
+            than the first; then the matrices are DTensors.
     """
     weight = weight.detach()
     if not isinstance(weight, DTensor):
@@ -117,7 +117,7 @@ def split_experts(weight: torch.Tensor) -> dict[int, torch.Tensor]:
 
 
 def expert_numbers(weight: DTensor) -> list[int]:
-    """Numbers of the experts whose matrices, or parts of them, are on this rank."""
+    """Return the numbers of the experts whose matrices, or parts of them, are on this rank."""
     placements = [p if getattr(p, "dim", -1) == 0 else Replicate() for p in weight.placements]
     numbers = torch.arange(weight.size(0))
     return (

@@ -15,7 +15,7 @@ class FeedForward(nn.Module):
     Args:
         dim: features of the hidden states.
         hidden_dim: features between the matrices.
-        activation: applied to each number; silu makes SwiGLU, gelu GeGLU.
+        activation: applied elementwise; silu makes SwiGLU, gelu GeGLU.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class FeedForward(nn.Module):
         return self.w2(self.activation(self.w1(x)) * self.w3(x))
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for w2, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for w2, which writes to the residual stream."""
         nn.init.normal_(self.w1.weight, std=std)
         nn.init.normal_(self.w3.weight, std=std)
         nn.init.normal_(self.w2.weight, std=output_std)

@@ -1,4 +1,4 @@
-"""The `config.json` of a Hugging Face model: read, refusing what is not understood, and written."""
+"""Read a Hugging Face model's `config.json`, refusing unknown fields, and write it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WITHOUT_EFFECT = frozenset(
         "dtype",
         "eos_token_id",
         "initializer_range",  # training starts from our own initialisation or from weights
-        "max_position_embeddings",  # rotary positions have no end
+        "max_position_embeddings",  # rotary positions are unlimited
         "model_type",
         "output_router_logits",
         "pad_token_id",
@@ -28,14 +28,14 @@ WITHOUT_EFFECT = frozenset(
         "use_cache",
     }
 )
-"""Fields that say nothing about what a model computes."""
+"""Fields that do not affect what a model computes."""
 
 _REQUIRED = object()
 _ROTARY = ("rope_theta", "rope_parameters", "rope_scaling")
 
 
 class OtherArchitectureError(CheckpointError):
-    """A `config.json` is of another model than the one that was to read it.
+    """A `config.json` belongs to another model than the one that tried to read it.
 
     Args:
         model_types: values of `model_type` that the model can read.
@@ -47,7 +47,7 @@ class OtherArchitectureError(CheckpointError):
 
 
 class HuggingFaceConfig:
-    """The fields of a `config.json`, each to be asked for once, in a `with` block that makes args.
+    """The fields of a `config.json`. Ask for each once, in a `with` block that builds the args.
 
     Args:
         fields: the parsed file.
@@ -55,8 +55,8 @@ class HuggingFaceConfig:
 
     Raises:
         OtherArchitectureError: the file is of another architecture.
-        CheckpointError: at the end of the block: the args are refused (`ValueError`), or a field
-            is left that may have an effect.
+        CheckpointError: at the end of the block, if the args are refused (`ValueError`), or a field
+            that may have an effect was not asked for.
     """
 
     def __init__(self, fields: dict[str, Any], *model_types: str) -> None:
@@ -80,12 +80,12 @@ class HuggingFaceConfig:
             raise CheckpointError(f"config.json: unknown fields: {fields}")
 
     def take(self, *names: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of a field, which has several names if it was renamed.
+        """Return the value of a field, which has several names if it was renamed.
 
-        Where there is a default, it stands for null too.
+        If there is a default, it also replaces null.
 
         Raises:
-            CheckpointError: it is missing and there is no default, or it is not of type `kind`.
+            CheckpointError: the field is missing without a default, or is not of type `kind`.
         """
         present = [(name, self._fields.pop(name)) for name in names if name in self._fields]
         if not present:
@@ -104,7 +104,7 @@ class HuggingFaceConfig:
         return value
 
     def take_decoder(self, tied: bool = False) -> dict[str, Any]:
-        """What `hf_fields` writes, as our args. `tied`: what a missing field means."""
+        """Return the fields of `hf_fields` as our args. `tied`: value if its field is missing."""
         self.require("attention_dropout", 0.0)
         return {
             "dim": self.take("hidden_size", kind=int),
@@ -116,7 +116,7 @@ class HuggingFaceConfig:
         }
 
     def require(self, name: str, *supported: Any) -> None:
-        """Accept the field `name` if it is missing or has one of the values given.
+        """Accept the field `name` if it is missing or has one of the given values.
 
         Raises:
             CheckpointError: it has another value.
@@ -126,18 +126,18 @@ class HuggingFaceConfig:
             raise unsupported(name, value)
 
     def ignore(self, *names: str) -> None:
-        """Fields that have no effect, given the values of others."""
+        """Skip fields that have no effect, given the values of others."""
         for name in names:
             self._fields.pop(name, None)
 
     def take_rope(self) -> tuple[float, dict[str, Any] | None]:
-        """Rotary base, and the scaling as a dict with `rope_type`; None without scaling.
+        """Return the rotary base, and the scaling as a dict with `rope_type`; None: no scaling.
 
-        Since transformers 5 one field `rope_parameters` holds both. What is said twice must be
-        said alike: which of two values counts depends on the program that reads them.
+        Since transformers 5, one field `rope_parameters` holds both. Values that occur twice must
+        be equal, because which one counts depends on the program that reads them.
 
         Raises:
-            CheckpointError: it is not, or a field is not of the right type.
+            CheckpointError: they are not, or a field is not of the right type.
         """
         fields = {name: self._fields[name] for name in _ROTARY if self._fields.get(name)}
         said = []
@@ -163,12 +163,12 @@ class HuggingFaceConfig:
 
 
 def unsupported(name: str, value: Any) -> CheckpointError:
-    """The error for a field whose value we do not implement."""
+    """Return the error for a field whose value we do not implement."""
     return CheckpointError(f"config.json: {name} = {value!r} is not supported")
 
 
 def require_numbers(name: str, fields: dict[str, Any], *keys: str) -> None:
-    """Raises `CheckpointError` if one of the entries `keys` of the field `name` is no number."""
+    """Raise `CheckpointError` if one of the entries `keys` of the field `name` is no number."""
     for key in keys:
         if key in fields and type(fields[key]) not in (int, float):
             raise CheckpointError(f"config.json: {name}: {key} = {fields[key]!r} must be a number")
@@ -180,14 +180,14 @@ def _contradictory(fields: dict[str, Any]) -> CheckpointError:
 
 
 def hf_fields(args: Any, model_type: str, architecture: str) -> dict[str, Any]:
-    """The fields that all our models have, to write a `config.json`.
+    """Return the `config.json` fields that all our models have.
 
-    Rotary positions are written as published files have them, `rope_theta` and `rope_scaling`:
-    transformers 4 and 5 and other programs read these.
+    Rotary positions are written as in published files, as `rope_theta` and `rope_scaling`, which
+    transformers 4 and 5 and other programs read.
 
     Args:
         args: of a decoder, with our usual names.
-        model_type: what transformers calls the kind of model.
+        model_type: transformers' name of the model.
         architecture: its class in transformers.
     """
     return {

@@ -1,8 +1,8 @@
 """Mixture-of-experts layers: each token is processed by the few experts that a router chooses.
 
-The layer has three parts. The router (`router.py`) chooses; the experts are one module with the
-weights of all of them, which processes tokens sorted by expert; the layer sorts, and adds up.
-Expert parallelism takes the place of the experts' `forward` and moves the sorted tokens to the
+The layer has three parts. The router (`router.py`) chooses experts; the experts are one module with
+the weights of all of them, which processes tokens sorted by expert; the layer sorts tokens and sums
+results. Expert parallelism replaces the experts' `forward`, and moves the sorted tokens to the
 ranks that have their experts.
 """
 
@@ -30,31 +30,32 @@ class MoEArgs:
 
     num_experts: int = 8
     top_k: int = 2
-    """Experts of a token."""
+    """Number of experts per token."""
     hidden_dim: int = 256
-    """Features inside each expert."""
+    """Hidden features of each expert."""
     num_shared_experts: int = 0
-    """Experts that process every token, besides; in effect one, of so many times `hidden_dim`."""
+    """Number of additional experts that process every token; in effect one expert that is this many
+    times as wide."""
     score_func: Literal["softmax", "sigmoid"] = "softmax"
-    """From the gate's logits to the scores that experts are chosen and weighted by."""
+    """Function from the gate's logits to the scores by which experts are chosen and weighted."""
     gate_bias: bool = False
-    """The gate adds a learned bias to its logits."""
+    """Add a learned bias to the gate's logits."""
     normalize_weights: bool = True
     """Divide the weights of a token's experts by their sum."""
     route_scale: float = 1.0
-    """Factor of these weights."""
+    """Factor applied to these weights."""
     weight_inputs: bool = False
-    """Multiply by them what experts read, not what they make of it (Llama 4)."""
+    """Multiply the inputs of experts by these weights, not their outputs (Llama 4)."""
     n_groups: int = 1
-    """Groups of experts, in the order of their numbers (experts of one node, say)."""
+    """Number of groups of consecutive experts (the experts of one node, say)."""
     top_groups: int = 1
-    """Groups that the experts of a token come from."""
+    """Number of groups that a token's experts come from."""
     group_score_experts: int = 2
-    """A group is as good as the sum of so many of its best experts (DeepSeek-V2: 1, V3: 2)."""
+    """A group's score is the sum of this many of its best experts' (DeepSeek-V2: 1, V3: 2)."""
     use_bias: bool = False
-    """Balance the load by a bias on the scores when experts are chosen."""
+    """Balance the load by a bias that is added to the scores when experts are chosen."""
     bias_update_rate: float = 1e-3
-    """What the bias changes by after each step (DeepSeek-V3's is 0.001)."""
+    """Change of the bias after each step (DeepSeek-V3: 0.001)."""
     aux_loss_weight: float = 0.0
     """Weight of the auxiliary loss for balance; the logged loss does not contain it."""
 
@@ -81,7 +82,7 @@ class MoEArgs:
             raise ValueError(problem)
 
     def count_parameters(self, dim: int) -> tuple[int, int]:
-        """Parameters of the layer, and how many of its matrices' process each token."""
+        """Return the number of parameters, and of matrix parameters that process each token."""
         expert = 3 * dim * self.hidden_dim
         always = dim * self.num_experts + self.num_shared_experts * expert
         held = always + self.num_experts * (expert + self.gate_bias)
@@ -94,8 +95,8 @@ class MoE(nn.Module):
     Args:
         dim: features of the hidden states, a multiple of 8.
         args: sizes and choices.
-        experts: in place of `GroupedExperts`; has its `forward` and `init_weights`, and in every
-            parameter, the first dimension is the expert's number.
+        experts: replaces `GroupedExperts`; has the same `forward` and `init_weights`, and the first
+            dimension of every parameter is the expert's number.
         float32_gate: see `TopKRouter`.
     """
 
@@ -135,7 +136,7 @@ class MoE(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for w2, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for w2, which writes to the residual stream."""
         self.router.init_weights(std)
         self.experts.init_weights(std, output_std)
         if self.shared_experts is not None:
@@ -143,7 +144,7 @@ class MoE(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """Gated feed-forward experts (SwiGLU), the weights of all in one tensor a matrix.
+    """Gated feed-forward experts (SwiGLU); each matrix is one tensor for all experts.
 
     The first dimension of every parameter is the expert's number; expert parallelism relies on it.
     """
@@ -155,14 +156,14 @@ class GroupedExperts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
-        self.product = grouped_linear  # converters may take another
+        self.product = grouped_linear  # converters may replace it
 
     def forward(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Process rows that are sorted by expert.
 
         Args:
             rows: `[rows, dim]`.
-            counts: rows of each expert, `[num_experts]` int64.
+            counts: number of rows per expert, `[num_experts]` int64.
 
         Returns:
             `[rows, dim]`.
@@ -189,7 +190,7 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
         `[rows, out]`.
     """
     device = rows.device.type
-    if torch.is_autocast_enabled(device):  # which does not know grouped_mm
+    if torch.is_autocast_enabled(device):  # autocast does not support grouped_mm
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
     return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)

@@ -1,4 +1,4 @@
-"""Norms that PyTorch does not have, or not as fast."""
+"""Norms that PyTorch lacks or computes more slowly."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm`, for what a linear layer gives: under autocast that is bfloat16, the weight not.
+    """`nn.RMSNorm` for outputs of a linear layer: bfloat16 under autocast, unlike the weight.
 
-    PyTorch then computes the same numbers, but on CUDA by one kernel for each of its operations.
+    PyTorch computes the same numbers then, but on CUDA with one kernel for each operation.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -24,7 +24,7 @@ class RMSNorm(nn.RMSNorm):
 class ZeroCenteredRMSNorm(nn.Module):
     """x / rms(x) * (1 + weight), in float32 (Gemma, arXiv:2403.08295).
 
-    The weight starts at 0, where bfloat16 tells small changes apart better than near 1.
+    The weight starts at 0, where bfloat16 resolves small changes better than near 1.
 
     Args:
         dim: size of the last dimension, which is normalised.

@@ -1,14 +1,14 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864), with Llama 3.1's long-context scaling.
 
-Which features of a head are a pair that turns is a convention, and the two in use differ by a fixed
+Which features of a head form a rotated pair is a convention. The two in use differ by a fixed
 permutation of the rows of wq and wk. Each model here follows its Hugging Face checkpoints, so that
 weights are exchanged by renaming alone and no rows move between the ranks that share a matrix:
 
-* features i and i + head_dim / 2 ("half rotation"), most models; both halves are contiguous;
-* features 2i and 2i + 1 ("interleaved"), DeepSeek and Llama 4, and Meta's own files of Llama 3.
+* features i and i + head_dim / 2 ("half rotation"): most models; both halves are contiguous;
+* features 2i and 2i + 1 ("interleaved"): DeepSeek, Llama 4, and Meta's own files of Llama 3.
 
-There is no table of angles. The angles of the positions at hand are computed once a forward pass,
-which costs next to nothing, sets no limit on the length, and leaves no buffer to initialise, to
+There is no table of angles. The angles of the current positions are computed once per forward pass,
+which costs almost nothing, sets no limit on the length, and leaves no buffer to initialise, to
 save, or to lose precision when a model is cast to bfloat16.
 """
 
@@ -25,11 +25,11 @@ from .hf_config import require_numbers, unsupported
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Stretches slow rotations by `factor`, for contexts beyond `original_max_seq_len` tokens.
+    """Slows slow rotations down by `factor`, for contexts beyond `original_max_seq_len` tokens.
 
     Rotations that turn at least `high_freq_factor` times within the original context stay as they
-    are, those that turn at most `low_freq_factor` times are slowed down in full, and between the
-    two the change is gradual (Llama 3.1, arXiv:2407.21783).
+    are, those that turn at most `low_freq_factor` times are slowed down in full, and in between the
+    change is gradual (Llama 3.1, arXiv:2407.21783).
     """
 
     factor: float = 8.0
@@ -47,10 +47,10 @@ _HF_NAMES = {
 
 
 def rope_scaling_from_hf(rope_scaling: dict[str, Any]) -> RopeScaling:
-    """From the field `rope_scaling` of a `config.json`, as `HuggingFaceConfig.take_rope` gives it.
+    """Read the `rope_scaling` of a `config.json`, as `HuggingFaceConfig.take_rope` returns it.
 
     Raises:
-        CheckpointError: it is of another kind, incomplete, or has parts that are not supported.
+        CheckpointError: it is of another kind, incomplete, or has unsupported parts.
     """
     fields = dict(rope_scaling)
     if fields.pop("rope_type", None) != "llama3" or fields.keys() != _HF_NAMES.keys():
@@ -60,7 +60,7 @@ def rope_scaling_from_hf(rope_scaling: dict[str, Any]) -> RopeScaling:
 
 
 def rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The field `rope_scaling` of a `config.json`."""
+    """Return the field `rope_scaling` of a `config.json`."""
     if scaling is None:
         return None
     fields = {theirs: getattr(scaling, ours) for theirs, ours in _HF_NAMES.items()}
@@ -68,15 +68,15 @@ def rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 class Rotation:
-    """Turns the queries and keys of given positions.
+    """Rotates the queries and keys of given positions.
 
-    One is made a forward pass, and all blocks share it. It is a plain object because FSDP's mixed
-    precision casts the floating-point arguments of blocks to bfloat16, those in tuples and
-    dataclasses too, and that is too coarse for angles.
+    One is created per forward pass, and all blocks share it. It is a plain object because FSDP's
+    mixed precision casts the floating-point arguments of blocks to bfloat16, even in tuples and
+    dataclasses, and that is too coarse for angles.
 
     Args:
         cos: `[batch or 1, seq, 1, head_dim]`, float32.
-        sin: like `cos`, with the sign that its feature takes: minus for the first of each pair.
+        sin: like `cos`, with the sign for its feature: minus for the first of each pair.
         interleaved: features 2i and 2i + 1 are a pair, rather than i and i + head_dim / 2.
     """
 
@@ -87,7 +87,7 @@ class Rotation:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate `x` `[batch, seq, heads, head_dim]` in float32, and return it in its dtype."""
-        if torch.compiler.is_compiling():  # which fuses what follows
+        if torch.compiler.is_compiling():  # the compiler fuses these operations
             wide = x.float()
             if self.interleaved:
                 partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -98,7 +98,7 @@ class Rotation:
 
 
 class _Rotate(torch.autograd.Function):
-    """The same in half of the passes over memory, whose backward pass turns back."""
+    """The same with half as many passes over memory; its backward pass rotates back."""
 
     @staticmethod
     def forward(
@@ -134,7 +134,7 @@ def rope_frequencies(
     scaling: RopeScaling | None = None,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Angle a position of each pair of features: `[head_dim / 2]`, float32, radians."""
+    """Return the angle per position of each feature pair: `[head_dim / 2]`, float32, radians."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1.0 / theta**exponents
     if scaling is None:
@@ -151,13 +151,13 @@ def rotation(
     interleaved: bool = False,
     factor: float = 1.0,
 ) -> Rotation:
-    """The rotation of given positions.
+    """Return the rotation of given positions.
 
     Args:
         positions: `[batch or 1, seq]`.
         frequencies: `[head_dim / 2]`, from `rope_frequencies` or the like.
         interleaved: see `Rotation`.
-        factor: what is rotated is multiplied by this too (YaRN).
+        factor: additional factor of the rotated features (YaRN).
     """
     angles = positions[..., None, None].float() * frequencies
     cos, sin = angles.cos() * factor, angles.sin() * factor

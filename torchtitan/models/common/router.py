@@ -1,17 +1,17 @@
-"""The router of a mixture-of-experts layer, and what keeps its experts evenly loaded.
+"""The router of a mixture-of-experts layer, and two ways to balance the load of its experts.
 
-Both ways to balance need the load of the whole batch, that is of all ranks and micro-batches of a
-step, which is known only when the step is over. So each step is balanced by the load of the one
-before. As nothing depends on how the batch was divided, every layout trains alike.
+Both ways need the load of the whole batch, that is of all ranks and micro-batches of a step, which
+is known only when the step is over. So each step is balanced by the load of the previous one. As
+nothing depends on how the batch was divided, every layout trains alike.
 
 * The bias of loss-free balancing (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) is added to the
-  scores when experts are chosen, and moves by a fixed amount after each step: up where the load was
-  below the mean, down where it was above.
+  scores when experts are chosen. After each step it changes by a fixed amount: up if the load was
+  below the mean, down if it was above.
 * The auxiliary loss (GShard, arXiv:2006.16668; Switch, arXiv:2101.03961) is
-  `weight * num_experts * sum_e f_e P_e`, with f_e the share of the load that expert e had, and P_e
-  its mean probability. It equals `weight` where the load is even. f has no gradient, so the load of
-  the step before serves as well. It is taken over the global batch, not over each rank's tokens,
-  which would hinder experts to specialise (arXiv:2501.11873; also used for Qwen3).
+  `weight * num_experts * sum_e f_e P_e`, where f_e is expert e's share of the load, and P_e its
+  mean probability. It equals `weight` if the load is even. f has no gradient, so the load of the
+  previous step serves as well. It covers the global batch. Per rank, it would keep experts from
+  specialising (arXiv:2501.11873; Qwen3 uses the global batch, too).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class TopKRouter(nn.Module):
 
     Three buffers of shape `[num_experts]`, float32, none of them trained:
 
-    * `load`: how many tokens of the last step each expert had, on all ranks;
-    * `tally`: the same of the current step, on this rank, so far;
+    * `load`: number of tokens per expert in the last step, on all ranks;
+    * `tally`: the same in the current step so far, on this rank;
     * `selection_bias`: added to the scores when experts are chosen; None without `args.use_bias`.
 
     Args:
         dim: features of the hidden states.
         args: sizes and choices.
-        float32_gate: multiply by the gate in float32, also where the model is in bfloat16.
+        float32_gate: multiply by the gate in float32, even if the model is in bfloat16.
     """
 
     load: torch.Tensor
@@ -64,14 +64,14 @@ class TopKRouter(nn.Module):
         Returns:
             weights: of the chosen experts, `[tokens, top_k]` float32.
             experts: their numbers, `[tokens, top_k]` int64.
-            counts: how many tokens each expert got, `[num_experts]` int64.
+            counts: number of tokens per expert, `[num_experts]` int64.
         """
         args = self.args
         logits = self.gate(x).float()  # [tokens, num_experts]
         scores = logits.softmax(dim=-1) if args.score_func == "softmax" else logits.sigmoid()
 
-        # Both scores grow with the logit. By itself it tells more: in float32 the sigmoids of large
-        # logits are equal, all of them 1 from about 17 on.
+        # Both scores grow with the logit, but the logit itself distinguishes more: in float32 the
+        # sigmoids of large logits are equal, all 1 from about 17 on.
         alone = self.selection_bias is None and args.n_groups == 1
         ranking = (logits if alone else scores).detach()
         if self.selection_bias is not None:
@@ -102,7 +102,7 @@ class TopKRouter(nn.Module):
         return groups.masked_fill(ruled_out[..., None], float("-inf")).flatten(start_dim=-2)
 
     def _auxiliary_loss(self, scores: torch.Tensor) -> torch.Tensor | None:
-        """This rank's share of the auxiliary loss: a scalar; the shares of a step add up to it."""
+        """Return this rank's share of the auxiliary loss, a scalar; a step's shares sum to it."""
         args = self.args
         if args.aux_loss_weight == 0:
             return None
@@ -116,9 +116,9 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def end_step(self, load: torch.Tensor) -> None:
-        """Take `load` `[num_experts]`, the tally of all ranks, as that of the step now done.
+        """End a step: `load` `[num_experts]`, the tally of all ranks, becomes the last step's load.
 
-        The bias of a frozen router stays.
+        The bias of a frozen router does not change.
         """
         self.load.copy_(load)
         self.tally.zero_()
@@ -127,7 +127,7 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As before the first step."""
+        """Reset the buffers to their values before the first step."""
         for buffer in (self.load, self.tally, self.selection_bias):
             if buffer is not None:
                 buffer.zero_()
@@ -142,8 +142,8 @@ class TopKRouter(nn.Module):
 class Float32Linear(nn.Linear):
     """`nn.Linear` whose product is in float32, whatever the dtypes of input and weight.
 
-    A module of its own, so that tensor parallelism can give it DTensors. Converters to 8 bits pass
-    it over.
+    It is a separate module, so that tensor parallelism can pass it DTensors. Converters to 8 bits
+    skip it.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,11 +154,11 @@ class Float32Linear(nn.Linear):
 
 
 class _OnBackward(torch.autograd.Function):
-    """Passes its first argument through. Its backward pass does what must happen once a token.
+    """Passes its first argument through. Its backward pass does what must happen once per token.
 
-    It counts the tokens, and it gives the auxiliary loss the gradient 1, as if the loss were a term
-    of the training loss. The forward pass would be the wrong place: activation checkpointing runs
-    it twice.
+    It counts the tokens, and gives the auxiliary loss the gradient 1, as if the loss were a term of
+    the training loss. The forward pass would be the wrong place: activation checkpointing runs it
+    twice.
     """
 
     @staticmethod

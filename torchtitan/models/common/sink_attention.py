@@ -1,12 +1,12 @@
-"""Attention sinks: a learned logit a head that takes its part of the softmax (arXiv:2309.17453).
+"""Attention sinks: a learned logit per head that takes part in the softmax (arXiv:2309.17453).
 
-The weights of a query sum up to less than 1, so that a head can attend to next to nothing:
+The weights of a query add up to less than 1, so that a head can attend to almost nothing:
 weight_j = exp(s_j) / (exp(sink) + sum_i exp(s_i)).
 
-The fused kernels know no sinks. But a sink is a key of which each query of a head has the same
-score, and whose value is 0. So each query carries its head's sink in a feature more, of which that
-first key has 1 and all others have 0. This works with every kernel of SDPA, gradients included.
-As the sinks travel with the queries, context parallelism needs to know nothing of them.
+The fused kernels do not support sinks. But a sink is equivalent to a key with the value 0 that has
+the same score for each query of a head. So each query carries its head's sink in an additional
+feature, which is 1 in that first key and 0 in all others. This works with every kernel of SDPA,
+gradients included. As the sinks travel with the queries, context parallelism needs no change.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from torchtitan.models.common.attention import (
 )
 
 SINK_FEATURES = 8
-"""The sink's and zeros: rows of a multiple of 16 bytes in bfloat16, as CUDA's kernels need."""
+"""One for the sink, the rest zeros: CUDA's kernels need rows of a multiple of 16 bytes in bfloat16.
+"""
 
 
 class Sinks(nn.Module):
-    """The sinks of a layer, one a head."""
+    """The sinks of a layer, one per head."""
 
     def __init__(self, n_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Sinks(nn.Module):
         return torch.cat([q, features.expand(*q.shape[:-1], -1)], dim=-1)
 
     def reset_parameters(self) -> None:
-        """Zeros: as if each query saw one key more, with the score 0 and the value 0."""
+        """Set zeros: as if each query saw one more key, with the score 0 and the value 0."""
         nn.init.zeros_(self.weight)
 
 
@@ -80,13 +81,13 @@ class SinkAttention(ScaledDotProductAttention):
         v = F.pad(v, (0, SINK_FEATURES, 1, 0))  # the value 0 of the first key
         if mask is not None:
             mask = F.pad(mask, (1, 0), value=True)
-        # Without a mask, attention is causal, and queries are the last where there are more keys.
+        # Without a mask, attention is causal; if there are more keys, the queries are the last.
         return super().forward(q, k, v, mask)[..., : self.head_dim]
 
     def _rescaled(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask
     ) -> torch.Tensor:
-        """Flex attention returns the log of the denominators, to which the sinks can be added."""
+        """Attend by flex attention, and add the sinks to the log denominators that it returns."""
         q, sinks = q[..., : self.head_dim], q[..., self.head_dim] * self.scale
         attend = fused_flex_attention(q.device)
         out, aux = attend(

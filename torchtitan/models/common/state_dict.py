@@ -1,4 +1,4 @@
-"""Exchange of weights with Hugging Face by a table of names."""
+"""Exchange weights with Hugging Face by a table of names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class RenamingAdapter(BaseStateDictAdapter):
-    """For models whose tensors Hugging Face holds in the same shapes under other names.
+    """For models whose tensors have the same shapes at Hugging Face, under other names.
 
     Tied weights: our state dicts hold the one tensor under both names, `tok_embeddings.weight` and
     `output.weight`, as `nn.Module.state_dict` does, so that every part of a model finds its own
-    names in a checkpoint. Hugging Face's hold it under the embedding's name alone.
+    names in a checkpoint. Hugging Face's state dicts hold it only under the embedding's name.
 
     Both directions raise `CheckpointError` for a name that is not in the table.
     """
@@ -46,9 +46,9 @@ class RenamingAdapter(BaseStateDictAdapter):
         converted, copies = {}, self.copies()
         for key, value in state_dict.items():
             if key.endswith(".rotary_emb.inv_freq"):
-                continue  # older files hold what rope_theta already says
+                continue  # in older files; rope_theta implies it
             if key in copies:
-                continue  # which some files hold
+                continue  # in some files
             converted[rename(key, self._from_hf)] = value
         if self._tied and "tok_embeddings.weight" in converted:
             converted["output.weight"] = converted["tok_embeddings.weight"]
@@ -56,7 +56,7 @@ class RenamingAdapter(BaseStateDictAdapter):
 
 
 def rename(key: str, names: Mapping[str, str]) -> str:
-    """The new name of tensor `key`, e.g. `layers.3.norm.weight`.
+    """Return the new name of tensor `key`, e.g. `layers.3.norm.weight`.
 
     `names` maps old names to new ones, with `{}` for a layer's number on both sides.
 
