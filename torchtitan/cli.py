@@ -59,9 +59,9 @@ COMMANDS = {
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `TitanError` into one line on stderr and its exit code; other errors pass.
+    """Turn a `TitanError` into one line on stderr and its exit code; let other errors pass.
 
-    Serves as a decorator too: `@exit_on_user_error()`.
+    Also works as a decorator: `@exit_on_user_error()`.
     """
     try:
         yield
@@ -73,8 +73,8 @@ def exit_on_user_error() -> Iterator[None]:
 def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
     """Show an error as `exit_on_user_error` or Python would, and end the process with its code.
 
-    Nothing is cleaned up. Python would wait for threads, and CUDA for what it has begun, which may
-    wait for a rank that is gone; torchrun ends the other ranks only once this process is gone.
+    Nothing is cleaned up. Python would wait for threads, and CUDA for pending work, either of which
+    may wait for a rank that is gone; torchrun ends the other ranks only after this process.
     """
     code = 1
     try:
@@ -87,7 +87,7 @@ def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
     with suppress(OSError):  # nobody reads it
         sys.stdout.flush()
         sys.stderr.flush()
-    if isinstance(error, KeyboardInterrupt):  # ends by its signal, as in Python
+    if isinstance(error, KeyboardInterrupt):  # end by its signal, as Python does
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
     os._exit(code)
@@ -95,7 +95,7 @@ def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
 
 @contextmanager
 def exit_when_unread() -> Iterator[None]:
-    """Ends quietly where nobody reads stdout any more: `torchtitan train --help | head -1`."""
+    """End quietly if nobody reads stdout any more: `torchtitan train --help | head -1`."""
     try:
         try:
             yield
@@ -105,13 +105,13 @@ def exit_when_unread() -> Iterator[None]:
         stdout = select.poll()
         stdout.register(sys.stdout, 0)
         if not any(event & select.POLLERR for _, event in stdout.poll(0)):
-            raise  # of a socket, say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+            raise  # from a socket, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes on exit
         raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _report(message: str) -> None:
-    """Show an error on stderr: of several ranks with the same one, once."""
+    """Show an error on stderr, once if several ranks have the same one."""
     from torchtitan.distributed.error_report import claim_report, write_error_file
     from torchtitan.tools.secrets import hide_secrets
     from torchtitan.tools.text import printable
@@ -127,7 +127,7 @@ def _report(message: str) -> None:
 @exit_when_unread()
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
-    """Run `torchtitan <command> ...`; returns the exit code.
+    """Run `torchtitan <command> ...`, and return the exit code.
 
     Raises:
         SystemExit: code 2 for a user's mistake, 1 for an outage; either is printed to stderr.
@@ -150,8 +150,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _import(name: str) -> ModuleType:
-    """Import a command's module. What imports make stays, so no collection need look at it: that
-    saves more than a second of CPU time from the start of a training to its end.
+    """Import a command's module. Imported objects stay alive, so no garbage collection needs to
+    look at them: that saves more than a second of CPU time over a whole training run.
     """
     gc.disable()
     try:

@@ -1,8 +1,8 @@
 """Errors that end with one message and no traceback.
 
-Most are a user's to mend, with exit code 2: whoever starts runs again need not try. An
-`OutageError` may pass by itself, and has exit code 1, as a crash has, after which a run is started
-again. Any other exception is a bug of ours (or of the model's author) and shows its traceback.
+Most are mistakes that the user must fix, with exit code 2: automatic restarts would not help. An
+`OutageError` may pass by itself, and has exit code 1, like a crash, after which a run is restarted.
+Any other exception is a bug of ours (or of the model's author) and shows its traceback.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ConfigError(TitanError):
 
 
 class WorldSizeError(ConfigError):
-    """The configuration does not fit the number of processes; with another number it may."""
+    """The configuration does not fit the number of processes, but may fit another number."""
 
 
 class CheckpointError(TitanError):
@@ -32,7 +32,7 @@ class CheckpointError(TitanError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A file of a checkpoint is missing, or not as it was written; another checkpoint may do."""
+    """A file of a checkpoint is missing or has changed; another checkpoint may be intact."""
 
 
 class DataError(TitanError):
@@ -48,7 +48,7 @@ class TrainingError(TitanError):
 
 
 class OutageError(TitanError):
-    """A network, a server or a disk failed: what may pass by itself."""
+    """A network, a server or a disk failed, which may pass by itself."""
 
     exit_code = 1
 
@@ -59,7 +59,7 @@ _UNCHANGING = frozenset(
         *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EMFILE, errno.EFBIG),
     }
 )
-"""Errors of the operating system that come again."""
+"""Errors of the operating system that recur on a retry."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OF_NETWORKS = frozenset(
     {
@@ -71,24 +71,24 @@ _OF_NETWORKS = frozenset(
         "CommError",  # wandb
     }
 )
-"""Names of base classes. Most are no `OSError`, and importing them would need the packages."""
+"""Names of base classes. Most are no `OSError`, and importing them would need their packages."""
 _OF_USERS = frozenset({"OfflineModeIsEnabled", "AuthenticationError"})
 
 
 def outage_or(mistake: type[TitanError], message: str, error: BaseException) -> TitanError:
-    """What to raise for `error`: an `OutageError` if it may pass by itself, else `mistake`."""
+    """Return the error to raise for `error`: `OutageError` if that may pass, else `mistake`."""
     if may_pass(error):
         return OutageError(f"{message}. This may pass: start the run again")
     return mistake(message)
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether it may go well when it is tried again: an outage, but not a file that is missing.
+    """Return whether a retry may succeed: after an outage, but not if a file is missing.
 
-    An error that was raised for another one, or while it was handled, is looked at with that one.
+    An error's cause, or the error that was being handled, is examined too.
     """
     chain = _chain(error)
-    # By the text too, since `datasets` takes the error of its offline mode out of the chain.
+    # Also by the text, since `datasets` removes the error of its offline mode from the chain.
     told = " ".join(f"{type(link).__mro__} {link}" for link in chain)
     if any(name in told for name in _OF_USERS):
         return False
@@ -96,12 +96,12 @@ def may_pass(error: BaseException) -> bool:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether a disk or a quota is used up, which whoever reads data does not wait for."""
+    """Return whether a disk or a quota is used up. Those who read data do not wait for that."""
     return any(isinstance(e, OSError) and e.errno in _FULL for e in _chain(error))
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error, what it was raised for or while handling, and so on."""
+    """Return the error, its cause or the error that was being handled, and so on."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -111,19 +111,19 @@ def _chain(error: BaseException) -> list[BaseException]:
 def _is_outage(error: BaseException) -> bool:
     status = getattr(error, "status", getattr(error, "code", None))
     status = getattr(getattr(error, "response", None), "status_code", status)
-    if isinstance(status, int):  # the answer of a server: too many requests, or an error of its own
+    if isinstance(status, int):  # a server's response: too many requests, or a server error
         return status == 429 or status >= 500
-    if isinstance(error, ValueError):  # a URL that is none, a certificate that does not fit
+    if isinstance(error, ValueError):  # an invalid URL, a certificate that does not match
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno not in _UNCHANGING
-    # Not every other OSError: of damaged files there are some without a number.
+    # Not every other OSError: some of damaged files have no number.
     return any(cls.__name__ in _OF_NETWORKS for cls in type(error).__mro__)
 
 
 @contextmanager
 def begin_errors_with(where: str) -> Iterator[None]:
-    """Have the message of a `TitanError` say where it belongs: a key, or a file and line."""
+    """Prefix the message of a `TitanError` with its place: a key, or a file and line."""
     try:
         yield
     except TitanError as error:
@@ -131,12 +131,12 @@ def begin_errors_with(where: str) -> Iterator[None]:
 
 
 def refuse_incomplete(made: object, maker: str, missing: list[str], needed: str) -> None:
-    """Raises `ConfigError` if what an author's function has made lacks something.
+    """Raise `ConfigError` if the object that an author's function returned lacks something.
 
     Args:
         maker: the function.
-        missing: what it lacks.
-        needed: the message's end, which says what it should have.
+        missing: names of the missing attributes.
+        needed: end of the message, which says what the object should have.
     """
     if missing:
         name = type(made).__name__
@@ -144,7 +144,7 @@ def refuse_incomplete(made: object, maker: str, missing: list[str], needed: str)
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest name, then all allowed ones."""
+    """Return the end of a message about an unknown name: the nearest name, then all allowed."""
     allowed = sorted(allowed)
     lowered = {a.lower(): a for a in allowed}
     near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)

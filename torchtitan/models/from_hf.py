@@ -1,4 +1,4 @@
-"""Which of our models a Hugging Face folder holds."""
+"""Find out which of our models a Hugging Face folder holds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CONFIG = "config.json"
 
 
 def train_spec_of_hf_folder(folder: Path) -> tuple[str, TrainSpec]:
-    """The name of the model that reads `config.json`, and its `TrainSpec` with the args in there.
+    """Return the name of the model that reads `config.json`, and its `TrainSpec` with those args.
 
-    Every registered model whose args have `from_hf_config` is asked.
+    Asks every registered model whose args have `from_hf_config`.
 
     Raises:
-        CheckpointError: the file is missing or damaged, no model reads it, or the one that does
+        CheckpointError: the file is missing or damaged, no model reads it, or the model that does
             has no support for a field in it.
     """
     config = read_hf_config(folder)
@@ -31,7 +31,7 @@ def train_spec_of_hf_folder(folder: Path) -> tuple[str, TrainSpec]:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """The fields of `config.json`. Raises `CheckpointError` if it is missing or damaged."""
+    """Return the fields of `config.json`. Raise `CheckpointError` if it is missing or damaged."""
     return read_json(folder / CONFIG, CheckpointError)
 
 

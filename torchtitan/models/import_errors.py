@@ -1,4 +1,4 @@
-"""Keeps one model's import error from breaking the others: it is raised where the model is used."""
+"""Keep one model's import error from breaking the others: raise it where the model is used."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from torchtitan.tools.user_module import with_place
 
 
 class BrokenModel:
-    """In the registry, in place of a `get_train_spec`."""
+    """Takes the place of a `get_train_spec` in the registry."""
 
     def __init__(self, name: str, problem: str, error: Exception) -> None:
         self.problem = f"the model {name} cannot be used: its import failed with {problem}"
         self._error = error
 
     def __call__(self, flavor: str) -> NoReturn:
-        """Raises `ConfigError`, as a command that uses the model does."""
+        """Raise `ConfigError`; a command that uses the model calls this."""
         raise ConfigError(self.problem) from self._error
 
 
 class _BrokenModule(ModuleType):
-    """What stands for the package of a model whose import failed."""
+    """Takes the place of the package of a model whose import failed."""
 
     get_train_spec: BrokenModel
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # what the import system asks for
+        if name.startswith("__"):  # the import system asks for these
             raise AttributeError(name)
         self.get_train_spec(name)
 
 
 def import_each(package: str, folder: Path) -> None:
-    """Import the packages in the package of models, so that one which fails stops no other.
+    """Import the packages in the package of models, so that a failing one stops no other.
 
-    What then asks such a one for `get_train_spec` gets a `BrokenModel`.
+    The `get_train_spec` of a failed package is a `BrokenModel`.
     """
     for found in pkgutil.iter_modules([str(folder)]):
         module = f"{package}.{found.name}"
@@ -49,6 +49,6 @@ def import_each(package: str, folder: Path) -> None:
             importlib.import_module(module)
         except Exception as error:
             broken = sys.modules[module] = _BrokenModule(module)
-            broken.__path__ = [str(folder / found.name)]  # its parts can be imported
+            broken.__path__ = [str(folder / found.name)]  # so that its parts can be imported
             problem = with_place(error, [broken.__path__[0]])
             broken.get_train_spec = BrokenModel(found.name, problem, error)

@@ -1,4 +1,4 @@
-"""Models from outside this package: a module the user names, and entry points of packages."""
+"""Load models from outside this package: a module that the user names, and entry points."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def load_plugins(custom_import: str = "") -> None:
 
     Every entry point in the group `torchtitan.models` is loaded. It names either a module that
     registers its models when imported, or a `get_train_spec(flavor)` factory, which is registered
-    under the entry point's name. One that fails is only warned about, as it may come from a package
-    that has nothing to do with this run.
+    under the entry point's name. If one fails, this only warns, as it may come from a package that
+    has nothing to do with this run.
 
     Args:
         custom_import: `job.custom_import`, a module that registers its models; "" for none.

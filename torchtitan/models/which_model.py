@@ -1,4 +1,4 @@
-"""Which model a folder holds."""
+"""Find out which model a folder holds."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class KnownModel:
 
     name: str
     flavor: str
-    """"": none of the flavors has these args."""
+    """"" if none of the flavors has these args."""
     spec: TrainSpec
     args: BaseModelArgs
 
     def build(self) -> ModelProtocol:
-        """On the meta device."""
+        """Return the model on the meta device."""
         return self.spec.meta_model(self.args)
 
     def adapter(self, folder: Path) -> BaseStateDictAdapter:
-        """Raises `CheckpointError` if the model has none."""
+        """Return the model's state dict adapter. Raise `CheckpointError` if it has none."""
         if self.spec.state_dict_adapter is None:
             raise CheckpointError(
                 f"the model {self.name} has no state_dict_adapter in its TrainSpec"
@@ -51,7 +51,7 @@ class KnownModel:
 
 
 def model_of_options(name: str | None, flavor: str | None) -> KnownModel | None:
-    """What `--model` and `--flavor` say; None without them.
+    """Return the model that `--model` and `--flavor` name; None without them.
 
     Raises:
         ConfigError: an unknown name, or one without the other.
@@ -65,7 +65,7 @@ def model_of_options(name: str | None, flavor: str | None) -> KnownModel | None:
 
 
 def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownModel:
-    """From `config.json`, or as it was told where there is none.
+    """Return the model of a Hugging Face folder: `told` if given, else by `config.json`.
 
     Raises:
         CheckpointError: there is neither, or `config.json` is of another model or not understood.
@@ -84,13 +84,13 @@ def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownMod
         )
     name, spec = train_spec_of_hf_folder(folder)
     flavor = _flavor_of(name, spec.model_args, TRAINING_ONLY)
-    if flavor:  # whose args say how it is trained, too
+    if flavor:  # its args also describe the training
         spec = get_train_spec(name, flavor)
     return KnownModel(name, flavor, spec, spec.model_args)
 
 
 def model_of_checkpoint(folder: Path, told: KnownModel | None = None) -> KnownModel:
-    """From the manifest of a checkpoint of ours, or as it was told.
+    """Return the model of a checkpoint of ours: `told` if given, else by the manifest.
 
     Raises:
         CheckpointError: the model is not registered, or its args have changed since.
@@ -117,10 +117,10 @@ def model_of_checkpoint(folder: Path, told: KnownModel | None = None) -> KnownMo
 
 
 def dataclass_of(cls: type, fields: dict[str, Any]) -> Any:
-    """The inverse of `plain_args`, by the types of the fields.
+    """Build a dataclass from JSON by the types of its fields: the inverse of `plain_args`.
 
-    Dataclasses come back, tuples, and keys that are numbers; in lists, tuples, dicts and unions
-    too. What else JSON does not know is left as JSON has it.
+    Restores dataclasses, tuples, and keys that are numbers, also in lists, tuples, dicts and
+    unions. Other types that JSON lacks are left as JSON has them.
 
     Raises:
         TypeError: an unknown field.
@@ -143,7 +143,7 @@ def _value_of(hint: Any, value: Any) -> Any:
         return dataclass_of(cast(type, kind), value)
     if isinstance(value, dict):
         key, of_value = inner or (str, Any)
-        number = key if key in (int, float) else str  # JSON has text for keys
+        number = key if key in (int, float) else str  # JSON's keys are text
         return {number(k): _value_of(of_value, v) for k, v in value.items()}
     if kind is tuple and inner and inner[-1] is not ...:
         return tuple(_value_of(one, item) for one, item in zip(inner, value, strict=True))
@@ -152,7 +152,7 @@ def _value_of(hint: Any, value: Any) -> Any:
 
 
 def _may_be(hint: Any, value: Any) -> bool:
-    """Whether JSON's dict or list may stand for a value of this type."""
+    """Return whether JSON's dict or list may represent a value of this type."""
     kind = get_origin(hint) or hint
     if isinstance(value, dict):
         return dataclasses.is_dataclass(kind) or kind in (dict, Mapping)
@@ -160,13 +160,13 @@ def _may_be(hint: Any, value: Any) -> bool:
 
 
 def _knows(fields: Any, hint: Any) -> bool:
-    """Whether it is a dataclass that has all these fields."""
+    """Return whether `hint` is a dataclass that has all these fields."""
     known = [f.name for f in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
     return set(fields) <= set(known) if isinstance(fields, dict) else False
 
 
 def _flavor_of(name: str, args: BaseModelArgs, ignored: frozenset[str]) -> str:
-    """The flavor that differs from `args` only in what is ignored; "" if there is none."""
+    """Return the flavor that differs from `args` only in `ignored`; "" if there is none."""
     for flavor in model_flavors(name):
         of_flavor = MODEL_REGISTRY[name](flavor).model_args
         if type(of_flavor) is type(args) and not any(differences(of_flavor, args, ignored)):

@@ -20,7 +20,7 @@ YARN_V3 = YarnScaling(mscale=1.0, mscale_all_dim=1.0)
 
 MODEL_CONFIGS = {
     # Learns on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`
-    # (258), rounded up so that it divides by 8, as do the heads.
+    # (258), rounded up to a multiple of 8, like the heads.
     "debugmodel": DeepSeekV3ModelArgs(
         dim=128,
         n_layers=4,

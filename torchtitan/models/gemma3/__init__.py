@@ -15,12 +15,12 @@ from .infra.parallelize import parallelize_gemma3
 from .infra.pipeline import pipeline_gemma3
 from .model import Gemma3Model, Gemma3ModelArgs, Gemma3StateDictAdapter
 
-# The two smallest were made for text alone, with shorter contexts.
+# The two smallest models were made for text only, with shorter contexts.
 SMALL: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 1, "sliding_window": 512, "rope_factor": 1.0}
 
 MODEL_CONFIGS = {
     # Learns on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`
-    # (258), rounded up so that it divides by 8, as do the heads.
+    # (258), rounded up to a multiple of 8, like the heads.
     "debugmodel": Gemma3ModelArgs(
         dim=256,
         n_layers=6,

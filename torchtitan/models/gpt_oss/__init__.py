@@ -17,7 +17,7 @@ from .infra.parallelize import parallelize_gpt_oss
 from .infra.pipeline import pipeline_gpt_oss
 from .model import GptOssModel, GptOssModelArgs, GptOssStateDictAdapter
 
-# Those of both published models but for the number of experts.
+# As in both published models, except for the number of experts.
 PUBLISHED_MOE: dict[str, Any] = {
     "top_k": 4,
     "hidden_dim": 2880,
@@ -27,7 +27,7 @@ PUBLISHED_MOE: dict[str, Any] = {
 
 MODEL_CONFIGS = {
     # Learns on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`
-    # (258), rounded up so that it divides by 8, as do the heads.
+    # (258), rounded up to a multiple of 8, like the heads.
     "debugmodel": GptOssModelArgs(
         dim=256,
         n_layers=4,

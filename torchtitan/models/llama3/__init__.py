@@ -19,11 +19,11 @@ LLAMA_3_2 = RopeScaling(factor=32.0)
 
 MODEL_CONFIGS = {
     # Learns on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`
-    # (258), rounded up so that it divides by 8, as do the heads.
+    # (258), rounded up to a multiple of 8, like the heads.
     "debugmodel": Llama3ModelArgs(
         dim=256, n_layers=4, n_heads=16, n_kv_heads=8, ffn_dim=768, vocab_size=264
     ),
-    # Ours, for experiments on one GPU: the vocabulary of SmolLM2, whose tokenizer is open.
+    # Our own, for experiments on one GPU: the vocabulary of SmolLM2, whose tokenizer is open.
     "150M": Llama3ModelArgs(
         dim=768,
         n_layers=18,

@@ -19,7 +19,7 @@ from .model.args import MOE
 
 MODEL_CONFIGS = {
     # Learns on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`
-    # (258), rounded up so that it divides by 8, as do the heads.
+    # (258), rounded up to a multiple of 8, like the heads.
     "debugmodel": Llama4ModelArgs(
         dim=128,
         n_layers=4,

@@ -16,12 +16,12 @@ from .infra.parallelize import parallelize_qwen3
 from .infra.pipeline import pipeline_qwen3
 from .model import Qwen3Model, Qwen3ModelArgs, Qwen3StateDictAdapter
 
-# Those of the published 30B-A3B and 235B-A22B but for the size of an expert.
+# As in the published 30B-A3B and 235B-A22B, except for the size of an expert.
 PUBLISHED_MOE: dict[str, Any] = {"num_experts": 128, "top_k": 8, "aux_loss_weight": 1e-3}
 
 MODEL_CONFIGS = {
     # Learn on a laptop's CPU in a minute or two. The vocabulary is that of the tokenizer `bytes`
-    # (258), rounded up so that it divides by 8, as do the heads.
+    # (258), rounded up to a multiple of 8, like the heads.
     "debugmodel": Qwen3ModelArgs(
         dim=256, n_layers=4, n_heads=16, n_kv_heads=8, head_dim=32, ffn_dim=768, vocab_size=264
     ),
@@ -49,7 +49,7 @@ MODEL_CONFIGS = {
         n_layers=48,
         n_heads=32,
         n_kv_heads=4,
-        ffn_dim=6144,  # of no layer, but in its config.json
+        ffn_dim=6144,  # used by no layer, but in its config.json
         moe=MoEArgs(hidden_dim=768, **PUBLISHED_MOE),
     ),
     "235B-A22B": Qwen3ModelArgs(

@@ -1,4 +1,4 @@
-"""How DeepSeek-V3 is spread over devices: a plan, and six calls in order."""
+"""Spread DeepSeek-V3 over devices: a plan, and six calls in order."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def parallelize_deepseek_v3(
 
 
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
-    """Split heads and feed-forward features; between them, the sequence."""
+    """Split heads and feed-forward features; between them, shard the sequence."""
     apply_tensor_parallel(model, tp_mesh, job_config, _plan_of_block)
 
 
 def _plan_of_block(block: TransformerBlock) -> Plan:
-    """Blocks have experts or not.
+    """Return the plan of a block, with or without experts.
 
-    Each rank makes the latents of its part of the sequence. They are gathered, rather than the
+    Each rank computes the latents of its part of the sequence. These are gathered rather than the
     hidden states, which are several times as large.
     """
     plan: Plan = {

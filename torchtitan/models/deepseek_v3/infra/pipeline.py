@@ -1,4 +1,4 @@
-"""How DeepSeek-V3 is cut into pipeline stages: as every model with these module names."""
+"""Cut DeepSeek-V3 into pipeline stages, like every model with these module names."""
 
 from torchtitan.distributed.pipeline_parallel import build_pipeline as pipeline_deepseek_v3
 

@@ -41,12 +41,12 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     """Features of the hidden states."""
     n_layers: int = 61
     n_dense_layers: int = 3
-    """The first layers, which have one feed-forward layer each in place of a mixture."""
+    """Number of first layers that have a feed-forward layer instead of a mixture of experts."""
     n_heads: int = 128
     q_rank: int | None = 1536
-    """Features of the vector that a token's queries are made from; None: made directly."""
+    """Features of the vector from which a token's queries are computed; None: there is none."""
     kv_rank: int = 512
-    """Features of the vector that a token's keys and values are made from (the latent)."""
+    """Features of the vector from which a token's keys and values are computed (the latent)."""
     qk_nope_dim: int = 128
     """Features of a head's queries and keys without positions."""
     qk_rope_dim: int = 64
@@ -54,17 +54,17 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
     v_dim: int = 128
     """Features of a head's values."""
     ffn_dim: int = 18432
-    """Features inside the feed-forward layers of `n_dense_layers`."""
+    """Hidden features of the feed-forward layers of `n_dense_layers`."""
     moe: MoEArgs = field(default_factory=lambda: MOE_V3)
     vocab_size: int = 129280
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     yarn: YarnScaling | None = None
-    """For contexts longer than those trained on; None: rotations as trained at first."""
+    """For contexts longer than those trained on; None: no scaling."""
     tie_word_embeddings: bool = False
     """The output layer shares the embedding's weight."""
     mtp_layers: int = 0
-    """Layers for the prediction of more tokens in Hugging Face files, which are left unread."""
+    """Layers for multi-token prediction in Hugging Face files, which are left unread."""
     attention: AttentionKernel = "auto"
     """Attention kernel, see `model.attention`."""
 
@@ -81,20 +81,20 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
 
     @property
     def qk_dim(self) -> int:
-        """Features of a head's queries and keys."""
+        """Return the number of features of a head's queries and keys."""
         return self.qk_nope_dim + self.qk_rope_dim
 
     @property
     def score_factor(self) -> float:
-        """What attention scores are multiplied by, besides 1 / sqrt(qk_dim)."""
+        """Return the factor of attention scores besides 1 / sqrt(qk_dim)."""
         return self.yarn.score_factor if self.yarn else 1.0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+        """Return the exact number of parameters, and FLOPs per token, forward and backward.
 
-        Of the experts, only those that a token uses cost FLOPs. The rest is counted as for Llama 3:
-        6 FLOPs a weight and token, the output layer included and the embedding not, and attention
-        in full although it is causal (arXiv:2204.02311, appendix B).
+        FLOPs are those of matrix products, of experts only those that a token uses. The rest is
+        counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
+        embedding, and attention in full although it is causal (arXiv:2204.02311, appendix B).
         """
         q_dim, o_dim = self.n_heads * self.qk_dim, self.n_heads * self.v_dim
         q_rank = self.q_rank or 0
@@ -114,10 +114,10 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         return nparams, 6 * matrices + 6 * self.n_layers * (q_dim + o_dim) * seq_len
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` of `DeepseekV3ForCausalLM`, or of V2's; see `BaseModelArgs`.
+        """Return the `config.json` of `DeepseekV3ForCausalLM`, or of V2's; see `BaseModelArgs`.
 
-        The two differ in how experts are chosen. Layers for the prediction of more tokens are left
-        out, as the model has none.
+        The two differ in how experts are chosen. Layers for multi-token prediction are left out,
+        as the model has none.
         """
         moe, v3 = self.moe, self.moe.score_func == "sigmoid"
         kind = ("deepseek_v3", "DeepseekV3ForCausalLM")
@@ -152,11 +152,11 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
         }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
-        """A copy with the attention kernel that the job asks for.
+        """Return a copy with the attention kernel that the job asks for.
 
         Raises:
             ConfigError: heads or matrices do not divide over the ranks that share them, or a ring
-                of context parallelism would have to pass on keys and values of different sizes.
+                of context parallelism would pass on keys and values of different sizes.
         """
         require_divisible_by_tp(
             job_config, n_heads=self.n_heads, ffn_dim=self.ffn_dim, vocab_size=self.vocab_size
@@ -177,7 +177,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """The args from a `config.json` (`DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM`).
+        """Return the args for a `config.json` (`DeepseekV3ForCausalLM`, `DeepseekV2ForCausalLM`).
 
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.

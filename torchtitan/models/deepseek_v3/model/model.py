@@ -1,17 +1,17 @@
 """DeepSeek-V3 ("DeepSeek-V3 Technical Report", arXiv:2412.19437), and V2 (arXiv:2405.04434).
 
-A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). What is different:
+A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). Differences:
 
-* multi-head latent attention (MLA): keys and values are made from a small vector a token, the
-  latent, which alone would be cached when generating; in the larger models, queries too;
-* positions are in features of their own: of each head's key, a part without positions comes from
-  the latent, and a rotated part is one for all heads; values are smaller than keys;
+* multi-head latent attention (MLA): keys and values are computed from a small vector per token, the
+  latent, which alone would be cached when generating; in the larger models, queries are, too;
+* positions have their own features: each head's key has a part without positions, computed from the
+  latent, and a rotated part, which all heads share; values are smaller than keys;
 * rotary pairs are interleaved, and stretched by YaRN, which also raises attention scores;
-* but for the first layers, each feed-forward layer is a mixture of many small experts besides some
+* except in the first layers, each feed-forward layer is a mixture of many small experts, with some
   shared ones. V3 scores experts by sigmoids, chooses within the best groups of experts, and
-  balances their load by a bias on the choice alone; V2 scores by a softmax.
+  balances their load by a bias that only affects the choice; V2 scores by a softmax.
 
-What the published V3 has for the prediction of more than one token is not implemented.
+The multi-token prediction of the published V3 is not implemented.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from torchtitan.models.common.yarn import yarn_frequencies
 from .args import DeepSeekV3ModelArgs
 
 LATENT_NORM_EPS = 1e-6
-"""Epsilon of the norms of latents, whatever `norm_eps` is."""
+"""Epsilon of the latents' norms, whatever `norm_eps` is."""
 
 
 class Attention(nn.Module):
     """Multi-head latent attention."""
 
     wq: nn.Linear | None
-    wq_a: Any  # these three are modules where wq is None, else None
+    wq_a: Any  # these three are modules if wq is None, else None
     q_norm: Any
     wq_b: Any
 
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).flatten(start_dim=2))  # [batch, seq, dim]
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for wo, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for wo, which writes to the residual stream."""
         for linear in (self.wq, self.wq_a, self.wq_b, self.wkv_a, self.wkv_b):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=std)
@@ -96,7 +96,7 @@ class Attention(nn.Module):
 class RotaryKey(nn.Module):
     """The part of the keys that has positions, one for all heads.
 
-    A module without parameters, so that tensor parallelism can give it to the heads of all ranks.
+    A module without parameters, so that tensor parallelism can pass it to all ranks' heads.
     """
 
     def forward(self, k_rope: torch.Tensor, rotate: Rotation) -> torch.Tensor:
@@ -105,7 +105,7 @@ class RotaryKey(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then one feed-forward layer or a mixture of them, `feed_forward` or `moe`."""
+    """Attention, then a feed-forward layer (`feed_forward`) or a mixture of experts (`moe`)."""
 
     def __init__(self, layer_id: int, args: DeepSeekV3ModelArgs) -> None:
         super().__init__()

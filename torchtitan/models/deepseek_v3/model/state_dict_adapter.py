@@ -1,7 +1,7 @@
-"""Exchange of weights with Hugging Face's `DeepseekV3ForCausalLM` and `DeepseekV2ForCausalLM`.
+"""Exchange weights with Hugging Face's `DeepseekV3ForCausalLM` and `DeepseekV2ForCausalLM`.
 
 Published files of V3 hold FP8 weights with scales, which are refused: convert them to bfloat16
-first. They also hold a layer for the prediction of more tokens, which is left out.
+first. They also hold a layer for multi-token prediction, which is left out.
 """
 
 from __future__ import annotations

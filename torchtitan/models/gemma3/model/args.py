@@ -38,17 +38,17 @@ class Gemma3ModelArgs(BaseModelArgs):
     query_pre_attn_scalar: int = 256
     """Scores are divided by the square root of this."""
     ffn_dim: int = 10240
-    """Features inside the feed-forward layer."""
+    """Hidden features of the feed-forward layer."""
     sliding_window: int = 1024
-    """Keys that a query sees in layers with a window, the last of them its own."""
+    """Number of keys that a query sees in layers with a window, the last being its own."""
     full_attention_every: int = 6
-    """Every so many layers, one attends without a window."""
+    """One layer in this many attends without a window."""
     vocab_size: int = 262208
     norm_eps: float = 1e-6
     rope_theta: float = 1000000.0
     """Base of the rotation frequencies in layers without a window."""
     rope_factor: float = 8.0
-    """In layers without a window, rotations are slower by this (linear scaling)."""
+    """Factor by which rotations are slower in layers without a window (linear scaling)."""
     window_rope_theta: float = 10000.0
     """Base of the rotation frequencies in layers with a window."""
     tie_word_embeddings: bool = True
@@ -61,16 +61,16 @@ class Gemma3ModelArgs(BaseModelArgs):
             raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
 
     def has_window(self, layer: int) -> bool:
-        """Whether the layer of this number, counted from 0, attends in a sliding window."""
+        """Return whether this layer, counted from 0, attends in a sliding window."""
         return (layer + 1) % self.full_attention_every != 0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+        """Return the exact number of parameters, and FLOPs per token, forward and backward.
 
-        Counted as for Llama 3: 6 FLOPs a weight and token, the output layer included and the
-        embedding not. Attention to n keys costs 12 n FLOPs a query feature. As in that convention a
-        query sees all `seq_len` keys although it is causal, it sees `min(seq_len, sliding_window)`
-        in layers with a window.
+        Matrix products are counted as for Llama 3: 6 FLOPs per weight and token, with the output
+        layer, without the embedding. Attention to n keys costs 12 n FLOPs per query feature. By
+        that convention, a query sees all `seq_len` keys although it is causal; likewise, it sees
+        `min(seq_len, sliding_window)` in layers with a window.
         """
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
@@ -84,7 +84,7 @@ class Gemma3ModelArgs(BaseModelArgs):
         return matrices + norms + embeddings, 6 * (matrices + vocabulary) + 12 * q_dim * keys
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` of `Gemma3ForCausalLM` for these args; see `BaseModelArgs`."""
+        """Return the `config.json` of `Gemma3ForCausalLM` for these args; see `BaseModelArgs`."""
         scaling = None
         if self.rope_factor != 1.0:
             scaling = {"rope_type": "linear", "factor": self.rope_factor}
@@ -106,7 +106,7 @@ class Gemma3ModelArgs(BaseModelArgs):
         }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
-        """A copy with the attention kernel that the job asks for.
+        """Return a copy with the attention kernel that the job asks for.
 
         Raises:
             ConfigError: the heads or matrices do not divide over the ranks that share them.
@@ -123,7 +123,7 @@ class Gemma3ModelArgs(BaseModelArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """The args of a model from its `config.json` (`Gemma3ForCausalLM`).
+        """Return the args for a `config.json` (`Gemma3ForCausalLM`).
 
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
@@ -152,7 +152,7 @@ class Gemma3ModelArgs(BaseModelArgs):
 
 
 def _take_pattern(hf: HuggingFaceConfig, n_layers: int) -> int:
-    """`full_attention_every`, from the types of the layers."""
+    """Return `full_attention_every`, from the types of the layers."""
     every = hf.take("sliding_window_pattern", "_sliding_window_pattern", kind=int, default=6)
     kinds = hf.take("layer_types", kind=list, default=None)
     if kinds is None:
@@ -166,9 +166,9 @@ def _take_pattern(hf: HuggingFaceConfig, n_layers: int) -> int:
 
 
 def _take_rope(hf: HuggingFaceConfig) -> tuple[float, float, float]:
-    """`rope_theta`, `rope_factor` and `window_rope_theta`.
+    """Return `rope_theta`, `rope_factor` and `window_rope_theta`.
 
-    Since transformers 5, `rope_parameters` holds those of both kinds of layers.
+    Since transformers 5, `rope_parameters` holds the values for both kinds of layers.
     """
     both = hf.take("rope_parameters", kind=dict, default=None)
     if both is None:

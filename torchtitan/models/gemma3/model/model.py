@@ -1,16 +1,16 @@
 """Gemma 3 ("Gemma 3 Technical Report", arXiv:2503.19786), the text model.
 
-A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). What is different:
+A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). Differences:
 
-* five layers attend in a sliding window (arXiv:2004.05150), the sixth to all, and the two kinds
-  turn queries and keys by other rotary frequencies;
-* norms before and after each sublayer, whose weight is added to 1; queries and keys are normalised
-  too, head by head, before they are rotated;
-* scores are divided by the square root of a number of their own, of a head's size in most models;
+* five layers of six attend in a sliding window (arXiv:2004.05150), the sixth to everything, and the
+  two kinds use different rotary frequencies;
+* norms before and after each sublayer, with 1 added to their weight; queries and keys are
+  normalised too, per head, before they are rotated;
+* scores are divided by the square root of a separate number, in most models the size of a head;
 * the gate of the feed-forward layer is a GELU (GeGLU, arXiv:2002.05202);
-* embeddings are multiplied by sqrt(dim), and their weight is the output layer's.
+* embeddings are multiplied by sqrt(dim), and the output layer shares their weight.
 
-Unlike in Gemma 2, logits and scores have no soft limit.
+Unlike in Gemma 2, logits and scores are not softly capped.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class TransformerBlock(nn.Module):
         return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
     def init_weights(self) -> None:
-        # What writes to the residual stream is normalised, so it need not shrink with depth.
+        # Outputs are normalised before they are added to the residual: no need to shrink by depth.
         self.attention.init_weights(INIT_STD)
         self.feed_forward.init_weights(INIT_STD, INIT_STD)
         for norm in (
@@ -110,7 +110,7 @@ class Gemma3Model(Decoder):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         h = self.tok_embeddings(tokens)
-        # Rounded to the dtype of the weights, as the published ones were trained.
+        # Rounded to the dtype of the weights, as when the published ones were trained.
         return h * torch.full((), self.args.dim**0.5, dtype=h.dtype, device=h.device)
 
     def attention_inputs(

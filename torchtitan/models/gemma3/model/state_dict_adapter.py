@@ -1,4 +1,4 @@
-"""Exchange of Gemma 3 weights with Hugging Face's `Gemma3ForCausalLM`: only names change."""
+"""Exchange Gemma 3 weights with Hugging Face's `Gemma3ForCausalLM`: only names change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How gpt-oss is spread over devices: a plan, and six calls in order."""
+"""Spread gpt-oss over devices: a plan, and six calls in order."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def parallelize_gpt_oss(
 
 
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
-    """Split heads; between attention and experts, the sequence."""
+    """Split heads; between attention and experts, shard the sequence."""
     block_plan = {
         "attention_norm": SequenceParallel(),
         **attention_plan(),

@@ -1,4 +1,4 @@
-"""How gpt-oss is cut into pipeline stages: as every model with these module names."""
+"""Cut gpt-oss into pipeline stages, like every model with these module names."""
 
 from torchtitan.distributed.pipeline_parallel import build_pipeline as pipeline_gpt_oss
 

@@ -39,12 +39,12 @@ class GptOssModelArgs(BaseModelArgs):
     head_dim: int = 64
     """Features of a head."""
     sliding_window: int = 128
-    """Keys that a query sees in the layers 0, 2, 4, ..., the last of them its own."""
+    """Number of keys that a query sees in the layers 0, 2, 4, ..., the last being its own."""
     moe: MoEArgs = field(
         default_factory=lambda: MoEArgs(num_experts=32, top_k=4, hidden_dim=2880, gate_bias=True)
     )
     swiglu_limit: float = 7.0
-    """Bound of the features inside an expert."""
+    """Bound of an expert's hidden features."""
     vocab_size: int = 201088
     norm_eps: float = 1e-5
     rope_theta: float = 150000.0
@@ -63,16 +63,17 @@ class GptOssModelArgs(BaseModelArgs):
         return self.moe.num_experts
 
     def has_window(self, layer: int) -> bool:
-        """Whether the layer of this number, counted from 0, attends in a sliding window."""
+        """Return whether this layer, counted from 0, attends in a sliding window."""
         return layer % 2 == 0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+        """Return the exact number of parameters, and FLOPs per token, forward and backward.
 
-        Of the experts, only those that a token uses cost FLOPs. The rest is counted as for Llama 3:
-        6 FLOPs a weight and token, the output layer included and the embedding not. Attention to n
-        keys costs 12 n FLOPs a query feature. As in that convention a query sees all `seq_len` keys
-        although it is causal, it sees `min(seq_len, sliding_window)` in layers with a window.
+        FLOPs are those of matrix products, of experts only those that a token uses. The rest is
+        counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
+        embedding. Attention to n keys costs 12 n FLOPs per query feature. By that convention, a
+        query sees all `seq_len` keys although it is causal; likewise, it sees
+        `min(seq_len, sliding_window)` in layers with a window.
         """
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
@@ -93,7 +94,7 @@ class GptOssModelArgs(BaseModelArgs):
         return nparams, 6 * matrices + 12 * q_dim * keys
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` of `GptOssForCausalLM` for these args; see `BaseModelArgs`."""
+        """Return the `config.json` of `GptOssForCausalLM` for these args; see `BaseModelArgs`."""
         windows = [self.has_window(layer) for layer in range(self.n_layers)]
         return hf_fields(self, "gpt_oss", "GptOssForCausalLM") | {
             "num_key_value_heads": self.n_kv_heads,
@@ -110,11 +111,11 @@ class GptOssModelArgs(BaseModelArgs):
         }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
-        """A copy with the attention kernel that the job asks for.
+        """Return a copy with the attention kernel that the job asks for.
 
         Raises:
             ConfigError: the heads or matrices do not divide over the ranks that share them, or
-                experts are to be split, whose biases cannot.
+                experts would be split, whose output biases every rank would add.
         """
         require_divisible_by_tp(
             job_config,
@@ -136,7 +137,7 @@ class GptOssModelArgs(BaseModelArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """The args of a model from its `config.json` (`GptOssForCausalLM`).
+        """Return the args for a `config.json` (`GptOssForCausalLM`).
 
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
@@ -152,7 +153,7 @@ class GptOssModelArgs(BaseModelArgs):
             hf.require("attention_bias", True)
             decoder = hf.take_decoder()
             hf.require("swiglu_alpha", ALPHA)
-            hf.ignore("initial_context_length", "experts_per_token")  # said by other fields too
+            hf.ignore("initial_context_length", "experts_per_token")  # repeated by other fields
             alternating = ["sliding_attention", "full_attention"] * decoder["n_layers"]
             hf.require("layer_types", alternating[: decoder["n_layers"]])
             rope_theta, rope_scaling = hf.take_rope()

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torchtitan.models.common.moe import ALIGNMENT, grouped_linear
 
 ALPHA = 1.702
-"""With it, x * sigmoid(alpha * x) is close to GELU (arXiv:1606.08415)."""
+"""With this, x * sigmoid(alpha * x) is close to GELU (arXiv:1606.08415)."""
 
 
 class GptOssExperts(nn.Module):
-    """Feed-forward experts, the parameters of all in one tensor a kind.
+    """Feed-forward experts; each kind of parameter is one tensor for all experts.
 
-    Matrices are `[in, out]`, and features of gate and linear part alternate in `gate_up`, both as
-    in Hugging Face checkpoints, so that weights are exchanged by renaming alone.
+    Matrices are `[in, out]`, and the features of gate and linear part alternate in `gate_up`, both
+    as in Hugging Face checkpoints, so that weights are exchanged by renaming alone.
 
     Args:
         limit: bounds the gate from above, and the linear part from both sides.
@@ -40,7 +40,7 @@ class GptOssExperts(nn.Module):
 
         Args:
             rows: `[rows, dim]`.
-            counts: rows of each expert, `[num_experts]` int64.
+            counts: number of rows per expert, `[num_experts]` int64.
 
         Returns:
             `[rows, dim]`.
@@ -54,7 +54,7 @@ class GptOssExperts(nn.Module):
         return add_bias(self.product(hidden, self.down.mT, ends), self.down_bias, counts)
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for `down`, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for `down`, which writes to the residual stream."""
         nn.init.normal_(self.gate_up, std=std)
         nn.init.normal_(self.down, std=output_std)
         nn.init.zeros_(self.gate_up_bias)
@@ -67,15 +67,15 @@ def add_bias(rows: torch.Tensor, bias: torch.Tensor, counts: torch.Tensor) -> to
     Args:
         rows: `[rows, features]`, sorted by expert.
         bias: `[num_experts, features]`.
-        counts: rows of each expert, `[num_experts]` int64.
+        counts: number of rows per expert, `[num_experts]` int64.
     """
     return _AddBias.apply(rows, bias, counts)
 
 
 class _AddBias(torch.autograd.Function):
-    """The gradient of a bias is a sum over its rows, by the kernel that multiplies matrices.
+    """Adds a bias whose gradient is a sum over its rows, by the kernel that multiplies matrices.
 
-    Unlike that of indexing, it is the same in each run, and adds up in float32.
+    Unlike the gradient of indexing, it is the same in each run, and accumulates in float32.
     """
 
     @staticmethod

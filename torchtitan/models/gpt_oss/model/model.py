@@ -1,13 +1,13 @@
 """gpt-oss ("gpt-oss-120b & gpt-oss-20b Model Card", arXiv:2508.10925).
 
-A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). What is different:
+A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). Differences:
 
 * every other layer, from the first on, attends in a sliding window of 128 tokens;
 * each head has a sink, a learned logit in the denominator of its softmax (arXiv:2309.17453);
-* queries, keys, values and the output of attention have biases, experts and their router too;
-* every feed-forward layer is a mixture of experts, whose weights are a softmax over the logits of
-  the chosen ones: the same as a softmax over all that is normalised over the chosen ones;
-* experts bound their features: SwiGLU clamped at 7, of which the linear part has 1 added;
+* queries, keys, values and the output of attention have biases, as do experts and their router;
+* every feed-forward layer is a mixture of experts, weighted by a softmax over the logits of the
+  chosen ones, which equals a softmax over all experts that is normalised over the chosen ones;
+* experts bound their features: SwiGLU is clamped at 7, and 1 is added to its linear part;
 * rotary positions are stretched by YaRN from the start (arXiv:2309.00071).
 """
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return self.wo(out)  # [batch, seq, dim]
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for wo, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for wo, which writes to the residual stream."""
         for linear in (self.wq, self.wk, self.wv, self.wo):
             nn.init.normal_(linear.weight, std=output_std if linear is self.wo else std)
             nn.init.zeros_(linear.bias)

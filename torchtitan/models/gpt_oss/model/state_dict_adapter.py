@@ -1,4 +1,4 @@
-"""Exchange of gpt-oss weights with Hugging Face's `GptOssForCausalLM`, in bfloat16 or float32.
+"""Exchange gpt-oss weights with Hugging Face's `GptOssForCausalLM`, in bfloat16 or float32.
 
 Tensors keep their shapes: only names change.
 """
@@ -35,7 +35,7 @@ class GptOssStateDictAdapter(ExpertsAdapter):
         "norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight",
     }
-    expert_names: ClassVar = {}  # those of a layer are in one tensor in the files too
+    expert_names: ClassVar = {}  # the files, too, hold a layer's experts in one tensor
 
     def from_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         self.check_names(state_dict)

@@ -1,4 +1,4 @@
-"""How Llama 3 is spread over devices: a plan, and five calls in order."""
+"""Spread Llama 3 over devices: a plan, and five calls in order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parallelize_llama(
 
 
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
-    """Split heads and feed-forward features; between them, the sequence."""
+    """Split heads and feed-forward features; between them, shard the sequence."""
     block_plan = {
         "attention_norm": SequenceParallel(),
         **attention_plan(),

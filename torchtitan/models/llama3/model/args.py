@@ -30,12 +30,12 @@ class Llama3ModelArgs(BaseModelArgs):
     n_kv_heads: int = 8
     """Key and value heads; each serves `n_heads / n_kv_heads` query heads."""
     ffn_dim: int = 14336
-    """Features inside the feed-forward layer."""
+    """Hidden features of the feed-forward layer."""
     vocab_size: int = 128256
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: RopeScaling | None = None
-    """Llama 3.1 and later; None: rotations as trained at first."""
+    """For Llama 3.1 and later; None: no scaling."""
     tie_word_embeddings: bool = False
     """The output layer shares the embedding's weight."""
     attention: AttentionKernel = "auto"
@@ -53,12 +53,13 @@ class Llama3ModelArgs(BaseModelArgs):
         return self.dim // self.n_heads
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+        """Return the exact number of parameters, and FLOPs per token, forward and backward.
 
-        A weight costs 6 FLOPs a token: a multiplication and an addition in the forward pass, twice
-        that in the backward pass. The embedding is a look-up and costs nothing; the output layer
-        counts, tied or not. Attention over `seq_len` tokens is counted in full, though a causal
-        kernel skips half of it: the convention of PaLM (arXiv:2204.02311, appendix B) for MFU.
+        FLOPs are those of matrix products. A weight costs 6 per token: a multiplication and an
+        addition in the forward pass, twice that in the backward pass. The embedding is a look-up
+        and costs nothing; the output layer counts, tied or not. Attention over `seq_len` tokens
+        counts in full, though a causal kernel skips half of it: the convention of PaLM
+        (arXiv:2204.02311, appendix B) for MFU.
         """
         kv_dim = self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * self.dim + 2 * self.dim * kv_dim
@@ -71,7 +72,7 @@ class Llama3ModelArgs(BaseModelArgs):
         return matrices + norms + embeddings, flops
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` of `LlamaForCausalLM` for these args; see `BaseModelArgs`."""
+        """Return the `config.json` of `LlamaForCausalLM` for these args; see `BaseModelArgs`."""
         return hf_fields(self, "llama", "LlamaForCausalLM") | {
             "num_key_value_heads": self.n_kv_heads,
             "head_dim": self.head_dim,
@@ -83,7 +84,7 @@ class Llama3ModelArgs(BaseModelArgs):
         }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
-        """A copy with the attention kernel that the job asks for.
+        """Return a copy with the attention kernel that the job asks for.
 
         Raises:
             ConfigError: the heads or matrices do not divide over the ranks that share them.
@@ -100,7 +101,7 @@ class Llama3ModelArgs(BaseModelArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """The args of a model from its `config.json` (`LlamaForCausalLM`: Llama 3, SmolLM2, ...).
+        """Return the args for a `config.json` (`LlamaForCausalLM`: Llama 3, SmolLM2, ...).
 
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.

@@ -1,12 +1,12 @@
 """Llama 3 ("The Llama 3 Herd of Models", arXiv:2407.21783).
 
-A decoder-only transformer. What departs from the original one (arXiv:1706.03762):
+A decoder-only transformer. Differences from the original one (arXiv:1706.03762):
 
-* norms before each sublayer, by root mean square, without mean or bias (arXiv:1910.07467);
+* RMS norms before each sublayer, without mean or bias (arXiv:1910.07467);
 * rotary position embedding on queries and keys, base 500,000, scaled for long contexts since 3.1;
 * grouped-query attention: several query heads share a key and value head (arXiv:2305.13245);
 * a gated feed-forward layer (SwiGLU), no biases, no dropout;
-* the small models of 3.2 use the embedding's weight as the output layer's.
+* in the small models of 3.2, the output layer shares the embedding's weight.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         return self.wo(out)  # [batch, seq, dim]
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for wo, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for wo, which writes to the residual stream."""
         for linear in (self.wq, self.wk, self.wv):
             nn.init.normal_(linear.weight, std=std)
         nn.init.normal_(self.wo.weight, std=output_std)

@@ -1,4 +1,4 @@
-"""Exchange of Llama 3 weights with Hugging Face's `LlamaForCausalLM`.
+"""Exchange Llama 3 weights with Hugging Face's `LlamaForCausalLM`.
 
 Tensors keep their shapes and rows (see `models/common/rope.py` for why): only names change.
 """

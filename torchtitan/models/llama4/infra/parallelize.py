@@ -1,4 +1,4 @@
-"""How Llama 4 is spread over devices: a plan, and six calls in order."""
+"""Spread Llama 4 over devices: a plan, and six calls in order."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def parallelize_llama4(
 
 
 def apply_tp(model: nn.Module, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
-    """Split heads and feed-forward features; between them, the sequence."""
+    """Split heads and feed-forward features; between them, shard the sequence."""
     apply_tensor_parallel(model, tp_mesh, job_config, _plan_of_block)
 
 
 def _plan_of_block(block: TransformerBlock) -> Plan:
-    """Blocks have experts or not."""
+    """Return the plan of a block, with or without experts."""
     plan: Plan = {
         "attention_norm": SequenceParallel(),
         **attention_plan(),

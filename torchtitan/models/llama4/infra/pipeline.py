@@ -1,4 +1,4 @@
-"""How Llama 4 is cut into pipeline stages: as every model with these module names."""
+"""Cut Llama 4 into pipeline stages, like every model with these module names."""
 
 from torchtitan.distributed.pipeline_parallel import build_pipeline as pipeline_llama4
 

@@ -44,25 +44,25 @@ class Llama4ModelArgs(BaseModelArgs):
     head_dim: int = 128
     """Features of a head."""
     ffn_dim: int = 16384
-    """Features inside the feed-forward layers of layers without experts."""
+    """Hidden features of the feed-forward layers of layers without experts."""
     moe: MoEArgs = field(default_factory=lambda: MOE)
     moe_interval: int = 1
-    """Each layer whose number, counted from 1, is a multiple of it has experts."""
+    """Layers whose number, counted from 1, is a multiple of this have experts."""
     nope_interval: int = 4
-    """Each layer whose number, counted from 1, is a multiple of it has no positions."""
+    """Layers whose number, counted from 1, is a multiple of this have no positions."""
     chunk: int = 8192
-    """Tokens that layers with positions attend within."""
+    """Number of tokens within which layers with positions attend."""
     qk_norm: bool = True
     """Divide rotated queries and keys by their root mean square."""
     temperature_floor: int = 8192
-    """In layers without positions, queries grow at multiples of so many tokens."""
+    """In layers without positions, queries grow at multiples of this many tokens."""
     temperature_scale: float = 0.1
-    """How much they grow; 0: not at all."""
+    """Amount by which they grow; 0: not at all."""
     vocab_size: int = 202048
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling: RopeScaling | None = None
-    """For contexts longer than those trained on; None: rotations as trained at first."""
+    """For contexts longer than those trained on; None: no scaling."""
     tie_word_embeddings: bool = False
     """The output layer shares the embedding's weight."""
     attention: AttentionKernel = "auto"
@@ -77,20 +77,20 @@ class Llama4ModelArgs(BaseModelArgs):
         return self.moe.num_experts
 
     def has_experts(self, layer: int) -> bool:
-        """Whether the layer of this number, counted from 0, is a mixture of experts."""
+        """Return whether this layer, counted from 0, is a mixture of experts."""
         return (layer + 1) % self.moe_interval == 0
 
     def has_positions(self, layer: int) -> bool:
-        """Whether the layer of this number, counted from 0, rotates, and attends in chunks."""
+        """Return whether this layer, counted from 0, rotates, and attends in chunks."""
         return (layer + 1) % self.nope_interval != 0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+        """Return the exact number of parameters, and FLOPs per token, forward and backward.
 
-        Of the experts, only those that a token uses cost FLOPs. The rest is counted as for Llama 3:
-        6 FLOPs a weight and token, the output layer included and the embedding not. As in that
-        convention a query sees all `seq_len` keys although it is causal, it sees
-        `min(seq_len, chunk)` of them in layers that attend in chunks.
+        FLOPs are those of matrix products, of experts only those that a token uses. The rest is
+        counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
+        embedding. By that convention, a query sees all `seq_len` keys although it is causal;
+        likewise, it sees `min(seq_len, chunk)` of them in layers that attend in chunks.
         """
         layers = range(self.n_layers)
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
@@ -109,7 +109,7 @@ class Llama4ModelArgs(BaseModelArgs):
         return nparams, 6 * matrices + 12 * q_dim * keys
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` of `Llama4ForCausalLM` for these args; see `BaseModelArgs`."""
+        """Return the `config.json` of `Llama4ForCausalLM` for these args; see `BaseModelArgs`."""
         layers = range(self.n_layers)
         positions = [self.has_positions(layer) for layer in layers]
         return hf_fields(self, "llama4_text", "Llama4ForCausalLM") | {
@@ -135,11 +135,11 @@ class Llama4ModelArgs(BaseModelArgs):
         }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
-        """A copy with the attention kernel that the job asks for.
+        """Return a copy with the attention kernel that the job asks for.
 
         Raises:
             ConfigError: the heads or matrices do not divide over the ranks that share them, or
-                experts are to be split, whose gate and input matrices are one.
+                experts would be split, whose gate and input matrices are one.
         """
         require_divisible_by_tp(
             job_config,
@@ -161,7 +161,7 @@ class Llama4ModelArgs(BaseModelArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """The args of a model from its `config.json` (`Llama4ForCausalLM`).
+        """Return the args for a `config.json` (`Llama4ForCausalLM`).
 
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.
@@ -173,7 +173,7 @@ class Llama4ModelArgs(BaseModelArgs):
             hf.require("router_jitter_noise", 0.0)
             hf.require("for_llm_compressor", False)
             tuned = bool(config.get("attn_temperature_tuning", True))
-            hf.require("attn_temperature_tuning", True, False, 4)  # 4: what Meta's first files say
+            hf.require("attn_temperature_tuning", True, False, 4)  # 4: in Meta's first files
             scale = hf.take("attn_scale", kind=float, default=0.1)
             rope_theta, rope_scaling = hf.take_rope()
             args = cls(
@@ -196,7 +196,7 @@ class Llama4ModelArgs(BaseModelArgs):
                 rope_theta=rope_theta,
                 rope_scaling=None if rope_scaling is None else rope_scaling_from_hf(rope_scaling),
             )
-            # These lists say once more what the intervals say.
+            # These lists repeat the intervals.
             positions = [args.has_positions(layer) for layer in range(args.n_layers)]
             kinds = ["chunked_attention" if has else "full_attention" for has in positions]
             hf.require("no_rope_layers", [int(has) for has in positions], [], None)

@@ -10,12 +10,12 @@ from torchtitan.models.common.moe import grouped_linear
 
 
 class Llama4Experts(nn.Module):
-    """Gated feed-forward experts (SwiGLU). Gate and input matrices are one, side by side.
+    """Gated feed-forward experts (SwiGLU). Gate and input matrices are one tensor, side by side.
 
     Args:
-        num_experts: experts.
+        num_experts: number of experts.
         dim: features of the hidden states.
-        hidden_dim: features inside each expert.
+        hidden_dim: hidden features of each expert.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
@@ -29,7 +29,7 @@ class Llama4Experts(nn.Module):
 
         Args:
             rows: `[rows, dim]`.
-            counts: rows of each expert, `[num_experts]` int64.
+            counts: number of rows per expert, `[num_experts]` int64.
 
         Returns:
             `[rows, dim]`.
@@ -39,6 +39,6 @@ class Llama4Experts(nn.Module):
         return self.product(F.silu(gate) * up, self.down.mT, ends)
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for `down`, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for `down`, which writes to the residual stream."""
         nn.init.normal_(self.gate_up, std=std)
         nn.init.normal_(self.down, std=output_std)

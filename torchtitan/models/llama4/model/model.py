@@ -1,13 +1,13 @@
 """Llama 4's text model ("The Llama 4 herd", ai.meta.com/blog/llama-4-multimodal-intelligence).
 
-A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). What is different:
+A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). Differences:
 
 * three layers of four attend within chunks of 8,192 tokens; their rotary pairs are interleaved,
   and queries and keys are then divided by their root mean square, without a weight (Scout);
-* each fourth layer attends to everything, and has no positions (NoPE, arXiv:2305.19466); far into a
-  text, its queries grow, which sharpens the softmax over many keys (arXiv:2501.19399);
-* every layer (Scout) or every other one (Maverick) has a mixture of experts. One expert and a
-  shared one process a token; the sigmoid of its logit multiplies what the expert reads.
+* every fourth layer attends to everything, and has no positions (NoPE, arXiv:2305.19466); far into
+  a text, its queries grow, which sharpens the softmax over many keys (arXiv:2501.19399);
+* every layer (Scout) or every other one (Maverick) has a mixture of experts. One routed and one
+  shared expert process each token; the sigmoid of the routed one's logit multiplies its input.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .experts import Llama4Experts
 
 
 class Temperature:
-    """Makes the queries of layers without positions grow, by the logarithm of their place.
+    """Makes queries of layers without positions grow with the logarithm of their position.
 
     A plain object, like `Rotation`, so that mixed precision leaves it in float32.
 
     Args:
         positions: `[batch or 1, seq]`.
-        floor: queries grow at multiples of so many tokens.
-        scale: how much they grow.
+        floor: queries grow at multiples of this many tokens.
+        scale: amount by which they grow.
     """
 
     def __init__(self, positions: torch.Tensor, floor: int, scale: float) -> None:
@@ -54,7 +54,7 @@ class Temperature:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: with positions in a chunk, or without positions everywhere."""
+    """Grouped-query attention: within a chunk with positions, or everywhere without positions."""
 
     def __init__(self, args: Llama4ModelArgs) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, place: Rotation | Temperature, mask: AttentionMask
     ) -> torch.Tensor:
-        """`[batch, seq, dim]` -> `[batch, seq, dim]`. `place` says which kind of layer it is."""
+        """`[batch, seq, dim]` -> `[batch, seq, dim]`. The type of `place` is the kind of layer."""
         batch, seq, _ = x.shape
         # The number of heads is left to view(): under tensor parallel, a rank has its share.
         q = self.wq(x).view(batch, seq, -1, self.head_dim)  # [batch, seq, heads, head_dim]
@@ -88,14 +88,14 @@ class Attention(nn.Module):
         return self.wo(out)  # [batch, seq, dim]
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for wo, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for wo, which writes to the residual stream."""
         for linear in (self.wq, self.wk, self.wv):
             nn.init.normal_(linear.weight, std=std)
         nn.init.normal_(self.wo.weight, std=output_std)
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then one feed-forward layer or a mixture of them, `feed_forward` or `moe`."""
+    """Attention, then a feed-forward layer (`feed_forward`) or a mixture of experts (`moe`)."""
 
     def __init__(self, layer_id: int, args: Llama4ModelArgs) -> None:
         super().__init__()

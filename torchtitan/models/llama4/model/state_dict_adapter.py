@@ -1,4 +1,4 @@
-"""Exchange of weights with Hugging Face's `Llama4ForCausalLM`.
+"""Exchange weights with Hugging Face's `Llama4ForCausalLM`.
 
 Tensors keep their shapes and rows: only names change.
 """
@@ -37,4 +37,4 @@ class Llama4StateDictAdapter(ExpertsAdapter):
         "norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight",
     }
-    expert_names: ClassVar = {}  # those of a layer are in one tensor in the files too
+    expert_names: ClassVar = {}  # the files, too, hold a layer's experts in one tensor

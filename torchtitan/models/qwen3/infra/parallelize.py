@@ -1,4 +1,4 @@
-"""How Qwen3 is spread over devices: a plan, and six calls in order."""
+"""Spread Qwen3 over devices: a plan, and six calls in order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parallelize_qwen3(
 
 
 def apply_tp(model: Qwen3Model, tp_mesh: DeviceMesh, job_config: JobConfig) -> None:
-    """Split heads and feed-forward features; between them, the sequence."""
+    """Split heads and feed-forward features; between them, shard the sequence."""
     block_plan = {
         "attention_norm": SequenceParallel(),
         **attention_plan(),

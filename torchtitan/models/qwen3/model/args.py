@@ -33,7 +33,7 @@ class Qwen3ModelArgs(BaseModelArgs):
     head_dim: int = 128
     """Features of a head."""
     ffn_dim: int = 12288
-    """Features inside the feed-forward layer of a dense model."""
+    """Hidden features of the feed-forward layers of a dense model."""
     moe: MoEArgs | None = None
     """A mixture of experts in place of each feed-forward layer; None: a dense model."""
     vocab_size: int = 151936
@@ -53,11 +53,11 @@ class Qwen3ModelArgs(BaseModelArgs):
         return self.moe.num_experts if self.moe else 0
 
     def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
-        """Exact number of parameters; FLOPs a token in the matrix products of forward and backward.
+        """Return the exact number of parameters, and FLOPs per token, forward and backward.
 
-        Of the experts, only those that a token uses cost FLOPs. The rest is counted as for Llama 3:
-        6 FLOPs a weight and token, the output layer included and the embedding not, and attention
-        in full although it is causal (arXiv:2204.02311, appendix B).
+        FLOPs are those of matrix products, of experts only those that a token uses. The rest is
+        counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
+        embedding, and attention in full although it is causal (arXiv:2204.02311, appendix B).
         """
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
@@ -72,7 +72,7 @@ class Qwen3ModelArgs(BaseModelArgs):
         return nparams, 6 * matrices + 12 * self.n_layers * q_dim * seq_len
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` of `Qwen3ForCausalLM` or `Qwen3MoeForCausalLM`; see `BaseModelArgs`."""
+        """Return the `config.json` of `Qwen3ForCausalLM` or of `Qwen3MoeForCausalLM`."""
         kind = ("qwen3_moe", "Qwen3MoeForCausalLM") if self.moe else ("qwen3", "Qwen3ForCausalLM")
         fields = hf_fields(self, *kind) | {
             "num_key_value_heads": self.n_kv_heads,
@@ -95,7 +95,7 @@ class Qwen3ModelArgs(BaseModelArgs):
         return fields
 
     def update_from_config(self, job_config: JobConfig) -> Self:
-        """A copy with the attention kernel that the job asks for.
+        """Return a copy with the attention kernel that the job asks for.
 
         Raises:
             ConfigError: the heads or matrices do not divide over the ranks that share them.
@@ -115,7 +115,7 @@ class Qwen3ModelArgs(BaseModelArgs):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Self:
-        """The args of a model from its `config.json` (`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`).
+        """Return the args for a `config.json` (`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`).
 
         Raises:
             CheckpointError: a field is missing, unknown, or has a value that is not supported.

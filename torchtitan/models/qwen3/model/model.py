@@ -1,12 +1,12 @@
 """Qwen3 ("Qwen3 Technical Report", arXiv:2505.09388), dense and with mixtures of experts.
 
-A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). What is different:
+A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). Differences:
 
-* queries and keys are normalised, head by head, before they are rotated (arXiv:2302.05442);
-* the size of a head is a choice of its own: heads times their size need not be `dim`;
+* queries and keys are normalised, per head, before they are rotated (arXiv:2302.05442);
+* the size of a head is a separate choice: heads times their size need not be `dim`;
 * in the models with an A in their name, every feed-forward layer is a mixture of experts, without
-  shared ones, whose weights are a softmax over all experts, normalised over the chosen ones;
-* rotary base 1,000,000; the small models use the embedding's weight as the output layer's.
+  shared experts; expert weights are a softmax over all experts, normalised over the chosen ones;
+* rotary base 1,000,000; in the small models, the output layer shares the embedding's weight.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return self.wo(out)  # [batch, seq, dim]
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Normal weights; `output_std` is for wo, which writes to the residual stream."""
+        """Draw normal weights; `output_std` is for wo, which writes to the residual stream."""
         for linear in (self.wq, self.wk, self.wv):
             nn.init.normal_(linear.weight, std=std)
         nn.init.normal_(self.wo.weight, std=output_std)
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then one feed-forward layer or a mixture of them, `feed_forward` or `moe`."""
+    """Attention, then a feed-forward layer (`feed_forward`) or a mixture of experts (`moe`)."""
 
     def __init__(self, layer_id: int, args: Qwen3ModelArgs) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Exchange of Qwen3 weights with Hugging Face's `Qwen3ForCausalLM` and `Qwen3MoeForCausalLM`."""
+"""Exchange Qwen3 weights with Hugging Face's `Qwen3ForCausalLM` and `Qwen3MoeForCausalLM`."""
 
 from __future__ import annotations
 
