@@ -96,7 +96,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Return whether a disk or a quota is used up. Those who read data do not wait for that."""
+    """Return whether a disk or a quota is used up. Code that reads data does not wait for that."""
     return any(isinstance(e, OSError) and e.errno in _FULL for e in _chain(error))
 
 
@@ -117,7 +117,7 @@ def _is_outage(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno not in _UNCHANGING
-    # Not every other OSError: some of damaged files have no number.
+    # Not every other OSError: some that damaged files cause have no number.
     return any(cls.__name__ in _OF_NETWORKS for cls in type(error).__mro__)
 
 
@@ -144,7 +144,7 @@ def refuse_incomplete(made: object, maker: str, missing: list[str], needed: str)
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: the nearest name, then all allowed."""
+    """Return a hint for a message about an unknown name: the nearest name, then all allowed."""
     allowed = sorted(allowed)
     lowered = {a.lower(): a for a in allowed}
     near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)

@@ -457,7 +457,7 @@ class Trainer:
         # NCCL would first wait for all pending collectives, and so for the ranks that are gone.
         self.may_hang = failed and utils.in_cuda_group() and dist.get_world_size() > 1
         made = vars(self)
-        with ExitStack() as closing:  # the last first, and all of them even if one fails
+        with ExitStack() as closing:  # in reverse order, and all even if one fails
             if "metrics" in made:
                 closing.callback(self.metrics.close)
             closing.callback(self._leave_group)
@@ -497,7 +497,7 @@ def main(argv: list[str] | None = None) -> int:
     if finished:
         return 0
     if not (job_config.checkpoint.enable or job_config.fault_tolerance.enable):
-        # Not a code that makes a scheduler restart the job, each time from step 0.
+        # Not PREEMPTED, with which a scheduler would restart the job, each time from step 0.
         raise TrainingError(
             f"stopped after step {trainer.state.step} of {job_config.training.steps}, and nothing "
             "is saved, since checkpoint.enable is false: started again, it begins at step 0"

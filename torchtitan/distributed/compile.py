@@ -69,7 +69,7 @@ def _as_many_graphs_as(blocks: int) -> dict[str, int]:
     """Return `torch.compile` options that allow each block as many graphs as one function.
 
     To the compiler, all blocks are one function. A Python number that differs between them, such as
-    a scale by layer index, gives each block its own graph: more than one function is allowed.
+    a scale by layer index, gives each block its own graph: more graphs than one function may have.
     """
     limit = _GRAPHS_OF_A_FUNCTION * blocks
     if "recompile_limit" in inspect.signature(torch.compile).parameters:

@@ -11,7 +11,7 @@ not the other way round:
       eager:    experts     run, some of it kept     taken, or run again
 
 Per op, selective checkpointing looks only at the eager parts. From compiled code it would keep
-kernel results that this code overwrites later, because the compiler knows only its own readers.
+kernel results that this code overwrites later, as the compiler does not know of this reader.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Parts:
 
 
 class _Pass:
-    """While entered, which may be repeated, runs the parts in `contexts`, one after the other."""
+    """While entered, any number of times, runs the parts in `contexts`, one after the other."""
 
     def __init__(self, parts: _Parts, contexts: Iterable[Any]) -> None:
         self._parts = parts

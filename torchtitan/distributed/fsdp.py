@@ -100,8 +100,8 @@ def apply_fsdp(
         if embedding is not None:
             is_table = type(embedding) is nn.Embedding  # its gradient needs only the tokens
             fully_shard(embedding, **options, reshard_after_forward=reshard)
-            # The backward pass ends here. FSDP would prefetch the last group of the previous
-            # micro-batch's forward pass.
+            # The backward pass ends here. By default, FSDP would prefetch the last group of the
+            # previous micro-batch's forward pass.
             embedding.set_modules_to_backward_prefetch([embedding])
             embedding.set_unshard_in_backward(not is_table)
         if head:
@@ -116,8 +116,8 @@ def _prefetch_whole_blocks(units: list[list[Any]]) -> None:
     """Gather a block and its experts while the block before it computes, in both directions.
 
     By default, a group is gathered when the host comes to it, ahead of the device. But in a block
-    with experts the host waits, to learn how many rows travel. And in the backward pass, experts
-    would be gathered only when their block begins, which uses them first.
+    with experts the host waits to learn how many rows travel. And in the backward pass, experts
+    would be gathered only when their block begins, although it uses them first.
 
     Args:
         units: in the order of the forward pass, each block with its experts, the block first.

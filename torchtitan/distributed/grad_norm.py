@@ -71,9 +71,9 @@ def clip_grad_norm(
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return the sum over all elements as a float64 scalar, exact to about 1e-7 for any size."""
     if tensors[0].device.type == "cpu":
-        # Over a whole tensor, the CPU kernel adds up float32 in a few long chains: for 64 million
-        # elements the error is 0.5%, and less for shards of the same tensor. By rows it is
-        # accurate, and as fast.
+        # Over a whole tensor, the CPU kernel adds up float32 in a few long chains: of 64 million
+        # elements it loses 0.5%, and less of the shards of the same tensor. By rows it is accurate,
+        # and as fast.
         norms = [torch.linalg.vector_norm(t, dim=-1, dtype=torch.float32) for t in tensors]
         return torch.cat([norm.flatten() for norm in norms]).double().square().sum()
     norm_of_each = torch._foreach_norm(tensors, 2, dtype=torch.float32)

@@ -69,7 +69,7 @@ class HangWatch:
 
     If it is not, the rank writes the Python stacks of its threads to `hang/rank-N.txt` in the dump
     folder, and PyTorch's record of its collectives to `hang/flight_recorder_N`. Rank 0 then reads
-    all heartbeats and reports which ranks are late. The run goes on until `comm.timeout_seconds`.
+    all heartbeats, and reports who is late. The run goes on; `comm.timeout_seconds` ends it.
 
     Each rank sends a few heartbeats per `hang_seconds` to the store of the process group, over a
     connection of its own. Only rank 0 reads them, and only when it hangs itself.
@@ -225,7 +225,7 @@ _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_GLOBAL", "LOAD_NA
 def report(beats: list[Heartbeat], silent: list[int], limit: float, on_cuda: bool = False) -> str:
     """Return which ranks are late, or where all ranks are if none stands out.
 
-    Late are the ranks not heard from, else those in the earliest place, else those not waiting.
+    Ranks are late if not heard from, else if in the earliest place, else if not waiting.
 
     Args:
         beats: the last heartbeat of each rank that ever sent one.

@@ -94,7 +94,7 @@ class Ranks:
     computing, and its own stdout and stderr. Leaving the `with` block stops those still running.
 
     Args:
-        function: defined in a module, so that it can be pickled, as must be `args` and results.
+        function: of a module, so that it can be pickled; `args` and results must be picklable.
         world_size: number of ranks.
         env: environment of the ranks to which torchrun's variables are added; default: the
             caller's.
@@ -213,7 +213,7 @@ class _Rank:
                 self.result, self.error = pickle.loads(self.pipe.recv_bytes())
 
     def failure(self, stopped: str = "") -> RankFailure | None:
-        """Return why the rank, which is ending, failed; None if it returned.
+        """Wait for the rank to end, and return why it failed; None if it returned.
 
         `stopped` is the reason for stopping it, if it was stopped.
         """
@@ -243,7 +243,7 @@ class _Rank:
 
 
 def _store_of_this_host() -> dist.TCPStore:
-    """Return a store that no other host reaches; `TCPStore` would listen on all interfaces."""
+    """Return a store that no other host reaches; by default it listens on all interfaces."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()

@@ -99,7 +99,7 @@ def _backward(
     rank: int,
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of q, k and v, given that of `out` and the results of `_forward`."""
+    """Return the gradients of q, k and v, given `grad` of `out` and the results of `_forward`."""
     ring = _Ring(group, rank, size)
     kv = torch.stack([k, v])
     q_grad = torch.zeros_like(q, dtype=torch.float32)

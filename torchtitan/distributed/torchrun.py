@@ -96,7 +96,7 @@ class _Agent(LocalElasticAgent):
         self._outages = 0
         """Number of consecutive outages that ended the ranks; 0 if it was something else."""
         self._lost_at: float | None = None
-        """When the connection to the first host was lost, whose agent holds the store."""
+        """When the connection to the first host, whose agent holds the store, was lost."""
         handler: Any = self._worker_group.spec.rdzv_handler
         self._ask_for_waiting = handler.num_nodes_waiting
         handler.num_nodes_waiting = self._hosts_waiting
@@ -186,7 +186,7 @@ class _Agent(LocalElasticAgent):
         return settings is not None and settings.min_nodes < settings.max_nodes
 
     def _rendezvous_settings(self) -> Any:
-        """Return the settings of the c10d rendezvous; None for the static one, held only once."""
+        """Return settings of the c10d rendezvous; None if static, where hosts meet only once."""
         return getattr(self._worker_group.spec.rdzv_handler, "settings", None)
 
     def _rendezvous(self, worker_group: Any) -> None:
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["--preempted-code"]:
         preempted_code, argv = int(argv[1]), argv[2:]
     signals = _Signals()
-    # torchrun sets handlers too, but only for these signals.
+    # torchrun sets handlers too: limit them to this signal.
     words = ["--signals-to-handle", "SIGQUIT", *argv]
     with patch("torch.distributed.launcher.api.LocalElasticAgent", partial(_Agent, signals)):
         try:
@@ -257,7 +257,7 @@ def _left(number: int) -> SignalException:
 
 
 def _is_outage(failure: Any) -> bool:
-    """Return whether a rank ended with code 1 and a message, as by an `OutageError`, no crash."""
+    """Return whether a rank ended with code 1 and a message, as by `OutageError`, not a crash."""
     return failure.exitcode == 1 and ONE_MESSAGE in failure.error_file_data
 
 

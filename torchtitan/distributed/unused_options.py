@@ -64,7 +64,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _is_marked(function: Any) -> bool:
-    """Return whether the compiler has marked the function, except as one to leave alone."""
+    """Return whether the compiler has marked the function as compiled, not as disabled."""
     compiled = hasattr(function, "_torchdynamo_orig_callable")
     return compiled and not hasattr(function, "_torchdynamo_disable")
 

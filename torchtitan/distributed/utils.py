@@ -218,7 +218,7 @@ def _store(timeout: timedelta) -> dist.Store:
 
 
 def job_store() -> dist.Store | None:
-    """Return a store from which later starts of a job's ranks read; None without torchrun."""
+    """Return the store that outlives restarts of a job's ranks; None without torchrun."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     timeout = distributed_c10d.default_pg_timeout

@@ -37,7 +37,7 @@ class _BrokenModule(ModuleType):
 
 
 def import_each(package: str, folder: Path) -> None:
-    """Import the packages in the package of models, so that a failing one stops no other.
+    """Import the packages in the package of models, so that a failing one does not stop others.
 
     The `get_train_spec` of a failed package is a `BrokenModel`.
     """

@@ -120,11 +120,11 @@ def layers_of(model: nn.Module) -> nn.ModuleDict:
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that are gathered, recomputed and compiled one by one: name -> module.
 
-    These are the layers, then the blocks of other stacks, such as an encoder's or a vision tower's:
-    a list, dict or sequence whose members all have a `forward` and submodules with parameters, at
-    least two members being of the same type. The modules named in the model's `other_blocks` come
-    last. Modules that share a parameter with another part of the model are left out. Pipelines cut
-    between layers only.
+    These are the layers, then the members of other stacks, such as an encoder's or a vision
+    tower's, then the modules that the model's `other_blocks` names. A stack is a list, dict or
+    sequence of modules that all have a `forward` and submodules with parameters, at least two of
+    the same type. Except for layers, modules that share a parameter with another part of the model
+    are left out. Pipelines cut between layers only.
     """
     blocks: dict[str, nn.Module] = {f"layers.{n}": layer for n, layer in layers_of(model).items()}
     uses = _uses(model)

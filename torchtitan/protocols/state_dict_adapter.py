@@ -30,7 +30,7 @@ class BaseStateDictAdapter(ABC):
         return
 
     def copies(self) -> dict[str, str]:
-        """Return copies of tied tensors that a file may contain: name -> name of its equal."""
+        """Return redundant tensors that a file may contain: name -> name of the equal tensor."""
         return {}
 
     def _convert_key_to_hf(self, key: str) -> str:

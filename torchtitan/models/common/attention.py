@@ -50,7 +50,7 @@ class ScaledDotProductAttention(nn.Module):
             q: `[batch, heads, seq, head_dim]`.
             k: `[batch, kv_heads, seq, head_dim]`; each serves `heads / kv_heads` query heads.
             v: like `k`.
-            mask: from `CausalMask`. None: causal; fewer queries than keys are the last ones.
+            mask: from `CausalMask`. None: causal; if there are more keys, queries are the last.
 
         Returns:
             `[batch, heads, seq, head_dim]`.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 class RMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` for outputs of a linear layer: bfloat16 under autocast, unlike the weight.
 
-    PyTorch computes the same numbers then, but on CUDA with one kernel for each operation.
+    `nn.RMSNorm` computes the same numbers then, but on CUDA with one kernel for each operation.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ nothing depends on how the batch was divided, every layout trains alike.
 * The auxiliary loss (GShard, arXiv:2006.16668; Switch, arXiv:2101.03961) is
   `weight * num_experts * sum_e f_e P_e`, where f_e is expert e's share of the load, and P_e its
   mean probability. It equals `weight` if the load is even. f has no gradient, so the load of the
-  previous step serves as well. It covers the global batch. Per rank, it would keep experts from
-  specialising (arXiv:2501.11873; Qwen3 uses the global batch, too).
+  previous step serves as well. The loss covers the global batch: per rank, it would keep experts
+  from specialising (arXiv:2501.11873; Qwen3 uses the global batch, too).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 The weights of a query add up to less than 1, so that a head can attend to almost nothing:
 weight_j = exp(s_j) / (exp(sink) + sum_i exp(s_i)).
 
-The fused kernels do not support sinks. But a sink is equivalent to a key with the value 0 that has
-the same score for each query of a head. So each query carries its head's sink in an additional
-feature, which is 1 in that first key and 0 in all others. This works with every kernel of SDPA,
+The fused kernels do not support sinks. But a sink is equivalent to a first key that has the value 0
+and the same score for each query of a head. So each query carries its head's sink in an additional
+feature, which is 1 in the first key and 0 in all others. This works with every kernel of SDPA,
 gradients included. As the sinks travel with the queries, context parallelism needs no change.
 """
 

@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class RenamingAdapter(BaseStateDictAdapter):
-    """For models whose tensors have the same shapes at Hugging Face, under other names.
+    """For models whose tensors have other names but the same shapes in Hugging Face's files.
 
     Tied weights: our state dicts hold the one tensor under both names, `tok_embeddings.weight` and
     `output.weight`, as `nn.Module.state_dict` does, so that every part of a model finds its own

@@ -94,7 +94,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
 
         FLOPs are those of matrix products, of experts only those that a token uses. The rest is
         counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
-        embedding, and attention in full although it is causal (arXiv:2204.02311, appendix B).
+        embedding, and attention in full although causal (arXiv:2204.02311, appendix B).
         """
         q_dim, o_dim = self.n_heads * self.qk_dim, self.n_heads * self.v_dim
         q_rank = self.q_rank or 0

@@ -3,7 +3,7 @@
 A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). Differences:
 
 * multi-head latent attention (MLA): keys and values are computed from a small vector per token, the
-  latent, which alone would be cached when generating; in the larger models, queries are, too;
+  latent, which alone would be cached when generating; larger models compute queries alike;
 * positions have their own features: each head's key has a part without positions, computed from the
   latent, and a rotated part, which all heads share; values are smaller than keys;
 * rotary pairs are interleaved, and stretched by YaRN, which also raises attention scores;

@@ -69,7 +69,7 @@ class Gemma3ModelArgs(BaseModelArgs):
 
         Matrix products are counted as for Llama 3: 6 FLOPs per weight and token, with the output
         layer, without the embedding. Attention to n keys costs 12 n FLOPs per query feature. By
-        that convention, a query sees all `seq_len` keys although it is causal; likewise, it sees
+        that convention, a query sees all `seq_len` keys despite causality; likewise, it sees
         `min(seq_len, sliding_window)` in layers with a window.
         """
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim

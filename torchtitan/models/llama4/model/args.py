@@ -89,7 +89,7 @@ class Llama4ModelArgs(BaseModelArgs):
 
         FLOPs are those of matrix products, of experts only those that a token uses. The rest is
         counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
-        embedding. By that convention, a query sees all `seq_len` keys although it is causal;
+        embedding. By that convention, a query sees all `seq_len` keys despite causality;
         likewise, it sees `min(seq_len, chunk)` of them in layers that attend in chunks.
         """
         layers = range(self.n_layers)

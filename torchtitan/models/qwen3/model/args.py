@@ -57,7 +57,7 @@ class Qwen3ModelArgs(BaseModelArgs):
 
         FLOPs are those of matrix products, of experts only those that a token uses. The rest is
         counted as for Llama 3: 6 FLOPs per weight and token, with the output layer, without the
-        embedding, and attention in full although it is causal (arXiv:2204.02311, appendix B).
+        embedding, and attention in full although causal (arXiv:2204.02311, appendix B).
         """
         q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         attention = 2 * self.dim * q_dim + 2 * self.dim * kv_dim
