@@ -104,7 +104,7 @@ class HuggingFaceConfig:
         return value
 
     def take_decoder(self, tied: bool = False) -> dict[str, Any]:
-        """Return the fields of `hf_fields` as our args. `tied` replaces a missing field."""
+        """Return our args for the fields of `hf_fields`. `tied`: default `tie_word_embeddings`."""
         self.require("attention_dropout", 0.0)
         return {
             "dim": self.take("hidden_size", kind=int),
