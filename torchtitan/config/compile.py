@@ -11,7 +11,7 @@ class Compile:
     enable: bool = False
     """Compile `components`."""
     components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
-    """What to compile."""
+    """Components to compile."""
     scope: Literal["block", "model"] = "block"
     """Compile each transformer block (fast start, one graph reused) or the whole model."""
     backend: str = "inductor"
