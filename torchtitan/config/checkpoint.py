@@ -31,8 +31,8 @@ class Checkpoint:
     checkpoint was saved with the same `load_step`, the run resumes from the newest, so that a
     restart does not go back again."""
     verify: bool = True
-    """Verify the checksums of all files of a checkpoint before loading it. File sizes are always
-    checked."""
+    """Read all files of a checkpoint and verify their checksums before loading it. File sizes are
+    always checked."""
     initial_load_path: str = ""
     """Checkpoint (`.../checkpoint/step-N`) or Hugging Face folder with the initial weights of a new
     run; ignored on resume."""

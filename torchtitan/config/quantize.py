@@ -20,7 +20,7 @@ class Float8Linear:
     an error, except the two defaults."""
     emulate: bool = False
     """Round to float8, but multiply in high precision: slow, with the same numbers on any device.
-    Always so on a CPU."""
+    A CPU always does this."""
 
 
 @dataclass

@@ -42,13 +42,12 @@ class Training:
     gc_freq: Annotated[int, NonNegative] = 50
     """Steps between garbage collections, run on all ranks at once; 0: Python's own schedule."""
     on_nonfinite: Literal["error", "skip", "rollback"] = "error"
-    """Reaction to a step with a NaN or infinite loss or gradient norm: end the run, skip the batch,
-    or go back to the newest checkpoint and continue with later data. See
-    docs/fault_tolerance.md."""
+    """On a step with a NaN or infinite loss or gradient norm, `error` ends the run, `skip` leaves
+    the batch out, and `rollback` goes back to the newest checkpoint and continues with later data.
+    See docs/fault_tolerance.md."""
     on_spike: Literal["ignore", "warn", "skip", "rollback"] = "ignore"
-    """Reaction to a step whose loss or gradient norm is far above those of earlier steps: `skip`
-    and `rollback` as for `on_nonfinite`, `warn` only logs a warning. The check costs one
-    host-device synchronization per step."""
+    """The same for a step whose loss or gradient norm is far above those of earlier steps; `warn`
+    only logs a warning. The check costs one host-device synchronization per step."""
     spike_sigmas: Annotated[float, Range(gt=0)] = 6.0
     """A spike is more than this many standard deviations above the mean of the window."""
     spike_window: Annotated[int, Range(ge=4)] = 128
