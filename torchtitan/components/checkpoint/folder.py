@@ -197,7 +197,7 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
 
 
 def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
-    """Rename the partial folder of `folder`, whose files are on the disk, to its final name.
+    """Make the partial folder of `folder`, whose files are on disk, visible under its final name.
 
     An existing good folder of that name is replaced. A damaged one (by its sizes, or because its
     name is in `damaged`) is kept as `step-N.damaged`.
