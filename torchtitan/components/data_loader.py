@@ -85,7 +85,7 @@ def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:
 
 
 def why_no_batch(error: Exception) -> str:
-    """Return the error of an author's loader, which may need a job's options or data, in a line."""
+    """Return the error of an author's loader in one line; it may lack a job's options or data."""
     if isinstance(error, StopIteration):
         return "it has ended at the first batch"
     return str(error).partition("\n")[0] if isinstance(error, ConfigError) else first_line(error)

@@ -22,9 +22,9 @@ class Loss(Protocol):
     """Interface that `build_loss_fn` returns; a plain function will do, as `attach` is optional.
 
     A loss may also have `metrics() -> dict[str, tuple[float, float]]`, which all ranks call when a
-    step is logged. It maps names to the sum of a value since the last call and the number of
-    summands. Each logged value is the sum over all ranks divided by the number of summands. Do not
-    count evaluation, which runs without gradients.
+    step is logged. It maps each name to a sum since the last call and the number of summands. The
+    logged value is the total of the sums divided by the total of the numbers, over all ranks. Do
+    not count evaluation, which runs without gradients.
     """
 
     def attach(self, model_parts: list[nn.Module]) -> None:
