@@ -1,4 +1,4 @@
-"""Cross entropy fused with the output layer, which never holds the logits of all tokens."""
+"""Fuse cross entropy with the output layer, without ever holding the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torchtitan.errors import ConfigError
 
 
 class ChunkedCrossEntropy:
-    """`chunked_linear_cross_entropy` with the weight of the model's own output layer.
+    """`chunked_linear_cross_entropy` with the weight of the model's output layer.
 
-    Once attached, the model returns the hidden states `[batch, seq, dim]` that its output layer
-    receives, and this loss applies the layer. Parameters keep their names.
+    Once attached, the model returns the input of its output layer, hidden states
+    `[batch, seq, dim]`, and this loss applies the layer. Parameters keep their names.
     """
 
     def __init__(self, chunk_size: int, z_loss_weight: float, backend: str | None = None) -> None:
@@ -30,10 +30,10 @@ class ChunkedCrossEntropy:
         self._output: nn.Linear | None = None
 
     def attach(self, model_parts: list[nn.Module]) -> None:
-        """Take over `model.output`, in place. A pipeline stage without one is left as it is.
+        """Take over `model.output` in place. A pipeline stage without one is left unchanged.
 
         Raises:
-            ConfigError: a part has no output layer of the kind that can be fused.
+            ConfigError: a part has no output layer that can be fused.
         """
         for part in model_parts:
             output = getattr(part, "output", part)
@@ -52,7 +52,7 @@ class ChunkedCrossEntropy:
             self._output = output
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Raises `ConfigError` if `attach` was not called with the last part of the model."""
+        """Return the summed loss. Raises `ConfigError` if the last model part is not attached."""
         if self._output is None:
             raise ConfigError(LOSS_NOT_ATTACHED)
         return chunked_linear_cross_entropy(
@@ -77,22 +77,22 @@ def chunked_linear_cross_entropy(
     z_loss_weight: float = 0.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """`cross_entropy(hidden @ weight.T, labels, z_loss_weight)`, a few tokens at a time.
+    """Compute `cross_entropy(hidden @ weight.T, labels, z_loss_weight)` in chunks of tokens.
 
-    The logits of a chunk become their own gradient in place, and the gradients of `hidden` and
-    `weight` are computed during the forward pass, so that at most one chunk's logits exist.
+    The forward pass also computes the gradients of `hidden` and `weight`, and turns a chunk's
+    logits into their gradient in place, so at most one chunk of logits exists.
 
     Args:
-        hidden: `[tokens, dim]`, plain tensor. Products are computed in its dtype; under autocast,
-            in autocast's.
+        hidden: `[tokens, dim]`, plain tensor. Matrix products use its dtype, or autocast's under
+            autocast.
         weight: `[vocab, dim]`. A DTensor on a one-dimensional mesh means tensor parallelism: each
             rank applies its part of the vocabulary to the same `hidden`. Then the gradient of
-            `hidden` on each rank is a *partial* sum, which the caller has to reduce over the mesh.
+            `hidden` on each rank is a *partial* sum, which the caller must reduce over the mesh.
         labels: `[tokens]` int64.
         chunk_size: tokens whose logits are held at once.
         z_loss_weight: as in `cross_entropy`.
-        backend: of `torch.compile`, for what lies between the products; without tensor parallelism.
-            None leaves it eager.
+        backend: `torch.compile` backend of the operations between the matrix products. None, or
+            tensor parallelism, runs them eagerly.
 
     Returns:
         The sum over valid tokens, a float32 scalar. It can be differentiated once.
@@ -102,11 +102,11 @@ def chunked_linear_cross_entropy(
         shard = VocabShard.of_dim(weight, 0)
         weight = weight.redistribute(placements=[Shard(0)]).to_local()
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # which knows nothing of products with `out`
+    if torch.is_autocast_enabled(device):  # autocast ignores products with `out`
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    if shard.mesh is not None:  # its ranks tell each other numbers in between
+    if shard.mesh is not None:  # the ranks communicate between the products
         backend = None
-    # Inside the function below gradients are always off, so it has to be told.
+    # Gradients are always off inside the autograd function, so it gets this as an argument.
     training = torch.is_grad_enabled()
     return _ChunkedLinearCrossEntropy.apply(
         hidden, weight, labels, shard, chunk_size, z_loss_weight, training, backend
@@ -132,12 +132,12 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         if training and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         grad_dtype = None if hidden_grad is None and weight_grad is None else hidden.dtype
-        # Here, so that autocast's rounding of the weight does not round its gradient too.
+        # Cast here, so that autocast's rounding of the weight does not round its gradient too.
         weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
 
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         rows = min(chunk_size, len(hidden))
-        # Compiled, the numbers between the products are no tensors, and need no memory.
+        # Compiled code fuses the operations between the products, so it needs no float32 buffer.
         buffer = None
         if backend is None:
             buffer = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
@@ -163,7 +163,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        # In place, to hold no second gradient of the weight.
+        # In place, to avoid a second copy of the weight's gradient.
         if hidden_grad is not None:
             hidden_grad.mul_(loss_grad)
         if weight_grad is not None:
@@ -178,15 +178,15 @@ def _between_products(
     z_loss_weight: float,
     grad_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What lies between the products forward and backward: the loss, and the logits' gradient.
+    """Compute the loss and the logits' gradient, between the forward and backward products.
 
     Args:
         logits: `[rows, vocab of this rank]`. Overwritten if float32, unless this is compiled.
         labels: `[rows]` int64.
-        grad_dtype: of the gradient; None if it is not needed.
+        grad_dtype: dtype of the gradient; None if it is not needed.
 
     Returns:
-        The sum of the loss, a float32 scalar, and the gradient like `logits`, if needed.
+        The sum of the loss, a float32 scalar, and the gradient, shaped like `logits`, if needed.
     """
     compiled = torch.compiler.is_compiling()
     logits = logits.to(torch.float32, copy=compiled)
@@ -203,7 +203,7 @@ def _between_products(
     softmax_factor = (1 + 2 * z_loss_weight * log_partition).where(valid, 0)
     logits.mul_((softmax_factor / total)[:, None])
     index, mine = shard.local_labels(labels, logits.size(-1))
-    if compiled:  # part of the one kernel that writes, which a scatter would not be
+    if compiled:  # fused into the kernel that writes the gradient; a scatter would not be
         vocabulary = torch.arange(logits.size(-1), device=logits.device)
         logits -= ((vocabulary == index[:, None]) & mine[:, None]).float()
     else:
@@ -219,17 +219,20 @@ def _compiled_between_products(
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-    """`a @ b`; with a float32 buffer `[at least rows of a, columns of b]`, in its first rows."""
+    """Return `a @ b`, in the first rows of `buffer` if given.
+
+    The buffer is float32 with at least the rows of `a` and the columns of `b`.
+    """
     if buffer is None:
         return a @ b
     out = buffer[: len(a)]
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
-    return out.copy_(a @ b)  # products with `out` are of one dtype
+    return out.copy_(a @ b)  # `torch.mm` needs `out` in the dtype of its inputs
 
 
 def add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
-    """`to += a @ b` in float32."""
+    """Compute `to += a @ b` in float32."""
     if a.dtype == torch.float32:
         to.addmm_(a, b)
     elif to.is_cuda and torch.version.hip is None:  # NVIDIA's kernels add unrounded products

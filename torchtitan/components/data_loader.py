@@ -1,4 +1,4 @@
-"""What the trainer asks of a data loader, known before the first step."""
+"""The data loader interface that the trainer needs, and its checks before the first step."""
 
 from __future__ import annotations
 
@@ -34,62 +34,65 @@ _STATE_METHODS = ("state_dict", "load_state_dict")
 
 
 class DataLoader(Protocol):
-    """What `build_dataloader_fn` returns, for one data rank; `torchtitan.data.DataLoader` is one.
+    """Interface that `build_dataloader_fn` returns for one data rank.
 
-    It may also have `metrics() -> dict[str, float]`, `describe() -> dict` and `begin_at(step)`, as
-    that one does. `metrics` may tell other things on each rank: logged is the mean over the ranks
-    that tell a thing.
+    `torchtitan.data.DataLoader` implements it, including the optional methods
+    `metrics() -> dict[str, float]`, `describe() -> dict` and `begin_at(step)`. `metrics` may
+    return different keys on each rank: each logged value is the mean over the ranks that have it.
     """
 
     def __next__(self) -> Batch:
-        """The next micro-batch, without end.
+        """Return the next micro-batch; never stop.
 
-        `tokens`, the model's first argument: `[local_batch_size, seq_len]` int64 for texts, else
-        `[local_batch_size, ...]` of any dtype. `labels`, which the loss compares with:
-        `[local_batch_size, seq_len, ...]`, int64 with `IGNORE_INDEX` where nothing counts, or
-        floating point, of which all counts. Under `training.document_mask` also `positions` and
-        `document_ids`, `[local_batch_size, seq_len]` int64. Any other key is an input of the
-        model's `forward` by that name, `[local_batch_size, ...]`.
+        * `tokens`: the model's first argument, `[local_batch_size, seq_len]` int64 for texts, else
+          `[local_batch_size, ...]` of any dtype;
+        * `labels`: the targets of the loss, `[local_batch_size, seq_len, ...]`; int64 with
+          `IGNORE_INDEX` at positions that do not count, or floating point, where all count;
+        * `positions`, `document_ids`: under `training.document_mask`,
+          `[local_batch_size, seq_len]` int64;
+        * any other key: passed to the model's `forward` by that name, `[local_batch_size, ...]`.
         """
 
     def close(self) -> None:
-        """Stop what runs in the background. Called once, also after an error."""
+        """Stop background work. Called once, also after an error."""
 
     def state_dict(self) -> dict[str, Any]:
-        """`{"rows": [rows of this rank, k] int64}`: where the data go on after the last batch.
+        """Return `{"rows": [rows of this rank, k] int64}`: the position after the last batch.
 
-        A checkpoint joins the rows of all data ranks, in their order, and another number of ranks
-        divides them anew. Each rank has as many; so that this can be, there is a row for each
-        sequence of the global batch. Called where `checkpoint.enable` is set.
+        A checkpoint concatenates the rows of all data ranks in order, and splits them again for
+        another number of ranks. All ranks must have equally many rows, so use one row per sequence
+        of the global batch. Called if `checkpoint.enable` is set.
         """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from such a state, which also has the `seq_len` of the run that saved it, and
-        `described`, what `describe` told there.
+        """Continue from a state of `state_dict`.
+
+        It also has the `seq_len` of the run that saved it, and the result of its `describe` as
+        `described`.
         """
 
 
 def has_own_loader(build_dataloader_fn: Any) -> bool:
-    """Whether it is not the library's, so that a batch may be something else than texts."""
+    """Return whether the builder is not the library's, so that batches may not be texts."""
     while isinstance(build_dataloader_fn, partial):
         build_dataloader_fn = build_dataloader_fn.func
     return not str(getattr(build_dataloader_fn, "__module__", "")).startswith("torchtitan.")
 
 
 def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:
-    """The loader of a job on one process."""
+    """Return the loader of a job on one process."""
     return spec.build_dataloader_fn(job_config, spec.tokenizer(job_config), 0, 1)
 
 
 def why_no_batch(error: Exception) -> str:
-    """A line of what an author's loader says: it may want options or data of a job."""
+    """Return the error of an author's loader in one line; it may lack a job's options or data."""
     if isinstance(error, StopIteration):
         return "it has ended at the first batch"
     return str(error).partition("\n")[0] if isinstance(error, ConfigError) else first_line(error)
 
 
 def describe_batch(batch: Batch) -> str:
-    """`tokens float32 [8, 4, 16, 16], labels int64 [8, 64]`."""
+    """Return `tokens float32 [8, 4, 16, 16], labels int64 [8, 64]`."""
     return ", ".join(
         f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         for name, tensor in batch.items()
@@ -97,7 +100,7 @@ def describe_batch(batch: Batch) -> str:
 
 
 def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
-    """Raises `ConfigError` if the trainer would fail later for what a loader lacks."""
+    """Raise `ConfigError` if a loader lacks something that the trainer needs later."""
     saves = job_config.checkpoint.enable
     wanted = (*_METHODS, *_STATE_METHODS) if saves else _METHODS
     missing = [name for name in wanted if not _has(dataloader, name)]
@@ -109,12 +112,12 @@ def check_dataloader(dataloader: Any, job_config: JobConfig) -> None:
 
 
 def _has(dataloader: Any, name: str) -> bool:
-    # next() asks the type, so an instance that passes other names on does not have it.
+    # next() looks up the type, so a `__getattr__` on the instance does not provide it.
     return callable(getattr(type(dataloader) if name == "__next__" else dataloader, name, None))
 
 
 def check_state(state: Any, job_config: JobConfig) -> None:
-    """Raises `ConfigError` if a checkpoint could not hold a loader's state."""
+    """Raise `ConfigError` if a checkpoint could not hold a loader's state."""
     rows = state.get("rows") if isinstance(state, dict) else None
     if isinstance(rows, torch.Tensor) and rows.dtype == torch.int64 and rows.ndim == 2:
         return
@@ -139,10 +142,10 @@ def some(names: Any) -> str:
 
 
 def next_batch(dataloader: Any, job_config: JobConfig, step: int) -> Batch:
-    """The next micro-batch, which is for `step`.
+    """Return the next micro-batch, for `step`.
 
     Raises:
-        DataError: the loader has ended. Started again, it would do so at the same place.
+        DataError: the loader has ended. After a restart it would end at the same place.
         OutageError: see `loader_outages`.
     """
     try:
@@ -158,8 +161,9 @@ def next_batch(dataloader: Any, job_config: JobConfig, step: int) -> Batch:
 
 @contextmanager
 def loader_outages(job_config: JobConfig) -> Iterator[None]:
-    """Turns errors of an author's loader that may pass, such as a connection that is reset, into
-    an `OutageError`, after which the run is started again later and not at once.
+    """Turn transient errors of an author's loader, such as a reset connection, into `OutageError`.
+
+    After an `OutageError` the run is restarted later, not at once.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Replica groups that may die and come back while the others train on, by `torchft`.
+"""Train in replica groups that may fail and rejoin while the others keep training, with `torchft`.
 
 A replica group is a whole job: it holds the model, in any layout. Before each step the groups agree
-who takes part (the quorum); one that comes late first gets the state of another. After the
-backward pass they add up their gradients; if one died meanwhile, nobody takes the optimizer's step.
+on the participants (the quorum); a late one first gets the state of another. After the backward
+pass they sum their gradients; if a group failed meanwhile, none takes the optimizer step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BUCKET_BYTES = 256 * 2**20
 
 
 def with_own_folder(job_config: JobConfig) -> JobConfig:
-    """The config with the dump folder of this replica group, `job.dump_folder`/replica-N."""
+    """Set the config's dump folder to this replica group's, `job.dump_folder`/replica-N."""
     fault_tolerance, job = job_config.fault_tolerance, job_config.job
     name = fault_tolerance.replica
     if fault_tolerance.enable and Path(job.dump_folder).name != name:
@@ -37,7 +37,7 @@ def with_own_folder(job_config: JobConfig) -> JobConfig:
 
 
 class Replicas:
-    """This replica group among the others; without `fault_tolerance.enable`, alone.
+    """Communicate with the other replica groups; without `fault_tolerance.enable`, do nothing.
 
     All ranks of a replica group call each method together. Rank r of one group communicates with
     the ranks r of the others.
@@ -52,7 +52,7 @@ class Replicas:
         self._manager: Any = None
 
     def data_share(self, dp_rank: int, dp_world_size: int) -> tuple[int, int]:
-        """`(data rank, data ranks)` among all replica groups, those that are missing too."""
+        """Return `(data rank, data ranks)` over all replica groups, including missing ones."""
         if not self.enabled:
             return dp_rank, dp_world_size
         first = self._config.replica_id * dp_world_size
@@ -61,12 +61,12 @@ class Replicas:
     def start(
         self, step: int, state: Callable[[], dict[str, Any]], load: Callable[[dict], None]
     ) -> None:
-        """Find the other groups. Call it after `step` steps are done, from a checkpoint or 0.
+        """Connect to the other groups. Call it after `step` steps, from a checkpoint or 0.
 
         Args:
-            state: all that the others do not compute alike without it, nested dicts of tensors
-                and plain values.
-            load: takes such a state over.
+            state: returns all state that a joining group needs to compute what the others do:
+                nested dicts of tensors and plain values.
+            load: loads such a state.
         """
         if not self.enabled:
             return
@@ -87,17 +87,17 @@ class Replicas:
             timeout=self._timeout,
             quorum_timeout=self._timeout,
             replica_id=self._config.replica,
-            init_sync=False,  # weights are a function of the seed
+            init_sync=False,  # all groups initialize the same weights from the seed
         )
         self._manager.load_state_dict({"step": step, "batches_committed": step})
 
     def begin_step(self) -> None:
-        """Agree on who takes part; a group that is behind gets the state of another here."""
+        """Agree on the participants. A group that is behind receives the state of another here."""
         if self._manager is not None:
             self._manager.start_quorum()
 
     def sum(self, number: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the groups, on the device that they communicate from."""
+        """Return the sum of a tensor over the groups, on the device used for communication."""
         if self._manager is None:
             return number
         total = number.to(device="cuda" if torch.cuda.is_available() else "cpu", copy=True)
@@ -105,7 +105,7 @@ class Replicas:
         return total
 
     def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Add up the gradients of all groups, in place."""
+        """Sum the gradients over all groups, in place."""
         if self._manager is None:
             return
         grads = [local_tensor(param.grad) for param in parameters if param.grad is not None]
@@ -117,8 +117,9 @@ class Replicas:
                 grad.copy_(part.view_as(grad))
 
     def commit(self) -> bool:
-        """Whether all went well, so that the optimizer may step. If not, the step is lost: it
-        counts as not done, and its batch is not trained on.
+        """Return whether no group failed, so that the optimizer may step.
+
+        Otherwise the step is lost: it counts as not done, and its batch is not trained on.
         """
         self.lost_step = self._manager is not None and not self._manager.should_commit()
         if self.lost_step and dist.get_rank() == 0:
@@ -126,13 +127,13 @@ class Replicas:
         return not self.lost_step
 
     def present(self, tokens: int) -> int:
-        """Of the tokens of a whole step, those of the groups that take part in this one."""
+        """Return the participating groups' share of the tokens of a full step."""
         if self._manager is None:
             return tokens
         return tokens * self._manager.num_participants() // self._config.group_size
 
     def metrics(self) -> dict[str, int]:
-        """`replica_groups`: how many took part in the step; empty without fault tolerance."""
+        """Return `replica_groups`, the participants of the step; empty without fault tolerance."""
         return {} if self._manager is None else {"replica_groups": self._manager.num_participants()}
 
     def close(self) -> None:
@@ -144,7 +145,7 @@ class Replicas:
 
 
 def _buckets(grads: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
-    """Consecutive gradients of one dtype, in pieces of about `_BUCKET_BYTES`."""
+    """Yield consecutive gradients of one dtype, in buckets of at most about `_BUCKET_BYTES`."""
     bucket: list[torch.Tensor] = []
     size = 0
     for grad in grads:
@@ -160,7 +161,7 @@ def _buckets(grads: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
 
 @torch.no_grad()
 def _take_over(own: Any, received: Any) -> Any:
-    """`own` with the values of `received`, which has local tensors; tensors are filled in place."""
+    """Return `own` with the values of `received` (local tensors); fill tensors in place."""
     if isinstance(own, dict):
         return {key: _take_over(value, received[key]) for key, value in own.items()}
     if not isinstance(own, torch.Tensor):

@@ -1,4 +1,4 @@
-"""The numerical guard: what a step whose loss is not finite, or far too high, does to the run."""
+"""Guard the run against steps with a non-finite or far too high loss or gradient norm."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ logger = logging.getLogger("torchtitan")
 Trouble = Literal["nonfinite", "spike"]
 
 _MOST_KEPT_BATCHES = 32
-"""A run that goes on for weeks must not fill the disk with batches."""
+"""Limit, so that a run of weeks does not fill the disk with batches."""
 
 
 @dataclass
 class Counts:
-    """What the guard did since the run began, over restarts."""
+    """Actions of the guard since the run began, including before restarts."""
 
     steps_skipped: int = 0
-    """Steps whose batch was not trained on."""
+    """Steps whose batch was skipped."""
     rollbacks: int = 0
     batches_skipped: int = 0
-    """Passed over by rollbacks: step N trains on batch N + `batches_skipped` of the data."""
+    """Batches passed over by rollbacks: step N trains on batch N + `batches_skipped`."""
 
 
 class Guard:
-    """Judges each step by its loss and its gradient norm, before the optimizer's step.
+    """Checks the loss and gradient norm of each step before the optimizer step.
 
     A spike is a finite loss or gradient norm that lies more than `training.spike_sigmas` standard
-    deviations above its mean over the last `training.spike_window` steps that were trained on, as
-    in OLMo 2 (arXiv:2501.00656). None is seen until half of the window is filled.
+    deviations above its mean over the last `training.spike_window` trained steps, as in OLMo 2
+    (arXiv:2501.00656). Spikes are detected once half of the window is filled.
 
-    All ranks decide alike, since the numbers come from one all-reduce over the world. That, and
-    reading them, holds the host up once a step; a guard that is off does neither.
+    All ranks decide alike, since they use values from one all-reduce over the world. The all-reduce
+    and reading its result block the host once per step; a disabled guard does neither.
 
     Args:
-        dp_rank: number of this data rank, whose rows of a bad batch are kept for inspection.
-        tokenizer: `bytes` or a folder, by which they are shown as text; "": they are not.
+        dp_rank: index of this data rank, whose rows of a bad batch are kept for inspection.
+        tokenizer: `bytes` or a folder, to show the rows as text; "": they are not shown as text.
     """
 
     def __init__(
@@ -90,15 +90,15 @@ class Guard:
     def allows(
         self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]
     ) -> bool:
-        """Whether to take the optimizer's step `step`. If not, `rollback_due` may have been set.
+        """Return whether to take optimizer step `step`. If not, `rollback_due` may be set.
 
         Args:
             local_loss: this rank's share of the step's loss.
-            grad_norm: before clipping, the same on all ranks.
+            grad_norm: norm before clipping, the same on all ranks.
             batches: the micro-batches of this rank.
 
         Raises:
-            TrainingError: the config says so, or there were too many bad steps in a row.
+            TrainingError: the config demands it, or there were too many bad steps in a row.
         """
         self.rollback_due = False
         if not self.enabled:
@@ -135,8 +135,8 @@ class Guard:
         return False
 
     def _over_ranks(self, local_loss: torch.Tensor, grad_norm: torch.Tensor) -> list[float]:
-        """The loss and the norm, the same to the last bit on all ranks."""
-        # Of the norm the mean, which is the norm.
+        """Return the loss and the norm, bitwise the same on all ranks."""
+        # All ranks have the same norm, so its mean over the ranks is the norm.
         shares = [local_loss / self._loss_copies, grad_norm / dist.get_world_size()]
         values = torch.stack([share.to(local_loss.device, torch.float64) for share in shares])
         dist.all_reduce(values)
@@ -144,18 +144,18 @@ class Guard:
 
     @property
     def troubled(self) -> bool:
-        """Whether the last step was not trained on."""
+        """Whether the last step was bad and not trained on."""
         return self._bad_in_a_row > 0
 
     def may_save(self, ending: bool) -> bool:
-        """Not after a bad step, which may come from weights that are bad; but at the end."""
+        """Return False after a bad step, since the weights may be bad, unless the run ends."""
         return ending or not self.troubled
 
     def rolled_back(self, bad_step: int, step: int) -> None:
-        """Take note that the run went back from `bad_step` to the checkpoint of `step`.
+        """Record that the run went back from `bad_step` to the checkpoint of `step`.
 
         Raises:
-            TrainingError: it went back there too often.
+            TrainingError: the run went back to this checkpoint too often.
         """
         self.rollback_due = False
         self.counts.rollbacks += 1
@@ -174,19 +174,19 @@ class Guard:
         )
 
     def cannot_roll_back(self, bad_step: int) -> None:
-        """Take note that there is no checkpoint yet: the step is skipped instead."""
+        """Record that the step is skipped instead, since there is no checkpoint yet."""
         self.rollback_due = False
         self.counts.steps_skipped += 1
         _warn(f"step {bad_step}: there is no checkpoint to roll back to. The batch is skipped")
 
     def metrics(self) -> dict[str, int]:
-        """`steps_skipped`, `rollbacks`, `batches_skipped`; empty if the guard is off."""
+        """Return `steps_skipped`, `rollbacks`, `batches_skipped`; empty if the guard is off."""
         return dict(vars(self.counts)) if self.enabled else {}
 
     def state_dict(self) -> dict[str, Any]:
         history = [list(pair) for pair in self._history]
-        # One text, so that the history may be longer in another checkpoint. Spaces fill it up: what
-        # is as long as at the last save is saved fastest.
+        # One string, since the history may have another length in another checkpoint. It is padded
+        # with spaces: a state of the same size as at the last save is saved fastest.
         text = json.dumps({"counts": vars(self.counts), "history": history})
         return {"json": text.ljust(1 << len(text).bit_length())}
 
@@ -197,7 +197,7 @@ class Guard:
         self._history.extend((loss, norm) for loss, norm in state["history"])
 
     def _judge(self, loss: float, norm: float) -> tuple[Trouble | None, str]:
-        """What is wrong with a step, as a word and as a sentence."""
+        """Return the trouble with a step and its description; None and "" if there is none."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return "nonfinite", f"the loss is {loss} and the norm of the gradients is {norm}"
         enough = max(2, (self._history.maxlen or 0) // 2)
@@ -215,7 +215,7 @@ class Guard:
         return None, ""
 
     def _keep(self, step: int, batch: int, loss: float, norm: float, batches: list[Batch]) -> str:
-        """Write a bad batch to the dump folder; returns how to look at it."""
+        """Write a bad batch to the dump folder; return a sentence on how to view it."""
         if self._kept == _MOST_KEPT_BATCHES:
             return f"({_MOST_KEPT_BATCHES} bad batches are kept, no more)"
         self._kept += 1
@@ -230,7 +230,7 @@ class Guard:
         try:
             if self._keeps_rows:
                 keep_batch(folder, self._dp_rank, batches, facts)
-        except Exception as error:  # a batch that cannot be kept is no reason to end a run
+        except Exception as error:  # failing to keep a batch must not end a run
             logger.warning("the bad batch %d cannot be kept: %s", batch, first_line(error))
             return "The batch could not be kept"
         return f"To see the batch: torchtitan data batch {folder}"
@@ -239,7 +239,10 @@ class Guard:
 def refuse_nonfinite_step(
     step: int, loss: float, grad_norm: float, newest: Callable[[], object]
 ) -> None:
-    """`newest` names the newest checkpoint, for the message.
+    """Refuse a step with a non-finite loss or gradient norm.
+
+    Args:
+        newest: returns the newest checkpoint, for the message.
 
     Raises:
         TrainingError: the loss or the norm of the gradients is NaN or infinite.
@@ -253,10 +256,12 @@ def refuse_nonfinite_step(
 
 
 def refuse_nonfinite_weights(parameters: Iterable[torch.Tensor], step: int) -> None:
-    """Before saving a model whose last step tells nothing of it. All ranks call this.
+    """Refuse to save non-finite weights: the last step's loss says nothing about its update.
+
+    All ranks call this before saving.
 
     Raises:
-        TrainingError: on all ranks, a weight is NaN or infinite.
+        TrainingError: a weight of any rank is NaN or infinite; raised on all ranks.
     """
     local = [local_tensor(p) for p in parameters]
     bad = torch.tensor(sum(int(not t.isfinite().all()) for t in local))

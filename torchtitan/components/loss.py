@@ -1,4 +1,4 @@
-"""Losses: cross entropy with an optional z-loss, on whole logits or on shards of the vocabulary."""
+"""Compute cross entropy with an optional z-loss, on whole logits or vocabulary shards."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 IGNORE_INDEX = -100
-"""Label of a position where nothing is to be predicted."""
+"""Label of a position without a prediction target."""
 
 
 class Loss(Protocol):
-    """What `build_loss_fn` returns. A function is one too: `attach` may be left out.
+    """Interface that `build_loss_fn` returns; a plain function will do, as `attach` is optional.
 
-    It may also have `metrics() -> dict[str, tuple[float, float]]`, called by all ranks where a step
-    is logged: name -> what it summed since the call before, and how many numbers that were. Logged
-    are the quotients of both over all ranks. Evaluation, which has no gradients, is not to count.
+    A loss may also have `metrics() -> dict[str, tuple[float, float]]`, which all ranks call when a
+    step is logged. It maps each name to a sum since the last call and the number of summands. The
+    logged value is the total of the sums divided by the total of the numbers, over all ranks. Do
+    not count evaluation, which runs without gradients.
     """
 
     def attach(self, model_parts: list[nn.Module]) -> None:
@@ -34,33 +35,33 @@ class Loss(Protocol):
         """
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The sum (not the mean) of the loss over the valid tokens, a float32 scalar.
+        """Return the sum (not the mean) of the loss over valid tokens, a float32 scalar.
 
         Args:
-            pred: what the model returned, `[batch, seq, ...]`; under tensor parallelism perhaps a
-                DTensor, sharded over the vocabulary.
-            labels: `[batch, seq]` int64, `IGNORE_INDEX` where nothing is to be predicted; or what
-                else the model's data loader gives, `[batch, seq, ...]`.
+            pred: output of the model, `[batch, seq, ...]`; under tensor parallelism it may be a
+                DTensor sharded over the vocabulary.
+            labels: `[batch, seq]` int64, `IGNORE_INDEX` at positions without a target; or other
+                labels of the model's data loader, `[batch, seq, ...]`.
         """
 
 
 def count_labels(labels: torch.Tensor) -> torch.Tensor:
-    """How many labels count, a scalar int64: of those in floating point, each number."""
+    """Return the number of labels that count, a scalar int64. All floating-point labels count."""
     if labels.is_floating_point():
         return torch.tensor(labels.numel(), device=labels.device)
     return (labels != IGNORE_INDEX).sum()
 
 
 def attach_loss(loss_fn: Any, model_parts: list[nn.Module]) -> None:
-    """Have a loss prepare the parts, if it does."""
+    """Call `attach` of a loss, if it has one."""
     attach = getattr(loss_fn, "attach", None)
     if attach is not None:
         attach(model_parts)
 
 
 def build_loss(job_config: JobConfig) -> Loss:
-    """The loss named by `loss.name`, compiled if `compile` says so."""
-    # Imported here because that module builds on this one.
+    """Return the loss named by `loss.name`, compiled if `compile` includes it."""
+    # Imported here because that module imports this one.
     from torchtitan.components.chunked_loss import ChunkedCrossEntropy
 
     config, compile_config = job_config.loss, job_config.compile
@@ -71,7 +72,7 @@ def build_loss(job_config: JobConfig) -> Loss:
 
 
 def of_training(z_loss_weight: float) -> float:
-    """Without gradients, 0: the loss of validation is the cross entropy alone."""
+    """Return the weight, or 0 without gradients: validation reports cross entropy alone."""
     return z_loss_weight if torch.is_grad_enabled() else 0.0
 
 
@@ -85,7 +86,7 @@ class CrossEntropy:
             self._function = torch.compile(cross_entropy, backend=backend)
 
     def attach(self, model_parts: list[nn.Module]) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self._function(pred, labels, of_training(self._z_loss_weight))
@@ -94,14 +95,14 @@ class CrossEntropy:
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, z_loss_weight: float = 0.0
 ) -> torch.Tensor:
-    """Cross entropy plus `z_loss_weight` times the squared log-partition, summed over valid tokens.
+    """Return cross entropy plus `z_loss_weight` * squared log-partition, summed over valid tokens.
 
     The z-loss keeps the logits from drifting (PaLM, arXiv:2204.02311, section 5).
 
     Args:
         logits: `[..., vocab]` of any float dtype; the loss is computed in float32. A DTensor on a
-            one-dimensional mesh is kept sharded over the vocabulary: only per-token numbers are
-            exchanged (Megatron-LM, arXiv:1909.08053), and all ranks return the same loss.
+            one-dimensional mesh stays sharded over the vocabulary: only per-token values are
+            communicated (Megatron-LM, arXiv:1909.08053), and all ranks return the same loss.
         labels: `[...]` int64, the same on all ranks of the mesh.
         z_loss_weight: 0 turns the z-loss off.
 
@@ -124,16 +125,16 @@ def cross_entropy(
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The part of the vocabulary whose logits this rank has; by default all of it."""
+    """The part of the vocabulary whose logits this rank holds; by default all of it."""
 
     mesh: DeviceMesh | None = None
-    """The ranks that share the vocabulary, in one dimension."""
+    """One-dimensional mesh of the ranks that share the vocabulary."""
     start: int = 0
     """First token of this rank's part."""
 
     @classmethod
     def of_dim(cls, tensor: DTensor, dim: int) -> VocabShard:
-        """The part that this rank has of a tensor whose dimension `dim` is the vocabulary."""
+        """Return this rank's part of a tensor whose dimension `dim` is the vocabulary."""
         mesh = tensor.device_mesh
         part = -(-tensor.size(dim) // mesh.size())  # as `Shard` divides: the last part is smaller
         return cls(mesh, part * mesh.get_local_rank())
@@ -141,11 +142,11 @@ class VocabShard:
     def log_partition_and_target(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each token, the log of the sum of exponentials over all ranks, and the label's logit.
+        """Return each token's log-partition over all ranks, and the logit of its label.
 
         Args:
             logits: `[tokens, vocab of this rank]` float32.
-            labels: `[tokens]` int64; the target logit of ignored ones is 0.
+            labels: `[tokens]` int64; the target logit of ignored labels is 0.
 
         Returns:
             Two `[tokens]` float32 tensors, the same on all ranks of the mesh. Differentiable.
@@ -157,7 +158,7 @@ class VocabShard:
         return log_partition, self.target_logit(logits, labels)
 
     def exponentials_(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn `logits` in place into `exp(logits - peak)`, to hold no second tensor of their size.
+        """Replace `logits` by `exp(logits - peak)` in place, to avoid a second tensor of that size.
 
         Returns:
             `peak` and the sum of the exponentials over all ranks, each `[tokens]` float32.
@@ -167,18 +168,21 @@ class VocabShard:
         return peak, total
 
     def target_logit(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The logit of each label, `[tokens]` float32, the same on all ranks; 0 of ignored ones."""
+        """Return the logit of each label, `[tokens]` float32, alike on all ranks; 0 if ignored."""
         index, mine = self.local_labels(labels, logits.size(-1))
         return self._reduce(logits.gather(-1, index[:, None]).squeeze(-1).where(mine, 0))
 
     def local_labels(self, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels as indices into this rank's `size` logits (0 elsewhere), and where they belong."""
+        """Return labels as indices into this rank's `size` logits, and a mask of those in range.
+
+        Labels of other ranks get index 0.
+        """
         index = labels - self.start
-        mine = (index >= 0) & (index < size)  # IGNORE_INDEX is negative, so never among them
+        mine = (index >= 0) & (index < size)  # never true for IGNORE_INDEX, which is negative
         return index.where(mine, 0), mine
 
     def _reduce(self, values: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """All-reduce. Every rank goes on to compute the same, so the gradient passes unchanged."""
+        """All-reduce `values`. All ranks compute the same from it, so its gradient is unchanged."""
         if self.mesh is None:
             return values
         return DTensor.from_local(values, self.mesh, [Partial(op)], run_check=False).full_tensor()

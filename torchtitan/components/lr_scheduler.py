@@ -1,4 +1,4 @@
-"""The learning rate over the run: warm-up, stable, decay."""
+"""Schedule the learning rate over the run: warm-up, stable, decay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DECAYS: dict[DecayType, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
     "sqrt": lambda progress: 1 - math.sqrt(progress),  # arXiv:2405.18392, section 3
 }
-"""From 1 at progress 0 to 0 at progress 1."""
+"""Decay functions, from 1 at progress 0 to 0 at progress 1."""
 
 
 def lr_factor(
@@ -32,15 +32,15 @@ def lr_factor(
     decay_type: DecayType = "linear",
     min_lr_factor: float = 0.0,
 ) -> float:
-    """Learning rate as a factor of its peak, once `step` of `steps` optimizer steps are done.
+    """Return the learning rate over its peak after `step` of `steps` optimizer steps.
 
-    The warm-up goes in equal increments from `1 / warmup_steps` for the first step to 1 for the
-    last of them. The decay reaches `min_lr_factor` when all steps are done, so that no step is
-    spent on a learning rate of 0.
+    The warm-up rises in equal increments from `1 / warmup_steps` in the first step to 1 in the last
+    warm-up step. The decay reaches `min_lr_factor` only after the last step, so that no step runs
+    with a learning rate of 0.
 
     Args:
-        decay_ratio: share of the steps that decay; None, or more than the warm-up leaves, means all
-            steps after the warm-up.
+        decay_ratio: share of the steps that decay; None, or more than remains after the warm-up,
+            means all steps after the warm-up.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -58,13 +58,13 @@ def lr_factor(
 def build_lr_scheduler(
     optimizers: Iterable[torch.optim.Optimizer], job_config: JobConfig
 ) -> LRSchedulersContainer:
-    """The schedule of `[lr_scheduler]`, for all optimizers alike."""
+    """Return the schedule of `[lr_scheduler]`, the same for all optimizers."""
     factor = schedule_of(job_config.lr_scheduler, job_config.training.steps)
     return LRSchedulersContainer(optimizers, factor)
 
 
 def schedule_of(config: LRScheduler, training_steps: int) -> Callable[[int], float]:
-    """`lr_factor` of the steps done, as `[lr_scheduler]` says for a run of `training_steps`."""
+    """Return `lr_factor` as a function of the steps done, from `[lr_scheduler]`."""
     return partial(
         lr_factor,
         steps=config.total_steps or training_steps,
@@ -76,27 +76,27 @@ def schedule_of(config: LRScheduler, training_steps: int) -> Callable[[int], flo
 
 
 class LRSchedulersContainer:
-    """Scales the learning rates that the optimizers were built with, their peaks, by one factor.
+    """Scales the learning rates that the optimizers were built with (their peaks) by one factor.
 
-    Its state is the number of steps done, whatever the layout. Peaks and shape are those of the
-    config, so that a run can be resumed with other ones.
+    Its state is the number of steps done, which does not depend on the layout. Peaks and shape come
+    from the config, so that a run can resume with different ones.
     """
 
     def __init__(
         self, optimizers: Iterable[torch.optim.Optimizer], factor: Callable[[int], float]
     ) -> None:
-        # By optimizer and not by group, since loading a state gives an optimizer new group dicts.
+        # Keyed by optimizer, not group: loading a state gives an optimizer new group dicts.
         self._peaks = [(o, [group["lr"] for group in o.param_groups]) for o in optimizers]
         self._factor = factor
         self._set_step(0)
 
     @property
     def last_lr(self) -> float:
-        """The learning rate of the next step, in the group where it is highest."""
+        """Highest learning rate of any group in the next step."""
         return max(group["lr"] for o, _ in self._peaks for group in o.param_groups)
 
     def step(self) -> None:
-        """Call after each optimizer step."""
+        """Advance the schedule; call after each optimizer step."""
         self._set_step(self._step + 1)
 
     def state_dict(self) -> dict[str, Any]:

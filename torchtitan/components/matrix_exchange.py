@@ -1,4 +1,4 @@
-"""Brings sharded matrices together, one on each rank, and takes the results apart again."""
+"""Gather sharded matrices, one on each rank, and scatter the results computed from them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torchtitan.distributed.utils import local_offsets
 
 
 class Part(NamedTuple):
-    """What one rank has of a matrix."""
+    """One rank's part of a matrix."""
 
     replica: int
-    """Which copy of the matrix it belongs to."""
+    """Index of the copy of the matrix that the part belongs to."""
     row: int
     column: int
     rows: int
@@ -28,32 +28,32 @@ class Part(NamedTuple):
         return self.rows * self.columns
 
     def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """This part of the whole matrix, as a view."""
+        """Return this part of the whole matrix, as a view."""
         rows = slice(self.row, self.row + self.rows)
         return matrix[rows, self.column : self.column + self.columns]
 
 
 class MatrixExchange:
-    """Works on whole matrices by two all-to-alls among the ranks of their mesh.
+    """Applies functions to whole matrices with two all-to-alls among the ranks of their mesh.
 
     Rank `k` receives the parts of the `k`-th matrix, computes, and sends each rank its part of the
-    result. Of two ranks that have half of the matrices A and B each:
+    result. With two ranks that each hold half of the matrices A and B:
 
         rank 0:  A0 B0  --->  A0 A1  compute A  --->  A0 B0
         rank 1:  A1 B1  --->  B0 B1  compute B  --->  A1 B1
 
-    So the matrices are worked on side by side, a rank holds one whole matrix at a time, and
-    it moves about as many bytes as it owns; an all-gather would move all bytes to all ranks.
+    So the ranks work in parallel, each rank holds one whole matrix at a time, and it moves about as
+    many bytes as it owns; an all-gather would move all bytes to all ranks.
 
     Args:
-        matrices: those that will be exchanged, DTensors on one mesh, sharded or replicated along
-            its dimensions. All ranks of the mesh construct and use the exchange together.
+        matrices: the matrices to exchange, DTensors on one mesh, sharded or replicated along its
+            dimensions. All ranks of the mesh construct and use the exchange together.
     """
 
     def __init__(self, matrices: Sequence[DTensor]) -> None:
         mesh = matrices[0].device_mesh
         self.ranks = mesh.size()
-        """How many matrices can be worked on at once."""
+        """Number of matrices that can be processed at once."""
         self._group = _group(mesh)
         self._rank = dist.get_rank(self._group)
         self._device = mesh.device_type
@@ -72,22 +72,23 @@ class MatrixExchange:
         matrices: Sequence[DTensor],
         local: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """This rank's part of `function(matrix)` for each matrix.
+        """Return this rank's part of `function(matrix)` for each matrix.
 
         Args:
-            function: keeps shape and dtype.
-            matrices: at most `ranks` of those given at construction; they say where parts belong.
-            local: this rank's part of the values of each, `[rows, columns]`, all of one dtype.
+            function: must keep shape and dtype.
+            matrices: at most `ranks` of the matrices given at construction; only their layout is
+                used.
+            local: this rank's part of each matrix's values, `[rows, columns]`, all of one dtype.
         """
         parts = [self._parts[id(matrix)] for matrix in matrices]
         local = [values.to(self._device) for values in local]  # from the host, if offloaded
         whole = self._gather(matrices, parts, local)
-        send = [local[0].new_empty(0)]  # of a rank that has no matrix to work on
+        send = [local[0].new_empty(0)]  # for a rank without a matrix to process
         if whole is not None:
             whole = function(whole)
             send = [part.of(whole) for part in parts[self._rank]]
         results = self._all_to_all(send, [of_ranks[self._rank].size for of_ranks in parts])
-        # Beyond the matrices there are empty ones, of ranks that have none.
+        # Ranks without a matrix send empty results, which `zip` drops.
         return [values.view_as(old) for values, old in zip(results, local, strict=False)]
 
     def _gather(
@@ -96,10 +97,10 @@ class MatrixExchange:
         parts: Sequence[Sequence[Part]],
         local: Sequence[torch.Tensor],
     ) -> torch.Tensor | None:
-        """This rank's matrix, from the ranks that share its replica; None if it has none.
+        """Return this rank's matrix, from the ranks of the same replica; None if it has none.
 
         Args:
-            parts: of each matrix, what each rank has.
+            parts: for each matrix, the part of each rank.
         """
         me, nothing = self._rank, local[0].new_empty(0)
         send = [
@@ -120,7 +121,7 @@ class MatrixExchange:
     def _all_to_all(
         self, send: Sequence[torch.Tensor], sizes: Sequence[int]
     ) -> Sequence[torch.Tensor]:
-        """Send `send[k]` to rank `k`, and receive `sizes[k]` values from it; beyond, nothing."""
+        """Send `send[k]` to rank `k` and receive `sizes[k]` values from it; further ranks: none."""
         sent = [values.numel() for values in send]
         idle = [0] * (self.ranks - len(send)), [0] * (self.ranks - len(sizes))
         values = torch.cat([values.flatten() for values in send])
@@ -141,7 +142,10 @@ def _own_part(matrix: DTensor) -> Part:
 
 
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """All ranks of a mesh. Only these call it: ranks of other meshes may have no matrices."""
+    """Return the group of all ranks of a mesh.
+
+    Only these ranks call this, as ranks of other meshes may have no matrices.
+    """
     if mesh.ndim == 1:
         return mesh.get_group()
     ranks = mesh.mesh.flatten().tolist()

@@ -1,7 +1,7 @@
-"""The keys of `metrics.jsonl` and `validation.jsonl`: what people read of them, and in which order.
+"""Describe the keys of `metrics.jsonl` and `validation.jsonl`, in display order.
 
-`docs/metrics.md` and `torchtitan report` are made from this table. A key that is not in it is
-plotted too, under its own name.
+`docs/metrics.md` and `torchtitan report` are generated from this table. Keys that are not in it are
+plotted too, under their own names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MetricKey:
-    """A key, or with `/NAME` at its end, the keys that end with the name of a source."""
+    """A key; one that ends with `/NAME` stands for the keys that end with a source's name."""
 
     key: str
     label: str
@@ -19,12 +19,12 @@ class MetricKey:
     """Unit of the value in the file; empty for a plain number."""
     meaning: str
     when: str = ""
-    """When the key is there; empty: always."""
+    """Condition under which the key is present; empty: always."""
     shown_unit: str | None = None
-    """Unit in plots, where it is another one: then `scale` is a factor on the value."""
+    """Unit in plots, if different; the value is then multiplied by `scale`."""
     scale: float = 1.0
     from_zero: bool = False
-    """Plots begin at 0, where it matters which share of the whole a change is."""
+    """Whether plots begin at 0, for keys where the relative size of a change matters."""
 
 
 STARTED_AT = MetricKey(
@@ -33,7 +33,7 @@ STARTED_AT = MetricKey(
     "s",
     "when this process began to train, since 1970-01-01 UTC: another value is another process",
 )
-"""Tells the processes of a resumed run apart; not plotted."""
+"""Distinguishes the processes of a resumed run; not plotted."""
 
 SECTIONS: dict[str, list[MetricKey]] = {
     "Learning": [
@@ -244,7 +244,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
         STARTED_AT,
     ],
 }
-"""Section of a report -> its keys. `Other` is for keys that are not here; `More` is folded away."""
+"""Maps report sections to keys. `Other` is for keys not in this table; `More` is collapsed."""
 
 VALIDATION = MetricKey(
     "loss",
@@ -252,11 +252,11 @@ VALIDATION = MetricKey(
     "nats per token",
     "mean over all tokens of all ranks, held-out data; without z-loss",
 )
-"""The one key of `validation.jsonl`."""
+"""The only key of `validation.jsonl`."""
 
 
 def find(key: str) -> tuple[str, MetricKey]:
-    """The section and the entry of a key of `metrics.jsonl`; an unknown one is its own label."""
+    """Return section and entry of a key of `metrics.jsonl`; an unknown key is its own label."""
     for section, entries in SECTIONS.items():
         for entry in entries:
             family, _, name = entry.key.partition("/")

@@ -1,4 +1,4 @@
-"""Where the logged values go: JSON lines, TensorBoard, Weights & Biases."""
+"""Write the logged values to JSON lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ logger = logging.getLogger("torchtitan")
 Group = Literal["train", "validation"]
 
 _MOST_LINES_KEPT = 10_000
-"""While a disk is full or gone: as many lines wait in memory."""
+"""Maximum number of lines kept in memory while the disk is full or unavailable."""
 _SECONDS_TO_NEXT_EVENT_FILE = 300.0
-"""Each try leaves an empty file, where a full disk still takes names."""
+"""Delay between attempts, since each may leave an empty file even on a full disk."""
 
 
 class Sink(Protocol):
-    """Receives the values of each logged step; NaN, infinities and None are possible values.
+    """Receives the values of each logged step, which may be NaN, infinite or None.
 
-    Only `start` raises, and only the first time: metrics are no reason to lose a run that goes.
+    Only the first `start` raises: metrics must not end a run in progress.
     """
 
     def start(self, step: int) -> None:
-        """Called before the first write, and when the run goes back to the end of `step`; forget
-        what was written of later steps.
+        """Forget values of steps after `step`.
+
+        Called before the first write, and when the run goes back to the end of `step`.
 
         Raises:
-            OSError: at the first call: what it needs cannot be written.
+            OSError: at the first call only: the sink cannot write its files.
         """
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None: ...
@@ -56,14 +57,14 @@ class Sink(Protocol):
 
 
 def build_sinks(job_config: JobConfig) -> list[Sink]:
-    """The sinks that `[metrics]` asks for; JSON lines always.
+    """Return the sinks enabled in `[metrics]`, and always JSON lines.
 
-    A run that has checkpoints already goes on without W&B where that does not start: it would be
-    a pity about all the processes that are to be started again.
+    If W&B does not start, a run that already has checkpoints continues without it, rather than
+    fail the restart of all processes.
 
     Raises:
-        ConfigError: W&B is asked for, and it is not installed or refuses to start.
-        OutageError: it cannot be reached.
+        ConfigError: W&B is enabled, but is not installed or refuses to start.
+        OutageError: W&B cannot be reached.
     """
     folder = Path(job_config.job.dump_folder)
     sinks: list[Sink] = [JsonLinesSink(folder)]
@@ -86,9 +87,9 @@ def _resumes(job_config: JobConfig) -> bool:
 
 
 class JsonLinesSink:
-    """`metrics.jsonl` and `validation.jsonl`: a JSON object a step, null for what is not finite.
+    """Writes `metrics.jsonl` and `validation.jsonl`: one JSON object per step.
 
-    What cannot be written now is written once that goes again.
+    Non-finite values are written as null. Lines that cannot be written are kept and written later.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -125,15 +126,15 @@ class JsonLinesSink:
 
 
 class _Lines:
-    """A file that lines are added to, also where it cannot be written for a while."""
+    """Appends lines to a file, and keeps them while it cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting: deque[tuple[int, str]] = deque(maxlen=_MOST_LINES_KEPT)
         self._whole: int | None = None
-        """Bytes of whole lines, if the file may end with a part of one."""
+        """Size in bytes of the complete lines, if the file may end with a partial line."""
         self._last_step: int | None = None
-        """The run went back to this step, and the file may still have later ones."""
+        """Step that the run went back to, if the file may still have later ones."""
         self._failing = False
 
     def add(self, step: int, line: str) -> None:
@@ -193,7 +194,7 @@ class _Lines:
 
 
 def _set_aside(path: Path) -> None:
-    """Keep what an earlier run has left, which this one does not go on from."""
+    """Rename the file of an earlier run that this run does not continue."""
     if path.stat().st_size == 0:
         return
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
@@ -208,7 +209,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
-    """Drop the lines of later steps, and those that are damaged, in one atomic change."""
+    """Drop lines of later steps and damaged lines, in one atomic change."""
     kept = []
     for line in path.read_bytes().splitlines():
         try:
@@ -222,24 +223,24 @@ def _keep_steps_up_to(step: int, path: Path) -> None:
 
 
 class TensorBoardSink:
-    """TensorBoard events, tagged `train/loss`, `validation/loss` and so on.
+    """Writes TensorBoard events, tagged `train/loss`, `validation/loss` and so on.
 
-    After an error of the disk, a new event file is tried from time to time; what was logged in
-    between is missing.
+    After a disk error, it retries with a new event file from time to time; values logged in between
+    are missing.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: Any = None  # a SummaryWriter
         self._purge_step: int | None = None
-        """For the next event file: steps from this one on in earlier files do not count."""
+        """For the next event file: steps from this one on in earlier files are discarded."""
         self._next_try = -math.inf
         self._started = False
 
     def start(self, step: int) -> None:
         self.close()
         purge_step = step + 1
-        if self._purge_step is not None:  # none could be written since the run last went back
+        if self._purge_step is not None:  # nothing was written since the run last went back
             purge_step = min(purge_step, self._purge_step)
         self._purge_step = purge_step
         if self._started:
@@ -289,10 +290,10 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run. Its project is `WANDB_PROJECT`, its name `job.description`.
+    """Logs to a Weights & Biases run in project `WANDB_PROJECT`, named `job.description`.
 
-    Its id is kept in the dump folder, so that a run that resumes goes on with it. Other settings
-    come from W&B's own environment variables (`WANDB_MODE`, `WANDB_RUN_ID`, ...).
+    The run's id is kept in the dump folder, so that a resumed run continues it. Other settings come
+    from W&B's own environment variables (`WANDB_MODE`, `WANDB_RUN_ID`, ...).
     """
 
     def __init__(self, job_config: JobConfig) -> None:
@@ -302,18 +303,18 @@ class WandbSink:
         id_file = folder / "wandb_run_id"
         kept_id = _kept_id(id_file, job_config)
         try:
-            import wandb  # `validate` has seen that it is installed
+            import wandb  # `validate` has checked that it is installed
 
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "torchtitan"),
                 name=job_config.job.description,
-                id=kept_id,  # None: that of WANDB_RUN_ID, or a new one
+                id=kept_id,  # None: WANDB_RUN_ID, or a new id
                 resume=None if os.environ.get("WANDB_RESUME") else "allow",
                 dir=str(folder),
                 config=json.loads(hide_secrets(json.dumps(asdict(job_config)))),
             )
-            # A key of our own for the x axis: W&B drops values of a step of its own that it has
-            # been at before, and so those after the run went back.
+            # A custom x axis: W&B drops values whose built-in step it has already passed, and so
+            # would drop those logged after the run went back.
             self._run.define_metric("step", hidden=True)
             for group in ("train", "validation"):
                 self._run.define_metric(f"{group}/*", step_metric="step")
@@ -331,7 +332,7 @@ class WandbSink:
             logger.warning("%s: cannot write: %s. A restart will be another run", id_file, error)
 
     def start(self, step: int) -> None:
-        """W&B keeps what it has: steps that are done again appear twice."""
+        """Do nothing: W&B keeps its values, so repeated steps appear twice."""
 
     def write(self, step: int, values: dict[str, Any], group: Group) -> None:
         if self._lost:
@@ -339,7 +340,7 @@ class WandbSink:
         named = {f"{group}/{key}": value for key, value in values.items() if value is not None}
         try:
             self._run.log(named | {"step": step})
-        except Exception as error:  # W&B's own, such as of its process that has ended
+        except Exception as error:  # W&B's own types, for example if its process has ended
             logger.warning("step %d: W&B stops: %s. The run goes on without it", step, error)
             self._lost = True
 
@@ -351,12 +352,12 @@ class WandbSink:
 
 
 def _kept_id(file: Path, job_config: JobConfig) -> str | None:
-    """W&B's id of the run that this process goes on with, if it is known and no other is wanted."""
+    """Return the W&B id of the run to continue; None if unknown or WANDB_RUN_ID is set."""
     if os.environ.get("WANDB_RUN_ID"):
         return None
     try:
         kept_id = file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
-    # Of a run that begins anew in the folder, the curve is another one.
+    # A run that starts over in this folder gets a new curve.
     return kept_id if kept_id and _resumes(job_config) else None

@@ -1,4 +1,4 @@
-"""What is measured at each logged step, and sent to the progress line and the sinks."""
+"""Compute the metrics of each logged step, and send them to the progress line and the sinks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ logger = logging.getLogger("torchtitan")
 def build_metrics_processor(
     job_config: JobConfig, parallel_dims: ParallelDims, model_args: BaseModelArgs
 ) -> MetricsProcessor:
-    """The metrics of a run. Rank 0 shows and writes them; on other ranks every call does nothing.
+    """Return the metrics of a run. Rank 0 shows and writes them; on other ranks calls do nothing.
 
     Raises:
-        ConfigError: W&B is asked for, and it is not installed or refuses to start.
-        OutageError: it cannot be reached.
+        ConfigError: W&B is enabled, but is not installed or refuses to start.
+        OutageError: W&B cannot be reached.
     """
     writes = rank() == 0
     _, flops_per_token = model_args.get_nparams_and_flops(job_config.training.seq_len)
-    # The peak is that of bf16; a run in fp32 cannot be held against it.
+    # The peak is for bf16, so it is no reference for a run in fp32.
     in_bf16 = job_config.training.mixed_precision_param == "bfloat16"
     fault_tolerance = job_config.fault_tolerance
     return MetricsProcessor(
@@ -51,12 +51,12 @@ def build_metrics_processor(
 
 
 class MetricsProcessor:
-    """Turns what the trainer knows about a step into the values that people watch.
+    """Turns the trainer's figures of a step into the logged values.
 
-    The order of calls: `start` just before the first step, and again when the run goes back to an
-    earlier one; `log` after each step that is logged,
-    `log_validation` after each validation, `close` at the end, also when the run fails (it gives
-    the terminal back). Time spent inside `pause` does not count in the throughput.
+    Call `start` just before the first step, and again when the run goes back to an earlier one;
+    `log` after each logged step; `log_validation` after each validation; and `close` at the end,
+    also when the run fails (it restores the terminal). Time inside `pause` does not count in the
+    throughput.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class MetricsProcessor:
     def start(self, step: int = 0) -> None:
         """Begin a run after `step` (0, or the step of the checkpoint it resumes from).
 
-        Values of later steps, which an earlier attempt left in the dump folder, are dropped, so
-        that each file has one line a step.
+        Drops values of later steps that an earlier attempt left in the dump folder, so that each
+        file has one line per step.
 
         Raises:
-            ConfigError: at the first call, `job.dump_folder` cannot be written to; `OutageError`:
-                not now.
+            ConfigError: at the first call, `job.dump_folder` is not writable.
+            OutageError: the same, but perhaps only for now.
         """
         for sink in self._sinks:
             try:
@@ -99,14 +99,14 @@ class MetricsProcessor:
                 problem = f"job.dump_folder: cannot write metrics: {error}"
                 raise outage_or(ConfigError, problem, error) from error
         self._logged = perf_counter()
-        if self._started_at is None:  # not anew where the run goes back
+        if self._started_at is None:  # unchanged when the run goes back
             self._started, self._started_at = self._logged, int(time())
         self._paused_seconds = 0.0
         self._first_logged = None
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around work that is not training: validation, checkpoints, writing a trace."""
+        """Exclude the enclosed work from the throughput: validation, checkpoints, traces."""
         begin = perf_counter()
         try:
             yield
@@ -131,18 +131,19 @@ class MetricsProcessor:
         Args:
             loss: mean over the tokens of the step, on all ranks.
             grad_norm: global norm of the gradients before clipping.
-            ntokens_since_last: tokens that the whole world processed since the last logged step.
-            tokens_seen: tokens that were trained on since step 0.
-            data_wait_seconds: time this rank waited for its data since the last logged step.
+            ntokens_since_last: tokens processed by all ranks since the last logged step.
+            tokens_seen: tokens trained on since step 0.
+            data_wait_seconds: time this rank waited for data since the last logged step.
             max_loss: largest loss of a step since the last logged one.
-            extra: further values, under the names they shall have in `metrics.jsonl`.
+            extra: further values, by their names in `metrics.jsonl`.
         """
         if self._progress is None:
             return
         now = perf_counter()
         seconds = max(now - self._logged - self._paused_seconds, 1e-9)
         tokens_per_second = ntokens_since_last / seconds
-        # Each replica group logs the tokens of all that take part, so the devices are theirs.
+        # Each replica group logs the tokens of all participating groups, so divide by the devices
+        # of all of them.
         groups = (extra or {}).get("replica_groups", self._replica_groups)
         tokens_per_device = tokens_per_second / (self._devices * groups)
         flops = tokens_per_device * self._flops_per_token
@@ -167,15 +168,15 @@ class MetricsProcessor:
         values |= extra or {}
         try:
             self._progress.update(step, values, self._eta_seconds(step, now))
-        except OSError:  # the signal that says so may come a little later
+        except OSError:  # the terminal is closed; its signal may arrive later
             leave_closed_terminal()
         self._write(step, values, "train")
-        # Time spent here is not the training's either.
+        # Do not count the time spent here either.
         self._logged = perf_counter()
         self._paused_seconds = 0.0
 
     def log_validation(self, step: int, loss: float) -> None:
-        """Log the loss on held-out data after `step`, a mean over all tokens of all ranks."""
+        """Log the loss on held-out data after `step`, the mean over all tokens of all ranks."""
         if self._progress is None:
             return
         self._progress.validation(loss)
@@ -183,7 +184,7 @@ class MetricsProcessor:
         self._write(step, {"loss": loss}, "validation")
 
     def show_checkpoint(self, step: int | None) -> None:
-        """Show which checkpoint is the last complete one; None: there is none yet."""
+        """Show the step of the last complete checkpoint; None: there is none yet."""
         if self._progress is not None and step is not None:
             self._progress.checkpoint(step)
 
@@ -195,7 +196,10 @@ class MetricsProcessor:
         self._sinks = []
 
     def _eta_seconds(self, step: int, now: float) -> float | None:
-        """At the mean pace, pauses included, since the first logged step (which may compile)."""
+        """Estimate from the mean pace, pauses included, since the first logged step.
+
+        The steps up to then do not count, as they may compile.
+        """
         if self._first_logged is None:
             self._first_logged = (step, now)
         first_step, first_time = self._first_logged

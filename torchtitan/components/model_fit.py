@@ -1,4 +1,4 @@
-"""Whether a model has what the config asks of it, known before weights are allocated."""
+"""Check that a model supports the config, before weights are allocated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FittingModel(NamedTuple):
 
 
 def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
-    """The model of a job on `world_size` processes, and what is wrong with the job.
+    """Return the model of a job on `world_size` processes, after checking the job.
 
     Raises:
         ConfigError: the job cannot run like this.
@@ -49,10 +49,10 @@ def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
 
 
 def valid_spec(job_config: JobConfig, world_size: int) -> TrainSpec:
-    """The model of a job whose plugins are loaded.
+    """Return the `TrainSpec` of a job whose plugins are loaded.
 
     Raises:
-        ConfigError: there is none, a rule between the options is broken, or it lacks a part.
+        ConfigError: there is no such model, it lacks a part, or options conflict.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     validate(job_config, world_size)
@@ -61,7 +61,7 @@ def valid_spec(job_config: JobConfig, world_size: int) -> TrainSpec:
 
 
 def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> None:
-    """A token id beyond the embedding would be an index error on the device, hard to read."""
+    """Refuse a tokenizer with ids beyond the embedding: an obscure index error on the device."""
     size = getattr(model_args, "vocab_size", None)
     if tokenizer is None or fits_vocabulary(tokenizer, size, job_config.model.tokenizer_path):
         return
@@ -77,10 +77,11 @@ def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> 
 
 
 def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bool:
-    """Whether a model with `size` embeddings can read what the tokenizer writes.
+    """Return whether a model with `size` embeddings can read the tokenizer's output.
 
-    It can if special tokens alone have no embedding, as with Gemma 3 1B, whose tokenizer it shares
-    with models that see images. A warning names them, and texts with them are refused from now on.
+    It can if only special tokens lack an embedding, as with Gemma 3 1B, which shares its tokenizer
+    with models that see images. A warning names them, and from then on the tokenizer refuses texts
+    that contain them.
     """
     if size is None or tokenizer.vocab_size <= size:
         return True
@@ -98,7 +99,7 @@ def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bo
 
 
 def check_builders(spec: TrainSpec, job_config: JobConfig) -> None:
-    """Optional parts of a `TrainSpec` that the config needs."""
+    """Check that a `TrainSpec` has the optional parts that the config needs."""
     if job_config.parallelism.pipeline_parallel_degree > 1 and spec.pipeline_fn is None:
         fail(
             job_config,

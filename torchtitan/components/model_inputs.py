@@ -1,4 +1,4 @@
-"""From a batch of a data loader to what the model is called with."""
+"""Check a data loader's batches and turn them into the arguments of the model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
 
 USUAL_KEYS = ("tokens", "labels", "positions", "document_ids")
-"""Keys of a batch that the trainer knows; others are inputs of the model by their names."""
+"""Batch keys that the trainer knows; others are passed to the model by name."""
 
 _OF_A_PIPELINE = ("target", "losses", "return_outputs")
-"""Arguments of a pipeline's step, to which inputs of the model are passed by their names too."""
+"""Arguments of a pipeline's `step`, which also takes inputs of the model by name."""
 
 
 class ModelInputs:
-    """Looks at batches, and makes of them what the model's `forward` takes.
+    """Checks batches and turns them into the arguments of the model's `forward`.
 
     Args:
         model: the whole model, before it is parallelized.
-        vocab_size: tokens that are ids are below it, where it is known.
+        vocab_size: upper bound of token ids, if known.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class ModelInputs:
         self._taken = {p.name for p in own}
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self._needed = [p.name for p in own if p.kind in named and p.default is p.empty]
-        if job_config.training.document_mask:  # else the trainer makes positions
+        if job_config.training.document_mask:  # else `on_device` creates the positions
             self._needed += self._usual
 
     def checked(self, batch: Batch) -> Batch:
-        """A batch of the training loader as it is.
+        """Return a batch of the training loader unchanged, after checking it.
 
         Raises:
-            ConfigError: it lacks something, has what nobody reads, or has another shape than the
-                config says, by which tokens are counted.
+            ConfigError: the batch lacks a key, has one that nothing reads, or has another shape
+                than the config, from which tokens are counted.
         """
         who = f"{builder(self._config)}: a batch of the loader"
         _check_tensors(who, batch)
@@ -78,10 +78,10 @@ class ModelInputs:
         return batch
 
     def checked_for_validation(self, batch: Batch) -> Batch:
-        """A batch that a validator gives to `evaluate` as it is.
+        """Return a batch that a validator gives to `evaluate` unchanged, after checking it.
 
         Raises:
-            ConfigError: as `checked`; but it may be of any size, as far as the layout lets it.
+            ConfigError: as `checked`, except that any size is allowed that fits the layout.
         """
         who = f"build_validator_fn of {self._config.model.name}: a batch of the validator"
         _check_tensors(who, batch)
@@ -107,11 +107,11 @@ class ModelInputs:
         return batch
 
     def _check_names(self, who: str, batch: Batch) -> None:
-        """Whether forward() takes what there is, and has what it needs."""
+        """Check that forward() takes all keys of the batch and has all that it needs."""
         model = self._config.model.name
         own = own_inputs(batch)
         reserved = [name for name in own if name in _OF_A_PIPELINE]
-        if reserved:  # without a pipeline too, so that a model can go on with one
+        if reserved:  # without a pipeline too, so that a run can later continue with one
             raise ConfigError(
                 f"{who} has {some(reserved)}, but an input of forward() cannot be called "
                 f"{some(_OF_A_PIPELINE)}, which pipelines have for themselves. Choose another name"
@@ -130,7 +130,7 @@ class ModelInputs:
             )
 
     def _check_shapes(self, who: str, batch: Batch, rows: str) -> None:
-        """Whether all has the sizes of the labels. `rows` names the first of these."""
+        """Check all tensors against the sizes of the labels. `rows` names the first size."""
         shape = list(batch["labels"].shape)
         sizes = shape[:2]
         for name, tensor in batch.items():
@@ -157,10 +157,10 @@ class ModelInputs:
             )
 
     def _check_ids(self, who: str, tokens: torch.Tensor) -> None:
-        """An id beyond the embedding would be an index error on the device, hard to read."""
+        """Refuse ids outside the embedding, which would be obscure index errors on the device."""
         size = self._vocab_size
         ids = tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.numel() > 0
-        if size is None or not ids or tokens.device.type != "cpu":  # else the host would wait
+        if size is None or not ids or tokens.device.type != "cpu":  # reading a GPU blocks the host
             return
         least, largest = (int(found) for found in tokens.aminmax())
         if least < 0 or largest >= size:
@@ -173,21 +173,21 @@ class ModelInputs:
     def on_device(
         self, batch: Batch, device: torch.device, cp_mesh: DeviceMesh | None
     ) -> tuple[torch.Tensor, torch.Tensor, Batch]:
-        """Tokens, labels and the model's other inputs.
+        """Return tokens, labels and the model's other inputs on `device`.
 
-        Under context parallelism, this rank's part of the sequence. Inputs in floating point are in
-        `training.mixed_precision_param`, as FSDP would have them, on every layout alike; labels are
-        as they were.
+        Under context parallelism they are this rank's part of the sequence. Floating-point inputs
+        are cast to `training.mixed_precision_param` on every layout, as FSDP would cast them;
+        labels keep their dtype.
         """
         if not self._config.training.document_mask and "positions" in self._usual:
-            # The sequence is one document to the model.
+            # Without the mask, the sequence is one document to the model.
             labels = batch["labels"]
-            # In a dict of its own: a validator may keep its batch, and give it again.
+            # Do not change the batch itself: a validator may keep it and pass it again.
             positions = torch.arange(labels.shape[1]).expand(labels.shape[:2])
             batch = batch | {"positions": positions}
         if cp_mesh is not None:
             batch = shard_batch(batch, cp_mesh, self._config)
-        if device.type == "cuda":  # a copy from other memory waits for what is queued before
+        if device.type == "cuda":  # a copy from pageable memory waits for earlier queued work
             batch = {name: pinned(tensor) for name, tensor in batch.items()}
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
         inputs = {name: batch[name] for name in self._usual} | own_inputs(batch)
@@ -196,10 +196,10 @@ class ModelInputs:
 
 
 def refuse_lone_positions(who: str, batch: Batch, job_config: JobConfig) -> None:
-    """Raises `ConfigError` for positions that the model would not get."""
+    """Raise `ConfigError` for positions that would not reach the model."""
     masked = job_config.training.document_mask
     if "positions" in batch and "document_ids" not in batch and not masked:
-        # With document_ids, they are those of packed documents, for which the mask is off.
+        # Positions with document_ids belong to packed documents whose mask is off.
         raise ConfigError(
             f"{who} has 'positions' without 'document_ids', but without training.document_mask "
             "the positions of a sequence are 0, 1, 2, ... Leave them out, give document_ids "
@@ -208,22 +208,22 @@ def refuse_lone_positions(who: str, batch: Batch, job_config: JobConfig) -> None
 
 
 def own_inputs(batch: Batch) -> Batch:
-    """What `forward` gets by the names that the author gave."""
+    """Return the inputs that `forward` gets under the author's own names."""
     return {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """In pinned memory if it is on the host; a loader may also put it on the device itself."""
+    """Return a host tensor in pinned memory; a loader may already put tensors on the device."""
     return tensor.contiguous().pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def in_precision(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An input of the model, in this type if it is in floating point."""
+    """Cast a floating-point input of the model to `dtype`."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobConfig) -> list[str]:
-    """Which of `positions` and `document_ids` the model is called with, see `ModelProtocol`."""
+    """Return which of `positions` and `document_ids` the model gets, see `ModelProtocol`."""
     accepted = inspect.signature(model.forward).parameters
     wanted = []
     if job_config.training.document_mask:
@@ -235,8 +235,8 @@ def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobC
             )
         wanted = ["positions", "document_ids"]
     elif parallel_dims.pp_enabled or parallel_dims.cp_enabled:
-        # Hidden states do not tell a stage how long the sequence is, nor a part of the sequence
-        # where it belongs.
+        # A stage cannot infer the sequence length from hidden states, nor a part of a sequence its
+        # place in the whole.
         wanted = ["positions"]
     if parallel_dims.cp_enabled and "positions" not in accepted:
         fail(
@@ -249,7 +249,7 @@ def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobC
 
 
 def _check_tensors(who: str, batch: object) -> None:
-    """Whether it is a dict of tensors, with tokens and labels."""
+    """Check that a batch is a dict of tensors with tokens and labels."""
     if not isinstance(batch, dict):
         raise ConfigError(f"{who} is {type(batch).__name__}, no dict with 'tokens' and 'labels'")
     missing = [name for name in USUAL_KEYS[:2] if name not in batch]

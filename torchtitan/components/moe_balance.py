@@ -1,4 +1,4 @@
-"""The load of experts over a whole step: what balances it, and what is reported of it."""
+"""Balance the load of experts after each step, and report how uneven it is."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 _LEAST = 1e-6
-"""Tokens; any expert that has some has more."""
+"""Lower bound of a mean load in tokens; any nonzero load is larger."""
 
 
 class ExpertBalance:
-    """All `TopKRouter`s of this rank's model parts; for a model without any it does nothing.
+    """Balances all `TopKRouter`s of this rank's model parts; does nothing without any.
 
-    Each router tallies the tokens of its experts. After a step the tallies of all ranks are added
-    up, and every router is told the load, so that it can balance the next step.
+    Each router tallies the tokens of its experts. After a step the tallies are summed over all
+    ranks and passed to each router, so that it can balance the next step.
 
     Args:
-        model_parts: of this rank, parallelized and initialised.
-        parallel_dims: the ranks of one pipeline stage route different tokens, those of tensor
-            parallelism too.
+        model_parts: parts of this rank, parallelized and initialized.
+        parallel_dims: the layout; all ranks of a pipeline stage route different tokens, including
+            tensor-parallel ranks.
     """
 
     def __init__(self, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
@@ -39,16 +39,16 @@ class ExpertBalance:
         self._groups = [mesh["dp_cp"].get_group()]
         if parallel_dims.tp_enabled:
             self._groups.append(mesh["tp"].get_group())
-        # Other stages of a pipeline may have experts where this one has none.
+        # Other pipeline stages may have experts even if this one has none.
         number = torch.tensor(len(self._routers), device=device())
         dist.all_reduce(number)
         self._enabled = bool(number)
 
     def add_up(self, over_replicas: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Call after each backward pass, on all ranks.
+        """Sum the tallies over all ranks. All ranks call this after each backward pass.
 
         Args:
-            over_replicas: the sum of a tensor over the replica groups.
+            over_replicas: returns the sum of a tensor over the replica groups.
         """
         if not self._routers:
             return
@@ -58,7 +58,7 @@ class ExpertBalance:
         self._load = over_replicas(load)
 
     def step(self) -> None:
-        """Call after each optimizer step, once the tallies are added up."""
+        """Pass the summed load to the routers. Call after each optimizer step and `add_up`."""
         if not self._routers:
             return
         parts = self._load.split([len(router.tally) for router in self._routers])
@@ -66,22 +66,22 @@ class ExpertBalance:
             router.end_step(part)
 
     def discard(self) -> None:
-        """Instead of `step`, after a step that was not taken: forget its tokens."""
+        """Clear the tallies. Call instead of `step` if the optimizer step was not taken."""
         for router in self._routers:
             router.tally.zero_()
 
     def metrics(self) -> dict[str, float]:
-        """How uneven the last step was; all ranks call this. Empty for a model without experts.
+        """Return how uneven the last step was; empty without experts. All ranks call this.
 
         * `expert_imbalance`: tokens of a layer's busiest expert over the mean of its experts (1 is
-          even), the mean over layers;
-        * `expert_imbalance_max`: the same of the most uneven layer.
+          even), averaged over layers;
+        * `expert_imbalance_max`: the same ratio of the most uneven layer.
         """
         if not self._enabled:
             return {}
         layers = torch.zeros(1 + len(self._routers), device=device())
         for i, router in enumerate(self._routers, start=1):
-            # 0 where no token was counted: no backward pass comes to frozen layers at the bottom.
+            # 0 if no token was counted: the backward pass does not reach frozen bottom layers.
             layers[i] = router.load.max() / router.load.mean().clamp(min=_LEAST)
         total = torch.stack([layers.sum(), (layers > 0).sum(dtype=layers.dtype)])
         worst = layers.max()

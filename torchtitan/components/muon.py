@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix is replaced by the nearest orthogonal one, on sharded parameters."""
+"""Muon for sharded parameters: orthogonalize the momentum matrix before each update."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from torchtitan.components.matrix_exchange import MatrixExchange
 from torchtitan.distributed.utils import local_tensor
 
 _Matrix = tuple[torch.Tensor, dict[str, Any]]
-"""A parameter, and the options of its group."""
+"""A parameter and the options of its group."""
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic that takes singular values in (0, 1] to about 1 (Keller Jordan, Muon,
+"""Coefficients of the quintic that maps singular values in (0, 1] to about 1 (Keller Jordan, Muon,
 2024)."""
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon/) with Nesterov momentum.
 
-    Computes what `torch.optim.Muon` does with its default learning-rate adjustment: a matrix
-    `[rows, columns]` moves by `lr * sqrt(max(1, rows / columns))` times an orthogonal matrix, and
-    weight decay is decoupled. It differs in how it treats DTensors. `torch.optim.Muon`
-    communicates in each bfloat16 product, so that its result depends on the layout, and all ranks
-    do the work of one. Here each matrix comes together on one rank, which orthogonalizes it.
+    Computes the same update as `torch.optim.Muon` with its default learning-rate adjustment: a
+    matrix `[rows, columns]` moves by `lr * sqrt(max(1, rows / columns))` times an orthogonal
+    matrix, and weight decay is decoupled. Only the handling of DTensors differs.
+    `torch.optim.Muon` communicates in each bfloat16 product, so its result depends on the layout,
+    and all ranks repeat the same work. Here one rank gathers each matrix and orthogonalizes it.
 
-    All ranks of a mesh call `step` together, whichever gradients they have. A parameter without a
-    gradient is left as it is.
+    All ranks of a mesh call `step` together, whichever gradients they have. Parameters without a
+    gradient stay unchanged.
 
     Args:
         params: matrices, or groups of them.
-        lr: learning rate, before the adjustment for the shape.
+        lr: learning rate before the adjustment for the shape.
         momentum: decay of the running mean of gradients.
         weight_decay: scaled with `lr`.
 
     Raises:
-        ValueError: a parameter is no matrix.
+        ValueError: a parameter is not a matrix.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_sharded(self, mesh: DeviceMesh, matrices: list[_Matrix]) -> None:
-        """Move the matrices of all groups on one mesh: so as many ranks as can be have work."""
+        """Update the matrices of all groups on one mesh together, to keep the most ranks busy."""
         exchange = self._exchanges.get(mesh)
         if exchange is None:
             exchange = MatrixExchange([cast(DTensor, param) for param, _ in matrices])
             self._exchanges[mesh] = exchange
-        # What is worked on side by side should take about the same time.
+        # Matrices processed in parallel should take about the same time.
         matrices.sort(key=lambda matrix: matrix[0].numel(), reverse=True)
         for start in range(0, len(matrices), exchange.ranks):
             chunk = matrices[start : start + exchange.ranks]
@@ -94,9 +94,10 @@ class Muon(torch.optim.Optimizer):
                 self._move(param, direction, group)
 
     def _momentum(self, param: torch.Tensor, momentum: float) -> torch.Tensor:
-        """Add the gradient to the running mean. The Nesterov update, bfloat16, this rank's part.
+        """Update the running mean; return this rank's part of the Nesterov update in bfloat16.
 
-        Without a gradient it is zero and the mean stays, so that ranks always exchange the same.
+        Without a gradient the update is zero and the mean unchanged, so that all ranks always
+        exchange the same matrices.
         """
         state = self.state[param]
         if not state:
@@ -105,7 +106,7 @@ class Muon(torch.optim.Optimizer):
         if param.grad is None:
             return torch.zeros_like(buffer, dtype=torch.bfloat16)
         grad = param.grad
-        if isinstance(grad, DTensor):  # it may be a sum yet to be made
+        if isinstance(grad, DTensor):  # it may be a partial sum
             grad = grad.redistribute(placements=cast(DTensor, param).placements).to_local()
         buffer.lerp_(grad, 1 - momentum)
         return grad.lerp(buffer, momentum).bfloat16()
@@ -121,9 +122,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """About `U V^T` of the matrix `U S V^T`, by Newton-Schulz iteration in bfloat16.
+    """Approximate `U V^T` of the matrix `U S V^T` by Newton-Schulz iteration in bfloat16.
 
-    The singular values of the result lie between about 0.5 and 1.5, which serves as well as 1.
+    The singular values of the result lie between about 0.5 and 1.5, which works as well as 1.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrix.bfloat16()

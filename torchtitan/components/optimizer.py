@@ -1,4 +1,4 @@
-"""Optimizers over the parameters of this rank, in groups by kind and by name."""
+"""Build the optimizers of this rank's parameters, grouped by kind and name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """A trainable parameter and what the optimizers need to know of it."""
+    """A trainable parameter with the settings that optimizers need."""
 
     name: str
     """Name of the parameter, as in checkpoints."""
@@ -61,15 +61,15 @@ def _adam(cls: type[torch.optim.Adam]) -> Build:
 
 def _sgd(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     groups = param_groups(params, config.lr)
-    # The fused kernel of SGD knows no sharded parameters; foreach is its nearest.
+    # SGD's fused kernel does not support sharded parameters; foreach is the closest.
     foreach = config.implementation != "for-loop"
     return [torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=foreach)]
 
 
 def _muon(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al., 2024) for hidden matrices, AdamW for all others.
+    """Build Muon (Jordan et al., 2024) for hidden matrices and AdamW for all other parameters.
 
-    The others include stacked matrices, such as those of experts `[experts, in, out]`.
+    Stacked matrices, such as experts `[experts, in, out]`, use AdamW.
     """
     matrices = [p for p in params if p.is_hidden_matrix]
     others = [p for p in params if not p.is_hidden_matrix]
@@ -88,27 +88,27 @@ OPTIMIZERS: dict[str, Build] = {
     "SGD": _sgd,
     "Muon": _muon,
 }
-"""`optimizer.name` -> builder."""
+"""Maps `optimizer.name` to a builder."""
 
 
 def register_optimizer(name: str, build: Build) -> None:
-    """Make an optimizer known as `optimizer.name = name`. Repeating the same call is harmless.
+    """Register an optimizer as `optimizer.name = name`. Repeating the same call is harmless.
 
-    `build(params, config)` gets the parameters that this rank trains, of one part of the model, and
-    the section `[optimizer]`. It is for `param_groups`, which heeds `optimizer.rules`.
+    `build(params, config)` gets the parameters of one model part that this rank trains, and the
+    section `[optimizer]`. Pass the parameters to `param_groups`, which applies `optimizer.rules`.
 
     Raises:
-        ValueError: the name is taken by another function.
+        ValueError: another function is registered under the name.
     """
     if OPTIMIZERS.setdefault(name, build) is not build:
         raise ValueError(f"optimizer {name!r} is already registered; choose another name")
 
 
 class OptimizersContainer:
-    """The optimizers of all model parts of this rank, as one: what `build_optimizer_fn` returns.
+    """Combines the optimizers of all model parts of this rank; `build_optimizer_fn` returns it.
 
     Args:
-        parts: each model part, with the optimizers of its parameters.
+        parts: each model part with the optimizers of its parameters.
     """
 
     def __init__(self, parts: list[tuple[nn.Module, list[torch.optim.Optimizer]]]) -> None:
@@ -127,14 +127,14 @@ class OptimizersContainer:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Flat, keyed by parameter name, so that it does not depend on the layout."""
+        """Return a flat state keyed by parameter name, which does not depend on the layout."""
         merged: dict[str, Any] = {}
         for model, optimizers in self._parts:
             merged |= get_optimizer_state_dict(model, optimizers, options=_FLAT)
         return merged
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the moments and counts of steps. The settings of groups stay those of the config."""
+        """Load moments and step counts. The settings of the groups stay those of the config."""
         settings = [[_settings(group) for group in o.param_groups] for o in self]
         for model, optimizers in self._parts:
             set_optimizer_state_dict(model, optimizers, state_dict, options=_FLAT)
@@ -146,10 +146,10 @@ class OptimizersContainer:
 def container_of(
     built: Any, model_parts: list[nn.Module], job_config: JobConfig
 ) -> OptimizersContainer:
-    """What a `build_optimizer_fn` has built, where the trainer can use it.
+    """Return the result of a `build_optimizer_fn` as a container that the trainer can use.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the trainer cannot use it.
     """
     if isinstance(built, torch.optim.Optimizer) and len(model_parts) == 1:
         return OptimizersContainer([(model_parts[0], [built])])
@@ -167,9 +167,9 @@ _SETTINGS = frozenset(
         *("nesterov", "amsgrad", "maximize", "fused", "foreach", "capturable", "differentiable"),
     }
 )
-"""What the config sets in a parameter group. Some optimizers keep there what they have found out,
-too, and the learning rate is the schedule's, which may go on from that of the checkpoint, as
-PyTorch's do."""
+"""Keys of a parameter group that the config sets. Other keys load from checkpoints: some optimizers
+keep state in the group, and the learning rate belongs to the schedule, which may continue from the
+checkpoint's, as PyTorch's schedulers do."""
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -179,9 +179,9 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 def build_optimizer(
     model_parts: list[nn.Module], job_config: JobConfig, parallel_dims: ParallelDims
 ) -> OptimizersContainer:
-    """Optimizers by `[optimizer]`. Parameters with `lr_scale = 0` stop requiring gradients.
+    """Build the optimizers of `[optimizer]`; freeze parameters with `lr_scale = 0`.
 
-    Rules are not checked here, as a rank may lack the layers that they are for: see `check_rules`.
+    Rules are not checked here, since a rank may lack the layers they match: see `check_rules`.
 
     Raises:
         ConfigError: all parameters of a part are frozen.
@@ -190,7 +190,7 @@ def build_optimizer(
     built = []
     for model in model_parts:
         freeze(model, job_config)
-        # A model may freeze its own, too.
+        # A model may also freeze parameters itself.
         trained = [p for p in _named_parameters(model, config) if p.param.requires_grad]
         if not trained:
             raise ConfigError(_nothing_to_train(job_config))
@@ -199,7 +199,7 @@ def build_optimizer(
 
 
 def freeze(model: nn.Module, job_config: JobConfig) -> None:
-    """Parameters with `lr_scale = 0` stop requiring gradients."""
+    """Set `requires_grad` to False for parameters with `lr_scale = 0`."""
     for p in _named_parameters(model, job_config.optimizer):
         if p.lr_scale == 0:
             p.param.requires_grad_(False)
@@ -229,7 +229,7 @@ def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedPa
     kinds: dict[int, str] = {}
     for module_name, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
-            # A weight that the output layer shares with the embedding is an embedding.
+            # A weight that the output layer shares with the embedding counts as an embedding.
             kinds.setdefault(id(param), _kind(module_name, module, name))
 
     named = []
@@ -259,7 +259,7 @@ def _kind(module_name: str, module: nn.Module, name: str) -> str:
 
 
 def param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]]:
-    """One group for each learning rate, weight decay and mesh: fused kernels take one mesh.
+    """Return a group per learning rate, weight decay and mesh, as fused kernels take one mesh.
 
     `lr` is the peak learning rate of parameters whose `lr_scale` is 1.
     """

@@ -1,4 +1,4 @@
-"""The progress line: a live bar on a terminal, a line a logged step in a log."""
+"""Show progress: a live bar on a terminal, or one line per logged step in a log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torchtitan.tools.text import duration, human, scientific, three_digits
 
 logger = logging.getLogger("torchtitan")
 
-# On wider terminals the eye loses the line.
+# Wider lines are hard to follow.
 _MAX_WIDTH = 100
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -35,21 +35,21 @@ _HISTORY = 256
 
 
 class Progress(Protocol):
-    """Shows how far a run is. `values` are those of `metrics.jsonl`; the ETA may be unknown."""
+    """Shows the progress of a run. `values` are those of `metrics.jsonl`; the ETA may be None."""
 
     def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None: ...
 
     def validation(self, loss: float) -> None:
-        """The last loss on held-out data."""
+        """Set the last loss on held-out data."""
 
     def checkpoint(self, step: int) -> None:
-        """The last checkpoint that is complete; may be said again and again."""
+        """Set the last complete checkpoint; the same one may be set repeatedly."""
 
     def close(self) -> None: ...
 
 
 def build_progress(kind: str, total_steps: int) -> Progress:
-    """`kind` is `metrics.progress`; `auto` is the bar where stderr is a terminal."""
+    """Return the display for `metrics.progress`; `auto`: a bar if stderr is a terminal."""
     if kind == "auto":
         terminal = sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
         kind = "bar" if terminal else "plain"
@@ -59,7 +59,7 @@ def build_progress(kind: str, total_steps: int) -> Progress:
 
 
 class PlainProgress:
-    """One line a logged step, through the log."""
+    """Logs one line per logged step."""
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -72,7 +72,7 @@ class PlainProgress:
         logger.info("%s", "  ".join(fields))
 
     def validation(self, loss: float) -> None:
-        pass  # is in the log
+        pass  # already in the log
 
     def checkpoint(self, step: int) -> None:
         pass
@@ -82,10 +82,10 @@ class PlainProgress:
 
 
 class BarProgress:
-    """A few lines that stay at the bottom of the terminal, with log lines scrolling above them.
+    """Shows a few lines at the bottom of the terminal, with log lines scrolling above them.
 
-    How far it is, the values of the step, the loss so far and the last checkpoint; and the last
-    warning, if there was one. They are drawn when a step is logged, not by a thread, which would
+    They are the progress bar, the values of the step, the loss history with the last checkpoint,
+    and the last warning, if any. They are drawn when a step is logged, not by a thread, which would
     take time from training.
     """
 
@@ -94,7 +94,7 @@ class BarProgress:
         self._console = console
         self._live: Live | None = None
         self._drawn: list[int] = []
-        """Widths of the lines that are on the screen now."""
+        """Widths of the lines now on the screen."""
         self._width = 0
         """Width of the terminal when they were drawn."""
         self._losses = History()
@@ -103,7 +103,7 @@ class BarProgress:
         self._checkpoint: tuple[int, float] | None = None
         self._draw_last: Callable[[], None] = lambda: None
         self._news = False
-        """There is a validation or a checkpoint that is not drawn yet."""
+        """Whether a validation or checkpoint is not drawn yet."""
 
     def update(self, step: int, values: dict[str, Any], eta_seconds: float | None) -> None:
         self._losses.add(values["loss"])
@@ -148,7 +148,7 @@ class BarProgress:
             self._news = True
 
     def close(self) -> None:
-        if self._live is not None and self._news:  # what is left on the screen has the end
+        if self._live is not None and self._news:  # leave the final state on the screen
             with suppress(OSError):  # the terminal is closed
                 self._draw_last()
         logger.removeHandler(self._warnings)
@@ -171,7 +171,7 @@ class BarProgress:
         return bar
 
     def _history_line(self, width: int) -> str:
-        """`▇▅▄▃▂▂▁▁  validation 2.3456  checkpoint 500 (0:02:10 ago)`."""
+        """Return `▇▅▄▃▂▂▁▁  validation 2.3456  checkpoint 500 (0:02:10 ago)`."""
         notes = []
         if self._checkpoint is not None:
             step, saved = self._checkpoint
@@ -185,7 +185,7 @@ class BarProgress:
         return "  ".join(part for part in [sparks, *notes] if part)
 
     def _erase_wrapped(self) -> None:
-        """Take away what a narrower terminal has wrapped: `rich` would leave a part of it."""
+        """Erase lines that a narrower terminal has wrapped; `rich` would leave parts of them."""
         if self._live is not None:
             self._live.stop()  # leaves the cursor below
         self._live = None
@@ -195,12 +195,12 @@ class BarProgress:
 
 
 class History:
-    """The losses so far, in so many averages that any width can be drawn from them."""
+    """Keeps the losses so far as enough averages to draw a chart of any width."""
 
     def __init__(self) -> None:
         self._values: list[float] = []
         self._each = 1
-        """Losses in each of the values, but the last, which is still being filled."""
+        """Losses averaged in each value, except the last, which is still being filled."""
         self._filled = 0
 
     def add(self, loss: float) -> None:
@@ -218,7 +218,7 @@ class History:
             self._values[-1] += (loss - self._values[-1]) / self._filled
 
     def sparks(self, width: int) -> str:
-        """At most `width` blocks, the higher the larger the loss; empty for less than two."""
+        """Return at most `width` blocks, higher for larger losses; empty for fewer than two."""
         number = min(width, len(self._values))
         if number < 2:
             return ""
@@ -230,7 +230,7 @@ class History:
 
 
 class WarningCounter(logging.Handler):
-    """Counts the warnings of the log, and remembers the last."""
+    """Counts the warnings in the log and keeps the last."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -242,13 +242,13 @@ class WarningCounter(logging.Handler):
         self._last = " ".join(record.getMessage().split())
 
     def line(self) -> str:
-        """`warning: disk is full`, `3 warnings, the last: disk is full`."""
+        """Return `warning: disk is full`, or `3 warnings, the last: disk is full`."""
         many = f"{self.count} warnings, the last" if self.count > 1 else "warning"
         return f"{many}: {self._last}"
 
 
 def _fields(values: dict[str, Any]) -> list[str]:
-    """The short forms of the values, the most important first; at most 80 columns together."""
+    """Return the values in short form, the most important first, in at most 80 columns."""
     loss = values["loss"]
     plain = f"{loss:.{3 if loss >= 10 else 4}f}"
     fields = [

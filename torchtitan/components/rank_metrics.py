@@ -1,4 +1,4 @@
-"""Means over ranks of the metrics that data loaders and losses report."""
+"""Average the metrics of data loaders and losses over ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]:
-    """What a loader tells about itself, if it does: means over the ranks that tell it.
+    """Return the metrics of a loader, if it has any: means over the ranks that report each.
 
     All ranks call this.
     """
@@ -23,19 +23,19 @@ def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]
 
 
 def loss_metrics(loss_fn: Any, sum_over_ranks: HostSum) -> dict[str, float]:
-    """What a loss tells of the steps since it was asked last: its sums over its counts.
+    """Return the metrics of a loss since the last call: sums divided by counts.
 
-    Both are added up over all ranks, so ranks that compute the same do not change the quotient, and
-    stages of a pipeline that have no loss add nothing. Absent where nothing was counted. All ranks
-    call this.
+    Sums and counts are each added over all ranks, so ranks that compute the same values do not
+    change the quotient, and pipeline stages without a loss add nothing. Metrics with a count of 0
+    are left out. All ranks call this.
     """
     tell = getattr(loss_fn, "metrics", None)
     return _means(tell(), sum_over_ranks) if tell else {}
 
 
 def _means(values: dict[str, tuple[float, float]], sum_over_ranks: HostSum) -> dict[str, float]:
-    """Sums over counts, of all ranks. Ranks may have different names."""
-    # A checksum is the same on all ranks if its maximum is also its minimum.
+    """Return sums divided by counts over all ranks. Ranks may have different names."""
+    # All ranks have the same names if the maximum of their checksums is also the minimum.
     digest = hashlib.blake2b("\n".join(values).encode(), digest_size=7).digest()
     checksum = int.from_bytes(digest)
     bounds = torch.tensor([checksum, -checksum])

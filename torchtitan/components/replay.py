@@ -1,7 +1,7 @@
-"""Finds hardware that computes wrongly without a word (silent data corruption), by doing it twice.
+"""Detect silent data corruption by faulty hardware, by computing steps twice.
 
-At scale some devices are wrong now and then: Dixit et al., "Silent Data Corruptions at Scale"
-(arXiv:2102.11245); Gemini (arXiv:2312.11805, section 4) finds them by deterministic replay too.
+At scale some devices occasionally compute wrongly: Dixit et al., "Silent Data Corruptions at Scale"
+(arXiv:2102.11245). Gemini (arXiv:2312.11805, section 4) also detects them by deterministic replay.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _MOST_NAMED = 8
 
 
 class Replay:
-    """Computes the gradients of every `training.replay_freq`-th step twice, and compares the bits.
+    """Computes the gradients of every `training.replay_freq`-th step twice and compares the bits.
 
-    On each rank a checksum is taken of all that it hands to a collective, of its loss and of its
-    gradients. A wrong bit spreads with the next collective, so the rank at fault is the one whose
-    series of checksums differs first. Stages of a pipeline do not run the same series; then the
-    first of each stage are named. The collectives of compiled models are not seen, so there all
-    ranks are named whose gradients differ, unless the loss does on some.
+    Each rank takes checksums of its inputs to collectives, of its loss and of its gradients. A
+    wrong bit spreads with the next collective, so the faulty rank is the one whose checksums differ
+    first. Pipeline stages run different series of collectives, so the first ranks of each stage are
+    named. Collectives of compiled models cannot be observed; then the ranks whose loss differs are
+    named or, if there are none, all ranks whose gradients differ.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class Replay:
     def check(
         self, step: int, compute: Callable[[], torch.Tensor], restart: Callable[[], None]
     ) -> torch.Tensor:
-        """`compute()`; twice if step `step` is to be checked. All ranks call this.
+        """Return `compute()`, run twice if step `step` is to be checked. All ranks call this.
 
         Args:
-            compute: leaves gradients in the parameters, and returns this rank's share of the loss.
+            compute: leaves gradients in the parameters and returns this rank's share of the loss.
             restart: seeds and clears the gradients, as before the first `compute`.
 
         Raises:
-            TrainingError: on all ranks, the two differed on one of them.
+            TrainingError: the two runs differed on any rank; raised on all ranks.
         """
         if not self._freq or step % self._freq:
             return compute()
@@ -78,7 +78,7 @@ class Replay:
     def _observed(
         self, compute: Callable[[], torch.Tensor]
     ) -> tuple[torch.Tensor, list[int], list[str]]:
-        """The loss, and checksums `[n]` with the name of what each is of."""
+        """Run `compute`; return the loss, the checksums `[n]`, and a name for each checksum."""
         sums: list[torch.Tensor] = []
         names: list[str] = []
 
@@ -113,7 +113,7 @@ class Replay:
 
         own = None
         if different:
-            # Nothing is sent between the gradients: in time, they are one.
+            # There is no communication between gradients, so they all count as one point in time.
             at = min([*different, names.index("its loss") + 1])
             where = f"rank {dist.get_rank()} ({socket.gethostname()}, {device()})"
             own = self._stage, at, f"{where}, in {names[min(different)]}"
@@ -136,9 +136,9 @@ class Replay:
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the bits of all elements as integers, modulo 2**64: an int64 scalar.
+    """Return the sum of all elements' bits as integers, modulo 2**64: an int64 scalar.
 
-    It does not depend on the order of the sum, and no single change of bits leaves it as it was.
+    It does not depend on the order of summation, and any change of a single element changes it.
     """
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()

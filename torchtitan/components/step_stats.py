@@ -1,4 +1,4 @@
-"""Losses and gradient norms of the steps since the last logged one."""
+"""Collect losses and gradient norms of the steps since the last logged one."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
 
 
 class Window:
-    """Losses and gradient norms since the last logged step, on the device until they are read."""
+    """Losses and gradient norms since the last logged step; they stay on the device until read."""
 
     def __init__(self) -> None:
         self.tokens = 0
-        """Of all steps, those too whose batch was not trained on: they take time all the same."""
+        """Tokens of all steps, including skipped ones, which take time too."""
         self.data_wait = 0.0
         """Seconds that this rank waited for batches."""
         self.lr = math.nan
-        """Of the last step."""
+        """Learning rate of the last step."""
         self.grad_norm = math.nan
-        """Of the last step that was read."""
+        """Gradient norm of the last step that was read."""
         self._unread: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._losses: list[float] = []
 
     def add(self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """`local_loss` is this rank's share of the step's loss, so the sum over ranks is whole."""
+        """Add a step. `local_loss` is this rank's share; the sum over ranks is the step's loss."""
         self._unread.append((step, local_loss, grad_norm))
 
     def read(self, parallel_dims: ParallelDims) -> list[tuple[int, float, float]]:
-        """Fetch what is new from the device. Returns `(step, loss, gradient norm)` of each step."""
+        """Fetch new values from the device; return `(step, loss, gradient norm)` of each step."""
         if not self._unread:
             return []
         steps, losses, norms = zip(*self._unread, strict=True)
@@ -47,7 +47,7 @@ class Window:
 
     @property
     def mean_loss(self) -> float:
-        """NaN if all steps were skipped."""
+        """Mean loss of the steps; NaN if all were skipped."""
         return sum(self._losses) / len(self._losses) if self._losses else math.nan
 
     @property

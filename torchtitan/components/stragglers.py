@@ -1,7 +1,7 @@
-"""Which rank the others wait for.
+"""Find the rank that the others wait for.
 
-In synchronous training all ranks take the same time for a step, since the fast ones wait for the
-slow. So what is measured is the time that a rank does not wait.
+In synchronous training all ranks take the same time for a step, since fast ranks wait for slow
+ones. So this measures the time that each rank does not wait.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class Stragglers:
-    """Times a step every `metrics.straggler_freq` steps: how long each rank works on its own.
+    """Times each rank's own work in one step every `metrics.straggler_freq` steps.
 
-    For that step the device is synchronised before and after each collective, which takes the
-    overlap of communication and computation away. The step computes the same.
+    In that step the device is synchronized before and after each collective, which removes the
+    overlap of communication and computation. The results of the step do not change.
     """
 
     def __init__(
         self, job_config: JobConfig, model_parts: list[nn.Module], device: torch.device
     ) -> None:
-        """Raises `ConfigError` where the model has compiled code, or none can be timed."""
+        """Raise `ConfigError` if compiled code or flex attention makes timing impossible."""
         self._freq = job_config.metrics.straggler_freq
         if self._freq and not can_be_observed(model_parts, job_config, device):
             problem = "compiled models, and flex attention, do not let their collectives be timed."
@@ -44,7 +44,7 @@ class Stragglers:
 
     @contextmanager
     def measure(self, step: int) -> Iterator[None]:
-        """Around step `step`."""
+        """Time the enclosed step if `step` is due."""
         if not self._freq or step % self._freq:
             yield
             return
@@ -55,11 +55,11 @@ class Stragglers:
         self._own = self._clock() - begin - self._waited
 
     def metrics(self, sum_over_ranks: HostSum) -> dict[str, float]:
-        """Times of the last step measured since the last call; empty if there was none. Collective.
+        """Return times of the last step measured since the last call; empty if none. Collective.
 
-        * `own_seconds_mean`, `own_seconds_max`: the time that ranks worked in the step, that is
-          waited for data, computed, and launched kernels, but not communicated;
-        * `slowest_rank`: the rank with the most.
+        * `own_seconds_mean`, `own_seconds_max`: time that ranks spent in the step waiting for data,
+          computing and launching kernels, without communication;
+        * `slowest_rank`: the rank with the largest time.
         """
         if self._own is None:
             return {}
@@ -89,8 +89,11 @@ class Stragglers:
 
 
 def _wait(result: Any) -> None:
-    """For what an operation of `c10d` (a work, or tensors and a work) or `_c10d_functional` (one
-    or several tensors) has returned."""
+    """Wait for the result of a collective.
+
+    `c10d` operations return a work, or tensors and a work; `_c10d_functional` operations return one
+    or several tensors.
+    """
     parts = result if isinstance(result, (tuple, list)) else [result]
     for part in parts:
         if isinstance(part, torch.ScriptObject):

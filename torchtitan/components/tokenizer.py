@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or a Hugging Face `tokenizer.json`."""
+"""Convert text to token ids and back, with bytes or a Hugging Face `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """What `build_tokenizer_fn` returns.
+    """Interface that `build_tokenizer_fn` returns.
 
-    It may also have `fingerprint`, a text that is another one for another tokenizer: a run that is
-    resumed compares it.
+    It may also have `fingerprint`, a string that differs between tokenizers; resumed runs compare
+    it.
     """
 
     vocab_size: int
     """One more than the largest id."""
     bos_id: int | None
-    """Where there is one, it may begin documents (`data.add_bos`)."""
+    """Token that begins documents with `data.add_bos`, if there is one."""
     eos_id: int
-    """It ends each document."""
+    """Token that ends each document."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; adds no special tokens."""
+        """Return the ids of a text, without adding special tokens."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special tokens have none."""
+        """Return the text of the ids, without special tokens."""
 
 
 class BytesTokenizer:
-    """UTF-8 bytes as ids 0 to 255, then bos and eos. Needs no file and loses nothing."""
+    """UTF-8 bytes as ids 0 to 255, then BOS and EOS. Lossless, and needs no file."""
 
     vocab_size = 258
     bos_id: int | None = 256
@@ -52,20 +52,20 @@ class BytesTokenizer:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are not UTF-8 become U+FFFD: a model may stop inside a character."""
+        """Return the text. Invalid UTF-8 becomes U+FFFD: a model may stop inside a character."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 class HuggingFaceTokenizer:
     """The `tokenizer.json` of a folder, run by the `tokenizers` library.
 
-    The end-of-sequence token (needed) and the beginning-of-sequence token (if any) are those named
-    in `tokenizer_config.json` or `special_tokens_map.json`, or numbered in `generation_config.json`
-    or `config.json`; the first file that has one counts.
+    The end-of-sequence token (required) and the beginning-of-sequence token (optional) are taken by
+    name from `tokenizer_config.json` or `special_tokens_map.json`, or by id from
+    `generation_config.json` or `config.json`; the first file that has one wins.
 
     Raises:
-        DataError: the folder or a file is missing or damaged, or no eos token is named.
-        BadDocumentError: in `encode...`, after `leave_out`.
+        DataError: the folder or a file is missing or damaged, or no EOS token is given.
+        BadDocumentError: in `encode...`, for a text with an id refused by `leave_out`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -84,10 +84,10 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower type
             raise DataError(f"{path} is not a valid tokenizer: {error}") from error
-        # Some folders come set up for inference; here no token may be cut off or filled in.
+        # Some folders are configured for inference; training must not truncate or pad.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Not the number of entries, since ids may have gaps.
+        # Not the number of entries, since ids can have gaps.
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
         eos_id = self._special_id("eos")
@@ -99,14 +99,14 @@ class HuggingFaceTokenizer:
         self.eos_id = eos_id
         self.bos_id = self._special_id("bos")
         self.limit: int | None = None
-        """Ids from it on are refused in a text, see `leave_out`."""
+        """Texts with ids from this one on are refused, see `leave_out`."""
 
     def leave_out(self, limit: int) -> list[str] | None:
-        """Refuse texts with ids from `limit` on, which a model has no embeddings for.
+        """Refuse texts with ids from `limit` on, for which a model has no embeddings.
 
         Returns:
-            The tokens of these ids. None: nothing is changed, since one of them is no special token
-            that was added, such as that of an image, or is needed.
+            The tokens of these ids. None, without any change, if one of them is BOS or EOS, or is
+            not an added special token (such as an image token).
         """
         added = self._tokenizer.get_added_tokens_decoder()
         beyond = [i for i in self._tokenizer.get_vocab().values() if i >= limit]
@@ -126,22 +126,22 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of `tokenizer.json`: the same for the same tokenizer, wherever it lies."""
+        """Hash of `tokenizer.json`, the same for the same tokenizer in any folder."""
         return hashlib.sha256((self._folder / "tokenizer.json").read_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        # The fast one leaves out where each token stands in the text, for half of the time.
+        # The fast method omits the tokens' offsets in the text and takes half of the time.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return self._within_limit(encoding.ids)
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Ids of the pieces that follow one another in a text, such as what each of two says.
+        """Return the ids of consecutive pieces of a text, such as the turns of two speakers.
 
-        Each has those that it has alone, as when a model reads one and writes the next; unless this
-        tokenizer writes a space before a text (those of Llama 2 and Mistral do), which is right for
-        the first piece alone. Then they are those of the whole text, and a token belongs to the
-        piece in which it begins, but for spaces: a word to its own, though the space before it
-        ends the other.
+        Each piece is encoded separately, as when a model reads one piece and writes the next. But
+        some tokenizers (Llama 2, Mistral) write a space before a text, which is right only for the
+        first piece. They encode the whole text, and each token belongs to the piece in which it
+        begins, not counting leading spaces: a word belongs to its own piece even if the space
+        before it ends the previous piece.
         """
         if not self._writes_a_space_first:
             return [self.encode(piece) for piece in pieces]
@@ -172,21 +172,22 @@ class HuggingFaceTokenizer:
         return False
 
     def encode_prompt(self, text: str) -> list[int]:
-        """As `transformers` gives a text to a model: with the tokens that tokenizer.json adds (bos
-        with many models).
+        """Return the ids as `transformers` gives a text to a model.
+
+        They include the tokens that tokenizer.json adds (BOS for many models).
         """
         return self._within_limit(self._tokenizer.encode(text).ids)
 
     @cached_property
     def adds_bos(self) -> bool:
-        """Whether `transformers` begins a text with bos, so that the model was trained so."""
+        """Whether `transformers` begins a text with BOS, as the model was trained."""
         setting = self._read("tokenizer_config.json").get("add_bos_token")
         if self.bos_id is None or isinstance(setting, bool):
             return self.bos_id is not None and setting is True
         return self.encode_prompt("a")[:1] == [self.bos_id]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each, on as many cores as the library may use."""
+        """Encode each text, on as many cores as the library may use."""
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [self._within_limit(encoding.ids) for encoding in encoded]
 
@@ -194,14 +195,14 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def decode_all(self, ids: Sequence[int]) -> str:
-        """As `decode`, with special tokens as they are written in tokenizer.json."""
+        """Return the text like `decode`, with special tokens as written in tokenizer.json."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def _special_id(self, kind: str) -> int | None:
-        """Id of the token that the folder names `{kind}_token` or numbers `{kind}_token_id`."""
+        """Return the id of the folder's `{kind}_token`, or its `{kind}_token_id`."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             token = self._read(name).get(f"{kind}_token")
-            if isinstance(token, dict):  # an AddedToken written out
+            if isinstance(token, dict):  # a serialized AddedToken
                 token = token.get("content")
             if token is not None:
                 token_id = self._tokenizer.token_to_id(str(token))
@@ -230,11 +231,11 @@ class HuggingFaceTokenizer:
 
 
 def build_tokenizer(job_config: JobConfig) -> Tokenizer:
-    """The tokenizer of `model.tokenizer_path`.
+    """Return the tokenizer of `model.tokenizer_path`.
 
     Raises:
-        ConfigError: there is none.
-        DataError: it cannot be loaded.
+        ConfigError: there is no such tokenizer.
+        DataError: the tokenizer cannot be loaded.
     """
     path = job_config.model.tokenizer_path
     if path != "bytes" and not (Path(path).expanduser() / "tokenizer.json").is_file():
@@ -249,13 +250,13 @@ def build_tokenizer(job_config: JobConfig) -> Tokenizer:
 
 
 def path_of(tokenizer: Any) -> str:
-    """`bytes` or a folder, from which it can be opened again; "" for None and an author's own."""
+    """Return `bytes` or the folder to reopen a tokenizer from; "" for None and custom ones."""
     ours = type(tokenizer) in (BytesTokenizer, HuggingFaceTokenizer)
     return str(tokenizer.path) if ours else ""
 
 
 def check_tokenizer(tokenizer: Any, job_config: JobConfig) -> None:
-    """Raises `ConfigError` if it lacks something that is needed later."""
+    """Raise `ConfigError` if a tokenizer lacks an attribute that is needed later."""
     if tokenizer is None:
         return
     wanted = ("vocab_size", "bos_id", "eos_id", "encode", "decode")
@@ -266,5 +267,5 @@ def check_tokenizer(tokenizer: Any, job_config: JobConfig) -> None:
 
 
 def open_tokenizer(path: str) -> BytesTokenizer | HuggingFaceTokenizer:
-    """`bytes`, or that of a folder. Raises `DataError` where it cannot be loaded."""
+    """Open `bytes` or the tokenizer of a folder. Raises `DataError` if it cannot be loaded."""
     return BytesTokenizer() if path == "bytes" else HuggingFaceTokenizer(Path(path).expanduser())

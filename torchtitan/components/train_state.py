@@ -1,4 +1,4 @@
-"""How far a run is."""
+"""The progress of a run, as saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass
 class TrainState:
-    """What a resumed run must know besides weights, optimizer, schedule and data position."""
+    """State of a resumed run besides weights, optimizer, schedule and data position."""
 
     step: int = 0
     """Optimizer steps done."""

@@ -1,4 +1,4 @@
-"""Loss on held-out data."""
+"""Compute the loss on held-out data."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 
 _MOST_KEPT = 2**28
-"""Bytes of the batches of a validation, in the memory of each process."""
+"""Maximum size in bytes of the validation batches that a process keeps in memory."""
 _BYTES_OF_A_TOKEN = 16
-"""In the four arrays of `packing.to_batch`, as int32."""
+"""Bytes per token of the four arrays of `packing.to_batch`, as int32."""
 
 
 class TextValidator:
-    """Evaluates the same sequences each time, and the same ones on every layout.
+    """Evaluates the same sequences each time and on every layout.
 
     They are `validation.steps` batches, which the data ranks share.
     """
@@ -55,12 +55,13 @@ class TextValidator:
         )
         batches = self._dataloader.gradient_accumulation_steps
         size = batches * math.prod(batch_shape(job_config, "validation")) * _BYTES_OF_A_TOKEN
-        # Best-fit packing reads a pool of documents for each row, of which one sequence is used.
+        # Best-fit packing reads a pool of documents for each row and uses one sequence of it, so
+        # its batches are kept rather than read again.
         self._keeps = job_config.data.packing == "best_fit" and size <= _MOST_KEPT
         self._kept: list[dict[str, torch.Tensor]] | None = None
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
-        """See `Validator`."""
+        """Return the mean loss, see `Validator`."""
         total: Any = None
         for batch in self._batches():
             loss = evaluate(batch)
@@ -73,7 +74,7 @@ class TextValidator:
         return (loss_sum / token_count).item()
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The batches of one validation, always the same."""
+        """Yield the batches of one validation, always the same."""
         if self._kept is not None:
             for batch in self._kept:
                 yield {name: tensor.long() for name, tensor in batch.items()}
@@ -85,7 +86,7 @@ class TextValidator:
             if self._keeps:
                 kept.append({name: tensor.int() for name, tensor in batch.items()})
             yield batch
-        self._dataloader.close()  # it need not read ahead until the next validation
+        self._dataloader.close()  # stop reading ahead until the next validation
         if self._keeps:
             self._kept = kept
 
@@ -105,7 +106,7 @@ def build_validator(
 
 
 def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> None:
-    """Raises `ConfigError` if the validator lacks a method; warns of one that may ask otherwise."""
+    """Raise `ConfigError` if a method is missing; warn if the task may differ from training's."""
     missing = [n for n in ("validate", "close") if not callable(getattr(validator, n, None))]
     maker = f"build_validator_fn of {job_config.model.name}"
     refuse_incomplete(validator, maker, missing, "; see torchtitan.components.Validator")
@@ -121,7 +122,7 @@ def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> N
 
 @contextmanager
 def evaluating(model_parts: list[nn.Module], fsdp_modules: list[FSDPModule]) -> Iterator[None]:
-    """The parts in eval mode, and sharded again at the end, as checkpoints need them."""
+    """Put the parts in eval mode; at the end, reshard them, as checkpoints need."""
     for part in model_parts:
         part.eval()
     yield

@@ -1,4 +1,4 @@
-"""What the trainer asks of a validator."""
+"""The validator interface that the trainer needs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import torch.nn as nn
 from torchtitan.components.data_loader import Batch
 
 Evaluate = Callable[[Batch], torch.Tensor]
-"""The trainer's: batch -> its summed loss, a scalar; 0 on ranks without the last stage."""
+"""Function of the trainer: batch -> summed loss, a scalar; 0 on ranks without the last stage."""
 
 
 class Validator(Protocol):
-    """What `build_validator_fn` returns."""
+    """Interface that `build_validator_fn` returns."""
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
-        """The mean loss of what counts, the same on every rank. All ranks call it together.
+        """Return the mean loss over labels that count, alike on every rank. All ranks call this.
 
-        The sums of all processes hold the loss `ParallelDims.loss_copies` times, and what counts
-        (`torchtitan.components.loss.count_labels`) `ParallelDims.non_data_parallel_size` times.
+        A sum over all processes contains the loss `ParallelDims.loss_copies` times, and the number
+        of labels that count (`torchtitan.components.loss.count_labels`)
+        `ParallelDims.non_data_parallel_size` times.
 
         Args:
-            model_parts: in eval mode meanwhile, and seeded alike each time.
-            evaluate: called equally often on every rank, with batches as of the data loader; under
-                pipeline parallelism of as many samples as
-                `torchtitan.config.batch.batch_shape(job_config, "validation")` says. It has no
+            model_parts: model parts in eval mode; the trainer sets the same seed each time.
+            evaluate: call it equally often on every rank, with batches like the data loader's.
+                Under pipeline parallelism their number of samples must be that of
+                `torchtitan.config.batch.batch_shape(job_config, "validation")`. It computes no
                 gradients.
         """
 
     def close(self) -> None:
-        """Stop what runs in the background. Called once, also after an error."""
+        """Stop background work. Called once, also after an error."""

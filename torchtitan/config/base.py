@@ -1,4 +1,4 @@
-"""What the config sections share: the range annotation that the loader checks."""
+"""The range annotation of config fields, which the loader checks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number: `Annotated[int, Range(ge=1)]`. A value in `special` is allowed besides.
+    """Bounds of a number: `Annotated[int, Range(ge=1)]`. Values in `special` are allowed too.
 
-    Infinity and NaN are out of every range unless they are in `special`.
+    Infinity and NaN are outside every range unless they are in `special`.
     """
 
     ge: float | None = None

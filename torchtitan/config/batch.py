@@ -1,4 +1,4 @@
-"""Sequences of a step, and how the ranks share them."""
+"""Compute the batch of a step and how the ranks share it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .job_config import JobConfig
 from .load import fail
 
 UNSET_VALIDATION_BATCH = 8
-"""Sequences that a step of validation stands for where `validation.local_batch_size` is unset: not
-that of training, which belongs to the layout, so that all layouts are measured on the same ones."""
+"""Sequences in a validation step if `validation.local_batch_size` is unset. Training's batch size
+depends on the layout; a fixed number validates all layouts on the same sequences."""
 
 
 def batch_shape(
     job_config: JobConfig, section: Literal["training", "validation"]
 ) -> tuple[int, int]:
-    """`(local_batch_size, seq_len)` of a forward pass; validation's are training's where unset."""
+    """Return `(local_batch_size, seq_len)` of a forward pass; validation defaults to training's."""
     training, config = job_config.training, getattr(job_config, section)
     return (
         config.local_batch_size or training.local_batch_size,
@@ -27,10 +27,10 @@ def batch_shape(
 
 
 def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
-    """`(global_batch_size, accumulation_steps)`: sequences in a step, and forward passes of a rank.
+    """Return `(global_batch_size, accumulation_steps)`: sequences a step, forward passes a rank.
 
     Raises:
-        WorldSizeError: `training.global_batch_size` is not a whole number of passes of all ranks.
+        WorldSizeError: `training.global_batch_size` is no multiple of one pass of all data ranks.
     """
     training = job_config.training
     one_pass = training.local_batch_size * dp_world_size
@@ -50,7 +50,7 @@ def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
 
 
 def _fitting_data_ranks(global_batch_size: int, local_batch_size: int) -> str:
-    """The end of a message: for a job whose number of ranks changes, the others that work."""
+    """Return the end of a message: the numbers of data ranks that `global_batch_size` works on."""
     passes, rest = divmod(global_batch_size, local_batch_size)
     if rest:
         return ""

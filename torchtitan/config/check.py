@@ -1,4 +1,4 @@
-"""Checks values of a TOML table or a command line against the annotations of the dataclasses."""
+"""Check the values of a TOML table or command line against the dataclasses' annotations."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .upstream import value_instead
 
 T = TypeVar("T")
 Path = tuple[str | int, ...]
-"""Keys (and indices of arrays) that lead to a value: `("optimizer", "rules", 0, "pattern")`."""
+"""Keys and array indices that lead to a value: `("optimizer", "rules", 0, "pattern")`."""
 
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 class BadValueError(Exception):
-    """A value that its annotation does not allow: where it is, and what is wrong with it."""
+    """A value that its annotation does not allow: its path and the problem."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(path, problem)
@@ -47,7 +47,7 @@ class UnknownKeyError(BadValueError):
 
 
 def fill(base: T, table: dict[str, Any], path: Path = ()) -> T:
-    """A copy of the dataclass instance `base` with the values of `table`, nested tables too.
+    """Return a copy of the dataclass `base` with the values of `table`, including nested tables.
 
     Raises:
         BadValueError: a key is unknown, or a value has the wrong type or is out of range.
@@ -73,11 +73,11 @@ def _fields_from(cls: type, table: Any, path: Path, base: Any = None) -> dict[st
 
 
 def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
-    """`value` as the type that the annotation `hint` names; a table fills in a copy of `default`.
+    """Return `value` as the type of the annotation `hint`; a table fills in a copy of `default`.
 
     Raises:
         BadValueError: the annotation does not allow the value.
-        TypeError: the annotation is of a kind that a config cannot have.
+        TypeError: config fields do not support this annotation.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -106,7 +106,7 @@ def convert(value: Any, hint: Any, path: Path, default: Any = None) -> Any:
 
 
 def _new(cls: Any, table: Any, path: Path) -> Any:
-    """An instance that no default stands behind: an element of an array of tables."""
+    """Return a new instance, without a default to copy: an element of an array of tables."""
     values = _fields_from(cls, table, path)
     try:
         return cls(**values)
@@ -152,7 +152,7 @@ def _scalar(value: Any, kind: Any, path: Path) -> Any:
 
 
 def _is_utf8(text: str) -> bool:
-    """False for bytes of the command line that were no UTF-8 (Python makes lone surrogates)."""
+    """Return False for command-line bytes that are not UTF-8 (lone surrogates in Python)."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -161,7 +161,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def show(value: Any) -> str:
-    """A value as it stands in an error message: short, in TOML's words."""
+    """Return a value for an error message: short, in TOML's terms."""
     match value:
         case bool():
             return str(value).lower()

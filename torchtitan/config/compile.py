@@ -9,9 +9,9 @@ class Compile:
     """`torch.compile`."""
 
     enable: bool = False
-    """Compile the components."""
+    """Compile `components`."""
     components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
-    """What to compile."""
+    """Components to compile."""
     scope: Literal["block", "model"] = "block"
     """Compile each transformer block (fast start, one graph reused) or the whole model."""
     backend: str = "inductor"
@@ -19,10 +19,10 @@ class Compile:
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = (
         "default"
     )
-    """What inductor spends on speed. `max-autotune-no-cudagraphs` tries kernels out when it
-    compiles. `reduce-overhead` replays the model's kernels as CUDA graphs, for one GPU whose
-    kernels are too short for the host to keep up; `max-autotune` does both."""
+    """Inductor mode. `max-autotune-no-cudagraphs` benchmarks kernels during compilation.
+    `reduce-overhead` replays the model's kernels as CUDA graphs, for one GPU whose kernels are too
+    short for the host to keep up; `max-autotune` does both."""
 
     def compiles(self, component: Literal["model", "loss"]) -> bool:
-        """Whether it is on, and for this component."""
+        """Return whether compilation is enabled for this component."""
         return self.enable and component in self.components

@@ -1,4 +1,4 @@
-"""`job.custom_config_module`: a user's module adds sections and fields to `JobConfig`."""
+"""Extend `JobConfig` with the sections and fields of a user's module (`custom_config_module`)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .job_config import JobConfig
 
 
 def custom_job_config(module_name: str) -> JobConfig:
-    """The default config, extended by the `JobConfig` dataclass of a user's module.
+    """Return the default config, extended by the `JobConfig` dataclass of a user's module.
 
-    That dataclass either extends ours or holds only what is new. A section of a name that we do
-    not have is added; a section of ours gets the fields that the user's adds.
+    That dataclass either subclasses ours or holds only the additions. New sections are added;
+    existing sections get the user's additional fields.
 
     Raises:
         ConfigError: the module or its `JobConfig` is missing or does not fit.

@@ -11,7 +11,7 @@ class DataSource:
     """One `[[data.sources]]` table: a dataset of a mixture."""
 
     name: str = ""
-    """Its name in the metrics; unset: that of the dataset."""
+    """Name of the source in the metrics; unset: name of the dataset."""
     dataset: str = ""
     """As `training.dataset`."""
     dataset_path: str | None = None
@@ -26,12 +26,12 @@ class DataSource:
 
 @dataclass
 class DataPhase:
-    """One `[[data.phases]]` table: a part of a curriculum, which lasts until the next one."""
+    """One `[[data.phases]]` table: a phase of a curriculum, which lasts until the next one."""
 
     from_step: Annotated[int, Positive] = 1
-    """Its first training step."""
+    """First training step of the phase."""
     weights: list[Annotated[float, NonNegative]] = field(default_factory=list)
-    """A weight for each of `data.sources`, in their order, in place of their own."""
+    """Weights of `data.sources`, in the same order; they replace the sources' own."""
 
 
 @dataclass
@@ -39,20 +39,22 @@ class Data:
     """How documents become batches, and mixtures of datasets."""
 
     sources: list[DataSource] = field(default_factory=list)
-    """Datasets to mix, in place of `training.dataset` (`[[data.sources]]`; a field of
-    the first on the command line, where the file has it: `--data.sources.0.weight 0.5`)."""
+    """Datasets to mix, in place of `training.dataset` (`[[data.sources]]`). The command line can
+    set fields of a source that the file has: `--data.sources.0.weight 0.5`."""
     phases: list[DataPhase] = field(default_factory=list)
     """Weights by training step (TOML only: `[[data.phases]]`)."""
     packing: Literal["contiguous", "best_fit"] = "contiguous"
-    """`contiguous` joins documents and cuts them where a sequence ends. `best_fit` cuts only those
-    that are longer than a sequence, and fills up with padding, which predicts nothing."""
+    """`contiguous` joins documents and cuts them where a sequence ends. `best_fit` cuts only
+    documents that are longer than a sequence, and fills sequences up with padding, which predicts
+    nothing."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a malformed document does: `stop` ends the run, `skip` leaves it out and counts it."""
+    """On a malformed document, `stop` ends the run; `skip` leaves the document out and counts
+    it."""
     add_bos: bool = False
-    """Begin each document with the tokenizer's bos, in training and validation, as Llama 3, Gemma 3
-    and others were trained. Documents that are token ids (`tokens`) must begin with it already."""
+    """Begin each document with the tokenizer's BOS token, in training and validation, as Llama 3,
+    Gemma 3 and others were trained. Prepared documents (`tokens`) must already begin with it."""
     workers: Annotated[int, Positive] = 1
-    """Threads that read and tokenize ahead, in each process. The data do not depend on it."""
+    """Threads that read and tokenize ahead, per process. Their number does not change the data."""
     verify_hashes: bool = False
     """Check the content hashes of prepared tokens (`tokens`) before training."""
     chat_template: str | None = None

@@ -11,7 +11,7 @@ class Debug:
     """Reproducibility."""
 
     seed: Annotated[int, Range(ge=0, lt=2**63)] = 42
-    """Seed of the weights, the order of the training data and dropout. Same seed, same run, on
-    every layout."""
+    """Seed of the weights, the order of the training data and dropout. The same seed gives the same
+    run on every layout."""
     deterministic: bool = False
-    """Use only deterministic kernels (slower); a run can then be repeated bit by bit on CUDA."""
+    """Use only deterministic kernels (slower); makes runs bitwise reproducible on CUDA."""

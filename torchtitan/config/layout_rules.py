@@ -1,4 +1,4 @@
-"""Rules between the degrees of parallelism and the rest of a job."""
+"""Check the degrees of parallelism against the rest of a job."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def check_layout(job_config: JobConfig, world_size: int) -> None:
-    """Whether the degrees of parallelism fit the processes, the batch, the sequence and the model.
+    """Check the degrees of parallelism against the processes, batch, sequence and model.
 
     Raises:
-        ConfigError: they do not; it names the nearest values that do.
+        ConfigError: they do not fit; the message names the nearest values that do.
     """
     from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
 
@@ -30,7 +30,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
     except ConfigError as error:
         largest = max(degrees, key=degrees.__getitem__)
-        problem = str(error).removeprefix("parallelism: ")  # of those who build ParallelDims
+        problem = str(error).removeprefix("parallelism: ")  # for direct users of ParallelDims
         fail(job_config, f"parallelism.{largest}", problem, type(error))
 
     groups = job_config.fault_tolerance.group_size if job_config.fault_tolerance.enable else 1
@@ -53,7 +53,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
 
 
 def _sections(job_config: JobConfig) -> list[Literal["training", "validation"]]:
-    """Names of the sections that have batches."""
+    """Return the names of the sections that have batches."""
     return ["training", "validation"] if job_config.validation.enable else ["training"]
 
 
@@ -124,7 +124,7 @@ def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
         fail(job_config, key, problem)
     quantized = [name for name in job_config.model.converters if name.startswith("quantize.")]
     if quantized:
-        # The compiler looks for products beside the collectives, and finds the casts.
+        # The compiler looks for matrix products next to the collectives, but finds the casts.
         problem = f"does nothing beside the converter {quantized[0]!r} of model.converters. Use one"
         fail(job_config, key, problem)
 
@@ -168,7 +168,7 @@ def _check_pipeline(job_config: JobConfig) -> None:
 
 
 def _check_split_backward(job_config: JobConfig) -> None:
-    """What does not go with a schedule that computes gradients of weights apart (zero bubble)."""
+    """Refuse options that conflict with a separate backward pass for weights (zero bubble)."""
     if job_config.loss.name == "chunked_cross_entropy":
         fail(
             job_config,
@@ -177,8 +177,8 @@ def _check_split_backward(job_config: JobConfig) -> None:
             "weights. Use 'cross_entropy', or another schedule",
         )
     if job_config.parallelism.fsdp_reshard_after_forward == "always":
-        # PyTorch looks for the whole parameters in the autograd graph, and would leave out those
-        # that are sharded by then.
+        # PyTorch looks for the unsharded parameters in the autograd graph, and would skip those
+        # that have been resharded by then.
         fail(
             job_config,
             "parallelism.fsdp_reshard_after_forward",
@@ -189,7 +189,7 @@ def _check_split_backward(job_config: JobConfig) -> None:
 
 
 def _check_csv_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None:
-    """`microbatches`: of each section that has batches."""
+    """Check the number of micro-batches of each section against the schedule file."""
     from torchtitan.distributed.pipeline_split import CsvSchedule
 
     needed = CsvSchedule.read(job_config).microbatches
@@ -206,7 +206,7 @@ def _check_csv_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> 
 
 
 def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None:
-    """`microbatches`: of each section that has batches."""
+    """Check stages per rank, and the number of micro-batches of each section, for the schedule."""
     from torchtitan.distributed.pipeline_split import SCHEDULE_KINDS, stages_per_rank
 
     parallelism = job_config.parallelism
@@ -239,11 +239,11 @@ def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None
 
 
 def _microbatch_problem(schedule: str, microbatches: int, pp: int, stages: int) -> str:
-    """What is wrong with the number of micro-batches; "" if nothing is."""
+    """Return what the schedule needs if it cannot run this number of micro-batches, else ""."""
     if schedule in ("1F1B", "DualPipeV") and microbatches < stages:
         return f"at least {stages}, one for each stage"
     if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
-        # They go in rounds of about `pp` micro-batches, all of one size.
+        # These schedules run in equal rounds of about `pp` micro-batches.
         rounds = max(1, microbatches // pp)
         if microbatches % rounds:
             return f"fewer than {2 * pp}, or a multiple of {pp}"

@@ -1,4 +1,4 @@
-"""Warnings about settings that are valid, but usually a mistake."""
+"""Warn about settings that are valid, but usually a mistake."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from .job_config import JobConfig
 from .load import origin
 
 _A_TRIAL = 50
-"""Steps: a shorter run only tries something."""
+"""Steps below which a run counts as a trial, which may well be all warm-up."""
 
 
 def unlikely(job_config: JobConfig) -> list[str]:
-    """A warning for each choice that is allowed, and that a run mostly gets by oversight."""
+    """Return a warning for each valid setting that is usually an oversight."""
     return [
         *_warmup_to_the_end(job_config),
         *_validation_of_other_data(job_config),
@@ -58,6 +58,6 @@ def _validation_of_the_data_of_training(job_config: JobConfig) -> list[str]:
 
 
 def _data_of(config: Any) -> tuple[str, str | None, str | None]:
-    """What a section of the config names."""
+    """Return the dataset, absolute path and split of a config section."""
     path = config.dataset_path
     return config.dataset, path and os.path.abspath(os.path.expanduser(path)), config.split

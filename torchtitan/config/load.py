@@ -1,4 +1,4 @@
-"""From the command line and a TOML file to a checked `JobConfig`."""
+"""Load a checked `JobConfig` from the command line and a TOML file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .toml_file import TomlFile, format_value, to_toml
 from .upstream import instead
 
 _MOST_MISTAKES = 20
-"""Mistakes of a file that are told at once."""
+"""Maximum number of mistakes reported at once for a file."""
 _registry = ConstructorRegistry()
 
 
 @_registry.primitive_rule
 def _bool_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool] | None:
-    """Booleans as in TOML: `--job.print_config`, `--checkpoint.enable=false`."""
+    """Parse booleans as in TOML: `--job.print_config`, `--checkpoint.enable=false`."""
     if info.type is not bool:
         return None
 
@@ -61,24 +61,24 @@ def _parse(base: Any, argv: list[str], **options: Any) -> Any:
 
 @dataclass
 class _JobOptions:
-    """What has to be known before the other options are."""
+    """Options that must be known before the others can be parsed."""
 
     job: Job = field(default_factory=Job)
 
 
 def load_config(argv: list[str]) -> JobConfig:
-    """The config of a run: dataclass defaults, then the TOML file, then the command line.
+    """Return the config of a run: dataclass defaults, then the TOML file, then the command line.
 
-    A word `run.toml` that is no option's value stands for `--job.config_file run.toml`.
+    A bare argument `run.toml` stands for `--job.config_file run.toml`.
 
-    `--help` and `--job.print_config` print to stdout and exit. In a file, `job.print_config` stops
-    nothing: a scheduler would take the run for done.
+    `--help` and `--job.print_config` print to stdout and exit. In a file, `job.print_config` does
+    not exit: a scheduler would take the run for finished.
 
     Raises:
         ConfigError: an option, key, value or file is wrong.
         SystemExit: code 0 after printing, 2 if the command line cannot be parsed.
     """
-    if argv and argv[0].startswith("--tyro"):  # its shell completion, which asserts on bad input
+    if argv and argv[0].startswith("--tyro"):  # tyro's shell completion asserts on bad input
         raise ConfigError(f"{argv[0]}: unknown option")
     argv = _with_config_option(argv)
     early = _parse(_JobOptions(), argv, add_help=False, return_unknown_args=True)[0].job
@@ -87,7 +87,7 @@ def load_config(argv: list[str]) -> JobConfig:
     _refuse_options_of_others(config, argv)
     config = _parse(config, argv)
     try:
-        config = fill(config, asdict(config))  # types are right by now, ranges may not be
+        config = fill(config, asdict(config))  # the types are right by now; check the ranges
     except BadValueError as error:
         raise ConfigError(f"--{'.'.join(map(str, error.path))}: {error.problem}") from error
     config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
@@ -99,13 +99,13 @@ def load_config(argv: list[str]) -> JobConfig:
 
 
 def print_config(config: JobConfig) -> None:
-    """On rank 0, as a file that comes to the same config."""
+    """Print the config on rank 0, as a TOML file that loads to the same config."""
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(to_toml(config))
 
 
 def _with_config_option(argv: list[str]) -> list[str]:
-    """The file in its place, as the other commands take it."""
+    """Replace a positional TOML file, which the other commands take, by `--job.config_file`."""
     files = [
         i
         for i, (before, word) in enumerate(zip(["", *argv], argv, strict=False))
@@ -124,23 +124,23 @@ def _with_config_option(argv: list[str]) -> list[str]:
 
 
 def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
-    """The defaults, extended by the user's module, under the values of the file."""
+    """Return the defaults, extended by the user's module, with the values of the file."""
     table = file.table if file else {}
     job = table.get("job")
     module = custom_config_module
     if not module and isinstance(job, dict):
         module = job.get("custom_config_module", "")
-    # A module of the wrong type is reported below, with its line.
+    # `fill` reports a module of the wrong type below, with its line.
     base = custom_job_config(module) if module and isinstance(module, str) else JobConfig()
     if file is None:
         return base
     messages: list[str] = []
-    while True:  # what is told is taken out, to find what else there is
+    while True:  # remove each mistake found, to find the next
         try:
             config = fill(base, table)
             break
         except BadValueError as error:
-            # What else is wrong with tables may come of what was taken out of them.
+            # Further problems of whole tables may result from the keys removed from them.
             alone = isinstance(error, UnknownKeyError) or _is_value(table, error.path)
             if messages and not alone:
                 break
@@ -158,7 +158,7 @@ def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
 
 
 def _is_value(table: Any, path: Path) -> bool:
-    """Whether a key of a table, and no array's element, has this path; and it is no table."""
+    """Return whether the path leads through tables only (no array) to a value that is no table."""
     for key in path:
         if isinstance(key, int):
             return False
@@ -169,7 +169,7 @@ def _is_value(table: Any, path: Path) -> bool:
 def _mistakes(
     base: JobConfig, table: dict[str, Any], error: BadValueError
 ) -> list[tuple[Path, str]]:
-    """What is wrong with a value or key; in an unknown section, with those that upstream has."""
+    """Return each mistake's path and problem; for an unknown section, also its upstream keys."""
     if not isinstance(error, UnknownKeyError):
         return [(error.path, error.problem)]
     section = table[str(error.path[0])]
@@ -182,7 +182,7 @@ def _mistakes(
 
 
 def _successor(config: JobConfig, path: Path) -> str:
-    """What is wrong with an unknown key, where we know what to use for it; else empty."""
+    """Return the problem of an unknown key if its replacement is known, else ""."""
     if text := instead(path):
         return f"unknown key, of upstream torchtitan. Here: {text}"
     return _in_other_sections(config, path)
@@ -196,8 +196,10 @@ def _remove(table: Any, path: Path) -> None:
 
 
 def _refuse_options_of_others(config: JobConfig, argv: list[str]) -> None:
-    """`--training.lr`, for which the parser names the option that is spelled most alike, and
-    upstream's options."""
+    """Refuse options of other sections (`--training.lr`) and of upstream torchtitan.
+
+    The parser would only suggest the most similarly spelled option.
+    """
     messages = []
     for word in argv:
         name = word.partition("=")[0].replace("-", "_")
@@ -213,7 +215,7 @@ def _refuse_options_of_others(config: JobConfig, argv: list[str]) -> None:
 def _has(config: JobConfig, path: tuple[str, ...]) -> bool:
     value: Any = config
     for name in path:
-        if isinstance(value, list):  # of tables: what follows is for the parser to judge
+        if isinstance(value, list):  # an array of tables: the parser checks the rest
             return True
         if not hasattr(value, name):
             return False
@@ -222,7 +224,7 @@ def _has(config: JobConfig, path: tuple[str, ...]) -> bool:
 
 
 def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
-    """What is wrong with a key that its section does not have, but a few others do; else empty."""
+    """Return the problem of a key that belongs to one of up to three other sections, else ""."""
     *section, key = map(str, path)
     names = [part.name for part in fields(config)]
     having = [n for n in names if key in [f.name for f in fields(getattr(config, n))]]
@@ -237,15 +239,15 @@ def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
 def fail(
     config: JobConfig, key: str, problem: str, kind: type[ConfigError] = ConfigError
 ) -> NoReturn:
-    """Raises `kind` about the value of `key`."""
+    """Raise `kind` with a message about the value of `key`."""
     raise kind(f"{origin(config, key)}: {problem}")
 
 
 def origin(config: JobConfig, key: str) -> str:
-    """How an error message names the value of a key, `training.seq_len` or `optimizer.rules.0`:
+    """Return how an error message names a key (`training.seq_len`, `optimizer.rules.0`) and value.
 
-    `run.toml:12: [training] seq_len = 100` if the value stands in the file, else
-    `training.seq_len = 100`: it is a default, or from the command line.
+    This is `run.toml:12: [training] seq_len = 100` if the value comes from the file, and
+    `training.seq_len = 100` if it is a default or comes from the command line.
     """
     path = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
     value: Any = asdict(config)

@@ -13,10 +13,10 @@ class LRScheduler:
     warmup_steps: Annotated[int, NonNegative] = 200
     """Steps of linear warm-up."""
     total_steps: Annotated[int, Positive] | None = None
-    """Steps that the schedule spans; unset: `training.steps`. With it a trial run of a few steps,
-    or one that ends early, has the learning rates of the whole run."""
+    """Steps that the schedule spans; unset: `training.steps`. Set it so that a trial of a few
+    steps, or a run that ends early, has the learning rates of the full run."""
     decay_ratio: Annotated[float, Range(ge=0, le=1)] | None = None
-    """Share of the steps spent decaying at the end; unset decays from the end of the warm-up."""
+    """Share of the steps spent decaying at the end; unset: decay from the end of the warm-up."""
     decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
     """Shape of the decay."""
     min_lr_factor: Annotated[float, Range(ge=0, le=1)] = 0.0

@@ -8,12 +8,12 @@ from .base import NonNegative, Positive
 
 @dataclass
 class Metrics:
-    """What is logged, and where."""
+    """Metrics and where they are logged."""
 
     log_freq: Annotated[int, Positive] = 10
     """Steps between logged lines (the first and the last step are always logged)."""
     progress: Literal["auto", "bar", "plain"] = "auto"
-    """`bar`: a live progress bar; `plain`: a line a logged step; `auto`: bar on a terminal."""
+    """`bar`: a live progress bar; `plain`: one line per logged step; `auto`: bar on a terminal."""
     enable_tensorboard: bool = False
     """Write TensorBoard events."""
     save_tb_folder: str = "tb"
@@ -21,5 +21,5 @@ class Metrics:
     enable_wandb: bool = False
     """Log to Weights & Biases (needs `pip install wandb`)."""
     straggler_freq: Annotated[int, NonNegative] = 0
-    """Every so many steps, time how long each rank works without waiting for others, and log the
-    slowest; 0: never. That step does not overlap communication and computation."""
+    """Every this many steps, time how long each rank works without waiting for others, and log the
+    slowest; 0: never. Timed steps do not overlap communication and computation."""

@@ -8,14 +8,14 @@ from .base import NonNegative, Range
 
 @dataclass
 class ParamRule:
-    """One `[[optimizer.rules]]` table: overrides for the parameters whose names match."""
+    """One `[[optimizer.rules]]` table: overrides for parameters whose names match."""
 
     pattern: str = ""
     """Regular expression searched in the parameter's full name (`layers\\.0\\..*`)."""
     lr_scale: Annotated[float, NonNegative] | None = None
-    """Factor on the learning rate; 0 freezes. Unset: that of the rules before, or else 1."""
+    """Factor on the learning rate; 0 freezes. Unset: value of the earlier rules, or else 1."""
     weight_decay: Annotated[float, NonNegative] | None = None
-    """Weight decay. Unset: that of the rules before, or else the optimizer's."""
+    """Weight decay. Unset: value of the earlier rules, or else the optimizer's."""
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Optimizer:
     """How weights are updated."""
 
     name: str = "AdamW"
-    """AdamW, Adam, SGD or Muon (Muon takes the hidden matrices; AdamW takes embeddings, norms,
-    biases and the output layer), or what `register_optimizer` has made known."""
+    """AdamW, Adam, SGD or Muon (Muon updates the hidden matrices; AdamW updates embeddings, norms,
+    biases and the output layer), or a name registered with `register_optimizer`."""
     lr: Annotated[float, Range(gt=0)] = 8e-4
     """Peak learning rate."""
     beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
@@ -40,9 +40,9 @@ class Optimizer:
     momentum: Annotated[float, Range(ge=0, lt=1)] = 0.95
     """Momentum of SGD and Muon."""
     muon_lr: Annotated[float, Range(gt=0)] = 0.02
-    """Peak learning rate of the matrices under Muon; `lr` stays that of the AdamW part."""
+    """Peak learning rate of the matrices under Muon; `lr` applies to the AdamW part."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
-    """Kernel of Adam, AdamW and SGD (which takes foreach for fused)."""
+    """Kernel of Adam, AdamW and SGD (SGD uses foreach for `fused`)."""
     rules: list[ParamRule] = field(default_factory=list)
-    """Overrides by parameter name; of each key, the last matching rule that sets it wins (TOML
+    """Overrides by parameter name; for each key, the last matching rule that sets it wins (TOML
     only: `[[optimizer.rules]]`)."""

@@ -13,24 +13,24 @@ class Parallelism:
     data_parallel_replicate_degree: Annotated[int, Positive] = 1
     """Replicas of the model (DDP, or HSDP together with sharding)."""
     data_parallel_shard_degree: Annotated[int, Range(ge=1, special=(-1,))] = -1
-    """Ranks that share parameters, gradients and optimizer state (FSDP2). -1: all that are left."""
+    """Ranks that share parameters, gradients and optimizer state (FSDP2). -1: all remaining."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free gathered parameters after the forward pass. `default` frees all but the last layers,
-    and under pipeline parallelism none, as they would be gathered for each micro-batch."""
+    """Free gathered parameters after the forward pass. `default` frees all but the last layers;
+    under pipeline parallelism it frees none, since each micro-batch would gather them again."""
     tensor_parallel_degree: Annotated[int, Positive] = 1
     """Ranks that share each layer's matrices."""
     disable_loss_parallel: bool = False
     """Gather the logits under tensor parallel instead of computing the loss on their shards."""
     disable_sequence_parallel: bool = False
-    """Tensor parallel without sharding the sequence between the matrices: each rank holds all of
+    """Do not shard the sequence between the matrices under tensor parallel: each rank holds all of
     it, for models whose layers between the matrices need the whole sequence."""
     enable_async_tensor_parallel: bool = False
-    """Overlap the communication of tensor parallel with its matrix products (CUDA, needs
+    """Overlap tensor-parallel communication with its matrix products (CUDA, needs
     `compile.enable`)."""
     context_parallel_degree: Annotated[int, Positive] = 1
     """Ranks that share each sequence."""
     context_parallel_method: Literal["allgather", "ring", "ulysses"] = "allgather"
-    """How a query sees the other ranks' keys: `allgather` gathers keys and values, `ring` passes
+    """How queries reach the keys and values of other ranks: `allgather` gathers them, `ring` passes
     them around, `ulysses` exchanges sequence shards for heads."""
     pipeline_parallel_degree: Annotated[int, Positive] = 1
     """Ranks that share the layers."""
@@ -45,29 +45,29 @@ class Parallelism:
     ] = "1F1B"
     """Order of the micro-batches' forward and backward passes."""
     pipeline_parallel_schedule_csv: str = ""
-    """A file with the schedule (a line a rank, an action a cell, as PyTorch writes them), in place
-    of `pipeline_parallel_schedule`."""
+    """CSV file with the schedule (one line per rank, one action per cell, in PyTorch's format), in
+    place of `pipeline_parallel_schedule`."""
     pipeline_parallel_microbatch_size: Annotated[int, Positive] = 1
-    """Sequences in a micro-batch; `training.local_batch_size` of them go through the pipeline at a
-    time."""
+    """Sequences in a micro-batch; `training.local_batch_size` sequences go through the pipeline at
+    a time."""
     pipeline_parallel_stages_per_rank: Annotated[int, Range(ge=1, special=(-1,))] = -1
-    """Stages of a rank. -1: 1 or 2, as the schedule needs."""
+    """Pipeline stages per rank. -1: 1 or 2, as the schedule needs."""
     pipeline_parallel_split_points: list[str] = field(default_factory=list)
-    """First module of each stage but the first (`["layers.4", "layers.8"]`). Empty: stages
-    of equal cost, see the weights below."""
+    """First module of each stage after the first (`["layers.4", "layers.8"]`). Empty: stages of
+    equal cost, see the weights below."""
     pipeline_parallel_embedding_weight: Annotated[float, Range(ge=0)] = 0.5
-    """Cost of a parameter of the embedding when stages are balanced, where one of a layer costs 1
-    (of experts, the share that a token uses): it takes memory, but no FLOPs."""
+    """Cost of an embedding parameter when stages are balanced, relative to a layer parameter's cost
+    of 1 (experts count by the share that a token uses): it takes memory, but no FLOPs."""
     pipeline_parallel_output_weight: Annotated[float, Range(ge=0)] = 1.0
-    """The same for a parameter of the last norm and the output layer."""
+    """Cost of a parameter of the last norm and the output layer, in the same unit."""
     expert_parallel_degree: Annotated[int, Positive] = 1
-    """Ranks that share the experts of a layer, out of those of dp_shard, cp and tp."""
+    """Ranks that share a layer's experts, taken from the dp_shard, cp and tp ranks."""
     expert_tensor_parallel_degree: Annotated[int, Positive] = 1
     """Ranks that share each expert's matrices: 1, or `tensor_parallel_degree`."""
 
     @property
     def smallest_world(self) -> int:
-        """Processes that the degrees need, of which -1 counts as 1."""
+        """Number of processes that the degrees need; a degree of -1 counts as 1."""
         return (
             self.pipeline_parallel_degree
             * self.data_parallel_replicate_degree

@@ -1,4 +1,4 @@
-"""A copy of a job config without the settings of one machine, to check or plan it elsewhere."""
+"""Copy a job config without machine-specific settings, to check or plan the job elsewhere."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from .survival_rules import check_replica_groups
 
 
 def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
-    """A copy without what only the machines that train need to have: files, programs and CUDA.
+    """Return a copy without settings that need the training machines' files, programs or CUDA.
 
-    Of several replica groups (`fault_tolerance`) it is one, with its share of the batch.
+    With several replica groups (`fault_tolerance`), the copy is one group with its share of the
+    batch.
 
     Raises:
-        ConfigError: the replica groups cannot be, on any machine.
+        ConfigError: the replica groups are impossible on any machine.
     """
     config = copy.deepcopy(job_config)
     checkpoint, groups = config.checkpoint, config.fault_tolerance
-    # Without a path or a tokenizer's folder there are no weights to start from, on any machine.
+    # Keep the flag if neither a path nor a tokenizer folder is set: an error on any machine.
     if checkpoint.initial_load_path or config.model.tokenizer_path != "bytes":
         checkpoint.initial_load_in_hf = False
     checkpoint.initial_load_path = ""
@@ -29,7 +30,7 @@ def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:
     config.job.dump_folder = "."
     config.metrics.enable_wandb = False
     config.parallelism.enable_async_tensor_parallel = False
-    if world_size == 1 and config.compile.enable:  # several ranks have no CUDA graphs anywhere
+    if world_size == 1 and config.compile.enable:  # CUDA graphs with several ranks: always refused
         config.compile.mode = "default"
     if groups.enable:
         check_replica_groups(config)

@@ -10,23 +10,23 @@ def _sensitive_layers() -> list[str]:
 
 @dataclass
 class Float8Linear:
-    """Linear layers whose matrix products take float8 (`quantize.linear.float8`)."""
+    """Linear layers that multiply in float8 (`quantize.linear.float8`)."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
-    """A scale for each tensor (fastest; gradients in e5m2), or for each row (more exact; all in
-    e4m3); `_with_gw_hp` leaves the gradients of weights in high precision."""
+    """Scales per tensor (fastest; gradients in e5m2) or per row (more exact; all in e4m3);
+    `_with_gw_hp` computes the weight gradients in high precision."""
     filter_fqns: list[str] = field(default_factory=_sensitive_layers)
-    """Layers whose names contain one of these stay as they are. What no name contains is refused,
-    but for the two defaults."""
+    """Layers whose names contain one of these are not converted. An entry that no name contains is
+    an error, except the two defaults."""
     emulate: bool = False
-    """Round to float8, but multiply in high precision: the same numbers on any device, slowly. On
-    a CPU it is always so."""
+    """Round to float8, but multiply in high precision: slow, with the same numbers on any device.
+    A CPU always does this."""
 
 
 @dataclass
 class MXLinear:
-    """Linear layers whose matrix products take MXFP8 (`quantize.linear.mx`): e4m3 with a scale for
-    each 32 elements (OCP Microscaling Formats v1.0)."""
+    """Linear layers that multiply in MXFP8 (`quantize.linear.mx`): e4m3 with one scale per 32
+    elements (OCP Microscaling Formats v1.0)."""
 
     filter_fqns: list[str] = field(default_factory=_sensitive_layers)
     """As in `quantize.linear.float8`."""
@@ -46,8 +46,8 @@ class QuantizeLinear:
 
 @dataclass
 class Float8GroupedMM:
-    """Experts whose grouped products take float8, a scale for each row; gradients of weights stay
-    in high precision (`quantize.grouped_mm.float8`)."""
+    """Experts with grouped matrix products in float8, one scale per row; weight gradients stay in
+    high precision (`quantize.grouped_mm.float8`)."""
 
     emulate: bool = False
     """As in `quantize.linear.float8`."""
@@ -55,7 +55,8 @@ class Float8GroupedMM:
 
 @dataclass
 class MXGroupedMM:
-    """Experts whose grouped products take MXFP8, only emulated yet (`quantize.grouped_mm.mx`)."""
+    """Experts with grouped matrix products in MXFP8, so far only emulated
+    (`quantize.grouped_mm.mx`)."""
 
     emulate: bool = False
     """As in `quantize.linear.float8`."""
@@ -73,7 +74,7 @@ class QuantizeGroupedMM:
 
 @dataclass
 class Quantize:
-    """Options of the converters that `model.converters` names: matrix products in 8 bits."""
+    """Options of the converters listed in `model.converters`: matrix products in 8 bits."""
 
     linear: QuantizeLinear = field(default_factory=QuantizeLinear)
     """See `[quantize.linear]`."""

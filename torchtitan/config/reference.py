@@ -1,4 +1,4 @@
-"""The reference page of the configuration, made from the sections' dataclasses and docstrings.
+"""Generate the configuration reference page from the sections' dataclasses and docstrings.
 
 python -m torchtitan.config.reference > docs/configuration.md
 """
@@ -46,14 +46,14 @@ _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 def reference(config: type = JobConfig) -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     hints = get_type_hints(config)
     sections = [_section(f"[{f.name}]", hints[f.name]) for f in dataclasses.fields(config)]
     return "\n".join([_INTRODUCTION, *sections])
 
 
 def _section(header: str, cls: type) -> str:
-    """One table of TOML, and the tables and arrays of tables inside it."""
+    """Return the text of one TOML table and of the tables and arrays of tables inside it."""
     default, hints, texts = cls(), get_type_hints(cls, include_extras=True), docstrings(cls)
     rows = ["| key | type | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
     inner = []
@@ -74,10 +74,12 @@ def _section(header: str, cls: type) -> str:
 
 
 def docstrings(cls: type) -> dict[str, str]:
-    """Field -> the string below it in the source of a dataclass, in one line. Python drops these.
+    """Map each field of a dataclass to the string below it in the source, joined to one line.
+
+    Python does not keep these strings, so they are parsed from the source.
 
     Raises:
-        ValueError: a field has none.
+        ValueError: a field has no such string.
     """
     definition: Any
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
@@ -93,7 +95,7 @@ def docstrings(cls: type) -> dict[str, str]:
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """The members of a type and the bounds annotated to it: what is not made of other types."""
+    """Yield the atomic members of a type and the bounds annotated to them."""
     origin = get_origin(hint)
     if origin is Annotated:
         inner, *metadata = get_args(hint)
@@ -124,7 +126,7 @@ def _is_table(part: Any) -> bool:
 
 
 def _allowed(hint: Any) -> str:
-    """The choices or the bounds of a value; empty where any of its type will do."""
+    """Return the allowed choices or bounds; empty if any value of the type is allowed."""
     allowed = []
     for part in _parts(hint):
         if isinstance(part, Range):

@@ -1,4 +1,4 @@
-"""Rules of what keeps a run alive: checkpoints, the guard, the hang watch, replica groups."""
+"""Check the settings that keep a run alive: checkpoints, guard, hang watch, replica groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .load import fail
 
 
 def check_survival(job_config: JobConfig) -> None:
-    """Raises `ConfigError` if what is to keep the run alive does not fit the rest."""
+    """Raise `ConfigError` if the settings that keep a run alive do not fit the rest."""
     _check_checkpoints(job_config)
     _check_guard(job_config)
     _check_watch(job_config)
@@ -79,7 +79,7 @@ def _check_fault_tolerance(job_config: JobConfig) -> None:
 
 
 def check_replica_groups(job_config: JobConfig) -> None:
-    """What does not depend on the machine. Raises `ConfigError`."""
+    """Check the rules that do not depend on the machine. Raises `ConfigError`."""
     config = job_config.fault_tolerance
     if config.replica_id >= config.group_size:
         problem = f"must be less than fault_tolerance.group_size ({config.group_size})"

@@ -1,4 +1,4 @@
-"""TOML in and out: a file whose keys know their lines, and a config written as TOML."""
+"""Read TOML files with the line of each key, and write a config as TOML."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torchtitan.errors import ConfigError, outage_or
 
 from .check import Path as KeyPath
 
-# They say how to start the program, not what the run is.
+# These keys control how the program starts; they do not describe the run.
 _NOT_SAVED = {("job", "config_file"), ("job", "print_config")}
 
-# Lines are kept for paths up to this long; a config has shorter ones, hostile files can have any.
+# Lines are recorded for paths up to this length. A config needs fewer; hostile files have any.
 _MAX_DEPTH = 16
 
 
@@ -31,7 +31,7 @@ class TomlFile:
 
     @classmethod
     def read(cls, path: str) -> TomlFile:
-        """Raises `ConfigError` if the file cannot be read or is not TOML in UTF-8."""
+        """Read a file. Raises `ConfigError` if it cannot be read or is not TOML in UTF-8."""
         try:
             data = Path(path).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -60,7 +60,7 @@ class TomlFile:
             raise ConfigError(f"{path}:{line}: not valid TOML: {message}") from error
 
     def where(self, path: KeyPath) -> str:
-        """`file.toml:12: [section] key` for the path of a value in this file."""
+        """Return `file.toml:12: [section] key` for the path of a value in this file."""
         lines = line_numbers(self.text)
         known = path
         while known not in lines and known:
@@ -71,11 +71,11 @@ class TomlFile:
 
 
 def line_numbers(text: str) -> dict[KeyPath, int]:
-    """The line of each table and key of a valid TOML document, by its path.
+    """Return the line of each table and key of a valid TOML document, by its path.
 
-    `tomllib` gives no positions. But each statement (a header, or `key = value` over one line or
-    more) is a TOML document of its own, and no proper part of one is; so lines are gathered until
-    they parse, and what they hold stands where the gathering began.
+    `tomllib` gives no positions. But each statement (a header, or a `key = value` of one or more
+    lines) is itself a TOML document, and no leading part of it is. So lines are collected until
+    they parse, and the keys they hold get the number of the first collected line.
     """
     lines: dict[KeyPath, int] = {}
     last_index: dict[KeyPath, int] = {}  # array of tables -> index of the element now open
@@ -98,7 +98,7 @@ def line_numbers(text: str) -> dict[KeyPath, int]:
 
 
 def _open_table(parsed: dict[str, Any], last_index: dict[KeyPath, int]) -> KeyPath:
-    """The path that a header, parsed alone, opens: `[a.b]` or `[[a.b]]`."""
+    """Return the path that a header opens, given the header parsed alone: `[a.b]` or `[[a.b]]`."""
     path: KeyPath = ()
     node: Any = parsed
     while node:
@@ -126,8 +126,10 @@ def _record(value: Any, path: KeyPath, line: int, lines: dict[KeyPath, int]) -> 
 
 
 def to_toml(config: Any) -> str:
-    """A config as TOML. Loading it gives an equal config, but for `job.config_file` and
-    `job.print_config`, which are left out. TOML has no null: unset values stand as comments.
+    """Return a config as TOML that loads to an equal config.
+
+    `job.config_file` and `job.print_config` are left out. TOML has no null, so unset values are
+    written as comments.
     """
     lines = []
     for section in dataclasses.fields(config):
@@ -150,12 +152,12 @@ def _key(name: str) -> str:
 
 
 def _string(text: str) -> str:
-    # JSON's escapes are TOML's, but JSON leaves DEL as it is.
+    # JSON's escapes are valid TOML, but JSON does not escape DEL.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def format_value(value: Any) -> str:
-    """A value of a config in TOML's notation; dataclasses become inline tables."""
+    """Return a config value in TOML notation; dataclasses become inline tables."""
     if dataclasses.is_dataclass(value):
         pairs = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         written = [f"{_key(k)} = {format_value(v)}" for k, v in pairs.items() if v is not None]

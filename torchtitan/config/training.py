@@ -17,20 +17,20 @@ class Training:
     """File, glob, folder or URL of own files; `REPOSITORY[:CONFIGURATION]` for `hf`; a local copy
     for other hub datasets."""
     text_key: str = "text"
-    """Field that holds the text, or a conversation's messages, in datasets with fields."""
+    """Field that holds the text, or a conversation's messages, in datasets that have fields."""
     split: str | None = None
     """Split of hub and `arrow` datasets; unset: `train`."""
     local_batch_size: Annotated[int, Positive] = 8
     """Sequences in one forward pass of one data rank."""
     global_batch_size: Annotated[int, Range(ge=1, special=(-1,))] = -1
-    """Sequences in one optimizer step; more than one pass a rank is gradient accumulation.
-    -1: local_batch_size times the data ranks."""
+    """Sequences in one optimizer step; gradients accumulate if this takes more than one pass per
+    rank. -1: local_batch_size times the number of data ranks."""
     seq_len: Annotated[int, Positive] = 2048
     """Tokens in a sequence."""
     steps: Annotated[int, Positive] = 10000
     """Optimizer steps of the run."""
     max_norm: Annotated[float, Range(gt=0, special=(float("inf"),))] = 1.0
-    """Gradients are clipped to this global norm (`inf` only measures it)."""
+    """Global norm to which gradients are clipped (`inf` only measures the norm)."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the forward and backward pass; master weights stay float32."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
@@ -40,19 +40,21 @@ class Training:
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory (FSDP)."""
     gc_freq: Annotated[int, NonNegative] = 50
-    """Steps between garbage collections, done on all ranks at once; 0 leaves Python's own."""
+    """Steps between garbage collections, run on all ranks at once; 0: Python's own schedule."""
     on_nonfinite: Literal["error", "skip", "rollback"] = "error"
-    """A step whose loss or gradient norm is NaN or infinite: end the run, leave the batch out, or
-    go back to the newest checkpoint and on with later data. See docs/fault_tolerance.md."""
+    """On a step with a NaN or infinite loss or gradient norm, `error` ends the run, `skip` leaves
+    the batch out, and `rollback` goes back to the newest checkpoint and continues with later data.
+    See docs/fault_tolerance.md."""
     on_spike: Literal["ignore", "warn", "skip", "rollback"] = "ignore"
-    """A step whose loss or gradient norm is far above those before it: the same, or only a
-    warning. Looking costs a host-device synchronisation a step."""
+    """The same for a step whose loss or gradient norm is far above those of earlier steps; `warn`
+    only logs a warning. The check costs one host-device synchronization per step."""
     spike_sigmas: Annotated[float, Range(gt=0)] = 6.0
-    """Far above: more than so many standard deviations above the mean of the window."""
+    """A spike is more than this many standard deviations above the mean of the window."""
     spike_window: Annotated[int, Range(ge=4)] = 128
-    """Steps of that window; nothing is a spike before half of it is filled."""
+    """Steps in the window; no step counts as a spike before half of the window is filled."""
     bad_step_limit: Annotated[int, Positive] = 5
-    """More bad steps in a row, or more rollbacks to the same checkpoint, end the run."""
+    """The run ends after more than this many bad steps in a row, or rollbacks to the same
+    checkpoint."""
     replay_freq: Annotated[int, NonNegative] = 0
-    """Every so many steps, compute the gradients twice and compare them bit by bit, to find
-    hardware that computes wrongly; 0: never. On CUDA it needs debug.deterministic."""
+    """Every this many steps, compute the gradients twice and compare them bitwise, to detect
+    hardware that computes wrongly; 0: never. On CUDA this needs debug.deterministic."""

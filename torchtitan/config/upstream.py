@@ -1,6 +1,6 @@
-"""Keys and values of upstream torchtitan that are not here, and what to use instead.
+"""Map keys and values that only upstream torchtitan has to their replacements here.
 
-The same as the table in docs/migrating.md, which a test compares.
+A test compares this table with the one in docs/migrating.md.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ VALUES = {
     "checkpoint.async_mode": {"async_with_pinned_mem": "async"},
 }
 _MASKED = re.compile("_(flex|varlen|flex_attn|varlen_attn|irope)$")
-"""Endings of flavors that attend within documents."""
+"""Suffixes of upstream's flavors that attend only within documents."""
 
 
 def value_instead(key: str, value: object, allowed: Iterable[str]) -> str:
-    """The end of a message about a value that is none of `allowed`; empty if upstream has it not.
+    """Return the replacement of an upstream value that is not in `allowed`, to end a message with.
 
-    Like `did_you_mean`, it begins with a space.
+    Empty if upstream has no such value. Begins with a space, like `did_you_mean`.
     """
     name = str(value)
     plain = _MASKED.sub("", name) if key == "model.flavor" else name
@@ -104,7 +104,7 @@ def value_instead(key: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def instead(path: tuple[str | int, ...]) -> str:
-    """What to use instead of a key or section, or a part of it; empty if upstream has none such."""
+    """Return the replacement of an upstream key or of its section; "" if upstream has neither."""
     names = [str(part) for part in path]
     for count in range(len(names), 0, -1):
         if text := INSTEAD.get(".".join(names[:count])):

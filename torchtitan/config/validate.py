@@ -1,7 +1,7 @@
-"""Rules between sections, checked before a mesh is built and before weights are allocated.
+"""Check the rules between sections, before a mesh is built and weights are allocated.
 
-Each message opens with where the value comes from: the line of the TOML file, or the key.
-Imports of torch and of the registries are inside functions, so that `torchtitan.config` is light.
+Each message begins with the origin of the value: the line of the TOML file, or the key.
+Functions import torch and the registries themselves, so that importing `torchtitan.config` is fast.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DATASETS_WITH_PATH = {
 def validate(job_config: JobConfig, world_size: int) -> None:
     """Check the rules between sections for a run of `world_size` processes.
 
-    Custom imports must be done before, as they may register datasets.
+    Do custom imports first, as they may register datasets.
 
     Raises:
         ConfigError: a rule is broken.
@@ -63,7 +63,7 @@ def _check_datasets(job_config: JobConfig) -> None:
 
 
 def _check_mixture(job_config: JobConfig) -> None:
-    """The names of the sources, and their weights from the beginning and in each phase."""
+    """Check the names of the sources, their weights, and the weights of each phase."""
     data = job_config.data
     if data.phases and not data.sources:
         fail(job_config, "data.phases", "needs data.sources, whose weights it changes")
@@ -86,7 +86,7 @@ def _check_mixture(job_config: JobConfig) -> None:
 
 
 def _refuse_dataset_beside_sources(job_config: JobConfig) -> None:
-    """`text_key` may be set: validation takes it."""
+    """Refuse `training.dataset` beside sources; `text_key` may be set, since validation uses it."""
     training = job_config.training
     for field in fields(training):
         named = field.name in ("dataset", "dataset_path", "split")
@@ -278,7 +278,7 @@ def _check_initial_load(job_config: JobConfig) -> None:
     if "://" in path:
         if in_hf:
             fail(job_config, key, "Hugging Face folders are read from local folders only")
-        return  # looked at where it is opened
+        return  # checked when it is opened
     folder = os.path.expanduser(path)
     if not os.path.isdir(folder):
         fail(job_config, key, "no such folder")

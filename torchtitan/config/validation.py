@@ -11,19 +11,19 @@ class Validation:
     """Loss on held-out data during training."""
 
     enable: bool = False
-    """Validate every `freq` steps, and at the last one."""
+    """Validate every `freq` steps and at the last step."""
     freq: Annotated[int, Positive] = 100
     """Training steps between validations."""
     steps: Annotated[int, Positive] = 10
-    """Batches of `local_batch_size` sequences (unset: of 8) in one validation, always the same
-    ones, whatever `debug.seed` is; but `data.packing` and `training.document_mask` hold for them
-    too. The data ranks share them, so that the loss does not depend on the number of ranks."""
+    """Batches of `local_batch_size` sequences (unset: 8) in one validation. They are always the
+    same, whatever `debug.seed` is; `data.packing` and `training.document_mask` apply to them too.
+    The data ranks share them, so that the loss does not depend on the number of ranks."""
     dataset: str = "stdlib_validation"
     """Dataset name, as `training.dataset`."""
     dataset_path: str | None = None
     """As `training.dataset_path`."""
     text_key: str | None = None
-    """As `training.text_key`, which it is where unset, also beside `data.sources`."""
+    """As `training.text_key`; unset: `training.text_key` itself, also with `data.sources`."""
     split: str | None = None
     """As `training.split`."""
     local_batch_size: Annotated[int, Positive] | None = None

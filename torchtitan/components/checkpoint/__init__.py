@@ -1,4 +1,4 @@
-"""Saving and resuming runs, and loading weights."""
+"""Save and resume runs, and load weights."""
 
 from .load import load_model_weights
 from .manager import CheckpointManager

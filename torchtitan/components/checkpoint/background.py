@@ -1,4 +1,4 @@
-"""Saves in the background: the state is copied while the next step computes, and then written."""
+"""Save in the background: copy the state while the next step computes, then write it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class BackgroundSaves:
-    """One save at a time, beside the training.
+    """Runs one save at a time while training continues.
 
     Args:
         model_parts: this rank's parts of the model.
         optimizers: an iterable of optimizers.
-        group: all ranks, for these saves alone while one is under way.
+        group: all ranks; used by nothing else while a save is in progress.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class BackgroundSaves:
         self._stager: HostCopy | None = None
         self._future: Future | None = None
         self.step: int | None = None
-        """Step of the save under way; None: there is none, or its end was seen by `finish`."""
+        """Step of the save in progress, until `finish` has seen its end; None: there is none."""
 
     def start(
         self,
@@ -50,11 +50,10 @@ class BackgroundSaves:
         writer: CheckpointWriter,
         planner: SharingSavePlanner,
     ) -> None:
-        """Begin to save. `state` has the parts "model" and "optimizer", and others.
+        """Begin to save `state`, which has the parts "model", "optimizer" and others.
 
-        Parameters and the optimizers' state change in `optimizer.step()` alone, which waits for
-        the copy. All else may change before, buffers in the forward pass; it is small, and copied
-        at once.
+        Parameters and optimizer state change only in `optimizer.step()`, which waits for the copy.
+        All else may change earlier (buffers in the forward pass); it is small and copied at once.
         """
         assert self._future is None
         if self._stager is None:
@@ -65,7 +64,7 @@ class BackgroundSaves:
         model = state["model"]
         state["model"] = {k: t.clone() if k in buffers else t for k, t in model.items()}
         state |= {part: deepcopy(state[part]) for part in state.keys() - {"model", "optimizer"}}
-        writer.per_thread_copy_ahead = 0  # what is on the host already need not be waited for
+        writer.per_thread_copy_ahead = 0  # the data is already on the host
         response = dcp.async_save(
             state,
             storage_writer=writer,
@@ -74,31 +73,31 @@ class BackgroundSaves:
             async_stager=self._stager,
         )
         self.step = step
-        # With a stager it is an AsyncSaveResponse.
+        # With a stager, the response is an AsyncSaveResponse.
         self._future = cast(Any, response).upload_completion
 
     @property
     def done(self) -> bool:
-        """Whether a save has ended, well or not, that `finish` has not seen."""
+        """Whether a save has succeeded or failed, and `finish` was not called since."""
         return self._future is not None and self._future.done()
 
     @property
     def completed(self) -> int | None:
-        """The step of a save that has ended well, if `finish` has not seen it."""
+        """Step of a save that has succeeded, if `finish` was not called since."""
         if self._future is None or not self._future.done() or self._future.exception() is not None:
             return None
         return self.step
 
     def wait(self, timeout: float) -> bool:
-        """Wait for the save under way, for `timeout` seconds. Returns False if it goes on."""
+        """Wait up to `timeout` seconds for the save in progress; return False if it continues."""
         if self._future is None:
             return True
-        with suppress(Exception):  # a failure is for `finish`
+        with suppress(Exception):  # `finish` raises a failure
             self._future.exception(timeout)
         return self._future.done()
 
     def finish(self) -> None:
-        """Wait for the save under way, and raise its error."""
+        """Wait for the save in progress, and raise its error."""
         future, self._future, self.step = self._future, None, None
         if future is not None:
             future.result()

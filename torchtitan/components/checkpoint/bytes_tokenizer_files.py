@@ -1,4 +1,4 @@
-"""The tokenizer `bytes` as files that `transformers.AutoTokenizer` opens."""
+"""Write the tokenizer `bytes` as files that `transformers.AutoTokenizer` opens."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 
 
 def write_bytes_tokenizer(folder: Path, add_bos: bool = False) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`: the ids of `BytesTokenizer`.
+    """Write `tokenizer.json` and `tokenizer_config.json` with the ids of `BytesTokenizer`.
 
     Args:
-        add_bos: begin texts with bos, unless they are encoded without special tokens.
+        add_bos: begin texts with BOS, unless they are encoded without special tokens.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    # A byte-level BPE without merges: every byte is a token. Its vocabulary names bytes by the
-    # printable characters of GPT-2, which the library knows, but not by number.
+    # A byte-level BPE without merges: every byte is a token. The vocabulary must name bytes by
+    # GPT-2's printable characters, as the library expects, not by number.
     vocabulary = {_character(byte): byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -44,7 +44,7 @@ def write_bytes_tokenizer(folder: Path, add_bos: bool = False) -> None:
 
 
 def _character(byte: int) -> str:
-    """GPT-2's name of a byte: the printable ones of Latin-1 are themselves, others follow 255."""
+    """Return GPT-2's character for a byte: itself if printable in Latin-1, else one after 255."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     if byte in printable:
         return chr(byte)

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says of conversations: their template, and what ends a turn."""
+"""Find the chat template and the end-of-turn token of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXAMPLE = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content
 
 
 def chat_template_of(path: str | None, tokenizer: str) -> str:
-    """The template that `load_template` takes, if it is not one of the tokenizer's files; else "".
+    """Return the template that `load_template` uses, or "" if it is one of the tokenizer's files.
 
     Args:
         path: `data.chat_template`.
@@ -37,13 +37,13 @@ def chat_template_of(path: str | None, tokenizer: str) -> str:
 
 
 def end_of_turn(folder: Path, template: str | None = None) -> int | None:
-    """The special token that follows what the assistant says, by the folder's template.
+    """Return the special token that follows an assistant's message in the folder's template.
 
-    None: there is none, or the template refuses a conversation of two messages.
+    None if there is no such token, or if the template refuses a conversation of two messages.
 
     Args:
-        folder: with a tokenizer.
-        template: `data.chat_template`, a file that takes the place of the folder's.
+        folder: folder with a tokenizer.
+        template: `data.chat_template`, a file that replaces the folder's template.
     """
     import tokenizers
 

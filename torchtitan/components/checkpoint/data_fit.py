@@ -1,4 +1,4 @@
-"""Whether the place in the data that a checkpoint has is one of this run's data."""
+"""Check that a checkpoint's position in the data fits this run's data."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def check_data(
     own_rows: torch.Tensor,
     dp_size: int,
 ) -> None:
-    """Raises `CheckpointError` if the loader cannot go on from the place in a checkpoint.
+    """Raise `CheckpointError` if the loader cannot continue from a checkpoint's position.
 
     Args:
-        saved_config: that of the run that saved it; empty: not known.
+        saved_config: configuration of the run that saved the checkpoint; empty: unknown.
         own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
-        dp_size: data ranks that share a global batch, those of this replica group.
+        dp_size: number of data ranks of this replica group, which share a global batch.
     """
     folder = checkpoint.folder
     rows: Any = checkpoint.metadata.state_dict_metadata.get("dataloader.rows")
@@ -91,18 +91,18 @@ def _has_own_loader(job_config: JobConfig) -> bool:
 
 
 def saved_seq_len(checkpoint: OpenCheckpoint) -> int | None:
-    """`training.seq_len` of the run that saved it; None in one that does not say."""
+    """Return `training.seq_len` of the run that saved the checkpoint; None if not recorded."""
     return checkpoint.manifest.model.get("seq_len")
 
 
 def source_names(config: dict[str, Any]) -> list[str]:
-    """Names of `data.sources` in a configuration that was written as TOML."""
+    """Return the names of `data.sources` in a configuration that was written as TOML."""
     sources = config.get("data", {}).get("sources", [])
     return [source.get("name") or source.get("dataset", "") for source in sources]
 
 
 def warn_of_changed_data(checkpoint: OpenCheckpoint, current: dict[str, Any]) -> None:
-    """Warn, on rank 0, if sources have another size than when the checkpoint was saved.
+    """Warn on rank 0 if the size of a source has changed since the checkpoint was saved.
 
     Args:
         current: `RunState.describe_data()`.

@@ -1,4 +1,4 @@
-"""What failed, of the ranks that save or load together."""
+"""Find the error behind a failed collective save or load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 
 def first_failure(failure: CheckpointException) -> BaseException:
-    """The error of the first rank among those that failed to save or load.
+    """Return the error of the lowest rank that failed to save or load.
 
     torch.distributed.checkpoint collects errors from all ranks and raises them on all.
     """

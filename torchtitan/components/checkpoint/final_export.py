@@ -1,4 +1,4 @@
-"""The Hugging Face folder that a run leaves at its end."""
+"""Save a Hugging Face folder at the end of a run."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ logger = logging.getLogger("torchtitan")
 
 
 class FinalExport:
-    """`step-N-hf`, after the last step. All ranks call each method together.
+    """Saves `step-N-hf` after the last step. All ranks call each method together.
 
     Args:
         model_parts: this rank's parts of the model.
-        dataloader: tells whether it has had conversations.
-        tokenizer: that the model reads by, or None.
-        root: the folder of checkpoints, in which it is made.
-        claim: on that folder.
+        dataloader: reports whether it has had conversations.
+        tokenizer: tokenizer of the model, or None.
+        root: the folder of checkpoints, in which the export is created.
+        claim: claim on that folder.
         group: all ranks.
     """
 
@@ -60,12 +60,12 @@ class FinalExport:
         self._assets = ExportAssets.of_job(job_config, tokenizer)
 
     def is_due(self, step: int) -> bool:
-        """Whether a run that has done `step` steps, and no more to do, is to leave one."""
+        """Return whether a run that ends after `step` steps should save an export."""
         config = self._job_config
         return config.checkpoint.last_save_in_hf and 0 < config.training.steps <= step
 
     def save(self, step: int) -> None:
-        """Raises `CheckpointError`, or `OutageError` if it may pass, on all ranks."""
+        """Save; raises `CheckpointError`, or `OutageError` if it may be transient, on all ranks."""
         on_rank_zero(self._claim.check, self._group)
         dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
         folder = self._folder(step)
@@ -76,7 +76,7 @@ class FinalExport:
             raise error_of_failed_save(str(error), error) from error
 
     def save_if_missing(self, step: int) -> None:
-        """`save` where a run that was over did not: it failed then, or was not asked to."""
+        """Save if a finished run has no export, because saving failed or was not enabled then."""
         if self.is_due(step) and not on_rank_zero(lambda: self._is_there(step), self._group):
             if dist.get_rank() == 0:
                 folder = self._folder(step)
@@ -86,16 +86,19 @@ class FinalExport:
             self.save(step)
 
     def _is_there(self, step: int) -> bool:
-        """Not if it is older than the checkpoint: then it is of a training before."""
+        """Return whether the export exists and is no older than the checkpoint.
+
+        An older one belongs to an earlier training.
+        """
         try:
             written = datetime.fromtimestamp(self._folder(step).stat().st_mtime, UTC)
             saved_at = datetime.fromisoformat(Manifest.read(step_folder(self._root, step)).saved_at)
         except FileNotFoundError:
             return False
-        except (DamagedCheckpointError, ValueError):  # there is no such checkpoint, or no time
+        except (DamagedCheckpointError, ValueError):  # no such checkpoint, or no time in it
             return True
         return written >= saved_at
 
     def _folder(self, step: int) -> Path:
         folder = step_folder(self._root, step)
-        return cast(Path, folder.with_name(f"{folder.name}-hf"))  # or the config was refused
+        return cast(Path, folder.with_name(f"{folder.name}-hf"))  # the config refuses URLs

@@ -1,17 +1,17 @@
-"""Checkpoint folders, and how they appear and disappear as a whole.
+"""Create, list and delete checkpoint folders, each of which appears and disappears as a whole.
 
 checkpoint/
-  step-500/               complete: it appears by one rename, when all of its files are on disk
-    .metadata             which tensor is where (torch.distributed.checkpoint)
-    __0_0.distcp, ...     the tensors, a file a rank
+  step-500/               complete: appears by one rename, when all of its files are on disk
+    .metadata             location of each tensor (torch.distributed.checkpoint)
+    __0_0.distcp, ...     the tensors, one file per rank
     config.resolved.toml  the configuration of the run
     manifest.json         step, model, sizes and checksums of the files above
   step-1000.partial/      being written or deleted, or left by a crash
   step-500.replaced/      an older step-500, while a new one takes its place
   step-500.damaged/       set aside when a new step-500 was saved
 
-A remote storage has no such rename. There, files go straight to `step-1000`, which has a file
-`.partial` until its manifest, the last file, is there; to delete it, the manifest goes first.
+Remote storage has no such rename. There, files are written directly to `step-1000`, which contains
+a file `.partial` until the manifest, the last file, exists. Deletion removes the manifest first.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 
 PARTIAL = ".partial"
-"""End of the name of a local folder that is not complete; in a remote folder, a file's name."""
+"""Suffix of an incomplete local folder; in an incomplete remote folder, the name of a file."""
 _DELETED_AT_ONCE = 16
-"""Files of a folder: a file server takes about a millisecond for each, and there is one a rank."""
+"""Number of files deleted in parallel: a file server takes about 1 ms each, one file per rank."""
 
 
 def checkpoint_root(job_config: JobConfig) -> StoragePath:
-    """The folder of the run's checkpoints; a replica group has its own, wherever that is.
+    """Return the folder of the run's checkpoints; each replica group has its own.
 
     Raises:
-        ConfigError: nothing is known of such URLs.
+        ConfigError: URLs of this kind are not supported.
     """
     folder = job_config.checkpoint.folder
     fault_tolerance = job_config.fault_tolerance
     own = fault_tolerance.replica if fault_tolerance.enable else ""
     if is_url(folder):
         return storage_path(f"{folder.rstrip('/')}/{own}".rstrip("/"))
-    if Path(folder).is_absolute() and own not in Path(folder).parts:  # else the user separates them
+    if Path(folder).is_absolute() and own not in Path(folder).parts:  # else the user's own layout
         return Path(folder, own)
-    return Path(job_config.job.dump_folder, folder)  # the group's own
+    return Path(job_config.job.dump_folder, folder)  # the dump folder is the group's own
 
 
 def step_folder(root: P, step: int) -> P:
@@ -79,10 +79,11 @@ def step_of(folder: StoragePath) -> int:
 
 
 def list_checkpoints(root: P) -> list[P]:
-    """The `step-N` folders, good and damaged ones, the one saved last at the end.
+    """Return the `step-N` folders, good and damaged, in the order of saving.
 
-    The order is that of saving, since a run that went back to an earlier step is newer than what it
-    left behind. A damaged manifest counts as new, so that nobody overlooks it.
+    They are not sorted by step, since a run that went back to an earlier step then saves newer
+    checkpoints than those it left behind. Folders with a damaged manifest come last, so that they
+    are not overlooked.
     """
     folders = [path for path in folders_in(root) if re.fullmatch(r"step-\d+", path.name)]
     return sorted((path for path in folders if not _is_partial(path)), key=_order)
@@ -96,21 +97,21 @@ def _order(folder: StoragePath) -> tuple[bool, str, int]:
 
 
 class SaveTimes:
-    """When a run's checkpoints are complete: each later than all in the folder before.
+    """Gives completed checkpoints their times, each later than all earlier ones in the folder.
 
-    Clocks of hosts differ. By that of a host alone, checkpoints of one that was ahead would stay
-    the newest, so that each start went back to them, and newer ones were pruned.
+    Host clocks differ. With the host's clock alone, checkpoints of a host that was ahead would stay
+    the newest: each start would go back to them, and newer ones would be pruned.
     """
 
     def __init__(self, root: StoragePath) -> None:
         self._root = root
         self._latest: str | None = None
         self.whole: set[str] = set()
-        """Times of checkpoints whose files are all there: this run has written or seen them."""
+        """Times of checkpoints that this run has written, or whose files it has found complete."""
 
     def now(self) -> str:
-        """For a checkpoint that is complete now: its `Manifest.saved_at`."""
-        if self._latest is None:  # once: nobody else saves into the folder meanwhile
+        """Return `Manifest.saved_at` for a checkpoint that is complete now."""
+        if self._latest is None:  # list once: no other run saves into the folder meanwhile
             newest_first = map(_saved_at, reversed(list_checkpoints(self._root)))
             self._latest = next(filter(None, newest_first), "")
         self._latest = time_after(self._latest)
@@ -119,7 +120,7 @@ class SaveTimes:
 
 
 def _saved_at(folder: StoragePath) -> str:
-    """Empty if it is damaged."""
+    """Return the time of completion; empty if the manifest is damaged."""
     try:
         return Manifest.read(folder).saved_at
     except DamagedCheckpointError:
@@ -127,7 +128,7 @@ def _saved_at(folder: StoragePath) -> str:
 
 
 def damage(folder: StoragePath) -> str:
-    """What is wrong with a checkpoint as far as sizes tell; "" if nothing is."""
+    """Return the damage of a checkpoint as far as file sizes show it, else ""."""
     try:
         Manifest.read_whole(folder)
     except DamagedCheckpointError as error:
@@ -136,9 +137,10 @@ def damage(folder: StoragePath) -> str:
 
 
 def is_resumable(folder: StoragePath, whole: set[str] | None = None) -> bool:
-    """False for an export, and for a checkpoint that is damaged as far as sizes tell.
+    """Return False for an export, and for a checkpoint whose file sizes show damage.
 
-    `whole`: see `SaveTimes`. Sizes of these are not looked at; another one that is whole is added.
+    `whole`: see `SaveTimes`. File sizes of these checkpoints are not checked; those found to be
+    whole are added.
     """
     whole = set() if whole is None else whole
     try:
@@ -152,24 +154,25 @@ def is_resumable(folder: StoragePath, whole: set[str] | None = None) -> bool:
 
 
 def partial_folder(folder: P) -> P:
-    """Where the contents of `folder` are while it is not complete."""
+    """Return the location of the contents of `folder` while it is incomplete."""
     if isinstance(folder, RemotePath):
         return folder
     return cast(P, folder.with_name(f"{folder.name}{PARTIAL}"))
 
 
 def final_folder(folder: Path) -> Path:
-    """What a `partial_folder` will be called, which is what a message names."""
+    """Return the final name of a `partial_folder`, for messages."""
     return folder.with_name(folder.name.removesuffix(PARTIAL))
 
 
 def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
-    """Make room for the files of `folder`: an empty `partial_folder(folder)`.
+    """Create an empty `partial_folder(folder)`.
 
-    What crashes left is deleted, so no other save may be under way. `damaged`: see `commit`.
+    Deletes the remains of crashed saves, so no other save may be in progress. `damaged`: see
+    `commit`.
 
     Raises:
-        OSError: the place is taken by files that cannot be deleted.
+        OSError: existing files there cannot be deleted.
     """
     restore_replaced(folder.parent)
     own = partial_folder(folder)
@@ -182,7 +185,7 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
         try:
             delete(path)
         except OSError as error:
-            error.filename = str(path)  # `rmtree` says which file, but not where
+            error.filename = str(path)  # `rmtree` gives the file's name without its folder
             raise
     if isinstance(folder, RemotePath):
         if folder.exists():
@@ -194,10 +197,10 @@ def begin(folder: StoragePath, damaged: Collection[str] = ()) -> None:
 
 
 def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
-    """Make the partial folder of `folder`, whose files are on the disk, visible under its name.
+    """Make the partial folder of `folder`, whose files are on disk, visible under its final name.
 
-    A good one that has the name is replaced. A damaged one, by its size or since its name is in
-    `damaged`, is kept as `step-N.damaged`.
+    An existing good folder of that name is replaced. A damaged one (by its sizes, or because its
+    name is in `damaged`) is kept as `step-N.damaged`.
     """
     if isinstance(folder, RemotePath):
         (folder / PARTIAL).unlink()
@@ -217,7 +220,7 @@ def commit(folder: StoragePath, damaged: Collection[str] = ()) -> None:
 
 
 def delete(folder: StoragePath) -> None:
-    """Delete a checkpoint, or what is left of one, so that it never looks complete half-way."""
+    """Delete a checkpoint, or the remains of one, so that it never looks complete meanwhile."""
     if isinstance(folder, RemotePath):
         write_durably(folder / PARTIAL, b"")
         names = sizes_in(folder).keys()
@@ -225,9 +228,9 @@ def delete(folder: StoragePath) -> None:
             (folder / MANIFEST).unlink()
         folder.unlink_files(names - {MANIFEST, PARTIAL})
         (folder / PARTIAL).unlink()
-        folder.remove()  # the folder, where there is such a thing
+        folder.remove()  # the folder itself, if the storage has folders
         return
-    if folder.is_symlink():  # to a place that is not ours to clear
+    if folder.is_symlink():  # do not delete the contents of its target
         folder.unlink()
         return
     partial = folder
@@ -239,27 +242,27 @@ def delete(folder: StoragePath) -> None:
 
 
 def rmtree(folder: Path, ignore_errors: bool = False) -> None:
-    """`shutil.rmtree`, some files at a time."""
-    if not folder.is_symlink():  # to a place that is not ours to clear
+    """Delete like `shutil.rmtree`, several files in parallel."""
+    if not folder.is_symlink():  # do not delete the contents of its target
         with ThreadPoolExecutor(_DELETED_AT_ONCE) as threads, suppress(OSError):
             for path in folder.iterdir():
                 threads.submit(os.unlink, path)
-    shutil.rmtree(folder, ignore_errors)  # what is left, or its error
+    shutil.rmtree(folder, ignore_errors)  # delete the rest, or raise its error
 
 
 def delete_if_possible(folder: StoragePath) -> None:
-    """`delete` what is in nobody's way; a warning if it cannot be deleted, or not all of it.
+    """Delete a folder that blocks nothing; log a warning if it cannot be deleted completely.
 
-    A file that somebody reads cannot on NFS, and somebody else's never.
+    On NFS, files that are being read cannot be deleted; files of another user never can.
     """
     try:
         delete(folder)
-    except Exception as error:  # of whatever kind the storage's package has
+    except Exception as error:  # the storage's package may raise any type
         logger.warning("%s could not be deleted: %s", folder, first_line(error))
 
 
 def delete_unfinished(folder: StoragePath) -> None:
-    """Delete what a failed save has left of `folder`, but no complete one of that name."""
+    """Delete the remains of a failed save of `folder`, but no complete folder of that name."""
     partial = partial_folder(folder)
     if _is_partial(partial):
         delete(partial)
@@ -269,7 +272,8 @@ def restore_replaced(root: StoragePath) -> None:
     """Finish or undo a `commit` that a crash interrupted.
 
     Raises:
-        CheckpointError: a checkpoint cannot have its name back; `OutageError`: not now.
+        CheckpointError: a checkpoint cannot be renamed back.
+        OutageError: the same, but perhaps only for now.
     """
     if isinstance(root, RemotePath):
         return
@@ -292,13 +296,14 @@ def to_prune(
     whole: set[str] | None = None,
     keep_every: int = 0,
 ) -> list[StoragePath]:
-    """The resumable checkpoints but the `keep` saved last; none if `keep` is 0.
+    """Return the checkpoints to delete: resumable ones except the `keep` saved last.
 
-    Nor those of each `keep_every` steps, if that is not 0.
+    None if `keep` is 0. Checkpoints of every `keep_every` steps are kept too, if that is not 0.
 
-    Exports and damaged checkpoints are not counted, so that a good one is always left. Damage is
-    known by sizes, of all but the `whole` (see `is_resumable`), and of those named in `damaged`; to
-    read all files after each save, for their checksums, would cost more than it is worth.
+    Exports and damaged checkpoints are neither counted nor deleted, so that a good one is always
+    left. A checkpoint is damaged if it is named in `damaged` or, unless it is in `whole` (see
+    `is_resumable`), by its file sizes. Reading all files for their checksums after each save would
+    cost more than it is worth.
     """
     if not keep:
         return []

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds besides weights: `config.json` and the tokenizer's files."""
+"""Write and check a Hugging Face folder's `config.json` and tokenizer files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TRAINING_ONLY = frozenset({"attention", "aux_loss_weight", "bias_update_rate", "use_bias"})
-"""Args that `config.json` knows nothing of."""
+"""Args that have no counterpart in `config.json`."""
 _IGNORED = TRAINING_ONLY | {"mtp_layers"}  # extra layers, which Hugging Face leaves out
 _ROTARY = ("rope_", "yarn", "window_rope_theta", "temperature_")
 _OUTDATED = ("dtype", "transformers_version", "quantization_config", "_name_or_path")
@@ -59,27 +59,27 @@ _OUTDATED = ("dtype", "transformers_version", "quantization_config", "_name_or_p
 
 @dataclasses.dataclass(frozen=True)
 class ExportAssets:
-    """Where the files of a Hugging Face folder that are not weights come from."""
+    """Sources of the files of a Hugging Face folder other than weights."""
 
     tokenizer: str
-    """`bytes`, or a folder; "": none that Hugging Face reads."""
+    """`bytes` or a folder; "": none that Hugging Face can read."""
     max_seq_len: int
     """Longest sequence trained on; 0: unknown."""
     like: tuple[Path, ...] = ()
     """Folders whose `config.json` and `generation_config.json` are kept if they fit the model."""
     chat_template: str = ""
-    """Text of `chat_template.jinja`, in place of one of the tokenizer's; "": leave it."""
+    """Text of `chat_template.jinja`, replacing the tokenizer's; "": keep the tokenizer's."""
     conversations: bool = False
-    """Whether conversations were trained on, so that what ends a turn ends a text."""
+    """Whether the model trained on conversations, so that the end of a turn ends a text."""
     add_bos: bool | None = None
-    """Whether bos began the documents that were trained on; None: unknown."""
+    """Whether the training documents began with BOS; None: unknown."""
     bos_id: int | None = None
-    """Of an author's tokenizer, which has no files, as `eos_id` is."""
+    """Id of a custom tokenizer without files, like `eos_id`."""
     eos_id: int | None = None
 
     @classmethod
     def of_job(cls, job_config: JobConfig, tokenizer: Tokenizer | None) -> ExportAssets:
-        """What a run with this config puts in; `tokenizer`: what its model reads by."""
+        """Return the assets of a run with this config, whose model uses `tokenizer`."""
         path, max_seq_len = path_of(tokenizer), job_config.training.seq_len
         folders = [initial_load_path(job_config)]
         if path not in ("", "bytes"):
@@ -94,14 +94,14 @@ class ExportAssets:
         return cls(path, max_seq_len, like, template, add_bos=data.add_bos)
 
     def after_training_on(self, dataloader: Any) -> ExportAssets:
-        """These, with a chat template only if the loader has had conversations."""
+        """Return a copy that has a chat template only if the loader has had conversations."""
         if getattr(dataloader, "has_conversations", False):
             return dataclasses.replace(self, conversations=True)
         return dataclasses.replace(self, chat_template="")
 
 
 def initial_load_path(job_config: JobConfig) -> StoragePath | None:
-    """The folder whose weights start a new run."""
+    """Return the folder with the initial weights of a new run, if any."""
     checkpoint = job_config.checkpoint
     if checkpoint.initial_load_path:
         return storage_path(checkpoint.initial_load_path)
@@ -111,12 +111,12 @@ def initial_load_path(job_config: JobConfig) -> StoragePath | None:
 
 
 def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) -> None:
-    """Find out before weights are allocated whether a run can load and save as it is told to.
+    """Check before weights are allocated that a run can load and save Hugging Face weights.
 
     Raises:
         ConfigError: the model has no adapter.
-        CheckpointError: the folder to start from is of another model, or Hugging Face's format
-            cannot express this one.
+        CheckpointError: the initial folder is of another model, or Hugging Face's format cannot
+            express this one.
     """
     checkpoint = job_config.checkpoint
     for key in ("initial_load_in_hf", "last_save_in_hf"):
@@ -134,7 +134,7 @@ def check_exchange(job_config: JobConfig, spec: TrainSpec, args: BaseModelArgs) 
 
 
 def warn_of_bytes(job_config: JobConfig, tokenizer: object) -> None:
-    """Say so if the weights come with a tokenizer, and the run reads bytes, as by default."""
+    """Warn if the weights come with a tokenizer, but the run reads bytes (the default)."""
     path = initial_load_path(job_config)
     if (
         rank()
@@ -145,10 +145,10 @@ def warn_of_bytes(job_config: JobConfig, tokenizer: object) -> None:
     file = path / TOKENIZER_FILES[0]
     try:
         theirs = parse_json(file.read_bytes())["model"]
-        is_bytes = len(theirs["vocab"]) == 256 and not theirs["merges"]  # as `last_save_in_hf` has
+        is_bytes = len(theirs["vocab"]) == 256 and not theirs["merges"]  # as `last_save_in_hf`
     except OSError:
         return
-    except (ValueError, LookupError, TypeError):  # of no kind that we write
+    except (ValueError, LookupError, TypeError):  # not a file that we write
         is_bytes = False
     if not is_bytes:
         logger.warning(
@@ -159,7 +159,7 @@ def warn_of_bytes(job_config: JobConfig, tokenizer: object) -> None:
 
 
 def warn_without_bos(job_config: JobConfig, tokenizer: object) -> None:
-    """Say so if a model that knows documents by their bos is about to see some without."""
+    """Warn if a model trained on documents that begin with BOS would get some without."""
     path = initial_load_path(job_config)
     if job_config.data.add_bos or path is None or not is_hf_weights(path):
         return
@@ -173,12 +173,12 @@ def warn_without_bos(job_config: JobConfig, tokenizer: object) -> None:
 
 
 def check_same_model(folder: Path, args: BaseModelArgs) -> None:
-    """Refuse a folder whose `config.json` is of another model than `args`.
+    """Refuse a folder whose `config.json` describes another model than `args`.
 
-    Other rotary positions only give a warning: a run may be there to stretch the context.
+    Different rotary positions only cause a warning: the run may be meant to extend the context.
 
     Raises:
-        CheckpointError: it is of another model, or has fields that are not known.
+        CheckpointError: the folder is of another model, or has unknown fields.
     """
     saved = _read_args(folder, args)
     if saved is None:
@@ -193,16 +193,16 @@ def check_same_model(folder: Path, args: BaseModelArgs) -> None:
 
 
 def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
-    """`args.to_hf_config()`, if it says all that `args` say.
+    """Return `args.to_hf_config()`, after checking that it expresses all of `args`.
 
     Raises:
-        CheckpointError: Hugging Face's implementation lacks something that the model has.
+        CheckpointError: Hugging Face's implementation lacks a feature of the model.
     """
     config = args.to_hf_config()
     if config is None or not hasattr(args, "from_hf_config"):
         return config
     back = type(args).from_hf_config(config)
-    # A bias that is left out changes which experts are chosen; one more, which is zero, does not.
+    # A lost bias changes the choice of experts; an additional bias of zero does not.
     lost = [
         text
         for name, text in differences(back, args, _IGNORED - {"use_bias"})
@@ -219,7 +219,7 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
 def write_assets(
     folder: Path, args: BaseModelArgs, dtype: torch.dtype, assets: ExportAssets
 ) -> None:
-    """Write `config.json`, `generation_config.json` if one is known, and the tokenizer's files.
+    """Write `config.json`, `generation_config.json` (if known) and the tokenizer's files.
 
     Raises:
         CheckpointError: see `export_config`.
@@ -243,7 +243,7 @@ def write_assets(
     else:
         for name in _OUTDATED:
             config.pop(name, None)
-        # The name that transformers 4 and 5 read alike.
+        # Both transformers 4 and 5 read this name.
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for other in assets.like:
@@ -257,9 +257,10 @@ def write_assets(
 
 
 def _add_ends(fields: dict[str, Any], ends: list[int]) -> bool:
-    """Have kept fields name the tokens that ended texts in training; False: they do, or none.
+    """Add the tokens that ended texts in training to kept fields; return whether any were added.
 
-    Others stay: the weights may still end a text with one.
+    Fields without any end token stay so. Tokens already there stay too, since the weights may still
+    end a text with one.
     """
     told = fields.get("eos_token_id")
     known = told if isinstance(told, list) else [told]
@@ -298,16 +299,16 @@ def _config(
 
 
 def _longest(config: dict[str, Any], max_seq_len: int) -> int:
-    """Positions that the model is made for: those trained on, or those rotations stretch to."""
+    """Return the longest sequence the model supports: as trained, or as rotations are stretched."""
     scaling = config.get("rope_scaling") or {}
     stretched = scaling.get("original_max_position_embeddings", 0) * scaling.get("factor", 0)
     return max(max_seq_len, int(stretched))
 
 
 def _warn_of_other_bos(tokenizer: Tokenizer | None, assets: ExportAssets) -> None:
-    """Say so if the tokenizer's files, which are copied, begin texts in another way than training.
+    """Warn if the copied tokenizer files begin texts differently than training did.
 
-    They are not changed: what begins a text is written in several ways, by classes of tokenizers.
+    The files are not changed, since each class of tokenizers stores this differently.
     """
     if assets.add_bos is None or not isinstance(tokenizer, HuggingFaceTokenizer):
         return
@@ -339,7 +340,7 @@ def _write_tokenizer(folder: Path, tokenizer: str, add_bos: bool) -> Tokenizer |
 
 
 def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
-    """The args in the folder's `config.json`; None if it has none or the model reads none."""
+    """Return the args in a folder's `config.json`; None if it or `from_hf_config` is missing."""
     from torchtitan.models.from_hf import read_hf_config
 
     if not (folder / "config.json").is_file() or not hasattr(args, "from_hf_config"):
@@ -349,7 +350,7 @@ def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
 
 
 def differences(saved: Any, current: Any, ignored: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """The name of each field in which two dataclasses differ, and a text with both values."""
+    """Yield the name of each field in which two dataclasses differ, and a text with both values."""
     for name, a, b in nested_differences(plain_args(saved), plain_args(current)):
         if name.rpartition(".")[2] not in ignored:
             yield name, f"{name} = {a} (now {b})"

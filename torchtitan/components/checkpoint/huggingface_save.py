@@ -1,13 +1,13 @@
-"""Writes a sharded model as a Hugging Face folder, in pieces.
+"""Write a sharded model as a Hugging Face folder, in pieces.
 
-Rank 0 learns which parts of which tensors each rank has, and plans: which tensor goes into which
-file (by names and shapes alone, so that every layout writes the same bytes), and which rank writes
-a file. It tells each rank its own share of the work: thousands of ranks have millions of parts.
-Then the tensors go by, a few rows at a time: the ranks that have parts of these rows send them to
-the writer. So no rank holds more than its own part of the model and one piece.
+Rank 0 gathers which parts of which tensors each rank has. It plans the file of each tensor (by
+names and shapes alone, so that every layout writes the same bytes) and the rank that writes each
+file. It sends each rank only that rank's share of the plan, since thousands of ranks have millions
+of parts. Then the tensors are written a few rows at a time: ranks with parts of these rows send
+them to the writer. So no rank holds more than its own part of the model and one piece.
 
-torch.distributed.checkpoint's HuggingFaceStorageWriter was not enough: each rank serializes all of
-its part in memory, into files of its own, and rank 0 then reads and writes the whole model again.
+torch.distributed.checkpoint's HuggingFaceStorageWriter does not suffice: each rank serializes its
+whole part in memory, into files of its own, and rank 0 then reads and rewrites the whole model.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ logger = logging.getLogger("torchtitan")
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a part of a tensor, at least one dimension each."""
 Files = dict[str, dict[str, TensorSpec]]
-"""Name of a file -> name of each of its tensors -> what it is."""
+"""Name of a file -> name of each of its tensors -> its spec."""
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Which rank writes a tensor, and where."""
+    """The rank that writes a tensor, and the file."""
 
     name: str
     spec: TensorSpec
@@ -65,13 +65,13 @@ class TensorPlan:
 
 @dataclass
 class Share:
-    """What one rank does. Tensors are told by their numbers in `plan_tensors`."""
+    """The work of one rank. Tensors are identified by their index in `plan_tensors`."""
 
     sends: set[int] = field(default_factory=set)
-    """The tensors of which it sends its part."""
+    """Tensors of which the rank sends its part."""
     writes: dict[int, list[tuple[int, Box]]] = field(default_factory=dict)
-    """Of each tensor that it writes, the parts and the ranks that send them; together the whole
-    tensor, each element once. In the order of their first rows."""
+    """For each tensor that the rank writes, the sender and box of each part. The parts cover the
+    whole tensor, each element once, and are sorted by first row."""
 
 
 def save_huggingface(
@@ -84,16 +84,16 @@ def save_huggingface(
 ) -> None:
     """Write the weights of a model, `config.json` and the tokenizer's files into `folder`.
 
-    The folder appears when it is complete, in place of an older one. All ranks of `group` (gloo)
-    call this together.
+    The folder appears when it is complete, replacing an older one. All ranks of `group` (gloo) call
+    this together.
 
     Args:
         model_parts: this rank's parts of the model.
-        dtype: of floating-point tensors in the files, but see `dtype_of_copy`.
-        assets: where the other files come from.
+        dtype: dtype of floating-point tensors in the files, but see `dtype_of_copy`.
+        assets: sources of the other files.
 
     Raises:
-        CheckpointError: on all ranks, if one of them could not write; nothing is left of it then.
+        CheckpointError: a rank could not write; raised on all ranks, and no files are left.
     """
     args = cast(BaseModelArgs, model_parts[0].args)
     tied = tied_names(model_parts)
@@ -118,7 +118,7 @@ def save_huggingface(
             write_index(partial, files)
             write_assets(partial, args, dtype, assets)
             for path in partial.iterdir():
-                if path.name not in files:  # which their writers have synced
+                if path.name not in files:  # the writers of `files` have synced them
                     sync_file(path)
             folders.commit(folder)
 
@@ -138,7 +138,7 @@ def _begin(folder: Path) -> None:
 
 
 def _local_part(tensor: torch.Tensor) -> tuple[Box, torch.Tensor]:
-    """Where this rank's part of a tensor is in the whole, and the part; scalars become `[1]`."""
+    """Return the box of this rank's part of a tensor, and the part; scalars become `[1]`."""
     part, offsets = local_tensor(tensor), local_offsets(tensor)
     if part.ndim == 0:
         part, offsets = part.reshape(1), (0,)
@@ -163,14 +163,14 @@ def _agree_on_plan(
     if rank != 0:
         shares = [None]
         dist.recv_object_list(shares, 0, group=group)
-    for other in range(1, len(shares)):  # not scattered: all would be padded to a writer's
+    for other in range(1, len(shares)):  # a scatter would pad all shares to a writer's size
         dist.send_object_list([shares[other]], other, group=group)
     return files, shares[0]
 
 
 def plan_tensors(files: Files, ranks: int) -> list[TensorPlan]:
-    """In the order in which all ranks go through them: those of different files take turns."""
-    stride = max(1, ranks // len(files))  # so that nodes share the work
+    """Return the tensors in the order that all ranks process them, alternating between files."""
+    stride = max(1, ranks // len(files))  # spread the writers over the nodes
     tensors_of_file = [
         [TensorPlan(name, spec, file, number * stride % ranks) for name, spec in of_file.items()]
         for number, (file, of_file) in enumerate(files.items())
@@ -182,7 +182,7 @@ def plan_tensors(files: Files, ranks: int) -> list[TensorPlan]:
 def share_out(
     tensors: list[TensorPlan], parts_of_rank: list[dict[str, tuple[TensorSpec, Box]]]
 ) -> list[Share]:
-    """The share of each rank. Of ranks that have the same part, one sends it."""
+    """Return the share of each rank. If several ranks have the same part, one sends it."""
     holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, parts in enumerate(parts_of_rank):
         for name, (_, box) in parts.items():
@@ -213,7 +213,11 @@ def _write_tensors(
     folder: Path,
     group: dist.ProcessGroup,
 ) -> None:
-    """Raises the first rank's `OSError` on all ranks; what other ranks send is received still."""
+    """Write this rank's files, and send its parts to other writers.
+
+    Raises the `OSError` of the lowest failed rank on all ranks. A failed writer still receives what
+    other ranks send.
+    """
     failed = _FirstError()
     writers: dict[str, SafetensorsWriter] = {}
     tensors = plan_tensors(files, dist.get_world_size())
@@ -243,7 +247,7 @@ def _write_tensors(
 
 
 class _FirstError:
-    """Goes on after an `OSError` within it, of which it keeps the first."""
+    """Context manager that suppresses `OSError` and keeps the first."""
 
     error: OSError | None = None
 
@@ -268,7 +272,7 @@ def _send(tensor: TensorPlan, box: Box, part: torch.Tensor, group: dist.ProcessG
 def _receive(
     tensor: TensorPlan, parts: list[tuple[int, Box]], own: Any, group: dist.ProcessGroup
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """First rows of a tensor's pieces, and the pieces, on the CPU.
+    """Yield the first row of each piece of a tensor, and the piece, on the CPU.
 
     Args:
         parts: as in `Share.writes`.
@@ -292,7 +296,7 @@ def _receive(
 
 
 def _rows_within(box: Box, start: int, stop: int) -> range:
-    """Those rows of a part that are from `start` to `stop`."""
+    """Return the rows of a part that lie between `start` and `stop`."""
     begin, rows = box[0][0], box[1][0]
     first = max(start, begin)
     return range(first, max(first, min(stop, begin + rows)))
@@ -304,6 +308,6 @@ def _take(part: torch.Tensor, box: Box, rows: range) -> torch.Tensor:
 
 
 def _place_in(piece: torch.Tensor, start: int, box: Box, rows: range) -> torch.Tensor:
-    """Of the rows from `start` on of a tensor, those `rows`, with the columns that a box has."""
+    """Return the view of `rows` and a box's columns in a piece whose first row is `start`."""
     columns = [slice(at, at + size) for at, size in zip(*box, strict=True)][1:]
     return piece[(slice(rows.start - start, rows.stop - start), *columns)]

@@ -1,4 +1,4 @@
-"""Model weights from a checkpoint of ours or from a Hugging Face folder."""
+"""Load model weights from a torchtitan checkpoint or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ if TYPE_CHECKING:
 
 
 _BALANCE = (".router.load", ".router.selection_bias")
-"""Ends of names of buffers that balance experts, which begin with zeros."""
+"""Suffixes of the names of buffers that balance experts; they start as zeros."""
 _BALANCE_ALONE = (".router.load",)
-"""Of these, what no logits depend on."""
+"""Those of them that the logits do not depend on."""
 
 
 def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
-    """Fill a model with the weights in the folder `path`, in place.
+    """Load the weights in the folder `path` into a model, in place.
 
-    The folder is a `step-N` of ours, by path or URL, or holds `model.safetensors` or
+    The folder is a torchtitan `step-N`, by path or URL, or holds `model.safetensors` or
     `model.safetensors.index.json`. A model on the meta device is first allocated on the CPU. A
     sharded model reads only its shards, and all ranks call this together.
 
@@ -80,14 +80,14 @@ def load_weights_of_parts(
     verify: bool = True,
     exclude: str = "",
 ) -> None:
-    """`load_model_weights` for the parts of one model that a rank of `group` has.
+    """Load weights into the parts of one model that each rank of `group` has.
 
-    What balances the experts begins anew where it was not saved, since they were balanced in
-    another way.
+    See `load_model_weights`. Buffers that balance experts keep their initial values if they were
+    not saved, since the experts were then balanced in another way.
 
     Args:
         verify: read and check whole files first, see `OpenCheckpoint.open`.
-        exclude: pattern of the names of parameters that stay as they are.
+        exclude: pattern of parameter names that are not loaded.
     """
 
     def is_unneeded(name: str) -> bool:
@@ -112,18 +112,18 @@ def load_weights_of_parts(
 
 
 def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
-    """Canonical name -> parameter or persistent buffer (the tensors themselves, not copies)."""
+    """Map canonical names to parameters and persistent buffers (the tensors, not copies)."""
     return {k: v for part in model_parts for k, v in get_model_state_dict(part).items()}
 
 
 def model_args(model: nn.Module) -> dict[str, Any]:
-    """The model's hyperparameters in the form that JSON gives back; empty if it has no `args`."""
+    """Return the model's hyperparameters as JSON would load them; empty without `args`."""
     return plain_args(getattr(model, "args", None))
 
 
 @dataclass
 class OpenCheckpoint:
-    """A complete checkpoint of ours whose files are all there."""
+    """A complete torchtitan checkpoint, all of whose files exist."""
 
     folder: StoragePath
     manifest: Manifest
@@ -133,14 +133,14 @@ class OpenCheckpoint:
     def open(
         cls, folder: StoragePath, group: dist.ProcessGroup | None, verify: bool = True
     ) -> OpenCheckpoint:
-        """All ranks of `group` call this together; None: this process opens it on its own.
+        """Open a checkpoint. All ranks of `group` call this; None: this process opens it alone.
 
         Args:
-            verify: read all files and check their checksums, each rank some of the files. Sizes
-                are checked in any case.
+            verify: read all files and check their checksums, with the files divided among the
+                ranks. Sizes are always checked.
 
         Raises:
-            DamagedCheckpointError: on all ranks: a file is missing, or not as it was written.
+            DamagedCheckpointError: on all ranks: a file is missing or has changed.
             OutageError: on all ranks: a file cannot be read.
         """
         manifest = on_rank_zero(lambda: Manifest.read_whole(folder), group)
@@ -169,14 +169,14 @@ class OpenCheckpoint:
         group: dist.ProcessGroup | None,
         is_unneeded: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        """Fill the parts of `state` ("model", "optimizer", ...) in place; other parts stay unread.
+        """Load the parts of `state` ("model", "optimizer", ...) in place; skip other parts.
 
         Args:
-            is_unneeded: name within a part -> whether `state` need not have it.
+            is_unneeded: name within a part -> whether `state` may lack it.
 
         Raises:
-            CheckpointError: a file is damaged, or keys or shapes do not fit. It says in which
-                hyperparameters `model` differs from the one that was saved.
+            CheckpointError: a file is damaged, or keys or shapes do not fit. The message lists the
+                hyperparameters in which `model` differs from the saved one.
             OutageError: a file cannot be read.
         """
         parts = set(state)
@@ -204,16 +204,16 @@ class OpenCheckpoint:
 
 
 def _share(manifest: Manifest, rank: int, ranks: int) -> list[str]:
-    """The files that a rank checks: the largest go to one rank each, the rest by turns."""
+    """Return the files that a rank checks, dealt out to the ranks by decreasing size."""
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
     return by_size[rank::ranks]
 
 
 def is_huggingface(path: StoragePath) -> bool:
-    """True for a Hugging Face folder, False for a checkpoint of ours.
+    """Return True for a Hugging Face folder, False for a torchtitan checkpoint.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: the folder is neither.
     """
     if (path / MANIFEST).is_file():
         return False
@@ -247,8 +247,8 @@ def _load_huggingface(
         return name in tied or is_unneeded(name)
 
     state = {name: t for name, t in model_state(model_parts).items() if not is_left_out(name)}
-    # A layer after the other, since what was taken apart, such as experts, is put together in new
-    # memory. Adapters may remember what they convert, so each layer has one of its own.
+    # One layer after another, since tensors that were split, such as experts, are joined in new
+    # memory. Adapters may keep what they convert, so each layer has its own adapter.
     layers = []
     for part in by_layer(state).values():
         adapter = adapter_of(model_parts[0], path)
@@ -263,13 +263,13 @@ def _load_huggingface(
         part, adapter, hf_part = layers.pop()
         converted = adapter.from_hf(hf_part)
         for name, tensor in part.items():
-            if name in converted or name not in buffers:  # files lack what belongs to training
+            if name in converted or name not in buffers:  # files lack buffers used only in training
                 tensor.copy_(converted[name])
         del converted, hf_part
 
 
 def by_layer(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tensors of each layer, and those of each other module."""
+    """Group tensors by layer, and the others by top-level module."""
     groups: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
         words = name.split(".")
@@ -281,9 +281,9 @@ def by_layer(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def wanted_keys(
     adapter: BaseStateDictAdapter, metadata: Metadata, is_left_out: Callable[[str], bool]
 ) -> set[str]:
-    """The tensors of a Hugging Face folder that the model must have a place for.
+    """Return the tensors of a Hugging Face folder that the model must have.
 
-    Adapters pass over what a file need not have: rotary frequencies, a copy of tied weights.
+    Adapters skip optional tensors: rotary frequencies and copies of tied weights.
     """
     wanted = set()
     entries: dict[str, Any] = metadata.state_dict_metadata
@@ -299,7 +299,7 @@ def wanted_keys(
 
 
 def check_copies(path: Path, metadata: Metadata, adapter: BaseStateDictAdapter) -> None:
-    """Raises `CheckpointError` if a tensor that the adapter leaves out is no copy of another."""
+    """Raise `CheckpointError` if a tensor that the adapter skips is no copy of another tensor."""
     files = files_of(metadata)
     for copy, first in adapter.copies().items():
         if not {copy, first} <= files.keys():
@@ -320,7 +320,7 @@ def check_copies(path: Path, metadata: Metadata, adapter: BaseStateDictAdapter) 
 
 
 def check_hf_config(path: Path, model: nn.Module) -> None:
-    """Raises `CheckpointError` if the `config.json` in `path` is not that of `model`."""
+    """Raise `CheckpointError` if the `config.json` in `path` describes another model."""
     from .huggingface import check_same_model
 
     args = getattr(model, "args", None)
@@ -329,19 +329,19 @@ def check_hf_config(path: Path, model: nn.Module) -> None:
 
 
 def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
-    """The adapter in the `TrainSpec` of the model's class; `path` is the folder it is for.
+    """Return the adapter in the `TrainSpec` of the model's class, for the folder `path`.
 
-    Of several, that of the most derived class; then of the model's own kind of args; then the one
-    that was registered last, since users register after us.
+    If there are several, prefer the most derived class, then the model's own type of args, then the
+    one registered last, since users register after us.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no adapter.
     """
     found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
     for order, (name, factory) in enumerate(MODEL_REGISTRY.items()):
         try:
             spec = factory(next(iter(model_flavors(name)), ""))
-        except (KeyError, ConfigError):  # a factory that does not tell its flavors
+        except (KeyError, ConfigError):  # a factory whose flavors are unknown
             continue
         if isinstance(model, spec.model_cls) and spec.state_dict_adapter is not None:
             same_args = isinstance(cast(Any, model.args), type(spec.model_args))
@@ -357,15 +357,15 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
 
 
 def buffer_names(model_parts: list[nn.Module]) -> set[str]:
-    """What is no parameter, such as a router's bias; see `dtype_of_copy`."""
+    """Return the names of buffers, such as a router's bias; see `dtype_of_copy`."""
     return {canonical_name(name) for part in model_parts for name, _ in part.named_buffers()}
 
 
 def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) -> torch.dtype:
-    """What a tensor is written in, where weights are to be of `dtype`; None: as they are.
+    """Return the dtype to save a tensor in if weights are saved in `dtype`; None: unchanged.
 
-    Buffers are not rounded: the bias of DeepSeek-V3's router moves by 0.001 a step, which bfloat16
-    does not resolve, and `transformers` keeps it in float32.
+    Buffers are not rounded: the bias of DeepSeek-V3's router changes by 0.001 per step, which
+    bfloat16 does not resolve, and `transformers` keeps it in float32.
     """
     if dtype is None or not own.is_floating_point:
         return own
@@ -373,12 +373,12 @@ def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) 
 
 
 def tied_names(model_parts: list[nn.Module]) -> set[str]:
-    """Second names of parameters that have two: Hugging Face files hold them once."""
+    """Return the second names of tied parameters, which Hugging Face files hold only once."""
     return {name for part in model_parts for name in first_names(part)}
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Second name of each parameter that has two -> its first name."""
+    """Map the second name of each tied parameter to its first name."""
     first = {id(param): canonical_name(name) for name, param in model.named_parameters()}
     names = {
         canonical_name(name): first[id(param)]

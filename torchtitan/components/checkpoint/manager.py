@@ -1,4 +1,4 @@
-"""Saves and resumes the whole state of a run."""
+"""Save and resume the whole state of a run."""
 
 from __future__ import annotations
 
@@ -54,31 +54,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 
 SAVE_TIMEOUT = timedelta(hours=2)
-"""For one rank to write or read its files, or rank 0 to prune, while the others wait. A file server
-that another takes over from, or a busy one, may take far longer than a step of training."""
+"""Timeout while one rank writes or reads its files, or rank 0 prunes. A busy file server, or a
+failover to another, may take far longer than a training step."""
 
 
 class CheckpointManager:
     """Saves every `checkpoint.interval` steps, and resumes from the newest checkpoint.
 
-    A checkpoint does not depend on the layout: it can be resumed on another number of ranks and
-    with other degrees of parallelism. All ranks call each method together.
+    Checkpoints do not depend on the layout: a run can resume on another number of ranks and with
+    other degrees of parallelism. All ranks call each method together.
 
     Args:
         job_config: sections `checkpoint`, `job`, `model` and `training`.
         model_parts: this rank's parts of the model (one, without pipeline parallelism).
-        optimizers: an iterable of optimizers. Its `state_dict()` is flat, and keyed by parameter
+        optimizers: an iterable of optimizers whose `state_dict()` is flat and keyed by parameter
             name.
-        lr_schedulers: as it is after `steps` steps of the optimizers.
-        dataloader: its `state_dict()` is `{"rows": [rows of this rank, k] int64}`; what it loads
-            has also the `seq_len` that they were saved with, or None where that is not known, and
-            `described`, what `describe` told then, without what is not known. If it has `describe`
-            and `begin_at`, as `DataLoader`, these are called. Where its `has_conversations` is
+        lr_schedulers: the schedule, in the state after the optimizer steps done.
+        dataloader: its `state_dict()` returns `{"rows": [rows of this rank, k] int64}`. The state
+            passed to `load_state_dict` also has the `seq_len` of the run that saved it (None if
+            unknown), and `described`, the result of its `describe` as far as known. `describe`
+            and `begin_at` are called if present, as in `DataLoader`. If `has_conversations` is
             true, exports have a chat template.
         train_state: the trainer's own counters.
         dp_mesh: the data ranks, `world_mesh["dp"]`.
-        guard: the state of the numerical guard, where there is one. Checkpoints need not have it.
-        tokenizer: that the model reads by, or None.
+        guard: state of the numerical guard, if there is one. Checkpoints may lack it.
+        tokenizer: tokenizer of the model, or None.
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class CheckpointManager:
             job_config, getattr(model_parts[0], "args", None), tokenizer
         )
         self._lineage: list[StoragePath] = []
-        """What this run resumed from and has saved, to which it can go back."""
+        """Checkpoints that this run resumed from or saved, and can roll back to."""
         self._damaged: set[str] = set()
         """Names of checkpoints that were found to be damaged."""
-        # All ranks are here, or this ends by the timeout of training: the new group's is its own.
+        # Wait here for all ranks, with the timeout of training: the new group's timeout is longer.
         dist.all_reduce(torch.zeros(1))
-        # Of its own, so that background saves do not get between the collectives of training.
+        # A separate group, so that background saves do not mix with the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._final_export = FinalExport(
             job_config, model_parts, dataloader, tokenizer, self._root, self._claim, self._group
@@ -132,25 +132,24 @@ class CheckpointManager:
         """Step of the last checkpoint that this process saved and completed."""
 
     def is_due(self, step: int, last: bool = False) -> bool:
-        """Whether `save` would save."""
+        """Return whether `save` would save."""
         return self._config.enable and (last or step % self._config.interval == 0)
 
     def save(self, step: int, last: bool = False) -> None:
-        """Save the state after `step` steps if it is time to. Call it after every step.
+        """Save the state after `step` steps if it is due. Call this after every step.
 
-        A failed save leaves the older checkpoints as they are; it is logged, and training goes on.
+        A failed save leaves older checkpoints intact; it is logged, and training continues.
 
         Args:
             step: optimizer steps done.
-            last: the run ends here, as planned or because it was told to stop: save in any case,
-                and wait for it. Only a planned end is saved as an export
+            last: the run ends here, as planned or because it was stopped: always save, and wait for
+                the save. Only a planned end is saved as an export
                 (`checkpoint.last_save_model_only`, `checkpoint.last_save_in_hf`), since a stopped
-                run is to be resumed.
+                run will be resumed.
 
         Raises:
             CheckpointError: on all ranks: the last save failed, or another run saves there now.
-            OutageError: on all ranks: the last save failed, and may not when the run is started
-                again.
+            OutageError: on all ranks: the last save failed, but may succeed after a restart.
         """
         if self._background.done:
             self.wait()
@@ -167,7 +166,7 @@ class CheckpointManager:
         state = self._state.export() if export else self._state.state_dict()
         data = self._state.describe_data()
         if export:
-            data.pop("sources", None)  # in which it has no place
+            data.pop("sources", None)  # an export has no position in them
         manifest = Manifest(step, export, self._model_description, data)
         folder = step_folder(self._root, step)
         writer = CheckpointWriter(
@@ -198,7 +197,7 @@ class CheckpointManager:
             self._final_export.save(step)
 
     def wait(self) -> None:
-        """Wait for the save in the background, if there is one."""
+        """Wait for the background save, if there is one."""
         step = self._background.step
         if step is None:
             return
@@ -218,13 +217,13 @@ class CheckpointManager:
         self.last_saved = step
 
     def close(self, timeout: float | None = None) -> bool:
-        """Finish what is under way. Call it at the end of the run.
+        """Finish the save in progress. Call this at the end of the run.
 
         Args:
-            timeout: seconds to wait for a save in the background; None: as long as it takes.
+            timeout: seconds to wait for a background save; None: as long as it takes.
 
         Returns:
-            False if that save goes on: it may wait for a rank that is gone.
+            False if that save still runs: it may wait for a rank that is gone.
         """
         if timeout is not None and not self._background.wait(timeout):
             return False
@@ -234,7 +233,10 @@ class CheckpointManager:
         return True
 
     def newest(self) -> StoragePath | None:
-        """What this run has saved last, or else resumed from. The storage is not asked."""
+        """Return the checkpoint that this run saved last, or else resumed from.
+
+        Does not access the storage.
+        """
         if self._background.completed is not None:
             return step_folder(self._root, self._background.completed)
         return self._lineage[-1] if self._lineage else None
@@ -242,23 +244,23 @@ class CheckpointManager:
     def load(self) -> int:
         """Resume, or else start from the weights in `checkpoint.initial_load_path` if it is set.
 
-        With `checkpoint.initial_load_in_hf`, these are in a Hugging Face folder, by default that
-        of the tokenizer. A damaged checkpoint is passed over with a warning, for the newest good
-        one. If that is of the last step, and the Hugging Face folder of `last_save_in_hf` is not
-        there, it is saved now.
+        With `checkpoint.initial_load_in_hf`, the weights are in a Hugging Face folder, by default
+        the tokenizer's. Damaged checkpoints are skipped with a warning, in favor of the newest good
+        one. If that is of the last step, and the Hugging Face folder of `last_save_in_hf` is
+        missing, the folder is saved now.
 
-        `load_step` and `exclude_from_loading` count once, also over the restarts of a run.
+        `load_step` and `exclude_from_loading` apply once, also across restarts of a run.
 
         Returns:
             The number of steps done when the checkpoint was saved; 0 for a new run.
 
         Raises:
-            CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged, all
-                checkpoints are damaged, or the one to resume from is an export or does not fit the
-                model or the batch size, or the folder of checkpoints cannot be written, or is not
-                the same on all hosts.
-            OutageError: on all ranks: one cannot be read, which does not count as damage, or the
-                folder cannot be written now.
+            CheckpointError: on all ranks: `checkpoint.load_step` does not exist or is damaged; all
+                checkpoints are damaged; the one to resume from is an export, or does not fit the
+                model or the batch size; or the folder of checkpoints is not writable, or not the
+                same on all hosts.
+            OutageError: on all ranks: a checkpoint cannot be read, which does not count as damage,
+                or the folder cannot be written now.
         """
         step = self._load_first()
         if self._config.enable:
@@ -298,21 +300,21 @@ class CheckpointManager:
         return 0
 
     def roll_back(self, exclude: Collection[str] = ()) -> int | None:
-        """Go back, in the middle of a run, to the newest good checkpoint.
+        """Go back to the newest good checkpoint in the middle of a run.
 
-        It is one that the run has saved, after what is saved in the background, or that from which
-        it resumed. So it does not matter what another run has left in the folder.
+        This is one that the run has saved (after waiting for a background save) or resumed from, so
+        checkpoints of other runs in the folder do not matter.
 
         Args:
-            exclude: parts of the state that stay as they are, `"dataloader"` for example.
+            exclude: parts of the state to leave unchanged, `"dataloader"` for example.
 
         Returns:
-            The number of steps done when it was saved; None, and nothing is changed, if there is
-            no checkpoint.
+            The number of steps done when the checkpoint was saved; None, without any change, if
+            there is no checkpoint.
 
         Raises:
-            CheckpointError: on all ranks: all of them are damaged.
-            OutageError: on all ranks: one cannot be read.
+            CheckpointError: on all ranks: all checkpoints are damaged.
+            OutageError: on all ranks: a checkpoint cannot be read.
         """
         self.wait()
         lineage = self._lineage[::-1]
@@ -326,9 +328,9 @@ class CheckpointManager:
     def _resume_first_good(
         self, folders: Iterable[StoragePath], exclude: Collection[str] | None
     ) -> int | None:
-        """The step of the first that is not damaged; None if there are none at all.
+        """Resume from the first undamaged checkpoint; return its step, or None without folders.
 
-        `exclude`: parts that stay as they are; None: those of the config, if these still count.
+        `exclude`: parts to leave unchanged; None: those of the config, if they still apply.
         """
         damaged: list[str] = []
         for folder in folders:
@@ -382,7 +384,7 @@ class CheckpointManager:
         except CheckpointError as error:
             if not note or isinstance(error, DamagedCheckpointError):
                 raise
-            # It may say to set what is set, and does not count any more.
+            # The error may advise a setting that is already set but no longer applies.
             raise CheckpointError(f"{error}. {note}") from error
         if anew:
             self._state.begin_data(0 if "train_state" in exclude else checkpoint.manifest.step)
@@ -397,22 +399,22 @@ class CheckpointManager:
         return checkpoint.manifest.step
 
     def replica_state(self) -> dict[str, Any]:
-        """What replica groups have in common: all but the place in the data. Not copies."""
+        """Return the state that replica groups share (not copies): all but the data position."""
         return self._state.state_dict(exclude=("dataloader",))
 
     def load_replica_state(self, state: dict[str, Any]) -> None:
-        """Take over a `replica_state`, whose model is already in place."""
+        """Load a `replica_state`, whose model is already in place."""
         self._state.load_state_dict(state)
 
     def _clean_up(self, step: int, failure: CheckpointException) -> tuple[str, Exception]:
-        """Remove what a failed save has written. Returns what to tell the user, and the error."""
+        """Remove the files of a failed save; return a message for the user, and the error."""
         error = first_failure(failure)
         if not isinstance(error, Exception):
             raise error
-        if isinstance(error, TakenOverError):  # whose files they are is not known
+        if isinstance(error, TakenOverError):  # the files may belong to the other run
             raise error from None
         if dist.get_rank() == 0:
-            with suppress(Exception):  # the next save will delete it
+            with suppress(Exception):  # the next save will delete them
                 delete_unfinished(step_folder(self._root, step))
         newest = self.newest()
         message = (

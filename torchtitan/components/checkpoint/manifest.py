@@ -1,6 +1,6 @@
-"""`manifest.json`: what a checkpoint holds, and by which a damaged one is known.
+"""Read and write `manifest.json`, which describes a checkpoint and reveals damage.
 
-It is written last. It has the size and checksum of each other file, and its own checksum.
+It is written last, and has the size and checksum of each other file, and its own checksum.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _as_text(fields: dict[str, Any]) -> bytes:
 
 
 def _checkpoints_below(folder: StoragePath) -> list[StoragePath]:
-    """The checkpoints in a folder: that of a run, or its folder of checkpoints."""
+    """Return the checkpoints in a folder, which is a run's or its folder of checkpoints."""
     if not isinstance(folder, Path):
         return []
     found = [*folder.glob("step-*/" + MANIFEST), *folder.glob("*/step-*/" + MANIFEST)]
@@ -44,25 +44,25 @@ def _checkpoints_below(folder: StoragePath) -> list[StoragePath]:
 
 @dataclass
 class Manifest:
-    """What a checkpoint holds."""
+    """Description of a checkpoint."""
 
     step: int
     """Optimizer steps done."""
     model_only: bool
-    """Weights alone: an export, which cannot resume a run."""
+    """Whether it holds weights alone: an export, from which a run cannot resume."""
     model: dict[str, Any]
     """`name`, `flavor`, `args` (the model's hyperparameters) and the tokenizer, see
     `model_identity.describe_model`."""
     data: dict[str, Any] = field(default_factory=dict)
-    """`sources`, see `DataLoader.describe`, not in exports, and `has_conversations`. Old
+    """`has_conversations` and, except in exports, `sources`, see `DataLoader.describe`. Old
     checkpoints may lack both, or the `lanes` of sources."""
     saved_at: str = ""
-    """Time of completion: UTC, ISO 8601. Sorts as text. See `folder.SaveTimes`."""
+    """Time of completion: UTC, ISO 8601, sortable as text. See `folder.SaveTimes`."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     """Name of each other file -> its size and checksum."""
 
     def write(self, folder: StoragePath) -> None:
-        """Complete the checkpoint in `folder`, whose `files` are on the disk."""
+        """Complete the checkpoint in `folder`, whose `files` are on disk."""
         self.saved_at = self.saved_at or time_after("")
         fields = dataclasses.asdict(self) | _NO_CHECKSUM
         own = {"crc32": f"{zlib.crc32(_as_text(fields)):08x}"}
@@ -70,7 +70,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: StoragePath) -> Manifest:
-        """Raises `DamagedCheckpointError` if it is missing or not as it was written."""
+        """Read a manifest. Raises `DamagedCheckpointError` if it is missing or has changed."""
         path = folder / MANIFEST
         try:
             text = read_again(path, path.read_bytes)
@@ -101,23 +101,23 @@ class Manifest:
 
     @classmethod
     def read_whole(cls, folder: StoragePath) -> Manifest:
-        """As `read`, and `check_sizes`."""
+        """Read a manifest and check the sizes of its files."""
         manifest = cls.read(folder)
         manifest.check_sizes(folder)
         return manifest
 
     @property
     def is_converted(self) -> bool:
-        """`torchtitan convert from-hf` wrote it."""
+        """Whether `torchtitan convert from-hf` wrote the checkpoint."""
         return self.model_only and self.step == 0
 
     @property
     def nbytes(self) -> int:
-        """Size of all files but the manifest."""
+        """Total size in bytes of all files except the manifest."""
         return sum(record.size for record in self.files.values())
 
     def check_sizes(self, folder: StoragePath) -> None:
-        """Raises `DamagedCheckpointError` for a file that is missing or has another size."""
+        """Raise `DamagedCheckpointError` if a file is missing or has another size."""
         sizes = sizes_in(folder)
         for name, record in self.files.items():
             if name not in sizes:
@@ -131,7 +131,7 @@ class Manifest:
                 )
 
     def damaged_files(self, folder: StoragePath) -> list[str]:
-        """What is wrong with each file that is not as it was written, or cannot be read."""
+        """Return a problem for each file that has changed or cannot be read."""
 
         def problem(name: str) -> str:
             try:
@@ -144,7 +144,7 @@ class Manifest:
             return [text for text in threads.map(problem, self.files) if text]
 
     def check_contents(self, folder: StoragePath, names: Iterable[str]) -> None:
-        """Read the files `names`. Raises `DamagedCheckpointError` for one that has changed."""
+        """Read the files `names`; raise `DamagedCheckpointError` if one has changed."""
         for name in names:
             path = folder / name
             try:
@@ -171,20 +171,20 @@ class Manifest:
 
 
 def time_after(earlier: str) -> str:
-    """Now, as `Manifest.saved_at`; where the clock is behind `earlier`, just after that."""
+    """Return the current time as `Manifest.saved_at`, but at least just after `earlier`."""
     now = datetime.now(UTC)
-    with suppress(ValueError, TypeError, OverflowError):  # it is no time
+    with suppress(ValueError, TypeError, OverflowError):  # `earlier` is no time
         now = max(now, datetime.fromisoformat(earlier) + timedelta(microseconds=1))
     return now.isoformat(timespec="microseconds")
 
 
 def records_of(folder: StoragePath) -> dict[str, FileRecord]:
-    """The records of all files in `folder`, each of which is read."""
+    """Read all files in `folder` and return their records."""
     return {name: FileRecord.of(folder / name) for name in sorted(sizes_in(folder))}
 
 
 def plain_args(args: Any) -> dict[str, Any]:
-    """A model's hyperparameters in the form that JSON gives back; empty if it has no dataclass."""
+    """Return a model's hyperparameters as JSON would load them; empty if `args` is no dataclass."""
     has_fields = dataclasses.is_dataclass(args) and not isinstance(args, type)
     plain = dataclasses.asdict(args) if has_fields else {}
     return json.loads(json.dumps(plain, default=str))
@@ -193,7 +193,7 @@ def plain_args(args: Any) -> dict[str, Any]:
 def nested_differences(
     saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """The dotted name of each value in which two nested dicts differ, and both; None: absent."""
+    """Yield the dotted name of each value that differs, and both values; None: absent."""
     for name in dict.fromkeys([*saved, *current]):
         a, b = saved.get(name), current.get(name)
         if isinstance(a, dict) and isinstance(b, dict):

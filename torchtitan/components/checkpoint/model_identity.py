@@ -1,4 +1,4 @@
-"""Whether runs train the same model: what a manifest says of it, and how two of these differ."""
+"""Describe a run's model for the manifest, and compare two descriptions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _WITH_BUFFERS = ("aux_loss_weight", "use_bias")
 
 
 def describe_model(job_config: JobConfig, args: Any, tokenizer: Any) -> dict[str, Any]:
-    """What a manifest says of the model, as JSON gives it back.
+    """Return the manifest's description of the model, as JSON would load it.
 
-    Of a tokenizer of an author's, `own_tokenizer` tells.
+    A custom tokenizer is described under `own_tokenizer`.
     """
     path = path_of(tokenizer)
     described = {
@@ -42,11 +42,11 @@ def describe_model(job_config: JobConfig, args: Any, tokenizer: Any) -> dict[str
 def model_differences(
     saved: dict[str, Any], current: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Each field in which two descriptions are of another model, its old and new value.
+    """Yield each field in which two descriptions differ as models, with its old and new value.
 
-    How attention is computed and how strongly a router is balanced make no other model. Whether it
-    is, does: checkpoints have buffers for it. Of a tokenizer, its files count and not the place
-    where they are.
+    The attention kernel and the strength of a router's balancing do not make another model. Whether
+    the router is balanced does, since checkpoints then have buffers for it. Tokenizers are compared
+    by the contents of their files, not their location.
     """
     for name in ("name", "flavor"):
         if saved.get(name) != current[name]:
@@ -66,7 +66,7 @@ def _absolute(tokenizer: str) -> str:
 
 
 def _tokenizer_digest(tokenizer: str) -> str:
-    """Digest of the files that make a tokenizer; "" where there are none."""
+    """Return the digest of a tokenizer's files; "" if there are none."""
     if tokenizer in ("", "bytes"):
         return ""
     digest = hashlib.sha256()

@@ -1,9 +1,9 @@
-"""One run at a time saves into a folder of checkpoints.
+"""Ensure that only one run at a time saves into a folder of checkpoints.
 
-A run that is started again takes the folder over. It can't ask the run before, which may live on
-where nobody hears of it, on a host that the network has lost. So each run leaves its name in the
-folder, and one that finds another name there, before it begins or completes a checkpoint, ends.
-If torchrun then starts it again, it does not take back what the other has.
+A restarted run takes over the folder. It cannot ask the previous run, which may still be alive on a
+host that has lost its network. So each run leaves its name in the folder. A run that finds another
+name there before it begins or completes a checkpoint ends. If torchrun then restarts it, it does
+not take the folder back.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .storage import StoragePath, make_folder, write_durably
 
 OWNER = ".owner.json"
 SEEN_AFTER = (0.5, 2.0, 5.0, 15.0, 40.0)
-"""Seconds after the first look, the second, and so on: an NFS client may remember for a minute what
-was in a folder (acdirmax, nfs(5))."""
+"""Seconds to wait after each look. An NFS client may cache a folder's contents for a minute
+(acdirmax, nfs(5))."""
 
 
 class TakenOverError(CheckpointError):
@@ -40,24 +40,24 @@ class TakenOverError(CheckpointError):
 
 @dataclass(frozen=True)
 class Owner:
-    """A run, as it leaves its name in the folder of its checkpoints."""
+    """The name that a run leaves in the folder of its checkpoints."""
 
     job: str
-    """Name of the job: the same each time that torchrun starts the ranks again."""
+    """Id of the job, the same each time that torchrun restarts the ranks."""
     start: str
-    """Name of this start of the job: another one each time."""
+    """Id of this start of the job, new each time."""
     folder: str
-    """Folder of the checkpoints. A copy of it belongs to nobody."""
+    """Folder of the checkpoints, so that a copy of the folder has no owner."""
     host: str
     pid: int
-    """Process number of rank 0."""
+    """Process id of rank 0."""
     process: str
-    """Boot and start time of that process, since numbers are used again."""
+    """Boot id and start time of that process, since process ids are reused."""
     since: str
 
     @classmethod
     def new(cls, folder: StoragePath, job: str = "") -> Owner:
-        """This process."""
+        """Return the owner for this process."""
         return cls(
             job=job or uuid4().hex,
             start=uuid4().hex,
@@ -70,10 +70,10 @@ class Owner:
 
     @classmethod
     def of(cls, folder: StoragePath) -> Owner | None:
-        """The run that saves into `folder`, or did; None if that is not known.
+        """Return the run that saves or saved into `folder`; None if unknown.
 
         Raises:
-            OutageError: it cannot be read.
+            OutageError: the file cannot be read.
         """
         path = folder / OWNER
         try:
@@ -83,11 +83,11 @@ class Owner:
 
     @property
     def place(self) -> tuple[str, str, int, str]:
-        """Where the job has its rank 0."""
+        """The job and the process of its rank 0."""
         return self.job, self.host, self.pid, self.process
 
     def works_in(self, folder: StoragePath) -> bool:
-        """Whether it is known to, as another process of this machine that is alive."""
+        """Return whether it is another live process of this machine that saves into `folder`."""
         return (
             self.pid != os.getpid()
             and self.folder == _absolute(folder)
@@ -100,25 +100,26 @@ class Owner:
 
 
 class Claim:
-    """This run's claim to the folder of its checkpoints. For rank 0 alone.
+    """This run's claim to the folder of its checkpoints. For rank 0 only.
 
     Args:
-        folder: that of the checkpoints.
-        store: what earlier starts of the same job have left, and later ones will find.
+        folder: the folder of checkpoints.
+        store: store shared by all starts of the same job, earlier and later.
     """
 
     def __init__(self, folder: StoragePath, store: dist.Store | None = None) -> None:
         self._folder = folder
         self._store = store or dist.HashStore()
         self._owner: Owner | None = None
-        self._key = f"owner/{_absolute(folder)}"  # of `Owner.job`, once the job has had the folder
+        self._key = f"owner/{_absolute(folder)}"  # holds `Owner.job` once the job has taken it
 
     def take(self) -> Owner:
-        """Take the folder over from the run before, if there was one. Returns the name left there.
+        """Take the folder over from the previous run, if any; return the name left in it.
 
         Raises:
-            TakenOverError: it has been this job's, and another has taken it.
-            CheckpointError: it cannot be written; `OutageError`: not now.
+            TakenOverError: the folder was this job's, and another job has taken it.
+            CheckpointError: the folder is not writable.
+            OutageError: the folder cannot be written now.
         """
         job = self._store.get(self._key).decode() if self._store.check([self._key]) else ""
         there = Owner.of(self._folder)
@@ -135,17 +136,17 @@ class Claim:
         return owner
 
     def check(self) -> None:
-        """Take the folder, the first time or if somebody has deleted it.
+        """Check the claim; take the folder if this is the first call or the claim was deleted.
 
         Raises:
-            TakenOverError: another run has taken it since.
-            OutageError: it cannot be read who has.
+            TakenOverError: another run has taken the folder since.
+            OutageError: the owner cannot be read.
         """
         there = Owner.of(self._folder)
         if self._owner is None or there is None:
             self.take()
         elif there.start != self._owner.start and there.place != self._owner.place:
-            # Not if it is its own, written by an attempt that seemed to fail.
+            # The same place means this run's own claim, written by an attempt that seemed to fail.
             raise self._taken_over(there)
 
     def _taken_over(self, by: Owner) -> TakenOverError:
@@ -157,12 +158,12 @@ class Claim:
 
 
 def require_shared(folder: StoragePath, claim: Claim, group: dist.ProcessGroup) -> None:
-    """Take `claim` on `folder`, and see that each rank finds rank 0's name in it.
+    """Take `claim` on `folder`, and check that each rank finds rank 0's name in it.
 
-    Where hosts have a folder each of that name, no save would come to its end.
+    If each host had its own folder of that name, no save would ever complete.
 
     Raises:
-        CheckpointError: on all ranks: one does not find it; or see `Claim.take`.
+        CheckpointError: on all ranks: a rank does not find the name; or see `Claim.take`.
     """
     owner = on_rank_zero(claim.take, group)
     if not isinstance(folder, Path):
@@ -180,14 +181,14 @@ def require_shared(folder: StoragePath, claim: Claim, group: dist.ProcessGroup) 
     try:
         on_all_ranks(look, group)
     except CheckpointError:
-        on_rank_zero(claim.check, group)  # another run may have taken it since
+        on_rank_zero(claim.check, group)  # another run may have taken the folder since
         raise
 
 
 def _finds(folder: Path, owner: Owner) -> bool:
     for seconds in (*SEEN_AFTER, None):
         with suppress(OSError):
-            os.listdir(folder)  # NFS asks the server then what has changed
+            os.listdir(folder)  # makes NFS ask the server for changes
         there = Owner.of(folder)
         if there is not None and there.start == owner.start:
             return True
@@ -197,7 +198,7 @@ def _finds(folder: Path, owner: Owner) -> bool:
 
 
 def refuse_live_owner(folder: StoragePath) -> None:
-    """Raises `CheckpointError` if another run on this machine saves into `folder`."""
+    """Raise `CheckpointError` if another run on this machine saves into `folder`."""
     owner = Owner.of(folder)
     if owner is not None and owner.works_in(folder):
         raise CheckpointError(
@@ -207,7 +208,7 @@ def refuse_live_owner(folder: StoragePath) -> None:
 
 
 def _write(folder: StoragePath, owner: Owner) -> None:
-    """Write the owner, so that it is there as a whole or not at all."""
+    """Write the owner file atomically."""
     content = json.dumps(asdict(owner), indent=1).encode() + b"\n"
     if not isinstance(folder, Path):
         folder.mkdir()
@@ -224,13 +225,13 @@ def _absolute(folder: StoragePath) -> str:
 
 
 def _process(pid: int) -> str:
-    """When machine and process started, as Linux says; "" if it is not alive, or not known.
+    """Return boot id and start time of a process on Linux; "" if it is dead or unknown.
 
-    Source: proc_pid_stat(5). The state is the field after the name, which may have spaces.
+    Source: proc_pid_stat(5). The state is the field after the name, which may contain spaces.
     """
     with suppress(OSError, IndexError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        if state not in ("Z", "X"):  # it has ended
+        if state not in ("Z", "X"):  # zombie or dead
             return f"{boot} {fields[18]}"
     return ""

@@ -1,6 +1,6 @@
-"""Reads checkpoints of ours and Hugging Face safetensors, each rank only the slices that it needs.
+"""Read torchtitan checkpoints and Hugging Face safetensors; each rank reads only its slices.
 
-Nothing that is read can run code: of pickle, only plain data passes.
+Reading cannot run code from a file: pickles may contain only plain data.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ EXCLUDABLE_PARTS = get_args(ExcludablePart)
 
 
 class CheckpointReader(dcp.FileSystemReader):
-    """Reads the files of a checkpoint of ours. An error names the file.
+    """Reads the files of a torchtitan checkpoint. Errors name the file.
 
     Args:
         folder: the `step-N` folder.
-        metadata: which tensor is where, from `read_metadata`.
+        metadata: locations of the tensors, from `read_metadata`.
     """
 
     path: StoragePath
@@ -83,17 +83,17 @@ class CheckpointReader(dcp.FileSystemReader):
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
         if not isinstance(self.path, RemotePath):
             return super()._slice_file(file, sinfo)
-        # Each jump within a remote file, of which `torch.load` makes several, is a request, which
-        # reads ahead what is not used.
+        # `torch.load` seeks several times. In a remote file, each seek is a request that reads
+        # ahead more than needed.
         file.seek(sinfo.offset)
         return BytesIO(file.read(sinfo.length))
 
     def read_tensor(self, key: str) -> torch.Tensor:
-        """A whole tensor, as it was saved. Beside it, no more than one saved shard is in memory.
+        """Return a whole tensor as it was saved, holding at most one saved shard besides it.
 
         Raises:
             CheckpointError: a file is damaged.
-            OutageError: it cannot be read.
+            OutageError: a file cannot be read.
         """
         entry: Any = self._metadata.state_dict_metadata[key]
         whole: Any = None
@@ -110,7 +110,7 @@ class CheckpointReader(dcp.FileSystemReader):
         return whole
 
     def read_plain(self, key: str) -> Any:
-        """A value that is no tensor. Raises as `parse_again`."""
+        """Return a value that is not a tensor. Raises the errors of `parse_again`."""
         info = self._metadata.storage_data[MetadataIndex(key)]
         path = self.path / info.relative_path
         return parse_again(path, partial(self._read_stored, path, info))
@@ -121,7 +121,7 @@ class CheckpointReader(dcp.FileSystemReader):
 
 
 class SafetensorsReader(CheckpointReader):
-    """Reads the files of a Hugging Face folder. Metadata: from `read_safetensors_metadata`."""
+    """Reads the files of a Hugging Face folder; `metadata` is from `read_safetensors_metadata`."""
 
     path: Path
 
@@ -136,15 +136,15 @@ class SafetensorsReader(CheckpointReader):
 
 
 class ExactLoadPlanner(dcp.DefaultLoadPlanner):
-    """Accepts a checkpoint only if it has the keys and shapes of the state to be filled.
+    """Accepts a checkpoint only if it has the keys and shapes of the state to load.
 
-    Rank 0, to which PyTorch sends the plans of all ranks, gets empty ones: each knows by itself
-    what to read.
+    PyTorch sends the plans of all ranks to rank 0. Here these are empty, since each rank knows by
+    itself what to read.
 
     Args:
         folder: for messages.
-        is_wanted: says of a key of the checkpoint whether it has to be read by some rank.
-        group: the ranks that load, with the same `metadata`; None: there is one.
+        is_wanted: returns whether some rank must read a key of the checkpoint.
+        group: the ranks that load, with the same `metadata`; None: a single process.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         return LoadPlan([])
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        # All ranks come here, or none, so none waits for another in vain.
+        # Either all ranks get here or none, so the all-reduce cannot hang.
         metadata = cast(Metadata, self.metadata)
         own = {item.dest_index.fqn for item in self._own.items}
         keys = list(metadata.state_dict_metadata)
@@ -178,7 +178,7 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         return self._own
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        # The base class would run any code in it, so it gets a copy of what plain data there is.
+        # The base class would run any code in the pickle, so pass it a copy of the plain data.
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError:
@@ -196,14 +196,14 @@ def read_state(
     is_wanted: Callable[[str], bool],
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Fill `state` (nested dicts of tensors, DTensors and plain values) in place.
+    """Load `state` (nested dicts of tensors, DTensors and plain values) in place.
 
-    All ranks of `group` call this together; with None, this process reads on its own.
+    All ranks of `group` call this together; with None, this process reads alone.
 
     Raises:
-        CheckpointError: on all ranks, if on any of them something is damaged or does not fit.
-        OutageError, MemoryError, OutOfMemoryError, AcceleratorError: likewise, if something cannot
-            be read though it may be good.
+        CheckpointError: on all ranks: on some rank, a file is damaged or does not fit.
+        OutageError, MemoryError, OutOfMemoryError, AcceleratorError: on all ranks: a file cannot be
+            read, though it may be good.
     """
     planner = ExactLoadPlanner(reader.path, is_wanted, group)
     try:
@@ -224,16 +224,16 @@ def read_state(
 
 
 def files_of(metadata: Metadata) -> dict[str, str]:
-    """Key -> the file that has it, or its last part."""
+    """Map each key to the file that holds it, or the last of several."""
     return {index.fqn: at.relative_path for index, at in metadata.storage_data.items()}
 
 
 class MisfitError(CheckpointError):
-    """A checkpoint has other keys or shapes than what is to be read."""
+    """A checkpoint has other keys or shapes than the state to load."""
 
 
 def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[str, Any]) -> None:
-    """Raises `MisfitError` if the checkpoint lacks a key of `state`, or has other shapes."""
+    """Raise `MisfitError` if the checkpoint lacks a key of `state` or has other shapes."""
     saved: dict[str, Any] = metadata.state_dict_metadata
     missing = [key for key in state if key not in saved]
     if missing:
@@ -253,7 +253,7 @@ def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[s
 def check_no_more(
     folder: StoragePath, metadata: Metadata, read: Collection[str], is_wanted: Callable[[str], bool]
 ) -> None:
-    """Raises `MisfitError` if a key that has to be read is not among those that are."""
+    """Raise `MisfitError` if a wanted key is not read."""
     keys = metadata.state_dict_metadata
     unread = [key for key in keys if key not in read and is_wanted(key)]
     if unread:
@@ -263,11 +263,11 @@ def check_no_more(
 
 
 def read_metadata(folder: StoragePath) -> Metadata:
-    """Which tensor is where in a checkpoint of ours.
+    """Return the locations of the tensors in a torchtitan checkpoint.
 
     Raises:
-        DamagedCheckpointError: the file that says so is missing or damaged.
-        OutageError: it cannot be read.
+        DamagedCheckpointError: the metadata file is missing or damaged.
+        OutageError: the metadata file cannot be read.
     """
     path = folder / ".metadata"
     metadata = parse_again(path, lambda: _PlainDataUnpickler(BytesIO(path.read_bytes())).load())
@@ -277,7 +277,7 @@ def read_metadata(folder: StoragePath) -> Metadata:
 
 
 class _PlainDataUnpickler(pickle.Unpickler):
-    """Makes only the classes that checkpoint metadata consists of."""
+    """Unpickles only the classes that checkpoint metadata consists of."""
 
     _ALLOWED = frozenset(
         {
@@ -307,17 +307,19 @@ class _PlainDataUnpickler(pickle.Unpickler):
 
 
 def _enum_member(owner: type, name: str) -> Any:
-    """What `getattr` is asked for: Python 3.11 to 3.11.3 pickle members of an enum by name."""
+    """Stand in for `getattr`, by which Python 3.11 to 3.11.3 pickle enum members by name."""
     if not (isinstance(owner, type) and issubclass(owner, enum.Enum)):
         raise pickle.UnpicklingError(f"it asks for an attribute of {owner}")
     return owner[name]
 
 
 def read_safetensors_metadata(folder: Path) -> Metadata:
-    """Which tensor is where in a Hugging Face folder: one file, or an index and its shards.
+    """Return the locations of the tensors in a Hugging Face folder.
+
+    The folder has one file, or an index and its shards.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or there are both.
+        CheckpointError: a file is missing or damaged, or the folder has both forms.
     """
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     for name in _safetensors_files(folder):

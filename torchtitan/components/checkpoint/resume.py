@@ -1,9 +1,10 @@
-"""Which checkpoint a run resumes from.
+"""Choose the checkpoint that a run resumes from.
 
-The newest that is whole, of the same model. Two keys of the config change that, and each counts
-once, or every restart of a long run would go back again: a checkpoint that was saved under the same
-value has seen it already. With `load_step = 2` and saves every 2 steps, a run starts from step-2;
-restarted after step-6, it goes on from step-6, not from step-2.
+By default this is the newest complete one, which must be of the same model. Two config keys,
+`load_step` and `exclude_from_loading`, change that. Each applies once: a checkpoint that was saved
+with the same value has already applied it. Otherwise every restart of a long run would go back
+again. With `load_step = 2` and saves every 2 steps, a run starts from step-2; restarted after
+step-6, it resumes from step-6, not from step-2.
 """
 
 from __future__ import annotations
@@ -50,16 +51,14 @@ def check_resume(
     group: dist.ProcessGroup | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Refuse, before memory is taken, to go on from a checkpoint of another model, or of a run
-    that is still at work.
+    """Refuse a checkpoint of another model or of a live run, before memory is allocated.
 
-    Rank 0 of `group`, which all ranks are in, looks for the others too; None: there is only this
-    process.
+    Rank 0 of `group`, which holds all ranks, checks for all; None: there is only this process.
 
     Raises:
         CheckpointError: on all ranks: name, flavor, args or tokenizer differ from the newest
-            checkpoint of the run, or from that of `checkpoint.load_step`. It shows each difference.
-            Or another process of this machine saves into the folder.
+            checkpoint of the run, or from that of `checkpoint.load_step`; the message lists the
+            differences. Or another process of this machine saves into the folder.
         OutageError: on all ranks: the checkpoints cannot be read.
     """
     if job_config.checkpoint.enable:
@@ -72,7 +71,7 @@ def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
     folder = next((path for path in _in_turn(root, step) if is_resumable(path)), None)
     if folder is None:
         _tell_of_checkpoints_above(root, job_config)
-        return  # nothing to resume from, or damaged, which is told where it is loaded
+        return  # nothing to resume from, or damage, which loading reports
     try:
         model = Manifest.read(folder).model
     except DamagedCheckpointError:
@@ -88,7 +87,7 @@ def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
 
 
 def _tell_of_checkpoints_above(root: StoragePath, job_config: JobConfig) -> None:
-    """Say so where a replica group finds none, but the folder that the user named has some."""
+    """Warn if a replica group finds no checkpoints, but the folder that the user named has some."""
     replicas = job_config.fault_tolerance
     if not replicas.enable or root.name != replicas.replica or list_checkpoints(root):
         return
@@ -103,10 +102,11 @@ def _tell_of_checkpoints_above(root: StoragePath, job_config: JobConfig) -> None
 
 
 def folders_to_resume(root: StoragePath, load_step: int) -> list[StoragePath]:
-    """The first one that is good is to be resumed from.
+    """Return checkpoints in order of preference; the run resumes from the first good one.
 
-    `load_step`: -1, the newest first; else what was saved since the run went back to that step, and
-    last that step itself. So the key counts once: else each restart would go back again.
+    With `load_step` -1 they are all, newest first. Otherwise they are those saved since the run
+    went back to `load_step`, newest first, and finally that step itself. So the key applies once;
+    otherwise each restart would go back again.
     """
     restore_replaced(root)
     return _in_turn(root, load_step)
@@ -122,7 +122,7 @@ def _in_turn(root: StoragePath, load_step: int) -> list[StoragePath]:
 
 
 def _saved_since(newest_first: list[StoragePath], load_step: int) -> list[StoragePath]:
-    """What runs with this `load_step` have saved last, and damaged checkpoints between."""
+    """Return the newest checkpoints of runs with this `load_step`, and damaged ones between."""
     since: list[StoragePath] = []
     damaged: list[StoragePath] = []
     for folder in newest_first:
@@ -142,7 +142,7 @@ def _saved_since(newest_first: list[StoragePath], load_step: int) -> list[Storag
 
 
 def gone_on_since(folder: StoragePath, in_turn: list[StoragePath], load_step: int) -> str:
-    """Why a run goes on from `folder` and not from `load_step`; "" if it goes on from that.
+    """Return why a run resumes from `folder` instead of `load_step`, or "" if it does not.
 
     `in_turn`: see `folders_to_resume`.
     """
@@ -161,7 +161,10 @@ def gone_on_since(folder: StoragePath, in_turn: list[StoragePath], load_step: in
 
 
 def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
-    """In their order. `damaged`: names of checkpoints that are, though their sizes are right."""
+    """Return the steps of resumable checkpoints, sorted.
+
+    `damaged`: names of checkpoints that are damaged though their file sizes are right.
+    """
     return sorted(
         step_of(path)
         for path in list_checkpoints(root)
@@ -170,11 +173,11 @@ def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
 
 
 def saved_config(folder: StoragePath, manifest: Manifest) -> dict[str, Any]:
-    """The configuration of the run that saved a checkpoint; empty where it has none.
+    """Return the configuration of the run that saved a checkpoint; empty if it has none.
 
     Raises:
-        DamagedCheckpointError: nothing can be made of the file, or it is missing.
-        OutageError: it cannot be read.
+        DamagedCheckpointError: the file cannot be parsed or is missing.
+        OutageError: the file cannot be read.
     """
     if CONFIG_FILE not in manifest.files:
         return {}
@@ -185,10 +188,10 @@ def saved_config(folder: StoragePath, manifest: Manifest) -> dict[str, Any]:
 def parts_to_exclude(
     folder: StoragePath, saved: dict[str, Any], parts: list[str]
 ) -> tuple[list[str], str]:
-    """Which of `checkpoint.exclude_from_loading` to begin anew, all or none, and why none.
+    """Return the parts of `checkpoint.exclude_from_loading` to reset, or none and the reason.
 
-    The key counts once: if the run that saved the checkpoint had the same one, that run has begun
-    the parts anew, or went on from one that had. Else each restart would begin them anew.
+    The key applies once: if the run that saved the checkpoint had the same value, that run has
+    reset the parts, or continued from one that had. Otherwise each restart would reset them.
 
     Args:
         folder: the checkpoint.
@@ -205,7 +208,7 @@ def parts_to_exclude(
 
 
 def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
-    """The end of a sentence on a checkpoint: in what the run's config differs from its own.
+    """Return the end of a sentence about a checkpoint: how the run's config differs from its own.
 
     Args:
         saved: `saved_config` of the checkpoint.
@@ -218,9 +221,9 @@ def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
 
 
 def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> str:
-    """A sentence for where another schedule than that of the run so far goes on after `step`.
+    """Return a warning if the learning rate jumps after `step` because the schedule changed.
 
-    More or fewer `training.steps` bend the whole schedule, which is easily overlooked.
+    Changing `training.steps` changes the whole schedule, which is easily overlooked.
 
     Args:
         saved: `saved_config` of the checkpoint of `step`.
@@ -230,7 +233,7 @@ def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> 
         was = {key: value for key, value in saved["lr_scheduler"].items() if key in names}
         before = schedule_of(LRScheduler(**was), saved["training"]["steps"])
         peak = saved["optimizer"]["lr"]
-    except KeyError:  # of another version, or none
+    except KeyError:  # the config is missing or of another version
         return ""
     after = schedule_of(job_config.lr_scheduler, job_config.training.steps)
     if step == 0 or abs(before(step) - after(step)) < 0.01:

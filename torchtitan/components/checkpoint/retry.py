@@ -1,4 +1,4 @@
-"""Retries reads of a storage that fails for a while, and tells outages from damage.
+"""Retry reads from storage that fails for a while, and distinguish outages from damage.
 
 Damage is a missing or short file, a wrong checksum, or bytes that cannot be parsed. The run then
 falls back to an older checkpoint, so an outage must never be mistaken for damage.
@@ -23,18 +23,18 @@ logger = logging.getLogger("torchtitan")
 T = TypeVar("T")
 
 RETRY_AFTER = (0.5, 2.0, 5.0)
-"""Seconds after the first attempt to read, the second, and so on."""
+"""Seconds to wait after the first attempt to read, the second, and so on."""
 NO_DAMAGE = (OutageError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""What keeps a good checkpoint from being read."""
+"""Errors that can occur while reading a good checkpoint."""
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def read_again(path: Any, read: Callable[[], T]) -> T:
-    """`read()`, which reads `path` from its beginning; again, a little later, if it fails.
+    """Return `read()`, which reads `path` from its beginning; retry after a delay if it fails.
 
     Raises:
         FileNotFoundError, NotADirectoryError, IsADirectoryError: at once; there is no such file.
-        OutageError: it failed each time with another `OSError`.
+        OutageError: each attempt failed with some other `OSError`.
     """
     for seconds in (*RETRY_AFTER, None):
         try:
@@ -47,7 +47,7 @@ def read_again(path: Any, read: Callable[[], T]) -> T:
                     f"{path} cannot be read: {first_line(error)}. Nothing is known to be wrong "
                     "with the file itself, so try again"
                 ) from error
-            # No warning, which a thousand ranks would show at once.
+            # Not a warning, which a thousand ranks would show at once.
             logger.info(
                 "%s cannot be read: %s. Trying again in %s s", path, first_line(error), seconds
             )
@@ -56,11 +56,11 @@ def read_again(path: Any, read: Callable[[], T]) -> T:
 
 
 def parse_again(path: Any, parse: Callable[[], T]) -> T:
-    """`read_again` where something is made of what is read.
+    """Return `parse()`, which reads and parses `path`; retry like `read_again`.
 
     Raises:
-        DamagedCheckpointError: nothing can be made of it, or the file is missing.
-        CheckpointError: what `parse` says itself.
+        DamagedCheckpointError: the file is missing or cannot be parsed.
+        CheckpointError: raised by `parse` itself.
         OutageError, MemoryError, OutOfMemoryError, AcceleratorError: the file may be good.
     """
 
@@ -69,7 +69,7 @@ def parse_again(path: Any, parse: Callable[[], T]) -> T:
             return parse()
         except OSError as error:
             if error.errno == errno.EINVAL or isinstance(error, io.UnsupportedOperation):
-                # Damaged bytes have led to a place where no file can have any.
+                # Damaged bytes led to an impossible file position.
                 raise ValueError(str(error)) from error
             raise
 
@@ -80,8 +80,8 @@ def parse_again(path: Any, parse: Callable[[], T]) -> T:
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path} is missing") from error
     except Exception as error:  # damaged bytes may raise errors of any kind
-        if "DefaultCPUAllocator" in str(error):  # a RuntimeError, to PyTorch
+        if "DefaultCPUAllocator" in str(error):  # PyTorch raises RuntimeError for lack of memory
             raise MemoryError(f"{path}: {first_line(error)}") from error
-        if may_pass(error):  # PyTorch or an adapter hides what a storage said
+        if may_pass(error):  # PyTorch or an adapter hides the storage's error
             raise OutageError(f"{path} cannot be read: {first_line(error)}") from error
         raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error

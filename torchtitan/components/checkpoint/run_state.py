@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds, by part."""
+"""Collect and restore the state of a run, by the parts of a checkpoint."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ class RunState:
             self._stateful["guard"] = guard
 
     def state_dict(self, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """All that a run resumes from, by part: nested dicts of tensors and plain values.
+        """Return the state that a run resumes from, by part: nested dicts of tensors and values.
 
-        Not copies. `exclude`: parts to leave out.
+        The tensors are not copied. `exclude`: parts to leave out.
         """
         state = {name: s.state_dict() for name, s in self._stateful.items() if name not in exclude}
         state["model"] = model_state(self._model_parts)
         if "dataloader" not in exclude:
-            # As one tensor [global_batch_size, k] sharded over the data ranks, so that another
-            # number of ranks finds its rows.
+            # One tensor [global_batch_size, k] sharded over the data ranks, so that it can be
+            # resharded to another number of ranks.
             rows = self._dataloader.state_dict()["rows"]
             state["dataloader"] = {"rows": DTensor.from_local(rows, self._dp_mesh, [Shard(0)])}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a `state_dict` without "dataloader", whose model is already in place."""
+        """Load a `state_dict` without "dataloader", whose model is already in place."""
         for name, stateful in self._stateful.items():
             if name in state:
                 stateful.load_state_dict(state[name])
@@ -73,7 +73,7 @@ class RunState:
                 stateful.load_state_dict(stateful.state_dict())
 
     def export(self) -> dict[str, Any]:
-        """The model alone, in `checkpoint.export_dtype`; see `dtype_of_copy`."""
+        """Return the model alone, in `checkpoint.export_dtype`; see `dtype_of_copy`."""
         dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
         model, buffers = model_state(self._model_parts), buffer_names(self._model_parts)
         return {
@@ -89,16 +89,16 @@ class RunState:
         exclude: Collection[str],
         group: dist.ProcessGroup,
     ) -> None:
-        """Go on from a checkpoint.
+        """Load the state of a checkpoint.
 
         Args:
-            saved_config: that of the run that saved it; empty: not known.
-            exclude: parts that stay as they are.
+            saved_config: configuration of the run that saved it; empty: unknown.
+            exclude: parts to leave unchanged.
             group: all ranks.
 
         Raises:
-            CheckpointError: on all ranks: it is damaged, or does not fit this run.
-            OutageError: on all ranks: it cannot be read.
+            CheckpointError: on all ranks: the checkpoint is damaged or does not fit this run.
+            OutageError: on all ranks: the checkpoint cannot be read.
         """
         if not any(key.startswith("guard.") for key in checkpoint.metadata.state_dict_metadata):
             exclude = (*exclude, "guard")
@@ -108,7 +108,7 @@ class RunState:
             dp_size = self._dp_mesh.size()
             check_data(checkpoint, saved_config, self._job_config, own_rows, dp_size)
             warn_of_changed_data(checkpoint, self.describe_data())
-        checkpoint.read_into(state, self._model_parts[0], group)  # the model's in place
+        checkpoint.read_into(state, self._model_parts[0], group)  # loads the model in place
         self.load_state_dict(state)
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
@@ -118,15 +118,15 @@ class RunState:
             )
 
     def describe_data(self) -> dict[str, Any]:
-        """For `Manifest.data`: what the loader tells; empty where it tells nothing."""
+        """Return the loader's description for `Manifest.data`; empty if it has none."""
         tell = getattr(self._dataloader, "describe", None)
         known = getattr(self._dataloader, "has_conversations", None)
         return (tell() if tell else {}) | ({} if known is None else {"has_conversations": known})
 
     def begin_data(self, step: int) -> None:
-        """Read the data from their beginning, in a run that has done `step` steps.
+        """Begin the data anew in a run that has done `step` steps.
 
-        A loader that needs to know that number is told.
+        Passes the number to a loader that needs it, by `begin_at`.
         """
         tell = getattr(self._dataloader, "begin_at", None)
         if tell:

@@ -1,11 +1,11 @@
-"""Safetensors files, read and written a few rows at a time.
+"""Read and write safetensors files a few rows at a time.
 
-The library `safetensors` writes a file from tensors that are all in memory, and reads by mapping
-the file, whose pages then count as the process's memory. These classes keep no more than the rows
-that they are given or asked for.
+The library `safetensors` needs all tensors in memory to write a file. It reads by mapping the file,
+whose pages then count as the process's memory. These classes hold only the rows that they are given
+or asked for.
 
-A file is: the length of the header (8 bytes, little endian), the header (JSON: name -> dtype, shape
-and where its bytes begin and end, counted from the end of the header), then the bytes.
+A file consists of the length of the header (8 bytes, little endian), the header (JSON: name ->
+dtype, shape, and begin and end of its bytes, counted from the end of the header), and the bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAFETENSORS_FILE = "model.safetensors"
 MAX_FILE_BYTES = 5 * 10**9
 """Larger models are written as several files, as `save_pretrained` does."""
 PIECE_BYTES = 64 * 2**20
-"""Rows are read, sent and written in pieces of so many bytes."""
+"""Size of the pieces in which rows are read, sent and written."""
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -54,14 +54,14 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def is_hf_weights(folder: StoragePath) -> TypeGuard[Path]:
-    """Whether the weights of a Hugging Face model lie there. A remote folder is one of ours."""
+    """Return whether a folder holds Hugging Face weights. Remote folders are always our own."""
     names = (SAFETENSORS_FILE, SAFETENSORS_INDEX)
     return isinstance(folder, Path) and any((folder / name).is_file() for name in names)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor is, without its values."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class TensorSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one entry of the first dimension."""
+        """Bytes of one row, an entry of the first dimension."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
@@ -81,18 +81,18 @@ class TensorSpec:
         return self.shape[0] if self.shape else 1
 
     def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
-        """First row and one past the last, of pieces of about `piece_bytes`."""
+        """Yield the first row and the end row (exclusive) of pieces of about `piece_bytes`."""
         step = max(1, piece_bytes // max(1, self.row_bytes))
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)
 
 
 class SafetensorsFile:
-    """A file to read from. Use it in a `with` block.
+    """A file open for reading. Use it in a `with` block.
 
     Raises:
         CheckpointError: the file is missing or damaged.
-        OutageError: it cannot be read.
+        OutageError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,14 +113,14 @@ class SafetensorsFile:
             self._starts[name] = 8 + header_bytes + entry["data_offsets"][0]
 
     def _open(self) -> Any:
-        if not self.path.is_file():  # a pipe would be waited for, a folder taken for an outage
+        if not self.path.is_file():  # a pipe would block, a folder would look like an outage
             raise FileNotFoundError
         with safe_open(self.path, framework="pt"):
-            pass  # the library checks that header and length of the file are in order
+            pass  # the library checks the header and length of the file
         return open(self.path, "rb", buffering=0)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` of a tensor, in the file's dtype; a scalar has one row."""
+        """Return rows `start` to `stop` of a tensor in the file's dtype; a scalar has one row."""
         spec = self.specs[name]
         stop = spec.rows if stop is None else stop
         shape = (stop - start, *spec.shape[1:]) if spec.shape else ()
@@ -129,13 +129,13 @@ class SafetensorsFile:
         return tensor
 
     def read_elements(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out`, flat and of the file's dtype, with the elements from number `start` on."""
+        """Fill `out`, flat and of the file's dtype, with the elements from index `start` on."""
         if out.numel():
             self._file.seek(self._starts[name] + start * out.itemsize)
             read_all(self._file, out.view(torch.uint8).numpy().data, self.path)
 
     def place_of(self, name: str) -> tuple[BinaryIO, int]:
-        """The open file, and where in it a tensor begins."""
+        """Return the open file and the position of a tensor in it."""
         return self._file, self._starts[name]
 
     def read_part(self, name: str, part: tuple[slice, ...], target: torch.Tensor) -> None:
@@ -163,7 +163,7 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """A file to write to, in any order. It is whole when all rows of all tensors were written."""
+    """A file open for writing in any order, complete once all rows of all tensors are written."""
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self.specs = specs
@@ -186,14 +186,14 @@ class SafetensorsWriter:
         self._file.truncate(self._data + end)
 
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
-        """Write rows, from row `start` on. The tensor is on the CPU and has the file's dtype."""
+        """Write rows from row `start` on. The tensor is on the CPU and has the file's dtype."""
         spec = self.specs[name]
         assert tensor.shape[1:] == spec.shape[1:], name
         first = start * spec.row_bytes // spec.dtype.itemsize
         self.write_elements(name, tensor.contiguous().view(-1), first)
 
     def write_elements(self, name: str, tensor: torch.Tensor, start: int) -> None:
-        """Write neighbouring elements, from number `start` on; the tensor is flat."""
+        """Write contiguous elements from index `start` on; the tensor is flat."""
         assert tensor.dtype == self.specs[name].dtype, name
         if tensor.numel():
             self._file.seek(self._data + self._starts[name] + start * tensor.itemsize)
@@ -202,11 +202,11 @@ class SafetensorsWriter:
                 buffer = buffer[self._file.write(buffer) :]
 
     def place_of(self, name: str) -> tuple[BinaryIO, int]:
-        """The open file, and where in it a tensor begins."""
+        """Return the open file and the position of a tensor in it."""
         return self._file, self._data + self._starts[name]
 
     def close(self) -> None:
-        """Returns when the file is on the disk."""
+        """Close the file once it is on disk."""
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -214,9 +214,9 @@ class SafetensorsWriter:
 def plan_files(
     specs: Mapping[str, TensorSpec], max_file_bytes: int = MAX_FILE_BYTES
 ) -> dict[str, dict[str, TensorSpec]]:
-    """Which tensors go into which file, `model-00001-of-00002.safetensors` and so on.
+    """Assign tensors to files, `model-00001-of-00002.safetensors` and so on.
 
-    It depends on names, dtypes and shapes alone. A tensor is in one file, however large it is.
+    The result depends only on names, dtypes and shapes. A tensor is never split between files.
     """
     files: list[dict[str, TensorSpec]] = []
     size = 0
@@ -230,7 +230,7 @@ def plan_files(
 
 
 def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorSpec]]) -> None:
-    """Write `model.safetensors.index.json`, which says of each tensor in which file it is."""
+    """Write `model.safetensors.index.json`, which maps each tensor to its file."""
     index = {
         "metadata": {"total_size": sum(s.nbytes for f in files.values() for s in f.values())},
         "weight_map": {name: file for file, specs in files.items() for name in specs},

@@ -1,9 +1,9 @@
-"""Who writes what, with little for rank 0 to gather.
+"""Plan which rank writes what, with little data for rank 0 to gather.
 
-`torch.distributed.checkpoint` has each rank tell rank 0 all that it could write. About 13 values a
-parameter are the same on all of its ranks: the options of the optimizer and the number of its
-steps. So ranks that have the same names share out those values among a few of them, before they
-tell. And where no rank has anything else to tell than at the last save, none tells it again.
+In `torch.distributed.checkpoint`, each rank sends rank 0 a plan of all that it could write. About
+13 values per parameter are the same on all of its ranks: the optimizer's options and step count. So
+ranks with the same names first divide those values among a few of them. And if no rank's plan has
+changed since the last save, no rank sends it again.
 """
 
 from __future__ import annotations
@@ -26,41 +26,43 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 _SHARERS = 8
-"""Ranks that write what all ranks with the same names have. The messages to rank 0 are as long as
-the longest of them, so that one rank is too few; each rank that loads opens the files of all."""
+"""Ranks that write the values common to all ranks with the same names. Messages to rank 0 are all
+as long as the longest, so one rank is too few; each rank that loads opens the files of all of them,
+so there should not be many."""
 _SMALL = 4096
-"""Bytes. Larger tensors that are not sharded stay with PyTorch, which balances them by size."""
+"""Bytes. Larger unsharded tensors are left to PyTorch, which balances them by size."""
 
 
 @dataclass
 class LastSave:
-    """What a rank keeps of a save for the next one, which it spares the telling and planning.
+    """Plans that a rank keeps from a save, so that the next one need not send and make them again.
 
-    PyTorch's `enable_plan_caching` keeps it by class, for all planners of a process; keeps on rank
-    0 the plans of all ranks; and takes a tensor of another dtype for the same.
+    PyTorch's `enable_plan_caching` does not suffice: it caches by class, for all planners of a
+    process; keeps the plans of all ranks on rank 0; and does not notice a changed dtype.
     """
 
     ended_well: bool = False
-    """On all ranks. Set by who sees the end; a save that begins takes it back. So all ranks keep
-    something of the same save, or some rank keeps nothing."""
+    """Whether the save succeeded on all ranks. Set by the caller that sees its end, and reset when
+    a save begins. So either all ranks keep plans of the same save, or some rank keeps none."""
     repeated: bool = False
-    """Whether the save under way writes what the last one did, from all ranks to the same files."""
+    """Whether the save in progress writes the same items to the same files as the last, on all
+    ranks."""
     told: SavePlan | None = None
-    """What this rank could have written."""
+    """Plan of all that this rank could have written."""
     plan: SavePlan | None = None
-    """What it did write."""
+    """Plan of the items that it did write."""
     results: list[WriteResult] = field(default_factory=list)
-    """Where each item of that is."""
+    """Location of each item of `plan`."""
     metadata: bytes = b""
     """Contents of `.metadata`, on rank 0."""
 
 
 class SharingSavePlanner(DefaultSavePlanner):
-    """What is saved is what `DefaultSavePlanner` saves.
+    """Plans to save the same state as `DefaultSavePlanner`.
 
     Args:
-        group: all ranks that save, with a backend for host tensors; None: there is one.
-        last: of the same ranks, and of the writer of this save.
+        group: all ranks that save, with a backend for host tensors; None: a single process.
+        last: the last save of the same ranks, shared with the writer of this save.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, last: LastSave) -> None:
@@ -73,9 +75,9 @@ class SharingSavePlanner(DefaultSavePlanner):
         try:
             plan = super().create_local_plan()
             for item in plan.items:
-                if item.tensor_data is not None:  # else a save after one in the background differs
+                if item.tensor_data is not None:  # or plans differ after a background save
                     item.tensor_data.properties.pin_memory = False
-        finally:  # the other ranks wait here for this one, also if it raises an error
+        finally:  # the other ranks wait here for this one, even if it raises an error
             same = last.ended_well and plan == last.told
             last.ended_well = False
             own, last.repeated = own_share(sorted(self.state_dict), same, self._group)
@@ -85,7 +87,8 @@ class SharingSavePlanner(DefaultSavePlanner):
         items = [item for item in plan.items if item.index.fqn in own or not _is_shared(item)]
         self.plan = dataclasses.replace(
             plan,
-            # By size, as PyTorch writes from a GPU: a save in the background writes as others do.
+            # By size, the order in which PyTorch writes from a GPU, so that background saves write
+            # in the same order as others.
             items=sorted(items, key=lambda item: item.tensor_storage_size() or 0),
             planner_data={key: path for key, path in self.mappings.items() if key in own},
         )
@@ -99,7 +102,7 @@ class SharingSavePlanner(DefaultSavePlanner):
         metadata.planner_data = {}
         for plan in reversed(plans):
             metadata.planner_data |= plan.planner_data
-        # It is in the metadata now, and ranks need it no more.
+        # `planner_data` is in the metadata now; the ranks do not need it.
         return [dataclasses.replace(plan, planner_data=None) for plan in plans], metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -112,10 +115,10 @@ class SharingSavePlanner(DefaultSavePlanner):
 def own_share(
     keys: list[str], same: bool, group: dist.ProcessGroup | None
 ) -> tuple[set[str], bool]:
-    """The keys, of sorted ones, that are this rank's among the ranks with the same keys.
+    """Return this rank's share of the sorted `keys`, divided among ranks with the same keys.
 
-    All ranks of `group` call this together. Of keys that only some ranks have, such as those of a
-    pipeline stage, none is left out.
+    All ranks of `group` call this together. Each key is in some rank's share, also if only some
+    ranks have it, such as those of a pipeline stage.
 
     Returns:
         The keys, and whether `same` is true on all ranks.
@@ -141,15 +144,15 @@ def _is_shared(item: WriteItem) -> bool:
 
 
 def check_chunks(metadata: Metadata) -> None:
-    """See that the chunks of each tensor are the whole of it, and each element is in one of them.
+    """Check that the chunks of each tensor cover each element exactly once.
 
-    PyTorch's check compares chunks in pairs, which takes minutes where thousands of ranks cut a
-    tensor along two dimensions. Here a chunk counts 1 at its first corner, -1 at the neighbours of
-    that, 1 at theirs and so on; the sums are those of the whole tensor only if nothing is missing,
-    overlaps or sticks out.
+    PyTorch's check compares pairs of chunks, which takes minutes if thousands of ranks shard a
+    tensor along two dimensions. Here a chunk counts 1 at its first corner, -1 at the corners next
+    to that, 1 at those next to these and so on. The sums over chunks equal those of the whole
+    tensor only if nothing is missing, overlaps or sticks out.
 
     Raises:
-        ValueError: it is not so.
+        ValueError: the chunks do not cover a tensor exactly.
     """
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):

@@ -1,6 +1,6 @@
-"""Where the bytes of a tensor are in what `torch.save` wrote, so that they can be streamed.
+"""Locate the bytes of a tensor in a file that `torch.save` wrote, to stream them.
 
-torch.distributed.checkpoint saves every tensor, or each rank's part of it, by `torch.save`.
+torch.distributed.checkpoint saves every tensor, or each rank's part of it, with `torch.save`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .storage import StoragePath
 
 
 def save_hole(file: BinaryIO, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Save a tensor without its bytes at the end of `file`. Returns where these belong."""
+    """Save a tensor without its bytes at the end of `file`; return the position of the bytes."""
     start = file.tell()
     with skip_data():
         torch.save(torch.empty(shape, dtype=dtype), file)
@@ -36,17 +36,17 @@ def save_hole(file: BinaryIO, shape: Sequence[int], dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring elements of a tensor in a file."""
+    """Contiguous elements of a tensor in a file."""
 
     start: int
     stop: int
     path: StoragePath
     data: int
-    """Where in the file the first of them is."""
+    """Position of the first element in the file."""
 
 
 class SavedTensor:
-    """A tensor of a checkpoint whose elements are read in their order, some at a time."""
+    """A tensor of a checkpoint whose elements can be read in order, some at a time."""
 
     def __init__(self, runs: list[_Run], dtype: torch.dtype) -> None:
         self._runs = runs
@@ -54,11 +54,11 @@ class SavedTensor:
 
     @classmethod
     def find(cls, folder: StoragePath, metadata: Metadata, key: str) -> SavedTensor | None:
-        """None: it is stored in parts that are no runs of neighbouring elements.
+        """Find a tensor; return None if its parts are not runs of contiguous elements.
 
         Raises:
             CheckpointError: a file is damaged.
-            OutageError: it cannot be read.
+            OutageError: a file cannot be read.
         """
         entry: Any = metadata.state_dict_metadata[key]
         row = math.prod(entry.size[1:])
@@ -76,10 +76,10 @@ class SavedTensor:
         return cls(runs, entry.properties.dtype)
 
     def places(self, start: int, stop: int) -> Iterator[tuple[StoragePath, int, int, int]]:
-        """Where the elements from number `start` to `stop` are, as runs of bytes.
+        """Locate the elements from index `start` to `stop`, as runs of bytes.
 
         Yields:
-            A file, where in it a run begins, its length, and at which byte of all these it is.
+            For each run, its file, position in the file, length, and offset in the requested bytes.
         """
         size = self.dtype.itemsize
         for run in self._runs:
@@ -89,7 +89,7 @@ class SavedTensor:
                 yield run.path, position, (end - first) * size, (first - start) * size
 
     def read(self, start: int, out: torch.Tensor) -> None:
-        """Fill `out`, flat and of the tensor's dtype, with the elements from number `start` on.
+        """Fill `out`, flat and of the tensor's dtype, with the elements from index `start` on.
 
         Raises:
             CheckpointError: a file is damaged.
@@ -102,7 +102,7 @@ class SavedTensor:
 
 
 def read_all(file: Any, buffer: memoryview, path: StoragePath | str) -> None:
-    """Fill the buffer. Raises `CheckpointError` if the file ends before."""
+    """Fill the buffer from `file`. Raises `CheckpointError` if the file ends too early."""
     while len(buffer):
         got = file.readinto(buffer)
         if not got:
@@ -111,7 +111,7 @@ def read_all(file: Any, buffer: memoryview, path: StoragePath | str) -> None:
 
 
 def _find_stored(path: StoragePath, start: int, length: int) -> tuple[torch.Tensor, int]:
-    """The tensor that was saved at `start`, without its elements, and where these are."""
+    """Return the tensor saved at `start`, without its elements, and the elements' position."""
     with path.open("rb") as file:
         view: Any = _create_file_view(cast(Any, file), start, length)
         with skip_data():
@@ -120,6 +120,6 @@ def _find_stored(path: StoragePath, start: int, length: int) -> tuple[torch.Tens
 
 
 def _data_offset(file: Any, start: int, length: int) -> int:
-    """Where the elements of the one tensor that was saved at `start` are, counted from there."""
+    """Return the position, relative to `start`, of the elements of the tensor saved there."""
     reader: Any = torch._C.PyTorchFileReader(cast(Any, _create_file_view(file, start, length)))
     return reader.get_record_offset("data/0")

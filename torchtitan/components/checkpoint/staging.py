@@ -1,4 +1,4 @@
-"""Copies of the state on the host, from which a save in the background is written."""
+"""Copy the state to the host, from where a background save writes it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torchtitan.distributed.utils import local_tensor
 
 
 class HostCopy(AsyncStager):
-    """Copies the state in a thread, into memory that it keeps for the next save.
+    """Copies the state in a thread, into memory that is kept for the next save.
 
     New memory would have to be mapped page by page (and pinned, with CUDA) at each save, which
-    takes longer than to copy. The thread computes nothing in Python while it copies, so that
-    training goes on beside it; torch's `DefaultStager` holds the interpreter's lock meanwhile.
+    takes longer than the copy. The thread runs no Python while it copies, so that training
+    continues; torch's `DefaultStager` holds the GIL meanwhile.
     """
 
     _synchronize_after_execute = False
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[str, ...], torch.Tensor] = {}
-        # A thread begins with GPU 0, where a context of each rank of the host would take memory.
+        # New threads start with GPU 0, where a context of each rank of the host would take memory.
         on_gpu = torch.cuda.is_available()
         begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
         self._thread = ThreadPoolExecutor(
@@ -37,7 +37,7 @@ class HostCopy(AsyncStager):
         self._stream = torch.cuda.Stream() if on_gpu else None
 
     def stage(self, state_dict: dict[str, Any]) -> Future[dict[str, Any]]:
-        """Begin to copy nested dicts of tensors, DTensors and plain values."""
+        """Start copying nested dicts of tensors, DTensors and plain values."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         self._make_room(state_dict)
@@ -47,7 +47,7 @@ class HostCopy(AsyncStager):
         return self._done
 
     def synchronize_staging(self) -> None:
-        """Wait until the state that `stage` was given may change."""
+        """Wait until the state passed to `stage` may change."""
         if self._done is not None:
             self._done.result()
 
@@ -67,7 +67,7 @@ class HostCopy(AsyncStager):
         return host
 
     def _make_room(self, state_dict: dict[str, Any]) -> None:
-        """Have memory for all tensors, with that of the last time where it fits."""
+        """Provide memory for all tensors, reusing that of the last save where it fits."""
         new: dict[tuple[str, ...], torch.Tensor] = {}
         for path, tensor in _tensors(state_dict, ()):
             old = self._tensors.get(path)
@@ -102,10 +102,10 @@ def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
 
 
 def _memory_like(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Memory on the host, pinned where it is to be filled from a GPU.
+    """Return host memory for tensors, pinned for those on a GPU.
 
-    What is pinned is cut from a few pieces. Each tensor has a storage of its own nevertheless: of
-    one that shares its storage, PyTorch saves a copy.
+    Pinned tensors are cut from a few pieces. Each still has its own storage, since PyTorch would
+    save a copy of a tensor that shares its storage.
     """
     host = [torch.empty(0)] * len(tensors)
     pinned = [n for n, t in enumerate(tensors) if _on_gpu(t) and t.numel()]
@@ -130,23 +130,23 @@ def _pin(size: int) -> torch.Tensor:
 
 
 def _pieces(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """How to cut `sizes` bytes, none of them 0, from pieces whose sizes are powers of two.
+    """Plan how to cut blocks of `sizes` bytes (none is 0) from pieces with powers of two as sizes.
 
-    CUDA's allocator rounds each piece that it pins up to such a size, and keeps it.
+    CUDA's allocator rounds each pinned piece up to such a size, and keeps it.
 
     Returns:
-        The sizes of the pieces, and for each of `sizes` its piece and where it begins there.
+        The sizes of the pieces, and for each of `sizes` the index of its piece and its offset.
     """
     sizes = [_ALIGNMENT * -(-size // _ALIGNMENT) for size in sizes]
     pieces: list[int] = []
     used: list[int] = []
     places = [(0, 0)] * len(sizes)
     left = sum(sizes)
-    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):  # small ones fill the rests
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):  # small ones fill the gaps
         size = sizes[number]
         piece = next((p for p, all_ in enumerate(pieces) if all_ - used[p] >= size), len(pieces))
         if piece == len(pieces):
-            half = 1 << (left.bit_length() - 1)  # or more of what is left
+            half = 1 << (left.bit_length() - 1)  # more than half of the remaining bytes
             pieces.append(max(half, 1 << (size - 1).bit_length()))
             used.append(0)
         places[number] = piece, used[piece]
@@ -156,4 +156,4 @@ def _pieces(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 _ALIGNMENT = 64
-"""Bytes."""
+"""Alignment of tensors in bytes."""

@@ -1,7 +1,7 @@
-"""Where checkpoints lie: in a local folder, or in a storage that fsspec knows (`s3://bucket/run`).
+"""Access checkpoints in a local folder or in a storage that fsspec supports (`s3://bucket/run`).
 
-`RemotePath` has the few methods of `pathlib.Path` that are needed here, so that what reads and
-writes checkpoints need not know where they are.
+`RemotePath` has the few methods of `pathlib.Path` that are needed here, so that the code for
+checkpoints works the same for local and remote folders.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torchtitan.tools.text import first_line
 from .retry import read_again
 
 _CHUNK = 1 << 20
-"""Bytes that are checksummed, then written or read on, while the processor's cache holds them."""
+"""Bytes per step of checksumming and writing or reading, small enough for the CPU's cache."""
 
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """Outages as `OSError`, which who reads and writes looks for. botocore's, say, are none."""
+    """Raise outages as `OSError`, which callers catch; those of botocore, for example, are not."""
     try:
         yield
     except OSError:
@@ -40,7 +40,7 @@ def _as_os_errors() -> Iterator[None]:
 
 
 class _RemoteFile:
-    """A file that fsspec has opened, with `_as_os_errors`."""
+    """A file opened by fsspec whose methods raise outages as `OSError`."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -58,12 +58,12 @@ class _RemoteFile:
 
 
 class RemotePath:
-    """A file or folder of a storage that fsspec knows, named by its URL.
+    """A file or folder in a storage that fsspec supports, given by its URL.
 
-    Its methods raise `OSError` for an outage, whatever the storage's own package does.
+    Its methods raise `OSError` for an outage, whatever the storage's package raises.
 
     Raises:
-        ConfigError: nothing is known of such URLs, or a package for them is missing.
+        ConfigError: URLs of this kind are not supported, or need a package that is missing.
     """
 
     def __init__(self, url: str) -> None:
@@ -72,7 +72,7 @@ class RemotePath:
         self._url = url.rstrip("/")
         scheme = url.partition("://")[0]
         try:
-            # Listings that are remembered would not show what other ranks have written.
+            # Cached listings would not show files that other ranks have written.
             self.fs, self._path = fsspec.url_to_fs(self._url, use_listings_cache=False)
         except ImportError as error:
             raise ConfigError(f"{url}: a package for {scheme}:// is missing: {error}") from error
@@ -129,7 +129,10 @@ class RemotePath:
         return self._type() == "directory"
 
     def _type(self) -> str | None:
-        """None if there is nothing. Raises `OutageError`, where fsspec's `exists` says False."""
+        """Return fsspec's type; None if nothing exists.
+
+        Raises `OutageError` in an outage, for which fsspec's `exists` would return False.
+        """
         info = _as_os_errors()(self.fs.info)
         try:
             return read_again(self, lambda: info(self._path))["type"]
@@ -138,7 +141,7 @@ class RemotePath:
 
     @_as_os_errors()
     def entries(self) -> dict[str, int | None]:
-        """Name -> size in bytes of a file, None for a folder. Raises `FileNotFoundError`."""
+        """Map names to sizes of files in bytes, None for folders. Raises `FileNotFoundError`."""
         sizes = {}
         for entry in self.fs.ls(self._path, detail=True):
             name = entry["name"].rstrip("/").rpartition("/")[2]
@@ -147,18 +150,18 @@ class RemotePath:
 
     @_as_os_errors()
     def mkdir(self) -> None:
-        """Where folders are more than parts of names."""
+        """Create the folder, in storage where folders are more than parts of names."""
         self.fs.makedirs(self._path, exist_ok=True)
 
     @_as_os_errors()
     def remove(self) -> None:
-        """Delete a folder and all in it, if it is there."""
+        """Delete a folder and its contents, if it exists."""
         if self.exists():
             self.fs.rm(self._path, recursive=True)
 
     @_as_os_errors()
     def write_bytes(self, content: bytes) -> None:
-        """Appears as a whole in an object store."""
+        """Write a file; atomic in an object store."""
         self.fs.pipe_file(self._path, content)
 
     @_as_os_errors()
@@ -167,17 +170,18 @@ class RemotePath:
 
     @_as_os_errors()
     def unlink_files(self, names: Collection[str]) -> None:
-        """Delete files of this folder, a thousand with one request where the storage can."""
+        """Delete files of this folder, up to a thousand per request if the storage supports it."""
         if names:
             self.fs.rm([f"{self._path}/{name}" for name in names])
 
     @_as_os_errors()
     def rename(self, target: RemotePath) -> None:
-        """A copy, then a deletion, in most storages."""
+        """Rename a file or folder; in most storages by copying and deleting."""
         if not self.is_dir():
             self.fs.mv(self._path, target._path)
             return
-        # Its own name, which fsspec would copy too, is nothing in an object store.
+        # Copy the entries alone: fsspec would also copy the folder's name, which does not exist in
+        # an object store.
         names = self.entries()
         target.mkdir()
         self.fs.copy(
@@ -192,14 +196,14 @@ P = TypeVar("P", bound=StoragePath)
 
 
 def storage_path(location: str | os.PathLike[str]) -> StoragePath:
-    """A local path, which `file://` means too, or a `RemotePath`. Raises `ConfigError`."""
+    """Return a local path (also for `file://`) or a `RemotePath`. Raises `ConfigError`."""
     text = os.fspath(location)
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
     if not is_url(text):
         return Path(text).expanduser()
     if any(character in text for character in "*?["):
-        # A pattern, to fsspec, which would delete files of other folders too.
+        # fsspec would take this for a pattern, and delete files of other folders too.
         raise ConfigError(f"{text}: the URL of a folder may have no *, no ? and no [")
     return RemotePath(text)
 
@@ -209,16 +213,16 @@ def is_url(location: str) -> bool:
 
 
 def sizes_in(folder: StoragePath) -> dict[str, int]:
-    """Name of each file in a folder -> its size in bytes; empty if there is no such folder.
+    """Map each file in a folder to its size in bytes; empty if there is no such folder.
 
     Raises:
-        OutageError: it cannot be listed.
+        OutageError: the folder cannot be listed.
     """
     return {name: size for name, size in _entries(folder).items() if size is not None}
 
 
 def folders_in(folder: P) -> list[P]:
-    """The folders in a folder; none if there is no such folder."""
+    """Return the subfolders of a folder; none if there is no such folder."""
     return [cast(P, folder / name) for name, size in _entries(folder).items() if size is None]
 
 
@@ -229,7 +233,7 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
         sizes = {}
         with os.scandir(folder) as found:
             for entry in found:
-                with suppress(FileNotFoundError):  # of a link that leads nowhere
+                with suppress(FileNotFoundError):  # a broken symlink
                     sizes[entry.name] = None if entry.is_dir() else entry.stat().st_size
         return sizes
 
@@ -240,7 +244,7 @@ def _entries(folder: StoragePath) -> dict[str, int | None]:
 
 
 def write_durably(path: StoragePath, content: bytes) -> FileRecord:
-    """Write a file as a whole. Returns when it is on the disk."""
+    """Write a file; return its record once it is on disk."""
     if isinstance(path, RemotePath):
         path.write_bytes(content)
     else:
@@ -251,7 +255,7 @@ def write_durably(path: StoragePath, content: bytes) -> FileRecord:
 
 
 def flush_to_disk(file: IO[Any]) -> None:
-    """A remote file is stored when it is closed, and has no descriptor."""
+    """Flush a file to disk; a remote file has no descriptor and is stored when it is closed."""
     file.flush()
     try:
         descriptor = file.fileno()
@@ -261,13 +265,13 @@ def flush_to_disk(file: IO[Any]) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Returns when the contents of a local file, whoever wrote it, are on the disk."""
+    """Wait until the contents of a local file are on disk, whichever process wrote it."""
     with path.open("rb") as file:
         flush_to_disk(file)
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the names in a local folder are on the disk."""
+    """Wait until the names in a local folder are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -276,7 +280,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a local folder, and those above it, so that they outlive a power failure."""
+    """Create a local folder and its parents, so that they survive a power failure."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -285,16 +289,16 @@ def make_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of a file."""
+    """A manifest's record of a file."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     crc32: str
-    """CRC-32 of the bytes, 8 hexadecimal digits. It finds every flipped bit."""
+    """CRC-32 of the bytes, 8 hexadecimal digits. It detects any single flipped bit."""
 
     @classmethod
     def of(cls, path: StoragePath) -> FileRecord:
-        """Reads the file."""
+        """Read a file and return its record."""
         size, crc = 0, 0
         buffer = memoryview(bytearray(_CHUNK))
         file: Any
@@ -306,7 +310,7 @@ class FileRecord:
 
 
 class _RecordedStream:
-    """A file to write to from its begin to its end; keeps its record."""
+    """A file that is written sequentially, with a running record of its contents."""
 
     def __init__(self, file: IO[Any]) -> None:
         self._file = file
@@ -332,14 +336,14 @@ class _RecordedStream:
         self._file.flush()
 
     def close(self) -> None:
-        """The file is closed by who opened it, when it is on the disk."""
+        """Do nothing: `create_stream` closes the file once it is on disk."""
 
 
 class CheckpointFiles(FileSystem):
-    """How torch.distributed.checkpoint opens files, here with local and remote paths.
+    """Opens local and remote files for torch.distributed.checkpoint.
 
-    `records` has a record of each file that was written: name -> `FileRecord`. The paths, `Any` as
-    PyTorch knows local ones alone, are each a `StoragePath`.
+    `records` maps the name of each written file to its `FileRecord`. Paths are `StoragePath`s, but
+    typed as `Any`, since PyTorch's signatures only allow local paths.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Writes a checkpoint so that it is visible only when complete."""
+"""Write a checkpoint so that it becomes visible only when complete."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ METADATA = ".metadata"
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Ranks write into the partial folder of `step-N`; rank 0 completes it after all have finished.
+    """Writes the partial folder of `step-N` from all ranks; rank 0 then completes it.
 
     `torch.distributed.checkpoint` calls these methods in this order, also in the background, and
-    raises an error of one rank on all. `prepare_global_plan` and `finish` run on rank 0 alone.
-    Each rank tells rank 0 the checksum of its file, made while it was written.
+    raises an error of one rank on all. `prepare_global_plan` and `finish` run on rank 0 only. Each
+    rank computes its file's checksum while writing, and sends it to rank 0.
 
     Args:
         folder: the `step-N` folder to create.
-        manifest: what is saved; `finish` fills in time and files.
-        claim: on the folder that `folder` is in.
-        times: of what is saved there.
-        last: of the same ranks, and of the planner of this save.
+        manifest: description of the checkpoint; `finish` fills in time and files.
+        claim: claim on the parent of `folder`.
+        times: completion times of checkpoints in that parent.
+        last: the last save of the same ranks, shared with the planner of this save.
         config: text of the file `config.resolved.toml`.
-        keep_latest: checkpoints to leave after this one was added; 0 leaves all.
+        keep_latest: number of checkpoints to keep, including this one; 0 keeps all.
         damaged: names of checkpoints that are known to be damaged.
     """
 
@@ -80,7 +80,7 @@ class CheckpointWriter(FileSystemWriter):
         self._last = last
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan  # rank 0 makes the folder, below
+        return plan  # rank 0 creates the folder, below
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self._claim.check()
@@ -88,9 +88,9 @@ class CheckpointWriter(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
-        """Where each item was written, if rank 0 does not know, and the records of the files."""
+        """Return the location of each item, unless rank 0 has it already, and the file records."""
         try:
-            # PyTorch's own checksums, slower and of the same bytes, would be checked by nobody.
+            # PyTorch's own checksums cover the same bytes, are slower, and nothing checks them.
             with cast(Any, serialization_config).patch("save.compute_crc32", False):
                 results = super().write_data(plan, planner).value()
         except Exception as error:
@@ -102,7 +102,7 @@ class CheckpointWriter(FileSystemWriter):
         return done
 
     def storage_meta(self) -> StorageMeta:
-        # The default records the folder, as a Path, whose pickled form depends on Python's version.
+        # The default includes the folder as a Path, whose pickle depends on the Python version.
         return StorageMeta(save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
@@ -116,7 +116,7 @@ class CheckpointWriter(FileSystemWriter):
             saved.storage_data = {**(saved.storage_data or {}), **told}
             saved.storage_meta, saved.version = self.storage_meta(), CURRENT_DCP_VERSION
             last.metadata = pickle.dumps(saved)
-        # It is sent to all ranks, which have no use for it.
+        # The metadata is sent to all ranks, which do not need it.
         metadata.state_dict_metadata, metadata.storage_data, metadata.planner_data = {}, None, None
         files[METADATA] = write_durably(self.path / METADATA, last.metadata)
         files[CONFIG_FILE] = write_durably(self.path / CONFIG_FILE, self._config.encode())
@@ -129,10 +129,10 @@ class CheckpointWriter(FileSystemWriter):
         self._prune()
 
     def _prune(self) -> None:
-        """The new checkpoint is complete, whatever happens here.
+        """Delete old checkpoints. The new one is complete, whatever happens here.
 
-        Other ranks wait meanwhile, but in the group of saves, which has patience; if rank 0 did
-        this afterwards they would wait for it in a step of training.
+        Meanwhile the other ranks wait in the group for saves, which has a long timeout. If rank 0
+        pruned later, they would wait for it in a training step.
         """
         try:
             found = folders.to_prune(
@@ -146,25 +146,26 @@ class CheckpointWriter(FileSystemWriter):
             logger.warning("it is not known which old checkpoints to delete: %s", error)
             return
         for old in found:
-            if old.name != self._folder.name:  # it is the last of them, or something is wrong
+            if old.name != self._folder.name:  # the new one is the newest, or something is wrong
                 folders.delete_if_possible(old)
 
 
 def cause_of_failed_write(error: Exception) -> Exception:
-    """What PyTorch's serialization hides behind an error of its own, such as a full disk."""
+    """Return the error that PyTorch's serialization hides behind its own, such as a full disk."""
     hidden = error.__context__
-    # The frames hold views of buffers, which CPython (3.12.1, say) crashes on when its garbage
-    # collector frees them.
+    # The frames hold views of buffers; CPython (3.12.1, for example) crashes when its garbage
+    # collector frees these.
     for failed in filter(None, (error, hidden)):
         traceback.clear_frames(failed.__traceback__)
     return hidden if isinstance(hidden, OSError) else error
 
 
 def error_of_failed_save(message: str, error: Exception) -> TitanError:
-    """What ends a run whose last save has failed with `error`.
+    """Return the error that ends a run whose last save has failed with `error`.
 
-    An outage may be over when the run is started again, to save once more. A full disk is no
-    outage here: somebody has to make room, and until then each start would train for nothing.
+    An outage may be over when the run is restarted, which then saves again. A full disk does not
+    count as an outage here: somebody must free space, and until then each restart would train for
+    nothing.
     """
     if isinstance(error, OutageError):
         return OutageError(message)

@@ -1,7 +1,7 @@
-"""Matrix products in 8 bits: float8 and MXFP8 for linear layers and for experts.
+"""Multiply matrices in 8 bits: float8 and MXFP8 for linear layers and experts.
 
-Weights stay in high precision, so checkpoints are those of a run without. The numbers are those of
-PyTorch's own scaled products, which need no further package.
+Weights stay in high precision, so checkpoints are the same as without quantization. The matrix
+products are PyTorch's own scaled ones, which need no further package.
 """
 
 from .converters import (

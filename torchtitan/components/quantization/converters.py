@@ -1,4 +1,4 @@
-"""The converters `quantize.linear.*` and `quantize.grouped_mm.*` of `model.converters`."""
+"""Convert layers to 8 bits: `quantize.linear.*` and `quantize.grouped_mm.*` converters."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ logger = logging.getLogger("torchtitan")
 
 
 class _Converter:
-    """What the converters share: the section of their options, and whether to emulate.
+    """Base of the converters: reads the options and decides whether to emulate.
 
-    `key` is the section, `unit` what sizes must be multiples of, `needed` the least of CUDA devices
-    that have these products; None if there is no kernel.
+    `key` is the config section. Sizes must be multiples of `unit`. `needed` is the lowest CUDA
+    compute capability that supports these products; None if there is no kernel.
     """
 
     key: str
@@ -46,7 +46,7 @@ class _Converter:
             self.fail("emulate", f"{problem}'bfloat16', or this true")
 
     def _must_emulate(self) -> bool:
-        """On a CPU, where it is for trying things out. Other devices are refused."""
+        """Return True on a CPU, for trials; refuse other devices that lack these products."""
         if device_type() == "cpu":
             return True
         if self.needed is None:
@@ -59,7 +59,7 @@ class _Converter:
         return False
 
     def tell(self, count: int, what: str) -> None:
-        """Log what was converted."""
+        """Log the conversion and warn of slow settings."""
         logger.info("%s: %d %s", self.key, count, what)
         if self.emulate and not self.options.emulate and rank() == 0:
             text = "%s: emulated, as on every CPU: the numbers are right, the speed is not"
@@ -73,7 +73,7 @@ class _Converter:
                 logger.warning(text, self.key)
 
     def post_optimizer_hook(self, model_parts: list[nn.Module]) -> None:
-        """Nothing: scales are computed anew in each product."""
+        """Do nothing: scales are computed anew in each product."""
 
     def fail(self, option: str, problem: str) -> NoReturn:
         fail(self.job_config, f"{self.key}.{option}", problem)
@@ -103,9 +103,9 @@ class _LinearConverter(_Converter):
         self.tell(len(linears), "linear layers")
 
     def _check_filter(self, model: nn.Module) -> None:
-        """A name that filters nothing is misspelt, or several that the command line took as one."""
+        """Refuse a name that matches nothing: misspelled, or several names parsed as one."""
         names = [name for name, _ in model.named_modules()]
-        usual = type(self.options)().filter_fqns  # of mixtures of experts too
+        usual = type(self.options)().filter_fqns  # some of these only match mixtures of experts
         for part in self.options.filter_fqns:
             if part in usual or any(part in name for name in names):
                 continue
@@ -113,7 +113,7 @@ class _LinearConverter(_Converter):
             self.fail("filter_fqns", f"no layer's name contains {part!r}.{spaces}".rstrip("."))
 
     def _check_sizes(self, name: str, linear: nn.Linear) -> None:
-        unit = self.unit * self.parallel_dims.tp  # either size may be split
+        unit = self.unit * self.parallel_dims.tp  # tensor parallelism may shard either size
         if linear.in_features % unit or linear.out_features % unit:
             shared = f" (tensor_parallel_degree {self.parallel_dims.tp} x {self.unit})"
             self.fail(
@@ -124,7 +124,7 @@ class _LinearConverter(_Converter):
             )
 
     def _check_tokens(self) -> None:
-        """The gradient of a weight sums over the tokens of a forward pass."""
+        """Check the number of tokens in a forward pass, over which weight gradients sum."""
         if not self.quantize_weight_grad:
             return
         config, dims = self.job_config, self.parallel_dims
@@ -132,7 +132,7 @@ class _LinearConverter(_Converter):
         if dims.pp_enabled:
             key = "parallelism.pipeline_parallel_microbatch_size"
             batch = config.parallelism.pipeline_parallel_microbatch_size
-        # Shared experts and the like process each rank's own part of a sequence.
+        # Some layers, such as shared experts, process only each rank's part of a sequence.
         tokens = batch * config.training.seq_len // (dims.cp * dims.tp)
         if tokens % self.unit:
             fail(

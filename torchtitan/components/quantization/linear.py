@@ -1,4 +1,4 @@
-"""The quantized linear layer, plain and under tensor parallelism."""
+"""A linear layer that multiplies in 8 bits, with or without tensor parallelism."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .scaling import Grouping
 
 
 class QuantizedLinear(nn.Linear):
-    """`nn.Linear` with the weights of another, whose products are of 8 bits, see `products.py`.
+    """`nn.Linear` that multiplies in 8 bits, see `products.py`.
 
     Args:
-        linear: whose parameters are taken over.
+        linear: layer whose parameters this one takes over.
         grouping, quantize_weight_grad, emulate: as in `quantized_linear`.
     """
 
@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Linear):
         self.emulate = emulate
 
     def forward(self, x: Any) -> torch.Tensor:
-        """`[..., in]` -> `[..., out]`, both DTensors if the weight is one."""
+        """Map `[..., in]` to `[..., out]`, both DTensors if the weight is one."""
         out: torch.Tensor
         if isinstance(self.weight, DTensor):
             out = self._on_parts(x, self.weight)
@@ -48,10 +48,10 @@ class QuantizedLinear(nn.Linear):
         return quantized_linear(x, weight, self.grouping, self.quantize_weight_grad, self.emulate)
 
     def _on_parts(self, x: DTensor, weight: DTensor) -> DTensor:
-        """Under tensor parallelism, multiply what this rank has.
+        """Multiply this rank's parts under tensor parallelism.
 
-        Scales are of a rank's own part: as powers of two, they round as those of the whole would
-        (see `scaling.py`), and ranks need not tell each other the largest number.
+        Each rank scales its own part. Since scales are powers of two, they round like those of the
+        whole tensor (see `scaling.py`), so ranks need not exchange their largest numbers.
         """
         mesh = weight.device_mesh
         features = x.ndim - 1
@@ -59,13 +59,13 @@ class QuantizedLinear(nn.Linear):
         x_grad: list[Placement] = list(x.placements)
         weight_grad: list[Placement] = [place]
         out: list[Placement] = list(x.placements)
-        if place == Shard(0):  # each rank makes some of the features, from all
-            # Else left alone, so that several layers' partial gradients are added before the sum
-            # over ranks: `redistribute` would sum each of them.
+        if place == Shard(0):  # each rank computes some output features, from all input features
+            # A replicated input is left alone, so that the partial gradients of several layers are
+            # added before the sum over ranks; `redistribute` would sum each of them over ranks.
             if not x.placements[0].is_replicate():
                 x = x.redistribute(placements=[Replicate()])
             x_grad, out = [Partial()], [Shard(features)]
-        elif place == Shard(1):  # each rank makes a part of each feature, from some
+        elif place == Shard(1):  # each rank computes a partial sum, from some input features
             x = x.redistribute(placements=[Shard(features)])
             x_grad, out = [Shard(features)], [Partial()]
         elif not x.placements[0].is_replicate():  # each rank has some of the tokens

@@ -1,4 +1,4 @@
-"""Differentiable products of quantized operands: linear layers, and experts."""
+"""Differentiable matrix products of quantized operands, for linear layers and experts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def quantized_linear(
     quantize_weight_grad: bool = True,
     emulate: bool = False,
 ) -> torch.Tensor:
-    """`F.linear(x, weight)` whose operands are rounded to float8, and so are its gradients'.
+    """Compute `F.linear(x, weight)` and its gradients with operands rounded to float8.
 
-    Of each product, the operands are quantized along what is summed over: features of the input
-    (forward), of the output (gradient of `x`), tokens (gradient of `weight`). Under autocast, they
-    are first cast to its dtype, as `F.linear` would.
+    The operands of each product are quantized along the dimension that is summed over: input
+    features (forward), output features (gradient of `x`) or tokens (gradient of `weight`). Under
+    autocast, they are first cast to its dtype, as in `F.linear`.
 
     Args:
         x: `[..., in]`.
         weight: `[out, in]`.
-        grouping: what shares a scale.
+        grouping: which elements share a scale.
         quantize_weight_grad: False computes the gradient of the weight in high precision.
         emulate: see `scaled_mm`.
 
@@ -55,7 +55,7 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.quantize_weight_grad = quantize_weight_grad
         with torch.autocast(x.device.type, enabled=False):
             rows, matrix = quantize(x, E4M3, grouping), quantize(weight, E4M3, grouping)
-            # The scale of a whole tensor is that of its transpose.
+            # A tensor-wide scale is also that of the transpose, so backward can reuse it.
             scales = [rows.scale, matrix.scale] if grouping == "tensor" else []
             ctx.save_for_backward(x, weight, *scales)
             return scaled_mm(rows, matrix, x.dtype, emulate, fast=True)
@@ -65,7 +65,7 @@ class _QuantizedLinear(torch.autograd.Function):
         x, weight, *scales = ctx.saved_tensors
         x_scale, weight_scale = scales or (None, None)
         grouping, emulate = ctx.grouping, ctx.emulate
-        # Gradients spread wider. Smaller groups are narrow enough for e4m3, whose digits are finer.
+        # Gradients have a wider range. Smaller groups fit e4m3, which has more mantissa bits.
         grad_dtype = E5M2 if grouping == "tensor" else E4M3
         x_grad = weight_grad = grad_scale = None
         with torch.autocast(x.device.type, enabled=False):
@@ -92,10 +92,10 @@ def quantized_grouped_linear(
     emulate: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """`grouped_linear` of `torchtitan.models.common.moe` with operands rounded to float8.
+    """Compute `grouped_linear` of `torchtitan.models.common.moe` with operands rounded to float8.
 
-    The gradient of the weights is computed in high precision: it sums over the rows of an expert,
-    whose number is known to the device alone, and products of 8 bits need multiples of 16.
+    The gradient of the weights is computed in high precision: it sums over the rows of an expert.
+    Only the device knows their number, and products in 8 bits need multiples of 16.
 
     Args:
         rows: `[rows, in]`, sorted by expert.
@@ -103,8 +103,8 @@ def quantized_grouped_linear(
         ends: where each expert's rows end, `[num_experts]` int32.
         grouping: `row` or `block`.
         emulate: see `scaled_mm`.
-        backend: of `torch.compile`, for the rounding where the call is in no compiled graph, as
-            that of experts is which are dispatched to other ranks. None leaves it eager.
+        backend: `torch.compile` backend of the rounding if the call is not in a compiled graph, as
+            for experts dispatched to other ranks. None leaves it eager.
 
     Returns:
         `[rows, out]`.
@@ -146,7 +146,7 @@ class _QuantizedGroupedLinear(torch.autograd.Function):
 
 
 def _quantize_alone(tensor: torch.Tensor, grouping: Grouping, backend: str | None) -> Scaled:
-    """`quantize` to e4m3, compiled by itself unless it is compiled with what is around it."""
+    """Quantize to e4m3, compiled separately unless the surrounding code is being compiled."""
     if backend is None or torch.compiler.is_compiling():
         return quantize(tensor, E4M3, grouping)
     data, scale = _compiled_quantize(backend)(tensor, grouping)
@@ -157,15 +157,15 @@ def _quantize_alone(tensor: torch.Tensor, grouping: Grouping, backend: str | Non
 def _compiled_quantize(backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     def parts(tensor: torch.Tensor, grouping: Grouping) -> tuple[torch.Tensor, torch.Tensor]:
         scaled = quantize(tensor, E4M3, grouping)
-        # As products need it: what is transposed is written so at once.
+        # Products need contiguous data; the compiler writes a transpose in this order directly.
         return scaled.data.contiguous(), scaled.scale
 
-    # How many rows a rank gets changes with each batch.
+    # The number of rows of a rank changes with each batch.
     return torch.compile(parts, backend=backend, dynamic=True)
 
 
 def _autocast(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in autocast's dtype where it is on, which does not know our functions."""
+    """Cast both to autocast's dtype if it is on, since autocast ignores custom functions."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return x, weight

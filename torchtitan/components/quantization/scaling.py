@@ -1,9 +1,9 @@
-"""Numbers of 8 bits with scales: rounding to them, and matrix products of them.
+"""Round to 8-bit numbers with scales, and multiply matrices of them.
 
 Every scale is a power of two, the smallest that keeps the largest number of its group in range.
-Dividing by it is exact, so a scale decides nothing about rounding but where small numbers begin to
-lose digits: below 2^-14 of the largest in e4m3. So it matters little which tokens or features a
-group holds, and a model trains alike however they are divided among micro-batches and ranks.
+Dividing by it is exact, so a scale affects rounding only in where small numbers begin to lose
+digits: below 2^-14 of the largest in e4m3. So it matters little which tokens or features a group
+holds, and a model trains alike however they are divided among micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MX_BLOCK = 32
 """Elements that share a scale in MX formats (OCP Microscaling Formats v1.0)."""
 
 Grouping = Literal["tensor", "row", "block"]
-"""What shares a scale: all of a matrix, a row, or 32 neighbours in a row."""
+"""Elements that share a scale: a whole matrix, a row, or 32 neighbors in a row."""
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """`data * scale`, where rows are what is summed over in a product.
+    """The matrix `data * scale`, whose products sum over each row.
 
     data: `[..., rows, columns]`, float8.
     scale: float32, `[..., 1, 1]`, `[..., rows, 1]` or `[..., rows, columns / 32]`.
@@ -36,7 +36,7 @@ class Scaled:
     grouping: Grouping
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[..., rows, columns]`. Exact in bfloat16 and float32."""
+        """Return `[..., rows, columns]`. Exact in bfloat16 and float32."""
         data = self.data.to(dtype)
         if self.grouping == "block":
             blocks = data.unflatten(-1, (-1, MX_BLOCK)) * self.scale[..., None].to(dtype)
@@ -45,7 +45,7 @@ class Scaled:
 
 
 _STRIP = 128
-"""Numbers of a row that are looked through in the first of two steps."""
+"""Row elements that are reduced together in the first of two steps."""
 
 
 def quantize(
@@ -57,13 +57,13 @@ def quantize(
 ) -> Scaled:
     """Round `tensor` `[..., rows, columns]` to the nearest numbers of a float8 `dtype`.
 
-    A group that holds infinity or NaN comes out with NaN.
+    A group that holds infinity or NaN gets NaN.
 
     Args:
-        scale: of this tensor, if it is known already. None: it is computed.
-        strips: look for the largest number of a row in two steps. In one, the compiler fuses the
-            search with the rounding, which is best if rows lie in memory as such, and is slow if
-            `tensor` is a transpose, or is rounded both ways.
+        scale: scale of this tensor, if already known. None: it is computed.
+        strips: find the largest number of a row in two steps. In one step, the compiler fuses the
+            search with the rounding. This is best if rows are contiguous in memory, but slow if
+            `tensor` is a transpose or is rounded both ways.
     """
     values = tensor.float()
     if grouping == "block":
@@ -77,7 +77,7 @@ def quantize(
 
 
 def _largest(values: torch.Tensor, grouping: Grouping, strips: bool) -> torch.Tensor:
-    """The largest absolute number of each group."""
+    """Return the largest absolute value of each group."""
     sizes = values.abs()
     if grouping == "tensor":
         return sizes.amax(dim=(-2, -1), keepdim=True)
@@ -87,12 +87,12 @@ def _largest(values: torch.Tensor, grouping: Grouping, strips: bool) -> torch.Te
 
 
 def power_of_two_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The least power of two by which `largest` comes within `dtype`, float32 of the same shape.
+    """Return the smallest power of two that scales `largest` into `dtype`, float32 of its shape.
 
-    From 2^-126, the least normal number, which also is the scale of zeros.
+    At least 2^-126, the smallest normal number, which is also the scale of zeros.
     """
     bits = (largest / torch.finfo(dtype).max).view(torch.int32)
-    # Up to the next exponent, unless the mantissa is 0.
+    # Round up to the next exponent, unless the mantissa is 0.
     power = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return power.clamp(min=2.0**-126)
 
@@ -100,14 +100,15 @@ def power_of_two_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 def scaled_mm(
     a: Scaled, b: Scaled, dtype: torch.dtype, emulate: bool, fast: bool = False
 ) -> torch.Tensor:
-    """`a @ b.T`, summed in float32.
+    """Return `a @ b.T`, summed in float32.
 
     Args:
         a: `[m, k]`.
         b: `[n, k]`; k and n are multiples of 16, and of 32 for MX.
-        dtype: of the result; without `emulate`, bfloat16.
+        dtype: dtype of the result; bfloat16 without `emulate`.
         emulate: multiply dequantized numbers, on devices without float8 products.
-        fast: let tensor cores add up with fewer digits, where that is faster (Hopper); not of MX.
+        fast: let tensor cores accumulate in lower precision where that is faster (Hopper); not for
+            MX.
 
     Returns:
         `[m, n]`.
@@ -130,10 +131,11 @@ def scaled_mm(
 
 
 def _for_tensor_cores(scale: torch.Tensor) -> torch.Tensor:
-    """Scales of MX blocks `[rows, columns]` in the order that Blackwell reads: flat, e8m0.
+    """Return scales of MX blocks `[rows, columns]` in the order that Blackwell reads: flat, e8m0.
 
-    Tiles of 128 x 4, one row of tiles after the other; within a tile the scale of row r and column
-    c is at 16 (r % 32) + 4 (r // 32) + c (cuBLAS 12.9, "1D Block Scaling Factors Layout").
+    The order is tiles of 128 x 4, one row of tiles after another. Within a tile, the scale of row r
+    and column c is at 16 (r % 32) + 4 (r // 32) + c (cuBLAS 12.9, "1D Block Scaling Factors
+    Layout").
     """
     rows, columns = scale.shape
     scale = F.pad(scale, (0, -columns % 4, 0, -rows % 128), value=1.0)
