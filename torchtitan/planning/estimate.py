@@ -368,8 +368,7 @@ class _Step:
         buffers = sum(2 * stage.hidden_in + stage.hidden_out for stage in stages)
         state += Memory(pipeline_buffers=self._micro_batches * buffers)
         moments = [state + gradients + temporary]
-        # Stages hold whole parameters and gradients until the end; only one stage computes at a
-        # time.
+        # Stages hold whole parameters and gradients until the end; one stage computes at a time.
         kept = sum((replace(s.moments[0], temporary=0) for s in stages), state)
         working = Memory(activations=self.timeline.held[rank])
         for stage in stages:

@@ -53,8 +53,7 @@ def _aligned(
 ) -> Iterator[tuple[Memory, Memory]]:
     """Yield moments of the two traces with the same distance from the beginning, or else the end.
 
-    Between the ends, memory rises or falls evenly from layer to layer, so no moment there is
-    fuller.
+    Between the ends, memory rises or falls evenly from layer to layer: no moment there is fuller.
     """
     first = len(few) - repetition.depth(repetition.edge)
     for i in range(len(few)):

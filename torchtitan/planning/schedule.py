@@ -102,7 +102,7 @@ def actions_of(
 
 
 def _one_stage(schedule: str, stage: int, stages: int, micro_batches: int) -> list[Action]:
-    """Return the order of GPipe or 1F1B, which PyTorch has only as code (its printed one is off)."""
+    """Return the order of GPipe or 1F1B, which PyTorch has only as code (printed ones are off)."""
     ahead = micro_batches if schedule == "GPipe" else min(micro_batches, stages - stage)
     actions = [Action(stage, FORWARD, number) for number in range(ahead)]
     for number in range(micro_batches):
