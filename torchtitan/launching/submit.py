@@ -25,7 +25,7 @@ def run(words: list[str], text: str) -> int:
 
 
 def run_on_file(words: list[str], text: str, name: str) -> int:
-    """Run a command on a file called `name` with `text`, its last argument. Return the exit code."""
+    """Run a command on a file `name` with `text`, the last argument. Return its exit code."""
     with tempfile.TemporaryDirectory(prefix="torchtitan-launch-") as folder:
         path = Path(folder, name)
         path.write_text(text)
