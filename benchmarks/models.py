@@ -98,7 +98,7 @@ class Comparison:
     """Relative difference of the losses."""
 
     def ratio(self, clock: str) -> Spread:
-        """Return ours' speed relative to theirs, by neighbouring turns; by `wall` or `cpu`."""
+        """Return our speed relative to theirs, by neighbouring turns; by `wall` or `cpu`."""
         pairs = zip(getattr(self.theirs, clock), getattr(self.ours, clock), strict=True)
         return Spread.of([theirs / ours for theirs, ours in pairs])
 

@@ -44,7 +44,7 @@ class Progress:
     tokens: int
     shards: int
     total_documents: int | None
-    """None if the dataset does not know."""
+    """None if the size of the dataset is unknown."""
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""Describes a job to launch: it is checked, and knows how its hosts run it."""
+"""Defines a job to launch: checked options, and the shell code that its hosts run."""
 
 from __future__ import annotations
 

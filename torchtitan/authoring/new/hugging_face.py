@@ -65,7 +65,7 @@ class Findings:
     args_source: str
     """`Llama3ModelArgs(dim=...)`, with the fields that differ from the defaults."""
     not_understood: dict[str, Any] = field(default_factory=dict)
-    """Fields of `config.json` that the model started from does not know."""
+    """Fields of `config.json` that the starting model does not know."""
     absent: dict[str, Any] = field(default_factory=dict)
     """Fields whose value means that a feature is absent: 0, null or false."""
     names: dict[str, str] = field(default_factory=dict)

@@ -144,7 +144,7 @@ def evaluate(
     batches = _batched(stream.sequences(seq_len), batch_size)
     seen, told = 0, time.monotonic()
     for turn in _batched(batches, dims.dp):
-        # Ranks without a batch of their own run one too, since gathering sharded weights takes all.
+        # Ranks without a batch of their own run one too, since sharded weights are gathered by all.
         batch = turn[rank] if rank < len(turn) else turn[0]
         tokens, labels = (x.to(device) for x in pad_batch(batch))
         loss = loss_fn(loaded.model(tokens), labels)
