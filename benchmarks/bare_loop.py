@@ -1,7 +1,7 @@
-"""The loop that the trainer is measured against: PyTorch alone, nothing but the training.
+"""The loop that the trainer is measured against: PyTorch alone, with nothing but training.
 
-It computes what the trainer computes: gradient accumulation, clipping, fused AdamW. It keeps no
-state, logs nothing, checks nothing, waits for no data and knows one device.
+It computes the same as the trainer: gradient accumulation, clipping, fused AdamW. It saves no
+state, logs nothing, checks nothing, waits for no data and supports one device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 
 class BareLoop:
-    """Trains `model`, which is on its device and initialised."""
+    """Trains `model`, which is initialised and on its device."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class BareLoop:
             self.autocast = torch.autocast(self.device.type, dtype=dtype)
 
     def step(self, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
-        """One optimizer step over equal micro-batches. Returns the mean loss, on the device."""
+        """Run one optimizer step over equal micro-batches. Return the mean loss, on the device."""
         micro_batches = list(micro_batches)
         total = torch.zeros((), device=self.device)
         for tokens, labels in micro_batches:

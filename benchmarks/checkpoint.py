@@ -1,9 +1,9 @@
 """How long training stands still for a checkpoint: saved at once, and in the background.
 
-One trainer saves by turns: at once, in the background, at once without checksums. What is compared
-stands side by side in one process, on one file system, with the same state (0.5 GB: weights and
-moments of AdamW). Steps of training are timed with and without a save in the background. At last,
-checkpoints are loaded with and without a check of their checksums.
+One trainer alternates between saving at once, in the background, and at once without checksums, so
+all of them are compared in one process, on one file system, with the same state (0.5 GB: weights
+and moments of AdamW). Steps of training are timed with and without a save in the background.
+Finally, checkpoints are loaded with and without checking their checksums.
 
     python -m benchmarks.checkpoint [--folder /dev/shm] [--rounds 7]
 """
@@ -40,20 +40,20 @@ class Samples:
     blocking: list[float] = field(default_factory=list)
     """A save that training waits for."""
     without_checksums: list[float] = field(default_factory=list)
-    """The same, with the checksum computed of nothing."""
+    """The same, without computing checksums."""
     stall: list[float] = field(default_factory=list)
-    """What training waits for when the save goes on in the background: the call, and the
-    optimizer's step for the copy of the state."""
+    """Time that training waits for a save in the background: the call, and the optimizer step's
+    wait for the copy of the state."""
     lost: list[float] = field(default_factory=list)
-    """The stall, and by what the steps until the save is complete were slower than others."""
+    """The stall, plus the slowdown of steps until the save is complete."""
     background: list[float] = field(default_factory=list)
-    """From then until it is complete."""
+    """From the end of the call until the save is complete."""
     step: list[float] = field(default_factory=list)
-    """A step of training, as soon as nothing is saved."""
+    """A step of training while nothing is being saved."""
     first_step: list[float] = field(default_factory=list)
     """The step in which the state is copied."""
     step_meanwhile: list[float] = field(default_factory=list)
-    """The steps after it, while the save is in the background, each."""
+    """Each later step during the save in the background."""
     load: list[float] = field(default_factory=list)
     load_without_checksums: list[float] = field(default_factory=list)
 
@@ -76,7 +76,7 @@ class SavingTrainer(Trainer):
 
 
 def measure(folder: Path, flavor: str, rounds: int) -> tuple[Samples, int]:
-    """The samples, and the bytes of a checkpoint."""
+    """Return the samples, and the bytes of a checkpoint."""
     trainer = SavingTrainer(_config(folder, flavor))
     trainer.begin()
     config, samples = trainer.job_config.checkpoint, Samples()
@@ -133,7 +133,7 @@ def _config(folder: Path, flavor: str) -> JobConfig:
 
 @contextmanager
 def _waits_for_copy() -> Iterator[list[float]]:
-    """Seconds that each step of the optimizer waits until the state has been copied."""
+    """Yield the seconds that each optimizer step waits until the state has been copied."""
     waits: list[float] = []
     wait = HostCopy.synchronize_staging
 
@@ -146,7 +146,7 @@ def _waits_for_copy() -> Iterator[list[float]]:
 
 @contextmanager
 def _fresh_step(trainer: SavingTrainer) -> Iterator[None]:
-    """Each save is of a new step. The disk may still be busy with the one before."""
+    """Make a new step for each save. The disk may still be busy with the previous one."""
     trainer.step()
     yield
 
@@ -201,7 +201,7 @@ def _share(part: Spread, whole: Spread) -> str:
 
 
 def run(quick: bool = False) -> list[Table]:
-    """The cases of the suites: on the disk of temporary files, and in memory where that is."""
+    """Run the cases of the suites: on the disk of temporary files, and in memory if available."""
     folders = [Path(tempfile.gettempdir())]
     if Path("/dev/shm").is_dir():
         folders.append(Path("/dev/shm"))

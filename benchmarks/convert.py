@@ -2,7 +2,7 @@
 
 The model is Llama 3 8B with every width times 3/8: 32 layers, 2.26 GB in bfloat16, all values 1.
 Copy and conversions take turns, and each ends when its files are on the disk (fsync). Memory is
-measured in processes of their own.
+measured in separate processes.
 
     python -m benchmarks.convert [--rounds 5] [--layers 32]
 """
@@ -46,7 +46,7 @@ ARGS = replace(
 
 
 def make_folder(folder: Path, layers: int) -> tuple[int, int]:
-    """Write a Hugging Face folder. Returns the bytes of all tensors and of the largest."""
+    """Write a Hugging Face folder. Return the bytes of all tensors and of the largest one."""
     args = replace(ARGS, n_layers=layers)
     with torch.device("meta"):
         state = Llama3StateDictAdapter(args).to_hf(Llama3Model(args).state_dict())
@@ -79,7 +79,7 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def peak_of(*arguments: object) -> int:
-    """Bytes by which `torchtitan convert` with these arguments grows beyond its imports."""
+    """Return the bytes by which `torchtitan convert` with these arguments exceeds its imports."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.convert", "--peak", *map(str, arguments)],
         check=True,

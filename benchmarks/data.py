@@ -1,6 +1,6 @@
 """How fast are data: reading tokens, resuming, preparing, streaming, and does a step wait for them?
 
-Each of ours is measured beside what others would use, by turns, in one run.
+Each benchmark alternates between our code and the usual alternatives, in one run.
 
     python -m benchmarks.data [--rounds 5] [--only read prepare ...]
 """
@@ -31,7 +31,7 @@ from torchtitan.data.sources import open_dataset
 from torchtitan.data.token_shards import Shard, TokenFiles
 
 MEAN_TOKENS = 700
-"""Of a document; about that of web pages."""
+"""Mean length of a document; about that of web pages."""
 VOCAB_SIZE = 16_384
 
 
@@ -41,7 +41,7 @@ class Samples:
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    """Of all threads, and of child processes."""
+    """Of all threads and child processes."""
 
     def measure(self, function: Callable[[], object]) -> None:
         cpu, start = _cpu_seconds(), time.perf_counter()
@@ -59,7 +59,7 @@ def _cpu_seconds() -> float:
 
 
 def read(folder: Path, rounds: int, quick: bool) -> Table:
-    """Memory-mapped tokens in a global shuffle, by one process."""
+    """Read memory-mapped tokens in a global shuffle, in one process."""
     documents = 2_000 if quick else 60_000
     rng = np.random.default_rng(0)
     ends = np.cumsum(rng.integers(1, 2 * MEAN_TOKENS, documents))
@@ -69,7 +69,7 @@ def read(folder: Path, rounds: int, quick: bool) -> Table:
     rows, seq_len, steps = 16, 2048, 10 if quick else 250
 
     def random_windows() -> None:
-        """nanoGPT's `get_batch`: no documents, no epochs, no resume."""
+        """Read like nanoGPT's `get_batch`: no documents, no epochs, no resume."""
         for _ in range(steps):
             starts = torch.randint(len(tokens) - seq_len, (rows,)).tolist()
             windows = [tokens[i : i + seq_len + 1].astype(np.int64) for i in starts]
@@ -110,7 +110,7 @@ def read(folder: Path, rounds: int, quick: bool) -> Table:
 
 
 def resume(folder: Path, rounds: int, quick: bool) -> Table:
-    """From a state at the billionth sample to the first batch."""
+    """Resume a state at the billionth sample, up to the first batch."""
     path, documents, rows, seq_len = folder / "huge.bin", 2 * 10**9, 8, 2048
     path.touch()
     os.truncate(path, 2 * 512 * documents)  # takes no space on the disk
@@ -136,7 +136,7 @@ def resume(folder: Path, rounds: int, quick: bool) -> Table:
 
 
 def prepare(folder: Path, rounds: int, quick: bool) -> Table:
-    """`torchtitan data prepare` against the tokenizers library alone, on all cores."""
+    """Compare `torchtitan data prepare` with the tokenizers library alone, on all cores."""
     texts = list(_texts())[: 40 if quick else None]
     _train_tokenizer(texts, folder)
     copies = 1 if quick else 2
@@ -179,7 +179,7 @@ def prepare(folder: Path, rounds: int, quick: bool) -> Table:
 
 
 def _measure(name: str, folder: Path, out: Path) -> None:
-    """One side of `prepare`, in a process of its own."""
+    """Run one side of `prepare`, in its own process."""
     from tokenizers import Tokenizer
 
     from torchtitan.data import prepare as preparation
@@ -227,7 +227,7 @@ def _train_tokenizer(texts: list[str], folder: Path) -> None:
 
 
 def stream(folder: Path, rounds: int, quick: bool) -> Table:
-    """JSON lines, from the first to the last, against `datasets` alone."""
+    """Read JSON lines, from the first to the last, against `datasets` alone."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -273,7 +273,7 @@ def stream(folder: Path, rounds: int, quick: bool) -> Table:
 
 
 def wait(folder: Path, rounds: int, quick: bool) -> Table:
-    """The share of a step that the trainer waits for data, with texts tokenized meanwhile."""
+    """Measure the share of a step that the trainer waits for data, while texts are tokenized."""
     _train_tokenizer(list(_texts())[:40], folder)
     flavor = "debugmodel" if quick else "150M"
     command = ["-m", "torchtitan", "train", "--model.name", "llama3", "--model.flavor", flavor]

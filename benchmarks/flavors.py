@@ -1,5 +1,7 @@
-"""Llama 3 with the layers of its larger flavors, but few of them, so that a CPU steps in seconds;
-and whole ones for a GPU.
+"""Defines flavors of Llama 3 for benchmarks.
+
+Some have the layers of larger flavors, but only few of them, so that a CPU step takes seconds;
+others are complete, for a GPU.
 
 `--job.custom_import benchmarks.flavors` registers them under the name `benchmark_llama3`.
 """
@@ -11,7 +13,7 @@ from dataclasses import replace
 from torchtitan.models import llama3
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-_VOCAB_SIZE = 8192  # else the output layer would take most of the time
+_VOCAB_SIZE = 8192  # otherwise the output layer would take most of the time
 
 MODEL_CONFIGS = {
     "debugmodel": llama3.MODEL_CONFIGS["debugmodel"],
@@ -23,7 +25,7 @@ MODEL_CONFIGS = {
     "1B": llama3.MODEL_CONFIGS["1B"],
 }
 MODEL_CONFIGS |= {
-    # What the `torchtitan` package of PyPI can express too.
+    # Flavors that the `torchtitan` package of PyPI can express too.
     f"{name}-untied": replace(
         MODEL_CONFIGS[name], tie_word_embeddings=False, rope_scaling=llama3.LLAMA_3_1
     )

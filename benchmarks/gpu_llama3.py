@@ -1,8 +1,8 @@
 """Llama 3 of 1B and 3B parameters, bfloat16 and float8, on one GPU: tokens/s, MFU, memory.
 
-Runs the trainer as from Python, all modes by turns in one process, and reads what it logs. Each run
-is told on stderr once it is over, so that what was measured is there if the machine goes. Further
-arguments are options of the trainer. Tiny, it runs on a CPU too, to see that it works:
+Runs the trainer from Python, alternating between all modes in one process, and reads its log. Each
+run is reported on stderr once it is over, so that its result survives the loss of the machine.
+Further arguments are options of the trainer. The tiny version also runs on a CPU, as a check:
 
     python -m benchmarks.gpu_llama3 [--config benchmarks/configs/llama3_3b.toml] [--rounds 1]
         [--modes compiled "compiled, float8"] [--training.local_batch_size 1]
@@ -28,9 +28,9 @@ from torchtitan.tools.text import first_line, three_digits
 
 CONFIGS = Path(__file__).parent / "configs"
 PLANS = {"llama3_1b": ["--training.local_batch_size=8"], "llama3_3b": []}
-"""Config -> options."""
+"""Config -> options for it."""
 H100_PEAK_TFLOPS = 989.0
-"""Dense bf16 matrix products of an H100 SXM, by NVIDIA's data sheet."""
+"""Dense bf16 matrix products of an H100 SXM, from NVIDIA's data sheet."""
 TARGET_MFU = 0.55
 
 MODES = {
@@ -53,14 +53,14 @@ TINY = [
 
 @dataclass(frozen=True)
 class Run:
-    """One training. The logged steps but the first, which warms up or compiles, are `steady`."""
+    """One training run. `steady` has the logged steps after the first, which may compile."""
 
     first: dict[str, Any]
     steady: list[dict[str, Any]]
 
     @classmethod
     def of(cls, name: str, options: list[str]) -> Run | Failed:
-        """Train, and tell on stderr what came of it."""
+        """Train, and report the result on stderr."""
         with tempfile.TemporaryDirectory() as folder:
             problem = train([*options, "--job.dump_folder", folder])
             path = Path(folder) / "metrics.jsonl"
@@ -92,7 +92,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Failed:
-    """A training that did not finish, out of memory for instance; or logged too few steps."""
+    """A training run that did not finish, for example out of memory, or logged too few steps."""
 
     problem: str
 
@@ -101,8 +101,8 @@ class Failed:
 
 
 def train(options: list[str]) -> str | None:
-    """Run the trainer from and to the same empty GPU. Returns what went wrong, in short."""
-    # Imported here, as plans are made without it.
+    """Run the trainer, with an empty GPU before and after. Return its failure, in short."""
+    # Imported here, since plans are made without it.
     import torch
 
     from torchtitan.train import Trainer
@@ -121,7 +121,7 @@ def train(options: list[str]) -> str | None:
 
 
 def refuse_cpu(name: str) -> None:
-    """Ends the program where a benchmark of full size would run on a CPU for hours."""
+    """End the program if a full-size benchmark would run on a CPU for hours."""
     if not _has_gpu():
         raise SystemExit(
             f"{name} needs a GPU that PyTorch can use; on a CPU, --tiny shows it works"
@@ -131,7 +131,7 @@ def refuse_cpu(name: str) -> None:
 def measure(
     config: Path, modes: list[str], rounds: int, peak_tflops: float, options: list[str]
 ) -> Table:
-    """The modes by turns. MFU appears where there is a GPU, in float8 over the bf16 peak too."""
+    """Alternate between the modes. MFU needs a GPU; in float8 it is also over the bf16 peak."""
     runs: dict[str, list[Any]] = defaultdict(list)
     base = ["--job.config_file", str(config), "--metrics.progress", "plain", *options]
     failures: dict[str, list[Any]] = defaultdict(list)
@@ -184,7 +184,7 @@ def run(quick: bool = False) -> list[Table]:
     if quick:
         return [measure(CONFIGS / "llama3_1b.toml", list(MODES), 1, H100_PEAK_TFLOPS, TINY)]
     refuse_cpu("gpu_llama3")
-    compiled = [mode for mode in MODES if mode != "eager"]  # which those batches do not fit
+    compiled = [mode for mode in MODES if mode != "eager"]  # eager does not fit these batches
     return [
         measure(CONFIGS / f"{name}.toml", compiled, 3, H100_PEAK_TFLOPS, options)
         for name, options in PLANS.items()

@@ -6,9 +6,9 @@ arguments are options of the trainer, for runs and plans alike.
     python -m benchmarks.gpu_plan [--device h100] [--models 150m 1b]
     python -m benchmarks.gpu_plan --tiny
 
-Each run is told on stderr once it is over, and one that fails, out of memory for instance, is a row
-as well. On a CPU, --tiny shows that it works: there is no plan of a CPU's time, and the memory of
-its process is not that of its tensors, so neither is compared.
+Each run is reported on stderr once it is over; a run that fails, for example out of memory, is a
+row too. On a CPU, --tiny checks that the benchmark works: there is no plan of a CPU's time, and its
+process's memory is not that of its tensors, so neither is compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _GIB = 2**30
 
 
 def measure(models: list[str], device: str, options: list[str]) -> Table:
-    """A row for each model and mode. Modes that do not fit by the plan are planned only."""
+    """Make a row for each model and mode. Modes that do not fit by the plan are only planned."""
     gpu = _gpu()
     rows = []
     for model in models:

@@ -1,8 +1,8 @@
 """Peak memory of a loss and its backward pass: chunked against plain cross entropy.
 
-Each case runs in a process of its own, which first runs the same on a few tokens, so that what
-libraries allocate once does not count. Its peak is the most it held (on CPU the resident set, by
-the kernel's high-water mark; on CUDA the bytes in tensors) above what it held before the loss: the
+Each case runs in its own process, after a run on a few tokens, so that one-time allocations of
+libraries do not count. Its peak is the most memory held (on CPU the resident set, by the kernel's
+high-water mark; on CUDA the bytes in tensors) above the memory before the loss, which are the
 inputs. So logits, their gradients and the gradients of both inputs count.
 
     python -m benchmarks.loss [--dim 2048] [--vocab-size 128256] [--tokens 4096]
@@ -47,7 +47,7 @@ class Outcome:
     seconds: float
     loss: torch.Tensor
     gradients: tuple[torch.Tensor, torch.Tensor]
-    """Of the hidden states `[tokens, dim]` and of the weight `[vocab, dim]`."""
+    """Gradients of the hidden states `[tokens, dim]` and of the weight `[vocab, dim]`."""
 
 
 def measure(case: Case) -> Outcome:
@@ -85,7 +85,7 @@ def _run(case: Case, device: torch.device) -> None:
 
 
 def _inputs(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states as after a norm, and weights that give logits of a trained model's size."""
+    """Make hidden states as after a norm, and weights for logits of a trained model's size."""
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device}
     dtype = getattr(torch, case.dtype)
@@ -98,17 +98,17 @@ def _inputs(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tenso
 def _loss(
     case: Case, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """The mean over the tokens, as in training."""
+    """Return the mean over the tokens, as in training."""
     if case.chunk_size:
         total = chunked_linear_cross_entropy(hidden, weight, labels, case.chunk_size)
     else:
-        # The logits have no name here, so autograd alone decides how long they live.
+        # The logits are not named here, so autograd alone decides their lifetime.
         total = cross_entropy(hidden @ weight.T, labels)
     return total / len(labels)
 
 
 def _reset_peak(device: torch.device) -> int:
-    """Bytes held now, from which the peak is counted."""
+    """Reset the peak, and return the bytes held now."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -130,15 +130,15 @@ def _status_bytes(key: str) -> int:
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference."""
+    """Return the norm of the difference over the norm of the reference."""
     return ((value - reference).norm() / reference.norm()).item()
 
 
 def compare(dim: int, vocab_size: int, tokens: int, chunk_sizes: list[int]) -> list[list[str]]:
-    """Rows of the table: plain cross entropy, then each chunk size.
+    """Make the rows of the table: plain cross entropy, then each chunk size.
 
     Raises:
-        RuntimeError: loss or gradients differ, so the cases did not compute the same.
+        RuntimeError: loss or gradients differ, so the cases did not compute the same thing.
     """
     plain = measure(Case(0, dim, vocab_size, tokens))
     rows = [[str(dim), "plain", _gib(plain), "1", f"{plain.seconds:.1f}", "", ""]]
@@ -178,7 +178,7 @@ def table(dims: list[int], vocab_size: int, tokens: int, chunk_sizes: list[int])
 
 
 def run(quick: bool = False) -> list[Table]:
-    """The cases of the suites."""
+    """Run the cases of the suites."""
     if quick:
         return [table([32], 1024, 64, [16])]
     return [table([2048], 128_256, 4096, [2048, 1024, 512])]

@@ -1,8 +1,8 @@
 """Our models against those of `transformers`: forward and backward pass, and generation.
 
-Both have the same weights and tokens, and take turns in one process, so that what disturbs the
-machine for longer than a turn falls on both; the ratio of neighbouring turns is the result. That
-the losses and the generated tokens agree shows that both do the same work.
+Both have the same weights and tokens, and take turns in one process, so that disturbances of the
+machine that last longer than a turn affect both; the result is the ratio of neighbouring turns.
+Equal losses and equal generated tokens show that both do the same work.
 
     python -m benchmarks.models [--model qwen3 ...] [--rounds 9] [--profile]
 """
@@ -38,7 +38,7 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 64,
     "intermediate_size": 1536,
-    "vocab_size": 4096,  # else the output layer would take most of the time
+    "vocab_size": 4096,  # otherwise the output layer would take most of the time
     "max_position_embeddings": 2048,
     "pad_token_id": None,
     "bos_token_id": None,
@@ -98,13 +98,13 @@ class Comparison:
     """Relative difference of the losses."""
 
     def ratio(self, clock: str) -> Spread:
-        """How many times as fast ours is, by neighbouring turns; by `wall` or `cpu`."""
+        """Return our speed relative to theirs, by neighbouring turns; by `wall` or `cpu`."""
         pairs = zip(getattr(self.theirs, clock), getattr(self.ours, clock), strict=True)
         return Spread.of([theirs / ours for theirs, ours in pairs])
 
 
 def build(name: str, quick: bool) -> tuple[Any, Any]:
-    """The model of `transformers` as it comes, and ours with its weights."""
+    """Build the model of `transformers` with default settings, and ours with its weights."""
     import transformers
 
     fields = _COMMON | CONFIGS[name] | (_TINY if quick else {})
@@ -137,7 +137,7 @@ def _now() -> tuple[float, float]:
 
 
 def training_step(model: Any, logits_of: Callable[[torch.Tensor], torch.Tensor], seq_len: int):
-    """A function that does one forward and backward pass, and returns the loss."""
+    """Return a function that does one forward and backward pass, and returns the loss."""
     tokens = torch.randint(100, (BATCH, seq_len + 1), generator=torch.Generator().manual_seed(0))
 
     def step() -> float:
@@ -151,7 +151,7 @@ def training_step(model: Any, logits_of: Callable[[torch.Tensor], torch.Tensor],
 
 
 def compare_training(name: str, rounds: int, quick: bool = False) -> Comparison:
-    """Raises `RuntimeError` if the losses differ."""
+    """Compare training steps. Raises `RuntimeError` if the losses differ."""
     theirs, ours = build(name, quick)
     seq_len = 32 if quick else SEQ_LEN
     steps = (
@@ -168,7 +168,7 @@ def compare_training(name: str, rounds: int, quick: bool = False) -> Comparison:
 
 
 def compare_generation(name: str, rounds: int, quick: bool = False) -> Comparison:
-    """Greedy, one prompt. Raises `RuntimeError` if the tokens differ."""
+    """Compare greedy generation of one prompt. Raises `RuntimeError` if the tokens differ."""
     theirs, ours = build(name, quick)
     generator, theirs = Generator(ours), theirs.eval()
     prompt = torch.randint(100, (1, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -254,7 +254,7 @@ def _versions() -> str:
 
 
 def run(quick: bool = False) -> list[Table]:
-    """All models."""
+    """Run all models."""
     names, rounds = (["llama3", "gpt_oss"], 2) if quick else (list(CONFIGS), 7)
     return [
         training_table([compare_training(name, rounds, quick) for name in names]),
@@ -263,7 +263,7 @@ def run(quick: bool = False) -> list[Table]:
 
 
 def profile(name: str) -> None:
-    """Print where one step of each goes."""
+    """Print the time profile of one step of each."""
     theirs, ours = build(name, quick=False)
     for title, model, logits_of in (
         ("ours", ours, ours),

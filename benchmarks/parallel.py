@@ -1,11 +1,11 @@
-"""Bytes that a rank sends and memory that it needs in each layout, against the textbook formulas.
+"""Compares the bytes sent and memory used by a rank in each layout with the textbook formulas.
 
     python -m benchmarks.parallel
 
 One process plans each layout from traces with fake tensors (`torchtitan.planning`): the real
-model, the real `parallelize_fn`, the real optimizer. Pipelines send as their schedule says, so they
-run for real, a process each rank over gloo. The sizes are such that parameters outweigh
-activations, as the memory formula counts the former alone.
+model, the real `parallelize_fn`, the real optimizer. Pipelines send according to their schedule, so
+they run for real, with one process per rank over gloo. The sizes are chosen so that parameters
+outweigh activations, as the memory formula counts only parameters.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOE = qwen3.Qwen3ModelArgs(
     moe=MoEArgs(num_experts=8, top_k=2, hidden_dim=512),
 )
 SEQ = 32
-FLOAT = 4  # bytes; of gradients, moments and weights
+FLOAT = 4  # bytes of gradients, moments and weights
 TOLERANCE = 0.1
 
 Sent = dict[tuple[str, str], float]
@@ -50,7 +50,7 @@ Sent = dict[tuple[str, str], float]
 
 @dataclass
 class Layout:
-    """Degrees of one run. Other ranks are in `shard`."""
+    """Degrees of one run. All remaining ranks are in `shard`."""
 
     rep: int = 1
     shard: int = 1
@@ -58,7 +58,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     ep: int = 1
-    """Of the `shard` ranks, those that have different experts."""
+    """The number of `shard` ranks that have different experts."""
 
     @property
     def world_size(self) -> int:
@@ -70,7 +70,7 @@ class Layout:
 
     @property
     def compute_bytes(self) -> int:
-        """Of what is computed with: PyTorch traces grouped matrix products in bfloat16 only."""
+        """Bytes in computation: PyTorch traces grouped matrix products in bfloat16 only."""
         return 2 if self.ep > 1 else FLOAT
 
     @property
@@ -128,7 +128,7 @@ class Parameters:
     total: float
     experts: float
     block: float
-    """The largest group that FSDP gathers: a block, without the experts that are sharded apart."""
+    """The largest group that FSDP gathers: a block without separately sharded experts."""
 
     @classmethod
     def of(cls, layout: Layout) -> Parameters:
@@ -142,15 +142,15 @@ class Parameters:
 
 
 def expected_bytes(layout: Layout) -> Sent:
-    """Ring algorithms."""
+    """Return the bytes sent by ring algorithms."""
     args, parameters = layout.args, Parameters.of(layout)
     shards, compute = layout.shard * layout.cp, layout.compute_bytes
-    # A rank's part of the parameters, but for what FSDP does.
+    # A rank's part of the parameters, before FSDP's sharding.
     held = (parameters.total - parameters.experts) / layout.tp / layout.pp
     expected: Sent = {}
 
     # Parameters are gathered for each forward and each backward pass. Between the micro-batches of
-    # a pipeline they stay gathered after the backward pass, so that the last one needs its own.
+    # a pipeline they stay gathered after the backward pass, so the last one needs its own gather.
     gathers = layout.micro_batches + 1
 
     def gather_and_scatter(group: str, kept: float, ranks: int) -> None:
@@ -189,11 +189,11 @@ def expected_bytes(layout: Layout) -> Sent:
 
 
 def expected_memory(layout: Layout) -> float:
-    """Bytes at the peak, which is at the end of the backward pass.
+    """Return the bytes at the peak, which is at the end of the backward pass.
 
-    The state, and under FSDP copies of a block: the parameters of the one at work and of the next,
-    the gradients, and these again as the collective sends them. Between the micro-batches of a
-    pipeline, all of the stage's parameters and gradients are whole.
+    These are the state, and under FSDP copies of a block: the parameters of the current block and
+    of the next one, the gradients, and the gradients again as sent by the collective. Between the
+    micro-batches of a pipeline, all of the stage's parameters and gradients are whole.
     """
     parameters = Parameters.of(layout)
     shards = layout.shard * layout.cp
@@ -208,7 +208,7 @@ def expected_memory(layout: Layout) -> float:
 
 
 def measure(layout: Layout) -> tuple[Sent, float]:
-    """What a rank sends in a step, and its peak memory in bytes."""
+    """Return the bytes sent by a rank in a step, and its peak memory in bytes."""
     if layout.pp > 1:
         of_ranks = run_ranks(train_and_record, layout.world_size, layout)
         return of_ranks[0][0], max(memory for _, memory in of_ranks)
@@ -222,7 +222,7 @@ def planned(layout: Layout) -> Plan:
 
 
 def train_and_record(layout: Layout) -> tuple[Sent, float]:
-    """On a rank: the second step of a training, when the optimizer has its state."""
+    """Run on a rank: record the second training step, when the optimizer has its state."""
     from torchtitan.tools.stop_request import StopRequest
     from torchtitan.train import Trainer
 
@@ -234,7 +234,7 @@ def train_and_record(layout: Layout) -> tuple[Sent, float]:
     trainer.optimizers.zero_grad()
     memory.add(*_state(trainer))
     trainer.state.step = 2
-    with norm_of_cuda(), memory, recorder:  # as the plans have it
+    with norm_of_cuda(), memory, recorder:  # as in the plans
         trainer.train_step(stop)
     trainer.close()
     return _bytes(sent_by_group(recorder.collectives)), memory.peak
@@ -253,13 +253,13 @@ def _bytes(sent: dict[tuple[str, str], tuple[float, float]]) -> Sent:
 
 
 def register() -> None:
-    """Make the models known, on whichever rank."""
+    """Register the models, on any rank."""
     llama3.MODEL_CONFIGS[FLAVOR] = DENSE
     qwen3.MODEL_CONFIGS[FLAVOR] = MOE
 
 
 def run(quick: bool = False) -> list[Table]:
-    """The table; `quick` takes one layout of each kind of measurement."""
+    """Make the table; `quick` takes one layout for each kind of measurement."""
     table = Table(
         "Bytes sent and memory, against the formulas",
         ["layout", "what", "measured", "formula", "ratio", "off by"],

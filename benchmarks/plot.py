@@ -1,4 +1,4 @@
-"""The measurements of a page as a picture: a panel a table, a bar a row."""
+"""Draws the measurements of a page as a picture: a panel per table, a bar per row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOR, TARGET_COLOR = "#4269d0", "#d03b3b"
 
 
 def draw(tables: Sequence[Table], path: Path) -> bool:
-    """Write a PNG of the tables that have bars; says whether there are any."""
+    """Write a PNG of the tables that have bars; return whether there are any."""
     shown = [table for table in tables if table.bars]
     if not shown:
         return False
@@ -34,7 +34,7 @@ def draw(tables: Sequence[Table], path: Path) -> bool:
 
 
 def _panel(axes: Axes, table: Table) -> None:
-    """Medians as bars, the range as whiskers, targets as ticks across their bars."""
+    """Draw medians as bars, ranges as whiskers, targets as ticks across their bars."""
     for row, bar in enumerate(table.bars):
         low, high = bar.spread.median - bar.spread.low, bar.spread.high - bar.spread.median
         axes.barh(row, bar.spread.median, height=0.6, color=COLOR, xerr=[[low], [high]], capsize=3)

@@ -1,7 +1,7 @@
-"""Rates of single parts of a step: float8 and experts against bf16 products, and the optimizer.
+"""Measures single parts of a step: float8 and experts against bf16 products, and the optimizer.
 
-On a GPU at the sizes of Llama 3 3B (dim 3072, feed-forward 8192); on a CPU tiny, to see that it
-runs: there float8 is emulated, and says nothing of speed.
+On a GPU at the sizes of Llama 3 3B (dim 3072, feed-forward 8192); on a CPU at tiny sizes, only to
+check that it runs: there float8 is emulated, and its speed means nothing.
 
     python -m benchmarks.products
 """
@@ -27,7 +27,7 @@ ROUNDS, CALLS = 5, 10
 
 
 def _seconds(call: Callable[[], object], cuda: bool) -> float:
-    """Median of some calls. On a GPU they are queued, so that the host's time does not count."""
+    """Return the median of some calls. On a GPU they are queued, to exclude the host's time."""
     if cuda:
         return _seconds_on_gpu(call)
     times = []
@@ -50,7 +50,7 @@ def _seconds_on_gpu(call: Callable[[], object]) -> float:
 
 
 def _ratio(ours: Callable[[], object], base: Callable[[], object], cuda: bool) -> Spread:
-    """Base seconds over ours, by turns; one call of each comes first, which may compile."""
+    """Return base seconds over ours, by turns, after one call of each, which may compile."""
     ours(), base()
     return Spread.of([_seconds(base, cuda) / _seconds(ours, cuda) for _ in range(ROUNDS)])
 
@@ -65,7 +65,7 @@ def _with_backward(forward: Callable[..., torch.Tensor], *leaves: torch.Tensor) 
 
 
 def float8_rows(device: str, tokens: int, dim: int, hidden: int) -> list[list[str]]:
-    """A linear layer with its quantization, forward and backward, compiled on a GPU."""
+    """Measure a linear layer with its quantization, forward and backward, compiled on a GPU."""
     cuda = device == "cuda"
     x, weight = (
         torch.randn(size, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -84,7 +84,7 @@ def float8_rows(device: str, tokens: int, dim: int, hidden: int) -> list[list[st
 
 
 def grouped_row(device: str, tokens: int, dim: int, hidden: int, experts: int) -> list[str]:
-    """Products of experts that are unevenly loaded, over one dense product of as many FLOPs."""
+    """Compare products of unevenly loaded experts with one dense product of the same FLOPs."""
     cuda = device == "cuda"
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(experts, (tokens,), generator=generator).square() // experts
@@ -103,7 +103,7 @@ def grouped_row(device: str, tokens: int, dim: int, hidden: int, experts: int) -
 
 
 def optimizer_row(device: str, numel: int) -> list[str]:
-    """Fused AdamW over a copy that moves as many bytes: 4 read and 3 written a number."""
+    """Compare fused AdamW with a copy of the same bytes: 4 read and 3 written per number."""
     cuda = device == "cuda"
     params = [torch.randn(numel // 16, device=device, requires_grad=True) for _ in range(16)]
     for param in params:

@@ -1,4 +1,4 @@
-"""Samples, tables and the machine they were taken on, as Markdown."""
+"""Formats samples, tables and a description of the machine as Markdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bar:
-    """A row's measurement, for the picture."""
+    """A row's measurement, to be drawn."""
 
     name: str
     spread: Spread
@@ -51,11 +51,11 @@ class Table:
     header: list[str]
     rows: list[list[str]] = field(default_factory=list)
     note: str = ""
-    """What was compared, and how to read it; stands above the table."""
+    """What was compared, and how to read it; printed above the table."""
     bars: list[Bar] = field(default_factory=list)
-    """What of it is drawn, see plot.py."""
+    """The part of the table that is drawn, see plot.py."""
     bar_label: str = ""
-    """What the bars are, with the unit."""
+    """Quantity of the bars, with the unit."""
 
     def markdown(self) -> str:
         lines = [f"## {self.title}", ""]
@@ -67,7 +67,7 @@ class Table:
 
 
 def verdict(value: float, *, at_least: float | None = None, at_most: float | None = None) -> str:
-    """`>= 4: met`, or `>= 4: missed`."""
+    """Format `>= 4: met`, or `>= 4: missed`."""
     if at_least is not None:
         sign, target, met = ">=", at_least, value >= at_least
     else:
@@ -77,7 +77,7 @@ def verdict(value: float, *, at_least: float | None = None, at_most: float | Non
 
 
 def machine() -> str:
-    """One line: device, cores, threads, load and versions."""
+    """Describe the machine in one line: device, cores, threads, load and versions."""
     parts = []
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())

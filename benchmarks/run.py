@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     page = f"# Benchmarks, {args.suite}, {today}\n\n{machine()}.\n"
     page += "".join(f"\n{table.markdown()}" for table in tables)
     args.out.mkdir(parents=True, exist_ok=True)
-    # A part of a suite must not take the place of the whole one's page.
+    # A part of a suite must not overwrite the page of the whole suite.
     path = args.out / f"{'-'.join([today, args.suite, *(args.only or [])])}.md"
     if draw(tables, picture := path.with_suffix(".png")):
         page += f"\n![The medians and their ranges]({picture.name})\n"

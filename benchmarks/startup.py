@@ -1,7 +1,7 @@
 """How long it takes to start: help, imports, first step, compiled first step with a warm cache.
 
-Each command runs in a process of its own, all of them by turns, several times over. `import torch`
-is measured beside ours as the floor that no script built on PyTorch gets below.
+Each command runs in its own process, and all commands alternate, several times. `import torch` is
+measured too, as the lower bound of every script built on PyTorch.
 
     python -m benchmarks.startup [--rounds 5] [--imports]
 """
@@ -27,21 +27,21 @@ PROBE = "import sys; import torchtitan; sys.exit('torch' in sys.modules)"
 
 @dataclass
 class Command:
-    """Something to start, and when it counts as started."""
+    """A command to start, and the event at which it counts as started."""
 
     name: str
     arguments: list[str]
-    """Of the Python interpreter."""
+    """Arguments of the Python interpreter."""
     target_seconds: float | None = None
     until: str | None = None
     """The line on stderr that ends the measurement; None: the process's end."""
     environment: dict[str, str] = field(default_factory=dict)
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    """Of the whole process and its children, up to its end."""
+    """Of the process and its children, up to its end."""
 
     def measure(self) -> None:
-        """Run once. Raises `RuntimeError` where the command fails."""
+        """Run once. Raises `RuntimeError` if the command fails."""
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, *self.arguments],
@@ -70,7 +70,7 @@ class Command:
 
 
 def commands(folder: Path) -> list[Command]:
-    """What is measured; `folder` takes the runs' output and the compiler's cache."""
+    """Return the commands to measure; `folder` takes the runs' output and the compiler's cache."""
     train = ["-m", "torchtitan", "train", "--job.config_file", str(CONFIG)]
     train += ["--job.dump_folder", str(folder / "run"), "--training.steps", "1"]
     train += ["--metrics.progress", "plain"]
@@ -99,7 +99,7 @@ def measure(rounds: int) -> Table:
         cold.measure()  # fills the compiler's cache
         cold_wall, cold_cpu = cold.wall.pop(), cold.cpu.pop()
         for command in measured[:-1]:
-            command.measure()  # the files come into the page cache
+            command.measure()  # loads the files into the page cache
             command.wall.clear()
             command.cpu.clear()
         for _ in range(rounds):
@@ -129,7 +129,7 @@ def measure(rounds: int) -> Table:
 
 
 def imports() -> Table:
-    """Where the time of imports goes, by package, in a run of one step."""
+    """Measure the time of imports by package, in a run of one step."""
     with tempfile.TemporaryDirectory() as folder:
         train = _find(commands(Path(folder)), "first step, debug model").arguments
         command = [sys.executable, "-X", "importtime", *train]
@@ -149,7 +149,7 @@ def _find(measured: list[Command], name: str) -> Command:
 
 
 def _package(module: str) -> str:
-    """The package, or for large ones its part: `numpy`, `torch.distributed.tensor`."""
+    """Return the package, or for large ones its part: `numpy`, `torch.distributed.tensor`."""
     parts = module.split(".")
     depth = 1
     if parts[0] == "torch":

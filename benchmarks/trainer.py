@@ -1,9 +1,8 @@
 """Tokens a second of the trainer against a bare PyTorch loop.
 
-Both train the same model from the same weights on the same batches, in one process, by turns:
-a few steps of one, as many of the other. What disturbs the machine for longer than a turn falls on
-both; the ratio of neighbouring turns is the result. That the two losses agree shows that both do
-the same work.
+Both train the same model from the same weights on the same batches, in one process, by turns: a few
+steps of one, as many of the other. Disturbances of the machine that last longer than a turn affect
+both; the result is the ratio of neighbouring turns. Equal losses show that both do the same work.
 
     python -m benchmarks.trainer [--config benchmarks/configs/debugmodel.toml] [--rounds 15]
 """
@@ -36,7 +35,7 @@ LOSS_TOLERANCE = 1e-4
 
 @dataclass
 class Times:
-    """Seconds of each turn, by the clock and by the processor (all threads)."""
+    """Seconds of each turn: elapsed time and processor time (all threads)."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -48,7 +47,7 @@ class Times:
 
 @dataclass
 class Comparison:
-    """What `compare` found."""
+    """The result of `compare`."""
 
     name: str
     tokens_per_turn: int
@@ -58,7 +57,7 @@ class Comparison:
     """Largest relative difference of a logged loss."""
 
     def ratio(self, clock: str) -> Spread:
-        """Tokens a second of the trainer over those of the bare loop, by `wall` or `cpu`."""
+        """Return the trainer's tokens a second over the bare loop's, by `wall` or `cpu`."""
         pairs = zip(getattr(self.bare, clock), getattr(self.trainer, clock), strict=True)
         return Spread.of([bare / trainer for bare, trainer in pairs])
 
@@ -69,8 +68,9 @@ class Comparison:
 class AlternatingTrainer(Trainer):
     """A trainer that hands over to the bare loop every `steps_per_turn` steps.
 
-    A turn of the trainer holds all of its loop: fetching data, the step, logging, collecting
-    garbage. Training takes one step more than the turns need, before which the last one ends.
+    A turn of the trainer contains its whole loop: fetching data, the step, logging, garbage
+    collection. Training runs one step more than the turns need, since the last turn ends when that
+    step begins.
     """
 
     def __init__(self, job_config: JobConfig, rounds: int, steps_per_turn: int) -> None:
@@ -125,7 +125,7 @@ class AlternatingTrainer(Trainer):
         )
 
     def _read_batches(self) -> list[list[MicroBatch]]:
-        """The micro-batches of all steps, in memory: the bare loop waits for no data."""
+        """Read all steps' micro-batches into memory, so that the bare loop waits for no data."""
         config = self.job_config
         spec = get_train_spec(config.model.name, config.model.flavor)
         loader = spec.build_dataloader_fn(config, spec.build_tokenizer_fn(config), 0, 1)
@@ -138,7 +138,7 @@ class AlternatingTrainer(Trainer):
 
 
 def compare(config_file: Path, rounds: int, steps_per_turn: int) -> Comparison:
-    """Train by turns as a config says.
+    """Train by turns according to a config.
 
     Raises:
         RuntimeError: the losses differ, so the two loops did not do the same work.
@@ -160,7 +160,7 @@ def compare(config_file: Path, rounds: int, steps_per_turn: int) -> Comparison:
 
 
 def _loss_difference(logged: list[dict[str, Any]], bare: list[torch.Tensor]) -> float:
-    """The trainer logs the mean loss of the steps since it logged last."""
+    """Return the largest difference; the trainer logs the mean loss since it logged last."""
     differences, previous = [], 0
     for line in logged:
         if line["step"] > len(bare):  # the trainer's last step
@@ -208,7 +208,7 @@ def table(comparisons: list[Comparison]) -> Table:
 
 
 def run(quick: bool = False) -> list[Table]:
-    """The configs of the CPU suite."""
+    """Run the configs of the CPU suite."""
     plans = [("debugmodel", 15, 5), ("layers_150m", 11, 2), ("layers_1b", 7, 2)]
     if quick:
         plans = [("debugmodel", 2, 1)]

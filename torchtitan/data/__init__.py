@@ -1,4 +1,4 @@
-"""From named datasets to batches of token ids."""
+"""Turns named datasets into batches of token ids."""
 
 from .build import build_dataloader, build_validation_dataloader
 from .loader import DataLoader

@@ -1,7 +1,7 @@
 """Packs whole documents into sequences: best-fit decreasing over a pool of documents.
 
-Ding et al., "Fewer Truncations Improve Language Modeling", 2024. A document is cut only where it is
-longer than a sequence; the room that is left is padding, which predicts nothing.
+Ding et al., "Fewer Truncations Improve Language Modeling", 2024. Only documents longer than a
+sequence are cut; the remaining room is padding, which predicts nothing.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from .order import ShuffledDocuments, StreamedDocuments
 
 POOL_SEQUENCES = 32
-"""Documents for this many sequences are packed at once."""
+"""Sequences' worth of documents that are packed together."""
 
 
 class BestFitRow:
-    """One row of the global batch, as `packing.Row`, whose sequences hold whole documents.
+    """One row of the global batch, like `packing.Row`, whose sequences hold whole documents.
 
-    Its place is the first document of a pool, the tokens of that before the pool, its `Origin`, and
-    the number of the pool's next sequence. A resumed row packs the pool anew. A pool is packed when
-    its first sequence is asked for, so that the threads share this work and a source that pauses
-    has none.
+    A row's place is the first document of a pool, the number of that document's tokens read before
+    the pool, its `Origin`, and the number of the pool's next sequence. A resumed row packs the pool
+    again. A pool is packed when its first sequence is requested, so that the threads share this
+    work, and a paused source causes none.
 
     Raises:
-        DataError: the place does not exist, since the dataset is not the one it was saved with.
+        DataError: the place does not exist, because the dataset is not the one it was saved with.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class BestFitRow:
 
     @property
     def read(self) -> float:
-        """Documents of this row that it has read from the place on: of a pool, a share."""
+        """Documents of this row read since the place; a pool counts in proportion."""
         if not self._sequences:
             return self._begun
         documents = (self._document - self._pool_place[0]) / self._stride
@@ -69,10 +69,11 @@ class BestFitRow:
         return self._begun + (documents - self._begun) * share
 
     def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
-        """Write the next sequence and one token more, which is only a label.
+        """Write the next sequence and one more token, which is only a label.
 
-        All are `[seq_len + 1]` integers. Padding is a document of its own, of complements (see
-        `encode`). Returns its number of tokens, without the one that is only a label.
+        All arrays are `[seq_len + 1]` integers. Padding is a document of its own, made of
+        complements (see `encode`). Returns the number of padding tokens, not counting the token
+        that is only a label.
         """
         if not self._sequences:
             self._open_pool()
@@ -87,7 +88,7 @@ class BestFitRow:
             filled += len(piece)
         padding = len(tokens) - filled
         if padding:
-            last = int(tokens[filled - 1])  # the end of a document: a token that is surely known
+            last = int(tokens[filled - 1])  # the end of a document, so a valid token id
             tokens[filled:] = last if last < 0 else ~last
             positions[filled:] = np.arange(padding)
             document_ids[filled:] = len(pieces)
@@ -97,14 +98,14 @@ class BestFitRow:
         return max(padding - 1, 0)
 
     def _expect_pool(self) -> None:
-        """Have the next pool begin here."""
+        """Make the next pool begin here."""
         self._pool_place = (self._document, self._offset, *self._next_origin)
         self._begun = self._offset / max(len(self._next), 1)
         self._sequences: list[list[np.ndarray]] = []
         self._sequence = 0
 
     def _open_pool(self) -> None:
-        """Take documents for some sequences, and pack them."""
+        """Read documents for the pool's sequences and pack them."""
         pieces, tokens = [], 0
         while tokens < POOL_SEQUENCES * self._seq_len:
             for piece in cut(self._next[self._offset :], self._seq_len):
@@ -114,14 +115,14 @@ class BestFitRow:
             self._offset = 0
             self._next, self._next_origin = self._documents.open(self._document)
         packed = best_fit([len(piece) for piece in pieces], self._seq_len + 1)
-        # Else the longest documents of every row would come in the same steps.
+        # Otherwise the longest documents of every row would come in the same steps.
         key = mix(self._pool_place[0], self._pool_place[1])
         order = permute(np.arange(len(packed)), len(packed), key).tolist()
         self._sequences = [[pieces[piece] for piece in packed[place]] for place in order]
 
 
 def cut(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:
-    """Pieces of at most `seq_len + 1` tokens, which follow on one another in one token.
+    """Split into pieces of at most `seq_len + 1` tokens; neighbours overlap by one token.
 
     That token is the label at the end of one piece, and no label at the start of the next.
     """
@@ -135,14 +136,14 @@ def cut(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Which items share a bin: each goes, the longest first, into the fullest bin that has room.
+    """Assign items to bins: longest first, each into the fullest bin that has room.
 
     Args:
         lengths: of the items, none above `capacity`.
         capacity: of a bin.
 
     Returns:
-        The numbers of the items of each bin, ascending.
+        The item numbers of each bin, ascending.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, bin), ascending

@@ -1,4 +1,4 @@
-"""The data loader that a config asks for."""
+"""Builds the data loader of a config."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from torchtitan.config.data import Data
 
 _VALIDATION_SEED = 42
-"""Not `debug.seed`, so that runs of several seeds are compared on the same documents."""
+"""Not `debug.seed`, so that runs with different seeds are compared on the same documents."""
 
 
 def build_dataloader(
     job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
 ) -> DataLoader:
-    """The training data of one data rank.
+    """Build the training data loader of one data rank.
 
     Raises:
         ConfigError: the dataset is unknown, or the batch sizes do not fit the ranks.
@@ -52,12 +52,13 @@ def build_dataloader(
 def build_validation_dataloader(
     job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
 ) -> DataLoader:
-    """The validation data of one data rank: one validation is one global batch.
+    """Build the validation data loader of one data rank: one validation is one global batch.
 
     A validation calls `reset()` and takes `gradient_accumulation_steps` batches. All ranks together
-    evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows,
-    the same ones on every layout and for every `debug.seed`. Where their passes do not divide the
-    rows, the last of them are without labels, since all must run the model equally often.
+    evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows:
+    the same rows on every layout and for every `debug.seed`. If the number of rows is not divisible
+    by the ranks' passes, the last rows have no labels, since all ranks must run the model equally
+    often.
 
     Raises:
         ConfigError: the dataset is unknown.
@@ -83,7 +84,7 @@ def _build(
     tokenizer: Tokenizer,
     **batch: Any,
 ) -> DataLoader:
-    """The loader of what a config section names; errors begin with that key."""
+    """Build the loader for a config section; errors begin with the config key."""
     config, data = getattr(job_config, section), job_config.data
     if section == "training" and data.sources:
         name = "data.sources"
@@ -106,11 +107,11 @@ def _build(
     local_batch_size, seq_len = batch_shape(job_config, section)
     group = dist.group.WORLD if dist.is_initialized() else None
     with begin_errors_with(name):
-        source = on_all_ranks(open_checked, group)  # each looks at its share of the files of tokens
+        source = on_all_ranks(open_checked, group)  # each checks its share of the token files
     chat_of = (data.chat_template, job_config.model.tokenizer_path)
     load_chat = functools.cache(partial(load_template, *chat_of))
     if data.chat_template:
-        load_chat()  # so that a bad one is found at once
+        load_chat()  # so that a bad template is found at once
     return DataLoader(
         source,
         tokenizer,
@@ -128,7 +129,7 @@ def _build(
 
 
 def open_blend(data: Data) -> Blend:
-    """The sources of `[[data.sources]]`. Raises `TitanError`, which names the one."""
+    """Open the sources of `[[data.sources]]`. Raises `TitanError`, which names the source."""
     sources: dict[str, Source] = {}
     for part in data.sources:
         name = part.name or part.dataset
@@ -141,11 +142,11 @@ def open_blend(data: Data) -> Blend:
 
 
 def verify_hashes(source: Source | Blend, part: int, parts: int) -> None:
-    """Check a part of the shards of those sources that have hashes.
+    """Check the hashes of a part of the shards, for the sources that have hashes.
 
     Raises:
         DataError: a shard has changed.
-        OutageError: one cannot be read now.
+        OutageError: a shard cannot be read now.
     """
     for one in source.sources.values() if isinstance(source, Blend) else [source]:
         if isinstance(one, PreparedTokens):

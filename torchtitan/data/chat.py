@@ -1,4 +1,4 @@
-"""Conversations as training text: a chat template, with loss on the assistant's words alone."""
+"""Turns conversations into training text by a chat template, with loss on assistant text only."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ CHATML = (
 """Used where neither the config nor the tokenizer has a template."""
 
 _SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""What a template sees, as far as the tokenizer has them."""
+"""Special tokens passed to a template, if the tokenizer has them."""
 
 
 class ChatTemplate:
-    """A Jinja template, as tokenizers on the Hugging Face hub come with.
+    """A Jinja template, as shipped with tokenizers on the Hugging Face hub.
 
     Args:
         source: the template; it sees `messages`, `add_generation_prompt`, the special tokens, and
-            what `chat_environment` has.
+            the names of `chat_environment`.
         special_tokens: `bos_token` and others -> their texts.
-        name: where it comes from, for errors.
+        name: origin of the template, for errors.
 
     Raises:
-        DataError: it is no Jinja template.
+        DataError: `source` is no Jinja template.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
@@ -50,21 +50,22 @@ class ChatTemplate:
             raise DataError(f"{name} is not a Jinja template: {error}") from error
 
     def segments(self, messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
-        """The conversation in pieces, each with whether it is trained on.
+        """Split the conversation into pieces `(text, trained)`.
 
-        Trained on is what the assistant has to write: from the end of the prompt for it to the end
-        of its message. So a piece begins where generation would, and its tokens are those that the
-        model will have to give.
+        Trained pieces are the text that the assistant has to write: from the end of its generation
+        prompt to the end of its message. So a piece begins where generation would, and its tokens
+        are those that the model will have to generate.
 
         Raises:
             BadDocumentError: a message lacks its role or content, the assistant says nothing, or
-                the template refuses the conversation, or writes what was said anew when more is.
+                the template refuses the conversation or renders earlier messages differently when
+                later ones follow.
         """
         for number, message in enumerate(messages):
             lacking = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
             if lacking:
                 raise BadDocumentError(f"message {number} (from 0) has no text {lacking[0]!r}")
-        # As `transformers` does. Of a table, a field that this message does not have is null.
+        # As `transformers` does. In a table, a field that this message does not have is null.
         messages = [{k: v for k, v in one.items() if v is not None} for one in messages]
         pieces, done = [], ""
         for number, message in enumerate(messages):
@@ -98,16 +99,16 @@ class ChatTemplate:
 
 
 def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> ChatTemplate:
-    """The template of a file, or else of a tokenizer's folder, or else ChatML.
+    """Load the template of a file, or else of a tokenizer's folder, or else ChatML.
 
     Args:
         path: `data.chat_template`.
         tokenizer_path: `model.tokenizer_path`.
-        tell: log which it is.
+        tell: log which one is used.
 
     Raises:
-        DataError: a file cannot be read, or is no template, or the tokenizer has several templates
-            and none is the default.
+        DataError: a file cannot be read or is no template, or the tokenizer has several templates
+        and none is the default.
     """
     from .chat_environment import date_is_fixed
 
@@ -135,7 +136,7 @@ def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> C
 
 
 def _source(path: str | None, folder: Path, config: dict[str, Any]) -> tuple[str, str]:
-    """A template, and its name for messages."""
+    """Return a template and its name for messages."""
     if path:
         return _read(Path(path).expanduser()), path
     own = folder / "chat_template.jinja"
@@ -161,7 +162,7 @@ def _source(path: str | None, folder: Path, config: dict[str, Any]) -> tuple[str
 
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The texts of those that the tokenizer has."""
+    """Return the texts of the special tokens that the tokenizer has."""
     old = read_fields(folder / "special_tokens_map.json")
     texts = {}
     for name in (f"{kind}_token" for kind in _SPECIAL_TOKENS):
@@ -182,8 +183,8 @@ def _read(path: Path) -> str:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a file that is a JSON object; none where the file is missing or damaged."""
+    """Return the fields of a JSON object file; none if the file is missing or damaged."""
     try:
         return read_json(path, DataError)
     except TitanError:
-        return {}  # the tokenizer has its own message for that
+        return {}  # opening the tokenizer reports it

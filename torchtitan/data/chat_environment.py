@@ -1,4 +1,4 @@
-"""What a chat template finds when it is rendered: the same as in `transformers`."""
+"""The environment in which chat templates are rendered: the same as in `transformers`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """Raises `jinja2.TemplateError`: it is no Jinja template."""
+    """Compile a chat template. Raises `jinja2.TemplateError` if it is no Jinja template."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
-    # One time for all renderings, so that a conversation does not change between two of them.
+    # The same time for all renderings, so that a conversation does not change between two of them.
     environment.globals["strftime_now"] = _today().strftime
     return environment.from_string(source, globals={"tools": None, "documents": None})
 
 
 def date_is_fixed() -> bool:
-    """Whether runs of any day write the same date, see reproducible-builds.org."""
+    """Whether runs on any day write the same date, see reproducible-builds.org."""
     return os.environ.get("SOURCE_DATE_EPOCH", "").isdecimal()
 
 
@@ -39,7 +39,7 @@ def _today() -> datetime:
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks what the assistant says, and writes it."""
+    """`{% generation %}`: marks the assistant's text, and writes it."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
@@ -61,7 +61,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes characters of HTML."""
+    """Write JSON without the escaping of HTML characters done by Jinja's own filter."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

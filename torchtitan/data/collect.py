@@ -1,6 +1,6 @@
-"""From the rows of a rank to its micro-batches: what the reading threads run.
+"""Collects the rows of a rank into its micro-batches: the code of the reading threads.
 
-Functions, not methods of the loader: a thread that runs them must not keep it alive.
+These are functions, not methods of the loader: a thread that runs them must not keep it alive.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ class Sequence(NamedTuple):
     arrays: np.ndarray
     """`[3, seq_len + 1]` int32: tokens, positions, document ids."""
     padding: int
-    """Tokens of it that are padding."""
+    """Number of its tokens that are padding."""
     place: list[int]
-    """Where the row is after this step: a row of `DataLoader.state_dict`."""
+    """The row's place after this step: a row of `DataLoader.state_dict`."""
     read: list[float]
-    """How much of the row's documents has been read from there on, for each source."""
+    """For each source, documents of the row read from that place on."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is counted in the sequences up to a micro-batch, since the process began."""
+    """Counts over the sequences up to a micro-batch, since the process began."""
 
     tokens: int = 0
     padding: int = 0
     skipped: int = 0
-    """Malformed documents left out, a few of them in batches to come."""
+    """Malformed documents left out; a few of them belong to batches to come."""
     read: list[list[float]] | None = None
     """`Sequence.read` of each row after the last complete step."""
 
 
 def naming(source: str) -> AbstractContextManager[None]:
-    """Has errors begin with the name of a source of a mixture."""
+    """Begin errors with the name of a mixture's source."""
     return begin_errors_with(repr(source)) if source else nullcontext()
 
 
@@ -61,12 +61,12 @@ def read_rows(
     steps: Iterable[tuple[np.ndarray, tuple[int, ...]]],
     seq_len: int,
 ) -> Iterator[Sequence]:
-    """The sequences of some rows, row by row and step by step, for ever.
+    """Yield the sequences of some rows, row by row and step by step, for ever.
 
     Args:
-        rows: for each, its number in the global batch, and the row of each source.
+        rows: for each row, its number in the global batch and its `Row` of each source.
         names: of the sources.
-        steps: which source each row's next sequence is from, and the state: see `mixing.Steps`.
+        steps: the source of each row's next sequence, and the mixture's state: see `mixing.Steps`.
         seq_len: tokens in a sequence.
     """
     for chosen, schedule in steps:
@@ -88,15 +88,15 @@ def collect(
     places: np.ndarray,
     encoder: Encoder,
 ) -> Iterator[tuple[Batch, np.ndarray, Counts]]:
-    """Micro-batches, each with the places of all rows after the last complete step, and counts.
+    """Yield micro-batches with the places of all rows after the last complete step, and counts.
 
     Args:
-        readers: of the rows, which they have in turn: the first has rows 0, n, 2 n, ... of n.
+        readers: read the rows in turn: the first of n readers has rows 0, n, 2 n, ...
         local_batch_size: rows in a micro-batch.
         to_batch: makes a batch of tokens, positions and document ids `[rows, seq_len + 1]`.
         padding: `[rows]`, true for rows that predict nothing.
-        places: where the rows are now.
-        encoder: that of all rows.
+        places: current places of the rows.
+        encoder: the encoder of all rows.
     """
     tokens = pads = 0
     read: list[list[float]] | None = None

@@ -26,15 +26,15 @@ from .prepare import Progress, Task, prepare
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan data`; returns the exit code.
+    """Run the command with the arguments after `torchtitan data`; return the exit code.
 
     Raises:
         TitanError: an option, the data or the tokenizer is wrong.
     """
     options = vars(_parser().parse_args(argv))
     init_logger()
-    allow_open_files()  # data may be in thousands of files, which are mapped
-    command = options.pop("command")  # the others are its function's arguments
+    allow_open_files()  # the data may consist of thousands of memory-mapped files
+    command = options.pop("command")  # the other options are the arguments of its function
     if command == "prepare":
         return _prepare(**options)
     if command == "inspect":
@@ -134,7 +134,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _cores() -> int:
-    """Cores that this process may use: a job often has a share of a large host."""
+    """Count the cores that this process may use: a job often has a share of a large host."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

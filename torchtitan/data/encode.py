@@ -1,7 +1,7 @@
-"""Documents of a source become token ids.
+"""Encodes the documents of a source as token ids.
 
 A token that is read but not learned, such as the user's words in a conversation, is stored as its
-complement `~id`, a negative number; so a document stays one array.
+complement `~id`, a negative number, so that a document remains a single array.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _MOST_IN_A_ROW = 10_000
 
 
 def encode_document(tokenizer: Tokenizer, text: object, add_bos: bool = False) -> np.ndarray:
-    """Ids of a text as `enclose` gives them, `[length]` int32; none at all for an empty text.
+    """Encode a text as `enclose` does, `[length]` int32; an empty text has no ids at all.
 
     Raises:
-        BadDocumentError: the source gave something else than Unicode text, or this error.
+        BadDocumentError: the document is not Unicode text, or is this error itself.
     """
     if isinstance(text, BadDocumentError):
         raise text
@@ -47,9 +47,9 @@ def encode_document(tokenizer: Tokenizer, text: object, add_bos: bool = False) -
 
 
 def enclose(tokenizer: Tokenizer, ids: np.ndarray, add_bos: bool) -> np.ndarray:
-    """Ids of a text and the eos that ends it, `[length]` int32.
+    """Append eos to the ids of a text, `[length]` int32.
 
-    Under `add_bos`, bos begins it, but not a second one where the text has it.
+    Under `add_bos`, also prepend bos, unless the text already begins with it.
     """
     ids = np.append(ids, np.int32(tokenizer.eos_id))
     bos_id = tokenizer.bos_id if add_bos else None
@@ -64,21 +64,21 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
     except UnicodeEncodeError as error:
         problem = f"a document of the dataset is not Unicode text ({error})"
         raise BadDocumentError(problem) from error
-    if isinstance(tokenizer, BytesTokenizer):  # without a list of integers, 8 bytes for each byte
+    if isinstance(tokenizer, BytesTokenizer):  # avoids a list of integers, 8 bytes for each byte
         return np.frombuffer(utf8, dtype=np.uint8)
     return np.array(tokenizer.encode(text), dtype=np.int32)
 
 
 def _encode_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids of the pieces of a conversation, `[length]` int32 each."""
+    """Encode the pieces of a conversation, `[length]` int32 each."""
     encode_pieces = getattr(tokenizer, "encode_pieces", None)
-    if encode_pieces is None or not is_unicode("".join(texts)):  # of which `_encode` tells
+    if encode_pieces is None or not is_unicode("".join(texts)):  # `_encode` reports bad Unicode
         return [_encode(tokenizer, text).astype(np.int32) for text in texts]
     return [np.array(ids, np.int32) for ids in encode_pieces(texts)]
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8."""
+    """Whether a text can be written as UTF-8."""
     if text.isascii():
         return True
     try:
@@ -89,17 +89,19 @@ def is_unicode(text: str) -> bool:
 
 
 class Encoder:
-    """Token ids of a source's documents, of every kind that `sources` describes.
+    """Encodes a source's documents, of every kind described in `sources`, as token ids.
 
     Args:
-        tokenizer: its eos token ends every document but one of ids, which is taken as it is.
-        chat: gives the template for conversations, once one comes; they are refused without it.
-        on_error: what happens to a malformed document: `stop` raises, `skip` leaves it out.
-        add_bos: bos begins every document, likewise but one of ids; a conversation, whose template
-            may have written it, has it as a token that is not learned.
+        tokenizer: its eos token ends every document, except one of token ids, which is used as it
+            is.
+        chat: loads the chat template when the first conversation comes; without it, conversations
+            are refused.
+        on_error: for a malformed document, `stop` raises, `skip` leaves it out.
+        add_bos: bos begins every document, again except one of token ids. In a conversation, whose
+            template may already have written it, bos is a token that is not learned.
 
     Raises:
-        DataError: the tokenizer has no bos for `add_bos`.
+        DataError: `add_bos` is set, and the tokenizer has no bos.
     """
 
     def __init__(
@@ -118,14 +120,14 @@ class Encoder:
         self._chat = None if chat is None else functools.cache(chat)
         self.skips = on_error == "skip"
         self.skipped = 0
-        """Malformed documents left out so far, each as often as it came."""
+        """Malformed documents left out so far, counted each time they come."""
         self.has_conversations = False
-        """Whether one has come so far."""
+        """Whether a conversation has come so far."""
         self._in_a_row = 0
         self._lock = threading.Lock()
 
     def require_bos(self, ids: np.ndarray) -> None:
-        """Raises `DataError` if `add_bos` is set, and a document that came as ids lacks bos."""
+        """Raise `DataError` if `add_bos` is set, and a document of token ids lacks bos."""
         bos_id = self.tokenizer.bos_id if self.add_bos else None
         if bos_id is not None and ids[0] not in (bos_id, ~bos_id):
             raise DataError(
@@ -134,10 +136,10 @@ class Encoder:
             )
 
     def __call__(self, document: object) -> np.ndarray:
-        """`[length]`, of an integer type; of length 0 for a document that is empty or skipped.
+        """Encode a document: `[length]`, of an integer type; length 0 if it is empty or skipped.
 
         Raises:
-            BadDocumentError: the document is malformed, or an error in a document's place.
+            BadDocumentError: the document is malformed, or is this error itself.
         """
         if isinstance(document, np.ndarray):
             return document
@@ -155,7 +157,7 @@ class Encoder:
             return self.skip(error)
 
     def skip(self, error: BadDocumentError) -> np.ndarray:
-        """Leave out a document: an empty one in its place. Raises the error under `stop`."""
+        """Skip a document: return an empty one in its place. Raises the error under `stop`."""
         if not self.skips:
             raise error
         with self._lock:
@@ -169,7 +171,7 @@ class Encoder:
         return np.empty(0, dtype=np.int32)
 
     def check(self, source: object) -> None:
-        """Have a source of ids look at the tokenizer. Raises `DataError`: they do not fit."""
+        """Check that the ids of a source fit the tokenizer. Raises `DataError` if they do not."""
         use_tokenizer = getattr(source, "use_tokenizer", None)
         if use_tokenizer is not None:
             use_tokenizer(self.tokenizer)
@@ -185,7 +187,7 @@ class Encoder:
             if len(ids)
         ]
         last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
-        if last[-1] != eos_id:  # of many templates it ends the assistant's message
+        if last[-1] != eos_id:  # many templates end the assistant's message with eos
             parts.append(np.array([~eos_id]))
         bos_id = self.tokenizer.bos_id if self.add_bos else None
         if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):
@@ -194,10 +196,10 @@ class Encoder:
 
 
 def first_document(source: Source, encoder: Encoder) -> object | None:
-    """The first document that is not empty and not skipped; None if there is none. Counts nothing.
+    """Return the first document that is neither empty nor skipped, or None. Counts nothing.
 
     Raises:
-        DataError: a document on the way there cannot be read.
+        DataError: a document before it cannot be read.
     """
     documents: Iterable[object]
     if has_random_access(source):
@@ -214,7 +216,7 @@ def first_document(source: Source, encoder: Encoder) -> object | None:
 
 
 def take(source: RandomAccess, index: int) -> object:
-    """Document `index` of a random-access source; the error in its place if it is malformed."""
+    """Return document `index` of a random-access source, or the error if it is malformed."""
     try:
         return source[index]
     except BadDocumentError as error:

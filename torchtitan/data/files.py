@@ -1,6 +1,6 @@
-"""Files of a dataset: found by path, glob, folder or URL, and looked into in part.
+"""Finds the files of a dataset by path, glob, folder or URL, and reads parts of them.
 
-A URL is whatever `fsspec` opens: `s3://`, `gs://`, `https://`, `memory://`, ...
+Any URL works that `fsspec` opens: `s3://`, `gs://`, `https://`, `memory://`, ...
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _BLOCK = 2**24
 _KEPT_FROM_BYTES = 2**20
 _BETWEEN_LOOKS = 0.2
 _LONGEST_WAIT = 1800.0
-"""Seconds. A process that ends before has no lock any more."""
+"""Seconds. A process that ends earlier releases its lock."""
 
 
 def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]:
-    """Sorted files of a path, a glob (`**` crosses folders), a folder with all its subfolders, or
-    the same behind a URL.
+    """Find the files of a path, a glob (`**` crosses folders), a folder with all its subfolders, or
+    the same behind a URL. Returns them sorted.
 
     In a folder, hidden files and those that end in none of `suffixes` are left out.
 
@@ -77,14 +77,14 @@ def _find_remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
         else:
             found = [path] if system.exists(path) else []
         return sorted(system.unstrip_protocol(file) for file in found)
-    except (ImportError, ValueError) as error:  # of an unknown protocol
+    except (ImportError, ValueError) as error:  # the protocol is unknown
         raise ConfigError(f"dataset_path = {url!r}: {error}") from error
-    except Exception as error:  # each file system has types of its own
+    except Exception as error:  # each file system has its own exception types
         raise unreadable(url, error) from error
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file or URL for reading bytes at any place. Raises as `unreadable` says."""
+    """Open a file or URL for reading bytes with random access. Raises as `unreadable` says."""
     with reading(path):
         if not is_url(path):
             return open(path, "rb")
@@ -95,7 +95,7 @@ def open_file(path: str) -> BinaryIO:
 
 @contextmanager
 def unpacked(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file or URL, which may be compressed. Raises as `unreadable` says."""
+    """Open a file or URL, decompressed if necessary. Raises as `unreadable` says."""
     import fsspec
 
     try:
@@ -103,12 +103,12 @@ def unpacked(path: str) -> Iterator[BinaryIO]:
             yield file
     except TitanError:
         raise
-    except Exception as error:  # of `fsspec`, or of damaged compression
+    except Exception as error:  # from `fsspec`, or from damaged compression
         raise unreadable(path, error) from error
 
 
 def unreadable(path: str | Path, error: Exception) -> TitanError:
-    """What to raise for an error of reading: a `DataError`, or an `OutageError` if it may pass."""
+    """Return the error to raise for a read error: `DataError`, or `OutageError` if it may pass."""
     reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     problem = f"{path} cannot be read: {reason}"
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENOMEM):
@@ -123,8 +123,8 @@ def unreadable(path: str | Path, error: Exception) -> TitanError:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Around code that reads a file or URL. Raises as `unreadable` says."""
-    # The file systems behind URLs, and damaged compression, have types of their own.
+    """Wrap code that reads a file or URL. Raises as `unreadable` says."""
+    # The file systems behind URLs, and damaged compression, have their own exception types.
     foreign = Exception if is_url(str(path)) else OSError
     try:
         yield
@@ -135,7 +135,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def file_size(path: str) -> int:
-    """Bytes. Raises as `unreadable` says."""
+    """Return the size in bytes. Raises as `unreadable` says."""
     with reading(path):
         if not is_url(path):
             return os.path.getsize(path)
@@ -146,7 +146,7 @@ def file_size(path: str) -> int:
 
 
 def line_number(path: str, offset: int) -> int:
-    """Number, from 1, of the line that byte `offset` of a file is in."""
+    """Return the number, from 1, of the line that contains byte `offset` of a file."""
     line, block = 1, 2**20
     with reading(path), open_file(path) as file:
         for start in range(0, offset, block):
@@ -155,7 +155,7 @@ def line_number(path: str, offset: int) -> int:
 
 
 def sha256(path: str | Path) -> str:
-    """Digest of a file's content, in hexadecimal. Raises as `unreadable` says."""
+    """Return the hexadecimal digest of a file's content. Raises as `unreadable` says."""
     digest = hashlib.sha256()
     with reading(path), open_file(str(path)) as file:
         while block := file.read(_BLOCK):
@@ -164,14 +164,14 @@ def sha256(path: str | Path) -> str:
 
 
 def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.ndarray:
-    """Where the pieces of a local file end that each close with `value`, a line end for example.
+    """Find the ends of a local file's pieces, each terminated by `value`, such as a line end.
 
-    The file is read once. Of a large one the result is kept in the user's cache folder and
+    The file is read once. For a large file the result is kept in the user's cache folder and
     memory-mapped, so that it costs neither time nor memory later.
 
     Args:
         path: the file.
-        value: what ends a piece.
+        value: terminator of a piece.
         dtype: of the file's items.
         start: byte at which the items begin.
 
@@ -205,9 +205,9 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
 
 @contextmanager
 def _after_others(cached: Path) -> Iterator[None]:
-    """Let one of the processes that want the same begin at once, the others once that has ended.
+    """Let one of the processes that want the same result begin at once, the others when it ends.
 
-    Where the cache cannot be written, or has no locks, all have it at once.
+    If the cache cannot be written, or has no locks, all begin at once.
     """
     lock = cached.with_suffix(".lock")
     waited = 0.0
@@ -219,7 +219,7 @@ def _after_others(cached: Path) -> Iterator[None]:
                 time.sleep(_BETWEEN_LOOKS)
                 waited += _BETWEEN_LOOKS
         if waited:
-            stack.close()  # should the first have kept nothing, the others need not take turns
+            stack.close()  # if the first process kept nothing, the others need not take turns
         yield
         if not waited:
             with suppress(OSError):
@@ -227,7 +227,7 @@ def _after_others(cached: Path) -> Iterator[None]:
 
 
 def try_lock(file: BinaryIO) -> bool:
-    """Whether no other process had the file's lock. Raises `OSError` where there are no locks."""
+    """Try to lock the file; return whether it worked. Raises `OSError` if there are no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -262,7 +262,7 @@ def _find_ends(path: str, value: int, dtype: np.dtype, start: int) -> np.ndarray
 
 
 def _keep(path: Path, array: np.ndarray) -> None:
-    """Write to the cache, for good or not at all: several ranks may do so at once."""
+    """Write to the cache atomically: several ranks may do so at once."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

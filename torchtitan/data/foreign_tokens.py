@@ -1,4 +1,4 @@
-"""Token files of other programs: Megatron-LM's, nanoGPT's and llm.c's."""
+"""Reads token files of other programs: Megatron-LM, nanoGPT and llm.c."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ _HEADER_WORDS = 256
 _HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
 """Magic number -> version and type of the ids, as llm.c's `data_common.py` writes them."""
 _BLOCK_TOKENS = 2**16
-"""Tokens of a document, in a file in which no token ends one."""
+"""Tokens of a document, for a file without a token that ends documents."""
 
 
 @dataclass
 class MegatronShard(MappedTokens):
-    """A `.bin` of Megatron-LM: a document is a range of sequences, which lie one after another."""
+    """A `.bin` of Megatron-LM: a document is a range of consecutive sequences."""
 
     lengths: np.ndarray
     """`[sequences]` int32: tokens."""
     pointers: np.ndarray
     """`[sequences]` int64: first byte."""
     bounds: np.ndarray
-    """`[documents + 1]` int64: number of each document's first sequence."""
+    """`[documents + 1]` int64: each document's first sequence."""
 
     @property
     def documents(self) -> int:
         return max(0, len(self.bounds) - 1)
 
     def document(self, index: int) -> np.ndarray:
-        """Raises `DataError` where it is no range of sequences."""
+        """Return document `index`. Raises `DataError` if its bounds are no range of sequences."""
         first, last = int(self.bounds[index]), int(self.bounds[index + 1]) - 1
         if not 0 <= first <= last + 1 <= len(self.lengths):
             raise _not_in_order(megatron_index(self.path), len(self.lengths))
@@ -57,10 +57,10 @@ class MegatronShard(MappedTokens):
 
 
 class MegatronTokens(TokenFiles):
-    """Megatron-LM's `.bin` files, each beside its `.idx`.
+    """Megatron-LM's `.bin` files, each with its `.idx`.
 
-    A document gets the end-of-sequence token that it lacks, unless it was prepared with one
-    (`--append-eod`).
+    The end-of-sequence token is added to each document, unless the document already ends with it
+    (prepared with `--append-eod`).
 
     Raises:
         DataError: a file is missing, damaged, or not of integers.
@@ -84,11 +84,11 @@ class MegatronTokens(TokenFiles):
 class NanoGPTTokens(TokenFiles):
     """nanoGPT's `.bin` files. The tokenizer's end-of-sequence token ends each document.
 
-    In a file without that token, as llm.c's of Llama 3, bos begins each. One without either, as
-    nanoGPT's characters, is cut into blocks of 65,536 tokens.
+    In a file without that token, such as llm.c's for Llama 3, bos begins each document. A file with
+    neither, such as nanoGPT's characters, is cut into blocks of 65,536 tokens.
 
     Raises:
-        DataError: a file is empty, of an odd number of bytes, or has a header that is unknown.
+        DataError: a file is empty, has an odd number of bytes, or has an unknown header.
     """
 
     def __init__(self, files: list[str]) -> None:
@@ -144,7 +144,7 @@ def _open_megatron(path: Path) -> MegatronShard:
     tokens = map_file(path, np.dtype(_MEGATRON_TYPES[code]).newbyteorder("<"))
     if sequences and pointers[-1] // tokens.itemsize + lengths[-1] > len(tokens):
         raise DataError(f"{path} is damaged: it is too short for {index}")
-    # The bounds between are looked at with their documents, as reading all would take long.
+    # The bounds in between are checked when their documents are read, since reading all takes long.
     if bounds and (documents[0] != 0 or documents[-1] != sequences):
         raise _not_in_order(index, sequences)
     return MegatronShard(str(path), tokens, lengths, pointers, documents)
@@ -162,7 +162,10 @@ def megatron_index(path: str) -> Path:
 
 
 def _nanogpt_layout(path: Path) -> tuple[int, str]:
-    """Bytes before the tokens, and their type. Raises `DataError`, or as `unreadable` says."""
+    """Return the offset of the tokens in bytes, and their type.
+
+    Raises `DataError`, or as `unreadable` says.
+    """
     with reading(path):
         head = np.fromfile(path, "<i4", _HEADER_WORDS)
         size = os.path.getsize(path)
@@ -187,7 +190,7 @@ def _nanogpt_layout(path: Path) -> tuple[int, str]:
 
 
 def _blocks(tokens: int) -> Sequence[int]:
-    """Ends of blocks of equal size; the last one has the rest too."""
+    """Return the ends of blocks of equal size; the last block also takes the rest."""
     blocks = max(1, tokens // _BLOCK_TOKENS)
     if tokens == 0:
         return ()

@@ -1,7 +1,7 @@
 """Sources read through the `datasets` library: local tables, and streams from the hub.
 
-`datasets` is imported when a source is opened: it takes a second, and `stdlib` and `text` need none
-of it.
+`datasets` is imported only when a source is opened: the import takes a second, and `stdlib` and
+`text` do not need it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Table:
     Args:
         dataset: the rows.
         text_key: column that holds the text.
-        name: where the rows are from, for errors.
+        name: origin of the rows, for errors.
         files: the same, as paths or URLs.
     """
 
@@ -52,7 +52,7 @@ class Table:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> object:
-        """Raises `BadDocumentError` where there is no text, or none in UTF-8."""
+        """Return a document. Raises `BadDocumentError` if the row has no text, or none in UTF-8."""
         try:
             return document_of(self._rows[index], self._text_key)
         except (DataError, UnicodeDecodeError) as error:
@@ -62,13 +62,13 @@ class Table:
 class Stream:
     """The texts of a `datasets.IterableDataset`, in its order; its files are the shards.
 
-    A row without text comes as a `BadDocumentError`, for the reader to raise or to skip.
+    A row without text is yielded as a `BadDocumentError`, for the reader to raise or to skip.
 
     Args:
         dataset: the rows.
         text_key: field that holds the text.
         name: of the dataset, for errors.
-        find_files: gives the paths of a local copy's files.
+        find_files: returns the paths of a local copy's files.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Stream:
         name: str,
         find_files: Callable[[], list[str]],
     ) -> None:
-        if dataset.column_names:  # else known only once rows are read
+        if dataset.column_names:  # otherwise known only once rows are read
             check_key(text_key, dataset.column_names)
             dataset = dataset.select_columns(text_key)
         self._dataset = dataset
@@ -115,7 +115,7 @@ class Stream:
 
 
 def open_files(kind: str, files: list[str], text_key: str) -> Table:
-    """Files as a table. `datasets` keeps a memory-mapped copy, uncompressed, in its cache folder.
+    """Open files as a table. `datasets` caches an uncompressed, memory-mapped copy of them.
 
     Args:
         kind: `json` (arrays), `parquet` or `arrow`.
@@ -138,7 +138,7 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
 
 
 class Lines(Table):
-    """A table of documents that are written as JSON; a line that holds none, as `_BAD`: why."""
+    """A table of JSON-encoded documents; a malformed line is `{_BAD: reason}`."""
 
     def __getitem__(self, index: int) -> object:
         document = json.loads(self._rows[index][self._text_key])
@@ -151,11 +151,11 @@ _BAD = "bad_line"
 
 
 def open_lines(files: list[str], text_key: str) -> Lines:
-    """Compressed JSON Lines, by a copy of the documents alone, since other fields may differ.
+    """Open compressed JSON Lines by copying the documents alone, since other fields may differ.
 
     Raises:
         DataError: a file cannot be read, all are empty, or the first object lacks `text_key`.
-            Taking a document raises `BadDocumentError` where its line is no such object.
+            Taking a document raises `BadDocumentError` if its line is not such an object.
     """
     import datasets
 
@@ -182,7 +182,7 @@ def _check_first_line(files: list[str], text_key: str) -> None:
 def _documents_as_json(
     files: list[str], text_key: str, versions: list[tuple[int, int]]
 ) -> Iterator[dict[str, str]]:
-    """Rows; `versions` is what `datasets` tells copies apart by, with the other arguments."""
+    """Yield rows; `datasets` caches a copy by the arguments, hence `versions`."""
     for file in files:
         for number, line in _lines(file):
             document: object
@@ -194,7 +194,7 @@ def _documents_as_json(
 
 
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, each with its number."""
+    """Yield the lines that are not blank, with their numbers."""
     with unpacked(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -202,12 +202,12 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _versions(files: list[str]) -> list[tuple[int, int]]:
-    """Size and time of each file."""
+    """Return the size and modification time of each file."""
     return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
 
 
 def _columns(files: list[str], text_key: str) -> dict[str, list[str]]:
-    """An option that keeps other columns out of the copy. Raises `DataError`: no such column."""
+    """Return the option that copies only one column. Raises `DataError` if it does not exist."""
     from pyarrow import parquet
 
     with open_file(files[0]) as file:
@@ -216,10 +216,10 @@ def _columns(files: list[str], text_key: str) -> dict[str, list[str]]:
 
 
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
-    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped.
+    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped.
 
     Raises:
-        DataError: it is damaged, has no such split, or the text is not under `text_key`.
+        DataError: the folder is damaged, has no such split, or the text is not under `text_key`.
     """
     import datasets
 
@@ -251,7 +251,7 @@ def open_stream(
         text_key: field that holds the text.
 
     Raises:
-        DataError: there is no such dataset, or what is at `path` cannot be opened.
+        DataError: there is no such dataset, or `path` cannot be opened.
         OutageError: the hub cannot be reached.
     """
     import datasets
@@ -263,7 +263,7 @@ def open_stream(
             if config not in datasets.get_dataset_config_names(name):
                 config = None  # a folder of data files alone has no named configurations
         dataset = datasets.load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # of `datasets`, `huggingface_hub`, `fsspec` or the file format
+    except Exception as error:  # from `datasets`, `huggingface_hub`, `fsspec` or the file format
         raise _unreadable(repr(name), error) from error
 
     def find_files() -> list[str]:
@@ -276,7 +276,7 @@ def open_stream(
 
 
 def _unreadable(name: str, error: Exception) -> TitanError:
-    """What to raise for an error of reading: a `DataError`, or an `OutageError` if it may pass."""
+    """Return the error to raise for a read error: `DataError`, or `OutageError` if it may pass."""
     cause = error.__cause__ or error  # `datasets` wraps errors of file formats
     if isinstance(cause, StopIteration):
         return DataError(f"{name} is empty")

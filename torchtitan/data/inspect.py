@@ -1,4 +1,4 @@
-"""`torchtitan data inspect`: what is in a dataset, as numbers and as text."""
+"""`torchtitan data inspect`: shows statistics and samples of a dataset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .token_shards import TokenFiles
 
 _MEASURED = 20_000
 _MEASURED_TOKENS = 20_000_000
-"""The statistics of a large dataset are taken from so many documents or tokens."""
+"""The statistics of a large dataset are taken from this many documents or tokens."""
 
 
 def inspect(
@@ -40,14 +40,14 @@ def inspect(
 ) -> None:
     """Write statistics and decoded samples of a dataset to stdout.
 
-    The documents are picked by a fixed pseudo-random permutation; from a dataset that can only be
-    read in order, the first are taken.
+    The documents are picked by a fixed pseudo-random permutation; of a dataset that can only be
+    read in order, the first ones are taken.
 
     Args:
         path: `dataset_path`, or "" for none.
-        tokenizer_path: None for the one that prepared tokens were made with.
+        tokenizer_path: None for the tokenizer of the prepared tokens.
         samples: documents to show.
-        characters: the most to show of each.
+        characters: the most to show of each document.
         verify: check the content hashes of prepared tokens.
         chat_template: as `data.chat_template`.
         custom_import: a module that registers a dataset.
@@ -105,7 +105,7 @@ def _tokenizer(source: Source, path: str | None) -> tuple[Tokenizer, str]:
 
 
 def _documents(source: Source) -> Iterator[tuple[str, object]]:
-    """Some documents, each with what to call it."""
+    """Yield some documents, each with a name."""
     if has_random_access(source):
         size = len(source)
         for index in permute(np.arange(min(size, _MEASURED)), size, 0).tolist():
@@ -116,7 +116,7 @@ def _documents(source: Source) -> Iterator[tuple[str, object]]:
 
 
 def _facts(source: Source, path: str) -> list[str]:
-    """What is known without reading documents."""
+    """Return the lines that are known without reading documents."""
     lines = [f"data           {path}"]
     if isinstance(source, TokenFiles):
         lines += [
@@ -158,14 +158,14 @@ def _statistics(
 
 
 def _decode(ids: list[int], tokenizer: Tokenizer) -> str:
-    """With special tokens, where they have a name: a chat's tell who speaks."""
+    """Decode with special tokens, if they have a name: those of a chat show who speaks."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer.decode_all(ids)
     return tokenizer.decode(ids)
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer, characters: int) -> str:
-    """The beginning; what is not trained on in [[double brackets]]."""
+    """Decode the beginning, with untrained text in [[double brackets]]."""
     ids = ids[: 8 * characters]
     parts = []
     for trained, run in itertools.groupby(ids.tolist(), lambda i: i >= 0):

@@ -1,4 +1,4 @@
-"""JSON Lines: one object a line, read where the lines lie."""
+"""Reads JSON Lines, one object a line, by random access or as a stream."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class JsonLines:
 
     Raises:
         DataError: a file cannot be read, all are empty, or the first object lacks `text_key`.
-            Taking a document raises `BadDocumentError` where its line is no such object.
+            Taking a document raises `BadDocumentError` if its line is not such an object.
     """
 
     def __init__(self, files: list[str], text_key: str) -> None:
@@ -62,8 +62,8 @@ class JsonLines:
 class JsonLineStream:
     """The lines of files that cannot be mapped (URLs, perhaps compressed); files are the shards.
 
-    A line that is no such object as `text_key` asks for comes as a `BadDocumentError`, for the
-    reader to raise or to skip.
+    A line that is not an object with `text_key` is yielded as a `BadDocumentError`, for the reader
+    to raise or to skip.
     """
 
     def __init__(self, files: list[str], text_key: str) -> None:
@@ -75,7 +75,7 @@ class JsonLineStream:
         return itertools.chain.from_iterable(map(self.shard, range(self.num_shards)))
 
     def shard(self, index: int) -> Iterator[object]:
-        """Raises as `unreadable` says where the file cannot be read."""
+        """Yield the documents of a file. Raises as `unreadable` says if it cannot be read."""
         path = self.files[index]
         with unpacked(path) as lines:
             for number, line in enumerate(lines, start=1):
@@ -87,7 +87,7 @@ class JsonLineStream:
 
 
 def check_first_line(line: bytes, text_key: str, where: str) -> None:
-    """A wrong `text_key` is found at the start, and is not every line's fault.
+    """Find a wrong `text_key` at the start, instead of blaming every line.
 
     Raises:
         DataError: `line` is an object without that key.

@@ -1,4 +1,4 @@
-"""A batch kept in a folder, to be looked at later: `torchtitan data batch FOLDER`."""
+"""Keeps a batch in a folder for later inspection by `torchtitan data batch FOLDER`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _FACTS = "batch.json"
 def keep_batch(
     folder: Path, dp_rank: int, batches: list[dict[str, torch.Tensor]], facts: dict[str, Any]
 ) -> None:
-    """Write the rows of one data rank: `tokens`, `labels` and what else reaches the model.
+    """Write the rows of one data rank: `tokens`, `labels` and the model's other inputs.
 
-    What has another shape or type in some micro-batch, or is not in all of them, is written for
-    each by itself, as `0.tokens`, `1.tokens`.
+    An array whose shape or dtype differs between micro-batches, or that some of them lack, is
+    written for each micro-batch separately, as `0.tokens`, `1.tokens`.
 
     Data rank 0 also writes `facts`, among them `tokenizer`, a path or `bytes`.
 
@@ -34,7 +34,7 @@ def keep_batch(
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # What the trainer knows of texts follows from their tokens.
+    # The positions and document ids of texts follow from their tokens.
     names = set().union(*batches) - {"positions", "document_ids"}
     arrays: dict[str, np.ndarray] = {}
     for name in sorted(names):
@@ -50,7 +50,7 @@ def keep_batch(
 
 
 def _write(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    # As np.savez_compressed, which cannot write what is called as one of its own arguments.
+    # Like np.savez_compressed, which cannot write an array named like one of its own arguments.
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -60,18 +60,18 @@ def _write(file: Path, arrays: dict[str, np.ndarray]) -> None:
 def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
     if tensor.is_floating_point():  # NumPy knows no bfloat16
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    elif name in ("tokens", "labels") and tensor.dtype == torch.int64:  # ids, which are small
+    elif name in ("tokens", "labels") and tensor.dtype == torch.int64:  # ids are small
         tensor = tensor.int()
     return tensor.numpy(force=True)
 
 
 def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int = 400) -> None:
-    """Write each row of a kept batch to stdout: how much of it is trained on, and its text.
+    """Write each row of a kept batch to stdout: its text, and how much of it is trained on.
 
-    Of what is no text, the shape and the range of values.
+    If a row is no text, write the shape and the range of its values.
 
     Args:
-        tokenizer_path: None for that of the run.
+        tokenizer_path: None for the tokenizer of the run.
         characters: the most to show of a row.
 
     Raises:
@@ -113,7 +113,7 @@ def _summary(values: np.ndarray) -> str:
 
 
 def _rows(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and labels of each row, of texts `[seq]`, in the order of the global batch."""
+    """Yield tokens and labels of each row (`[seq]` for texts), in the order of the global batch."""
     numbers = {path: path.stem.rpartition("-")[2] for path in folder.glob("data-rank-*.npz")}
     files = [path for path, number in numbers.items() if number.isdecimal()]
     for file in sorted(files, key=lambda path: int(numbers[path])):
@@ -125,7 +125,7 @@ def _rows(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _of(arrays: Mapping[str, np.ndarray], name: str) -> Iterator[np.ndarray]:
-    """Rows of what was written whole, or for each micro-batch by itself."""
+    """Yield the rows of an array, written as a whole or for each micro-batch separately."""
     if name in arrays or f"0.{name}" not in arrays:
         yield from arrays[name]
         return
@@ -134,7 +134,7 @@ def _of(arrays: Mapping[str, np.ndarray], name: str) -> Iterator[np.ndarray]:
 
 
 def _decoder(path: str) -> Any:
-    """Ids to text; to numbers for the tokenizer of an author, of which the run knew no path."""
+    """Return a function from ids to text, or to numbers if the run's tokenizer had no path."""
     if not path:
         return lambda ids: " ".join(map(str, ids))
     from torchtitan.components.tokenizer import open_tokenizer

@@ -1,4 +1,4 @@
-"""The data loader: batches as a function of the seed and the step, whatever the layout of ranks."""
+"""The data loader: batches depend on the seed and the step, not on the layout of ranks."""
 
 from __future__ import annotations
 
@@ -46,19 +46,20 @@ class DataLoader:
 
     A global batch has `global_batch_size` rows, each a token stream of its own (`packing.Row`).
     Rank `r` owns an equal share of consecutive rows, and its micro-batches are consecutive groups
-    of `local_batch_size` of them. So it tokenizes only its own documents, and the global batch of a
-    step is the same on every layout.
+    of `local_batch_size` of them. So each rank tokenizes only its own documents, and the global
+    batch of a step is the same on every layout.
 
-    It has the interface of torchdata's `StatefulDataLoader`, which is not used because that one's
-    state belongs to a rank and its number of worker processes, so that a run could resume on the
-    same layout only. Here the state is a table of rows, which any number of ranks shares out.
-    Threads read ahead, without worker processes, since tokenizers release the interpreter's lock.
+    The loader has the interface of torchdata's `StatefulDataLoader`. That class is not used because
+    its state belongs to a rank and its number of worker processes, so that a run could resume only
+    on the same layout. Here the state is a table of rows, which can be divided among any number of
+    ranks. Threads read ahead instead of worker processes, since tokenizers release the
+    interpreter's lock.
 
     Each micro-batch is a dict of int64 tensors `[local_batch_size, seq_len]`: see
     `packing.to_batch`.
 
     Args:
-        source: documents, of either kind that `sources` describes, or several to mix.
+        source: documents, of either kind described in `sources`, or several sources to mix.
         tokenizer: its eos token ends every document.
         seq_len: tokens in a sequence.
         local_batch_size: sequences in a micro-batch.
@@ -66,20 +67,20 @@ class DataLoader:
             dp_world_size`, unless `pad` is set.
         dp_rank: number of this data rank.
         dp_world_size: data ranks.
-        seed: of the order of documents.
+        seed: seed of the order of documents.
         document_mask: predict nothing across the end of a document.
-        pad: fill the last micro-batches of a step up to such a multiple, with rows whose labels are
-            all `IGNORE_INDEX`.
-        name: what errors begin with, such as the config key and its value.
+        pad: round the rows of a step up to such a multiple, with rows whose labels are all
+            `IGNORE_INDEX`.
+        name: prefix of errors, such as the config key and its value.
         packing: see `packing` and `best_fit`.
-        workers: threads that read ahead; the data do not depend on it.
-        chat: gives the template for conversations.
-        on_error: what a malformed document does, see `encode.Encoder`.
-        add_bos: the tokenizer's bos begins every document, see there.
+        workers: threads that read ahead; the data does not depend on their number.
+        chat: returns the template for conversations.
+        on_error: treatment of a malformed document, see `encode.Encoder`.
+        add_bos: the tokenizer's bos begins every document, see `encode.Encoder`.
 
     Raises:
-        DataError: the dataset is empty, or was made with another tokenizer. Iterating raises it
-            too, where data is malformed.
+        DataError: the dataset is empty, or was made with another tokenizer. Iterating raises it too
+            if data is malformed.
     """
 
     def __init__(
@@ -155,15 +156,15 @@ class DataLoader:
         )
 
     def begin_at(self, step: int) -> None:
-        """Go back to the first batch, of a run that has done `step` steps.
+        """Go back to the first batch of a run that has done `step` steps.
 
-        The phases of a mixture count these; its sources begin anew.
+        The phases of a mixture count these steps; its sources begin from the start.
         """
         self.reset()
         self._places[:, Mixture.steps_part(len(self._blend.sources))] = step
 
     def close(self) -> None:
-        """Stop reading ahead. Iterating on starts again after the last complete step."""
+        """Stop reading ahead. Iterating again continues after the last complete step."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
@@ -179,12 +180,13 @@ class DataLoader:
         return batch
 
     def metrics(self) -> dict[str, float]:
-        """Values whose means over the data ranks describe the batches that were handed out.
+        """Return values whose means over the data ranks describe the batches handed out so far.
 
-        `data_epoch`: how often the dataset has been read. `data_epoch/NAME` and `data_tokens/NAME`:
-        the same, and the tokens so far, of each source of a mixture. `data_padding_share`: of the
-        tokens since this process began, under best-fit packing. `data_skipped_documents`: since
-        then, under `on_error = "skip"`.
+        `data_epoch`: number of times the dataset has been read. `data_epoch/NAME` and
+        `data_tokens/NAME`: epochs and tokens so far of each source of a mixture.
+        `data_padding_share`: share of padding in the tokens since this process began, under
+        best-fit packing. `data_skipped_documents`: skipped documents since this process began,
+        under `on_error = "skip"`.
         """
         found: dict[str, float] = {}
         sources = self._blend.sources
@@ -209,14 +211,14 @@ class DataLoader:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether a source begins with a conversation, or one has been read on this rank."""
+        """Whether a source begins with a conversation, or this rank has read one."""
         return self._encoder.has_conversations
 
     def describe(self) -> dict[str, Any]:
-        """`{"sources": [{"name", "documents" or "shards"}]}`: how large they are, where known.
+        """Return `{"sources": [{"name", "documents" or "shards"}]}`: their sizes, where known.
 
-        A checkpoint keeps it, since a state is a place in data of this size. With shards it also
-        has `lanes`, see `order.count_lanes`.
+        A checkpoint keeps this, since a state is a place in data of this size. A source with shards
+        also has `lanes`, see `order.count_lanes`.
         """
         sources = [{"name": name, **size_of(part)} for name, part in self._blend.sources.items()]
         for source, lanes in zip(sources, self._lanes, strict=True):
@@ -225,25 +227,27 @@ class DataLoader:
         return {"sources": sources}
 
     def _count_lanes(self, rule: Callable[[int, int], int]) -> list[int]:
-        """Of each source, by the number of its shards and the rows of the batch."""
+        """Apply `rule(shards, rows of the batch)` to each source."""
         shards = map(num_shards, self._blend.sources.values())
         return [rule(number, self.global_batch_size) for number in shards]
 
     def state_dict(self) -> dict[str, Any]:
-        """`{"rows": [rows of this rank, k] int64}`: where each row is after the last complete step
-        handed out. That is `Mixture.state`, then `Row.place` for each source; k is 4 for one.
+        """Return `{"rows": [rows of this rank, k] int64, "described": ...}`.
 
-        The rows of all ranks in order are the state of the run, for any number of ranks. With
-        them goes `described`, what `describe` tells, the same on each.
+        `rows` holds each row's place after the last complete step handed out. A place is
+        `Mixture.state`, then `Row.place` for each source; k is 4 for one source.
+
+        The rows of all ranks in order are the state of the run, for any number of ranks.
+        `described` is the result of `describe`, the same on each rank.
         """
         return {"rows": torch.from_numpy(self._places.copy()), "described": self.describe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state of `state_dict`; the number of ranks may differ.
 
-        Under contiguous packing `seq_len` may too. Where the state has that of the saved run,
-        tokens are counted on from those that it had. Where it is `described`, sources keep the
-        lanes they had, or those of a time when these were not told.
+        Under contiguous packing `seq_len` may differ too: if the state contains the saved run's
+        `seq_len`, the token counts go on from that run's. If the state has `described`, sources
+        keep their number of lanes; states older than the `lanes` entry get `count_equal_lanes`.
 
         Raises:
             CheckpointError: the state is of another global batch size, mixture or packing.
@@ -278,12 +282,12 @@ class DataLoader:
             self._lanes = [source.get("lanes", lanes) for source, lanes in told]
         drawn = Mixture.drawn_part(len(self._blend.sources))
         saved_len = state_dict.get("seq_len") or self._seq_len
-        # In sequences of the new length, to the nearest.
+        # Converted to sequences of the new length, rounded to the nearest.
         tokens = self._places[:, drawn] * saved_len
         self._places[:, drawn] = (tokens + self._seq_len // 2) // self._seq_len
 
     def _split(self, places: np.ndarray) -> tuple[list[int], list[list[Place]]]:
-        """What a state holds: that of the mixture, and the places of the rows in each source."""
+        """Split a state into the mixture's state and the places of the rows in each source."""
         sources = len(self._blend.sources)
         size = Mixture.state_size(sources)
         parts = np.split(places[:, size:], sources, axis=1)
@@ -323,7 +327,7 @@ class DataLoader:
     def _open_rows(
         self, name: str, source: Source, lanes: int, places: list[Place]
     ) -> list[Row | BestFitRow]:
-        """The rows of this rank in one source."""
+        """Open the rows of this rank in one source."""
         stride = self.global_batch_size
         documents: ShuffledDocuments | StreamedDocuments
         if has_random_access(source):

@@ -1,4 +1,4 @@
-"""Files of numbers as arrays, memory-mapped to be read at random."""
+"""Memory-maps files of numbers as arrays for random access."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from torchtitan.errors import DataError
 from .files import reading
 
 _MOST_AHEAD = 2**24
-"""Bytes of a document that are asked for at once; it may be as long as the file."""
+"""Bytes of a document that are requested at once; a document may be as long as the file."""
 _AHEAD_AT_ONCE = 2**17
-"""Linux asks a disk for no more by one call than for what the disk reads ahead anyway, and leaves
-out the rest. This is its default."""
+"""By one call, Linux requests no more from a disk than the disk's usual read-ahead, and drops the
+rest. This is its default."""
 _MOST_SHARDS = 8192
-"""Two mappings each: a quarter of the 65,530 (vm.max_map_count) of a process, which CUDA needs
-too."""
+"""Two mappings each: a quarter of a process's 65,530 mappings (vm.max_map_count), of which CUDA
+needs some too."""
 
 
 def map_file(path: str | Path, dtype: np.dtype | str, start: int = 0) -> np.ndarray:
-    """A file's items from byte `start` on, memory-mapped: `[items]`.
+    """Memory-map a file's items from byte `start` on: `[items]`.
 
     Raises:
-        DataError: it is no whole number of items, or as `unreadable` says.
+        DataError: the file is no whole number of items, or as `unreadable` says.
     """
     dtype = np.dtype(dtype)
     with reading(path), open(path, "rb", buffering=0) as file:
@@ -39,8 +39,8 @@ def map_file(path: str | Path, dtype: np.dtype | str, start: int = 0) -> np.ndar
         if size == start:
             return np.empty(0, dtype)
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # Else the system reads 128 KiB or much more around each page that is touched, and documents
-        # are taken at random.
+        # Otherwise the system reads 128 KiB or much more around each page that is touched, although
+        # documents are read at random.
         if hasattr(mmap, "MADV_RANDOM"):
             memory.madvise(mmap.MADV_RANDOM)
     if (size - start) % dtype.itemsize:
@@ -49,9 +49,9 @@ def map_file(path: str | Path, dtype: np.dtype | str, start: int = 0) -> np.ndar
 
 
 def read_ahead(items: np.ndarray, first: int, last: int) -> np.ndarray:
-    """`items[first:last]` of what `map_file` gave; the system is told to read it as a whole."""
+    """Return `items[first:last]` of a `map_file` array, requesting it from the disk as a whole."""
     part = items[first:last]
-    memory = getattr(items.base, "obj", items.base)  # NumPy holds a mapping by a memoryview
+    memory = getattr(items.base, "obj", items.base)  # NumPy refers to a mapping by a memoryview
     if not isinstance(memory, mmap.mmap) or not hasattr(mmap, "MADV_WILLNEED"):
         return part
     begin = len(memory) - items.nbytes + first * items.itemsize
@@ -64,9 +64,9 @@ def read_ahead(items: np.ndarray, first: int, last: int) -> np.ndarray:
 
 
 class Pool:
-    """What is open now, of things that are opened when they are used: those that were used last.
+    """Keeps the most recently used of some lazily opened things open.
 
-    A mapping keeps its file open, so a process can have only so many.
+    A mapping keeps its file open, and a process can have only so many open files.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Pool:
         return len(self._open)
 
     def get(self, key: object, open_it: Callable[[], Any]) -> Any:
-        """What `open_it` gave, now or before. Threads may call it."""
+        """Return the result of `open_it`, from now or before. Thread-safe."""
         with self._lock:
             if key in self._open:
                 self._open.move_to_end(key)
@@ -86,15 +86,15 @@ class Pool:
         with self._lock:
             self._open[key] = value
             while len(self._open) > most_shards():
-                self._open.popitem(last=False)  # unmapped when no document of it is in use
+                self._open.popitem(last=False)  # unmapped once no document of it is in use
         return value
 
 
 def most_shards() -> int:
-    """Shards, of two files each, that take half of the files that this process may open."""
+    """Count the shards, of two files each, that use half of this process's limit of open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_SHARDS if soft == resource.RLIM_INFINITY else max(1, min(soft // 4, _MOST_SHARDS))
 
 
 SHARDS = Pool()
-"""Of all sources, as the limit is the process's."""
+"""Shared by all sources, since the limit applies to the process."""

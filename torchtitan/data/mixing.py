@@ -1,12 +1,12 @@
-"""Which source each sequence of a global batch is taken from.
+"""Chooses the source of each sequence of a global batch.
 
-Sequences are numbered over the whole run, and each number is given to a source by Tijdeman's
+Sequences are numbered over the whole run, and each number is assigned to a source by Tijdeman's
 algorithm ("The chairman assignment problem", 1980): after any number of sequences since a phase
 began, each source has had its share to within less than one sequence. So the tokens of a source in
 any window of a phase are exact to less than two sequences, whatever the weights.
 
-Sources are spread over the rows of a batch by a permutation of its own for each step, so that no
-row keeps to one source.
+Each step spreads the sources over the rows of a batch by its own permutation, so that no row stays
+with one source.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LARGEST = 2**40
 
 @dataclass(frozen=True)
 class Phase:
-    """Weights from a training step on."""
+    """Weights that apply from a training step on."""
 
     from_step: int
     weights: tuple[float, ...]
@@ -38,7 +38,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Blend:
-    """Several sources and how much of each: what a loader mixes."""
+    """Several sources and their weights: the input of a loader that mixes."""
 
     sources: dict[str, Source]
     """Name in the metrics -> source."""
@@ -49,9 +49,9 @@ class Mixture:
     """A schedule of sources, with a state of `2 + 2 sources` integers.
 
     Args:
-        phases: by ascending `from_step`; the first from step 1. All have equally many weights.
+        phases: by ascending `from_step`, the first from step 1, all with as many weights.
         rows: sequences in a global batch.
-        seed: of the order within a step.
+        seed: seed of the order within a step.
     """
 
     def __init__(self, phases: Sequence[Phase], rows: int, seed: int) -> None:
@@ -66,9 +66,9 @@ class Mixture:
 
     @property
     def state(self) -> tuple[int, ...]:
-        """Steps done and a key of the weights; then, of each source, its lag and its sequences.
+        """Steps done, a key of the weights, then the lag and number of sequences of each source.
 
-        A mixture of one source has nothing to remember, and an empty state.
+        A mixture of one source has nothing to remember, so its state is empty.
         """
         if self.sources == 1:
             return ()
@@ -80,17 +80,17 @@ class Mixture:
 
     @staticmethod
     def steps_part(sources: int) -> slice:
-        """Where a state has the steps done."""
+        """Return the part of a state that has the number of steps done."""
         return slice(1 if sources > 1 else 0)
 
     @staticmethod
     def drawn_part(sources: int) -> slice:
-        """Where a state has the sequences taken from each source."""
+        """Return the part of a state that has the number of sequences taken from each source."""
         return slice(2 + sources, 2 + 2 * sources) if sources > 1 else slice(0)
 
     @staticmethod
     def drawn(state: Sequence[int], sources: int) -> list[int]:
-        """The sequences taken from each source, by a state."""
+        """Return the number of sequences taken from each source, according to a state."""
         return list(state[Mixture.drawn_part(sources)])
 
     def load_state(self, state: Sequence[int]) -> None:
@@ -99,13 +99,13 @@ class Mixture:
             self._lags, self._drawn = rest[: self.sources], rest[self.sources :]
 
     def step(self) -> np.ndarray:
-        """The source of each row of the next step: `[rows]` int64."""
+        """Return the source of each row of the next step: `[rows]` int64."""
         chosen = np.zeros(self._rows, np.int64)
         if self.sources == 1:
             return chosen
         self._steps += 1
         begin, weights = [phase for phase in self._phases if phase[0] <= self._steps][-1]
-        # The config may have changed. States of earlier versions have the sum of the weights.
+        # The config may have changed. In states of earlier versions, the key is the sum of weights.
         changed = self._key not in (weights_key(weights), sum(weights))
         if begin == self._steps or changed:
             self._lags = [0] * self.sources
@@ -115,10 +115,11 @@ class Mixture:
         return chosen
 
     def _draw(self, weights: list[int]) -> int:
-        """The next sequence's source.
+        """Choose the next sequence's source.
 
-        `lag / total` is by how many sequences a source is behind its share. Of those that can take
-        one without getting too far ahead, it is the one that must have it soonest.
+        `lag / total` is the number of sequences by which a source is behind its share. Of the
+        sources that can take one without getting too far ahead, choose the one that must have it
+        soonest.
         """
         total, slack = sum(weights), max(2 * sum(weight > 0 for weight in weights) - 2, 1)
         chosen, time_left = -1, 0
@@ -126,11 +127,11 @@ class Mixture:
             self._lags[source] += weight
             if weight == 0 or self._lags[source] * slack < total:
                 continue
-            # Until the lag is 1 - 1 / slack; times `weight`, so that all numbers are whole.
+            # Time until the lag is 1 - 1 / slack, times `weight`, so that all numbers are whole.
             left = total * (slack - 1) - slack * self._lags[source]
             if chosen < 0 or left * weights[chosen] < time_left * weight:
                 chosen, time_left = source, left
-        if chosen < 0:  # the lags are of other weights with the same sum, by an old state
+        if chosen < 0:  # an old state has lags of other weights with the same sum
             chosen = max(np.flatnonzero(weights).tolist(), key=lambda source: self._lags[source])
         self._lags[chosen] -= total
         self._drawn[chosen] += 1
@@ -140,7 +141,7 @@ class Mixture:
 class Steps:
     """The steps of a mixture for several readers, each of which takes all of them in order.
 
-    A step of thousands of rows takes milliseconds, under the interpreter's lock: it is made once.
+    A step of thousands of rows takes milliseconds under the interpreter's lock, so it is made once.
     """
 
     def __init__(self, mixture: Mixture, readers: int) -> None:
@@ -151,7 +152,7 @@ class Steps:
         ]
 
     def of_reader(self, number: int) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-        """What `Mixture.step` gives, and the state after it."""
+        """Yield the result of `Mixture.step` and the state after it."""
         own = self._waiting[number]
         while True:
             with self._lock:
@@ -164,14 +165,14 @@ class Steps:
 
 
 def weights_key(weights: Sequence[int]) -> int:
-    """A negative number of 63 bits: a hash of them."""
+    """Hash the weights to a negative number of 63 bits."""
     return -1 - (functools.reduce(mix, weights, 0) >> 2)
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest integers in the ratio of the weights, taken as the decimals they are written.
+    """Return the smallest integers in the ratio of the weights, read as the decimals they print as.
 
-    Where these are beyond 2^40, integers near them, of which only 0 becomes 0.
+    If they exceed 2^40, return integers near that ratio, where only 0 becomes 0.
     """
     fractions = [Fraction(repr(weight)) for weight in weights]
     scale = math.lcm(*(fraction.denominator for fraction in fractions))

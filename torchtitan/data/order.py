@@ -1,7 +1,7 @@
-"""Which document comes when: a dataset as an endless, numbered series of documents.
+"""Orders the documents of a dataset into an endless, numbered series.
 
 The series depends on the source, the seed, the size of the global batch and the number of lanes.
-Ranks and rows of a batch share it out by number, so every layout of ranks sees the same data.
+Ranks and rows of a batch divide it by number, so every layout of ranks sees the same data.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ _MIX_A, _MIX_B, _MIX_C = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x2545F4914F6CD
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _PLANNED = 128
 _EQUAL_LANES = 64
-"""At most. A lane has a file open and a block of it in memory, 10 to 30 MB, on each rank that has
-rows of it."""
+"""Maximum. A lane has a file open and a block of it in memory, 10 to 30 MB, on each rank that has
+rows of the lane."""
 _SHARDS_PER_LANE = 8
-"""At least, so that lanes, and with them the rows of a batch, go through about as much text."""
+"""Minimum, so that lanes, and with them the rows of a batch, read similar amounts of text."""
 _ROWS_PER_LANE = 8
-"""At least, where not all have equally many; for the same reason. A rank reads the text of all."""
+"""Minimum if lanes have different numbers of rows, for the same reason. A rank reads the text of
+all rows of its lanes."""
 
 
 class Origin(NamedTuple):
-    """Where a sequential source has a document, so that a resumed run finds it soon."""
+    """Where a sequential source has a document, so that a resumed run finds it quickly."""
 
     turn: int = 0
-    """Number of the shard in its lane, counted on over the epochs."""
+    """Number of the shard in its lane, counting on over the epochs."""
     first: int = 0
-    """Number in its lane of the shard's first document."""
+    """Number in its lane of the first document of the shard."""
 
 
 class Place(NamedTuple):
-    """Where a row of the global batch is in a source, as a state has it."""
+    """Where a row of the global batch is in a source, as stored in a state."""
 
     document: int
     offset: int = 0
-    """Tokens of it that were read."""
+    """Tokens of the document that were read."""
     turn: int = 0
     first: int = 0
-    """These two are the document's `Origin`."""
+    """`turn` and `first` are the document's `Origin`."""
     sequence: int = 0
-    """Of the pool that begins here. Only states of best-fit packing have it."""
+    """In the pool that begins here. Only states of best-fit packing have it."""
 
     @property
     def origin(self) -> Origin:
@@ -66,8 +67,8 @@ class ShuffledDocuments:
     Args:
         source: the documents.
         encode: document -> ids.
-        seed: of the order; each epoch has its own permutation.
-        stride: the documents that a row asks for one after another are so far apart.
+        seed: seed of the order; each epoch has its own permutation.
+        stride: distance between successive documents of a row.
     """
 
     def __init__(self, source: RandomAccess, encode: Encode, seed: int, stride: int = 1) -> None:
@@ -77,11 +78,11 @@ class ShuffledDocuments:
         self._stride = stride
         self.size = len(source)
         self._planned: dict[int, int] = {}  # document -> index, for the next ones of each row
-        # In a small dataset several rows have the same document open.
+        # In a small dataset, several rows have the same document open.
         self._open: WeakValueDictionary[int, np.ndarray] = WeakValueDictionary()
 
     def open(self, number: int) -> tuple[np.ndarray, Origin]:
-        """Ids of document `number`, and where it is, which is of no need here."""
+        """Return the ids of document `number`, and an `Origin`, which is not needed here."""
         index = self._planned.pop(number, None)
         if index is None:
             self._plan(number)
@@ -92,7 +93,7 @@ class ShuffledDocuments:
         return tokens, Origin()
 
     def _plan(self, number: int) -> None:
-        """Look up documents from `number` on in its row, up to the end of the epoch, at once."""
+        """Look up the documents of a row at once, from `number` on, at most to the epoch's end."""
         epoch, place = divmod(number, self.size)
         places = range(place, self.size, self._stride)[:_PLANNED]
         indices = permute(np.array(places), self.size, mix(self._seed, epoch)).tolist()
@@ -103,12 +104,12 @@ class ShuffledDocuments:
 class StreamedDocuments:
     """Documents of a sequential source, for the rows of one rank.
 
-    Rows share the source out by lanes of about equally many consecutive rows. A lane reads every
+    Rows are grouped into lanes of about equally many consecutive rows. A lane reads every
     `lanes`-th shard (file) of the source, over and over, and deals the documents to its rows in
-    turn. So a rank reads the lanes of its own rows alone, each once. A source without shards is
-    one lane, which all ranks read; but each tokenizes only its own documents.
+    turn. So a rank reads only the lanes of its own rows, each once. A source without shards is one
+    lane, which all ranks read; but each rank tokenizes only its own documents.
 
-    Empty and malformed documents have no number. Texts that a row will ask for later wait in
+    Empty and malformed documents are not numbered. Texts that a row will request later wait in
     memory; others are skipped before they are tokenized.
 
     Args:
@@ -116,7 +117,7 @@ class StreamedDocuments:
         encode: document -> ids.
         stride: number of rows of the global batch; row `b` takes documents `b`, `b + stride`, ...
         lanes: see `count_lanes`.
-        first: for each row of this rank, the first document that it will ask for, and its origin.
+        first: for each row of this rank, the first document that it will request, and its origin.
     """
 
     size = None
@@ -144,14 +145,14 @@ class StreamedDocuments:
         }
 
     def open(self, number: int) -> tuple[np.ndarray, Origin]:
-        """Ids of document `number` and where it is. Each row must ask in ascending order."""
+        """Return the ids and origin of document `number`. Each row must ask in ascending order."""
         lane, number = self._in_lane(number)
-        with self._lock:  # rows may be read by several threads
+        with self._lock:  # several threads may read rows
             document, origin = self._lanes[lane].take(number)
         return self._encode(document), origin
 
     def _in_lane(self, number: int) -> tuple[int, int]:
-        """The lane of document `number`, and its number there."""
+        """Return the lane of document `number`, and its number in the lane."""
         turn, row = divmod(number, self._stride)
         lane = bisect.bisect_right(self._begins, row) - 1
         return lane, turn * self._width(lane) + row - self._begins[lane]
@@ -161,15 +162,15 @@ class StreamedDocuments:
 
 
 def count_lanes(shards: int, rows: int) -> int:
-    """Into how many lanes a new run divides the rows of a batch."""
+    """Return the number of lanes into which a new run divides the rows of a batch."""
     most = min(shards // _SHARDS_PER_LANE, rows // _ROWS_PER_LANE)
     return max(most, count_equal_lanes(shards, rows))
 
 
 def count_equal_lanes(shards: int, rows: int) -> int:
-    """The most lanes that divide the rows of a batch and have enough shards.
+    """Return the most lanes that divide the rows of a batch and have enough shards.
 
-    Checkpoints that do not tell their number of lanes have so many.
+    Checkpoints that do not record their number of lanes have this many.
     """
     most = min(_EQUAL_LANES, shards // _SHARDS_PER_LANE, rows)
     return max((lanes for lanes in range(1, most + 1) if rows % lanes == 0), default=1)
@@ -197,14 +198,14 @@ class Lane:
         self._waiting: dict[int, tuple[object, Origin]] = {}
 
     def take(self, number: int) -> tuple[object, Origin]:
-        """Document `number` of the lane, and where it is."""
+        """Return document `number` of the lane, and its origin."""
         while number not in self._waiting:
             read, document, origin = next(self._documents)
             first = self._first.get(read % self._width)
             if first is None or read < first:
                 continue
             if isinstance(document, BadDocumentError):
-                self._refuse(document)  # by the row whose turn it is, so that it is counted once
+                self._refuse(document)  # by the row whose turn it is, so it is counted once
             else:
                 self._waiting[read] = document, origin
         return self._waiting.pop(number)
@@ -213,12 +214,12 @@ class Lane:
 def repeat(
     source: Sequential, lane: int, lanes: int, origin: Origin
 ) -> Iterator[tuple[int, object, Origin]]:
-    """Number, document and origin of a lane's non-empty documents, from a shard on, over and over.
+    """Yield number, document and origin of a lane's non-empty documents, from a shard on, for ever.
 
-    A malformed one comes with the number of the next that is not.
+    A malformed document has the number of the next well-formed one.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no document with text.
     """
     shards = num_shards(source)
     turn, number = origin
@@ -240,23 +241,23 @@ def repeat(
 
 
 def num_shards(source: object) -> int:
-    """1 for a source without shards."""
+    """Return the number of shards; 1 for a source without shards."""
     return source.num_shards if isinstance(source, Sharded) else 1
 
 
 def epochs(
     source: RandomAccess | Sequential, stride: int, lanes: int, place: Place, read: float
 ) -> float:
-    """How often a source has been read, if all rows are as far as one is.
+    """Return how often a source has been read, if all rows are as far as this one.
 
     A sequential source, whose size is unknown, is counted in whole shards.
 
     Args:
         source: the documents.
         stride: rows.
-        lanes: of a sequential source.
+        lanes: number of lanes of a sequential source.
         place: of the row; it has taken a document in each turn before.
-        read: documents of the row's from there on which it has read; a part of that one, mostly.
+        read: documents that the row has read since `place`; mostly a part of the first one.
     """
     if has_random_access(source):
         turn, row = divmod(place.document, stride)
@@ -266,11 +267,11 @@ def epochs(
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where `indices` go in the pseudo-random permutation `key` of `range(size)`: `[n]` int64.
+    """Return the images of `indices` in a pseudo-random permutation of `range(size)`: `[n]` int64.
 
-    A formula needs no table of `size` numbers: a Feistel network permutes the next power of 4, and
-    is applied again until the result falls into the range ("cycle walking", Black and Rogaway,
-    "Ciphers with Arbitrary Finite Domains", 2002).
+    Computed without a table of `size` numbers: a Feistel network, keyed by `key`, permutes the next
+    power of 4, and is applied again until the result falls into the range ("cycle walking", Black
+    and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
@@ -290,14 +291,14 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def _finalize(x: np.ndarray) -> np.ndarray:
-    """The last lines of `mix`, for `[n]` uint64."""
+    """Apply the last lines of `mix` to `[n]` uint64."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(_MIX_1)
     x = (x ^ x >> np.uint64(27)) * np.uint64(_MIX_2)
     return x ^ x >> np.uint64(31)
 
 
 def mix(a: int, b: int) -> int:
-    """A 64-bit hash of two integers: the finalizer of SplitMix64 (Steele, Lea, Flood, 2014)."""
+    """Hash two integers to 64 bits: the finalizer of SplitMix64 (Steele, Lea, Flood, 2014)."""
     x = (a * _MIX_A + b * _MIX_B + _MIX_C) & _MASK_64
     x = (x ^ x >> 30) * _MIX_1 & _MASK_64
     x = (x ^ x >> 27) * _MIX_2 & _MASK_64

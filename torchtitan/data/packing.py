@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 class Row:
     """One row of the global batch: an endless stream of tokens, cut into sequences.
 
-    Row `b` of `stride` rows joins the documents `b`, `b + stride`, `b + 2 stride`, ... Its place in
-    the stream is the document of the next token, the tokens of it before that, and the document's
-    `Origin`.
+    Row `b` of `stride` rows joins the documents `b`, `b + stride`, `b + 2 stride`, ... A row's
+    place in the stream is the document of the next token, the number of that document's tokens
+    before it, and the document's `Origin`.
 
     A dataset with fewer documents than rows is still worth training on (one big text file, say):
     the rows that share a document then begin at evenly spaced places in it.
 
     Raises:
-        DataError: the place does not exist, since the dataset is not the one it was saved with.
+        DataError: the place does not exist, because the dataset is not the one it was saved with.
     """
 
     def __init__(
@@ -48,19 +48,19 @@ class Row:
 
     @property
     def place(self) -> tuple[int, ...]:
-        """`order.Place` of the next token, but for the sequence."""
+        """`order.Place` of the next token, without `sequence`."""
         return self._document, self._offset, *self._origin
 
     @property
     def read(self) -> float:
-        """The part of the place's document that has been read."""
+        """The part of the current document that has been read."""
         return self._offset / max(len(self._tokens), 1)
 
     def fill(self, tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray) -> int:
-        """Write the next sequence and one token more, which also begins the sequence after it.
+        """Write the next sequence and one more token, which also begins the following sequence.
 
-        All are `[seq_len + 1]` integers. Positions count from the start of the document or of the
-        sequence, whichever is later; documents are numbered within the sequence. Returns the
+        All arrays are `[seq_len + 1]` integers. Positions count from the start of the document or
+        of the sequence, whichever is later; documents are numbered within the sequence. Returns the
         number of padding tokens, which is 0.
         """
         filled, count = 0, 0
@@ -82,7 +82,7 @@ class Row:
 
 
 def require_place(document: int, offset: int, length: int) -> None:
-    """Raises `DataError`: a saved place is not in the data."""
+    """Raise `DataError` if the data does not have a saved place."""
     if offset > 0 and offset >= length:
         raise _no_such_place(
             f"token {offset} of document {document}, but the document has {length} tokens"
@@ -90,7 +90,7 @@ def require_place(document: int, offset: int, length: int) -> None:
 
 
 def require_sequence(document: int, sequence: int, sequences: int) -> None:
-    """Raises `DataError`: a saved pool of documents has no such sequence now."""
+    """Raise `DataError` if a saved pool of documents no longer has such a sequence."""
     if sequence >= sequences:
         raise _no_such_place(
             f"sequence {sequence} of those packed from document {document} on, but there are "
@@ -108,7 +108,7 @@ def _no_such_place(what: str) -> DataError:
 def begin_of(
     documents: ShuffledDocuments | StreamedDocuments, stride: int, document: int, length: int
 ) -> int:
-    """Where a row begins in its first document: see `Row`."""
+    """Return where a row begins in its first document: see `Row`."""
     if documents.size is None or document >= stride:
         return 0
     return length * (document - document % documents.size) // stride
@@ -117,12 +117,12 @@ def begin_of(
 def to_batch(
     tokens: np.ndarray, positions: np.ndarray, document_ids: np.ndarray, document_mask: bool
 ) -> dict[str, torch.Tensor]:
-    """A batch of some rows: `tokens`, `labels`, `positions`, `document_ids`.
+    """Make a batch of some rows: `tokens`, `labels`, `positions`, `document_ids`.
 
-    The arguments are `[rows, seq_len + 1]`, the results `[rows, seq_len]` int64. A label is
-    the next token of the row, or `IGNORE_INDEX` where that is a complement (see `encode`). Under
-    `document_mask` the end of a document predicts nothing either, since what follows cannot be
-    known.
+    The arguments are `[rows, seq_len + 1]`, the results `[rows, seq_len]` int64. A label is the
+    next token of the row, or `IGNORE_INDEX` if that is a complement (see `encode`). Under
+    `document_mask` the end of a document has no label either, since the next document cannot be
+    predicted.
     """
     labels = tokens[:, 1:].astype(np.int64)
     inputs = tokens[:, :-1].astype(np.int64)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """An iterator over `items` that keeps up to `depth` of them ready.
 
-    An exception of `items` is raised to the consumer, in its turn and as it is. The thread ends on
+    An exception of `items` is raised to the consumer unchanged, in its turn. The thread ends on
     `close()`, when the prefetcher is garbage-collected, or at the interpreter's exit.
     """
 
@@ -25,7 +25,7 @@ class Prefetcher(Generic[T]):
             target=_produce,
             args=(items, self._ready, stop),
             name="torchtitan-prefetch",
-            daemon=True,  # one that hangs in a network read must not keep the process alive
+            daemon=True,  # a thread that hangs in a network read must not keep the process alive
         )
         self.close = weakref.finalize(self, _shut_down, self._ready, stop, thread)
         """Stop the thread. Calling it again does nothing."""
@@ -62,7 +62,7 @@ def _shut_down(ready: queue.Queue, stop: threading.Event, thread: threading.Thre
     stop.set()
     try:
         while True:
-            ready.get_nowait()  # makes room, in case the thread waits for it
+            ready.get_nowait()  # makes room, in case the thread is blocked in put
     except queue.Empty:
         pass
     thread.join(timeout=5)

@@ -1,8 +1,8 @@
-"""Tokenizes a dataset into memory-mapped shards, by several processes, and goes on after a kill.
+"""Tokenizes a dataset into memory-mapped shards, by several processes, and resumes after a kill.
 
-The documents are cut into ranges, a shard each, which does not depend on the number of processes.
-A shard counts as done once its record is there, which is written last; what a killed process left
-is written again. docs/data.md describes the folder.
+The documents are cut into ranges, one for each shard, regardless of the number of processes. A
+shard's record is written last, and a shard is done once its record exists; unfinished shards of a
+killed process are written again. docs/data.md describes the folder.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from .whole_files import Lock, write_json, writing
 
 SETTINGS = "prepare.json"
 _MOST_SHARDS = 1024
-"""Each rank may come to map all of them, two files each, and a mapping keeps its file open: 2,048
-open files, half of the 4,096 that many systems allow a process at most: see `mapped.most_shards`.
-With more, documents would open files anew again and again."""
+"""Each rank may map all of them, two files each, and a mapping keeps its file open: 2,048 open
+files, half of the 4,096 that many systems allow a process at most: see `mapped.most_shards`. With
+more shards, files would be reopened for documents again and again."""
 
 logger = logging.getLogger("torchtitan")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the preparation is."""
+    """Progress of a preparation."""
 
     shards_done: int
     documents: int
     tokens: int
     shards: int
     total_documents: int | None
-    """None where a dataset does not know."""
+    """None if the size of the dataset is unknown."""
 
 
 def prepare(
@@ -54,18 +54,18 @@ def prepare(
     shards: int | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
-    """Write the folder `out`, or what is missing of it. Returns its index.
+    """Write the missing parts of the folder `out`, or all of it. Return its index.
 
     Args:
         task: what to prepare.
-        out: folder; made if it is not there.
+        out: folder; created if it does not exist.
         workers: processes.
-        shards: number of shards; None for one that suits the dataset, `_MOST_SHARDS` at most.
+        shards: number of shards; None for a number that suits the dataset, `_MOST_SHARDS` at most.
         show: called now and then.
 
     Raises:
         ConfigError: `out` holds something else, or cannot be written; or the dataset is a stream,
-            whose files are the shards, and `shards` is another number.
+            whose files are the shards, and `shards` is not their number.
         DataError: the dataset is missing, empty or malformed, or does not fit `add_bos`, or a
             process died.
     """
@@ -80,13 +80,13 @@ def prepare(
     }
     encoder = task.encoder(tokenizer)
     if task.add_bos:
-        encoder.check(source)  # else each process does so, but the folder is then begun
+        encoder.check(source)  # otherwise each process would fail, after the folder is begun
     if _is_finished(out, settings, old_source=_fingerprint([], total)):
         logger.info("%s is complete already", out)
         return read_index(out)
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     with _lock(out) as lock:
-        if _is_finished(out, settings, old_source=_fingerprint([], total)):  # by another, meanwhile
+        if _is_finished(out, settings, old_source=_fingerprint([], total)):  # by another process
             return read_index(out)
         todo = [part for part in range(parts) if _record(out, part) is None]
         done = [record for part in range(parts) if (record := _record(out, part))]
@@ -102,12 +102,13 @@ def prepare(
 
 @contextmanager
 def _lock(out: Path) -> Iterator[Lock]:
-    """Lock a folder. What killed processes left is removed. Raises `ConfigError`: it is taken.
+    """Lock a folder and remove leftovers of killed processes. Raises `ConfigError` if it is locked.
 
-    Without locks two may write the folder, each under names of its own, the same contents.
+    On a file system without locks, two processes may write the folder; each uses its own file
+    names, and they write the same contents.
     """
     lock = Lock(out / "prepare.lock")
-    free = lock.take(patience=2.0)  # a process that is killed with its workers ends after a moment
+    free = lock.take(patience=2.0)  # the workers of a killed process end after a moment
     if free is False:
         raise ConfigError(
             f"--out {out}: another `torchtitan data prepare` is writing it. Wait for that one, or "
@@ -122,16 +123,16 @@ def _lock(out: Path) -> Iterator[Lock]:
 
 
 def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
-    """Whether `out` is complete. Makes it if it is not there.
+    """Whether `out` is complete. Creates `out` if it does not exist.
 
     Args:
         out: folder.
         settings: of this preparation.
-        old_source: the fingerprint that a folder of an earlier version may have instead, which did
-            not look at the files of parquet, arrow, compressed lines and streams.
+        old_source: the fingerprint that a folder of an earlier version may have instead; that
+            version ignored the files of parquet, arrow, compressed lines and streams.
 
     Raises:
-        ConfigError: it holds something else than a part of this preparation.
+        ConfigError: `out` holds something other than a part of this preparation.
     """
     path = out / SETTINGS
     if path.is_file():
@@ -141,7 +142,7 @@ def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
             raise ConfigError(f"{path} is damaged; remove {out}") from error
         if not isinstance(found, dict):
             raise ConfigError(f"{path} is damaged; remove {out}")
-        found.setdefault("add_bos", False)  # of a folder that was begun before there was the option
+        found.setdefault("add_bos", False)  # the folder may be older than the option
         if found.get("source") == old_source:
             found["source"] = settings["source"]
         differing = [key for key in settings if found.get(key) != settings[key]]
@@ -160,12 +161,12 @@ def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
 
 
 def _is_begun(path: Path) -> bool:
-    """Whether a file may be in a folder that a preparation has just made."""
+    """Whether a file may be in a folder that a preparation has just created."""
     return path.name.startswith("prepare.") and path.name.endswith((".partial", ".lock"))
 
 
 def _record(out: Path, part: int) -> dict[str, Any] | None:
-    """The record of a shard that is done."""
+    """Return the record of a shard, None if it is not done."""
     path = out / f"shard-{part:05d}.json"
     try:
         return json.loads(path.read_text())
@@ -174,9 +175,9 @@ def _record(out: Path, part: int) -> dict[str, Any] | None:
 
 
 def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) -> dict[str, Any]:
-    shards: list[Any] = [_record(out, part) for part in range(parts)]  # all of them are done
+    shards: list[Any] = [_record(out, part) for part in range(parts)]  # all shards are done
     if None in shards and (out / INDEX).is_file():
-        return read_index(out)  # of another that wrote the same, and removed the records
+        return read_index(out)  # another process wrote the same, and removed the records
     documents = sum(shard["documents"] for shard in shards)
     if documents == 0:
         raise DataError(f"--dataset {settings['dataset']}: empty: it has no document with text")
@@ -199,7 +200,7 @@ def _write_index(out: Path, settings: dict[str, Any], dtype: str, parts: int) ->
 
 
 def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
-    if total is None:  # its own files are the shards, or several of them are one
+    if total is None:  # its own files are the shards, or several files are one shard
         own = min(getattr(source, "num_shards", 1), _MOST_SHARDS)
         if wanted not in (None, own):
             raise ConfigError(
@@ -225,7 +226,7 @@ def _tokenizer_record(
 
 
 def _fingerprint(files: list[str], total: int | None) -> str:
-    """Digest of names, sizes and times, so that no shard is added to those of other data."""
+    """Digest names, sizes and times, so that no shard is added to shards of other data."""
     known = [(file, *_size_and_time(file)) for file in files]
     return hashlib.sha256(repr((known, total)).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""The processes of `torchtitan data prepare`: they take a shard each, until none is left."""
+"""The worker processes of `torchtitan data prepare`: each takes shards until none is left."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BATCH_DOCUMENTS = 1024
 
 @dataclass(frozen=True)
 class Task:
-    """What is prepared, and how."""
+    """The dataset to prepare, and the settings."""
 
     dataset: str
     dataset_path: str | None
@@ -41,12 +41,12 @@ class Task:
     add_bos: bool = False
 
     def encoder(self, tokenizer: BytesTokenizer | HuggingFaceTokenizer) -> Encoder:
-        """Raises `DataError`, which names the option."""
+        """Create the encoder. Raises `DataError`, which names the option."""
         with begin_errors_with("--add-bos"):
             return Encoder(tokenizer, on_error=self.on_error, add_bos=self.add_bos)
 
     def open(self) -> tuple[Source, BytesTokenizer | HuggingFaceTokenizer]:
-        """Raises `TitanError`, which names the option."""
+        """Open the source and the tokenizer. Raises `TitanError`, which names the option."""
         if self.custom_import:
             load_plugins(self.custom_import)
         with begin_errors_with("--tokenizer-path"):
@@ -58,7 +58,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes share out."""
+    """The work that the processes divide among them."""
 
     task: Task
     out: Path
@@ -67,16 +67,16 @@ class Job:
     todo: list[int]
     """Shards to write."""
     parent: int
-    """The process that began it; without it the others end."""
+    """The process that began the job; when it is gone, the workers end."""
     lock: Lock
     """Holds the folder."""
 
 
 def write_shards(job: Job, workers: int) -> Iterator[tuple[int, int, int]]:
-    """Have processes write the shards. Yields shards, documents and tokens done, now and then.
+    """Write the shards by several processes. Yield shards, documents and tokens done, now and then.
 
     Raises:
-        TitanError: of a process; the others are stopped.
+        TitanError: a process raised it; the others are stopped.
     """
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     counters = context.Array("q", 3)  # shards begun, documents, tokens
@@ -107,9 +107,9 @@ def write_shards(job: Job, workers: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _work(job: Job, counters: Any, messages: Any) -> None:
-    """What a process does: write shards until none is left."""
+    """Run a worker process: write shards until none is left."""
     job.lock.forget()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share out the cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends them
     try:
         source, tokenizer = job.task.open()
@@ -143,13 +143,14 @@ def _how_it_died(code: int) -> str:
 
 
 def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters: Any) -> None:
-    """Write tokens, then ends, then the record; each file is there whole or not at all."""
+    """Write tokens, then ends, then the record; each file is written atomically."""
     skipped, out = encoder.skipped, job.out
     name = f"shard-{part:05d}"
     ends, tokens = [], 0
     with FileWriter(out / f"{name}.bin") as file:
         for encoded in _encoded(_documents(source, part, job.parts), encoder):
-            if os.getppid() != job.parent:  # killed; its shards may be another run's by now
+            # the parent was killed; another run may own the shards by now
+            if os.getppid() != job.parent:
                 sys.exit(1)
             encoded = [ids for ids in encoded if len(ids)]
             for ids in encoded:
@@ -178,7 +179,7 @@ def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters
 
 
 def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
-    """The documents of one shard."""
+    """Yield the documents of one shard."""
     total = length_of(source)
     if total is not None:
         for index in range(part * total // parts, (part + 1) * total // parts):
@@ -193,9 +194,9 @@ def _documents(source: Source, part: int, parts: int) -> Iterator[object]:
 
 
 def _encoded(documents: Iterator[object], encoder: Encoder) -> Iterator[list[np.ndarray]]:
-    """Batches of encoded documents, in order.
+    """Yield batches of encoded documents, in order.
 
-    Texts are handed to the tokenizer many at a time, which spares it most of its overhead.
+    The tokenizer gets many texts at a time, which avoids most of its overhead.
     """
     encode_batch = getattr(encoder.tokenizer, "encode_batch", None)
     batch: list[Any] = []

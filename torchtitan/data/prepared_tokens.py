@@ -1,4 +1,4 @@
-"""The folder that `torchtitan data prepare` writes; docs/data.md describes it."""
+"""Reads the folder that `torchtitan data prepare` writes; docs/data.md describes it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _OF_SHARDS: dict[str, type] = {
 }
 INDEX = "index.json"
 _LONGEST_COPY = 2**24
-"""Bytes of a document."""
+"""Bytes of a document up to which it is copied."""
 
 
 class PreparedShard:
-    """Two files, which are mapped while their documents are used: see `mapped.SHARDS`."""
+    """Two files, mapped while their documents are used: see `mapped.SHARDS`."""
 
     def __init__(self, folder: Path, index: dict[str, Any], entry: dict[str, Any]) -> None:
         stem = f"{folder}{os.sep}{entry['name']}"
@@ -55,9 +55,9 @@ class PreparedShard:
         }
 
     def document(self, index: int) -> np.ndarray:
-        """Raises as `PreparedTokens` does: the files may have changed since."""
+        """Return document `index`. Raises as `PreparedTokens` does: the files may have changed."""
         tokens: np.ndarray = SHARDS.get(self, self._map).document(index)
-        # A view would keep its file open after `SHARDS` has let go of it.
+        # A view would keep its file open after `SHARDS` has evicted it.
         return tokens if tokens.nbytes > _LONGEST_COPY else tokens.copy()
 
     def _map(self) -> Shard:
@@ -66,7 +66,7 @@ class PreparedShard:
         return Shard(self.path, map_file(self.path, self.dtype), map_file(ends, "<i8"))
 
     def require_sizes(self) -> None:
-        """Raises `DataError`: a file is not as it was written, or as `unreadable` says."""
+        """Raise `DataError` if a file has changed, or as `unreadable` says."""
         for path, expected in self._sizes.items():
             size = file_size(path)
             if size != expected:
@@ -77,7 +77,7 @@ class PreparedTokens(TokenFiles):
     """A folder of `torchtitan data prepare`.
 
     Raises:
-        DataError: it is damaged, unfinished, or of a later version.
+        DataError: the folder is damaged, unfinished, or of a later version.
         OutageError: it cannot be read now.
     """
 
@@ -87,8 +87,8 @@ class PreparedTokens(TokenFiles):
         self.folder = folder
         self.index = read_index(folder)
         super().__init__([PreparedShard(folder, self.index, e) for e in self.index["shards"]])
-        # Of the ranks of a host, which may have a copy of its own, each looks at its share; `build`
-        # has them all raise what one finds.
+        # Each rank of a host checks its share, since a host may have its own copy; `build` raises
+        # an error that one rank finds on all ranks.
         for shard in self.shards[local_rank() :: local_world_size()]:
             shard.require_sizes()
 
@@ -131,7 +131,7 @@ class PreparedTokens(TokenFiles):
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`index.json` of a prepared folder. Raises `DataError`, or as `unreadable` says."""
+    """Read `index.json` of a prepared folder. Raises `DataError`, or as `unreadable` says."""
     path = folder / INDEX
     with reading(path):
         content = path.read_bytes()
@@ -149,7 +149,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _check_fields(index: dict[str, Any]) -> None:
-    """Raises `LookupError` or `TypeError`: what is read later is not there, or of another kind."""
+    """Raise `LookupError` or `TypeError` if a field that is read later is missing or mistyped."""
     shards = index["shards"][0], *index["shards"][1:]
     tables: list[tuple[dict[str, Any], dict[str, type]]] = [
         (index, {"dtype": str, "skipped": int}),

@@ -1,4 +1,4 @@
-"""What a row of a dataset holds: a text, or the messages of a conversation."""
+"""Takes the document from a row of a dataset: a text, or the messages of a conversation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torchtitan.errors import BadDocumentError, DataError, did_you_mean
 
 
 def check_key(text_key: str, keys: Iterable[str]) -> None:
-    """Raises `DataError`, which lists the keys there are."""
+    """Raise `DataError`, which lists the existing keys, if `text_key` is not among them."""
     if text_key not in keys:
         raise DataError(f"text_key = {text_key!r}: no such field.{did_you_mean(text_key, keys)}")
 
 
 def document_of(row: dict[str, Any], text_key: str) -> str | list[dict[str, Any]]:
-    """The text of a row, or its list of messages. Raises `DataError`."""
+    """Return the text of a row, or its list of messages. Raises `DataError`."""
     check_key(text_key, row)
     document = row[text_key]
     if isinstance(document, list):
@@ -30,7 +30,7 @@ def document_of(row: dict[str, Any], text_key: str) -> str | list[dict[str, Any]
 
 
 def read_line(line: bytes, text_key: str, path: str, number: int) -> object:
-    """The text, or the list of messages, of one line. Raises `BadDocumentError`."""
+    """Return the text, or the list of messages, of one line. Raises `BadDocumentError`."""
     if not line.strip():
         return ""
     try:

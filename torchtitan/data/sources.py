@@ -1,15 +1,15 @@
-"""Named datasets: the registry, and the sources that need nothing but files.
+"""Named datasets: the registry, and the sources that need only files.
 
 A source is one of two kinds.
 
-* Random access: `len(source)` documents, `source[i]` is one. They are shuffled anew in every epoch.
-  A plain list of texts is such a source.
-* Sequential: iterating over it yields the texts from the first one on, each time anew. The order
-  is kept. It may consist of shards (files) that can be read one by one: then ranks share the
-  reading out among them, and a resumed run reads on from its shard, not from the beginning.
+* Random access: it has `len(source)` documents, and `source[i]` is one of them. They are shuffled
+  again in every epoch. A plain list of texts is such a source.
+* Sequential: each iteration yields the texts from the first one on. The order is kept. The source
+  may consist of shards (files) that can be read one by one: then ranks divide the reading among
+  them, and a resumed run reads on from its shard, not from the beginning.
 
-A document is a text; a list of messages (`[{"role": ..., "content": ...}, ...]`), which becomes a
-text by the chat template; or an array of token ids, which is taken as it is. One that is malformed
+A document is a text; a list of messages (`[{"role": ..., "content": ...}, ...]`), which the chat
+template turns into a text; or an array of token ids, which is used as it is. A malformed document
 is a `BadDocumentError`, raised by `source[i]` and yielded by a sequential source.
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class RandomAccess(Protocol):
-    """A source whose texts can be had in any order."""
+    """A source whose texts can be read in any order."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> object: ...
@@ -55,7 +55,7 @@ class Sharded(Protocol):
 
     def __iter__(self) -> Iterator[object]: ...
     def shard(self, index: int) -> Iterable[object]:
-        """The documents of one of the `num_shards` shards."""
+        """Return the documents of one of the `num_shards` shards."""
 
 
 def has_random_access(source: object) -> TypeIs[RandomAccess]:
@@ -66,12 +66,12 @@ Source = RandomAccess | Sequential
 SourceFactory = Callable[..., Source]
 """`factory(dataset_path, text_key) -> Source`; raises a `TitanError` for a user's mistake.
 
-One that has splits takes a third parameter, `split: str | None`.
+A factory of a dataset with splits takes a third parameter, `split: str | None`.
 """
 
 
 def size_of(source: Source) -> dict[str, int]:
-    """Its number of `documents`, or else of `shards`, where it tells one of them."""
+    """Return the number of `documents`, or else of `shards`, if the source knows one of them."""
     if has_random_access(source):
         return {"documents": len(source)}
     return {"shards": int(source.num_shards)} if isinstance(source, Sharded) else {}
@@ -103,9 +103,9 @@ def open_dataset(
         split: part of the dataset, None for the usual one.
 
     Raises:
-        ConfigError: there is no such dataset, or `path` or `split` is missing or of no use.
+        ConfigError: there is no such dataset, or `path` or `split` is missing or has no effect.
         DataError: the data is missing, empty or malformed.
-        OutageError: it cannot be reached now.
+        OutageError: the data cannot be reached now.
     """
     if name not in DATASETS:
         raise ConfigError(f"no such dataset.{did_you_mean(name, DATASETS)}")
@@ -125,7 +125,7 @@ class TextFiles:
 
     Raises:
         DataError: a file cannot be read; `OutageError`: not now. Taking a document raises
-            `BadDocumentError` where it is not UTF-8.
+            `BadDocumentError` if it is not UTF-8.
     """
 
     def __init__(self, files: list[str], piece_bytes: int = 2**20) -> None:
@@ -153,7 +153,7 @@ class TextFiles:
             raise BadDocumentError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error
 
     def _cut(self, file: BinaryIO, piece: int) -> int:
-        """Where a piece begins: after the first line end in its share of the file's bytes."""
+        """Return the start of a piece: after the first line end in its share of the bytes."""
         if piece == 0:
             return 0
         start = piece * self._piece_bytes
@@ -162,13 +162,13 @@ class TextFiles:
         line_end = share.find(b"\n")
         if line_end >= 0:
             return start + line_end + 1
-        # One very long line is cut anywhere, but not within a character (10xxxxxx goes on one).
+        # A very long line is cut anywhere, but not within a character (10xxxxxx continues one).
         inside = itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, share[:3])
         return start + len(list(inside))
 
 
 def stdlib_files(held_out: bool) -> list[str]:
-    """Sources of the interpreter's standard library, sorted: about 5% are held out, by a hash.
+    """List the sources of the interpreter's standard library, sorted; a hash holds out about 5%.
 
     Raises:
         DataError: the interpreter comes without them.
@@ -177,7 +177,7 @@ def stdlib_files(held_out: bool) -> list[str]:
     not_text = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
     names = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = set(subfolders) - not_text  # the others are not entered
+        subfolders[:] = set(subfolders) - not_text  # os.walk does not enter the removed ones
         names += [
             Path(folder, file).relative_to(root).as_posix()
             for file in files

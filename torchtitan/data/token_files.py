@@ -1,13 +1,13 @@
-"""Documents that are token ids already, in memory-mapped files: the dataset `tokens`.
+"""Opens documents that are token ids already, in memory-mapped files: the dataset `tokens`.
 
 Three formats are read; docs/data.md describes the first.
 
 * The folder that `torchtitan data prepare` writes: `index.json` and shards.
 * Megatron-LM's indexed dataset: `NAME.bin` beside `NAME.idx`.
-* nanoGPT's `.bin`: uint16 ids alone, or with the header of llm.c and modded-nanogpt; with that of
-  llm.c for Llama 3 they are uint32.
+* nanoGPT's `.bin`: uint16 ids, bare or with the header of llm.c and modded-nanogpt; under llm.c's
+  header for Llama 3 the ids are uint32.
 
-Neither tokens nor an index are loaded: a document costs the pages that it lies on.
+Neither tokens nor an index are loaded: a document costs only the pages that it lies on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .token_shards import TokenFiles
 
 
 def open_token_files(path: str | None) -> TokenFiles:
-    """Prepared tokens of any of the three formats, at a folder, a file or a glob.
+    """Open tokens in any of the three formats, at a folder, a file or a glob.
 
     Raises:
         ConfigError: no path is given, or it is a URL.

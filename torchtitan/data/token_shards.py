@@ -1,4 +1,4 @@
-"""Documents of token ids in shards: what the formats of the dataset `tokens` have in common."""
+"""Documents of token ids in shards: the common part of the formats of the dataset `tokens`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MappedTokens:
 
 @dataclass
 class Shard(MappedTokens):
-    """One file of tokens and where its documents are."""
+    """One file of tokens and the bounds of its documents."""
 
     ends: Sequence[int] | np.ndarray
     """`[documents]`: the token after the last one of each document."""
@@ -61,7 +61,7 @@ class Shard(MappedTokens):
         return len(self.ends)
 
     def document(self, index: int) -> np.ndarray:
-        """Raises `DataError`: it begins or ends where no document can."""
+        """Return document `index`. Raises `DataError` if its bounds are impossible."""
         start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
         if not 0 <= start <= end <= len(self.tokens):
             raise DataError(
@@ -106,7 +106,7 @@ class TokenFiles:
         return sum(shard.num_tokens for shard in self.shards)
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Called before documents are taken.
+        """Check the tokenizer; called before documents are taken.
 
         Raises:
             DataError: the tokens are not this tokenizer's.
@@ -114,13 +114,13 @@ class TokenFiles:
         self._limit = getattr(tokenizer, "limit", None)
 
     def require_bos(self, bos_id: int) -> None:
-        """Called if documents shall begin with bos, since nothing is added to ids.
+        """Check for bos; called if documents must begin with it, since nothing is added to ids.
 
         Raises:
-            DataError: the first document does not.
+            DataError: the first document does not begin with bos.
         """
         documents = (self[index] for index in range(len(self)))
-        # One may be an eos alone, which is GPT-2's bos too.
+        # A document may be an eos alone, which is GPT-2's bos too.
         first = next((tokens for tokens in documents if len(tokens) > 1), None)
         if first is not None and first[0] != bos_id:
             raise DataError(

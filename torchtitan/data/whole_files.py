@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process is killed."""
+"""Writes files atomically: they are complete or absent, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .files import try_lock
 
 
 class FileWriter:
-    """A file that takes its name when it is complete, with the hash of what was written."""
+    """A file that gets its name once it is complete, with the hash of its content."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -52,14 +52,14 @@ class FileWriter:
 
 
 def _own_partial(path: Path) -> Path:
-    """A name that no other process writes to, should two have begun with the same file."""
+    """Return a name that no other process writes to, in case two write the same file."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
 class Lock:
-    """What one process at a time has; it is free again when that process ends, however it does.
+    """A lock that one process holds at a time; it is released however that process ends.
 
-    Two processes may both have it where the file system has no locks.
+    Where the file system has no locks, two processes may both hold it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +67,7 @@ class Lock:
         self._file: BinaryIO | None = None
 
     def take(self, patience: float = 0.0) -> bool | None:
-        """Whether it was free, or became so within `patience` seconds; None: it cannot be told."""
+        """Whether the lock was free, or became so within `patience` seconds; None if unknown."""
         deadline = time.monotonic() + patience
         self._file = writing(self._path.open, "wb")
         try:
@@ -80,11 +80,11 @@ class Lock:
         return free
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process that is not forked, which has no share in the lock."""
+        """Pickle for a process that is not forked, which has no share in the lock."""
         return {"_path": self._path, "_file": None}
 
     def forget(self) -> None:
-        """In a process that was forked: it alone must not keep the lock."""
+        """Close the file in a forked process, which must not keep the lock by itself."""
         if self._file is not None:
             self._file.close()
 
@@ -94,7 +94,7 @@ class Lock:
 
 
 def writing(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`. Raises `ConfigError` where the disk refuses."""
+    """Return `function(*args)`. Raises `ConfigError` if the disk refuses."""
     try:
         return function(*args)
     except OSError as error:
@@ -102,7 +102,7 @@ def writing(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file, whole or not at all. Raises `ConfigError`."""
+    """Write a JSON file atomically. Raises `ConfigError`."""
     partial = _own_partial(path)
     writing(partial.write_text, json.dumps(content, indent=1) + "\n")
     writing(os.replace, partial, path)

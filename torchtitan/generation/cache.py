@@ -1,11 +1,11 @@
-"""Keys and values of the tokens so far, so that each new token costs one token's work.
+"""Caches keys and values of earlier tokens, so that each new token costs one token's work.
 
-The cache is put into a model from outside, as context parallelism is: while it is attached, each
+The cache is attached to a model from outside, like context parallelism: while it is attached, each
 `ScaledDotProductAttention` attends to the keys of all tokens so far, and each `CausalMask` makes
-the mask of the new tokens' queries. A model needs no code for it, and none runs in training.
+the mask of the new tokens' queries. Models need no code for it, and training runs none.
 
-Sequences of unequal lengths begin with padding, which counts as a document of its own, so that the
-rules for documents keep it out of windows, chunks and positions.
+Sequences of unequal lengths begin with padding, which counts as a separate document, so that the
+rules for documents exclude it from windows, chunks and positions.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from torchtitan.models.common.attention import (
 
 
 def can_cache(model: nn.Module) -> bool:
-    """Whether tokens see each other only by the parts of `models.common.attention`, as far as the
-    modules tell, and the model can be told where in the text its tokens are.
+    """Whether the model's tokens can attend through a cache.
+
+    As far as the modules show, tokens must see each other only through `models.common.attention`,
+    and `forward` must take the positions of its tokens.
     """
     kinds = {type_ for m in model.modules() for type_ in type(m).__mro__}
     takes_positions = "positions" in inspect.signature(model.forward).parameters
@@ -35,20 +37,21 @@ def can_cache(model: nn.Module) -> bool:
 
 
 class KVCache:
-    """The keys and values of a batch, `[batch, kv_heads, capacity, head_dim]` a layer.
+    """The keys and values of a batch, `[batch, kv_heads, capacity, head_dim]` per layer.
 
-    They are what the layer's kernel reads: of tensor parallelism, this rank's heads; of sliding
-    windows, all tokens, most of them unseen; of multi-head latent attention, each head's keys.
+    They are the inputs of the layer's kernel: under tensor parallelism, this rank's heads; for
+    sliding windows, all tokens, most of them unseen; for multi-head latent attention, each head's
+    keys.
 
     Args:
-        model: one that `can_cache`.
+        model: a model for which `can_cache` is true.
         capacity: tokens of a sequence, padding included.
-        padding: how many tokens at the beginning of each sequence are no text, `[batch]` int64.
+        padding: number of padding tokens at the beginning of each sequence, `[batch]` int64.
     """
 
     def __init__(self, model: nn.Module, capacity: int, padding: torch.Tensor) -> None:
         self.length = 0
-        """Tokens of a sequence so far, padding included."""
+        """Tokens of a sequence so far, including padding."""
         self._model = model
         slots = torch.arange(capacity, device=padding.device)[None]
         self._positions = (slots - padding[:, None]).clamp(min=0)  # [batch, capacity]
@@ -58,7 +61,7 @@ class KVCache:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Meanwhile the model attends through the cache."""
+        """Make the model attend through the cache, within the context."""
         original: dict[nn.Module, Callable[..., object] | None] = {}
         for module in self._model.modules():
             if isinstance(module, CausalMask):
@@ -74,7 +77,7 @@ class KVCache:
         finally:
             for module, forward in original.items():
                 del module.forward
-                if forward is not None:  # one that was put there before
+                if forward is not None:  # it had been replaced before
                     module.forward = forward
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -95,7 +98,7 @@ class KVCache:
             ids = None if ids is None else ids[:, : self.length]
             if causal.is_plain(self.length, ids):
                 return None
-            # Never a block mask: to compile one for each length would take longer than it saves.
+            # Never a block mask: compiling one for each length would take longer than it saves.
             queries = torch.arange(self.length - seq_len, self.length, device=device)
             batch = 1 if ids is None else len(ids)
             return dense_mask(causal.rule(ids, queries), batch, seq_len, self.length, device)

@@ -20,21 +20,21 @@ from torchtitan.generation.sampling import Sampler, Sampling
 logger = logging.getLogger("torchtitan")
 
 _TRIED = 512
-"""Tokens on which the cache of an unknown model is tried."""
+"""Tokens of the trial of an unknown model's cache."""
 _LEAST_TRIED = 6
 _TRIED_ALONE = 16
-"""How many of them come one by one, after the others as a prompt."""
+"""Number of these that come one by one, after the others as a prompt."""
 
 NextLogits = Callable[[list[list[int]]], torch.Tensor]
-"""The tokens of each sequence so far -> logits of the next ones, `[batch, vocab]`."""
+"""The tokens of each sequence so far -> logits of the next tokens, `[batch, vocab]`."""
 
 
 @dataclass
 class Completion:
-    """What a model made of a prompt."""
+    """The continuation of a prompt."""
 
     tokens: list[int] = field(default_factory=list)
-    """The tokens generated, without the one that ended the text."""
+    """The generated tokens, without the one that ended the text."""
     finish_reason: Literal["stop", "length"] = "length"
     """`stop`: the model ended the text. `length`: the limit of tokens was reached."""
 
@@ -42,14 +42,15 @@ class Completion:
 class Generator:
     """Generates with a model.
 
-    Models that attend by `torchtitan.models.common.attention` keep the keys and values of earlier
-    tokens; for others, the whole sequence is computed anew for every token.
+    Models that attend by `torchtitan.models.common.attention` cache the keys and values of earlier
+    tokens; for others, the whole sequence is recomputed for every token.
 
     Args:
         model: with its weights, on its device. It is put into eval mode.
-        stop_tokens: those that end a text.
-        group: the ranks that share the model (tensor parallelism), which call everything together.
-        max_seq_len: tokens that the model is made for, if that is known.
+        stop_tokens: tokens that end a text.
+        group: the ranks that share the model (tensor parallelism); they must make all calls
+            together.
+        max_seq_len: tokens that the model is made for, if known.
     """
 
     def __init__(
@@ -79,10 +80,10 @@ class Generator:
         """Continue each prompt until it ends or has `max_new_tokens` more.
 
         Args:
-            prompts: token ids, at least one a prompt; their lengths may differ.
+            prompts: token ids, at least one per prompt; their lengths may differ.
             streams: number of each prompt's stream of random numbers; None counts from 0.
             on_token: called with the number of a prompt and its next token, and with None when the
-                text is over; ends the text by returning true.
+                text is over; it ends the text by returning true.
 
         Raises:
             DataError: a prompt is empty.
@@ -97,10 +98,10 @@ class Generator:
         with open_logits(sequences, max_new_tokens) as next_logits:
             while active:
                 tokens = sampler.next_tokens(next_logits(sequences))
-                if self._group is not None:  # ranks must not part over the last bit of a logit
+                if self._group is not None:  # ranks must not diverge over the last bit of a logit
                     dist.broadcast(tokens, group=self._group, group_src=0)
                 for number, token in enumerate(tokens.tolist()):
-                    sequences[number].append(token)  # also where the text is over: of no effect
+                    sequences[number].append(token)  # has no effect if the text is over
                     if number not in active:
                         continue
                     completion = completions[number]
@@ -135,7 +136,7 @@ class Generator:
         yield self._logits_of_last
 
     def _logits_of_last(self, sequences: list[list[int]]) -> torch.Tensor:
-        # Padding at the end, where a causal model does not see it.
+        # Padding is at the end, where a causal model does not see it.
         longest = max(map(len, sequences))
         tokens = [s + [0] * (longest - len(s)) for s in sequences]
         logits = _whole(self.model(torch.tensor(tokens, device=self.device)))
@@ -144,14 +145,14 @@ class Generator:
 
     @torch.no_grad()
     def _cache_is_right(self, max_seq_len: int | None) -> bool:
-        """Try the cache of a model that we do not know: it may mix tokens in other ways too.
+        """Try the cache of a model that is not ours: it may mix tokens in other ways too.
 
-        Some of these reach far, such as a memory of earlier chunks, so it is tried far into a text.
+        Some of these reach far, such as a memory of earlier chunks, so the trial uses a long text.
         """
         tokens = _trial_tokens(self.model, self.device, max_seq_len)
         try:
             whole = _whole(self.model(tokens))
-        except (AssertionError, IndexError, RuntimeError, ValueError):  # more than it takes
+        except (AssertionError, IndexError, RuntimeError, ValueError):  # too many tokens
             tokens = tokens[:, :_LEAST_TRIED]
             whole = _whole(self.model(tokens))
         prompt = tokens.shape[1] - min(_TRIED_ALONE, tokens.shape[1] // 2)
@@ -168,7 +169,7 @@ class Generator:
             differences = [float((a - b).norm() / b.norm()) for a, b in pairs]
             reason = ""
         limit = 1e-3 if whole.dtype == torch.float32 else 5e-2
-        right = all(difference < limit for difference in differences)  # NaN is not
+        right = all(difference < limit for difference in differences)  # False for NaN
         if not right:
             logger.warning(
                 "%s computes something else with a key-value cache%s. It generates without one, "
@@ -180,12 +181,12 @@ class Generator:
 
 
 def _trial_tokens(model: nn.Module, device: torch.device, max_seq_len: int | None) -> torch.Tensor:
-    """Random ones, `[1, seq]`, as many as the model surely has places for."""
+    """Return random tokens, `[1, seq]`, as many as the model surely has positions for."""
     embedding = getattr(model, "tok_embeddings", None)
     if max_seq_len is None:
         max_seq_len = min(_sizes_of_tables(model, embedding), default=_TRIED)
     seq = max(min(_TRIED, max_seq_len), _LEAST_TRIED)
-    # A function of the model alone, and no draw from the numbers that others are drawn from.
+    # They depend on the model only, and do not advance the global random generator.
     generator = torch.Generator().manual_seed(0)
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     vocabulary = getattr(embedding, "num_embeddings", None) or min(sizes, default=2)
@@ -193,7 +194,7 @@ def _trial_tokens(model: nn.Module, device: torch.device, max_seq_len: int | Non
 
 
 def _sizes_of_tables(model: nn.Module, embedding: nn.Module | None) -> Iterator[int]:
-    """Sizes of what may be a table of positions. To look beyond it is an error that ends CUDA."""
+    """Yield sizes of possible position tables. An index beyond one is an error that ends CUDA."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             if module is not embedding and module.num_embeddings >= _LEAST_TRIED:
@@ -213,12 +214,12 @@ def _whole(logits: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _last_token_only(model: nn.Module) -> Iterator[None]:
-    """Meanwhile the output layer sees the last token alone: nobody needs the logits of a prompt."""
+    """Restrict the output layer to the last token, within the context: only that is used."""
     output = getattr(model, "output", None)
     if not isinstance(output, nn.Module):
         yield
         return
-    # First, so that it sees what the last block gave, before tensor parallelism does.
+    # Prepended, so that it sees the last block's output before tensor parallelism's hook does.
     handle = output.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],), prepend=True)
     try:
         yield

@@ -1,6 +1,6 @@
-"""A trained model and its tokenizer from a checkpoint folder, ready to be run.
+"""Loads a trained model and its tokenizer from a checkpoint folder, ready to run.
 
-Two kinds of folders tell which model they hold: a checkpoint of ours by its manifest and the
+Two kinds of folders identify their model: a checkpoint of ours by its manifest and the
 `config.resolved.toml` of its run, a Hugging Face folder by its `config.json`.
 """
 
@@ -71,18 +71,18 @@ class ModelOptions:
 
 @dataclass
 class Source:
-    """What a checkpoint folder holds, as far as can be told without reading weights."""
+    """The contents of a checkpoint folder, as far as known without reading weights."""
 
     folder: Path
     model_name: str
     spec: TrainSpec
     job_config: JobConfig
-    """The config of the run, or the defaults, but with the options' model and layout."""
+    """The config of the run, or the defaults, with the model and layout of the options."""
     tokenizer: Tokenizer
     manifest: Manifest | None
     """None: a Hugging Face folder."""
     of_run: bool
-    """Saved by a run, whose config is known."""
+    """Whether a run saved it, whose config is known."""
     stop_tokens: frozenset[int] = field(default_factory=frozenset)
     """Tokens that end a text."""
     max_seq_len: int | None = None
@@ -90,8 +90,11 @@ class Source:
 
     @property
     def add_bos(self) -> bool:
-        """Whether a text begins with bos: as the documents of the run did, or, for weights from
-        elsewhere, as their tokenizer says."""
+        """Whether a text begins with bos.
+
+        As in the documents of the run, or, for weights from elsewhere, as their tokenizer
+        specifies.
+        """
         if self.of_run:
             return self.job_config.data.add_bos and self.tokenizer.bos_id is not None
         return getattr(self.tokenizer, "adds_bos", False)
@@ -102,7 +105,7 @@ class Source:
 
     @property
     def is_converted(self) -> bool:
-        """`torchtitan convert from-hf` wrote it."""
+        """Whether `torchtitan convert from-hf` wrote it."""
         return self.manifest is not None and self.manifest.is_converted
 
 
@@ -121,10 +124,10 @@ class LoadedModel:
 
 
 def open_source(options: ModelOptions) -> Source:
-    """Find out what the folder holds, and check that model, tokenizer and layout fit together.
+    """Determine the folder's contents, and check that model, tokenizer and layout fit together.
 
     Raises:
-        CheckpointError: the folder is missing, no checkpoint, or of a model that is not known.
+        CheckpointError: the folder is missing, no checkpoint, or of an unknown model.
         ConfigError: an unknown model, or an option that does not fit.
         DataError: the tokenizer cannot be loaded.
     """
@@ -140,7 +143,7 @@ def open_source(options: ModelOptions) -> Source:
         job_config.model.tokenizer_path = options.tokenizer
     elif is_hf:
         job_config.model.tokenizer_path = _own_tokenizer(folder)
-    elif manifest and saved_config is None:  # `torchtitan convert` has no run, but knows it
+    elif manifest and saved_config is None:  # from `torchtitan convert`: no run, but it is recorded
         known_path = manifest.model.get("tokenizer")
         job_config.model.tokenizer_path = known_path or _own_tokenizer(folder)
     _set_layout(job_config, options, spec)
@@ -163,7 +166,7 @@ def open_source(options: ModelOptions) -> Source:
 
 
 def _model(options: ModelOptions, folder: Path, is_hf: bool) -> tuple[str, str, TrainSpec]:
-    """Name, flavor ("": none of ours) and `TrainSpec`: what the options say, else the folder."""
+    """Return name, flavor ("": none of ours) and `TrainSpec`, by the options or else the folder."""
     if options.model is None:
         if options.flavor is not None:
             raise ConfigError("--flavor needs --model")
@@ -193,7 +196,7 @@ def load_model(source: Source) -> LoadedModel:
     dtype = getattr(torch, config.training.mixed_precision_param)
     model = spec.meta_model()
     convert_to_load(model, config, dims)
-    for param in model.parameters():  # not the buffers: routers keep their state in float32
+    for param in model.parameters():  # not buffers: routers keep their state in float32
         param.data = param.data.to(dtype)
     if dims.world_size > 1:
         model = spec.parallelize(model, dims.world_mesh, dims, config)
@@ -203,7 +206,7 @@ def load_model(source: Source) -> LoadedModel:
 
 
 def _checkpoint_folder(location: str) -> Path:
-    """The checkpoint that the user means: a folder of its own, or the newest of a run."""
+    """Return the checkpoint at a location: the folder itself, or the newest one of a run."""
     if is_url(location) and not location.startswith("file://"):
         raise CheckpointError(
             f"--checkpoint {location}: URLs are not read here. Copy the folder to a local disk"
@@ -229,9 +232,9 @@ def _checkpoint_folder(location: str) -> Path:
 
 
 def _config_of_run(folder: Path, is_converted: bool) -> JobConfig | None:
-    """The config of the run that saved a checkpoint; None if it is neither in it nor beside it.
+    """Return the config of the run that saved a checkpoint, found in it or beside it; else None.
 
-    A run's folder that a converted checkpoint lies in is not of the run that made its weights.
+    If a converted checkpoint lies in a run's folder, that run did not make its weights.
     """
     for parent in (folder,) if is_converted else (folder, *folder.parents[:2]):
         path = parent / CONFIG_FILE
@@ -252,7 +255,7 @@ def _own_tokenizer(folder: Path) -> str:
 
 
 def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> None:
-    """Leave what belongs to training, and spread the model as the options say."""
+    """Reset the settings of training, and parallelize the model according to the options."""
     degree = options.tensor_parallel_degree
     if degree < 1 or utils.world_size() % degree:
         raise ConfigError(
@@ -263,13 +266,13 @@ def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> No
     config.parallelism = Parallelism(
         tensor_parallel_degree=degree,
         expert_parallel_degree=degree if experts and experts % degree == 0 else 1,
-        disable_sequence_parallel=True,  # a single token cannot be shared
+        disable_sequence_parallel=True,  # a single token cannot be divided
         disable_loss_parallel=True,
     )
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if utils.device_type() == "cuda" else "float32"
-    # Training has no float16, inference has.
+    # Training does not allow float16, inference does.
     cast(Any, config.training).mixed_precision_param = dtype
     config.training.enable_cpu_offload = False
     config.activation_checkpoint.mode = "none"
@@ -290,8 +293,8 @@ def _check_vocabulary(source: Source) -> None:
 
 
 def _stop_tokens(source: Source) -> frozenset[int]:
-    """The tokenizer's eos, what its folder and that of the weights say besides, and what has ended
-    a turn of the run's conversations.
+    """Return the tokenizer's eos, the end tokens in its folder and in that of the weights, and the
+    token that ended a turn in the run's conversations.
     """
     config = source.job_config
     folders = [path_of(source.tokenizer)]
@@ -311,7 +314,7 @@ def _stop_tokens(source: Source) -> frozenset[int]:
 
 
 def _told_ends(folder: Path) -> list[int]:
-    """Tokens that end a text, of `generation_config.json`, or without it of `config.json`."""
+    """Return the end tokens in `generation_config.json`, or without it in `config.json`."""
     for path in (folder / "generation_config.json", folder / CONFIG):
         if not path.is_file():
             continue
@@ -331,15 +334,15 @@ def _max_seq_len(source: Source) -> int | None:
         return limit
     if source.is_hf and (source.folder / CONFIG).is_file():
         return read_hf_config(source.folder).get("max_position_embeddings")
-    if source.is_converted and source.manifest:  # not of a run, whose sequences may be shorter
+    if source.is_converted and source.manifest:  # a run's sequences may be shorter than the limit
         return source.manifest.model.get("seq_len") or None
     return None
 
 
 def _allocate(model: ModelProtocol, device: torch.device) -> None:
-    """Give a model on the meta device memory, and set what no checkpoint holds.
+    """Allocate a model that is on the meta device, and set tensors that no checkpoint holds.
 
-    The weights are about to be read, so nothing is drawn at random, which would take longer.
+    The weights are read afterwards, so random initialization, which takes longer, is skipped.
     """
     with preserve_tying(model):
         model.to_empty(device=device)
@@ -348,7 +351,7 @@ def _allocate(model: ModelProtocol, device: torch.device) -> None:
 
 
 class _NoRandomDraws(TorchDispatchMode):
-    """Leaves out random operations that are in place, and copies into sharded parameters."""
+    """Skips in-place random operations, and copies into sharded parameters."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         draws = torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable
@@ -359,7 +362,7 @@ class _NoRandomDraws(TorchDispatchMode):
 
 @contextmanager
 def process_group(timeout_seconds: int = 600) -> Iterator[None]:
-    """Meanwhile the ranks of torchrun can speak to one another; nothing for a single process."""
+    """Join torchrun's ranks in a process group, within the context; no-op for a single process."""
     if utils.world_size() == 1:
         utils.check_devices()
         yield
@@ -368,7 +371,7 @@ def process_group(timeout_seconds: int = 600) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if utils.device_type() != "cuda":  # NCCL would wait for ranks that do not come any more
+        if utils.device_type() != "cuda":  # NCCL would wait for ranks that no longer come
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or drawn at random."""
+"""Chooses the next token from logits: greedy, or drawn at random."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ NO_NUMBERS = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. First the temperature is applied, then top-k, then top-p."""
+    """How the next token is chosen. The temperature is applied first, then top-k, then top-p."""
 
     temperature: float = 1.0
     """Logits are divided by it. 0 takes the most likely token (greedy)."""
     top_k: int | None = None
-    """Only the so many most likely tokens, and those as likely as the last of them."""
+    """Only this many of the most likely tokens, and those as likely as the last of them."""
     top_p: float | None = None
-    """Only the most likely tokens that together have this probability (nucleus sampling,
-    arXiv:1904.09751): the fewest that do."""
+    """Only the smallest set of most likely tokens with at least this probability (nucleus sampling,
+    arXiv:1904.09751)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class Sampling:
             raise ConfigError(f"{name} has no effect at temperature = 0, which is greedy")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Probability of each token, `[..., vocab]` float32, for logits of that shape."""
+        """Return the probability of each token, `[..., vocab]` float32, for such logits."""
         logits = logits.float() / self.temperature
         if self.top_k is not None:
             smallest = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
@@ -52,16 +52,17 @@ class Sampling:
         if self.top_p is None or self.top_p == 1:
             return probabilities
         ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # the probability of all that are more likely
+        before = ordered.cumsum(-1) - ordered  # the probability of all more likely tokens
         ordered = ordered.masked_fill(before >= self.top_p, 0)
         kept = torch.zeros_like(ordered).scatter(-1, tokens, ordered)
         return kept / kept.sum(-1, keepdim=True)
 
 
 class Sampler:
-    """Draws the next tokens of a batch. Each sequence has a stream of random numbers of its own, so
-    that its text does not depend on the others in the batch.
+    """Draws the next tokens of a batch.
 
+    Each sequence has its own stream of random numbers, so that its text does not depend on the
+    others in the batch.
     Args:
         streams: number of each sequence's stream.
     """
@@ -74,7 +75,7 @@ class Sampler:
         ]
 
     def next_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each sequence, `[batch]` int64, for logits `[batch, vocab]`.
+        """Return the next token of each sequence, `[batch]` int64, for logits `[batch, vocab]`.
 
         Raises:
             CheckpointError: a logit is NaN, or the largest one is infinite.
@@ -83,8 +84,8 @@ class Sampler:
             raise CheckpointError(NO_NUMBERS)
         if self._sampling.temperature == 0:
             return logits.argmax(-1)
-        # By the inverse of the distribution function, one random number a token. Drawn on the CPU,
-        # they are the same on every device.
+        # Inverse transform sampling, with one random number per token. They are drawn on the CPU,
+        # so they are the same for every device.
         draws = [torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators]
         ends = self._sampling.probabilities(logits).double().cumsum(-1)
         places = torch.stack(draws).to(ends.device) * ends[:, -1:]

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given texts under a model, as evaluations of language models need them."""
+"""Computes log-likelihoods of given texts under a model, for evaluations of language models."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torchtitan.generation.sampling import NO_NUMBERS
 
 @dataclass(frozen=True)
 class Score:
-    """Score of a continuation, given what comes before."""
+    """Score of a continuation, given its context."""
 
     log_likelihood: float
     """Natural logarithm of its probability."""
     is_greedy: bool
-    """Each of its tokens is the most likely one."""
+    """Whether each of its tokens is the most likely one."""
 
 
 @torch.no_grad()
@@ -37,11 +37,11 @@ def score(
     Args:
         model: on its device, in eval mode.
         pairs: token ids of a context, at least one, and of a continuation, at least one.
-        batch_size: pairs in one forward pass; those of like lengths go together.
-        max_seq_len: of longer ones, only the last so many tokens are seen besides the predicted.
+        batch_size: pairs in one forward pass; pairs of similar lengths go together.
+        max_seq_len: in longer texts, the model sees only this many tokens before the last one.
 
     Returns:
-        One a pair, in their order.
+        One score per pair, in their order.
 
     Raises:
         CheckpointError: a logit is NaN.
@@ -65,7 +65,7 @@ def score(
 
 
 def _score(logits: torch.Tensor, text: Sequence[int], length: int) -> Score:
-    """`logits` `[seq, vocab]` of all of `text` but its last token; the last `length` are scored."""
+    """Score the last `length` tokens. `logits` `[seq, vocab]` are for all but the last token."""
     length = min(length, len(text) - 1)
     end = len(text) - 1
     logits = logits[end - length : end].float()
@@ -79,14 +79,14 @@ def _score(logits: torch.Tensor, text: Sequence[int], length: int) -> Score:
 def rolling_windows(
     tokens: Sequence[int], before: int, window: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Cut a text into pairs of context and continuation in which each token is predicted once.
+    """Cut a text into pairs of context and continuation so that each token is predicted once.
 
-    All but the last window are disjoint, with the token before as context; the last one reaches
-    back to have a full context too.
+    All windows but the last are disjoint, with the token before them as context; the last one
+    reaches back to have a full context too.
 
     Args:
         tokens: of the text.
-        before: what the first token follows, such as bos.
+        before: token before the first one, such as bos.
         window: tokens that the model sees at a time.
     """
     text = [before, *tokens]

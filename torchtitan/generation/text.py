@@ -1,4 +1,4 @@
-"""Text to prompts, and tokens to text as they come."""
+"""Encodes text as prompts, and decodes tokens to text as they come."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from torchtitan.components.tokenizer import Tokenizer
 
 _LONGEST_CHARACTER = 4
-"""Tokens that a character can need: UTF-8 has at most 4 bytes, and a token at least one."""
+"""Most tokens of a character: UTF-8 has at most 4 bytes, and a token has at least one."""
 
 
 def encode_prompt(
     tokenizer: Tokenizer, text: str, add_special_tokens: bool, add_bos: bool = False
 ) -> list[int]:
-    """Token ids of a prompt, at least one: an empty prompt is what comes before a document.
+    """Return the token ids of a prompt; an empty prompt becomes the token before a document.
 
     Args:
-        add_special_tokens: begin as the tokenizer's `encode_prompt` does, with bos for example.
-        add_bos: begin with bos, as training did with this setting; the tokenizer must have it.
+        add_special_tokens: begin as in the tokenizer's `encode_prompt`, with bos for example.
+        add_bos: begin with bos, as in training with this setting; the tokenizer must have it.
     """
     encode = tokenizer.encode
     if add_special_tokens:
@@ -29,15 +29,15 @@ def encode_prompt(
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """What a text without context follows: bos, or else the end of another document."""
+    """Return the token before a text without context: bos, or else the end of another document."""
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 class TextStream:
-    """The text of tokens that come one by one, without half characters.
+    """The text of tokens that come one by one, without partial characters.
 
-    A tokenizer may write a token in other ways at the beginning of a text, so that each is decoded
-    along with some before it.
+    A tokenizer may decode a token differently at the beginning of a text, so each is decoded
+    together with some before it.
 
     Args:
         prompt: the tokens before.
@@ -49,7 +49,7 @@ class TextStream:
         self._begin, self._shown = 0, len(self._tokens)
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; empty within a character."""
+        """Return the text completed by `token`; empty within a character."""
         self._tokens.append(token)
         text = self._pending()
         incomplete = text.endswith("\N{REPLACEMENT CHARACTER}")
@@ -59,7 +59,7 @@ class TextStream:
         return text
 
     def end(self) -> str:
-        """What is left."""
+        """Return the remaining text."""
         return self._pending()
 
     def _pending(self) -> str:

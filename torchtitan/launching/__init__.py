@@ -1,1 +1,1 @@
-"""Jobs of several hosts: scripts and manifests for schedulers, from the TOML file of a job."""
+"""Launches jobs on several hosts: scripts and manifests for schedulers, from a job's TOML file."""

@@ -42,10 +42,10 @@ BACKENDS = {"slurm": slurm, "kubernetes": kubernetes, "skypilot": skypilot, "ssh
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan launch`; returns the exit code.
+    """Run the command with the arguments after `torchtitan launch`; return the exit code.
 
     Raises:
-        ConfigError: an argument or the config is wrong, the job cannot run on so many ranks, or
+        ConfigError: an argument or the config is wrong, the job cannot run on this many ranks, or
             the tool that submits is not installed.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
     name = job_name(options)
     config = load_config([f"--job.config_file={options.config}", *overrides])
-    warnings.simplefilter("ignore")  # of PyTorch, about the meshes of a world that is not there
+    warnings.simplefilter("ignore")  # PyTorch warns about the meshes of a fake world
     logging.getLogger("torchtitan").setLevel(logging.WARNING)
     check_job(config, options.nodes, options.processes)
     environment = {"NCCL_DEBUG": "WARN", "PYTHONUNBUFFERED": "1"}
@@ -95,8 +95,9 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
 def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     """Raise `ConfigError` as `torchtitan train` on `nodes` x `processes` ranks would.
 
-    What only the cluster has (files, CUDA) is not looked for. Beyond the rules between options, the
-    model is made and parallelised on the meta device, so its own rules are checked too.
+    Things that only the cluster has (files, CUDA) are not checked. Beyond the rules between
+    options, the model is built and parallelised on the meta device, so its own rules are checked
+    too.
     """
     from torchtitan.components.model_fit import valid_spec
     from torchtitan.config.portable import without_machine
@@ -115,7 +116,7 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
 
 
 def _checkpoints(config: JobConfig) -> str | None:
-    # These import torch, which help and wrong options need not wait for.
+    # These import torch, which help and wrong options do not need.
     from torchtitan.components.checkpoint.folder import checkpoint_root
     from torchtitan.components.checkpoint.storage import is_url
     from torchtitan.components.fault_tolerance import with_own_folder
@@ -126,7 +127,7 @@ def _checkpoints(config: JobConfig) -> str | None:
 
 
 def _rendering(argv: list[str]) -> str:
-    """The command that shows what `argv` submits."""
+    """Return the command that shows what `argv` submits."""
     own, _ = split_overrides(argv)
     words = [word for word in own if word != "--dry-run"]
     words = ["torchtitan", "launch", *words, "--dry-run", *argv[len(own) :]]
@@ -134,7 +135,7 @@ def _rendering(argv: list[str]) -> str:
 
 
 def _on_one_line(word: str) -> str:
-    """The word, quoted for Bash. In a comment, a second line would be no comment."""
+    """Quote a word for Bash on one line, since in a comment a second line would be no comment."""
     if "\n" not in word:
         return shlex.quote(word)
     escaped = json.dumps(word, ensure_ascii=False)[1:-1]  # Bash has the same escapes

@@ -1,4 +1,4 @@
-"""What is to be launched: a checked job, and how its hosts run it."""
+"""Defines a job to launch: checked options, and the shell code that its hosts run."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ if TYPE_CHECKING:
     from .options import Options
 
 _HOSTS_WITHOUT_CARE = 100
-"""Whose heartbeats may come every 5 s, as is torchrun's default."""
+"""Hosts up to which heartbeats may come every 5 s, which is torchrun's default."""
 
 
 @dataclass
 class LaunchJob:
-    """All that a scheduler's template may ask for."""
+    """All values that a scheduler's template may use."""
 
     options: Options
     name: str
-    """A DNS label, as Kubernetes wants it."""
+    """A DNS label, as required by Kubernetes."""
     toml: str
     """Text of the job's file."""
     overrides: list[str]
     """Options of `torchtitan train`."""
     title: str
     command: str
-    """That renders this job."""
+    """The command that renders this job."""
     checkpoints: str | None = None
-    """Folder of the checkpoints, from `--workdir` on; None if none are saved, or behind a URL."""
+    """Folder of the checkpoints, relative to `--workdir`; None without any, or behind a URL."""
     saves: bool = True
-    """Whether it has checkpoints, so that it goes on when it is started again."""
+    """Whether it has checkpoints, so that a restart resumes it."""
     environment: dict[str, str] = field(default_factory=dict)
     """Name -> value, for the ranks."""
 
     def node(
         self, *, shell_environment: bool = True, torchrun: str = "", join_timeout: int = 900
     ) -> str:
-        """The shell function `node INDEX HEAD PORT` that each host runs.
+        """Return the shell function `node INDEX HEAD PORT` that each host runs.
 
         Args:
-            shell_environment: set `environment` in it; else the scheduler does.
+            shell_environment: set `environment` in it; otherwise the scheduler does.
             torchrun: options of `torchtitan.distributed.torchrun` that go first.
-            join_timeout: seconds that hosts wait for others.
+            join_timeout: seconds that hosts wait for each other.
         """
         options = self.options
         delimiter = "END_OF_JOB"
@@ -75,11 +75,11 @@ class LaunchJob:
 
 
 def _keep_alive(hosts: int) -> str:
-    """An option for the seconds between two heartbeats of a host, which uses the variable `index`.
+    """Return an option for the seconds between a host's heartbeats; it uses the variable `index`.
 
-    A heartbeat replaces one state of all hosts, 146 kB for 1,250 of them, and of those in flight
-    one succeeds: 72 a second if they come one by one, next to none if all come at once. A host that
-    misses 3, by the interval of another one, is taken for dead.
+    A heartbeat replaces one state of all hosts, 146 kB for 1,250 of them, and of several in flight
+    only one succeeds: 72 a second if they come one by one, almost none if all come at once. A host
+    that misses 3 heartbeats, by the interval of another host, is considered dead.
     """
     if hosts <= _HOSTS_WITHOUT_CARE:
         return ""
@@ -88,10 +88,10 @@ def _keep_alive(hosts: int) -> str:
 
 
 def job_name(options: Options) -> str:
-    """`--name`, or the name of the file, as a DNS label.
+    """Return `--name`, or the name of the file, as a DNS label.
 
     Raises:
-        ConfigError: `--name` is none.
+        ConfigError: `--name` is not a DNS label.
     """
     if options.name is None:
         name = re.sub("[^a-z0-9]+", "-", Path(options.config).stem.lower()).strip("-")[:40]
@@ -105,10 +105,12 @@ def job_name(options: Options) -> str:
 
 
 def seconds_of(time: str) -> int:
-    """Seconds of Slurm's `MINUTES`, `HOURS:MINUTES:SECONDS` or `DAYS-HOURS[:MINUTES[:SECONDS]]`.
+    """Parse Slurm's `MINUTES`, `HOURS:MINUTES:SECONDS` or `DAYS-HOURS[:MINUTES[:SECONDS]]`.
+
+    Returns the seconds.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: the text has none of these forms.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not match:
@@ -129,5 +131,5 @@ def seconds_of(time: str) -> int:
 
 
 def required_secrets(job: LaunchJob) -> str:
-    """Shell lines that end a script whose environment lacks a secret."""
+    """Return shell lines that end a script whose environment lacks a secret."""
     return "\n".join(f': "${{{name}:?must be in the environment}}"' for name in job.options.secret)

@@ -1,4 +1,4 @@
-"""Kubernetes: a plain Job with its Service, a JobSet, or a PyTorchJob."""
+"""Renders for Kubernetes: a plain Job with its Service, a JobSet, or a PyTorchJob."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .submit import require, run
 from .template import fill, quoted
 
 _RETRYABLE = 138
-"""Exit code above 127, after which the PyTorchJob operator starts a pod again; 128 + SIGUSR1 is the
-one that it leaves to the user."""
+"""Exit code above 127, after which the PyTorchJob operator restarts a pod; 128 + SIGUSR1 is the
+code that it leaves to the user."""
 
 _JOIN_SECONDS = 24 * 3600
-"""Pods that wait for one that finds no host would else end, and count as crashes."""
+"""Otherwise pods that wait for one without a host would end, and count as crashes."""
 
 
 def render(job: LaunchJob) -> str:
-    """The manifests for `kubectl apply`."""
+    """Return the manifests for `kubectl apply`."""
     options = job.options
     kind = options.kind or "job"
     head = {
@@ -35,7 +35,7 @@ def render(job: LaunchJob) -> str:
         "namespace": f"namespace: {quoted(options.namespace)}" if options.namespace else "",
         "nodes": options.nodes,
         "max_restarts": options.max_restarts,
-        "backoff": options.max_restarts * options.nodes,  # pods that fail
+        "backoff": options.max_restarts * options.nodes,  # counts failed pods
         "deadline": deadline,
     }
     if kind == "pytorchjob":
@@ -99,5 +99,5 @@ def _pod(job: LaunchJob, head: str, index: str, restart_policy: str, subdomain: 
 
 
 def _without_expansion(script: str) -> str:
-    """Kubernetes puts variables of the container in the place of `$(NAME)`; `$$` is its `$`."""
+    """Escape `$(NAME)`, which Kubernetes replaces by a container's variables; `$$` is its `$`."""
     return re.sub(r"\$(?=\$|\(\w+\))", "$$", script)

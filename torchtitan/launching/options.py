@@ -126,7 +126,7 @@ _ONLY = {
     "image": ("slurm", "kubernetes", "skypilot"),
     "mount": ("slurm", "kubernetes", "skypilot"),
 }
-"""Option -> those that have it."""
+"""Option -> the backends that have it."""
 _NAME = "[A-Za-z_][A-Za-z0-9_]*"
 _FORMS = {
     "env": (rf"{_NAME}=[^\n]*", "NAME=VALUE, on one line"),
@@ -137,7 +137,7 @@ _FORMS = {
     "mount": (r"[^\s,'\"]+:/(?!/)[^\s,:'\"]*", "SOURCE:/PATH"),
     "node_selector": (r"[-./\w]+=[-.\w]*", "LABEL=VALUE"),
 }
-"""Option that may be given several times -> a pattern of its values, and the same in words."""
+"""Repeatable option -> a pattern of its values, and its description."""
 _WORDS = ("partition", "account", "qos", "namespace", "gpu_type", "infra", "image")
 """Options whose value is one word."""
 _LEAST = {"nodes": 1, "gpus_per_node": 0, "max_restarts": 0, "grace": 1}
@@ -145,7 +145,7 @@ _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
 
 
 def check(options: Options) -> None:
-    """Raises `ConfigError` for values and combinations that cannot be."""
+    """Raise `ConfigError` for impossible values and combinations."""
     _check_choice(options)
     _check_numbers(options)
     _check_texts(options)
@@ -153,7 +153,7 @@ def check(options: Options) -> None:
 
 
 def _check_choice(options: Options) -> None:
-    """One backend, and no options of another."""
+    """Require one backend, and no options of another."""
     chosen = [name for name in BACKENDS if getattr(options, name)]
     if len(chosen) != 1:
         given = " and ".join(f"--{name}" for name in chosen) or "none"
@@ -205,7 +205,7 @@ def _check_texts(options: Options) -> None:
 
 
 def option_key(option: str) -> str:
-    """`constraint` of `--constraint=h100`."""
+    """Return the key of an option: `constraint` of `--constraint=h100`."""
     return re.split("[= ]", option.lstrip("-"), maxsplit=1)[0]
 
 

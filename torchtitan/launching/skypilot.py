@@ -1,4 +1,4 @@
-"""SkyPilot: a task."""
+"""Renders a task for SkyPilot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .template import fill, quoted
 
 
 def render(job: LaunchJob) -> str:
-    """The YAML file for `sky launch`."""
+    """Return the YAML file for `sky launch`."""
     options = job.options
     resources: dict[str, Any] = {}
     if options.gpus_per_node:
@@ -50,12 +50,12 @@ def submit(job: LaunchJob, text: str) -> int:
 
 
 def mapping(values: dict[str, Any]) -> str:
-    """Lines of YAML, `name: value`."""
+    """Format lines of YAML, `name: value`."""
     return "\n".join(f"{name}: {quoted(value)}" for name, value in values.items())
 
 
 def section(name: str, values: dict[str, Any]) -> str:
-    """`name:` and its values; nothing if there are none."""
+    """Format `name:` and its values; nothing if there are none."""
     if not values:
         return ""
     return f"{name}:\n" + "\n".join(f"  {line}" for line in mapping(values).splitlines())

@@ -1,4 +1,4 @@
-"""Slurm: a batch script."""
+"""Renders a batch script for Slurm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .template import fill
 
 
 def render(job: LaunchJob) -> str:
-    """The script for sbatch."""
+    """Return the script for sbatch."""
     options = job.options
     directives = {"time": options.time, "partition": options.partition}
     directives |= {"account": options.account, "qos": options.qos}
@@ -23,7 +23,7 @@ def render(job: LaunchJob) -> str:
     if options.gpus_per_node:
         lines.insert(0, f"gpus-per-node={options.gpus_per_node}")
     lines = [*_whole_hosts(options.sbatch), *lines]
-    lines += [option.lstrip("-") for option in options.sbatch]  # the last of two is what counts
+    lines += [option.lstrip("-") for option in options.sbatch]  # of two, the last one counts
     srun = []
     if options.image:
         srun.append(f"--container-image={options.image}")
@@ -47,22 +47,22 @@ def render(job: LaunchJob) -> str:
 
 
 def _whole_hosts(sbatch: list[str]) -> list[str]:
-    """Ask for all CPUs and all memory of each host, unless the user says what the job is to get.
+    """Request all CPUs and all memory of each host, unless the user sets the job's share.
 
-    Slurm's own default may be a single CPU, for all ranks of a host and what loads their data.
+    Slurm's own default may be a single CPU, for all ranks of a host and their data loading.
     """
     keys = {option_key(option) for option in sbatch}
     if keys & {"cpus-per-task", "cpus-per-gpu", "oversubscribe"}:
         return []
-    if keys & {"mem", "mem-per-cpu", "mem-per-gpu"}:  # of which Slurm takes one
+    if keys & {"mem", "mem-per-cpu", "mem-per-gpu"}:  # Slurm accepts only one of these
         return ["exclusive"]
     return ["exclusive", "mem=0"]
 
 
 def _checkpoints(job: LaunchJob) -> str:
-    """The checkpoints' folder as the batch script sees it; one that is not there if it does not.
+    """Return the checkpoints' folder as seen by the batch script; a nonexistent one if unseen.
 
-    The script runs outside of the container, and knows no storage behind URLs.
+    The script runs outside of the container, and cannot access storage behind URLs.
     """
     unseen = "/nonexistent"
     folder = checkpoint_folder(job)

@@ -1,4 +1,4 @@
-"""Hosts with ssh and no scheduler: a script that starts the job on all of them."""
+"""Renders a script that starts the job on all hosts, with ssh and without a scheduler."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .template import fill
 _OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30 -o ServerAliveCountMax=4"
 )
-"""ssh never asks, and ends after two minutes where a host dies without a word."""
+"""ssh never prompts, and ends after two minutes if a host dies silently."""
 
 
 def render(job: LaunchJob) -> str:
-    """The bash script."""
+    """Return the bash script."""
     options = job.options
     hosts = (options.hosts or "").split(",")
     head = options.head or hosts[0].rpartition("@")[2]
-    # Secrets go through the pipe, neither into a file nor into a command line.
+    # Secrets are passed through the pipe, neither in a file nor on a command line.
     secrets = [f"printf 'export {name}=%q\\n' \"${name}\"" for name in options.secret]
     return fill(
         "ssh.sh",
@@ -37,6 +37,6 @@ def render(job: LaunchJob) -> str:
 
 
 def submit(job: LaunchJob, text: str) -> int:
-    """Run the script, to the end of the job."""
+    """Run the script until the job ends."""
     require((job.options.ssh_command or "ssh").split()[0], "Install it")
     return run_on_file(["bash"], text, f"{job.name}.sh")

@@ -1,4 +1,4 @@
-"""Where a job's checkpoints go, and whether they are still there when its hosts are gone."""
+"""Determines where a job's checkpoints go, and whether they outlive its hosts."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from .job import LaunchJob
 
 
 def split_mount(mount: str) -> tuple[str, str]:
-    """SOURCE and /PATH."""
+    """Split SOURCE and /PATH."""
     source, path = mount.rsplit(":/", 1)
     return source, f"/{path}"
 
 
 def checkpoint_folder(job: LaunchJob) -> PurePosixPath | None:
-    """The folder as the ranks see it; None if no checkpoints are saved, or behind a URL."""
+    """Return the folder as seen by the ranks; None if no checkpoints are saved, or behind a URL."""
     if job.checkpoints is None:
         return None
     return PurePosixPath(job.options.workdir or "", job.checkpoints)
 
 
 def mount_with(folder: PurePosixPath, job: LaunchJob) -> tuple[str, str] | None:
-    """SOURCE and /PATH of the `--mount` that a folder is under; None if it is under none."""
+    """Return SOURCE and /PATH of the `--mount` that contains a folder; None if there is none."""
     mounts = map(split_mount, job.options.mount)
     return next(((source, path) for source, path in mounts if folder.is_relative_to(path)), None)
 
 
 def check_saving(job: LaunchJob) -> str:
-    """What to warn of: a job without checkpoints. Empty: it has some."""
+    """Return a warning if the job has no checkpoints, else ""."""
     if job.saves:
         return ""
     return (
@@ -39,10 +39,10 @@ def check_saving(job: LaunchJob) -> str:
 
 
 def check_storage(job: LaunchJob) -> str:
-    """What to warn of: checkpoints that are lost with a pod or a host. Empty: nothing.
+    """Return a warning if checkpoints are lost with a pod or a host, else "".
 
     Raises:
-        ConfigError: they would go under a mount of SkyPilot, which is a copy.
+        ConfigError: they would go into a mount of SkyPilot, which is a copy.
     """
     folder, options = checkpoint_folder(job), job.options
     in_container = options.slurm and options.image

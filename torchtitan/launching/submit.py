@@ -1,4 +1,4 @@
-"""Hands what was rendered to the tool that submits it."""
+"""Passes rendered jobs to the tool that submits them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchtitan.errors import ConfigError
 
 
 def require(tool: str, install: str) -> None:
-    """Raises `ConfigError` if `tool` is not on the PATH; `install` says what to do."""
+    """Raise `ConfigError` if `tool` is not on the PATH; `install` is the advice in the message."""
     if shutil.which(tool) is None:
         raise ConfigError(
             f"cannot submit: no command {tool!r} here. {install}, or render the job with --dry-run "
@@ -20,12 +20,12 @@ def require(tool: str, install: str) -> None:
 
 
 def run(words: list[str], text: str) -> int:
-    """Run a command that reads `text` from stdin. Returns its exit code."""
+    """Run a command that reads `text` from stdin. Return its exit code."""
     return subprocess.run(words, input=text, text=True).returncode
 
 
 def run_on_file(words: list[str], text: str, name: str) -> int:
-    """Run a command whose last argument is a file with `text`, called `name`."""
+    """Run a command on a file `name` with `text`, the last argument. Return its exit code."""
     with tempfile.TemporaryDirectory(prefix="torchtitan-launch-") as folder:
         path = Path(folder, name)
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""Templates of scripts and manifests: `{{name}}` is replaced, everything else stays."""
+"""Fills templates of scripts and manifests: `{{name}}` is replaced, everything else stays."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torchtitan.errors import ConfigError
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""What ends a line of YAML, as `\\n` does, or may not stand in YAML or in UTF-8."""
+"""Characters that end a line of YAML, as `\\n` does, or are not allowed in YAML or UTF-8."""
 
 
 def require_plain(text: str, where: str) -> None:
-    """Raises `ConfigError`, begun with `where`, if no script or manifest can hold `text`."""
+    """Raise `ConfigError`, beginning with `where`, if no script or manifest can hold `text`."""
     if unsafe := _UNSAFE.search(text):
         code = f"{ord(unsafe[0]):04x}"
         raise ConfigError(
@@ -25,18 +25,18 @@ def require_plain(text: str, where: str) -> None:
 
 
 def quoted(value: Any) -> str:
-    """A value as JSON, which is YAML too: bare, the name `no` would be false."""
-    return json.dumps(value, ensure_ascii=False)  # YAML knows no pairs of escapes
+    """Format a value as JSON, which is YAML too: unquoted, the name `no` would be false."""
+    return json.dumps(value, ensure_ascii=False)  # YAML does not know surrogate pairs of escapes
 
 
 def fill(template: str, **values: str | int) -> str:
     """Fill in the file `templates/TEMPLATE`.
 
-    A place that has a line for itself may take several lines, which get its indentation; if it
-    takes none, the line goes.
+    A placeholder alone on a line may take several lines, which get its indentation; if it takes
+    none, the line is removed.
 
     Raises:
-        KeyError: the template has a place for which there is no value.
+        KeyError: the template has a placeholder without a value.
     """
     text = files("torchtitan.launching").joinpath("templates", template).read_text()
     lines: list[str] = []

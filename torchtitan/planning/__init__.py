@@ -1,1 +1,1 @@
-"""What a run costs, before it is started: memory, communication, time."""
+"""Predicts the cost of a run before it is started: memory, communication, time."""

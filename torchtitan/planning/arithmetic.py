@@ -1,4 +1,4 @@
-"""What a layout costs by arithmetic: rough, but thousands a second."""
+"""Estimates the cost of a layout by arithmetic: rough, but thousands of layouts a second."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .roofline import Roofline
 from .trace import meta_model, quantizes, repetition_of, trace_step
 
 _BUBBLE = {"": 0.0, "1F1B": 1.0, "Interleaved1F1B": 0.5, "ZBVZeroBubble": 0.3}
-"""Share of 1F1B's bubble that is left."""
+"""Remaining share of 1F1B's bubble."""
 _FLOAT32, _BFLOAT16 = 4, 2
-"""Bytes of a number as it is kept and summed, and as it is computed with."""
+"""Bytes of a number as stored and summed, and as used in computation."""
 _GATHERED = 8
-"""Bytes for each parameter of a layer that FSDP has gathered, gradients and the next layer too."""
+"""Bytes per parameter of a layer gathered by FSDP, including gradients and the next layer."""
 _TP_COLLECTIVES = {"none": 8, "selective": 8, "full": 10}
 """Checkpointing -> collectives of a layer under tensor parallel: into and out of attention and feed
-forward, in both passes, and what is done again."""
+forward, in both passes, plus those that are recomputed."""
 
 
 @dataclass(frozen=True)
 class _LayerCost:
-    """What one layer costs on one sequence, and what comes before and after the layers."""
+    """Cost of one layer on one sequence, and of the parts before and after the layers."""
 
     seconds: float
     activations: float
@@ -49,22 +49,22 @@ class _LayerCost:
 
 @dataclass(frozen=True)
 class _Share:
-    """What a rank of a pipeline has of the model, before tensor parallelism."""
+    """The part of the model on one rank of a pipeline, before tensor parallelism."""
 
     layers: float
     params: float
     trained: float
     """Parameters that are not frozen."""
     last: bool
-    """Whether it has the output layer."""
+    """Whether the rank has the output layer."""
 
 
 class Arithmetic:
-    """Memory and time of a candidate from one layer's costs.
+    """Estimates memory and time of a candidate from the costs of one layer.
 
     Args:
         config: with the global batch and the sequence length of the search.
-        inputs: what a batch is.
+        inputs: form of a batch.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Arithmetic:
         self._costs = {ac: self._trace_layer(ac) for ac in AC_MODES}
 
     def _trace_layer(self, ac: str) -> _LayerCost:
-        # What several ranks rule out, `plan_run` refuses.
+        # `plan_run` refuses settings that are impossible with several ranks.
         job = single_layout(without_machine(self._config, 1), ac)
         job.training.global_batch_size = -1
         validate(job, 2)
@@ -107,7 +107,7 @@ class Arithmetic:
             for stage in stages
         ]
         optimizer = stages[1].optimizer_state / max(stages[1].gradients, 1)
-        if depths[0] == depths[1]:  # too shallow to be taken apart
+        if depths[0] == depths[1]:  # too shallow to separate the layers from the rest
             share = stages[0].activations / depths[0]
             return _LayerCost(seconds[0] / depths[0], share, 0.0, 0.0, optimizer)
         step = depths[1] - depths[0]
@@ -118,7 +118,7 @@ class Arithmetic:
         return _LayerCost(layer, kept, seconds[0] - depths[0] * layer, other, optimizer)
 
     def memory(self, candidate: Candidate) -> float:
-        """Bytes of the fullest rank."""
+        """Return the bytes of the fullest rank."""
         c = candidate
         kept = self._costs[c.ac].activations * self._sequences(c)
         if c.tp > 1 and c.ac != "full":  # inputs of attention and feed forward, gathered
@@ -126,7 +126,7 @@ class Arithmetic:
         return self._whole_memory(c, kept) if c.pp == 1 else self._pipeline_memory(c, kept)
 
     def _whole_memory(self, c: Candidate, kept: float) -> float:
-        """Args: kept: bytes that a layer keeps of a micro-batch."""
+        """Args: kept: bytes of a micro-batch that a layer keeps."""
         cost, shards = self._costs[c.ac], c.shard * c.cp
         gathered = min(_GATHERED * self._layer_params / c.tp, cost.other_bytes)
         # Parameters, gradients and the optimizer's state.
@@ -135,12 +135,12 @@ class Arithmetic:
         return _FLOAT32 * kept_numbers / c.tp / shards + self._layers * kept + other
 
     def _pipeline_memory(self, c: Candidate, kept: float) -> float:
-        """Args: kept: bytes that a layer keeps of a micro-batch."""
+        """Args: kept: bytes of a micro-batch that a layer keeps."""
         optimizer, shards = self._costs[c.ac].optimizer, c.shard * c.cp
-        # Whole parameters and gradients; without FSDP casts of parameters.
+        # Whole parameters and gradients; without FSDP, casts of parameters.
         weight = _FLOAT32 / shards + _BFLOAT16
         trained = _FLOAT32 * optimizer / shards + _FLOAT32
-        # Inputs of stages, their gradients, and gradients of outputs.
+        # Inputs of stages, gradients of inputs, and gradients of outputs.
         buffers = 3 * STAGES[c.schedule] * self._passes(c) * self._hidden(c)
         return buffers + max(
             (weight * rank.params + trained * rank.trained) / c.tp
@@ -149,7 +149,7 @@ class Arithmetic:
         )
 
     def _flying(self, c: Candidate, place: int) -> float:
-        """Micro-batches whose activations a rank of a pipeline holds."""
+        """Return the number of micro-batches whose activations a rank of a pipeline holds."""
         most = {
             "1F1B": c.pp - place,
             "Interleaved1F1B": (2 * (c.pp - place - 1) + c.pp + 1) / 2,
@@ -158,21 +158,21 @@ class Arithmetic:
         return min(most[c.schedule], self._passes(c))
 
     def _hidden(self, c: Candidate) -> float:
-        """Bytes of the hidden states that a rank has of a micro-batch between layers."""
+        """Return the bytes of a micro-batch's hidden states on a rank, between layers."""
         tokens = c.micro_batch * self._config.training.seq_len / c.cp / c.tp
         return tokens * self._dim * _BFLOAT16
 
     def _sequences(self, c: Candidate) -> float:
-        """What a rank has of a micro-batch, in sequences."""
+        """Return a rank's part of a micro-batch, in sequences."""
         return c.micro_batch / c.tp / c.cp
 
     def seconds(self, candidate: Candidate) -> float:
-        """The time of a step."""
+        """Return the time of a step."""
         c, cost = candidate, self._costs[candidate.ac]
         passes, share = self._passes(c), self._sequences(c)
         layer = share * cost.seconds + self._tensor_parallel_seconds(c)
         other = share * cost.other_seconds
-        # By FSDP, 4 bytes each: twice a parameter in bfloat16, once a gradient in float32.
+        # FSDP moves 4 bytes each: twice a parameter in bfloat16, once a gradient in float32.
         moved = _FLOAT32 / c.tp * (1 - 1 / (c.shard * c.cp)) / self._fsdp_rate(c)
         if c.pp == 1:
             compute = passes * (self._layers * layer + other)
@@ -184,7 +184,7 @@ class Arithmetic:
         return passes * max(work) + bubble + communication
 
     def _tensor_parallel_seconds(self, c: Candidate) -> float:
-        """Of a layer and micro-batch."""
+        """Return the communication time of a layer and micro-batch."""
         if c.tp == 1:
             return 0.0
         device, moved = self._device, self._hidden(c) * (c.tp - 1)
@@ -192,21 +192,21 @@ class Arithmetic:
         return _TP_COLLECTIVES[c.ac] * once
 
     def _fsdp_rate(self, c: Candidate) -> float:
-        """Bytes/s of what goes around the ranks that share parameters."""
+        """Return the bytes/s of collectives among the ranks that share parameters."""
         device, rate = self._device, self._device.link
         if c.shard * c.cp * c.tp > self._host_size:
-            mates = max(1, self._host_size // c.tp)  # which use the host's network together
+            mates = max(1, self._host_size // c.tp)  # ranks that use the host's network together
             rate = min(rate, mates * device.network)
         return rate * device.link_efficiency
 
     def _ranks(self, candidate: Candidate) -> list[_Share]:
-        """What the ranks of a pipeline have. Stages are of whole layers, so some have more."""
+        """Return the shares of a pipeline's ranks. Stages have whole layers, so they may differ."""
         key, pp = (candidate.pp, candidate.schedule), candidate.pp
         if key not in self._shares:
             job = candidate.config(self._config)
             try:
                 stages = assign_modules(self._model, job, *self._around_layers)
-            except ConfigError:  # the trace says why; until then take it for even
+            except ConfigError:  # the trace reports the reason; until then assume an even split
                 even = _Share(self._layers / pp, self._nparams / pp, self._trained / pp, False)
                 self._shares[key] = [even] * pp
             else:
@@ -216,18 +216,18 @@ class Arithmetic:
         return self._shares[key]
 
     def _share_of(self, own: list[int], stages: list[list[str]]) -> _Share:
-        """Args: own: numbers of a rank's stages. stages: names of the modules of each of all."""
+        """Args: own: numbers of a rank's stages. stages: module names of each of all stages."""
         names = [name for number in own for name in stages[number]]
         params, trained = _sizes([p for name in names for p in parameters_of(self._model, name)])
         layers = sum(name.startswith("layers.") for name in names)
         return _Share(layers, params, trained, last=len(stages) - 1 in own)
 
     def _passes(self, candidate: Candidate) -> int:
-        """Micro-batches of a rank in a step."""
+        """Return the number of micro-batches of a rank in a step."""
         data = candidate.replicate * candidate.shard
         return self._config.training.global_batch_size // data // candidate.micro_batch
 
 
 def _sizes(params: Sequence[nn.Parameter]) -> tuple[int, int]:
-    """Elements of all parameters, and of those that are not frozen."""
+    """Count the elements of all parameters, and of those that are not frozen."""
     return sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)

@@ -1,4 +1,4 @@
-"""The layouts that a search looks at."""
+"""Lists the layouts that a search considers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout. The global batch is that of the search."""
+    """One layout. The global batch is the one of the search."""
 
     replicate: int
     shard: int
@@ -68,9 +68,9 @@ class Candidate:
 
 
 def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[Candidate]:
-    """All that the arithmetic of degrees and batches allows.
+    """Yield all layouts that the arithmetic of degrees and batches allows.
 
-    Tensor parallel stays within a host, and context parallel leaves a rank 2048 tokens or more.
+    Tensor parallel stays within a host, and context parallel leaves a rank at least 2048 tokens.
     """
     spec = get_train_spec(config.model.name, config.model.flavor)
     args = spec.model_args.update_from_config(config)
@@ -106,11 +106,11 @@ def _batches(
                 if pp * STAGES[schedule] > layers or batch // size < pp * STAGES[schedule]:
                     continue
                 if schedule == "ZBVZeroBubble" and ac == "selective":
-                    continue  # it has two backward passes, see config/validate.py
+                    continue  # this schedule has two backward passes, see config/validate.py
                 yield Candidate(*degrees, ac, batch, size, schedule)
 
 
 def single_layout(config: JobConfig, ac: str = "none") -> JobConfig:
-    """The job sharded over two devices and no more, as any model can be, a sequence at a time."""
+    """Return the job sharded over two devices, as any model can be, with one sequence at a time."""
     degrees = {"replicate": 1, "shard": 2, "cp": 1, "tp": 1, "pp": 1, "ep": 1}
     return Candidate(**degrees, ac=ac, local_batch=1, micro_batch=1, schedule="").config(config)

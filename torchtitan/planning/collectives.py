@@ -1,4 +1,4 @@
-"""Records what the ranks send to each other: every collective, its group and its bytes."""
+"""Records the communication between ranks: every collective, its group and its bytes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Collective:
     kind: str
     """`all_gather`, `reduce_scatter`, `all_reduce`, `all_to_all`, `broadcast`, `send`."""
     group: str
-    """Name of the ranks that take part."""
+    """Name of the group of ranks."""
     ranks: int
     """Ranks that take part."""
     payload: int
-    """Bytes of the larger of what goes in and what comes out."""
+    """Bytes of the input or the output, whichever is larger."""
 
     @property
     def sent(self) -> float:
@@ -67,12 +67,12 @@ _KINDS = {
 
 @sees_rings
 class CollectiveRecorder(Recorder):
-    """Within it, every collective of this process is recorded in `collectives`.
+    """Records every collective of this process in `collectives`, while it is entered.
 
     Code compiled by inductor is not seen.
 
     Args:
-        groups: name -> group, as `ParallelDims.groups()` gives them; the first of equals wins.
+        groups: name -> group, as returned by `ParallelDims.groups()`; the first of equals wins.
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
@@ -100,9 +100,9 @@ class CollectiveRecorder(Recorder):
 def sent_by_group(
     collectives: Iterable[Collective] | Mapping[Collective, float],
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """`(group, kind)` -> (calls, bytes sent by this rank).
+    """Sum up `(group, kind)` -> (calls, bytes sent by this rank).
 
-    A mapping says how often each is done.
+    A mapping gives the number of calls of each collective.
     """
     counts = collectives if isinstance(collectives, Mapping) else Counter(collectives)
     totals: dict[tuple[str, str], tuple[float, float]] = defaultdict(lambda: (0, 0.0))
@@ -118,7 +118,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _has_one_receiver(args: Any) -> bool:
-    """Whether of this all-to-all's shares, one a rank, all but one are empty."""
+    """Whether all shares of this all-to-all, one for each rank, are empty except one."""
     return any(isinstance(a, list) and len(a) - a.count(0) == 1 < len(a) for a in args)
 
 

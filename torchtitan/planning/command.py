@@ -24,7 +24,7 @@ from torchtitan.tools.options import flag, shown_as, split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
 
 _SECONDS_OF_A_LINE = 10.0
-"""A search tells so often, when not on a terminal, what it is doing."""
+"""Interval of a search's progress lines when stderr is not a terminal."""
 DESCRIPTION = """\
 What a run needs and how long it takes, before a GPU is rented: memory of each rank by category,
 communication, the pipeline's bubble, step time, tokens/s, MFU, time and cost of a token budget.
@@ -81,10 +81,10 @@ _OF_A_SEARCH = ("seconds", "out")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan plan`; returns the exit code.
+    """Run the command with the arguments after `torchtitan plan`; return the exit code.
 
     Raises:
-        ConfigError: an argument or the config is wrong, or the layout cannot be.
+        ConfigError: an argument or the config is wrong, or the layout is impossible.
     """
     argv = sys.argv[1:] if argv is None else argv
     own, overrides = split_overrides(argv)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             overrides = [*overrides, f"--training.{name}={getattr(options, name)}"]
     config = load_config([f"--job.config_file={options.config}", *overrides])
     load_plugins(config.job.custom_import)
-    warnings.simplefilter("ignore")  # of PyTorch, about the meshes of a world that is not there
+    warnings.simplefilter("ignore")  # PyTorch warns about the meshes of a fake world
     logging.getLogger("torchtitan").setLevel(logging.WARNING)
     return _search(options, config) if options.search else _plan(options, config)
 
@@ -152,7 +152,7 @@ def _search(options: Options, config: JobConfig) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Gives what shows a text on stderr: in place on a terminal, else a line now and then."""
+    """Yield a function that shows text on stderr: in place on a terminal, else in lines."""
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status("") as status:
@@ -170,7 +170,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 def default_world_size(config: JobConfig, host_size: int) -> int:
-    """Devices of a job whose command does not say how many."""
+    """Return the number of devices of a job if the command does not set it."""
     smallest = config.parallelism.smallest_world
     if config.parallelism.data_parallel_shard_degree != -1 or smallest >= host_size:
         return smallest

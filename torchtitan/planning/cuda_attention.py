@@ -1,12 +1,12 @@
-"""Attention as CUDA has it, while a step is traced on the CPU's code paths.
+"""Models attention as on CUDA, while a step is traced on the CPU's code paths.
 
-Flash kernels and flex attention skip what a mask rules out, and hold no mask of `queries * keys`
-bytes. Here a `PlannedMask` takes its place: it says what share of the pairs is computed. The share
-goes from where a mask is built to where its use is counted:
+Flash kernels and flex attention skip masked pairs, and hold no mask of `queries * keys` bytes. Here
+a `PlannedMask` replaces the mask: it holds the share of the pairs that is computed. The share goes
+from the place where a mask is built to the place where its use is counted:
 
 1. `_build` and `_mask_of_last` make a `PlannedMask` in place of a mask.
-2. `_attend`, in place of `flex_attention`, gives SDPA the mask's stand-in, whose storage has a size
-   for the share.
+2. `_attend`, in place of `flex_attention`, gives SDPA the mask's stand-in, whose storage size
+   encodes the share.
 3. `OperationRecorder` sees SDPA, and reads the size by `computed_share`.
 """
 
@@ -23,22 +23,22 @@ from torch.nn.attention.flex_attention import AuxOutput, BlockMask
 from torchtitan.models.common import attention
 
 _UNITS = 2**16
-"""Bytes of the stand-in of a mask that rules nothing out."""
+"""Bytes of the stand-in of a mask that allows every pair."""
 _sdpa_of_cpu = attention.sdpa
 _dense_mask = attention.CausalMask.build
 _dense_mask_of_last = attention.mask_of_last
 
 
 class PlannedMask(BlockMask):
-    """A mask of which only the share of pairs that it allows is known."""
+    """A mask of which only the share of allowed pairs is known."""
 
     def __init__(self, share: float) -> None:
         self.share = share
         self._stand_ins: dict[torch.dtype, torch.Tensor] = {}
 
     def stand_in(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[1, 1, 1, 1]`, for SDPA to take as a mask. The size of its storage is the share."""
-        if torch.compiler.is_compiling():  # no recorder looks, and nothing may be remembered
+        """Return `[1, 1, 1, 1]`, for SDPA to take as a mask. Its storage size encodes the share."""
+        if torch.compiler.is_compiling():  # no recorder is active, and nothing may be cached
             return torch.empty(1, 1, 1, 1, dtype=dtype)
         if dtype not in self._stand_ins:
             length = max(1, round(self.share * _UNITS) // dtype.itemsize)
@@ -47,10 +47,10 @@ class PlannedMask(BlockMask):
 
 
 def computed_share(mask: torch.Tensor | None, is_causal: bool) -> float:
-    """The share of pairs of queries and keys that a call of SDPA computes.
+    """Return the share of pairs of queries and keys that a call of SDPA computes.
 
     Args:
-        mask: as the kernel gets it; other than a stand-in it skips nothing.
+        mask: as passed to the kernel; only a stand-in makes it skip pairs.
     """
     if mask is not None and mask.stride()[-2:] == (0, 0):
         return mask.untyped_storage().nbytes() / _UNITS
@@ -59,7 +59,7 @@ def computed_share(mask: torch.Tensor | None, is_causal: bool) -> float:
 
 @contextmanager
 def attention_of_cuda() -> Iterator[None]:
-    """Within it, the model's attention takes and makes `PlannedMask`s."""
+    """Make the model's attention take and build `PlannedMask`s, within the context."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(attention.CausalMask, "build", _build))
         stack.enter_context(patch.object(attention, "flex_attention", _attend))
@@ -76,15 +76,15 @@ def _sdpa(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """In the place of `sdpa`: heads of values that are of another size than queries' (DeepSeek).
+    """Replace `sdpa` for heads whose values differ in size from the queries (DeepSeek).
 
-    For these the CPU has no fused kernel, and SDPA would hold all scores. CUDA has one.
+    For these the CPU has no fused kernel, so SDPA would hold all scores. CUDA has one.
     """
     if q.shape[-1] == v.shape[-1] or q.shape[1] != k.shape[1]:
         return _sdpa_of_cpu(q, k, v, mask, is_causal, scale)
-    if torch.is_autocast_enabled("cpu"):  # as SDPA casts
+    if torch.is_autocast_enabled("cpu"):  # cast as SDPA does
         q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-    if mask is not None and mask.dtype == torch.bool:  # SDPA makes a term of the scores of it
+    if mask is not None and mask.dtype == torch.bool:  # SDPA turns it into an additive mask
         mask = torch.zeros_like(mask, dtype=q.dtype)
     fused = torch.ops.aten._scaled_dot_product_efficient_attention
     return fused(q, k, v, mask, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
@@ -98,16 +98,17 @@ def _build(
     device: torch.device,
     queries: torch.Tensor | None,
 ) -> attention.AttentionMask:
-    """In the place of `CausalMask.build`, for a mask that is not plain causal."""
+    """Replace `CausalMask.build` for a mask that is not plain causal."""
     if not causal.uses_flex(False, torch.device("cuda")):
         return _dense_mask(causal, use_flex, seq_len, document_ids, device, queries)
     return PlannedMask(_allowed_share(seq_len, causal.window, causal.chunk))
 
 
 def _allowed_share(seq_len: int, window: int | None, chunk: int | None) -> float:
-    """The share of all pairs of tokens that attend, where one document fills the sequence.
+    """Return the share of all pairs of tokens that attend, if one document fills the sequence.
 
-    Ranks that share a sequence have queries from its early and late parts, so it is theirs too.
+    Ranks that share a sequence have queries from its early and late parts, so the share also holds
+    for each rank.
     """
     chunk = chunk or seq_len
     window = min(window or chunk, chunk)
@@ -117,7 +118,7 @@ def _allowed_share(seq_len: int, window: int | None, chunk: int | None) -> float
 
 
 def _pairs(tokens: int, window: int) -> int:
-    """How many pairs there are of a query and a key that it sees, at most a window of them."""
+    """Count the pairs of a query and a key that it sees, at most `window` keys per query."""
     first = min(tokens, window)
     return first * (first + 1) // 2 + (tokens - first) * window
 
@@ -138,7 +139,7 @@ def _attend(
     enable_gqa: bool = False,
     return_aux: object = None,
 ) -> Any:
-    """In the place of `flex_attention`."""
+    """Replace `flex_attention`."""
     casts = torch.is_autocast_enabled("cpu")
     mask = block_mask.stand_in(torch.get_autocast_dtype("cpu") if casts else q.dtype)
     mask = mask.expand(1, 1, q.shape[2], k.shape[2])

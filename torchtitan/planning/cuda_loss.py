@@ -1,4 +1,4 @@
-"""The chunked loss as CUDA computes it, while a step is traced on the CPU's code paths."""
+"""Models the chunked loss as on CUDA, while a step is traced on the CPU's code paths."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torchtitan.components import chunked_loss
 
 @contextmanager
 def loss_of_cuda() -> Iterator[None]:
-    """Within it, products of half precision are added to float32 without a tensor in between, and
-    what is compiled between products reads the logits and writes their gradient, no more.
+    """Replace the kernels around the chunked loss's products, within the context.
+
+    Half-precision products are added to float32 without an intermediate tensor, and the compiled
+    code between products only reads the logits and writes their gradient.
     """
     with (
         patch.object(chunked_loss, "add_product", _add_product),
@@ -25,7 +27,7 @@ def loss_of_cuda() -> Iterator[None]:
 
 
 def _add_product(a: torch.Tensor, b: torch.Tensor, to: torch.Tensor) -> None:
-    to.addmm_(a, b)  # fake tensors do not mind that dtypes differ
+    to.addmm_(a, b)  # fake tensors accept different dtypes
 
 
 def _compiled_between_products(

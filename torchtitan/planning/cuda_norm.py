@@ -1,4 +1,4 @@
-"""Norms as CUDA computes them, while a step is traced on the CPU's code paths."""
+"""Models norms as on CUDA, while a step is traced on the CPU's code paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _rms_norm_of_cpu = F.rms_norm
 
 
 def norm_of_cuda() -> AbstractContextManager[Any]:
-    """Within it, a norm is one kernel forward and one backward, and keeps its input."""
+    """Make a norm one forward and one backward kernel that keeps its input, within the context."""
     return patch.object(F, "rms_norm", _rms_norm)
 
 
@@ -32,7 +32,7 @@ def _rms_norm(
 
 
 class _Norm(torch.autograd.Function):
-    """Reads, writes and keeps as many bytes as a norm."""
+    """Reads, writes and keeps the same number of bytes as a norm."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

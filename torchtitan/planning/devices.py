@@ -1,4 +1,4 @@
-"""What devices can do, from their makers' data sheets."""
+"""Capabilities of devices, from their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchtitan.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator and what connects it. FLOP/s are dense; rates are of one direction."""
+    """An accelerator and its connections. FLOP/s are dense; rates are for one direction."""
 
     name: str
     memory: float
@@ -17,13 +17,13 @@ class Device:
     flops: float
     """FLOP/s of matrix products in bfloat16."""
     float8_flops: float
-    """The same in float8 and MXFP8; 0 if it has none."""
+    """FLOP/s in float8 and MXFP8; 0 if the device has none."""
     bandwidth: float
-    """Bytes/s of its memory."""
+    """Bytes/s of the device's memory."""
     link: float
     """Bytes/s to the other devices of its host."""
     network: float
-    """Bytes/s of its share of the host's network cards."""
+    """Bytes/s of the device's share of the host's network cards."""
     host_memory_reserved: float = 1.5e9
     """Bytes that the CUDA context, NCCL's buffers and fragmentation take from `memory`."""
 
@@ -35,7 +35,7 @@ class Device:
     cuDNN's kernels at 4,096 tokens: 0.39 for heads of 64 features, 0.49 for 128)."""
     bandwidth_efficiency: float = 0.7
     """Share of `bandwidth` that element-wise kernels reach (measured on an H100: 0.9 for a copy,
-    0.78 for fused AdamW, 0.7 for what is left of a step of Llama 3 1B)."""
+    0.78 for fused AdamW, 0.7 for the rest of a step of Llama 3 1B)."""
     link_efficiency: float = 0.75
     """Share of `link` and `network` that collectives of many megabytes reach."""
     latency: float = 2e-5
@@ -58,7 +58,7 @@ DEVICES = {
 
 
 def get_device(name: str) -> Device:
-    """Raises `ConfigError` for an unknown one."""
+    """Return the device of a name. Raises `ConfigError` if it is unknown."""
     if name not in DEVICES:
         raise ConfigError(f"--device {name}: no such device.{did_you_mean(name, DEVICES)}")
     return DEVICES[name]

@@ -1,6 +1,6 @@
-"""From traces to a plan: memory and time of each pipeline rank, and of the whole step.
+"""Turns traces into a plan: memory and time of each pipeline rank, and of the whole step.
 
-Memory is counted, time comes from a roofline, and the pipeline's schedule is played.
+Memory is counted, time comes from a roofline, and the pipeline's schedule is simulated.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from .trace import (
 
 @dataclass
 class RankPlan:
-    """What a rank of one place in the pipeline needs."""
+    """Needs of a rank at one place in the pipeline."""
 
     pp_rank: int
     stages: list[int]
     memory: Memory
-    """At the peak."""
+    """At its peak."""
     compute_seconds: float
     """Matrix products in a step."""
     other_seconds: float
-    """Other operations, bound by the memory's bandwidth, and the optimizer."""
+    """Other operations, bound by memory bandwidth, and the optimizer."""
     waiting_seconds: float
-    """For collectives that do not overlap, or not wholly."""
+    """Waiting for collectives that do not overlap, or only in part."""
     traffic: list[Traffic] = field(default_factory=list)
 
     @property
@@ -63,7 +63,7 @@ class RankPlan:
 
 @dataclass
 class Plan:
-    """A whole run, as it is expected to be."""
+    """The expected behaviour of a whole run."""
 
     config: JobConfig
     device: Device
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def replica_groups(self) -> int:
-        """Groups of `world_size` devices each (`fault_tolerance`). The plan is of one of them."""
+        """Groups of `world_size` devices each (`fault_tolerance`). The plan is for one of them."""
         groups = self.config.fault_tolerance
         return groups.group_size if groups.enable else 1
 
@@ -102,17 +102,17 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes of the rank that needs most."""
+        """Bytes of the rank that needs the most."""
         return max(rank.peak for rank in self.ranks)
 
     @property
     def room(self) -> float:
-        """Bytes that are left on that rank; negative if it does not fit."""
+        """Bytes left on the rank that needs the most; negative if the run does not fit."""
         return self.available - self.peak
 
     @property
     def available(self) -> float:
-        """Bytes of a device that tensors can have."""
+        """Bytes of a device that are available to tensors."""
         return self.device.memory - self.device.host_memory_reserved
 
     @property
@@ -122,7 +122,7 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What takes most of the time."""
+        """The part that takes most of the time."""
         rank = self.busiest
         shares = {
             "matrix products": rank.compute_seconds,
@@ -134,7 +134,7 @@ class Plan:
 
 
 Traces = dict[object, tuple[StepTrace, Groups]]
-"""What a stage was found to cost: of a kind of stage in a kind of job, see `_trace_pipeline`."""
+"""Cached costs of stages, by kind of stage and kind of job: see `_trace_pipeline`."""
 
 
 def plan_run(
@@ -149,11 +149,12 @@ def plan_run(
 
     Args:
         host_size: devices of a host.
-        known: traces of runs before, which are used where they serve, and added to.
-        inputs: what a batch is, if that was asked before.
+        known: traces of previous runs, which are reused where possible, and added to.
+        inputs: form of a batch, if already known.
 
     Raises:
-        ConfigError: the job is not valid for the world, or what a batch is cannot be known.
+        ConfigError: the job is not valid for the world, or the form of a batch cannot be
+            determined.
     """
     inputs = inputs or Inputs.of(config)
     given, config = config, without_machine(config, world_size)
@@ -208,9 +209,9 @@ def _refuse_unplannable(config: JobConfig, device: Device) -> None:
 def _trace_pipeline(
     config: JobConfig, world_size: int, dims: ParallelDims, known: Traces, inputs: Inputs
 ) -> list[tuple[StepTrace, Groups]]:
-    """A trace for each place in the pipeline, put together from those of its stages.
+    """Return a trace for each place in the pipeline, joined from the traces of its stages.
 
-    Stages that are alike share one, whatever the schedule and the number of micro-batches.
+    Stages that are alike share a trace, whatever the schedule and the number of micro-batches.
     """
     model = meta_model(config)
     signatures = layer_signatures(model, config.training.seq_len, inputs)
@@ -232,7 +233,7 @@ def _trace_pipeline(
 
 
 def _schedule_free(config: JobConfig) -> str:
-    """Equal for jobs whose stages cost the same, if the stages are alike."""
+    """Return a key that is equal for jobs whose like stages cost the same."""
     if config.parallelism.pipeline_parallel_degree > 1:
         config = copy.deepcopy(config)
         config.parallelism.pipeline_parallel_schedule = "1F1B"
@@ -242,7 +243,10 @@ def _schedule_free(config: JobConfig) -> str:
 
 
 def _likeness(part: nn.Module, layers: Mapping[str, str]) -> object:
-    """Equal for stages that cost the same. Args: layers: signature of each of the whole model."""
+    """Return a key that is equal for stages that cost the same.
+
+    Args: layers: signature of each layer of the whole model.
+    """
     others = [
         (name, tuple(p.shape), p.requires_grad)
         for name, p in part.named_parameters()
@@ -266,7 +270,7 @@ def _trace_deep(
 
 
 def _together(traces: list[StepTrace]) -> StepTrace:
-    """Join the traces of one rank's stages, to which the optimizer's work is in proportion."""
+    """Join the traces of one rank's stages; the optimizer's work is proportional to the stages."""
     optimizer = PassTrace()
     for trace in traces:
         optimizer.operations.update(trace.optimizer.operations)
@@ -280,7 +284,7 @@ def _together(traces: list[StepTrace]) -> StepTrace:
 
 
 class _Step:
-    """A step of all ranks of the pipeline, played: its time, and what each of them needs."""
+    """A simulated step of all ranks of the pipeline: its time, and the needs of each rank."""
 
     def __init__(
         self,
@@ -292,7 +296,7 @@ class _Step:
         self._roofline, self._traces = roofline, traces
         self._stages = [stages_at(config, rank) for rank in range(dims.pp)]
         self.global_batch, self.accumulation = resolve_batch(config, dims.dp)
-        self._micro_batches = 1  # of one run through the pipeline
+        self._micro_batches = 1  # in one run through the pipeline
         self.timeline: Timeline | None = None
         costs = self._costs()
         if dims.pp > 1:
@@ -309,7 +313,7 @@ class _Step:
         )
 
     def _costs(self) -> list[StageCost]:
-        """Of all stages, in their order."""
+        """Return the costs of all stages, in their order."""
         costs = {}
         for numbers, (trace, groups) in zip(self._stages, self._traces, strict=True):
             for number, stage in zip(numbers, trace.stages, strict=True):
@@ -348,7 +352,7 @@ class _Step:
         )
 
     def _moments(self, rank: int) -> list[Memory]:
-        """The fullest moments of the parts of a step, of all stages of a rank."""
+        """Return the fullest moment of each part of a step, for all stages of a rank."""
         trace = self._traces[rank][0]
         stages = trace.stages
         state = Memory(
@@ -360,11 +364,11 @@ class _Step:
         if self.timeline is None:
             optimizer = state + gradients + temporary
             return [*(state + moment for moment in stages[0].moments), optimizer]
-        # Buffers for all micro-batches: inputs, their gradients, and gradients of outputs.
+        # Buffers for all micro-batches: inputs, gradients of inputs, and gradients of outputs.
         buffers = sum(2 * stage.hidden_in + stage.hidden_out for stage in stages)
         state += Memory(pipeline_buffers=self._micro_batches * buffers)
         moments = [state + gradients + temporary]
-        # Stages hold their whole parameters and gradients until the end; one at a time computes.
+        # Stages hold whole parameters and gradients until the end; one stage computes at a time.
         kept = sum((replace(s.moments[0], temporary=0) for s in stages), state)
         working = Memory(activations=self.timeline.held[rank])
         for stage in stages:

@@ -1,4 +1,4 @@
-"""Traces of deep models from two traces of shallow ones: costs are linear in the layers."""
+"""Extrapolates traces of deep models from two shallow ones: costs are linear in the layers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .repetition import Repetition
 
 
 def extrapolate(few: StepTrace, more: StepTrace, repetition: Repetition) -> StepTrace:
-    """The trace of a whole stage, whose layers repeat as `repetition` says.
+    """Return the trace of a whole stage, whose layers repeat as in `repetition`.
 
     Args:
-        few: with the first number of `Repetition.traced` of the stage's layers.
-        more: with the second.
+        few: trace with the first number of layers in `Repetition.traced`.
+        more: trace with the second.
     """
-    # How far the whole stage is from the first trace, where the second is at 1.
+    # Distance of the whole stage from the first trace, in units of that between the two traces.
     steps = repetition.repeats - repetition.traced[0]
     pairs = zip(few.stages, more.stages, strict=True)
     return StepTrace(
@@ -51,9 +51,9 @@ def _stage(few: StageTrace, more: StageTrace, repetition: Repetition, steps: flo
 def _aligned(
     few: list[Memory], more: list[Memory], repetition: Repetition
 ) -> Iterator[tuple[Memory, Memory]]:
-    """Moments of the two traces that are as far from the beginning, or else from the end.
+    """Yield moments of the two traces with the same distance from the beginning, or else the end.
 
-    Between the ends memory goes up or down evenly from layer to layer, so no moment is fuller.
+    Between the ends, memory rises or falls evenly from layer to layer: no moment there is fuller.
     """
     first = len(few) - repetition.depth(repetition.edge)
     for i in range(len(few)):
@@ -63,8 +63,8 @@ def _aligned(
 def _memory(few: Memory, more: Memory, steps: float) -> Memory:
     pairs = zip(astuple(few), astuple(more), strict=True)
     parts = [_line(a, b, steps) for a, b in pairs]
-    # The two may be at different places in the layer, with more of one category and less of
-    # another. The total is right all the same.
+    # The two moments may be at different places in the layer, with more of one category and less
+    # of another. The total is still right.
     scale = _line(few.total, more.total, steps) / max(sum(parts), 1.0)
     return Memory(*(scale * part for part in parts))
 
@@ -77,7 +77,10 @@ def _pass(few: PassTrace, more: PassTrace, steps: float) -> PassTrace:
 
 
 def _counts(few: Counter[Any], more: Counter[Any], steps: float) -> Counter[Any]:
-    """Negative for what only the smaller trace has: an optimizer's one call on all parameters is
-    longer in the other, and the sum of both is right."""
+    """Extrapolate counts.
+
+    A key that only the smaller trace has gets a negative count: an optimizer's single call on all
+    parameters is longer in the larger trace, and the sum of both is right.
+    """
     counts = {key: few[key] + steps * (more[key] - few[key]) for key in few | more}
     return Counter({key: count for key, count in counts.items() if count})

@@ -1,4 +1,4 @@
-"""What a step reads: tensors of the shapes of a batch, whose values do not matter."""
+"""The inputs of a step: tensors with the shapes of a batch, whose values do not matter."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch of token ids and labels `[batch, seq]`, or one like those of the model's loader."""
+    """A batch of token ids and labels `[batch, seq]`, or one like the model's own loader gives."""
 
     rows: Batch | None = None
     """One row of each tensor of a batch, on the meta device; None: token ids."""
     own: bool = False
-    """Whether the model has a loader of its own."""
+    """Whether the model has its own loader."""
     unknown: str = ""
-    """Why it does not tell what a batch is."""
+    """Why the loader does not give a batch."""
 
     @classmethod
     def of(cls, job_config: JobConfig) -> Inputs:
-        """Asks a loader of the model's own for a batch.
+        """Get the form of a batch from the model's own loader, if it has one.
 
         Raises:
-            ConfigError: it gives none here, and a model without `vocab_size` reads no token ids;
-                or it gives positions that the model would not get.
+            ConfigError: the loader gives no batch here, and a model without `vocab_size` reads no
+                token ids; or the loader gives positions that the model would not get.
         """
         spec = get_train_spec(job_config.model.name, job_config.model.flavor)
         if not has_own_loader(spec.build_dataloader_fn):
             return TOKEN_IDS
         try:
             batch = _batch_of_one_row(spec, job_config)
-        except Exception as error:  # of the user's code, or for want of data
+        except Exception as error:  # from the user's code, or because data is missing
             unknown = why_no_batch(error)
         else:
             refuse_lone_positions(
                 f"{builder(job_config)}: a batch of the loader", batch, job_config
             )
-            if not job_config.training.document_mask:  # the model does not get them
+            if not job_config.training.document_mask:  # the model does not get these keys
                 batch = {name: row for name, row in batch.items() if name not in USUAL_KEYS[2:]}
             return cls(None if _is_text(batch, job_config) else batch, own=True)
         if getattr(spec.model_args.update_from_config(job_config), "vocab_size", None) is None:
@@ -67,7 +67,7 @@ class Inputs:
         return cls(own=True, unknown=unknown)
 
     def batch(self, size: int, seq_len: int, device: str | None = None) -> Batch:
-        """`size` rows of zeros. Args: seq_len: of token ids."""
+        """Return `size` rows of zeros. Args: seq_len: for token ids."""
         if self.rows is None:
             tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=device)
             return {"tokens": tokens, "labels": tokens.clone()}
@@ -83,11 +83,11 @@ class Inputs:
 
 
 TOKEN_IDS = Inputs()
-"""Of a model that reads texts."""
+"""For a model that reads texts."""
 
 
 def _batch_of_one_row(spec: Any, job_config: JobConfig) -> Batch:
-    """One row of each tensor, as one process of such a job reads it."""
+    """Return one row of each tensor, as one process of such a job reads it."""
     config = copy.deepcopy(job_config)
     config.training.local_batch_size = config.training.global_batch_size = 1
     loader = open_loader(spec, config)

@@ -1,4 +1,4 @@
-"""Follows the memory of tensors, real or fake, as they come and go."""
+"""Tracks the memory of tensors, real or fake, as they are created and freed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .recorder import Recorder
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank at one moment, by what they are for."""
+    """Bytes of a rank at one moment, by purpose."""
 
     parameters: float = 0
     """This rank's part, and buffers of the model."""
@@ -27,15 +27,15 @@ class Memory:
     """This rank's part."""
     optimizer_state: float = 0
     whole_parameters: float = 0
-    """What FSDP has gathered of other ranks' parameters, or casts of weights in a pipeline."""
+    """Parameters of other ranks gathered by FSDP, or casts of weights in a pipeline."""
     whole_gradients: float = 0
-    """What FSDP has yet to scatter, between the micro-batches of a pipeline."""
+    """Gradients that FSDP has yet to scatter, between the micro-batches of a pipeline."""
     activations: float = 0
-    """What forward passes keep for backward passes."""
+    """Kept by forward passes for backward passes."""
     pipeline_buffers: float = 0
-    """What stages of a pipeline receive from their neighbours."""
+    """Received by stages of a pipeline from their neighbours."""
     temporary: float = 0
-    """All else."""
+    """Everything else."""
 
     @property
     def total(self) -> float:
@@ -47,12 +47,12 @@ class Memory:
 
 @sees_rings
 class PeakMemory(Recorder):
-    """Within it, counts the bytes of all live tensors that operations make, and their peak.
+    """Counts the bytes of all live tensors made by operations, and their peak, while it is entered.
 
-    A storage counts once, however many views it has, from its first sight until it is freed, and
-    FSDP's resizing of storages is followed. Tensors that wrap others, such as DTensors, have no
-    memory of their own. PyTorch's `MemTracker` counts a DTensor's optimizer state in its global
-    size (seen with torch 2.13), hence this one.
+    A storage counts once, however many views it has, from the first time it is seen until it is
+    freed. FSDP's resizing of storages is followed. Tensors that wrap others, such as DTensors, have
+    no memory of their own. PyTorch's `MemTracker` is not used because it counts a DTensor's
+    optimizer state in its global size (seen with torch 2.13).
     """
 
     def __init__(self) -> None:
@@ -60,13 +60,13 @@ class PeakMemory(Recorder):
         self.current = 0
         self.peak = 0
         self.resized: set[int] = set()
-        """Numbers of the storages that were resized: what FSDP gathers into."""
+        """Numbers of the storages that were resized: those that FSDP gathers into."""
         self._sizes: dict[int, int] = {}  # address -> bytes
-        self._numbers: dict[int, int] = {}  # address -> number; addresses are used again
+        self._numbers: dict[int, int] = {}  # address -> number; addresses are reused
         self._seen = 0
         self._events: list[tuple[int, int]] = []  # number, change in bytes
-        self._start: dict[int, int] = {}  # of the events: number -> bytes
-        self._peak_at = 0  # events until then
+        self._start: dict[int, int] = {}  # before the events: number -> bytes
+        self._peak_at = 0  # number of events up to the peak
 
     def add(self, *tensors: torch.Tensor) -> None:
         """Count tensors that exist already, such as parameters."""
@@ -75,16 +75,16 @@ class PeakMemory(Recorder):
                 self._see(plain.untyped_storage())
 
     def reset_peak(self) -> None:
-        """Forget what was before."""
+        """Forget the peak so far."""
         self.peak, self._peak_at = self.current, 0
         self._start, self._events = self.live(), []
 
     def live(self) -> dict[int, int]:
-        """Number of each storage that exists -> its bytes. A number is never used again."""
+        """Return number -> bytes of each live storage. A number is never reused."""
         return {self._numbers[address]: size for address, size in self._sizes.items()}
 
     def live_at_peak(self) -> dict[int, int]:
-        """`live()`, at the peak since the last reset."""
+        """Return `live()` at the peak since the last reset."""
         sizes = Counter(self._start)
         for number, change in self._events[: self._peak_at]:
             sizes[number] += change
@@ -138,7 +138,7 @@ class PeakMemory(Recorder):
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the memory of `tensor`."""
+    """Return the tensors that hold the memory of `tensor`."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

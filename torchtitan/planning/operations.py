@@ -1,4 +1,4 @@
-"""Records what a device computes: each operation's FLOPs and the bytes that it moves."""
+"""Records the work of a device: each operation's FLOPs and the bytes that it moves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Operation:
 
 @sees_rings
 class OperationRecorder(Recorder):
-    """Within it, every operation on local tensors is counted in `operations`.
+    """Counts every operation on local tensors in `operations`, while it is entered.
 
     Views cost nothing.
     """
@@ -66,12 +66,12 @@ ATTENTION = (
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """An expanded tensor has fewer than its elements."""
+    """Return a tensor's bytes; an expanded tensor has fewer bytes than its elements suggest."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _is_free(func: Any) -> bool:
-    """A view, or memory that nothing is written to."""
+    """Whether an operation is a view, or allocates memory without writing to it."""
     returns = func._schema.returns
     alias = returns[0].alias_info if returns else None
     is_view = alias is not None and not alias.is_write
@@ -94,7 +94,7 @@ def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
 
 
 def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
-    """FLOPs of the two products of a forward pass, without what kernels skip."""
+    """Return the FLOPs of the two products of a forward pass, without pairs that kernels skip."""
     names = (argument.name for argument in func._schema.arguments)
     named = dict(zip(names, args, strict=False)) | kwargs
     batch, heads, seq, head_dim = named["query"].shape
@@ -105,6 +105,6 @@ def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
 
 
 def _grouped(args: Any) -> int:
-    """FLOPs of the product for the gradient of weights, whose rows groups share out."""
+    """Return the FLOPs of the weight gradient's product, whose rows are divided among groups."""
     a, b = args[0], args[1]
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]

@@ -1,4 +1,4 @@
-"""A plan as one HTML file with drawings, which needs no network."""
+"""Draws a plan as one HTML file, which needs no network."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ACTIONS = {
     REDUCE: ("reduction of gradients", "#ff725c"),
 }
 WIDTH, ROW, LEFT = 1000, 26, 90
-_MOST_SPANS = 20_000  # a browser is slow with more
+_MOST_SPANS = 20_000  # more make a browser slow
 _STYLE = """
 .key span { display: inline-block; width: 1em; height: 1em; margin: 0 .4em 0 1em;
   vertical-align: -2px; }
@@ -39,7 +39,7 @@ td:last-child { white-space: nowrap; }
 
 
 def page(plan: Plan, budget: Budget | None = None) -> str:
-    """The whole file."""
+    """Return the whole file."""
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary(plan, budget))
     timeline = ""
     if plan.timeline:
@@ -57,7 +57,7 @@ def page(plan: Plan, budget: Budget | None = None) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """A bar for each rank of the pipeline, and a line where the device is full."""
+    """Draw a bar for each rank of the pipeline, and a line at the device's limit."""
     scale = (WIDTH - LEFT) / (1.05 * max(plan.peak, plan.available))
     parts = []
     for row, rank in enumerate(plan.ranks):
@@ -77,7 +77,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _timeline(timeline: Timeline) -> str:
-    """A row for each rank of the pipeline. later stages of a rank are paler."""
+    """Draw a row for each rank of the pipeline. Later stages of a rank are paler."""
     number = sum(map(len, timeline.spans.values()))
     if number > _MOST_SPANS:
         return f"<p>{number:,} actions, too many to draw.</p>"

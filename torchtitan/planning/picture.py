@@ -1,4 +1,4 @@
-"""A plan as a PNG picture: memory by category, and the pipeline's timeline below."""
+"""Draws a plan as a PNG picture: memory by category, with the pipeline's timeline below."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .schedule import Timeline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST_ROWS = 64  # more cannot be told apart
+_MOST_ROWS = 64  # more rows are indistinguishable
 
 
 def png(plan: Plan) -> bytes:
-    """The file's bytes."""
+    """Return the bytes of the PNG file."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -36,7 +36,7 @@ def png(plan: Plan) -> bytes:
 
 
 def _draw_memory(axes: Axes, plan: Plan, rows: int) -> None:
-    """A bar for each pipeline rank, in GiB, and a line where the device is full."""
+    """Draw a bar for each pipeline rank, in GiB, and a line at the device's limit."""
     left = [0.0] * rows
     for name, color in COLORS.items():
         sizes = [getattr(rank.memory, name) / GIB for rank in plan.ranks[:rows]]
@@ -50,7 +50,7 @@ def _draw_memory(axes: Axes, plan: Plan, rows: int) -> None:
 
 
 def _draw_timeline(axes: Axes, plan: Plan, timeline: Timeline, rows: int) -> None:
-    """What each pipeline rank does when. Later stages of a rank are paler."""
+    """Draw the actions of each pipeline rank over time. Later stages of a rank are paler."""
     for row, spans in enumerate(list(timeline.spans.values())[:rows]):
         stages = sorted({action.stage for action, _, _ in spans})
         axes.broken_barh(

@@ -1,4 +1,4 @@
-"""What the recorders of memory, operations and collectives have in common."""
+"""The common base of the recorders of memory, operations and collectives."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Recorder(TorchDispatchMode):
-    """Within it, `record` is called after each operation on local tensors, real or fake.
+    """Calls `record` after each operation on local tensors, real or fake, while it is entered.
 
-    Not after those by which DTensor works out shapes: it does so with fake tensors of global size,
-    on which nothing is computed in truth.
+    Operations by which DTensor propagates shapes are left out: they use fake tensors of global
+    size, on which nothing is really computed.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if DTensor in types:
-            return NotImplemented  # it comes back with the operations on its parts
+            return NotImplemented  # DTensor then dispatches the operations on its local parts
         result = func(*args, **(kwargs or {}))
         if not self._paused:
             self.record(func, args, kwargs or {}, result)

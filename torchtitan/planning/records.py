@@ -1,4 +1,4 @@
-"""What a trace holds."""
+"""The contents of a trace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .operations import Operation
 
 @dataclass
 class PassTrace:
-    """What a forward or backward pass of one stage, or the optimizer step, does."""
+    """Work of a forward or backward pass of one stage, or of the optimizer step."""
 
     operations: Counter[Operation] = field(default_factory=Counter)
     collectives: Counter[Collective] = field(default_factory=Counter)
@@ -20,34 +20,33 @@ class PassTrace:
 
 @dataclass
 class StageTrace:
-    """One stage of this rank. Bytes of this rank."""
+    """One stage of this rank. Bytes are those on this rank."""
 
     parameters: float = 0
-    """Buffers of the model included."""
+    """Includes buffers of the model."""
     gradients: float = 0
     optimizer_state: float = 0
     activations: float = 0
-    """What a forward pass keeps for its backward pass, the output included, the input not."""
+    """Kept by a forward pass for its backward pass, including the output, without the input."""
     hidden_in: float = 0
-    """What comes from the stage before."""
+    """Received from the stage before."""
     hidden_out: float = 0
-    """What goes to the next stage."""
+    """Sent to the next stage."""
     moments: list[Memory] = field(default_factory=list)
-    """The fullest moment of each part of a step, without parameters and optimizer state: of the
-    forward pass before, in and after the last layer, of the backward pass before the last layer
-    and in each layer. In a
-    pipeline of one micro-batch and of the reduction of gradients, without activations and buffers,
-    which the schedule decides."""
+    """The fullest moment of each part of a step, without parameters and optimizer state. Without a
+    pipeline: of the forward pass before, in and after the last layer, and of the backward pass
+    before the last layer and in each layer. In a pipeline: of one micro-batch, and of the reduction
+    of gradients, without activations and buffers, which the schedule decides."""
     forward: PassTrace = field(default_factory=PassTrace)
     """The forward pass of one micro-batch; `backward` likewise."""
     backward: PassTrace = field(default_factory=PassTrace)
     start: PassTrace = field(default_factory=PassTrace)
-    """What else the first forward pass of a step does: gather parameters, in a pipeline."""
+    """Additional work of a step's first forward pass: gathering parameters, in a pipeline."""
     finish: PassTrace = field(default_factory=PassTrace)
-    """What else the last backward pass of a step does: reduce gradients that were postponed."""
+    """Additional work of a step's last backward pass: reducing gradients that were postponed."""
 
     def keep(self, activations: float) -> None:
-        """Of the activations only so many bytes, at each moment in proportion."""
+        """Reduce the activations to this many bytes, at each moment in proportion."""
         share = min(1.0, activations / max(self.activations, 1))
         self.activations *= share
         self.moments = [
@@ -57,18 +56,18 @@ class StageTrace:
 
 @dataclass
 class StepTrace:
-    """What one rank does in an optimizer step, in a steady state."""
+    """Work of one rank in an optimizer step, in a steady state."""
 
     parameters: float
-    """Elements of all stages of this rank that this rank holds."""
+    """Elements held by this rank, of all its stages."""
     stages: list[StageTrace] = field(default_factory=list)
     optimizer: PassTrace = field(default_factory=PassTrace)
     optimizer_temporary: float = 0
-    """Bytes at the peak of the optimizer step, above parameters, gradients and its state."""
+    """Bytes at the peak of the optimizer step, above parameters, gradients and optimizer state."""
 
     @property
     def collectives(self) -> Counter[Collective]:
-        """Those of a whole step with one micro-batch."""
+        """Collectives of a whole step with one micro-batch."""
         total = Counter(self.optimizer.collectives)
         for stage in self.stages:
             for part in (stage.start, stage.forward, stage.backward, stage.finish):

@@ -1,4 +1,4 @@
-"""Layers that repeat: a few of them are traced, and the rest follow."""
+"""Finds layers that repeat: only a few of them are traced, and the rest is extrapolated."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torchtitan.protocols.model import layers_of
 from .inputs import TOKEN_IDS, Inputs
 
 _EDGE = 2
-"""Layers at each end that are not like those between, as FSDP holds a layer and the next."""
+"""Layers at each end that differ from those between, since FSDP holds a layer and the next."""
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """The layers of a model: `first` that are unlike, then `repeats` times the same `period`."""
+    """The layers of a model: `first` different ones, then `repeats` times the same `period`."""
 
     first: int
     period: int
@@ -34,11 +34,11 @@ class Repetition:
     def of(
         cls, model: nn.Module, seq_len: int, multiple: int = 1, inputs: Inputs = TOKEN_IDS
     ) -> Repetition:
-        """The one with the fewest different layers.
+        """Return the repetition with the fewest different layers.
 
         Args:
-            inputs: what a batch is.
-            multiple: the period is a multiple of this, as every n-th layer is treated differently.
+            inputs: form of a batch.
+            multiple: the period is a multiple of this, if every n-th layer is treated differently.
         """
         signatures = layer_signatures(model, seq_len, inputs)
         layers = len(signatures)
@@ -56,17 +56,17 @@ class Repetition:
         return best
 
     def depth(self, repeats: int) -> int:
-        """Layers with only so many repetitions."""
+        """Return the number of layers with this many repetitions."""
         return self.first + repeats * self.period
 
     @property
     def edge(self) -> int:
-        """Repetitions at each end that are not like those between."""
+        """Repetitions at each end that differ from those between."""
         return math.ceil(_EDGE / self.period)
 
     @property
     def traced(self) -> tuple[int, int]:
-        """Repetitions in the two traces from which the whole is extrapolated."""
+        """Repetitions in the two traces from which the whole model is extrapolated."""
         return 2 * self.edge, 2 * self.edge + 1
 
     @property
@@ -83,16 +83,16 @@ def keep_layers(model: nn.Module, count: int) -> None:
 
 
 def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs) -> list[str]:
-    """For each of `model.layers` a text, equal where modules, shapes and settings are, and
-    where the model calls them alike.
+    """Return a text for each of `model.layers`, equal for layers with equal modules, shapes and
+    settings that the model calls alike.
 
     Args:
         model: on the meta device, or a stage of it.
-        inputs: what a batch is.
+        inputs: form of a batch.
     """
     settings = [_settings(layer) for layer in layers_of(model).values()]
     numbers = [int(name) if name.isdecimal() else -1 for name in layers_of(model)]
-    # A layer that knows its number is not different for it.
+    # Layers that differ only in knowing their own number are equal.
     shared = set.intersection(*(set(s) for s in settings)) if settings else set()
     own_number = {
         key
@@ -107,14 +107,15 @@ def layer_signatures(model: nn.Module, seq_len: int, inputs: Inputs) -> list[str
 
 
 def _calls(model: nn.Module, batch: Batch) -> list[object]:
-    """What each layer gets besides hidden states: masks, rotations. Equal for the same objects.
+    """Return the arguments of each layer besides hidden states, such as masks or rotations.
 
-    A model may treat layers of the same kind differently, with a window for some of them.
+    The same object gives the same value. A model may treat layers of the same kind differently,
+    such as with a window for some of them.
     """
     layers = list(layers_of(model).values())
     calls: dict[nn.Module, object] = {}
     numbers: dict[int, int] = {}
-    alive: list[object] = []  # so that no address is used twice
+    alive: list[object] = []  # keeps objects alive, so that no id is reused
 
     def stub(layer: nn.Module, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
         leaves = tree_leaves((args, kwargs))
@@ -125,13 +126,13 @@ def _calls(model: nn.Module, batch: Batch) -> list[object]:
             else f"object {numbers.setdefault(id(leaf), len(numbers))}"
             for leaf in leaves
         ]
-        return hidden.float()  # tokens, where a stage begins with layers
+        return hidden.float()  # these are tokens, if a stage begins with layers
 
     with torch.device("meta"), torch.no_grad(), ExitStack() as stack:
         for layer in layers:
             stack.enter_context(patch.object(layer, "forward", partial(stub, layer)))
-        # What follows the layers may fail, where they got tokens for hidden states. A model of the
-        # user's may need other inputs still, and its layers are taken as all different.
+        # Code after the layers may fail, if it gets tokens instead of hidden states. A user's model
+        # may need other inputs as well; then all its layers count as different.
         with suppress(Exception):
             model(batch["tokens"], **own_inputs(batch))
     if len(calls) < len(layers):

@@ -1,4 +1,4 @@
-"""A plan, or what a search found, as tables for the terminal; a plan as JSON."""
+"""Formats a plan, or the result of a search, as tables for the terminal; a plan also as JSON."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ CATEGORIES = {
     "pipeline_buffers": "pipeline buffers",
     "temporary": "temporary",
 }
-"""Field of `Memory` -> heading."""
+"""Field of `Memory` -> column heading."""
 _SEARCH_HEADER = ["layout", "checkpointing", "micro-batch", "schedule", "step s", "tokens/s"]
 _SEARCH_HEADER += ["MFU", "peak GiB", ""]
 _SHOWN = 12
 _WIDTH = 200
-"""Of a log."""
+"""Width in a log."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a number of tokens costs."""
+    """Cost of a number of tokens."""
 
     tokens: float
     steps: int
     seconds: float
     device_hours: float
     cost: float | None
-    """At a price of a device and hour."""
+    """At a price for one device and hour."""
 
     @classmethod
     def of(cls, plan: Plan, tokens: float, price: float | None) -> Budget:
@@ -51,7 +51,7 @@ class Budget:
 
 
 def show(plan: Plan, budget: Budget | None = None) -> None:
-    """Print to stdout."""
+    """Print a plan to stdout."""
     out = console(_WIDTH)
     out.print(headline(plan), soft_wrap=True)
     title = "memory of a rank at its peak, GiB"
@@ -62,7 +62,7 @@ def show(plan: Plan, budget: Budget | None = None) -> None:
 
 
 def show_found(found: Found) -> None:
-    """Print to stdout."""
+    """Print the result of a search to stdout."""
     out = console(_WIDTH)
     out.print(
         f"{found.considered:,} layouts considered, {len(found.traced)} traced, "
@@ -84,7 +84,7 @@ def headline(plan: Plan) -> str:
 
 
 def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells: one row for pipeline ranks that need the same."""
+    """Return the header and the rows: one row for neighbouring pipeline ranks with equal needs."""
     used = [
         name for name in CATEGORIES if any(getattr(r.memory, name) >= 2**20 for r in plan.ranks)
     ]
@@ -102,7 +102,7 @@ def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 
 def traffic_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
-    """What the pipeline rank that sends for the longest time sends, as a table."""
+    """Return as a table the communication of the pipeline rank that sends for the longest time."""
     header = ["collective", "group", "ranks", "link", "calls", "GB", "seconds"]
     rank = max(plan.ranks, key=lambda r: sum(t.seconds for t in r.traffic))
     rows = [
@@ -121,7 +121,7 @@ def traffic_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 
 def search_rows(found: Found) -> list[list[str]]:
-    """The fastest that fit, and all of the Pareto front; if none fits, the smallest."""
+    """Return the fastest layouts that fit and the Pareto front; if none fits, the smallest."""
     front = {id(plan) for _, plan in found.pareto}
     shown = [
         pair for i, pair in enumerate(found.fitting) if i < _SHOWN or id(pair[1]) in front
@@ -177,7 +177,7 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
 
 
 def as_json(plan: Plan, budget: Budget | None) -> dict[str, Any]:
-    """Bytes, seconds and shares, unrounded."""
+    """Return bytes, seconds and shares, unrounded."""
     model = plan.config.model
     return {
         "model": {"name": model.name, "flavor": model.flavor, "parameters": plan.nparams},
@@ -200,7 +200,7 @@ def as_json(plan: Plan, budget: Budget | None) -> dict[str, Any]:
 
 
 def _alike(ranks: list[RankPlan]) -> list[list[RankPlan]]:
-    """Neighbours that need the same memory, together."""
+    """Group neighbours that need the same memory."""
     groups: list[list[RankPlan]] = []
     for rank in ranks:
         if groups and groups[-1][0].memory == rank.memory:

@@ -1,8 +1,8 @@
-"""How long operations and collectives take on a device: a roofline.
+"""Estimates the time of operations and collectives on a device with a roofline.
 
 A matrix product takes its FLOPs over the device's rate, any other operation its bytes over the
-memory's, a collective its bytes over the link's, whichever of computing and overlapped
-communication is longer.
+memory's rate, a collective its bytes over the link's rate. Of computing and overlapped
+communication, the longer one counts.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from .records import PassTrace, StageTrace
 from .schedule import StageCost
 
 OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate", "expert_dp_replicate")
-"""Groups whose collectives run while the device computes; others are waited for."""
+"""Groups whose collectives overlap with computing; the device waits for all others."""
 FLOAT8_PRODUCTS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm")
 ATTENTION_KERNELS = tuple(f"aten::{name}" for name in ATTENTION)
 FUSED = 0.7
-"""Share of the bytes of element-wise operations that is left when they are compiled together."""
+"""Remaining share of the bytes of element-wise operations when they are compiled together."""
 FUSED_QUANTIZED = 0.25
-"""The same of a model whose products are of 8 bits: rounding to them is many operations, of which
-one or two kernels are left."""
+"""The same for a model with 8-bit products: rounding takes many operations, which fuse into one or
+two kernels."""
 
 Groups = dict[str, list[int]]
-"""Name -> numbers of the ranks of a group."""
+"""Group name -> its ranks."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a rank sends to a group in a step."""
+    """Bytes that a rank sends to a group in a step."""
 
     group: str
     kind: str
     ranks: int
     link: str
-    """`host` if the group is within one, else `network`."""
+    """`host` if the group is within one host, else `network`."""
     calls: float
     sent: float
     """Bytes."""
@@ -47,7 +47,7 @@ class Traffic:
 
 
 class Roofline:
-    """Durations on one kind of device."""
+    """Computes durations on one kind of device."""
 
     def __init__(
         self, device: Device, host_size: int, compiled: bool, quantized: bool = False
@@ -72,16 +72,16 @@ class Roofline:
         )
 
     def seconds(self, trace: PassTrace, groups: Groups, eager: bool = False) -> float:
-        """Time of a pass: overlapped communication shows where it is longer than computing."""
+        """Return the time of a pass; overlapped communication counts if longer than computing."""
         matrix, other = self.compute(trace, eager)
         waited, overlapped = self._communication(trace.collectives, groups)
         return max(matrix + other + waited, overlapped)
 
     def compute(self, trace: PassTrace, eager: bool = False) -> tuple[float, float]:
-        """Seconds of matrix products, and of all else.
+        """Return the seconds of matrix products, and of everything else.
 
         Args:
-            eager: of what is not compiled with the model, such as the optimizer.
+            eager: for work that is not compiled with the model, such as the optimizer.
         """
         device = self._device
         byte_rate = device.bandwidth * device.bandwidth_efficiency
@@ -107,7 +107,7 @@ class Roofline:
     def _communication(
         self, collectives: Mapping[Collective, float], groups: Groups
     ) -> tuple[float, float]:
-        """Seconds that are waited for, and that overlap with computing."""
+        """Return the seconds of collectives that are waited for, and of those that overlap."""
         waited = overlapped = 0.0
         for collective, calls in collectives.items():
             ranks = groups.get(collective.group, [0])
@@ -119,10 +119,10 @@ class Roofline:
         return waited, overlapped
 
     def _transfer(self, kind: str, sent: float, ranks: list[int]) -> float:
-        """Seconds until a rank has sent so many bytes to its group.
+        """Return the seconds until a rank has sent this many bytes to its group.
 
-        In a ring few ranks of a host send to another host, so they share its network cards. In an
-        all-to-all each rank sends to all others, at the same time within the host and by its own
+        In a ring, few ranks of a host send to another host, so they share its network cards. In an
+        all-to-all, each rank sends to all others: at the same time within the host, and by its own
         share of the network.
         """
         device = self._device

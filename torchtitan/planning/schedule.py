@@ -1,7 +1,7 @@
-"""When each stage of a pipeline works, waits and holds activations: PyTorch's schedules, played.
+"""Simulates PyTorch's pipeline schedules: when each stage works, waits and holds activations.
 
-The order of actions is that of the schedule class that the training will use; only the durations
-are estimates.
+The order of actions comes from the schedule class that training will use; only the durations are
+estimates.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ FORWARD, BACKWARD, INPUT, WEIGHT, REDUCE = "F", "B", "I", "W", "R"
 
 @dataclass(frozen=True)
 class Action:
-    """Something that a rank does for one micro-batch."""
+    """One action of a rank for one micro-batch."""
 
     stage: int
     kind: str
-    """`F`orward; `B`ackward, or its two parts: of the `I`nput and of the `W`eights; `R`eduction of
+    """`F`orward; `B`ackward, or its two parts for the `I`nput and the `W`eights; `R`eduction of
     the gradients among data ranks, after the last micro-batch."""
     micro_batch: int
 
@@ -39,11 +39,11 @@ class StageCost:
     forward: float
     backward: float
     send: float = 0.0
-    """Seconds until the next stage has the output, or the one before the gradient."""
+    """Seconds until the next stage has the output, or the previous stage the gradient."""
     activations: float = 0.0
-    """Bytes from the forward pass until the backward pass."""
+    """Bytes held from the forward pass until the backward pass."""
     start: float = 0.0
-    """Seconds that the first forward pass takes longer, as it waits for parameters."""
+    """Extra seconds of the first forward pass, which waits for parameters."""
     finish: float = 0.0
     """Seconds of the reduction of the gradients."""
 
@@ -57,7 +57,7 @@ class StageCost:
 
 @dataclass
 class Timeline:
-    """What became of a schedule."""
+    """The result of simulating a schedule."""
 
     seconds: float
     """From the first action to the last."""
@@ -76,7 +76,7 @@ class Timeline:
 def actions_of(
     schedule: str, stages_of_rank: Sequence[Sequence[int]], micro_batches: int
 ) -> dict[int, list[Action]]:
-    """Rank -> its actions in order.
+    """Return rank -> its actions in order.
 
     Args:
         schedule: `parallelism.pipeline_parallel_schedule`.
@@ -102,7 +102,7 @@ def actions_of(
 
 
 def _one_stage(schedule: str, stage: int, stages: int, micro_batches: int) -> list[Action]:
-    """GPipe and 1F1B, which PyTorch has as code alone (the orders that it prints are off)."""
+    """Return the order of GPipe or 1F1B, which PyTorch has only as code (printed ones are off)."""
     ahead = micro_batches if schedule == "GPipe" else min(micro_batches, stages - stage)
     actions = [Action(stage, FORWARD, number) for number in range(ahead)]
     for number in range(micro_batches):
@@ -113,7 +113,7 @@ def _one_stage(schedule: str, stage: int, stages: int, micro_batches: int) -> li
 
 
 def _flatten(actions: Sequence[Any]) -> Iterator[Action]:
-    """Without communication, and with actions that are done together one after the other."""
+    """Drop communication, and serialize actions that run together."""
     for action in filter(None, actions):
         for part in action.sub_actions or [action]:
             kind = part.computation_type.value
@@ -122,11 +122,11 @@ def _flatten(actions: Sequence[Any]) -> Iterator[Action]:
 
 
 def play(actions: Mapping[int, Sequence[Action]], costs: Sequence[StageCost]) -> Timeline:
-    """Let each rank do its actions in order, each as soon as what it needs has arrived.
+    """Simulate each rank's actions in order, each as soon as its inputs have arrived.
 
     Args:
         actions: rank -> its actions, from `actions_of`.
-        costs: of each stage.
+        costs: of each stage, in order.
 
     Raises:
         ValueError: the actions wait for one another in a circle.
@@ -169,7 +169,7 @@ def _ready(
     costs: Sequence[StageCost],
     rank_of: Mapping[int, int],
 ) -> float | None:
-    """When what the action needs is there; None if that is not known yet."""
+    """Return when the inputs of an action have arrived; None if that is not known yet."""
     stage, micro_batch = action.stage, action.micro_batch
     if action.kind == WEIGHT:
         return ends.get(Action(stage, INPUT, micro_batch))

@@ -1,4 +1,4 @@
-"""Looks for the fastest layout that fits: all by arithmetic, the most promising by traces."""
+"""Searches for the fastest layout that fits: all by arithmetic, the most promising by traces."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from .trace import try_layout
 
 _MEMORY_MARGIN = 1.15
 _TIME_MARGIN = 1.1
-"""How far above the traces the arithmetic may be: candidates beyond are not traced. Seen: it is 1%
-above them to 14% below in time, 14% above to 22% below in memory (Llama 3 70B on 256)."""
+"""Tolerated excess of the arithmetic over the traces: candidates beyond it are not traced. Seen: 1%
+above to 14% below in time, 14% above to 22% below in memory (Llama 3 70B on 256)."""
 
 
 @dataclass
 class Found:
-    """What a search came to."""
+    """The result of a search."""
 
     considered: int = 0
-    """Candidates that arithmetic looked at."""
+    """Candidates that were estimated by arithmetic."""
     traced: list[tuple[Candidate, Plan]] = field(default_factory=list)
     finished: bool = True
-    """Whether every candidate that could win was traced in the time there was."""
+    """Whether every candidate that could win was traced in the given time."""
     hopeless: bool = False
-    """Whether none fits by arithmetic, and by a trace not the smallest, the only one traced."""
+    """Whether none fits by arithmetic, nor the smallest, the only one traced, by its trace."""
 
     @property
     def fitting(self) -> list[tuple[Candidate, Plan]]:
@@ -48,7 +48,7 @@ class Found:
 
     @property
     def pareto(self) -> list[tuple[Candidate, Plan]]:
-        """The layouts that no other beats in both time and memory, fastest first."""
+        """The layouts that no other one beats in both time and memory, fastest first."""
         front: list[tuple[Candidate, Plan]] = []
         for candidate, plan in self.fitting:
             if not front or plan.peak < front[-1][1].peak:
@@ -64,15 +64,15 @@ def search(
     seconds: float = 300.0,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Found:
-    """Trace candidates in the order of their times by arithmetic, until none left can win.
+    """Trace candidates in the order of their estimated times, until none left can win.
 
     Args:
-        seconds: stop then at the latest, after at least one trace.
-        tell: called with what is being done.
+        seconds: time limit, which applies after at least one trace.
+        tell: called with a description of the current work.
 
     Raises:
-        ConfigError: the job names no global batch or has replica groups, or no layout of so many
-            devices can be.
+        ConfigError: the job sets no global batch or has replica groups, or no layout of this many
+            devices is possible.
     """
     _check(config)
     end = time.monotonic() + seconds
@@ -86,7 +86,7 @@ def search(
     available = device.memory - device.host_memory_reserved
 
     def by_time(most: float) -> list[Candidate]:
-        """The fastest first, of those that take at most `most` bytes by arithmetic."""
+        """Return candidates that need at most `most` bytes by arithmetic, fastest first."""
         possible = [c for c in every if arithmetic.memory(c) <= most]
         return sorted(possible, key=lambda c: (arithmetic.seconds(c), c.cp, c.tp))
 
@@ -99,7 +99,7 @@ def search(
         try:
             job = candidate.config(config)
             plan = plan_run(job, world_size, device, host_size, known, inputs)
-        except ConfigError as error:  # a rule of this model, such as the number of heads
+        except ConfigError as error:  # the model refuses it, for example for its number of heads
             refused.append(error)
             return None
         found.traced.append((candidate, plan))
@@ -107,7 +107,7 @@ def search(
 
     most = _MEMORY_MARGIN * available
     queue = by_time(most)
-    if not queue:  # the smallest that can be shows by how much the arithmetic is too high
+    if not queue:  # the smallest valid candidate shows how far the arithmetic is too high
         for candidate in sorted(every, key=arithmetic.memory):
             if plan := trace(candidate):
                 found.hopeless = plan.room < 0
@@ -129,10 +129,10 @@ def search(
 
 
 def _without_impossible_cp(every: list[Candidate], config: JobConfig) -> list[Candidate]:
-    """Leave out context parallelism if the model refuses it.
+    """Remove candidates with context parallelism if the model refuses it.
 
     Raises:
-        ConfigError: it does, and no layout is without.
+        ConfigError: the model refuses it, and no layout is without it.
     """
     whole = [candidate for candidate in every if candidate.cp == 1]
     if len(whole) == len(every):

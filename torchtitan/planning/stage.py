@@ -1,4 +1,4 @@
-"""Traces the micro-batches of one stage, or of a whole model where there is no pipeline."""
+"""Traces the micro-batches of one stage, or of a whole model if there is no pipeline."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ if TYPE_CHECKING:
 class StageTracer:
     """Traces stage `stage` of the pipeline, 0 without one; its gradients are left in place.
 
-    Within `memory` and `recorder`, which must know the parameters and the optimizer's state.
+    Must run within `memory` and `recorder`, which must know the parameters and the optimizer's
+    state.
 
     Args:
-        inputs: what a batch is.
-        handed: like what a stage gets from the one before; None: hidden states.
+        inputs: form of a batch.
+        handed: tensors like those from the previous stage; None: hidden states.
     """
 
     def __init__(
@@ -78,9 +79,9 @@ class StageTracer:
         return self._trace
 
     def kept(self) -> int:
-        """Bytes that a forward pass keeps for its backward pass, parameters not counted.
+        """Return the bytes that a forward pass keeps for its backward pass, without parameters.
 
-        For a part that is compiled: `run` has recorders, beside which the compiler does nothing.
+        For a compiled part: `run` has recorders, under which the compiler does nothing.
         """
         entry = (self._tokens,) if self._is_first else self._hidden_states()
         saved: dict[int, torch.UntypedStorage] = {}
@@ -95,7 +96,7 @@ class StageTracer:
             out = self._part(*entry, **self._inputs)
             if self._is_last:
                 out = self._loss_fn(out, self._labels)
-        # What FSDP has gathered is a parameter now, or empty.
+        # Storages gathered by FSDP are parameters now, or empty.
         given |= {_storage(tensor)._cdata for tensor in self._state()}
         kept = sum(storage.nbytes() for key, storage in saved.items() if key not in given)
         return kept + (0 if self._is_last else sum(map(_local_bytes, tensors_of(out))))
@@ -104,7 +105,7 @@ class StageTracer:
         return [*self._part.parameters(), *self._part.buffers()]
 
     def _trace_whole(self) -> None:
-        """F B, or under gradient accumulation F B F B, where the last differs."""
+        """Trace F B, or under gradient accumulation F B F B, where the last pair differs."""
         trace, memory = self._trace, self._memory
         base = memory.live()
         _, accumulation = resolve_batch(self._config, self._dims.dp)
@@ -150,9 +151,9 @@ class StageTracer:
             trace.moments.append(Memory(**shares))
 
     def _trace_pipeline(self) -> None:
-        """F0 F1 B0 B1; `PipelineStage` postpones the reduction of gradients to the end.
+        """Trace F0 F1 B0 B1; `PipelineStage` postpones the reduction of gradients to the end.
 
-        F1 is like each forward pass but the first, which may gather parameters; so is B1.
+        F1 is like every forward pass except the first, which may gather parameters; B1 likewise.
         """
         trace, memory = self._trace, self._memory
         base = memory.current
@@ -164,7 +165,7 @@ class StageTracer:
             trace.activations = memory.current - start
             trace.start.collectives = first.collectives - trace.forward.collectives
             for module in self._fsdp:
-                # As `PipelineStage.backward_maybe_with_nosync` has it.
+                # As `PipelineStage.backward_maybe_with_nosync` does.
                 module.set_is_last_backward(False)
                 module.set_reshard_after_backward(False)
                 module.set_requires_gradient_sync(False)
@@ -174,7 +175,7 @@ class StageTracer:
             self._backward(outs.pop(0), trace.backward)
             temporary, held = memory.peak - start, memory.current
         whole = memory.current - base
-        casts = held - memory.current  # of weights, which ended with autocast
+        casts = held - memory.current  # casts of weights, which were freed with autocast
         memory.reset_peak()
         with recording(self._recorder, trace.finish):
             self._reduce_gradients()
@@ -195,7 +196,7 @@ class StageTracer:
         ]
 
     def _parameters_share(self) -> float:
-        """The parameters' share of what FSDP holds whole, besides gradients in another dtype."""
+        """Return the parameters' share of FSDP's whole tensors; gradients may differ in dtype."""
         training = self._config.training
         bits = [
             torch.finfo(getattr(torch, dtype)).bits
@@ -210,8 +211,9 @@ class StageTracer:
         ).perform_reduce_grad(1)
 
     def _forward(self, record: PassTrace, end_of_phase: Callable[[], None] | None = None) -> _Pass:
-        """Args: end_of_phase: called around the last layer, and when the backward pass comes to a
-        layer.
+        """Run a forward pass.
+
+        Args: end_of_phase: called around the last layer, and when backward reaches a layer.
         """
         part, trace = self._part, self._trace
         entry = (self._tokens,) if self._is_first else self._hidden_states()
@@ -234,7 +236,7 @@ class StageTracer:
             handle.remove()
         trace.hidden_out = sum(map(_local_bytes, tensors_of(out))) if loss is None else 0
         if loss is not None and not self._dims.pp_enabled:
-            out = None  # as the trainer does; a stage of a pipeline keeps it
+            out = None  # as in the trainer; a pipeline stage keeps it
         return _Pass(entry, out, loss)
 
     def _backward(self, done: _Pass, record: PassTrace) -> None:
@@ -245,7 +247,7 @@ class StageTracer:
             else:
                 done.loss.backward()
         for tensor in done.entry:
-            tensor.grad = None  # counted with the buffers of the pipeline
+            tensor.grad = None  # counted in the pipeline's buffers
 
     def _hidden_states(self) -> tuple[torch.Tensor, ...]:
         if self._handed is not None:
@@ -261,7 +263,7 @@ class StageTracer:
 
     @contextmanager
     def _refusing_inputs(self, entry: tuple[torch.Tensor, ...]) -> Iterator[None]:
-        """Raises `ConfigError` where a model with a loader of its own fails on what it gets."""
+        """Raise `ConfigError` if a model with its own loader fails on its inputs."""
         try:
             yield
         except (TitanError, DataDependentOutputException, DynamicOutputShapeException):
@@ -280,7 +282,7 @@ class StageTracer:
 
 
 class _Pass(NamedTuple):
-    """A forward pass that waits for its backward pass."""
+    """A forward pass whose backward pass is still to come."""
 
     entry: tuple[torch.Tensor, ...]
     out: Any
@@ -289,7 +291,7 @@ class _Pass(NamedTuple):
 
 def _when_gradient_comes(function: Callable[[], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        for tensor in tensors_of(out):  # none comes to the first layer, if frozen
+        for tensor in tensors_of(out):  # a frozen first layer gets no gradient
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient: function())
                 break
@@ -308,7 +310,7 @@ def _local_bytes(tensor: torch.Tensor) -> int:
 
 @contextmanager
 def recording(recorder: CollectiveRecorder, record: PassTrace) -> Iterator[None]:
-    """Add what happens within to `record`."""
+    """Add the operations and collectives within the context to `record`."""
     first = len(recorder.collectives)
     with OperationRecorder() as operations:
         yield

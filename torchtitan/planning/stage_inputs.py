@@ -1,4 +1,4 @@
-"""Inputs of pipeline stages that are more than hidden states `[batch, seq, dim]`."""
+"""Builds inputs of pipeline stages that are more than hidden states `[batch, seq, dim]`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Batch:
-    """Zeros for one forward pass of a rank, which has a part of each sequence."""
+    """Return zeros for one forward pass of a rank, which has a part of each sequence."""
     size = job_config.training.local_batch_size
     if dims.pp_enabled:
         size = job_config.parallelism.pipeline_parallel_microbatch_size
     batch = inputs.batch(size, job_config.training.seq_len // dims.cp)
-    # In floating point as the trainer gives them to a model.
+    # Floating-point inputs in the dtype that the trainer gives to a model.
     dtype = getattr(torch, job_config.training.mixed_precision_param)
     return {
         name: tensor if name == "labels" else in_precision(tensor, dtype)
@@ -37,23 +37,23 @@ def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Ba
 def step_inputs(
     part: nn.Module, dims: ParallelDims, job_config: JobConfig, batch: Batch
 ) -> dict[str, torch.Tensor]:
-    """What `forward` gets besides tokens."""
+    """Return the inputs of `forward` besides tokens."""
     places = torch.zeros(batch["labels"].shape[:2], dtype=torch.int64)
     names = usual_inputs(part, dims, job_config)
-    # A loader of the model's own may give some of another shape.
+    # The model's own loader may give some of another shape.
     return {name: batch.get(name, places).clone() for name in names} | own_inputs(batch)
 
 
 def tensors_of(out: Any) -> tuple[torch.Tensor, ...]:
-    """A tensor, or those of a tuple."""
+    """Return a tensor as a tuple, or the tensors of a tuple."""
     return tuple(out) if isinstance(out, tuple | list) else (out,)
 
 
 def hands_on_more(first: nn.Module, job_config: JobConfig, inputs: Inputs) -> bool:
-    """Whether the first stage gives something else than `[batch, seq, dim]`.
+    """Whether the first stage returns something other than `[batch, seq, dim]`.
 
     Args:
-        first: on the meta device; one layer of it is enough, and the others are removed.
+        first: on the meta device; only one of its layers is needed, and the others are removed.
     """
     keep_layers(first, 1)
     seq_len = job_config.training.seq_len
@@ -61,7 +61,7 @@ def hands_on_more(first: nn.Module, job_config: JobConfig, inputs: Inputs) -> bo
     try:
         with torch.device("meta"), torch.no_grad():
             out = first(batch["tokens"], **own_inputs(batch))
-    except Exception:  # for want of values, or of what only a parallelised model has
+    except Exception:  # lack of values, or of something that only a parallelised model has
         return inputs.rows is not None
     shape = [1, seq_len, getattr(first.args, "dim", None)]
     return not isinstance(out, torch.Tensor) or list(out.shape) != shape
@@ -70,7 +70,7 @@ def hands_on_more(first: nn.Module, job_config: JobConfig, inputs: Inputs) -> bo
 def handed_on(
     first: nn.Module, job_config: JobConfig, dims: ParallelDims, inputs: Inputs
 ) -> tuple[torch.Tensor, ...]:
-    """What the first stage, parallelised, gives to the next. Within a `FakeTensorMode`."""
+    """Return the output of the parallelised first stage. Call within a `FakeTensorMode`."""
     batch = micro_batch(job_config, dims, inputs)
     autocast = mixed_precision(bool(fsdp_modules(first)), job_config, torch.device("cpu"))
     with autocast:

@@ -1,7 +1,7 @@
-"""Runs one training step of one rank without memory, network or devices, and records what it costs.
+"""Runs one training step of one rank without memory, network or devices, and records its costs.
 
 The model, its `parallelize_fn`, the loss and the optimizer are the real ones; tensors are fake
-(`FakeTensorMode`) and so is the process group, so one process stands for any rank of any world.
+(`FakeTensorMode`), as is the process group, so one process can stand for any rank of any world.
 """
 
 from __future__ import annotations
@@ -70,21 +70,22 @@ def trace_step(
 ) -> StepTrace:
     """Trace a step of a valid job within a `fake_world`, on the CPU's code paths.
 
-    Of a pipeline it is the step of a rank that has one stage. What a compiled job does is traced as
-    if it were not; what it keeps for the backward pass is what the compiler would.
+    In a pipeline, the step is that of a rank with one stage. A compiled job's operations are traced
+    as if it were eager, but the activations kept for the backward pass are those the compiler would
+    keep.
 
     Args:
-        shallow: 0 or 1, for the first or second trace from which stages that are
-            `worth_extrapolating` are extrapolated: leave out the other layers.
-        dims: of the job, if there are meshes already.
-        stage: of the pipeline, as if this rank had it. Default: the first that it has.
-        inputs: what a batch is.
+        shallow: 0 or 1, for the first or second of the traces from which stages that are
+            `worth_extrapolating` are extrapolated: the other layers are left out.
+        dims: of the job, if its meshes exist already.
+        stage: stage of the pipeline, as if this rank had it. Default: the first stage of this rank.
+        inputs: form of a batch.
 
     Raises:
-        ConfigError: a rule of the optimizer matches nothing, or what a step does depends on the
-            values of tensors; or a model with a loader of its own does not take the inputs.
+        ConfigError: a rule of the optimizer matches nothing; the work of a step depends on the
+            values of tensors; or a model with its own loader does not take the inputs.
     """
-    # Nothing is compiled for fake tensors. The chunked loss has a stand-in: see `loss_of_cuda`.
+    # Fake tensors are not compiled. The chunked loss has a stand-in: see `loss_of_cuda`.
     chunked = job_config.loss.name == "chunked_cross_entropy"
     components = [name for name in job_config.compile.components if name == "loss" and chunked]
     compiled, job_config = job_config, _with_compile(job_config, components=components)
@@ -148,10 +149,10 @@ def trace_step(
 
 
 def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
-    """Whether inductor decides what is kept for the backward pass.
+    """Whether inductor decides which activations are kept for the backward pass.
 
-    Full checkpointing leaves it no choice. What experts keep is in part out of its hands, and would
-    be missed.
+    Full checkpointing leaves it no choice. Some activations of experts are outside of its control,
+    and would be missed.
     """
     config = job_config.compile
     compiles = config.compiles("model") and config.backend == "inductor"
@@ -159,13 +160,13 @@ def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
 
 
 def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
-    """Of the activations, keep what the compiled part of a tracer does."""
+    """Reduce the activations of a trace to those kept by the compiled part of a tracer."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the compiler's advice is for those who compile
+    logging.disable(logging.WARNING)  # the compiler's advice is for those who really compile
     problem = None
     try:
         trace.keep(tracer.kept())
-    except Exception as error:  # of the compiler, with what is not a real device
+    except Exception as error:  # from the compiler, which gets no real device
         problem = first_line(error)
     finally:
         logging.disable(disabled)
@@ -174,18 +175,18 @@ def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
 
 
 PARTITIONED = "aot_eager_decomp_partition"
-"""A backend of `torch.compile` that decides what to keep as inductor does, and compiles nothing."""
+"""A backend of `torch.compile` that keeps the activations inductor would, and compiles nothing."""
 
 
 def _with_compile(job_config: JobConfig, **settings: Any) -> JobConfig:
-    """A copy with other options of `[compile]`."""
+    """Return a copy with other options of `[compile]`."""
     copied = copy.copy(job_config)
     copied.compile = dataclasses.replace(job_config.compile, **settings)
     return copied
 
 
 def try_layout(job_config: JobConfig, world_size: int) -> None:
-    """Make the model of a job that passed the other checks, and parallelise it on the meta device.
+    """Build the model of a job that passed the other checks, and parallelise it on the meta device.
 
     Raises:
         ConfigError: the model cannot be split or cut like this, or a rule of the optimizer matches
@@ -208,7 +209,7 @@ def _parallel_parts(
     stages: list[int],
     inputs: Inputs,
 ) -> list[nn.Module]:
-    """These stages of the model, parallelised. Args: as `trace_step`.
+    """Return these stages of the model, parallelised. Args: as in `trace_step`.
 
     Raises:
         ConfigError: the model cannot be split or cut like this, a rule of the optimizer matches
@@ -235,7 +236,7 @@ def _parallel_parts(
 
 @contextmanager
 def _refusing_values(job_config: JobConfig) -> Iterator[None]:
-    """Raises `ConfigError` where code depends on values, which fake tensors do not have."""
+    """Raise `ConfigError` if code depends on values, which fake tensors do not have."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -248,9 +249,9 @@ def _refusing_values(job_config: JobConfig) -> Iterator[None]:
 
 
 def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Module:
-    """The model on the meta device, with what the job freezes frozen.
+    """Return the model on the meta device, with the job's frozen parameters frozen.
 
-    With `dims`, converted by `model.converters` as on a device that multiplies 8 bits.
+    With `dims`, it is converted by `model.converters` as on a device with 8-bit products.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     model = spec.meta_model(spec.model_args.update_from_config(job_config))
@@ -265,7 +266,7 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
 
 
 def meta_parts(model: nn.Module, job_config: JobConfig, stages: list[int]) -> list[nn.Module]:
-    """The stages of a `meta_model`, which stays whole; without a pipeline the model itself."""
+    """Return the stages of a `meta_model`, which stays whole; without a pipeline, the model."""
     if job_config.parallelism.pipeline_parallel_degree == 1:
         return [model]
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
@@ -273,18 +274,18 @@ def meta_parts(model: nn.Module, job_config: JobConfig, stages: list[int]) -> li
 
 
 def _first_stage(job_config: JobConfig) -> nn.Module:
-    """Not parallelised, on the meta device."""
+    """Return the first stage, not parallelised, on the meta device."""
     (part,) = meta_parts(meta_model(job_config), job_config, [0])
     return part
 
 
 def quantizes(config: JobConfig) -> bool:
-    """Whether products of the model are of 8 bits."""
+    """Whether the model has 8-bit products."""
     return any("quantize." in name for name in config.model.converters)
 
 
 def stages_at(job_config: JobConfig, place: int) -> list[int]:
-    """Numbers of the stages at a place in the pipeline; without one the model is stage 0."""
+    """Return the stage numbers at a place in the pipeline; without one, the model is stage 0."""
     if job_config.parallelism.pipeline_parallel_degree == 1:
         return [0]
     return stages_of_rank(job_config, place)
@@ -300,7 +301,7 @@ def repetition_of(part: nn.Module, job_config: JobConfig, inputs: Inputs) -> Rep
 def _make_optimizer_state(
     params: list[nn.Parameter], optimizers: Any, memory: PeakMemory
 ) -> tuple[int, int]:
-    """Run a first step. Returns bytes of gradients, and of the state that the optimizer makes."""
+    """Run a first step. Return the bytes of gradients and of the optimizer's state."""
     held = memory.current
     with memory:
         for param in params:

@@ -1,4 +1,4 @@
-"""`torchtitan download`: weights, tokenizer and config of a model from the Hugging Face hub."""
+"""`torchtitan download`: fetches weights, tokenizer and config from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PARTS = {
     ),
     "config": ("config.json", "generation_config.json"),
 }
-"""What to download -> patterns of its files."""
+"""Part of a model -> patterns of its files."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan download`; returns the exit code.
+    """Run the command with the arguments after `torchtitan download`; return the exit code.
 
     Raises:
         ConfigError: the package `huggingface_hub` is missing, or `--out` is a file.
-        DataError: the hub cannot be reached, or has no such model, revision or files for us.
+        DataError: the hub cannot be reached, or has no such model, revision or files for this user.
     """
     args = _parser().parse_args(argv)
     out = args.out or Path("assets", args.repo.rpartition("/")[2])
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -> None:
-    """Fetch the files that are not there yet."""
+    """Fetch the files that are missing."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -62,7 +62,7 @@ def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -
             repo,
             revision=revision,
             allow_patterns=patterns,
-            ignore_patterns=["*/*"],  # the patterns match through "/": other copies in subfolders
+            ignore_patterns=["*/*"],  # patterns also match "/": skip other copies in subfolders
             local_dir=out,
         )
     except errors.HFValidationError as error:
@@ -74,7 +74,7 @@ def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -
             f"{repo} is open only to those who accepted its terms: do so at {_url(repo)}, and "
             f"{_token_hint()}"
         ) from error
-    except errors.RepositoryNotFoundError as error:  # 404, and 401 of private ones
+    except errors.RepositoryNotFoundError as error:  # 404, and 401 for private ones
         raise DataError(
             f"there is no {repo} at {_endpoint()}, or it is private. Check the name; for a private "
             f"one, {_token_hint()}"
@@ -84,7 +84,7 @@ def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -
     except (errors.LocalEntryNotFoundError, OSError) as error:
         _fail_unreachable(error)
     except Exception as error:
-        # Of the library that the hub's package uses: requests, httpx, httpx2, ...
+        # From the library that huggingface_hub uses: requests, httpx, httpx2, ...
         if type(error).__module__.startswith(("http", "requests", "urllib3")):
             _fail_unreachable(error)
         raise
@@ -99,7 +99,7 @@ def _fail_with_status(repo: str, error: Any) -> NoReturn:
 
 
 def _fail_unreachable(error: Exception) -> NoReturn:
-    if isinstance(error, OSError) and error.filename:  # of our own disk
+    if isinstance(error, OSError) and error.filename:  # an error of the local disk
         raise DataError(f"{error.filename} cannot be written: {error.strerror}") from error
     cause = error.__cause__ or error
     raise DataError(

@@ -1,4 +1,4 @@
-"""Where a program runs: versions, machine, commit."""
+"""Describes the environment of a program: versions, machine, commit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import torchtitan
 
 ENVIRONMENT_FILE = "environment.json"
-"""A run keeps what `environment` says, and its number of processes, beside its config."""
+"""A run saves the facts of `environment`, and its number of processes, beside its config."""
 
 
 def environment() -> dict[str, str]:
-    """Facts about this process, by their names."""
+    """Return facts about this process, by name."""
     import torch
 
     from torchtitan.distributed.utils import device_type
@@ -33,10 +33,10 @@ def environment() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """` (commit)` if the package is a git checkout; `-dirty` if it has changes."""
+    """Return ` (commit)` if the package is a git checkout; `-dirty` if it has changes."""
     package = Path(torchtitan.__file__).resolve().parent
     top = _git(package, "rev-parse", "--show-toplevel")
-    # Not the repository of a project that has the package installed below it.
+    # Ignore the repository of a project that has the package installed below it.
     if not top or Path(top).resolve() != package.parent:
         return ""
     commit = _git(package, "describe", "--always", "--dirty", "--exclude=*")
@@ -44,7 +44,7 @@ def _commit() -> str:
 
 
 def _git(folder: Path, *words: str) -> str:
-    """What git says in the folder; empty if it cannot."""
+    """Return git's output in the folder; empty if it fails."""
     try:
         done = subprocess.run(
             ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10

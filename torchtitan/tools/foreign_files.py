@@ -1,4 +1,4 @@
-"""Files that others wrote, and may have damaged: what is read, or one message."""
+"""Reads files written by others, which may be damaged: returns the content, or raises one error."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torchtitan.errors import TitanError, outage_or
 
 
 def read_text(path: Path, mistake: type[TitanError]) -> str:
-    """The text of a file in UTF-8.
+    """Return the text of a file in UTF-8.
 
     Raises:
-        TitanError: a `mistake`: it is missing, no text, or no file (a pipe may never end); an
-            `OutageError`: it cannot be read now.
+        TitanError: a `mistake` if the file is missing, no text, or no regular file (a pipe may
+            never end); an `OutageError` if it cannot be read now.
     """
     try:
         if path.exists() and not path.is_file():
@@ -27,7 +27,7 @@ def read_text(path: Path, mistake: type[TitanError]) -> str:
 
 
 def read_json(path: Path, mistake: type[TitanError]) -> dict[str, Any]:
-    """The fields of a file that holds a JSON object. Raises as `read_text`."""
+    """Return the fields of a file that holds a JSON object. Raises like `read_text`."""
     try:
         fields = parse_json(read_text(path, mistake))
     except ValueError as error:
@@ -38,7 +38,7 @@ def read_json(path: Path, mistake: type[TitanError]) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`, but what is nested too deeply is a `ValueError` too."""
+    """Call `json.loads`, but raise `ValueError` for input that is nested too deeply, too."""
     try:
         return json.loads(text)
     except RecursionError as error:

@@ -1,4 +1,4 @@
-"""Garbage collection at fixed steps, so that all ranks pause together and not one after another."""
+"""Collects garbage at fixed steps, so that all ranks pause together, not one after another."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ class GarbageCollection:
             gc.collect(generation=1)
 
     def close(self) -> None:
-        """Give Python its own collection back."""
+        """Switch Python's own collection on again."""
         if self._freq and self._was_enabled:
             gc.enable()

@@ -79,10 +79,10 @@ class Options(ModelOptions):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan generate`; returns the exit code.
+    """Run the command with the arguments after `torchtitan generate`; return the exit code.
 
     Raises:
-        ConfigError, CheckpointError, DataError: a mistake of the user's.
+        ConfigError, CheckpointError, DataError: the user made a mistake.
     """
     argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan generate", description=DESCRIPTION)
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_prompts(options: Options) -> list[str]:
-    """The texts of `--prompt` and `--prompt-file`. Raises `ConfigError` or `DataError`."""
+    """Read the texts of `--prompt` and `--prompt-file`. Raises `ConfigError` or `DataError`."""
     texts = list(options.prompt)
     if options.prompt_file is not None:
         path = Path(options.prompt_file)
@@ -118,7 +118,7 @@ def read_prompts(options: Options) -> list[str]:
             raise DataError(f"--prompt-file {path} cannot be read: {reason}") from error
         if path.suffix != ".jsonl":
             return [*texts, content]
-        # str.splitlines would also split at U+2028 and others, which JSON may have within a text.
+        # str.splitlines would also split at U+2028 and others, which JSON text may contain.
         for number, line in enumerate(content.split("\n"), start=1):
             if not line.strip():
                 continue
@@ -135,7 +135,7 @@ def read_prompts(options: Options) -> list[str]:
 
 
 def limit_of_new_tokens(source: Source, prompts: list[list[int]], wanted: int | None) -> int:
-    """How many tokens to generate. Raises `ConfigError` if the model is made for fewer."""
+    """Return the number of tokens to generate. Raises `ConfigError` if the model supports fewer."""
     limit, longest = source.max_seq_len, max(map(len, prompts))
     if limit is None:
         return wanted or DEFAULT_NEW_TOKENS
@@ -192,7 +192,7 @@ def _generate(
 
 
 class Printer:
-    """Writes texts to stdout, in order: the first that is not over, while it is made."""
+    """Writes texts to stdout in order, the first unfinished one while it is generated."""
 
     def __init__(
         self, source: Source, titles: list[str], texts: list[str], prompts: list[list[int]]
@@ -205,7 +205,7 @@ class Printer:
         self._write()
 
     def add(self, number: int, token: int | None) -> None:
-        """Take the next token of text `number`; None when it is over."""
+        """Add the next token of text `number`; None when the text is over."""
         stream = self._streams[number]
         text = stream.end() if token is None else stream.add(token)
         self.generated[number] += text

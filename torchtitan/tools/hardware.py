@@ -1,4 +1,4 @@
-"""What the device can do and how much memory the run took."""
+"""Reports the device's peak FLOP/s, and the peak memory of the run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torchtitan.distributed.utils import device_type
 
 # Dense bf16 matrix products with fp32 accumulation, FLOP/s, as in the vendors' data sheets (figures
-# "with sparsity" halved). The first pattern found in the device's name counts. A device that is not
-# listed has no MFU: better none than a wrong one.
+# "with sparsity" halved). The first pattern found in the device's name counts. MFU is not reported
+# for a device that is not listed: no figure is better than a wrong one.
 _BF16_PEAK_FLOPS = [
     (r"\bGB200\b", 2.5e15),
     (r"\bB200\b", 2.25e15),
@@ -39,10 +39,10 @@ _BF16_PEAK_FLOPS = [
 
 
 def bf16_peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, or None if it is not known.
+    """Return the peak dense bf16 FLOP/s of a device, or None if it is unknown.
 
-    `device_name` is what `torch.cuda.get_device_name()` returns. A MIG slice has no figure, as it
-    is only part of the device.
+    `device_name` is the result of `torch.cuda.get_device_name()`. A MIG slice has no figure, since
+    it is only part of the device.
     """
     if re.search(r"\bMIG\b", device_name):
         return None
@@ -53,7 +53,7 @@ def bf16_peak_flops(device_name: str) -> float | None:
 
 
 def this_device_peak_flops() -> float | None:
-    """`bf16_peak_flops` of this process's device; None on CPU."""
+    """Return `bf16_peak_flops` of this process's device; None on CPU."""
     if device_type() == "cpu":
         return None
     return bf16_peak_flops(torch.cuda.get_device_name())
@@ -66,7 +66,7 @@ class PeakMemory:
     bytes: int
     """On CUDA, bytes in tensors; on CPU, resident set of the process."""
     reserved_percent: float | None
-    """On CUDA, share of the device's memory that the caching allocator took; None on CPU."""
+    """On CUDA, the caching allocator's share of the device's memory; None on CPU."""
 
 
 def peak_memory() -> PeakMemory:
@@ -78,7 +78,7 @@ def peak_memory() -> PeakMemory:
 
 
 def _peak_resident_bytes() -> int:
-    # On Linux `ru_maxrss` starts at what the process that launched this one (torchrun) held.
+    # On Linux `ru_maxrss` starts at the memory of the process that launched this one (torchrun).
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         if match := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):

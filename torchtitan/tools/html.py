@@ -1,4 +1,4 @@
-"""What the pages that commands write have in common: one file, one look, nothing from a network."""
+"""The common part of the pages that commands write: one file, one style, no network access."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Html(str):
 
 
 def page(title: str, body: str, *, style: str = "", script: str = "") -> str:
-    """A whole file. `body`, `style` and `script` stand in it as they are, the title is escaped."""
+    """Return a whole file, with `body`, `style` and `script` verbatim, and the title escaped."""
     code = f"<script>{script}</script>" if script else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"/>'
@@ -54,10 +54,10 @@ def page(title: str, body: str, *, style: str = "", script: str = "") -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table that scrolls by itself where the screen is narrow.
+    """Return a table that scrolls by itself on a narrow screen.
 
     Args:
-        left: so many columns are aligned to the left, the others to the right.
+        left: number of columns that are aligned to the left; the others are aligned to the right.
     """
     head = f"<thead>{_row('th', header, left)}</thead>" if any(header) else ""
     body = "".join(_row("td", row, left) for row in rows)
@@ -65,7 +65,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def badge(text: str, kind: str = "") -> Html:
-    """A word that stands out; `kind` is `good`, `bad` or nothing."""
+    """Return a highlighted word; `kind` is `good`, `bad` or nothing."""
     return Html(f'<span class="badge {kind}">{escape(text)}</span>')
 
 

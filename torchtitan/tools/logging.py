@@ -1,4 +1,4 @@
-"""The run's log: one line a message on stderr, from rank 0, and warnings from the other ranks."""
+"""The run's log on stderr: all messages of rank 0, and warnings of the other ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .secrets import hide_secrets
 
 logger = logging.getLogger("torchtitan")
 
-# Warnings of PyTorch in ordinary runs that a user can do nothing about.
+# Warnings of PyTorch in ordinary runs that users cannot do anything about.
 _HARMLESS = (
-    # `world_mesh["dp"]` is the documented way to a flattened mesh, and works in 2.11 to 2.13.
+    # `world_mesh["dp"]` is the documented way to get a flattened mesh, and works in 2.11 to 2.13.
     "Slicing a flattened dim from root mesh will be deprecated",
 )
 
@@ -42,9 +42,9 @@ def init_logger(rank: int | None = None, level: int | None = None) -> None:
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Looks `sys.stderr` up at every message, so that lines go above a live progress bar.
+    """Looks up `sys.stderr` for every message, so that lines go above a live progress bar.
 
-    While a bar is shown, `rich` puts a stand-in at `sys.stderr` that prints above it.
+    While a bar is shown, `rich` replaces `sys.stderr` by an object that prints above it.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class _StderrHandler(logging.StreamHandler):
 
 
 class _LineFormatter(logging.Formatter):
-    """`2026-11-24 11:26:03 [rank 3] WARNING message`; rank 0 and the level INFO are left out."""
+    """`2026-11-24 11:26:03 [rank 3] WARNING message`; rank 0 and the level INFO are omitted."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(datefmt="%Y-%m-%d %H:%M:%S")

@@ -1,4 +1,4 @@
-"""`torchtitan models`: the models there are, their flavors and sizes."""
+"""`torchtitan models`: lists the models, their flavors and sizes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelSize:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan models`; returns the exit code.
+    """Run the command with the arguments after `torchtitan models`; return the exit code.
 
     Raises:
         ConfigError: an unknown model, or a custom import that fails.
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in [args.name] if args.name else sorted(MODEL_REGISTRY):
         try:
             sizes += model_sizes(name, args.seq_len)
-        except Exception as error:  # of the model's author
+        except Exception as error:  # from the model author's code
             if args.name:
                 raise
             problems.append(_problem(name, error))
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def model_sizes(name: str, seq_len: int) -> list[ModelSize]:
-    """Sizes of a model's flavors, in the order of its `MODEL_CONFIGS`.
+    """Return the sizes of a model's flavors, in the order of its `MODEL_CONFIGS`.
 
     Raises:
         ConfigError: the model cannot be imported.

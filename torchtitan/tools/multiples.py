@@ -1,14 +1,14 @@
-"""Which numbers divide: for messages that name the values that would do."""
+"""Divisors and multiples, for messages that suggest valid values."""
 
 from __future__ import annotations
 
 
 def divisors(number: int) -> list[int]:
-    """All that divide a number above 0, from 1 on."""
+    """Return all divisors of a number above 0, from 1 on."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` around `value`, which is none itself: `96 or 104`."""
+    """Format the multiples of `unit` around `value`, which is not one itself: `96 or 104`."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else f"{unit}"

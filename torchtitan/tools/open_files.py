@@ -1,4 +1,4 @@
-"""How many files a process may have open; sockets to other ranks and mapped shards count too."""
+"""Raises the limit of open files, which includes sockets to other ranks and mapped shards."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import suppress
 
 
 def allow_open_files() -> None:
-    """Raise the limit of open files to the most that this process may have.
+    """Raise the limit of open files to this process's maximum.
 
-    The usual limit, 1,024, is for programs that use `select`. With thousands of ranks, the store in
-    which they meet and a rank's groups have more sockets than that, and prepared data more files.
-    Processes that are started from here have the raised limit too.
+    The usual limit, 1,024, is for programs that use `select`. With thousands of ranks, the store
+    where they meet and a rank's groups need more sockets than that, and prepared data needs more
+    files. Child processes inherit the raised limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with suppress(OSError, ValueError):  # macOS refuses a limit that is infinite
+        with suppress(OSError, ValueError):  # macOS refuses an infinite limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""What the sub-commands' options have in common."""
+"""The common part of the sub-commands' options."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torchtitan.errors import ConfigError
 
 
 def shown_as(metavar: str, *aliases: str) -> Any:
-    """An annotation for tyro: how the help shows an option's value, and other names of it."""
+    """Return an annotation for tyro: the name of an option's value in the help, and its aliases."""
     import tyro
 
     return tyro.conf.arg(metavar=metavar, aliases=aliases)
 
 
 def flag(name: str) -> str:
-    """`batch_size` -> `--batch-size`."""
+    """Return the flag of a field: `batch_size` -> `--batch-size`."""
     return f"--{name.replace('_', '-')}"
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """A command's own arguments, and those of the config behind `--`."""
+    """Split a command's own arguments from the config's, which follow `--`."""
     if "--" not in argv:
         return argv, []
     end = argv.index("--")
@@ -29,7 +29,7 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def require_at_least_one(options: object, *names: str) -> None:
-    """Raises `ConfigError` for a field that is set, and below 1."""
+    """Raise `ConfigError` for a field that is set to less than 1."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -37,7 +37,7 @@ def require_at_least_one(options: object, *names: str) -> None:
 
 
 def positive(text: str) -> int:
-    """An argument's value, for argparse."""
+    """Parse an argument of argparse as a positive integer."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")

@@ -1,4 +1,4 @@
-"""`torch.profiler` traces and CUDA memory snapshots, under `job.dump_folder`/profile/step-N."""
+"""Writes `torch.profiler` traces and CUDA memory snapshots to `job.dump_folder`/profile/step-N."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("torchtitan")
 
-# The first steps under the profiler are slower than usual; they are run with it but not kept.
+# The first steps under the profiler are slower than usual; they are profiled but not kept.
 _WARMUP_STEPS = 2
-# Allocations and frees that a snapshot remembers: a few steps of a large model, about 100 MB.
+# Allocations and frees in a snapshot: a few steps of a large model, about 100 MB.
 _MEMORY_EVENTS = 100_000
 
 
 def check_profiling(job_config: JobConfig) -> None:
-    """Raise `ConfigError` if this machine cannot do what `[profiling]` asks for."""
+    """Raise `ConfigError` if this machine does not support the settings of `[profiling]`."""
     if job_config.profiling.enable_memory_snapshot and device_type() != "cuda":
         raise ConfigError(
             "profiling.enable_memory_snapshot = true: snapshots show CUDA memory, and this machine "
@@ -48,10 +48,10 @@ class Profiler:
 
 @contextmanager
 def maybe_profile(job_config: JobConfig, rank: int, start_step: int) -> Iterator[Profiler]:
-    """Profile the steps after `start_step` as `[profiling]` asks; if it asks nothing, do nothing.
+    """Profile the steps after `start_step` as configured in `[profiling]`, or do nothing.
 
     Raises:
-        ConfigError: as `check_profiling`.
+        ConfigError: as in `check_profiling`.
     """
     check_profiling(job_config)
     config = job_config.profiling
@@ -101,19 +101,19 @@ class TraceRecorder(_Recorder):
     def step(self, step: int) -> None:
         super().step(step)
         with warnings.catch_warnings():
-            # Each trace is of one step alone, and torch warns that it is.
+            # Each trace has a single step, and torch warns about that.
             warnings.filterwarnings("ignore", message=".*Profiler clears events")
             self._profile.step()
 
     def _schedule(self, _: int) -> ProfilerAction:
-        """What to do during the next step. Not by PyTorch's count: a rollback repeats steps."""
+        """Choose the next step's action, not by PyTorch's count: a rollback repeats steps."""
         ahead = -(self._finished_step + 1) % self._freq
         if ahead == 0:
             return ProfilerAction.RECORD_AND_SAVE
         return ProfilerAction.WARMUP if ahead <= _WARMUP_STEPS else ProfilerAction.NONE
 
     def _write(self, trace: profile) -> None:
-        if self._closing:  # the run ends before the step that was to be recorded
+        if self._closing:  # the run ends before the step that should have been recorded
             return
         path = self._folder / f"step-{self._finished_step}" / f"rank-{self._rank}.json.gz"
         what = f"profiler trace of step {self._finished_step}"
@@ -149,13 +149,13 @@ class MemoryRecorder(_Recorder):
 
 
 def _try_to_write(what: str, path: Path, write: Callable[[str], object]) -> None:
-    """A disk that is full costs this file, not the run, nor the error that ends the run."""
+    """Write a file; a full disk costs this file, not the run, nor the error that ends the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(str(path))
     except OSError as error:
         logger.warning("%s: cannot write %s: %s", what, path, error)
         with suppress(OSError):
-            path.unlink(missing_ok=True)  # the part that was written
+            path.unlink(missing_ok=True)  # remove the incomplete file
         return
     logger.info("%s: %s", what, path)

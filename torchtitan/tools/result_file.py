@@ -1,4 +1,4 @@
-"""Files that a command writes its result to."""
+"""Writes result files of commands."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def require_folder(path: str | None, option: str) -> None:
 
 
 def make_folder(path: str, option: str) -> None:
-    """Make the folder of `path`, before the work is done.
+    """Create the folder of `path`, before the work is done.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be created.
     """
     try:
         Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)

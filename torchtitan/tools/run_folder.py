@@ -1,4 +1,4 @@
-"""The files that a run leaves in its dump folder, read by other commands."""
+"""The files that a run leaves in its dump folder, for other commands to read."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 
 _OF_ONE_RUN = ("job.config_file", "job.dump_folder", "job.description", "job.print_config")
-"""Keys that differ between any two runs, or are not kept with a run."""
+"""Keys that differ between any two runs, or are not saved with a run."""
 _OF_TRAINED_STEPS = ("loss", "max_loss", "grad_norm")
 
 
 def make_dump_folder(job_config: JobConfig) -> None:
-    """Make `job.dump_folder`, and try to write there, before a run takes memory.
+    """Create `job.dump_folder`, and test writing there, before a run allocates memory.
 
     Raises:
         ConfigError: the folder cannot be written; `OutageError`: not now.
@@ -38,7 +38,7 @@ def make_dump_folder(job_config: JobConfig) -> None:
 
 
 def write_description(job_config: JobConfig, processes: int) -> None:
-    """What the run is, for people and reports: its config, and where it runs.
+    """Write a description of the run for people and reports: its config and its environment.
 
     Raises:
         ConfigError: the folder cannot be written; `OutageError`: not now.
@@ -52,7 +52,7 @@ def write_description(job_config: JobConfig, processes: int) -> None:
 
 @contextmanager
 def _writing(job_config: JobConfig) -> Iterator[Path]:
-    """Gives the dump folder. Raises `ConfigError` or `OutageError` for one that is not written."""
+    """Yield the dump folder. Raises `ConfigError` or `OutageError` if it cannot be written."""
     try:
         yield Path(job_config.job.dump_folder)
     except OSError as error:
@@ -61,10 +61,11 @@ def _writing(job_config: JobConfig) -> Iterator[Path]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The numbers in `metrics.jsonl` or `validation.jsonl`, by line; none if there is no such file.
+    """Return the numbers in `metrics.jsonl` or `validation.jsonl`, by line; none without a file.
 
-    A last line that was cut off, by a kill or because it is just being written, is left out. So is
-    what is null since the guard skipped all steps since the row before: nothing was not finite.
+    An incomplete last line, due to a kill or because it is just being written, is left out. So are
+    values that are null because the guard skipped all steps since the row before: they do not mean
+    that something was not finite.
 
     Raises:
         ConfigError: another line is not a JSON object with a step.
@@ -91,12 +92,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is what a run logs: null, or a number that a float can hold."""
+    """Whether a run can log this value: null, or a number that fits into a float."""
     return value is None or type(value) is float or (type(value) is int and abs(value) < 2**1000)
 
 
 def guard_skipped(counts: Iterable[float]) -> Iterator[bool]:
-    """Of each row, whether the guard had skipped more steps by then than at the row before.
+    """Return for each row whether the guard skipped more steps since the row before.
 
     Args:
         counts: `steps_skipped` of the rows, in their order.
@@ -105,7 +106,7 @@ def guard_skipped(counts: Iterable[float]) -> Iterator[bool]:
 
 
 def unique_names(arguments: Sequence[str]) -> list[str]:
-    """File names without `.toml`, and names of folders; the second of a name gets `-2`."""
+    """Return files' names without `.toml`, and folders' names; a second equal name gets `-2`."""
     names: list[str] = []
     for argument in arguments:
         path = Path(argument).resolve()
@@ -119,7 +120,7 @@ def unique_names(arguments: Sequence[str]) -> list[str]:
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`, to any depth."""
+    """Convert `{"a": {"b": 1}}` to `{"a.b": 1}`, to any depth."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         name = prefix + key
@@ -128,12 +129,12 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Key -> its value in each `flatten`ed config, for the keys that are not the same in all."""
+    """Return key -> its value in each `flatten`ed config, for keys that differ."""
     keys = dict.fromkeys(key for config in configs for key in config if key not in _OF_ONE_RUN)
     values = {key: [shown(config.get(key)) for config in configs] for key in keys}
     return {key: each for key, each in values.items() if len(set(each)) > 1}
 
 
 def shown(value: Any) -> str:
-    """The value of a key as in TOML."""
+    """Format the value of a key as in TOML."""
     return "unset" if value is None else format_value(value)

@@ -1,4 +1,4 @@
-"""Tokens and keys of the environment and of URLs, which no log and no message may show."""
+"""Hides tokens and keys of the environment and of URLs in logs and messages."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _OF_URLS = re.compile(
     r"|([?&;](?:x-(?:amz|goog)-)?(?:signature|sig|security-token)=)[^\s&\"'<]+",
     re.IGNORECASE,
 )
-"""The password of `s3://USER:PASSWORD@HOST`, and what signs a URL."""
+"""The password of `s3://USER:PASSWORD@HOST`, and signatures of URLs."""
 
 
 def hide_secrets(text: str) -> str:
-    """`text` with `***` in place of the secrets in it.
+    """Return `text` with `***` in place of its secrets.
 
-    Libraries quote them now and then: a token with a line break at its end is an illegal header,
-    which the error shows.
+    Libraries quote secrets at times: a token that ends with a line break is an illegal header, and
+    the error shows it.
     """
     for name in NAMES:
         value = os.environ.get(name, "").strip()

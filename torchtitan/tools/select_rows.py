@@ -1,4 +1,4 @@
-"""Putting the rows of a matrix in another order."""
+"""Reorders the rows of a matrix."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 
 def inverse_permutation(order: torch.Tensor) -> torch.Tensor:
-    """`place` with `place[order[i]] = i`; both `[n]` int64."""
+    """Return `place` with `place[order[i]] = i`; both `[n]` int64."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def select_rows(
     x: torch.Tensor, order: torch.Tensor, place: torch.Tensor, copies: int = 1
 ) -> torch.Tensor:
-    """Row `order[i] // copies` of `x` `[n, dim]` for each i: `[n * copies, dim]`.
+    """Return row `order[i] // copies` of `x` `[n, dim]` for each i: `[n * copies, dim]`.
 
-    `order` is a permutation, and `place` its inverse. Unlike those of PyTorch's indexing, the
-    gradients are gathered too, not scattered: they are the same in each run, and fast on a GPU.
+    `order` is a permutation, and `place` its inverse. Unlike with PyTorch's indexing, the gradients
+    are gathered too, not scattered: they are deterministic, and fast on a GPU.
     """
     return _SelectRows.apply(x, order, place, copies)
 

@@ -1,4 +1,4 @@
-"""Signals that stop a run: finish the step, save, and exit so that one knows to start again."""
+"""Handles signals that stop a run: finish the step, save, and exit with a code for restarting."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torchtitan.tools.terminal import leave_closed_terminal
 logger = logging.getLogger("torchtitan")
 
 PREEMPTED = 75
-"""Exit code of a run that a signal stopped before its last step: start it again, it goes on.
-Not of one that saves no checkpoints, which would begin anew each time.
+"""Exit code of a run that a signal stopped before its last step: a restart resumes it.
+A run that saves no checkpoints does not use it, since each restart would begin from step 0.
 
 `EX_TEMPFAIL` of sysexits.h, and the code that schedulers' examples use. A run that has done its
 last step ends with 0, whether a signal came or not.
@@ -21,18 +21,18 @@ last step ends with 0, whether a signal came or not.
 
 
 def stop_signals() -> list[signal.Signals]:
-    """The signals that stop a run."""
+    """Return the signals that stop a run."""
     # Slurm announces the end of a job's time by `--signal=USR1@SECONDS`.
     signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # or `nohup` wants it to go on
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under `nohup` the run should go on
         signals.append(signal.SIGHUP)  # the terminal is closed
     return signals
 
 
 class StopRequest:
-    """While open, signals are remembered; only a second Ctrl-C interrupts as usual.
+    """Records signals until it is closed; only a second Ctrl-C interrupts as usual.
 
-    Python gives signals to the main thread alone: in another one, they are left as they are.
+    Python delivers signals to the main thread only; in another thread, handlers are left unchanged.
     """
 
     def __init__(self) -> None:

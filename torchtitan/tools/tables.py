@@ -1,4 +1,4 @@
-"""Tables on a terminal, and plain ones for pipes."""
+"""Writes tables to a terminal, and plain ones to pipes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def print_table(
     """Write a table to stdout: a rich one to a terminal, else columns of text.
 
     Args:
-        left: so many columns are aligned to the left, the others to the right.
-        sections: a line between rows whose first cells differ (on a terminal).
+        left: number of columns that are aligned to the left; the others are aligned to the right.
+        sections: draw a line between rows whose first cells differ (on a terminal).
     """
     rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
@@ -39,12 +39,12 @@ def rich_table(
     sections: bool = False,
     style: Callable[[list[str]], str] = lambda row: "",
 ) -> Table:
-    """A table for a `console`.
+    """Return a table for a `console`.
 
     Args:
         words: columns that hold words, not numbers.
-        sections: as of `print_table`.
-        style: of a row.
+        sections: as in `print_table`.
+        style: style of a row.
     """
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column, heading in enumerate(header):
@@ -59,7 +59,7 @@ def rich_table(
 
 
 def console(width: int) -> Console:
-    """One that writes to stdout; `width` is for a pipe or a log, which have none of their own.
+    """Return a console that writes to stdout; `width` applies to pipes and logs, which have none.
 
     Cut columns would be worse there than long lines.
     """

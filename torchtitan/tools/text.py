@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers and short texts for people."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""All but tabs and the ends of lines."""
+"""All control characters except tabs and line ends."""
 
 
 def human(number: float, space: str = " ") -> str:
-    """Three significant digits and a unit: 8030261248 -> `8.03 B`."""
+    """Format with three significant digits and a unit: 8030261248 -> `8.03 B`."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= 0.9995 * size:
             return f"{three_digits(number / size)}{space}{unit}"
@@ -19,7 +19,7 @@ def human(number: float, space: str = " ") -> str:
 
 
 def human_bytes(number: float) -> str:
-    """`512 B`, `8.19 kB`, `2.28 GB`."""
+    """Format bytes: `512 B`, `8.19 kB`, `2.28 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= 0.9995 * size:
             return f"{three_digits(number / size)} {unit}"
@@ -27,7 +27,7 @@ def human_bytes(number: float) -> str:
 
 
 def three_digits(number: float) -> str:
-    """`0.0123`, `0.512`, `1.23`, `12.3`, `123`, `1234`, `1.23e-7`; `nan` and `inf` as they are."""
+    """Format `0.0123`, `0.512`, `1.23`, `12.3`, `123`, `1234`, `1.23e-7`, `nan` or `inf`."""
     if not math.isfinite(number) or number == 0:
         return f"{number:g}"
     if not 1e-4 <= abs(number) < 1e6:
@@ -37,13 +37,13 @@ def three_digits(number: float) -> str:
 
 
 def scientific(number: float, decimals: int = 2) -> str:
-    """`1.23e-7`, `4.50e12`."""
+    """Format `1.23e-7`, `4.50e12`."""
     mantissa, exponent = f"{number:.{decimals}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def duration(seconds: float) -> str:
-    """`0:01:05`, `23:59:59`, `2d 03:04`."""
+    """Format `0:01:05`, `23:59:59`, `2d 03:04`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours < 24:
@@ -52,14 +52,14 @@ def duration(seconds: float) -> str:
 
 
 def few(names: Iterable[str], limit: int = 3) -> str:
-    """`a, b, c and 7 more`."""
+    """Format `a, b, c and 7 more`."""
     names = list(names)
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """`0-3, 8`, at most three ranges."""
+    """Format `0-3, 8`, with at most three ranges."""
     found: list[list[int]] = []
     for number in sorted(numbers):
         if found and number == found[-1][1] + 1:
@@ -71,16 +71,16 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """A key to sort by, with numbers in a name in their order: `layers.2` before `layers.10`."""
+    """Return a sort key that orders numbers in a name: `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 def printable(text: str) -> str:
-    """With escapes in the place of control characters, which a terminal would obey."""
+    """Escape control characters, which a terminal would obey."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message (PyTorch's go on with C++ frames)."""
+    """Return an error's type and its message's first line (PyTorch's messages add C++ frames)."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""Import of modules that the configuration names."""
+"""Imports modules that the configuration names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchtitan.errors import ConfigError
 
 
 class NoPackageError(ConfigError):
-    """What should be a module is a folder without `__init__.py`."""
+    """The name of a module belongs to a folder without `__init__.py`."""
 
 
 def import_user_module(name: str, key: str) -> ModuleType:
@@ -24,7 +24,7 @@ def import_user_module(name: str, key: str) -> ModuleType:
 
     Raises:
         ConfigError: there is no such module, or importing it raised; names the error and its line.
-        NoPackageError: Python finds a folder of that name and nothing to import in it.
+        NoPackageError: Python finds a folder of that name with nothing to import.
     """
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
@@ -39,10 +39,10 @@ def import_user_module(name: str, key: str) -> ModuleType:
 
 
 def with_place(error: Exception, places: list[str]) -> str:
-    """`NameError: ... (FILE:LINE)`.
+    """Format `NameError: ... (FILE:LINE)`.
 
     Args:
-        places: folders or files of the user. Their line is named, and not that of a library which
+        places: folders or files of the user. A line in them is preferred to one in a library that
             they call.
     """
     name = type(error).__name__
@@ -56,7 +56,7 @@ def with_place(error: Exception, places: list[str]) -> str:
 
 
 def places_of(name: str) -> list[str]:
-    """Where Python finds the module, or the package that it is in; empty if it does not."""
+    """Return where Python finds the module, or its package; empty if it does not find it."""
     try:
         spec = importlib.util.find_spec(name.partition(".")[0])
     except (ImportError, ValueError):
@@ -67,7 +67,7 @@ def places_of(name: str) -> list[str]:
 
 
 def _without_init(name: str, folder: Path) -> str:
-    """What is said of a folder that Python takes for a package, with nothing in it."""
+    """Format the message for a folder that Python takes for a package, with nothing in it."""
     message = f"{folder} is a folder without __init__.py"
     if folder.joinpath(*name.split("."), "__init__.py").is_file():
         inside = os.path.relpath(folder)

@@ -1,4 +1,4 @@
-"""`torchtitan new`: the command line, and what is written where."""
+"""`torchtitan new`: the command line, and the writing of files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan new`; returns the exit code.
+    """Run the command with the arguments after `torchtitan new`; return the exit code.
 
     Raises:
         ConfigError: an argument is wrong, or something of that name exists already.
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Package:
-    """A package of its own, with an entry point: `OUT/NAME/NAME/...`.
+    """A separate package, with an entry point: `OUT/NAME/NAME/...`.
 
     Raises:
         ConfigError: the folder exists already.
@@ -87,7 +87,7 @@ class Package:
         self.root = out / names.model
         self.folder = self.root / names.model
         self.custom_import = names.model
-        """`job.custom_import`, with which the model trains without being installed."""
+        """`job.custom_import` with which the model trains without being installed."""
         self.configs = f"{names.model}/train_configs"
         self.test = f"tests/test_{names.model}.py"
         _refuse_existing(self.root)
@@ -164,7 +164,7 @@ class InTree:
 def model_files(
     source: ModelSource, place: Package | InTree, hf: Path | None, findings: Findings | None
 ) -> dict[str, str]:
-    """Path in the model's folder -> text."""
+    """Return path in the model's folder -> text."""
     names, like = source.names, source.folder.name
     files = source.copies()
     flavor, flavors, notes = DEBUG_FLAVOR, {}, ""
@@ -198,7 +198,7 @@ def model_files(
 
 
 def _with_config(args: str, findings: Findings) -> str:
-    """The args, reading a `config.json` of this kind, in which absent features must stay absent."""
+    """Make the args read a `config.json` of this kind, whose absent features must stay absent."""
     absent = {k: v for k, v in findings.absent.items() if f'"{k}"' not in args}
     lines = [f'            hf.require("{key}", {value!r})\n' for key, value in absent.items()]
     return re.sub(
@@ -210,7 +210,7 @@ def _with_config(args: str, findings: Findings) -> str:
 
 
 def _with_table(adapter: str, table: str) -> str:
-    """The adapter with other lines in its table `names`."""
+    """Return the adapter with other lines in its table `names`."""
     return re.sub(
         r"(    names: ClassVar = \{\n).*?(\n    \})",
         lambda match: f"{match[1]}{table}{match[2]}",

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder tells about a new model: its sizes, and the names of its tensors."""
+"""Reads a new model's sizes and names of tensors from a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ARGS = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "tie_word_embeddings": ("tie_word_embeddings",),
 }
-"""Field of our args -> what configs call it, the first that there is."""
+"""Field of our args -> its names in configs; the first one that exists is taken."""
 
 _SYNONYMS = {
     "tok_embeddings.weight": ("embed_tokens", "wte", "embed_in", "word_embeddings"),
@@ -49,31 +49,31 @@ _SYNONYMS = {
     "feed_forward.w2.weight": ("down_proj", "w2", "c_proj"),
     "feed_forward.w3.weight": ("up_proj", "w3"),
 }
-"""End of our name, the first that fits -> what the part before `.weight` is called elsewhere."""
+"""End of our name (the first that fits) -> the part before `.weight` in others' names."""
 
 
 @dataclass
 class Findings:
-    """What was found out."""
+    """The findings in a Hugging Face folder."""
 
     like: str
     """The model of the zoo to start from."""
     model_type: str
     flavor: str
-    """Named after the number of parameters, as `8B`."""
+    """Named after the number of parameters, such as `8B`."""
     args: BaseModelArgs
     args_source: str
-    """`Llama3ModelArgs(dim=...)`, what differs from the defaults."""
+    """`Llama3ModelArgs(dim=...)`, with the fields that differ from the defaults."""
     not_understood: dict[str, Any] = field(default_factory=dict)
-    """Fields of `config.json` that the model started from does not know."""
+    """Fields of `config.json` that the starting model does not know."""
     absent: dict[str, Any] = field(default_factory=dict)
-    """Fields that say that something is not there: 0, null or false."""
+    """Fields whose value means that a feature is absent: 0, null or false."""
     names: dict[str, str] = field(default_factory=dict)
-    """Our name of a tensor -> theirs, as far as they could be told; empty without weights."""
+    """Our name of a tensor -> theirs, as far as they could be matched; empty without weights."""
     without_counterpart: list[str] = field(default_factory=list)
-    """Their tensors that no name of ours was found for."""
+    """Their tensors without a matching name of ours."""
     missing: list[str] = field(default_factory=list)
-    """Our tensors that no name of theirs was found for."""
+    """Our tensors without a matching name of theirs."""
 
 
 def find_out(folder: Path, like: str) -> Findings:
@@ -111,13 +111,13 @@ def find_out(folder: Path, like: str) -> Findings:
 def _start(
     folder: Path, config: dict[str, Any], like: str
 ) -> tuple[str, TrainSpec, BaseModelArgs, dict[str, Any]]:
-    """Model to start from, its TrainSpec, the args, and what of the config they leave out."""
+    """Return the model to start from, its TrainSpec, the args, and the config's unused fields."""
     try:
         name, spec = train_spec_of_hf_folder(folder)
         if like in ("", name):
             return name, spec, spec.model_args, {}
     except CheckpointError:
-        pass  # of no model of the zoo, so take what has the usual names
+        pass  # not a model of the zoo, so start from the one with the usual names
     like = like or DEFAULT_LIKE
     spec = get_train_spec(like, DEBUG_FLAVOR)
     args, left = _guess_args(type(spec.model_args), config)
@@ -153,7 +153,7 @@ def _guess_args(
 
 
 def _source_of(value: Any, indent: str = "    ") -> str:
-    """Python source of a value; of a dataclass, the fields that differ from their defaults."""
+    """Return Python source of a value; for a dataclass, with the non-default fields."""
     if not is_dataclass(value):
         return repr(value)
     inner = indent + "    "
@@ -167,7 +167,7 @@ def _source_of(value: Any, indent: str = "    ") -> str:
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Pattern of each tensor's name -> its shape; empty if the folder has no weights."""
+    """Return pattern of each tensor's name -> its shape; empty if the folder has no weights."""
     from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -210,7 +210,7 @@ def _match_names(
 def _guess_name(
     name: str, shape: tuple[int, ...] | None, theirs: Mapping[str, tuple[int, ...]]
 ) -> str:
-    """Their only name that others use for this tensor, and whose shape fits; "" if none."""
+    """Return their only tensor with a usual name for ours and a fitting shape; "" if none."""
     levels = name.count("{}")
     fitting = [n for n, s in theirs.items() if s in ((), shape) and n.count("{}") == levels]
     words = next((w for end, w in _SYNONYMS.items() if name.endswith(end)), ())
@@ -222,7 +222,7 @@ def _guess_name(
 
 
 def adapter_table(findings: Findings) -> str:
-    """The lines of the table `names`, with a comment on what is left to do."""
+    """Return the lines of the table `names`, with a comment on the remaining work."""
     lines = [f'        "{ours}": "{theirs}",' for ours, theirs in findings.names.items()]
     if findings.missing:
         lines.append("        # TODO: the checkpoint has no tensor that looks like these of ours:")

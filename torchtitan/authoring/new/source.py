@@ -1,7 +1,7 @@
 """Copies the source files of a model of the zoo under another name.
 
-The new model starts from code that trains under every parallelism, and cannot fall behind it, as a
-template of its own would.
+The new model starts from code that trains under every parallelism, and that code cannot become
+outdated, as a separate template would.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _ABOUT_CP = """\
 
 @dataclass(frozen=True)
 class Names:
-    """What a model's things are called: `your_model`, `YourModel`, `YourModelArgs`, ..."""
+    """The names of a model's parts: `your_model`, `YourModel`, `YourModelArgs`, ..."""
 
     model: str
     """Name of the folder, and `model.name` of a config."""
     prefix: str
-    """Begins the names of the classes."""
+    """Prefix of the names of classes."""
 
     @classmethod
     def of(cls, name: str) -> Names:
-        """Raises `ConfigError` if no folder and no class can be named after it."""
+        """Derive the names. Raises `ConfigError` if no folder and class can be named like this."""
         if not _NAME.fullmatch(name) or keyword.iskeyword(name):
             proposal = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "my_model"
             proposal = f"model_{proposal}" if proposal[0].isdigit() else proposal
@@ -69,11 +69,11 @@ class ModelSource:
         assert match, f"{folder} has no class ...Model"
         self._prefix = match[1]
         sources = "".join(path.read_text() for path in folder.glob("model/*.py"))
-        # Others may begin so too: Qwen3ForCausalLM is Hugging Face's.
+        # Other names may have this prefix: Qwen3ForCausalLM is Hugging Face's.
         self._classes = re.findall(rf"^class ({self._prefix}\w+)", sources, re.M)
 
     def copies(self) -> dict[str, str]:
-        """Path in the new folder -> text, of the files of `model/` and `infra/`."""
+        """Return path in the new folder -> text, for the files of `model/` and `infra/`."""
         first_lines = {
             "model/args.py": f"Hyperparameters of {self.names.model}.",
             "model/model.py": f"The model {self.names.model}; started as a copy of "
@@ -91,10 +91,10 @@ class ModelSource:
         return copies
 
     def init(self, flavors: dict[str, str]) -> str:
-        """The text of the new `__init__.py`.
+        """Return the text of the new `__init__.py`.
 
         Args:
-            flavors: besides the debug flavor: name -> the source of its args.
+            flavors: flavors besides the debug flavor: name -> the source of its args.
         """
         tree = ast.parse(self._init)
         configs = next(node for node in tree.body if _assigned(node) == "MODEL_CONFIGS")
@@ -107,7 +107,7 @@ class ModelSource:
 
     @property
     def debug_args(self) -> str:
-        """The source of the args of the debug flavor, as in the original."""
+        """The source of the debug flavor's args, as in the original."""
         tree = ast.parse(self._init)
         configs: Any = next(node for node in tree.body if _assigned(node) == "MODEL_CONFIGS")
         for key, value in zip(configs.value.keys, configs.value.values, strict=True):
@@ -116,7 +116,7 @@ class ModelSource:
         raise AssertionError(f"{self.folder} has no {DEBUG_FLAVOR}")
 
     def rename(self, text: str) -> str:
-        """The text with this model's names in place of the original's."""
+        """Return the text with this model's names in place of the original's."""
         for name in self._classes:
             new = self.names.prefix + name.removeprefix(self._prefix)
             text = re.sub(rf"\b{name}\b", new, text)
@@ -137,14 +137,14 @@ class ModelSource:
 
 
 def _assigned(node: ast.stmt) -> str:
-    """The name that a statement assigns to, "" if it is no such statement."""
+    """Return the name that a statement assigns to, "" if it is no such statement."""
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         return node.targets[0].id
     return ""
 
 
 def _drop_unused(text: str) -> str:
-    """Without constants and imported names that nothing uses, and the comments above them."""
+    """Remove unused constants and imported names, and the comments above them."""
     tree = ast.parse(text)
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     lines = text.splitlines(keepends=True)
@@ -159,7 +159,7 @@ def _drop_unused(text: str) -> str:
                 first -= 1
             del lines[first : node.end_lineno]
     shorter = re.sub(r"\n{3,}(?=[A-Z])", "\n\n", "".join(lines))
-    return shorter if shorter == text else _drop_unused(shorter)  # what only these used is left
+    return shorter if shorter == text else _drop_unused(shorter)  # names only these used
 
 
 def _replace_node(text: str, node: ast.stmt, new: str) -> str:
@@ -169,7 +169,7 @@ def _replace_node(text: str, node: ast.stmt, new: str) -> str:
 
 
 def _replace_docstring(text: str, first_line: str | None) -> str:
-    """With another docstring of the module; unchanged if None or if there is none."""
+    """Return the text with another module docstring; unchanged if None or if there is none."""
     body = ast.parse(text).body
     if first_line is None or not body or ast.get_docstring(ast.parse(text)) is None:
         return text

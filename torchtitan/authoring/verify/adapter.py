@@ -1,4 +1,4 @@
-"""The state dict adapter alone: a pure map of names and tensors, there and back."""
+"""Checks the state dict adapter alone: a pure map of names and tensors, there and back."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _HINT = "state_dict_adapter.py: "
 
 
 def adapter_of(subject: Subject) -> BaseStateDictAdapter:
-    """Raises `NotApplicableError` if the model has none."""
+    """Return the model's adapter. Raises `NotApplicableError` if the model has none."""
     if subject.spec.state_dict_adapter is None:
         raise NotApplicableError("the TrainSpec has no state_dict_adapter")
     return subject.spec.state_dict_adapter(subject.args)
 
 
 def distinct_state(model: nn.Module) -> State:
-    """The model's state dict with other random numbers in every tensor, but tied ones."""
+    """Return the model's state dict with different random numbers in all but tied tensors."""
     generator = torch.Generator().manual_seed(0)
     made: dict[int, torch.Tensor] = {}
     state = {}
@@ -45,7 +45,7 @@ def distinct_state(model: nn.Module) -> State:
 
 
 def _tied(state: State) -> set[str]:
-    """Names of tensors that are there under several names."""
+    """Return the names of tensors that have several names."""
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
@@ -54,7 +54,7 @@ def _tied(state: State) -> set[str]:
 
 @CHECKS.of("adapter.round_trip", "from_hf(to_hf(state)) is the state", needs=("contract.spec",))
 def maps_there_and_back(subject: Subject) -> str:
-    """Exactly, and nothing is changed in place."""
+    """The round trip is exact, and changes nothing in place."""
     model, adapter = subject.spec.meta_model(subject.args), adapter_of(subject)
     state = distinct_state(model)
     kept = {name: tensor.clone() for name, tensor in state.items()}
@@ -88,7 +88,7 @@ def _convert(function: Any, state: State, name: str) -> State:
 
 
 def _require_all_in(hf: State, state: State, model: nn.Module) -> None:
-    """No two of our tensors may have gone to one name: then one is lost."""
+    """Require that no two of our tensors were mapped to one name: one of them would be lost."""
     buffers = _buffers(model)
     ours = {id(t): t.numel() for name, t in state.items() if name not in buffers}
     theirs = sum(tensor.numel() for tensor in {id(t): t for t in hf.values()}.values())
@@ -102,14 +102,14 @@ def _require_all_in(hf: State, state: State, model: nn.Module) -> None:
 
 
 def _lost(hf: State, state: State) -> str:
-    """Names whose values are nowhere in the result."""
+    """Format the names whose values are nowhere in the result."""
     values = {_fingerprint(tensor) for tensor in hf.values()}
     lost = [name for name, tensor in state.items() if _fingerprint(tensor) not in values]
     return f", without {few(lost, 5)}" if 0 < len(lost) < len(state) else ""
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[int, float]:
-    """Equal for tensors with the same numbers in another order."""
+    """Return a value that is equal for tensors with the same numbers in any order."""
     return tensor.numel(), round(tensor.double().sort().values.sum().item(), 3)
 
 
@@ -118,7 +118,7 @@ def _buffers(model: nn.Module) -> set[str]:
 
 
 def _compare(actual: State, expected: State, may_lack: set[str], what: str) -> list[str]:
-    """Names that are missing and may be. Raises `CheckFailedError` for other differences."""
+    """Return missing names that may be missing. Raises `CheckFailedError` for other differences."""
     missing = [name for name in expected if name not in actual]
     refused = [name for name in missing if name not in may_lack]
     if refused:

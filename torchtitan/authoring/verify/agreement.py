@@ -1,8 +1,8 @@
-"""Two runs of a model that must agree on some tokens, though others differ: do they, and where not.
+"""Compares two runs of a model that must agree on some tokens, though they differ on others.
 
-What decides has a known meaning of its dimensions: the logits, and the hidden states between
-layers, `[batch, seq, dim]`. What flows inside of a layer may lie in any order, such as
-`[batch, channels, seq]` before a convolution, and may hold more than the layer passes on.
+The comparison uses tensors with known dimensions: the logits, and the hidden states between layers,
+`[batch, seq, dim]`. Tensors inside of a layer may have any order, such as `[batch, channels, seq]`
+before a convolution, and may hold more than the layer passes on.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import torch.nn as nn
 from .probe import hidden_states, hooked, named_layers, recorded_outputs, relative_difference
 
 TOLERANCE = 1e-4
-"""Of logits in float32, over the largest: what may come from the order of sums. A dependence on
-another token is orders of magnitude above it."""
+"""For logits in float32, relative to the largest: allows for the order of sums. A dependence on
+another token is orders of magnitude larger."""
 _ROUNDING = 1e-6
-"""Of hidden states, over the largest; what a layer adds to them is known no better."""
+"""For hidden states, relative to the largest: a layer's change of them has at least this error."""
 
 
 @dataclass
 class Run:
-    """What a forward pass gave."""
+    """The recording of a forward pass."""
 
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """`[batch, seq, vocab]`."""
     modules: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name of each module -> its last output, in the order in which they finish."""
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Name of each layer -> the hidden states it got."""
+    """Name of each layer -> its input hidden states."""
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Name of each layer -> those that it gave."""
+    """Name of each layer -> its output hidden states."""
 
 
 @torch.no_grad()
@@ -52,10 +52,10 @@ def run_of(model: nn.Module, tokens: torch.Tensor) -> Run:
 def disagreement(
     actual: Run, expected: Run, places: slice = slice(None), rows: slice = slice(None)
 ) -> tuple[float, str]:
-    """How far logits are apart, over the largest, and the first module that differs.
+    """Return the largest relative difference of logits, and the first module that differs.
 
-    The name is "" if the runs agree. Layers are more sensitive than logits, since what they add to
-    an untrained model's hidden states is small.
+    The name is "" if the runs agree. Layers are compared more strictly than logits, since their
+    change of an untrained model's hidden states is small.
 
     Args:
         places: tokens to compare.
@@ -81,7 +81,7 @@ def _layer_differs(
     expected_input: torch.Tensor,
     expected: torch.Tensor,
 ) -> bool:
-    """Whether a layer's outputs differ, by their own scale or by that of what it adds."""
+    """Whether a layer's outputs differ, by their own scale or by that of the layer's change."""
     if relative_difference(actual, expected) > TOLERANCE:
         return True
     if expected_input.shape != expected.shape:
@@ -93,9 +93,9 @@ def _layer_differs(
 
 
 def _first_module(actual: Run, expected: Run, places: slice, rows: slice) -> str:
-    """The first module that differs whose output looks like `[batch, seq, features]`.
+    """Return the first module that differs and whose output looks like `[batch, seq, features]`.
 
-    A convolution's output does not tell whether it is `[batch, features, seq]`.
+    The output of a convolution does not show whether it is `[batch, features, seq]`.
     """
     for name, tensor in expected.modules.items():
         other = actual.modules.get(name)

@@ -1,4 +1,4 @@
-"""What checks feed a model with: random tokens, or batches of the model's own data loader."""
+"""The inputs of checks: random tokens, or batches of the model's own data loader."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from torchtitan.protocols.train_spec import TrainSpec
 
 BATCH = 8
-"""Rows of a batch of all ranks."""
+"""Rows of a batch, over all ranks."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A batch, and how a model is run on it and its loss is computed."""
+    """A batch, with how to run a model on it and compute its loss."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
     inputs: Batch
-    """What `forward` gets by name."""
+    """Inputs of `forward` by name."""
     mean_loss: Callable[[Any, torch.Tensor], torch.Tensor]
-    """Called with what the model returned and the labels."""
+    """Called with the model's output and the labels."""
     prepare: Callable[[nn.Module], None] = lambda model: None
     """Called with a model before it runs."""
 
@@ -44,7 +44,7 @@ class Example:
         return model(self.tokens, **self.inputs)
 
     def loss(self, output: Any) -> torch.Tensor:
-        """The mean loss of what `run` returned, a float32 scalar."""
+        """Return the mean loss of an output of `run`, a float32 scalar."""
         return self.mean_loss(output, self.labels)
 
     def rows(self, rows: slice) -> Example:
@@ -52,16 +52,16 @@ class Example:
         return replace(self, tokens=self.tokens[rows], labels=self.labels[rows], inputs=inputs)
 
     def cast(self, dtype: torch.dtype) -> Example:
-        """With inputs in floating point in this type, as the trainer casts them."""
+        """Return the example with floating-point inputs in `dtype`, as the trainer casts them."""
         inputs = {name: in_precision(tensor, dtype) for name, tensor in self.inputs.items()}
         return replace(self, tokens=in_precision(self.tokens, dtype), inputs=inputs)
 
 
 class OwnLoss:
-    """The mean of a loss of the author's, which is prepared and divided as the trainer does.
+    """The mean of an author's loss, prepared and divided as the trainer does.
 
     Args:
-        build: makes the loss, when it is first needed.
+        build: creates the loss when it is first needed.
     """
 
     def __init__(self, build: Callable[[], Any]) -> None:
@@ -70,7 +70,7 @@ class OwnLoss:
         self._prepared: WeakSet[nn.Module] = WeakSet()
 
     def prepare(self, model: nn.Module) -> None:
-        torch.manual_seed(0)  # what forward() draws is no difference between two runs
+        torch.manual_seed(0)  # so that random draws in forward() do not differ between two runs
         if self._loss_fn is None:
             self._loss_fn = self._build()
         if model not in self._prepared:
@@ -82,7 +82,7 @@ class OwnLoss:
 
 
 def random_example(tokens: torch.Tensor, own_loss: OwnLoss | None = None) -> Example:
-    """Of tokens `[batch, seq]`, each of which predicts the next; by default with cross entropy."""
+    """Make an example of tokens `[batch, seq]` that predict the next; default: cross entropy."""
     labels = tokens.roll(-1, 1)
     labels[:, -1] = IGNORE_INDEX
     if own_loss is not None:
@@ -93,10 +93,10 @@ def random_example(tokens: torch.Tensor, own_loss: OwnLoss | None = None) -> Exa
 class OwnBatches:
     """Batches of a model's own loader, each `[BATCH, ...]`, as one process gets them.
 
-    So any layout can have its share of the same rows, whatever way the loader shares them out.
+    So every layout can get its share of the same rows, however the loader would divide them.
 
     Args:
-        job: makes the job of the options.
+        job: makes the job from options.
         seq_len: of the job, unless the loader's labels have another length.
     """
 
@@ -116,11 +116,11 @@ class OwnBatches:
                 self.close()
                 self.seq_len = length
             self._refuse_unknown_ids(self.batch(1))
-        except Exception as error:  # it may want options or files of a job
+        except Exception as error:  # the loader may need options or files of a job
             self.error = why_no_batch(error)
 
     def _length(self) -> int:
-        """The length of the labels in the first batch; that of the job if tokens are ids."""
+        """Return the length of the first batch's labels; the job's length if tokens are ids."""
         self._open()
         batch = next(self._loader)
         found = [batch.get(name) for name in USUAL_KEYS[:2]] if isinstance(batch, dict) else []
@@ -156,14 +156,14 @@ class OwnBatches:
         self._given.append({name: tensor.clone() for name, tensor in batch.items()})
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 1."""
+        """Return the batch of a step, counted from 1."""
         self._open()
         while len(self._given) < step:
             self._keep(next(self._loader))
         return dict(self._given[step - 1])
 
     def again(self) -> OwnBatches:
-        """The same from a new loader."""
+        """Return the same batches from a new loader."""
         return OwnBatches(self._spec, self._job, self.seq_len, *self._options)
 
     def close(self) -> None:
@@ -173,7 +173,7 @@ class OwnBatches:
 
     @property
     def is_text(self) -> bool:
-        """Whether a batch is token ids and labels `[batch, seq]` alone."""
+        """Whether a batch is only token ids and labels `[batch, seq]`."""
         batch = self.batch(1)
         alone = set(batch) <= set(USUAL_KEYS)
         tokens, labels = batch["tokens"], batch["labels"]
@@ -181,7 +181,7 @@ class OwnBatches:
 
     @property
     def keys(self) -> list[str]:
-        """What a batch has besides tokens and labels; nothing if there is none."""
+        """Keys of a batch besides tokens and labels; none if there is no batch."""
         return [] if self.error else [n for n in self.batch(1) if n not in USUAL_KEYS[:2]]
 
     def describe(self) -> str:
@@ -198,5 +198,5 @@ class OwnBatches:
 
 
 def _are_ids(tokens: torch.Tensor) -> bool:
-    """Whether they are of the form `[batch, seq]` that texts have."""
+    """Whether tokens have the form `[batch, seq]` of texts."""
     return tokens.dtype == torch.int64 and tokens.ndim == 2

@@ -1,4 +1,4 @@
-"""All checks, in the order in which they are run and shown."""
+"""Lists all checks, in the order in which they are run and shown."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MODULES = (
     layouts,
     checkpoints,
 )
-"""Each has `CHECKS`. The first of all is needed by those that need no other."""
+"""Each has `CHECKS`. The very first check is needed by all that need no other."""
 
 
 def all_checks() -> list[Check]:
@@ -56,14 +56,14 @@ def all_checks() -> list[Check]:
 
 
 def choose(only: Iterable[str] = (), quick: bool = False) -> list[Check]:
-    """The checks to run.
+    """Return the checks to run.
 
     Args:
-        only: names of checks or groups; none: all. What they need is added.
-        quick: leave out those that are not `quick`, unless `only` names them.
+        only: names of checks or groups; none: all. The checks they need are added.
+        quick: leave out checks that are not `quick`, unless `only` names them.
 
     Raises:
-        ConfigError: `only` names what there is not.
+        ConfigError: `only` contains an unknown name.
     """
     checks = {check.name: check for check in all_checks()}
     groups = {check.group for check in checks.values()}

@@ -1,4 +1,4 @@
-"""What a check is, and what can become of it."""
+"""Defines a check and its outcomes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Function = TypeVar("Function", bound="Callable[[Subject], str]")
 
 
 class CheckFailedError(Exception):
-    """The model does not do what the check asks for.
+    """The model does not satisfy the check.
 
     Args:
-        problem: what differs, where and by how much: one or two sentences.
+        problem: what differs, where and by how much, in one or two sentences.
         hint: where the author should look, and the usual mistake.
     """
 
@@ -30,7 +30,7 @@ class CheckFailedError(Exception):
 
 
 class NotApplicableError(Exception):
-    """The check has nothing to ask of this model; the message says why."""
+    """The check does not apply to this model; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Check:
     name: str
     """`group.question`, such as `contract.init_weights` or `layouts.fsdp2_tp2`."""
     asks: str
-    """What must hold, in a line."""
+    """The condition that must hold, in a line."""
     run: Callable[[Subject], str]
-    """Called on each rank. Returns what was measured, in a few words, or "".
+    """Called on each rank. Returns the measurement in a few words, or "".
 
-    Must be a function of a module (or a `functools.partial` of one), so that it can be pickled.
+    Must be a module-level function (or a `functools.partial` of one), so that it can be pickled.
 
     Raises:
-        CheckFailedError: it does not hold.
-        NotApplicableError: it does not apply to this model.
+        CheckFailedError: the condition does not hold.
+        NotApplicableError: the check does not apply to this model.
     """
     ranks: int = 1
-    """Processes. With several, `run` is called on all, in a process group over gloo."""
+    """Number of processes. If several, `run` is called on all, in a process group over gloo."""
     joins: bool = False
     """`run` joins the process group itself, as the trainer does."""
     timeout: float = 60.0
@@ -59,8 +59,8 @@ class Check:
     quick: bool = True
     """Part of `--quick`."""
     needs: tuple[str, ...] = ()
-    """Checks that must have passed before: this one reads what they leave in `Subject.folder`, or
-    would only fail for their reason once more."""
+    """Checks that must have passed before: this check reads files that they leave in
+    `Subject.folder`, or would only fail again for the same reason."""
 
     @property
     def group(self) -> str:
@@ -71,7 +71,7 @@ class Checks(list[Check]):
     """The checks of a module, in the order in which they are run and shown.
 
     Args:
-        needs: what those need that say nothing else.
+        needs: default `needs` of the checks.
     """
 
     def __init__(self, *needs: str) -> None:
@@ -79,26 +79,26 @@ class Checks(list[Check]):
         self._needs = needs
 
     def of(self, name: str, asks: str, **options: Any) -> Callable[[Function], Function]:
-        """Above a function: makes it `run` of a check, with these and other fields of `Check`."""
+        """Decorate a function as `run` of a check, with these and other fields of `Check`."""
 
         def declare(run: Function) -> Function:
             self.append(Check(name, asks, run, **{"needs": self._needs, **options}))
-            return run  # as it is, so that it can be pickled
+            return run  # unchanged, so that it can be pickled
 
         return declare
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a check."""
+    """The outcome of a check."""
 
     check: Check
     status: str
     """`pass`, `fail`, or `skip` if it does not apply."""
     message: str = ""
-    """What was measured (pass), the problem (fail), or the reason (skip)."""
+    """The measurement (pass), the problem (fail), or the reason (skip)."""
     hint: str = ""
     """Where to look after a failure."""
     details: str = ""
-    """A traceback, or the stacks of the ranks, where there is one."""
+    """A traceback, or the stacks of the ranks, if there is one."""
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""A saved run resumes as if it had never stopped, also on another layout."""
+"""Checks that a saved run resumes as if it had never stopped, also on another layout."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ CHECKS = Checks()
 SAVED_STEP = STEPS // 2
 SAVE = "checkpoints.save"
 ONE = "accumulation"
-"""The layout of one process, which takes each batch in parts."""
+"""The layout of one process, which accumulates gradients over parts of each batch."""
 
 
 def runs_without_a_stop(layout: str, subject: Subject) -> str:
-    """Leaves a checkpoint from the middle of a run, and how the run went on from there."""
+    """Leave a checkpoint from the middle of a run, and the run's recording from there on."""
     trainer = trainer_or_skip(
         subject, *options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}")
     )
@@ -52,7 +52,7 @@ def runs_without_a_stop(layout: str, subject: Subject) -> str:
 
 
 def resumes_bitwise(layout: str, subject: Subject) -> str:
-    """Go on from that checkpoint: losses, weights and optimizer are those without a stop."""
+    """Resume that checkpoint: losses, weights and optimizer must equal an uninterrupted run's."""
     options = (*options_of(LAYOUTS[layout]), *_in_folder(f"resume_{layout}"))
     trainer = trainer_or_skip(subject, *options, f"--checkpoint.load_step={SAVED_STEP}")
     resumed = train(trainer, observe=False, dropout=True)
@@ -102,7 +102,7 @@ CHECKS += [*_resume_checks(ONE, ""), *_resume_checks("fsdp2", "_fsdp2")]
     quick=False,
 )
 def save(subject: Subject) -> str:
-    """Leaves a checkpoint of four ranks in `subject.folder`, and what is in it as whole tensors."""
+    """Leave a checkpoint of four ranks in `subject.folder`, and its content as whole tensors."""
     reasons = []
     for name in ("fsdp2_tp2", "hsdp2x2"):
         try:
@@ -123,13 +123,13 @@ def save(subject: Subject) -> str:
 
 
 def loads_on(layout: str, subject: Subject) -> str:
-    """Resume the checkpoint of other ranks: the same weights, and the next losses."""
+    """Resume the checkpoint on other ranks: the weights and the next losses must be the same."""
     options = (*options_of(LAYOUTS[layout]), *_in_folder("shared"), "--checkpoint.interval=1000")
     trainer = trainer_or_skip(subject, *options)
     saved = torch.load(_saved_path(subject), mmap=True, weights_only=True)
     trainer.checkpointer.load()
     rank = dist.get_rank()
-    # Not of buffers that are in no checkpoint: whether these matter, the next losses tell.
+    # Buffers that are in no checkpoint are not compared: the next losses show whether they matter.
     wrong, _ = compare_tensors(model_state(trainer.model_parts), saved, rank, tolerance=0.0)
     if wrong:
         raise CheckFailedError(

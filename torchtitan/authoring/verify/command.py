@@ -48,14 +48,14 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan verify`; returns the exit code.
+    """Run the command with the arguments after `torchtitan verify`; return the exit code.
 
     Raises:
         ConfigError: an argument is wrong, or there is no such model.
     """
     argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan verify", description=DESCRIPTION)
-    # Imports PyTorch, which --help need not wait for.
+    # These import PyTorch, which --help does not need.
     from .catalog import choose
 
     checks = choose(options.only, options.quick)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def verify(options: Options, checks: list) -> int:
-    """Run the checks and show what became of them."""
+    """Run the checks and show their outcomes. Return the exit code."""
     from . import report
     from .run import run_checks
     from .subject import Subject, default_flavor
@@ -103,7 +103,7 @@ def verify(options: Options, checks: list) -> int:
 
 
 def _import(options: Options) -> bool:
-    """Make the model known; False if its module cannot be imported, which a check then tells.
+    """Import the model; return False if its module cannot be imported, which a check then reports.
 
     Raises:
         ConfigError: there is no such model, or its module is a folder with nothing to import.

@@ -1,4 +1,4 @@
-"""Compares what a rank recorded with its part of the reference, and says where they part."""
+"""Compares a rank's recording with its part of the reference, and locates differences."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from torchtitan.train import Trainer
 
 Indices = list[torch.Tensor]
-"""For each dimension of a tensor, the places of the whole tensor that a rank's part has."""
+"""For each dimension of a tensor, the indices of the whole tensor that a rank's part covers."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that is not what it is in the reference."""
+    """One tensor that differs from the reference."""
 
     name: str
     relative: float
     """Norm of the difference over the norm of the reference; NaN if a number is not finite."""
     where: str = ""
-    """Which part of the tensor, in words."""
+    """The differing part of the tensor, in words."""
     problem: str = ""
-    """What is wrong, where that is not a number."""
+    """The problem, if it is not a number."""
     rank: int = 0
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Difference:
 
 
 class RankPart:
-    """Which part of the batch this rank has, so that plain tensors can be compared too."""
+    """The part of the batch on this rank, which allows comparing plain tensors too."""
 
     def __init__(self, trainer: Trainer) -> None:
         dims, mesh = trainer.parallel_dims, trainer.parallel_dims.world_mesh
@@ -62,10 +62,10 @@ class RankPart:
         self._tp_rank = mesh["tp"].get_local_rank() if dims.tp_enabled else 0
 
     def indices(self, shape: Sequence[int], part: torch.Tensor) -> Indices | None:
-        """Where `part` lies in the whole `[batch, seq, ...]` or `[batch, heads, seq, _]`.
+        """Return the place of `part` in the whole `[batch, seq, ...]` or `[batch, heads, seq, _]`.
 
-        A DTensor is placed as it says. Of a plain tensor, each dimension is the batch, the
-        sequence, or features, which tensor parallelism may share. None if it cannot be placed.
+        A DTensor is placed by its placements. In a plain tensor, each dimension is the batch, the
+        sequence, or features, which tensor parallelism may divide. None if it cannot be placed.
         """
         sequence = next((d for d in (1, 2) if len(shape) > d and shape[d] == self.seq_len), None)
         if len(shape) != part.ndim or shape[0] != BATCH or sequence is None:
@@ -96,12 +96,12 @@ class RankPart:
 def compare_outputs(
     outputs: Outputs, reference: Outputs, part: RankPart, rank: int, tolerance: float
 ) -> tuple[list[Difference], int, int]:
-    """The modules whose output differs, in forward order; how many were compared; how many not."""
+    """Return the modules whose output differs, in forward order; numbers compared; left out."""
     differences, compared, left_out = [], 0, 0
     for name, whole in reference.items():
         calls = outputs.get(name)
         if not calls:
-            continue  # of another stage
+            continue  # in another stage
         local = _join(calls)
         expected = whole[0]
         indices = None
@@ -122,7 +122,7 @@ def compare_outputs(
 
 
 def _join(calls: list[torch.Tensor]) -> torch.Tensor | None:
-    """The micro-batches of a tensor as one, along the batch."""
+    """Join the micro-batches of a tensor along the batch."""
     if len(calls) == 1:
         return calls[0]
     first = calls[0]
@@ -139,15 +139,16 @@ def _join(calls: list[torch.Tensor]) -> torch.Tensor | None:
 def compare_tensors(
     tensors: Tensors, reference: Tensors, rank: int, tolerance: float, floor: float = 0.0
 ) -> tuple[list[Difference], float]:
-    """The tensors that differ from this rank's part of those in `reference`, by name.
+    """Find the tensors that differ from this rank's part of those in `reference`, by name.
 
     Args:
         tolerance: norm of the difference over the norm of the whole tensor in the reference.
-        floor: a root mean square. A tensor whose own is less is held against this one, since
-            what should be 0 is rounding error in the reference too.
+        floor: a root mean square. A tensor with a smaller one is compared relative to `floor`,
+            since values that should be 0 are rounding errors in the reference too.
 
     Returns:
-        The differences in the order of the reference, and the largest relative one of all tensors.
+        The differences in the order of the reference, and the largest relative difference of all
+        tensors.
     """
     differences, largest = [], 0.0
     for name, whole in reference.items():
@@ -170,14 +171,14 @@ def compare_tensors(
 
 
 def local_part(tensor: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of `tensor`, and the same part of `whole`."""
+    """Return this rank's part of `tensor`, and the same part of `whole`."""
     if not isinstance(tensor, DTensor):
         return tensor, whole
     return tensor.to_local(), place(whole, tensor.device_mesh, tensor.placements)
 
 
 def place(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> torch.Tensor:
-    """This rank's part, cut without communication."""
+    """Return this rank's part, cut without communication."""
     return distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None).to_local()
 
 
@@ -213,7 +214,7 @@ def _wrong_places(
     seq_len: int,
     tolerance: float,
 ) -> str:
-    """The places of the whole tensor that differ: `rows 4-7, tokens 32-63`."""
+    """Format the places of the whole tensor that differ: `rows 4-7, tokens 32-63`."""
     error = (local.double() - expected.double()).abs()
     scale = expected.double().square().mean().sqrt()
     wrong = ~(error <= tolerance * scale)

@@ -1,4 +1,4 @@
-"""The contract of a model: what the guide's steps 1, 2 and 4 ask of its parts and signatures."""
+"""Checks a model's contract: the guide's steps 1, 2 and 4 for its parts and signatures."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ PARAMETERS = {
     ),
     "build_metrics_processor_fn": ("job_config", "parallel_dims", "model_args"),
 }
-"""Callables of a `TrainSpec` -> what the trainer calls them with, by position."""
+"""Callables of a `TrainSpec` -> the trainer's positional arguments."""
 
 _LONG = 4096
-"""Tokens of the second job that args are adapted to, if they can be."""
+"""Tokens of the second job that args are adapted to, if possible."""
 
 MAY_BE_NONE = {
     "pipeline_fn",
@@ -169,7 +169,7 @@ def _require_call(
 ) -> None:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin, which does not tell
+    except (TypeError, ValueError):  # a builtin without a signature
         return
     try:
         signature.bind(*positional, **dict.fromkeys(keywords))
@@ -183,10 +183,10 @@ def _require_call(
 
 @CHECKS.of("contract.args", "update_from_config returns args and leaves the flavor as it is")
 def args_are_not_modified(subject: Subject) -> str:
-    """And a checkpoint gives them back; `vocab_size` is a number of tokens."""
+    """Also, a checkpoint gives the args back, and `vocab_size` is a number of tokens."""
     args = get_train_spec(subject.name, subject.flavor).model_args
     before = copy.deepcopy(vars(args))
-    # Two jobs that differ in all that args may take from one.
+    # Two jobs that differ in every option that args may take from a job.
     first = args.update_from_config(subject.config())
     longest = subject.at_most(_LONG)
     args.update_from_config(subject.config(f"--training.seq_len={longest}", "--debug.seed=1"))
@@ -221,7 +221,7 @@ def args_are_not_modified(subject: Subject) -> str:
 
 
 def _require_way_back(args: BaseModelArgs) -> None:
-    """`generate`, `eval` and `convert` read args from a checkpoint's manifest, which is JSON."""
+    """Require that args survive JSON: `generate`, `eval`, `convert` read them from a manifest."""
     hint = (
         "args.py: numbers, text, dataclasses, and Optional, list, tuple and dict of these, each "
         "with its type (layers: tuple[LayerArgs, ...]), come back from the manifest of a "
@@ -249,7 +249,7 @@ def _differs(key: str, before: dict[str, Any], now: BaseModelArgs) -> bool:
 
 @CHECKS.of("contract.layers", "the layers are an nn.ModuleDict keyed by their number")
 def layers_are_a_dict(subject: Subject) -> str:
-    """So that they can be deleted one by one without renaming others."""
+    """So that layers can be deleted one by one without renaming others."""
     model = subject.spec.meta_model(subject.args)
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleDict):

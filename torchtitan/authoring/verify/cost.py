@@ -1,9 +1,9 @@
-"""`get_nparams_and_flops` against the model itself.
+"""Checks `get_nparams_and_flops` against the model itself.
 
 FLOPs are measured by running the forward and backward pass under PyTorch's counter, at two short
-lengths: what grows with the length is attention's, the rest is the weights'. A model that computes
-in chunks fills the last one up, so a count that does not fit gets longer lengths too. Conventions
-differ, so some counts pass that leave something out, and the outcome says what:
+lengths: the part that grows with the length is attention's, the rest is the weights'. A model that
+computes in chunks pads the last one, so a count that does not fit is measured at longer lengths
+too. Conventions differ, so some counts pass that leave something out, and the outcome reports it:
 
 * attention may count all keys (as measured), or half of them (causal), or those in its window;
 * `6 * num_params` (the guide's approximation) counts the embedding, which is a look-up, and no
@@ -32,13 +32,13 @@ CHECKS = Checks("contract.spec")
 
 _LENGTHS = ((8, 16), (64, 128), (256, 512))
 """Tokens, in pairs. The first are no longer than the windows of debug models, the others are
-multiples of the usual chunks."""
+multiples of the usual chunk sizes."""
 _TOLERANCE = 0.02
 
 
 @CHECKS.of("cost.nparams", "the number of parameters is exact")
 def nparams_are_exact(subject: Subject) -> str:
-    """Of every flavor."""
+    """For every flavor."""
     flavors = model_flavors(subject.name) or [subject.flavor]
     wrong = []
     for flavor in dict.fromkeys([subject.flavor, *flavors]):
@@ -71,7 +71,7 @@ def _claim(args: Any, seq_len: int) -> tuple[int, int]:
 
 
 def _guess_of_difference(model: nn.Module, difference: int) -> str:
-    """What has as many parameters as there are too many or too few."""
+    """Name a part with as many parameters as the difference."""
     for name in sorted(first_names(model)):
         if model.get_parameter(name).numel() == difference:
             return f"{name} shares its weight with another, so it counts once."
@@ -100,18 +100,18 @@ def flops_are_as_measured(subject: Subject) -> str:
             fits = _claims_fit(model, subject, lengths)
         except CheckFailedError as error:
             misfit = misfit or error
-        except Exception:  # of the model, which may not take so many
+        except Exception:  # the model may not take so many tokens
             if misfit is None:
                 raise
             break
         else:
             return fits if misfit is None else f"{fits} (at {lengths[0]} tokens and more)"
-    assert misfit is not None  # there are lengths
+    assert misfit is not None  # _LENGTHS is not empty
     raise misfit
 
 
 def _tell_of_own_batch(subject: Subject) -> NoReturn:
-    """Batches of a loader have one length, at which attention cannot be told from weights."""
+    """Skip: a loader's batches have one length, which does not separate attention from weights."""
     model, example = subject.build().train(), subject.example(2)
     counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
     with counter, sdpa_kernel(SDPBackend.MATH):
@@ -138,14 +138,14 @@ def _claims_fit(model: nn.Module, subject: Subject, lengths: tuple[int, int]) ->
 
 
 def _split(flops: list[float], lengths: tuple[int, int]) -> tuple[float, float]:
-    """FLOPs a token that the length does not change, and what each token of length adds."""
+    """Return the FLOPs a token that do not depend on the length, and those per token of length."""
     short, long = lengths
     slope = (flops[1] - flops[0]) / (long - short)
     return flops[0] - slope * short, slope
 
 
 def _measure(model: nn.Module, subject: Subject, seq: int) -> float:
-    """Per token. The kernels of plain attention are those that the counter knows."""
+    """Return the FLOPs per token. Uses the plain attention kernels, which the counter knows."""
     example = subject.example(2, seq)
     model.zero_grad()
     counter = FlopCounterMode(display=False, custom_mapping=_OWN_FORMULAS)
@@ -157,7 +157,7 @@ def _measure(model: nn.Module, subject: Subject, seq: int) -> float:
 
 
 def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a product of groups of rows or columns (shapes); each group meets one matrix."""
+    """Return the FLOPs of a product (shapes) of groups of rows or columns, each with one matrix."""
     batches = a[0] if len(a) == len(b) == 3 else 1
     return 2 * batches * a[-2] * a[-1] * b[-1]
 
@@ -165,8 +165,8 @@ def _grouped_mm_flops(a: list[int], b: list[int], *args: Any, **kwargs: Any) -> 
 def _convolution_backward_flops(
     out: list[int], x: list[int], weight: list[int], *args: Any, **kwargs: Any
 ) -> int:
-    """As many as forward, for each gradient. PyTorch's takes no account of groups."""
-    *_, transposed, _, _, wanted = args  # output_padding, groups; whether x, weight, bias have one
+    """Count the forward FLOPs for each gradient. PyTorch's formula ignores groups."""
+    *_, transposed, _, _, wanted = args  # output_padding, groups; which of x, weight, bias get one
     places = (x if transposed else out)[2:]
     return 2 * x[0] * math.prod(places) * math.prod(weight) * sum(wanted[:2])
 

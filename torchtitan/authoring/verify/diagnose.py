@@ -1,4 +1,4 @@
-"""Says in words why ranks failed that no check stopped: an exception, a crash, a hang."""
+"""Explains why ranks failed outside of a check: an exception, a crash, a hang."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torchtitan
 from torchtitan.distributed.ranks import RankFailure
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<function>\S+)')
-# Functions of these files that users call by name; what they call in turn tells less.
+# Users call functions of these files by name; the functions that these call say less.
 _COLLECTIVE_FILES = ("distributed_c10d.py", "_functional_collectives.py")
 
 
-# What the others see when a rank has died.
+# The errors of the other ranks when a rank has died.
 _LOST_PEER = re.compile(
     r"closed by peer|Read error|Connection refused|Connection reset|Broken pipe", re.I
 )
@@ -24,7 +24,7 @@ _NO_MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memo
 
 
 def explain(failures: list[RankFailure]) -> tuple[str, str]:
-    """What happened, and where to look."""
+    """Return what happened, and where to look."""
     ended = [failure for failure in failures if failure.exit_code is not None]
     if not ended:
         return _explain_hang(failures)
@@ -58,7 +58,7 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
 
 
 def _innocence(failure: RankFailure) -> int:
-    """Ranks that died come first, then errors, then those that only lost the others."""
+    """Rank failures: ranks that died first, then errors, then ranks that only lost the others."""
     if _died(failure):
         return 0
     return 2 if _LOST_PEER.search(failure.reason) else 1
@@ -82,9 +82,9 @@ def _explain_hang(failures: list[RankFailure]) -> tuple[str, str]:
 
 
 def _collective(stacks: str) -> tuple[str, str]:
-    """The collective that a rank is in ("" if none), and the innermost place outside of torch.
+    """Return a rank's current collective ("" if none), and the innermost place outside of torch.
 
-    `stacks` lists the most recent call first, as faulthandler writes them.
+    `stacks` lists the most recent call first, as written by faulthandler.
     """
     collective, place = "", "unknown place"
     main = stacks.partition("Current thread")[2] or stacks
@@ -100,7 +100,7 @@ def _collective(stacks: str) -> tuple[str, str]:
 
 
 def _is_authors(file: str) -> bool:
-    """Whether the code is a model's: neither the trainer's, nor Python's."""
+    """Whether the code belongs to a model, neither to the trainer nor to Python."""
     path = Path(file)
     if path.is_relative_to(_TORCHTITAN):
         return path.is_relative_to(_TORCHTITAN / "models")
@@ -110,11 +110,11 @@ def _is_authors(file: str) -> bool:
 
 
 def _innermost_frame(traceback: str) -> str:
-    """The innermost frame of an exception's traceback or a crash's stacks that is not PyTorch's.
+    """Return the innermost frame outside of PyTorch, of a traceback or of a crash's stacks.
 
-    Of a traceback, one of the author's if there is one: what it called tells less.
+    In a traceback, prefer the author's frames: the calls below them say less.
     """
-    current = traceback.partition("Current thread")[2]  # faulthandler's, the most recent call first
+    current = traceback.partition("Current thread")[2]  # faulthandler's, most recent call first
     frames = [f for f in _FRAME.finditer(current or traceback) if "/torch/" not in f["file"]]
     if not frames:
         return ""

@@ -1,4 +1,4 @@
-"""Whether the options of a layout have an effect: one that is ignored passes every comparison."""
+"""Checks that the options of a layout have an effect: an ignored one passes every comparison."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from torchtitan.train import Trainer
 
 _WHOLE = 0.5
-"""Share of the matrices of layers that tensor parallelism may leave on each rank without a word:
-routers, and low ranks as those of multi-head latent attention."""
+"""Share of the layers' matrices that tensor parallelism may leave whole on each rank without a
+note: routers, and low-rank matrices such as those of multi-head latent attention."""
 
 
 class CompiledGraphs:
-    """While open, counts the graphs that are compiled during forward passes of the model."""
+    """Counts the graphs compiled during forward passes of the model, while it is entered."""
 
     def __init__(self, model_parts: list[nn.Module]) -> None:
         self.count = 0
@@ -51,13 +51,13 @@ class CompiledGraphs:
 
 
 def require_effect(trainer: Trainer, comparison: Comparison, graphs: int) -> str:
-    """Returns what an author should know of options that have less of an effect than they could.
+    """Return notes for the author on options that have less effect than they could.
 
     Args:
-        graphs: as many as were compiled in forward passes.
+        graphs: number of graphs compiled in forward passes.
 
     Raises:
-        CheckFailedError: an option has none.
+        CheckFailedError: an option has no effect.
     """
     config, dims = trainer.job_config, trainer.parallel_dims
     ignored = effect = ""
@@ -104,13 +104,13 @@ def is_sharded(param: nn.Parameter, mesh_dim: str) -> bool:
 
 
 def _left_whole(trainer: Trainer) -> str:
-    """Which matrices of the layers every tensor rank has as a whole, if they are most of them."""
+    """Name the layers' matrices that are whole on every tensor rank, if they are most of them."""
     matrices: dict[str, tuple[nn.Parameter, bool]] = {}
     for part in trainer.model_parts:
         for block, layer in blocks_of(part).items():
             of_experts = {p for moe in moe_layers(layer) for p in moe.parameters()}
             for name, param in layer.named_parameters():
-                if param.ndim == 2 and param not in of_experts:  # these have layouts of their own
+                if param.ndim == 2 and param not in of_experts:  # experts have layouts of their own
                     matrices[f"{block}.{name}"] = param, is_sharded(param, "tp")
     numbers = sum(param.numel() for param, _ in matrices.values())
     whole = {name: param for name, (param, sharded) in matrices.items() if not sharded}
@@ -124,7 +124,7 @@ def _left_whole(trainer: Trainer) -> str:
 
 
 def _gathered_at_once(trainer: Trainer) -> str:
-    """Said where FSDP has the whole model as one group."""
+    """Return a note if FSDP has the whole model as one group."""
     parts = trainer.model_parts
     modules = [module for part in parts for module in part.modules()]
     sharded = any(isinstance(module, FSDPModule) for module in modules)

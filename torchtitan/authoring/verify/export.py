@@ -1,4 +1,4 @@
-"""The `config.json` that args give for Hugging Face, of every flavor."""
+"""Checks the `config.json` that args export for Hugging Face, for every flavor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HINT = "args.py: to_hf_config() must give each option of the args, under Huggin
 
 @CHECKS.of("adapter.config_json", "to_hf_config says what the args say, of every flavor")
 def config_says_what_args_say(subject: Subject) -> str:
-    """So that an export is of this model, and does not end with an error after a training."""
+    """So that an export is of this model, and does not fail after training."""
     flavors = {subject.flavor: subject.spec.model_args}
     for flavor in model_flavors(subject.name):
         flavors[flavor] = get_train_spec(subject.name, flavor).model_args
@@ -31,7 +31,7 @@ def config_says_what_args_say(subject: Subject) -> str:
     for flavor, args in flavors.items():
         try:
             config = args.to_hf_config()
-        except TitanError:  # it says itself that there is no such model
+        except TitanError:  # reports that Hugging Face has no such model
             refused.append(flavor)
             continue
         except Exception as error:
@@ -75,7 +75,7 @@ def _require_json(flavor: str, config: dict[str, Any]) -> None:
 
 
 def _lost(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[str]:
-    """Fields of `args` that the file could say, and says otherwise."""
+    """Yield fields of `args` that the file can express, but with another value."""
     read = getattr(type(args), "from_hf_config", None)
     if read is None:
         for name, key in SIZES.items():
@@ -85,7 +85,7 @@ def _lost(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[str]:
         return
     try:
         back = read(dict(config))
-    except Exception:  # which is another failure
+    except Exception:  # reported elsewhere
         return
     for name, value in _numbers(args):
         other = getattr(back, name)
@@ -94,14 +94,14 @@ def _lost(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _numbers(args: BaseModelArgs) -> Iterator[tuple[str, Any]]:
-    """Names and values of fields that are numbers or truth values."""
+    """Yield names and values of fields that are numbers or booleans."""
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             yield name, value
 
 
 def _key_of(name: str, value: Any, config: dict[str, Any], read: Any) -> str:
-    """The entry of `config.json` that `name` is read from; "" if none is."""
+    """Return the entry of `config.json` that `name` is read from; "" if there is none."""
     for key, entry in config.items():
         if not isinstance(entry, int | float):
             continue
@@ -109,6 +109,6 @@ def _key_of(name: str, value: Any, config: dict[str, Any], read: Any) -> str:
         try:
             if getattr(read({**config, key: changed}), name) != value:
                 return key
-        except Exception:  # no such model
+        except Exception:  # no such model exists
             continue
     return ""

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint (`--hf`) against the model: what its files say, sizes and names."""
+"""Checks the model against a Hugging Face checkpoint's files (`--hf`): config, names, sizes."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ SIZES = {
     "norm_eps": "rms_norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
 }
-"""Usual fields of args -> those of `config.json`, for args without `from_hf_config`."""
+"""Usual fields of args -> keys of `config.json`, for args without `from_hf_config`."""
 _NOT_IN_CONFIG = {"attention", "aux_loss_weight"}
-"""Fields of args, or of what they hold, that say how to train."""
+"""Fields of args, or of nested args, that only affect training."""
 
 
 def folder_of(subject: Subject) -> Path:
-    """Raises `NotApplicableError` without `--hf`."""
+    """Return the checkpoint's folder. Raises `NotApplicableError` without `--hf`."""
     if subject.hf_path is None:
         raise NotApplicableError("give --hf PATH to compare with a Hugging Face checkpoint")
     return subject.hf_path
 
 
 def read_config(subject: Subject) -> dict[str, Any]:
-    """That of a model's text part, where it has several."""
+    """Read the config, or the config of the text part if a model has several parts."""
     try:
         config = read_hf_config(folder_of(subject))
     except CheckpointError as error:
@@ -55,7 +55,7 @@ def read_config(subject: Subject) -> dict[str, Any]:
 
 
 def args_of(subject: Subject) -> BaseModelArgs:
-    """The args that `config.json` gives, or else the flavor's."""
+    """Return the args from `config.json`, or else the flavor's."""
     make = getattr(type(subject.spec.model_args), "from_hf_config", None)
     return subject.args if make is None else make(read_config(subject))
 
@@ -92,7 +92,7 @@ def config_matches(subject: Subject) -> str:
 
 
 def _fields(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Name and both values of each field, of those that are dataclasses too."""
+    """Return name and both values of each field, including fields of nested dataclasses."""
     rows = []
     for field in dataclasses.fields(ours):
         a, b, name = getattr(ours, field.name), getattr(theirs, field.name), prefix + field.name
@@ -136,12 +136,12 @@ def names_match(subject: Subject) -> str:
 
 
 def _closest(names: list[str], files: dict[str, Any]) -> list[str]:
-    """The names in the files that are most like the first of `names`."""
+    """Return the names in the files that are most similar to the first of `names`."""
     return get_close_matches(names[0], files, n=3, cutoff=0.0)
 
 
 def _is_passed_over(adapter: Any, name: str) -> bool:
-    """Whether `from_hf` leaves a tensor out."""
+    """Whether `from_hf` drops a tensor."""
     try:
         return not adapter.from_hf({name: torch.empty(0, device="meta")})
     except Exception:
@@ -149,10 +149,10 @@ def _is_passed_over(adapter: Any, name: str) -> bool:
 
 
 def model_of_files(subject: Subject) -> ModelProtocol:
-    """Of the sizes in `config.json`, without memory."""
+    """Build the model with the sizes in `config.json`, without memory."""
     return subject.spec.meta_model(args_of(subject))
 
 
 def adapter_of_files(subject: Subject) -> BaseStateDictAdapter:
-    """Made for these files. Raises `NotApplicableError` if the model has none."""
+    """Create the adapter for these files. Raises `NotApplicableError` if the model has none."""
     return type(adapter_of(subject))(args_of(subject), hf_assets_path=folder_of(subject))

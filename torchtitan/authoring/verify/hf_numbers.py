@@ -1,9 +1,9 @@
-"""A Hugging Face checkpoint (`--hf`) against the model: each layer's numbers.
+"""Compares the numbers of each layer with those of a Hugging Face checkpoint (`--hf`).
 
 Both models get the same tokens. Hidden states are compared before the first layer, after each
-layer, and at the end; within the first layer that differs, the outputs of the modules whose weights
-the adapter maps onto each other. Tensors of the checkpoint that are constant get noise in both: the
-norms of a new model are all 1, and could be exchanged unseen.
+layer, and at the end; within the first layer that differs, the outputs of modules whose weights
+the adapter maps onto each other. Constant tensors of the checkpoint get noise in both models: the
+norms of a new model are all 1, and could be exchanged without notice.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from .subject import Subject
 CHECKS = Checks("adapter.hf_names")
 
 _TOLERANCE = 1e-4
-"""Greatest difference allowed in hidden states and logits in float32, over the largest."""
+"""Largest difference allowed in hidden states and logits in float32, relative to the largest."""
 
 _BEYOND = 64
-"""Tokens that see no more of the first ones."""
+"""Tokens after a window, which no longer see the first ones."""
 _OPERATIONS = 6e12
-"""Of a forward and backward pass at most, to see where windows end; a third of it is done, twice:
-some minutes of a CPU."""
+"""Limit on the FLOPs of a forward and backward pass, to see where windows end. The check runs a
+third of it, the forward pass, on both models: some minutes on a CPU."""
 
 
 @CHECKS.of("adapter.hf_numbers", "logits and every layer are equal to transformers'", timeout=600)
@@ -98,21 +98,21 @@ def numbers_match(subject: Subject) -> str:
 
 @dataclass(frozen=True)
 class _Reached:
-    """How many tokens are compared, such that the windows of attention end within them."""
+    """The number of tokens to compare, such that the windows of attention end within them."""
 
     length: int
     windows: list[int]
-    """Windows and chunks that do."""
+    """Windows and chunks that end within the tokens."""
     note: str
-    """Which do not, for a message."""
+    """The windows that do not end within them, for a message."""
 
 
 def _beyond_windows(subject: Subject, args: BaseModelArgs, config: Any) -> _Reached:
-    """As many as both models take, and as can be computed.
+    """Choose as many tokens as needed, as both models take, and as can be computed.
 
     Args:
         args: of our model of these files.
-        config: transformers', of the texts' part.
+        config: the transformers config of the text part.
     """
     theirs = [
         value
@@ -124,7 +124,7 @@ def _beyond_windows(subject: Subject, args: BaseModelArgs, config: Any) -> _Reac
     length, reached, left = subject.length, [], []
     for window in sorted({*window_sizes(args), *theirs}):
         wanted = window if window < length else window + 1 + _BEYOND
-        if window < 1 or window >= most:  # it never ends
+        if window < 1 or window >= most:  # the window never ends
             continue
         wanted = min(wanted, most)
         if args.get_nparams_and_flops(wanted)[1] * wanted > _OPERATIONS:
@@ -137,7 +137,7 @@ def _beyond_windows(subject: Subject, args: BaseModelArgs, config: Any) -> _Reac
 
 
 def _first_token(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Of hidden states `[batch, seq, dim]`, the first that differs; 0 if shapes do."""
+    """Return the first token whose hidden states `[batch, seq, dim]` differ; 0 if shapes differ."""
     if a.shape != b.shape or a.ndim != 3:
         return 0
     limit = _TOLERANCE * b.abs().max()
@@ -145,7 +145,7 @@ def _first_token(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def _without_constants(folder: Path, subject: Subject) -> Path:
-    """A folder of the same files, with noise in tensors that are constant; `folder` if none is."""
+    """Return a folder with noise in the constant tensors; `folder` itself if there are none."""
     copied = subject.folder / "hf_with_noise"
     changed: set[str] = set()
     for file in folder.glob("*.safetensors"):
@@ -166,7 +166,7 @@ def _without_constants(folder: Path, subject: Subject) -> Path:
 
 
 def _load_theirs(folder: Path) -> Any:
-    """Raises `NotApplicableError` if there is nothing to compare with."""
+    """Load transformers' model. Raises `NotApplicableError` if there is nothing to compare with."""
     try:
         import transformers
     except ImportError as error:
@@ -186,7 +186,7 @@ def _load_theirs(folder: Path) -> Any:
 
 
 def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
-    """By the adapter of this spec, whatever other models are registered."""
+    """Load our model by the adapter of this spec, whatever other models are registered."""
     model = model_of_files(subject)
     initialize_weights(model, subject.seed, torch.device("cpu"))
     hf: dict[str, torch.Tensor] = {}
@@ -213,7 +213,7 @@ def _layers_of(theirs: nn.Module) -> list[str]:
 
 
 def _pairs(ours: nn.Module, theirs: nn.Module, adapter: Any) -> list[tuple[str, str]]:
-    """Modules of both models with the same weight, by the adapter's names, one by one."""
+    """Pair the modules of both models that have the same weight, by the adapter's names."""
     modules = dict(theirs.named_modules())
     pairs = []
     for name, module in ours.named_modules():
@@ -231,7 +231,7 @@ def _pairs(ours: nn.Module, theirs: nn.Module, adapter: Any) -> list[tuple[str, 
 
 
 class _Record:
-    """Inputs and outputs of the modules of `names` in a forward pass."""
+    """Records inputs and outputs of the modules in `names` during a forward pass."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
@@ -242,7 +242,7 @@ class _Record:
         try:
             self.inputs[name] = hidden_states(args, kwargs)
             self.outputs[name] = hidden_states((output,), {})
-        except TypeError:  # of an embedding, or of experts without a batch dimension
+        except TypeError:  # an embedding, or experts without a batch dimension
             pass
 
 
@@ -253,8 +253,8 @@ def _difference(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
 
 
 def _within(pairs: list[tuple[str, str]], a: _Record, b: _Record) -> tuple[str, str]:
-    """What in a layer differs first, and the likely mistake."""
-    order = list(a.outputs)  # by when they were done
+    """Return the first difference within a layer, and the likely mistake."""
+    order = list(a.outputs)  # in the order of completion
     pairs = [pair for pair in pairs if pair[0] in a.outputs and pair[1] in b.outputs]
     for mine, other in sorted(pairs, key=lambda pair: order.index(pair[0])):
         if _difference(a.inputs[mine], b.inputs[other]) > _TOLERANCE:

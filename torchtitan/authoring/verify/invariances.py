@@ -1,4 +1,4 @@
-"""What must not matter: other sequences, padding, the length, and what was computed before."""
+"""Checks irrelevance of other sequences, padding, the length, and earlier forward passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows_are_independent(subject: Subject) -> str:
     model, tokens = subject.build_varied(), subject.tokens(3)
     model.train()
     for cut in cut_layers(model, tokens):
-        if cut.adds_gradients():  # of a loss that may be over the whole batch
+        if cut.adds_gradients():  # from a loss that may be over the whole batch
             continue
         seen = cut.gradient((1,))
         if (seen[[0, 2]] > 0).any():
@@ -48,7 +48,7 @@ def rows_are_independent(subject: Subject) -> str:
 
 @torch.no_grad()
 def _own_rows_are_independent(subject: Subject) -> str:
-    """In training and in evaluation, without what is random."""
+    """Compare rows in training and in evaluation, unless forward() is random."""
     model, example = subject.build_varied(), subject.example(3)
     worst, asked = 0.0, 0
     for training in (True, False):
@@ -56,7 +56,7 @@ def _own_rows_are_independent(subject: Subject) -> str:
         together, alone = example.run(model), example.rows(slice(1, 2)).run(model)
         torch.manual_seed(1)
         if not torch.equal(model(example.tokens, **example.inputs), together):
-            continue  # it draws random numbers
+            continue  # forward() draws random numbers
         asked += 1
         difference = relative_difference(alone, together[1:2])
         worst = max(worst, difference)
@@ -94,7 +94,7 @@ def trailing_tokens_do_not_matter(subject: Subject) -> str:
 
 @CHECKS.of("semantics.lengths", "sequences of any length work")
 def any_length_works(subject: Subject) -> str:
-    """Sequences of 1, 2 and an odd number of tokens, and longer than windows and chunks."""
+    """Try 1, 2 and an odd number of tokens, and sequences longer than windows and chunks."""
     if subject.own_batches and subject.spec.model_cls.sees_later_tokens:
         raise NotApplicableError("its own loader may give one length alone, as two equal halves")
     model = subject.build_varied()
@@ -132,7 +132,7 @@ def any_length_works(subject: Subject) -> str:
 
 
 def window_sizes(args: BaseModelArgs) -> list[int]:
-    """Sizes of sliding windows and chunks, by the names of the args' fields."""
+    """Return the sizes of sliding windows and chunks, found by the names of the args' fields."""
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     return sorted(
         {

@@ -1,9 +1,9 @@
-"""Every parallelism trains like one process: losses, gradients and weights.
+"""Checks that every parallelism trains like one process: losses, gradients and weights.
 
-Each layout trains for a few steps in float32 from the same seed, and is held against the run on one
-process, tensor by tensor. What decides is the loss, the norm of the gradients, the gradients of the
-first step and the weights after the last one: these belong to a layout exactly. The outputs of
-modules only show where a difference begins.
+Each layout trains for a few steps in float32 from the same seed, and is compared with the run on
+one process, tensor by tensor. The verdict uses the loss, the norm of the gradients, the gradients
+of the first step and the weights after the last one: these are well defined in every layout.
+The outputs of modules only show where a difference begins.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DOCUMENTS = "layouts.one_device_documents"
 
 @dataclass(frozen=True)
 class Layout:
-    """A number of ranks, and how they share the work."""
+    """A number of ranks, and how they divide the work."""
 
     ranks: int = 1
     data_ranks: int = 1
@@ -120,7 +120,7 @@ def options_of(layout: Layout) -> list[str]:
 
 @CHECKS.of(REFERENCE, "the model trains on one process, and a forward pass can be repeated")
 def one_device(subject: Subject) -> str:
-    """Leaves the reference in `subject.folder`."""
+    """Leave the reference in `subject.folder`."""
     try:
         trainer = build_trainer(subject, f"--training.local_batch_size={BATCH}")
     except ConfigError as error:
@@ -135,7 +135,7 @@ def one_device(subject: Subject) -> str:
 
 
 def _train_for_reference(trainer: Trainer) -> Recording:
-    """With whole tensors."""
+    """Train and record whole tensors."""
     recording = train(trainer)
     for tensors in (recording.initial, recording.gradients, recording.weights):
         tensors.update({name: whole(tensor) for name, tensor in tensors.items()})
@@ -151,8 +151,9 @@ def reference_path(subject: Subject, reference: str = REFERENCE) -> Path:
 
 
 def _require_repeatable(trainer: Trainer, subject: Subject) -> str:
-    """Two forward passes in training mode give the same, else no layouts can be compared. Returns
-    what was left out to that end.
+    """Require two equal forward passes in training mode, else no layouts can be compared.
+
+    Returns a note on randomness that was removed for that.
     """
     with without_dropout():
         first, same_seed, other_seed = (_outputs(trainer, subject, seed) for seed in (0, 0, 1))
@@ -177,7 +178,7 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> str:
 
 
 def _outputs(trainer: Trainer, subject: Subject, seed: int) -> list[torch.Tensor]:
-    """Of a forward pass in training mode: several tensors perhaps, for a loss of the author's."""
+    """Run a forward pass in training mode; an author's loss may take several output tensors."""
     example = subject.example(2)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -188,13 +189,13 @@ def _outputs(trainer: Trainer, subject: Subject, seed: int) -> list[torch.Tensor
 def _unequal(
     first: list[torch.Tensor], second: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The first pair of tensors that differ."""
+    """Return the first pair of tensors that differ."""
     pairs = zip(first, second, strict=True)
     return next((pair for pair in pairs if not torch.equal(*pair)), None)
 
 
 def _require_same_batches(subject: Subject) -> None:
-    """Two loaders of the author's give the same, else no layouts can be compared."""
+    """Require that two of the author's loaders give the same, else no layouts can be compared."""
     if subject.own_batches is None or subject.own_batches.error:
         return
     first, other = subject.own_batches.batch(1), subject.own_batches.again()
@@ -234,9 +235,9 @@ def every_parameter_is_updated(subject: Subject) -> str:
 
 
 def _moves(weight: torch.Tensor, gradient: torch.Tensor) -> bool:
-    """Whether a step of gradient descent, the smallest that an optimizer makes, is not rounded off.
+    """Whether a step of gradient descent, the smallest of any optimizer, survives rounding.
 
-    Adam's are larger where gradients are as small as here.
+    Adam's steps are larger where gradients are as small as here.
     """
     step = LEARNING_RATE * gradient.abs().double()
     return bool((step > 2 * torch.finfo(weight.dtype).eps * weight.abs().double()).any())
@@ -249,7 +250,7 @@ def _moves(weight: torch.Tensor, gradient: torch.Tensor) -> bool:
     needs=(REFERENCE,),
 )
 def one_device_with_documents(subject: Subject) -> str:
-    """Leaves the reference of layouts with packed documents."""
+    """Leave the reference of layouts with packed documents."""
     if not subject.reads_text:
         if subject.own_documents.error:
             raise NotApplicableError(f"no packed documents: {subject.own_documents.error}")
@@ -262,7 +263,7 @@ def one_device_with_documents(subject: Subject) -> str:
 
 
 def trains_like_one_device(name: str, subject: Subject) -> str:
-    """The check of a layout, on each of its ranks."""
+    """Run the check of a layout, on each of its ranks."""
     layout = LAYOUTS[name]
     trainer = trainer_or_skip(subject, *options_of(layout))
     reference = Recording.load(reference_path(subject, layout.reference))

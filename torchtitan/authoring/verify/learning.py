@@ -1,4 +1,4 @@
-"""The model learns: every parameter gets a gradient, and the loss falls."""
+"""Checks that the model learns: every parameter gets a gradient, and the loss falls."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ CHECKS = Checks("contract.forward")
 
 _STEPS = 100
 _FALL = 0.5
-"""Share of the first loss that is left after so many steps on one batch, at most."""
+"""Largest share of the first loss that may remain after `_STEPS` steps on one batch."""
 _OWN_FALL = 0.9
-"""The same of a loader's or a loss of the author's, of which no more is known than that it can be
-learned: noise that is to be told from data, for one, is learned slowly, and a loss may have a
-floor."""
+"""The same for an author's loader or loss, which is only known to be learnable: denoising, for
+example, is learned slowly, and a loss may have a floor."""
 _DEAD = 1e-10
-"""A largest gradient below this share of the model's largest is rounding, or none."""
+"""A parameter whose largest gradient is below this share of the model's largest has only rounding
+errors, or none."""
 
 
 @CHECKS.of("learning.gradients", "every parameter gets a gradient")
 def every_parameter_gets_a_gradient(subject: Subject) -> str:
-    """Over some steps, and enough tokens for every expert."""
+    """Use some steps, and enough tokens for every expert."""
     model = subject.build().train()
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:
@@ -46,7 +46,7 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
     largest = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
     rows = _Rows(model, subject)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(3):  # weights that start at 0 hide others in the first step
+    for step in range(3):  # in the first step, weights that start at 0 block others' gradients
         example = subject.example(8, 64, seed=step)
         optimizer.zero_grad()
         with rows.watching(example.labels.shape[-1]):
@@ -72,15 +72,15 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
 
 
 _FEW_TOKENS = re.compile(r"experts?\b|(^|\.)(router|gate)(\.|$)")
-"""Names of modules of which a part may get no token, or few."""
+"""Names of modules that have parts which may get few tokens, or none."""
 
 
 class _Rows:
-    """Rows of matrices that got a gradient, where each row should.
+    """Tracks the rows of matrices that got a gradient, where each row should.
 
-    That is so of the outputs of a linear layer or a convolution, and of those rows of an embedding
-    that were looked up for a token that has a next one. Other parameters may be tables of which a
-    part is read.
+    Each row should in the outputs of a linear layer or a convolution, and in an embedding for each
+    token that was looked up and has a next one. Other parameters may be tables that are read in
+    part.
     """
 
     def __init__(self, model: nn.Module, subject: Subject) -> None:
@@ -93,7 +93,7 @@ class _Rows:
             if not isinstance(weight, nn.Parameter) or _FEW_TOKENS.search(name):
                 continue
             if isinstance(module, nn.Embedding):
-                if subject.reads_text:  # others may have tokens that are padding
+                if subject.reads_text:  # other models may have padding tokens
                     self._embeddings[name] = module
                     self._asked[name] = torch.zeros(len(weight), dtype=torch.bool)
             elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -105,7 +105,7 @@ class _Rows:
 
     @contextmanager
     def watching(self, seq_len: int) -> Iterator[None]:
-        """Around a forward and backward pass on sequences of so many tokens."""
+        """Wrap a forward and backward pass on sequences of `seq_len` tokens."""
 
         looked_up: dict[str, list[torch.Tensor]] = {name: [] for name in self._embeddings}
 
@@ -121,7 +121,7 @@ class _Rows:
                 continue
             alive = module.weight.grad.flatten(1).abs().amax(1) > 0
             self._alive[name] |= alive
-            if alive.any():  # none is where what comes after it is still 0
+            if alive.any():  # there is none if the weights after this module are still 0
                 for rows in looked_up.get(name, []):
                     self._asked[name][rows] = True
 
@@ -149,7 +149,7 @@ class _Rows:
 
 
 def _ids(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The first tensor of integers among arguments."""
+    """Return the first tensor of integers among the arguments."""
     for value in [*args, *kwargs.values()]:
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             return value
@@ -165,12 +165,12 @@ def one_batch_is_learned(subject: Subject) -> str:
     except CheckFailedError:
         if not subject.reads_text or own is None or own.error:
             raise
-        # It may be made to predict something else than the next token, as an encoder-decoder is.
+        # The model may not predict the next token, for example as an encoder-decoder.
         return _learn(subject, own.example(4, 1), _FALL if usual else _OWN_FALL)
 
 
 def _learn(subject: Subject, example: Example, fall: float) -> str:
-    """Until `fall` of the first loss is left. Raises `CheckFailedError` if it takes too long."""
+    """Train until `fall` of the first loss is left. Raises `CheckFailedError` if it does not."""
     model = subject.build().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     losses = []
@@ -197,7 +197,7 @@ def _learn(subject: Subject, example: Example, fall: float) -> str:
 
 @CHECKS.of("learning.training", "training lowers the loss")
 def training_lowers_the_loss(subject: Subject) -> str:
-    """`torchtitan train` on the CPU, with the TrainSpec's own builders and default data."""
+    """Run `torchtitan train` on the CPU, with the TrainSpec's own builders and default data."""
     from torchtitan.train import Trainer
 
     steps = 20

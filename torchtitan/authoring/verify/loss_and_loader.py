@@ -1,4 +1,4 @@
-"""A loss and a data loader of the author's own: what the trainer will ask of them."""
+"""Checks an author's own loss and data loader against the trainer's requirements."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loss_is_a_sum(subject: Subject) -> str:
 
     def summed(labels: torch.Tensor) -> float:
         torch.manual_seed(0)
-        with torch.enable_grad():  # some are others without
+        with torch.enable_grad():  # some losses differ without gradients
             loss = loss_fn(model(tokens), labels)
         return _number(loss)
 
@@ -62,15 +62,15 @@ def loss_is_a_sum(subject: Subject) -> str:
 def _require_gradients_where_labels_are(
     loss_fn: Any, model: torch.nn.Module, tokens: torch.Tensor, vocab_size: int
 ) -> None:
-    """What the model gives for a token gets a gradient where the label counts, and only there."""
-    # Each label is there twice or more, 0 and the last among them, and is not the next token.
+    """Require that a token's output gets a gradient if its label counts, and only then."""
+    # Each label occurs at least twice, 0 and the last among them, and is not the next token.
     rows, seq = tokens.shape
     spread = torch.linspace(0, vocab_size - 1, max(seq // 2, 2)).long()
     labels = spread.repeat(rows * seq // len(spread) + 1)[: rows * seq].view(rows, seq).clone()
     labels[0, seq // 4 : seq // 2] = IGNORE_INDEX
     pred = model(tokens)
     if not isinstance(pred, torch.Tensor) or pred.shape[:-1] != tokens.shape:
-        return  # the loss's own affair
+        return  # only the loss knows what this means
     (grad,) = torch.autograd.grad(loss_fn(pred, labels), pred, allow_unused=True)
     if grad is None:
         return
@@ -100,7 +100,7 @@ def _require_gradients_where_labels_are(
 
 
 def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
-    """Over the rows of the loader's batch, whose labels may be of any kind."""
+    """Check the loss over the rows of the loader's batch, whose labels may be of any kind."""
     model, example = subject.build().train(), subject.example(2)
     attach_loss(loss_fn, [model])
 
@@ -152,7 +152,7 @@ def dataloader_resumes(subject: Subject) -> str:
     try:
         tokenizer = subject.spec.tokenizer(config)
         first = loader()
-    except Exception as error:  # it may want options or files of a job
+    except Exception as error:  # the loader may need options or files of a job
         reason = first_line(error)
         raise NotApplicableError(f"it cannot be built without a job's options: {reason}") from error
     try:

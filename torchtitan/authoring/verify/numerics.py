@@ -1,4 +1,4 @@
-"""Precision: bfloat16 near float32, no float64 by accident, and finite numbers at long contexts."""
+"""Checks precision: bfloat16 near float32, no accidental float64, finite at long contexts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .subject import Subject
 CHECKS = Checks("contract.forward")
 
 LONG_CONTEXT = 2048
-"""Tokens; less if the model takes no more."""
+"""Tokens; fewer if the model takes no more."""
 BF16_TOLERANCE = 0.05
-"""Length of the difference that bfloat16 makes in a token's logits, over that of the logits: the
-median over tokens, since some tokens go to other experts when scores are rounded."""
+"""Norm of the error of a token's logits in bfloat16, relative to the logits' norm. The median over
+tokens is used, since rounded scores route some tokens to other experts."""
 
 _WIDE = (torch.float64, torch.complex128)
 
@@ -38,7 +38,7 @@ def bf16_is_near_float32(subject: Subject) -> str:
     example = subject.example(1, subject.at_most(1024))
     with torch.no_grad(), recorded_outputs(model) as wide:
         expected = example.run(model)
-    worst, given = 0.0, example.cast(torch.bfloat16)  # as the trainer does
+    worst, given = 0.0, example.cast(torch.bfloat16)  # as in the trainer
     for cast, description in _CASTS.items():
         with torch.no_grad(), cast(model), recorded_outputs(model) as narrow:
             actual = given.run(model)
@@ -68,8 +68,8 @@ def bf16_is_near_float32(subject: Subject) -> str:
 def positions_are_exact_in_bf16(subject: Subject) -> str:
     """bfloat16 makes no larger difference at late positions than at early ones.
 
-    An untrained model attends nearly evenly, so that wrong angles hardly show. Larger weights make
-    the scores matter.
+    An untrained model attends nearly evenly, so wrong angles hardly show. Larger weights make the
+    scores matter.
     """
     if not accepts(subject.spec.model_cls, "positions"):
         raise NotApplicableError("forward() takes no positions")
@@ -115,15 +115,15 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
 
 
 _LATE = 4000
-"""The position from which `positions_are_exact_in_bf16` looks."""
+"""The first late position in `positions_are_exact_in_bf16`."""
 _SHARPER = 4.0
-"""Factor of the layers' matrices for `positions_are_exact_in_bf16`."""
+"""Factor on the layers' matrices in `positions_are_exact_in_bf16`."""
 
 
 def _differences(
     narrow: dict[str, torch.Tensor], wide: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """How much the outputs `[batch, seq, features]` of modules differ, by module."""
+    """Return the difference of the outputs `[batch, seq, features]`, by module."""
     return {
         name: _median_difference(narrow[name], expected)
         for name, expected in wide.items()
@@ -139,7 +139,7 @@ def _first_coarse(narrow: dict[str, torch.Tensor], wide: dict[str, torch.Tensor]
 
 
 def _median_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative difference of two `[batch, seq, features]`, the median over all tokens."""
+    """Return the relative difference of two `[batch, seq, features]`, the median over tokens."""
     expected = expected.float()
     difference = (actual.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
     return difference.median().item()
@@ -147,14 +147,14 @@ def _median_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextmanager
 def _autocast(model: nn.Module) -> Iterator[None]:
-    """Mixed precision as in training on one process."""
+    """Use mixed precision as in training on one process, within the context."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         yield
 
 
 @contextmanager
 def _cast_parameters(model: nn.Module) -> Iterator[None]:
-    """Mixed precision as FSDP has it: parameters in bfloat16, buffers as they are."""
+    """Use mixed precision as FSDP: parameters in bfloat16, buffers unchanged."""
     kept = {name: parameter.data for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -167,7 +167,7 @@ def _cast_parameters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _cast_as_fsdp(model: nn.Module) -> Iterator[None]:
-    """As FSDP trains: besides parameters, what blocks are called with."""
+    """Cast as FSDP does in training: parameters, and the arguments of blocks."""
 
     def narrow(value: Any) -> Any:
         return in_precision(value, torch.bfloat16) if isinstance(value, torch.Tensor) else value
@@ -189,11 +189,11 @@ _CASTS = {
     _cast_parameters: "bfloat16 parameters",
     _cast_as_fsdp: "bfloat16 parameters and arguments of layers",
 }
-"""The ways in which jobs compute in bfloat16 -> what they are called."""
+"""The ways in which jobs compute in bfloat16 -> their names."""
 
 
 def _hint(cast: Any, usual: str) -> str:
-    """Of what differs by a cast, after those before it have passed."""
+    """Return the hint for a cast; the casts listed before it have passed."""
     if cast is not _cast_as_fsdp:
         return usual
     return (
@@ -226,7 +226,7 @@ def nothing_is_float64(subject: Subject) -> str:
     model, example = subject.build().train(), subject.example(1)
     with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
         output = example.run(model)
-        with _disable_current_modes():  # what a loss of the author's counts may be float64
+        with _disable_current_modes():  # an author's loss may count in float64
             loss = example.loss(output)
         loss.backward()
     if wide.found:
@@ -242,7 +242,7 @@ def nothing_is_float64(subject: Subject) -> str:
 
 
 class _WideTensors(TorchDispatchMode):
-    """Remembers which operations in which modules make float64 or complex128 tensors."""
+    """Records which operations in which modules make float64 or complex128 tensors."""
 
     def __init__(self, tracker: ModuleTracker) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class _WideTensors(TorchDispatchMode):
         self.operations += 1
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.dtype in _WIDE:
-                # The names of all modules that it is in, each the beginning of the next.
+                # `parents` has the names of all enclosing modules, each a prefix of the next.
                 module = max(self._tracker.parents - {"Global"}, key=len, default="the loss")
                 self.found[module, str(func), str(tensor.dtype)] = None
         return result
@@ -309,7 +309,7 @@ def _broken(tensor: torch.Tensor) -> bool:
 @CHECKS.of("numerics.first_loss", "the untrained loss is near log(vocab_size)")
 @torch.no_grad()
 def first_loss_is_that_of_guessing(subject: Subject) -> str:
-    """An untrained model neither knows the next token nor is sure of a wrong one."""
+    """An untrained model neither knows the next token nor is confident of a wrong one."""
     model, tokens = subject.build(), subject.tokens(4)
     guessing = math.log(subject.vocab_size)
     loss = loss_of(model(tokens), tokens).item()

@@ -1,4 +1,4 @@
-"""Records what each module of a model returns, on this rank."""
+"""Records the output of each module of a model, on this rank."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 Outputs = dict[str, list[torch.Tensor]]
-"""Module -> its output in each call: one a micro-batch, if it is called once in a forward pass."""
+"""Module -> its output in each call: one per micro-batch, if called once in a forward pass."""
 
 
 class ModuleOutputs:
-    """While open, records the outputs of all modules in training mode, in the order of their ends.
+    """Records the outputs of all modules in training mode, in order of completion, while entered.
 
-    Modules inside of what is compiled are left out: the compiler would have to trace the recording.
+    Modules inside of compiled ones are left out: the compiler would have to trace the recording.
     """
 
     def __init__(self, model_parts: list[nn.Module], job_config: JobConfig) -> None:
         self.outputs: Outputs = defaultdict(list)
         self.recomputed: Outputs = defaultdict(list)
-        """Outputs in the backward pass, where activation checkpointing runs modules again."""
+        """Outputs in the backward pass, where activation checkpointing reruns modules."""
         compiles = job_config.compile.compiles("model")
         self._hooks = []
         for part in model_parts:
@@ -42,10 +42,10 @@ class ModuleOutputs:
                 self._hooks.append(module.register_forward_hook(hook))
 
     def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        # Pipelines try a forward pass in evaluation mode, to learn shapes.
+        # Pipelines run a forward pass in evaluation mode to infer shapes.
         if not module.training:
             return
-        # Selective checkpointing watches operations; these are none of its business.
+        # Selective checkpointing watches operations, and must not see these.
         with torch.no_grad(), _disable_current_modes():
             tensor = _first_tensor(output)
             if tensor is None or not tensor.is_floating_point():
@@ -75,8 +75,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
             stride=tensor.stride(),
         )
     if isinstance(tensor, AsyncCollectiveTensor):
-        # Still on its way. Waiting counts as a change to it, which selective checkpointing refuses;
-        # it is there when the step has ended.
+        # Still in flight. Waiting counts as a mutation, which selective checkpointing refuses; the
+        # tensor has arrived when the step has ended.
         return tensor.elem
     return tensor.detach().clone()
 

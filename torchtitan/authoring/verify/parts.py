@@ -1,6 +1,6 @@
-"""Parts of a model, as pipeline stages are: names, initial weights and the forward pass.
+"""Checks parts of a model, such as pipeline stages: names, initial weights, forward pass.
 
-The numbers of whole pipelines are compared elsewhere; here it is one process, and one cut.
+Other modules compare the numbers of whole pipelines; this one uses one process, and one cut.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def init_is_recursive(subject: Subject) -> str:
 
 
 def _shared_by_layers(subject: Subject) -> list[str]:
-    """The names of each parameter that more than one layer has."""
+    """Return all names of each parameter that several layers share."""
     layers = subject.spec.meta_model(subject.args).layers
     names: dict[int, dict[str, str]] = {}
     for number, layer in layers.items():
@@ -72,9 +72,9 @@ def _shared_by_layers(subject: Subject) -> list[str]:
 
 
 def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
-    """Parts of the model as pipeline stages are, on the meta device, and a description of each.
+    """Yield parts of the model such as pipeline stages, on the meta device, with descriptions.
 
-    Layers can be deleted from every model; other modules only from those that can be split. Where
+    Layers can be deleted from every model; other modules only from models that can be split. Where
     weights are tied, both modules stay.
     """
     model = subject.spec.meta_model(subject.args)
@@ -93,7 +93,7 @@ def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
 
 
 def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
-    """Modules before and after the layers that a pipeline stage may lack; none if never split."""
+    """Return modules before and after the layers that a stage may lack; none if never split."""
     from torchtitan.distributed.pipeline_parallel import modules_around_layers
     from torchtitan.distributed.pipeline_split import parameters_of
 
@@ -114,7 +114,7 @@ def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
 
 @CHECKS.of("contract.absent", "forward works where embedding, norm or output is absent")
 def forward_without_modules(subject: Subject) -> str:
-    """A model cut in two gives the numbers of the whole."""
+    """A model cut in two must give the numbers of the whole."""
     if subject.spec.pipeline_fn is None:
         raise NotApplicableError("pipeline_fn is None: the model is never cut into stages")
     before, after = absent_modules(subject)
@@ -154,7 +154,7 @@ def _require_hidden_states(
     hidden: torch.Tensor, example: Example, without: str, subject: Subject
 ) -> None:
     shape = list(example.tokens.shape)
-    # A model with a loader of its own may have several tokens to a hidden state.
+    # A model with its own loader may have several tokens per hidden state.
     wrong = subject.own_batches is None and list(hidden.shape[:2]) != shape
     if wrong or not hidden.is_floating_point():
         raise CheckFailedError(
@@ -173,7 +173,7 @@ def _remove(model: nn.Module, names: list[str], layers: list[str]) -> None:
 def _run_part(
     model: nn.Module, entry: tuple[torch.Tensor, ...], inputs: dict[str, Any], description: str
 ) -> Any:
-    torch.manual_seed(0)  # as `Example.run` has it
+    torch.manual_seed(0)  # as in `Example.run`
     try:
         return model(*entry, **inputs)
     except Exception as error:

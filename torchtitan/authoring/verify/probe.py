@@ -1,4 +1,4 @@
-"""Looking into a model: what flows between its layers, and where two runs part."""
+"""Inspects a model: the data flow between its layers, and differences between two runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchtitan.protocols.model import ModelProtocol, layers_of
 from .check import NotApplicableError
 
 NOISE = 0.02
-"""Standard deviation of what is added to weights that are constant."""
+"""Standard deviation of the noise that is added to constant weights."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -29,9 +29,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def vary_constants(model: nn.Module, seed: int) -> None:
     """Add noise to the zeros of all parameters, and to parameters whose numbers are all the same.
 
-    An output projection that starts at 0 makes its layer the identity: nothing that the layer does,
-    right or wrong, can then be seen from outside. What training must not do, it must not do for any
-    weights. The noise is a function of the seed and the parameter's name, as initial weights are.
+    An output projection that starts at 0 makes its layer the identity, which hides everything that
+    the layer does, right or wrong. Adding noise is fair: invariances must hold for any weights. The
+    noise is a function of the seed and the parameter's name, like initial weights.
     """
     for name, parameter in model.named_parameters():
         with_noise(parameter, derive_seed(seed, "noise", canonical_name(name)))
@@ -48,7 +48,7 @@ def with_noise(tensor: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def is_constant(tensor: torch.Tensor) -> bool:
-    """Whether all of its numbers are the same; not of what is quantised."""
+    """Whether all numbers of a tensor are the same; False for quantised tensors."""
     if tensor.dtype not in _FLOATS or tensor.numel() == 0:
         return False
     return bool(tensor.min() == tensor.max())
@@ -56,7 +56,7 @@ def is_constant(tensor: torch.Tensor) -> bool:
 
 @dataclass
 class CutLayer:
-    """A layer whose input was cut off from what came before it."""
+    """A layer whose input was detached from the computation before it."""
 
     name: str
     module: nn.Module
@@ -65,17 +65,17 @@ class CutLayer:
     output: torch.Tensor
     """`[batch, seq, dim]`."""
     args: tuple[Any, ...]
-    """What it was called with, `input` among them."""
+    """The arguments of the call, `input` among them."""
     kwargs: dict[str, Any]
 
     def rerun(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output for other hidden states, all its other inputs as they were."""
+        """Return the layer's output for other hidden states, with its other inputs unchanged."""
         args = tuple(hidden if value is self.input else value for value in self.args)
         kwargs = {k: hidden if v is self.input else v for k, v in self.kwargs.items()}
         return hidden_states((self.module(*args, **kwargs),), {})
 
     def gradient(self, where: tuple[Any, ...]) -> torch.Tensor:
-        """How the output at the places `where` depends on each feature of the input.
+        """Measure the dependence of the output at the places `where` on each feature of the input.
 
         Returns:
             `[batch, seq]`: for each token, the largest gradient of a random weighting of the output
@@ -87,9 +87,9 @@ class CutLayer:
         return self._backward(part, weights)
 
     def adds_gradients(self) -> bool:
-        """Whether the backward pass adds to the gradient what is not of the output.
+        """Whether the backward pass adds gradients that do not come from the output.
 
-        As where a router's balance loss is a term of the loss that forward() does not return.
+        An example is a router's balance loss, a term of the loss that forward() does not return.
         """
         return bool((self._backward(self.output, torch.zeros_like(self.output)) > 0).any())
 
@@ -103,7 +103,7 @@ class CutLayer:
 
 
 def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> list[CutLayer]:
-    """Run the model with its graph cut before each layer, so that each can be asked alone."""
+    """Run the model with its graph cut before each layer, so that each can be examined alone."""
     cuts: list[CutLayer] = []
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -128,10 +128,10 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
 
 
 def cut_by_tokens(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -> list[CutLayer]:
-    """As `cut_layers`, for who asks about places.
+    """Call `cut_layers`, for checks of single tokens' places.
 
     Raises:
-        NotApplicableError: layers see no hidden state for each token, so no place is a token's.
+        NotApplicableError: layers have no hidden state for each token, so no place is a token's.
     """
     cuts = cut_layers(model, tokens, **inputs)
     for cut in cuts:
@@ -149,7 +149,7 @@ def named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def hooked(modules: Iterable[tuple[str, nn.Module]], hook: Callable[..., None]) -> Iterator[None]:
-    """Within it, `hook(name, module, args, kwargs, output)` is called after each forward."""
+    """Call `hook(name, module, args, kwargs, output)` after each forward, within the context."""
     with ExitStack() as stack:
         for name, module in modules:
             handle = module.register_forward_hook(partial(hook, name), with_kwargs=True)
@@ -158,7 +158,7 @@ def hooked(modules: Iterable[tuple[str, nn.Module]], hook: Callable[..., None]) 
 
 
 def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """The first floating-point tensor of three dimensions or more among arguments or results.
+    """Return the first floating-point tensor with at least three dimensions among `args`, `kwargs`.
 
     Raises:
         TypeError: there is none.
@@ -173,7 +173,7 @@ def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
 
 @contextmanager
 def recorded_outputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Name of each module -> its last output, in the order in which they finish."""
+    """Yield module name -> last output, filled within the context, in order of completion."""
     outputs: dict[str, torch.Tensor] = {}
 
     def record(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -188,7 +188,7 @@ def recorded_outputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, over the largest of the expected values."""
+    """Return the largest difference, relative to the largest expected value."""
     if actual.numel() == 0:
         return 0.0
     scale = expected.abs().max().clamp(min=1e-30)
@@ -196,7 +196,7 @@ def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of each next token, a float32 scalar.
+    """Return the mean cross entropy of each next token, a float32 scalar.
 
     Args:
         logits: `[batch, seq, vocab]`.
@@ -206,9 +206,9 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def packed_documents(rows: int, seq_len: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Several documents in each row: their positions and their `document_ids`, `[rows, seq_len]`.
+    """Make several documents in each row: return positions and `document_ids`, `[rows, seq_len]`.
 
-    Positions begin anew with each document, and each row has other lengths.
+    Positions restart with each document, and each row has different lengths.
     """
     generator = torch.Generator().manual_seed(seed)
     begins = torch.rand(rows, seq_len, generator=generator) < 4 / seq_len
@@ -223,6 +223,6 @@ def accepts(model_cls: type[ModelProtocol], name: str) -> bool:
 
 
 def require_causal(model_cls: type[ModelProtocol]) -> None:
-    """Raises `NotApplicableError` for a model whose tokens may see later ones."""
+    """Raise `NotApplicableError` for a model whose tokens may see later ones."""
     if model_cls.sees_later_tokens:
         raise NotApplicableError(f"{model_cls.__name__}.sees_later_tokens is True")

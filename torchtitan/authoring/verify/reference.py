@@ -1,9 +1,8 @@
-"""A short training run of the subject, by the real trainer.
+"""Runs a short training of the subject, by the real trainer.
 
-Random tokens are a function of (seed, step), and any vocabulary will do: no tokenizer, no dataset.
-A model that reads something else trains on batches of its own loader, and a model of text with a
-loader of its own on both. What a run on one process leaves is the reference that every layout must
-reproduce.
+Random tokens are a function of (seed, step), for any vocabulary: no tokenizer, no dataset. A model
+that reads something else trains on batches of its own loader, and a text model with its own loader
+on both. The recording of a run on one process is the reference that every layout must reproduce.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ OPTIONS = (
     f"--training.global_batch_size={BATCH}",
     "--training.max_norm=inf",  # a wrong norm must not spoil the gradients that are compared
     f"--optimizer.lr={LEARNING_RATE}",
-    # Adam turns the rounding error of a gradient that should be 0 into a whole step. With this, a
-    # gradient below 1e-5 makes a smaller one.
+    # Adam turns the rounding error of a gradient that should be 0 into a whole step. With this
+    # eps, a gradient below 1e-5 makes a smaller step.
     "--optimizer.eps=1e-5",
     "--lr_scheduler.warmup_steps=0",
     "--parallelism.pipeline_parallel_microbatch_size=2",
@@ -55,16 +54,16 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Recording:
-    """What a rank saw of a run, in local tensors and DTensors, by their names in checkpoints."""
+    """A rank's recording of a run, in local tensors and DTensors, by their names in checkpoints."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     initial: Tensors = field(default_factory=dict)
     """Parameters and buffers before the first step."""
     outputs: Outputs = field(default_factory=dict)
-    """Outputs of each module in the first step, in the order of finishing; "" is the model."""
+    """Outputs of each module in the first step, in order of completion; "" is the model."""
     recomputed: Outputs = field(default_factory=dict)
-    """The same, as activation checkpointing computed them again in the backward pass."""
+    """The same, as recomputed in the backward pass by activation checkpointing."""
     gradients: Tensors = field(default_factory=dict)
     """Gradient of each parameter that has one, after the first step's backward pass."""
     weights: Tensors = field(default_factory=dict)
@@ -75,16 +74,16 @@ class Recording:
 
     @classmethod
     def load(cls, path: Path) -> Recording:
-        """Tensors are read when they are used."""
+        """Load a recording; its tensors are read when they are used."""
         return cls(**torch.load(path, mmap=True, weights_only=True))
 
 
 class Batches:
-    """Endless micro-batches, in the place of a data loader: shares of batches of all ranks.
+    """Endless micro-batches in place of a data loader: shares of batches of all ranks.
 
-    Of random tokens, nothing is to be predicted in the beginning of a row, as after prompts: of
-    each row another share, so that ranks and micro-batches differ in how many labels they have.
-    Rows are packed documents if `training.document_mask` is on.
+    In random tokens, the beginning of a row has no labels, as after a prompt. Its share differs by
+    row, so that ranks and micro-batches have different numbers of labels. Rows are packed documents
+    if `training.document_mask` is on.
     """
 
     def __init__(self, subject: Subject, training: Training, dp_rank: int, dp_size: int) -> None:
@@ -111,11 +110,11 @@ class Batches:
         return self._waiting.pop(0)
 
     def _batch(self, step: int) -> Tensors:
-        """The batch of all ranks, each tensor `[BATCH, ...]`."""
+        """Return the batch of all ranks, each tensor `[BATCH, ...]`."""
         subject, own = self._subject, self._subject.own_batches
         if not subject.reads_text:
             own = subject.own_documents if self._documents else own
-            assert own is not None  # or it reads text
+            assert own is not None  # otherwise it reads text
             return own.batch(step)
         if own and not own.error and not self._documents and step % 2 == 0:
             return own.batch(step)
@@ -136,14 +135,14 @@ class Batches:
         self._step = int(state_dict["rows"][0, 1])
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Do nothing: nothing runs in the background."""
 
 
 def build_trainer(subject: Subject, *options: str) -> Trainer:
-    """The trainer of a run that this rank takes part in. Raises `ConfigError` as it does.
+    """Build the trainer of a run that includes this rank. Raises `ConfigError` as the trainer does.
 
     Raises:
-        NotApplicableError: the model's own loader, which it needs, cannot be built here.
+        NotApplicableError: the model needs its own loader, which cannot be built here.
     """
     from torchtitan.train import Trainer
 
@@ -153,7 +152,7 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
     def build_dataloader(config: Any, tokenizer: Any, dp_rank: int, dp_size: int) -> Batches:
         return Batches(subject, config.training, dp_rank, dp_size)
 
-    # In this process alone, which ends with the check.
+    # Registered in this process alone, which ends with the check.
     MODEL_REGISTRY[subject.name] = lambda flavor: replace(
         spec, build_dataloader_fn=build_dataloader, build_tokenizer_fn=None
     )
@@ -161,7 +160,7 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
 
 
 def trainer_or_skip(subject: Subject, *options: str) -> Trainer:
-    """As `build_trainer`, of a job that a model may refuse: there is nothing to ask of it then."""
+    """Build the trainer of a job that the model may refuse: then the check does not apply."""
     try:
         return build_trainer(subject, *options)
     except ConfigError as error:
@@ -175,7 +174,7 @@ def train(
 
     Args:
         observe: record more than losses, gradient norms and final weights.
-        dropout: as the model has it; layouts draw different numbers, so they are compared without.
+        dropout: keep dropout; layouts draw different numbers, so they are compared without it.
 
     Raises:
         CheckFailedError: a loss or gradient norm is not finite.
@@ -220,8 +219,9 @@ def _train(
 
 @contextmanager
 def without_dropout() -> Iterator[None]:
-    """Within it, PyTorch's dropout does nothing, that of attention too; but not what is called by a
-    name that a module has imported.
+    """Disable PyTorch's dropout, including attention's, within the context.
+
+    Functions that a module has imported by name are not disabled.
     """
     attend = F.scaled_dot_product_attention
 
@@ -243,7 +243,7 @@ def without_dropout() -> Iterator[None]:
 
 
 def tensors_of(trainer: Trainer) -> Tensors:
-    """This rank's parameters and buffers by their names in checkpoints, and other buffers."""
+    """Return this rank's tensors by their checkpoint names, including non-persistent buffers."""
     buffers = {
         canonical_name(name): buffer
         for part in trainer.model_parts

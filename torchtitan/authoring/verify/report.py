@@ -1,4 +1,4 @@
-"""Shows the outcomes: a table while checks run, and JSON."""
+"""Shows the outcomes of checks: a table while they run, and JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WIDTH = 110  # of a log file; a terminal has its own
 
 
 def show(outcomes: Iterator[Outcome], checks: Sequence[Check], running: Running) -> list[Outcome]:
-    """Print a line for each outcome as it comes, then the sum; returns them in `checks`' order."""
+    """Print a line for each outcome as it comes, then the sums; return them in `checks`' order."""
     console = running.console
     width = max((len(check.name) for check in checks), default=0)
     done: dict[str, Outcome] = {}
@@ -53,7 +53,7 @@ def _line(outcome: Outcome, width: int) -> Text:
 
 
 class Running:
-    """A line at the bottom of a terminal that names the checks at work. Used from threads."""
+    """A line at the bottom of a terminal that names the running checks. Used from threads."""
 
     def __init__(self, total: int) -> None:
         terminal = sys.stdout.isatty()
@@ -87,7 +87,7 @@ class Running:
 
 
 def to_json(outcomes: Iterable[Outcome], model: str, flavor: str) -> dict[str, Any]:
-    """The report as `--json` writes it."""
+    """Return the report as written by `--json`."""
     outcomes = list(outcomes)
     return {
         "model": model,
@@ -109,6 +109,6 @@ def to_json(outcomes: Iterable[Outcome], model: str, flavor: str) -> dict[str, A
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write the file, in a folder that is made. Raises `ConfigError` if that fails."""
+    """Write the file, creating its folder. Raises `ConfigError` if that fails."""
     make_folder(str(path), "--json")
     write_result(str(path), json.dumps(report, indent=2) + "\n", "--json")

@@ -1,4 +1,4 @@
-"""Runs checks on processes of their own: a model that crashes or hangs fails one check, not all.
+"""Runs checks in their own processes: a model that crashes or hangs fails one check, not all.
 
 Processes are forked from a warm server (`torchtitan.distributed.ranks`), several checks at a time.
 """
@@ -26,12 +26,12 @@ Notify = Callable[[Check], None]
 def run_checks(
     checks: Sequence[Check], subject: Subject, started: Notify | None = None
 ) -> Generator[Outcome, None, None]:
-    """Run `checks`, each after those that it needs; yields outcomes as they come.
+    """Run `checks`, each after those that it needs; yield outcomes as they come.
 
-    Closing the iterator, or an exception such as Ctrl-C, stops the checks that run.
+    Closing the iterator, or an exception such as Ctrl-C, stops the running checks.
 
     Args:
-        checks: with all that they need, in such an order that these come first.
+        checks: includes all checks they need, each before the checks that need it.
         started: called from a thread when a check begins.
     """
     runner = _Runner(subject, started)
@@ -48,7 +48,7 @@ def run_checks(
 
 
 def skipped_for(check: Check, needs: Sequence[Outcome]) -> Outcome | None:
-    """The outcome of a check that cannot run because of what became of those that it needs."""
+    """Return the outcome of a check that cannot run because of the outcomes of those it needs."""
     for needed in needs:
         if needed.status == "skip":
             return Outcome(check, "skip", needed.message)
@@ -74,7 +74,7 @@ class _Runner:
         self._lock = threading.Lock()
 
     def run_in_turn(self, check: Check, needs: list[Future[Outcome]]) -> Outcome:
-        """`run`, when what it needs has passed and a processor is free."""
+        """Call `run` when the needed checks have passed and a processor is free."""
         skipped = skipped_for(check, [future.result() for future in needs])
         if skipped:
             return skipped
@@ -95,7 +95,7 @@ class _Runner:
         return replace(outcome, seconds=time.monotonic() - start)
 
     def stop(self) -> None:
-        """End the processes of checks that run; those that wait for their turn never start."""
+        """End the processes of running checks; waiting checks never start."""
         with self._lock:
             self._stopped = True
             for ranks in self._running:
@@ -117,15 +117,15 @@ class _Runner:
 
 
 def _on_rank(check: Check, subject: Subject) -> str:
-    """The life of a rank of a check."""
+    """Run a rank of a check."""
     import torch.distributed as dist
 
     from torchtitan.distributed.utils import init_distributed
     from torchtitan.models.plugins import load_plugins
 
-    load_plugins(subject.custom_import)  # so that checks may look the model up by its name
+    load_plugins(subject.custom_import)  # so that checks can look up the model by name
     if check.ranks > 1 and not check.joins:
-        # The check's own limit comes first, as it can tell where each rank is.
+        # The check's own limit must come first, since it can report where each rank is.
         init_distributed(timeout_seconds=2 * round(check.timeout) + 60)
     try:
         message = check.run(subject)
@@ -137,8 +137,8 @@ def _on_rank(check: Check, subject: Subject) -> str:
 
 
 def _failed(check: Check, failures: list[RankFailure]) -> Outcome:
-    """What became of the ranks: those that the check itself stopped know best; then those that
-    raised another exception or died; those that hung because of it come last.
+    """Return the outcome for failed ranks. Errors of the check itself take precedence, then other
+    exceptions and deaths; ranks that hung as a consequence come last.
     """
     for failure in failures:
         if isinstance(failure.exception, CheckFailedError):
@@ -151,7 +151,7 @@ def _failed(check: Check, failures: list[RankFailure]) -> Outcome:
 
 
 class _Slots:
-    """As many processes at a time as there are processors; a check may need more than that."""
+    """Limits processes to the number of processors; a check that needs more takes all of them."""
 
     def __init__(self, size: int) -> None:
         self._size = self._free = size

@@ -1,8 +1,8 @@
-"""What a token may depend on: itself and earlier tokens of its document, and nothing else.
+"""Checks that a token depends only on itself and earlier tokens of its document.
 
-Dependence is asked of each layer by gradients, which are zero exactly where there is no path, and
-of the whole model by changing tokens, which also finds paths without gradients (routing). The model
-is the untrained one with noise where weights are 0, since a path of zeros is none.
+The dependence of each layer is tested by gradients, which are zero exactly where there is no path;
+that of the whole model by changing tokens, which also finds paths without gradients (routing). The
+model is untrained, with noise where weights are 0, since zeros would hide a path.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def no_token_sees_a_later_one(subject: Subject) -> str:
 def _layers_to_ask(
     model: ModelProtocol, tokens: torch.Tensor, **inputs: torch.Tensor
 ) -> list[CutLayer]:
-    """The layers of a model whose gradients tell paths; dropout takes some away, and adds none.
+    """Return the layers whose gradients reveal paths; dropout removes some paths, and adds none.
 
-    In training that is not so of layers that give a balance loss its gradient in the backward pass.
+    In training, layers whose backward pass adds a balance loss's gradient are left out.
     """
     cuts = cut_by_tokens(model, tokens, **inputs)
     return [cut for cut in cuts if not (model.training and cut.adds_gradients())]
@@ -88,7 +88,7 @@ def _mask_hint(query: int, later: torch.Tensor) -> str:
 def _later_tokens_change_nothing(
     model: torch.nn.Module, tokens: torch.Tensor, others: torch.Tensor
 ) -> None:
-    """Routing has no gradient, so this asks the whole model."""
+    """Test the whole model, since routing has no gradient."""
     place = tokens.shape[1] // 2
     changed = torch.cat([tokens[:, :place], others[:, place:]], dim=1)
     difference, module = disagreement(
@@ -104,12 +104,12 @@ def _later_tokens_change_nothing(
 
 @CHECKS.of("semantics.memory", "tokens see earlier ones")
 def tokens_see_earlier_ones(subject: Subject) -> str:
-    """Every layer that mixes tokens lets them see earlier ones and themselves."""
+    """Every layer that mixes tokens must let them see earlier ones and themselves."""
     model, tokens = subject.build_varied(), subject.tokens(1)
     last = tokens.shape[1] - 1
     mixing: dict[str, bool] = {}
     kinds: dict[str, type] = {}
-    nearest: dict[str, int] = {}  # of the layers that mix: the last token that the last one sees
+    nearest: dict[str, int] = {}  # layers that mix -> the nearest token that the last one sees
     for cut in cut_by_tokens(model, tokens):
         seen = cut.gradient((slice(None), last))[0]
         mixing[cut.name], kinds[cut.name] = bool((seen[:last] > 0).any()), type(cut.module)
@@ -121,7 +121,7 @@ def tokens_see_earlier_ones(subject: Subject) -> str:
         if mixing[cut.name]:
             nearest[cut.name] = int(seen[:last].nonzero().max())
     skipping = [name for name, token in nearest.items() if token < last - 1]
-    if skipping and len(skipping) == len(nearest):  # then no layer makes up for the others
+    if skipping and len(skipping) == len(nearest):  # then no other layer makes up for it
         name = skipping[0]
         raise CheckFailedError(
             f"{name}: token {last} sees {nearest[name]}, but not the nearer {nearest[name] + 1}, "
@@ -147,7 +147,7 @@ def tokens_see_earlier_ones(subject: Subject) -> str:
 
 @CHECKS.of("semantics.documents", "packed documents do not see each other")
 def documents_are_apart(subject: Subject) -> str:
-    """A document gives the same in a packed sequence as alone."""
+    """A document must give the same in a packed sequence as alone."""
     if not accepts(subject.spec.model_cls, "document_ids"):
         raise NotApplicableError("forward() takes no document_ids, so documents are not told apart")
     model, tokens = subject.build_varied(), subject.tokens(1)
@@ -196,11 +196,11 @@ def documents_are_apart(subject: Subject) -> str:
 def _rows_have_documents_of_their_own(
     model: ModelProtocol, tokens: torch.Tensor, seed: int
 ) -> None:
-    """Each row of a batch has its own documents, in the next batch of the same shape others."""
+    """Each row of a batch has its own documents, and the next batch of that shape has others."""
     inputs, last = _packed(model, tokens, seed)
     first = _packed(model, tokens, seed=1)[0]
     if seed > 1:
-        model(tokens, **first)  # just before, so that what is kept of the last call is of this
+        model(tokens, **first)  # just before, so that anything kept from the last call is from this
     for cut in cut_by_tokens(model, tokens, **inputs):
         seen = cut.gradient((last,)).masked_fill(last, 0)
         for row in (seen > 0).any(dim=1).nonzero().flatten().tolist():
@@ -229,7 +229,7 @@ def _rows_have_documents_of_their_own(
 def _packed(
     model: ModelProtocol, tokens: torch.Tensor, seed: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Inputs of rows of several documents; and which tokens are of a row's last, `[rows, seq]`."""
+    """Return inputs with several documents per row, and a row's last document `[rows, seq]`."""
     rows, seq = tokens.shape
     positions, ids = packed_documents(rows, seq, seed)
     inputs = {"document_ids": ids}
@@ -274,7 +274,7 @@ def _hint_of_rows(name: str, kept: str, row: int, seed: int) -> str:
 
 @CHECKS.of("semantics.positions", "forward(positions=...) is used")
 def positions_are_used(subject: Subject) -> str:
-    """The argument `positions` counts from 0 by default, and changes what it should."""
+    """The argument `positions` counts from 0 by default, and must change the logits."""
     if not accepts(subject.spec.model_cls, "positions"):
         raise NotApplicableError("forward() takes no positions")
     model, tokens = subject.build_varied(), subject.tokens(2)
@@ -302,7 +302,7 @@ def positions_are_used(subject: Subject) -> str:
 @CHECKS.of("semantics.order", "the order of tokens matters")
 @torch.no_grad()
 def order_matters(subject: Subject) -> str:
-    """Some layer tells the same earlier tokens in another order apart."""
+    """Some layer must distinguish the same earlier tokens in another order."""
     model, tokens = subject.build_varied(), subject.tokens(1, 24)
     shuffled = tokens.clone()
     shuffled[:, :-1] = tokens[:, :-1].flip(1)
@@ -312,7 +312,7 @@ def order_matters(subject: Subject) -> str:
     for number, cut in enumerate(cuts):
         hidden = cut.input.clone()
         hidden[:, :-1] = cut.input[:, :-1].flip(1)
-        if number == 0:  # whatever the embedding adds for a position stays where it is
+        if number == 0:  # an embedding of positions stays where it is
             hidden = first_shuffled.input
         expected = cut.rerun(cut.input)[:, -1] - cut.input[:, -1]
         actual = cut.rerun(hidden)[:, -1] - hidden[:, -1]

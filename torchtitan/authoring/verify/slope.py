@@ -1,10 +1,10 @@
-"""The backward pass against the forward pass: a gradient is the slope of the loss.
+"""Checks the backward pass against the forward pass: a gradient is the slope of the loss.
 
-The loss is measured a little before and a little behind the weights, along the gradient, and all
-that in float64, also where the model asks for less: differences are then known to many digits. What
-is no derivative, but is no mistake either, is recognised or said: rounding by its operations, jumps
-(as of tokens that change their expert) by estimates that do not agree, a loss of the backward pass
-alone by its gradient, and everything else by `ModelProtocol.estimates_gradients`.
+The loss is measured slightly before and after the weights, along the gradient, in float64 even
+where the model asks for less: differences are then known to many digits. Harmless deviations from a
+derivative are detected or declared: rounding by its operations, jumps (such as tokens that change
+their expert) by estimates that disagree, a loss added in the backward pass by its gradient, and
+everything else by `ModelProtocol.estimates_gradients`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from .subject import Subject
 CHECKS = Checks("contract.forward", "learning.gradients")
 
 _STEPS = (1e-6, 1e-5, 1e-4, 1e-3)
-"""How far from the weights the loss is measured, as a share of their norm."""
+"""Distances from the weights at which the loss is measured, as a share of their norm."""
 _TOLERANCE = 1e-4
-"""Of the slope along one parameter's gradient, over the gradient. Right ones are within 1e-6."""
+"""For the slope along one parameter's gradient, relative to the gradient. Correct ones are within
+1e-6."""
 _OF_SEVERAL = 1e-5
-"""The same along those of several parameters together, of which one may be wrong."""
+"""The same along several parameters' gradients together, one of which may be wrong."""
 _AGREE = 0.02
-"""By how much two steps' differences from the gradient differ, where they are known."""
+"""Relative tolerance within which two steps' differences from the gradient agree."""
 _LEAST = 1e-3
 """Share of a group's largest influence on the loss below which a parameter counts less."""
 
@@ -55,7 +56,7 @@ def gradients_are_slopes(subject: Subject) -> str:
         raise NotApplicableError(f"{subject.spec.model_cls.__name__}.estimates_gradients is True")
     model, example = subject.build_varied().train(), _in_float64(subject.example(2, 24))
     if subject.reads_text and subject.own_loss is not None:
-        # Its value may leave out what its gradient has, as in main + (aux - aux.detach()).
+        # Its value may lack a part that its gradient has, as in main + (aux - aux.detach()).
         model, example = model.eval(), random_example(example.tokens)
     with _InFloat64() as mode, _default_float64():
         model.double()
@@ -63,7 +64,7 @@ def gradients_are_slopes(subject: Subject) -> str:
             loss = _Loss(model, example, mode)
         except NotApplicableError:
             raise
-        except Exception as error:  # it asks for a dtype, or has kernels that do
+        except Exception as error:  # the model requires a dtype, or has kernels that do
             raise NotApplicableError(f"it does not run in float64: {first_line(error)}") from error
         everything = list(loss.gradients)
         difference = loss.difference(everything)
@@ -92,7 +93,7 @@ class _Loss:
     """The loss of a model as a function of its weights, with its gradients.
 
     Raises:
-        NotApplicableError: it has no slope.
+        NotApplicableError: the loss has no slope.
     """
 
     def __init__(self, model: nn.Module, example: Example, mode: _InFloat64) -> None:
@@ -100,7 +101,7 @@ class _Loss:
         with recorded_outputs(model) as outputs:
             loss = self._measured()
         self.order = {name: number for number, name in enumerate(outputs)}
-        """Of modules, by when they are done."""
+        """Modules by order of completion."""
         self._parameters = dict(model.named_parameters())
         whole, added = self._gradients(loss, 1.0), self._gradients(loss, 0.0)
         self.gradients = {name: grad - added[name] for name, grad in whole.items()}
@@ -110,7 +111,7 @@ class _Loss:
         self._rounded = list(mode.rounded)
 
     def _gradients(self, loss: torch.Tensor, weight: float) -> dict[str, torch.Tensor]:
-        """Of `weight` times the loss, and of what the backward pass adds by itself."""
+        """Return the gradients of `weight` times the loss, plus those the backward pass adds."""
         grads = torch.autograd.grad(
             *(loss, list(self._parameters.values()), torch.full_like(loss, weight)),
             allow_unused=True,
@@ -127,7 +128,7 @@ class _Loss:
         return self._example.loss(self._example.run(self._model))
 
     def groups(self) -> list[list[str]]:
-        """Names of the parameters of each layer, and of what is in none."""
+        """Return the names of the parameters of each layer, and of those outside of layers."""
         groups: dict[str, list[str]] = {}
         for name in self.gradients:
             parts = name.split(".")
@@ -135,24 +136,24 @@ class _Loss:
         return list(groups.values())
 
     def difference(self, names: list[str]) -> float:
-        """How much the slope along gradients differs from them, over it, at the best step."""
+        """Return the relative difference of the slope from the gradients, at the best step."""
         return min(map(abs, self._differences(names, _OF_SEVERAL)), default=0.0)
 
     def differs(self, names: list[str], tolerance: float) -> float:
-        """The same, by steps that agree; 0 if none do, or for less than the tolerance."""
+        """Return the same, by steps that agree; 0 if none do, or if it is within the tolerance."""
         found = self._differences(names, tolerance)
         if min(map(abs, found), default=0.0) <= tolerance:
             return 0.0
         for a, b in pairwise(found):
             if abs(a - b) <= _AGREE * min(abs(a), abs(b)):
                 return abs(a)
-        return 0.0  # it is not smooth
+        return 0.0  # the loss is not smooth
 
     def _differences(self, names: list[str], enough: float) -> list[float]:
-        """Of each step, until one is small enough.
+        """Return the difference for each step, until one is small enough.
 
         Raises:
-            NotApplicableError: what the loss depends on is rounded.
+            NotApplicableError: forward() rounds values that depend on the weights.
         """
         directions, expected = self._directions(names)
         found: list[float] = []
@@ -164,11 +165,11 @@ class _Loss:
         return found
 
     def _directions(self, names: list[str]) -> tuple[dict[str, torch.Tensor], float]:
-        """A change of each parameter along its gradient, such that all change the loss alike.
+        """Return a change of each parameter along its gradient, with equal effects on the loss.
 
         Returns:
-            changes: of the size of the parameter, or less.
-            slope: of the loss along all of them, by the gradients.
+            changes: at most as large as the parameter.
+            slope: of the loss along all changes, according to the gradients.
         """
         influence = {
             name: (self._parameters[name].norm() * self.gradients[name].norm()).item()
@@ -221,12 +222,12 @@ def _default_float64() -> Iterator[None]:
 
 
 class _InFloat64(TorchDispatchMode):
-    """Operations give float64 where they are asked for less."""
+    """Makes operations return float64 where they are asked for less."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rounded: list[float] = []
-        """Sums of what was rounded."""
+        """Sums of the tensors that were rounded."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -248,8 +249,8 @@ class _InFloat64(TorchDispatchMode):
 def _grouped_mm(
     a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None = None, *unused: Any, **others: Any
 ) -> torch.Tensor:
-    """`torch._grouped_mm`, whose kernels know no float64, of `[rows, k]` and `[groups, k, n]`; or
-    of `[m, rows]` and `[rows, n]`, which gives `[groups, m, n]`."""
+    """Replace `torch._grouped_mm`, whose kernels lack float64: `[rows, k]` by `[groups, k, n]`; or
+    `[m, rows]` by `[rows, n]`, which gives `[groups, m, n]`."""
     if offs is None:
         return a @ b
     ends = offs.tolist()

@@ -1,4 +1,4 @@
-"""Pipeline stages in one process: the parts of a model are the model."""
+"""Checks pipeline stages in one process: run one after the other, they equal the model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ SPLITS = {
     "a V": ("DualPipeV",),
     "layers and the rest": ("1F1B", "END"),
 }
-"""Name -> schedule, and where it is cut if not by cost; `END` stands for the first module after the
-layers. All on two ranks."""
+"""Name -> schedule, and the split point unless split by cost; `END` stands for the first module
+after the layers. All use two ranks."""
 
 
 @CHECKS.of(
@@ -43,8 +43,9 @@ layers. All on two ranks."""
     "the stages of any pipeline split, one after the other, are the whole model, bit by bit",
 )
 def numbers_are_kept(subject: Subject) -> str:
-    """Asked of rows that are one document, and if the model takes these, with positions that begin
-    anew within a row, and of packed documents. What a stage hands on may be a tuple.
+    """Test rows of one document; if the model takes them, also restarting positions and documents.
+
+    The positions restart within a row, and the documents are packed. A stage may hand on a tuple.
     """
     if subject.spec.pipeline_fn is None:
         raise NotApplicableError(f"{subject.name} has no pipeline_fn in its TrainSpec")
@@ -84,7 +85,7 @@ def _require_whole_model(
 ) -> None:
     try:
         expected, actual = (_run(models, tokens, inputs) for models in ([whole], stages))
-    except ConfigError as error:  # of what a stage hands on
+    except ConfigError as error:  # about the output of a stage
         raise CheckFailedError(f"split in {split}, with {rows}: {error}", "forward()") from error
     if _kinds(actual) != _kinds(expected):
         difference = f"they give {_kinds(actual)}, not {_kinds(expected)}"
@@ -106,7 +107,7 @@ def _require_whole_model(
 
 
 def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
-    """What the last returns, each called with what the one before returned: its tensors."""
+    """Call each model with the result of the one before; return the tensors of the last result."""
     torch.manual_seed(0)  # the stages, one after the other, draw what the whole model draws
     for model in models:
         x = _run_stage(model, x, inputs)
@@ -119,7 +120,7 @@ def _kinds(values: list[Any]) -> str:
 
 
 def _difference(actual: list[Any], expected: list[Any]) -> float:
-    """Norm of the first difference, over that of the expected tensor."""
+    """Return the norm of the first difference, relative to the expected tensor's."""
     for a, b in zip(actual, expected, strict=True):
         if isinstance(b, torch.Tensor) and not torch.equal(a, b):
             return float((a - b).norm() / b.norm())
@@ -127,7 +128,7 @@ def _difference(actual: list[Any], expected: list[Any]) -> float:
 
 
 def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
-    """What rows may consist of -> the inputs of `forward` besides tokens."""
+    """Return kind of rows -> inputs of `forward` besides tokens."""
     positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
     inputs = {"one document": {"positions": positions}}
     places, document_ids = packed_documents(*tokens.shape)
@@ -139,7 +140,7 @@ def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch
 
 
 def _run_stage(model: nn.Module, x: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    """With what the stage before hands on, a tensor or a tuple, and the inputs that it takes."""
+    """Call a stage with the previous output, a tensor or a tuple, and the inputs that it takes."""
     accepted = inspect.signature(model.forward).parameters
     entry = x if isinstance(x, tuple) else (x,)
     return model(*entry, **{name: value for name, value in inputs.items() if name in accepted})
@@ -183,10 +184,10 @@ def _keep(outputs: dict[str, torch.Tensor], name: str, *call: Any) -> None:
 
 
 def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:
-    """The stages that the model's own `pipeline_fn` makes, each with its weights, in order.
+    """Return the stages made by the model's own `pipeline_fn`, each with its weights, in order.
 
     Raises:
-        ConfigError: the model cannot be split so.
+        ConfigError: the model cannot be split like this.
     """
     degree, cuts = 2, []
     if cut:

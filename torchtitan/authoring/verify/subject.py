@@ -1,4 +1,4 @@
-"""The model under test, as every check gets it: small enough to send to other processes."""
+"""Defines the model under test, as passed to every check: small enough to pickle."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Subject:
-    """A model and a flavor, and how checks should use it."""
+    """A model and a flavor, and how checks should use them."""
 
     name: str
     flavor: str
     folder: Path
-    """For what checks leave to others: references, checkpoints."""
+    """For files that checks leave to others: references, checkpoints."""
     custom_import: str = ""
     """`job.custom_import`."""
     hf_path: Path | None = None
@@ -41,12 +41,12 @@ class Subject:
     seed: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is derived, since classes that a factory makes cannot be pickled."""
+        """Pickle only the fields, since classes made by a factory cannot be pickled."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def spec(self) -> TrainSpec:
-        """Raises `ConfigError` if there is no such model or flavor."""
+        """The model's TrainSpec. Raises `ConfigError` if there is no such model or flavor."""
         load_plugins(self.custom_import)
         return get_train_spec(self.name, self.flavor)
 
@@ -56,9 +56,7 @@ class Subject:
         return self.spec.model_args.update_from_config(self.config())
 
     def at_most(self, wanted: int) -> int:
-        """`wanted` tokens, or fewer: as many as the `max_seq_len` of the args allows, and their
-        `update_from_config`.
-        """
+        """Return `wanted`, or the most tokens that `max_seq_len` and `update_from_config` allow."""
         longest = getattr(self.args, "max_seq_len", None)
         wanted = min(wanted, longest) if isinstance(longest, int) else wanted
         if wanted <= self.length or self._takes(wanted):
@@ -70,7 +68,7 @@ class Subject:
         return taken
 
     def _takes(self, seq_len: int) -> bool:
-        args = copy.deepcopy(self.spec.model_args)  # which a mistake would change
+        args = copy.deepcopy(self.spec.model_args)  # a faulty update_from_config would change them
         try:
             args.update_from_config(self.config(f"--training.seq_len={seq_len}"))
         except ConfigError:
@@ -78,7 +76,7 @@ class Subject:
         return True
 
     def config(self, *options: str) -> JobConfig:
-        """A job of the model in float32, with the options of `torchtitan train`."""
+        """Return a job of the model in float32, with the options of `torchtitan train`."""
         return self._job(f"--training.seq_len={self.length}", *options)
 
     def _job(self, *options: str) -> JobConfig:
@@ -98,7 +96,7 @@ class Subject:
         )
 
     def build(self, seed: int | None = None) -> ModelProtocol:
-        """The whole model on the CPU, its weights set from the seed, in evaluation mode."""
+        """Build the whole model on the CPU, with weights from the seed, in evaluation mode."""
         import torch
 
         from torchtitan.distributed.init import initialize_weights
@@ -108,7 +106,7 @@ class Subject:
         return model.eval()
 
     def build_varied(self) -> ModelProtocol:
-        """As `build`, with noise where weights are 0 or constant, which could hide mistakes."""
+        """Call `build`, and add noise to zeros and constant weights, which could hide mistakes."""
         from .probe import vary_constants
 
         model = self.build()
@@ -117,7 +115,7 @@ class Subject:
 
     @cached_property
     def own_loss(self) -> OwnLoss | None:
-        """The author's; None if the model has the library's."""
+        """The author's loss; None if the model uses the library's."""
         from torchtitan.components.loss import build_loss
 
         from .batches import OwnLoss
@@ -127,7 +125,7 @@ class Subject:
 
     @cached_property
     def own_batches(self) -> OwnBatches | None:
-        """Batches of the model's own loader; None if it has the library's."""
+        """Batches of the model's own loader; None if it uses the library's."""
         from torchtitan.components.data_loader import has_own_loader
 
         from .batches import OwnBatches
@@ -138,28 +136,28 @@ class Subject:
 
     @cached_property
     def own_documents(self) -> OwnBatches:
-        """Those of a job with `training.document_mask`, of a model that has its own loader."""
+        """Batches under `training.document_mask`, of a model that has its own loader."""
         from .batches import OwnBatches
 
         return OwnBatches(self.spec, self._job, self.length, "--training.document_mask")
 
     def close(self) -> None:
-        """Have the loaders that were built stop what runs in the background."""
+        """Make the loaders stop their background work."""
         for name in ("own_batches", "own_documents"):
             if (batches := self.__dict__.get(name)) is not None:
                 batches.close()
 
     @property
     def length(self) -> int:
-        """`training.seq_len` of all jobs: `seq_len`, or the length that an own loader gives."""
+        """`training.seq_len` of all jobs: `seq_len`, or the length given by an own loader."""
         return self.own_batches.seq_len if self.own_batches else self.seq_len
 
     @property
     def reads_text(self) -> bool:
-        """Whether random tokens `[batch, seq]` are what the model reads.
+        """Whether the model reads random tokens `[batch, seq]`.
 
-        They are unless its own loader gives something else. One that gives nothing here says no
-        more than that the model has a vocabulary.
+        It does unless its own loader gives something else. If the loader gives nothing here, it
+        does if it has a vocabulary.
         """
         if self.own_batches is None:
             return True
@@ -167,7 +165,7 @@ class Subject:
         return has_vocabulary and (bool(self.own_batches.error) or self.own_batches.is_text)
 
     def require_text(self) -> None:
-        """Raises `NotApplicableError` for a model that reads something else."""
+        """Raise `NotApplicableError` for a model that reads something else."""
         if not self.reads_text:
             assert self.own_batches is not None
             raise NotApplicableError(
@@ -177,7 +175,7 @@ class Subject:
 
     @property
     def vocab_size(self) -> int:
-        """Raises `ConfigError` if the arguments have none."""
+        """The size of the vocabulary. Raises `ConfigError` if the arguments have none."""
         size = getattr(self.args, "vocab_size", None)
         if not isinstance(size, int):
             raise ConfigError(
@@ -198,8 +196,9 @@ class Subject:
         return torch.randint(self.vocab_size, (batch, seq or self.length), generator=generator)
 
     def example(self, batch: int, seq: int | None = None, seed: int = 0) -> Example:
-        """What the model reads: `tokens`, or of a model that reads something else a batch of its
-        own loader, whose length is its own and which has 8 rows at most.
+        """Return an input of the model: `tokens`, or a batch of its own loader if it reads no text.
+
+        The batch has the loader's length and at most 8 rows.
 
         Raises:
             NotApplicableError: the loader cannot be built here, or ends.
@@ -213,14 +212,13 @@ class Subject:
         return self.own_batches.example(batch, 1 + seed)
 
     def require_own(self) -> None:
-        """Raises `NotApplicableError` if the model needs batches that its loader does not give."""
+        """Raise `NotApplicableError` if the model needs batches that its loader does not give."""
         if self.own_batches and self.own_batches.error and not self.reads_text:
             raise NotApplicableError(f"no batches, see contract.forward: {self.own_batches.error}")
 
 
 def require_model(name: str) -> None:
-    """Raises `ConfigError` if no module that was imported has registered the model, or it cannot be
-    imported itself."""
+    """Raise `ConfigError` if no imported module has registered the model, or its import fails."""
     if name not in MODEL_REGISTRY:
         raise ConfigError(
             f"no model {name!r}.{did_you_mean(name, MODEL_REGISTRY)} A model outside of torchtitan "
@@ -231,10 +229,10 @@ def require_model(name: str) -> None:
 
 
 def default_flavor(name: str) -> str:
-    """`debugmodel` if the model has it, else the only flavor.
+    """Return `debugmodel` if the model has it, else the only flavor.
 
     Raises:
-        ConfigError: there are several others, so the user must choose.
+        ConfigError: there are several other flavors, so the user must choose.
     """
     flavors = model_flavors(name)
     if "debugmodel" in flavors or not flavors:

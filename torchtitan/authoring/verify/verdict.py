@@ -1,4 +1,4 @@
-"""The verdict on a layout: does it train as one process does, and if not, where does it part?"""
+"""Judges a layout: whether it trains like one process, and if not, where the difference begins."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.train import Trainer
 
-# The sums of a matrix product are done in another order in another layout, so float32 rounds them
-# otherwise. Over all layouts and models of the zoo that comes to 3e-7 of a loss, 2e-6 of a gradient
-# and of a weight at most; the planted mistakes of tests/authoring/mutants change a gradient by 1e-2
-# and more. The limits are in between. That of outputs only serves to find the place.
+# Another layout sums a matrix product in another order, so float32 rounds differently. Over all
+# layouts and models of the zoo that amounts to at most 3e-7 of a loss, 2e-6 of a gradient and of a
+# weight; the planted mistakes of tests/authoring/mutants change a gradient by at least 1e-2. The
+# limits are in between. The limit of outputs only serves to locate the difference.
 LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 WEIGHT_TOLERANCE = 1e-4
@@ -35,17 +35,17 @@ LIMITS = {
     "gradient": GRADIENT_TOLERANCE,
     "weight": WEIGHT_TOLERANCE,
 }
-"""What decides -> the error that it may have."""
+"""Quantity that decides -> its tolerated error."""
 
 
 @dataclass
 class Comparison:
-    """What a rank found, to be shown to the others."""
+    """The findings of a rank, to be shared with the others."""
 
     errors: dict[str, float]
-    """The largest of each of `LIMITS`."""
+    """The largest error of each of `LIMITS`."""
     first_loss_error: float = 0.0
-    """Error of the loss of the first step alone, in which the weights are the same."""
+    """Error of the loss of the first step alone, which has the same weights."""
     names: set[str] = field(default_factory=set)
     """Names of this rank's parameters and buffers."""
     order: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Comparison:
 
 
 def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
-    """This rank's recording against the reference."""
+    """Compare this rank's recording with the reference."""
     rank = dist.get_rank()
     found = Comparison(
         errors={
@@ -82,7 +82,7 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
     )
     found.recomputed = _compare_recomputed(run, rank)
 
-    # A gradient that should be 0 is rounding error: it is held against the other gradients.
+    # A gradient that should be 0 is rounding error: it is compared relative to the others' size.
     squares = sum(float(g.double().square().sum()) for g in reference.gradients.values())
     numbers = sum(g.numel() for g in reference.gradients.values())
     found.gradients, found.errors["gradient"] = compare_tensors(
@@ -103,10 +103,10 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
 
 
 def judge(found: list[Comparison], job_config: JobConfig) -> str:
-    """The same on all ranks, given what each of them found. Returns what was measured.
+    """Judge the layout by the findings of all ranks, alike on each. Return the measurements.
 
     Raises:
-        CheckFailedError: the layout trains otherwise. Names where that begins.
+        CheckFailedError: the layout trains differently; names where that begins.
     """
     _refuse_other_names(found)
     _refuse("initial", found, job_config)
@@ -126,7 +126,7 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
     _refuse("outputs", found, job_config, summary)
     _refuse("recomputed", found, job_config, summary)
     first_loss = max_error(c.first_loss_error for c in found)
-    if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are much alike
+    if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are very similar
         raise CheckFailedError(
             f"outputs agree, but the loss of step 1 is off by {first_loss:.2g}{summary}",
             "build_loss_fn: the loss must be the sum over the valid tokens of a micro-batch, those "
@@ -156,7 +156,7 @@ def _refuse_other_names(found: list[Comparison]) -> None:
 
 
 def _refuse(kind: str, found: list[Comparison], job_config: JobConfig, end: str = "") -> None:
-    """Raises `CheckFailedError` if tensors of a kind differ, and names where that begins."""
+    """Raise `CheckFailedError` if tensors of a kind differ, and name where that begins."""
     differences = [d for comparison in found for d in getattr(comparison, kind)]
     if differences:
         # An error in gradients spreads backwards, so it begins at the last of them.
@@ -215,7 +215,7 @@ _HINTS = {
     ("weights", ""): "all parameters must be given to the optimizer with requires_grad, in each "
     "stage and shard; see build_optimizer_fn",
 }
-"""Kind, and what the layout uses -> the usual mistakes."""
+"""Kind, and parallelism of the layout -> the usual mistakes."""
 
 
 def _hint(kind: str, job_config: JobConfig) -> str:
@@ -225,7 +225,7 @@ def _hint(kind: str, job_config: JobConfig) -> str:
 
 
 def parallelisms(job_config: JobConfig) -> list[str]:
-    """What the layout uses: tp, cp, pp, ep, dp, ac, compile."""
+    """Return the features that the layout uses: tp, cp, pp, ep, dp, ac, compile."""
     degrees = {name: getattr(job_config.parallelism, key) for name, key in CONFIG_KEYS.items()}
     used = [name for name in ("tp", "cp", "pp", "ep") if degrees[name] > 1]
     others = math.prod(degrees[name] for name in ("tp", "cp", "pp"))
@@ -239,7 +239,7 @@ def parallelisms(job_config: JobConfig) -> list[str]:
 
 
 def _position(order: list[str]) -> Callable[[Difference], tuple[int, int]]:
-    """Key of a difference: where its module ends in the forward pass; then the rank."""
+    """Return a sort key of differences: their module's end in the forward pass, then the rank."""
     places = {name: place for place, name in enumerate(order)}
 
     def position(difference: Difference) -> tuple[int, int]:
@@ -252,19 +252,19 @@ def _position(order: list[str]) -> Callable[[Difference], tuple[int, int]]:
 
 
 def _compare_recomputed(run: Recording, rank: int) -> list[Difference]:
-    """Modules whose output in the backward pass is not the one of the forward pass."""
+    """Find modules whose output in the backward pass differs from the forward pass."""
     differences = []
     for name, outputs in run.recomputed.items():
         before = run.outputs.get(name, [])
         if len(before) != 1 or len(outputs) != 1 or outputs[0].shape != before[0].shape:
-            continue  # micro-batches come back in another order
+            continue  # micro-batches return in another order
         found, _ = compare_tensors({name: outputs[0]}, {name: before[0]}, rank, 1e-5)
         differences += found
     return differences
 
 
 def max_error(errors: Iterable[float]) -> float:
-    """The largest; NaN is worse than any number."""
+    """Return the largest error; NaN is worse than any number."""
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 

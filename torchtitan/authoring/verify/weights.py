@@ -1,4 +1,4 @@
-"""Construction and initialisation: nothing is allocated, then every tensor is set, always alike.
+"""Checks initialisation: construction allocates nothing, then every tensor is set, reproducibly.
 
 Models are built on the meta device, allocated after they were sharded or cut into pipeline stages,
 and filled by `init_weights`.
@@ -32,7 +32,7 @@ _SCRATCH_BYTES = 4096  # for a table of a few numbers, such as rates by layer
 
 @CHECKS.of("contract.meta", "building on the meta device allocates nothing")
 def construction_allocates_nothing(subject: Subject) -> str:
-    args = subject.args  # for which a loader of the author's may be built, with tensors of its own
+    args = subject.args  # may build an author's loader, which has its own tensors
     with torch.device("meta"), _Allocations() as allocations:
         model = subject.spec.model_cls(args)
     real = [name for name, tensor in _all_tensors(model) if not tensor.is_meta]
@@ -52,7 +52,7 @@ def construction_allocates_nothing(subject: Subject) -> str:
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts what is allocated outside of the meta device, and remembers where."""
+    """Counts the bytes allocated outside of the meta device, and records where."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Allocations(TorchDispatchMode):
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, buffers, and tensors that are plain attributes of modules."""
+    """Yield parameters, buffers, and tensors that are plain attributes of modules."""
     yield from model.named_parameters()
     yield from model.named_buffers()
     for module_name, module in model.named_modules():
@@ -114,7 +114,7 @@ def init_weights_sets_everything(subject: Subject) -> str:
 
 
 def _initialised(subject: Subject, poison: int) -> ModelProtocol:
-    """As `initialize_weights`, but what is left unset stays, and differs with `poison`."""
+    """Like `initialize_weights`, but tensors that it leaves unset keep `poison`, or NaN."""
     model = subject.spec.meta_model(subject.args)
     with preserve_tying(model):
         model.to_empty(device="cpu")
@@ -128,16 +128,16 @@ def _initialised(subject: Subject, poison: int) -> ModelProtocol:
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers, tied ones once."""
+    """Yield parameters and buffers, tied ones once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 @CHECKS.of("contract.forward", "forward gives logits [batch, seq, vocab]")
 def forward_gives_logits(subject: Subject) -> str:
-    """And a gradient comes back.
+    """Also, a gradient comes back.
 
-    Of a model that reads something else: a batch of its loader in, what its loss takes out.
+    A model that reads something else gets a batch of its loader, and returns an input of its loss.
     """
     if not subject.reads_text:
         return _own_batch_gives_a_loss(subject)

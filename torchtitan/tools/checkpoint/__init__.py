@@ -1,1 +1,1 @@
-"""`torchtitan checkpoint`: a look at the checkpoints of a run."""
+"""`torchtitan checkpoint`: inspects the checkpoints of a run."""

@@ -11,13 +11,13 @@ from .listing import prune, show, verify
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan checkpoint`; returns the exit code.
+    """Run the command with the arguments after `torchtitan checkpoint`; return the exit code.
 
-    0; 1 if `verify` finds damage or `diff` a difference.
+    It is 0, or 1 if `verify` finds damage or `diff` a difference.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be read or deleted.
-        ConfigError: a URL that is not known, or a wrong number.
+        ConfigError: an unknown kind of URL, or a wrong number.
     """
     args = _parser().parse_args(argv)
     if args.action == "list":

@@ -1,4 +1,4 @@
-"""In what two checkpoints differ: configuration, names, shapes, dtypes and values of tensors."""
+"""Compares two checkpoints: configuration, and names, shapes, dtypes and values of tensors."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import first_line, natural_order
 
 PIECE = 1 << 22
-"""Elements of a tensor that are compared at a time."""
+"""Elements of a tensor that are compared at once."""
 
 Read = Callable[[int, torch.Tensor], None]
-"""Fills a flat tensor with the elements from a number on."""
+"""Fills a flat tensor with the elements from a given index on."""
 
 
 @dataclass(frozen=True)
 class Values:
-    """How far the values of two tensors are apart."""
+    """The difference between the values of two tensors."""
 
     max_difference: float
-    """Largest absolute difference; infinity where one is NaN alone."""
+    """Largest absolute difference; infinity if only one of two numbers is NaN."""
     max_value: float
-    """Largest absolute value in the first."""
+    """Largest absolute value in the first tensor."""
 
     @property
     def relative(self) -> float:
@@ -82,7 +82,10 @@ class Side:
         return self.metadata.state_dict_metadata
 
     def reader(self, key: str, open_files: ExitStack) -> Read:
-        """Memory: none, but for a tensor whose parts are no runs of elements: that tensor."""
+        """Return a reader.
+
+        It uses no memory, except for a tensor whose parts are no element ranges: the whole tensor.
+        """
         if isinstance(self.folder, Path) and self.is_hf:
             path = self.folder / files_of(self.metadata)[key]
             file = open_files.enter_context(SafetensorsFile(path))
@@ -102,10 +105,10 @@ class Side:
 
 
 def diff(first: str, second: str) -> int:
-    """Print in what two checkpoints differ. Returns 0 if in nothing, else 1.
+    """Print the differences of two checkpoints. Return 0 if there are none, else 1.
 
     Raises:
-        CheckpointError: one is no checkpoint or damaged, or they are of different formats.
+        CheckpointError: one is no checkpoint or is damaged, or their formats differ.
     """
     a, b = Side(first), Side(second)
     if a.is_hf != b.is_hf:
@@ -135,7 +138,7 @@ def diff(first: str, second: str) -> int:
 
 
 def _compare(key: str, a: Side, b: Side) -> list[str] | None:
-    """The cells of a row after the name; None if there is no difference."""
+    """Return the cells of a row after the name; None if there is no difference."""
     for side, other in ((a, b), (b, a)):
         if key not in side.entries:
             return [f"only in {other.folder}", "", ""]
@@ -172,7 +175,7 @@ def compare_values(
         read_b(start, y)
         x, y = x.double(), y.double()
         gap = (x - y).abs()
-        gap[(x == y) | (x.isnan() & y.isnan())] = 0.0  # infinities too
+        gap[(x == y) | (x.isnan() & y.isnan())] = 0.0  # also for infinities
         difference = max(difference, gap.nan_to_num(math.inf, posinf=math.inf).max().item())
         value = max(value, x.abs().nan_to_num(0.0, posinf=math.inf).max().item())
     return Values(difference, value)

@@ -1,4 +1,4 @@
-"""Which checkpoints a path or URL means."""
+"""Finds the checkpoints that a path or URL refers to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchtitan.errors import CheckpointError
 
 
 def root_of(path: StoragePath) -> StoragePath | None:
-    """The folder with the checkpoints of a run: `path`, or `checkpoint` in it."""
+    """Return the folder with the checkpoints of a run: `path`, or `checkpoint` in it."""
     for root in (path, path / "checkpoint"):
         if any(folder.name.startswith("step-") for folder in folders_in(root)):
             return root
@@ -20,10 +20,10 @@ def root_of(path: StoragePath) -> StoragePath | None:
 
 
 def checkpoints_of(location: str) -> list[StoragePath]:
-    """The checkpoint that is meant, of ours or a Hugging Face folder, or those of a run.
+    """Return the checkpoint at a location (ours or a Hugging Face folder), or those of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     path = storage_path(location)
     root = root_of(path)

@@ -1,4 +1,4 @@
-"""What there is, whether it is good, and what may go."""
+"""Lists, verifies and prunes checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LEFT_OVER = {
 
 
 def show(location: str) -> None:
-    """Print a table of the checkpoints of a run. Files are not read, only their sizes."""
+    """Print a table of the checkpoints of a run. Only the sizes of files are checked."""
     rows = [_row(folder) for folder in checkpoints_of(location)]
     root = root_of(storage_path(location))
     listed = {row[0] for row in rows}
@@ -69,7 +69,7 @@ def _state_of_rest(folder: StoragePath) -> str:
 
 
 def verify(locations: list[str]) -> int:
-    """Read all files of checkpoints and compare their checksums. Returns 1 if one is damaged."""
+    """Read all files of checkpoints and compare their checksums. Return 1 if one is damaged."""
     rows, problems = [], []
     for folder in (folder for location in locations for folder in checkpoints_of(location)):
         found = _problems(folder)
@@ -90,7 +90,7 @@ def _problems(folder: StoragePath) -> list[str]:
     try:
         if is_hf_weights(folder):
             assert isinstance(folder, Path)
-            read_safetensors_metadata(folder)  # headers, and that they fit the files' sizes
+            read_safetensors_metadata(folder)  # checks the headers against the files' sizes
             return []
         manifest = Manifest.read(folder)
         found = manifest.damaged_files(folder)
@@ -102,14 +102,14 @@ def _problems(folder: StoragePath) -> list[str]:
 
 
 def prune(location: str, keep: int, keep_every: int, dry_run: bool) -> None:
-    """Delete the resumable checkpoints of a run but the `keep` good ones saved last.
+    """Delete the resumable checkpoints of a run except the `keep` good ones saved last.
 
-    Those of each `keep_every` steps stay, too, if that is not 0.
+    Those of every `keep_every` steps stay, too, if that is not 0.
 
-    The files of those that stay are read: one whose checksums are wrong is not counted.
+    The files of the checkpoints that stay are read: one with wrong checksums is not counted.
 
     Raises:
-        CheckpointError: it is no run, or a checkpoint cannot be deleted.
+        CheckpointError: the location is no run, or a checkpoint cannot be deleted.
     """
     root = root_of(storage_path(location))
     if root is None:

@@ -1,5 +1,5 @@
-"""`torchtitan converge`: does a change of layout or technique leave the training as it was?
+"""`torchtitan converge`: checks that a change of layout or technique does not change training.
 
-`runs` says what is compared, `match` that it may be, `launch` starts the jobs, `compare` judges
-the curves, `report`, `plots` and `page` show them. See docs/converging.md.
+`runs` determines what is compared, `match` whether it may be, `launch` starts the jobs, `compare`
+judges the curves, `report`, `plots` and `page` show them. See docs/converging.md.
 """

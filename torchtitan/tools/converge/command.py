@@ -1,4 +1,4 @@
-"""`torchtitan converge`: the command line, and the comparison from top to bottom."""
+"""`torchtitan converge`: the command line, and the comparison from beginning to end."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan converge`; returns the exit code.
+    """Run the command with the arguments after `torchtitan converge`; return the exit code.
 
     Raises:
         ConfigError: an argument or a config is wrong, or the runs cannot be compared.
@@ -95,10 +95,10 @@ def converge(options: Options, overrides: list[str], command: str) -> Result:
 
     Args:
         overrides: options of `torchtitan train` for every job.
-        command: what the user typed, for the report.
+        command: the user's command line, for the report.
 
     Raises:
-        ConfigError: as `main`.
+        ConfigError: as in `main`.
     """
     out = Path(options.out)
     arguments = [options.control, *options.tests]
@@ -123,7 +123,7 @@ def converge(options: Options, overrides: list[str], command: str) -> Result:
 
 
 def _run_all(runs: list[Run]) -> list[Outcome]:
-    """The outcome of each run. If the control fails, no test is started."""
+    """Return the outcome of each run. If the control fails, no test is started."""
     outcomes: list[Outcome] = []
     for run in runs:
         if run.finished:

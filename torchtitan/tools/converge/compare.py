@@ -1,4 +1,4 @@
-"""The judgement: two curves, a tolerance, and where they part."""
+"""Judges two curves: a tolerance, and where they diverge."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torchtitan.tools.text import ranges
 from .curves import METRICS, Curve
 from .runs import Run
 
-# Rounding differs between layouts, since sums are done in another order, and training amplifies
-# it. docs/converging.md has the measurements behind these numbers.
+# Rounding differs between layouts, since sums are computed in another order, and training
+# amplifies it. docs/converging.md has the measurements behind these numbers.
 RTOL_FLOAT32 = {"loss": 1e-4, "grad_norm": 1e-2}
 RTOL_BFLOAT16 = {"loss": 0.02, "grad_norm": 0.2}
 
 
 def default_tolerances(configs: Iterable[JobConfig]) -> dict[str, float]:
-    """Relative tolerance of each metric: wider where one of the runs computes in bfloat16."""
+    """Return the relative tolerance of each metric: wider if a run computes in bfloat16."""
     precisions = {
         precision
         for config in configs
@@ -39,12 +39,12 @@ class Outcome:
     run: Run
     curves: dict[str, Curve]
     failure: str | None = None
-    """Exit code and end of the log of a job that failed."""
+    """Exit code and end of the log of a failed job."""
     skipped: set[int] = field(default_factory=set)
-    """Steps that the guard skipped, which have no loss."""
+    """Steps that the guard skipped; they have no loss."""
 
     def problems(self) -> list[str]:
-        """Why its curves cannot be compared in full."""
+        """Return the reasons why its curves cannot be compared completely."""
         problems = []
         steps = range(1, self.run.config.training.steps + 1)
         wanted = {*steps} - self.skipped
@@ -59,22 +59,22 @@ class Outcome:
             bad = {step for step, value in curve.items() if math.isnan(value)}
             if bad:
                 problems.append(f"{name} is not finite at {step_ranges(bad)}")
-        if self.failure:  # last, as it has many lines
+        if self.failure:  # last, since it has many lines
             problems.append(self.failure)
         return problems
 
 
 @dataclass
 class Difference:
-    """How far a test's curve is from the control's."""
+    """The difference of a test's curve from the control's."""
 
     tolerance: float
     relative: Curve
-    """Step -> |test - control| / |control|; NaN where either is not finite."""
+    """Step -> |test - control| / |control|; NaN if either is not finite."""
 
     @property
     def worst_step(self) -> int | None:
-        """NaN is worse than any number; None if there is no common step."""
+        """The step with the largest difference (NaN is the largest); None without a common step."""
         size = self.relative
         return max(size, key=lambda step: (math.isnan(size[step]), size[step]), default=None)
 
@@ -95,7 +95,7 @@ class Difference:
 
 @dataclass
 class Verdict:
-    """A test against the control."""
+    """The comparison of a test with the control."""
 
     outcome: Outcome
     differences: dict[str, Difference]
@@ -110,7 +110,7 @@ class Verdict:
     def state(self) -> Literal["equal", "diverged", "failed"]:
         if self.problems:
             return "failed"
-        if self.outcome.skipped != self.control_skipped:  # that is another training
+        if self.outcome.skipped != self.control_skipped:  # then it is another training
             return "diverged"
         exceeding = [d.first_exceeding for d in self.differences.values()]
         return "equal" if exceeding == [None] * len(exceeding) else "diverged"
@@ -135,7 +135,7 @@ def judge(
 
 
 def relative(control: Curve, test: Curve) -> Curve:
-    """Relative difference at each step that both have."""
+    """Return the relative difference at each step that both have."""
     return {step: _relative(control[step], test[step]) for step in sorted({*control} & {*test})}
 
 
@@ -146,5 +146,5 @@ def _relative(control: float, test: float) -> float:
 
 
 def step_ranges(steps: Collection[int]) -> str:
-    """`steps 3-7, 9`, at most three ranges."""
+    """Format `steps 3-7, 9`, with at most three ranges."""
     return f"step{'s' if len(steps) > 1 else ''} {ranges(steps)}"

@@ -1,4 +1,4 @@
-"""What a run logged, step by step."""
+"""Reads a run's logged values, step by step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torchtitan.errors import ConfigError
 from torchtitan.tools.run_folder import METRICS_FILE, guard_skipped, read_rows
 
 METRICS = ("loss", "grad_norm")
-"""What is compared."""
+"""The metrics that are compared."""
 
 Curve = dict[int, float]
-"""Step -> value, NaN where it was not finite."""
+"""Step -> value, NaN if it was not finite."""
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """The curve of each of `METRICS`, without skipped steps; empty ones if nothing was logged."""
+    """Return the curve of each of `METRICS`, without skipped steps; empty if nothing was logged."""
     rows = read_rows(folder / METRICS_FILE)
     return {
         name: {row["step"]: _number(row.get(name)) for row in rows if name in row}
@@ -26,19 +26,19 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def read_skipped(folder: Path) -> set[int]:
-    """The steps whose batch the guard had the run leave out."""
+    """Return the steps whose batch the guard skipped."""
     rows = read_rows(folder / METRICS_FILE)
     skipped = guard_skipped(row.get("steps_skipped") or 0 for row in rows)
     return {row["step"] for row in compress(rows, skipped)}
 
 
 def no_curves() -> dict[str, Curve]:
-    """The curves of a run that was not started."""
+    """Return the curves of a run that was not started."""
     return {name: {} for name in METRICS}
 
 
 def read_world_size(folder: Path) -> int | None:
-    """Number of processes of a finished run; None if its metrics do not tell."""
+    """Return the number of processes of a finished run; None if its metrics do not show it."""
     for row in read_rows(folder / METRICS_FILE):
         whole, share = row.get("tokens_per_second"), row.get("tokens_per_second_per_device")
         if whole and share:
@@ -47,10 +47,10 @@ def read_world_size(folder: Path) -> int | None:
 
 
 def read_tokens(folder: Path) -> tuple[int, int]:
-    """So many steps of a finished run, and the tokens of them; none of skipped steps.
+    """Return a number of steps of a finished run, and their tokens; skipped steps have none.
 
     Raises:
-        ConfigError: its metrics do not tell.
+        ConfigError: the run's metrics do not show them.
     """
     step = seen = 0
     for row in read_rows(folder / METRICS_FILE):
@@ -64,5 +64,5 @@ def read_tokens(folder: Path) -> tuple[int, int]:
 
 
 def _number(value: float | None) -> float:
-    """The run writes null for what is not finite."""
+    """Convert null, which the run writes for a value that is not finite, to NaN."""
     return value if value is not None and math.isfinite(value) else math.nan

@@ -35,7 +35,7 @@ def launch(run: Run) -> str | None:
     """
     log = run.folder / LOG_FILE
     run.folder.mkdir(parents=True, exist_ok=True)
-    for name in (METRICS_FILE, CONFIG_FILE):  # of an earlier comparison
+    for name in (METRICS_FILE, CONFIG_FILE):  # from an earlier comparison
         (run.folder / name).unlink(missing_ok=True)
     logger.info("%s: world of %d (%s), log in %s", run.name, run.processes, run.layout, log)
     start = time.perf_counter()
@@ -55,7 +55,7 @@ def launch(run: Run) -> str | None:
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Meanwhile SIGTERM is an exception, as Ctrl-C is, and not the end at once."""
+    """Make SIGTERM an exception like Ctrl-C, instead of ending at once, within the context."""
 
     def leave(signum: int, _frame: Any) -> None:
         raise SystemExit(128 + signum)
@@ -68,7 +68,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 
 def command(run: Run) -> list[str]:
-    """The command line of a job: plain Python for one process, else torchrun."""
+    """Return the command line of a job: plain Python for one process, else torchrun."""
     launcher = [sys.executable, "-m"]
     if run.processes is not None and run.processes > 1:
         launcher += ["torch.distributed.run", f"--nproc-per-node={run.processes}"]
@@ -77,7 +77,7 @@ def command(run: Run) -> list[str]:
 
 
 def tail(log: str) -> str:
-    """The last lines that the job wrote, without torchrun's own report of the failure."""
+    """Return the last lines of the job's log, without torchrun's own report of the failure."""
     lines = log.rstrip().splitlines()
     for number, line in enumerate(lines):
         if re.search(r"torch/distributed/elastic/.* failed \(exitcode: ", line):
@@ -87,7 +87,7 @@ def tail(log: str) -> str:
 
 
 def _show_progress(run: Run, alive: Callable[[], bool]) -> None:
-    """Wait for the job; on a terminal, with a bar."""
+    """Wait for the job; on a terminal, show a progress bar."""
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)

@@ -1,4 +1,4 @@
-"""Which configs may be compared: those that compute the same thing from the same seed and data."""
+"""Determines which configs may be compared: those with the same computation, seed and data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOW = (
     "comm",
     "model.attention",
     "optimizer.implementation",
-    "training.local_batch_size",  # the global one is what counts
+    "training.local_batch_size",  # only the global one matters
     "training.mixed_precision_param",
     "training.mixed_precision_reduce",
     "training.enable_cpu_offload",
@@ -38,7 +38,7 @@ HOW = (
     "loss.chunk_size",
     "debug.deterministic",
 )
-"""Sections and keys that say how a run computes, not what; they may differ. Any other key, and
+"""Sections and keys that define how a run computes, not what; they may differ. All other keys, and
 every key that a user's module adds, must be the same unless the user allows it."""
 
 WHAT = ("checkpoint.initial_load_path",)
@@ -51,7 +51,7 @@ def check_match(control: Run, tests: Sequence[Run], allowed: Sequence[str]) -> N
     """Refuse a test that differs from the control in more than how it computes.
 
     Args:
-        allowed: keys (`optimizer.lr`) or sections (`optimizer`) that may differ besides.
+        allowed: keys (`optimizer.lr`) or sections (`optimizer`) that may differ as well.
 
     Raises:
         ConfigError: names each key that differs and both values; or an allowed key is unknown.
@@ -74,7 +74,7 @@ def check_match(control: Run, tests: Sequence[Run], allowed: Sequence[str]) -> N
 
 
 def warn_of_repeats(control: Run, tests: Sequence[Run]) -> None:
-    """Say so if a job is the control's once more. (A finished run may be of other code.)"""
+    """Warn if a job only repeats the control's. (A finished run may be of other code.)"""
     for test in tests:
         started = not control.finished and not test.finished
         if started and test.processes == control.processes and not differences([control, test]):
@@ -86,17 +86,17 @@ def warn_of_repeats(control: Run, tests: Sequence[Run]) -> None:
 
 
 def may_differ(key: str) -> bool:
-    """Whether runs that differ in this key only should have the same curves."""
+    """Whether runs that differ only in this key should have the same curves."""
     return _covers(HOW, key) and not _covers(WHAT, key)
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Key -> its value in each run, as in TOML, for the keys that are not the same in all."""
+    """Return key -> its value in each run, as in TOML, for keys that differ."""
     return differing([flat_config(run) for run in runs])
 
 
 def flat_config(run: Run) -> dict[str, Any]:
-    """`{"training.seq_len": 256, ...}`, with the resolved global batch size."""
+    """Return `{"training.seq_len": 256, ...}`, with the resolved global batch size."""
     table = flatten(asdict(run.config))
     return table | {_BATCH: run.global_batch_size}
 

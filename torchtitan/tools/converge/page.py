@@ -1,4 +1,4 @@
-"""The result as a page that needs nothing but itself, and the figure as a PNG."""
+"""Writes the result as a self-contained page, and the figure as a PNG."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .report import (
 
 
 def write_page(result: Result, out: Path, plots: bool) -> None:
-    """Write `report.html` and, with `plots`, `curves.png`. One of an earlier comparison goes."""
+    """Write `report.html` and, with `plots`, `curves.png`; remove an earlier comparison's."""
     picture = out / "curves.png"
     picture.unlink(missing_ok=True)
     figure = "<p>No plots: matplotlib is not installed.</p>"
@@ -38,7 +38,7 @@ def write_page(result: Result, out: Path, plots: bool) -> None:
 
 
 def page(result: Result, figure: str) -> str:
-    """The whole page; `figure` is HTML."""
+    """Return the whole page; `figure` is HTML."""
     control = result.control.run.name
     title = f"{'Equal to' if result.equal else 'Not equal to'} {control}"
     sections = [
@@ -59,7 +59,7 @@ def page(result: Result, figure: str) -> str:
 
 
 def _scope(result: Result) -> str:
-    """What was the same in all runs."""
+    """Describe the settings that all runs share."""
     run = result.control.run
     training = run.config.training
     what = (

@@ -1,4 +1,4 @@
-"""The curves as a figure: values above, relative differences from the control below."""
+"""Draws the curves: values above, relative differences from the control below."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _LABELS = {"loss": "loss (nats per token)", "grad_norm": "gradient norm, before 
 
 _LIMIT = "#B00020"
 _ZERO = 1e-9
-"""Where no difference is drawn, as a log scale has no 0."""
+"""Where a difference of 0 is drawn, since a log scale has no 0."""
 
 
 def draw(result: Result) -> Figure:
-    """Four panels: loss and gradient norm, each above its difference from the control."""
+    """Draw four panels: loss and gradient norm, each above its difference from the control."""
     with matplotlib.rc_context({"font.size": 9.5, "axes.spines.top": False}):
         figure = Figure(figsize=(11, 7.2), layout="constrained")
         panels = figure.subplots(2, 2, sharex=True, height_ratios=(1.15, 1))
@@ -42,7 +42,7 @@ def draw(result: Result) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """An `<svg>` element, to stand inside a page; its text is text."""
+    """Return an `<svg>` element to put into a page; its text remains text."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "converge"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -77,7 +77,7 @@ def _draw_differences(axes: Axes, result: Result, metric: str) -> None:
         axes.axhline(tolerance, color=_LIMIT, linestyle="--", linewidth=1.2)
         axes.annotate(
             f"tolerance {short(tolerance, 3)}",
-            (0.01, tolerance),  # on the left, where the runs have had no time to part
+            (0.01, tolerance),  # on the left, where the runs have not diverged yet
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
@@ -113,7 +113,7 @@ def _power(value: float, _position: int) -> str:
 
 
 def _title(result: Result) -> str:
-    """`Equal to one: fsdp2, tp2. Diverged: ddp2.`"""
+    """Format `Equal to one: fsdp2, tp2. Diverged: ddp2.`"""
     parts = []
     for state, words in {
         "equal": f"Equal to {result.control.run.name}",

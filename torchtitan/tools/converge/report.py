@@ -1,4 +1,4 @@
-"""The result as text: lines for the terminal, a Markdown table, JSON."""
+"""Formats the result as text: lines for the terminal, a Markdown table, JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STATES = {"control": "", "equal": "green", "diverged": "red", "failed": "red"}
 
 @dataclass
 class Result:
-    """A comparison that is done."""
+    """A completed comparison."""
 
     control: Outcome
     verdicts: list[Verdict]
@@ -56,7 +56,7 @@ class Result:
 
 
 def rows(result: Result) -> list[list[str]]:
-    """The cells of the table under `HEADER`, the control first."""
+    """Return the cells of the table under `HEADER`, the control first."""
     table = [[*_description(result.control), "", "", "control"]]
     for verdict in result.verdicts:
         cells = [_at_step(verdict.differences[name]) for name in METRICS]
@@ -76,7 +76,7 @@ def show(result: Result, out: Path) -> None:
 
 
 def verdict_line(verdict: Verdict, control: str) -> str:
-    """What happened to one test, in a sentence (several lines if a job failed)."""
+    """Describe the result of one test in a sentence (several lines if a job failed)."""
     if verdict.state == "failed":
         return f"{verdict.name}: FAILED: {'; '.join(verdict.problems)}"
     parts = []
@@ -97,7 +97,7 @@ def verdict_line(verdict: Verdict, control: str) -> str:
 
 
 def _skips(verdict: Verdict, control: str) -> str:
-    """What the guard did in the two; "" if nothing."""
+    """Describe the steps skipped by the guard in the two runs; "" if none."""
     here, there = verdict.outcome.skipped, verdict.control_skipped
     if here == there:
         return f"the guard skipped {_steps(here)} in both" if here else ""
@@ -105,17 +105,17 @@ def _skips(verdict: Verdict, control: str) -> str:
 
 
 def _steps(steps: set[int]) -> str:
-    """`2 of the steps (steps 3, 7)`."""
+    """Format `2 of the steps (steps 3, 7)`."""
     return f"{len(steps)} of the steps ({step_ranges(steps)})" if steps else "none"
 
 
 def failure_line(control: Outcome) -> str:
-    """What is wrong with the control."""
+    """Describe the problems of the control."""
     return f"{control.run.name} (control): FAILED: {'; '.join(control.problems())}"
 
 
 def detail_rows(result: Result) -> list[list[str]]:
-    """The cells under `DETAIL_HEADER`: a line for each test and metric."""
+    """Return the cells under `DETAIL_HEADER`: a line for each test and metric."""
     details = []
     for verdict in result.verdicts:
         for name, difference in verdict.differences.items():
@@ -126,14 +126,14 @@ def detail_rows(result: Result) -> list[list[str]]:
 
 
 def markdown(result: Result) -> str:
-    """`table.md`: the summary, then each test's differences in detail."""
+    """Return `table.md`: the summary, then each test's differences in detail."""
     summary = _markdown_table(HEADER, rows(result))
     details = _markdown_table(DETAIL_HEADER, detail_rows(result))
     return f"{summary}\nRelative differences from `{result.control.run.name}`:\n\n{details}"
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """`verdict.json`; null stands for what is not finite or not known."""
+    """Return `verdict.json`; null stands for a value that is not finite or not known."""
     runs = [
         {
             "name": outcome.run.name,
@@ -180,7 +180,7 @@ def write_text(result: Result, out: Path) -> None:
 
 
 def short(value: float, digits: int = 2) -> str:
-    """`1.2e-6`, `1e-4`, `0.16`, `0`, `nan`."""
+    """Format `1.2e-6`, `1e-4`, `0.16`, `0`, `nan`."""
     if not 0 < value < 0.1:
         return f"{value:.{digits}g}"
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
@@ -200,7 +200,7 @@ def _final(outcome: Outcome) -> float:
 
 
 def _at_step(difference: Difference) -> str:
-    """`1.2e-6 (step 17)`."""
+    """Format `1.2e-6 (step 17)`."""
     if difference.worst_step is None:
         return "-"
     if difference.worst == 0:

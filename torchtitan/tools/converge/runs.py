@@ -1,4 +1,4 @@
-"""The runs of a comparison: training jobs to be started, and folders of finished ones."""
+"""Plans the runs of a comparison: training jobs to start, and folders of finished runs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .curves import read_tokens, read_world_size
 FORCED = {
     "metrics.log_freq": "1",
     "metrics.progress": "plain",  # the output goes to a file
-    "checkpoint.enable": "false",  # else an earlier comparison in the same folder would be resumed
+    "checkpoint.enable": "false",  # otherwise an earlier comparison in this folder would be resumed
     "checkpoint.load_step": "-1",
     "job.print_config": "false",
 }
-"""Options of every job, whatever its file says."""
+"""Options of every job, which override its file."""
 
 
 @dataclass
@@ -30,14 +30,14 @@ class Run:
     """One training job of a comparison."""
 
     name: str
-    """Unique; what the tables and plots call it."""
+    """Unique; used in tables and plots."""
     argument: str
     """The file or folder, as the user wrote it."""
     folder: Path
-    """Where its outputs are, or will be."""
+    """Folder of its outputs."""
     config: JobConfig
     processes: int | None
-    """None: a finished run whose metrics do not tell."""
+    """None: a finished run whose metrics do not show it."""
     global_batch_size: int
     """Sequences in an optimizer step, -1 resolved."""
     options: list[str] = field(default_factory=list)
@@ -61,9 +61,9 @@ def plan_runs(
     """Read and check everything before anything is started.
 
     Args:
-        arguments: a TOML file, or the folder of a finished run, each.
+        arguments: each a TOML file, or the folder of a finished run.
         out: folder for the new runs; each gets `out/NAME`.
-        nproc: `NAME=N` each; of the others, the smallest world that their degrees allow.
+        nproc: `NAME=N` each; other runs get the smallest world that their degrees allow.
         overrides: options of `torchtitan train` that go to every job.
 
     Raises:
@@ -95,7 +95,7 @@ def plan_runs(
 
 
 def open_run(name: str, argument: str) -> Run:
-    """A finished run, from its `config.resolved.toml` and `metrics.jsonl`.
+    """Open a finished run by its `config.resolved.toml` and `metrics.jsonl`.
 
     Raises:
         ConfigError: a file is missing or wrong, or not every step was logged.
@@ -160,7 +160,7 @@ def _check_devices(name: str, processes: int) -> None:
 def _parse_nproc(
     nproc: Sequence[str], names: Sequence[str], arguments: Sequence[str]
 ) -> dict[str, int]:
-    """`NAME=N` or `FILE=N`; a file that is given twice has its number for both."""
+    """Parse `NAME=N` or `FILE=N`; a file that is given twice gets its number for both."""
     counts: dict[str, int] = {}
     for word in nproc:
         key, _, number = word.rpartition("=")

@@ -1,4 +1,4 @@
-"""`torchtitan convert`: checkpoints from and to Hugging Face folders, and a look into both."""
+"""`torchtitan convert`: converts checkpoints from and to Hugging Face, and inspects both."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan convert`; returns the exit code.
+    """Run the command with the arguments after `torchtitan convert`; return the exit code.
 
     Raises:
         ConfigError: an unknown model, or a custom import that fails.
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _load_models_of_run(checkpoint: Path) -> None:
-    """Import what the run that saved a checkpoint imported, if its model is not known yet."""
+    """Import the modules that a checkpoint's run imported, if its model is not known yet."""
     manifest = Manifest.read(checkpoint)
     if manifest.model.get("name") not in MODEL_REGISTRY:
         job = saved_config(checkpoint, manifest).get("job", {})

@@ -1,4 +1,4 @@
-"""A Hugging Face folder becomes a checkpoint of ours, tensor by tensor."""
+"""Converts a Hugging Face folder to a checkpoint of ours, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -56,10 +56,12 @@ def convert_from_hf(
 ) -> Manifest:
     """Write the weights in `folder` as the model-only checkpoint `out`, of step 0.
 
-    What the files have no place for belongs to training, such as a router's load; it begins at 0.
+    Tensors that the files have no place for belong to training, such as a router's load, and begin
+    at 0.
 
     Args:
-        dtype: of floating-point tensors, but see `dtype_of_copy`; None: as in the files.
+        dtype: of floating-point tensors, with the exceptions of `dtype_of_copy`; None: as in the
+            files.
 
     Raises:
         CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, `out`
@@ -111,24 +113,24 @@ def convert_from_hf(
 
 
 class _Planned(NamedTuple):
-    """A tensor of the checkpoint that is to be written."""
+    """A tensor of the checkpoint to write."""
 
     target: torch.Tensor
-    """On the meta device, in the dtype that it gets."""
+    """On the meta device, in its final dtype."""
     own_name: str
-    """The first of its names in the model, by which the adapter knows it."""
+    """The first of its names in the model, which is the name that the adapter knows."""
     keys: list[str]
-    """Of the tensors in the files that it is made of; none: it begins at 0."""
+    """Keys of its source tensors in the files; none: it begins at 0."""
 
 
 @dataclass
 class _Copier:
-    """Makes tensors of a checkpoint of those of Hugging Face."""
+    """Makes a checkpoint's tensors from those of Hugging Face."""
 
     adapter: BaseStateDictAdapter
     entries: dict[str, Any]
     files: dict[str, SafetensorsFile]
-    """Key -> the open file that has it."""
+    """Key -> the open file that contains it."""
     buffer: Buffer = field(default_factory=Buffer)
 
     def write(self, planned: _Planned, file: BinaryIO) -> None:
@@ -144,7 +146,7 @@ class _Copier:
             torch.save(whole.to(planned.target.dtype).contiguous(), file)
 
     def _write_parts(self, target: torch.Tensor, parts: dict[str, int], file: BinaryIO) -> None:
-        """Append a tensor in pieces. Args: parts: key of each of its parts -> first element."""
+        """Append a tensor in pieces. Args: parts: key of each part -> index of first element."""
         data = save_hole(file, target.shape, target.dtype)
         for key, first in parts.items():
             source, entry = self.files[key], self.entries[key]
@@ -161,7 +163,7 @@ class _Copier:
 
 
 def _max_seq_len(folder: Path) -> int:
-    """`max_position_embeddings` in `config.json`; 0 where there is none."""
+    """Return `max_position_embeddings` in `config.json`; 0 if there is none."""
     if not (folder / "config.json").is_file():
         return 0
     return read_hf_config(folder).get("max_position_embeddings") or 0
@@ -177,9 +179,9 @@ def _save(planned: dict[str, torch.Tensor], writer: _Writer) -> None:
 
 
 class _Writer(FileSystemWriter):
-    """Has tensors written into one file, and keeps none of them.
+    """Writes tensors into one file, and keeps none of them.
 
-    PyTorch's own writers keep all tensors of a file until it is done.
+    PyTorch's own writers keep all tensors of a file until it is complete.
     """
 
     path: Path
@@ -209,7 +211,7 @@ class _Writer(FileSystemWriter):
         return done
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)  # without the folder, which is renamed
+        return StorageMeta(save_id=self.save_id)  # omits the folder, which is renamed later
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: names, shapes, dtypes and sizes."""
+"""Inspects a checkpoint: names, shapes, dtypes and sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torchtitan.tools.text import human_bytes, natural_order
 
 @dataclass(frozen=True)
 class Contents:
-    """What there is to tell about a folder."""
+    """The known facts about a folder."""
 
     kind: str
     model: str
@@ -33,10 +33,10 @@ class Contents:
 
 
 def inspect(folder: Path) -> Contents:
-    """Look into a checkpoint of ours or a Hugging Face folder; no tensor is read.
+    """Inspect a checkpoint of ours or a Hugging Face folder; no tensor is read.
 
     Raises:
-        CheckpointError: it is neither, or a file is missing or damaged.
+        CheckpointError: the folder is neither, or a file is missing or damaged.
     """
     if (folder / ".metadata").is_file() and not (folder / MANIFEST).is_file():
         return Contents("torch.distributed.checkpoint", "unknown", read_metadata(folder))
@@ -51,7 +51,7 @@ def inspect(folder: Path) -> Contents:
 
 
 def show(folder: Path) -> None:
-    """Print what `inspect` finds."""
+    """Print the result of `inspect`."""
     contents = inspect(folder)
     files: dict[str, set[str]] = {}
     for index, at in contents.metadata.storage_data.items():
@@ -89,7 +89,7 @@ def _hf_model(folder: Path, metadata: Metadata) -> str:
 
 
 def _knows_names(model: str, metadata: Metadata) -> bool:
-    """Whether the model's adapter knows all tensors' names."""
+    """Whether the model's adapter knows the names of all tensors."""
     for flavor in model_flavors(model):
         spec = MODEL_REGISTRY[model](flavor)
         if spec.state_dict_adapter is None:
@@ -105,7 +105,7 @@ def _knows(adapter: BaseStateDictAdapter, key: str, entry: TensorStorageMetadata
     try:
         adapter.from_hf({key: torch.empty(entry.size, device="meta")})
     except CheckpointError as error:
-        return str(error).endswith("is missing")  # one of several that make a tensor
+        return str(error).endswith("is missing")  # one of several tensors that make one of ours
     return True
 
 

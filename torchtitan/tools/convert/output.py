@@ -1,4 +1,4 @@
-"""The folder that a conversion makes, whole or not at all."""
+"""Creates the output folder of a conversion, completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """`OUT.partial` to write to, which becomes `OUT` at the end. An error deletes it.
+    """Yield `OUT.partial` to write to, which becomes `OUT` at the end. An error deletes it.
 
     Raises:
         CheckpointError: `OUT` exists, or it cannot be written.
@@ -41,7 +41,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises `CheckpointError` if the folder, or an unfinished one of its name, is there."""
+    """Raise `CheckpointError` if the folder, or an unfinished one of its name, exists."""
     _refuse(out)
     if partial_folder(out).exists():
         raise CheckpointError(
@@ -56,6 +56,6 @@ def _refuse(out: Path) -> None:
 
 
 def with_progress(items: Iterable[T], total: int) -> Iterable[T]:
-    """The items, with a bar on stderr if that is a terminal."""
+    """Return the items, with a progress bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     return track(items, "converting", total=total, console=console, disable=not console.is_terminal)

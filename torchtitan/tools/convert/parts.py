@@ -1,4 +1,4 @@
-"""How tensors of ours are made of those of Hugging Face, and pieces to stream them by."""
+"""Maps tensors of ours to those of Hugging Face, and provides pieces for streaming them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PIECE_BYTES = 4 * 2**20
 def contiguous_parts(
     adapter: BaseStateDictAdapter, name: str, shape: tuple[int, ...]
 ) -> dict[str, int] | None:
-    """The Hugging Face tensors that `name` consists of, one after the other: key -> first element.
+    """Return the Hugging Face tensors that make up `name` in order: key -> index of first element.
 
-    None: the adapter does more than to rename and to split by the first dimension, so that the
-    tensor has to be converted as a whole.
+    None: the adapter does more than renaming and splitting along the first dimension, so the tensor
+    must be converted as a whole.
     """
     whole = torch.empty(shape, device="meta")
     parts = adapter.to_hf({name: whole})
@@ -37,13 +37,13 @@ def contiguous_parts(
 
 
 class Buffer:
-    """Memory that is used again for each piece."""
+    """Memory that is reused for each piece."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(PIECE_BYTES, dtype=torch.uint8)
 
     def pieces(self, elements: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-        """Number of the first element, and the memory, of one piece of a tensor after the other."""
+        """Yield the first element's index and the memory of each piece of a tensor."""
         step = PIECE_BYTES // dtype.itemsize
         memory = self._memory.view(dtype)
         for start in range(0, elements, step):
@@ -51,7 +51,7 @@ class Buffer:
 
 
 def copy_bytes(source: BinaryIO, start: int, target: BinaryIO, at: int, count: int) -> None:
-    """Copy a part of a file into another, within the kernel where it can.
+    """Copy a part of a file into another, within the kernel if possible.
 
     Raises:
         CheckpointError: the source ends too early.

@@ -1,4 +1,4 @@
-"""A checkpoint of ours becomes a Hugging Face folder, tensor by tensor."""
+"""Converts a checkpoint of ours to a Hugging Face folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def convert_to_hf(
     """Write the model in the checkpoint `folder` into the Hugging Face folder `out`.
 
     Args:
-        dtype: of floating-point tensors, but see `dtype_of_copy`; None: as they were saved.
-        tokenizer: `bytes` or a folder; None: what the run had, if the model reads by one.
+        dtype: of floating-point tensors, with the exceptions of `dtype_of_copy`; None: as saved.
+        tokenizer: `bytes` or a folder; None: the run's tokenizer, if the model uses one.
 
     Returns:
         Bytes of all tensors.
@@ -113,7 +113,7 @@ def convert_to_hf(
 
 
 def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None) -> ExportAssets:
-    """What else the folder is made of. Args: tokenizer: as of `convert_to_hf`."""
+    """Return the other inputs of the folder. Args: tokenizer: as in `convert_to_hf`."""
     described = checkpoint.manifest.model
     reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
@@ -127,10 +127,10 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
         eos_id=own.get("eos_id"),
     )
     data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
-    if data is None:  # it is not of a run, so no more is known
+    if data is None:  # not from a run, so no more is known
         return assets
     file = data.get("chat_template")
-    # Old checkpoints do not tell. Who had a template had conversations, as far as is known.
+    # Old checkpoints do not record it. A run with a template is assumed to have had conversations.
     conversations = checkpoint.manifest.data.get("has_conversations", bool(file))
     return replace(
         assets,
@@ -143,7 +143,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
 def _stream(
     source: SavedTensor, first: int, key: str, writer: SafetensorsWriter, buffer: Buffer
 ) -> None:
-    """Write the tensor `key`, whose elements are those of `source` from number `first` on."""
+    """Write the tensor `key`, whose elements are those of `source` from index `first` on."""
     spec = writer.specs[key]
     count = math.prod(spec.shape)
     if spec.dtype == source.dtype:

@@ -74,10 +74,10 @@ class Options(ModelOptions):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan eval`; returns the exit code.
+    """Run the command with the arguments after `torchtitan eval`; return the exit code.
 
     Raises:
-        ConfigError, CheckpointError, DataError: a mistake of the user's.
+        ConfigError, CheckpointError, DataError: the user made a mistake.
     """
     argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan eval", description=DESCRIPTION)
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(options: Options) -> Dataset | None:
-    """The dataset, if one is asked for. Raises `ConfigError` or `DataError`."""
+    """Open the dataset, if one is given. Raises `ConfigError` or `DataError`."""
     require_at_least_one(options, "seq_len", "batch_size", "max_tokens", "limit")
     if options.add_bos and options.no_add_bos:
         raise ConfigError("give either --add-bos or --no-add-bos")
@@ -128,7 +128,7 @@ def _check(options: Options) -> Dataset | None:
 
 
 def _add_bos(source: Source, options: Options) -> bool:
-    """Raises `ConfigError` where bos is asked for, and the tokenizer has none."""
+    """Whether to add bos. Raises `ConfigError` if it is requested, but the tokenizer has none."""
     if options.add_bos and source.tokenizer.bos_id is None:
         path = source.job_config.model.tokenizer_path
         raise ConfigError(f"--add-bos: the tokenizer {path} has no bos token")
@@ -138,7 +138,7 @@ def _add_bos(source: Source, options: Options) -> bool:
 def _evaluate_dataset(
     loaded: LoadedModel, dataset: Dataset, options: Options, add_bos: bool
 ) -> dict[str, Any]:
-    seq_len = cast(int, options.seq_len)  # by now it is set
+    seq_len = cast(int, options.seq_len)  # it has been set by now
     with begin_errors_with(f"--dataset {options.dataset}"):
         result = evaluate(loaded, dataset, seq_len, options.batch_size, options.max_tokens, add_bos)
     if utils.rank() == 0:

@@ -1,7 +1,7 @@
-"""A model of ours as a language model of lm-evaluation-harness (github.com/EleutherAI).
+"""Adapts a model of ours to lm-evaluation-harness (github.com/EleutherAI).
 
-`TaskModel` answers the three kinds of requests and needs nothing of that package; `run_tasks` hands
-it over, and is all that does.
+`TaskModel` answers the three kinds of requests without importing that package; only `run_tasks`
+imports it, and passes the model on.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Request(Protocol):
 
 
 class TaskModel:
-    """The requests of `lm_eval.api.model.LM`, in its terms.
+    """Answers the requests of `lm_eval.api.model.LM`, in its terms.
 
     Args:
-        loaded: the model; with several ranks, they share it, and each gets all requests.
+        loaded: the model; several ranks share it, and each gets all requests.
         batch_size: texts in one forward pass.
-        max_seq_len: tokens that the model may see at a time. None: what it is made for, or 2048.
-        add_bos: begin every context with bos. None: as `Source.add_bos` has it.
+        max_seq_len: tokens that the model may see at a time. None: its own limit, or 2048.
+        add_bos: begin every context with bos. None: use `Source.add_bos`.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class TaskModel:
         self._prefix = [self._before] if add_bos else []
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """For `(context, continuation)`: its log-likelihood, and whether it is greedy.
+        """For `(context, continuation)`, return its log-likelihood, and whether it is greedy.
 
         Raises:
-            ConfigError: a continuation is longer than what the model may see.
+            ConfigError: a continuation is longer than the model may see.
         """
         pairs = [self._encode_pair(*request.args) for request in requests]
         longest = max((len(continuation) for _, continuation in pairs), default=0)
@@ -75,7 +75,7 @@ class TaskModel:
         return [(s.log_likelihood, s.is_greedy) for s in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
-        """For `(text,)`: its log-likelihood, each token given as many as the model may see."""
+        """For `(text,)`, return its log-likelihood, each token with as much context as allowed."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = list(self._tokenizer.encode(request.args[0]))
@@ -89,14 +89,14 @@ class TaskModel:
         return sums
 
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
-        """For `(context, options)`: the text that follows, up to the first of `options["until"]`.
+        """For `(context, options)`, return the text that follows, up to one of `options["until"]`.
 
         The options are those of `transformers`: `max_gen_toks`, `do_sample`, `temperature`,
         `top_k`, `top_p`.
 
         Raises:
-            ConfigError: before anything is generated: another option would change the text, or the
-                new tokens leave no room for a context.
+            ConfigError: raised before anything is generated: another option would change the text,
+                or the new tokens leave no room for a context.
         """
         options = [TaskOptions.of(request.args[1]) for request in requests]
         prompts = [self._context_tokens(request.args[0]) for request in requests]
@@ -116,7 +116,7 @@ class TaskModel:
         return texts
 
     def _generate(self, prompt: list[int], options: TaskOptions, stream: int) -> str:
-        """The text up to the limit, or that which first holds one of `until`."""
+        """Generate up to the limit, or until the text contains one of `until`."""
         tokens: list[int] = []
 
         def on_token(number: int, token: int | None) -> bool:
@@ -138,7 +138,7 @@ class TaskModel:
         )
 
     def _warn_of_cuts(self, excess: Sequence[int]) -> None:
-        """By how many tokens each text is too long; of those below 1, none is."""
+        """Warn of cut contexts. Args: excess: tokens beyond the limit in each text, if above 0."""
         cut = [tokens for tokens in excess if tokens > 0]
         if cut and utils.rank() == 0:
             logger.warning(
@@ -150,12 +150,12 @@ class TaskModel:
         return self._begin(list(self._tokenizer.encode(context)))
 
     def _begin(self, tokens: list[int]) -> list[int]:
-        """With the bos that they may lack; at least one token."""
+        """Prepend bos if it is missing; return at least one token."""
         prefix = [] if tokens[:1] == self._prefix else self._prefix
         return [*prefix, *tokens] or [self._before]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, as they are in the joined text, whose space may belong to either."""
+        """Return the tokens of both as in the joined text, where a space may belong to either."""
         if not context:
             return [self._before], list(self._tokenizer.encode(continuation))
         spaces = len(context) - len(context.rstrip())
@@ -167,7 +167,7 @@ class TaskModel:
 
 
 def require_lm_eval() -> None:
-    """Raises `ConfigError` where the package is not installed."""
+    """Raise `ConfigError` if the package is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "--tasks needs lm-evaluation-harness, which is missing: pip install lm_eval"
@@ -185,12 +185,12 @@ def run_tasks(
 
     Args:
         tasks: their names.
-        num_fewshot: examples in each context; None: as the task says.
+        num_fewshot: examples in each context; None: the task's default.
         limit: documents of each task; None: all.
-        include_path: folder with tasks of one's own.
+        include_path: folder with the user's own tasks.
 
     Returns:
-        What `lm_eval.simple_evaluate` returns: `results` has the metrics of each task.
+        The result of `lm_eval.simple_evaluate`: `results` has the metrics of each task.
 
     Raises:
         ConfigError: the package is missing, or there is no such task.

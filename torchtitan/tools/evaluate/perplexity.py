@@ -1,4 +1,4 @@
-"""Loss of a model on the documents of a dataset, each token predicted once."""
+"""Computes the loss of a model on the documents of a dataset, each token predicted once."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from torchtitan.generation.text import first_token
 logger = logging.getLogger("torchtitan")
 
 _SECONDS_OF_A_LINE = 10.0
-"""An evaluation says so often how far it is."""
+"""Interval of an evaluation's progress messages."""
 
 
 @dataclass
 class Perplexity:
-    """What `evaluate` found; the loss is in nats, per token."""
+    """The result of `evaluate`; the loss is in nats, per token."""
 
     loss: float
     perplexity: float
     bits_per_byte: float | None
-    """Bits to predict all tokens, the ends of documents included, over the bytes of the text. None
-    where that has no whole character, see `max_tokens`."""
+    """Bits to predict all tokens, including the ends of documents, over the bytes of the text. None
+    if the text has no whole character, see `max_tokens`."""
     tokens: int
-    """Predicted: those of the documents, and the eos that ends each."""
+    """Predicted tokens: those of the documents, and the eos that ends each."""
     bytes: int
     """Size of the documents' text in UTF-8."""
     documents: int
@@ -46,12 +46,13 @@ class Perplexity:
 
 
 class TokenStream:
-    """The documents of a dataset in their order, each ended by eos, as one stream of tokens that is
-    cut into sequences. The last is shorter.
+    """The documents of a dataset in order, each ended by eos, as one stream of tokens.
+
+    The stream is cut into sequences, the last of which is shorter.
 
     Args:
-        max_tokens: predict no more than so many, the last document only in part; None: all.
-        add_bos: bos begins each document. It is not predicted, and written as its complement.
+        max_tokens: predict at most this many, the last document only in part; None: all.
+        add_bos: bos begins each document. It is not predicted, and stored as its complement.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class TokenStream:
         """Counts of the documents read so far."""
 
     def sequences(self, seq_len: int) -> Iterator[list[int]]:
-        """Sequences of `seq_len + 1` tokens at most; each begins with the last token of the one
-        before, so that every token of the documents has one before it.
+        """Yield sequences of at most `seq_len + 1` tokens.
+
+        Each begins with the last token of the one before, so that every token of the documents has
+        a predecessor.
 
         Raises:
-            DataError: the dataset holds no text, or something else.
+            DataError: the dataset holds no text, or something other than text.
         """
         pending = [] if self._add_bos else [first_token(self._tokenizer)]
         for text in self._texts():
@@ -100,7 +103,7 @@ class TokenStream:
             raise DataError("empty: it has no document with text")
 
     def _text_of(self, tokens: list[int], text: str) -> str:
-        """The part of a text that its first tokens are, without a character that is cut."""
+        """Return the part of a text that its first tokens cover, without a cut character."""
         part = self._tokenizer.decode([token for token in tokens if token >= 0]).rstrip("\ufffd")
         return part if len(part) < len(text) else text
 
@@ -122,13 +125,13 @@ def evaluate(
 ) -> Perplexity:
     """Evaluate a model on all documents of a dataset, or its first `max_tokens` tokens.
 
-    The data ranks take turns at the batches. All read all documents, so that the result does not
-    depend on how many they are.
+    The data ranks take turns with the batches. All read all documents, so the result does not
+    depend on the number of ranks.
 
     Args:
-        seq_len: tokens in a sequence; the model sees none before it.
+        seq_len: tokens in a sequence; the model sees none from before it.
         batch_size: sequences in one forward pass.
-        add_bos: bos begins each document. None: as `Source.add_bos` has it.
+        add_bos: bos begins each document. None: use `Source.add_bos`.
     """
     dims = loaded.parallel_dims
     rank = dims.world_mesh["dp"].get_local_rank() if dims.world_size > 1 else 0
@@ -141,7 +144,7 @@ def evaluate(
     batches = _batched(stream.sequences(seq_len), batch_size)
     seen, told = 0, time.monotonic()
     for turn in _batched(batches, dims.dp):
-        # Ranks without a batch of their own run one too: sharded weights are gathered by all.
+        # Ranks without a batch of their own run one too, since sharded weights are gathered by all.
         batch = turn[rank] if rank < len(turn) else turn[0]
         tokens, labels = (x.to(device) for x in pad_batch(batch))
         loss = loss_fn(loaded.model(tokens), labels)
@@ -168,8 +171,10 @@ def evaluate(
 
 
 def pad_batch(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels `[batch, longest - 1]` int64 of sequences; what is missing at the end of
-    one predicts nothing, and nothing before it sees it. A complement is not predicted.
+    """Return inputs and labels `[batch, longest - 1]` int64 of sequences.
+
+    Padding at the end of a sequence predicts nothing, and no token before sees it. A complement is
+    not predicted.
     """
     longest = max(map(len, sequences))
     missing = [longest - len(s) for s in sequences]

@@ -1,4 +1,4 @@
-"""What a task of lm-evaluation-harness asks of a generated text (`generation_kwargs`)."""
+"""Parses a task's options for generated text in lm-evaluation-harness (`generation_kwargs`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchtitan.generation.sampling import Sampling
 
 DEFAULT_NEW_TOKENS = 256
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names of the same; the first that a task has counts, as in that package."""
+"""Synonyms; the first one in a task counts, as in lm-evaluation-harness."""
 _UNDERSTOOD = frozenset({"until", "do_sample", "temperature", "top_k", "top_p", *_LIMITS})
 _NO_EFFECT = {
     "num_beams": 1,
@@ -21,16 +21,16 @@ _NO_EFFECT = {
     "min_length": 0,
     "min_new_tokens": 0,
 }
-"""Options of `transformers` that are not supported -> the value with which they change nothing."""
+"""Unsupported options of `transformers` -> the value with which they have no effect."""
 _NO_EFFECT_ON_DRAWING = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
-"""The same of those that change nothing in greedy generation."""
+"""The same for options that have no effect on greedy generation."""
 _HARMLESS = frozenset({"use_cache", "early_stopping", "length_penalty"})
-"""Change no text, those of beams included, as there are none."""
+"""Options that change no text; those for beams have no effect, since there are no beams."""
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How one text is generated."""
+    """Settings for generating one text."""
 
     until: list[str]
     """Each ends the text."""
@@ -39,7 +39,7 @@ class TaskOptions:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> TaskOptions:
-        """Raises `ConfigError` for an option that would change the text, and is not supported."""
+        """Parse the options. Raises `ConfigError` for one that matters and is not supported."""
         sampling = _sampling(fields)
         no_effect = dict(_NO_EFFECT)
         if sampling.temperature > 0:
@@ -70,5 +70,5 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling:
     if not fields.get("do_sample", bool(temperature)) or temperature == 0:
         return Sampling(temperature=0)
     temperature = 1.0 if temperature is None else temperature
-    # Of `transformers`, a top_k of 0 is none.
+    # In `transformers`, top_k = 0 means none.
     return Sampling(temperature, fields.get("top_k") or None, fields.get("top_p"))

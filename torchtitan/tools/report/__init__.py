@@ -1,1 +1,1 @@
-"""`torchtitan report`: what runs logged, as a page that needs nothing but itself."""
+"""`torchtitan report`: shows the logs of runs as a self-contained page."""

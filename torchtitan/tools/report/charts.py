@@ -1,7 +1,7 @@
-"""What is plotted: a chart for each key, with few enough points for a page; and its drawing.
+"""Builds a chart for each key, with few enough points for a page, and draws it.
 
 The drawing is static SVG, so that the page can be read and printed without JavaScript;
-`script.js` draws the same charts anew for another width, scale or smoothing.
+`script.js` redraws the same charts for another width, scale or smoothing.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ _CHARACTER = 7.6
 """Width of a digit in a label."""
 
 _MOST_POINTS = 500
-"""Points of a line; more cannot be told apart on a screen."""
+"""Points of a line; more are indistinguishable on a screen."""
 _POINTS_OF_PAGE = 20_000
-"""Points of all lines: about a megabyte and a half."""
+"""Points of all lines: about 1.5 megabytes."""
 _MOST_MARKS = 100
 _HUGE = 1e300
-"""An axis ends here, as its length must be a number; one that is shorter than 1e-300 is none."""
+"""Limit of an axis, as its length must be finite; an axis shorter than 1e-300 has no length."""
 _FEW = 30
-"""Points that are marked by dots, as a line alone would not tell where they are."""
+"""Up to this number, points are marked by dots, since a line alone would not show them."""
 
 
 @dataclass
 class Line:
-    """A run's part of a chart. Each point stands for one or several logged steps."""
+    """A run's part of a chart. Each point represents one or several logged steps."""
 
     run: int
     steps: list[int]
     mean: list[float]
     low: list[float] = field(default_factory=list)
-    """Lowest value of the steps that a point stands for; empty if each stands for one."""
+    """Lowest value of the steps that a point represents; empty if each represents one."""
     high: list[float] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
-    """Steps whose value was not finite, the first few."""
+    """The first few steps whose value was not finite."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Chart:
 
 
 def build_charts(runs: list[Run]) -> list[Chart]:
-    """A chart for each key that a run logged: known ones in their order, then the others."""
+    """Build a chart for each key that a run logged: known ones in their order, then the others."""
     wanted: list[tuple[str, MetricKey, str, list[tuple[int, Curve]]]] = []
     for key in _in_order(runs):
         section, metric = find(key)
@@ -116,7 +116,7 @@ def _line(run: int, curve: Curve, scale: float, points: int) -> Line:
 
 
 def to_json(runs: list[Run], charts: list[Chart]) -> dict[str, Any]:
-    """What `script.js` draws from; null where a value is not finite."""
+    """Return the data for `script.js`; null if a value is not finite."""
     return {
         "runs": [run.name for run in runs],
         "charts": [
@@ -142,7 +142,7 @@ def to_json(runs: list[Run], charts: list[Chart]) -> dict[str, Any]:
 
 
 def _least_step(chart: Chart) -> float:
-    """What cannot be told apart on a screen."""
+    """Return the smallest difference that is visible on a screen."""
     low, high = _limits(finite(chart))
     return (high - low) / 2000
 
@@ -155,13 +155,13 @@ def _rounded(values: list[float], step: float) -> list[float | None]:
 
 
 def finite(chart: Chart) -> list[float]:
-    """All values that are drawn."""
+    """Return all values that are drawn."""
     values = [value for line in chart.lines for value in line.mean + line.low + line.high]
     return [value for value in values if math.isfinite(value)]
 
 
 def svg(chart: Chart, runs: list[Run]) -> str:
-    """The chart as an `<svg>` element."""
+    """Draw the chart as an `<svg>` element."""
     low, high = _limits(finite(chart) + ([0.0] if chart.from_zero else []))
     room = 0.04 * (high - low)
     low, high = (low if chart.from_zero and low == 0 else low - room), high + room
@@ -195,7 +195,7 @@ def svg(chart: Chart, runs: list[Run]) -> str:
 
 
 def look(run: int) -> str:
-    """Classes of a run's line: the six colours, then the same ones with each of three dashes."""
+    """Return the classes of a run's line: six colours, then the same with each of three dashes."""
     return f"c{run % 6}" + (f" d{1 + (run // 6 - 1) % 3}" if run >= 6 else "")
 
 
@@ -213,19 +213,19 @@ def _axes(
             f'<text x="{left - 6:.1f}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
         )
     for tick, text in _labelled([tick for tick in ticks(*steps, 5) if tick == int(tick)]):
-        middle = min(x(tick), WIDTH - _CHARACTER / 2 * len(text))  # whole at the edge too
+        middle = min(x(tick), WIDTH - _CHARACTER / 2 * len(text))  # not cut off at the edge
         parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>')
     return "".join(parts)
 
 
 def _labelled(places: list[float]) -> list[tuple[float, str]]:
-    """Ticks with their labels."""
+    """Return ticks with their labels."""
     step = tick_step(places)
     return [(place, number(place, step)) for place in places]
 
 
 def _path(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    """Broken where a value is not finite; a point alone is a dot."""
+    """Draw a line, interrupted where a value is not finite; a single point is a dot."""
     pieces: list[list[str]] = [[]]
     for step, value in zip(line.steps, line.mean, strict=True):
         if math.isfinite(value):
@@ -241,7 +241,7 @@ def _place(limits: tuple[float, float], start: float, end: float) -> Callable[[f
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
-    """The range of the values, made wider if it is empty."""
+    """Return the range of the values, widened if it is empty."""
     values = [min(max(value, -_HUGE), _HUGE) for value in values]
     low, high = min(values, default=0.0), max(values, default=1.0)
     if high - low > max(1e-9 * max(abs(low), abs(high)), 1 / _HUGE):
@@ -251,7 +251,7 @@ def _limits(values: list[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two, at most so many and one more."""
+    """Return round numbers between two, at most `most + 1`."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
@@ -261,14 +261,14 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_step(places: Sequence[float]) -> float:
-    """The least distance of two neighbours; 0 if there are no two."""
+    """Return the least distance between neighbours; 0 if there are no two."""
     return min((b - a for a, b in pairwise(places)), default=0.0)
 
 
 def number(value: float, step: float = 0.0) -> str:
-    """At most about six characters: `0.25`, `3e-4`, `12.5K`, `1.5M`.
+    """Format with at most about six characters: `0.25`, `3e-4`, `12.5K`, `1.5M`.
 
-    With the `step` of an axis as many more as tell its ticks apart: `100.02K`.
+    With the `step` of an axis, add the digits that distinguish its ticks: `100.02K`.
     """
     size = abs(value)
     if size and size < 1e-3:
@@ -282,7 +282,7 @@ def number(value: float, step: float = 0.0) -> str:
 
 
 def _digits(value: float, step: float, least: int) -> int:
-    """How many digits of a value tell it from another that is `step` away."""
+    """Return the number of digits that distinguish a value from another one `step` away."""
     if not (value and step):
         return least
     first, last = (math.floor(math.log10(size) + 1e-9) for size in (abs(value), step))
@@ -290,7 +290,7 @@ def _digits(value: float, step: float, least: int) -> int:
 
 
 def _in_words(chart: Chart, runs: list[Run]) -> str:
-    """For those who hear the page."""
+    """Describe the chart for screen readers."""
     sentences = []
     for line in chart.lines:
         points = [

@@ -37,7 +37,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan report`; returns the exit code.
+    """Run the command with the arguments after `torchtitan report`; return the exit code.
 
     Raises:
         ConfigError: an argument is wrong, or a folder is not that of a run.

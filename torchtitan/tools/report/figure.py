@@ -1,4 +1,4 @@
-"""The report as a picture."""
+"""Draws the report as a picture."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _BAD = "#b00020"
 
 
 def draw(runs: list[Run]) -> Figure:
-    """The first few charts: loss, validation loss, gradient norm, ..."""
+    """Draw the first few charts: loss, validation loss, gradient norm, ..."""
     charts = build_charts(runs)[:_PANELS]
     columns = min(len(charts), 3)
     rows = math.ceil(len(charts) / columns)
     with matplotlib.rc_context({"font.size": 9.5, "axes.spines.top": False}):
         names = [_short(run.name) for run in runs] if len(runs) > 1 else []
-        # About 150 characters fit below the panels, and a sample of a line takes 7.
+        # About 150 characters fit below the panels, and a line's sample takes 7.
         legend_columns = max(1, min(6, 150 // (7 + max(map(len, names), default=0))))
         height = 0.8 + 2.7 * rows + 0.19 * math.ceil(len(names) / legend_columns)
         figure = Figure(figsize=(11, height), layout="constrained")
@@ -52,7 +52,7 @@ def draw(runs: list[Run]) -> Figure:
 
 
 def _short(name: str) -> str:
-    """Both ends of a long name, since runs often differ at the end."""
+    """Return both ends of a long name, since runs often differ at the end."""
     return name if len(name) <= 68 else f"{name[:32]}...{name[-33:]}"
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML file, which needs no network and no JavaScript."""
+"""Writes the report as one HTML file, which needs no network and no JavaScript."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tables import (
 
 
 def report_page(runs: list[Run]) -> str:
-    """The whole file."""
+    """Return the whole file."""
     charts = build_charts(runs)
     title = title_of(runs)
     now = datetime.now().strftime("%Y-%m-%d %H:%M")
@@ -53,7 +53,7 @@ def report_page(runs: list[Run]) -> str:
 
 
 def title_of(runs: list[Run]) -> str:
-    """What a single run is for, by its config; the names of several."""
+    """Return the description in a single run's config, or the names of several runs."""
     if len(runs) > 1:
         return ", ".join(run.name for run in runs)
     [run] = runs
@@ -69,7 +69,7 @@ def _without_empty_columns(
 
 
 def _bar(runs: list[Run]) -> str:
-    """The legend, and the tools that `script.js` brings to life."""
+    """Return the legend, and the controls that `script.js` enables."""
     legend = "".join(
         f'<span class="run {look(i)}"><i></i>{escape(run.name)}</span>'
         for i, run in enumerate(runs)

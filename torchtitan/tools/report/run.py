@@ -1,4 +1,4 @@
-"""A run as its dump folder tells it: what it logged, its config, environment and checkpoints."""
+"""Reads a run's dump folder: its logged values, config, environment and checkpoints."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _TYPES = {
     **dict.fromkeys(("job.description", "model.name", "model.flavor", "checkpoint.folder"), str),
     "training.steps": int,
 }
-"""Of keys that a report looks at. A file of another tool, or a damaged one, may have others."""
+"""Types of keys used by a report. A file of another tool, or a damaged one, may have others."""
 
 
 @dataclass
 class Curve:
-    """The values of one key; NaN where one was not finite."""
+    """The values of one key; NaN if a value was not finite."""
 
     steps: list[int]
     values: list[float]
@@ -64,9 +64,9 @@ class Run:
     config_text: str
     environment: dict[str, str]
     checkpoints: list[Path]
-    """The one saved last at the end."""
+    """The one saved last is at the end."""
     written: datetime
-    """When a step was logged last, local time."""
+    """Local time at which a step was last logged."""
 
     @property
     def step(self) -> int:
@@ -88,10 +88,10 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Time of training, of all processes that took part one after the other; None if unknown.
+        """Total training time of all processes that took part in succession; None if unknown.
 
-        Each counts from its own beginning, so that a smaller value is of another one, as is one
-        with another start.
+        Each process counts from its own start, so a smaller value belongs to another process, as
+        does a value with another start time.
         """
         nothing = Curve([], [])
         elapsed = self.curves.get("elapsed_seconds", nothing)
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def skipped(self) -> list[int]:
-        """Logged steps by which the guard had skipped more than at the one before."""
+        """Logged steps at which the guard had skipped more steps than at the one before."""
         curve = self.curves.get("steps_skipped", Curve([], []))
         return list(compress(curve.steps, guard_skipped(curve.values)))
 
@@ -122,7 +122,7 @@ class Run:
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read run folders; one that is being written is fine.
+    """Read run folders; a run may still be writing.
 
     Raises:
         ConfigError: one is not a run's folder, or a file in it is damaged.
@@ -146,9 +146,9 @@ def _read_run(name: str, folder: Path) -> Run:
         curves = _curves(read_rows(folder / METRICS_FILE))
         validation = _curves(read_rows(folder / VALIDATION_FILE)).get("loss", Curve([], []))
         written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime)
-        # Those behind a URL are not looked for: a report needs no network.
+        # Checkpoints behind a URL are not listed: a report needs no network.
         checkpoints = [] if is_url(saved_in) else list_checkpoints(folder / saved_in)
-    except (OSError, ValueError) as error:  # of a path with a NUL, ValueError
+    except (OSError, ValueError) as error:  # ValueError for a path with a NUL
         raise ConfigError(f"{folder}: cannot read it: {error}") from error
     return Run(
         name,
@@ -181,7 +181,7 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
         step = int(row["step"])
         for key, value in row.items():
             if value is None:
-                value = math.nan  # what the run writes for what is not finite
+                value = math.nan  # the run writes null for a value that is not finite
             if key not in curves:
                 curves[key] = Curve([], [])
             curves[key].steps.append(step)
@@ -191,7 +191,7 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text and the keys of a run's config; nothing if there is no such file."""
+    """Return the text and the keys of a run's config; nothing if there is no such file."""
     if not path.exists():
         return "", {}
     text = read_text(path, ConfigError)

@@ -1,4 +1,4 @@
-"""The tables of a report: runs, configs, environments, checkpoints."""
+"""Builds the tables of a report: runs, configs, environments, checkpoints."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ CHECKPOINT_HEADER = ["run", "checkpoint", "holds", "saved at (UTC)", "size"]
 
 
 def run_rows(runs: list[Run]) -> list[list[str]]:
-    """A line for each run under `RUN_HEADER`; throughput and MFU are medians, time is of all
-    processes of a run that was resumed, and memory that of the fullest."""
+    """Return a line for each run under `RUN_HEADER`.
+
+    Throughput and MFU are medians. If a run was resumed, the time is the sum over its processes,
+    and the memory that of the fullest process.
+    """
     return [
         [
             run.name,
@@ -52,7 +55,7 @@ def run_rows(runs: list[Run]) -> list[list[str]]:
 
 
 def warnings(runs: list[Run]) -> list[str]:
-    """What a reader must not overlook."""
+    """Return warnings that a reader must not overlook."""
     found = []
     for run in runs:
         if not run.curves:
@@ -73,12 +76,12 @@ def warnings(runs: list[Run]) -> list[str]:
 
 
 def config_differences(runs: list[Run]) -> list[list[str]]:
-    """Keys that are not the same in all runs, with the value in each."""
+    """Return the keys that differ between runs, with the value in each."""
     return _rows(differing([run.config for run in runs]))
 
 
 def config_changes(runs: list[Run]) -> list[list[str]]:
-    """Keys that a run has other than by default: the default, and the value in each run."""
+    """Return the keys that differ from the default: the default, and the value in each run."""
     from torchtitan.config import JobConfig
 
     default = {k: v for k, v in flatten(asdict(JobConfig())).items() if v is not None}
@@ -90,13 +93,13 @@ def _rows(values: dict[str, list[str]]) -> list[list[str]]:
 
 
 def environment_rows(runs: list[Run]) -> list[list[str]]:
-    """Each fact, with what it is in each run."""
+    """Return each fact, with its value in each run."""
     facts = dict.fromkeys(fact for run in runs for fact in run.environment)
     return [[fact, *(run.environment.get(fact, "") for run in runs)] for fact in facts]
 
 
 def checkpoint_rows(runs: list[Run]) -> list[list[str]]:
-    """A line for each checkpoint under `CHECKPOINT_HEADER`, the newest of a run first."""
+    """Return a line for each checkpoint under `CHECKPOINT_HEADER`, the newest of a run first."""
     from torchtitan.components.checkpoint.manifest import Manifest
 
     rows = []
@@ -121,7 +124,7 @@ def _state(run: Run) -> str:
 
 
 def _layout(run: Run) -> str:
-    """`4 processes: dp_shard 2, tp 2`, as far as the files tell."""
+    """Format `4 processes: dp_shard 2, tp 2`, as far as the files show it."""
     from torchtitan.distributed.parallel_dims import CONFIG_KEYS
 
     degrees = {name: run.config.get(f"parallelism.{key}", 1) for name, key in CONFIG_KEYS.items()}
