@@ -1,6 +1,6 @@
 """Fuse cross entropy with the output layer, without ever holding the logits of all tokens.
 
-PyTorch's own `F.linear_cross_entropy` (2.13) works alike, but is not in 2.11 and 2.12, and has
+PyTorch's own `F.linear_cross_entropy` (2.13) works alike, but is not in 2.11, and has
 neither a z-loss nor a vocabulary that tensor parallelism shards.
 """
 
