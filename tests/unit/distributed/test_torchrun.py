@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -14,7 +15,11 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.launcher import api as launcher
 
 from torchtitan.distributed import torchrun
 
@@ -197,3 +202,21 @@ def test_a_restarted_run_does_not_take_back_a_folder_that_another_has(tmp_path: 
     words += [str(tmp_path / "rank.py"), str(tmp_path / "checkpoint")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
+
+
+def test_this_pytorch_has_the_private_names_that_the_agent_overrides_and_uses() -> None:
+    """A release without one of them would run torchrun's own code instead, and say nothing."""
+    overridden = {name for name in vars(torchrun._Agent) if hasattr(LocalElasticAgent, name)}
+    assert overridden >= {
+        "_monitor_workers",
+        "_rendezvous",
+        "_restart_workers",
+        "_start_workers",
+        "_stop_workers",
+    }
+    agent = inspect.getsource(SimpleElasticAgent)
+    assert "self._remaining_restarts" in agent and "rdzv_handler.num_nodes_waiting()" in agent
+    handler = inspect.getsource(DynamicRendezvousHandler)
+    for name in ("_state_holder", "_store", "_bootstrap_store_info"):
+        assert f"self.{name} = " in handler or f"self.{name}: " in handler, name
+    assert launcher.LocalElasticAgent is LocalElasticAgent
