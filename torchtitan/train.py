@@ -37,7 +37,7 @@ from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
-from torchtitan.components.step_stats import Window
+from torchtitan.components.step_stats import StepStats
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.tokenizer import path_of
 from torchtitan.components.train_state import TrainState
@@ -211,7 +211,7 @@ class Trainer:
             guard=self.guard if self.guard.enabled else None,
             tokenizer=self.tokenizer,
         )
-        self.window = Window()
+        self.stats = StepStats()
 
     def _describe(self, model: torch.nn.Module) -> None:
         logger.info(
@@ -247,7 +247,7 @@ class Trainer:
                             self.state.step -= 1
                             continue
                         tokens = self.replicas.present(self.tokens_per_step)
-                        self.window.tokens += tokens
+                        self.stats.tokens += tokens
                         if not self.guard.troubled:
                             self.state.tokens_seen += tokens
                         if not (self.guard.rollback_due and self._roll_back()):
@@ -290,7 +290,7 @@ class Trainer:
         passes = range(self.accumulation_steps)
         given = (next_batch(self.dataloader, config, step) for _ in passes)
         batches = [self.model_inputs.checked(batch) for batch in given]
-        self.window.data_wait += time.perf_counter() - start
+        self.stats.data_wait += time.perf_counter() - start
 
         self.watch.enter("token count", step)
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
@@ -318,10 +318,10 @@ class Trainer:
             self.optimizers.step()
             self.model_converters.post_optimizer_hook(self.model_parts)
             self.expert_balance.step()
-            self.window.add(step, loss_sum, grad_norm)
+            self.stats.add(step, loss_sum, grad_norm)
         else:
             self.expert_balance.discard()
-        self.window.lr = self.lr_schedulers.last_lr
+        self.stats.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
 
@@ -380,18 +380,18 @@ class Trainer:
 
         # A checkpoint of a model that holds NaN is worse than none, so check before saving.
         if logging_due or saving_due:
-            for read_step in self.window.read(self.parallel_dims):
+            for read_step in self.stats.read(self.parallel_dims):
                 refuse_nonfinite_step(*read_step, self.checkpointer.newest)
         if logging_due:
             self.metrics.log(
                 step,
-                loss=self.window.mean_loss,
-                max_loss=self.window.max_loss,
-                grad_norm=self.window.grad_norm,
-                lr=self.window.lr,
-                ntokens_since_last=self.window.tokens,
+                loss=self.stats.mean_loss,
+                max_loss=self.stats.max_loss,
+                grad_norm=self.stats.grad_norm,
+                lr=self.stats.lr,
+                ntokens_since_last=self.stats.tokens,
                 tokens_seen=self.state.tokens_seen,
-                data_wait_seconds=self.window.data_wait,
+                data_wait_seconds=self.stats.data_wait,
                 extra=self.expert_balance.metrics()
                 | loader_metrics(self.dataloader, self.sum_over_ranks)
                 | loss_metrics(self.loss_fn, self.sum_over_ranks)
@@ -399,7 +399,7 @@ class Trainer:
                 | self.replicas.metrics()
                 | self.stragglers.metrics(self.sum_over_ranks),
             )
-            self.window = Window()
+            self.stats = StepStats()
         with self.metrics.pause():
             if validation_due and not stopping:
                 self._validate()
@@ -430,7 +430,7 @@ class Trainer:
             return False
         self.guard.rolled_back(bad_step, self.state.step)
         self.metrics.start(self.state.step)
-        self.window = Window()
+        self.stats = StepStats()
         return True
 
     def _parameters(self) -> list[torch.nn.Parameter]:

@@ -51,7 +51,7 @@ def draws(folder: str, options: list[str]) -> tuple[list[float], list[float]]:
             trainer.train_step(stop)
             assert not any(name.endswith("tally") and t.any() for name, t in model.named_buffers())
             trainer._validate()
-    assert trainer.window.data_wait >= len(STEPS) * WAIT
+    assert trainer.stats.data_wait >= len(STEPS) * WAIT
     stop.close()
     trainer.close()
     return in_steps, in_validations

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims
 
 
-class Window:
+class StepStats:
     """Losses and gradient norms since the last logged step; they stay on the device until read."""
 
     def __init__(self) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from checkpoint_run import world_of_one  # noqa: F401
 
-from torchtitan.components.step_stats import Window
+from torchtitan.components.step_stats import StepStats
 from torchtitan.distributed.parallel_dims import ParallelDims
 
 
 def test_what_is_told_is_of_all_steps_since_the_last_logged_one() -> None:
-    window, dims = Window(), ParallelDims(world_size=1)
+    stats, dims = StepStats(), ParallelDims(world_size=1)
     for step, loss in enumerate([4.0, 2.0, 3.0], start=1):
-        window.add(step, torch.tensor(loss), torch.tensor(float(step)))
+        stats.add(step, torch.tensor(loss), torch.tensor(float(step)))
         if step != 2:  # as where a checkpoint is saved in between
-            window.read(dims)
-    assert (window.mean_loss, window.max_loss, window.grad_norm) == (3.0, 4.0, 3.0)
+            stats.read(dims)
+    assert (stats.mean_loss, stats.max_loss, stats.grad_norm) == (3.0, 4.0, 3.0)

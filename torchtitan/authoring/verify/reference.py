@@ -206,7 +206,7 @@ def _train(
             recording.gradients = copies(gradients_of(trainer))
         else:
             trainer.train_step(stop)
-        for step, loss, grad_norm in trainer.window.read(trainer.parallel_dims):
+        for step, loss, grad_norm in trainer.stats.read(trainer.parallel_dims):
             if not loss < float("inf") or not grad_norm < float("inf"):
                 raise CheckFailedError(
                     f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}",
