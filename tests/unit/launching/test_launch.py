@@ -453,6 +453,31 @@ def test_kubernetes_starts_preempted_pods_again_and_knows_secrets_by_name(
     }
 
 
+def test_a_jobset_starts_no_mistake_again(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = render(capsys, "--kubernetes", job, "--image=a/b:1", "--kind=jobset", "--dry-run")
+    spec = yaml.safe_load(text)["spec"]
+    pods = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert pods[0]["action"] == "FailJob" and pods[0]["onExitCodes"]["values"] == [2, 75]
+
+    def action(code: int) -> str:
+        """What JobSet does by the first rule that fits what Kubernetes says of the job."""
+        message = (
+            f"Container pytorch for pod default/my-job-node-0-2-x failed with exit code {code}"
+        )
+        message += " matching FailJob rule at index 0"
+        rules = spec["failurePolicy"]["rules"]
+        patterns = [rule.get("onJobFailureMessagePatterns", [""]) for rule in rules]
+        fits = (any(re.search(each, message) for each in of_rule) for of_rule in patterns)
+        return next(rule["action"] for rule, fit in zip(rules, fits, strict=True) if fit)
+
+    assert all(
+        rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+        for rule in spec["failurePolicy"]["rules"]
+    )
+    assert action(2) == "FailJobSet"
+    assert action(75) == "RestartJobSetAndIgnoreMaxRestarts"
+
+
 @pytest.mark.parametrize("kind", ["job", "jobset", "pytorchjob"])
 def test_pods_wait_a_day_for_one_that_finds_no_host(
     kind: str, job: str, capsys: pytest.CaptureFixture[str]
