@@ -12,9 +12,10 @@ import torch.distributed.checkpoint as dcp
 from harness import on_ranks, run_ranks
 from test_checkpoint_layouts import Run, full, world_size_of
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlanner
 
+from torchtitan.components.checkpoint import load as load_module
 from torchtitan.components.checkpoint import save_planner
 from torchtitan.components.checkpoint.reader import CheckpointReader, read_state
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
@@ -156,6 +157,30 @@ def load(folder: Path) -> None:
 
 def test_ranks_tell_nothing_of_what_they_read(tmp_path: Path) -> None:
     on_ranks(4, load, tmp_path)
+
+
+def load_by_shards(folder: Path) -> None:
+    run = Run("fsdp4", folder)
+    run.train(2)
+    run.manager.close()
+    given: list[Metadata] = []
+
+    class Listening(CheckpointReader):
+        def __init__(self, folder: Path, metadata: Metadata) -> None:
+            super().__init__(folder, metadata)
+            given.append(metadata)
+
+    load_module.CheckpointReader = Listening
+    resumed = Run("fsdp4", folder, seed=1)
+    assert resumed.manager.load() == 2
+    (metadata,) = given
+    entries = metadata.state_dict_metadata.values()
+    chunks = [len(e.chunks) for e in entries if isinstance(e, TensorStorageMetadata)]
+    assert len(chunks) >= SHARDED and set(chunks) <= {0, 1} and sum(chunks) >= SHARDED
+
+
+def test_a_rank_is_told_where_its_own_shards_are(tmp_path: Path) -> None:
+    on_ranks(4, load_by_shards, tmp_path)
 
 
 def load_different_names(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class GarbageCollection:
@@ -30,4 +32,16 @@ class GarbageCollection:
     def close(self) -> None:
         """Switch Python's own collection on again."""
         if self._freq and self._was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """For what makes millions of objects that stay: each collection would look at them in vain."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
             gc.enable()

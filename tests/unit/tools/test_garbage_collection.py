@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from torchtitan.tools.garbage_collection import GarbageCollection
+from torchtitan.tools.garbage_collection import GarbageCollection, without_collection
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +59,13 @@ def test_freq_0_changes_nothing(collected: list[int]) -> None:
     collection.close()
     assert gc.isenabled()
     assert not collected
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_it_is_as_before_after_a_pause(enabled: bool) -> None:
+    if not enabled:
+        gc.disable()
+    with pytest.raises(ValueError), without_collection():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled() == enabled

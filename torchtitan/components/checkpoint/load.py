@@ -36,12 +36,14 @@ from .reader import (
     read_safetensors_metadata,
     read_state,
 )
+from .retry import parse_again
 from .safetensors_files import (
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX,
     SafetensorsFile,
     is_hf_weights,
 )
+from .shard_table import ShardTable
 from .storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
@@ -128,6 +130,8 @@ class OpenCheckpoint:
     folder: StoragePath
     manifest: Manifest
     metadata: Metadata
+    """Without the places of shards, if `shards` has them."""
+    shards: ShardTable | None = None
 
     @classmethod
     def open(
@@ -160,7 +164,14 @@ class OpenCheckpoint:
                     )
             return metadata
 
-        return cls(folder, manifest, on_rank_zero(read, group))
+        if group is None:
+            return cls(folder, manifest, read())
+
+        def make() -> ShardTable:
+            return parse_again(folder / ".metadata", lambda: ShardTable.of(read()))
+
+        shards = ShardTable.share(make, group)
+        return cls(folder, manifest, shards.outline, shards)
 
     def read_into(
         self,
@@ -180,7 +191,8 @@ class OpenCheckpoint:
             OutageError: a file cannot be read.
         """
         parts = set(state)
-        reader = CheckpointReader(self.folder, self.metadata)
+        metadata = self.shards.metadata_for(state) if self.shards else self.metadata
+        reader = CheckpointReader(self.folder, metadata)
 
         def is_wanted(key: str) -> bool:
             part, _, name = key.partition(".")

@@ -36,6 +36,7 @@ from torch.futures import Future
 from torchtitan.config.checkpoint import ExcludablePart
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.tools.foreign_files import parse_json
+from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import few, first_line
 
 from .failures import first_failure
@@ -262,6 +263,7 @@ def check_no_more(
         )
 
 
+@without_collection()
 def read_metadata(folder: StoragePath) -> Metadata:
     """Return the locations of the tensors in a torchtitan checkpoint.
 
