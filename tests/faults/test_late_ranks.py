@@ -48,7 +48,8 @@ def run(folder: Path, *options: str, **env: str) -> Finished:
 )
 def test_a_rank_that_hangs_is_named(where: str, phase: str, tmp_path: Path) -> None:
     options = ("--comm.hang_seconds=2", "--training.steps=30")
-    done = run(tmp_path, *options, LATE=f"{where} 3 5 2")
+    environment = {"LATE": f"{where} 3 5 2", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    done = run(tmp_path, *options, **environment)
     (text,) = (tmp_path / "hang" / "report.txt").read_text().splitlines()
     assert re.search(f"is in step 2, phase '{phase}', for [2-4] s, at ", text)
     assert "no progress for 2 s. Late: rank 3 (" in text and "in _maybe_sleep" in text
@@ -62,6 +63,7 @@ def test_a_rank_that_hangs_is_named(where: str, phase: str, tmp_path: Path) -> N
         assert ("late_llama.py" in stacks and "_maybe_sleep" in stacks) == (rank == 3)
         record = pickle.loads((tmp_path / "hang" / f"flight_recorder_{rank}").read_bytes())
         assert any("gloo" in entry["profiling_name"] for entry in record["entries"])
+        assert len(record["entries"]) == 7
 
 
 @pytest.mark.long

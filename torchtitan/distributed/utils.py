@@ -178,8 +178,6 @@ def init_distributed(timeout_seconds: int) -> None:
     if device_type() == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device())
-    # Number of recent collectives that PyTorch keeps a record of, for when they hang.
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     # Otherwise gloo connects each rank with all others in each new group: with 10,000 ranks and two
     # groups of them all, a process has 20,000 sockets before the first step. Collectives need a few
     # neighbours, which this connects at their first use.
