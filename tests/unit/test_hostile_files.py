@@ -27,6 +27,7 @@ from torchtitan.config import load_config, to_toml
 from torchtitan.data import build_dataloader
 from torchtitan.errors import CheckpointError, ConfigError, TitanError
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.run_folder import CONFIG_FILE, write_description
 from torchtitan.tools.secrets import hide_secrets
 
 SOURCES = sorted(Path(torchtitan.__file__).parent.rglob("*.py"))
@@ -290,6 +291,8 @@ def test_logs_and_errors_hide_secrets(capsys: pytest.CaptureFixture[str]) -> Non
             "https://h/a?X-Amz-Signature=***&X-Amz-Date=1",
         ),
         ("'az://c/a?se=1&sig=0f%3D'", "'az://c/a?se=1&sig=***'"),
+        ("https://h/a?access_token=0f;api-key=1", "https://h/a?access_token=***;api-key=***"),
+        ("https://h/a?X-Amz-Credential=me&tokens=9", "https://h/a?X-Amz-Credential=me&tokens=9"),
         ("s3://bucket/a:b/c@d http://[::1]:80/@x", "s3://bucket/a:b/c@d http://[::1]:80/@x"),
     ],
 )
@@ -332,10 +335,16 @@ def test_what_a_run_writes_has_no_secrets(
     """The config, the checkpoint, and what W&B's failure says."""
     config = load_config([])
     assert SECRET not in to_toml(config)
-    Run(tmp_path / "run").train(2)
+    run = Run(tmp_path / "run")
+    run.config.training.dataset_path = "sftp://me:hunter2@host/a"
+    run.train(2)
+    write_description(run.config, 1)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(files) == 5
-    assert not any(SECRET.encode() in path.read_bytes() for path in files)
+    assert len(files) == 7
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes()
+        assert b"hunter2" not in path.read_bytes()
+        assert path.name != CONFIG_FILE or b"sftp://me:***@host/a" in path.read_bytes()
 
     from torchtitan.components.metric_sinks import WandbSink
 

@@ -12,6 +12,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.secrets import hide_secrets
 
 from .check import BadValueError, Path, UnknownKeyError, fill
 from .custom import custom_job_config
@@ -99,9 +100,12 @@ def load_config(argv: list[str]) -> JobConfig:
 
 
 def print_config(config: JobConfig) -> None:
-    """Print the config on rank 0, as a TOML file that loads to the same config."""
+    """Print the config on rank 0, as a TOML file that loads to the same config.
+
+    Passwords in URLs are hidden: they have to be put in again.
+    """
     if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(to_toml(config))
+        sys.stdout.write(hide_secrets(to_toml(config)))
 
 
 def _with_config_option(argv: list[str]) -> list[str]:

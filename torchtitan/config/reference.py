@@ -37,8 +37,9 @@ torchtitan train --job.config_file run.toml --training.steps 20
 
 An unknown section or key, a value of the wrong type or out of range ends the run before it starts,
 with the line of the file and the nearest name that exists. `--job.print_config` prints the result
-of file and command line as TOML; each run keeps it as `config.resolved.toml`. An option
-without a default below is unset.
+of file and command line as TOML; each run keeps it as `config.resolved.toml`. In both, passwords
+and signatures in URLs are `***`, to be put in again where the file is to be run. An option without
+a default below is unset.
 """
 
 _BAR = r"\|"

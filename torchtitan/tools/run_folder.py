@@ -16,6 +16,7 @@ from torchtitan.errors import ConfigError, outage_or
 
 from .environment import ENVIRONMENT_FILE, environment
 from .foreign_files import parse_json
+from .secrets import hide_secrets
 
 CONFIG_FILE = "config.resolved.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -46,8 +47,13 @@ def write_description(job_config: JobConfig, processes: int) -> None:
     facts = environment() | {"processes": str(processes)}
     with _writing(job_config) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(to_toml(job_config))
+        (folder / CONFIG_FILE).write_text(config_to_keep(job_config))
         (folder / ENVIRONMENT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def config_to_keep(job_config: JobConfig) -> str:
+    """Contents of `config.resolved.toml`: URLs in it are without passwords and signatures."""
+    return hide_secrets(to_toml(job_config))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ NAMES = (
 )
 _OF_URLS = re.compile(
     r"(://[^\s/@:]*:)[^\s/@]+(?=@)"
-    r"|([?&;](?:x-(?:amz|goog)-)?(?:signature|sig|security-token)=)[^\s&\"'<]+",
+    r"|([?&;](?:[\w-]*(?:signature|token|secret|password|(?:api|account|access)[-_]?key)|sig)=)[^\s&;\"'<]+",
     re.IGNORECASE,
 )
 """The password of `s3://USER:PASSWORD@HOST`, and signatures of URLs."""

@@ -154,6 +154,16 @@ def test_the_configuration_is_in_the_checkpoint_and_its_changes_are_shown(saved,
     ]
 
 
+def test_another_password_is_no_change(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "torchtitan")
+    for password in ("hunter2", "hunter3"):
+        run = Run(tmp_path)
+        run.config.training.dataset_path = f"sftp://me:{password}@host/a"
+        run.manager.load()
+        run.train(4)
+    assert "resumed from" in caplog.text and "has changed" not in caplog.text
+
+
 def test_a_jump_of_the_learning_rate_is_told():
     config = JobConfig()
     config.training.steps, config.lr_scheduler.warmup_steps, config.optimizer.lr = 14, 4, 1e-3

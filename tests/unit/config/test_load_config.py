@@ -449,6 +449,12 @@ def test_print_config_prints_a_file_that_loads_to_the_same_config(write, capsys,
     assert again == expected
 
 
+def test_print_config_hides_passwords(capsys):
+    with pytest.raises(SystemExit):
+        load_config(["--checkpoint.folder=sftp://me:hunter2@host/a", "--job.print_config"])
+    assert 'folder = "sftp://me:***@host/a"' in capsys.readouterr().out
+
+
 def test_only_one_rank_prints_the_config(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):

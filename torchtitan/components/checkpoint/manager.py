@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.config import to_toml
 from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.distributed.utils import job_store
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.tools.run_folder import config_to_keep
 from torchtitan.tools.text import first_line
 
 from .background import BackgroundSaves
@@ -175,7 +175,7 @@ class CheckpointManager:
             self._claim,
             self._times,
             self._last_save,
-            config=to_toml(self._job_config),
+            config=config_to_keep(self._job_config),
             keep_latest=self._config.keep_latest_k,
             keep_every=self._config.keep_every,
             damaged=frozenset(self._damaged),

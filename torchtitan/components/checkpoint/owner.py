@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torchtitan.distributed.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.errors import CheckpointError, outage_or
 from torchtitan.tools.foreign_files import parse_json
+from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line
 
 from .retry import read_again
@@ -221,7 +222,7 @@ def _write(folder: StoragePath, owner: Owner) -> None:
 
 
 def _absolute(folder: StoragePath) -> str:
-    return str(folder.resolve() if isinstance(folder, Path) else folder)
+    return hide_secrets(str(folder.resolve() if isinstance(folder, Path) else folder))
 
 
 def _process(pid: int) -> str:

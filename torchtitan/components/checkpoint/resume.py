@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from torchtitan.components.lr_scheduler import schedule_of
-from torchtitan.config import to_toml
 from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
-from torchtitan.tools.run_folder import CONFIG_FILE
+from torchtitan.tools.run_folder import CONFIG_FILE, config_to_keep
+from torchtitan.tools.secrets import hide_secrets
 
 from .folder import (
     checkpoint_root,
@@ -182,7 +182,7 @@ def saved_config(folder: StoragePath, manifest: Manifest) -> dict[str, Any]:
     if CONFIG_FILE not in manifest.files:
         return {}
     path = folder / CONFIG_FILE
-    return parse_again(path, lambda: tomllib.loads(path.read_bytes().decode()))
+    return parse_again(path, lambda: tomllib.loads(hide_secrets(path.read_bytes().decode())))
 
 
 def parts_to_exclude(
@@ -215,7 +215,7 @@ def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
     """
     if not saved:
         return ", whose configuration is not known"
-    changes = nested_differences(saved, tomllib.loads(to_toml(job_config)))
+    changes = nested_differences(saved, tomllib.loads(config_to_keep(job_config)))
     lines = [f"\n  {name} = {_shown(now)} (was {_shown(was)})" for name, was, now in changes]
     return f". The configuration has changed since:{''.join(lines)}" if lines else ""
 
