@@ -40,6 +40,7 @@ from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import few, first_line
 
 from .failures import first_failure
+from .own_shards import finding_once
 from .retry import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
 from .storage import CheckpointFiles, RemotePath, StoragePath
@@ -160,6 +161,7 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         self._group = group
         self._own = LoadPlan([])
 
+    @finding_once()
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None  # set_up_planner() has set it
         check_keys_and_shapes(self._folder, self.metadata, self.state_dict)

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from .own_shards import finding_once
+
 _SHARERS = 8
 """Ranks that write the values common to all ranks with the same names. Messages to rank 0 are all
 as long as the longest, so one rank is too few; each rank that loads opens the files of all of them,
@@ -73,7 +75,8 @@ class SharingSavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         last, plan = self._last, None
         try:
-            plan = super().create_local_plan()
+            with finding_once():
+                plan = super().create_local_plan()
             for item in plan.items:
                 if item.tensor_data is not None:  # or plans differ after a background save
                     item.tensor_data.properties.pin_memory = False

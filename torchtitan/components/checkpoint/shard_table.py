@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.tools.garbage_collection import without_collection
 
+from .own_shards import finding_once
+
 
 @dataclass
 class ShardTable:
@@ -94,6 +96,7 @@ class ShardTable:
         dist.broadcast(shards.table, 0, group=group)  # pickled, it would be in memory three times
         return shards
 
+    @finding_once()
     def metadata_for(self, state: dict[str, Any]) -> Metadata:
         """The metadata with those shards that this rank reads to fill `state`.
 

@@ -1,0 +1,102 @@
+"""A rank's place in a sharded tensor is found once for all of a shape, and is PyTorch's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from torchtitan.components.checkpoint import own_shards
+from torchtitan.components.checkpoint.reader import ExactLoadPlanner
+from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
+from torchtitan.components.checkpoint.shard_table import ShardTable
+from torchtitan.distributed.fake_world import fake_world
+
+SHAPES = {"a": (64, 3), "b": (64, 3), "c": (128,), "d": (128,)}
+ONCE = {torch.Size((64, 3)): 1, torch.Size((128,)): 1}
+
+
+@pytest.fixture
+def state() -> Iterator[dict[str, Any]]:
+    """Of a rank of 8 x 4, whose two dimensions share the rows of each tensor."""
+    with fake_world(32, 13):
+        mesh = init_device_mesh("cpu", (8, 4))
+        placements = [_StridedShard(0, split_factor=4), Shard(0)]
+        yield {
+            name: DTensor.from_local(
+                torch.zeros(shape[0] // 32, *shape[1:]),
+                mesh,
+                placements,
+                shape=torch.Size(shape),
+                stride=(3, 1)[-len(shape) :],
+            )
+            for name, shape in SHAPES.items()
+        }
+
+
+@pytest.fixture
+def looked_for(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.Size]:
+    """How often the place of a tensor of a shape was looked for."""
+    counts: Counter[torch.Size] = Counter()
+
+    def counting(shape: torch.Size, *of: Any) -> Any:
+        counts[shape] += 1
+        return compute_local_shape_and_global_offset(shape, *of)
+
+    monkeypatch.setattr(own_shards, "compute_local_shape_and_global_offset", counting)
+    return counts
+
+
+def place_of(tensor: Any) -> tuple[torch.Size, torch.Size]:
+    sizes, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return torch.Size(offsets), torch.Size(sizes)
+
+
+def test_to_save(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None:
+    planner = SharingSavePlanner(None, LastSave())
+    planner.set_up_planner(state, is_coordinator=True)
+    plan = planner.create_local_plan()
+    assert looked_for == ONCE
+    for item in plan.items:
+        assert item.tensor_data is not None
+        chunk = item.tensor_data.chunk
+        assert (chunk.offsets, chunk.sizes) == place_of(state[item.index.fqn])
+
+
+def test_to_load(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None:
+    whole = Metadata({}, storage_data={})
+    for name, shape in SHAPES.items():
+        zeros = torch.Size([0] * len(shape))
+        chunk = ChunkStorageMetadata(zeros, torch.Size(shape))
+        whole.state_dict_metadata[name] = TensorStorageMetadata(
+            TensorProperties(dtype=torch.float32), torch.Size(shape), [chunk]
+        )
+        whole.storage_data[MetadataIndex(name, zeros)] = _StorageInfo("__0_0.distcp", 0, 9)
+    metadata = ShardTable.of(whole).metadata_for(state)
+    assert looked_for == ONCE
+    looked_for.clear()
+    planner = ExactLoadPlanner(Path("step-1"), lambda key: True, None)
+    planner.set_up_planner(state, metadata, is_coordinator=True)
+    planner.create_local_plan()
+    assert looked_for == ONCE
+    for item in planner.finish_plan(LoadPlan([])).items:
+        assert item.storage_offsets == place_of(state[item.dest_index.fqn])[0]
