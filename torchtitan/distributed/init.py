@@ -9,12 +9,14 @@ So two runs with the same seed can be compared step by step, whatever their layo
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.determinism import derive_seed
@@ -85,6 +87,7 @@ class SeededInit(TorchDispatchMode):
             _storage_key(tensor): canonical_name(name)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         }
+        self._place = functools.cache(compute_local_shape_and_global_offset)
         self._current = ""
         self._draws: Counter[str] = Counter()
 
@@ -119,11 +122,13 @@ class SeededInit(TorchDispatchMode):
         full = torch.empty(target.shape, dtype=target.dtype, device=device)
         full = func(full, *args[1:], **kwargs)
         if isinstance(target, DTensor):
-            mesh, placements = target.device_mesh, target.placements
-            full = distribute_tensor(full, mesh, placements, src_data_rank=None)
+            where = target.shape, target.device_mesh, target.placements
             if not mutable:
-                return full
-            full = full.to_local()
+                return distribute_tensor(full, *where[1:], src_data_rank=None)
+            # Which makes the shards of all ranks, one by one, where two dimensions share rows.
+            sizes, offsets = self._place(*where)
+            starts_and_sizes = zip(offsets, sizes, strict=True)
+            full = full[tuple(slice(start, start + size) for start, size in starts_and_sizes)]
         local.copy_(full)
         return target
 

@@ -8,6 +8,8 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.init import SeededInit, initialize_weights
@@ -166,6 +168,43 @@ def test_a_part_of_a_sharded_parameter_is_not_set_in_vain() -> None:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
             initialize_weights(model, 0, torch.device("cpu"))
+
+
+class Weight(ModelProtocol):
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight)
+
+
+@pytest.mark.parametrize("rank", range(0, 8, 3))
+@pytest.mark.parametrize(
+    ("shape", "placements"),
+    [
+        ((16, 3), [_StridedShard(0, split_factor=2), Shard(0)]),
+        ((14, 3), [_StridedShard(0, split_factor=2), Shard(0)]),  # a rank has fewer rows
+        ((5, 7), [Shard(0), Shard(1)]),
+        ((3, 4), [Replicate(), Shard(0)]),
+        ((2, 4), [Shard(0), Replicate()]),  # ranks 4 and on have nothing
+    ],
+)
+def test_a_rank_keeps_its_shard_and_makes_no_other(
+    rank: int, shape: tuple[int, int], placements: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        model = Weight(*shape)
+    initialize_weights(model, 0, torch.device("cpu"))
+    with fake_world(8, rank):
+        mesh = init_device_mesh("cpu", (4, 2))
+        whole = model.weight.detach()
+        expected = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        monkeypatch.setattr("torchtitan.distributed.init.distribute_tensor", None)
+        empty = torch.empty(shape, device="meta")
+        model.weight = nn.Parameter(distribute_tensor(empty, mesh, placements, src_data_rank=None))
+        initialize_weights(model, 0, torch.device("cpu"))
+        assert torch.equal(model.weight.to_local(), expected.to_local())
 
 
 def test_tied_weights_stay_tied() -> None:
