@@ -33,13 +33,13 @@ def shard_batch(
 
     Args:
         batch: tensors `[batch, seq]`, the same on all ranks of the mesh, with `positions` counted
-            in the whole sequence. `seq` is a multiple of `2 * cp`.
+            in the whole sequence. `seq` is a multiple of `2 * cp`. Or tensors `[batch]`.
 
     Returns:
-        Tensors `[batch, seq / cp]`.
+        Tensors `[batch, seq / cp]`, or `[batch]` as they were.
     """
     shards = sequence_shards(cp_mesh, job_config)
-    return {name: shards.shard(tensor, 1) for name, tensor in batch.items()}
+    return {name: t if t.ndim == 1 else shards.shard(t, 1) for name, t in batch.items()}
 
 
 def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> None:
