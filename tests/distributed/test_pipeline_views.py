@@ -1,5 +1,4 @@
-"""Stages may hand on views, and give back gradients that are; the last may return more in training.
-"""
+"""Stages may hand on views, and give back gradients that are; the last may return more in training."""
 
 from __future__ import annotations
 
