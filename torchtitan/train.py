@@ -30,6 +30,7 @@ from torchtitan.components.data_loader import Batch, check_dataloader, loader_ou
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, count_labels
+from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import fitting_model
 from torchtitan.components.model_inputs import ModelInputs
@@ -194,7 +195,8 @@ class Trainer:
         attach_loss(self.loss_fn, self.model_parts)
         built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.optimizers = container_of(built, self.model_parts, job_config)
-        self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
+        schedule = spec.build_lr_scheduler_fn(self.optimizers, job_config)
+        self.lr_schedulers = lr_schedulers_of(schedule, job_config)
         self.state = TrainState()
         self.guard = Guard(job_config, self.parallel_dims, self.dp_rank, path_of(self.tokenizer))
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
