@@ -1,4 +1,4 @@
-"""Stages may hand on views, and give back gradients that are; the last may return more in training."""
+"""Stages may hand on views, and give back gradients that are; the last one may return more."""
 
 from __future__ import annotations
 

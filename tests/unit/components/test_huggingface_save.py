@@ -76,6 +76,19 @@ def test_transformers_opens_the_folder_and_computes_the_same_logits(tmp_path, na
         torch.testing.assert_close(model(ids), theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_what_layers_share_is_written_for_each_of_them(tmp_path):
+    """As Hugging Face's model does not share it."""
+    model, folder = build("llama3, tied"), tmp_path / "out"
+    for layer in model.layers.values():
+        layer.feed_forward = model.layers["0"].feed_forward
+    save(model, folder)
+    theirs, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), found
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_config_json_travels_through_transformers_and_back(name, tmp_path):
     args = TINY[name]

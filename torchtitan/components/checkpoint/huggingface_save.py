@@ -34,7 +34,7 @@ from torchtitan.tools.text import first_line
 
 from . import folder as folders
 from .huggingface import ExportAssets, write_assets
-from .load import adapter_of, buffer_names, dtype_of_copy, model_state, tied_names
+from .load import adapter_of, buffer_names, dtype_of_copy, model_state, tied_embeddings
 from .safetensors_files import (
     MAX_FILE_BYTES,
     PIECE_BYTES,
@@ -96,7 +96,7 @@ def save_huggingface(
         CheckpointError: a rank could not write; raised on all ranks, and no files are left.
     """
     args = cast(BaseModelArgs, model_parts[0].args)
-    tied = tied_names(model_parts)
+    tied = tied_embeddings(model_parts)
     state = {k: t.detach() for k, t in model_state(model_parts).items() if k not in tied}
     adapter, buffers = adapter_of(model_parts[0], folder), buffer_names(model_parts)
     hf_state = adapter.to_hf(state)

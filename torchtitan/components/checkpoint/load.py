@@ -240,7 +240,7 @@ def _load_huggingface(
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
     with begin_errors_with(str(path)):
         names.check_names(metadata.state_dict_metadata)
-    on_rank_zero(lambda: check_copies(path, metadata, names), group)
+    on_rank_zero(lambda: check_copies(path, metadata, names, model_parts), group)
     tied = tied_names(model_parts)
 
     def is_left_out(name: str) -> bool:
@@ -298,11 +298,16 @@ def wanted_keys(
     return wanted
 
 
-def check_copies(path: Path, metadata: Metadata, adapter: BaseStateDictAdapter) -> None:
-    """Raise `CheckpointError` if a tensor that the adapter skips is no copy of another tensor."""
-    files = files_of(metadata)
-    for copy, first in adapter.copies().items():
-        if not {copy, first} <= files.keys():
+def check_copies(
+    path: Path,
+    metadata: Metadata,
+    adapter: BaseStateDictAdapter,
+    model_parts: list[nn.Module],
+) -> None:
+    """Raises `CheckpointError` if a tensor that is left out is no copy of the one that is read."""
+    files, told = files_of(metadata), adapter.copies()
+    for copy, first in (told | _copies_of_shared(adapter, model_parts)).items():
+        if copy == first or not {copy, first} <= files.keys():
             continue
         with SafetensorsFile(path / files[copy]) as a, SafetensorsFile(path / files[first]) as b:
             spec = a.specs[copy]
@@ -311,12 +316,29 @@ def check_copies(path: Path, metadata: Metadata, adapter: BaseStateDictAdapter) 
                 for rows in spec.pieces()
             )
         if not same:
-            raise CheckpointError(
-                f"{path}: {copy} differs from {first}, but the model has one tensor for both "
-                f"(tie_word_embeddings = true). If {copy} is what was trained, set "
-                "tie_word_embeddings = false in config.json and in the model's args; if not, "
-                "remove it from the file"
+            message = f"{path}: {copy} differs from {first}, but the model has one tensor for both"
+            if copy in told:
+                message += (
+                    f" (tie_word_embeddings = true). If {copy} is what was trained, set "
+                    "tie_word_embeddings = false in config.json and in the model's args; if not, "
+                    "remove it from the file"
+                )
+            raise CheckpointError(message)
+
+
+def _copies_of_shared(
+    adapter: BaseStateDictAdapter, model_parts: list[nn.Module]
+) -> dict[str, str]:
+    """The files' names of what modules share, each with that of the one which is read."""
+    copies: dict[str, str] = {}
+    for part in model_parts:
+        for second, first in first_names(part).items():
+            shape = part.get_parameter(first).shape
+            keys = (
+                adapter.to_hf({name: torch.empty(shape, device="meta")}) for name in (second, first)
             )
+            copies |= dict(zip(*keys, strict=True))
+    return copies
 
 
 def check_hf_config(path: Path, model: nn.Module) -> None:
@@ -373,8 +395,21 @@ def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) 
 
 
 def tied_names(model_parts: list[nn.Module]) -> set[str]:
-    """Return the second names of tied parameters, which Hugging Face files hold only once."""
+    """Second names of parameters that have two."""
     return {name for part in model_parts for name in first_names(part)}
+
+
+def tied_embeddings(model_parts: list[nn.Module]) -> set[str]:
+    """Second names of embeddings, which Hugging Face's files hold once.
+
+    Its models tie these alone, and need what else is shared under each name.
+    """
+    tied = set()
+    for part in model_parts:
+        weights = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
+        names = part.named_parameters(remove_duplicate=False)
+        tied |= {canonical_name(name) for name, param in names if id(param) in weights}
+    return tied & tied_names(model_parts)
 
 
 def first_names(model: nn.Module) -> dict[str, str]:

@@ -72,8 +72,8 @@ def convert_from_hf(
     entries: dict[str, Any] = metadata.state_dict_metadata
     with begin_errors_with(str(folder)):
         adapter.check_names(entries)
-    check_copies(folder, metadata, adapter)
     model = known.build()
+    check_copies(folder, metadata, adapter, [model])
     state, tied = model_state([model]), tied_names([model])
     hf_state = adapter.to_hf({name: t for name, t in state.items() if name not in tied})
     wanted = wanted_keys(adapter, metadata, tied.__contains__)
