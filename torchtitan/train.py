@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
+from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
@@ -148,6 +149,7 @@ class Trainer:
         vocab_size = getattr(model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, self.parallel_dims, job_config, vocab_size)
         check_rules(model, job_config)
+        check_export(model, job_config)
         if pattern := job_config.checkpoint.initial_load_exclude:
             require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
         self._describe(model)

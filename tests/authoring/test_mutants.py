@@ -312,6 +312,12 @@ def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> Non
     assert "layers share layers.0.wo.weight" in outcomes["contract.recursive"].message
 
 
+def test_tensor_parallelism_splits_what_layers_share_once(tmp_path: Path) -> None:
+    subject = Subject("shared_feed_forward", "debugmodel", tmp_path, "shared_projection")
+    outcomes = {o.check.name: o for o in run_checks(choose(["layouts.tp2"]), subject)}
+    assert outcomes["layouts.tp2"].status == "pass", outcomes["layouts.tp2"].message
+
+
 @pytest.mark.parametrize(
     ("name", "status"), [("bidirectional", "skip"), ("bidirectional_silent", "fail")]
 )

@@ -23,6 +23,7 @@ from torchtitan.components.checkpoint.huggingface import (
     warn_without_bos,
 )
 from torchtitan.components.checkpoint.huggingface_save import (
+    check_export,
     plan_tensors,
     save_huggingface,
     share_out,
@@ -116,6 +117,15 @@ def test_every_flavor_can_be_exported(name):
         args = MODEL_REGISTRY[name](flavor).model_args
         back = type(args).from_hf_config(export_config(args))
         assert back.get_nparams_and_flops(4096) == args.get_nparams_and_flops(4096), flavor
+
+
+def test_a_tensor_that_the_adapter_does_not_know_is_refused_before_training():
+    model, config = build("llama3"), JobConfig()
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    check_export(model, config)
+    config.checkpoint.last_save_in_hf = True
+    with pytest.raises(CheckpointError, match=r"tensor 'scale' is not one of this model's"):
+        check_export(model, config)
 
 
 def test_what_hugging_face_cannot_express_is_refused():

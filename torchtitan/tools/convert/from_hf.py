@@ -22,12 +22,9 @@ from torch.futures import Future
 from torchtitan.components.checkpoint.failures import first_failure
 from torchtitan.components.checkpoint.load import (
     buffer_names,
-    check_copies,
     dtype_of_copy,
-    first_names,
     model_args,
     model_state,
-    tied_names,
     wanted_keys,
 )
 from torchtitan.components.checkpoint.manifest import Manifest, records_of
@@ -39,6 +36,7 @@ from torchtitan.components.checkpoint.reader import (
 )
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
 from torchtitan.components.checkpoint.saved_tensors import save_hole
+from torchtitan.components.checkpoint.tied import check_copies, first_names, tied_names
 from torchtitan.components.checkpoint.writer import cause_of_failed_write
 from torchtitan.errors import begin_errors_with
 from torchtitan.models.from_hf import read_hf_config

@@ -16,7 +16,6 @@ from torchtitan.components.checkpoint.load import (
     buffer_names,
     dtype_of_copy,
     model_state,
-    tied_embeddings,
 )
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
@@ -31,6 +30,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
+from torchtitan.components.checkpoint.tied import tied_embeddings
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.plugins import load_plugins
