@@ -315,6 +315,7 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
     Raises:
         CheckpointError: there is no adapter.
     """
+    model = cast(nn.Module, getattr(model, "_orig_mod", model))  # within torch.compile's wrapper
     found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
     for order, (name, factory) in enumerate(MODEL_REGISTRY.items()):
         try:
