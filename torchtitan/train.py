@@ -64,6 +64,7 @@ from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.names import require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.distributed.unused_options import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.protocols import BaseModelArgs, TrainSpec
@@ -98,6 +99,7 @@ class Trainer:
                 "close() ends, or your own (dist.destroy_process_group())"
             )
         self._closed = self.may_hang = False
+        self.first_step = True
         with self._closing_on_failure():
             self._set_up(job_config)
 
@@ -312,6 +314,9 @@ class Trainer:
         loss_sum = self.replicas.sum(loss_sum)
         self.replicas.sum_gradients(self._parameters())
         self.expert_balance.add_up(self.replicas.sum)
+        if self.first_step:
+            warn_of_unequal_gradients(self.model_parts, self.parallel_dims)
+            self.first_step = False
 
         self.watch.enter("optimizer", step)
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
