@@ -351,7 +351,8 @@ def _allocate(model: ModelProtocol, device: torch.device) -> None:
 
 
 class _NoRandomDraws(TorchDispatchMode):
-    """Skips in-place random operations on what checkpoints hold, and copies into sharded parameters.
+    """Skips in-place random operations on what a checkpoint holds, and copies into sharded
+    parameters.
     """
 
     def __init__(self, model: ModelProtocol) -> None:
