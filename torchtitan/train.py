@@ -25,11 +25,13 @@ import torch.distributed as dist
 from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
+from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, count_labels
+from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_fit import fitting_model
 from torchtitan.components.model_inputs import ModelInputs
@@ -62,6 +64,7 @@ from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.names import require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.distributed.unused_options import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.protocols import BaseModelArgs, TrainSpec
@@ -96,6 +99,7 @@ class Trainer:
                 "close() ends, or your own (dist.destroy_process_group())"
             )
         self._closed = self.may_hang = False
+        self.first_step = True
         with self._closing_on_failure():
             self._set_up(job_config)
 
@@ -147,6 +151,7 @@ class Trainer:
         vocab_size = getattr(model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, self.parallel_dims, job_config, vocab_size)
         check_rules(model, job_config)
+        check_export(model, job_config)
         if pattern := job_config.checkpoint.initial_load_exclude:
             require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
         self._describe(model)
@@ -194,7 +199,8 @@ class Trainer:
         attach_loss(self.loss_fn, self.model_parts)
         built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.optimizers = container_of(built, self.model_parts, job_config)
-        self.lr_schedulers = spec.build_lr_scheduler_fn(self.optimizers, job_config)
+        schedule = spec.build_lr_scheduler_fn(self.optimizers, job_config)
+        self.lr_schedulers = lr_schedulers_of(schedule, job_config)
         self.state = TrainState()
         self.guard = Guard(job_config, self.parallel_dims, self.dp_rank, path_of(self.tokenizer))
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
@@ -308,6 +314,9 @@ class Trainer:
         loss_sum = self.replicas.sum(loss_sum)
         self.replicas.sum_gradients(self._parameters())
         self.expert_balance.add_up(self.replicas.sum)
+        if self.first_step:
+            warn_of_unequal_gradients(self.model_parts, self.parallel_dims)
+            self.first_step = False
 
         self.watch.enter("optimizer", step)
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)

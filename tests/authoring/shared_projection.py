@@ -1,4 +1,6 @@
-"""A right model whose layers have one projection together, as ALBERT's and Zamba's share more."""
+"""Right models whose layers have one projection together, or all that tensor parallelism splits in
+the feed-forward layer, as ALBERT's and Zamba's share more.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +30,25 @@ def get_train_spec(flavor: str) -> TrainSpec:
 
 
 register_train_spec("shared_projection", get_train_spec)
+
+
+class FeedForwardArgs(base.Args):
+    def get_nparams_and_flops(self, seq_len: int) -> tuple[int, int]:
+        nparams, flops = super().get_nparams_and_flops(seq_len)
+        return nparams - 3 * (self.n_layers - 1) * self.dim * self.ffn_dim, flops
+
+
+class SharedFeedForward(base.Model):
+    def __init__(self, args: base.Args) -> None:
+        super().__init__(args)
+        for layer in self.layers.values():
+            layer.feed_forward = self.layers["0"].feed_forward
+
+
+def get_other_train_spec(flavor: str) -> TrainSpec:
+    return base.get_train_spec(
+        flavor, model_cls=SharedFeedForward, model_args=FeedForwardArgs(), pipeline_fn=None
+    )
+
+
+register_train_spec("shared_feed_forward", get_other_train_spec)

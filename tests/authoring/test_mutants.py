@@ -211,6 +211,20 @@ def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path)
     assert outcomes["semantics.memory"].message.startswith("asked of token ids [batch, seq] alone")
 
 
+def test_a_right_model_whose_rows_have_weights_passes(tmp_path: Path) -> None:
+    """It returns a tuple in training, and context parallelism leaves one number a row whole."""
+    only = choose(["semantics.batch", "layouts.cp2", "layouts.pp2"])
+    outcomes = run_checks(only, Subject("weighted_rows", "debugmodel", tmp_path, "weighted_rows"))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+def test_context_parallelism_does_not_apply_to_inputs_that_it_cannot_divide(tmp_path: Path) -> None:
+    subject = Subject("weighted_tokens", "debugmodel", tmp_path, "weighted_rows")
+    *_, outcome = run_checks(choose(["layouts.cp2"]), subject)
+    assert outcome.status == "skip"
+    assert "other inputs must be [batch], but build_dataloader_fn of weighted_t" in outcome.message
+
+
 def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) -> None:
     subject = Subject("two_halves", "debugmodel", tmp_path, "two_halves")
     only = ["learning.one_batch", "semantics.lengths", "layouts.fsdp2"]
@@ -296,6 +310,12 @@ def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> Non
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
     assert outcomes["layouts.fsdp2"].status == "pass"
     assert "layers share layers.0.wo.weight" in outcomes["contract.recursive"].message
+
+
+def test_tensor_parallelism_splits_what_layers_share_once(tmp_path: Path) -> None:
+    subject = Subject("shared_feed_forward", "debugmodel", tmp_path, "shared_projection")
+    outcomes = {o.check.name: o for o in run_checks(choose(["layouts.tp2"]), subject)}
+    assert outcomes["layouts.tp2"].status == "pass", outcomes["layouts.tp2"].message
 
 
 @pytest.mark.parametrize(

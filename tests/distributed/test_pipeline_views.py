@@ -1,4 +1,4 @@
-"""Stages may hand on views, and give back gradients that are."""
+"""Stages may hand on views, and give back gradients that are; the last one may return more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from torchtitan.distributed.utils import init_distributed
 
 
 class Halves(nn.Module):
-    """Hands on two halves of the sequence; the gradient of what it receives is transposed."""
+    """Hands on two halves of the sequence; the gradient of what it receives is transposed.
+
+    The last returns the whole, and in training a second one.
+    """
 
     def __init__(self, first: bool, last: bool) -> None:
         super().__init__()
@@ -27,7 +30,13 @@ class Halves(nn.Module):
     def forward(self, h: torch.Tensor, other: torch.Tensor | None = None) -> object:
         h = h if other is None else torch.cat([other, h], dim=1)
         h = self.layer(h.transpose(1, 2)).transpose(1, 2)
-        return h if self.last else (h[:, 2:], h[:, :2])
+        if not self.last:
+            return h[:, 2:], h[:, :2]
+        return (h, 2 * h) if self.training else h
+
+
+def loss(pred: tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    return sum((part - labels).square().sum() for part in pred)
 
 
 def gradients(schedule: str) -> dict[int, float]:
@@ -41,9 +50,7 @@ def gradients(schedule: str) -> dict[int, float]:
     last = 2 * len(stages) - 1
     parts = [Halves(number == 0, number == last) for number in stages]
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
-    pipeline = Pipeline(
-        parts, stages, mesh["pp"], config, lambda pred, labels: (pred - labels).square().sum()
-    )
+    pipeline = Pipeline(parts, stages, mesh["pp"], config, loss)
     x = torch.arange(8 * 16.0).view(8, 4, 4) / 100
     pipeline.forward_backward(x, torch.zeros_like(x), {}, torch.tensor(1.0))
     found = [float(part.layer.weight.grad.norm()) for part in parts]
@@ -59,6 +66,6 @@ def test_stages_hand_on_views(schedule: str, stages: int) -> None:
     h = (torch.arange(8 * 16.0).view(8, 4, 4) / 100,)
     for part in whole:
         h = part(*h)
-    h.square().sum().backward()
+    loss(h, torch.zeros(())).backward()
     expected = [float(part.layer.weight.grad.norm()) for part in whole]
     assert [found[number] for number in range(stages)] == pytest.approx(expected, rel=1e-5)

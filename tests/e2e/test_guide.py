@@ -22,6 +22,7 @@ from harness import command, read_lines, shell
 from safetensors.torch import save_file
 
 import torchtitan
+from torchtitan.components.checkpoint.reader import read_metadata
 from torchtitan.config import load_config
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
@@ -214,6 +215,31 @@ def test_the_guides_loss_of_two_terms_is_logged_apart(
     for key in ("loss", "loss_after"):
         one, two = ([line[key] for line in lines] for lines in logged)
         assert two == pytest.approx(one, rel=1e-4) and one[-1] < one[0] - 0.2, key
+
+
+def test_the_guides_teacher_is_in_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the student learns alike where ranks share sequences and matrices."""
+    monkeypatch.chdir(tmp_path)
+    words = "--training.steps=2 --training.seq_len=32 --training.global_batch_size=4 "
+    words += "--training.local_batch_size=4 --training.mixed_precision_param=float32 "
+    words += "--metrics.log_freq=1 --checkpoint.enable --activation_checkpoint.mode=none"
+    assert command("train", "--job.dump_folder=teacher", *words.split()).exit_code == 0
+    block = code_blocks()["distill.py"]
+    path = "teacher/checkpoint/step-2"
+    Path("distill.py").write_text(block.replace("outputs/checkpoint/step-200", path))
+    words += " --job.custom_import=distill --model.name=student --model.flavor=small"
+    layout = [f"--parallelism.{key}_parallel_degree=2" for key in ("context", "tensor")]
+    for ranks, more in ((1, []), (4, layout)):
+        folder = tmp_path / str(ranks)
+        options = [*words.split(), *more, f"--job.dump_folder={folder / 'run'}"]
+        done = command("train", *options, ranks=ranks)
+        assert done.exit_code == 0, done.err
+        assert "WARNING" not in done.err
+        saved = read_metadata(folder / "run" / "checkpoint" / "step-2").state_dict_metadata
+        assert not [name for name in saved if "teacher" in name]
+    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
 def test_the_guides_tokenizer_optimizer_and_converter_train(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from torchtitan.errors import refuse_incomplete
+
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.config.lr_scheduler import LRScheduler
@@ -61,6 +63,20 @@ def build_lr_scheduler(
     """Return the schedule of `[lr_scheduler]`, the same for all optimizers."""
     factor = schedule_of(job_config.lr_scheduler, job_config.training.steps)
     return LRSchedulersContainer(optimizers, factor)
+
+
+def lr_schedulers_of(built: Any, job_config: JobConfig) -> LRSchedulersContainer:
+    """What a `build_lr_scheduler_fn` has built, where the trainer can use it.
+
+    Raises:
+        ConfigError: it cannot, as those of `torch.optim.lr_scheduler`.
+    """
+    wanted = ("last_lr", "step", "state_dict", "load_state_dict")
+    missing = [name for name in wanted if not hasattr(built, name)]
+    needed = ". Return torchtitan.components.lr_scheduler.LRSchedulersContainer(optimizers, factor)"
+    needed += ", where factor(steps_done) multiplies the peak learning rates"
+    refuse_incomplete(built, f"build_lr_scheduler_fn of {job_config.model.name}", missing, needed)
+    return built
 
 
 def schedule_of(config: LRScheduler, training_steps: int) -> Callable[[int], float]:

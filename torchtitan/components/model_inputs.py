@@ -147,12 +147,13 @@ class ModelInputs:
                     "point if they are no ids"
                 )
         self._check_ids(who, batch["tokens"])
-        usual = not own_inputs(batch) and list(batch["tokens"].shape) == shape == sizes
-        if self._cp > 1 and not usual:
+        whole = all(tensor.ndim == 1 for tensor in own_inputs(batch).values())
+        if self._cp > 1 and not (whole and list(batch["tokens"].shape) == shape == sizes):
             fail(
                 self._config,
                 "parallelism.context_parallel_degree",
-                f"context parallelism divides tokens and labels [batch, seq] alone, but {who} has "
+                "context parallelism divides tokens and labels [batch, seq] alone, and other inputs"
+                f" must be [batch], but {who} has "
                 + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
             )
 

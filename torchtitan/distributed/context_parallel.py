@@ -20,7 +20,7 @@ from torchtitan.distributed.sequence_shards import SequenceShards
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-    from torchtitan.models.common.attention import AttentionMask
+    from torchtitan.models.common.attention import AttentionMask, CausalMask
 
 Attend = Callable[..., torch.Tensor]
 """(q, k, v, mask) -> output, as `ScaledDotProductAttention`."""
@@ -33,13 +33,13 @@ def shard_batch(
 
     Args:
         batch: tensors `[batch, seq]`, the same on all ranks of the mesh, with `positions` counted
-            in the whole sequence. `seq` is a multiple of `2 * cp`.
+            in the whole sequence. `seq` is a multiple of `2 * cp`. Or tensors `[batch]`.
 
     Returns:
-        Tensors `[batch, seq / cp]`.
+        Tensors `[batch, seq / cp]`, or `[batch]` as they were.
     """
     shards = sequence_shards(cp_mesh, job_config)
-    return {name: shards.shard(tensor, 1) for name, tensor in batch.items()}
+    return {name: t if t.ndim == 1 else shards.shard(t, 1) for name, t in batch.items()}
 
 
 def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> None:
@@ -84,7 +84,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
         )
     shards = sequence_shards(cp_mesh, job_config)
     for mask in masks:
-        mask.forward = _shared_mask(mask.forward, shards, method)
+        mask.forward = _shared_mask(mask, shards, job_config)
     for attention in attentions:
         attention.forward = _METHODS[method](attention.forward, shards)
     cast(Any, model).applied_context_parallel = True
@@ -114,14 +114,24 @@ def sequence_shards(cp_mesh: DeviceMesh, job_config: JobConfig) -> SequenceShard
 
 
 def _shared_mask(
-    whole: Callable[..., AttentionMask], shards: SequenceShards, method: str
+    mask: CausalMask, shards: SequenceShards, job_config: JobConfig
 ) -> Callable[..., AttentionMask]:
     """Return the forward of a mask with all keys and the queries that this rank attends for."""
+    whole, method = mask.forward, job_config.parallelism.context_parallel_method
+    most = job_config.training.seq_len
 
     def forward(
         seq_len: int, document_ids: torch.Tensor | None, device: torch.device
     ) -> AttentionMask:
         seq_len = seq_len * shards.size
+        if mask.training and seq_len > most:  # a validator may have longer sequences
+            fail(
+                job_config,
+                "parallelism.context_parallel_degree",
+                f"{job_config.model.name} attends to {seq_len // shards.size} tokens where a rank "
+                f"has a part of {most // shards.size}: what it puts before or between them, such "
+                "as a prefix, would be in each rank's part. Set it to 1",
+            )
         if method == "ring":
             return None  # it supports only plain causal attention
         if document_ids is not None:

@@ -84,7 +84,7 @@ class SeededInit(TorchDispatchMode):
         self._seed = seed
         self._device = device
         self._names = {
-            _storage_key(tensor): canonical_name(name)
+            storage_key(tensor): canonical_name(name)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         }
         self._place = functools.cache(compute_local_shape_and_global_offset)
@@ -97,14 +97,14 @@ class SeededInit(TorchDispatchMode):
         kwargs = kwargs or {}
         own_generator = kwargs.get("generator") is not None
         # Not for a slice (`weight[:4]`): DTensor slices into a copy, so the values would be lost.
-        if copies_whole_values(func, args) and _storage_key(args[0]) in self._names:
+        if copies_whole_values(func, args) and storage_key(args[0]) in self._names:
             return self._on_whole_tensor(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded not in func.tags or own_generator:
             return func(*args, **kwargs)
 
         target = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if target is not None:
-            self._current = self._names.get(_storage_key(target), self._current)
+            self._current = self._names.get(storage_key(target), self._current)
         torch.manual_seed(self._next_seed())
         if target is None:
             return func(*args, **kwargs)
@@ -149,7 +149,7 @@ def copies_whole_values(func: Any, args: Any) -> bool:
     return isinstance(args[0], DTensor) and not isinstance(args[1], DTensor)
 
 
-def _storage_key(tensor: torch.Tensor) -> int:
+def storage_key(tensor: torch.Tensor) -> int:
     """Return a key of a tensor's memory, the same for `weight.data` and `weight`."""
     local = local_tensor(tensor)
     return local.untyped_storage()._cdata
@@ -170,7 +170,7 @@ class _Unset(TorchDispatchMode):
             if _holds_nan(tensor):
                 tensor.fill_(float("nan"))
             else:
-                self._unwritten[_storage_key(tensor)] = tensor
+                self._unwritten[storage_key(tensor)] = tensor
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -181,7 +181,7 @@ class _Unset(TorchDispatchMode):
             for argument in func._schema.arguments:
                 tensor = given.get(argument.name)
                 if argument.is_write and isinstance(tensor, torch.Tensor):
-                    self._unwritten.pop(_storage_key(tensor), None)
+                    self._unwritten.pop(storage_key(tensor), None)
         return func(*args, **kwargs)
 
     def refuse(self) -> None:
@@ -190,7 +190,7 @@ class _Unset(TorchDispatchMode):
             canonical_name(name)
             for name, tensor in _local_tensors(self._model)
             if (_holds_nan(tensor) and tensor.isnan().any())
-            or (tensor.numel() and _storage_key(tensor) in self._unwritten)
+            or (tensor.numel() and storage_key(tensor) in self._unwritten)
         ]
         if unset:
             raise RuntimeError(

@@ -319,6 +319,14 @@ class _Stage(PipelineStage):
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 
+    # The last stage sends nothing, and may return more in training than when it was asked.
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return [] if self.is_last else super().get_fwd_send_ops(fwd_chunk_id)
+
+    def _validate_fwd_outputs(self, outputs: Any) -> None:  # of torch 2.11; 2.13 does as this does
+        if not self.is_last:
+            cast(Any, super())._validate_fwd_outputs(outputs)
+
     def _forward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
         with _asked_for_shapes(self.submod):
             return super()._forward_metadata_inference(*args, **kwargs)

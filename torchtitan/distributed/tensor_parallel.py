@@ -86,10 +86,16 @@ def apply_tensor_parallel(
     adapt = _plan_for_whole_sequence if whole_sequence else lambda plan: plan
     if job_config.parallelism.enable_async_tensor_parallel:
         _overlap_with_matmuls(tp_mesh)
+    done: set[Any] = set()  # blocks may share modules
     with preserve_tying(model):
         parallelize_module(model, tp_mesh, adapt(model_plan))
         for block in (*layers_of(model).values(), *other_blocks_of(model).values()):
-            parallelize_module(block, tp_mesh, adapt(plan_of(block)))
+            parts = dict(block.named_modules(remove_duplicate=False))
+            plan = adapt(plan_of(block))
+            new = {name: style for name, style in plan.items() if parts.get(name) not in done}
+            if new:
+                parallelize_module(block, tp_mesh, new)
+            done.update(block.modules())
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -32,7 +32,7 @@ from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
 from torchtitan.distributed import utils
-from torchtitan.distributed.init import copies_whole_values, set_weights
+from torchtitan.distributed.init import copies_whole_values, set_weights, storage_key
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import CheckpointError, ConfigError
@@ -346,16 +346,22 @@ def _allocate(model: ModelProtocol, device: torch.device) -> None:
     """
     with preserve_tying(model):
         model.to_empty(device=device)
-    with torch.no_grad(), _NoRandomDraws():
+    with torch.no_grad(), _NoRandomDraws(model):
         set_weights(model)
 
 
 class _NoRandomDraws(TorchDispatchMode):
-    """Skips in-place random operations, and copies into sharded parameters."""
+    """Skips in-place random operations on what a checkpoint holds, and copies into sharded
+    parameters.
+    """
+
+    def __init__(self, model: ModelProtocol) -> None:
+        super().__init__()
+        self._saved = {storage_key(tensor) for tensor in model.state_dict().values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         draws = torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable
-        if draws or copies_whole_values(func, args):
+        if copies_whole_values(func, args) or (draws and storage_key(args[0]) in self._saved):
             return args[0]
         return func(*args, **(kwargs or {}))
 

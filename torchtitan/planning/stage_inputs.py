@@ -25,7 +25,10 @@ def micro_batch(job_config: JobConfig, dims: ParallelDims, inputs: Inputs) -> Ba
     size = job_config.training.local_batch_size
     if dims.pp_enabled:
         size = job_config.parallelism.pipeline_parallel_microbatch_size
-    batch = inputs.batch(size, job_config.training.seq_len // dims.cp)
+    seq_len = job_config.training.seq_len // dims.cp
+    batch = inputs.batch(size, seq_len)
+    if dims.cp_enabled:  # a loader then gives only `[batch, seq]` and `[batch]`
+        batch = {name: t if t.ndim == 1 else t[:, :seq_len] for name, t in batch.items()}
     # Floating-point inputs in the dtype that the trainer gives to a model.
     dtype = getattr(torch, job_config.training.mixed_precision_param)
     return {

@@ -11,7 +11,7 @@ from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from safetensors.torch import save_file
 from tiny_models import TINY, tiny_model
 
-from torchtitan.components.checkpoint.load import adapter_of
+from torchtitan.components.checkpoint.load import adapter_of, load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols import BaseStateDictAdapter, TrainSpec, register_train_spec
@@ -169,6 +169,14 @@ def test_tied_weights_need_to_be_in_the_file_only_once(registered, tmp_path, wri
     model = TinyModel(TinyArgs(tied=True)).load_checkpoint(tmp_path)
     assert_same_weights(model, source)
     assert model.output.weight is model.tok_embeddings.weight
+
+
+def test_the_adapter_is_found_within_the_wrapper_of_the_compiler(source, tmp_path):
+    """That of `compile.scope = "model"`."""
+    save_file(hf_state(source), tmp_path / "model.safetensors")
+    model = TinyModel(TinyArgs())
+    load_model_weights(torch.compile(model, backend="eager"), tmp_path)
+    assert_same_weights(model, source)
 
 
 def test_the_adapter_may_pass_over_a_key(source, tmp_path):

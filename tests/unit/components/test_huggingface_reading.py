@@ -1,5 +1,7 @@
 """Folders of Hugging Face's format that say two things are refused."""
 
+import re
+
 import pytest
 import tiny_hf
 import torch
@@ -49,3 +51,22 @@ def test_a_folder_that_was_saved_to_twice_holds_two_models(sizes, tmp_path):
     (index if sizes[0] == "100KB" else single).unlink()  # what the first save has left
     weight = load(tmp_path).tok_embeddings.weight
     assert torch.equal(weight, model.model.embed_tokens.weight)
+
+
+def test_what_layers_share_must_be_the_same_in_each_layer_of_a_file(tmp_path):
+    """A model of Llama's kind whose layers share a matrix, as it is exported and as it is not."""
+    tiny_hf.saved("llama3", tmp_path)
+    _, spec = train_spec_of_hf_folder(tmp_path)
+    model = spec.model_cls(spec.model_args)
+    for layer in model.layers.values():
+        layer.feed_forward = model.layers["0"].feed_forward
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\S+ differs from model\.layers\.0\."):
+        model.load_checkpoint(tmp_path)
+
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    first = {name: re.sub(r"\d+", "0", name) for name in state if ".mlp." in name}
+    save_file(state | {name: state[own].clone() for name, own in first.items()}, file)
+    model.load_checkpoint(tmp_path)
+    weight = model.layers["1"].feed_forward.w1.weight
+    assert torch.equal(weight, state["model.layers.0.mlp.gate_proj.weight"])

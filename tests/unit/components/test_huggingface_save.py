@@ -23,6 +23,7 @@ from torchtitan.components.checkpoint.huggingface import (
     warn_without_bos,
 )
 from torchtitan.components.checkpoint.huggingface_save import (
+    check_export,
     plan_tensors,
     save_huggingface,
     share_out,
@@ -76,6 +77,19 @@ def test_transformers_opens_the_folder_and_computes_the_same_logits(tmp_path, na
         torch.testing.assert_close(model(ids), theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_what_layers_share_is_written_for_each_of_them(tmp_path):
+    """As Hugging Face's model does not share it."""
+    model, folder = build("llama3, tied"), tmp_path / "out"
+    for layer in model.layers.values():
+        layer.feed_forward = model.layers["0"].feed_forward
+    save(model, folder)
+    theirs, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), found
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_config_json_travels_through_transformers_and_back(name, tmp_path):
     args = TINY[name]
@@ -103,6 +117,15 @@ def test_every_flavor_can_be_exported(name):
         args = MODEL_REGISTRY[name](flavor).model_args
         back = type(args).from_hf_config(export_config(args))
         assert back.get_nparams_and_flops(4096) == args.get_nparams_and_flops(4096), flavor
+
+
+def test_a_tensor_that_the_adapter_does_not_know_is_refused_before_training():
+    model, config = build("llama3"), JobConfig()
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    check_export(model, config)
+    config.checkpoint.last_save_in_hf = True
+    with pytest.raises(CheckpointError, match=r"tensor 'scale' is not one of this model's"):
+        check_export(model, config)
 
 
 def test_what_hugging_face_cannot_express_is_refused():

@@ -7,8 +7,10 @@ from torchtitan.components.lr_scheduler import (
     LRSchedulersContainer,
     build_lr_scheduler,
     lr_factor,
+    lr_schedulers_of,
 )
-from torchtitan.config import load_config
+from torchtitan.config import JobConfig, load_config
+from torchtitan.errors import ConfigError
 
 
 def test_warm_up_stable_and_decay_meet_at_their_boundaries() -> None:
@@ -68,3 +70,12 @@ def test_a_trial_run_has_the_learning_rates_of_the_whole_one() -> None:
     whole = rates("--training.steps=100")
     assert rates("--training.steps=5", "--lr_scheduler.total_steps=100") == whole
     assert rates("--training.steps=5") != whole
+
+
+def test_a_schedule_of_pytorch_is_refused_with_what_to_return() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    message = r"^build_lr_scheduler_fn of llama3 returns LambdaLR, which has no last_lr. Return .*L"
+    with pytest.raises(ConfigError, match=message):
+        lr_schedulers_of(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0), JobConfig())
+    ours = LRSchedulersContainer([optimizer], lambda s: 1.0)
+    assert lr_schedulers_of(ours, JobConfig()) is ours

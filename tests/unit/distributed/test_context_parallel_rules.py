@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
@@ -66,3 +67,14 @@ def test_a_model_whose_attention_was_not_shared_is_refused(config):
         require_applied_cp(parts, config)
     apply_cp(parts[1], MESH, config)
     require_applied_cp(parts, config)
+
+
+def test_a_model_that_adds_tokens_to_each_part_is_refused_in_training(config):
+    config.training.seq_len = 16
+    mask = CausalMask()
+    apply_cp(model(mask, ScaledDotProductAttention()), MESH, config)
+    cpu = torch.device("cpu")
+    mask(8, None, cpu)
+    with pytest.raises(ConfigError, match="llama3 attends to 10 tokens where a rank has a part of"):
+        mask(10, None, cpu)
+    mask.eval()(10, None, cpu)  # of a longer sequence

@@ -19,6 +19,7 @@ from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, Ti
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
 from torchtitan.models import MODEL_REGISTRY
+from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.tools.convert.command import main as convert
 
 
@@ -295,3 +296,22 @@ def test_what_only_training_adds_to_the_loss_is_left_out(run_folder, tmp_path):
     (folder / "config.resolved.toml").write_text(text)
     source = open_source(ModelOptions(str(folder)))
     assert source.job_config.loss.z_loss_weight == 0.0
+
+
+class Projected(Llama3Model):
+    """With a random matrix that no checkpoint needs to hold, as it is the same each time."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.register_buffer("projection", torch.empty(8, 8), persistent=False)
+
+    def init_weights(self):
+        super().init_weights()
+        self.projection.normal_(generator=torch.Generator().manual_seed(1))
+
+
+def test_what_no_checkpoint_holds_is_drawn(run_folder):
+    source = open_source(ModelOptions(str(run_folder)))
+    source.spec.model_cls = Projected
+    drawn = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(load_model(source).model.projection, drawn)

@@ -8,11 +8,13 @@ from typing import ClassVar
 
 import pytest
 import tiny_own_batches as own
+import torch
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
 from torchtitan.launching.command import check_job
+from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.inputs import Inputs
@@ -99,6 +101,32 @@ def test_the_trainers_rules_of_batches_hold() -> None:
         plan_run(job("tuple_diffusion", "--training.seq_len=32"), 2, DEVICES["h100"])
     with pytest.raises(ConfigError, match="takes no positions"):
         plan_run(job("tiny_codes", CP2), 2, DEVICES["h100"])
+
+
+class Weighted(Llama3Model):
+    def forward(self, tokens, *, weight, positions=None, document_ids=None):
+        assert len(weight) == len(tokens)
+        return super().forward(tokens, positions, document_ids)
+
+
+def test_a_rank_of_a_sequence_has_its_part_of_a_batch_of_the_loader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which it would attend to otherwise as if there were twice as many tokens."""
+
+    def row(job_config, generator):
+        tokens = torch.zeros(job_config.training.seq_len, dtype=torch.int64)
+        return {"tokens": tokens, "labels": tokens, "weight": torch.tensor(1)}
+
+    ours = MODEL_REGISTRY["llama3"]("debugmodel")
+    loader = partial(own.Loader, row)
+    spec = replace(ours, model_cls=Weighted, build_dataloader_fn=loader)
+    monkeypatch.setitem(MODEL_REGISTRY, "weighted", lambda flavor: spec)
+    whole, shared = (
+        plan_run(job("weighted", *options), ranks, DEVICES["h100"]).peak
+        for ranks, options in ((1, ()), (2, (CP2,)))
+    )
+    assert shared < whole
 
 
 class PlacedCodes(own.Codes):

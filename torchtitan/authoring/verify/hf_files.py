@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from torchtitan.components.checkpoint.load import first_names
 from torchtitan.components.checkpoint.reader import read_safetensors_metadata
+from torchtitan.components.checkpoint.tied import first_names
 from torchtitan.errors import CheckpointError, TitanError
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.protocols import BaseModelArgs, BaseStateDictAdapter

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-from torchtitan.components.checkpoint.load import first_names
+from torchtitan.components.checkpoint.tied import first_names
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.models.from_hf import read_hf_config

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from torchtitan.tools.text import first_line
 
 from . import folder as folders
 from .huggingface import ExportAssets, write_assets
-from .load import adapter_of, buffer_names, dtype_of_copy, model_state, tied_names
+from .load import adapter_of, buffer_names, dtype_of_copy, model_state
 from .safetensors_files import (
     MAX_FILE_BYTES,
     PIECE_BYTES,
@@ -44,6 +44,10 @@ from .safetensors_files import (
     write_index,
 )
 from .storage import sync_file
+from .tied import tied_embeddings
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 
@@ -96,8 +100,7 @@ def save_huggingface(
         CheckpointError: a rank could not write; raised on all ranks, and no files are left.
     """
     args = cast(BaseModelArgs, model_parts[0].args)
-    tied = tied_names(model_parts)
-    state = {k: t.detach() for k, t in model_state(model_parts).items() if k not in tied}
+    state = _exported_state(model_parts)
     adapter, buffers = adapter_of(model_parts[0], folder), buffer_names(model_parts)
     hf_state = adapter.to_hf(state)
     exact = adapter.to_hf({name: t for name, t in state.items() if name in buffers})
@@ -128,6 +131,24 @@ def save_huggingface(
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{folder} could not be saved: {first_line(error)}") from error
     logger.info("saved %s", folder)
+
+
+def check_export(model: nn.Module, job_config: JobConfig) -> None:
+    """Find out before training whether `checkpoint.last_save_in_hf` will know all names.
+
+    Args:
+        model: the whole model, on the meta device.
+
+    Raises:
+        CheckpointError: the adapter does not know a tensor.
+    """
+    if job_config.checkpoint.last_save_in_hf:
+        adapter_of(model, Path()).to_hf(_exported_state([model]))
+
+
+def _exported_state(model_parts: list[nn.Module]) -> dict[str, torch.Tensor]:
+    tied = tied_embeddings(model_parts)
+    return {k: t.detach() for k, t in model_state(model_parts).items() if k not in tied}
 
 
 def _begin(folder: Path) -> None:

@@ -31,7 +31,6 @@ from .manifest import MANIFEST, Manifest, nested_differences, plain_args
 from .reader import (
     CheckpointReader,
     SafetensorsReader,
-    files_of,
     read_metadata,
     read_safetensors_metadata,
     read_state,
@@ -40,11 +39,11 @@ from .retry import parse_again
 from .safetensors_files import (
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX,
-    SafetensorsFile,
     is_hf_weights,
 )
 from .shard_table import ShardTable
 from .storage import StoragePath, storage_path
+from .tied import check_copies, tied_names
 
 if TYPE_CHECKING:
     from torchtitan.protocols import BaseStateDictAdapter, ModelProtocol
@@ -252,7 +251,7 @@ def _load_huggingface(
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
     with begin_errors_with(str(path)):
         names.check_names(metadata.state_dict_metadata)
-    on_rank_zero(lambda: check_copies(path, metadata, names), group)
+    on_rank_zero(lambda: check_copies(path, metadata, names, model_parts), group)
     tied = tied_names(model_parts)
 
     def is_left_out(name: str) -> bool:
@@ -310,27 +309,6 @@ def wanted_keys(
     return wanted
 
 
-def check_copies(path: Path, metadata: Metadata, adapter: BaseStateDictAdapter) -> None:
-    """Raise `CheckpointError` if a tensor that the adapter skips is no copy of another tensor."""
-    files = files_of(metadata)
-    for copy, first in adapter.copies().items():
-        if not {copy, first} <= files.keys():
-            continue
-        with SafetensorsFile(path / files[copy]) as a, SafetensorsFile(path / files[first]) as b:
-            spec = a.specs[copy]
-            same = spec.shape == b.specs[first].shape and all(
-                torch.equal(a.read(copy, *rows).float(), b.read(first, *rows).float())
-                for rows in spec.pieces()
-            )
-        if not same:
-            raise CheckpointError(
-                f"{path}: {copy} differs from {first}, but the model has one tensor for both "
-                f"(tie_word_embeddings = true). If {copy} is what was trained, set "
-                "tie_word_embeddings = false in config.json and in the model's args; if not, "
-                "remove it from the file"
-            )
-
-
 def check_hf_config(path: Path, model: nn.Module) -> None:
     """Raise `CheckpointError` if the `config.json` in `path` describes another model."""
     from .huggingface import check_same_model
@@ -349,6 +327,7 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
     Raises:
         CheckpointError: there is no adapter.
     """
+    model = cast(nn.Module, getattr(model, "_orig_mod", model))  # within torch.compile's wrapper
     found: list[tuple[int, bool, int, type[BaseStateDictAdapter]]] = []
     for order, (name, factory) in enumerate(MODEL_REGISTRY.items()):
         try:
@@ -382,18 +361,3 @@ def dtype_of_copy(own: torch.dtype, dtype: torch.dtype | None, is_buffer: bool) 
     if dtype is None or not own.is_floating_point:
         return own
     return torch.promote_types(own, dtype) if is_buffer else dtype
-
-
-def tied_names(model_parts: list[nn.Module]) -> set[str]:
-    """Return the second names of tied parameters, which Hugging Face files hold only once."""
-    return {name for part in model_parts for name in first_names(part)}
-
-
-def first_names(model: nn.Module) -> dict[str, str]:
-    """Map the second name of each tied parameter to its first name."""
-    first = {id(param): canonical_name(name) for name, param in model.named_parameters()}
-    names = {
-        canonical_name(name): first[id(param)]
-        for name, param in model.named_parameters(remove_duplicate=False)
-    }
-    return {name: other for name, other in names.items() if name != other}

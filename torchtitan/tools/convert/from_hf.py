@@ -22,12 +22,9 @@ from torch.futures import Future
 from torchtitan.components.checkpoint.failures import first_failure
 from torchtitan.components.checkpoint.load import (
     buffer_names,
-    check_copies,
     dtype_of_copy,
-    first_names,
     model_args,
     model_state,
-    tied_names,
     wanted_keys,
 )
 from torchtitan.components.checkpoint.manifest import Manifest, records_of
@@ -39,6 +36,7 @@ from torchtitan.components.checkpoint.reader import (
 )
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
 from torchtitan.components.checkpoint.saved_tensors import save_hole
+from torchtitan.components.checkpoint.tied import check_copies, first_names, tied_names
 from torchtitan.components.checkpoint.writer import cause_of_failed_write
 from torchtitan.errors import begin_errors_with
 from torchtitan.models.from_hf import read_hf_config
@@ -72,8 +70,8 @@ def convert_from_hf(
     entries: dict[str, Any] = metadata.state_dict_metadata
     with begin_errors_with(str(folder)):
         adapter.check_names(entries)
-    check_copies(folder, metadata, adapter)
     model = known.build()
+    check_copies(folder, metadata, adapter, [model])
     state, tied = model_state([model]), tied_names([model])
     hf_state = adapter.to_hf({name: t for name, t in state.items() if name not in tied})
     wanted = wanted_keys(adapter, metadata, tied.__contains__)

@@ -16,7 +16,6 @@ from torchtitan.components.checkpoint.load import (
     buffer_names,
     dtype_of_copy,
     model_state,
-    tied_names,
 )
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
@@ -31,6 +30,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     write_index,
 )
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
+from torchtitan.components.checkpoint.tied import tied_embeddings
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.plugins import load_plugins
@@ -74,7 +74,7 @@ def convert_to_hf(
         config = load_config(["--job.config_file", str(folder / CONFIG_FILE)])
         load_plugins(config.job.custom_import)
         convert_to_load(model, config, ParallelDims(world_size=1))
-    state, tied = model_state([model]), tied_names([model])
+    state, tied = model_state([model]), tied_embeddings([model])
     saved = {PREFIX + name: tensor for name, tensor in state.items()}
     check_keys_and_shapes(folder, metadata, saved)
     check_no_more(folder, metadata, saved, lambda key: key.startswith(PREFIX))

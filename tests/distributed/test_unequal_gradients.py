@@ -1,0 +1,52 @@
+"""Parameters whose gradients nobody adds up are named; all that PyTorch places are not."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from harness import run_ranks
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
+from torchtitan.distributed.utils import init_distributed
+
+
+def warnings_of_a_step() -> list[str]:
+    """Of 2 x 2 ranks; each has tokens of its own, and so other gradients."""
+    init_distributed(timeout_seconds=60)
+    dims = ParallelDims(tp=2, world_size=4)
+    model = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in ("whole", "fsdp", "tp")})
+    model["frozen"] = nn.Linear(4, 4).requires_grad_(False)
+    torch.manual_seed(0)
+    for param in model.parameters():
+        nn.init.normal_(param)
+    weight = distribute_tensor(model["tp"].weight.detach(), dims.world_mesh["tp"], [Replicate()])
+    model["tp"].weight = nn.Parameter(weight)
+    fully_shard(model["fsdp"], mesh=dims.world_mesh["dp_shard_cp"])
+    for name in ("whole", "fsdp", "tp"):
+        grad = model[name].weight.grad = torch.ones_like(model[name].weight)
+        alike = name != "whole" or dims.world_mesh["dp_shard"].get_local_rank() == 0
+        (grad if name == "whole" else grad.to_local()).mul_(1 if alike else 2)
+
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("torchtitan").addHandler(handler)
+    warn_of_unequal_gradients([model], dims)
+    dist.destroy_process_group()
+    return told
+
+
+def test_gradients_that_nobody_adds_up_are_told() -> None:
+    first, second, *others = run_ranks(warnings_of_a_step, 4)
+    assert others == [[], []]
+    assert first == second and len(first) == 1
+    assert first[0].startswith(
+        "the ranks of data parallelism have different gradients of whole.weight (by 0.33 of their "
+        "norm). Each rank then trains weights of its own"
+    )
