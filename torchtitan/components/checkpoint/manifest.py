@@ -88,7 +88,8 @@ class Manifest:
             ) from error
         try:
             fields = parse_json(text)
-            if f"{zlib.crc32(_as_text(fields | _NO_CHECKSUM)):08x}" != fields.pop("crc32"):
+            checksum = f"{zlib.crc32(_as_text(fields | _NO_CHECKSUM)):08x}"
+            if _as_text(fields) != text or fields.pop("crc32") != checksum:
                 raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
             fields["files"] = {name: FileRecord(**of) for name, of in fields["files"].items()}
             manifest = cls(**fields)
