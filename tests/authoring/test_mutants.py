@@ -312,6 +312,14 @@ def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> Non
     assert "layers share layers.0.wo.weight" in outcomes["contract.recursive"].message
 
 
+def test_a_right_model_that_freezes_parameters_passes(tmp_path: Path) -> None:
+    subject = Subject("frozen_block", "debugmodel", tmp_path, "frozen_block")
+    only = choose(["learning.gradients", "learning.slope", "layouts.updates", "layouts.tp2"])
+    outcomes = {o.check.name: o for o in run_checks(only, subject)}
+    assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status != "pass"] == []
+    assert outcomes["learning.gradients"].message == "29 parameters, and 10 that the model freezes"
+
+
 def test_tensor_parallelism_splits_what_layers_share_once(tmp_path: Path) -> None:
     subject = Subject("shared_feed_forward", "debugmodel", tmp_path, "shared_projection")
     outcomes = {o.check.name: o for o in run_checks(choose(["layouts.tp2"]), subject)}

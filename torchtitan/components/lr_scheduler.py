@@ -66,10 +66,10 @@ def build_lr_scheduler(
 
 
 def lr_schedulers_of(built: Any, job_config: JobConfig) -> LRSchedulersContainer:
-    """What a `build_lr_scheduler_fn` has built, where the trainer can use it.
+    """Return what a `build_lr_scheduler_fn` has built, if the trainer can use it.
 
     Raises:
-        ConfigError: it cannot, as those of `torch.optim.lr_scheduler`.
+        ConfigError: it cannot use it, such as a scheduler of `torch.optim.lr_scheduler`.
     """
     wanted = ("last_lr", "step", "state_dict", "load_state_dict")
     missing = [name for name in wanted if not hasattr(built, name)]

@@ -102,7 +102,7 @@ class _Loss:
             loss = self._measured()
         self.order = {name: number for number, name in enumerate(outputs)}
         """Modules by order of completion."""
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         whole, added = self._gradients(loss, 1.0), self._gradients(loss, 0.0)
         self.gradients = {name: grad - added[name] for name, grad in whole.items()}
         again = self._measured()

@@ -134,7 +134,7 @@ def save_huggingface(
 
 
 def check_export(model: nn.Module, job_config: JobConfig) -> None:
-    """Find out before training whether `checkpoint.last_save_in_hf` will know all names.
+    """Check before training that `checkpoint.last_save_in_hf` can name all tensors.
 
     Args:
         model: the whole model, on the meta device.

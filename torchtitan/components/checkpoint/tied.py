@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def tied_names(model_parts: list[nn.Module]) -> set[str]:
-    """Second names of parameters that have two."""
+    """Return the second names of tied parameters."""
     return {name for part in model_parts for name in first_names(part)}
 
 
 def tied_embeddings(model_parts: list[nn.Module]) -> set[str]:
-    """Second names of embeddings, which Hugging Face's files hold once.
+    """Return the second names of embeddings, which Hugging Face files hold only once.
 
-    Its models tie these alone, and need what else is shared under each name.
+    Its models tie only these, and need anything else that is shared under each of its names.
     """
     tied = set()
     for part in model_parts:
@@ -53,7 +53,7 @@ def check_copies(
     adapter: BaseStateDictAdapter,
     model_parts: list[nn.Module],
 ) -> None:
-    """Raises `CheckpointError` if a tensor that is left out is no copy of the one that is read."""
+    """Raise `CheckpointError` if a tensor that is skipped is no copy of the one that is read."""
     files, told = files_of(metadata), adapter.copies()
     for copy, first in (told | _copies_of_shared(adapter, model_parts)).items():
         if copy == first or not {copy, first} <= files.keys():
@@ -78,7 +78,7 @@ def check_copies(
 def _copies_of_shared(
     adapter: BaseStateDictAdapter, model_parts: list[nn.Module]
 ) -> dict[str, str]:
-    """The files' names of what modules share, each with that of the one which is read."""
+    """Map the files' names of shared parameters to the name of the one that is read."""
     copies: dict[str, str] = {}
     for part in model_parts:
         for second, first in first_names(part).items():
