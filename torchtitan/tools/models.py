@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchtitan models", description="List models, their flavors and sizes."
     )
-    parser.add_argument("name", nargs="?", help="only this model")
+    parser.add_argument("name", nargs="?", help="list only this model")
     parser.add_argument(
         "--custom-import",
         "--job.custom_import",
@@ -98,6 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         type=positive,
         default=4096,
         metavar="N",
-        help="sequence length of the FLOP count (default: 4096)",
+        help="sequence length for the FLOP count (default: 4096)",
     )
     return parser

@@ -258,7 +258,7 @@ def test_it_says_that_it_goes_on_after_ctrl_c(
 
     monkeypatch.setattr("torchtitan.data.command.prepare", interrupt)
     assert main_of_data(["prepare", "--out", str(tmp_path / "out")]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
 
 
 def test_as_many_processes_as_cores_it_may_use(

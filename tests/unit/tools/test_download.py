@@ -204,7 +204,7 @@ def test_what_the_hub_refuses(hub, tmp_path):
     assert "accepted its terms" in refused(hub, tmp_path, "gated/model")
     message = refused(hub, tmp_path, "good/model", "--revision", "nowhere")
     assert "good/model has no revision 'nowhere'" in message
-    assert "is not the name of a model" in refused(hub, tmp_path, "a/b/c")
+    assert "is not a model name" in refused(hub, tmp_path, "a/b/c")
     assert not (tmp_path / "assets").exists() or not names(tmp_path / "assets")
 
 
