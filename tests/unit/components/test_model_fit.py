@@ -30,7 +30,7 @@ def test_validation_needs_a_tokenizer_or_a_validator(config):
     spec = replace(get_train_spec("llama3", "debugmodel"), build_tokenizer_fn=None)
     check_builders(spec, config)
     config.validation.enable = True
-    with pytest.raises(ConfigError, match=r"validation.enable.*neither a build_tokenizer_fn"):
+    with pytest.raises(ConfigError, match=r"validation.enable.*neither build_tokenizer_fn"):
         check_builders(spec, config)
     check_builders(replace(spec, build_validator_fn=lambda *_: None), config)
 

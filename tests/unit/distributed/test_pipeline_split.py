@@ -204,7 +204,7 @@ def test_a_schedule_says_how_many_stages_it_needs(schedule: str, per_rank: int) 
 
 def test_selective_recomputation_does_not_survive_two_backward_passes() -> None:
     config = job(2, schedule="ZBVZeroBubble")
-    with pytest.raises(ConfigError, match="this pipeline schedule makes two"):
+    with pytest.raises(ConfigError, match="this pipeline schedule runs two"):
         validate(config, world_size=2)
     config.compile.enable = True
     validate(config, world_size=2)
@@ -214,7 +214,7 @@ def test_the_chunked_loss_does_not_survive_two_backward_passes() -> None:
     config = job(2, schedule="DualPipeV")
     config.activation_checkpoint.mode = "none"
     config.loss.name = "chunked_cross_entropy"
-    with pytest.raises(ConfigError, match=r"loss.name.*asks twice"):
+    with pytest.raises(ConfigError, match=r"loss.name.*needs them twice"):
         validate(config, world_size=2)
     config.parallelism.pipeline_parallel_schedule = "1F1B"
     validate(config, world_size=2)
@@ -226,7 +226,9 @@ def test_parameters_stay_whole_between_two_backward_passes() -> None:
     config.activation_checkpoint.mode = "none"
     validate(config, world_size=4)
     config.parallelism.fsdp_reshard_after_forward = "always"
-    with pytest.raises(ConfigError, match=r"fsdp_reshard_after_forward.*would lose gradients"):
+    with pytest.raises(
+        ConfigError, match=r"fsdp_reshard_after_forward.*would lose weight gradients"
+    ):
         validate(config, world_size=4)
     config.parallelism.pipeline_parallel_schedule = "Interleaved1F1B"
     validate(config, world_size=4)
