@@ -193,7 +193,7 @@ def test_a_missing_key_is_named(source, tmp_path):
 
 def test_an_unexpected_key_is_named(source, tmp_path):
     save_file(hf_state(source) | {"model.bias": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has model\.bias, which this run has no place for"):
+    with pytest.raises(CheckpointError, match=r"has model\.bias, which this run does not use"):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path)
 
 
@@ -278,7 +278,7 @@ def test_weights_start_a_run_whose_experts_are_balanced_in_another_way(tmp_path,
 
 def test_a_bias_by_which_experts_were_chosen_is_not_lost(tmp_path):
     balanced(tmp_path, use_bias=True).train(2)
-    with pytest.raises(CheckpointError, match=r"selection_bias, which this run has no place for"):
+    with pytest.raises(CheckpointError, match=r"selection_bias, which this run does not use"):
         balanced(tmp_path / "now").model.load_checkpoint(tmp_path / "checkpoint" / "step-2")
     model = balanced(tmp_path / "now", use_bias=True).model
     model.load_checkpoint(tmp_path / "checkpoint" / "step-2")

@@ -98,7 +98,7 @@ def test_another_plan_is_refused(name: str) -> None:
 
 
 def test_what_is_refused_says_where() -> None:
-    with pytest.raises(ValueError, match=r"its 23 parts have a gap, overlap .* at \[2, 2\]$"):
+    with pytest.raises(ValueError, match=r"its 23 parts leave a gap, overlap .* at \[2, 2\]$"):
         planner().create_global_plan(plans_of(*BAD["a gap in the middle"]))
 
 

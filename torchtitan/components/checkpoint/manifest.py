@@ -89,14 +89,16 @@ class Manifest:
         try:
             fields = parse_json(text)
             if f"{zlib.crc32(_as_text(fields | _NO_CHECKSUM)):08x}" != fields.pop("crc32"):
-                raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
+                raise DamagedCheckpointError(f"{path} is damaged: its checksum does not match")
             fields["files"] = {name: FileRecord(**of) for name, of in fields["files"].items()}
             manifest = cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error
         for name in manifest.files:
             if "/" in name or "\\" in name:
-                raise DamagedCheckpointError(f"{path} is damaged: {name!r} is no file's name")
+                raise DamagedCheckpointError(
+                    f"{path} is damaged: {name!r} is not a valid file name"
+                )
         return manifest
 
     @classmethod
@@ -126,8 +128,8 @@ class Manifest:
                 )
             if sizes[name] != record.size:
                 raise DamagedCheckpointError(
-                    f"{folder / name} is damaged: {record.size} bytes were written, "
-                    f"{sizes[name]} are there"
+                    f"{folder / name} is damaged: {record.size} bytes were written, but it has "
+                    f"{sizes[name]}"
                 )
 
     def damaged_files(self, folder: StoragePath) -> list[str]:

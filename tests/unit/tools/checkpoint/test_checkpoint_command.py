@@ -197,7 +197,7 @@ def test_nan_is_equal_to_nan_alone():
             "--keep-every -1: must be 0 or more",
         ),
         (["diff", "nowhere", "nowhere"], "manifest.json cannot be read"),
-        (["list", "nothing://a"], "fsspec knows no nothing://"),
+        (["list", "nothing://a"], "fsspec does not support nothing://"),
     ],
 )
 def test_mistakes_end_with_one_message(tmp_path, capsys, monkeypatch, arguments, words):

@@ -302,7 +302,7 @@ BAD_OURS = {
         lambda f: change_manifest(
             f, args={"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4}
         ),
-        ["other shapes of model.", "saved ["],
+        ["different shapes for model.", "saved ["],
     ),
     "args of another version": (
         lambda f: change_manifest(f, args={"dimension": 32}),
