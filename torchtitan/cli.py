@@ -53,7 +53,7 @@ COMMANDS = {
     ),
     "launch": (
         "torchtitan.launching.command",
-        "start a job on Slurm, Kubernetes, SkyPilot or ssh hosts, or show what would be submitted",
+        "start a job on Slurm, Kubernetes, SkyPilot or ssh hosts, or show what it would submit",
     ),
     "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
 }

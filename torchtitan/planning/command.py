@@ -116,7 +116,7 @@ def _plan(options: Options, config: JobConfig) -> int:
     except WorldSizeError as error:
         if options.world_size:
             raise
-        told = f"on {world_size} devices, the default; --world-size N sets it"
+        told = f"on {world_size} devices, the default; set it with --world-size N"
         raise WorldSizeError(f"{error} ({told})") from error
     budget = Budget.of(plan, options.tokens, options.price) if options.tokens else None
     show(plan, budget)

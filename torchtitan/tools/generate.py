@@ -140,8 +140,8 @@ def limit_of_new_tokens(source: Source, prompts: list[list[int]], wanted: int | 
         return wanted or DEFAULT_NEW_TOKENS
     if longest >= limit or longest + (wanted or 1) > limit:
         raise ConfigError(
-            f"the longest prompt has {longest} tokens and {wanted or 1} or more are to follow, but "
-            f"{source.model_name} of {source.folder} is made for sequences of at most {limit}"
+            f"the longest prompt has {longest} tokens and {wanted or 1} or more should follow, "
+            f"but {source.model_name} of {source.folder} supports sequences of at most {limit}"
         )
     return wanted or min(DEFAULT_NEW_TOKENS, limit - longest)
 

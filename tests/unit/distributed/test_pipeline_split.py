@@ -99,7 +99,7 @@ def test_stages_are_cut_where_the_user_says() -> None:
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        (["layer.1"], r"'layer.1' is no place to cut. Did you mean 'layers.1'"),
+        (["layer.1"], r"'layer.1' is not a split point. Did you mean 'layers.1'"),
         (["layers.1", "layers.2"], "2 points make 3 stages, but .* is 2"),
     ],
 )
@@ -249,9 +249,9 @@ def test_a_csv_says_who_has_which_stages(tmp_path: Path) -> None:
     [
         ("", "has 0 rows"),
         ("0F0\n", "has 1 rows"),
-        ("0F0\n0B0\n", "each stage from 0 on in one of them"),
+        ("0F0\n0B0\n", "each stage from 0 on in exactly one of them"),
         ("0F0\nhello\n", "each stage from 0 on"),
-        ("0F0,1F0,\n2F0\n", "every rank must have as many stages"),
+        ("0F0,1F0,\n2F0\n", "every rank must have the same number of stages"),
     ],
 )
 def test_a_bad_csv_is_named(tmp_path: Path, text: str, message: str) -> None:

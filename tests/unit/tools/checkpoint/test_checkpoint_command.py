@@ -189,7 +189,7 @@ def test_nan_is_equal_to_nan_alone():
     ("arguments", "words"),
     [
         (["list", "nowhere"], "nowhere holds no checkpoint"),
-        (["verify", "nowhere/step-2"], "is no folder"),
+        (["verify", "nowhere/step-2"], "is not a folder"),
         (["prune", "nowhere", "--keep", "1"], "holds no step-N folders"),
         (["prune", "nowhere", "--keep", "0"], "--keep 0: must be 1 or more"),
         (

@@ -302,7 +302,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", LOSSES)
     (run / "config.resolved.toml").unlink()
     os.mkfifo(run / "config.resolved.toml")
-    with pytest.raises(ConfigError, match=r"config.resolved.toml cannot be read: it is no file"):
+    with pytest.raises(ConfigError, match=r"config.resolved.toml cannot be read: it is not a file"):
         main([str(run)])
 
 
