@@ -604,7 +604,7 @@ def test_a_run_goes_on_when_wandb_ends(
         log(processor, step)
     processor.close()
     assert [row["step"] for row in rows(config)] == [1, 2, 3] and len(wandb.logged) == 1
-    assert caplog.text.count("W&B stops: the service is gone") == 1
+    assert caplog.text.count("W&B stopped: the service is gone") == 1
 
 
 def test_wandb_that_does_not_start_is_a_config_error(

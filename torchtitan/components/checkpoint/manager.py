@@ -274,8 +274,8 @@ class CheckpointManager:
             folders = on_rank_zero(lambda: folders_to_resume(self._root, load_step), self._group)
             if not folders and load_step != -1:
                 raise CheckpointError(
-                    f"checkpoint.load_step = {load_step}: {step_folder(self._root, load_step)} "
-                    f"does not exist. {self._steps_to_resume()}"
+                    f"checkpoint.load_step = {load_step}: there is no "
+                    f"{step_folder(self._root, load_step)}. {self._steps_to_resume()}"
                 )
             step = self._resume_first_good(folders, exclude=None)
             if step is not None:

@@ -80,8 +80,8 @@ def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
     if found:
         lines = "".join(f"\n  {name} = {was} (now {now})" for name, was, now in found)
         raise CheckpointError(
-            f"{folder} was saved from another model, so this run cannot resume from "
-            f"it:{lines}\nRestore the model, or start a new run in another job.dump_folder; "
+            f"{folder} is of another model, so this run cannot resume from it:{lines}\nRestore "
+            "the model, or start a new run in another job.dump_folder; "
             "checkpoint.initial_load_path gives it weights"
         )
 

@@ -147,7 +147,7 @@ def test_steps_that_the_guard_skipped_are_not_called_not_finite(tmp_path: Path) 
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main([str(run)])
     text = text_of(run / "report.html")
-    assert "run: the guard skipped the batch of 3 steps, the first by step 2." in text
+    assert "run: the guard skipped the batches of 3 steps, the first by step 2." in text
     assert "run: loss is not finite at step 6." in text
     drawn = (run / "report.html").read_text().partition("<script")[0]
     assert drawn.count('class="mark"') == 2  # of the loss and of the norm
