@@ -19,38 +19,41 @@ from torchtitan.errors import ConfigError, TitanError, did_you_mean
 
 COMMANDS = {
     "train": ("torchtitan.train", "train a model"),
-    "new": ("torchtitan.authoring.new.command", "start a model of your own"),
-    "verify": ("torchtitan.authoring.verify.command", "prove a model right, without a GPU"),
+    "new": ("torchtitan.authoring.new.command", "start a new model of your own"),
+    "verify": (
+        "torchtitan.authoring.verify.command",
+        "check that a model is correct, without a GPU",
+    ),
     "converge": (
         "torchtitan.tools.converge.command",
-        "train under several layouts from one seed, and compare the curves",
+        "train with several layouts from one seed, and compare the curves",
     ),
     "report": (
         "torchtitan.tools.report.command",
-        "a page of what runs logged: curves, config, environment, checkpoints",
+        "show the logs of runs as a page: curves, config, environment, checkpoints",
     ),
     "generate": ("torchtitan.tools.generate", "continue prompts with a trained model"),
     "eval": (
         "torchtitan.tools.evaluate.command",
-        "perplexity on a dataset, or tasks of lm-evaluation-harness",
+        "measure perplexity on a dataset, or run tasks of lm-evaluation-harness",
     ),
     "convert": (
         "torchtitan.tools.convert.command",
-        "convert checkpoints from and to Hugging Face folders, and look into both",
+        "convert checkpoints from and to Hugging Face folders, and inspect both",
     ),
     "checkpoint": (
         "torchtitan.tools.checkpoint.command",
         "list, verify, prune and compare checkpoints",
     ),
     "download": ("torchtitan.tools.download", "fetch weights and tokenizer from the hub"),
-    "data": ("torchtitan.data.command", "prepare token shards, or look at data"),
+    "data": ("torchtitan.data.command", "prepare token shards, or inspect data"),
     "plan": (
         "torchtitan.planning.command",
-        "memory, time and cost of a run, before it is started; or search the best layout",
+        "estimate memory, time and cost of a run before it starts, or search for the best layout",
     ),
     "launch": (
         "torchtitan.launching.command",
-        "start a job on Slurm, Kubernetes, SkyPilot or ssh hosts, or show what would be submitted",
+        "start a job on Slurm, Kubernetes, SkyPilot or ssh hosts, or show what it would submit",
     ),
     "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
 }
@@ -146,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     if not command:
         sys.stderr.write(_usage())
         return 2
-    raise ConfigError(f"no command {command!r}.{did_you_mean(command, COMMANDS)}")
+    raise ConfigError(f"unknown command {command!r}.{did_you_mean(command, COMMANDS)}")
 
 
 def _import(name: str) -> ModuleType:

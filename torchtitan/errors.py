@@ -78,7 +78,7 @@ _OF_USERS = frozenset({"OfflineModeIsEnabled", "AuthenticationError"})
 def outage_or(mistake: type[TitanError], message: str, error: BaseException) -> TitanError:
     """Return the error to raise for `error`: `OutageError` if that may pass, else `mistake`."""
     if may_pass(error):
-        return OutageError(f"{message}. This may pass: start the run again")
+        return OutageError(f"{message}. This may be temporary: start the run again")
     return mistake(message)
 
 

@@ -95,8 +95,8 @@ class Trainer:
     def __init__(self, job_config: JobConfig) -> None:
         if dist.is_initialized():
             raise RuntimeError(
-                "this process has a process group already: another Trainer's, which its train() or "
-                "close() ends, or your own (dist.destroy_process_group())"
+                "this process already has a process group. Destroy it first: another Trainer's "
+                "with its train() or close(), your own with dist.destroy_process_group()"
             )
         self._closed = self.may_hang = False
         self.first_step = True
@@ -508,8 +508,8 @@ def main(argv: list[str] | None = None) -> int:
     if not (job_config.checkpoint.enable or job_config.fault_tolerance.enable):
         # Not PREEMPTED, with which a scheduler would restart the job, each time from step 0.
         raise TrainingError(
-            f"stopped after step {trainer.state.step} of {job_config.training.steps}, and nothing "
-            "is saved, since checkpoint.enable is false: started again, it begins at step 0"
+            f"stopped after step {trainer.state.step} of {job_config.training.steps}; nothing was "
+            "saved, since checkpoint.enable is false, so a restart begins at step 0"
         )
     return PREEMPTED
 

@@ -39,5 +39,5 @@ def test_a_module_that_no_stage_has_is_refused(monkeypatch: pytest.MonkeyPatch) 
         return spec
 
     monkeypatch.setitem(MODEL_REGISTRY, "learned_positions", unnamed)
-    with pytest.raises(ConfigError, match=r"embedding.*not named by its pipeline_fn"):
+    with pytest.raises(ConfigError, match=r"embedding.*not named in its pipeline_fn"):
         try_layout(config, 2)

@@ -21,7 +21,7 @@ def load_in_own_folder(folder: Path) -> None:
     run = Run("fsdp2", folder / f"host{dist.get_rank()}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, "SEEN_AFTER", (0.1,))
-        match = rf"^{folder}/host1/checkpoint on \S+ \(rank 1\) is another .*{folder}/host0/.*share"
+        match = rf"^{folder}/host1/checkpoint on \S+ \(rank 1\) is not .*{folder}/host0/.*share"
         with pytest.raises(CheckpointError, match=match):
             run.manager.load()
 

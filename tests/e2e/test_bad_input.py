@@ -72,7 +72,7 @@ def test_what_a_loader_gives_in_vain_is_refused(tmp_path: Path) -> None:
 def test_a_loader_that_ends_before_the_run(tmp_path: Path) -> None:
     options = ("--model.name=own_loader_ends", "--training.steps=9")
     done = refused(tmp_path / "run", OWN, *options)
-    assert "build_dataloader_fn of own_loader_ends: the loader has ended in step " in done.err
+    assert "build_dataloader_fn of own_loader_ends: the loader ended in step " in done.err
     assert done.exit_codes == [2] and "Traceback" not in done.err, done.err
 
 
@@ -160,10 +160,10 @@ def test_a_damaged_checkpoint(name: str, ranks: int, two_checkpoints: Path, tmp_
     options = [*tiny_llama.OPTIONS, *SAVING, f"--job.dump_folder={folder}"]
     done = command("train", *options, ranks=ranks)
     assert done.exit_code == 0, done.err
-    (warning,) = re.findall(r"WARNING (.*is damaged: .*passed over)", done.err)
+    (warning,) = re.findall(r"WARNING (.*is damaged: .*skipped)", done.err)
     assert str(file) in warning
     assert f"resumed from {folder}/checkpoint/step-2" in done.err
-    assert "step-4 is damaged and was set aside as step-4.damaged" in done.err
+    assert "step-4 is damaged and was renamed to step-4.damaged" in done.err
     assert (folder / "checkpoint" / "step-4.damaged" / name).read_bytes() == content
 
 

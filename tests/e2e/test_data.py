@@ -160,9 +160,9 @@ def test_tokens_that_do_not_fit(tmp_path: Path) -> None:
     index["tokenizer"]["vocab_size"] = 50_257
     (out / "index.json").write_text(json.dumps(index))
     done = refused(tmp_path, *tokens)
-    assert_one_message(done, "vocab_size 50257", "model.tokenizer_path is another one")
+    assert_one_message(done, "vocab_size 50257", "model.tokenizer_path is a different one")
     (out / "index.json").unlink()
-    assert_one_message(refused(tmp_path, *tokens), "is not finished: run the same")
+    assert_one_message(refused(tmp_path, *tokens), "is unfinished: run the same")
 
     np.array([1, 2, 40_000, 257], np.uint16).tofile(tmp_path / "gpt2.bin")
     options = ["--training.dataset=tokens", f"--training.dataset_path={tmp_path}/gpt2.bin"]

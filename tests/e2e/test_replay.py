@@ -72,7 +72,7 @@ def test_a_flipped_bit_is_blamed_on_the_rank(layout: str, tmp_path: Path) -> Non
     assert set(done.exit_codes) == {2} and "Traceback" not in done.err, done.err
     blamed = re.search(r"first on (rank .*?)\. The hardware", done.err)
     assert blamed and re.findall(r"rank (\d)", blamed.group(1)) == [rank], done.err
-    assert "error: step 2: the same computation gave other bits" in done.err
+    assert "error: step 2: the same computation gave different bits" in done.err
 
 
 def test_of_a_compiled_model_the_rank_is_among_those_named(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def fail_and_train(folder: Path) -> None:
 
     # Two at a time, as where a cell of a notebook is run again.
     first = Trainer(config_of(folder / "first"))
-    with pytest.raises(RuntimeError, match=r"another Trainer's, which its train\(\) or close\(\)"):
+    with pytest.raises(RuntimeError, match=r"another Trainer's with its train\(\) or close\(\)"):
         Trainer(config_of(folder / "second"))
     assert first.train() and threading.enumerate() == before
 

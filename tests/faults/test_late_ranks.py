@@ -51,12 +51,12 @@ def test_a_rank_that_hangs_is_named(where: str, phase: str, tmp_path: Path) -> N
     environment = {"LATE": f"{where} 3 5 2", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
     done = run(tmp_path, *options, **environment)
     (text,) = (tmp_path / "hang" / "report.txt").read_text().splitlines()
-    assert re.search(f"is in step 2, phase '{phase}', for [2-4] s, at ", text)
+    assert re.search(f"has been in step 2, phase '{phase}', for [2-4] s, at ", text)
     assert "no progress for 2 s. Late: rank 3 (" in text and "in _maybe_sleep" in text
     waiting = "token count" if where == "data" else "forward_backward"
     assert f"3 wait in step 2, phase '{waiting}'" in text
     assert "ERROR no progress for 2 s. Late: rank 3" in done.err
-    assert "rank 0 goes on: step" in done.err
+    assert "rank 0 makes progress again: step" in done.err
     for rank in range(4):
         stacks = (tmp_path / "hang" / f"rank-{rank}.txt").read_text()
         assert f"step 2, phase '{phase if rank == 3 else waiting}'" in stacks
@@ -95,14 +95,14 @@ def beat(rank: int, step: int, phase: str, waits: bool = True, time: float = 100
 
 def test_who_is_late() -> None:
     waiting = [beat(rank, 5, "optimizer") for rank in range(3)]
-    assert "Late: rank 3 (host-3) is in step 4, phase 'optimizer'" in report(
+    assert "Late: rank 3 (host-3) has been in step 4, phase 'optimizer'" in report(
         [*waiting, beat(3, 4, "optimizer")], [], 10
     )
     assert "Late: rank 3 (host-3)" in report([*waiting, beat(3, 5, "optimizer", False)], [], 10)
     muted = report([*waiting, beat(3, 5, "optimizer", time=60.0)], [], 10)
     assert "Late: rank 3 (host-3)" in muted and "40 s ago" in muted
-    assert "Never heard of: rank 3" in report(waiting, [3], 10)
-    assert "All ranks stand at the same place" in report(waiting, [], 10)
+    assert "Not heard from: rank 3" in report(waiting, [3], 10)
+    assert "All ranks are at the same place" in report(waiting, [], 10)
     many = [beat(rank, 5, "optimizer", rank < 5000) for rank in range(10_000)]
     assert "and 4992 more" in report(many, [], 10)
 

@@ -57,4 +57,4 @@ def test_a_doubt_is_told_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureF
     with pytest.raises(SystemExit):
         train.main([*tiny_llama.OPTIONS, *options])
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert warning.startswith("lr_scheduler.warmup_steps = 60: the warm-up takes all")
+    assert warning.startswith("lr_scheduler.warmup_steps = 60: the warm-up takes up the")

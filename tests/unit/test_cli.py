@@ -59,7 +59,7 @@ def test_unknown_command_names_the_nearest(capsys):
     assert captured.out == ""
     allowed = ", ".join(sorted(cli.COMMANDS))
     assert captured.err == (
-        f"error: no command 'trian'. Did you mean 'train'? Allowed: {allowed}.\n"
+        f"error: unknown command 'trian'. Did you mean 'train'? Allowed: {allowed}.\n"
     )
 
 

@@ -114,7 +114,7 @@ def test_an_outage_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str
         raise outage_or(DataError, "the hub is away", ConnectionResetError())
     assert caught.value.code == 1
     assert capsys.readouterr().err == (
-        "error: training.dataset: the hub is away. This may pass: start the run again\n"
+        "error: training.dataset: the hub is away. This may be temporary: start the run again\n"
     )
 
 
@@ -181,4 +181,6 @@ def test_a_hub_that_does_not_answer_is_one_message_and_exit_code_1(tmp_path: Pat
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: training.dataset = 'c4': 'allenai/c4': the Hugging Face hub")
-    assert "could not be reached" in last and last.endswith("This may pass: start the run again")
+    assert "could not be reached" in last and last.endswith(
+        "This may be temporary: start the run again"
+    )

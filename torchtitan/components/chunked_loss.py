@@ -46,8 +46,8 @@ class ChunkedCrossEntropy:
             if not isinstance(output, nn.Linear) or output.bias is not None:
                 raise ConfigError(
                     "loss.name = 'chunked_cross_entropy' needs a model whose logits are "
-                    "`self.output(hidden)` with an `nn.Linear` without bias, which "
-                    f"{type(part).__name__} does not have. Use loss.name = 'cross_entropy'"
+                    "`self.output(hidden)`, where `output` is an `nn.Linear` without bias; "
+                    f"{type(part).__name__} has none. Use loss.name = 'cross_entropy'"
                 )
             output.forward = _identity
             if isinstance(output, FSDPModule):

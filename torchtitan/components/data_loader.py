@@ -87,7 +87,7 @@ def open_loader(spec: TrainSpec, job_config: JobConfig) -> Any:
 def why_no_batch(error: Exception) -> str:
     """Return the error of an author's loader in one line; it may lack a job's options or data."""
     if isinstance(error, StopIteration):
-        return "it has ended at the first batch"
+        return "it ended before the first batch"
     return str(error).partition("\n")[0] if isinstance(error, ConfigError) else first_line(error)
 
 
@@ -126,10 +126,10 @@ def check_state(state: Any, job_config: JobConfig) -> None:
     else:
         found = some(state) if isinstance(state, dict) else repr(state)
     raise ConfigError(
-        f"{builder(job_config)}: the loader's state_dict() has {found}. It must be "
-        '{"rows": int64 tensor [rows of this rank, k]}, which checkpoints share out over any '
-        "number of ranks: a row for each sequence of the global batch, "
-        "global_batch_size / dp_world_size on a rank"
+        f'{builder(job_config)}: the loader\'s state_dict() has {found}. It must be {{"rows": '
+        "int64 tensor [rows of this rank, k]}, which checkpoints distribute over any number of "
+        "ranks: one row per sequence of the global batch, global_batch_size / dp_world_size on "
+        "each rank"
     )
 
 
@@ -153,9 +153,9 @@ def next_batch(dataloader: Any, job_config: JobConfig, step: int) -> Batch:
             return cast(Batch, next(dataloader))
     except StopIteration as error:
         raise DataError(
-            f"{builder(job_config)}: the loader has ended in step {step} of "
-            f"{job_config.training.steps}. Its __next__ must go on without end: after the last "
-            "batch, begin the data anew"
+            f"{builder(job_config)}: the loader ended in step {step} of "
+            f"{job_config.training.steps}. Its __next__ must never end: after the last batch, "
+            "start again with the first data"
         ) from error
 
 
@@ -174,5 +174,6 @@ def loader_outages(job_config: JobConfig) -> Iterator[None]:
             raise
         logger.exception("where the data loader failed:")  # it may be a bug of the author after all
         raise OutageError(
-            f"{builder(job_config)}: {first_line(error)}. This may pass: start the run again"
+            f"{builder(job_config)}: {first_line(error)}. This may be temporary: start the run "
+            "again"
         ) from error

@@ -123,7 +123,7 @@ class Replicas:
         """
         self.lost_step = self._manager is not None and not self._manager.should_commit()
         if self.lost_step and dist.get_rank() == 0:
-            logger.warning("a step is lost, since a replica group left while it was computed")
+            logger.warning("a step is lost, because a replica group left during it")
         return not self.lost_step
 
     def present(self, tokens: int) -> int:

@@ -166,7 +166,7 @@ class Guard:
             raise TrainingError(
                 f"step {bad_step}: {self._times} rollbacks to the checkpoint of step {step}, and "
                 f"training.bad_step_limit is {self._limit}. Resume from an older one "
-                "(checkpoint.load_step), with another learning rate, or look at the data"
+                "(checkpoint.load_step), with another learning rate, or inspect the data"
             )
         _warn(
             f"rolled back to the checkpoint of step {step}. Step {step + 1} trains on batch "
@@ -199,12 +199,12 @@ class Guard:
     def _judge(self, loss: float, norm: float) -> tuple[Trouble | None, str]:
         """Return the trouble with a step and its description; None and "" if there is none."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return "nonfinite", f"the loss is {loss} and the norm of the gradients is {norm}"
+            return "nonfinite", f"the loss is {loss} and the gradient norm is {norm}"
         enough = max(2, (self._history.maxlen or 0) // 2)
         if self._on["spike"] == "ignore" or len(self._history) < enough:
             return None, ""
         losses, norms = zip(*self._history, strict=True)
-        watched = [("loss", loss, losses), ("norm of the gradients", norm, norms)]
+        watched = [("loss", loss, losses), ("gradient norm", norm, norms)]
         for name, value, earlier in watched:
             mean, deviation = fmean(earlier), pstdev(earlier)
             if value > mean + self._sigmas * deviation:
@@ -217,7 +217,7 @@ class Guard:
     def _keep(self, step: int, batch: int, loss: float, norm: float, batches: list[Batch]) -> str:
         """Write a bad batch to the dump folder; return a sentence on how to view it."""
         if self._kept == _MOST_KEPT_BATCHES:
-            return f"({_MOST_KEPT_BATCHES} bad batches are kept, no more)"
+            return f"(at most {_MOST_KEPT_BATCHES} bad batches are kept)"
         self._kept += 1
         folder = Path(self._config.job.dump_folder, "bad_batches", f"batch-{batch}")
         facts = {
@@ -250,8 +250,8 @@ def refuse_nonfinite_step(
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     raise TrainingError(
-        f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}. "
-        f"The last good checkpoint is {newest() or '(none)'}"
+        f"step {step}: the loss is {loss} and the gradient norm is {grad_norm}. The last good "
+        f"checkpoint is {newest() or '(none)'}"
     )
 
 

@@ -76,7 +76,7 @@ def build_sinks(job_config: JobConfig) -> list[Sink]:
         except TitanError as error:
             if not _resumes(job_config):
                 raise
-            logger.warning("%s. The run goes on without it", error)
+            logger.warning("%s. The run continues without it", error)
     return sinks
 
 
@@ -161,7 +161,7 @@ class _Lines:
         except OSError as error:
             if not self._failing:
                 logger.warning(
-                    "step %d: cannot write %s: %s. It is tried again at each step that is logged",
+                    "step %d: cannot write %s: %s. Trying again at each logged step",
                     *(step, self.path, error),
                 )
             self._failing = True
@@ -187,9 +187,7 @@ class _Lines:
         self._whole = None
         if len(self._waiting) > 1:
             lines = len(self._waiting)
-            logger.info(
-                "%s can be written again, and has the %d lines that waited", self.path, lines
-            )
+            logger.info("%s can be written again, including the %d pending lines", self.path, lines)
         self._waiting.clear()
 
 
@@ -201,8 +199,8 @@ def _set_aside(path: Path) -> None:
     kept = next(name for name in names if not name.exists())
     path.rename(kept)
     logger.warning(
-        "%s is of an earlier start, which this one does not go on from, and was kept as %s. If "
-        "that was another run, job.dump_folder gives each a folder of its own",
+        "%s is from an earlier run that this run does not resume, and was renamed to %s. Give "
+        "each run its own folder with job.dump_folder",
         path,
         kept.name,
     )
@@ -282,7 +280,7 @@ class TensorBoardSink:
             write()
         except OSError as error:
             logger.warning(
-                "step %d: cannot write for TensorBoard: %s. A new file is tried in %.0f min",
+                "step %d: cannot write for TensorBoard: %s. Trying a new file in %.0f min",
                 *(step, error, _SECONDS_TO_NEXT_EVENT_FILE / 60),
             )
             self._writer = None  # its thread has ended with the error
@@ -320,16 +318,18 @@ class WandbSink:
                 self._run.define_metric(f"{group}/*", step_metric="step")
         except Exception as error:
             problem = (
-                f"metrics.enable_wandb = true: wandb does not start: {error}. "
-                "Run `wandb login`, or set WANDB_MODE=offline"
+                f"metrics.enable_wandb = true: wandb cannot start: {error}. Run `wandb login`, or "
+                "set WANDB_MODE=offline"
             )
             if kept_id:
-                problem += f". Without the file {id_file}, a new run begins there"
+                problem += f". To begin a new run there, delete the file {id_file}"
             raise outage_or(ConfigError, problem, error) from error
         try:
             id_file.write_text(f"{self._run.id}\n")
         except OSError as error:
-            logger.warning("%s: cannot write: %s. A restart will be another run", id_file, error)
+            logger.warning(
+                "%s: cannot write: %s. A restart will begin a new W&B run", id_file, error
+            )
 
     def start(self, step: int) -> None:
         """Do nothing: W&B keeps its values, so repeated steps appear twice."""
@@ -341,7 +341,7 @@ class WandbSink:
         try:
             self._run.log(named | {"step": step})
         except Exception as error:  # W&B's own types, for example if its process has ended
-            logger.warning("step %d: W&B stops: %s. The run goes on without it", step, error)
+            logger.warning("step %d: W&B stopped: %s. The run continues without it", step, error)
             self._lost = True
 
     def close(self) -> None:

@@ -68,9 +68,9 @@ def check_vocabulary(tokenizer: Any, model_args: Any, job_config: JobConfig) -> 
     fail(
         job_config,
         "model.tokenizer_path",
-        f"the tokenizer has {tokenizer.vocab_size} tokens, but {job_config.model.name} "
-        f"{job_config.model.flavor} has only {size} in its vocabulary. Use the model's own "
-        "tokenizer, a flavor with a larger vocabulary, or a model of these sizes: `torchtitan new "
+        f"the tokenizer has {tokenizer.vocab_size} tokens, but the vocabulary of "
+        f"{job_config.model.name} {job_config.model.flavor} has only {size}. Use the model's own "
+        "tokenizer, a flavor with a larger vocabulary, or make your own model: `torchtitan new "
         f"my_model --like {job_config.model.name}`, and vocab_size = {tokenizer.vocab_size} in "
         "its args",
     )
@@ -91,8 +91,8 @@ def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bo
         return False
     if rank() == 0:
         logger.warning(
-            "the tokenizer %s has special tokens that the model has no embeddings for, since its "
-            "vocabulary is %d: %s. A text with one of them is refused",
+            "the tokenizer %s has special tokens without embeddings in the model, whose "
+            "vocabulary is %d: %s. Text that contains one of them is refused",
             *(tokenizer_path, size, ", ".join(names)),
         )
     return True
@@ -110,6 +110,6 @@ def check_builders(spec: TrainSpec, job_config: JobConfig) -> None:
         fail(
             job_config,
             "validation.enable",
-            f"{job_config.model.name} has neither a build_tokenizer_fn, which the usual validator "
-            "needs, nor a build_validator_fn in its TrainSpec",
+            f"{job_config.model.name} has neither build_tokenizer_fn, which the default validator "
+            "needs, nor build_validator_fn in its TrainSpec",
         )

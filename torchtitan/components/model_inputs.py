@@ -71,8 +71,8 @@ class ModelInputs:
         if shape[:2] != sizes:
             raise ConfigError(
                 f"{who} has labels of shape {shape}. It must begin with {sizes}, "
-                "[training.local_batch_size, training.seq_len]: seq_len is the number of what a "
-                "sample has predictions for, by which tokens and FLOPs are counted"
+                "[training.local_batch_size, training.seq_len]: seq_len is the number of "
+                "predictions per sample, from which tokens and FLOPs are counted"
             )
         self._check_shapes(who, batch, f"training.local_batch_size ({sizes[0]})")
         return batch
@@ -89,19 +89,20 @@ class ModelInputs:
         shape = list(batch["labels"].shape)
         if len(shape) < 2:
             raise ConfigError(
-                f"{who} has labels of shape {shape}. It must begin with a number of samples and one"
-                " of what each has predictions for"
+                f"{who} has labels of shape {shape}. It must begin with the number of samples and "
+                "the number of predictions per sample"
             )
         rows = batch_shape(self._config, "validation")[0]
         if self._pp and shape[0] != rows:
             raise ConfigError(
-                f"{who} has {shape[0]} samples. A pipeline's schedule is made for "
-                f"validation.local_batch_size, {rows} here (training's where it is unset)"
+                f"{who} has {shape[0]} samples. The pipeline schedule is built for "
+                f"validation.local_batch_size, here {rows} (default: training's)"
             )
         if self._cp > 1 and shape[1] % (2 * self._cp):
             raise ConfigError(
-                f"{who} has sequences of {shape[1]}. parallelism.context_parallel_degree "
-                f"({self._cp}) cuts them in {2 * self._cp} chunks, which must be equal"
+                f"{who} has sequences of length {shape[1]}. It must be a multiple of "
+                f"{2 * self._cp}, the number of chunks that parallelism.context_parallel_degree "
+                f"({self._cp}) cuts them into"
             )
         self._check_shapes(who, batch, f"that of its labels ({shape[0]})")
         return batch
@@ -113,8 +114,8 @@ class ModelInputs:
         reserved = [name for name in own if name in _OF_A_PIPELINE]
         if reserved:  # without a pipeline too, so that a run can later continue with one
             raise ConfigError(
-                f"{who} has {some(reserved)}, but an input of forward() cannot be called "
-                f"{some(_OF_A_PIPELINE)}, which pipelines have for themselves. Choose another name"
+                f"{who} has {some(reserved)}, but pipelines reserve {some(_OF_A_PIPELINE)}, so no "
+                "input of forward() can have that name. Choose another name"
             )
         refuse_lone_positions(who, batch, self._config)
         unknown = [] if self._takes_any else [name for name in own if name not in self._taken]
@@ -136,15 +137,15 @@ class ModelInputs:
         for name, tensor in batch.items():
             if list(tensor.shape[:1]) != sizes[:1]:
                 raise ConfigError(
-                    f"{who} has {name!r} of shape {list(tensor.shape)}, whose first size must be "
-                    f"{rows}"
+                    f"{who} has {name!r} of shape {list(tensor.shape)}, whose first dimension "
+                    f"must be {rows}"
                 )
             # IGNORE_INDEX must fit into labels, and cross entropy takes no other integers.
             ids = name == "labels" or (name in USUAL_KEYS and list(tensor.shape) == sizes)
             if ids and tensor.dtype != torch.int64 and not tensor.is_floating_point():
                 raise ConfigError(
-                    f"{who} has {name!r} of {tensor.dtype}, which must be torch.int64, or floating "
-                    "point if they are no ids"
+                    f"{who} has {name!r} of {tensor.dtype}, which must be torch.int64, or "
+                    "floating point if they are not ids"
                 )
         self._check_ids(who, batch["tokens"])
         whole = all(tensor.ndim == 1 for tensor in own_inputs(batch).values())
@@ -152,7 +153,7 @@ class ModelInputs:
             fail(
                 self._config,
                 "parallelism.context_parallel_degree",
-                "context parallelism divides tokens and labels [batch, seq] alone, and other inputs"
+                "context parallelism divides only tokens and labels [batch, seq], and other inputs"
                 f" must be [batch], but {who} has "
                 + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
             )
@@ -168,7 +169,7 @@ class ModelInputs:
             wrong = least if least < 0 else largest
             raise ConfigError(
                 f"{who} has the token {wrong}, but the vocab_size of {self._config.model.name} "
-                f"{self._config.model.flavor} is {size}: tokens are from 0 to {size - 1}"
+                f"{self._config.model.flavor} is {size}: tokens must be from 0 to {size - 1}"
             )
 
     def on_device(
@@ -243,7 +244,7 @@ def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobC
         fail(
             job_config,
             "parallelism.context_parallel_degree",
-            f"the forward() of {job_config.model.name} takes no positions, so it cannot work on a "
+            f"the forward() of {job_config.model.name} takes no positions, so it cannot compute a "
             "part of a sequence",
         )
     return [name for name in wanted if name in accepted]
@@ -252,7 +253,7 @@ def usual_inputs(model: nn.Module, parallel_dims: ParallelDims, job_config: JobC
 def _check_tensors(who: str, batch: object) -> None:
     """Check that a batch is a dict of tensors with tokens and labels."""
     if not isinstance(batch, dict):
-        raise ConfigError(f"{who} is {type(batch).__name__}, no dict with 'tokens' and 'labels'")
+        raise ConfigError(f"{who} is {type(batch).__name__}, not a dict with 'tokens' and 'labels'")
     missing = [name for name in USUAL_KEYS[:2] if name not in batch]
     if missing:
         raise ConfigError(f"{who} has {some(batch)} but no {some(missing)}")

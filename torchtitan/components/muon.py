@@ -56,7 +56,9 @@ class Muon(torch.optim.Optimizer):
         self._exchanges.clear()
         for param in self.param_groups[-1]["params"]:
             if param.ndim != 2:
-                raise ValueError(f"Muon is for matrices, but the parameter is {list(param.shape)}")
+                raise ValueError(
+                    f"Muon needs matrices, but the parameter has shape {list(param.shape)}"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -84,7 +84,7 @@ class Replay:
 
         def observe(name: str, inputs: list[torch.Tensor], call: Callable[[], Any]) -> Any:
             for tensor in inputs:
-                names.append(f"what it sent by {name.strip('_')}")
+                names.append(f"its input to {name.strip('_')}")
                 sums.append(checksum(tensor))
             return call()
 
@@ -127,9 +127,9 @@ class Replay:
         if len(blamed) > _MOST_NAMED:
             blamed = [*blamed[:_MOST_NAMED], f"{len(blamed) - _MOST_NAMED} more"]
         raise TrainingError(
-            f"step {step}: the same computation gave other bits the second time, first on "
-            f"{' or '.join(blamed)}. The hardware is faulty, or a kernel is not deterministic. "
-            f"{len(reports)} of {len(facts)} ranks differ in the end. Go on from the newest "
+            f"step {step}: the same computation gave different bits the second time, first on "
+            f"{' or '.join(blamed)}. The hardware is faulty, or a kernel is not deterministic. In "
+            f"the end, {len(reports)} of {len(facts)} ranks differ. Resume from the newest "
             "checkpoint without that host"
         )
 

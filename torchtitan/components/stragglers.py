@@ -36,7 +36,7 @@ class Stragglers:
         """Raise `ConfigError` if compiled code or flex attention makes timing impossible."""
         self._freq = job_config.metrics.straggler_freq
         if self._freq and not can_be_observed(model_parts, job_config, device):
-            problem = "compiled models, and flex attention, do not let their collectives be timed."
+            problem = "the collectives of compiled models and of flex attention cannot be timed."
             fail(job_config, "metrics.straggler_freq", f"{problem} Use 0")
         self._device = device
         self._own: float | None = None

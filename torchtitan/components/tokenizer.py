@@ -93,8 +93,8 @@ class HuggingFaceTokenizer:
         eos_id = self._special_id("eos")
         if eos_id is None:
             raise DataError(
-                f"{self._folder} does not say which token ends a document. Set eos_token in its "
-                "tokenizer_config.json"
+                f"{self._folder} does not define which token ends a document. Set eos_token in "
+                "its tokenizer_config.json"
             )
         self.eos_id = eos_id
         self.bos_id = self._special_id("bos")
@@ -120,7 +120,7 @@ class HuggingFaceTokenizer:
         if self.limit is not None and ids and max(ids) >= self.limit:
             raise BadDocumentError(
                 f"a text has the token {self._tokenizer.id_to_token(max(ids))!r} ({max(ids)}), "
-                f"which the model has no embedding for: its vocabulary is {self.limit}"
+                f"for which the model has no embedding: its vocabulary is {self.limit}"
             )
         return ids
 
@@ -242,9 +242,9 @@ def build_tokenizer(job_config: JobConfig) -> Tokenizer:
         fail(
             job_config,
             "model.tokenizer_path",
-            "not a folder with a Hugging Face tokenizer.json. Fetch one by `torchtitan download "
+            "not a folder with a Hugging Face tokenizer.json. Fetch one with `torchtitan download "
             "ORGANISATION/NAME --include tokenizer --include config` (into assets/NAME), or use "
-            "'bytes', which needs no file, for a model with as few ids",
+            "'bytes', which needs no file, for a model with few ids",
         )
     return open_tokenizer(path)
 

@@ -113,8 +113,8 @@ def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> N
     usual = isinstance(validator, TextValidator)
     if usual and not isinstance(dataloader, DataLoader) and rank() == 0:
         logger.warning(
-            "validation asks for the next tokens of texts (validation.dataset), but %s is trained "
-            "on what its own build_dataloader_fn gives. If that is another task, write a "
+            "validation predicts the next tokens of texts (validation.dataset), but %s is trained "
+            "on the batches of its own build_dataloader_fn. If that is another task, write a "
             "build_validator_fn",
             job_config.model.name,
         )

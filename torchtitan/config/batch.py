@@ -56,4 +56,4 @@ def _fitting_data_ranks(global_batch_size: int, local_batch_size: int) -> str:
         return ""
     fitting = [str(ranks) for ranks in divisors(passes)]
     shown = ", ".join(fitting[:8]) + (", ..." if len(fitting) > 8 else "")
-    return f". {global_batch_size} works on these numbers of data ranks: {shown}"
+    return f". Numbers of data ranks on which {global_batch_size} works: {shown}"

@@ -139,7 +139,7 @@ def _scalar(value: Any, kind: Any, path: Path) -> Any:
         try:
             value = float(value)
         except OverflowError:
-            raise BadValueError(path, "is too large for a floating-point number") from None
+            raise BadValueError(path, "is too large for a float") from None
     if type(value) is not kind:
         raise BadValueError(path, f"must be {_SCALARS[kind]}, not {show(value)}")
     if kind is int and not -(2**63) <= value < 2**63:
@@ -147,7 +147,9 @@ def _scalar(value: Any, kind: Any, path: Path) -> Any:
     if kind is float and math.isnan(value):
         raise BadValueError(path, "must be a number, not nan")
     if kind is str and ("\0" in value or not _is_utf8(value)):
-        raise BadValueError(path, f"must be UTF-8 text without NUL, not {show(value)}")
+        raise BadValueError(
+            path, f"must be valid UTF-8 text without NUL characters, not {show(value)}"
+        )
     return value
 
 

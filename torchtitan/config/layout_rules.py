@@ -46,7 +46,7 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
         fail(
             job_config,
             "training.enable_cpu_offload",
-            "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree comes to "
+            "needs sharded parameters (FSDP), but parallelism.data_parallel_shard_degree is "
             f"{dims.dp_shard} with {world_size} processes",
             WorldSizeError,
         )
@@ -68,11 +68,13 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: i
     unit, reasons = 1, []
     if dims.cp_enabled:
         unit = 2 * dims.cp
-        reasons = [f"parallelism.context_parallel_degree ({dims.cp}) cuts it in {unit} chunks"]
+        reasons = [f"parallelism.context_parallel_degree ({dims.cp}) cuts it into {unit} chunks"]
     sequence_parallel = not job_config.parallelism.disable_sequence_parallel
     if dims.tp_enabled and (sequence_parallel or experts):
         unit = math.lcm(unit, dims.cp * dims.tp)
-        what = "shards the sequence too" if sequence_parallel else "routes a part of it to experts"
+        what = (
+            "shards the sequence too" if sequence_parallel else "routes shards of it to the experts"
+        )
         reasons += [f"parallelism.tensor_parallel_degree ({dims.tp}) {what}"]
     for section in _sections(job_config):
         seq_len = batch_shape(job_config, section)[1]
@@ -80,8 +82,8 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: i
             fail(
                 job_config,
                 f"{section}.seq_len",
-                f"must be a multiple of {unit}, since {' and '.join(reasons)}. "
-                f"Nearest: {nearest_multiples(seq_len, unit)}",
+                f"must be a multiple of {unit}, since {' and '.join(reasons)}. Nearest: "
+                f"{nearest_multiples(seq_len, unit)}",
             )
 
 
@@ -92,17 +94,22 @@ def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
 
     key = "parallelism.context_parallel_method"
     if job_config.training.document_mask:
-        problem = "a ring knows no training.document_mask. Use 'allgather' or 'ulysses'"
+        problem = (
+            "ring attention does not support training.document_mask. Use 'allgather' or 'ulysses'"
+        )
         fail(job_config, key, problem)
     if job_config.model.attention == "flex":
-        problem = "a ring has no flex attention (model.attention). Use 'allgather' or 'ulysses'"
+        problem = (
+            "ring attention does not support flex attention (model.attention). Use 'allgather' or "
+            "'ulysses'"
+        )
         fail(job_config, key, problem)
     if device_type() == "cuda" and job_config.training.mixed_precision_param == "float32":
         fail(
             job_config,
             key,
-            "the flash kernel of CUDA, which a ring needs, has no float32. Use 'allgather', "
-            "'ulysses' or training.mixed_precision_param = 'bfloat16'",
+            "ring attention needs CUDA's flash kernel, which does not support float32. Use "
+            "'allgather', 'ulysses' or training.mixed_precision_param = 'bfloat16'",
         )
 
 
@@ -115,9 +122,9 @@ def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     if not dims.tp_enabled:
         fail(job_config, key, "needs parallelism.tensor_parallel_degree of 2 or more")
     if device_type() != "cuda":
-        fail(job_config, key, "needs CUDA, whose devices can read each other's memory")
+        fail(job_config, key, "needs CUDA devices, which can read each other's memory")
     if not config.compiles("model") or config.backend != "inductor":
-        problem = "the compiler does it: set compile.enable, 'model' in compile.components and "
+        problem = "needs the compiler: set compile.enable, 'model' in compile.components and "
         fail(job_config, key, problem + "compile.backend = 'inductor'")
     if job_config.parallelism.disable_sequence_parallel:
         problem = "needs sequence parallel: set parallelism.disable_sequence_parallel = false"
@@ -125,7 +132,10 @@ def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     quantized = [name for name in job_config.model.converters if name.startswith("quantize.")]
     if quantized:
         # The compiler looks for matrix products next to the collectives, but finds the casts.
-        problem = f"does nothing beside the converter {quantized[0]!r} of model.converters. Use one"
+        problem = (
+            f"has no effect together with {quantized[0]!r} in model.converters. Remove one of the "
+            "two"
+        )
         fail(job_config, key, problem)
 
 
@@ -133,7 +143,7 @@ def _check_experts(job_config: JobConfig, dims: ParallelDims, experts: int) -> N
     model = job_config.model
     for name in ("expert_parallel_degree", "expert_tensor_parallel_degree"):
         if experts == 0 and getattr(job_config.parallelism, name) > 1:
-            problem = f"{model.name} {model.flavor} has no experts. Use 1"
+            problem = f"must be 1, because {model.name} {model.flavor} has no experts"
             fail(job_config, f"parallelism.{name}", problem)
     if experts % dims.ep:
         fail(
@@ -173,8 +183,8 @@ def _check_split_backward(job_config: JobConfig) -> None:
         fail(
             job_config,
             "loss.name",
-            "has its gradients once, and this pipeline schedule asks twice, for inputs and for "
-            "weights. Use 'cross_entropy', or another schedule",
+            "computes its gradients only once, but this pipeline schedule needs them twice, for "
+            "inputs and for weights. Use 'cross_entropy', or another schedule",
         )
     if job_config.parallelism.fsdp_reshard_after_forward == "always":
         # PyTorch looks for the unsharded parameters in the autograd graph, and would skip those
@@ -182,8 +192,8 @@ def _check_split_backward(job_config: JobConfig) -> None:
         fail(
             job_config,
             "parallelism.fsdp_reshard_after_forward",
-            "'always' would lose gradients of weights where the pipeline schedule computes them "
-            "apart from those of inputs (zero bubble). Use 'default' or 'never', or another "
+            "'always' would lose weight gradients, because this pipeline schedule computes them "
+            "separately from input gradients (zero bubble). Use 'default' or 'never', or another "
             "schedule",
         )
 
@@ -201,7 +211,8 @@ def _check_csv_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> 
                 f"{section}.local_batch_size",
                 f"must be {needed * size}: the schedule in "
                 f"{job_config.parallelism.pipeline_parallel_schedule_csv} has {needed} "
-                f"micro-batches, of parallelism.pipeline_parallel_microbatch_size ({size})",
+                f"micro-batches of parallelism.pipeline_parallel_microbatch_size ({size}) "
+                "sequences",
             )
 
 
@@ -218,7 +229,7 @@ def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None
         "V": ("2 stages", per_rank == 2),
     }[SCHEDULE_KINDS[schedule]]
     if not right:
-        problem = f"{schedule} needs {stages} a rank"
+        problem = f"{schedule} needs {stages} per rank"
         fail(job_config, "parallelism.pipeline_parallel_stages_per_rank", problem)
 
     def problem_of(number: int, pp: int) -> str:
@@ -232,8 +243,8 @@ def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None
             fail(
                 job_config,
                 f"{section}.local_batch_size",
-                f"makes {number} micro-batches of {size}; {schedule} over {pp} ranks needs "
-                f"{problem}. Nearest: {section}.local_batch_size = {more * size}, or "
+                f"gives {number} micro-batches of {size} sequences, but {schedule} over {pp} "
+                f"ranks needs {problem}. Nearest: {section}.local_batch_size = {more * size}, or "
                 f"parallelism.pipeline_parallel_degree = {fewer}",
             )
 
@@ -241,7 +252,7 @@ def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None
 def _microbatch_problem(schedule: str, microbatches: int, pp: int, stages: int) -> str:
     """Return what the schedule needs if it cannot run this number of micro-batches, else ""."""
     if schedule in ("1F1B", "DualPipeV") and microbatches < stages:
-        return f"at least {stages}, one for each stage"
+        return f"at least {stages}, one per stage"
     if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
         # These schedules run in equal rounds of about `pp` micro-batches.
         rounds = max(1, microbatches // pp)

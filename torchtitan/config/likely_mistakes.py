@@ -28,8 +28,8 @@ def _warmup_to_the_end(job_config: JobConfig) -> list[str]:
     if schedule.warmup_steps < span or span < _A_TRIAL:
         return []
     return [
-        f"{origin(job_config, 'lr_scheduler.warmup_steps')}: the warm-up takes all of the "
-        f"schedule, since {key} = {span}: the learning rate only rises. Set fewer"
+        f"{origin(job_config, 'lr_scheduler.warmup_steps')}: the warm-up takes up the whole "
+        f"schedule ({key} = {span}), so the learning rate only rises. Set fewer"
     ]
 
 
@@ -41,8 +41,8 @@ def _validation_of_other_data(job_config: JobConfig) -> list[str]:
         return []
     what = "data.sources" if sources else f"training.dataset = {trained[0]!r}"
     return [
-        f"validation.dataset = {default!r}: validation reads Python's standard library, but the "
-        f"training has {what}. Set validation.dataset and validation.dataset_path"
+        f"validation.dataset = {default!r}: validation reads Python's standard library, but "
+        f"training reads {what}. Set validation.dataset and validation.dataset_path"
     ]
 
 
@@ -52,8 +52,8 @@ def _validation_of_the_data_of_training(job_config: JobConfig) -> list[str]:
     if not validation.enable or _data_of(validation) not in map(_data_of, training):
         return []
     return [
-        f"validation.dataset = {validation.dataset!r}: the very data of training (dataset, path "
-        "and split are the same), so the validation loss is not of held-out data"
+        f"validation.dataset = {validation.dataset!r}: validation reads the training data (same "
+        "dataset, path and split), so its loss is not measured on held-out data"
     ]
 
 

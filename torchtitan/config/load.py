@@ -123,7 +123,7 @@ def _with_config_option(argv: list[str]) -> list[str]:
     named = [word for word in others if re.match("--job[.]config[_-]file(=|$)", word)]
     if len(files) > 1 or named:
         given = [argv[i] for i in files] + named[:1]
-        raise ConfigError(f"{' and '.join(given)}: a run has one config file")
+        raise ConfigError(f"{' and '.join(given)}: a run takes only one config file")
     return ["--job.config_file", argv[files[0]], *others]
 
 
@@ -149,7 +149,7 @@ def _with_file(file: TomlFile | None, custom_config_module: str) -> JobConfig:
             if messages and not alone:
                 break
             if len(messages) >= _MOST_MISTAKES:
-                messages.append("and more")
+                messages.append("(more mistakes not shown)")
                 break
             found = _mistakes(base, table, error)
             messages += [f"{file.where(path)}: {problem}" for path, problem in found]
@@ -188,7 +188,7 @@ def _mistakes(
 def _successor(config: JobConfig, path: Path) -> str:
     """Return the problem of an unknown key if its replacement is known, else ""."""
     if text := instead(path):
-        return f"unknown key, of upstream torchtitan. Here: {text}"
+        return f"unknown key, from upstream torchtitan. Here: {text}"
     return _in_other_sections(config, path)
 
 
@@ -237,7 +237,7 @@ def _in_other_sections(config: JobConfig, path: tuple[str | int, ...]) -> str:
     where = " or ".join(f"[{name}]" for name in having)
     if section:
         return f"unknown key. It belongs to {where}"
-    return f"stands above all sections. It belongs to {where}"
+    return f"stands before the first section. It belongs to {where}"
 
 
 def fail(

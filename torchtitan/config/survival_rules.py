@@ -22,8 +22,8 @@ def _check_checkpoints(job_config: JobConfig) -> None:
     if config.keep_every % config.interval:
         below = config.keep_every - config.keep_every % config.interval
         problem = (
-            f"must be a multiple of checkpoint.interval ({config.interval}), or no checkpoint of "
-            f"these steps is saved. Nearest: {below or config.interval}"
+            f"must be a multiple of checkpoint.interval ({config.interval}), since only those "
+            f"steps are saved. Nearest: {below or config.interval}"
         )
         fail(job_config, "checkpoint.keep_every", problem)
 
@@ -32,14 +32,14 @@ def _check_guard(job_config: JobConfig) -> None:
     training = job_config.training
     for name in ("on_nonfinite", "on_spike"):
         if getattr(training, name) == "rollback" and not job_config.checkpoint.enable:
-            problem = "there would be nothing to go back to, since checkpoint.enable is false"
+            problem = "there is no checkpoint to roll back to, since checkpoint.enable is false"
             fail(job_config, f"training.{name}", problem)
     if training.replay_freq and not job_config.debug.deterministic:
         from torchtitan.distributed.utils import device_type
 
         if device_type() == "cuda":
             problem = (
-                "kernels of CUDA may give other bits each time. Set debug.deterministic = true"
+                "CUDA kernels may give different bits each time. Set debug.deterministic = true"
             )
             fail(job_config, "training.replay_freq", problem)
 
@@ -49,9 +49,13 @@ def _check_watch(job_config: JobConfig) -> None:
     if job_config.metrics.straggler_freq:
         key = "metrics.straggler_freq"
         if job_config.compile.enable:
-            fail(job_config, key, "compiled models do not let their collectives be timed. Use 0")
+            fail(job_config, key, "collectives of compiled models cannot be timed. Use 0")
         if job_config.parallelism.pipeline_parallel_degree > 1:
-            fail(job_config, key, "stages of a pipeline wait for each other in turn. Use 0")
+            fail(
+                job_config,
+                key,
+                "not supported with pipeline parallelism, whose stages wait for each other. Use 0",
+            )
     if comm.hang_seconds >= comm.timeout_seconds:
         problem = (
             f"must be less than comm.timeout_seconds ({comm.timeout_seconds}), which ends the run"
@@ -73,7 +77,7 @@ def _check_fault_tolerance(job_config: JobConfig) -> None:
         )
         fail(job_config, "fault_tolerance.enable", problem)
     if "RANK" not in os.environ:
-        problem = "needs torchrun, also with one process: its store is where the ranks meet"
+        problem = "needs torchrun, even for one process: the ranks meet at its store"
         fail(job_config, "fault_tolerance.enable", problem)
     check_replica_groups(job_config)
 
@@ -89,5 +93,5 @@ def check_replica_groups(job_config: JobConfig) -> None:
         fail(job_config, "fault_tolerance.min_replica_size", problem)
     for name in ("on_nonfinite", "on_spike"):
         if getattr(job_config.training, name) == "rollback":
-            problem = "replica groups cannot go back together. Use 'skip'"
+            problem = "replica groups cannot roll back together. Use 'skip'"
             fail(job_config, f"training.{name}", problem)

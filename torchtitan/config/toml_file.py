@@ -56,7 +56,7 @@ class TomlFile:
             else:
                 line = text.count("\n") + 1
             if "Invalid hex value" in message or "Unescaped '\\'" in message:
-                message += ". A backslash is written twice, or the string in single quotes"
+                message += ". Write backslashes twice, or the string in single quotes"
             raise ConfigError(f"{path}:{line}: not valid TOML: {message}") from error
 
     def where(self, path: KeyPath) -> str:

@@ -8,18 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_ONE_STEP = "none: one step, after two of warm-up"
-_STACKS = "comm.hang_seconds: stacks and NCCL's record in DUMP_FOLDER/hang"
+_ONE_STEP = "none: always one step, after two warm-up steps"
+_STACKS = "comm.hang_seconds: writes stacks and NCCL's flight record to DUMP_FOLDER/hang"
 
 INSTEAD = {
     "model.hf_assets_path": "model.tokenizer_path",
     "model.print_after_conversion": "none",
     "experimental.custom_import": "job.custom_import",
     "experimental.custom_args_module": "job.custom_config_module",
-    "job.save_config_file": "always: config.resolved.toml",
+    "job.save_config_file": "always saved, to config.resolved.toml",
     "training.dtype": "none: master weights are float32",
     "training.gc_debug": "none",
-    "training.dataloader": "data.workers, which are threads; batches go through pinned memory",
+    "training.dataloader": "data.workers (threads); batches always go through pinned memory",
     "optimizer.early_step_in_backward": "none",
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "none",
     "activation_checkpoint.debug": "none",
@@ -29,11 +29,11 @@ INSTEAD = {
     "activation_checkpoint.visualize_memory_budget_pareto": "none",
     "debug.deterministic_warn_only": "none",
     "debug.moe_force_load_balance": "none",
-    "quantize.linear.mx.recipe_name": "none: MXFP8",
-    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "none: MXFP8",
-    "quantize.grouped_mm.mx.recipe_name": "none: MXFP8",
-    "quantize.grouped_mm.float8.fqns": "none: all experts",
-    "quantize.grouped_mm.mx.fqns": "none: all experts",
+    "quantize.linear.mx.recipe_name": "none: MXFP8 is not supported",
+    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": "none: MXFP8 is not supported",
+    "quantize.grouped_mm.mx.recipe_name": "none: MXFP8 is not supported",
+    "quantize.grouped_mm.float8.fqns": "none: always all experts",
+    "quantize.grouped_mm.mx.fqns": "none: always all experts",
     "quantize.linear.float8.enable_fsdp_float8_all_gather": "none",
     "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": "none",
     "parallelism.module_fqns_per_model_part": "parallelism.pipeline_parallel_split_points: the "
@@ -49,10 +49,11 @@ INSTEAD = {
     "parallelism.context_parallel_load_balancer": "always balanced",
     "parallelism.expert_parallel_comm_backend": "none",
     "parallelism.pipeline_parallel_expert_parallel_overlap": "none",
-    "checkpoint.enable_first_step_checkpoint": "none; checkpoint.interval = 1 in a trial run",
-    "checkpoint.initial_load_in_hf_quantized": "none: FP8 weights of DeepSeek-V3 are converted "
-    "by its inference/fp8_cast_bf16.py first",
-    "checkpoint.initial_load_model_only": "checkpoint.initial_load_path loads the model only",
+    "checkpoint.enable_first_step_checkpoint": "none; set checkpoint.interval = 1 in a trial run",
+    "checkpoint.initial_load_in_hf_quantized": "none: convert FP8 weights of DeepSeek-V3 first, "
+    "with its inference/fp8_cast_bf16.py",
+    "checkpoint.initial_load_model_only": "checkpoint.initial_load_path, which loads only the "
+    "model",
     "checkpoint.create_seed_checkpoint": "not needed: the same seed gives the same weights on "
     "every layout",
     "checkpoint.load_only": "checkpoint.initial_load_path without checkpoint.enable",
@@ -62,13 +63,13 @@ INSTEAD = {
     "profiling.profiler_active": _ONE_STEP,
     "profiling.profiler_warmup": _ONE_STEP,
     "metrics.disable_color_printing": 'NO_COLOR=1, or metrics.progress = "plain"',
-    "metrics.save_for_all_ranks": "none: rank 0 writes",
+    "metrics.save_for_all_ranks": "none: only rank 0 writes",
     "comm.init_timeout_seconds": "comm.timeout_seconds",
     "comm.train_timeout_seconds": "comm.timeout_seconds",
     "comm.trace_buf_size": _STACKS,
     "comm.save_traces_folder": _STACKS,
     "comm.save_traces_file_prefix": _STACKS,
-    "comm.mode": "none: torchtitan plan, torchtitan verify",
+    "comm.mode": "none; see torchtitan plan, torchtitan verify",
     "fault_tolerance.process_group": "none",
     "fault_tolerance.process_group_timeout_ms": "none",
     "fault_tolerance.semi_sync_method": "none",
@@ -100,7 +101,7 @@ def value_instead(key: str, value: object, allowed: Iterable[str]) -> str:
     if re.split("[, ]", here)[0] not in allowed or here == name:
         return ""
     mask = ", and training.document_mask = true" if plain != name else ""
-    return f" It is of upstream torchtitan. Here: {here}{mask}"
+    return f" This value is from upstream torchtitan. Here: {here}{mask}"
 
 
 def instead(path: tuple[str | int, ...]) -> str:

@@ -26,7 +26,7 @@ _DATASETS_WITH_PATH = {
     "jsonl": "a file, a glob or a folder",
     "parquet": "a file, a glob or a folder",
     "arrow": "a file, a glob or a folder",
-    "tokens": "a folder of `torchtitan data prepare`, or .bin files",
+    "tokens": "a folder made by `torchtitan data prepare`, or .bin files",
     "hf": "a repository of the Hugging Face hub, or a local copy",
 }
 
@@ -66,22 +66,26 @@ def _check_mixture(job_config: JobConfig) -> None:
     """Check the names of the sources, their weights, and the weights of each phase."""
     data = job_config.data
     if data.phases and not data.sources:
-        fail(job_config, "data.phases", "needs data.sources, whose weights it changes")
+        fail(
+            job_config,
+            "data.phases",
+            "needs data.sources, whose weights the phases change",
+        )
     names = [source.name or source.dataset for source in data.sources]
     for i, name in enumerate(names):
         if name in names[:i]:
-            problem = f"{name!r} is the name of another source too. Give each a name of its own"
+            problem = f"{name!r} is also the name of another source. Give each source its own name"
             fail(job_config, f"data.sources.{i}.name", problem)
     if data.sources and not any(source.weight for source in data.sources):
         fail(job_config, "data.sources", "all weights are 0")
     for i, phase in enumerate(data.phases):
         if len(phase.weights) != len(data.sources):
-            problem = f"must have one for each of data.sources, {len(data.sources)} in all"
+            problem = f"must have one weight per source in data.sources ({len(data.sources)})"
             fail(job_config, f"data.phases.{i}.weights", problem)
         if not any(phase.weights):
             fail(job_config, f"data.phases.{i}.weights", "all weights are 0")
         if i and phase.from_step <= (before := data.phases[i - 1].from_step):
-            problem = f"must be more than that of the phase before, {before}"
+            problem = f"must be more than from_step of the previous phase ({before})"
             fail(job_config, f"data.phases.{i}.from_step", problem)
 
 
@@ -91,7 +95,7 @@ def _refuse_dataset_beside_sources(job_config: JobConfig) -> None:
     for field in fields(training):
         named = field.name in ("dataset", "dataset_path", "split")
         if named and getattr(training, field.name) != field.default:
-            problem = "not used, since data.sources names the data. Remove one of the two"
+            problem = "has no effect, since data.sources defines the data. Remove one of the two"
             fail(job_config, f"training.{field.name}", problem)
 
 
@@ -112,8 +116,8 @@ def _check_optimizer(job_config: JobConfig) -> None:
 
     name = job_config.optimizer.name
     if name not in OPTIMIZERS:
-        problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)} One of your own is made "
-        problem += "known by register_optimizer"
+        problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)} Register your own "
+        problem += "with register_optimizer"
         fail(job_config, "optimizer.name", problem)
     for i, rule in enumerate(job_config.optimizer.rules):
         key = f"optimizer.rules.{i}"
@@ -136,8 +140,8 @@ def _check_schedule(job_config: JobConfig) -> None:
         fail(
             job_config,
             "lr_scheduler.total_steps",
-            f"the learning rate is 0 from then on, but training.steps = {steps}. Set it to {steps} "
-            "or more, or set lr_scheduler.min_lr_factor",
+            f"the learning rate is 0 from this step on, but training.steps = {steps}. Set it to "
+            f"{steps} or more, or set lr_scheduler.min_lr_factor",
         )
 
 
@@ -155,7 +159,7 @@ def _check_activation_checkpoint(job_config: JobConfig) -> None:
         fail(
             job_config,
             "activation_checkpoint.selective_ac_option",
-            "keeps activations for one backward pass, and this pipeline schedule makes two, for "
+            "keeps activations for one backward pass, but this pipeline schedule runs two, for "
             "inputs and for weights. Use activation_checkpoint.mode 'full' or 'none', a number N, "
             "or set compile.enable",
         )
@@ -163,12 +167,12 @@ def _check_activation_checkpoint(job_config: JobConfig) -> None:
     shared = max(parallelism.tensor_parallel_degree, parallelism.context_parallel_degree) > 1
     if config.mode == "memory_budget" and shared:
         problem = (
-            "the compiler cannot weigh blocks that communicate, as under tensor and context "
-            "parallelism (torch 2.13). Use 'selective' or 'full'"
+            "the compiler does not support it for blocks that communicate, as with tensor and "
+            "context parallelism (torch 2.13). Use 'selective' or 'full'"
         )
         fail(job_config, "activation_checkpoint.mode", problem)
     if config.mode == "memory_budget" and not compiles_model:
-        problem = "the compiler does it: set compile.enable, with 'model' in compile.components"
+        problem = "needs the compiler: set compile.enable, with 'model' in compile.components"
         fail(job_config, "activation_checkpoint.mode", problem)
 
 
@@ -193,19 +197,21 @@ def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
         return
     if not config.compiles("model") or config.backend != "inductor":
         problem = "set compile.enable, 'model' in compile.components and compile.backend = "
-        fail(job_config, key, f"{problem}'inductor', which alone has modes")
+        fail(job_config, key, f"{problem}'inductor', the only backend with modes")
     if config.mode == "max-autotune-no-cudagraphs":
         return
     if world_size > 1:
         problem = (
-            "a CUDA graph reads weights where they were when it was captured, and with several "
-            "ranks they are gathered anew each time. Use 'default' or 'max-autotune-no-cudagraphs'"
+            "a CUDA graph reads weights at the addresses they had when it was captured, but "
+            "several ranks gather them to new addresses each time. Use 'default' or "
+            "'max-autotune-no-cudagraphs'"
         )
         fail(job_config, key, problem)
     if resolve_batch(job_config, 1)[1] > 1:
         problem = (
-            "gradients of one micro-batch would lie in the graph's memory, which the next one "
-            "overwrites. Accumulate none (training.global_batch_size = training.local_batch_size)"
+            "CUDA graphs do not support gradient accumulation: the next micro-batch would "
+            "overwrite the gradients, which lie in the graph's memory. Use one micro-batch "
+            "(training.global_batch_size = training.local_batch_size)"
         )
         fail(job_config, key, problem)
     if device_type() != "cuda":
@@ -219,7 +225,7 @@ def _check_outputs(job_config: JobConfig) -> None:
         "checkpoint.folder": job_config.checkpoint.folder,
     }.items():
         if path.startswith("$"):
-            problem = "`~` is expanded, but variables are not: write the path out"
+            problem = "only `~` is expanded, not variables: write the path out"
             fail(job_config, key, f"{problem} (or ./{path} for a folder of that name)")
     folder = existing = os.path.abspath(job_config.job.dump_folder)
     while not os.path.exists(existing):
@@ -231,7 +237,7 @@ def _check_outputs(job_config: JobConfig) -> None:
 
     checkpoint = job_config.checkpoint
     if checkpoint.load_step != -1 and not checkpoint.enable:
-        problem = "nothing would be loaded, since checkpoint.enable is false"
+        problem = "has no effect, since checkpoint.enable is false"
         fail(job_config, "checkpoint.load_step", problem)
     _check_initial_load(job_config)
     _check_storage(job_config)
@@ -255,7 +261,9 @@ def _check_storage(job_config: JobConfig) -> None:
             except ConfigError as error:
                 raise ConfigError(f"checkpoint.{key} = {error}") from error
             if key == "folder" and checkpoint.last_save_in_hf and isinstance(path, RemotePath):
-                problem = "is written to local folders only, and checkpoint.folder is a URL. Use "
+                problem = (
+                    "can only be written to a local folder, but checkpoint.folder is a URL. Use "
+                )
                 problem += "`torchtitan convert to-hf` on a local copy of the last checkpoint"
                 fail(job_config, "checkpoint.last_save_in_hf", problem)
 
@@ -270,14 +278,14 @@ def _check_initial_load(job_config: JobConfig) -> None:
         if path == "bytes":
             problem = (
                 "needs a Hugging Face folder: set checkpoint.initial_load_path, or "
-                "model.tokenizer_path if the weights lie with the tokenizer"
+                "model.tokenizer_path if the weights are in the tokenizer's folder"
             )
             fail(job_config, key, problem)
     if not path:
         return
     if "://" in path:
         if in_hf:
-            fail(job_config, key, "Hugging Face folders are read from local folders only")
+            fail(job_config, key, "Hugging Face weights can only be read from local folders")
         return  # checked when it is opened
     folder = os.path.expanduser(path)
     if not os.path.isdir(folder):

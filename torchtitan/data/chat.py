@@ -64,7 +64,9 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             lacking = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
             if lacking:
-                raise BadDocumentError(f"message {number} (from 0) has no text {lacking[0]!r}")
+                raise BadDocumentError(
+                    f"message {number} (counted from 0) has no text {lacking[0]!r}"
+                )
         # As `transformers` does. In a table, a field that this message does not have is null.
         messages = [{k: v for k, v in one.items() if v is not None} for one in messages]
         pieces, done = [], ""
@@ -75,13 +77,13 @@ class ChatTemplate:
             spoken = self._render(messages[: number + 1], prompt=False)
             if not prompt.startswith(done) or not spoken.startswith(prompt):
                 raise BadDocumentError(
-                    f"{self._name} does not write a conversation from left to right, so what the "
-                    f"assistant says in message {number} (from 0) cannot be told apart"
+                    f"{self._name} does not render a conversation from left to right, so the "
+                    f"assistant's text in message {number} (counted from 0) cannot be located"
                 )
             pieces += [(prompt[len(done) :], False), (spoken[len(prompt) :], True)]
             done = spoken
         if not pieces:
-            raise BadDocumentError("the conversation has no message of the role 'assistant'")
+            raise BadDocumentError("the conversation has no message with the role 'assistant'")
         return [(text, trained) for text, trained in pieces if text]
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
@@ -95,7 +97,7 @@ class ChatTemplate:
             *(jinja2.TemplateError, TypeError, ValueError),
             *(LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
         ) as error:
-            raise BadDocumentError(f"{self._name} refuses the conversation: {error}") from error
+            raise BadDocumentError(f"{self._name} rejects the conversation: {error}") from error
 
 
 def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> ChatTemplate:
@@ -119,17 +121,17 @@ def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> C
     if tell and rank() == 0:
         if source is CHATML:
             logger.warning(
-                "conversations are written in ChatML: data.chat_template is unset, and the "
+                "conversations are rendered as ChatML: data.chat_template is unset, and the "
                 "tokenizer %s has no chat template",
                 tokenizer_path,
             )
         else:
-            logger.info("conversations are written by %s", name)
+            logger.info("conversations are rendered with %s", name)
         if "strftime_now" in source and not date_is_fixed():
             logger.warning(
-                "%s writes the date of the day on which a run starts, so a run that is resumed on "
-                "another day reads other conversations. The environment variable "
-                "SOURCE_DATE_EPOCH fixes it, in seconds since 1970",
+                "%s renders the date on which a run starts, so a run that is resumed on another "
+                "day reads different conversations. To fix the date, set the environment variable "
+                "SOURCE_DATE_EPOCH (seconds since 1970)",
                 name,
             )
     return template
@@ -152,8 +154,8 @@ def _source(path: str | None, folder: Path, config: dict[str, Any]) -> tuple[str
     if isinstance(found, dict):
         if "default" not in found:
             raise DataError(
-                f"{name} has the templates {', '.join(map(repr, found))}, and none is 'default'. "
-                "Write the one that you mean into a file, and name it in data.chat_template"
+                f"{name} has the templates {', '.join(map(repr, found))}, none of which is "
+                "'default'. Write one of them to a file, and give it in data.chat_template"
             )
         found, name = found["default"], f"'default' in {name}"
     if not isinstance(found, str):

@@ -1,4 +1,4 @@
-"""`torchtitan data`: prepare tokens, and look at data."""
+"""`torchtitan data`: tokenize datasets, and inspect data."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _prepare(out: Path, workers: int, shards: int | None, **task: Any) -> int:
         with _Bar() as bar:
             index = prepare(Task(**task), out, workers, shards, bar.show)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on with the shards that are missing\n")
+        sys.stderr.write("stopped; run the same command again to prepare the missing shards\n")
         return 128 + signal.SIGINT
     skipped = f", {index['skipped']:,} documents skipped" if index["skipped"] else ""
     sys.stdout.write(
@@ -65,27 +65,28 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("prepare", help="tokenize a dataset into memory-mapped shards")
     one.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="of the shards and their index"
+        "--out", type=Path, required=True, metavar="FOLDER", help="for the shards and their index"
     )
-    one.add_argument("--dataset", default="text", help="as training.dataset (default: text)")
-    one.add_argument("--dataset-path", metavar="PATH", help="as training.dataset_path")
+    one.add_argument("--dataset", default="text", help="as in training.dataset (default: text)")
+    one.add_argument("--dataset-path", metavar="PATH", help="as in training.dataset_path")
     _add_fields(one)
-    one.add_argument("--tokenizer-path", default="bytes", help="as model.tokenizer_path")
-    one.add_argument("--add-bos", action="store_true", help="as data.add_bos")
+    one.add_argument("--tokenizer-path", default="bytes", help="as in model.tokenizer_path")
+    one.add_argument("--add-bos", action="store_true", help="as in data.add_bos")
     one.add_argument(
-        "--workers", type=positive, default=_cores(), help="processes (default: cores)"
+        "--workers", type=positive, default=_cores(), help="processes (default: one per core)"
     )
     one.add_argument(
         "--shards",
         type=positive,
         metavar="N",
-        help="default: 64, up to 1024 for large data; a stream has a shard for each of its files",
+        help="number of shards (default: 64, up to 1024 for large data; a stream gets one shard "
+        "per file)",
     )
     one.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do with a malformed document (default: stop)",
+        help="on a malformed document, stop or skip it (default: stop)",
     )
     _add_import(one)
 
@@ -95,33 +96,37 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         default="",
         metavar="PATH",
-        help="prepared tokens, or what --dataset reads",
+        help="prepared tokens, or the path of --dataset",
     )
-    two.add_argument("--dataset", default="tokens", help="as training.dataset (default: tokens)")
+    two.add_argument("--dataset", default="tokens", help="as in training.dataset (default: tokens)")
     _add_fields(two)
     two.add_argument("--tokenizer-path", help="default: the one the tokens were prepared with")
-    two.add_argument("--samples", type=positive, default=3, metavar="N", help="default: 3")
     two.add_argument(
-        "--characters", type=positive, default=400, metavar="N", help="of a sample (default: 400)"
+        "--samples", type=positive, default=3, metavar="N", help="documents to show (default: 3)"
+    )
+    two.add_argument(
+        "--characters", type=positive, default=400, metavar="N", help="per sample (default: 400)"
     )
     two.add_argument("--verify", action="store_true", help="check the content hashes first")
-    two.add_argument("--chat-template", metavar="FILE", help="as data.chat_template")
+    two.add_argument("--chat-template", metavar="FILE", help="as in data.chat_template")
     _add_import(two)
 
-    three = commands.add_parser("batch", help="show a batch that a run kept, such as a bad one")
+    three = commands.add_parser("batch", help="show a bad batch that a run kept")
     three.add_argument(
         "folder", type=Path, metavar="FOLDER", help="DUMP_FOLDER/bad_batches/batch-N"
     )
-    three.add_argument("--tokenizer-path", help="default: that of the run")
+    three.add_argument("--tokenizer-path", help="default: the run's tokenizer")
     three.add_argument(
-        "--characters", type=positive, default=400, metavar="N", help="of a row (default: 400)"
+        "--characters", type=positive, default=400, metavar="N", help="per row (default: 400)"
     )
     return parser
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text-key", default="text", help="as training.text_key (default: text)")
-    parser.add_argument("--split", help="as training.split")
+    parser.add_argument(
+        "--text-key", default="text", help="as in training.text_key (default: text)"
+    )
+    parser.add_argument("--split", help="as in training.split")
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:

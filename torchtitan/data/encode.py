@@ -113,7 +113,7 @@ class Encoder:
     ) -> None:
         if add_bos and getattr(tokenizer, "bos_id", None) is None:
             raise DataError(
-                "the tokenizer has no bos token. Name it as bos_token in its tokenizer_config.json"
+                "the tokenizer has no bos token. Set bos_token in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
         self.add_bos = add_bos
@@ -131,8 +131,8 @@ class Encoder:
         bos_id = self.tokenizer.bos_id if self.add_bos else None
         if bos_id is not None and ids[0] not in (bos_id, ~bos_id):
             raise DataError(
-                f"add_bos is set, but a document is token ids, which are taken as they are, and it "
-                f"begins with {ids[0]} instead of bos ({bos_id})"
+                "add_bos is set, but documents of token ids are used unchanged, and one begins "
+                f"with {ids[0]} instead of bos ({bos_id})"
             )
 
     def __call__(self, document: object) -> np.ndarray:

@@ -115,7 +115,7 @@ def unreadable(path: str | Path, error: Exception) -> TitanError:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return DataError(
             f"{problem}. This process may have {soft:,} files open (`ulimit -Hn`), and as many "
-            "mappings as the system's vm.max_map_count. Raise these limits, or have fewer files: "
+            "mappings as the system's vm.max_map_count. Raise these limits, or use fewer files: "
             "for tokens, prepare them again with a smaller --shards"
         )
     return DataError(problem) if disk_is_full(error) else outage_or(DataError, problem, error)

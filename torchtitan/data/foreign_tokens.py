@@ -128,7 +128,7 @@ def _open_megatron(path: Path) -> MegatronShard:
     if magic != _MEGATRON_MAGIC or version != 1:
         raise DataError(f"{index} is not an index of Megatron-LM's indexed datasets, version 1")
     if code not in _MEGATRON_TYPES:
-        raise DataError(f"{index} is of a data type ({code}) that token ids do not have")
+        raise DataError(f"{index} has a data type ({code}) that is not one of token ids")
     if index.stat().st_size < start + 12 * sequences + 8 * bounds:
         raise DataError(f"{index} is damaged: it is too short for its {sequences} sequences")
 
@@ -152,8 +152,7 @@ def _open_megatron(path: Path) -> MegatronShard:
 
 def _not_in_order(index: Path, sequences: int) -> DataError:
     return DataError(
-        f"{index} is damaged: its documents are not one after another, each of some of its "
-        f"{sequences} sequences"
+        f"{index} is damaged: its documents do not partition its {sequences} sequences in order"
     )
 
 
@@ -178,13 +177,14 @@ def _nanogpt_layout(path: Path) -> tuple[int, str]:
         if version != expected or size != start + tokens * np.dtype(dtype).itemsize:
             raise DataError(
                 f"{path} is damaged: its header says {tokens} tokens, version {version}, but it "
-                f"has {size} bytes; read is version {expected}, of {np.dtype(dtype).name}"
+                f"has {size} bytes; supported is version {expected}, with {np.dtype(dtype).name} "
+                "tokens"
             )
         return start, dtype
     if len(head) == _HEADER_WORDS and magic >> 16 and not head[3:].any():
         raise DataError(
-            f"{path} begins with a header of an unknown kind ({magic}). Known are those of llm.c, "
-            f"{' and '.join(map(str, _HEADERS))}; `torchtitan data prepare` writes other files"
+            f"{path} begins with a header of an unknown kind ({magic}). Known: those of llm.c, "
+            f"{' and '.join(map(str, _HEADERS))}; files of `torchtitan data prepare` have none"
         )
     return 0, "<u2"
 

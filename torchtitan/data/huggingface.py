@@ -233,7 +233,7 @@ def open_saved(folder: str, text_key: str, split: str | None) -> Table:
             raise DataError(f"{folder!r} has no split {name!r}.{did_you_mean(name, dataset)}")
         dataset = dataset[name]
     elif split:
-        raise ConfigError(f"split = {split!r} has no effect: {folder!r} is of one split")
+        raise ConfigError(f"split = {split!r} has no effect: {folder!r} contains a single split")
     own = [file["filename"] for file in dataset.cache_files]
     return Table(dataset, text_key, repr(folder), own)
 
@@ -283,14 +283,14 @@ def _unreadable(name: str, error: Exception) -> TitanError:
     detail = f"{type(cause).__name__}: {cause}"
     if disk_is_full(error):
         return DataError(
-            f"{name}: no room for its copy in the cache of `datasets` ({detail}). Make room, or "
-            "set HF_HOME to a folder that has it; the copy is not compressed"
+            f"{name}: no space for its uncompressed copy in the cache of `datasets` ({detail}). "
+            "Free some space, or set HF_HOME to a folder on a larger disk"
         )
     if isinstance(error, ConnectionError):
         problem = (
-            f"{name}: the Hugging Face hub could not be reached ({detail}). Without a network use "
-            "`stdlib`, own files with `text`, `jsonl` or `parquet`, or a local copy of the dataset "
-            "with dataset_path"
+            f"{name}: the Hugging Face hub could not be reached ({detail}). Without a network, "
+            "use `stdlib`, your own files with `text`, `jsonl` or `parquet`, or a local copy of "
+            "the dataset with dataset_path"
         )
         return outage_or(DataError, problem, error)
     return outage_or(DataError, f"{name} cannot be read as a dataset ({detail})", error)

@@ -80,8 +80,8 @@ def inspect(
         unmasked = np.where(ids < 0, ~ids, ids)
         if unmasked.max() >= len(counts):
             raise DataError(
-                f"{path}, {name}: token {unmasked.max()} is outside of the tokenizer's vocabulary "
-                f"of {len(counts)}: the data is damaged, which --verify shows"
+                f"{path}, {name}: token {unmasked.max()} is outside the tokenizer's vocabulary of "
+                f"{len(counts)}: the data is damaged; --verify finds out where"
             )
         counts += np.bincount(unmasked, minlength=len(counts))
         if len(shown) < samples:

@@ -84,7 +84,7 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no kept batch: {error}") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("tokenizer"), str):
-        raise DataError(f"{folder / _FACTS} is damaged: it names no tokenizer")
+        raise DataError(f"{folder / _FACTS} is damaged: it has no tokenizer entry")
     lines = [f"{name:10} {value}" for name, value in facts.items()]
     decode: Any = None
     for number, (tokens, labels) in enumerate(_rows(folder)):

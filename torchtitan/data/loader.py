@@ -106,7 +106,7 @@ class DataLoader:
         if remainder:
             if not pad:
                 raise ValueError(
-                    f"global_batch_size {global_batch_size} is no multiple of local_batch_size "
+                    f"global_batch_size {global_batch_size} is not a multiple of local_batch_size "
                     f"{local_batch_size} x dp_world_size {dp_world_size}"
                 )
             passes += 1
@@ -128,7 +128,10 @@ class DataLoader:
 
         for key, part in self._blend.sources.items():
             if isinstance(part, Iterator):
-                raise TypeError("source is an iterator; give something that starts anew each time")
+                raise TypeError(
+                    "source is an iterator; give an iterable that starts from the beginning each "
+                    "time"
+                )
             with begin_errors_with(name), naming(key):
                 self._encoder.check(part)
                 first = first_document(part, self._encoder)
@@ -266,12 +269,12 @@ class DataLoader:
             for part in self._split(places)[1]
             for row, place in zip(self._rows.tolist(), part, strict=True)
         ):
-            change = "the rows are not those of this rank, as if global_batch_size had changed"
+            change = "the rows do not belong to this rank; global_batch_size may have changed"
             remedy = "training.global_batch_size"
         if change:
             raise CheckpointError(
-                f"the place in the data cannot be resumed: {change}. Restore {remedy}, or begin "
-                'the data anew with checkpoint.exclude_from_loading = ["dataloader"]'
+                f"the position in the data cannot be restored: {change}. Restore {remedy}, or "
+                'restart the data with checkpoint.exclude_from_loading = ["dataloader"]'
             )
         self.close()
         self._places = places.copy()
@@ -353,7 +356,7 @@ def _only(source: Source) -> Blend:
 def _warn_of_unsaid_bos(part: PreparedTokens, encoder: Encoder) -> None:
     if part.index.get("add_bos") and not encoder.add_bos and rank() == 0:
         logger.warning(
-            "%s was prepared with --add-bos: set data.add_bos = true, so that texts begin with bos "
-            "in validation, generate and eval, too",
+            "%s was prepared with --add-bos: set data.add_bos = true, so that texts also begin "
+            "with bos in validation, generate and eval",
             part.folder,
         )

@@ -44,7 +44,7 @@ def map_file(path: str | Path, dtype: np.dtype | str, start: int = 0) -> np.ndar
         if hasattr(mmap, "MADV_RANDOM"):
             memory.madvise(mmap.MADV_RANDOM)
     if (size - start) % dtype.itemsize:
-        raise DataError(f"{path} is damaged: it is no whole number of {dtype.name} ids")
+        raise DataError(f"{path} is damaged: its size is not a whole number of {dtype.name} ids")
     return np.frombuffer(memory, dtype, offset=start)
 
 

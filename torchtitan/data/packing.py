@@ -93,7 +93,7 @@ def require_sequence(document: int, sequence: int, sequences: int) -> None:
     """Raise `DataError` if a saved pool of documents no longer has such a sequence."""
     if sequence >= sequences:
         raise _no_such_place(
-            f"sequence {sequence} of those packed from document {document} on, but there are "
+            f"sequence {sequence} of those packed from document {document} on, but there are only "
             f"{sequences}"
         )
 
@@ -101,7 +101,8 @@ def require_sequence(document: int, sequence: int, sequences: int) -> None:
 def _no_such_place(what: str) -> DataError:
     return DataError(
         f"the checkpoint is at {what}: the dataset or the tokenizer has changed. Restore it, or "
-        'set checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
+        'set checkpoint.exclude_from_loading = ["dataloader"] to restart the data from the '
+        "beginning"
     )
 
 

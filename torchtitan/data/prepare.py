@@ -111,8 +111,8 @@ def _lock(out: Path) -> Iterator[Lock]:
     free = lock.take(patience=2.0)  # the workers of a killed process end after a moment
     if free is False:
         raise ConfigError(
-            f"--out {out}: another `torchtitan data prepare` is writing it. Wait for that one, or "
-            "end it first: this command then goes on with what is missing"
+            f"--out {out}: another `torchtitan data prepare` is writing it. Wait for it, or stop "
+            "it first: this command then prepares the missing shards"
         )
     for partial in out.glob("*.partial") if free else ():
         partial.unlink(missing_ok=True)
@@ -149,12 +149,12 @@ def _is_finished(out: Path, settings: dict[str, Any], old_source: str) -> bool:
         if differing:
             key = differing[0]
             raise ConfigError(
-                f"--out {out}: was begun with another {key} ({found.get(key)}; now "
+                f"--out {out}: was started with a different {key} ({found.get(key)}; now "
                 f"{settings[key]}). Give another folder, or remove it"
             )
         return (out / INDEX).is_file()
     if out.exists() and (not out.is_dir() or not all(map(_is_begun, out.iterdir()))):
-        raise ConfigError(f"--out {out}: is not empty, and not a folder of prepared tokens")
+        raise ConfigError(f"--out {out}: is neither empty nor a folder of prepared tokens")
     writing(lambda: out.mkdir(parents=True, exist_ok=True))
     write_json(path, settings)
     return False
@@ -204,8 +204,8 @@ def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
         own = min(getattr(source, "num_shards", 1), _MOST_SHARDS)
         if wanted not in (None, own):
             raise ConfigError(
-                f"--shards {wanted}: has no effect here, as the dataset is read as a stream, which "
-                f"gives as many shards as it has files ({own}). Leave it out"
+                f"--shards {wanted}: has no effect on a dataset that is read as a stream, which "
+                f"gives one shard per file ({own}). Leave it out"
             )
         return own
     if total == 0:

@@ -127,17 +127,17 @@ def _work(job: Job, counters: Any, messages: Any) -> None:
         messages.put(type(error)(str(error)))
     except Exception as error:
         traceback.print_exc()
-        messages.put(DataError(f"a process of the preparation failed: {error!r}, as told above"))
+        messages.put(DataError(f"a worker process failed: {error!r}; see above"))
 
 
 def _how_it_died(code: int) -> str:
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
-        how += " (memory used up?)" if code == -signal.SIGKILL else ""
+        how += " (out of memory?)" if code == -signal.SIGKILL else ""
     else:
         how = f"ended with exit code {code}"
     return (
-        f"a process of the preparation {how}. The same command goes on with what is missing; "
+        f"a worker process {how}. Run the same command again to prepare the missing shards; "
         "--workers sets the number of processes"
     )
 

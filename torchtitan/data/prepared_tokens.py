@@ -100,21 +100,23 @@ class PreparedTokens(TokenFiles):
             if now != prepared[key] and not (key == "fingerprint" and now is None):
                 raise DataError(
                     f"{self.folder} was prepared with the tokenizer {prepared['path']!r} ({key} "
-                    f"{prepared[key]}), but model.tokenizer_path is another one ({key} {now}). Use "
-                    "that tokenizer, or prepare the data again"
+                    f"{prepared[key]}), but model.tokenizer_path is a different one ({key} "
+                    f"{now}). Use that tokenizer, or prepare the data again"
                 )
 
     def require_bos(self, bos_id: int) -> None:
         if not self.index.get("add_bos"):
             raise DataError(
-                f"add_bos is set, but {self.folder} was prepared without: its documents do not "
-                "begin with bos. Prepare the data again with --add-bos, or set add_bos to false"
+                f"add_bos is set, but {self.folder} was prepared without it, so its documents do "
+                "not begin with bos. Prepare the data again with --add-bos, or set add_bos to "
+                "false"
             )
         written = self.index["tokenizer"].get("bos_id", bos_id)
         if written != bos_id:
             raise DataError(
-                f"{self.folder} was prepared with the bos {written}, but that of model."
-                f"tokenizer_path is {bos_id} now. Use that tokenizer, or prepare the data again"
+                f"{self.folder} was prepared with the bos {written}, but the bos of "
+                f"model.tokenizer_path is now {bos_id}. Use that tokenizer, or prepare the data "
+                "again"
             )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
@@ -127,7 +129,7 @@ class PreparedTokens(TokenFiles):
             for suffix in ("bin", "idx"):
                 path = self.folder / f"{entry['name']}.{suffix}"
                 if sha256(path) != entry[f"{suffix}_sha256"]:
-                    raise _changed(path, "its content hash is another")
+                    raise _changed(path, "its content hash does not match")
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -185,13 +185,17 @@ def stdlib_files(held_out: bool) -> list[str]:
         ]
     chosen = sorted(name for name in names if (zlib.crc32(name.encode()) % 20 == 0) == held_out)
     if not chosen:
-        raise DataError(f"this Python has no library sources in {root}; use `text` with own files")
+        raise DataError(
+            f"this Python has no library sources in {root}; use `text` with your own files"
+        )
     return [os.path.join(root, name) for name in chosen]
 
 
 def _open_stdlib(path: str | None, held_out: bool) -> TextFiles:
     if path is not None:
-        raise ConfigError("dataset_path has no effect here; remove it, or use `text` for own files")
+        raise ConfigError(
+            "dataset_path has no effect here; remove it, or use `text` for your own files"
+        )
     return TextFiles(stdlib_files(held_out))
 
 

@@ -31,21 +31,22 @@ def open_token_files(path: str | None) -> TokenFiles:
     """
     if path and is_url(path):
         raise ConfigError(
-            f"dataset_path = {path!r}: tokens are memory-mapped and must be local files. Copy them"
+            f"dataset_path = {path!r}: tokens are memory-mapped, so they must be local files. "
+            "Copy them"
         )
     folder = Path(path or "").expanduser()
     if path and (folder / INDEX).is_file():
         return PreparedTokens(folder)
     if path and (folder / "prepare.json").is_file():
         raise DataError(
-            f"{folder} is not finished: run the same `torchtitan data prepare` again, which goes on"
+            f"{folder} is unfinished: run the same `torchtitan data prepare` again to finish it"
         )
     files = [file for file in find_files(path, (".bin",)) if not file.endswith(".idx")]
     for file in files:
         if not file.endswith(".bin"):
             raise DataError(
-                f"{file} holds no tokens, which are in files that end in .bin. Text is read by "
-                "another dataset (jsonl, text, parquet), or prepared first: torchtitan data prepare"
+                f"{file} holds no tokens: token files end in .bin. Read text with another dataset "
+                "(jsonl, text, parquet), or tokenize it first: torchtitan data prepare"
             )
     with_index = [file for file in files if megatron_index(file).is_file()]
     if with_index and len(with_index) < len(files):

@@ -65,8 +65,8 @@ class Shard(MappedTokens):
         start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
         if not 0 <= start <= end <= len(self.tokens):
             raise DataError(
-                f"{self.path} is damaged: document {index} (from 0) is said to have the tokens "
-                f"from {start} to {end}, of {len(self.tokens)}"
+                f"{self.path} is damaged: document {index} (counted from 0) is recorded as tokens "
+                f"{start} to {end}, but there are {len(self.tokens)}"
             )
         return read_ahead(self.tokens, start, end)
 
@@ -124,9 +124,9 @@ class TokenFiles:
         first = next((tokens for tokens in documents if len(tokens) > 1), None)
         if first is not None and first[0] != bos_id:
             raise DataError(
-                f"{self.shards[0].path}: add_bos is set, but these documents are token ids, which "
-                f"are taken as they are, and they do not begin with bos ({bos_id}). Write it into "
-                "the file, or set add_bos to false"
+                f"{self.shards[0].path}: add_bos is set, but documents of token ids are used "
+                f"unchanged, and these do not begin with bos ({bos_id}). Add bos to the file, or "
+                "set add_bos to false"
             )
 
 
@@ -134,6 +134,6 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     largest = int(tokens.max())
     if largest >= vocab_size or tokens.min() < 0:
         raise DataError(
-            f"{where}: token {largest} is outside of the tokenizer's vocabulary of {vocab_size}. "
-            "The file was made with another tokenizer than model.tokenizer_path"
+            f"{where}: token {largest} is outside the tokenizer's vocabulary of {vocab_size}. The "
+            "file was made with a different tokenizer than model.tokenizer_path"
         )

@@ -62,9 +62,9 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
         fail(
             job_config,
             "parallelism.context_parallel_degree",
-            f"{job_config.model.name} does not attend by a CausalMask and a "
-            "ScaledDotProductAttention of torchtitan.models.common.attention, so its attention "
-            "cannot be shared. Set it to 1",
+            f"{job_config.model.name} does not use CausalMask and ScaledDotProductAttention of "
+            "torchtitan.models.common.attention, so its attention cannot be split over ranks. Set "
+            "it to 1",
         )
     # The ring's kernels use the default scale and ignore everything that a subclass adds.
     plain = all(type(a) is ScaledDotProductAttention and a.scale is None for a in attentions)
@@ -72,15 +72,16 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
         fail(
             job_config,
             "parallelism.context_parallel_method",
-            f"a ring knows scaled dot product attention alone, but {job_config.model.name} has "
-            "layers with a scale or terms of their own. Use 'allgather' or 'ulysses'",
+            "ring attention supports only scaled dot product attention, but "
+            f"{job_config.model.name} has layers with a custom scale or extra terms. Use "
+            "'allgather' or 'ulysses'",
         )
     if method == "ring" and any(mask.window or mask.chunk for mask in masks):
         fail(
             job_config,
             "parallelism.context_parallel_method",
-            f"a ring knows plain causal attention alone, but {job_config.model.name} has layers "
-            "that attend in windows or chunks. Use 'allgather' or 'ulysses'",
+            f"ring attention supports only plain causal attention, but {job_config.model.name} "
+            "has layers that attend in windows or chunks. Use 'allgather' or 'ulysses'",
         )
     shards = sequence_shards(cp_mesh, job_config)
     for mask in masks:

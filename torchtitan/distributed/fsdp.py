@@ -158,8 +158,8 @@ def _refuse_parameters_of_several_blocks(
             if other and other != own:
                 raise ConfigError(
                     f"{canonical_name(other)} and {canonical_name(own)} are one parameter, which "
-                    "data parallelism cannot shard with both layers. Share the module that has it, "
-                    "or keep it outside of `layers` and hand it to them"
+                    "data parallelism cannot shard with both layers. Share the module that has "
+                    "it, or keep it outside `layers` and pass it to them"
                 )
 
 

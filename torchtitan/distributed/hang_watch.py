@@ -59,7 +59,7 @@ class Heartbeat:
     def __str__(self) -> str:
         at = f", at {self.where}" if self.where else ""
         return (
-            f"rank {self.rank} ({self.host}) is in step {self.step}, phase '{self.phase}', "
+            f"rank {self.rank} ({self.host}) has been in step {self.step}, phase '{self.phase}', "
             f"for {self.seconds:.0f} s{at}"
         )
 
@@ -114,7 +114,10 @@ class HangWatch:
                 now = self._now
                 stands = time.monotonic() - now[2] >= self._limit
                 if reported is not None and now is not reported:
-                    _log(f"rank {dist.get_rank()} goes on: step {now[0]}, phase '{now[1]}'")
+                    _log(
+                        f"rank {dist.get_rank()} makes progress again: step {now[0]}, phase "
+                        f"'{now[1]}'"
+                    )
                     reported = None
                 if time.monotonic() - sent >= self._limit / 4 or (stands and reported is None):
                     self._send(now, stands)
@@ -128,7 +131,7 @@ class HangWatch:
                         self._report()
         except Exception as error:  # no reason to end the run
             if not self._closing.is_set():
-                logger.warning("hangs are no longer watched: %s", error)
+                logger.warning("hangs are no longer detected: %s", error)
 
     def _send(self, now: tuple[int, str, float], stands: bool) -> None:
         step, phase, since = now
@@ -236,11 +239,11 @@ def report(beats: list[Heartbeat], silent: list[int], limit: float, on_cuda: boo
     now = max(beat.time for beat in beats)
     head = f"no progress for {limit:g} s"
     if silent:
-        return f"{head}. Never heard of: {_enumerate([f'rank {rank}' for rank in silent])}"
+        return f"{head}. Not heard from: {_enumerate([f'rank {rank}' for rank in silent])}"
     # A live rank sends a heartbeat every quarter of the limit.
     mute = [beat for beat in beats if now - beat.time > limit]
     if mute:
-        told = [f"{beat} when last heard of, {now - beat.time:.0f} s ago" for beat in mute]
+        told = [f"{beat} when last heard from, {now - beat.time:.0f} s ago" for beat in mute]
         return f"{head}. Late: {_enumerate(told)}. {_others(beats, mute)}"
     earliest = min(beat.place for beat in beats)
     late = [beat for beat in beats if beat.place == earliest]
@@ -251,7 +254,7 @@ def report(beats: list[Heartbeat], silent: list[int], limit: float, on_cuda: boo
     return f"{head}. Late: {_enumerate([str(beat) for beat in late])}. {_others(beats, late)}"
 
 
-_ON_DEVICE = ". What the devices wait for is in flight_recorder_N of each rank"
+_ON_DEVICE = ". flight_recorder_N of each rank shows the collectives that the devices wait for"
 
 
 def _places(beats: list[Heartbeat]) -> str:
@@ -260,13 +263,13 @@ def _places(beats: list[Heartbeat]) -> str:
     for beat in beats:
         places.setdefault(beat.where, []).append(beat)
     if len(places) == 1:
-        return f"All ranks stand at the same place: {beats[0]}"
+        return f"All ranks are at the same place: {beats[0]}"
     told = [
         f"{len(there)} at {where or 'no known line'}, as rank {there[0].rank} ({there[0].host})"
         for where, there in sorted(places.items(), key=lambda item: len(item[1]))
     ]
     step, phase = beats[0].step, beats[0].phase
-    return f"All ranks are in step {step}, phase '{phase}'. They stand: {_enumerate(told)}"
+    return f"All ranks are in step {step}, phase '{phase}'. Their places: {_enumerate(told)}"
 
 
 def _others(beats: list[Heartbeat], late: list[Heartbeat]) -> str:
@@ -275,7 +278,7 @@ def _others(beats: list[Heartbeat], late: list[Heartbeat]) -> str:
     if not others:
         return ""
     places = Counter((beat.step, beat.phase) for beat in others)
-    return "Of the others, " + ", ".join(
+    return "Of the other ranks, " + ", ".join(
         f"{number} wait in step {step}, phase '{phase}'"
         for (step, phase), number in sorted(places.items())
     )

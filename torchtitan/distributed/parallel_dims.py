@@ -73,7 +73,7 @@ class ParallelDims:
                 f"parallelism: {written} x data_parallel_shard_degree ({self.dp_shard}) = "
                 f"{others * self.dp_shard}, but the world size (number of processes) is "
                 f"{self.world_size}. Start {others * self.dp_shard} processes, or set "
-                f"data_parallel_shard_degree = -1 to use the ranks that are left"
+                "data_parallel_shard_degree = -1 to use the remaining ranks"
             )
         self._check_experts()
 

@@ -283,9 +283,10 @@ class _SameNumberOfOutputs:
             fail(
                 self._config,
                 "model.name",
-                f"stage {self._stage} of the pipeline hands on {count} tensors in training, but "
-                f"{self._in_evaluation} in evaluation. Forward() must hand the next stage as many "
-                "in both, whatever self.training is; only what the last stage returns may differ",
+                f"stage {self._stage} of the pipeline passes on {count} tensors in training, but "
+                f"{self._in_evaluation} in evaluation. forward() must pass the same number to the "
+                "next stage in both, whatever self.training is; only the last stage's result may "
+                "differ",
             )
 
 

@@ -71,11 +71,14 @@ class CsvSchedule:
             fail(
                 job_config,
                 cls.KEY,
-                f"must have a row of actions like 0F0 for each of the {pp} ranks, and each stage "
-                f"from 0 on in one of them. It has {len(rows)} rows, with the stages {stages}",
+                f"must have a row of actions like 0F0 for each of the {pp} ranks, with each stage "
+                f"from 0 on in exactly one of them. It has {len(rows)} rows, with the stages "
+                f"{stages}",
             )
         if len({len(row) for row in stages}) > 1:
-            fail(job_config, cls.KEY, f"every rank must have as many stages, not {stages}")
+            fail(
+                job_config, cls.KEY, f"every rank must have the same number of stages, not {stages}"
+            )
         microbatches = 1 + max(microbatch for row in rows for _, _, microbatch in row)
         return cls(stages, microbatches, any(kind in "IW" for row in rows for _, kind, _ in row))
 
@@ -159,7 +162,7 @@ def assign_modules(
                 job_config,
                 "parallelism.pipeline_parallel_degree",
                 f"{number} stages, but the model has only {len(layers)} layers. Use at most "
-                f"{len(layers)} stages (degree x stages of a rank)",
+                f"{len(layers)} stages (degree x stages per rank)",
             )
         costs = _costs(model, units, len(first), len(last), job_config)
         # Modules before the layers stay together, because each model combines them its own way.
@@ -240,17 +243,19 @@ def _cuts_at(points: list[str], units: list[str], number: int, job_config: JobCo
     key = "parallelism.pipeline_parallel_split_points"
     for point in points:
         if point not in units[1:]:
-            fail(job_config, key, f"{point!r} is no place to cut.{did_you_mean(point, units[1:])}")
+            fail(
+                job_config, key, f"{point!r} is not a split point.{did_you_mean(point, units[1:])}"
+            )
     if len(points) != number - 1:
         fail(
             job_config,
             key,
             f"{len(points)} points make {len(points) + 1} stages, but pipeline_parallel_degree x "
-            f"stages of a rank is {number}",
+            f"stages per rank is {number}",
         )
     cuts = [units.index(point) for point in points]
     if cuts != sorted(set(cuts)):
-        fail(job_config, key, "must be in the order of the model, each once")
+        fail(job_config, key, "must be in the order of the model, without repetition")
     return cuts
 
 
@@ -262,7 +267,7 @@ def _refuse_other_parameters(model: nn.Module, units: list[str], job_config: Job
                 job_config,
                 "parallelism.pipeline_parallel_degree",
                 f"{type(model).__name__} has the parameter {name!r}, which is in no layer and not "
-                "named by its pipeline_fn, so no stage would have it. Name it, or the module that "
+                "named in its pipeline_fn, so no stage would have it. Name it, or the module that "
                 "has it: functools.partial(build_pipeline, first_modules=(...), "
                 "last_modules=(...))",
             )

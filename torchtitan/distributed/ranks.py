@@ -153,7 +153,7 @@ class Ranks:
                     pipes.pop(rank.pipe, rank).receive()
                     if failure := rank.failure():
                         failures.append(failure)
-                        limit = "stopped, since another rank had failed"
+                        limit = "stopped, because another rank failed"
                         soon = time.monotonic() + _SECONDS_AFTER_A_FAILURE
                         deadline = min(deadline, soon)
         failures += _stop(running.values(), limit)

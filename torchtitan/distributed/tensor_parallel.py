@@ -47,8 +47,8 @@ Plan = dict[str, ParallelStyle]
 
 LOSS_NOT_ATTACHED = (
     "loss.name = 'chunked_cross_entropy' applies the model's output layer, but its "
-    "attach(model_parts) was not called. A build_loss_fn that calls torchtitan's loss hands it on: "
-    "loss.attach = main.attach. Or use loss.name = 'cross_entropy'"
+    "attach(model_parts) was not called. A build_loss_fn that wraps torchtitan's loss must "
+    "forward it: loss.attach = main.attach. Or use loss.name = 'cross_entropy'"
 )
 """An author's mistake, found at the first call of the output layer or of the loss."""
 
@@ -105,8 +105,8 @@ def _has(model: nn.Module, name: str) -> bool:
     if module is not None and not isinstance(module, kind):
         raise ConfigError(
             f"parallelism.tensor_parallel_degree: {type(model).__name__}.{name} is "
-            f"{type(module).__name__}, but apply_tensor_parallel splits nn.{kind.__name__} there. "
-            "Give it another name, and parallelize it in the model's parallelize_fn"
+            f"{type(module).__name__}, but apply_tensor_parallel expects nn.{kind.__name__} "
+            "there. Give it another name, and parallelize it in the model's parallelize_fn"
         )
     return module is not None
 

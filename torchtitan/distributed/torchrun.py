@@ -130,7 +130,7 @@ class _Agent(LocalElasticAgent):
     def _wait_for_the_end_of_an_outage(self) -> None:
         """Wait, unless the other hosts have ended the job; a signal ends the wait."""
         seconds = _PAUSES[min(self._outages, len(_PAUSES)) - 1]
-        sys.stderr.write(f"an outage has ended the ranks: they start again in {seconds:.0f} s\n")
+        sys.stderr.write(f"an outage ended the ranks: restarting them in {seconds:.0f} s\n")
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self._job_has_ended():
             time.sleep(0.5)

@@ -29,7 +29,7 @@ def warn_of_unapplied(model_parts: list[nn.Module], job_config: JobConfig) -> No
     has_layers = any(len(getattr(part, "layers", ())) for part in model_parts)
     for key, function in _unapplied(modules, has_layers, job_config):
         logger.warning(
-            "%s: has no effect, since the parallelize_fn of %s does not call "
+            "%s: has no effect, because the parallelize_fn of %s does not call "
             "torchtitan.distributed.%s(model, job_config) here",
             *(origin(job_config, key), job_config.model.name, function),
         )

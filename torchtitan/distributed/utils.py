@@ -48,8 +48,8 @@ def check_devices() -> None:
             chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
             by = "" if chosen is None else f" (CUDA_VISIBLE_DEVICES is {chosen!r})"
             raise ConfigError(
-                f"{processes} processes on {socket.gethostname()}, which has {gpus} GPUs for them"
-                f"{by}: each process needs one of its own. Start at most {gpus} on this host "
+                f"{processes} processes on {socket.gethostname()}, which has only {gpus} GPUs for "
+                f"them{by}: each process needs its own GPU. Start at most {gpus} on this host "
                 "(--nproc-per-node of torchrun)"
             )
     elif torch.version.cuda and _gpu_files() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
@@ -100,7 +100,7 @@ def rank() -> int:
 def _number(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
-        problem = "no number. torchrun sets it; without torchrun, unset it"
+        problem = "not a number. torchrun sets it; without torchrun, unset it"
         raise ConfigError(f"the environment variable {name} is {value!r}, {problem}")
     return int(value)
 
@@ -115,7 +115,7 @@ def _check_environment() -> None:
         known = ", ".join(f"{n} is {os.environ[n]!r}" for n in needed[:2] if n in os.environ)
         raise ConfigError(
             f"the environment variable {known}, but {' and '.join(missing)} are not set, so this "
-            "process cannot meet others. Start all by torchrun; for one process, unset "
+            "process cannot find the others. Start all with torchrun; for a single process, unset "
             f"{' and '.join(name for name in needed[:2] if name in os.environ)}"
         )
     _number("MASTER_PORT", 0)
@@ -156,10 +156,9 @@ def refuse_separate_tasks() -> None:
     if "RANK" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
         raise ConfigError(
             f"srun has started {tasks} processes (SLURM_STEP_NUM_TASKS) that do not know of each "
-            "other: each would train alone, and all write into one job.dump_folder. Have srun "
-            "start one torchrun on each host, as the script of `torchtitan launch --slurm` does. "
-            "If they are to be runs of their own, with a job.dump_folder each, unset "
-            "SLURM_STEP_NUM_TASKS"
+            "other: each would train alone, and all would write to one job.dump_folder. Let srun "
+            "start one torchrun per host, as the script of `torchtitan launch --slurm` does. If "
+            "they should be separate runs, with a job.dump_folder each, unset SLURM_STEP_NUM_TASKS"
         )
 
 

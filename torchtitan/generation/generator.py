@@ -89,7 +89,7 @@ class Generator:
             DataError: a prompt is empty.
         """
         if not all(prompts):
-            raise DataError("a prompt has no tokens; give it at least one, such as bos or eos")
+            raise DataError("a prompt has no tokens; it needs at least one, such as bos or eos")
         sampler = Sampler(sampling, range(len(prompts)) if streams is None else streams)
         completions = [Completion() for _ in prompts]
         sequences = [list(prompt) for prompt in prompts]
@@ -172,8 +172,8 @@ class Generator:
         right = all(difference < limit for difference in differences)  # False for NaN
         if not right:
             logger.warning(
-                "%s computes something else with a key-value cache%s. It generates without one, "
-                "which takes longer for each token",
+                "%s gives different results with a key-value cache%s. Generating without one, "
+                "which takes longer per token",
                 type(self.model).__name__,
                 reason,
             )

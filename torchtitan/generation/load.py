@@ -54,19 +54,20 @@ class ModelOptions:
     """Which model, and how it is run."""
 
     checkpoint: str
-    """A checkpoint of ours (step-N, or its run's folder: the newest), or a Hugging Face folder."""
+    """Torchtitan checkpoint (a step-N folder, or a run's folder for its newest), or a Hugging Face
+    folder."""
     model: str | None = None
-    """Model name in the registry, where the folder does not tell, or tells another."""
+    """Model name in the registry, if the folder does not record it, or to override it."""
     flavor: str | None = None
-    """Size of the model, along with --model."""
+    """Flavor of the model given by --model."""
     custom_import: str = ""
     """Python module to import first, so that it can register a model."""
     tokenizer: str | None = None
-    """`bytes`, or a folder with a tokenizer.json. Default: that of the run, or the checkpoint's"""
+    """`bytes`, or a folder with a tokenizer.json. Default: the run's or checkpoint's tokenizer"""
     dtype: DTypeName = "auto"
-    """Dtype of the weights and of the computation. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    """Dtype of the weights and the computation. `auto`: bfloat16 on CUDA, float32 on a CPU."""
     tensor_parallel_degree: int = 1
-    """Ranks (of torchrun) that share each layer's matrices."""
+    """Number of torchrun ranks that each layer's matrices are sharded over."""
 
 
 @dataclass
@@ -149,8 +150,8 @@ def open_source(options: ModelOptions) -> Source:
     _set_layout(job_config, options, spec)
     if spec.model_cls.sees_later_tokens:
         raise ConfigError(
-            f"{name} is no causal model ({spec.model_cls.__name__}.sees_later_tokens): its logits "
-            "are not those of the next token, of which generate and eval make use"
+            f"{name} is not a causal model ({spec.model_cls.__name__}.sees_later_tokens): generate "
+            "and eval need logits of the next token"
         )
     if spec.build_tokenizer_fn is None:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
@@ -209,7 +210,7 @@ def _checkpoint_folder(location: str) -> Path:
     """Return the checkpoint at a location: the folder itself, or the newest one of a run."""
     if is_url(location) and not location.startswith("file://"):
         raise CheckpointError(
-            f"--checkpoint {location}: URLs are not read here. Copy the folder to a local disk"
+            f"--checkpoint {location}: URLs are not supported here. Copy the folder to a local disk"
         )
     path = cast(Path, storage_path(location))
     if not path.is_dir():
@@ -222,12 +223,12 @@ def _checkpoint_folder(location: str) -> Path:
             return complete[-1]
     if (path / CONFIG_FILE).is_file():  # a run's folder
         raise CheckpointError(
-            f"--checkpoint {path}: the run has saved no checkpoint there. Train with "
-            "--checkpoint.enable, or name its checkpoint.folder"
+            f"--checkpoint {path}: the run saved no checkpoint there. Train with "
+            "--checkpoint.enable, or give the run's checkpoint.folder"
         )
     raise CheckpointError(
-        f"--checkpoint {path} holds no checkpoint: neither {MANIFEST} or step-N folders (ours) nor "
-        f"{SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face)"
+        f"--checkpoint {path} holds no checkpoint: neither {MANIFEST} or step-N folders "
+        f"(torchtitan) nor {SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face)"
     )
 
 
@@ -250,7 +251,7 @@ def _own_tokenizer(folder: Path) -> str:
         return str(folder)
     raise ConfigError(
         f"{folder} has no tokenizer.json. Give --tokenizer FOLDER, or --tokenizer bytes for a "
-        "model of bytes"
+        "byte-level model"
     )
 
 
@@ -287,8 +288,9 @@ def _check_vocabulary(source: Source) -> None:
         return
     raise ConfigError(
         f"the tokenizer {source.job_config.model.tokenizer_path} has "
-        f"{source.tokenizer.vocab_size} tokens, but the model {source.model_name} of "
-        f"{source.folder} has only {size} in its vocabulary. Use the model's own: --tokenizer"
+        f"{source.tokenizer.vocab_size} tokens, but the vocabulary of the model "
+        f"{source.model_name} of {source.folder} has only {size}. Give the model's own tokenizer: "
+        "--tokenizer"
     )
 
 
@@ -322,7 +324,7 @@ def _told_ends(folder: Path) -> list[int]:
         ends = told if isinstance(told, list) else [] if told is None else [told]
         if not all(type(token) is int for token in ends):
             raise CheckpointError(
-                f"{path}: eos_token_id = {told!r} must be a token's number, or a list of them"
+                f"{path}: eos_token_id = {told!r}: must be a token id, or a list of token ids"
             )
         return ends
     return []

@@ -11,8 +11,8 @@ from torchtitan.distributed.determinism import derive_seed
 from torchtitan.errors import CheckpointError, ConfigError
 
 NO_NUMBERS = (
-    "the model's logits are NaN or infinite: its weights are, or numbers on the way are too large "
-    "for --dtype float16; try bfloat16 or float32"
+    "the model's logits are NaN or infinite: either its weights are, or activations overflow with "
+    "--dtype float16; try bfloat16 or float32"
 )
 
 
@@ -35,7 +35,9 @@ class Sampling:
                 f"temperature = {self.temperature}: must be at least 0, and finite. 0 is greedy"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k = {self.top_k}: must be at least 1; leave it out for all")
+            raise ConfigError(
+                f"top_k = {self.top_k}: must be at least 1; leave it out to sample from all tokens"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p}: must be above 0 and at most 1")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):

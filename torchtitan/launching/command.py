@@ -23,8 +23,8 @@ from .storage import check_saving, check_storage
 from .template import require_plain
 
 DESCRIPTION = """\
-Start a job on a cluster, or show what would be submitted. CONFIG is the file that `torchtitan
-train` takes; the job is checked first, as if it ran. See docs/launching.md.
+Start a job on a cluster, or show what it would submit. CONFIG is a file for `torchtitan train`;
+the job is checked first, as if it ran. See docs/launching.md.
 
   torchtitan launch --slurm llama3_8b.toml --nodes 4 --partition gpu --time 2-00:00:00 --dry-run
   torchtitan launch --kubernetes llama3_8b.toml --nodes 4 --image me/titan:1 --kind jobset \\
@@ -33,9 +33,9 @@ train` takes; the job is checked first, as if it ran. See docs/launching.md.
       -- --checkpoint.folder s3://my-bucket/llama3_8b
   torchtitan launch --ssh llama3_8b.toml --hosts node1,node2
 
-Options after -- go to the job, as to `torchtitan train`.
+Options after -- change the job's config, as for `torchtitan train`.
 
-Exit code: that of the tool that submits; 2 for a mistake in the command or the config."""
+Exit code: that of the submitting tool; 2 for a mistake in the command or the config."""
 
 BACKENDS = {"slurm": slurm, "kubernetes": kubernetes, "skypilot": skypilot, "ssh": ssh}
 """Each has `render(job)` and `submit(job, text)`."""
@@ -110,7 +110,7 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     try:
         valid_spec(config, world_size)
     except WorldSizeError as error:
-        told = f"--nodes {nodes} x {processes} processes; --processes-per-node N sets them"
+        told = f"--nodes {nodes} x {processes} processes; set them with --processes-per-node N"
         raise WorldSizeError(f"{error} ({told})") from error
     try_layout(config, world_size)
 

@@ -98,8 +98,8 @@ def job_name(options: Options) -> str:
         return name.strip("-") if name[:1].isalpha() else f"job-{name}".strip("-")
     if not re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", options.name):
         raise ConfigError(
-            f"--name {options.name}: must be a name of up to 40 small letters, digits and '-', "
-            "with a letter first, as clusters use it for hosts"
+            f"--name {options.name}: must have at most 40 lowercase letters, digits and '-', and "
+            "begin with a letter, because clusters use it for host names"
         )
     return options.name
 

@@ -17,84 +17,86 @@ _Repeated = tyro.conf.UseAppendAction[list[str]]
 @dataclass
 class Options:
     config: Annotated[tyro.conf.Positional[str], shown_as("CONFIG")]
-    """TOML file of the job, as for `torchtitan train`. Its text goes into what is rendered."""
+    """TOML file of the job, as for `torchtitan train`. Its text is embedded in the output."""
     slurm: bool = False
-    """A batch script, for sbatch."""
+    """Submit a batch script with sbatch."""
     kubernetes: bool = False
-    """Manifests, for kubectl apply."""
+    """Submit manifests with kubectl apply."""
     skypilot: bool = False
-    """A task, for sky launch; with --spot for sky jobs launch, which recovers it."""
+    """Submit a task with sky launch or, with --spot, with sky jobs launch, which recovers it."""
     ssh: bool = False
-    """A script that starts the job on --hosts, which have passwordless ssh."""
+    """Start the job on --hosts, which need passwordless ssh."""
     dry_run: bool = False
-    """Print what would be submitted, and do not submit it."""
+    """Print the output instead of submitting it."""
     out: Annotated[str | None, shown_as("FILE")] = None
-    """Write it to a file too."""
+    """Also write the output to a file."""
 
     nodes: Annotated[int, shown_as("N")] = 1
-    """Hosts."""
+    """Number of hosts."""
     gpus_per_node: Annotated[int, shown_as("N")] = 8
-    """GPUs of a host; 0 for none."""
+    """GPUs per host; 0 for none."""
     processes_per_node: Annotated[int | None, shown_as("N")] = None
-    """Ranks on a host. Default: one for each GPU."""
+    """Ranks per host. Default: one per GPU."""
     name: Annotated[str | None, shown_as("NAME")] = None
-    """Name of the job. Default: that of the file."""
+    """Name of the job. Default: the name of the TOML file."""
     max_restarts: Annotated[int, shown_as("N")] = 3
-    """How often ranks that crash are started again, from the newest checkpoint. Preempted jobs are
-    started again as often as it takes."""
+    """How often to restart crashed ranks, from the newest checkpoint. Preempted jobs are restarted
+    without limit."""
     grace: Annotated[int, shown_as("SECONDS")] = 180
-    """How long before its end the job is told, to save a checkpoint."""
+    """How long before its end the job is signalled, so that it can save a checkpoint."""
     python: Annotated[str, shown_as("PATH")] = "python"
-    """Python of the hosts, in which torchtitan is installed."""
+    """Python on the hosts that has torchtitan installed."""
     workdir: Annotated[str | None, shown_as("FOLDER")] = None
-    """Folder of the hosts to run in; relative paths of the job start there."""
+    """Working directory on the hosts; the job's relative paths start there."""
     setup: Annotated[_Repeated, shown_as("COMMAND")] = field(default_factory=list)
-    """Shell command for each host to run first, such as 'source .venv/bin/activate'."""
+    """Shell command that each host runs first, such as 'source .venv/bin/activate'."""
     env: Annotated[_Repeated, shown_as("NAME=VALUE")] = field(default_factory=list)
     """Environment variable of the ranks."""
     secret: Annotated[_Repeated, shown_as("NAME[=SECRET/KEY]")] = field(default_factory=list)
     """Environment variable that is never written down (HF_TOKEN): taken from your environment when
     the job is submitted, on Kubernetes from key KEY of secret SECRET (default: torchtitan/NAME)."""
     mount: Annotated[_Repeated, shown_as("SOURCE:/PATH")] = field(default_factory=list)
-    """What the hosts see at /PATH: a folder of the host, for Kubernetes a claim (PVC) too, for
-    SkyPilot a bucket (s3://...), which is copied to the hosts and not back: it is for data, and
-    checkpoints go to a URL (checkpoint.folder)."""
+    """Mount SOURCE at /PATH on the hosts: a folder of the host; on Kubernetes also a claim (PVC);
+    on SkyPilot a bucket (s3://...), which is copied to the hosts but not back: use it for data, and
+    a URL for checkpoints (checkpoint.folder)."""
     image: Annotated[str | None, shown_as("IMAGE")] = None
-    """Container; Kubernetes needs one, Slurm needs the plugin pyxis for it."""
+    """Container image. Kubernetes requires one; Slurm needs the pyxis plugin for it."""
     port: Annotated[int, shown_as("N")] = 29500
-    """On which ranks meet; Slurm's follows from the job's number."""
+    """Port of the ranks' rendezvous; on Slurm, it is derived from the job id instead."""
 
     time: Annotated[str | None, shown_as("D-HH:MM:SS")] = None
-    """Slurm, Kubernetes: limit of the job."""
+    """Slurm, Kubernetes: time limit of the job."""
     partition: Annotated[str | None, shown_as("NAME")] = None
-    """Slurm."""
+    """Slurm: partition."""
     account: Annotated[str | None, shown_as("NAME")] = None
-    """Slurm."""
+    """Slurm: account."""
     qos: Annotated[str | None, shown_as("NAME")] = None
-    """Slurm."""
+    """Slurm: quality of service."""
     sbatch: Annotated[_Repeated, shown_as("OPTION")] = field(default_factory=list)
-    """Slurm: any other option of sbatch, such as constraint=h100. It goes before what the script
-    asks for itself. cpus-per-task=N shares hosts with other jobs, which otherwise belong to the
-    job, with all CPUs and memory."""
+    """Slurm: any other option of sbatch, such as constraint=h100. It precedes the script's own
+    options. By default, the job gets whole hosts with all CPUs and memory; cpus-per-task=N shares
+    them with other jobs."""
     kind: Literal["job", "jobset", "pytorchjob"] | None = None
-    """Kubernetes: job (plain, the default), jobset or pytorchjob, which need their operators."""
+    """Kubernetes: kind of resource: job (plain, the default), or jobset or pytorchjob, which need
+    their operators."""
     namespace: Annotated[str | None, shown_as("NAME")] = None
-    """Kubernetes."""
+    """Kubernetes: namespace."""
     node_selector: Annotated[_Repeated, shown_as("LABEL=VALUE")] = field(default_factory=list)
     """Kubernetes: label of the hosts to use."""
     gpu_type: Annotated[str | None, shown_as("NAME")] = None
-    """SkyPilot: H100, ... Default: H100."""
+    """SkyPilot: GPU model. Default: H100."""
     infra: Annotated[str | None, shown_as("CLOUD[/REGION]")] = None
-    """SkyPilot: where. Default: the cheapest."""
+    """SkyPilot: where to run. Default: the cheapest."""
     spot: bool = False
-    """SkyPilot: use machines that may be taken away."""
+    """SkyPilot: use spot instances, which may be preempted."""
     hosts: Annotated[str | None, shown_as("HOST,HOST")] = None
-    """ssh: the hosts, the first of which the others connect to."""
+    """ssh: the hosts; the others connect to the first."""
     head: Annotated[str | None, shown_as("ADDRESS")] = None
-    """ssh: name or address of the first host for the others. Default: its name in --hosts."""
+    """ssh: name or address under which the other hosts reach the first. Default: its name in
+    --hosts."""
     ssh_command: Annotated[str | None, shown_as("COMMAND")] = None
-    """ssh: COMMAND HOST bash -s must run a shell there. Default: ssh, which asks nothing, and
-    ends after two minutes where a host has died."""
+    """ssh: command for which `COMMAND HOST bash -s` runs a shell on HOST. Default: ssh, set to
+    never prompt, and to end two minutes after a host dies."""
 
     @property
     def processes(self) -> int:
@@ -158,8 +160,8 @@ def _check_choice(options: Options) -> None:
     if len(chosen) != 1:
         given = " and ".join(f"--{name}" for name in chosen) or "none"
         raise ConfigError(
-            f"give one of {', '.join(f'--{name}' for name in BACKENDS)}, to say where the job goes "
-            f"(given: {given})"
+            f"give exactly one of {', '.join(f'--{name}' for name in BACKENDS)}, to choose where "
+            f"the job runs (given: {given})"
         )
     for name, backends in _ONLY.items():
         if getattr(options, name) and chosen[0] not in backends:
@@ -193,12 +195,12 @@ def _check_texts(options: Options) -> None:
         name = variable.partition("=")[0]
         if any(word in name.upper() for word in _SECRET_WORDS):
             raise ConfigError(
-                f"--env {name}=...: what is rendered would show it. Use --secret {name}, which "
-                "takes it from where it is kept"
+                f"--env {name}=...: the output would contain the secret. Use --secret {name}, "
+                "which reads it from your environment or the cluster's secrets"
             )
     for secret in options.secret:
         if "=" in secret and not options.kubernetes:
-            raise ConfigError(f"--secret {secret}: only Kubernetes has SECRET/KEY; use NAME")
+            raise ConfigError(f"--secret {secret}: only Kubernetes supports SECRET/KEY; use NAME")
     for name, value in vars(options).items():
         if any("\n" in str(text) for text in (value if isinstance(value, list) else [value])):
             raise ConfigError(f"{flag(name)}: must be one line; --setup may be given several times")
@@ -217,13 +219,13 @@ def _check_backend(options: Options) -> None:
     for option in options.sbatch:
         key = option_key(option)
         if key in ("nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "job-name"):
-            raise ConfigError(f"--sbatch {option}: {key} is set by other options of the command")
+            raise ConfigError(f"--sbatch {option}: {key} is set by another option of the command")
     if options.ssh:
         hosts = (options.hosts or "").split(",")
         if not options.hosts or not all(re.fullmatch(r"[-.@:\w]+", host) for host in hosts):
-            raise ConfigError("--ssh needs --hosts HOST,HOST: names, with commas between them")
+            raise ConfigError("--ssh needs --hosts HOST,HOST: names, separated by commas")
         if len(set(hosts)) != len(hosts):
-            raise ConfigError(f"--hosts {options.hosts}: a host is named twice")
+            raise ConfigError(f"--hosts {options.hosts}: names a host twice")
         if options.nodes not in (1, len(hosts)):
-            raise ConfigError(f"--nodes {options.nodes}: --hosts names {len(hosts)}")
+            raise ConfigError(f"--nodes {options.nodes}: --hosts names {len(hosts)} hosts")
         options.nodes = len(hosts)

@@ -33,8 +33,8 @@ def check_saving(job: LaunchJob) -> str:
     if job.saves:
         return ""
     return (
-        "checkpoint.enable is false: a job that crashes or loses a host begins at step 0 again, "
-        "and one that is told to stop (the time is up, preemption) ends with exit code 2"
+        "checkpoint.enable is false: a job that crashes or loses a host restarts at step 0, and a "
+        "job that is asked to stop (time limit, preemption) ends with exit code 2"
     )
 
 
@@ -53,17 +53,17 @@ def check_storage(job: LaunchJob) -> str:
         source, path = mount
         bucket = source if "://" in source else "s3://BUCKET"
         raise ConfigError(
-            f"--mount {source}:{path}: checkpoints would go under it, to {folder}, and never reach "
-            "the bucket, as SkyPilot copies to the hosts and not back. Save them to a URL: "
-            f"-- --checkpoint.folder {bucket.rstrip('/')}/{job.name}"
+            f"--mount {source}:{path}: checkpoints would be saved under it, in {folder}, and "
+            "never reach the bucket, because SkyPilot copies to the hosts but not back. Save them "
+            f"to a URL: -- --checkpoint.folder {bucket.rstrip('/')}/{job.name}"
         )
     if mount:
         return ""
     if in_container:
         return (
             f"checkpoints go to {folder} in each container, and are lost with it unless the "
-            "cluster mounts that: give --mount /FOLDER:/PATH and -- --job.dump_folder /PATH/..., "
-            "or a URL in checkpoint.folder"
+            "cluster mounts that folder: give --mount /FOLDER:/PATH and -- --job.dump_folder "
+            "/PATH/..., or a URL in checkpoint.folder"
         )
     if options.kubernetes:
         return (

@@ -14,8 +14,8 @@ def require(tool: str, install: str) -> None:
     """Raise `ConfigError` if `tool` is not on the PATH; `install` is the advice in the message."""
     if shutil.which(tool) is None:
         raise ConfigError(
-            f"cannot submit: no command {tool!r} here. {install}, or render the job with --dry-run "
-            "and submit it elsewhere"
+            f"cannot submit: the command {tool!r} is missing. {install}, or render the job with "
+            "--dry-run and submit it elsewhere"
         )
 
 

@@ -19,8 +19,8 @@ def require_plain(text: str, where: str) -> None:
     if unsafe := _UNSAFE.search(text):
         code = f"{ord(unsafe[0]):04x}"
         raise ConfigError(
-            f"{where}: the character U+{code.upper()} cannot go to a cluster as it is; TOML has "
-            f'"\\u{code}" for it'
+            f"{where}: the character U+{code.upper()} cannot be sent to a cluster as it is; write "
+            f'it as "\\u{code}" in TOML'
         )
 
 

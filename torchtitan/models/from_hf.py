@@ -50,7 +50,7 @@ def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
     model_type = config.get("model_type")
     broken = [f.problem for f in MODEL_REGISTRY.values() if isinstance(f, BrokenModel)]
     raise CheckpointError(
-        f"{CONFIG}: model_type = {model_type!r} is no model that can be read."
+        f"{CONFIG}: model_type = {model_type!r} is not supported."
         f"{did_you_mean(str(model_type), set(known))}"
         f"{''.join(f' And {problem}.' for problem in broken)}"
     )

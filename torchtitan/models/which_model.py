@@ -47,7 +47,9 @@ class KnownModel:
         return self.spec.state_dict_adapter(self.args, hf_assets_path=folder)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.flavor}" if self.flavor else f"{self.name} (no flavor of ours)"
+        return (
+            f"{self.name} {self.flavor}" if self.flavor else f"{self.name} (no predefined flavor)"
+        )
 
 
 def model_of_options(name: str | None, flavor: str | None) -> KnownModel | None:
@@ -59,7 +61,7 @@ def model_of_options(name: str | None, flavor: str | None) -> KnownModel | None:
     if name is None and flavor is None:
         return None
     if name is None or flavor is None:
-        raise ConfigError("--model and --flavor go together")
+        raise ConfigError("--model and --flavor must be given together")
     spec = get_train_spec(name, flavor)
     return KnownModel(name, flavor, spec, spec.model_args)
 
@@ -72,15 +74,15 @@ def model_of_hf_folder(folder: Path, told: KnownModel | None = None) -> KnownMod
     """
     if (folder / MANIFEST).is_file() and not is_hf_weights(folder):
         raise CheckpointError(
-            f"{folder} is a checkpoint of ours, not a Hugging Face folder: `torchtitan convert "
-            f"to-hf {folder} OUT` makes one of it"
+            f"{folder} is a torchtitan checkpoint, not a Hugging Face folder. Convert it: "
+            f"`torchtitan convert to-hf {folder} OUT`"
         )
     if told is not None:
         check_same_model(folder, told.args)
         return told
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} has no config.json: name the model by --model and --flavor"
+            f"{folder} has no config.json: give the model with --model and --flavor"
         )
     name, spec = train_spec_of_hf_folder(folder)
     flavor = _flavor_of(name, spec.model_args, TRAINING_ONLY)
@@ -101,8 +103,8 @@ def model_of_checkpoint(folder: Path, told: KnownModel | None = None) -> KnownMo
     name = model.get("name")
     if name not in MODEL_REGISTRY:
         raise CheckpointError(
-            f"{folder / MANIFEST}: there is no model {name!r}. Give --custom-import if it is one "
-            "of yours, or --model and --flavor"
+            f"{folder / MANIFEST}: there is no model {name!r}. Give --custom-import if it is your "
+            "own, or --model and --flavor"
         )
     flavors = model_flavors(name)
     flavor = model.get("flavor", "")

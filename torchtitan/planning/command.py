@@ -26,19 +26,19 @@ from torchtitan.tools.result_file import require_folder, write_result
 _SECONDS_OF_A_LINE = 10.0
 """Interval of a search's progress lines when stderr is not a terminal."""
 DESCRIPTION = """\
-What a run needs and how long it takes, before a GPU is rented: memory of each rank by category,
-communication, the pipeline's bubble, step time, tokens/s, MFU, time and cost of a token budget.
-Memory is traced through the real model, parallelism and optimizer; times are estimates. See
+Estimate what a run needs before renting a GPU: memory of each rank by category, communication,
+pipeline bubble, step time, tokens/s, MFU, and the time and cost of a token budget. Memory is
+traced through the real model, parallelism and optimizer; times are estimates. See
 docs/planning.md.
 
   torchtitan plan model.toml --world-size 512 --device h100 --tokens 15e12 --price 2.5
   torchtitan plan model.toml --world-size 64 --search --global-batch-size 256
   torchtitan plan model.toml --html plan.html -- --activation_checkpoint.mode full
 
-Options after -- go to the job, as to `torchtitan train`.
+Options after -- change the job's config, as for `torchtitan train`.
 
-Exit code: 0 if the run fits (or the search found one that does), 1 if not, 2 for a mistake in the
-command or the config."""
+Exit code: 0 if the run fits (or the search found a layout that does), 1 if not, 2 for a mistake in
+the command or the config."""
 
 
 @dataclass
@@ -46,33 +46,33 @@ class Options:
     config: Annotated[tyro.conf.Positional[str], shown_as("CONFIG")]
     """TOML file of the job."""
     world_size: Annotated[int | None, shown_as("N", "--gpus")] = None
-    """Devices. Default: the product of the degrees of parallelism, at least a host's worth if the
-    shard degree is -1."""
+    """Number of devices. Default: the product of the parallelism degrees, or at least one full host
+    if the shard degree is -1."""
     device: Annotated[str, shown_as("NAME")] = "h100"
     """a100, h100, h200, b200 or mi300x."""
     nodes_of: Annotated[int, shown_as("N")] = 8
-    """Devices of a host."""
+    """Devices per host."""
     tokens: Annotated[float | None, shown_as("N")] = None
-    """Token budget (15e12), for which time and cost are given."""
+    """Token budget, such as 15e12; the plan shows its time and cost."""
     price: Annotated[float | None, shown_as("FLOAT")] = None
     """Price of one device for one hour, in any currency."""
     json: Annotated[str | None, shown_as("FILE")] = None
     """Write the plan as JSON."""
     html: Annotated[str | None, shown_as("FILE")] = None
-    """Write a page with memory by category and the pipeline's timeline."""
+    """Write an HTML page with memory by category and the pipeline's timeline."""
     png: Annotated[str | None, shown_as("FILE")] = None
-    """Write the same as a picture; needs matplotlib (`torchtitan[plots]`)."""
+    """Write the same as a PNG picture; needs matplotlib (`torchtitan[plots]`)."""
     search: bool = False
-    """Look for the fastest layout that fits, with this model, batch and sequence length. Degrees,
-    local batch, schedule and activation checkpointing of the job are not used."""
+    """Search for the fastest layout that fits, for this model, global batch and sequence length.
+    The job's degrees, local batch, schedule and activation checkpointing are ignored."""
     global_batch_size: Annotated[int | None, shown_as("N")] = None
-    """Sequences in a step, for training.global_batch_size."""
+    """Sequences per step; sets training.global_batch_size."""
     seq_len: Annotated[int | None, shown_as("N")] = None
-    """For training.seq_len."""
+    """Tokens per sequence; sets training.seq_len."""
     seconds: Annotated[float | None, shown_as("S")] = None
-    """How long a search may take. Default: 300."""
+    """Time limit of a search. Default: 300."""
     out: Annotated[str | None, shown_as("FILE")] = None
-    """Where a search writes the best job. Default: planned.toml."""
+    """File to which a search writes the best job. Default: planned.toml."""
 
 
 _SECONDS, _OUT = 300.0, "planned.toml"
@@ -116,7 +116,7 @@ def _plan(options: Options, config: JobConfig) -> int:
     except WorldSizeError as error:
         if options.world_size:
             raise
-        told = f"on {world_size} devices, the default; --world-size N sets it"
+        told = f"on {world_size} devices, the default; set it with --world-size N"
         raise WorldSizeError(f"{error} ({told})") from error
     budget = Budget.of(plan, options.tokens, options.price) if options.tokens else None
     show(plan, budget)
@@ -137,7 +137,7 @@ def _search(options: Options, config: JobConfig) -> int:
     from .search import search
 
     if options.world_size is None:
-        raise ConfigError("--search needs --gpus N: the devices to share out")
+        raise ConfigError("--search needs --gpus N: the number of devices")
     device, seconds = get_device(options.device), options.seconds or _SECONDS
     with _progress() as tell:
         found = search(config, options.world_size, device, options.nodes_of, seconds, tell)
@@ -183,14 +183,14 @@ def _check(options: Options) -> None:
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{flag(name)} {value}: must be above 0, and finite")
     if options.price is not None and options.tokens is None:
-        raise ConfigError("--price needs --tokens N: the budget that is to be paid for")
+        raise ConfigError("--price needs --tokens N: the token budget to compute the cost of")
     for name in _OF_A_PLAN if options.search else _OF_A_SEARCH:
         if getattr(options, name) is None:
             continue
         if not options.search:
-            raise ConfigError(f"--{name} is of a search. Give --search too")
+            raise ConfigError(f"--{name} applies only to a search. Give --search too")
         raise ConfigError(
-            f"--{name} is of one plan, and a search makes many. Plan the job that it writes: "
+            f"--{name} applies to a single plan, not to a search. Plan the job that it writes: "
             f"torchtitan plan {options.out or _OUT} --{name} ..."
         )
     for name in ("json", "html", "png", "out"):

@@ -182,27 +182,27 @@ def plan_run(
 
 def _refuse_unplannable(config: JobConfig, device: Device) -> None:
     if device.float8_flops == 0 and quantizes(config):
-        fail(config, "model.converters", f"{device.name} has no products of 8 bits")
+        fail(config, "model.converters", f"{device.name} does not support 8-bit products")
     if config.training.enable_cpu_offload:
         fail(
             config,
             "training.enable_cpu_offload",
-            "cannot be planned, as memory of the host and its link are not. Set it to false to "
-            "see what the device would need",
+            "cannot be planned, because host memory and its link are not modelled. Set it to "
+            "false to see what the device would need",
         )
     if config.parallelism.pipeline_parallel_schedule_csv:
         fail(
             config,
             "parallelism.pipeline_parallel_schedule_csv",
-            "cannot be planned. Leave it empty, and name a "
-            "parallelism.pipeline_parallel_schedule that is like it",
+            "cannot be planned. Leave it empty, and set parallelism.pipeline_parallel_schedule to "
+            "a similar one",
         )
     if config.activation_checkpoint.mode == "memory_budget":
         fail(
             config,
             "activation_checkpoint.mode",
-            "cannot be planned, as the compiler decides. 'full' and 'none' are its bounds, "
-            "'selective' is between them",
+            "cannot be planned, because the compiler decides. 'full' and 'none' are its bounds, "
+            "and 'selective' is between them",
         )
 
 

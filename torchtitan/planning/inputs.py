@@ -62,7 +62,7 @@ class Inputs:
             raise ConfigError(
                 f"{origin(job_config, 'model.name')}: a plan needs the shapes of a batch of the "
                 f"data loader of {job_config.model.name}, which gives none here: {unknown}. Give "
-                "the options that it needs, or plan where its data are"
+                "the options that it needs, or plan on a machine that has its data"
             )
         return cls(own=True, unknown=unknown)
 

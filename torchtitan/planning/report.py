@@ -68,7 +68,7 @@ def show_found(found: Found) -> None:
         f"{found.considered:,} layouts considered, {len(found.traced)} traced, "
         f"{len(found.fitting)} of them fit"
         + ("" if found.finished else "; stopped by --seconds, a longer search may find better")
-        + "; by arithmetic none does, and this is the smallest" * found.hopeless,
+        + "; no layout fits, by arithmetic; this is the smallest" * found.hopeless,
         soft_wrap=True,
     )
     out.print(rich_table(_SEARCH_HEADER, search_rows(found), (0, 1, 2, 3, 8)))
@@ -159,9 +159,9 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
         lines.append(f"pipeline bubble: {100 * plan.bubble:.1f}% of the time")
     devices = plan.world_size * plan.replica_groups
     lines += [
-        f"tokens/s: {plan.tokens_per_second:,.0f} of a device, "
-        f"{plan.tokens_per_second * devices:,.0f} in all; MFU {100 * plan.mfu:.1f}%; "
-        f"bound by {plan.bound}",
+        f"tokens/s: {plan.tokens_per_second:,.0f} per device, "
+        f"{plan.tokens_per_second * devices:,.0f} in all; MFU {100 * plan.mfu:.1f}%; bound by "
+        f"{plan.bound}",
     ]
     if plan.room >= 0:
         lines.append(f"it fits, with {plan.room / GIB:.1f} GiB left on the fullest rank")

@@ -152,14 +152,14 @@ def _check(config: JobConfig) -> None:
         fail(
             config,
             "training.global_batch_size",
-            "a search needs it, as layouts are compared at the same batch: --global-batch-size N",
+            "a search needs it to compare layouts at the same batch: --global-batch-size N",
         )
     if config.fault_tolerance.enable:
         fail(
             config,
             "fault_tolerance.enable",
-            "a search is for one replica group. Set it to false, and give the devices and the "
-            "share of the batch that a group has",
+            "a search plans a single replica group. Set it to false, and give the devices and the "
+            "batch of one group",
         )
 
 
@@ -178,6 +178,6 @@ def _no_layout(config: JobConfig, world_size: int) -> str:
     batch = config.training.global_batch_size
     return (
         f"{origin(config, 'training.global_batch_size')}: no layout of {world_size} devices has a "
-        f"whole number of sequences a data rank. Use a multiple of {world_size}, or of a divisor "
-        f"of it that leaves the rest to tensor, context or pipeline parallelism (now {batch})"
+        f"whole number of sequences per data rank. Use a multiple of {world_size}, or of one of "
+        f"its divisors if tensor, context or pipeline parallelism takes the rest (now {batch})"
     )

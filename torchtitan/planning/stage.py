@@ -276,7 +276,7 @@ class StageTracer:
             if not self._is_first:
                 given += f", and from the stage before {[list(t.shape) for t in entry]}"
             raise ConfigError(
-                f"{origin(self._config, 'model.name')}: a plan gives {name} {given}, on which "
+                f"{origin(self._config, 'model.name')}: with the plan's input, {name} {given}, "
                 f"forward or the loss fails: {type(error).__name__}: {error}"
             ) from error
 

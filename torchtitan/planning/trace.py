@@ -171,7 +171,9 @@ def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
     finally:
         logging.disable(disabled)
     if problem:
-        logger.warning("memory is that of an eager run, as the compiler fails here: %s", problem)
+        logger.warning(
+            "memory is that of an eager run, because the compiler fails here: %s", problem
+        )
 
 
 PARTITIONED = "aot_eager_decomp_partition"
@@ -244,7 +246,7 @@ def _refusing_values(job_config: JobConfig) -> Iterator[None]:
         raise ConfigError(
             f"{origin(job_config, 'optimizer.name')}: {name} with this optimizer cannot be "
             f"planned: a step depends on the values of tensors ({error}), which a plan does not "
-            "have. Plan with 'AdamW', which holds no less state"
+            "have. Plan with 'AdamW', which holds at least as much state"
         ) from error
 
 

@@ -59,7 +59,7 @@ class ModelConvertersContainer:
                 problem = f"no such converter {name!r}.{did_you_mean(name, MODEL_CONVERTERS)}"
                 fail(job_config, "model.converters", problem)
             if names.count(name) > 1:
-                problem = f"{name!r} is there twice"
+                problem = f"{name!r} is given twice"
                 fail(job_config, "model.converters", problem)
         self.converters = [MODEL_CONVERTERS[name](job_config, parallel_dims) for name in names]
 
@@ -71,8 +71,11 @@ class ModelConvertersContainer:
             changed = before ^ _parameters_of(model)
             if changed and not _changes_parameters(converter):
                 name, params = type(converter).__name__, sorted({name for name, _ in changed})
-                problem = f"{name} adds or changes parameters ({few(params)}). Its class must say "
-                problem += "so, by changes_parameters = True"
+                problem = (
+                    f"{name} adds or changes parameters ({few(params)}). Its class must declare "
+                    "this "
+                )
+                problem += "with changes_parameters = True"
                 fail(self._job_config, "model.converters", problem)
 
     def post_optimizer_hook(self, model_parts: list[nn.Module]) -> None:

@@ -66,18 +66,18 @@ def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -
             local_dir=out,
         )
     except errors.HFValidationError as error:
-        raise ConfigError(f"{repo!r} is not the name of a model: ORGANISATION/NAME") from error
+        raise ConfigError(f"{repo!r} is not a model name of the form ORGANISATION/NAME") from error
     except errors.RevisionNotFoundError as error:
         raise DataError(f"{repo} has no revision {revision!r}") from error
     except errors.GatedRepoError as error:
         raise DataError(
-            f"{repo} is open only to those who accepted its terms: do so at {_url(repo)}, and "
-            f"{_token_hint()}"
+            f"{repo} is open only to users who accepted its terms: accept them at {_url(repo)}, "
+            f"and {_token_hint()}"
         ) from error
     except errors.RepositoryNotFoundError as error:  # 404, and 401 for private ones
         raise DataError(
-            f"there is no {repo} at {_endpoint()}, or it is private. Check the name; for a private "
-            f"one, {_token_hint()}"
+            f"{repo} does not exist at {_endpoint()}, or is private. Check the name; for a private "
+            f"model, {_token_hint()}"
         ) from error
     except errors.HfHubHTTPError as error:
         _fail_with_status(repo, error)
@@ -104,15 +104,15 @@ def _fail_unreachable(error: Exception) -> NoReturn:
     cause = error.__cause__ or error
     raise DataError(
         f"{_endpoint()} cannot be reached ({first_line(cause)}). Is this machine online, and is "
-        "HF_HUB_OFFLINE unset? HF_ENDPOINT names another hub. Files that are complete are kept: "
-        "the same command fetches the rest"
+        "HF_HUB_OFFLINE unset? HF_ENDPOINT selects another hub. Complete files are kept: the same "
+        "command fetches the rest"
     ) from error
 
 
 def _token_hint() -> str:
     if os.environ.get("HF_TOKEN"):
         return "check the token in HF_TOKEN"
-    return "set HF_TOKEN to your token"
+    return "set HF_TOKEN to your access token"
 
 
 def _endpoint() -> str:
@@ -126,9 +126,9 @@ def _url(repo: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchtitan download",
-        description="Download a model from the Hugging Face hub. HF_TOKEN in the environment is "
-        "your token, where one is needed. After a break, the same command fetches the files that "
-        "are not complete.",
+        description="Download a model from the Hugging Face hub. If the model needs a token, set "
+        "HF_TOKEN in the environment. After an interruption, the same command fetches the missing "
+        "files.",
     )
     parser.add_argument("repo", metavar="REPO", help="such as HuggingFaceTB/SmolLM2-135M")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: assets/NAME")
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "--include",
         action="append",
         choices=PARTS,
-        help="only this; may be given more than once (default: all three)",
+        help="fetch only this part; may be given several times (default: all three)",
     )
     parser.add_argument("--revision", help="branch, tag or commit (default: main)")
     return parser

@@ -18,7 +18,7 @@ def read_text(path: Path, mistake: type[TitanError]) -> str:
     """
     try:
         if path.exists() and not path.is_file():
-            raise mistake(f"{path} cannot be read: it is no file")
+            raise mistake(f"{path} cannot be read: it is not a file")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise outage_or(mistake, f"{path} cannot be read: {error.strerror}", error) from error

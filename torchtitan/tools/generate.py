@@ -30,7 +30,7 @@ from torchtitan.tools.options import require_at_least_one
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
-Continue prompts with a trained model, from a checkpoint of ours or a Hugging Face folder. See
+Continue prompts with a trained model, from a torchtitan checkpoint or a Hugging Face folder. See
 docs/generating.md.
 
   torchtitan generate --checkpoint outputs --prompt "def main(" --temperature 0
@@ -38,7 +38,7 @@ docs/generating.md.
   torchrun --nproc-per-node 2 -m torchtitan generate --checkpoint Llama-3.1-8B \\
     --tensor-parallel-degree 2 --prompt "The capital of France is"
 
-The text goes to stdout as it is made, that of several prompts or samples one after the other.
+Text is written to stdout as it is generated; several prompts or samples follow one another.
 
 Exit code: 0, or 2 for a mistake in the command or the checkpoint."""
 
@@ -50,32 +50,31 @@ class Options(ModelOptions):
     prompt: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="TEXT")] = field(
         default_factory=list
     )
-    """What to continue; may be given several times."""
+    """Text to continue; may be given several times."""
     prompt_file: str | None = None
-    """A file whose text is the prompt; if its name ends in .jsonl, a prompt a line:
-    {"prompt": "..."}"""
+    """File whose text is the prompt; a .jsonl file has one prompt per line: {"prompt": "..."}"""
     max_new_tokens: int | None = None
-    """Tokens to generate. Default: 256, or what the model's longest sequence leaves"""
+    """Tokens to generate. Default: 256, or fewer if the model's longest sequence leaves fewer"""
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token (greedy)."""
+    """Divisor of the logits; 0 always takes the most likely token (greedy)."""
     top_k: int | None = None
-    """Draw among the so many most likely tokens."""
+    """Sample from this many most likely tokens."""
     top_p: float | None = None
-    """Draw among the most likely tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     seed: int = 0
-    """The same seed gives the same text, whatever the batch and the number of ranks."""
+    """Seed; the same seed gives the same text for any batch size and number of ranks."""
     num_samples: int = 1
-    """Texts for each prompt."""
+    """Texts per prompt."""
     batch_size: int = 16
-    """Texts generated at a time."""
+    """Texts generated at the same time."""
     ignore_eos: bool = False
-    """Go on where the model ends the text."""
+    """Continue after the model ends the text."""
     add_special_tokens: bool | None = None
-    """Begin with the tokens that tokenizer.json adds, such as bos. Default: for Hugging Face
-    folders and what was converted from them; a run's own checkpoint gets bos if the run had
-    data.add_bos, and else nothing"""
+    """Prepend the tokens that tokenizer.json adds, such as bos. Default: yes for Hugging Face
+    folders and checkpoints converted from them; for a run's own checkpoint, only bos, and only if
+    the run had data.add_bos"""
     json: str | None = None
-    """File that gets a JSON object a text: prompt, text, tokens, finish_reason."""
+    """Write one JSON object per text to this file: prompt, text, tokens, finish_reason."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     if utils.world_size() != options.tensor_parallel_degree:
         raise ConfigError(
-            f"--tensor-parallel-degree {options.tensor_parallel_degree}: generation shares the "
-            f"model among all processes, of which there are {utils.world_size()}"
+            f"--tensor-parallel-degree {options.tensor_parallel_degree}: must equal the number of "
+            f"processes, {utils.world_size()}, because generation shards the model over all of them"
         )
     require_folder(options.json, "--json")
     texts = read_prompts(options)
@@ -127,7 +126,7 @@ def read_prompts(options: Options) -> list[str]:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f'{path}:{number}: not {{"prompt": "..."}}') from error
             if not isinstance(prompt, str):
-                raise DataError(f"{path}:{number}: prompt is no text")
+                raise DataError(f"{path}:{number}: prompt is not a string")
             texts.append(prompt)
     if not texts:
         raise ConfigError("no prompt: give --prompt TEXT or --prompt-file FILE")
@@ -141,8 +140,8 @@ def limit_of_new_tokens(source: Source, prompts: list[list[int]], wanted: int | 
         return wanted or DEFAULT_NEW_TOKENS
     if longest >= limit or longest + (wanted or 1) > limit:
         raise ConfigError(
-            f"the longest prompt has {longest} tokens and {wanted or 1} or more are to follow, but "
-            f"{source.model_name} of {source.folder} is made for sequences of at most {limit}"
+            f"the longest prompt has {longest} tokens and {wanted or 1} or more should follow, "
+            f"but {source.model_name} of {source.folder} supports sequences of at most {limit}"
         )
     return wanted or min(DEFAULT_NEW_TOKENS, limit - longest)
 

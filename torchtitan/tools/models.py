@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     load_plugins(args.custom_import)
     if args.name is not None and args.name not in MODEL_REGISTRY:
-        raise ConfigError(f"no model {args.name!r}.{did_you_mean(args.name, MODEL_REGISTRY)}")
+        raise ConfigError(f"unknown model {args.name!r}.{did_you_mean(args.name, MODEL_REGISTRY)}")
     sizes, problems = [], []
     for name in [args.name] if args.name else sorted(MODEL_REGISTRY):
         try:
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchtitan models", description="List models, their flavors and sizes."
     )
-    parser.add_argument("name", nargs="?", help="only this model")
+    parser.add_argument("name", nargs="?", help="list only this model")
     parser.add_argument(
         "--custom-import",
         "--job.custom_import",
@@ -98,6 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         type=positive,
         default=4096,
         metavar="N",
-        help="sequence length of the FLOP count (default: 4096)",
+        help="sequence length for the FLOP count (default: 4096)",
     )
     return parser

@@ -40,5 +40,5 @@ def positive(text: str) -> int:
     """Parse an argument of argparse as a positive integer."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
     return number

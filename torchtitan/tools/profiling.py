@@ -30,8 +30,8 @@ def check_profiling(job_config: JobConfig) -> None:
     """Raise `ConfigError` if this machine does not support the settings of `[profiling]`."""
     if job_config.profiling.enable_memory_snapshot and device_type() != "cuda":
         raise ConfigError(
-            "profiling.enable_memory_snapshot = true: snapshots show CUDA memory, and this machine "
-            "has no CUDA device. Set it to false; enable_profiling works on CPU too"
+            "profiling.enable_memory_snapshot = true: snapshots show CUDA memory, but this "
+            "machine has no CUDA device. Set it to false; enable_profiling also works on a CPU"
         )
 
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are found, passed over, kept, and never the last that is left."""
+"""Damaged checkpoints are found, skipped, kept, and never the last that is left."""
 
 import logging
 import random
@@ -78,7 +78,7 @@ def test_the_newest_good_one_is_loaded_in_place_of_a_damaged_one(tmp_path, caplo
     run = Run(tmp_path, seed=1)
     assert run.manager.load() == 2
     texts = warnings_in(caplog)
-    assert len(texts) == 2 and all("passed over" in text for text in texts)
+    assert len(texts) == 2 and all("skipped" in text for text in texts)
     for file in files:
         assert any(str(file) in text for text in texts)
     assert steps_in(tmp_path) == ["step-2", "step-4", "step-6"]
@@ -111,7 +111,7 @@ def test_if_all_are_damaged_nothing_starts_anew(tmp_path):
     with pytest.raises(CheckpointError) as error:
         Run(tmp_path).manager.load()
     assert str(file) in str(error.value) and "2 are damaged" in str(error.value)
-    assert "no good checkpoint" in str(error.value)
+    assert "no intact checkpoint" in str(error.value)
     assert steps_in(tmp_path) == ["step-2", "step-4"]
 
 

@@ -122,7 +122,7 @@ def test_training_outlives_a_failed_save(tmp_path, saved, monkeypatch, caplog, w
     [record] = warnings_in(caplog)
     assert record.getMessage() == (
         f"The checkpoint of step 4 could not be saved in {saved.parent}: OSError: [Errno 28] No "
-        "space left on device. The newest checkpoint is step-2. Training goes on"
+        "space left on device. The newest checkpoint is step-2. Training continues"
     )
     assert checkpoints_in(saved.parent) == ["step-2"]
 
@@ -162,11 +162,11 @@ def test_an_outage_at_the_end_has_the_run_started_again(
     run.manager.load()
     monkeypatch.setattr(CheckpointWriter, "write_data", fail)
     run.train(4)
-    assert caplog.messages[-1].endswith("newest checkpoint is step-2. Training goes on")
+    assert caplog.messages[-1].endswith("newest checkpoint is step-2. Training continues")
     with pytest.raises(kind, match=r"step 5 could not be saved.* newest .* is step-2") as error:
         run.train(5, last=True)
     assert type(error.value) is kind and error.value.exit_code == code
-    assert ("This may pass" in str(error.value)) == (code == 1)
+    assert ("This may be temporary" in str(error.value)) == (code == 1)
 
 
 def test_a_claim_that_cannot_be_read_at_the_end_is_an_outage(tmp_path, saved, monkeypatch):

@@ -193,7 +193,7 @@ def test_a_missing_key_is_named(source, tmp_path):
 
 def test_an_unexpected_key_is_named(source, tmp_path):
     save_file(hf_state(source) | {"model.bias": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has model\.bias, which this run has no place for"):
+    with pytest.raises(CheckpointError, match=r"has model\.bias, which this run does not use"):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path)
 
 
@@ -240,7 +240,7 @@ def test_a_model_without_an_adapter_says_so(tmp_path):
 def test_a_folder_that_is_no_checkpoint_says_what_one_is(tmp_path):
     with pytest.raises(CheckpointError, match=r"neither manifest\.json.*nor model\.safetensors"):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"nowhere is no folder"):
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder"):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path / "nowhere")
     Run(tmp_path).train(2)
     with pytest.raises(CheckpointError, match=r"Did you mean .*step-2\?"):
@@ -278,7 +278,7 @@ def test_weights_start_a_run_whose_experts_are_balanced_in_another_way(tmp_path,
 
 def test_a_bias_by_which_experts_were_chosen_is_not_lost(tmp_path):
     balanced(tmp_path, use_bias=True).train(2)
-    with pytest.raises(CheckpointError, match=r"selection_bias, which this run has no place for"):
+    with pytest.raises(CheckpointError, match=r"selection_bias, which this run does not use"):
         balanced(tmp_path / "now").model.load_checkpoint(tmp_path / "checkpoint" / "step-2")
     model = balanced(tmp_path / "now", use_bias=True).model
     model.load_checkpoint(tmp_path / "checkpoint" / "step-2")

@@ -83,7 +83,8 @@ def test_load_step_counts_once(tmp_path, caplog):
         start = run.manager.load()
         assert run.train(until) == whole[start:until]
     assert start == 6 and steps_in(tmp_path) == ["step-6", "step-8"]
-    text = "load_step = 2 counted before step-8 was saved, so the run goes on from that"
+    text = "load_step = 2 was already applied before step-8 was saved, so the run resumes from "
+    text += "that checkpoint"
     caplog.clear()
     assert Run(tmp_path, load_step=2).manager.load() == 8  # though step-2 is gone
     assert caplog.messages[-1] == f"checkpoint.{text}"
@@ -93,10 +94,10 @@ def test_the_log_tells_how_to_go_back_to_a_step_again(tmp_path, caplog):
     Run(tmp_path).train(4)
     back = Run(tmp_path, load_step=2)
     back.manager.load()
-    assert "counted" not in caplog.text
+    assert "already applied" not in caplog.text
     back.train(6)
     assert Run(tmp_path, load_step=2).manager.load() == 6
-    how = "To go back to step-2 once more, first move or delete step-6, step-4"
+    how = "To go back to step-2 again, first move or delete step-6, step-4"
     assert caplog.messages[-1].endswith(how)
     for step in (4, 6):
         shutil.rmtree(tmp_path / "checkpoint" / f"step-{step}")
@@ -122,7 +123,7 @@ def test_load_step_passes_over_what_is_damaged_or_an_export(tmp_path, caplog):
     run.train(10, last=True)
     (tmp_path / "checkpoint" / "step-8" / ".metadata").unlink()
     assert Run(tmp_path, load_step=2).manager.load() == 6
-    assert re.search(r"step-8/\.metadata is missing.*passed over", caplog.text)
+    assert re.search(r"step-8/\.metadata is missing.*skipped", caplog.text)
     for step in (4, 6):
         (tmp_path / "checkpoint" / f"step-{step}" / "manifest.json").write_text("no manifest")
     assert Run(tmp_path, load_step=2).manager.load() == 2
@@ -293,7 +294,7 @@ def test_an_exclusion_counts_once(tmp_path, part, caplog):
     Run(tmp_path).train(2)
     again = Run(tmp_path, exclude_from_loading=[part])
     again.manager.load()
-    assert "counted" not in caplog.text
+    assert "already applied" not in caplog.text
     first = again.state.step
     expected = again.train(first + 4)
     shutil.rmtree(tmp_path / "checkpoint" / f"step-{first + 4}")
@@ -301,7 +302,10 @@ def test_an_exclusion_counts_once(tmp_path, part, caplog):
     restarted = Run(tmp_path, seed=1, exclude_from_loading=[part])
     assert restarted.manager.load() == restarted.state.step == first + 2
     assert restarted.train(first + 4) == expected[2:]
-    assert f'exclude_from_loading = ["{part}"] counted before step-{first + 2}' in caplog.text
+    assert (
+        f'exclude_from_loading = ["{part}"] was already applied before step-{first + 2}'
+        in caplog.text
+    )
     assert f'such as ["{part}", "{part}"]' in caplog.text
 
 
@@ -436,11 +440,11 @@ def test_a_checkpoint_that_says_nothing_of_the_data_is_resumed(tmp_path, caplog)
 
 def test_another_model_is_refused_with_the_difference(tmp_path):
     Run(tmp_path).train(2)
-    with pytest.raises(CheckpointError, match=r"step-2 has other shapes.*dim = 4 \(now 8\)"):
+    with pytest.raises(CheckpointError, match=r"step-2 has different shapes.*dim = 4 \(now 8\)"):
         Run(tmp_path, args=TinyArgs(dim=8)).manager.load()
     with pytest.raises(CheckpointError, match=r"lacks .*layers\.2.*n_layers = 2 \(now 3\)"):
         Run(tmp_path, args=TinyArgs(n_layers=3)).manager.load()
-    with pytest.raises(CheckpointError, match=r"layers\.1.*no place for.*n_layers = 2 \(now 1\)"):
+    with pytest.raises(CheckpointError, match=r"layers\.1.*does not use.*n_layers = 2 \(now 1\)"):
         Run(tmp_path, args=TinyArgs(n_layers=1)).manager.load()
 
 

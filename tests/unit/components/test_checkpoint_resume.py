@@ -66,7 +66,7 @@ def test_a_replica_group_tells_of_checkpoints_where_it_looked_before(saved, capl
     assert not caplog.records
     config.fault_tolerance.enable = True
     check_resume(config, TinyArgs())
-    assert f"in {folder}/replica-0, where there are none. {folder} has step-4" in caplog.text
+    assert f"no checkpoints in {folder}/replica-0. {folder} has step-4" in caplog.text
     caplog.clear()
     (folder / "replica-0").mkdir()
     (folder / "step-4").rename(folder / "replica-0" / "step-4")
@@ -174,8 +174,8 @@ def test_a_jump_of_the_learning_rate_is_told():
     config.training.steps = 24
     assert tell_jump_of_lr(saved, config, 2) == ""  # both warm up
     assert tell_jump_of_lr(saved, config, 14) == (
-        "The schedule of the learning rate has changed: it goes from 0.0001 at step 14 to 0.00025 "
-        "at step 15"
+        "The learning rate schedule has changed: the learning rate goes from 0.0001 at step 14 to "
+        "0.00025 at step 15"
     )
     config.lr_scheduler.total_steps = 14
     assert tell_jump_of_lr(saved, config, 14) == ""
@@ -190,7 +190,7 @@ def test_it_is_told_of_the_step_that_is_resumed(saved, caplog):
     shutil.rmtree(saved)
     schedule(Run(saved)).train(4)
     schedule(Run(saved, steps=40)).manager.load()
-    assert "it goes from" in caplog.text
+    assert "the learning rate goes from" in caplog.text
     caplog.clear()
     schedule(Run(saved, steps=40, exclude_from_loading=["lr_scheduler"])).manager.load()
-    assert "it goes from" not in caplog.text
+    assert "the learning rate goes from" not in caplog.text

@@ -32,8 +32,8 @@ def test_of_an_own_loader_the_rows_are_told_and_no_batch_size(monkeypatch, rows)
     with pytest.raises(CheckpointError) as error:
         check(monkeypatch, lambda *args: None, [2, 1], rows)
     message = str(error.value)
-    assert message.startswith("step-2 has loader states with rows of [2, 1] over all")
-    assert f"build_dataloader_fn of mine makes loaders that have {rows} now" in message
+    assert message.startswith("step-2 has loader states with rows of shape [2, 1] over all")
+    assert f"the loaders of build_dataloader_fn of mine now have {rows}" in message
     assert "a global batch of 2" not in message and "data.sources" not in message
     assert 'checkpoint.exclude_from_loading = ["dataloader"]' in message
 

@@ -85,7 +85,7 @@ def test_a_loader_that_ends_is_a_mistake_that_names_the_step(config):
     loader = iter([{"tokens": TOKENS, "labels": TOKENS}])
     config.training.steps = 9
     assert next_batch(loader, config, 1)["tokens"] is TOKENS
-    with pytest.raises(DataError, match="_fn of mine: the loader has ended in step 2 of 9") as end:
+    with pytest.raises(DataError, match="_fn of mine: the loader ended in step 2 of 9") as end:
         next_batch(loader, config, 2)
     assert end.value.exit_code == 2
 
@@ -158,7 +158,7 @@ def test_a_batch_has_tokens_and_labels_and_nothing_that_nobody_reads(config):
         checked({"tokens": TOKENS, "labels": TOKENS, "noise": TOKENS})
     with pytest.raises(ConfigError, match=r"it takes 'times' from a loader"):
         checked({"tokens": TOKENS, "labels": TOKENS, "noise": TOKENS})
-    with pytest.raises(ConfigError, match="is tuple, no dict"):
+    with pytest.raises(ConfigError, match="is tuple, not a dict"):
         checked((TOKENS, TOKENS))
     batch = {
         "tokens": torch.zeros(2, 3, 8, 8),
@@ -195,7 +195,7 @@ def test_tokens_are_counted_by_the_config_so_labels_have_its_sizes(config):
         checked({"tokens": TOKENS, "labels": TOKENS[:, :3]})
     with pytest.raises(ConfigError, match=r"labels of shape \[1, 4\]"):
         checked({"tokens": TOKENS, "labels": TOKENS[:1]})
-    with pytest.raises(ConfigError, match=r"'times' of shape \[3\], whose first size"):
+    with pytest.raises(ConfigError, match=r"'times' of shape \[3\], whose first dimension"):
         checked({"tokens": TOKENS, "labels": TOKENS, "times": torch.zeros(3)})
 
 
@@ -243,7 +243,9 @@ def test_a_validator_may_have_other_sizes(config):
     name = "build_validator_fn of mine: a batch of the validator"
     with pytest.raises(ConfigError, match=f"{name} has 'times' of shape .* labels [(]3[)]"):
         checked(batch | {"times": TOKENS})
-    with pytest.raises(ConfigError, match=f"{name} has labels of shape .3.. It must begin with a"):
+    with pytest.raises(
+        ConfigError, match=f"{name} has labels of shape .3.. It must begin with the"
+    ):
         checked({"tokens": LONGER, "labels": LONGER[:, 0]})
     with pytest.raises(ConfigError, match=f"{name} has 'noise', which forward"):
         checked(batch | {"noise": LONGER})
@@ -255,11 +257,13 @@ def test_a_layout_needs_sizes_of_a_validator(config):
     batch = {"tokens": LONGER, "labels": LONGER}
     pipeline = inputs(config, Causal(), pp=2)
     with pytest.raises(
-        ConfigError, match=r"3 samples\. A pip.* validation\.local_batch_size, 2 he"
+        ConfigError, match=r"3 samples\. The pip.* validation\.local_batch_size, here 2"
     ):
         getattr(pipeline, VALIDATED)(batch)
     context = inputs(config, Causal(), cp=2)
-    with pytest.raises(ConfigError, match=r"sequences of 6\. .* \(2\) cuts them in 4 chunks"):
+    with pytest.raises(
+        ConfigError, match=r"sequences of length 6\. .* multiple of 4, .* \(2\) cuts them into"
+    ):
         getattr(context, VALIDATED)(batch)
 
 

@@ -76,7 +76,7 @@ def test_an_export_that_is_asked_for_later_is_made_once(tmp_path, monkeypatch, c
     assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-4"]
     assert run_of(tmp_path, last_save_model_only=True).manager.load() == 4
     assert checkpoints_in(tmp_path / "checkpoint") == ["step-2", "step-4", "step-4-hf"]
-    assert "step-4-hf is missing or older, and is saved now" in caplog.text
+    assert "step-4-hf is missing or older: saving it now" in caplog.text
 
     monkeypatch.setattr(final_export, "save_huggingface", None)
     assert run_of(tmp_path).manager.load() == 4
@@ -88,11 +88,11 @@ def test_an_export_of_a_training_before_is_made_anew(tmp_path, caplog):
     run_of(tmp_path).train(4, last=True)
     folder = tmp_path / "checkpoint" / "step-4-hf"
     assert run_of(tmp_path).manager.load() == 4
-    assert "saved now" not in caplog.text
+    assert "saving it now" not in caplog.text
     saved = (folder.with_name("step-4") / "manifest.json").stat().st_mtime
     os.utime(folder, (saved - 60, saved - 60))
     assert run_of(tmp_path).manager.load() == 4
-    assert "step-4-hf is missing or older, and is saved now" in caplog.text
+    assert "step-4-hf is missing or older: saving it now" in caplog.text
     assert folder.stat().st_mtime >= saved
 
 
@@ -113,4 +113,4 @@ def test_no_other_tokenizer_is_exported_than_that_of_the_run(tmp_path, caplog):
     for folder in (of_run, converted):
         assert {path.name for path in folder.iterdir()}.isdisjoint(TOKENIZER_FILES)
         assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 0
-    assert f"no tokenizer for {of_run}: that of the run is its author's own" in caplog.text
+    assert f"{of_run} is saved without a tokenizer: the run's is a custom one" in caplog.text

@@ -131,7 +131,7 @@ def test_a_copied_tokenizer_that_begins_texts_otherwise_is_told_of(trained, adds
         (tmp_path / "out").mkdir()
         assets = ExportAssets(str(tmp_path), 128, add_bos=trained)
         write_assets(tmp_path / "out", ARGS, torch.float32, assets)
-    told = "prompts will not begin as the documents of the run did" in caplog.text
+    told = "prompts will not begin like the documents of the run" in caplog.text
     assert told == (trained is not None and trained != adds)
 
 
@@ -141,7 +141,7 @@ def test_warnings_name_the_folder_as_it_will_be_called(tmp_path, caplog, monkeyp
         (tmp_path / "step-20-hf.partial").mkdir()
         assets = ExportAssets(str(tmp_path / "none"), 128)
         write_assets(tmp_path / "step-20-hf.partial", ARGS, torch.float32, assets)
-    assert f"no tokenizer for {tmp_path}/step-20-hf: " in caplog.text
+    assert f"{tmp_path}/step-20-hf is saved without a tokenizer: " in caplog.text
     assert f"{tmp_path}/step-20-hf: no config.json, as Llama3ModelArgs has no" in caplog.text
 
 

@@ -240,7 +240,7 @@ def test_the_curve_of_an_earlier_run_is_kept(
         log(processor, 1, loss=loss)
     names = ["metrics.jsonl.1", "metrics.jsonl.2", "metrics.jsonl"]
     assert [rows(config, name)[0]["loss"] for name in names] == [3.5, 2.5, 1.5]
-    assert "was kept as metrics.jsonl.1." in caplog.text
+    assert "was renamed to metrics.jsonl.1." in caplog.text
 
 
 def test_throughput_of_replica_groups_is_shared_by_all_of_their_devices(
@@ -324,7 +324,7 @@ def test_a_full_disk_does_not_end_the_run(
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [
         f"step 1: cannot write {config.job.dump_folder}/metrics.jsonl: [Errno 28] No space left on "
-        "device. It is tried again at each step that is logged"
+        "device. Trying again at each logged step"
     ]
     assert any(message.startswith("step   2/100") for message in caplog.messages)
 
@@ -578,7 +578,7 @@ def test_a_run_that_resumes_is_the_same_run_of_wandb(
     assert start() == ("mine", None)  # then wandb reads its own variables
     monkeypatch.delenv("WANDB_RUN_ID")
     wandb.error = RuntimeError("run mine was deleted")
-    with pytest.raises(ConfigError, match=f"deleted.*Without the file {kept}, a new run"):
+    with pytest.raises(ConfigError, match=f"deleted.*a new run there, delete the file {kept}"):
         WandbSink(config)
 
 
@@ -604,7 +604,7 @@ def test_a_run_goes_on_when_wandb_ends(
         log(processor, step)
     processor.close()
     assert [row["step"] for row in rows(config)] == [1, 2, 3] and len(wandb.logged) == 1
-    assert caplog.text.count("W&B stops: the service is gone") == 1
+    assert caplog.text.count("W&B stopped: the service is gone") == 1
 
 
 def test_wandb_that_does_not_start_is_a_config_error(
@@ -639,7 +639,7 @@ def test_a_run_that_resumes_goes_on_without_wandb(
     Run(Path(config.job.dump_folder)).train(2)
     monkeypatch.setattr(logging.getLogger("torchtitan"), "propagate", True)
     processor = build(config)
-    assert "wandb does not start: reset" in caplog.text and "goes on without it" in caplog.text
+    assert "wandb cannot start: reset" in caplog.text and "continues without it" in caplog.text
     processor.start(2)
     log(processor, 3)
     processor.close()

@@ -30,7 +30,7 @@ def test_validation_needs_a_tokenizer_or_a_validator(config):
     spec = replace(get_train_spec("llama3", "debugmodel"), build_tokenizer_fn=None)
     check_builders(spec, config)
     config.validation.enable = True
-    with pytest.raises(ConfigError, match=r"validation.enable.*neither a build_tokenizer_fn"):
+    with pytest.raises(ConfigError, match=r"validation.enable.*neither build_tokenizer_fn"):
         check_builders(spec, config)
     check_builders(replace(spec, build_validator_fn=lambda *_: None), config)
 
@@ -46,7 +46,8 @@ def test_special_tokens_alone_may_be_beyond_the_vocabulary(config, caplog):
     check_vocabulary(tokenizer, SimpleNamespace(vocab_size=9), config)
     assert "tokenizer folder has special tokens" in caplog.text and "9: <image>." in caplog.text
     with pytest.raises(
-        ConfigError, match=r"10 tokens, but llama3 .* only 8.*new my_model --like llama3"
+        ConfigError,
+        match=r"10 tokens, but the vocabulary of llama3 .* only 8.*new my_model --like llama3",
     ):
         check_vocabulary(tokenizer, SimpleNamespace(vocab_size=8), config)
     del tokenizer.leave_out

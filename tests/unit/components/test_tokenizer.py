@@ -90,14 +90,14 @@ def test_the_first_place_counts(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", {}, "does not say which token ends a document"),
+        ("tokenizer_config.json", {}, "does not define which token ends a document"),
         ("tokenizer_config.json", {"eos_token": "<end>"}, "'<end>' is not in the vocabulary"),
         ("tokenizer_config.json", ["</s>"], "holds no JSON object"),
         ("config.json", {"eos_token_id": 10}, r"eos_token_id = 10 is not an id.*0 to 9"),
         ("config.json", {"eos_token_id": -1}, "eos_token_id = -1"),
         ("config.json", {"eos_token_id": "1"}, "eos_token_id = '1'"),
         ("config.json", {"eos_token_id": True}, "eos_token_id = True"),
-        ("config.json", {"eos_token_id": []}, "does not say"),
+        ("config.json", {"eos_token_id": []}, "does not define"),
     ],
 )
 def test_an_unusable_eos_is_named(folder: Path, name: str, content: object, message: str) -> None:

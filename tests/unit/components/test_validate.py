@@ -136,7 +136,7 @@ def test_a_model_with_a_loader_of_its_own_may_want_another_validation(
     )
     assert not caplog.records
     check_validator(validator(config), object(), config)
-    assert "mine is trained on what its own build_dataloader_fn gives" in caplog.text
+    assert "mine is trained on the batches of its own build_dataloader_fn" in caplog.text
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])

@@ -42,8 +42,8 @@ def test_batch_of_a_step(config, global_batch_size, dp, expected):
 @pytest.mark.parametrize(
     ("global_batch_size", "nearest", "other_ranks"),
     [
-        (20, "16 or 24", ". 20 works on these numbers of data ranks: 1, 5"),
-        (4, "8", ". 4 works on these numbers of data ranks: 1"),
+        (20, "16 or 24", ". Numbers of data ranks on which 20 works: 1, 5"),
+        (4, "8", ". Numbers of data ranks on which 4 works: 1"),
         (9, "8 or 16", ""),
     ],
 )
@@ -76,7 +76,7 @@ def test_messages_give_the_line_of_the_file(tmp_path):
 def test_a_variable_in_a_folder(config, section, key):
     setattr(getattr(config, section), key, "$HOME/runs")
     assert error_of(config) == (
-        f'{section}.{key} = "$HOME/runs": `~` is expanded, but variables are not: write the path '
+        f'{section}.{key} = "$HOME/runs": only `~` is expanded, not variables: write the path '
         "out (or ./$HOME/runs for a folder of that name)"
     )
 
@@ -117,14 +117,14 @@ def test_sequence_that_context_parallel_ranks_cannot_share(config):
     config.training.seq_len = 100
     assert error_of(config, world_size=3) == (
         "training.seq_len = 100: must be a multiple of 6, since "
-        "parallelism.context_parallel_degree (3) cuts it in 6 chunks. Nearest: 96 or 102"
+        "parallelism.context_parallel_degree (3) cuts it into 6 chunks. Nearest: 96 or 102"
     )
     config.training.seq_len = 102
     validate(config, world_size=3)
     config.parallelism.tensor_parallel_degree = 4
     assert error_of(config, world_size=12) == (
         "training.seq_len = 102: must be a multiple of 12, since "
-        "parallelism.context_parallel_degree (3) cuts it in 6 chunks and "
+        "parallelism.context_parallel_degree (3) cuts it into 6 chunks and "
         "parallelism.tensor_parallel_degree (4) shards the sequence too. Nearest: 96 or 108"
     )
     config.parallelism.context_parallel_degree = 2
@@ -138,16 +138,16 @@ def test_what_a_ring_cannot_do(config, monkeypatch):
     config.training.mixed_precision_param = "float32"
     validate(config, world_size=2)
     monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
-    assert "has no float32. Use 'allgather'" in error_of(config, world_size=2)
+    assert "does not support float32. Use 'allgather'" in error_of(config, world_size=2)
     config.training.mixed_precision_param = "bfloat16"
     validate(config, world_size=2)
     config.model.attention = "flex"
     assert error_of(config, world_size=2) == (
-        'parallelism.context_parallel_method = "ring": a ring has no flex attention '
-        "(model.attention). Use 'allgather' or 'ulysses'"
+        'parallelism.context_parallel_method = "ring": ring attention does not support flex '
+        "attention (model.attention). Use 'allgather' or 'ulysses'"
     )
     config.training.document_mask = True
-    assert "knows no training.document_mask" in error_of(config, world_size=2)
+    assert "does not support training.document_mask" in error_of(config, world_size=2)
     config.parallelism.context_parallel_method = "ulysses"
     validate(config, world_size=2)
 
@@ -160,11 +160,11 @@ def test_what_async_tensor_parallel_needs(config, monkeypatch):
     monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cpu")
     assert error_of(config, 2).startswith(start + "needs CUDA")
     monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
-    assert error_of(config, 2).startswith(start + "the compiler does it: set compile.enable")
+    assert error_of(config, 2).startswith(start + "needs the compiler: set compile.enable")
     config.compile.enable = True
     validate(config, 2)
     config.model.converters = ["quantize.linear.float8"]
-    assert "does nothing beside the converter 'quantize.linear.float8'" in error_of(config, 2)
+    assert "has no effect together with 'quantize.linear.float8'" in error_of(config, 2)
     config.model.converters = []
     config.parallelism.disable_sequence_parallel = True
     assert error_of(config, 2).startswith(start + "needs sequence parallel")
@@ -175,7 +175,7 @@ def test_offload_needs_sharding(config):
     validate(config, world_size=2)
     assert error_of(config).startswith("training.enable_cpu_offload = true: needs sharded")
     config.parallelism.data_parallel_replicate_degree = 2
-    assert "comes to 1 with 2 processes" in error_of(config, world_size=2)
+    assert "data_parallel_shard_degree is 1 with 2 processes" in error_of(config, world_size=2)
 
 
 def test_unknown_dataset(config):
@@ -225,8 +225,8 @@ def test_a_run_may_be_shorter_than_its_warm_up(config):
 def test_a_run_may_not_go_on_at_a_learning_rate_of_0(config):
     config.training.steps, config.lr_scheduler.total_steps = 100, 99
     assert error_of(config) == (
-        "lr_scheduler.total_steps = 99: the learning rate is 0 from then on, but training.steps = "
-        "100. Set it to 100 or more, or set lr_scheduler.min_lr_factor"
+        "lr_scheduler.total_steps = 99: the learning rate is 0 from this step on, but "
+        "training.steps = 100. Set it to 100 or more, or set lr_scheduler.min_lr_factor"
     )
     for section, key, value in (
         (config.lr_scheduler, "min_lr_factor", 0.1),
@@ -252,7 +252,7 @@ def test_selective_checkpointing_option(config):
 def test_memory_budget_needs_the_compiler(config):
     config.activation_checkpoint.mode = "memory_budget"
     assert error_of(config) == (
-        'activation_checkpoint.mode = "memory_budget": the compiler does it: set compile.enable, '
+        'activation_checkpoint.mode = "memory_budget": needs the compiler: set compile.enable, '
         "with 'model' in compile.components"
     )
     config.compile.enable = True
@@ -275,7 +275,7 @@ def test_unknown_compiler_backend(config):
 def test_resuming_without_checkpoints(config):
     config.checkpoint.load_step = 100
     assert error_of(config) == (
-        "checkpoint.load_step = 100: nothing would be loaded, since checkpoint.enable is false"
+        "checkpoint.load_step = 100: has no effect, since checkpoint.enable is false"
     )
     config.checkpoint.enable = True
     validate(config, 1)
@@ -306,7 +306,8 @@ def test_wandb_that_is_not_installed(config, monkeypatch):
 def test_expert_parallel_needs_experts_that_divide(config):
     config.parallelism.expert_parallel_degree = 2
     assert error_of(config, world_size=2) == (
-        "parallelism.expert_parallel_degree = 2: llama3 debugmodel has no experts. Use 1"
+        "parallelism.expert_parallel_degree = 2: must be 1, because llama3 debugmodel has no "
+        "experts"
     )
     config.model.name, config.model.flavor = "qwen3", "debugmodel_moe"
     validate(config, world_size=2)
@@ -320,7 +321,7 @@ def test_expert_parallel_needs_experts_that_divide(config):
 def test_expert_tensor_parallel_needs_experts(config):
     config.parallelism.tensor_parallel_degree = 2
     config.parallelism.expert_tensor_parallel_degree = 2
-    assert "expert_tensor_parallel_degree = 2: llama3 debugmodel has no experts" in error_of(
+    assert "expert_tensor_parallel_degree = 2: must be 1, because llama3" in error_of(
         config, world_size=2
     )
     config.model.name, config.model.flavor = "qwen3", "debugmodel_moe"
@@ -336,7 +337,7 @@ def test_each_rank_of_tensor_parallel_routes_a_part_of_a_whole_sequence(config):
     message = error_of(config, world_size=2)
     assert message == (
         "training.seq_len = 101: must be a multiple of 2, since parallelism.tensor_parallel_degree "
-        "(2) routes a part of it to experts. Nearest: 100 or 102"
+        "(2) routes shards of it to the experts. Nearest: 100 or 102"
     )
 
 
@@ -356,15 +357,15 @@ def test_what_cuda_graphs_need(config, monkeypatch, mode):
     start = f'compile.mode = "{mode}": '
     assert error_of(config).startswith(start + "set compile.enable")
     config.compile.enable, config.compile.backend = True, "aot_eager"
-    assert "compile.backend = 'inductor', which alone has modes" in error_of(config)
+    assert "compile.backend = 'inductor', the only backend with modes" in error_of(config)
     config.compile.backend = "inductor"
     monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cpu")
     assert error_of(config).startswith(start + "CUDA graphs need a GPU")
     monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
     validate(config, 1)
-    assert "gathered anew each time" in error_of(config, 2)
+    assert "gather them to new addresses each time" in error_of(config, 2)
     config.training.local_batch_size, config.training.global_batch_size = 2, 4
-    assert "Accumulate none" in error_of(config)
+    assert "do not support gradient accumulation" in error_of(config)
 
 
 def test_tuning_of_kernels_needs_only_the_compiler(config):
@@ -380,7 +381,9 @@ def test_urls_of_checkpoints_are_looked_at_before_the_run(config):
     config.checkpoint.initial_load_path = "memory://bucket/other/step-2"
     validate(config, 1)
     config.checkpoint.folder = "nothing://bucket"
-    assert "checkpoint.folder = nothing://bucket: fsspec knows no nothing://" in error_of(config)
+    assert "checkpoint.folder = nothing://bucket: fsspec does not support nothing://" in error_of(
+        config
+    )
     config.checkpoint.folder = "checkpoint"
     config.checkpoint.initial_load_path = "nothing://bucket"
     assert error_of(config).startswith("checkpoint.initial_load_path = nothing://bucket")
@@ -393,12 +396,12 @@ def test_hugging_face_folders_are_local(config):
     assert message.startswith("checkpoint.last_save_in_hf") and "convert to-hf" in message
     config.checkpoint.last_save_in_hf, config.checkpoint.initial_load_in_hf = False, True
     config.checkpoint.initial_load_path = "memory://bucket/other"
-    assert "read from local folders only" in error_of(config)
+    assert "read from local folders" in error_of(config)
 
 
 def test_a_rollback_needs_checkpoints(config):
     config.training.on_spike = "rollback"
-    message = "training.on_spike = 'rollback': there would be nothing to go back to"
+    message = "training.on_spike = 'rollback': there is no checkpoint to roll back to"
     assert error_of(config).replace('"', "'").startswith(message)
     config.checkpoint.enable = True
     validate(config, 1)
@@ -408,7 +411,7 @@ def test_a_replay_on_cuda_needs_deterministic_kernels(config, monkeypatch):
     config.training.replay_freq = 10
     validate(config, 1)
     monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
-    assert "training.replay_freq = 10: kernels of CUDA" in error_of(config)
+    assert "training.replay_freq = 10: CUDA kernels" in error_of(config)
     config.debug.deterministic = True
     validate(config, 1)
 
@@ -434,7 +437,7 @@ def test_what_stragglers_cannot_be_measured_with(config):
     config.metrics.straggler_freq = 10
     validate(config, 1)
     config.compile.enable = True
-    assert "metrics.straggler_freq = 10: compiled models" in error_of(config)
+    assert "metrics.straggler_freq = 10: collectives of compiled models" in error_of(config)
 
 
 def test_what_replica_groups_need(config, monkeypatch):
@@ -459,7 +462,7 @@ def test_what_replica_groups_need(config, monkeypatch):
     assert "fault_tolerance.min_replica_size = 2: must be at most" in error_of(config)
     group.group_size = 2
     config.training.on_nonfinite, config.checkpoint.enable = "rollback", True
-    assert "cannot go back together" in error_of(config)
+    assert "cannot roll back together" in error_of(config)
     config.training.on_nonfinite, config.training.global_batch_size = "error", 8
     assert "data ranks (2)" in error_of(config)
 
@@ -473,7 +476,7 @@ def test_a_dataset_of_training_beside_sources_would_be_ignored(tmp_path, key, va
     file.write_text(f'[training]\ntext_key = "content"\n{sources}')
     argv = ["--job.config_file", str(file), "--job.dump_folder", str(tmp_path / "out")]
     validate(load_config(argv), 1)
-    problem = f'{key} = "{value}": not used, since data.sources names the data'
+    problem = f'{key} = "{value}": has no effect, since data.sources defines the data'
     assert f"training.{problem}" in error_of(load_config([*argv, f"--training.{key}={value}"]))
     file.write_text(f'[training]\n{key} = "{value}"\n{sources}')
     assert f"mix.toml:2: [training] {problem}" in error_of(load_config(argv))

@@ -17,15 +17,15 @@ def test_a_warmup_that_reaches_the_last_step() -> None:
     assert unlikely(config) == []
     config.lr_scheduler.warmup_steps = 1000
     assert unlikely(config) == [
-        "lr_scheduler.warmup_steps = 1000: the warm-up takes all of the schedule, since "
-        "training.steps = 1000: the learning rate only rises. Set fewer"
+        "lr_scheduler.warmup_steps = 1000: the warm-up takes up the whole schedule "
+        "(training.steps = 1000), so the learning rate only rises. Set fewer"
     ]
     config.training.steps = 49  # only tries something
     assert unlikely(config) == []
     config.lr_scheduler.total_steps = 5000
     assert unlikely(config) == []
     config.lr_scheduler.warmup_steps = 5000
-    assert "since lr_scheduler.total_steps = 5000" in unlikely(config)[0]
+    assert "(lr_scheduler.total_steps = 5000)" in unlikely(config)[0]
 
 
 def test_validation_of_data_that_is_not_trained_on() -> None:
@@ -35,7 +35,7 @@ def test_validation_of_data_that_is_not_trained_on() -> None:
     config.validation.enable = True
     assert unlikely(config) == [
         "validation.dataset = 'stdlib_validation': validation reads Python's standard library, but "
-        "the training has training.dataset = 'jsonl'. Set validation.dataset and "
+        "training reads training.dataset = 'jsonl'. Set validation.dataset and "
         "validation.dataset_path"
     ]
     config.validation.dataset = "jsonl"
@@ -46,7 +46,7 @@ def test_validation_of_data_that_no_source_of_a_mixture_has() -> None:
     config = JobConfig()
     config.validation.enable = True
     config.data.sources = [DataSource(dataset="text")]
-    assert "but the training has data.sources" in unlikely(config)[0]
+    assert "but training reads data.sources" in unlikely(config)[0]
     config.data.sources.append(DataSource(dataset="stdlib"))
     assert unlikely(config) == []
 
@@ -58,11 +58,11 @@ def test_held_out_data_are_not_those_of_training() -> None:
     assert unlikely(config) == []
     config.training.dataset, config.training.dataset_path = "text", "./notes.txt"
     (doubt,) = unlikely(config)
-    assert "validation.dataset = 'text': the very data of training" in doubt
+    assert "validation.dataset = 'text': validation reads the training data" in doubt
     config.data.sources = [DataSource(dataset="jsonl", dataset_path="a.jsonl")]
     assert unlikely(config) == []
     config.data.sources.append(DataSource("own", "text", "notes.txt"))
     (doubt,) = unlikely(config)
-    assert "the very data of training" in doubt
+    assert "reads the training data" in doubt
     config.validation.enable = False
     assert unlikely(config) == []

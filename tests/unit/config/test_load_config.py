@@ -164,7 +164,7 @@ def test_windows_files_load(write):
         ),
         (
             "steps = 1\n[optimizer]\n",
-            "run.toml:1: [steps]: stands above all sections. It belongs to [training] or "
+            "run.toml:1: [steps]: stands before the first section. It belongs to [training] or "
             "[validation]",
         ),
         (
@@ -219,7 +219,8 @@ def test_windows_files_load(write):
         ),
         (
             "[model]\nname = 'a\\u0000'\nflavor = \"a\\u0000\"\n",
-            "run.toml:3: [model] flavor: must be UTF-8 text without NUL, not 'a\\x00'",
+            "run.toml:3: [model] flavor: must be valid UTF-8 text without NUL characters, "
+            "not 'a\\x00'",
         ),
         (
             "[debug]\nseed = 9223372036854775808\n",
@@ -239,12 +240,12 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
         "[memory_estimation]\nenable = false\nother = 1\n[trainin]\nsteps = 1\n"
         "[optimizer]\nrules = [{pattern = 'a', patern = 'b'}]\nlr = 'fast'\nlrr = 1\n"
     )
-    upstream = "unknown key, of upstream torchtitan. Here:"
+    upstream = "unknown key, from upstream torchtitan. Here:"
     starts = [
         f"run.toml:2: [model] hf_assets_path: {upstream} model.tokenizer_path",
         "run.toml:4: [training] stepz: unknown key. Did you mean 'steps'? Allowed: ",
         "run.toml:5: [training] lr: unknown key. It belongs to [optimizer]",
-        f"run.toml:6: [training] dataloader: {upstream} data.workers, ",
+        f"run.toml:6: [training] dataloader: {upstream} data.workers ",
         f"run.toml:9: [experimental] custom_import: {upstream} job.custom_import",
         "run.toml:11: [quantize] linear.float8.precompute_float8_dynamic_scale_for_fsdp: "
         f"{upstream} none",
@@ -261,7 +262,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(write):
 
 
 def test_values_that_upstream_calls_otherwise_are_told_what_to_be_here(write):
-    upstream = "It is of upstream torchtitan. Here:"
+    upstream = "This value is from upstream torchtitan. Here:"
     path = write("[checkpoint]\nasync_mode = 'async_with_pinned_mem'")
     assert error_of(path) == (
         "run.toml:2: [checkpoint] async_mode: 'async_with_pinned_mem' is not allowed. "
@@ -299,7 +300,7 @@ def test_flavors_that_upstream_calls_otherwise(model, flavor, here):
         get_train_spec(model, flavor)
     start = f"model.flavor = {flavor!r}: {model} has no such flavor."
     if here:
-        assert str(caught.value) == f"{start} It is of upstream torchtitan. Here: {here}"
+        assert str(caught.value) == f"{start} This value is from upstream torchtitan. Here: {here}"
     else:
         assert str(caught.value).startswith(start) and " Allowed: " in str(caught.value)
 
@@ -307,7 +308,7 @@ def test_flavors_that_upstream_calls_otherwise(model, flavor, here):
 def test_of_many_mistakes_some_are_told(write):
     lines = error_of(write("".join(f"key_{i} = 1\n" for i in range(5000)))).split("\n")
     assert len(lines) == 21
-    assert lines[-1] == "and more"
+    assert lines[-1] == "(more mistakes not shown)"
 
 
 def test_message_for_an_unknown_section(write):
@@ -327,12 +328,12 @@ def test_message_for_an_unknown_section(write):
         ("[model]\nname = 'a", "run.toml:2: not valid TOML: "),
         (
             '[job]\ndump_folder = "C:\\new\\users"\n',
-            "run.toml:2: not valid TOML: Invalid hex value (column 24). A backslash is written "
+            "run.toml:2: not valid TOML: Invalid hex value (column 24). Write backslashes "
             "twice, or the string in single quotes",
         ),
         (
             '[job]\ndump_folder = "C:\\data"\n',
-            "run.toml:2: not valid TOML: Unescaped '\\' in a string (column 20). A backslash is ",
+            "run.toml:2: not valid TOML: Unescaped '\\' in a string (column 20). Write ",
         ),
         ("[model]\nname = 'a'\nname = 'b'\n", "run.toml:3: not valid TOML: "),
         (b"[model]\n\nname = '\xff'\n", "run.toml:3: byte 0xff is not UTF-8 text"),
@@ -370,13 +371,13 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
         ),
         (
             ["--model.hf_assets_path=x", "--training.dataloader.num-workers", "2"],
-            "--model.hf_assets_path: unknown key, of upstream torchtitan. Here: "
-            "model.tokenizer_path\n--training.dataloader.num_workers: unknown key, of upstream "
-            "torchtitan. Here: data.workers, which are threads; batches go through pinned memory",
+            "--model.hf_assets_path: unknown key, from upstream torchtitan. Here: "
+            "model.tokenizer_path\n--training.dataloader.num_workers: unknown key, from upstream "
+            "torchtitan. Here: data.workers (threads); batches always go through pinned memory",
         ),
         (
             ["--experimental.custom_import", "x"],
-            "--experimental.custom_import: unknown key, of upstream torchtitan. Here: "
+            "--experimental.custom_import: unknown key, from upstream torchtitan. Here: "
             "job.custom_import",
         ),
         (["--debug.seed", str(2**64)], "--debug.seed: must fit in 64 bits"),
@@ -386,7 +387,7 @@ def test_message_for_a_file_that_cannot_be_read(tmp_path):
         ),
         (
             ["--job.description", "\udcff"],
-            "--job.description: must be UTF-8 text without NUL, not '\\udcff'",
+            "--job.description: must be valid UTF-8 text without NUL characters, not '\\udcff'",
         ),
     ],
 )
@@ -524,7 +525,7 @@ def test_the_file_may_stand_alone(tmp_path):
         )
     assert load_config(["--job.description", file]).job.config_file is None
     for more in ([file], ["--job.config_file", "other.toml"], ["--job.config-file=other.toml"]):
-        with pytest.raises(ConfigError, match="a run has one config file"):
+        with pytest.raises(ConfigError, match="a run takes only one config file"):
             load_config([file, *more])
 
 

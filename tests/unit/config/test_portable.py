@@ -60,7 +60,7 @@ def test_cuda_graphs_need_one_rank_but_no_gpu_here(config: JobConfig) -> None:
     assert "set compile.enable" in refusal(config, 1)
     config.compile.enable = True
     validate(without_machine(config, 1), 1)
-    assert "with several ranks they are gathered anew" in refusal(config, 2)
+    assert "several ranks gather them to new addresses" in refusal(config, 2)
 
 
 def test_a_replica_group_has_its_share_of_the_batch(config: JobConfig) -> None:
@@ -80,4 +80,4 @@ def test_a_replica_group_has_its_share_of_the_batch(config: JobConfig) -> None:
     group.replica_id = 3
     assert "fault_tolerance.replica_id" in refusal(config, 8)
     group.replica_id, config.training.on_spike = 0, "rollback"
-    assert "cannot go back together" in refusal(config, 8)
+    assert "cannot roll back together" in refusal(config, 8)

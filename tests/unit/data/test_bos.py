@@ -185,7 +185,7 @@ def test_a_folder_from_before_the_option_goes_on(tmp_path: Path, capsys) -> None
     assert main(command) == 0
     with pytest.raises(SystemExit):
         main([*command, "--add-bos"])
-    assert "was begun with another add_bos (False; now True)" in capsys.readouterr().err
+    assert "was started with a different add_bos (False; now True)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", [BOS, 5])

@@ -68,8 +68,8 @@ def test_tokens_of_others_are_complements() -> None:
 BAD_CHATS = {
     "role": ([{"content": "Hi"}], "message 0 .* has no text 'role'"),
     "content": ([CHAT[1], {"role": "assistant", "content": None}], "message 1 .*'content'"),
-    "assistant": (CHAT[:2], "no message of the role 'assistant'"),
-    "empty": ([], "no message of the role 'assistant'"),
+    "assistant": (CHAT[:2], "no message with the role 'assistant'"),
+    "empty": ([], "no message with the role 'assistant'"),
 }
 
 
@@ -194,7 +194,7 @@ def test_a_template_is_rendered_as_by_transformers(case: str, tmp_path: Path) ->
 def test_a_default_is_needed_among_several_templates(tmp_path: Path) -> None:
     config = {"chat_template": [{"name": "rag", "template": "x"}, {"name": "b", "template": "y"}]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="templates 'rag', 'b', and none is 'default'"):
+    with pytest.raises(DataError, match="templates 'rag', 'b', none of which is 'default'"):
         load_template(None, str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(DataError, match=r"chat_template of .* is a int, not text"):
@@ -206,12 +206,12 @@ def test_it_is_told_which_template_writes_the_conversations(
 ) -> None:
     caplog.set_level("INFO", "torchtitan")
     load_template(None, str(tmp_path))
-    assert "written in ChatML" in caplog.text and str(tmp_path) in caplog.text
+    assert "rendered as ChatML" in caplog.text and str(tmp_path) in caplog.text
     file = tmp_path / "chat_template.jinja"
     file.write_text("{{ strftime_now('%Y') }}")
     load_template(None, str(tmp_path))
-    assert f"conversations are written by {file}" in caplog.text
-    assert "resumed on another day reads other conversations" in caplog.text
+    assert f"conversations are rendered with {file}" in caplog.text
+    assert "resumed on another day reads different conversations" in caplog.text
 
 
 def test_the_date_of_a_template_can_be_fixed(

@@ -87,7 +87,9 @@ def test_a_damaged_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("facts", ["[]", "{}", '{"tokenizer": 5}', "{", "[" * 100_000])
 def test_damaged_facts_are_one_message(facts: str, tmp_path: Path) -> None:
     (tmp_path / "batch.json").write_text(facts)
-    with pytest.raises(DataError, match=r"holds no kept batch|is damaged: it names no tokenizer"):
+    with pytest.raises(
+        DataError, match=r"holds no kept batch|is damaged: it has no tokenizer entry"
+    ):
         show_batch(tmp_path)
 
 

@@ -226,18 +226,18 @@ TEXT = DataSource(name="text", dataset="text", dataset_path="/no/such/file")
 MISTAKES = {
     "unknown": ((DataSource(dataset="stdlb"),), (), r"data\.sources\.0\.dataset.*Did you mean"),
     "path": ((DataSource(dataset="jsonl"),), (), r"needs data\.sources\.0\.dataset_path"),
-    "twice": ((STDLIB, STDLIB), (), r"data\.sources\.1\.name.*is the name of another"),
+    "twice": ((STDLIB, STDLIB), (), r"data\.sources\.1\.name.*is also the name of another"),
     "weights": ((DataSource(dataset="stdlib", weight=0.0),), (), "all weights are 0"),
     "count": (
         (STDLIB, TEXT),
         (DataPhase(2, [1.0]),),
-        r"phases\.0\.weights: must have one for each",
+        r"phases\.0\.weights: must have one weight per source",
     ),
     "zeros": ((STDLIB,), (DataPhase(2, [0.0]),), r"phases\.0\.weights: all weights are 0"),
     "order": (
         (STDLIB,),
         (DataPhase(5, [1.0]), DataPhase(5, [2.0])),
-        r"phases\.1\.from_step.*more than that of the phase before, 5",
+        r"phases\.1\.from_step.*more than from_step of the previous phase .5.",
     ),
     "no sources": ((), (DataPhase(2, [1.0]),), r"data\.phases.*needs data\.sources"),
 }

@@ -101,7 +101,7 @@ def test_a_stream_is_prepared_too(tmp_path: Path) -> None:
         rows = [json.dumps({"text": f"{number} {i}"}) for i in range(5)]
         (data / f"train-{number}.jsonl").write_text("\n".join(rows))
     options = ["--dataset", "hf", "--dataset-path", str(data)]
-    with pytest.raises(ConfigError, match=r"--shards 4: has no effect here.*files \(3\)"):
+    with pytest.raises(ConfigError, match=r"--shards 4: has no effect on.*per file \(3\)"):
         main_of_data(["prepare", "--out", str(tmp_path / "out"), *options, "--shards", "4"])
     assert not (tmp_path / "out").exists()
     prepare(tmp_path / "out", *options, "--shards", "3")
@@ -153,7 +153,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
     kept = {path.name: path.stat().st_mtime_ns for path in killed.glob("shard-*.bin")}
     done = [path.name for path in killed.glob("shard-*.json")]
     assert 0 < len(done) < 40 and not (killed / "index.json").exists()
-    with pytest.raises(DataError, match="is not finished: run the same"):
+    with pytest.raises(DataError, match="is unfinished: run the same"):
         open_dataset("tokens", str(killed))
 
     prepare(killed, *options[2:])
@@ -258,7 +258,7 @@ def test_it_says_that_it_goes_on_after_ctrl_c(
 
     monkeypatch.setattr("torchtitan.data.command.prepare", interrupt)
     assert main_of_data(["prepare", "--out", str(tmp_path / "out")]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
 
 
 def test_as_many_processes_as_cores_it_may_use(
@@ -322,7 +322,7 @@ def test_changed_sources_of_datasets_are_seen(
     write_source(kind, tmp_path / "data", ["new"] * 5)
     with pytest.raises(SystemExit):
         prepare(out, *options)
-    assert "was begun with another source" in capsys.readouterr().err
+    assert "was started with a different source" in capsys.readouterr().err
 
     # A folder begun before these files were looked at has a fingerprint of their number alone.
     length = None if kind == "hf" else 5
@@ -400,7 +400,7 @@ def test_inspect_tells_of_damaged_tokens_and_ends(lines: Path, tmp_path: Path, c
     prepare(out, "--dataset", "jsonl", "--dataset-path", str(lines), "--shards", "1")
     file, ends = out / "shard-00000.bin", out / "shard-00000.idx"
     for path, damage, message in (
-        (file, b"\x00\x70", "token 28672 is outside of the tokenizer's vocabulary of 258"),
+        (file, b"\x00\x70", "token 28672 is outside the tokenizer's vocabulary of 258"),
         (ends, b"\x00\x00\x00\x00\x00\x00\x00\x70", f"{file} is damaged: document "),
     ):
         content = path.read_bytes()

@@ -99,7 +99,7 @@ def test_stages_are_cut_where_the_user_says() -> None:
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        (["layer.1"], r"'layer.1' is no place to cut. Did you mean 'layers.1'"),
+        (["layer.1"], r"'layer.1' is not a split point. Did you mean 'layers.1'"),
         (["layers.1", "layers.2"], "2 points make 3 stages, but .* is 2"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_schedule_says_how_many_stages_it_needs(schedule: str, per_rank: int) 
 
 def test_selective_recomputation_does_not_survive_two_backward_passes() -> None:
     config = job(2, schedule="ZBVZeroBubble")
-    with pytest.raises(ConfigError, match="this pipeline schedule makes two"):
+    with pytest.raises(ConfigError, match="this pipeline schedule runs two"):
         validate(config, world_size=2)
     config.compile.enable = True
     validate(config, world_size=2)
@@ -214,7 +214,7 @@ def test_the_chunked_loss_does_not_survive_two_backward_passes() -> None:
     config = job(2, schedule="DualPipeV")
     config.activation_checkpoint.mode = "none"
     config.loss.name = "chunked_cross_entropy"
-    with pytest.raises(ConfigError, match=r"loss.name.*asks twice"):
+    with pytest.raises(ConfigError, match=r"loss.name.*needs them twice"):
         validate(config, world_size=2)
     config.parallelism.pipeline_parallel_schedule = "1F1B"
     validate(config, world_size=2)
@@ -226,7 +226,9 @@ def test_parameters_stay_whole_between_two_backward_passes() -> None:
     config.activation_checkpoint.mode = "none"
     validate(config, world_size=4)
     config.parallelism.fsdp_reshard_after_forward = "always"
-    with pytest.raises(ConfigError, match=r"fsdp_reshard_after_forward.*would lose gradients"):
+    with pytest.raises(
+        ConfigError, match=r"fsdp_reshard_after_forward.*would lose weight gradients"
+    ):
         validate(config, world_size=4)
     config.parallelism.pipeline_parallel_schedule = "Interleaved1F1B"
     validate(config, world_size=4)
@@ -247,9 +249,9 @@ def test_a_csv_says_who_has_which_stages(tmp_path: Path) -> None:
     [
         ("", "has 0 rows"),
         ("0F0\n", "has 1 rows"),
-        ("0F0\n0B0\n", "each stage from 0 on in one of them"),
+        ("0F0\n0B0\n", "each stage from 0 on in exactly one of them"),
         ("0F0\nhello\n", "each stage from 0 on"),
-        ("0F0,1F0,\n2F0\n", "every rank must have as many stages"),
+        ("0F0,1F0,\n2F0\n", "every rank must have the same number of stages"),
     ],
 )
 def test_a_bad_csv_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -20,7 +20,7 @@ def test_several_tasks_without_torchrun_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    with pytest.raises(ConfigError, match=r"srun has started 8 .*one torchrun on each host"):
+    with pytest.raises(ConfigError, match=r"srun has started 8 .*one torchrun per host"):
         refuse_separate_tasks()
     with pytest.raises(SystemExit) as end:
         main([])
@@ -68,5 +68,7 @@ def test_variables_of_torchrun_that_are_there_in_part(
 @pytest.mark.parametrize(("name", "read"), [("RANK", rank), ("WORLD_SIZE", world_size)])
 def test_a_number_that_is_none(monkeypatch: pytest.MonkeyPatch, name, read) -> None:
     monkeypatch.setenv(name, "two")
-    with pytest.raises(ConfigError, match=f"the environment variable {name} is 'two', no number"):
+    with pytest.raises(
+        ConfigError, match=f"the environment variable {name} is 'two', not a number"
+    ):
         read()

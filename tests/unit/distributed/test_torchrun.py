@@ -150,18 +150,18 @@ def test_ranks_start_again_after_a_pause_which_grows_with_each_outage(tmp_path: 
     process = start_outage(tmp_path, "0,1,600", "outage")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert re.findall("start again in (.*) s", err) == ["0", "1"]
+    assert re.findall("restarting them in (.*) s", err) == ["0", "1"]
 
 
 def test_a_crash_is_not_waited_for(tmp_path: Path) -> None:
     process = start_outage(tmp_path, "600", "crash")
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "start again" not in err
+    assert process.returncode == 1 and "restarting" not in err
 
 
 def test_a_signal_ends_the_pause(tmp_path: Path) -> None:
     with start_outage(tmp_path, "600", "outage") as process:
-        assert any("start again in 600 s" in line for line in process.stderr)
+        assert any("restarting them in 600 s" in line for line in process.stderr)
         process.terminate()
         _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err

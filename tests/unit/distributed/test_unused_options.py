@@ -17,7 +17,7 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.unused_options import warn_of_unapplied
 
 AC = (
-    "since the parallelize_fn of llama3 does not call "
+    "because the parallelize_fn of llama3 does not call "
     "torchtitan.distributed.activation_checkpoint.apply_ac(model, job_config) here"
 )
 COMPILE = AC.replace("activation_checkpoint.apply_ac", "compile.apply_compile")

@@ -165,7 +165,7 @@ def test_no_such_folder(tmp_path):
     fails(CheckpointError, "no such folder", missing, checkpoint=missing)
     fails(CheckpointError, "holds no checkpoint", "step-N", checkpoint=str(tmp_path))
     (tmp_path / "config.resolved.toml").touch()
-    fails(CheckpointError, "has saved no checkpoint", "checkpoint.enable", checkpoint=str(tmp_path))
+    fails(CheckpointError, "saved no checkpoint", "checkpoint.enable", checkpoint=str(tmp_path))
 
 
 def test_a_url_is_told_not_to_be_read():
@@ -219,7 +219,7 @@ def test_a_model_whose_tokens_see_later_ones(hf_folder, monkeypatch):
     model_cls = open_source(ModelOptions(str(hf_folder), tokenizer="bytes")).spec.model_cls
     monkeypatch.setattr(model_cls, "sees_later_tokens", True)
     with pytest.raises(
-        ConfigError, match=r"llama3 is no causal model \(Llama3Model.sees_later_tokens"
+        ConfigError, match=r"llama3 is not a causal model \(Llama3Model.sees_later_tokens"
     ):
         open_source(ModelOptions(str(hf_folder), tokenizer="bytes"))
 

@@ -617,11 +617,11 @@ MISTAKES = {
     "bucket without a path": (["--skypilot", "--mount=s3://b"], ["--mount s3://b", "SOURCE:/PATH"]),
     "checkpoints in a copy": (
         ["--skypilot", "--mount=s3://b/runs:/out", "--", "--job.dump_folder=/out/mine"],
-        ["--mount s3://b/runs:/out", "/out/mine/checkpoint", "copies to the hosts and not back"]
+        ["--mount s3://b/runs:/out", "/out/mine/checkpoint", "copies to the hosts but not back"]
         + ["-- --checkpoint.folder s3://b/runs/my-job"],
     ),
     "time": (["--slurm", "--time=soon"], ["--time soon", "HOURS:MINUTES:SECONDS"]),
-    "name": (["--slurm", "--name=My_Job"], ["--name My_Job", "small letters"]),
+    "name": (["--slurm", "--name=My_Job"], ["--name My_Job", "lowercase letters"]),
     "sbatch": (["--slurm", "--sbatch=--nodes=9"], ["--sbatch --nodes=9"]),
     "injection": (["--slurm", "--partition=a\n#SBATCH -b"], ["one word"]),
     "world": (
@@ -645,7 +645,7 @@ MISTAKES = {
     ),
     "batch": (
         ["--slurm", "--", "--training.global_batch_size=100"],
-        ["global_batch_size = 100", "Nearest:", "--nodes 1 x 8 processes; --processes-per-node N"],
+        ["global_batch_size = 100", "Nearest:", "--nodes 1 x 8 processes; set them with"],
     ),
     "model": (["--slurm", "--", "--model.name=lama3"], ["lama3", "'llama3'"]),
     "flavor": (["--slurm", "--", "--model.flavor=8"], ["flavor", "8B"]),

@@ -104,7 +104,7 @@ def test_ulysses_needs_heads_for_every_rank(name):
     config = JobConfig()
     config.parallelism.context_parallel_method = "ulysses"
     config.parallelism.context_parallel_degree = 8
-    with pytest.raises(ConfigError, match=r"n_heads = 4.*Degrees that divide these: 1, 2, 4"):
+    with pytest.raises(ConfigError, match=r"n_heads = 4.*Degrees that divide this number: 1, 2, 4"):
         TINY[name].update_from_config(config)
 
 
@@ -114,7 +114,7 @@ def test_a_ring_is_refused_where_it_computes_other_attention(name):
     config.model.name = name
     config.parallelism.context_parallel_method = "ring"
     with pytest.raises(
-        ConfigError, match=rf"a ring knows.*{name} has layers with a scale or terms"
+        ConfigError, match=rf"ring attention supports.*{name} has layers with a custom scale"
     ):
         apply_cp(tiny_model(name), None, config)
 

@@ -83,7 +83,7 @@ def test_a_compiler_that_fails_is_told_of(monkeypatch, caplog) -> None:
     monkeypatch.setattr(StageTracer, "kept", kept)
     assert plan("llama3", True).peak == plan("llama3", False).peak
     assert (
-        "memory is that of an eager run, as the compiler fails here: AssertionError: no such tensor"
-        in caplog.text
+        "memory is that of an eager run, because the compiler fails here: AssertionError: no such "
+        "tensor" in caplog.text
     )
     assert "and more" not in caplog.text

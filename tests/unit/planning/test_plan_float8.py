@@ -74,5 +74,5 @@ def test_tensor_parallel_ranks_send_what_they_send_without() -> None:
 
 
 def test_a_device_without_float8_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a100 has no products of 8 bits"):
+    with pytest.raises(ConfigError, match="a100 does not support 8-bit products"):
         plan_run(config(*FLOAT8), 8, DEVICES["a100"])

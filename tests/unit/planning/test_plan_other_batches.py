@@ -91,7 +91,9 @@ def test_token_ids_that_are_none_of_its_inputs_are_one_message(
     """It has a vocabulary, so ids are worth trying where the loader does not tell."""
     spec = replace(own.codes(), build_dataloader_fn=broken)
     monkeypatch.setitem(MODEL_REGISTRY, "tiny_codes", lambda flavor: spec)
-    wanted = r"a plan gives tiny_codes tokens int64 \[2, 16\].*latents\.bin.*forward or the loss fa"
+    wanted = (
+        r"the plan's input, tiny_codes tokens int64 \[2, 16\].*latents\.bin.*forward or the loss fa"
+    )
     with pytest.raises(ConfigError, match=wanted):
         plan_run(job("tiny_codes"), 2, DEVICES["h100"])
 

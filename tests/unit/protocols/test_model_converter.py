@@ -76,7 +76,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 def test_a_name_that_is_there_twice_is_refused():
-    with pytest.raises(ConfigError, match="'recorder' is there twice"):
+    with pytest.raises(ConfigError, match="'recorder' is given twice"):
         build_model_converters(config("recorder", "recorder"), DIMS)
 
 

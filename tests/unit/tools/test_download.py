@@ -192,7 +192,7 @@ def test_parts_into_a_folder(hub, tmp_path):
 
 def test_a_private_model_needs_the_token(hub, tmp_path):
     message = refused(hub, tmp_path, "private/model")
-    assert "there is no private/model" in message and "set HF_TOKEN" in message
+    assert "private/model does not exist at http" in message and "set HF_TOKEN" in message
     message = refused(hub, tmp_path, "private/model", HF_TOKEN="wrong")
     assert "check the token in HF_TOKEN" in message
     done = run(hub, tmp_path, "private/model", "--include", "config", HF_TOKEN="secret")
@@ -200,11 +200,11 @@ def test_a_private_model_needs_the_token(hub, tmp_path):
 
 
 def test_what_the_hub_refuses(hub, tmp_path):
-    assert "there is no good/modle at http://127" in refused(hub, tmp_path, "good/modle")
+    assert "good/modle does not exist at http://127" in refused(hub, tmp_path, "good/modle")
     assert "accepted its terms" in refused(hub, tmp_path, "gated/model")
     message = refused(hub, tmp_path, "good/model", "--revision", "nowhere")
     assert "good/model has no revision 'nowhere'" in message
-    assert "is not the name of a model" in refused(hub, tmp_path, "a/b/c")
+    assert "is not a model name" in refused(hub, tmp_path, "a/b/c")
     assert not (tmp_path / "assets").exists() or not names(tmp_path / "assets")
 
 

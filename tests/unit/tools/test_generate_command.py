@@ -86,7 +86,7 @@ MISTAKES = {
         ["--prompt", "x", "--model", "llama3", "--flavor", "debugmodel"],
         "config.json is of another model: dim = 64 (now 256)",
     ),
-    "ranks": (["--prompt", "x", "--tensor-parallel-degree", "2"], "there are 1"),
+    "ranks": (["--prompt", "x", "--tensor-parallel-degree", "2"], "number of processes, 1,"),
     "json": (["--prompt", "x", "--max-new-tokens", "1", "--json", "/no/such/file"], "--json"),
 }
 

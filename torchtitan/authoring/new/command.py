@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .hugging_face import Findings
 
 DESCRIPTION = """\
-Start a model: the whole folder of docs/adding_models.md, as a package of your own, which trains and
-verifies at once.
+Start a new model: write the folder described in docs/adding_models.md as a package of your own,
+ready to train and verify.
 
   torchtitan new my_model
   torchtitan new my_model --like qwen3 --out ~/models
@@ -34,15 +34,16 @@ MODELS = Path(torchtitan.__file__).parent / "models"
 @dataclass
 class Options:
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-    """Name of the model, of its folder and, in CamelCase, of its classes."""
+    """Name of the model and its folder and, in CamelCase, of its classes."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(".")
-    """Folder that gets a package NAME to install."""
+    """Folder in which to create the installable package NAME."""
     like: Annotated[str, tyro.conf.arg(metavar="MODEL")] = ""
-    """Model to start from. Default: llama3, or the one that reads --from-hf."""
+    """Model to start from. Default: llama3, or the model that can read --from-hf."""
     from_hf: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Folder with a config.json, and perhaps weights, that gives sizes and names of tensors."""
+    """Hugging Face folder with a config.json, and optionally weights, from which to take sizes and
+    tensor names."""
     in_tree: bool = False
-    """Write to torchtitan/models/NAME of this checkout, and register the model there."""
+    """Write to torchtitan/models/NAME in this checkout, and register the model there."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +108,7 @@ class Package:
             f"cd {self.root}",
             f"torchtitan verify {self.names.model} --custom-import {self.custom_import} --quick",
             f"torchtitan train --job.config_file {configs}",
-            'pip install -e ".[dev]"   # pytest; and the model is known by its name, in any folder',
+            'pip install -e ".[dev]"   # adds pytest, and makes the model known in any folder',
             "pytest",
         ]
 
@@ -128,8 +129,8 @@ class InTree:
         self.test = f"tests/unit/models/test_{names.model}.py"
         if not (self.root / "pyproject.toml").is_file():
             raise ConfigError(
-                f"--in-tree: {MODELS} is not in a checkout of torchtitan, and an installed package "
-                "is no place for a model; leave out --in-tree to make a package of your own"
+                f"--in-tree: {MODELS} is not in a checkout of torchtitan, and models do not belong "
+                "in an installed package; leave out --in-tree to make a package of your own"
             )
         _refuse_existing(self.folder)
 
@@ -223,11 +224,11 @@ def _with_table(adapter: str, table: str) -> str:
 def _notes(findings: Findings) -> str:
     lines = []
     if findings.not_understood:
-        lines.append("Its `config.json` says more; see what of it your model needs:")
+        lines.append("Its `config.json` has further keys; check which of them your model needs:")
         lines += [f"* `{key} = {value!r}`" for key, value in findings.not_understood.items()]
     todo = len(findings.missing) + len(findings.without_counterpart)
     if todo:
-        lines.append(f"In the table of `model/state_dict_adapter.py`, {todo} names are left to do.")
+        lines.append(f"{todo} names in the table of `model/state_dict_adapter.py` are left to do.")
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
@@ -238,7 +239,7 @@ def _summary(place: Package | InTree, findings: Findings | None) -> str:
         if findings.not_understood:
             lines.append(f"not understood: {', '.join(findings.not_understood)}; see README.md")
         if findings.missing or findings.without_counterpart:
-            lines.append("some names of tensors are left to do: model/state_dict_adapter.py")
+            lines.append("some tensor names are left to do: model/state_dict_adapter.py")
     lines.append("next:")
     return "\n".join([*lines, *(f"  {step}" for step in place.next_steps())]) + "\n"
 

@@ -15,8 +15,9 @@ from torchtitan.errors import ConfigError
 from torchtitan.tools.result_file import make_folder
 
 DESCRIPTION = """\
-Prove a model right on this machine, without a GPU: its contract, its numbers under every
-parallelism against one process, checkpoints, exchange with Hugging Face, and that it learns.
+Check on this machine, without a GPU, that a model is correct: that it keeps the model contract,
+that every parallelism gives the same numbers as one process, that checkpoints and the exchange
+with Hugging Face work, and that it learns.
 
   torchtitan verify llama3
   torchtitan verify my_model --custom-import my_package.my_model --quick
@@ -28,23 +29,23 @@ Exit code: 0 if no check failed, 1 if one did, 2 for a mistake in the command, 1
 @dataclass
 class Options:
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-    """The model, as in `model.name`."""
+    """Name of the model, as in `model.name`."""
     flavor: str = ""
-    """Default: debugmodel."""
+    """Flavor of the model. Default: debugmodel."""
     custom_import: Annotated[str, tyro.conf.arg(aliases=["--job.custom_import"])] = ""
     """Python module to import first, so that it can register the model."""
     hf: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Folder of a Hugging Face checkpoint of this flavor, to compare with."""
+    """Folder with a Hugging Face checkpoint of this flavor to compare with."""
     only: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="CHECK")] = field(
         default_factory=list
     )
-    """A check or a group of checks; may be given several times."""
+    """Run only this check or group of checks; may be given several times."""
     quick: bool = False
-    """Leave out what takes long."""
+    """Skip the slow checks."""
     list_checks: Annotated[bool, tyro.conf.arg(name="list")] = False
-    """List the checks, and run none."""
+    """List the checks without running them."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """File for the report as JSON, with tracebacks."""
+    """Write the report, with tracebacks, to this file as JSON."""
 
 
 def main(argv: list[str] | None = None) -> int:

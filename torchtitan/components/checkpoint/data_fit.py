@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("torchtitan")
 
-_WAY_OUT = 'checkpoint.exclude_from_loading = ["dataloader"] to begin the data anew'
-_WAY_OUT += ", so that documents already seen come again"
+_WAY_OUT = 'checkpoint.exclude_from_loading = ["dataloader"] to restart the data from the beginning'
+_WAY_OUT += ", so that documents already seen are repeated"
 
 
 def check_data(
@@ -45,16 +45,17 @@ def check_data(
     saved, current = rows.size[0], len(own_rows) * dp_size
     if rows.size != torch.Size((current, own_rows.shape[1])) and _has_own_loader(job_config):
         raise CheckpointError(
-            f"{folder} has loader states with rows of {list(rows.size)} over all data ranks, but "
-            f"{builder(job_config)} makes loaders that have {[current, own_rows.shape[1]]} now. "
-            "If a row belongs to a sequence of the global batch, there are as many on any number "
-            "of data ranks. Restore what they follow from, such as training.global_batch_size or "
-            f"the number of data ranks, or set {_WAY_OUT}"
+            f"{folder} has loader states with rows of shape {list(rows.size)} over all data "
+            f"ranks, but the loaders of {builder(job_config)} now have "
+            f"{[current, own_rows.shape[1]]}. If each row belongs to a sequence of the global "
+            "batch, their number does not depend on the number of data ranks. Restore the "
+            "settings that determine the rows, such as training.global_batch_size or the number "
+            f"of data ranks, or set {_WAY_OUT}"
         )
     if saved != current:
         raise CheckpointError(
             f"{folder} was saved with a global batch of {saved} sequences, but "
-            f"training.global_batch_size is {current} now. Set it to {saved}, which holds for any "
+            f"training.global_batch_size is {current} now. Set it to {saved}, which works on any "
             f"number of data ranks that divides it, or set {_WAY_OUT}"
         )
     if rows.size[1] != own_rows.shape[1]:
@@ -67,21 +68,21 @@ def check_data(
     if len(names) == len(saved_names) and names != saved_names:
         raise CheckpointError(
             f"{folder} was saved with the data.sources {json.dumps(saved_names)}, but they are "
-            f"{json.dumps(names)} now, and each would go on from the place of the one that had its "
-            f"number. Restore their names and order, or set {_WAY_OUT}"
+            f"{json.dumps(names)} now, and each would resume at the position of the source that "
+            f"had its index. Restore their names and order, or set {_WAY_OUT}"
         )
     seq_len, now = saved_seq_len(checkpoint), job_config.training.seq_len
     if job_config.data.packing == "best_fit" and seq_len not in (None, now):
         raise CheckpointError(
             f"{folder} was saved with training.seq_len = {seq_len}, but it is {now} now, and "
-            f'data.packing = "best_fit" packs documents for one length. Set it to {seq_len}, or '
-            f"set {_WAY_OUT}"
+            f'data.packing = "best_fit" packs documents for a fixed length. Set it to {seq_len}, '
+            f"or set {_WAY_OUT}"
         )
     add_bos, now_bos = saved_config.get("data", {}).get("add_bos", False), job_config.data.add_bos
     if job_config.data.packing == "best_fit" and saved_config and add_bos != now_bos:
         raise CheckpointError(
             f"{folder} was saved with data.add_bos = {json.dumps(add_bos)}, and data.packing = "
-            f'"best_fit" has packed documents so. Restore it, or set {_WAY_OUT}'
+            f'"best_fit" packed the documents that way. Restore it, or set {_WAY_OUT}'
         )
 
 
@@ -116,8 +117,8 @@ def warn_of_changed_data(checkpoint: OpenCheckpoint, current: dict[str, Any]) ->
     ]
     if changes and dist.get_rank() == 0:
         logger.warning(
-            "the data has changed since %s was saved: %s. The run goes on from the same numbers, "
-            "so documents may be repeated or left out. Restore the data, or set %s",
+            "the data has changed since %s was saved: %s. The run resumes at the same document "
+            "numbers, so documents may be repeated or left out. Restore the data, or set %s",
             checkpoint.folder,
             "; ".join(changes),
             _WAY_OUT,

@@ -81,7 +81,7 @@ class FinalExport:
             if dist.get_rank() == 0:
                 folder = self._folder(step)
                 logger.info(
-                    "step %d is done, but %s is missing or older, and is saved now", step, folder
+                    "step %d is done, but %s is missing or older: saving it now", step, folder
                 )
             self.save(step)
 

@@ -336,4 +336,4 @@ def _set_aside(folder: StoragePath) -> None:
     paths: list[Any] = [folder.with_name(name) for name in names]
     aside = next(path for path in paths if not path.exists())
     folder.rename(aside)
-    logger.warning("%s is damaged and was set aside as %s", folder, aside.name)
+    logger.warning("%s is damaged and was renamed to %s", folder, aside.name)

@@ -152,8 +152,8 @@ def warn_of_bytes(job_config: JobConfig, tokenizer: object) -> None:
         is_bytes = False
     if not is_bytes:
         logger.warning(
-            "%s: the weights in %s were probably trained with the tokenizer beside them, and mean "
-            "nothing for bytes: set model.tokenizer_path to a local copy of that folder",
+            "%s: the weights in %s were probably trained with the tokenizer in their folder, and "
+            "are useless for bytes: set model.tokenizer_path to a local copy of that folder",
             *(origin(job_config, "model.tokenizer_path"), path),
         )
 
@@ -210,8 +210,8 @@ def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
     ]
     if lost:
         raise CheckpointError(
-            f"Hugging Face's {config['architectures'][0]} cannot express this model: it would have "
-            f"{few(lost)}"
+            f"Hugging Face's {config['architectures'][0]} cannot represent this model: it would "
+            f"have {few(lost)}"
         )
     return config
 
@@ -230,7 +230,7 @@ def write_assets(
         (folder / "chat_template.jinja").write_text(assets.chat_template, encoding="utf-8")
     if assets.eos_id is not None:
         path = final_folder(folder)
-        logger.warning("no tokenizer for %s: that of the run is its author's own", path)
+        logger.warning("%s is saved without a tokenizer: the run's is a custom one", path)
     ids = assets if tokenizer is None else tokenizer
     ends = [] if ids.eos_id is None else [ids.eos_id]
     turn = end_of_turn(folder) if assets.conversations else None
@@ -315,7 +315,7 @@ def _warn_of_other_bos(tokenizer: Tokenizer | None, assets: ExportAssets) -> Non
     if tokenizer.bos_id is not None and tokenizer.adds_bos != assets.add_bos:
         logger.warning(
             "the run had data.add_bos = %s, but its tokenizer, %s, %s, and so does the exported "
-            "one: prompts will not begin as the documents of the run did",
+            "one: prompts will not begin like the documents of the run",
             json.dumps(assets.add_bos),
             assets.tokenizer,
             "begins texts with bos" if tokenizer.adds_bos else "does not begin texts with bos",
@@ -335,7 +335,7 @@ def _write_tokenizer(folder: Path, tokenizer: str, add_bos: bool) -> Tokenizer |
     try:
         return HuggingFaceTokenizer(source)
     except DataError as error:
-        logger.warning("no tokenizer for %s: %s", final_folder(folder), error)
+        logger.warning("%s is saved without a tokenizer: %s", final_folder(folder), error)
         return None
 
 

@@ -231,12 +231,12 @@ def is_huggingface(path: StoragePath) -> bool:
     if is_hf_weights(path):
         return True
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder")
+        raise CheckpointError(f"{path} is not a folder")
     steps = list_checkpoints(path)
     hint = f". Did you mean {steps[-1]}?" if steps else ""
     raise CheckpointError(
-        f"{path} is no checkpoint: it has neither {MANIFEST} (complete checkpoint of ours) nor "
-        f"{SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face){hint}"
+        f"{path} is not a checkpoint: it has neither {MANIFEST} (complete torchtitan checkpoint) "
+        f"nor {SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face){hint}"
     )
 
 
@@ -342,8 +342,8 @@ def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:
         *_, adapter = max(found, key=lambda entry: entry[:3])
         return adapter(cast(Any, model.args), hf_assets_path=path)
     raise CheckpointError(
-        f"{path} holds Hugging Face weights, but no registered TrainSpec of {type(model).__name__} "
-        "has a state_dict_adapter to read them with"
+        f"{path} holds Hugging Face weights, but no registered TrainSpec of "
+        f"{type(model).__name__} has a state_dict_adapter to read them"
     )
 
 

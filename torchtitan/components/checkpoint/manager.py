@@ -293,9 +293,9 @@ class CheckpointManager:
             except MisfitError as error:
                 raise CheckpointError(
                     f"{error}. Parameters that match checkpoint.initial_load_exclude are not read "
-                    "and begin with their initial values"
+                    "and keep their initial values"
                 ) from error
-            apart = f", but for parameters that match {exclude!r}" if exclude else ""
+            apart = f", except for parameters that match {exclude!r}" if exclude else ""
             logger.info("started from the weights in %s%s", path, apart)
         return 0
 
@@ -335,7 +335,7 @@ class CheckpointManager:
         damaged: list[str] = []
         for folder in folders:
             if damaged and dist.get_rank() == 0:
-                logger.warning("%s. This checkpoint is passed over", damaged[-1])
+                logger.warning("%s. This checkpoint is skipped", damaged[-1])
             try:
                 checkpoint = OpenCheckpoint.open(folder, self._group, self._config.verify)
                 step = self._resume(checkpoint, exclude)
@@ -359,14 +359,14 @@ class CheckpointManager:
             )
         count = f" ({len(damaged)} are damaged)" if len(damaged) > 1 else ""
         return (
-            f"{damaged[0]}. There is no good checkpoint in {self._root}{count}; to start anew, "
+            f"{damaged[0]}. There is no intact checkpoint in {self._root}{count}; to start over, "
             "choose another checkpoint.folder"
         )
 
     def _resume(self, checkpoint: OpenCheckpoint, exclude: Collection[str] | None) -> int:
         if checkpoint.manifest.model_only:
             raise CheckpointError(
-                f"{checkpoint.folder} holds the model alone and cannot resume a run. Set "
+                f"{checkpoint.folder} holds only the model and cannot resume a run. Set "
                 "checkpoint.load_step, or start a new run in another job.dump_folder with "
                 f"checkpoint.initial_load_path. {self._steps_to_resume()}"
             )
@@ -426,4 +426,4 @@ class CheckpointManager:
 
 def _log_failure(message: str) -> None:
     if dist.get_rank() == 0:
-        logger.error("%s. Training goes on", message)
+        logger.error("%s. Training continues", message)

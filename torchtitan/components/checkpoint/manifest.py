@@ -90,14 +90,16 @@ class Manifest:
             fields = parse_json(text)
             checksum = f"{zlib.crc32(_as_text(fields | _NO_CHECKSUM)):08x}"
             if _as_text(fields) != text or fields.pop("crc32") != checksum:
-                raise DamagedCheckpointError(f"{path} is damaged: its checksum is another")
+                raise DamagedCheckpointError(f"{path} is damaged: its checksum does not match")
             fields["files"] = {name: FileRecord(**of) for name, of in fields["files"].items()}
             manifest = cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedCheckpointError(f"{path} is damaged: {first_line(error)}") from error
         for name in manifest.files:
             if "/" in name or "\\" in name:
-                raise DamagedCheckpointError(f"{path} is damaged: {name!r} is no file's name")
+                raise DamagedCheckpointError(
+                    f"{path} is damaged: {name!r} is not a valid file name"
+                )
         return manifest
 
     @classmethod
@@ -127,8 +129,8 @@ class Manifest:
                 )
             if sizes[name] != record.size:
                 raise DamagedCheckpointError(
-                    f"{folder / name} is damaged: {record.size} bytes were written, "
-                    f"{sizes[name]} are there"
+                    f"{folder / name} is damaged: {record.size} bytes were written, but it has "
+                    f"{sizes[name]}"
                 )
 
     def damaged_files(self, folder: StoragePath) -> list[str]:

@@ -152,9 +152,9 @@ class Claim:
 
     def _taken_over(self, by: Owner) -> TakenOverError:
         return TakenOverError(
-            f"{self._folder} was taken over by another run ({by}), which saves its checkpoints "
-            "there, so this one ends. Runs that are to go on side by side need a job.dump_folder "
-            "each, and a checkpoint.folder if that is a URL"
+            f"{self._folder} was taken over by another run ({by}), which now saves its "
+            "checkpoints there, so this run ends. To run side by side, give each run its own "
+            "job.dump_folder, and its own checkpoint.folder if that is a URL"
         )
 
 
@@ -173,9 +173,9 @@ def require_shared(folder: StoragePath, claim: Claim, group: dist.ProcessGroup) 
     def look(rank: int, ranks: int) -> None:
         if rank != 0 and not _finds(folder, owner):
             raise CheckpointError(
-                f"{_absolute(folder)} on {socket.gethostname()} (rank {rank}) is another folder "
-                f"than {owner.folder} on {owner.host} (rank 0). Checkpoints must be on storage "
-                "that all hosts share: choose another job.dump_folder, or a URL as "
+                f"{_absolute(folder)} on {socket.gethostname()} (rank {rank}) is not the same "
+                f"folder as {owner.folder} on {owner.host} (rank 0). Checkpoints must be on "
+                "storage that all hosts share: choose another job.dump_folder, or a URL as "
                 "checkpoint.folder"
             )
 

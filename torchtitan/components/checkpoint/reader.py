@@ -250,7 +250,7 @@ def check_keys_and_shapes(folder: StoragePath, metadata: Metadata, state: dict[s
         and saved[key].size != value.shape
     ]
     if misfits:
-        raise MisfitError(f"{folder} has other shapes of {few(misfits)}{_way_out(misfits)}")
+        raise MisfitError(f"{folder} has different shapes for {few(misfits)}{_way_out(misfits)}")
 
 
 def check_no_more(
@@ -261,7 +261,7 @@ def check_no_more(
     unread = [key for key in keys if key not in read and is_wanted(key)]
     if unread:
         raise MisfitError(
-            f"{folder} has {few(unread)}, which this run has no place for{_way_out(unread)}"
+            f"{folder} has {few(unread)}, which this run does not use{_way_out(unread)}"
         )
 
 
@@ -306,14 +306,14 @@ class _PlainDataUnpickler(pickle.Unpickler):
             getattr(torch, global_name, None), torch.dtype
         )
         if not is_dtype and f"{module_name}.{global_name}" not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+            raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}")
         return super().find_class(module_name, global_name)
 
 
 def _enum_member(owner: type, name: str) -> Any:
     """Stand in for `getattr`, by which Python 3.11 to 3.11.3 pickle enum members by name."""
     if not (isinstance(owner, type) and issubclass(owner, enum.Enum)):
-        raise pickle.UnpicklingError(f"it asks for an attribute of {owner}")
+        raise pickle.UnpicklingError(f"it refers to an attribute of {owner}")
     return owner[name]
 
 
@@ -352,7 +352,7 @@ def _safetensors_files(folder: Path) -> list[str]:
     if single.is_file() and single.name not in names:
         raise CheckpointError(
             f"{folder} holds two models: {single.name}, which transformers would load, and the "
-            f"files that {index.name} names. Delete the one that is not wanted"
+            f"files that {index.name} names. Delete the one that you do not need"
         )
     return names
 
@@ -361,4 +361,4 @@ def _way_out(keys: list[str]) -> str:
     part = keys[0].partition(".")[0]
     if part not in EXCLUDABLE_PARTS:
         return ""
-    return f'; checkpoint.exclude_from_loading = ["{part}"] would start it anew'
+    return f'; checkpoint.exclude_from_loading = ["{part}"] would reset it'

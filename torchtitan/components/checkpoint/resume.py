@@ -80,9 +80,9 @@ def _check_folder(job_config: JobConfig, args: Any, tokenizer: Any) -> None:
     if found:
         lines = "".join(f"\n  {name} = {was} (now {now})" for name, was, now in found)
         raise CheckpointError(
-            f"{folder} is of another model, so this run cannot resume from it:{lines}\nRestore the "
-            "model, or start a new run in another job.dump_folder; checkpoint.initial_load_path "
-            "gives it weights"
+            f"{folder} is of another model, so this run cannot resume from it:{lines}\nRestore "
+            "the model, or start a new run in another job.dump_folder; "
+            "checkpoint.initial_load_path gives it weights"
         )
 
 
@@ -94,9 +94,8 @@ def _tell_of_checkpoints_above(root: StoragePath, job_config: JobConfig) -> None
     others = list_checkpoints(root.parent)
     if others:
         logger.warning(
-            "this replica group begins at step 0: it looks for checkpoints in %s, where there are "
-            "none. %s has %s, which it does not resume. If that is its own, move it to %s and "
-            "start again",
+            "this replica group starts at step 0, since there are no checkpoints in %s. %s has "
+            "%s, which is not resumed. If it is this group's own, move it to %s and start again",
             *(root, root.parent, others[-1].name, root),
         )
 
@@ -151,13 +150,13 @@ def gone_on_since(folder: StoragePath, in_turn: list[StoragePath], load_step: in
     if load_step == -1 or folder.name == asked_for:
         return ""
     note = (
-        f"checkpoint.load_step = {load_step} counted before {folder.name} was saved, so the run "
-        "goes on from that"
+        f"checkpoint.load_step = {load_step} was already applied before {folder.name} was saved, "
+        "so the run resumes from that checkpoint"
     )
     if asked_for not in names:
         return note
     since = ", ".join(name for name in names if name != asked_for)
-    return f"{note}. To go back to {asked_for} once more, first move or delete {since}"
+    return f"{note}. To go back to {asked_for} again, first move or delete {since}"
 
 
 def steps_to_resume(root: StoragePath, damaged: Collection[str]) -> list[int]:
@@ -201,9 +200,9 @@ def parts_to_exclude(
     if not parts or saved.get("checkpoint", {}).get("exclude_from_loading") != parts:
         return parts, ""
     return [], (
-        f"checkpoint.exclude_from_loading = {_shown(parts)} counted before {folder.name} was "
-        "saved, so what has been trained since is loaded. To begin these parts anew once more, "
-        f"write it another way, such as {_shown([*parts, parts[-1]])}"
+        f"checkpoint.exclude_from_loading = {_shown(parts)} was already applied before "
+        f"{folder.name} was saved, so these parts are loaded as trained since. To reset them "
+        f"again, write the key differently, such as {_shown([*parts, parts[-1]])}"
     )
 
 
@@ -239,8 +238,9 @@ def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> 
     if step == 0 or abs(before(step) - after(step)) < 0.01:
         return ""
     return (
-        f"The schedule of the learning rate has changed: it goes from {peak * before(step - 1):.2g}"
-        f" at step {step} to {job_config.optimizer.lr * after(step):.2g} at step {step + 1}"
+        "The learning rate schedule has changed: the learning rate goes from "
+        f"{peak * before(step - 1):.2g} at step {step} to "
+        f"{job_config.optimizer.lr * after(step):.2g} at step {step + 1}"
     )
 
 

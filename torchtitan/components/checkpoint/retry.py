@@ -44,8 +44,8 @@ def read_again(path: Any, read: Callable[[], T]) -> T:
         except OSError as error:
             if seconds is None or isinstance(error, PermissionError):
                 raise OutageError(
-                    f"{path} cannot be read: {first_line(error)}. Nothing is known to be wrong "
-                    "with the file itself, so try again"
+                    f"{path} cannot be read: {first_line(error)}. The file itself may be intact, "
+                    "so try again"
                 ) from error
             # Not a warning, which a thousand ranks would show at once.
             logger.info(

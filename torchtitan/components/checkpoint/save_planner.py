@@ -167,8 +167,9 @@ def check_chunks(metadata: Metadata) -> None:
         if any(sums.values()):
             first = min(corner for corner, count in sums.items() if count)
             raise ValueError(
-                f"the ranks would not write each element of {name} {list(entry.size)} once: "
-                f"its {len(entry.chunks)} parts have a gap, overlap or stick out at {list(first)}"
+                f"the ranks would not write each element of {name} {list(entry.size)} exactly "
+                f"once: its {len(entry.chunks)} parts leave a gap, overlap or exceed the tensor "
+                f"at {list(first)}"
             )
 
 

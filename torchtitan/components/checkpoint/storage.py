@@ -77,7 +77,7 @@ class RemotePath:
         except ImportError as error:
             raise ConfigError(f"{url}: a package for {scheme}:// is missing: {error}") from error
         except ValueError as error:
-            raise ConfigError(f"{url}: fsspec knows no {scheme}:// ({error})") from error
+            raise ConfigError(f"{url}: fsspec does not support {scheme}:// ({error})") from error
 
     def __str__(self) -> str:
         return self._url
@@ -204,7 +204,7 @@ def storage_path(location: str | os.PathLike[str]) -> StoragePath:
         return Path(text).expanduser()
     if any(character in text for character in "*?["):
         # fsspec would take this for a pattern, and delete files of other folders too.
-        raise ConfigError(f"{text}: the URL of a folder may have no *, no ? and no [")
+        raise ConfigError(f"{text}: the URL of a folder must not contain *, ? or [")
     return RemotePath(text)
 
 

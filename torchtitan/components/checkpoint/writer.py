@@ -143,7 +143,7 @@ class CheckpointWriter(FileSystemWriter):
                 self._keep_every,
             )
         except Exception as error:
-            logger.warning("it is not known which old checkpoints to delete: %s", error)
+            logger.warning("old checkpoints cannot be listed for deletion: %s", error)
             return
         for old in found:
             if old.name != self._folder.name:  # the new one is the newest, or something is wrong

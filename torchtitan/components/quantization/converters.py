@@ -42,8 +42,8 @@ class _Converter:
         self.options = getattr(getattr(job_config.quantize, kind), name)
         self.emulate = self.options.emulate or self._must_emulate()
         if not self.emulate and job_config.training.mixed_precision_param != "bfloat16":
-            problem = "products of 8 bits give bfloat16, so training.mixed_precision_param must be "
-            self.fail("emulate", f"{problem}'bfloat16', or this true")
+            problem = "8-bit products return bfloat16, so training.mixed_precision_param must be "
+            self.fail("emulate", f"{problem}'bfloat16', or this key true")
 
     def _must_emulate(self) -> bool:
         """Return True on a CPU, for trials; refuse other devices that lack these products."""
@@ -55,19 +55,21 @@ class _Converter:
         if found < self.needed:
             least, has = (".".join(map(str, version)) for version in (self.needed, found))
             problem = f"needs a device of compute capability {least}, and this one has {has}. "
-            self.fail("emulate", problem + "Set it to true to try the numbers out")
+            self.fail("emulate", problem + "Set it to true to emulate the numerics")
         return False
 
     def tell(self, count: int, what: str) -> None:
         """Log the conversion and warn of slow settings."""
         logger.info("%s: %d %s", self.key, count, what)
         if self.emulate and not self.options.emulate and rank() == 0:
-            text = "%s: emulated, as on every CPU: the numbers are right, the speed is not"
+            text = (
+                "%s: emulated, as on every CPU: the numerics are those of a GPU, the speed is not"
+            )
             logger.warning(text, self.key)
         if not self.emulate and not self.job_config.compile.compiles("model"):
             text = (
-                "%s: without compile.enable, rounding to 8 bits takes a pass over memory for each "
-                "of its steps, and may cost more than the products save"
+                "%s: without compile.enable, each step of rounding to 8 bits takes a pass over "
+                "memory, which may cost more time than the products save"
             )
             if rank() == 0:
                 logger.warning(text, self.key)
@@ -109,7 +111,7 @@ class _LinearConverter(_Converter):
         for part in self.options.filter_fqns:
             if part in usual or any(part in name for name in names):
                 continue
-            spaces = " On the command line, spaces stand between names" if "," in part else ""
+            spaces = " On the command line, separate names by spaces" if "," in part else ""
             self.fail("filter_fqns", f"no layer's name contains {part!r}.{spaces}".rstrip("."))
 
     def _check_sizes(self, name: str, linear: nn.Linear) -> None:
@@ -118,9 +120,9 @@ class _LinearConverter(_Converter):
             shared = f" (tensor_parallel_degree {self.parallel_dims.tp} x {self.unit})"
             self.fail(
                 "filter_fqns",
-                f"{name} has {linear.in_features} features in and {linear.out_features} out, which "
-                f"must be multiples of {unit}{shared if self.parallel_dims.tp > 1 else ''}. Add "
-                f"its name, to leave it as it is",
+                f"{name} has {linear.in_features} features in and {linear.out_features} out, "
+                f"which must be multiples of {unit}{shared if self.parallel_dims.tp > 1 else ''}. "
+                "Add its name to leave it unquantized",
             )
 
     def _check_tokens(self) -> None:
@@ -139,7 +141,7 @@ class _LinearConverter(_Converter):
                 config,
                 key,
                 f"{self.key} needs a multiple of {self.unit} tokens in the forward pass of a "
-                f"rank, and this makes {tokens}",
+                f"rank, but this one has {tokens}",
             )
 
 
@@ -172,7 +174,7 @@ class _GroupedConverter(_Converter):
         layers = moe_layers(model)
         if not layers:
             name = self.job_config.model.name
-            problem = f"{self.key} is for mixtures of experts, and {name} has none"
+            problem = f"{self.key} needs a mixture of experts, but {name} has no experts"
             fail(self.job_config, "model.converters", problem)
         compiler = self.job_config.compile
         product = partial(
@@ -186,8 +188,9 @@ class _GroupedConverter(_Converter):
                 fail(
                     self.job_config,
                     "model.converters",
-                    f"{self.key} needs experts that multiply by `self.product`, as those of "
-                    f"torchtitan.models.common.moe do, and {type(layer.experts).__name__} has none",
+                    f"{self.key} needs experts that multiply with `self.product`, as in "
+                    f"torchtitan.models.common.moe, but {type(layer.experts).__name__} does not "
+                    "have it",
                 )
             self._check_sizes(layer.experts)
             layer.experts.product = product
@@ -200,7 +203,7 @@ class _GroupedConverter(_Converter):
                 fail(
                     self.job_config,
                     "model.converters",
-                    f"{self.key} needs sizes that are multiples of {unit}, and the experts' "
+                    f"{self.key} needs sizes that are multiples of {unit}, but the experts' "
                     f"{name} is {list(param.shape)}",
                 )
 

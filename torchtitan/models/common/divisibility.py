@@ -45,9 +45,9 @@ def require_splittable_experts(job_config: JobConfig, hidden_dim: int) -> None:
     fail(
         job_config,
         "parallelism.expert_tensor_parallel_degree",
-        f"cannot cut the experts of {job_config.model.name} {job_config.model.flavor} (hidden_dim "
-        f"= {hidden_dim}) into parts of a multiple of {ALIGNMENT}. Degrees that do: "
-        f"{', '.join(map(str, degrees))}",
+        f"cannot split the experts of {job_config.model.name} {job_config.model.flavor} "
+        f"(hidden_dim = {hidden_dim}) into parts whose size is a multiple of {ALIGNMENT}. Degrees "
+        f"that do: {', '.join(map(str, degrees))}",
     )
 
 
@@ -67,8 +67,8 @@ def require_heads_divisible_by_cp(job_config: JobConfig, n_heads: int) -> None:
     fail(
         job_config,
         "parallelism.context_parallel_degree",
-        f"'ulysses' shares the heads of {job_config.model.name} {job_config.model.flavor}, and a "
+        f"'ulysses' splits the heads of {job_config.model.name} {job_config.model.flavor}, but a "
         f"rank has {heads} of them (n_heads = {n_heads} / tensor_parallel_degree = "
-        f"{parallelism.tensor_parallel_degree}). Degrees that divide these: "
-        f"{', '.join(map(str, divisors(heads)))}. The method 'allgather' takes any degree",
+        f"{parallelism.tensor_parallel_degree}). Degrees that divide this number: "
+        f"{', '.join(map(str, divisors(heads)))}. The method 'allgather' works with any degree",
     )

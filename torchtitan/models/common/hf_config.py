@@ -176,7 +176,7 @@ def require_numbers(name: str, fields: dict[str, Any], *keys: str) -> None:
 
 def _contradictory(fields: dict[str, Any]) -> CheckpointError:
     shown = ", ".join(f"{name} = {value!r}" for name, value in fields.items())
-    return CheckpointError(f"config.json contradicts itself: {shown}. Leave one of them")
+    return CheckpointError(f"config.json contradicts itself: {shown}. Remove one of them")
 
 
 def hf_fields(args: Any, model_type: str, architecture: str) -> dict[str, Any]:

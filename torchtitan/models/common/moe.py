@@ -74,9 +74,9 @@ class MoEArgs:
             size = self.num_experts // self.n_groups
             if size < self.group_score_experts or self.top_groups * size < self.top_k:
                 problem = (
-                    f"groups of {size} experts are too small: group_score_experts "
-                    f"({self.group_score_experts}) at least, and top_groups ({self.top_groups}) of "
-                    f"them must have top_k ({self.top_k})"
+                    f"groups of {size} experts are too small: a group needs at least "
+                    f"group_score_experts ({self.group_score_experts}), and top_groups "
+                    f"({self.top_groups}) groups together at least top_k ({self.top_k})"
                 )
         if problem:
             raise ValueError(problem)

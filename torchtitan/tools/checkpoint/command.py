@@ -41,23 +41,23 @@ def _parser() -> argparse.ArgumentParser:
         description="List, verify, prune and compare checkpoints. A PATH may be a URL.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="the checkpoints of a run: step, time, size, state")
+    listing = actions.add_parser("list", help="list a run's checkpoints: step, time, size, state")
     listing.add_argument("path", metavar="PATH", help="a run's folder, or that of its checkpoints")
 
     verify = actions.add_parser("verify", help="read all files and compare their checksums")
     verify.add_argument(
-        "paths", nargs="+", metavar="PATH", help="a checkpoint, or a folder of several"
+        "paths", nargs="+", metavar="PATH", help="a checkpoint, or a folder of checkpoints"
     )
 
-    prune = actions.add_parser("prune", help="delete all resumable checkpoints but the newest")
+    prune = actions.add_parser("prune", help="delete all resumable checkpoints but the newest K")
     prune.add_argument("path", metavar="PATH", help="a run's folder, or that of its checkpoints")
-    prune.add_argument("--keep", type=int, required=True, metavar="K", help="so many are kept")
+    prune.add_argument("--keep", type=int, required=True, metavar="K", help="number to keep")
     prune.add_argument(
-        "--keep-every", type=int, default=0, metavar="N", help="and those of every N steps"
+        "--keep-every", type=int, default=0, metavar="N", help="also keep those of every N steps"
     )
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    prune.add_argument("--dry-run", action="store_true", help="only show what would be deleted")
 
-    diff = actions.add_parser("diff", help="in what two checkpoints, or two HF folders, differ")
+    diff = actions.add_parser("diff", help="compare two checkpoints, or two HF folders")
     diff.add_argument("first", metavar="A", help="a step-N or a Hugging Face folder")
     diff.add_argument("second", metavar="B")
     return parser

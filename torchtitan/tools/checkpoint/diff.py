@@ -114,8 +114,8 @@ def diff(first: str, second: str) -> int:
     if a.is_hf != b.is_hf:
         ours, hf = (b, a) if a.is_hf else (a, b)
         raise CheckpointError(
-            f"{hf.folder} is a Hugging Face folder, whose tensors have other names than those of "
-            f"{ours.folder}. First: torchtitan convert from-hf {hf.folder} OUT"
+            f"{hf.folder} is a Hugging Face folder, whose tensor names differ from those of "
+            f"{ours.folder}. First convert it: torchtitan convert from-hf {hf.folder} OUT"
         )
     fields = list(nested_differences(a.fields, b.fields))
     if fields:

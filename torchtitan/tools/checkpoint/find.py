@@ -32,7 +32,7 @@ def checkpoints_of(location: str) -> list[StoragePath]:
         return list_checkpoints(root) + sorted(hf, key=str)
     if (path / MANIFEST).is_file() or is_hf_weights(path) or path.name.startswith("step-"):
         if isinstance(path, Path) and not path.is_dir():
-            raise CheckpointError(f"{path} is no folder")
+            raise CheckpointError(f"{path} is not a folder")
         return [path]
     below = sorted(str(run) for run in folders_in(path) if root_of(run) is not None)
     hint = f". Runs in it: {', '.join(below[:5])}" if below else ""

@@ -29,8 +29,8 @@ from .find import checkpoints_of, root_of
 
 _LEFT_OVER = {
     ".partial": "not complete; the next save deletes it",
-    ".replaced": "an older one; the next start sorts it out",
-    ".damaged": "damaged, and set aside",
+    ".replaced": "an older one; the next start resolves it",
+    ".damaged": "damaged, and renamed",
 }
 
 
@@ -75,11 +75,11 @@ def verify(locations: list[str]) -> int:
         found = _problems(folder)
         problems += found
         files = len(sizes_in(folder))
-        kind = "no checksums; structure is right" if is_hf_weights(folder) else "good"
-        state = f"damaged: {len(found)} of its files" if found else kind
+        kind = "no checksums; structure is intact" if is_hf_weights(folder) else "good"
+        state = f"damaged: {len(found)} files" if found else kind
         rows.append([str(folder), str(files), _size(folder), state])
     if not rows:
-        raise CheckpointError(f"{', '.join(locations)}: there is no complete checkpoint")
+        raise CheckpointError(f"{', '.join(locations)}: no complete checkpoint")
     print_table(["checkpoint", "files", "size", "state"], rows, left=4)
     for problem in problems:
         sys.stdout.write(f"{problem}\n")

@@ -30,44 +30,45 @@ logger = logging.getLogger("torchtitan")
 DESCRIPTION = """\
 Train a control and one or more tests from the same seed and data, and compare their losses and
 gradient norms step by step. The tests may differ from the control in layout and technique
-(parallelism, activation checkpointing, compile, precision, kernels); what they compute must be
-the same. See docs/converging.md.
+(parallelism, activation checkpointing, compile, precision, kernels), but must compute the same
+training. See docs/converging.md.
 
   torchtitan converge one.toml fsdp2.toml tp2.toml -- --training.steps 50
   torchtitan converge model.toml model.toml --nproc model-2=2
   torchtitan converge outputs/last_week model.toml
 
-Each run is a TOML file, which is trained on this machine with as many processes as its degrees of
-parallelism need, or the folder of a finished run that logged every step. Options after -- go to
-every job that is started, as to `torchtitan train`.
+Each run is either a TOML file, which is trained on this machine with as many processes as its
+parallelism degrees need, or the folder of a finished run that logged every step. Options after --
+change the config of every job that is started, as for `torchtitan train`.
 
-Exit code: 0 if all tests are equal to the control, 1 if one diverged or failed, 2 for a mistake
+Exit code: 0 if all tests match the control, 1 if one diverged or failed, 2 for a mistake
 in the command or a config."""
 
 
 @dataclass
 class Options:
     control: Annotated[tyro.conf.Positional[str], shown_as("CONTROL")]
-    """TOML file or run folder that the others are compared with."""
+    """TOML file or run folder to compare the tests with."""
     tests: Annotated[tyro.conf.Positional[list[str]], shown_as("TEST [TEST ...]")]
-    """TOML files or run folders."""
+    """TOML files or run folders to compare with the control."""
     nproc: Annotated[tyro.conf.UseAppendAction[list[str]], shown_as("NAME=N")] = field(
         default_factory=list
     )
-    """Processes of a run. NAME is the file, or its name in the report: without .toml, and with -2
-    if it is the second of that name. Default: the product of the degrees of parallelism, where
-    data_parallel_shard_degree = -1 counts as 1."""
+    """Number of processes of a run. NAME is the file, or its name in the report: without .toml, and
+    with -2 if it is the second with that name. Default: the product of the parallelism degrees,
+    where data_parallel_shard_degree = -1 counts as 1."""
     allow_different: Annotated[tyro.conf.UseAppendAction[list[str]], shown_as("KEY")] = field(
         default_factory=list
     )
-    """Key or section of the config that may differ though it changes what is computed (debug.seed,
-    optimizer)."""
+    """Key or section of the config (such as debug.seed, optimizer) that may differ although it
+    changes the training."""
     rtol: Annotated[float | None, shown_as("FLOAT")] = None
-    """Relative tolerance of the loss. Default: 1e-4, or 2e-2 where one of the two is in bfloat16"""
+    """Relative tolerance of the loss. Default: 1e-4, or 2e-2 if either run is in bfloat16"""
     grad_norm_rtol: Annotated[float | None, shown_as("FLOAT")] = None
-    """The same for the gradient norm. Default: 1e-2, or 0.2 where one of the two is in bfloat16"""
+    """Relative tolerance of the gradient norm. Default: 1e-2, or 0.2 if either run is in
+    bfloat16"""
     out: str = "./outputs/converge"
-    """Folder that gets verdict.json, table.md, report.html, curves.png and the new runs."""
+    """Folder for verdict.json, table.md, report.html, curves.png and the new runs."""
 
 
 def main(argv: list[str] | None = None) -> int:

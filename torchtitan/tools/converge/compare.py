@@ -130,7 +130,7 @@ def judge(
     control_failed = ["the control failed"] if control.problems() else []
     problems = control_failed + test.problems()
     if not problems and not differences["loss"].relative:
-        problems = ["no step that both were trained on: the guard skipped the others"]
+        problems = ["the runs trained on no common step: the guard skipped the others"]
     return Verdict(test, differences, problems, control.skipped)
 
 

@@ -59,7 +59,7 @@ def read_tokens(folder: Path) -> tuple[int, int]:
             return step - before, row["tokens_seen"] - seen
     raise ConfigError(
         f"{folder}: training.global_batch_size is -1, and {METRICS_FILE} has no tokens_seen to "
-        "tell what it came to"
+        "derive it from"
     )
 
 

@@ -79,7 +79,8 @@ def warn_of_repeats(control: Run, tests: Sequence[Run]) -> None:
         started = not control.finished and not test.finished
         if started and test.processes == control.processes and not differences([control, test]):
             logger.warning(
-                "%s has the config and layout of %s: this only shows that a run repeats",
+                "%s has the same config and layout as %s: this only shows that a run is "
+                "reproducible",
                 test.name,
                 control.name,
             )
@@ -123,4 +124,4 @@ def _mismatch(control: Run, test: Run, keys: Sequence[str]) -> str:
     if _BATCH in keys and -1 in [r.config.training.global_batch_size for r in (control, test)]:
         lines.append("  (-1 stands for local_batch_size x data ranks: set it to the same number)")
     options = " ".join(f"--allow-different {key}" for key in keys)
-    return "\n".join([*lines, f"If that is what you test, say so: {options}"])
+    return "\n".join([*lines, f"If you intend this difference, give {options}"])

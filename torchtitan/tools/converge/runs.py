@@ -86,11 +86,13 @@ def plan_runs(
     for run in runs:
         if not run.finished and run.folder.resolve() in finished:
             raise ConfigError(
-                f"{run.argument} would be written over the finished run {run.folder}: "
-                "choose another --out"
+                f"{run.argument} would overwrite the finished run {run.folder}: choose another "
+                "--out"
             )
     if overrides and all(run.finished for run in runs):
-        raise ConfigError(f"{overrides[0]}: options after -- need a run to start; all are finished")
+        raise ConfigError(
+            f"{overrides[0]}: options after -- need a run to start, but all runs are finished"
+        )
     return runs
 
 
@@ -175,7 +177,7 @@ def _parse_nproc(
 
 def _refuse_own_options(overrides: Sequence[str]) -> None:
     reasons = {
-        "job.config_file": "the files stand before --",
+        "job.config_file": "files go before --",
         "job.dump_folder": "use --out",
         "metrics.log_freq": "every step is logged",
     }

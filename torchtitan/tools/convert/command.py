@@ -69,24 +69,26 @@ def _load_models_of_run(checkpoint: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchtitan convert",
-        description="Convert checkpoints from and to Hugging Face folders, and look into both.",
+        description="Convert checkpoints from and to Hugging Face folders, and inspect both.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    from_hf = actions.add_parser("from-hf", help="make a checkpoint of a Hugging Face folder")
+    from_hf = actions.add_parser("from-hf", help="make a checkpoint from a Hugging Face folder")
     from_hf.add_argument("source", type=Path, metavar="HF_DIR")
     from_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
 
-    to_hf = actions.add_parser("to-hf", help="make a Hugging Face folder of a checkpoint (step-N)")
+    to_hf = actions.add_parser(
+        "to-hf", help="make a Hugging Face folder from a checkpoint (step-N)"
+    )
     to_hf.add_argument("source", type=Path, metavar="CKPT")
     to_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     to_hf.add_argument(
         "--tokenizer",
         metavar="bytes|FOLDER",
-        help="tokenizer to put in (default: that of the run)",
+        help="tokenizer to include (default: the run's)",
     )
 
-    inspect = actions.add_parser("inspect", help="list the tensors of either")
+    inspect = actions.add_parser("inspect", help="list the tensors of either kind")
     inspect.add_argument("path", type=Path, metavar="PATH")
     for action in (from_hf, to_hf, inspect):
         action.add_argument(
@@ -94,11 +96,11 @@ def _parser() -> argparse.ArgumentParser:
             "--job.custom_import",
             default="",
             metavar="MODULE",
-            help="Python module to import first, so that it can register a model (default of "
-            "to-hf: that of the run)",
+            help="Python module to import first, so that it can register a model (default for "
+            "to-hf: the run's)",
         )
     for action in (from_hf, to_hf):
-        action.add_argument("--dtype", choices=DTYPES, help="default: keep that of the tensors")
-        action.add_argument("--model", metavar="NAME", help="where the folder does not tell")
-        action.add_argument("--flavor", metavar="F", help="its flavor")
+        action.add_argument("--dtype", choices=DTYPES, help="default: each tensor keeps its dtype")
+        action.add_argument("--model", metavar="NAME", help="if the folder does not record it")
+        action.add_argument("--flavor", metavar="F", help="flavor of --model")
     return parser

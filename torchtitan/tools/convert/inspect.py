@@ -46,7 +46,7 @@ def inspect(folder: Path) -> Contents:
     manifest = Manifest.read_whole(folder)
     manifest.check_contents(folder, manifest.files.keys() & {".metadata"})
     content = "model alone" if manifest.model_only else "resumable"
-    kind = f"checkpoint of ours, step {manifest.step}, {content}"
+    kind = f"torchtitan checkpoint, step {manifest.step}, {content}"
     return Contents(kind, _our_model(folder, manifest), read_metadata(folder))
 
 
@@ -83,9 +83,9 @@ def _hf_model(folder: Path, metadata: Metadata) -> str:
         try:
             return str(model_of_hf_folder(folder))
         except CheckpointError as error:
-            return f"none of ours ({error})"
+            return f"unknown ({error})"
     fitting = [name for name in sorted(MODEL_REGISTRY) if _knows_names(name, metadata)]
-    return f"no config.json; by its names {' or '.join(fitting) or 'none of ours'}"
+    return f"no config.json; by its tensor names {' or '.join(fitting) or 'unknown'}"
 
 
 def _knows_names(model: str, metadata: Metadata) -> bool:

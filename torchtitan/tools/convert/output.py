@@ -45,14 +45,14 @@ def refuse_existing(out: Path) -> None:
     _refuse(out)
     if partial_folder(out).exists():
         raise CheckpointError(
-            f"{partial_folder(out)} exists, perhaps left by a conversion that was cut off. Delete "
-            "it first"
+            f"{partial_folder(out)} exists, perhaps left by an interrupted conversion. Delete it "
+            "first"
         )
 
 
 def _refuse(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise CheckpointError(f"{out} exists: nothing is written over")
+        raise CheckpointError(f"{out} exists: conversions never overwrite")
 
 
 def with_progress(items: Iterable[T], total: int) -> Iterable[T]:

@@ -28,8 +28,8 @@ from torchtitan.tools.options import require_at_least_one
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
-Evaluate a trained model, from a checkpoint of ours or a Hugging Face folder: its perplexity on a
-dataset, or tasks of lm-evaluation-harness (pip install lm_eval). See docs/generating.md.
+Evaluate a trained model, from a torchtitan checkpoint or a Hugging Face folder: its perplexity on
+a dataset, or tasks of lm-evaluation-harness (pip install lm_eval). See docs/generating.md.
 
   torchtitan eval --checkpoint outputs --dataset stdlib_validation --max-tokens 100000
   torchtitan eval --checkpoint Qwen3-0.6B --dataset text --dataset-path notes.txt --json loss.json
@@ -44,33 +44,33 @@ DEFAULT_SEQ_LEN = 2048
 @dataclass
 class Options(ModelOptions):
     dataset: str | None = None
-    """Dataset name, as training.dataset."""
+    """Dataset name, as in training.dataset."""
     dataset_path: str | None = None
-    """File, glob or folder of the dataset, as training.dataset_path."""
+    """File, glob or folder of the dataset, as in training.dataset_path."""
     text_key: str = "text"
-    """Field that holds the text, in formats that have fields."""
+    """Field that holds the text, in formats with fields."""
     seq_len: int | None = None
-    """Tokens that the model sees at a time. Default: as many as it is made for, with a dataset at
-    most 2048; where that is not known, 2048"""
+    """Tokens per sequence. Default: the model's longest sequence, with a dataset at most 2048; 2048
+    if the model's limit is unknown"""
     batch_size: int = 4
-    """Sequences in one forward pass of one data rank."""
+    """Sequences per forward pass of a data rank."""
     max_tokens: int | None = None
-    """Predict so many, the last document only in part. Default: all documents"""
+    """Stop after predicting this many tokens, even within a document. Default: all documents"""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness, instead of a dataset."""
     num_fewshot: int | None = None
-    """Examples in the context of a task. Default: as the task says"""
+    """Number of examples in a task's context. Default: as the task defines"""
     limit: int | None = None
-    """Documents of each task. Default: all"""
+    """Number of documents per task. Default: all"""
     include_path: str | None = None
-    """Folder with definitions of tasks of your own."""
+    """Folder with your own task definitions."""
     add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Begin documents and the contexts of tasks with bos. Default: as the run did, or as the
-    tokenizer of a Hugging Face folder says"""
+    """Prepend bos to documents and to the contexts of tasks. Default: as in the run, or as the
+    tokenizer of a Hugging Face folder specifies"""
     no_add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Begin them without it."""
+    """Do not prepend bos."""
     json: str | None = None
-    """File that gets the result."""
+    """Write the result to this file as JSON."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             options.seq_len = min(DEFAULT_SEQ_LEN, source.max_seq_len or DEFAULT_SEQ_LEN)
     elif source.max_seq_len is not None and options.seq_len > source.max_seq_len:
         raise ConfigError(
-            f"--seq-len {options.seq_len}: {source.model_name} of {source.folder} is made for "
+            f"--seq-len {options.seq_len}: {source.model_name} of {source.folder} supports "
             f"sequences of at most {source.max_seq_len} tokens"
         )
     add_bos = _add_bos(source, options)
@@ -117,7 +117,7 @@ def _check(options: Options) -> Dataset | None:
         require_lm_eval()
         if utils.world_size() != options.tensor_parallel_degree:
             raise ConfigError(
-                f"--tasks shares the model among all processes: set --tensor-parallel-degree to "
+                "--tasks shards the model over all processes: set --tensor-parallel-degree to "
                 f"their number, {utils.world_size()}"
             )
         return None

@@ -105,7 +105,7 @@ class TaskModel:
             if room < 1:
                 raise ConfigError(
                     f"--tasks: a task generates {option.max_new_tokens} tokens (max_gen_toks), "
-                    f"which leaves no room for its context: {self._told_length}"
+                    f"which leaves no room for the context: {self._told_length}"
                 )
         self._warn_of_cuts([len(p) - room for p, room in zip(prompts, rooms, strict=True)])
         texts: list[str] = []
@@ -133,8 +133,8 @@ class TaskModel:
     @property
     def _told_length(self) -> str:
         return (
-            f"the model sees {self.max_seq_len} tokens at a time (--seq-len, by default what it is "
-            f"made for, or {DEFAULT_WINDOW} where that is not known)"
+            f"the model sees {self.max_seq_len} tokens at a time (--seq-len; default: the model's "
+            f"longest sequence, or {DEFAULT_WINDOW} if that is unknown)"
         )
 
     def _warn_of_cuts(self, excess: Sequence[int]) -> None:

@@ -18,8 +18,8 @@ from .page import report_page
 from .run import read_runs
 
 DESCRIPTION = """\
-Show what one or several runs logged, as one HTML file that needs no network: curves, config,
-environment, checkpoints, and where the runs differ. A run may still be going on. See
+Show the logs of one or several runs in one HTML file that needs no network: curves, config,
+environment, checkpoints, and where the runs differ. The runs may be unfinished. See
 docs/metrics.md.
 
   torchtitan report outputs
@@ -31,9 +31,10 @@ class Options:
     runs: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folders of runs (job.dump_folder)."""
     out: str | None = None
-    """The page. Default: report.html in the folder of the only run, or else here."""
+    """HTML file to write. Default: report.html in the run's folder, or in the current folder if
+    there are several runs."""
     png: str | None = None
-    """A picture of the first curves (needs matplotlib)."""
+    """Also write a picture of the first curves to this file (needs matplotlib)."""
 
 
 def main(argv: list[str] | None = None) -> int:

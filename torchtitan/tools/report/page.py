@@ -116,7 +116,11 @@ def _config(runs: list[Run]) -> str:
     changes = config_changes(runs)
     header = ["key", "default", *(run.name for run in runs)]
     parts.append("<h2>Config</h2>")
-    parts.append(table(header, changes, len(header)) if changes else "<p>All by default.</p>")
+    parts.append(
+        table(header, changes, len(header))
+        if changes
+        else "<p>All options have their defaults.</p>"
+    )
     for run in runs:
         if run.config_text:
             parts.append(

@@ -62,7 +62,7 @@ def warnings(runs: list[Run]) -> list[str]:
             found.append(f"{run.name} has not logged a step yet.")
         if run.skipped:
             found.append(
-                f"{run.name}: the guard skipped the batch of {run.last('steps_skipped'):,.0f} "
+                f"{run.name}: the guard skipped the batches of {run.last('steps_skipped'):,.0f} "
                 f"steps, the first by step {run.skipped[0]:,}."
             )
         for key, curve in run.curves.items():

@@ -191,7 +191,7 @@ def test_tensor_parallelism_needs_larger_multiples():
 
 def test_tokens_that_do_not_divide_are_refused():
     options = ("--training.seq_len=40", "--training.local_batch_size=1")
-    message = r"training.local_batch_size = 1: .* multiple of 16 tokens .* this makes 40"
+    message = r"training.local_batch_size = 1: .* multiple of 16 tokens .* this one has 40"
     with pytest.raises(ConfigError, match=message):
         converted(build(), FLOAT8, options=options)
     high_precision = (*options, f"--{FLOAT8}.recipe_name=rowwise_with_gw_hp")
@@ -201,8 +201,8 @@ def test_tokens_that_do_not_divide_are_refused():
 @pytest.mark.parametrize(
     ("batch", "seq_len", "degrees", "message"),
     [
-        (1, 48, {"tp": 2}, "training.local_batch_size = 1: .* this makes 24"),
-        (2, 40, {"pp": 2}, "pipeline_parallel_microbatch_size = 1: .* this makes 40"),
+        (1, 48, {"tp": 2}, "training.local_batch_size = 1: .* this one has 24"),
+        (2, 40, {"pp": 2}, "pipeline_parallel_microbatch_size = 1: .* this one has 40"),
     ],
 )
 def test_the_tokens_are_those_of_a_forward_pass_of_a_rank(batch, seq_len, degrees, message):
@@ -217,7 +217,7 @@ def test_tensor_parallelism_of_experts_needs_larger_multiples():
     experts = model.layers["1"].moe.experts
     experts.w2 = nn.Parameter(torch.empty(8, 48, 64, device="meta"))
     converted(model, EXPERTS)
-    with pytest.raises(ConfigError, match=r"multiples of 32, and the experts' w2 is \[8, 48, 64\]"):
+    with pytest.raises(ConfigError, match=r"multiples of 32, but the experts' w2 is \[8, 48, 64\]"):
         converted(model, EXPERTS, tp=2, etp=2)
 
 
@@ -231,7 +231,7 @@ def test_a_filter_that_leaves_nothing_is_refused():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["attention.wq,output"], "'attention.wq,output'. On the command line, spaces stand"),
+        (["attention.wq,output"], "'attention.wq,output'. On the command line, separate"),
         (["output", "atention.wq"], "filter_fqns: no layer's name contains 'atention.wq'"),
     ],
 )
@@ -246,12 +246,12 @@ def test_two_converters_of_the_same_layers_are_refused():
 
 
 def test_a_model_without_experts_is_refused():
-    with pytest.raises(ConfigError, match="is for mixtures of experts, and llama3 has none"):
+    with pytest.raises(ConfigError, match="needs a mixture of experts, but llama3 has no experts"):
         converted(build(), EXPERTS)
 
 
 def test_experts_of_a_strange_kind_are_refused():
     model = build("qwen3", "debugmodel_moe")
     del model.layers["0"].moe.experts.product
-    with pytest.raises(ConfigError, match="needs experts that multiply by `self"):
+    with pytest.raises(ConfigError, match="needs experts that multiply with `self"):
         converted(model, EXPERTS)

@@ -43,7 +43,9 @@ def test_rotary_fields_of_all_versions(fields, expected):
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields):
-    with pytest.raises(CheckpointError, match=r"config\.json contradicts itself: rope_.*Leave one"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json contradicts itself: rope_.*Remove one"
+    ):
         take_rope(**fields)
 
 

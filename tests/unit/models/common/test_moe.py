@@ -113,7 +113,10 @@ def test_rows_go_there_and_back():
         ({"top_k": 7}, r"top_k \(7\) must be from 1 to num_experts \(6\)"),
         ({"hidden_dim": 20}, r"hidden_dim \(20\) must be a multiple of 8"),
         ({"n_groups": 4}, r"n_groups \(4\) must divide num_experts \(6\)"),
-        ({"n_groups": 3, "top_groups": 1, "top_k": 3}, r"top_groups \(1\) of them must have top_k"),
+        (
+            {"n_groups": 3, "top_groups": 1, "top_k": 3},
+            r"top_groups \(1\) groups together at least",
+        ),
         ({"n_groups": 6, "top_groups": 3}, r"groups of 1 experts are too small"),
     ],
 )

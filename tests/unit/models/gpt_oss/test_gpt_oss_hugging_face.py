@@ -15,9 +15,9 @@ def test_weights_in_mxfp4_are_refused(tmp_path):
     name = "model.layers.1.mlp.experts.gate_up_proj"
     state[f"{name}_blocks"] = state.pop(name).to(torch.uint8)
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=rf"'{name}_blocks' is of weights in MXFP4"):
+    with pytest.raises(CheckpointError, match=rf"'{name}_blocks' belongs to MXFP4 weights"):
         GptOssModel(args).load_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"'{name}_scales' is of weights in MXFP4"):
+    with pytest.raises(CheckpointError, match=rf"'{name}_scales' belongs to MXFP4 weights"):
         GptOssStateDictAdapter(args).from_hf({f"{name}_scales": torch.ones(1)})
 
 

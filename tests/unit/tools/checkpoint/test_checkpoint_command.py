@@ -189,7 +189,7 @@ def test_nan_is_equal_to_nan_alone():
     ("arguments", "words"),
     [
         (["list", "nowhere"], "nowhere holds no checkpoint"),
-        (["verify", "nowhere/step-2"], "is no folder"),
+        (["verify", "nowhere/step-2"], "is not a folder"),
         (["prune", "nowhere", "--keep", "1"], "holds no step-N folders"),
         (["prune", "nowhere", "--keep", "0"], "--keep 0: must be 1 or more"),
         (
@@ -197,7 +197,7 @@ def test_nan_is_equal_to_nan_alone():
             "--keep-every -1: must be 0 or more",
         ),
         (["diff", "nowhere", "nowhere"], "manifest.json cannot be read"),
-        (["list", "nothing://a"], "fsspec knows no nothing://"),
+        (["list", "nothing://a"], "fsspec does not support nothing://"),
     ],
 )
 def test_mistakes_end_with_one_message(tmp_path, capsys, monkeypatch, arguments, words):

@@ -145,7 +145,7 @@ def test_a_test_that_is_the_control_again_is_warned_of(
     control, same = pair(tmp_path)
     with caplog.at_level(logging.WARNING, logger="torchtitan"):
         warn_of_repeats(control, [same])
-        assert "test has the config and layout of control" in caplog.text
+        assert "test has the same config and layout as control" in caplog.text
         caplog.clear()
         same.processes = 2
         warn_of_repeats(control, [same])

@@ -148,7 +148,7 @@ def test_options_and_nproc_for_finished_runs_are_refused(tmp_path: Path) -> None
     folder = write_run(tmp_path / "old", [3.0, 2.0, 1.0])
     with pytest.raises(ConfigError, match=r"old=2: .* is a finished run"):
         plan(folder, out=tmp_path / "runs", nproc=("old=2",))
-    with pytest.raises(ConfigError, match=r"--training\.steps=2: .* all are finished"):
+    with pytest.raises(ConfigError, match=r"--training\.steps=2: .* all runs are finished"):
         plan(folder, out=tmp_path / "runs", overrides=["--training.steps=2"])
 
 
@@ -156,5 +156,5 @@ def test_a_finished_run_is_never_overwritten(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "runs" / "a-2", [3.0, 2.0, 1.0])
     first = write_config(tmp_path / "a.toml")
     second = write_config(tmp_path / "b" / "a.toml")
-    with pytest.raises(ConfigError, match="over the finished run"):
+    with pytest.raises(ConfigError, match="would overwrite the finished run"):
         plan(first, second, folder, out=tmp_path / "runs")

@@ -145,7 +145,7 @@ def test_inspect_lists_both_kinds(tmp_path, capsys):
         "model-00002-of-00002.safetensors",
         "8.19 kB",
         "Hugging Face",
-        "model: qwen3 (no flavor of ours)",
+        "model: qwen3 (no predefined flavor)",
     ):
         assert words in out
     count = sum(tensor.numel() for tensor in tensors(source).values())
@@ -159,7 +159,7 @@ def test_inspect_lists_both_kinds(tmp_path, capsys):
 
     (source / "config.json").unlink()
     convert("inspect", source)
-    assert "by its names qwen3\n" in capsys.readouterr().out
+    assert "by its tensor names qwen3\n" in capsys.readouterr().out
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_a_checkpoint_of_ours_is_no_hugging_face_folder(tmp_path, capsys):
     (ours / "manifest.json").touch()
     for model in ([], ["--model", "llama3", "--flavor", "debugmodel"]):
         message = refused(capsys, "from-hf", ours, tmp_path / "out", *model)
-        assert f"{ours} is a checkpoint of ours" in message
+        assert f"{ours} is a torchtitan checkpoint" in message
         assert f"`torchtitan convert to-hf {ours} OUT`" in message
 
 
@@ -270,7 +270,7 @@ def test_a_model_that_config_json_contradicts(tmp_path, capsys):
     message = refused(capsys, "from-hf", source, tmp_path / "out", *told)
     assert "config.json is of another model: dim = 64 (now 256)" in message
     message = refused(capsys, "from-hf", source, tmp_path / "out", "--model", "qwen3")
-    assert "--model and --flavor go together" in message
+    assert "--model and --flavor must be given together" in message
     told = ("--model", "lama3", "--flavor", "debugmodel")
     assert "Did you mean 'llama3'" in refused(capsys, "from-hf", source, tmp_path / "o", *told)
 
@@ -302,7 +302,7 @@ BAD_OURS = {
         lambda f: change_manifest(
             f, args={"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4}
         ),
-        ["other shapes of model.", "saved ["],
+        ["different shapes for model.", "saved ["],
     ),
     "args of another version": (
         lambda f: change_manifest(f, args={"dimension": 32}),
@@ -332,8 +332,8 @@ def test_no_such_folder(tmp_path, capsys):
     for action in ("from-hf", "to-hf"):
         message = refused(capsys, action, tmp_path / "nowhere", tmp_path / "out")
         assert f"{tmp_path / 'nowhere'}: no such folder" in message
-    assert "is no folder" in refused(capsys, "inspect", tmp_path / "nowhere")
-    assert "is no checkpoint" in refused(capsys, "inspect", tmp_path)
+    assert "is not a folder" in refused(capsys, "inspect", tmp_path / "nowhere")
+    assert "is not a checkpoint" in refused(capsys, "inspect", tmp_path)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):

@@ -133,7 +133,7 @@ def test_generate_until(loaded):
         ({"min_p": 0.1, "do_sample": True}, "min_p = 0.1"),
         ({"repetition_penalty": 1.2}, "repetition_penalty = 1.2"),
         ({"num_beams": 4}, "num_beams = 4"),
-        ({"max_gen_toks": 512}, "512 tokens .* no room for its context: the model sees 512"),
+        ({"max_gen_toks": 512}, "512 tokens .* no room for the context: the model sees 512"),
     ],
 )
 def test_what_a_task_cannot_have_is_refused_before_anything_is_generated(loaded, options, message):

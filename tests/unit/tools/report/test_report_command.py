@@ -147,7 +147,7 @@ def test_steps_that_the_guard_skipped_are_not_called_not_finite(tmp_path: Path) 
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main([str(run)])
     text = text_of(run / "report.html")
-    assert "run: the guard skipped the batch of 3 steps, the first by step 2." in text
+    assert "run: the guard skipped the batches of 3 steps, the first by step 2." in text
     assert "run: loss is not finite at step 6." in text
     drawn = (run / "report.html").read_text().partition("<script")[0]
     assert drawn.count('class="mark"') == 2  # of the loss and of the norm
@@ -302,7 +302,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", LOSSES)
     (run / "config.resolved.toml").unlink()
     os.mkfifo(run / "config.resolved.toml")
-    with pytest.raises(ConfigError, match=r"config.resolved.toml cannot be read: it is no file"):
+    with pytest.raises(ConfigError, match=r"config.resolved.toml cannot be read: it is not a file"):
         main([str(run)])
 
 

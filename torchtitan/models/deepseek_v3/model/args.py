@@ -169,9 +169,9 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             fail(
                 job_config,
                 "parallelism.context_parallel_method",
-                f"a ring passes on keys and values of one size, but {job_config.model.name} has "
-                f"keys of {self.qk_dim} features and values of {self.v_dim}. Use 'allgather' or "
-                "'ulysses'",
+                "ring attention needs keys and values of the same size, but "
+                f"{job_config.model.name} has keys of {self.qk_dim} features and values of "
+                f"{self.v_dim}. Use 'allgather' or 'ulysses'",
             )
         return replace(self, attention=job_config.model.attention)
 

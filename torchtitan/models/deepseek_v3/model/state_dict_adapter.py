@@ -62,15 +62,15 @@ class DeepSeekV3StateDictAdapter(ExpertsAdapter):
         for name in names:
             if name.endswith(".weight_scale_inv"):
                 raise CheckpointError(
-                    f"checkpoint: tensor {name!r} scales an FP8 weight, which is not read. "
-                    "Convert the checkpoint to bfloat16 by DeepSeek's own script, "
+                    f"checkpoint: tensor {name!r} scales an FP8 weight, which is not supported. "
+                    "Convert the checkpoint to bfloat16 with DeepSeek's own script, "
                     "inference/fp8_cast_bf16.py of github.com/deepseek-ai/DeepSeek-V3"
                 )
             if name.endswith(_BIAS) and not self.model_args.moe.use_bias:
                 raise CheckpointError(
-                    f"checkpoint: tensor {name!r}: its experts are chosen by a bias, which the "
-                    "flavor of this run has not. Use one with `use_bias = True`, such as one of "
-                    "your own (`torchtitan new --like deepseek_v3`)"
+                    f"checkpoint: tensor {name!r}: its experts are chosen with a bias, which the "
+                    "flavor of this run does not have. Use one with `use_bias = True`, such as "
+                    "one of your own (`torchtitan new --like deepseek_v3`)"
                 )
 
     def _predicts_more_tokens(self, key: str) -> bool:

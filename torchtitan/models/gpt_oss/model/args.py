@@ -129,8 +129,8 @@ class GptOssModelArgs(BaseModelArgs):
             fail(
                 job_config,
                 key,
-                f"the experts of {job_config.model.name} have output biases, which every rank "
-                "that shares an expert would add. Set it to 1, and use "
+                f"the experts of {job_config.model.name} have output biases, which each of the "
+                "ranks that share an expert would add. Set it to 1, and use "
                 "parallelism.expert_parallel_degree",
             )
         return replace(self, attention=job_config.model.attention)

@@ -45,7 +45,7 @@ class GptOssStateDictAdapter(ExpertsAdapter):
         for name in names:
             if name.endswith(("_proj_blocks", "_proj_scales")):
                 raise CheckpointError(
-                    f"checkpoint: tensor {name!r} is of weights in MXFP4, which are not read. Let "
-                    "transformers dequantize the model (Mxfp4Config(dequantize=True)) and save it "
-                    "in bfloat16"
+                    f"checkpoint: tensor {name!r} belongs to MXFP4 weights, which are not "
+                    "supported. Let transformers dequantize the model "
+                    "(Mxfp4Config(dequantize=True)) and save it in bfloat16"
                 )

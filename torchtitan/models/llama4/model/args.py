@@ -154,8 +154,8 @@ class Llama4ModelArgs(BaseModelArgs):
             fail(
                 job_config,
                 key,
-                f"the experts of {job_config.model.name} cannot be split, as their gate and input "
-                "matrices are one. Set it to 1, and use parallelism.expert_parallel_degree",
+                f"the experts of {job_config.model.name} cannot be split, because their gate and "
+                "input matrices are fused. Set it to 1, and use parallelism.expert_parallel_degree",
             )
         return replace(self, attention=job_config.model.attention)
 
