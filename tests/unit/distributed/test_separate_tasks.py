@@ -52,7 +52,7 @@ def test_one_process_and_those_of_torchrun_go_on(
         ({"RANK": "0"}, "RANK is '0', but WORLD_SIZE and MASTER_ADDR and MASTER_PORT are not set"),
         (
             {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"},
-            "MASTER_PORT is 'abc', no number",
+            "MASTER_PORT is 'abc', not a number",
         ),
     ],
 )
