@@ -208,7 +208,7 @@ def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path)
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
     skipped = [n for n, o in outcomes.items() if o.status == "skip"]
     assert skipped == ["semantics.memory"]
-    assert outcomes["semantics.memory"].message.startswith("asked of token ids [batch, seq] alone")
+    assert outcomes["semantics.memory"].message.startswith("applies only to token ids [batch, seq]")
 
 
 def test_a_right_model_whose_rows_have_weights_passes(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_right_model_with_more_outputs_in_training_passes(name: str, tmp_path:
 @pytest.mark.parametrize(
     ("name", "check", "note"),
     [
-        ("dropout_and_no_tensor_parallel", "layouts.one_device", "Dropout is left out .* in all"),
+        ("dropout_and_no_tensor_parallel", "layouts.one_device", "Dropout is disabled .* in all"),
         pytest.param(
             "feed_forward_replicated",
             "layouts.tp2",

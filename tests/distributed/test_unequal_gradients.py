@@ -48,5 +48,5 @@ def test_gradients_that_nobody_adds_up_are_told() -> None:
     assert first == second and len(first) == 1
     assert first[0].startswith(
         "the ranks of data parallelism have different gradients of whole.weight (by 0.33 of their "
-        "norm). Each rank then trains weights of its own"
+        "norm). Each rank then trains its own weights"
     )

@@ -130,8 +130,8 @@ def _shared_mask(
                 job_config,
                 "parallelism.context_parallel_degree",
                 f"{job_config.model.name} attends to {seq_len // shards.size} tokens where a rank "
-                f"has a part of {most // shards.size}: what it puts before or between them, such "
-                "as a prefix, would be in each rank's part. Set it to 1",
+                f"has a part of {most // shards.size}: tokens that it adds before or between "
+                "them, such as a prefix, would be in each rank's part. Set it to 1",
             )
         if method == "ring":
             return None  # it supports only plain causal attention

@@ -60,10 +60,10 @@ def warn_of_unequal_gradients(model_parts: list[nn.Module], parallel_dims: Paral
         ]
         if unequal and mesh.get_local_rank() == 0:
             logger.warning(
-                "the ranks of %s have different gradients of %s. Each rank then trains weights of "
-                "its own, of which a checkpoint keeps one: the model's parallelize_fn must make "
-                "them sharded or replicated DTensors, as SequenceParallel() does in a plan of "
-                "tensor parallelism and apply_fsdp for data and context parallelism. "
+                "the ranks of %s have different gradients of %s. Each rank then trains its own "
+                "weights, and a checkpoint keeps only one of them: the model's parallelize_fn "
+                "must make these parameters sharded or replicated DTensors, as SequenceParallel() "
+                "does in a tensor-parallel plan and apply_fsdp for data and context parallelism. "
                 "`torchtitan verify` compares layouts with one process",
                 *(_DIMS[dim], few(unequal, 5)),
             )

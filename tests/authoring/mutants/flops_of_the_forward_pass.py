@@ -7,7 +7,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("cost.flops",)
-SAYS = r"0\.33 times.*the forward pass alone"
+SAYS = r"0\.33 times.*only the forward pass"
 
 
 class Args(base.Args):

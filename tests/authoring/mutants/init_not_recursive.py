@@ -7,7 +7,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.recursive",)
-SAYS = r"fails on the model with layers\.0 alone: KeyError"
+SAYS = r"fails for the model with layers\.0 alone: KeyError"
 
 
 class Model(base.Model):

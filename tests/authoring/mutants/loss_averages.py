@@ -16,7 +16,7 @@ CAUGHT_BY = (
     "layouts.accumulation",
     "contract.loss",
 )
-SAYS = r"outputs agree, but the loss of step 1 is off by .* the sum over the valid tokens"
+SAYS = r"outputs agree, but the loss of step 1 is off by .* the sum, not the mean, over"
 
 
 class Mean:

@@ -7,7 +7,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("stages.numbers",)
-SAYS = r"with positions that begin anew, the logits differ .* layers\.2"
+SAYS = r"with positions that restart, the logits differ .* layers\.2"
 
 
 class Model(base.Model):

@@ -13,7 +13,7 @@ CAUGHT_BY = (
     "layouts.ac_full",
     "layouts.ac_selective_op",
 )
-SAYS = r"other names: no rank has layers\.0\..*layers\.0\.inner\."
+SAYS = r"different names: no rank has layers\.0\..*layers\.0\.inner\."
 
 
 class Checkpointed(nn.Module):

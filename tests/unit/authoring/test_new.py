@@ -186,7 +186,7 @@ def test_what_hugging_faces_folder_has_and_the_model_has_not_is_named(here, caps
     main(["new_olmo", "--from-hf", "hf"])
     assert "left to do" in capsys.readouterr().out
     adapter = (here / "new_olmo/new_olmo/model/state_dict_adapter.py").read_text()
-    todo = adapter.partition("nothing for these tensors")[2]
+    todo = adapter.partition("no counterpart for these tensors")[2]
     assert "post_feedforward_layernorm" in todo and "k_norm" in todo and "q_proj" not in todo
     compile(adapter, "adapter", "exec")
 

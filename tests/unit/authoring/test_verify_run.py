@@ -47,7 +47,7 @@ def test_an_exception_fails_with_its_place_and_traceback(subject):
 def test_a_killed_check_is_thought_to_have_run_out_of_memory(subject):
     outcome = run_check(ends.check(ends.is_killed), subject)
     assert outcome.status == "fail"
-    assert re.search(r"killed by SIGKILL, most likely for want of memory", outcome.message)
+    assert re.search(r"killed by SIGKILL, most likely because memory ran out", outcome.message)
 
 
 def test_a_crash_fails_with_the_place(subject):

@@ -706,7 +706,7 @@ def test_a_rule_for_no_parameter_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_tool_is_one_message(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool: None)
-    with pytest.raises(ConfigError, match=r"no command 'sbatch'.*--dry-run"):
+    with pytest.raises(ConfigError, match=r"the command 'sbatch' is missing.*--dry-run"):
         main([job, "--slurm"])
 
 

@@ -144,9 +144,7 @@ def _guess_args(
     try:
         args = args_cls(**values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"config.json: {args_cls.__name__} does not take its sizes: {error}"
-        ) from error
+        raise ConfigError(f"config.json: {args_cls.__name__} rejects its sizes: {error}") from error
     if config.get("head_dim") == getattr(args, "head_dim", None):
         used.add("head_dim")
     return args, {key: value for key, value in config.items() if key not in used}
@@ -225,9 +223,13 @@ def adapter_table(findings: Findings) -> str:
     """Return the lines of the table `names`, with a comment on the remaining work."""
     lines = [f'        "{ours}": "{theirs}",' for ours, theirs in findings.names.items()]
     if findings.missing:
-        lines.append("        # TODO: the checkpoint has no tensor that looks like these of ours:")
+        lines.append(
+            "        # TODO: the checkpoint has no tensor that looks like these of the model:"
+        )
         lines += [f"        #   {name}" for name in findings.missing]
     if findings.without_counterpart:
-        lines.append("        # TODO: the model has nothing for these tensors of the checkpoint:")
+        lines.append(
+            "        # TODO: the model has no counterpart for these tensors of the checkpoint:"
+        )
         lines += [f"        #   {name}" for name in findings.without_counterpart]
     return "\n".join(lines)

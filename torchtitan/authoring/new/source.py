@@ -41,8 +41,8 @@ class Names:
             proposal = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "my_model"
             proposal = f"model_{proposal}" if proposal[0].isdigit() else proposal
             raise ConfigError(
-                f"NAME {name!r}: must be a Python name of small letters, digits and single "
-                f"underscores, as {proposal!r}"
+                f"NAME {name!r}: must be a Python name of lowercase letters, digits and single "
+                f"underscores, such as {proposal!r}"
             )
         words = name.split("_")
         if words[-1] == "model" and len(words) > 1:

@@ -74,7 +74,7 @@ def can_be_imported(subject: Subject) -> str:
     return ""
 
 
-@CHECKS.of("contract.spec", "the TrainSpec's fields are of the right kinds", needs=())
+@CHECKS.of("contract.spec", "the TrainSpec's fields have the right types", needs=())
 def spec_is_complete(subject: Subject) -> str:
     spec = subject.spec
     if not isinstance(spec, TrainSpec):
@@ -147,7 +147,7 @@ def signatures_fit(subject: Subject) -> str:
         if name in similar:
             raise CheckFailedError(
                 f"forward() takes {name!r}, which the trainer never fills",
-                f"Call it {similar[name]!r}: [batch, seq] int64, by default None.",
+                f"Rename it to {similar[name]!r}: [batch, seq] int64, by default None.",
             )
     for name, expected in PARAMETERS.items():
         if (function := getattr(spec, name)) is not None:
@@ -177,11 +177,11 @@ def _require_call(
         called = ", ".join([*positional, *(f"{keyword}=..." for keyword in keywords)])
         raise CheckFailedError(
             f"{name}{signature} cannot be called with ({called}): {error}",
-            "Others than these arguments need defaults, and these may have any names.",
+            "All arguments but these need defaults, and these may have any names.",
         ) from error
 
 
-@CHECKS.of("contract.args", "update_from_config returns args and leaves the flavor as it is")
+@CHECKS.of("contract.args", "update_from_config returns args and leaves the flavor unchanged")
 def args_are_not_modified(subject: Subject) -> str:
     """Also, a checkpoint gives the args back, and `vocab_size` is a number of tokens."""
     args = get_train_spec(subject.name, subject.flavor).model_args
@@ -215,7 +215,7 @@ def args_are_not_modified(subject: Subject) -> str:
         raise CheckFailedError(
             f"{type(args).__name__}.vocab_size is {vocab_size!r}, not a number of tokens",
             "args.py: vocab_size: int = ... The trainer compares it with the tokenizer's. Only a "
-            "model with a build_dataloader_fn of its own may have none.",
+            "model with its own build_dataloader_fn may have none.",
         )
     return f"{len(before)} fields, vocab_size {vocab_size}{limit}"
 
@@ -224,21 +224,21 @@ def _require_way_back(args: BaseModelArgs) -> None:
     """Require that args survive JSON: `generate`, `eval`, `convert` read them from a manifest."""
     hint = (
         "args.py: numbers, text, dataclasses, and Optional, list, tuple and dict of these, each "
-        "with its type (layers: tuple[LayerArgs, ...]), come back from the manifest of a "
+        "with its type (layers: tuple[LayerArgs, ...]), can be restored from the manifest of a "
         "checkpoint."
     )
     try:
         back = dataclass_of(type(args), plain_args(args))
     except (NameError, TypeError, ValueError) as error:
         raise CheckFailedError(
-            f"{type(args).__name__} does not come back from a checkpoint: {error}", hint
+            f"{type(args).__name__} cannot be restored from a checkpoint: {error}", hint
         ) from error
     for field in dataclasses.fields(args):
         was, now = getattr(args, field.name), getattr(back, field.name)
         if type(was) is not type(now) or was != now:
             raise CheckFailedError(
-                f"{type(args).__name__}.{field.name} is {was!r}, and comes back from a checkpoint "
-                f"as {now!r}",
+                f"{type(args).__name__}.{field.name} is {was!r}, but is restored from a "
+                f"checkpoint as {now!r}",
                 hint,
             )
 
@@ -256,7 +256,7 @@ def layers_are_a_dict(subject: Subject) -> str:
         raise CheckFailedError(
             f"{type(model).__name__}.layers is {type(layers).__name__}, not nn.ModuleDict",
             "model.py: self.layers = nn.ModuleDict({str(i): Block(args) for i in ...}). A list "
-            "would rename the layers that are left when a pipeline stage deletes some.",
+            "would rename the remaining layers when a pipeline stage deletes some.",
         )
     expected = [str(number) for number in range(len(layers))]
     if list(layers) != expected:
@@ -269,6 +269,6 @@ def layers_are_a_dict(subject: Subject) -> str:
     if len(layers) != wanted:
         raise CheckFailedError(
             f"{type(model).__name__} has {len(layers)} layers, but n_layers is {wanted}",
-            "model.py: make args.n_layers of them.",
+            "model.py: create args.n_layers of them.",
         )
     return f"{len(layers)} layers"

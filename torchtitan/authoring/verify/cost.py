@@ -74,7 +74,7 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
     """Name a part with as many parameters as the difference."""
     for name in sorted(first_names(model)):
         if model.get_parameter(name).numel() == difference:
-            return f"{name} shares its weight with another, so it counts once."
+            return f"{name} shares its weight with another tensor, so count it once."
     sizes: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         pattern = ".".join("N" if part.isdigit() else part for part in name.split("."))
@@ -82,11 +82,11 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
     alike = [name for name, size in sizes.items() if size == abs(difference)]
     if alike:
         kind = "counted twice" if difference > 0 else "not counted"
-        return f"As many parameters as {few(alike, 5)} has: perhaps {kind}."
+        return f"{few(alike, 5)} has as many parameters: perhaps {kind}."
     return "Count every weight, bias and norm once."
 
 
-@CHECKS.of("cost.flops", "FLOPs a token are as measured", needs=("contract.forward",))
+@CHECKS.of("cost.flops", "FLOPs per token agree with the measurement", needs=("contract.forward",))
 def flops_are_as_measured(subject: Subject) -> str:
     if not subject.reads_text:
         _tell_of_own_batch(subject)
@@ -118,9 +118,9 @@ def _tell_of_own_batch(subject: Subject) -> NoReturn:
         example.loss(example.run(model)).backward()
     measured = counter.get_total_flops() / 2 / subject.length
     raise NotApplicableError(
-        f"asked of token ids at several lengths; of its own batches, {measured:,.0f} FLOPs are "
-        f"measured for each of {subject.length} places, {_claim(subject.args, subject.length)[1]:,}"
-        " are claimed"
+        f"applies to token ids at several lengths; for its own batches, {measured:,.0f} FLOPs are "
+        f"measured for each of {subject.length} places, "
+        f"{_claim(subject.args, subject.length)[1]:,} are claimed"
     )
 
 
@@ -190,11 +190,11 @@ def _weights_fit(claimed: float, measured: float, nparams: int, model: nn.Module
         ):
             if abs(claimed / (6 * params) - 1) < _TOLERANCE / 2:
                 return f"weights: approximate, {text}, {ratio - 1:+.0%} of what is measured"
-    hint = "6 FLOPs a weight that multiplies the token: 2 forward and 4 backward. "
+    hint = "6 FLOPs per weight that multiplies the token: 2 forward and 4 backward. "
     for factor, reason in (
         (2, "Twice that: a multiplication and an addition are already 2 FLOPs."),
-        (1 / 2, "Half of that: 3 a weight counts multiplications alone."),
-        (1 / 3, "A third of that: the forward pass alone."),
+        (1 / 2, "Half of that: 3 per weight counts only multiplications."),
+        (1 / 3, "A third of that: counts only the forward pass."),
         (4 / 3, "A third more: recomputation (activation checkpointing) does not count."),
     ):
         if abs(ratio / factor - 1) < 0.05:

@@ -32,7 +32,7 @@ def explain(failures: list[RankFailure]) -> tuple[str, str]:
     place = _collective(first.traceback)[1] if _died(first) else _innermost_frame(first.traceback)
     if "SIGKILL" in first.reason:
         return (
-            f"rank {first.rank} was {first.reason}, most likely for want of memory",
+            f"rank {first.rank} was {first.reason}, most likely because memory ran out",
             "Use a smaller flavor; its weights, gradients and optimizer state are held at once.",
         )
     reason = first.reason.strip().partition("\n")[0]  # the rest is in the details

@@ -77,7 +77,7 @@ def require_effect(trainer: Trainer, comparison: Comparison, graphs: int) -> str
     if ignored:
         raise CheckFailedError(
             f"{ignored} has no effect: {effect}",
-            "parallelize.py must apply it, or raise ConfigError if the model cannot have it.",
+            "parallelize.py must apply it, or raise ConfigError if the model does not support it.",
         )
     notes = [
         _left_whole(trainer) if dims.tp_enabled else "",
@@ -118,8 +118,8 @@ def _left_whole(trainer: Trainer) -> str:
     if share <= _WHOLE:
         return ""
     return (
-        f"{share:.0%} of the layers' matrices are whole on every tensor rank, which computes "
-        f"them all: {few(sorted({_of_any_layer(name) for name in whole}), 5)}"
+        f"{share:.0%} of the layers' matrices are whole on every tensor-parallel rank, which "
+        f"computes all of them: {few(sorted({_of_any_layer(name) for name in whole}), 5)}"
     )
 
 
@@ -141,7 +141,7 @@ def _compiled_one_by_one(trainer: Trainer, graphs: int) -> str:
         return ""
     return (
         f"{len(blocks)} layers are {graphs} graphs, compiled one by one: a Python number that "
-        "differs by layer would be no reason if it were a buffer"
+        "differs by layer causes this, unless it is a buffer"
     )
 
 

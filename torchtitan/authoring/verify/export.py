@@ -21,7 +21,7 @@ CHECKS = Checks("contract.spec")
 _HINT = "args.py: to_hf_config() must give each option of the args, under Hugging Face's name."
 
 
-@CHECKS.of("adapter.config_json", "to_hf_config says what the args say, of every flavor")
+@CHECKS.of("adapter.config_json", "to_hf_config describes the args of every flavor")
 def config_says_what_args_say(subject: Subject) -> str:
     """So that an export is of this model, and does not fail after training."""
     flavors = {subject.flavor: subject.spec.model_args}
@@ -56,7 +56,7 @@ def config_says_what_args_say(subject: Subject) -> str:
             ) from error
     if not given and not refused:
         raise NotApplicableError("to_hf_config gives none, so exports have no config.json")
-    note = f"; Hugging Face cannot express {few(refused, 5)}" if refused else ""
+    note = f"; Hugging Face cannot represent {few(refused, 5)}" if refused else ""
     return f"{given} flavor{'s' if given != 1 else ''}{note}"
 
 
@@ -64,14 +64,16 @@ def _require_json(flavor: str, config: dict[str, Any]) -> None:
     missing = [name for name in ("model_type", "architectures") if name not in config]
     if missing:
         raise CheckFailedError(
-            f"{flavor}: config.json would have no {few(missing)}, by which transformers knows the "
-            "model",
+            f"{flavor}: config.json would have no {few(missing)}, by which transformers "
+            "identifies the model",
             _HINT,
         )
     try:
         json.dumps(config)
     except TypeError as error:
-        raise CheckFailedError(f"{flavor}: to_hf_config() is no JSON: {error}", _HINT) from error
+        raise CheckFailedError(
+            f"{flavor}: to_hf_config() is not valid JSON: {error}", _HINT
+        ) from error
 
 
 def _lost(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[str]:

@@ -68,8 +68,8 @@ def config_matches(subject: Subject) -> str:
             theirs = args_of(subject)
         except TitanError as error:
             raise CheckFailedError(
-                f"{type(ours).__name__}.from_hf_config refuses it: {error}",
-                "It is of another architecture, or has an option that the model does not have.",
+                f"{type(ours).__name__}.from_hf_config rejects it: {error}",
+                "It has another architecture, or an option that the model does not support.",
             ) from error
         differences = [
             f"{name} = {a!r} (config.json: {b!r})"
@@ -86,7 +86,8 @@ def config_matches(subject: Subject) -> str:
         raise CheckFailedError(
             f"flavor {subject.flavor} is not the model of {folder_of(subject)}: "
             f"{few(differences, 5)}",
-            "__init__.py: the flavor's arguments; or choose the checkpoint's flavor by --flavor.",
+            "__init__.py: correct the flavor's arguments, or choose the checkpoint's flavor with "
+            "--flavor.",
         )
     return f"model_type {config.get('model_type')}"
 
@@ -128,9 +129,9 @@ def names_match(subject: Subject) -> str:
     left = [name for name in files if name not in ours and not _is_passed_over(adapter, name)]
     if left:
         raise CheckFailedError(
-            f"the files have {few(left, 5)}, which the model has not",
-            "A bias or norm may be missing in the model. What really is not needed, from_hf() must "
-            "leave out without an error.",
+            f"the files have {few(left, 5)}, which the model does not have",
+            "A bias or norm may be missing in the model. If the model really does not need a "
+            "tensor, from_hf() must drop it without an error.",
         )
     return f"{len(ours)} tensors"
 

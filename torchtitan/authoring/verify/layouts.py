@@ -162,19 +162,19 @@ def _require_repeatable(trainer: Trainer, subject: Subject) -> str:
         by = float((a - b).norm() / a.norm())
         raise CheckFailedError(
             f"two forward passes of the same tokens differ by {by:.2g} of the logits' norm",
-            "forward() must not keep state from one call to the next: activation checkpointing "
-            "and pipelines call it more than once a step, gradient accumulation too.",
+            "forward() must not keep state from one call to the next: activation checkpointing, "
+            "pipelines and gradient accumulation call it more than once per step.",
         )
     if _unequal(first, other_seed):
         raise NotApplicableError(
-            "NO LAYOUT IS CHECKED: forward() draws random numbers in training mode, other than "
+            "NO LAYOUT IS CHECKED: in training mode, forward() draws random numbers other than "
             "those of torch.nn.functional.dropout, and layouts draw different ones. Set the rates "
-            "of this flavor to 0 to have its layouts checked"
+            "of this flavor to 0 so that its layouts are checked"
             + ", and let the data loader draw noise"
             * (subject.own_batches is not None)
         )
     drops = _unequal(first, _outputs(trainer, subject, 1))
-    return ". Dropout is left out here and in all layouts" if drops else ""
+    return ". Dropout is disabled here and in all layouts" if drops else ""
 
 
 def _outputs(trainer: Trainer, subject: Subject, seed: int) -> list[torch.Tensor]:
@@ -204,9 +204,9 @@ def _require_same_batches(subject: Subject) -> None:
     for name, tensor in first.items():
         if name not in second or not torch.equal(tensor, second[name]):
             raise CheckFailedError(
-                f"two data loaders of the same job give another {name!r} in the first batch",
-                "What a loader draws, such as noise, must be a function of debug.seed and the row: "
-                "torch.Generator().manual_seed(...).",
+                f"two data loaders of the same job give a different {name!r} in the first batch",
+                "Random numbers of a loader, such as noise, must be a function of debug.seed and "
+                "the row: torch.Generator().manual_seed(...).",
             )
 
 
@@ -227,7 +227,7 @@ def every_parameter_is_updated(subject: Subject) -> str:
     if kept:
         raise CheckFailedError(
             f"{len(kept)} of {len(trained)} parameters have a gradient, but {STEPS} steps of the "
-            f"optimizer leave them as they were: {few(kept, 5)}",
+            f"optimizer leave them unchanged: {few(kept, 5)}",
             "build_optimizer_fn: every parameter of each model part must be in a group, with a "
             "learning rate.",
         )
@@ -305,7 +305,7 @@ def fsdp_computes_in_bfloat16(subject: Subject) -> str:
 CHECKS += [
     Check(
         f"layouts.{name}",
-        "losses, gradients and weights are those of one process",
+        "losses, gradients and weights equal those of one process",
         partial(trains_like_one_device, name),
         ranks=layout.ranks,
         joins=True,

@@ -36,26 +36,27 @@ def init_is_recursive(subject: Subject) -> str:
             initialize_weights(part, subject.seed, torch.device("cpu"))
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckFailedError(
-                f"init_weights() fails on {description}: {type(error).__name__}: {error}",
-                "Walk over the modules that there are (self.layers.values()), and guard "
+                f"init_weights() fails for {description}: {type(error).__name__}: {error}",
+                "Iterate over the modules that exist (self.layers.values()), and guard "
                 "self.tok_embeddings, self.norm and self.output by `is not None`.",
             ) from error
         for name, tensor in state_of(part):
             if name not in whole:
                 raise CheckFailedError(
-                    f"{description} has {name}, which the whole model has not",
-                    "Names must not depend on which parts of the model there are.",
+                    f"{description} has {name}, which the whole model does not have",
+                    "Names must not depend on which parts of the model exist.",
                 )
             if not torch.equal(tensor, whole[name]):
                 if name in shared:
                     raise CheckFailedError(
-                        f"{name} is of several layers, so they cannot be in different parts",
-                        "TrainSpec: pipeline_fn=None, or let each stage have a module of its own.",
+                        f"{name} is shared by several layers, so they cannot be in different parts",
+                        "Set pipeline_fn=None in the TrainSpec, or give each stage its own module.",
                     )
                 raise CheckFailedError(
-                    f"{description} gets another {name} than the whole model",
+                    f"{description} gets a different {name} than the whole model",
                     "Draw in place (nn.init.*, or weight.normal_()): torch.randn(...) and copy_() "
-                    "has no name to be seeded by. And nothing may depend on how many layers exist.",
+                    "have no name to derive a seed from. And nothing may depend on how many "
+                    "layers exist.",
                 )
             count += 1
     return f"{count} tensors of parts as in the whole"
@@ -136,7 +137,7 @@ def forward_without_modules(subject: Subject) -> str:
                 raise CheckFailedError(
                     f"without {', '.join(after)}, forward() returns a tuple with "
                     f"{type(part).__name__}",
-                    "A pipeline stage hands on a tensor, or a tuple of tensors.",
+                    "A pipeline stage passes on a tensor, or a tuple of tensors.",
                 )
         actual = _run_part(last, handed, example.inputs, f"without {', '.join(before)} and layers")
     difference = relative_difference(actual, expected)
@@ -145,7 +146,7 @@ def forward_without_modules(subject: Subject) -> str:
             f"{', '.join(before)} and the layers, then {', '.join(after)}: as two parts they give "
             f"logits that differ from the whole model's by {difference:.1e} of the largest",
             "forward() must do nothing else between modules that may be absent: no scaling or "
-            "second norm outside of `if self.norm is not None`.",
+            "second norm outside `if self.norm is not None`.",
         )
     return f"without {', '.join([*before, *after])}: equal to {difference:.0e}"
 
@@ -179,6 +180,6 @@ def _run_part(
     except Exception as error:
         raise CheckFailedError(
             f"forward() fails {description}: {type(error).__name__}: {error}",
-            "model.py: `h = self.norm(h) if self.norm is not None else h`, and so for the "
-            "embedding and the output layer; a pipeline stage gets and gives hidden states.",
+            "model.py: `h = self.norm(h) if self.norm is not None else h`, and likewise for the "
+            "embedding and the output layer; a pipeline stage receives and returns hidden states.",
         ) from error

@@ -209,7 +209,7 @@ def _train(
         for step, loss, grad_norm in trainer.stats.read(trainer.parallel_dims):
             if not loss < float("inf") or not grad_norm < float("inf"):
                 raise CheckFailedError(
-                    f"step {step}: the loss is {loss} and the norm of the gradients is {grad_norm}",
+                    f"step {step}: the loss is {loss} and the gradient norm is {grad_norm}",
                     "See the checks of `numerics`.",
                 )
             recording.losses.append(loss)

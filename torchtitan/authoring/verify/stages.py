@@ -40,7 +40,7 @@ after the layers. All use two ranks."""
 
 @CHECKS.of(
     "stages.numbers",
-    "the stages of any pipeline split, one after the other, are the whole model, bit by bit",
+    "the stages of any pipeline split, run one after the other, equal the whole model bit by bit",
 )
 def numbers_are_kept(subject: Subject) -> str:
     """Test rows of one document; if the model takes them, also restarting positions and documents.
@@ -88,7 +88,7 @@ def _require_whole_model(
     except ConfigError as error:  # about the output of a stage
         raise CheckFailedError(f"split in {split}, with {rows}: {error}", "forward()") from error
     if _kinds(actual) != _kinds(expected):
-        difference = f"they give {_kinds(actual)}, not {_kinds(expected)}"
+        difference = f"they return {_kinds(actual)}, not {_kinds(expected)}"
     elif not (by := _difference(actual, expected)):
         return
     else:
@@ -99,10 +99,10 @@ def _require_whole_model(
         )
     raise CheckFailedError(
         f"split in {split}, with {rows}, {difference}",
-        "A stage has some of the layers, under their old names. What depends on a layer must use "
-        "its own number, never its place in self.layers or their count; only embedding, norm and "
-        "output may be None; and every stage must use the positions and document_ids that "
-        "forward() is given, and hand on what later ones need.",
+        "A stage has some of the layers, under their original names. Code that depends on a layer "
+        "must use its own number, never its place in self.layers or their count; only embedding, "
+        "norm and output may be None; and every stage must use the positions and document_ids "
+        "that forward() is given, and pass on what later stages need.",
     )
 
 
@@ -133,7 +133,7 @@ def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch
     inputs = {"one document": {"positions": positions}}
     places, document_ids = packed_documents(*tokens.shape)
     if accepts(subject.spec.model_cls, "positions"):
-        inputs["positions that begin anew"] = {"positions": places}
+        inputs["positions that restart"] = {"positions": places}
     if accepts(subject.spec.model_cls, "document_ids"):
         inputs["packed documents"] = {"positions": places, "document_ids": document_ids}
     return inputs

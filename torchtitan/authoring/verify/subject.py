@@ -169,8 +169,8 @@ class Subject:
         if not self.reads_text:
             assert self.own_batches is not None
             raise NotApplicableError(
-                "asked of token ids [batch, seq] alone; the data loader of "
-                f"{self.name} gives {self.own_batches.describe()}"
+                f"applies only to token ids [batch, seq]; the data loader of {self.name} gives "
+                f"{self.own_batches.describe()}"
             )
 
     @property
@@ -179,7 +179,8 @@ class Subject:
         size = getattr(self.args, "vocab_size", None)
         if not isinstance(size, int):
             raise ConfigError(
-                f"{type(self.args).__name__} has no vocab_size, so no tokens can be made for it"
+                f"{type(self.args).__name__} has no vocab_size, so no tokens can be generated for "
+                "it"
             )
         return size
 
@@ -221,8 +222,8 @@ def require_model(name: str) -> None:
     """Raise `ConfigError` if no imported module has registered the model, or its import fails."""
     if name not in MODEL_REGISTRY:
         raise ConfigError(
-            f"no model {name!r}.{did_you_mean(name, MODEL_REGISTRY)} A model outside of torchtitan "
-            "is made known by --custom-import MODULE (in conformance_tests: custom_import)"
+            f"no model {name!r}.{did_you_mean(name, MODEL_REGISTRY)} Register a model outside "
+            "torchtitan with --custom-import MODULE (in conformance_tests: custom_import)"
         )
     if isinstance(broken := MODEL_REGISTRY[name], BrokenModel):
         raise ConfigError(broken.problem)
@@ -241,5 +242,5 @@ def default_flavor(name: str) -> str:
         return flavors[0]
     raise ConfigError(
         f"{name} has no flavor debugmodel, so choose a small one with --flavor: "
-        f"{', '.join(flavors)}. A debugmodel is worth having: every check is then fast"
+        f"{', '.join(flavors)}. With a debugmodel, every check is fast"
     )

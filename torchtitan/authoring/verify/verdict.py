@@ -129,15 +129,16 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
     if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are very similar
         raise CheckFailedError(
             f"outputs agree, but the loss of step 1 is off by {first_loss:.2g}{summary}",
-            "build_loss_fn: the loss must be the sum over the valid tokens of a micro-batch, those "
-            "whose label is not IGNORE_INDEX, and no mean: the trainer divides by the tokens of "
-            "the whole step.",
+            "build_loss_fn: the loss must be the sum, not the mean, over the valid tokens of a "
+            "micro-batch, those whose label is not IGNORE_INDEX: the trainer divides by the "
+            "tokens of the whole step.",
         )
     _refuse("gradients", found, job_config, summary)
     _refuse("weights", found, job_config, summary)
     raise CheckFailedError(
-        f"outputs, gradients and weights agree, but not what the trainer reports{summary}",
-        "The loss of the last stage, or of a rank, is not that of its tokens.",
+        "outputs, gradients and weights agree, but not the metrics that the trainer "
+        f"reports{summary}",
+        "The loss of the last stage, or of a rank, does not belong to its tokens.",
     )
 
 
@@ -148,10 +149,10 @@ def _refuse_other_names(found: list[Comparison]) -> None:
         lacks = f"no rank has {few(missing)}" if missing else ""
         has = f"there is {few(extra)}, which one process does not have" if extra else ""
         raise CheckFailedError(
-            f"parameters and buffers have other names: {'; '.join(filter(None, (lacks, has)))}",
+            f"parameters and buffers have different names: {'; '.join(filter(None, (lacks, has)))}",
             "A checkpoint could not be loaded in another layout. A wrapper module must not change "
             "names (replace module.forward instead), and weights that are tied on one process "
-            "must be so in each stage, or pipelines be refused.",
+            "must be tied in each stage, or the model must refuse pipelines.",
         )
 
 
@@ -171,7 +172,7 @@ def _refuse(kind: str, found: list[Comparison], job_config: JobConfig, end: str 
 _PLACES = {
     "initial": "the initial value of {} differs",
     "outputs": "the first module whose output differs is {}",
-    "recomputed": "recomputed in the backward pass, {} gives another output",
+    "recomputed": "recomputed in the backward pass, {} gives a different output",
     "gradients": "outputs agree; the last parameter whose gradient differs is {}",
     "weights": "gradients agree in step 1; the weight {} differs at the end",
 }
@@ -183,18 +184,24 @@ _HINTS = {
     "RowwiseParallel left out for a matrix that reads split features (its result is a part of a "
     "sum); a norm that is not SequenceParallel; view() with the number of all heads instead of -1; "
     "a bias that each rank adds",
-    ("outputs", "cp"): "RoPE must turn by the `positions` that forward() is given, not by "
-    "arange(seq); attention and its mask must be ScaledDotProductAttention and CausalMask. What "
-    "mixes tokens by other means than attention (a recurrence, a convolution, a shift) sees this "
-    "rank's part of the sequence alone: such a model must leave apply_cp out",
-    ("outputs", "pp"): "a stage has some of the layers, under their old names: what depends on a "
-    "layer must use its own number, not its place in self.layers; and forward() must use "
-    "`positions` and `document_ids`",
+    ("outputs", "cp"): (
+        "RoPE must turn by the `positions` that forward() is given, not by arange(seq); attention "
+        "and its mask must be ScaledDotProductAttention and CausalMask. Code that mixes tokens by "
+        "other means than attention (a recurrence, a convolution, a shift) sees only this rank's "
+        "part of the sequence: such a model must leave apply_cp out"
+    ),
+    ("outputs", "pp"): (
+        "a stage has some of the layers, under their original names: code that depends on a layer "
+        "must use its own number, not its place in self.layers; and forward() must use `positions` "
+        "and `document_ids`"
+    ),
     ("outputs", "ep"): "the router must score each token by itself, and experts take rows in any "
     "order",
-    ("outputs", "dp"): "something is computed over the batch, which other ranks have a part of",
-    ("outputs", "ac"): "what is checkpointed computes something else: forward() depends on whether "
-    "gradients are wanted (torch.is_grad_enabled, or use_reentrant=True), or on its calls before",
+    ("outputs", "dp"): "something is computed over the batch, of which each rank has only a part",
+    ("outputs", "ac"): (
+        "checkpointed blocks compute different results: forward() depends on whether gradients are "
+        "enabled (torch.is_grad_enabled, or use_reentrant=True), or on its calls before"
+    ),
     ("outputs", "compile"): "the compiled block computes something else: try compile.backend = "
     "'eager' to tell tracing from code generation",
     ("outputs", ""): "something depends on the number of sequences in a forward pass, or is kept "

@@ -68,9 +68,9 @@ def check_copies(
             message = f"{path}: {copy} differs from {first}, but the model has one tensor for both"
             if copy in told:
                 message += (
-                    f" (tie_word_embeddings = true). If {copy} is what was trained, set "
-                    "tie_word_embeddings = false in config.json and in the model's args; if not, "
-                    "remove it from the file"
+                    f" (tie_word_embeddings = true). If {copy} was trained separately, set "
+                    "tie_word_embeddings = false in config.json and in the model's args; "
+                    "otherwise remove it from the file"
                 )
             raise CheckpointError(message)
 

@@ -66,7 +66,7 @@ def rename(key: str, names: Mapping[str, str]) -> str:
     pattern = pattern_of(key)
     if pattern not in names:
         raise CheckpointError(
-            f"checkpoint: this model has no tensor {key!r}.{did_you_mean(pattern, names)}"
+            f"checkpoint: tensor {key!r} is not one of this model's.{did_you_mean(pattern, names)}"
         )
     return names[pattern].format(*numbers_of(key))
 
