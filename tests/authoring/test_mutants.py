@@ -230,7 +230,7 @@ def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) 
     only = ["learning.one_batch", "semantics.lengths", "layouts.fsdp2"]
     outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []
-    assert "its own loader may give one length" in outcomes["semantics.lengths"].message
+    assert "its own loader may give only one length" in outcomes["semantics.lengths"].message
 
 
 def test_a_right_model_that_refuses_long_sequences_passes(tmp_path: Path) -> None:

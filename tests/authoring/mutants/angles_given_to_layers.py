@@ -9,7 +9,7 @@ from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("numerics.bf16_positions",)
 SAYS = (
-    r"arguments of layers, .* at positions from 4000 .* FSDP casts .* Hand on their cosine and sine"
+    r"arguments of layers, .* at positions from 4000 .* FSDP casts .* Pass on their cosine and sine"
 )
 
 

@@ -9,7 +9,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.args",)
-SAYS = r"Args\.attending is frozenset\(\{0\}\), and comes back from a checkpoint as 'frozenset"
+SAYS = r"Args\.attending is frozenset\(\{0\}\), but is restored from a checkpoint as 'frozenset"
 
 
 @dataclass

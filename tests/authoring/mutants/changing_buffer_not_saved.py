@@ -8,7 +8,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("checkpoints.resume",)
-SAYS = r"after a resume the weight layers\.0\.feed_forward\.steps"
+SAYS = r"after a resume, the weight layers\.0\.feed_forward\.steps"
 
 
 class FeedForward(base.FeedForward):

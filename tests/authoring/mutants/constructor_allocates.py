@@ -8,7 +8,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.meta",)
-SAYS = r"tensors take memory: causal"
+SAYS = r"tensors allocate memory: causal"
 
 
 class Model(base.Model):

@@ -7,7 +7,7 @@ import tiny_own_batches as own
 from torchtitan.protocols import register_train_spec
 
 CAUGHT_BY = ("semantics.batch", "contract.loss", "layouts.accumulation")
-SAYS = r"a row alone gives another output than in a batch of 3"
+SAYS = r"a row alone gives a different output than in a batch of 3"
 
 
 class Diffusion(own.Diffusion):

@@ -8,7 +8,7 @@ import torch
 from torchtitan.protocols import register_train_spec
 
 CAUGHT_BY = ("layouts.one_device", "contract.dataloader")
-SAYS = r"two data loaders of the same job give another 'tokens'.*debug\.seed"
+SAYS = r"two data loaders of the same job give a different 'tokens'.*debug\.seed"
 
 
 def noisy_latents(job_config, generator):

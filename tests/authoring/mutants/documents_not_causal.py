@@ -8,7 +8,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("semantics.documents",)
-SAYS = r"with document_ids, token 21 sees 42 later tokens of its own document .* causal rule too"
+SAYS = r"with document_ids, token 21 sees 42 later tokens of its own document .* also include the"
 
 
 class Model(base.Model):

@@ -7,7 +7,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("learning.one_batch", "learning.gradients")
-SAYS = r"the loss fell from \d\.\d+ to \d\.\d+ only"
+SAYS = r"the loss fell only from \d\.\d+ to \d\.\d+"
 
 
 class Model(base.Model):

@@ -8,7 +8,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.dataloader",)
-SAYS = r"goes on from a checkpoint gives another 'tokens'"
+SAYS = r"resumes from a checkpoint gives a different 'tokens'"
 
 
 class Loader:

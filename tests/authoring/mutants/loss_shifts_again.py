@@ -9,7 +9,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.loss",)
-SAYS = r"the label of the next one.*not pred\[:, :-1\] with labels\[:, 1:\]"
+SAYS = r"the label of the next token.*not pred\[:, :-1\] with labels\[:, 1:\]"
 
 
 def shifted_cross_entropy(pred, labels):

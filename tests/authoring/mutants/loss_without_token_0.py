@@ -9,7 +9,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.loss",)
-SAYS = r"whose label is 0 are never learned.*0 is a token as others"
+SAYS = r"whose label is 0 are never learned.*0 is an ordinary token"
 
 
 def build(job_config):

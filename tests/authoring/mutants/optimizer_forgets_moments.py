@@ -10,7 +10,7 @@ from torchtitan.components import build_optimizer
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("checkpoints.resume",)
-SAYS = r"after a resume the (weight|state) .* is another"
+SAYS = r"after a resume, the (weight|state) .* differs"
 
 
 def build(model_parts, job_config, parallel_dims):

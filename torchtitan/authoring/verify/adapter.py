@@ -70,7 +70,7 @@ def maps_there_and_back(subject: Subject) -> str:
             )
     again = _convert(adapter.to_hf, back, "to_hf")
     _compare(again, hf_kept, set(), "to_hf(from_hf(hf))")
-    note = f"; {few(dropped, 5)} stays with us" if dropped else ""
+    note = f"; {few(dropped, 5)} is not exported" if dropped else ""
     return f"{len(state)} tensors <-> {len(hf)} of Hugging Face{note}"
 
 
@@ -80,7 +80,7 @@ def _convert(function: Any, state: State, name: str) -> State:
     except Exception as error:
         raise CheckFailedError(
             f"{name}() fails: {type(error).__name__}: {error}",
-            f"{_HINT}every name of model.state_dict() needs one of Hugging Face's.",
+            f"{_HINT}every name of model.state_dict() needs a Hugging Face name.",
         ) from error
     if not isinstance(converted, dict):
         raise CheckFailedError(f"{name}() returns {type(converted).__name__}, not a dict")
@@ -128,7 +128,7 @@ def _compare(actual: State, expected: State, may_lack: set[str], what: str) -> l
         )
     if extra := [name for name in actual if name not in expected]:
         raise CheckFailedError(
-            f"{what} has {few(extra, 5)}, which were not there before",
+            f"{what} has {few(extra, 5)}, which did not exist before",
             f"{_HINT}from_hf() must give back the names of model.state_dict().",
         )
     for name, tensor in actual.items():
@@ -140,7 +140,7 @@ def _compare(actual: State, expected: State, may_lack: set[str], what: str) -> l
             )
         if not torch.equal(tensor, wanted):
             raise CheckFailedError(
-                f"in {what}, {name} has other values{_explain(tensor, wanted)}",
+                f"in {what}, {name} has different values{_explain(tensor, wanted)}",
                 f"{_HINT}what to_hf() permutes or transposes, from_hf() must undo: the inverse "
                 "permutation, not the same one again.",
             )
@@ -165,7 +165,7 @@ def _sorted_rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix[matrix[:, 0].argsort()]
 
 
-@CHECKS.of("adapter.parts", "a stage's names alone are mapped as within the whole")
+@CHECKS.of("adapter.parts", "a stage's names alone are mapped as in the whole model")
 def parts_map_alike(subject: Subject) -> str:
     adapter = adapter_of(subject)
     state = distinct_state(subject.spec.meta_model(subject.args))
@@ -177,8 +177,8 @@ def parts_map_alike(subject: Subject) -> str:
         wrong = [n for n, t in hf.items() if n not in whole or not torch.equal(t, whole[n])]
         if wrong:
             raise CheckFailedError(
-                f"{description} alone gives another {wrong[0]} than within the whole",
-                f"{_HINT}a name must be mapped by itself, whatever else is there.",
+                f"{description} alone gives a different {wrong[0]} than in the whole model",
+                f"{_HINT}the mapping of a name must not depend on other names.",
             )
         back = _convert(adapter.from_hf, dict(hf), f"with {description} alone, from_hf")
         back = {name: tensor for name, tensor in back.items() if name in part or name not in tied}
@@ -244,7 +244,7 @@ def works_on_dtensors(subject: Subject) -> str:
         if plain:
             raise CheckFailedError(
                 f"{what} has {few(plain, 5)} as plain tensors",
-                f"{_HINT}use operations that DTensors know, not .data, .numpy() or to_local().",
+                f"{_HINT}use operations that DTensors support, not .data, .numpy() or to_local().",
             )
         full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in back.items()}
         _compare(full, state, _buffers(model), what)

@@ -64,8 +64,8 @@ def resumes_bitwise(layout: str, subject: Subject) -> str:
     if resumed.losses != losses:
         raise CheckFailedError(
             f"the losses after a resume are {resumed.losses}, not {losses}",
-            "forward() uses something that is in no checkpoint: a buffer with persistent=False "
-            "that training changes, or an attribute.",
+            "forward() uses something that checkpoints do not contain: a buffer with "
+            "persistent=False that training changes, or an attribute.",
         )
     return f"{len(weights)} tensors of the model, {len(optimizer)} of the optimizer"
 
@@ -73,7 +73,7 @@ def resumes_bitwise(layout: str, subject: Subject) -> str:
 def _resume_checks(layout: str, suffix: str) -> tuple[Check, Check]:
     run = Check(
         f"checkpoints.run{suffix}",
-        "a run saves a checkpoint on its way",
+        "a run saves a checkpoint",
         partial(runs_without_a_stop, layout),
         ranks=LAYOUTS[layout].ranks,
         joins=True,
@@ -83,7 +83,7 @@ def _resume_checks(layout: str, suffix: str) -> tuple[Check, Check]:
     resume = replace(
         run,
         name=f"checkpoints.resume{suffix}",
-        asks="a run that stops there and resumes ends with the same bits",
+        asks="a run that stops and resumes there ends with the same bits",
         run=partial(resumes_bitwise, layout),
         needs=(run.name,),
     )
@@ -133,8 +133,8 @@ def loads_on(layout: str, subject: Subject) -> str:
     wrong, _ = compare_tensors(model_state(trainer.model_parts), saved, rank, tolerance=0.0)
     if wrong:
         raise CheckFailedError(
-            f"the checkpoint loaded on {layout} gives another {wrong[0].name}: {wrong[0]}"
-            f"{_others(wrong)}",
+            f"the checkpoint loaded on {layout} gives a different {wrong[0].name}: "
+            f"{wrong[0]}{_others(wrong)}",
             "Parameters must be DTensors whose placements say which part a rank has, and have the "
             "same name and meaning in every layout.",
         )
@@ -151,8 +151,8 @@ def loads_on(layout: str, subject: Subject) -> str:
         raise CheckFailedError(
             f"resumed on {layout} with the weights that were saved, the next losses are off by "
             f"{error:.2g}{weight}",
-            "The optimizer's state is not that of the same parameters, or forward() uses what is "
-            "in no checkpoint.",
+            "The optimizer's state belongs to other parameters, or forward() uses something that "
+            "checkpoints do not contain.",
         )
     return f"weights exact, next losses off by {error:.0e}"
 
@@ -160,7 +160,7 @@ def loads_on(layout: str, subject: Subject) -> str:
 CHECKS += [
     Check(
         f"checkpoints.load_{'one' if layout == ONE else layout}",
-        "that checkpoint resumes here: weights exact, next losses those of one process",
+        "that checkpoint resumes here: weights exact, next losses equal to those of one process",
         partial(loads_on, layout),
         ranks=LAYOUTS[layout].ranks,
         joins=True,
@@ -196,9 +196,9 @@ def _require_equal(tensors: Tensors, expected: Tensors, kind: str) -> None:
     wrong, _ = compare_tensors(tensors, expected, dist.get_rank(), tolerance=0.0)
     if wrong:
         raise CheckFailedError(
-            f"after a resume {kind} {wrong[0].name} is another: {wrong[0]}{_others(wrong)}",
-            "What training changes must be a parameter, a persistent buffer or state of the "
-            "optimizer, so that it is saved.",
+            f"after a resume, {kind} {wrong[0].name} differs: {wrong[0]}{_others(wrong)}",
+            "Everything that training changes must be a parameter, a persistent buffer or "
+            "optimizer state, so that it is saved.",
         )
 
 

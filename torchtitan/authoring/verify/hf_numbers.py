@@ -41,7 +41,7 @@ _OPERATIONS = 6e12
 third of it, the forward pass, on both models: some minutes on a CPU."""
 
 
-@CHECKS.of("adapter.hf_numbers", "logits and every layer are equal to transformers'", timeout=600)
+@CHECKS.of("adapter.hf_numbers", "logits and every layer equal those of transformers", timeout=600)
 def numbers_match(subject: Subject) -> str:
     folder = _without_constants(folder_of(subject), subject)
     theirs = _load_theirs(folder)
@@ -62,7 +62,7 @@ def numbers_match(subject: Subject) -> str:
     for number, (mine, other) in enumerate(zip(our_layers, their_layers, strict=True)):
         if number == 0 and (d := _difference(a.inputs[mine], b.inputs[other])) > _TOLERANCE:
             raise CheckFailedError(
-                f"what {mine} gets differs by {d:.1e} of the largest: the embedding",
+                f"the input of {mine} differs by {d:.1e} of the largest: the embedding",
                 "Look at a factor of the embedding (Gemma: sqrt(dim)), positions, or a norm.",
             )
         difference = _difference(a.outputs[mine], b.outputs[other])
@@ -73,9 +73,9 @@ def numbers_match(subject: Subject) -> str:
             ended = [window for window in reached.windows if window - 1 <= first <= window + 1]
             if ended:
                 hint = (
-                    f"Earlier tokens are alike, so look at the window or chunk of {ended[0]}: in "
-                    f"most models query q sees the {ended[0]} keys q - {ended[0] - 1} to q, itself "
-                    "among them."
+                    f"Earlier tokens agree, so look at the window or chunk of {ended[0]}: in most "
+                    f"models query q sees the {ended[0]} keys q - {ended[0] - 1} to q, including "
+                    "itself."
                 )
             raise CheckFailedError(
                 f"{mine} is the first layer that differs from {other}, by {difference:.1e} of the "
@@ -86,7 +86,7 @@ def numbers_match(subject: Subject) -> str:
     difference = relative_difference(our_logits, their_logits)
     if difference > _TOLERANCE:
         raise CheckFailedError(
-            f"all layers are alike, but the logits differ by {difference:.1e} of the largest",
+            f"all layers agree, but the logits differ by {difference:.1e} of the largest",
             "Look at the final norm, at the output layer (tied?), and at a factor or soft limit of "
             "the logits.",
         )
@@ -260,13 +260,12 @@ def _within(pairs: list[tuple[str, str]], a: _Record, b: _Record) -> tuple[str, 
         if _difference(a.inputs[mine], b.inputs[other]) > _TOLERANCE:
             return (
                 f"; in it, the input of {mine} (theirs: {other})",
-                f"Everything that leads to {mine} is alike in modules with weights, so what is "
-                "between them differs. Before attention's output: how queries and keys are turned "
-                "(features i and i + head_dim / 2, or 2i and 2i + 1: one convention may need a "
-                "permutation of the rows of wq and wk, the other none), rope_theta and its "
-                "scaling, the scale of scores, the mask, and which query heads share a key. "
-                "Elsewhere: norms, or gate and up, exchanged; the activation, the residual, or "
-                "routing.",
+                f"All modules with weights before {mine} agree, so the operations between them "
+                "differ. Before attention's output: how queries and keys are rotated (features i "
+                "and i + head_dim / 2, or 2i and 2i + 1: one convention may need a permutation of "
+                "the rows of wq and wk, the other none), rope_theta and its scaling, the scale of "
+                "scores, the mask, and which query heads share a key. Elsewhere: norms, or gate "
+                "and up, exchanged; the activation, the residual, or routing.",
             )
         ours_out, theirs_out = a.outputs[mine], b.outputs[other]
         if _difference(ours_out, theirs_out) > _TOLERANCE:
@@ -276,15 +275,15 @@ def _within(pairs: list[tuple[str, str]], a: _Record, b: _Record) -> tuple[str, 
             )
             if same_numbers:
                 return (
-                    f"; in it, {mine} gives the features of {other} in another order",
+                    f"; in it, {mine} gives the features of {other} in a different order",
                     "The adapter permutes rows where it should not (or the other way round). "
                     "Hugging Face's wq and wk are for rotary pairs i and i + head_dim / 2 in most "
-                    "models: permute q and k only if the model turns pairs 2i and 2i + 1.",
+                    "models: permute q and k only if the model rotates pairs 2i and 2i + 1.",
                 )
             return (
                 f"; in it, {mine} (theirs: {other}), for the same input",
-                "Its weight or bias is another: two names exchanged in the adapter, a transposed "
-                "or permuted matrix, a bias left out; or a norm with another eps or offset.",
+                "Its weight or bias differs: two names exchanged in the adapter, a transposed or "
+                "permuted matrix, a bias left out; or a norm with a different eps or offset.",
             )
     return (
         "; no module with a weight of its own differs",

@@ -40,8 +40,8 @@ def rows_are_independent(subject: Subject) -> str:
     difference, module = disagreement(alone, in_batch, rows=slice(1, 2))
     if module:
         raise CheckFailedError(
-            f"a sequence alone gives other logits than in a batch of 3, by {difference:.1e} of the "
-            f"largest; the first module that differs is {module}",
+            f"a sequence alone gives different logits than in a batch of 3, by {difference:.1e} "
+            f"of the largest; the first module that differs is {module}",
             f"Nothing may depend on the size of the batch or on other sequences. {ROUTING}",
         )
     return f"equal to {difference:.0e}"
@@ -66,8 +66,8 @@ def _own_rows_are_independent(subject: Subject) -> str:
         worst = max(worst, difference)
         if difference > TOLERANCE:
             raise CheckFailedError(
-                f"a row alone gives another output than in a batch of 3, by {difference:.1e} of "
-                "the largest",
+                f"a row alone gives a different output than in a batch of 3, by {difference:.1e} "
+                "of the largest",
                 "Nothing may depend on the size of the batch or on other rows: look for a norm or "
                 f"mean over dimension 0, or a view() that mixes it with others. {ROUTING}",
             )
@@ -76,7 +76,7 @@ def _own_rows_are_independent(subject: Subject) -> str:
     return f"equal to {worst:.0e}"
 
 
-@CHECKS.of("semantics.padding", "trailing tokens do not matter")
+@CHECKS.of("semantics.padding", "trailing tokens do not affect earlier ones")
 def trailing_tokens_do_not_matter(subject: Subject) -> str:
     require_causal(subject.spec.model_cls)
     model, tokens = subject.build_varied(), subject.tokens(2)
@@ -87,11 +87,11 @@ def trailing_tokens_do_not_matter(subject: Subject) -> str:
     difference, module = disagreement(short, long, places=slice(0, length))
     if module:
         raise CheckFailedError(
-            f"{length} tokens give other logits alone than with {tokens.shape[1] - length} tokens "
-            f"of padding behind them, by {difference:.1e} of the largest; the first module that "
-            f"differs is {module}",
-            "Nothing may depend on the length of the sequence: no mean over it, and positions "
-            "count from its beginning.",
+            f"{length} tokens alone give different logits than with {tokens.shape[1] - length} "
+            f"tokens of padding after them, by {difference:.1e} of the largest; the first module "
+            f"that differs is {module}",
+            "Nothing may depend on the length of the sequence: take no mean over it, and count "
+            "positions from its beginning.",
         )
     return f"equal to {difference:.0e}"
 
@@ -100,7 +100,9 @@ def trailing_tokens_do_not_matter(subject: Subject) -> str:
 def any_length_works(subject: Subject) -> str:
     """Try 1, 2 and an odd number of tokens, and sequences longer than windows and chunks."""
     if subject.own_batches and subject.spec.model_cls.sees_later_tokens:
-        raise NotApplicableError("its own loader may give one length alone, as two equal halves")
+        raise NotApplicableError(
+            "its own loader may give only one length, such as two equal halves"
+        )
     model = subject.build_varied()
     limits = window_sizes(subject.args)
     lengths = [1, 2, 17, *(2 * limit + 1 for limit in limits if limit <= 512)]
@@ -128,7 +130,7 @@ def any_length_works(subject: Subject) -> str:
         difference = relative_difference(logits.detach(), reference[:, :length])
         if difference > TOLERANCE and not subject.spec.model_cls.sees_later_tokens:
             raise CheckFailedError(
-                f"the first {length} tokens give other logits alone than within "
+                f"the first {length} tokens alone give different logits than within "
                 f"{max(lengths)}, by {difference:.1e} of the largest",
                 "Look at windows, chunks and position tables at this length.",
             )
@@ -147,7 +149,7 @@ def window_sizes(args: BaseModelArgs) -> list[int]:
     )
 
 
-@CHECKS.of("semantics.repeatable", "evaluation is a function of the tokens alone")
+@CHECKS.of("semantics.repeatable", "evaluation depends only on the tokens")
 @torch.no_grad()
 def forward_is_repeatable(subject: Subject) -> str:
     model = subject.build_varied()
@@ -161,10 +163,10 @@ def forward_is_repeatable(subject: Subject) -> str:
     if not torch.equal(actual, expected):
         names = [n for n, t in first.items() if n in second and not torch.equal(t, second[n])]
         raise CheckFailedError(
-            "the same tokens give other logits the second time"
+            "the same tokens give different logits the second time"
             + (f"; the first module that differs is {names[0]}" if names else ""),
             "In eval() there may be no dropout (F.dropout needs training=self.training), and "
-            "forward() may keep nothing from one call for the next, such as a cache or a mask. "
-            "Noise is drawn by the data loader.",
+            "forward() may keep nothing between calls, such as a cache or a mask. Draw noise in "
+            "the data loader.",
         )
     return "equal bit by bit"

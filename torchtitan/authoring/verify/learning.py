@@ -58,11 +58,14 @@ def every_parameter_gets_a_gradient(subject: Subject) -> str:
         experts = [name for name in dead if re.search(r"experts?\.\d+\.", name)]
         note = ""
         if len(experts) == len(dead):
-            note = " Of 1,536 tokens the router sent none to these experts: it starts too uneven. "
+            note = (
+                " The router sent none of 1,536 tokens to these experts: its start is too "
+                "unbalanced. "
+            )
         raise CheckFailedError(
             f"{len(dead)} of {len(largest)} parameters get no gradient: {few(dead, 5)}",
-            f"{note}They are not used in forward(), or behind detach(), no_grad() or a factor of "
-            "0. Remove them, or use them.",
+            f"{note}They are unused in forward(), or used behind detach(), no_grad() or a factor "
+            "of 0. Remove them, or use them.",
         )
     rows.require_gradients()
     frozen = sum(1 for p in model.parameters() if not p.requires_grad)
@@ -140,11 +143,11 @@ class _Rows:
             )
             if padding is not None:
                 hint = (
-                    f"nn.Embedding(padding_idx={padding}) never trains that row. No padding is "
-                    "given to the model and the token may be one of the text, so leave it out."
+                    f"nn.Embedding(padding_idx={padding}) never trains that row. The model never "
+                    "gets padding, and the token may occur in texts, so leave it out."
                 )
             elif name in self._embeddings:
-                hint = "These rows were looked up, but nothing that depends on them is in the loss."
+                hint = "These rows were looked up, but the loss does not depend on them."
             raise CheckFailedError(f"{name}.weight: {what} get no gradient: {numbers}", hint)
 
 
@@ -156,7 +159,7 @@ def _ids(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     return None
 
 
-@CHECKS.of("learning.one_batch", "one batch is learned by heart")
+@CHECKS.of("learning.one_batch", "the model can memorize one batch")
 def one_batch_is_learned(subject: Subject) -> str:
     own = subject.own_batches
     usual = subject.reads_text and subject.own_loss is None
@@ -188,10 +191,11 @@ def _learn(subject: Subject, example: Example, fall: float) -> str:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     raise CheckFailedError(
-        f"after {_STEPS} steps on one batch of {example.labels.shape[:2].numel()} tokens, the loss "
-        f"fell from {losses[0]:.2f} to {losses[-1]:.2f} only, not below {fall * losses[0]:.2f}",
-        "Look at learning.gradients for dead parameters; then for detach(), no_grad() or argmax in "
-        "forward(), a residual connection that is missing, and norms.",
+        f"after {_STEPS} steps on one batch of {example.labels.shape[:2].numel()} tokens, the "
+        f"loss fell only from {losses[0]:.2f} to {losses[-1]:.2f}, not below "
+        f"{fall * losses[0]:.2f}",
+        "Look at learning.gradients for dead parameters; then for detach(), no_grad() or argmax "
+        "in forward(), a missing residual connection, and norms.",
     )
 
 

@@ -20,9 +20,9 @@ from .subject import Subject
 CHECKS = Checks("contract.forward")
 
 _SUM = (
-    "build_loss_fn: return a function (pred, labels) whose result is the sum, no mean, over the "
-    "tokens whose label is not IGNORE_INDEX, a float32 scalar. The trainer divides by the tokens "
-    "of the whole step."
+    "build_loss_fn: return a function (pred, labels) whose result is the sum, not the mean, over "
+    "the tokens whose label is not IGNORE_INDEX, a float32 scalar. The trainer divides by the "
+    "tokens of the whole step."
 )
 _TOLERANCE = 1e-3
 
@@ -31,7 +31,7 @@ _TOLERANCE = 1e-3
 def loss_is_a_sum(subject: Subject) -> str:
     loss_fn = subject.spec.build_loss_fn(subject.config())
     if not callable(loss_fn):
-        raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, no function", _SUM)
+        raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, not a function", _SUM)
     if not subject.reads_text:
         return _own_loss_is_a_sum(loss_fn, subject)
     model, tokens = subject.build().train(), subject.tokens(2)
@@ -78,10 +78,10 @@ def _require_gradients_where_labels_are(
     shifted = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], dim=1)
     if torch.equal(learned, shifted):
         raise CheckFailedError(
-            "the loss compares what the model gives for a token with the label of the next one: "
-            "the last token gets no gradient",
-            "build_loss_fn: labels are shifted already, labels[:, i] is what token i is to "
-            "predict. Compare pred with labels as they are, not pred[:, :-1] with labels[:, 1:].",
+            "the loss compares the output for a token with the label of the next token: the last "
+            "token gets no gradient",
+            "build_loss_fn: labels are already shifted: labels[:, i] is the target of token i. "
+            "Compare pred with the unchanged labels, not pred[:, :-1] with labels[:, 1:].",
         )
     if (learned & ~counts).any():
         row, place = (learned & ~counts).nonzero()[0].tolist()
@@ -94,8 +94,8 @@ def _require_gradients_where_labels_are(
         raise CheckFailedError(
             f"tokens whose label is {few([str(label) for label in never], 5)} are never learned: "
             "they get no gradient",
-            "build_loss_fn: IGNORE_INDEX (-100) alone says that a label does not count. There is "
-            "no padding: 0 is a token as others are.",
+            "build_loss_fn: only IGNORE_INDEX (-100) excludes a label. There is no padding: 0 is "
+            "an ordinary token.",
         )
 
 
@@ -110,7 +110,7 @@ def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
 
     both, other = summed(example), summed(example, seed=1)
     if both != other:
-        raise NotApplicableError("forward() draws random numbers, so no two losses are alike")
+        raise NotApplicableError("forward() draws random numbers, so losses cannot be compared")
     parts = [summed(example.rows(slice(row, row + 1))) for row in range(2)]
     if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
         raise CheckFailedError(
@@ -136,7 +136,9 @@ def _number(loss: Any) -> float:
 
 
 @CHECKS.of(
-    "contract.dataloader", "an own data loader gives batches and resumes", needs=("contract.spec",)
+    "contract.dataloader",
+    "the model's own data loader gives batches and resumes",
+    needs=("contract.spec",),
 )
 def dataloader_resumes(subject: Subject) -> str:
     build = subject.spec.build_dataloader_fn
@@ -186,8 +188,9 @@ def _next(loader: Any, inputs: ModelInputs) -> Batch:
         batch = inputs.checked(next(loader))
     except StopIteration:
         raise CheckFailedError(
-            "the loader has ended, though training has not",
-            "next() gives batches without end: begin the data anew after the last.",
+            "the loader ended before training did",
+            "next() must give batches without end: after the last batch, start again with the "
+            "first data.",
         ) from None
     return {name: tensor.clone() for name, tensor in batch.items()}
 
@@ -196,10 +199,10 @@ def _require_same(actual: Batch, expected: Batch) -> None:
     for name, tensor in expected.items():
         if name not in actual or not torch.equal(actual[name], tensor):
             raise CheckFailedError(
-                f"a loader that goes on from a checkpoint gives another {name!r} than the one that "
-                "was saved",
-                "load_state_dict() gets the rows of state_dict(), and nothing else of it; the next "
-                "batch is then the one after the last that next() had given.",
+                f"a loader that resumes from a checkpoint gives a different {name!r} than the "
+                "saved loader",
+                "load_state_dict() gets only the rows of state_dict(); the next batch must then "
+                "be the one after the last batch that next() gave.",
             )
 
 
@@ -207,5 +210,5 @@ def _require_shares(first: Batch, second: Batch) -> None:
     if torch.equal(first["tokens"], second["tokens"]):
         raise CheckFailedError(
             "the data ranks 0 and 1 get the same tokens",
-            "build_dataloader_fn: rank dp_rank of dp_world_size reads a share of its own.",
+            "build_dataloader_fn: rank dp_rank of dp_world_size must read its own share.",
         )

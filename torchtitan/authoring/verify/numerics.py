@@ -32,7 +32,7 @@ tokens is used, since rounded scores route some tokens to other experts."""
 _WIDE = (torch.float64, torch.complex128)
 
 
-@CHECKS.of("numerics.bf16", "bfloat16 is near float32")
+@CHECKS.of("numerics.bf16", "bfloat16 results are close to float32")
 def bf16_is_near_float32(subject: Subject) -> str:
     model = subject.build_varied()
     example = subject.example(1, subject.at_most(1024))
@@ -51,8 +51,8 @@ def bf16_is_near_float32(subject: Subject) -> str:
                 f"{losses[0]:.4f}, not {losses[1]:.4f}){_first_coarse(narrow, wide)}",
                 _hint(
                     cast,
-                    "Compute in float32 what needs it: rotary angles and positions (bfloat16 has "
-                    "no integers above 256), the mean of squares in norms, softmax and routing "
+                    "Use float32 where it is needed: rotary angles and positions (bfloat16 has no "
+                    "integers above 256), the mean of squares in norms, softmax and routing "
                     "scores. Buffers with angles stay float32.",
                 ),
             )
@@ -77,7 +77,7 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
     shift = subject.at_most(_LATE + seq) - seq
     if shift < 256:  # all positions are exact in bfloat16
         raise NotApplicableError(
-            f"the model takes {shift + seq} tokens at most, so there are no late positions"
+            f"the model takes at most {shift + seq} tokens, so there are no late positions"
         )
     model, tokens = subject.build_varied(), subject.tokens(1, seq)
     for parameter in model.layers.parameters():
@@ -103,12 +103,12 @@ def positions_are_exact_in_bf16(subject: Subject) -> str:
             raise CheckFailedError(
                 f"with {description}, logits differ from float32 by {differences[1]:.1%} at "
                 f"positions from {shift} on, but by {differences[0]:.1%} from 0 on"
-                + (f"; the first module where it shows is {names[0]}" if names else ""),
+                + (f"; the first module that shows it is {names[0]}" if names else ""),
                 _hint(
                     cast,
-                    "Positions and rotary angles must stay float32: bfloat16 has no integers above "
-                    "256. Make them by positions.float() * frequencies, not by einsum or @, which "
-                    "autocast casts; and rotate in float32.",
+                    "Positions and rotary angles must stay float32: bfloat16 has no integers "
+                    "above 256. Compute them as positions.float() * frequencies, not with einsum "
+                    "or @, which autocast casts; and rotate in float32.",
                 ),
             )
     return f"{worst:.2f} times the difference at position {shift}"
@@ -198,8 +198,9 @@ def _hint(cast: Any, usual: str) -> str:
         return usual
     return (
         "FSDP casts the floating-point tensors that a layer is called with to bfloat16, which has "
-        "8 bits: of angles and positions, the rest is lost. Hand on their cosine and sine, complex "
-        "numbers, or the integer positions, and compute the angles within the layer in float32."
+        "8 bits of precision, too few for angles and positions. Pass on their cosine and sine, "
+        "complex numbers, or the integer positions, and compute the angles within the layer in "
+        "float32."
     )
 
 
@@ -221,7 +222,7 @@ def logits_are_of_the_right_dtype(subject: Subject) -> str:
     )
 
 
-@CHECKS.of("numerics.float64", "nothing is float64")
+@CHECKS.of("numerics.float64", "no tensor is float64")
 def nothing_is_float64(subject: Subject) -> str:
     model, example = subject.build().train(), subject.example(1)
     with ModuleTracker() as tracker, _WideTensors(tracker) as wide:
@@ -316,13 +317,13 @@ def first_loss_is_that_of_guessing(subject: Subject) -> str:
     if loss < 0.9 * guessing:
         raise CheckFailedError(
             f"the untrained loss on random tokens is {loss:.2f}, below log(vocab_size) = "
-            f"{guessing:.2f}, which nobody can beat",
-            "The model sees the tokens that it is to predict: look at the causal mask.",
+            f"{guessing:.2f}, which no model can beat",
+            "The model sees the tokens that it should predict: look at the causal mask.",
         )
     if not loss < 1.5 * guessing + 1:
         raise CheckFailedError(
             f"the untrained loss is {loss:.2f}, far above log(vocab_size) = {guessing:.2f}",
-            "The initial weights are too large. Usual: std=0.02, less for what writes to the "
-            "residual stream, and a final norm before the output layer.",
+            "The initial weights are too large. Usual: std=0.02, less for matrices that write to "
+            "the residual stream, and a final norm before the output layer.",
         )
     return f"{loss:.2f}, log(vocab_size) = {guessing:.2f}"

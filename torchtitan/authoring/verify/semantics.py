@@ -36,7 +36,7 @@ ROUTING = (
 
 _IN_TRAINING = (
     "In evaluation it does not: look for self.training, such as is_causal=not self.training, and "
-    "for a path of its own for training."
+    "for a separate path for training."
 )
 
 
@@ -98,7 +98,7 @@ def _later_tokens_change_nothing(
         raise CheckFailedError(
             f"changing tokens from {place} on changes logits of earlier ones by {difference:.1e} "
             f"of the largest; the first module that differs is {module}",
-            f"It is no path that gradients take, so a choice. {ROUTING}",
+            f"Gradients do not take this path, so it is a discrete choice. {ROUTING}",
         )
 
 
@@ -116,7 +116,7 @@ def tokens_see_earlier_ones(subject: Subject) -> str:
         if seen[last] == 0:
             raise CheckFailedError(
                 f"{cut.name}: the output of token {last} does not depend on its own input",
-                "The residual connection is missing, and the mask leaves out the query's own key.",
+                "The residual connection is missing, and the mask excludes the query's own key.",
             )
         if mixing[cut.name]:
             nearest[cut.name] = int(seen[:last].nonzero().max())
@@ -131,7 +131,7 @@ def tokens_see_earlier_ones(subject: Subject) -> str:
     if not any(mixing.values()):
         raise CheckFailedError(
             "in no layer does a token see earlier ones: each is processed alone",
-            "The mask leaves the diagonal alone, or attention is over the wrong dimension: "
+            "The mask keeps only the diagonal, or attention is over the wrong dimension: "
             "F.scaled_dot_product_attention wants [batch, heads, seq, head_dim].",
         )
     for name, mixes in mixing.items():
@@ -149,7 +149,7 @@ def tokens_see_earlier_ones(subject: Subject) -> str:
 def documents_are_apart(subject: Subject) -> str:
     """A document must give the same in a packed sequence as alone."""
     if not accepts(subject.spec.model_cls, "document_ids"):
-        raise NotApplicableError("forward() takes no document_ids, so documents are not told apart")
+        raise NotApplicableError("forward() takes no document_ids, so documents are not separated")
     model, tokens = subject.build_varied(), subject.tokens(1)
     seq = tokens.shape[1]
     start = seq // 3  # of the second document
@@ -164,16 +164,17 @@ def documents_are_apart(subject: Subject) -> str:
             raise CheckFailedError(
                 f"{cut.name}: tokens of the second document, from {start} on, see "
                 f"{int((seen > 0).sum())} tokens of the first",
-                "The mask must hold (document_ids[:, :, None] == document_ids[:, None, :]) besides "
-                "the causal rule; see CausalMask in torchtitan/models/common/attention.py. Models "
-                "without it must not take document_ids.",
+                "The mask must hold (document_ids[:, :, None] == document_ids[:, None, :]) "
+                "besides the causal rule; see CausalMask in "
+                "torchtitan/models/common/attention.py. Models without such a mask must not take "
+                "document_ids.",
             )
         later = cut.gradient((slice(None), start))[0, start + 1 :]
         if (later > 0).any() and not subject.spec.model_cls.sees_later_tokens:
             raise CheckFailedError(
                 f"{cut.name}: with document_ids, token {start} sees {int((later > 0).sum())} later "
                 "tokens of its own document",
-                "The mask of documents must hold the causal rule too; see CausalMask in "
+                "The mask of documents must also include the causal rule; see CausalMask in "
                 "torchtitan/models/common/attention.py.",
             )
     with torch.no_grad():
@@ -183,9 +184,9 @@ def documents_are_apart(subject: Subject) -> str:
     if difference > TOLERANCE and "positions" in inputs:
         raise CheckFailedError(
             f"the second document's logits differ by {difference:.1e} of the largest from those "
-            "that it has alone",
+            "of the document alone",
             "Positions count from the beginning of each document: use the argument `positions`, "
-            "not torch.arange(seq), wherever places matter.",
+            "not torch.arange(seq), wherever positions matter.",
         )
     for seed in (1, 2):
         _rows_have_documents_of_their_own(model, subject.tokens(3), seed)
@@ -221,8 +222,8 @@ def _rows_have_documents_of_their_own(
             if difference > TOLERANCE:
                 raise CheckFailedError(
                     f"in {_which(row, seed)}, the last document's logits differ by "
-                    f"{difference:.1e} of the largest from those that it has alone",
-                    _hint_of_rows("positions", "what was computed of positions", row, seed),
+                    f"{difference:.1e} of the largest from those of the document alone",
+                    _hint_of_rows("positions", "the values computed from positions", row, seed),
                 )
 
 
@@ -285,8 +286,8 @@ def positions_are_used(subject: Subject) -> str:
             difference = relative_difference(model(tokens, positions=positions), expected)
             if difference > TOLERANCE:
                 raise CheckFailedError(
-                    f"positions 0, 1, 2, ... {list(positions.shape)} give other logits than None, "
-                    f"by {difference:.1e} of the largest",
+                    f"positions 0, 1, 2, ... {list(positions.shape)} give different logits than "
+                    f"None, by {difference:.1e} of the largest",
                     "By default, positions = torch.arange(seq)[None].",
                 )
         turned = relative_difference(model(tokens, positions=counted.flip(1)), expected)
@@ -321,16 +322,18 @@ def order_matters(subject: Subject) -> str:
         if difference > 1e-4:
             sensitive.append(cut.name)
     if sensitive:
-        return f"{len(sensitive)} of {len(cuts)} layers tell the order apart"
+        return f"{len(sensitive)} of {len(cuts)} layers depend on the order"
     claims = _claims_of_positions(subject, model)
     if claims:
         raise CheckFailedError(
             "in no layer does the order of earlier tokens matter (it changes the last token by "
             f"{largest:.1e} at most), though the model has {few(claims, 5)}",
-            "Positions get lost: look at where rotary (or other) positions are applied to queries "
+            "Positions are lost: look at where rotary (or other) positions are applied to queries "
             "and keys, in attention.",
         )
-    return "no layer tells the order apart but by the causal mask (a model without positions, NoPE)"
+    return (
+        "layers depend on the order only through the causal mask (a model without positions, NoPE)"
+    )
 
 
 def _claims_of_positions(subject: Subject, model: torch.nn.Module) -> list[str]:

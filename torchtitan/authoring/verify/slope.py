@@ -50,7 +50,7 @@ _FLOATS = {*_WIDER, *_WIDER.values()}
 _ROUNDS = {"round", "floor", "ceil", "trunc", "sign", "sgn", "bucketize", "heaviside"}
 
 
-@CHECKS.of("learning.slope", "gradients are the slopes of the loss")
+@CHECKS.of("learning.slope", "gradients are the derivatives of the loss")
 def gradients_are_slopes(subject: Subject) -> str:
     if subject.spec.model_cls.estimates_gradients:
         raise NotApplicableError(f"{subject.spec.model_cls.__name__}.estimates_gradients is True")

@@ -30,7 +30,7 @@ CHECKS = Checks("contract.spec")
 _SCRATCH_BYTES = 4096  # for a table of a few numbers, such as rates by layer
 
 
-@CHECKS.of("contract.meta", "building on the meta device allocates nothing")
+@CHECKS.of("contract.meta", "building on the meta device allocates no memory")
 def construction_allocates_nothing(subject: Subject) -> str:
     args = subject.args  # may build an author's loader, which has its own tensors
     with torch.device("meta"), _Allocations() as allocations:
@@ -38,15 +38,15 @@ def construction_allocates_nothing(subject: Subject) -> str:
     real = [name for name, tensor in _all_tensors(model) if not tensor.is_meta]
     if real:
         raise CheckFailedError(
-            f"built on the meta device, {len(real)} tensors take memory: {few(real, 5)}",
-            "model.py: make tensors in __init__ without device=... and without numpy, so that they "
-            "follow the device that the model is built on.",
+            f"built on the meta device, {len(real)} tensors allocate memory: {few(real, 5)}",
+            "model.py: create tensors in __init__ without device=... and without numpy, so that "
+            "they follow the device that the model is built on.",
         )
     if allocations.bytes > _SCRATCH_BYTES:
         raise CheckFailedError(
             f"the constructor allocates {allocations.bytes:,} bytes on the CPU, most of it by "
             f"{allocations.largest}",
-            "Make it in init_weights() or in forward(), on the device of the weights.",
+            "Create it in init_weights() or in forward(), on the device of the weights.",
         )
     return f"{sum(1 for _ in model.parameters())} parameters"
 
@@ -101,7 +101,8 @@ def init_weights_sets_everything(subject: Subject) -> str:
             f"{type(poisoned[0]).__name__}.init_weights() leaves {len(unset)} tensors unset: "
             f"{few(unset, 5)}",
             f"init_weights() must set them ({fix}nn.init.* for parameters), in each module that "
-            "has them. What __init__ computes is lost, since models are built without memory.",
+            "has them. Values computed in __init__ are lost, since models are built without "
+            "memory.",
         )
     left = [name for name, tensor in _all_tensors(poisoned[0]) if tensor.is_meta]
     if left:
@@ -148,9 +149,9 @@ def forward_gives_logits(subject: Subject) -> str:
     if not isinstance(logits, torch.Tensor):
         raise CheckFailedError(
             f"forward() returns {type(logits).__name__}, not logits",
-            "In eval(), return the tensor [batch, seq, vocab] alone; in training, a loss of your "
-            "own may get more. Losses such as those that balance experts are added in the backward "
-            "pass.",
+            "In eval(), return only the tensor [batch, seq, vocab]; in training, your own loss "
+            "may get more. Add auxiliary losses, such as those that balance experts, in the "
+            "backward pass.",
         )
     if list(logits.shape) != expected:
         raise CheckFailedError(
@@ -168,9 +169,9 @@ def _own_batch_gives_a_loss(subject: Subject) -> str:
     if own is None or own.error:
         raise CheckFailedError(
             f"the data loader of {subject.name} gives no batches here: {own.error if own else ''}",
-            "Without them, nothing can be run: the model has no vocab_size, so random tokens are "
-            "none of its inputs. build_dataloader_fn must work with the default options, as in a "
-            "debug flavor.",
+            "Without them, nothing can run: the model has no vocab_size, so random tokens are not "
+            "valid inputs. build_dataloader_fn must work with the default options, as in a debug "
+            "flavor.",
         )
     model, example = subject.build(), subject.example(2)
     output = example.run(model)
@@ -191,7 +192,7 @@ def _own_batch_gives_a_loss(subject: Subject) -> str:
 
 @CHECKS.of(
     "contract.deterministic",
-    "the weights are a function of the seed alone",
+    "the weights depend only on the seed",
     needs=("contract.forward",),
 )
 def init_is_deterministic(subject: Subject) -> str:
@@ -206,13 +207,13 @@ def init_is_deterministic(subject: Subject) -> str:
     differing = [name for name in first if not torch.equal(first[name], again[name])]
     if differing:
         raise CheckFailedError(
-            f"two models of one seed differ in {len(differing)} tensors: {few(differing, 5)}",
-            "init_weights() may draw from PyTorch's own generator alone: no generator=..., no "
-            "numpy or random. Ranks would else start from different weights.",
+            f"two models with one seed differ in {len(differing)} tensors: {few(differing, 5)}",
+            "init_weights() may draw only from PyTorch's default generator: no generator=..., no "
+            "numpy or random. Otherwise ranks start from different weights.",
         )
     if all(torch.equal(first[name], other[name]) for name in first):
         raise CheckFailedError(
-            "models of two seeds have the same weights",
+            "models with two seeds have the same weights",
             "init_weights() must not set a seed of its own.",
         )
     return f"{len(first)} tensors alike"
@@ -224,9 +225,7 @@ def _seed_numpy(seed: int) -> None:
     numpy.random.seed(seed)
 
 
-@CHECKS.of(
-    "contract.state_dict", "the state_dict is all that must be saved", needs=("contract.forward",)
-)
+@CHECKS.of("contract.state_dict", "the state_dict is complete", needs=("contract.forward",))
 def state_dict_is_enough(subject: Subject) -> str:
     model, other = subject.build(), subject.build(subject.seed + 1)
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
@@ -243,8 +242,8 @@ def state_dict_is_enough(subject: Subject) -> str:
         if a.shape != b.shape or not torch.equal(a, b)
     ]
     raise CheckFailedError(
-        "a model that was saved and loaded gives other logits: its state_dict lacks "
+        "a model that was saved and loaded gives different logits: its state_dict lacks "
         f"{few(lost, 5) or 'something'}",
-        "Register with persistent=True what is drawn or trained; only what init_weights() computes "
-        "from the args alone may be persistent=False.",
+        "Register buffers that are drawn or trained with persistent=True; only buffers that "
+        "init_weights() computes from the args alone may be persistent=False.",
     )
