@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: saved at once, and in the background.
+"""Measure how long training pauses for a checkpoint, saved at once and in the background.
 
 One trainer alternates between saving at once, in the background, and at once without checksums, so
 all of them are compared in one process, on one file system, with the same state (0.5 GB: weights
@@ -213,7 +213,7 @@ def run(quick: bool = False) -> list[Table]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--flavor", default="150M-4-layers", help="of benchmarks/flavors.py")
+    parser.add_argument("--flavor", default="150M-4-layers", help="flavor in benchmarks/flavors.py")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(argv)
     print(table(args.folder, args.flavor, args.rounds).markdown())

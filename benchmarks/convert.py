@@ -1,4 +1,4 @@
-"""Conversion from and to Hugging Face folders, against a plain copy of the same bytes.
+"""Time the conversion from and to Hugging Face folders, against a plain copy of the same bytes.
 
 The model is Llama 3 8B with every width times 3/8: 32 layers, 2.26 GB in bfloat16, all values 1.
 Copy and conversions take turns, and each ends when its files are on the disk (fsync). Memory is

@@ -1,4 +1,4 @@
-"""How fast are data: reading tokens, resuming, preparing, streaming, and does a step wait for them?
+"""Measure the speed of reading, resuming, preparing and streaming tokens, and if steps wait for it.
 
 Each benchmark alternates between our code and the usual alternatives, in one run.
 

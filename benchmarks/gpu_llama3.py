@@ -1,4 +1,4 @@
-"""Llama 3 of 1B and 3B parameters, bfloat16 and float8, on one GPU: tokens/s, MFU, memory.
+"""Measure tokens/s, MFU and memory of Llama 3 1B and 3B on one GPU, in bfloat16 and float8.
 
 Runs the trainer from Python, alternating between all modes in one process, and reads its log. Each
 run is reported on stderr once it is over, so that its result survives the loss of the machine.

@@ -1,4 +1,4 @@
-"""What `torchtitan plan` says of a run on one GPU, beside the run: peak memory and step time.
+"""Compare the peak memory and step time that `torchtitan plan` predicts on one GPU with a real run.
 
 Llama 3 of 150M, 1B and 3B parameters under each activation checkpointing mode, eager. Further
 arguments are options of the trainer, for runs and plans alike.
@@ -95,8 +95,8 @@ def run(quick: bool = False) -> list[Table]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["150m", "1b", "3b"])
-    parser.add_argument("--device", default="h100", help="as of torchtitan plan")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model in the place of all")
+    parser.add_argument("--device", default="h100", help="as for torchtitan plan")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model instead of all others")
     args, options = parser.parse_known_args(argv)
     if not args.tiny:
         refuse_cpu("gpu_plan")

@@ -1,4 +1,4 @@
-"""Peak memory of a loss and its backward pass: chunked against plain cross entropy.
+"""Measure the peak memory of a loss and its backward pass: chunked against plain cross entropy.
 
 Each case runs in its own process, after a run on a few tokens, so that one-time allocations of
 libraries do not count. Its peak is the most memory held (on CPU the resident set, by the kernel's

@@ -1,4 +1,4 @@
-"""Our models against those of `transformers`: forward and backward pass, and generation.
+"""Compare our models with those of `transformers`: forward and backward pass, and generation.
 
 Both have the same weights and tokens, and take turns in one process, so that disturbances of the
 machine that last longer than a turn affect both; the result is the ratio of neighbouring turns.
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=CONFIGS, nargs="+", default=list(CONFIGS))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--profile", action="store_true", help="where the time goes instead")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     args = parser.parse_args(argv)
     if args.profile:
         for name in args.model:

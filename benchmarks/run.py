@@ -65,9 +65,11 @@ RESULTS = Path(__file__).parent / "results"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, required=True)
-    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", help="these of the suite")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the page")
+    parser.add_argument(
+        "--only", choices=BENCHMARKS, nargs="+", help="only these benchmarks of the suite"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the page")
     args = parser.parse_args(argv)
 
     names = args.only or SUITES[args.suite]

@@ -1,4 +1,4 @@
-"""How long it takes to start: help, imports, first step, compiled first step with a warm cache.
+"""Measure start-up times: help, imports, first step, compiled first step with a warm cache.
 
 Each command runs in its own process, and all commands alternate, several times. `import torch` is
 measured too, as the lower bound of every script built on PyTorch.
@@ -164,7 +164,7 @@ def run(quick: bool = False) -> list[Table]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--imports", action="store_true", help="show what imports take instead")
+    parser.add_argument("--imports", action="store_true", help="show import times instead")
     args = parser.parse_args(argv)
     result = imports() if args.imports else measure(args.rounds)
     print(result.markdown())

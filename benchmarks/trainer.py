@@ -1,4 +1,4 @@
-"""Tokens a second of the trainer against a bare PyTorch loop.
+"""Compare the trainer's tokens per second with those of a bare PyTorch loop.
 
 Both train the same model from the same weights on the same batches, in one process, by turns: a few
 steps of one, as many of the other. Disturbances of the machine that last longer than a turn affect

@@ -1,12 +1,11 @@
-"""Tokens a second and memory of the trainer beside Hugging Face's `Trainer` and the `torchtitan`
-package of PyPI.
+"""Compare speed and memory of the trainer with Hugging Face's `Trainer` and PyPI's `torchtitan`.
 
-Each runs in a process of its own, from the same weights over the same batches, all of them by
-turns of a few steps: what disturbs the machine for longer than a turn falls on all; the ratio of
-turns of one round is the result. Who goes first changes from round to round. Two processes of the
-same trainer can differ by some percent for as long as they live (where their memory lies), so all
-are started several times. That the losses agree shows that all do the same work. A GPU, whose
-memory they would not share, they have one after the other.
+Each runs in its own process, from the same weights over the same batches, and all take turns of a
+few steps: disturbances of the machine that last longer than a turn affect all of them. The result
+is the ratio of the turns of one round, and the order changes from round to round. Two processes of
+the same trainer can differ by a few percent throughout (depending on where their memory lies), so
+all are started several times. Equal losses show that all do the same work. On a GPU, whose memory
+they could not share, they run one after the other.
 
     python -m benchmarks.peers.compare [--upstream VENV/bin/python] [--compile]
         [--precision bfloat16] [--starts 3]
@@ -358,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=FLAVORS, nargs="+", default=[p[0] for p in PLANS])
     parser.add_argument("--starts", type=int, default=STARTS)
-    parser.add_argument("--rounds", type=int, default=6, help="of each start")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds per start")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--precision", choices=LOSS_TOLERANCE, default="float32")
     parser.add_argument(
@@ -366,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         default=os.environ.get(UPSTREAM),
         help=f"Python of an environment with torchtitan==0.2.2; default: ${UPSTREAM}",
     )
-    parser.add_argument("--no-trainer", action="store_true", help="leave out Hugging Face's")
+    parser.add_argument("--no-trainer", action="store_true", help="skip Hugging Face's Trainer")
     args = parser.parse_args(argv)
     steps = {name: steps for name, _, steps in PLANS + GPU_PLANS}
     plans = [(name, args.rounds, steps[name]) for name in args.config]
