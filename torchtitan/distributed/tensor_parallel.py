@@ -289,7 +289,7 @@ class EmbeddingParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-            raise NotImplementedError(f"{module} is no nn.Embedding without max_norm")
+            raise NotImplementedError(f"{module} is not an nn.Embedding without max_norm")
         weight = distribute_tensor(module.weight, device_mesh, [Shard(0)])
         start, _ = local_offsets(weight)
         module.register_parameter("weight", nn.Parameter(weight))

@@ -195,8 +195,10 @@ _HINTS = {
         "must use its own number, not its place in self.layers; and forward() must use `positions` "
         "and `document_ids`"
     ),
-    ("outputs", "ep"): "the router must score each token by itself, and experts take rows in any "
-    "order",
+    (
+        "outputs",
+        "ep",
+    ): "the router must score each token independently, and experts must accept rows in any order",
     ("outputs", "dp"): "something is computed over the batch, of which each rank has only a part",
     ("outputs", "ac"): (
         "checkpointed blocks compute different results: forward() depends on whether gradients are "
@@ -215,8 +217,10 @@ _HINTS = {
     ("gradients", "ep"): "experts are sharded over meshes of their own: own_meshes of apply_fsdp",
     ("gradients", "dp"): "fully_shard must be called for the whole model after its blocks, and "
     "leave no parameter out: gradients of others are not added up over the data ranks",
-    ("gradients", "ac"): "what is recomputed must not differ from the first time: no state, no "
-    "random numbers outside of torch, apply_ac around whole blocks",
+    ("gradients", "ac"): (
+        "the recomputed forward pass must equal the first one: no state, no random numbers outside "
+        "of torch, apply_ac around whole blocks"
+    ),
     ("gradients", "compile"): "the compiled block computes something else: try "
     "compile.backend = 'eager' to tell tracing from code generation",
     ("weights", ""): "all parameters must be given to the optimizer with requires_grad, in each "
