@@ -24,7 +24,7 @@ def ask(args: Any, tmp_path: Any) -> str:
 def test_an_option_that_hugging_face_lacks_is_said(tmp_path):
     moe = MoEArgs(num_experts=4, top_k=2, hidden_dim=32, num_shared_experts=1)
     assert ask(Qwen3ModelArgs(moe=moe), tmp_path) == (
-        "1 flavor; Hugging Face cannot express debugmodel"
+        "1 flavor; Hugging Face cannot represent debugmodel"
     )
 
 

@@ -238,7 +238,7 @@ def test_a_special_token_that_other_models_of_the_family_have(hf_folder, caplog)
     tokenizer.add_special_tokens(["<image>"])
     tokenizer.save(str(hf_folder / "tokenizer.json"))
     source = open_source(ModelOptions(str(hf_folder)))
-    assert "its vocabulary is 264: <image>." in caplog.text
+    assert "whose vocabulary is 264: <image>." in caplog.text
     assert encode_prompt(source.tokenizer, "w7", add_special_tokens=True) == [2, 7]
     with pytest.raises(BadDocumentError, match="'<image>'"):
         encode_prompt(source.tokenizer, "w7<image>", add_special_tokens=True)

@@ -20,7 +20,7 @@ def test_a_ulysses_degree_that_splits_a_head_is_refused():
     config.parallelism.context_parallel_degree = 4
     ARGS.update_from_config(config)
     config.parallelism.context_parallel_method = "ulysses"
-    with pytest.raises(ConfigError, match=r"a rank has 2 of them .*Degrees .* these: 1, 2\. The"):
+    with pytest.raises(ConfigError, match=r"a rank has 2 of them .*Degrees .*: 1, 2\. The"):
         ARGS.update_from_config(config)
     config.parallelism.context_parallel_degree = 2  # its one key and value head is repeated
     ARGS.update_from_config(config)

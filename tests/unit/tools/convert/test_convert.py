@@ -208,7 +208,7 @@ LAST = "model-00002-of-00002.safetensors"
 NORM = "model.norm.weight"
 BAD_HF = {
     "missing key": (lambda f: drop(f, NORM), [f"lacks {NORM}"]),
-    "extra key": (lambda f: add(f, "model.extra", torch.ones(2)), ["model.extra", "no place"]),
+    "extra key": (lambda f: add(f, "model.extra", torch.ones(2)), ["model.extra", "does not use"]),
     "wrong shape": (
         lambda f: add(f, NORM, torch.ones(7)),
         [NORM, "saved [7]", LAST, "needed [64]"],
