@@ -36,7 +36,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes, problem: str) -
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
-    for name, problem in [("pipe", "not a file"), ("", "not a file"), ("none", "No such"), ("loop", "")]:
+    for name, problem in [
+        ("pipe", "not a file"),
+        ("", "not a file"),
+        ("none", "No such"),
+        ("loop", ""),
+    ]:
         with pytest.raises(DataError, match=f"cannot be read: .*{problem}"):
             read_json(tmp_path / name, DataError)
 
