@@ -1,4 +1,4 @@
-"""Gradients of what several ranks hold whole, which must be the same on each of them."""
+"""Find parameters that several ranks hold, but whose gradients differ between them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _DIMS = {
     "dp_shard": "data parallelism",
     "dp_replicate": "data parallelism",
 }
-"""Dimensions of the mesh whose ranks may hold the same parameter, and their names."""
+"""Mesh dimensions whose ranks may hold the same parameter -> their names in messages."""
 _WITHIN = {
     "dp": ("dp_replicate", "dp_shard"),
     "dp_shard_cp": ("dp_shard", "cp"),
     "dp_cp": ("dp_replicate", "dp_shard", "cp"),
     **dict.fromkeys(("expert_dp", "ep", "etp"), ("dp_shard", "cp", "tp")),
 }
-"""Other names of dimensions, and what they are of."""
+"""Mesh dimension that is made of others -> those others."""
 _ROUNDING = 0.05
-"""Share of a gradient's norm by which copies may differ: sums of other tokens differ by far more,
-rounding to bfloat16 by less."""
+"""Largest accepted difference, as a share of the gradient's norm. Rounding to bfloat16 stays below
+it; gradients of different tokens are far above it."""
 
 
 @torch.no_grad()
 def warn_of_unequal_gradients(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
-    """Warn of parameters that each rank would train on its own tokens alone.
+    """Warn about parameters that each rank would train on its own tokens only.
 
-    That is so where ranks have different tokens, and nothing adds up the gradients of a parameter
-    that each of them holds as a plain tensor: their weights drift apart, and the loss falls all the
-    same. All ranks call this after the backward pass, once, as gradients are sent whole.
+    This happens if ranks have different tokens, each holds the parameter as a plain tensor, and
+    nothing sums its gradients. The copies then drift apart, although the loss still falls. All
+    ranks call this after a backward pass. It sends whole gradients, so call it once.
     """
     world_mesh = parallel_dims.world_mesh
     params = [(n, p) for part in model_parts for n, p in part.named_parameters() if p.requires_grad]
@@ -70,13 +70,13 @@ def warn_of_unequal_gradients(model_parts: list[nn.Module], parallel_dims: Paral
 
 
 def _dims_of(param: nn.Parameter) -> set[str]:
-    """Dimensions of the world's mesh over which PyTorch knows how the parameter is placed."""
+    """Return the dimensions of the world mesh over which the parameter has a DTensor placement."""
     names = param.device_mesh.mesh_dim_names or () if isinstance(param, DTensor) else ()
     return {dim for name in names for dim in _WITHIN.get(name, (name,))}
 
 
 def _difference(param: nn.Parameter, mesh: DeviceMesh) -> torch.Tensor:
-    """Of this rank's gradient from the mean of the ranks of `mesh`, over the norm of that."""
+    """Return the norm of (own gradient - mean over `mesh`), divided by the norm of the mean."""
     grad = torch.zeros_like(param) if param.grad is None else param.grad
     own = local_tensor(grad).to(mesh.device_type, torch.float32)
     mean = own / mesh.size()

@@ -1,4 +1,4 @@
-"""Where a rank's own shards are, found once for all tensors that are sharded alike."""
+"""Compute the place of a rank's shard once for all tensors that are sharded alike."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @contextmanager
 def finding_once() -> Iterator[None]:
-    """Within it, torch.distributed.checkpoint remembers by shape, mesh and placements.
+    """Let torch.distributed.checkpoint cache shard places by shape, mesh and placements.
 
-    Where tensor and data parallelism share a dimension, PyTorch looks at the shards of all ranks of
-    the mesh for that of one: 17 ms a tensor with 1,024 x 8 ranks. A model has thousands of tensors,
-    of a few shapes.
+    If tensor and data parallelism shard the same dimension, PyTorch computes the shards of all
+    ranks of the mesh to find one: 17 ms per tensor with 1,024 x 8 ranks. A model has thousands of
+    tensors, but only a few shapes.
     """
     with patch(
         "torch.distributed.checkpoint.planner_helpers.compute_local_shape_and_global_offset",

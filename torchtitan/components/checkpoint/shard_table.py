@@ -1,7 +1,8 @@
-"""The places of a checkpoint's shards as one table of numbers, from which each rank takes its own.
+"""Send the places of a checkpoint's shards to all ranks as one table of numbers.
 
-Thousands of ranks save millions of shards, of which a rank reads a few thousand. As Python objects
-each takes 2 kB, and 15 us to pickle on rank 0 and again to unpickle on every rank.
+Thousands of ranks save millions of shards, of which each rank reads only a few thousand. As a
+Python object, a shard takes 2 kB, and 15 us to pickle on rank 0 and to unpickle on every rank. In
+the table it takes some 60 bytes, and a rank makes objects only for the shards that it reads.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class ShardTable:
     """The shards of all tensors of a checkpoint."""
 
     outline: Metadata
-    """Without shards, but for the place of the last one of each tensor, which messages name."""
+    """The metadata without shards, except for the place of each tensor's last one, which error
+    messages name."""
     rows: dict[str, range]
     """Key of a tensor -> its rows in the table."""
     files: list[str]
@@ -50,7 +52,7 @@ class ShardTable:
     @classmethod
     @without_collection()
     def of(cls, metadata: Metadata) -> ShardTable:
-        """Raises errors of any kind if the metadata is damaged."""
+        """Make the table. Damaged metadata raises errors of any kind."""
         entries: dict[str, Any] = metadata.state_dict_metadata
         tensors = {k: e for k, e in entries.items() if isinstance(e, TensorStorageMetadata)}
         dims = max((len(entry.size) for entry in tensors.values()), default=0)
@@ -82,7 +84,7 @@ class ShardTable:
 
     @classmethod
     def share(cls, make: Callable[[], ShardTable], group: dist.ProcessGroup) -> ShardTable:
-        """What `make` returns on rank 0, whose error is raised on all ranks of `group`."""
+        """Call `make` on rank 0; return its result, or raise its error, on all ranks of `group`."""
         table = torch.empty(0)
 
         def but_for_table() -> tuple[ShardTable, torch.Size]:
@@ -98,9 +100,9 @@ class ShardTable:
 
     @finding_once()
     def metadata_for(self, state: dict[str, Any]) -> Metadata:
-        """The metadata with those shards that this rank reads to fill `state`.
+        """Return metadata with the shards that this rank reads to fill `state`.
 
-        Tensors that do not fit have none.
+        Tensors of another shape get no shards.
         """
         metadata = dataclasses.replace(
             self.outline,
@@ -128,7 +130,7 @@ class ShardTable:
     def _overlapping(
         self, rows: torch.Tensor, own: list[ChunkStorageMetadata], dims: int
     ) -> torch.Tensor:
-        """Which rows have an element of `own`: `[rows]` bool."""
+        """Return which rows overlap with a chunk of `own`: `[rows]` bool."""
         begins = rows[:, :dims]
         ends = begins + rows[:, self.dims : self.dims + dims]
         found = torch.zeros(len(rows), dtype=torch.bool)
