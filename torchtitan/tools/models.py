@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     load_plugins(args.custom_import)
     if args.name is not None and args.name not in MODEL_REGISTRY:
-        raise ConfigError(f"unknown model {args.name!r}.{did_you_mean(args.name, MODEL_REGISTRY)}")
+        raise ConfigError(f"no model {args.name!r}.{did_you_mean(args.name, MODEL_REGISTRY)}")
     sizes, problems = [], []
     for name in [args.name] if args.name else sorted(MODEL_REGISTRY):
         try:

@@ -88,9 +88,9 @@ def test_a_malformed_conversation_is_refused(case: str) -> None:
             "left to right",
         ),
         ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
-        ("{{ messages[0].content.no.such }}", "refuses the conversation"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses the conversation"),
-        ("{{ 'a' * 10**15 }}", "refuses the conversation"),
+        ("{{ messages[0].content.no.such }}", "rejects the conversation"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "rejects the conversation"),
+        ("{{ 'a' * 10**15 }}", "rejects the conversation"),
     ],
 )
 def test_a_template_that_does_not_fit_is_named(source: str, problem: str) -> None:
@@ -112,7 +112,7 @@ def test_what_is_nested_too_deeply_is_no_template(opened: str, closed: str) -> N
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
-    with pytest.raises(BadDocumentError, match="refuses"):
+    with pytest.raises(BadDocumentError, match="rejects"):
         template("{{ messages.__class__.__mro__[1].__subclasses__() }}").segments(CHAT)
 
 
@@ -229,7 +229,7 @@ def test_the_date_of_a_template_can_be_fixed(
 
 def test_an_error_within_a_template_is_the_documents(tmp_path: Path) -> None:
     source = "{{ messages[0]['content'].index('no such') }}"
-    with pytest.raises(BadDocumentError, match="refuses the conversation"):
+    with pytest.raises(BadDocumentError, match="rejects the conversation"):
         template(source).segments(CHAT)
 
 

@@ -206,7 +206,7 @@ def test_where_ranks_do_not_divide_the_batch_the_rest_predicts_nothing() -> None
 
 
 def test_a_batch_that_ranks_do_not_divide_is_otherwise_refused() -> None:
-    with pytest.raises(ValueError, match="global_batch_size 6 is no multiple"):
+    with pytest.raises(ValueError, match="global_batch_size 6 is not a multiple"):
         DataLoader(TEXTS, BytesTokenizer(), SEQ_LEN, 2, 6, 0, 2)
 
 

@@ -242,7 +242,7 @@ def test_a_process_that_fails_says_why(
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n')
     for function, message in (
         (fail, r"failed: ZeroDivisionError"),
-        (die, r"killed by SIGKILL \(mem"),
+        (die, r"killed by SIGKILL \(out of mem"),
     ):
         monkeypatch.setattr("torchtitan.data.prepare_work._write_shard", function)
         with pytest.raises(DataError, match=message):

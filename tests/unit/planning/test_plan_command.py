@@ -293,7 +293,7 @@ MISTAKES = {
     "search groups": (
         ["JOB", "--search", "--gpus", "4", "--global-batch-size", "8"]
         + ["--", "--fault_tolerance.enable"],
-        ["fault_tolerance.enable", "one replica group"],
+        ["fault_tolerance.enable", "a single replica group"],
     ),
     "search none": (
         ["JOB", "--search", "--gpus", "7", "--global-batch-size", "3", "--", *()]
