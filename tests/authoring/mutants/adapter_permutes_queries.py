@@ -7,7 +7,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("adapter.hf_numbers",)
-SAYS = r"layers\.0 is the first layer .*layers\.0\.attention\.w[qk] gives the features .* another"
+SAYS = r"layers\.0 is the first layer .*layers\.0\.attention\.w[qk] gives the features .* order"
 HF_CONFIG = base.hf_config()
 
 

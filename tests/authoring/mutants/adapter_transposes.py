@@ -7,7 +7,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("adapter.round_trip",)
-SAYS = r"layers\.0\.attention\.wq\.weight has other values: it is transposed"
+SAYS = r"layers\.0\.attention\.wq\.weight has different values: it is transposed"
 
 
 class Adapter(base.Adapter):

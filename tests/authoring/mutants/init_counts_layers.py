@@ -8,7 +8,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.recursive",)
-SAYS = r"layers\.0 alone gets another layers\.0\.attention\.wo\.weight"
+SAYS = r"layers\.0 alone gets a different layers\.0\.attention\.wo\.weight"
 
 
 class Model(base.Model):

@@ -9,7 +9,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("contract.recursive",)
-SAYS = r"layers\.3 alone gets another layers\.3\.attention\.wq\.weight"
+SAYS = r"layers\.3 alone gets a different layers\.3\.attention\.wq\.weight"
 
 
 class Block(base.Block):

@@ -8,7 +8,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("numerics.bf16_positions",)
-SAYS = r"with autocast, .* positions from 4000 on, .*shows is layers\.0\.attention"
+SAYS = r"with autocast, .* positions from 4000 on, .*shows it is layers\.0\.attention"
 
 
 class Attention(base.Attention):

@@ -8,7 +8,7 @@ from mutants import base
 from torchtitan.protocols import TrainSpec, register_train_spec
 
 CAUGHT_BY = ("stages.numbers", "layouts.pp2")
-SAYS = r"split in two stages, .* stage 0 .* hands on 2 tensors in training, but 1 in evaluation"
+SAYS = r"split in two stages, .* stage 0 .* passes on 2 tensors in training, but 1 in evaluation"
 CRASHES = True
 
 
