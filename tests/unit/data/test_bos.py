@@ -117,7 +117,7 @@ def test_documents_of_ids_must_begin_with_it(tmp_path: Path, monkeypatch) -> Non
     with pytest.raises(DataError, match=r"token ids .* begins with 7 instead of bos \(256\)"):
         main_of_data([*command, str(tmp_path / "out")])
     documents[1] = [5, EOS]
-    with pytest.raises(DataError, match=r"token ids, .* begins with 5 instead of bos \(256\)"):
+    with pytest.raises(DataError, match=r"token ids .* begins with 5 instead of bos \(256\)"):
         build_dataloader(config, BytesTokenizer(), 0, 1)
 
 
