@@ -101,6 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         )
     for action in (from_hf, to_hf):
         action.add_argument("--dtype", choices=DTYPES, help="default: each tensor keeps its dtype")
-        action.add_argument("--model", metavar="NAME", help="if the folder does not record it")
+        action.add_argument("--model", metavar="NAME", help="model name, if not recorded there")
         action.add_argument("--flavor", metavar="F", help="flavor of --model")
     return parser
