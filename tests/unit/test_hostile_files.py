@@ -148,7 +148,7 @@ def test_the_metadata_of_a_checkpoint(step_2: Path, victim: Path, tmp_path: Path
 def test_weights_in_a_bin_file_are_not_opened(tmp_path: Path, victim: Path, form: str) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(bombs(victim)[form])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(bombs(victim)[form])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
