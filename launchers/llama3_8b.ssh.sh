@@ -1,18 +1,18 @@
 #!/bin/bash
 # llama3 8B on 2 x 8
 # Rendered by: torchtitan launch --ssh torchtitan/models/llama3/train_configs/llama3_8b.toml --hosts node1,node2 --secret HF_TOKEN --workdir /shared/runs --dry-run
-# Ctrl-C stops it, and so does closing the terminal: the ranks save a checkpoint and leave.
+# Ctrl-C or closing the terminal stops the job: the ranks save a checkpoint and exit.
 
 set -uo pipefail
 : "${HF_TOKEN:?must be in the environment}"
 hosts=(node1 node2)
 ssh=(ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=30 -o ServerAliveCountMax=4)
-pid_file=.torchtitan-llama3-8b-$$-$RANDOM.pid # in the home folder, where ssh begins
+pid_file=.torchtitan-llama3-8b-$$-$RANDOM.pid # in the home folder, where ssh starts
 
-node() { # node INDEX HEAD PORT: what each host runs
+node() { # node INDEX HEAD PORT: run by each host
     local index=$1 head=$2 port=$3 host=()
     set -e
-    trap '' USR1 # for programs that do not know it; the ranks do
+    trap '' USR1 # only the ranks handle it
     export NCCL_DEBUG=WARN
     export PYTHONUNBUFFERED=1
     cd /shared/runs || exit
@@ -81,16 +81,16 @@ run() { # run INDEX HOST
         declare -f node
         echo "(echo \$BASHPID >$pid_file.$1 || exit; node $1 node1 29500)"
         echo "code=\$?; rm -f $pid_file.$1; exit \$code"
-    } | "${ssh[@]}" "$2" bash -s 2>&1 | { # where a closed terminal ends sed, the job goes on
+    } | "${ssh[@]}" "$2" bash -s 2>&1 | { # if a closed terminal ends sed, the job continues
         sed -u "s/^/[$2] /" || cat >/dev/null
     }
     return "${PIPESTATUS[1]}"
 }
 
-stop() { # on the hosts where it runs still
+stop() { # on the hosts where it still runs
     for index in "${!running[@]}"; do
         kill -0 "${running[$index]}" 2>/dev/null || continue
-        ( # beside the others, as a host that is gone takes its time
+        ( # in parallel, since a dead host is slow to time out
             trap '' INT HUP
             echo "kill -TERM \$(cat $pid_file.$index)" | "${ssh[@]}" "${hosts[$index]}" bash -s
         ) &
@@ -100,7 +100,7 @@ stop() { # on the hosts where it runs still
 running=()
 trap stop INT TERM HUP
 for index in "${!hosts[@]}"; do
-    # Signals of the terminal are for this script, which tells the hosts.
+    # Only this script gets the terminal's signals, and passes them on to the hosts.
     (trap '' INT HUP; run "$index" "${hosts[$index]}") &
     running[index]=$!
 done
@@ -114,7 +114,7 @@ while [ "${#running[@]}" -gt 0 ]; do
         unset "running[$index]"
         if [ "$ended" != 0 ] && [ "$code" = 0 ]; then
             code=$ended
-            stop # the other hosts would wait for this one
+            stop # or the other hosts would wait for this one
         fi
     done
     sleep 0.5

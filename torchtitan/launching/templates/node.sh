@@ -1,7 +1,7 @@
-node() { # node INDEX HEAD PORT: what each host runs
+node() { # node INDEX HEAD PORT: run by each host
     local index=$1 head=$2 port=$3 host=()
     set -e
-    trap '' USR1 # for programs that do not know it; the ranks do
+    trap '' USR1 # only the ranks handle it
     {{environment}}
     {{setup}}
     config=$(mktemp -d)/{{file}}
