@@ -77,7 +77,7 @@ def test_llama3_8b_has_its_known_size() -> None:
 
 
 def test_unknown_model_lists_what_there_is() -> None:
-    with pytest.raises(ConfigError, match=r"unknown model 'lama3'\. Did you mean 'llama3'\?"):
+    with pytest.raises(ConfigError, match=r"no model 'lama3'\. Did you mean 'llama3'\?"):
         main(["lama3"])
 
 

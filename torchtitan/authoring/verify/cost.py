@@ -82,7 +82,7 @@ def _guess_of_difference(model: nn.Module, difference: int) -> str:
     alike = [name for name, size in sizes.items() if size == abs(difference)]
     if alike:
         kind = "counted twice" if difference > 0 else "not counted"
-        return f"{few(alike, 5)} has as many parameters: perhaps {kind}."
+        return f"The difference is the size of {few(alike, 5)}: perhaps {kind}."
     return "Count every weight, bias and norm once."
 
 
