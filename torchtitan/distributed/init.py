@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.tying import preserve_tying
-from torchtitan.distributed.utils import local_tensor
+from torchtitan.distributed.utils import local_tensor, shard_offsets
 from torchtitan.protocols.model import ModelProtocol
 
 
@@ -87,7 +86,7 @@ class SeededInit(TorchDispatchMode):
             storage_key(tensor): canonical_name(name)
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         }
-        self._place = functools.cache(compute_local_shape_and_global_offset)
+        self._offsets = functools.cache(shard_offsets)
         self._current = ""
         self._draws: Counter[str] = Counter()
 
@@ -126,8 +125,7 @@ class SeededInit(TorchDispatchMode):
             if not mutable:
                 return distribute_tensor(full, *where[1:], src_data_rank=None)
             # Which makes the shards of all ranks, one by one, where two dimensions share rows.
-            sizes, offsets = self._place(*where)
-            starts_and_sizes = zip(offsets, sizes, strict=True)
+            starts_and_sizes = zip(self._offsets(*where), local.shape, strict=True)
             full = full[tuple(slice(start, start + size) for start, size in starts_and_sizes)]
         local.copy_(full)
         return target

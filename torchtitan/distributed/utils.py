@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.errors import ConfigError
@@ -140,9 +141,14 @@ def local_offsets(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the index in the whole tensor at which this rank's part begins, per dimension."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim
-    _, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
+    return shard_offsets(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def shard_offsets(
+    shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> tuple[int, ...]:
+    """Return `local_offsets` of tensors of this shape, sharded like this."""
+    _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     return tuple(offsets)
 
 
