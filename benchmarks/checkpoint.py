@@ -27,7 +27,7 @@ from benchmarks.report import Spread, Table, verdict
 from torchtitan.components.checkpoint import storage
 from torchtitan.components.checkpoint.staging import HostCopy
 from torchtitan.config import JobConfig, load_config
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
 STALL_TARGET = 0.10

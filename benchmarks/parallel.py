@@ -18,7 +18,6 @@ import torch
 
 from benchmarks.report import Table, verdict
 from torchtitan.config import JobConfig, load_config
-from torchtitan.distributed.ranks import run_ranks
 from torchtitan.models import llama3, qwen3
 from torchtitan.models.common.moe import MoEArgs
 from torchtitan.planning.collectives import CollectiveRecorder, sent_by_group
@@ -26,6 +25,7 @@ from torchtitan.planning.cuda_norm import norm_of_cuda
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import Plan, plan_run
 from torchtitan.planning.memory import PeakMemory
+from torchtitan.runtime.ranks import run_ranks
 
 FLAVOR = "benchmark"
 DENSE = llama3.Llama3ModelArgs(
@@ -223,7 +223,7 @@ def planned(layout: Layout) -> Plan:
 
 def train_and_record(layout: Layout) -> tuple[Sent, float]:
     """Run on a rank: record the second training step, when the optimizer has its state."""
-    from torchtitan.tools.stop_request import StopRequest
+    from torchtitan.runtime.stop_request import StopRequest
     from torchtitan.train import Trainer
 
     register()

@@ -24,7 +24,7 @@ from benchmarks.bare_loop import BareLoop, MicroBatch
 from benchmarks.report import Bar, Spread, Table, verdict
 from torchtitan.config import JobConfig, load_config
 from torchtitan.protocols.train_spec import get_train_spec
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -68,7 +68,7 @@ async_mode = "async"
 keep_latest_k = 3
 END_OF_JOB
     [ "$index" != 0 ] || host=(--local-addr "$head")
-    exec python -m torchtitan.distributed.torchrun \
+    exec python -m torchtitan.runtime.torchrun \
         --nnodes 2 --nproc-per-node 8 --max-restarts 3 \
         --rdzv-backend c10d --rdzv-id llama3-8b --rdzv-endpoint "$head:$port" \
         --rdzv-conf "is_host=$((index == 0)),join_timeout=900" "${host[@]}" \

@@ -1,6 +1,6 @@
 """Runs the command `torchtitan train` and other functions on ranks forked from a warm server.
 
-See `torchtitan.distributed.ranks`: a run starts in milliseconds instead of the seconds that a new
+See `torchtitan.runtime.ranks`: a run starts in milliseconds instead of the seconds that a new
 Python takes to import PyTorch. Everything runs on the CPU.
 """
 
@@ -21,8 +21,8 @@ import torch.distributed as dist
 
 from torchtitan import cli
 from torchtitan.components.checkpoint.owner import OWNER
-from torchtitan.distributed.ranks import Ranks, RanksFailedError
-from torchtitan.distributed.utils import init_distributed
+from torchtitan.runtime.process_group import init_distributed
+from torchtitan.runtime.ranks import Ranks, RanksFailedError
 
 TIMEOUT = 120.0
 
@@ -30,7 +30,7 @@ TIMEOUT = 120.0
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT
 ) -> list[Any]:
-    """`torchtitan.distributed.ranks.run_ranks`, on the CPU."""
+    """`torchtitan.runtime.ranks.run_ranks`, on the CPU."""
     with Ranks(function, world_size, *args, env=_environment()) as ranks:
         return ranks.wait(timeout)
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.data import build_dataloader
-from torchtitan.distributed import utils
 from torchtitan.errors import DataError
 from torchtitan.models.llama3.model import Llama3Model
 from torchtitan.protocols import TrainSpec, register_train_spec
+from torchtitan.runtime import process_group
 from torchtitan.train import Trainer
 
 MODEL_CONFIGS = tiny_llama.MODEL_CONFIGS
@@ -28,7 +28,7 @@ _close, _destroy, _load = Trainer.close, dist.destroy_process_group, CheckpointM
 
 def _close_on_cuda(self, *args, **kwargs) -> None:
     if os.environ.get("FAILS"):
-        utils.device_type = lambda: "cuda"
+        process_group.device_type = lambda: "cuda"
     _close(self, *args, **kwargs)
 
 
@@ -43,7 +43,7 @@ def _fail_before_steps(place) -> None:
     if os.environ.get("RANK") != "1" or os.environ.get("FAILS") not in place:
         return
     threading.Thread(target=time.sleep, args=(1000,)).start()
-    utils.device_type = lambda: "cuda"
+    process_group.device_type = lambda: "cuda"
     if os.environ["FAILS"] == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
     raise torch.OutOfMemoryError(f"in the {os.environ['FAILS']}")

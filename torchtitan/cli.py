@@ -115,7 +115,7 @@ def exit_when_unread() -> Iterator[None]:
 
 def _report(message: str) -> None:
     """Show an error on stderr, once if several ranks have the same one."""
-    from torchtitan.distributed.error_report import claim_report, write_error_file
+    from torchtitan.runtime.error_report import claim_report, write_error_file
     from torchtitan.tools.secrets import hide_secrets
     from torchtitan.tools.text import printable
 

@@ -47,8 +47,6 @@ from torchtitan.components.validate import build_validator, check_validator, eva
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import print_config
-from torchtitan.distributed import utils
-from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
@@ -59,8 +57,6 @@ from torchtitan.distributed.fsdp import (
     sum_gradients,
 )
 from torchtitan.distributed.grad_norm import clip_grad_norm
-from torchtitan.distributed.hang_watch import HangWatch
-from torchtitan.distributed.host_sum import HostSum
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.names import require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -69,11 +65,17 @@ from torchtitan.distributed.unused_options import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters
+from torchtitan.runtime.collective_calls import on_rank_zero
+from torchtitan.runtime.device import device, device_name
+from torchtitan.runtime.hang_watch import HangWatch
+from torchtitan.runtime.host_sum import HostSum
+from torchtitan.runtime.process_group import in_cuda_group, init_distributed
+from torchtitan.runtime.stop_request import PREEMPTED, StopRequest
+from torchtitan.runtime.world import refuse_separate_tasks, world_size
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import maybe_profile
 from torchtitan.tools.run_folder import make_dump_folder, write_description
-from torchtitan.tools.stop_request import PREEMPTED, StopRequest
 
 logger = logging.getLogger("torchtitan")
 
@@ -113,8 +115,8 @@ class Trainer:
     def _check_job(self) -> tuple[TrainSpec, BaseModelArgs]:
         """Refuse mistakes before memory is allocated and, where possible, before ranks connect."""
         job_config = self.job_config
-        spec, model_args, self.tokenizer = fitting_model(job_config, utils.world_size())
-        self.parallel_dims = ParallelDims.from_config(job_config.parallelism, utils.world_size())
+        spec, model_args, self.tokenizer = fitting_model(job_config, world_size())
+        self.parallel_dims = ParallelDims.from_config(job_config.parallelism, world_size())
         self.model_converters = build_model_converters(job_config, self.parallel_dims)
         build_metrics = spec.build_metrics_processor_fn or build_metrics_processor
         self.metrics = build_metrics(job_config, self.parallel_dims, model_args)
@@ -125,10 +127,10 @@ class Trainer:
         job_config = self.job_config
         if job_config.debug.deterministic:
             use_deterministic_kernels()
-        utils.init_distributed(job_config.comm.timeout_seconds)
+        init_distributed(job_config.comm.timeout_seconds)
         self.sum_over_ranks = HostSum()
         check_resume(job_config, model_args, dist.group.WORLD, self.tokenizer)
-        self.device = utils.device()
+        self.device = device()
         self.replicas = Replicas(job_config)
         world_mesh = self.parallel_dims.world_mesh
         self.dp_rank = world_mesh["dp"].get_local_rank()
@@ -227,7 +229,7 @@ class Trainer:
             f"{sum(p.numel() for p in model.parameters()):,}",
             self.parallel_dims.world_size,
             self.parallel_dims,
-            utils.device_name(),
+            device_name(),
         )
 
     def train(self) -> bool:
@@ -464,7 +466,7 @@ class Trainer:
             return
         self._closed = True
         # NCCL would first wait for all pending collectives, and so for the ranks that are gone.
-        self.may_hang = failed and utils.in_cuda_group() and dist.get_world_size() > 1
+        self.may_hang = failed and in_cuda_group() and dist.get_world_size() > 1
         made = vars(self)
         with ExitStack() as closing:  # in reverse order, and all even if one fails
             if "metrics" in made:
@@ -493,14 +495,14 @@ def main(argv: list[str] | None = None) -> int:
     job_config = load_config(sys.argv[1:] if argv is None else argv)
     if job_config.job.print_config:
         print_config(job_config)
-    utils.refuse_separate_tasks()
+    refuse_separate_tasks()
     trainer = None
     try:
         trainer = Trainer(job_config)
         finished = trainer.train()
     except (Exception, KeyboardInterrupt) as error:
         # Also when the trainer is only half made or has not begun its steps.
-        if not (utils.in_cuda_group() or (trainer and trainer.may_hang)):
+        if not (in_cuda_group() or (trainer and trainer.may_hang)):
             raise
         end_at_once(error)
     if finished:

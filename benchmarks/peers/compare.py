@@ -36,9 +36,9 @@ from benchmarks.peers.turns import WARMUP_STEPS
 from benchmarks.report import Bar, Spread, Table, verdict
 from torchtitan.config import load_config
 from torchtitan.config.batch import resolve_batch
-from torchtitan.distributed import utils
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.runtime.device import device
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 HERE = Path(__file__).parent
@@ -93,7 +93,7 @@ def prepare(config_file: Path, flavor: str, steps: int, folder: Path) -> dict[st
     spec = get_train_spec("benchmark_llama3", flavor)
     with torch.device("meta"):
         model = spec.model_cls(spec.model_args)
-    initialize_weights(model, config.debug.seed, utils.device())  # whose numbers ours draws
+    initialize_weights(model, config.debug.seed, device())  # whose numbers ours draws
     weights = folder / "weights"
     weights.mkdir()
     adapter = spec.state_dict_adapter(spec.model_args)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.peers.turns import Turns
 from torchtitan.config import load_config
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Batch, Trainer
 
 

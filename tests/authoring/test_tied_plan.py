@@ -6,9 +6,9 @@ import pytest
 from mutants import base
 
 from torchtitan.config import load_config
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.planning.trace import trace_step
 from torchtitan.protocols import TrainSpec, register_train_spec
+from torchtitan.runtime.fake_world import fake_world
 
 
 def get_train_spec(flavor: str) -> TrainSpec:

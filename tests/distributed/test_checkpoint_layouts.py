@@ -30,7 +30,6 @@ from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.ranks import RanksFailedError
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols import (
     BaseModelArgs,
@@ -39,6 +38,7 @@ from torchtitan.protocols import (
     TrainSpec,
     register_train_spec,
 )
+from torchtitan.runtime.ranks import RanksFailedError
 
 GLOBAL_BATCH_SIZE = 8
 FULL = StateDictOptions(full_state_dict=True)

@@ -19,8 +19,8 @@ from torchtitan.components.checkpoint import load as load_module
 from torchtitan.components.checkpoint import save_planner
 from torchtitan.components.checkpoint.reader import CheckpointReader, read_state
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
-from torchtitan.distributed.utils import init_distributed
 from torchtitan.errors import CheckpointError
+from torchtitan.runtime.process_group import init_distributed
 
 PARAMETERS = 7
 SHARDED = 3 * PARAMETERS + 1

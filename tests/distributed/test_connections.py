@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from torchtitan.distributed.utils import init_distributed, rank
+from torchtitan.runtime.process_group import init_distributed
+from torchtitan.runtime.world import rank
 
 RANKS = 4
 GROUPS = 5

@@ -12,7 +12,7 @@ from harness import run_ranks
 
 from torchtitan.config import load_config
 from torchtitan.distributed.collective_observer import CollectiveObserver
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
 RANKS, BATCH, LAYERS = 2, 2, 4

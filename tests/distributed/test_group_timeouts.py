@@ -8,7 +8,8 @@ import torch.distributed as dist
 from harness import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
-from torchtitan.distributed.utils import init_distributed, rank
+from torchtitan.runtime.process_group import init_distributed
+from torchtitan.runtime.world import rank
 
 
 def wait_in_vain() -> float:

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from torchtitan.distributed import host_sum
-from torchtitan.distributed.host_sum import HostSum, rows_of
-from torchtitan.distributed.utils import init_distributed
+from torchtitan.runtime import host_sum
+from torchtitan.runtime.host_sum import HostSum, rows_of
+from torchtitan.runtime.process_group import init_distributed
 
 
 def sums(few: int) -> tuple[int, list[int], list[float]]:

@@ -13,7 +13,7 @@ from harness import run_ranks
 from host_sync import HostSyncError, no_host_sync
 
 from torchtitan.config import load_config
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
 SMALL = [

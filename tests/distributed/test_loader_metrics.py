@@ -9,8 +9,8 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
-from torchtitan.distributed.host_sum import HostSum
-from torchtitan.distributed.utils import init_distributed
+from torchtitan.runtime.host_sum import HostSum
+from torchtitan.runtime.process_group import init_distributed
 
 
 def logged(told: list[dict[str, float]]) -> tuple[dict[str, float], int]:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torchtitan.config import JobConfig
 from torchtitan.distributed.pipeline_parallel import Pipeline
 from torchtitan.distributed.pipeline_split import stages_of_rank
-from torchtitan.distributed.utils import init_distributed
+from torchtitan.runtime.process_group import init_distributed
 
 
 class Halves(nn.Module):

@@ -105,7 +105,7 @@ def register() -> None:
 
 def real_peak(arguments: list[str]) -> int:
     """On a rank: of the third step, when everything that stays is there."""
-    from torchtitan.tools.stop_request import StopRequest
+    from torchtitan.runtime.stop_request import StopRequest
     from torchtitan.train import Trainer
 
     register()

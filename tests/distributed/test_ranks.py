@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from torchtitan.distributed.ranks import Ranks, RanksFailedError
-from torchtitan.distributed.utils import init_distributed, rank
+from torchtitan.runtime.process_group import init_distributed
+from torchtitan.runtime.ranks import Ranks, RanksFailedError
+from torchtitan.runtime.world import rank
 
 
 def add_rank(tensor: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -153,7 +154,7 @@ def test_no_rank_outlives_the_block(tmp_path):
 @pytest.mark.long
 def test_no_rank_outlives_a_caller_that_is_killed():
     script = (
-        "import time; from torchtitan.distributed.ranks import Ranks\n"
+        "import time; from torchtitan.runtime.ranks import Ranks\n"
         "ranks = Ranks(time.sleep, 2, 600)\n"
         "print(*ranks.pids, flush=True); time.sleep(600)"
     )

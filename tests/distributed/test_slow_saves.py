@@ -11,7 +11,7 @@ from harness import run_ranks
 from test_checkpoint_layouts import Run
 
 from torchtitan.components.checkpoint.writer import CheckpointWriter
-from torchtitan.distributed.utils import init_distributed
+from torchtitan.runtime.process_group import init_distributed
 
 
 def save_slowly(folder: Path, async_mode: str) -> int | None:

@@ -14,7 +14,7 @@ from harness import run_ranks
 
 from torchtitan import train
 from torchtitan.config import load_config
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
 CONFIG = [

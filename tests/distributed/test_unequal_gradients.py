@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
-from torchtitan.distributed.utils import init_distributed
+from torchtitan.runtime.process_group import init_distributed
 
 
 def warnings_of_a_step() -> list[str]:

@@ -10,7 +10,7 @@ from harness import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.config import load_config
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
 CONFIG = [

@@ -15,7 +15,7 @@ from harness import read_lines, train
 from network_namespaces import Hosts, require_namespaces
 
 from torchtitan.launching.command import main
-from torchtitan.tools.stop_request import PREEMPTED
+from torchtitan.runtime.stop_request import PREEMPTED
 
 JOB = """\
 [job]

@@ -9,7 +9,7 @@ import pytest
 from harness import checkpoints_in, command, read_lines, train
 from tiny_llama import OPTIONS
 
-from torchtitan.tools.stop_request import PREEMPTED
+from torchtitan.runtime.stop_request import PREEMPTED
 
 SAVING = ("--checkpoint.enable", "--checkpoint.interval=2")
 TP2 = "--parallelism.tensor_parallel_degree=2"

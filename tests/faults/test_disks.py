@@ -15,7 +15,7 @@ from harness import checkpoints_in, read_lines
 from kills import SAVED_EVERY, STEPS, Job, curve, newest_step
 from launched import steps_logged, wait_until
 
-from torchtitan.tools.stop_request import PREEMPTED
+from torchtitan.runtime.stop_request import PREEMPTED
 
 JOB = Job(1, "disabled")
 

@@ -18,7 +18,7 @@ from launched import STEPS, Launched, training, wait_until
 from network_namespaces import Hosts, require_namespaces
 from tiny_llama import OPTIONS
 
-from torchtitan.tools.stop_request import PREEMPTED
+from torchtitan.runtime.stop_request import PREEMPTED
 
 START = 90.0  # seconds, on a machine that is busy
 BATCH = ("--training.global_batch_size=12", "--training.local_batch_size=2")
@@ -29,7 +29,7 @@ def torchrun(nodes: str, endpoint: str) -> list[str]:
     return [
         "python",
         "-m",
-        "torchtitan.distributed.torchrun",
+        "torchtitan.runtime.torchrun",
         f"--nnodes={nodes}",
         "--nproc-per-node=1",
         "--max-restarts=3",

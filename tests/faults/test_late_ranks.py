@@ -17,7 +17,7 @@ from harness import Finished, command, read_lines
 from tiny_llama import OPTIONS
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.hang_watch import HangWatch, Heartbeat, report, waits
+from torchtitan.runtime.hang_watch import HangWatch, Heartbeat, report, waits
 
 LATE = (
     *OPTIONS,

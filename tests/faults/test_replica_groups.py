@@ -18,7 +18,7 @@ from harness import TIMEOUT, read_lines, train
 from tiny_llama import OPTIONS
 
 from torchtitan import cli
-from torchtitan.distributed.ranks import Ranks
+from torchtitan.runtime.ranks import Ranks
 
 torchft = pytest.importorskip("torchft")
 from torchft.coordination import LighthouseServer  # noqa: E402

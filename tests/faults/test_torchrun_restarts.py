@@ -17,7 +17,7 @@ from launched import ENV, STEPS, Launched, is_running, steps_logged, training, w
 from tiny_llama import OPTIONS
 
 from torchtitan.components.checkpoint.owner import Owner
-from torchtitan.tools.stop_request import PREEMPTED
+from torchtitan.runtime.stop_request import PREEMPTED
 
 PYTHON = "python"
 START = 60.0  # seconds, on a machine that is busy
@@ -69,7 +69,7 @@ def test_torchrun_starts_again_and_the_run_goes_on(
 def test_signals_to_torchrun_save_and_say_so_by_the_exit_code(
     whole: list[tuple], tmp_path: Path
 ) -> None:
-    words = [PYTHON, "-m", "torchtitan.distributed.torchrun", "--nproc-per-node=2"]
+    words = [PYTHON, "-m", "torchtitan.runtime.torchrun", "--nproc-per-node=2"]
     options = ("--checkpoint.interval=1000",)
     with Launched([*words, *training(tmp_path, *options)], tmp_path / "log") as job:
         wait_until(lambda: steps_logged(tmp_path) >= 3, START, lambda: job.output)
@@ -88,7 +88,7 @@ def test_signals_to_torchrun_save_and_say_so_by_the_exit_code(
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_terminal_that_is_closed_has_the_run_save(ranks: int, tmp_path: Path) -> None:
     """The bar is drawn on it, which fails from then on, maybe before the signal comes."""
-    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", "--nproc-per-node=2"]
+    words = [sys.executable, "-m", "torchtitan.runtime.torchrun", "--nproc-per-node=2"]
     words = words[: 1 if ranks == 1 else None]
     words += training(tmp_path, "--training.steps=100000", "--checkpoint.interval=100000")
     process, terminal = pty.fork()

@@ -19,9 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan import train
 from torchtitan.config import load_config
-from torchtitan.distributed import expert_parallel, utils
+from torchtitan.distributed import expert_parallel
 from torchtitan.distributed.tying import preserve_tying
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 
 STEPS = 3
 
@@ -71,7 +71,7 @@ def _tell_memory(world_size: int) -> int:
     def same_on_all(objects: list[Any], own: Any, group: Any = None) -> None:
         objects[:] = [own] * len(objects)
 
-    utils.init_distributed = join
+    train.init_distributed = join
     train.initialize_weights = allocate
     dist.new_group = fake_group
     dist.broadcast_object_list = lambda *_, **__: None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from torchtitan.components.data_loader import Batch
 from torchtitan.data.kept_batch import keep_batch
-from torchtitan.distributed.utils import local_tensor
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import TrainingError
 from torchtitan.tools.text import first_line
 

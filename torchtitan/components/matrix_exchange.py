@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from torchtitan.distributed.utils import local_offsets
+from torchtitan.distributed.dtensor import local_offsets
 
 
 class Part(NamedTuple):

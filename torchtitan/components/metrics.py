@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.metric_sinks import Group, Sink, build_sinks
 from torchtitan.components.progress import Progress, build_progress
-from torchtitan.distributed.utils import rank
 from torchtitan.errors import ConfigError, outage_or
+from torchtitan.runtime.terminal import leave_closed_terminal
+from torchtitan.runtime.world import rank
 from torchtitan.tools.hardware import peak_memory, this_device_peak_flops
-from torchtitan.tools.terminal import leave_closed_terminal
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

@@ -10,9 +10,9 @@ from torchtitan.components.tokenizer import check_tokenizer
 from torchtitan.config.likely_mistakes import unlikely
 from torchtitan.config.load import fail
 from torchtitan.config.validate import validate
-from torchtitan.distributed.utils import rank
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
+from torchtitan.runtime.world import rank
 from torchtitan.tools.profiling import check_profiling
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.distributed.utils import device
 from torchtitan.models.common.router import TopKRouter
+from torchtitan.runtime.device import device
 
 if TYPE_CHECKING:
     from torchtitan.distributed.parallel_dims import ParallelDims

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from torchtitan.components.matrix_exchange import MatrixExchange
-from torchtitan.distributed.utils import local_tensor
+from torchtitan.distributed.dtensor import local_tensor
 
 _Matrix = tuple[torch.Tensor, dict[str, Any]]
 """A parameter and the options of its group."""

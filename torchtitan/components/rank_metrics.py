@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from torchtitan.distributed.host_sum import HostSum
+    from torchtitan.runtime.host_sum import HostSum
 
 
 def loader_metrics(dataloader: Any, sum_over_ranks: HostSum) -> dict[str, float]:

@@ -18,8 +18,8 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.collective_observer import CollectiveObserver, can_be_observed
-from torchtitan.distributed.utils import device
 from torchtitan.errors import TrainingError
+from torchtitan.runtime.device import device
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

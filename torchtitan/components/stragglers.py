@@ -20,7 +20,7 @@ from torchtitan.distributed.collective_observer import CollectiveObserver, can_b
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-    from torchtitan.distributed.host_sum import HostSum
+    from torchtitan.runtime.host_sum import HostSum
 
 
 class Stragglers:

@@ -17,8 +17,8 @@ from torchtitan.components.loss import count_labels
 from torchtitan.components.validator import Evaluate
 from torchtitan.config.batch import batch_shape
 from torchtitan.data import DataLoader, build_validation_dataloader
-from torchtitan.distributed.utils import rank
 from torchtitan.errors import refuse_incomplete
+from torchtitan.runtime.world import rank
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss

@@ -90,7 +90,7 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: i
 def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     if not dims.cp_enabled or job_config.parallelism.context_parallel_method != "ring":
         return
-    from torchtitan.distributed.utils import device_type
+    from torchtitan.runtime.device import device_type
 
     key = "parallelism.context_parallel_method"
     if job_config.training.document_mask:
@@ -116,7 +116,7 @@ def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
 def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     if not job_config.parallelism.enable_async_tensor_parallel:
         return
-    from torchtitan.distributed.utils import device_type
+    from torchtitan.runtime.device import device_type
 
     config, key = job_config.compile, "parallelism.enable_async_tensor_parallel"
     if not dims.tp_enabled:

@@ -35,7 +35,7 @@ def _check_guard(job_config: JobConfig) -> None:
             problem = "there is no checkpoint to roll back to, since checkpoint.enable is false"
             fail(job_config, f"training.{name}", problem)
     if training.replay_freq and not job_config.debug.deterministic:
-        from torchtitan.distributed.utils import device_type
+        from torchtitan.runtime.device import device_type
 
         if device_type() == "cuda":
             problem = (

@@ -190,7 +190,7 @@ def _check_compile(job_config: JobConfig) -> None:
 
 
 def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
-    from torchtitan.distributed.utils import device_type
+    from torchtitan.runtime.device import device_type
 
     config, key = job_config.compile, "compile.mode"
     if config.mode == "default":

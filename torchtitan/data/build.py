@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 
 from torchtitan.config.batch import UNSET_VALIDATION_BATCH, batch_shape, resolve_batch
-from torchtitan.distributed.collective_calls import on_all_ranks
 from torchtitan.errors import begin_errors_with
+from torchtitan.runtime.collective_calls import on_all_ranks
 
 from .chat import load_template
 from .loader import DataLoader

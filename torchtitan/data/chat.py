@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torchtitan.distributed.utils import rank
 from torchtitan.errors import BadDocumentError, DataError, TitanError, outage_or
+from torchtitan.runtime.world import rank
 from torchtitan.tools.foreign_files import read_json
 
 logger = logging.getLogger("torchtitan")

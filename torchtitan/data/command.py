@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.open_files import allow_open_files
 from torchtitan.tools.options import positive
 from torchtitan.tools.text import duration, human
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
+from torchtitan.runtime.world import rank
 
 from .best_fit import BestFitRow
 from .chat import ChatTemplate

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan.distributed.utils import local_rank, local_world_size
 from torchtitan.errors import DataError
+from torchtitan.runtime.world import local_rank, local_world_size
 from torchtitan.tools.foreign_files import parse_json
 
 from .files import file_size, reading, sha256

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from torchtitan.distributed.utils import local_tensor
+from torchtitan.distributed.dtensor import local_tensor
 
 
 @torch.no_grad()

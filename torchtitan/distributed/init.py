@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.determinism import derive_seed
+from torchtitan.distributed.dtensor import local_tensor, shard_offsets
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.tying import preserve_tying
-from torchtitan.distributed.utils import local_tensor, shard_offsets
 from torchtitan.protocols.model import ModelProtocol
 
 

@@ -218,7 +218,7 @@ class ParallelDims:
 def _mesh(sizes: dict[str, int], always: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
-    from torchtitan.distributed.utils import device_type
+    from torchtitan.runtime.device import device_type
 
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == always}
     return init_device_mesh(device_type(), tuple(sizes.values()), mesh_dim_names=tuple(sizes))

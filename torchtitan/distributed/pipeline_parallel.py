@@ -34,10 +34,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail, origin
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.expert_parallel import without_exchange
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
-from torchtitan.distributed.utils import device, local_tensor
 from torchtitan.errors import ConfigError
+from torchtitan.runtime.device import device
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss

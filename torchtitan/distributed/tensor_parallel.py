@@ -35,8 +35,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from torchtitan.distributed.dtensor import local_offsets
 from torchtitan.distributed.tying import preserve_tying
-from torchtitan.distributed.utils import local_offsets
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of, other_blocks_of
 

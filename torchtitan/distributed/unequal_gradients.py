@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.names import canonical_name
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.utils import local_tensor
 from torchtitan.tools.text import few
 
 logger = logging.getLogger("torchtitan")

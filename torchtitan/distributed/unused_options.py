@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 from torchtitan.config.load import origin
 from torchtitan.distributed.activation_checkpoint import is_checkpointed
-from torchtitan.distributed.utils import rank
+from torchtitan.runtime.world import rank
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

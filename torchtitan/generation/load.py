@@ -31,7 +31,6 @@ from torchtitan.components.model_fit import fits_vocabulary
 from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
-from torchtitan.distributed import utils
 from torchtitan.distributed.init import copies_whole_values, set_weights, storage_key
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tying import preserve_tying
@@ -43,6 +42,9 @@ from torchtitan.models.which_model import model_of_checkpoint
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.protocols.model_converter import convert_to_load
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors
+from torchtitan.runtime.device import check_devices, device, device_type
+from torchtitan.runtime.process_group import init_distributed
+from torchtitan.runtime.world import world_size
 from torchtitan.tools.foreign_files import read_json
 from torchtitan.tools.run_folder import CONFIG_FILE
 
@@ -193,7 +195,7 @@ def load_model(source: Source) -> LoadedModel:
         CheckpointError: a file is missing or damaged, or keys or shapes do not fit the model.
     """
     config, spec = source.job_config, source.spec
-    dims = ParallelDims.from_config(config.parallelism, utils.world_size())
+    dims = ParallelDims.from_config(config.parallelism, world_size())
     dtype = getattr(torch, config.training.mixed_precision_param)
     model = spec.meta_model()
     convert_to_load(model, config, dims)
@@ -201,7 +203,7 @@ def load_model(source: Source) -> LoadedModel:
         param.data = param.data.to(dtype)
     if dims.world_size > 1:
         model = spec.parallelize(model, dims.world_mesh, dims, config)
-    _allocate(model, utils.device())
+    _allocate(model, device())
     load_model_weights(model, source.folder)
     return LoadedModel(source, model.eval(), dims)
 
@@ -258,10 +260,10 @@ def _own_tokenizer(folder: Path) -> str:
 def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> None:
     """Reset the settings of training, and parallelize the model according to the options."""
     degree = options.tensor_parallel_degree
-    if degree < 1 or utils.world_size() % degree:
+    if degree < 1 or world_size() % degree:
         raise ConfigError(
             f"--tensor-parallel-degree {degree} must divide the number of processes, "
-            f"{utils.world_size()}; start them with torchrun --nproc-per-node N"
+            f"{world_size()}; start them with torchrun --nproc-per-node N"
         )
     experts = spec.model_args.num_experts
     config.parallelism = Parallelism(
@@ -272,7 +274,7 @@ def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> No
     )
     dtype = options.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if utils.device_type() == "cuda" else "float32"
+        dtype = "bfloat16" if device_type() == "cuda" else "float32"
     # Training does not allow float16, inference does.
     cast(Any, config.training).mixed_precision_param = dtype
     config.training.enable_cpu_offload = False
@@ -371,15 +373,15 @@ class _NoRandomDraws(TorchDispatchMode):
 @contextmanager
 def process_group(timeout_seconds: int = 600) -> Iterator[None]:
     """Join torchrun's ranks in a process group, within the context; no-op for a single process."""
-    if utils.world_size() == 1:
-        utils.check_devices()
+    if world_size() == 1:
+        check_devices()
         yield
         return
-    utils.init_distributed(timeout_seconds)
+    init_distributed(timeout_seconds)
     try:
         yield
     except BaseException:
-        if utils.device_type() != "cuda":  # NCCL would wait for ranks that no longer come
+        if device_type() != "cuda":  # NCCL would wait for ranks that no longer come
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()

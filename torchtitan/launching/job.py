@@ -47,7 +47,7 @@ class LaunchJob:
 
         Args:
             shell_environment: set `environment` in it; otherwise the scheduler does.
-            torchrun: options of `torchtitan.distributed.torchrun` that go first.
+            torchrun: options of `torchtitan.runtime.torchrun` that go first.
             join_timeout: seconds that hosts wait for each other.
         """
         options = self.options

@@ -17,9 +17,9 @@ from torchtitan.components.model_fit import valid_spec
 from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.portable import without_machine
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols.model import layers_of
+from torchtitan.runtime.fake_world import fake_world
 
 from .collectives import Collective
 from .devices import Device

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
-from torchtitan.distributed.fake_world import fake_world
+from torchtitan.runtime.fake_world import fake_world
 
 FORWARD, BACKWARD, INPUT, WEIGHT, REDUCE = "F", "B", "I", "W", "R"
 

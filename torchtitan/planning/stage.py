@@ -18,10 +18,10 @@ from torch.distributed.pipelining import PipelineStage
 
 from torchtitan.config import origin
 from torchtitan.config.batch import resolve_batch
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import stages_per_rank
-from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import ConfigError, TitanError
 from torchtitan.protocols.model import layers_of
 

@@ -9,8 +9,8 @@ import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
 from torchtitan.components.model_inputs import in_precision, own_inputs, usual_inputs
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
-from torchtitan.distributed.utils import local_tensor
 
 from .inputs import Inputs
 from .repetition import keep_layers

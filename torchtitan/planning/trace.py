@@ -29,18 +29,18 @@ from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, container_of, freeze
 from torchtitan.config import origin
 from torchtitan.distributed.context_parallel import require_applied_cp
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.expert_parallel import moe_layers
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.distributed.tying import preserve_tying
-from torchtitan.distributed.utils import local_tensor
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.runtime.fake_world import fake_world
 from torchtitan.tools.text import first_line
 
 from .collectives import CollectiveRecorder

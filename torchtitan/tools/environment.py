@@ -17,7 +17,7 @@ def environment() -> dict[str, str]:
     """Return facts about this process, by name."""
     import torch
 
-    from torchtitan.distributed.utils import device_type
+    from torchtitan.runtime.device import device_type
 
     device = torch.cuda.get_device_name() if device_type() == "cuda" else platform.machine()
     return {

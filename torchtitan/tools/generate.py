@@ -11,7 +11,6 @@ from typing import Annotated
 
 import tyro
 
-from torchtitan.distributed import utils
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.generation.generator import Completion, Generator
 from torchtitan.generation.load import (
@@ -24,6 +23,7 @@ from torchtitan.generation.load import (
 )
 from torchtitan.generation.sampling import Sampling
 from torchtitan.generation.text import TextStream, encode_prompt
+from torchtitan.runtime.world import rank, world_size
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.options import require_at_least_one
@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     init_logger()
     require_at_least_one(options, "max_new_tokens", "num_samples", "batch_size")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    if utils.world_size() != options.tensor_parallel_degree:
+    if world_size() != options.tensor_parallel_degree:
         raise ConfigError(
             f"--tensor-parallel-degree {options.tensor_parallel_degree}: must equal the number of "
-            f"processes, {utils.world_size()}, because generation shards the model over all of them"
+            f"processes, {world_size()}, because generation shards the model over all of them"
         )
     require_folder(options.json, "--json")
     texts = read_prompts(options)
@@ -182,7 +182,7 @@ def _generate(
             on_token=show,
         )
     seconds = time.perf_counter() - start
-    if utils.rank() == 0:
+    if rank() == 0:
         tokens = sum(len(completion.tokens) for completion in completions)
         sys.stderr.write(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s\n")
         if options.json is not None:
@@ -217,7 +217,7 @@ class Printer:
     def _write(self) -> None:
         while self._current < len(self._over):
             text, self._unwritten[self._current] = self._unwritten[self._current], ""
-            if utils.rank() == 0 and text:
+            if rank() == 0 and text:
                 sys.stdout.write(text)
                 sys.stdout.flush()
             if not self._over[self._current]:

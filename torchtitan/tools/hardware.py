@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from torchtitan.distributed.utils import device_type
+from torchtitan.runtime.device import device_type
 
 # Dense bf16 matrix products with fp32 accumulation, FLOP/s, as in the vendors' data sheets (figures
 # "with sparsity" halved). The first pattern found in the device's name counts. MFU is not reported

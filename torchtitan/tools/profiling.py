@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
-from torchtitan.distributed.utils import device_type
 from torchtitan.errors import ConfigError
+from torchtitan.runtime.device import device_type
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

@@ -7,7 +7,7 @@ import pytest
 
 import torchtitan
 from torchtitan.authoring.verify.diagnose import explain
-from torchtitan.distributed.ranks import RankFailure
+from torchtitan.runtime.ranks import RankFailure
 
 OURS = Path(torchtitan.__file__).parent
 STDLIB = sysconfig.get_path("stdlib")

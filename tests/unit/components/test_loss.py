@@ -11,8 +11,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torchtitan.components.chunked_loss import ChunkedCrossEntropy, chunked_linear_cross_entropy
 from torchtitan.components.loss import IGNORE_INDEX, VocabShard, build_loss, cross_entropy
 from torchtitan.config import JobConfig
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
+from torchtitan.runtime.fake_world import fake_world
 
 
 def example(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

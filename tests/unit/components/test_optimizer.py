@@ -19,8 +19,8 @@ from torchtitan.components.optimizer import (
 )
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
+from torchtitan.runtime.fake_world import fake_world
 
 
 class Model(nn.Module):

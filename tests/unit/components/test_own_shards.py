@@ -27,7 +27,7 @@ from torchtitan.components.checkpoint import own_shards
 from torchtitan.components.checkpoint.reader import ExactLoadPlanner
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
 from torchtitan.components.checkpoint.shard_table import ShardTable
-from torchtitan.distributed.fake_world import fake_world
+from torchtitan.runtime.fake_world import fake_world
 
 SHAPES = {"a": (64, 3), "b": (64, 3), "c": (128,), "d": (128,)}
 ONCE = {torch.Size((64, 3)): 1, torch.Size((128,)): 1}

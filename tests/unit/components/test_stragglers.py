@@ -13,7 +13,7 @@ from checkpoint_run import world_of_one  # noqa: F401
 from torchtitan.components import stragglers
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.config import JobConfig
-from torchtitan.distributed.host_sum import HostSum
+from torchtitan.runtime.host_sum import HostSum
 
 
 def test_each_measured_step_counts_its_own_waits_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_what_a_ring_cannot_do(config, monkeypatch):
     config.parallelism.context_parallel_method = "ring"
     config.training.mixed_precision_param = "float32"
     validate(config, world_size=2)
-    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
+    monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cuda")
     assert "does not support float32. Use 'allgather'" in error_of(config, world_size=2)
     config.training.mixed_precision_param = "bfloat16"
     validate(config, world_size=2)
@@ -157,9 +157,9 @@ def test_what_async_tensor_parallel_needs(config, monkeypatch):
     start = "parallelism.enable_async_tensor_parallel = true: "
     assert error_of(config, 2) == start + "needs parallelism.tensor_parallel_degree of 2 or more"
     config.parallelism.tensor_parallel_degree = 2
-    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cpu")
+    monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cpu")
     assert error_of(config, 2).startswith(start + "needs CUDA")
-    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
+    monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cuda")
     assert error_of(config, 2).startswith(start + "needs the compiler: set compile.enable")
     config.compile.enable = True
     validate(config, 2)
@@ -359,9 +359,9 @@ def test_what_cuda_graphs_need(config, monkeypatch, mode):
     config.compile.enable, config.compile.backend = True, "aot_eager"
     assert "compile.backend = 'inductor', the only backend with modes" in error_of(config)
     config.compile.backend = "inductor"
-    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cpu")
+    monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cpu")
     assert error_of(config).startswith(start + "CUDA graphs need a GPU")
-    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
+    monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cuda")
     validate(config, 1)
     assert "gather them to new addresses each time" in error_of(config, 2)
     config.training.local_batch_size, config.training.global_batch_size = 2, 4
@@ -410,7 +410,7 @@ def test_a_rollback_needs_checkpoints(config):
 def test_a_replay_on_cuda_needs_deterministic_kernels(config, monkeypatch):
     config.training.replay_freq = 10
     validate(config, 1)
-    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cuda")
+    monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cuda")
     assert "training.replay_freq = 10: CUDA kernels" in error_of(config)
     config.debug.deterministic = True
     validate(config, 1)

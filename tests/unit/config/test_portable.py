@@ -15,7 +15,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> JobConfig:
     """Of a cluster; this machine has none of it."""
     for name in ("RANK", "TORCHFT_LIGHTHOUSE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("torchtitan.distributed.utils.device_type", lambda: "cpu")
+    monkeypatch.setattr("torchtitan.runtime.device.device_type", lambda: "cpu")
     config = JobConfig()
     config.model.tokenizer_path = "/only/on/the/cluster"
     config.job.dump_folder = "/proc/only/on/the/cluster"

@@ -17,8 +17,8 @@ from torch.distributed import _functional_collectives, _symmetric_memory
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.tensor_parallel import _overlap_with_matmuls, feed_forward_plan
+from torchtitan.runtime.fake_world import fake_world
 
 
 class Block(nn.Module):

@@ -6,10 +6,10 @@ import torch.nn as nn
 
 from torchtitan.distributed import expert_parallel
 from torchtitan.distributed.expert_parallel import apply_expert_parallel
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import _asked_for_shapes
 from torchtitan.models.common.moe import MoE, MoEArgs
+from torchtitan.runtime.fake_world import fake_world
 
 
 def test_a_pass_that_asks_for_shapes_sends_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:

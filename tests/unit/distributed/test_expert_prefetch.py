@@ -6,11 +6,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchtitan.config import load_config
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.planning.collectives import CollectiveRecorder
 from torchtitan.planning.trace import meta_model
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.runtime.fake_world import fake_world
 
 
 def test_the_next_block_s_experts_are_gathered_before_rows_of_this_one_travel() -> None:

@@ -8,8 +8,8 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.grad_norm import clip_grad_norm
+from torchtitan.runtime.fake_world import fake_world
 
 
 def with_grads(*grads: torch.Tensor) -> list[nn.Parameter]:

@@ -8,7 +8,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.ring_attention import (
     _flash,
     _flash_backward,
@@ -16,6 +15,7 @@ from torchtitan.distributed.ring_attention import (
     ring_attention,
 )
 from torchtitan.distributed.sequence_shards import SequenceShards
+from torchtitan.runtime.fake_world import fake_world
 
 
 def heads(device: str, dtype: torch.dtype, keys: int) -> tuple[torch.Tensor, ...]:

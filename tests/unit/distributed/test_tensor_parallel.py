@@ -11,7 +11,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.config import load_config
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
     DeferredOutputParallel,
@@ -21,6 +20,7 @@ from torchtitan.distributed.tensor_parallel import (
 )
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.runtime.fake_world import fake_world
 
 TP2 = load_config(["--parallelism.tensor_parallel_degree=2"])
 SHARDED = {

@@ -100,7 +100,7 @@ def test_a_host_runs_the_job_as_it_is_written(
         "--rdzv-backend": "c10d",
         "--rdzv-endpoint": "head:1234",
         "--local-addr": "head",
-        "-m": "torchtitan.distributed.torchrun",
+        "-m": "torchtitan.runtime.torchrun",
     }.items():
         assert words[words.index(name) + 1] == value
     seconds = 86400 if "--kubernetes" in KINDS[kind] else 900

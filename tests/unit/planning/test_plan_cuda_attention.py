@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from torchtitan.config import load_config
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.models.common.attention import CausalMask, dense_mask
 from torchtitan.planning.cuda_attention import _allowed_share
 from torchtitan.planning.records import StageTrace
 from torchtitan.planning.trace import trace_step
+from torchtitan.runtime.fake_world import fake_world
 
 SEQ = 1024
 

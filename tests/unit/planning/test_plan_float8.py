@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.trace import trace_step
+from torchtitan.runtime.fake_world import fake_world
 
 LARGE = ["--model.flavor=8B", "--training.seq_len=8192", "--training.local_batch_size=1"]
 FLOAT8 = ["--model.converters", "quantize.linear.float8"]

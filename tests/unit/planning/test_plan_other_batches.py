@@ -11,7 +11,6 @@ import tiny_own_batches as own
 import torch
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.errors import ConfigError
 from torchtitan.launching.command import check_job
 from torchtitan.models.llama3.model import Llama3Model
@@ -21,6 +20,7 @@ from torchtitan.planning.inputs import Inputs
 from torchtitan.planning.search import search
 from torchtitan.planning.trace import trace_step
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
+from torchtitan.runtime.fake_world import fake_world
 
 PP2 = "--parallelism.pipeline_parallel_degree=2"
 TP2 = "--parallelism.tensor_parallel_degree=2"

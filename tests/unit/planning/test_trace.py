@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 import torchtitan.models  # noqa: F401
 from torchtitan.config import load_config
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.planning.collectives import sent_by_group
 from torchtitan.planning.devices import DEVICES
@@ -17,6 +16,7 @@ from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.records import StepTrace
 from torchtitan.planning.trace import trace_step
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.runtime.fake_world import fake_world
 
 PREFIXES = {
     "pp": "pipeline_parallel_degree",

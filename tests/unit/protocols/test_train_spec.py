@@ -5,9 +5,9 @@ from __future__ import annotations
 import own_parts_llama
 
 from torchtitan.config import load_config
-from torchtitan.distributed.fake_world import fake_world
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.planning.trace import trace_step
+from torchtitan.runtime.fake_world import fake_world
 
 FROZEN = own_parts_llama.get_own_frozen("tiny")
 TP2 = "--parallelism.tensor_parallel_degree=2"

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from torchtitan.distributed.context_parallel import sequence_shards
-from torchtitan.distributed.utils import local_tensor
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.tools.text import ranges
 
 from .batches import BATCH

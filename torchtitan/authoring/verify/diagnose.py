@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import torchtitan
-from torchtitan.distributed.ranks import RankFailure
+from torchtitan.runtime.ranks import RankFailure
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<function>\S+)')
 # Users call functions of these files by name; the functions that these call say less.

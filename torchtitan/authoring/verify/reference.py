@@ -23,7 +23,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
-from torchtitan.tools.stop_request import StopRequest
+from torchtitan.runtime.stop_request import StopRequest
 
 from .batches import BATCH
 from .check import CheckFailedError, NotApplicableError

@@ -1,6 +1,6 @@
 """Runs checks in their own processes: a model that crashes or hangs fails one check, not all.
 
-Processes are forked from a warm server (`torchtitan.distributed.ranks`), several checks at a time.
+Processes are forked from a warm server (`torchtitan.runtime.ranks`), several checks at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torchtitan.distributed.ranks import RankFailure, Ranks, RanksFailedError
+from torchtitan.runtime.ranks import RankFailure, Ranks, RanksFailedError
 
 from .check import Check, CheckFailedError, NotApplicableError, Outcome
 from .diagnose import explain
@@ -120,8 +120,8 @@ def _on_rank(check: Check, subject: Subject) -> str:
     """Run a rank of a check."""
     import torch.distributed as dist
 
-    from torchtitan.distributed.utils import init_distributed
     from torchtitan.models.plugins import load_plugins
+    from torchtitan.runtime.process_group import init_distributed
 
     load_plugins(subject.custom_import)  # so that checks can look up the model by name
     if check.ranks > 1 and not check.joins:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.runtime.collective_calls import on_rank_zero
 
 from .folder import step_folder
 from .huggingface import ExportAssets

@@ -21,8 +21,8 @@ from torchtitan.components.tokenizer import (
 )
 from torchtitan.config.load import fail, origin
 from torchtitan.data.chat import read_fields
-from torchtitan.distributed.utils import rank
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
+from torchtitan.runtime.world import rank
 from torchtitan.tools.foreign_files import parse_json, read_json
 from torchtitan.tools.text import few
 

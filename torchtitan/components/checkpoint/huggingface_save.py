@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.distributed.collective_calls import on_rank_zero
-from torchtitan.distributed.utils import local_offsets, local_tensor
+from torchtitan.distributed.dtensor import local_offsets, local_tensor
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.model import BaseModelArgs
+from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.text import first_line
 
 from . import folder as folders

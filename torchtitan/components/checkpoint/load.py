@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import (
     CheckpointError,
@@ -24,6 +23,7 @@ from torchtitan.errors import (
     begin_errors_with,
 )
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
+from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.text import few
 
 from .folder import list_checkpoints

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.distributed.collective_calls import on_rank_zero
-from torchtitan.distributed.utils import job_store
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.runtime.collective_calls import on_rank_zero
+from torchtitan.runtime.process_group import job_store
 from torchtitan.tools.run_folder import config_to_keep
 from torchtitan.tools.text import first_line
 

@@ -20,8 +20,8 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-from torchtitan.distributed.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.errors import CheckpointError, outage_or
+from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.secrets import hide_secrets
 from torchtitan.tools.text import first_line

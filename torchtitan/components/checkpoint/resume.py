@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from torchtitan.components.lr_scheduler import schedule_of
 from torchtitan.config.lr_scheduler import LRScheduler
-from torchtitan.distributed.collective_calls import on_rank_zero
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.run_folder import CONFIG_FILE, config_to_keep
 from torchtitan.tools.secrets import hide_secrets
 

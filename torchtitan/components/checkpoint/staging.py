@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.utils import local_tensor
+from torchtitan.distributed.dtensor import local_tensor
 
 
 class HostCopy(AsyncStager):

@@ -11,8 +11,9 @@ import torch.nn as nn
 
 from torchtitan.config import fail
 from torchtitan.distributed.expert_parallel import moe_layers
-from torchtitan.distributed.utils import device_type, rank
 from torchtitan.protocols.model_converter import register_model_converter
+from torchtitan.runtime.device import device_type
+from torchtitan.runtime.world import rank
 
 from .linear import QuantizedLinear
 from .products import quantized_grouped_linear

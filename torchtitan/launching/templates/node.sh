@@ -9,7 +9,7 @@ node() { # node INDEX HEAD PORT: run by each host
 {{toml}}
 {{delimiter}}
     [ "$index" != 0 ] || host=(--local-addr "$head")
-    exec {{python}} -m torchtitan.distributed.torchrun{{options}} \
+    exec {{python}} -m torchtitan.runtime.torchrun{{options}} \
         --nnodes {{nodes}} --nproc-per-node {{processes}} --max-restarts {{max_restarts}} \
         --rdzv-backend c10d --rdzv-id {{name}} --rdzv-endpoint "$head:$port" \
         --rdzv-conf "is_host=$((index == 0)),{{rdzv_conf}}" "${host[@]}" \

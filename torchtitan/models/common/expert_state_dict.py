@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from torchtitan.distributed.utils import local_tensor
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import CheckpointError
 
 from .state_dict import RenamingAdapter, numbers_of, pattern_of, rename

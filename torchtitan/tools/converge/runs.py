@@ -124,9 +124,9 @@ def open_run(name: str, argument: str) -> Run:
 def _plan_run(
     name: str, argument: str, folder: Path, processes: int | None, overrides: Sequence[str]
 ) -> Run:
-    from torchtitan.distributed.utils import device_type
     from torchtitan.models.plugins import load_plugins
     from torchtitan.protocols.train_spec import get_train_spec
+    from torchtitan.runtime.device import device_type
 
     options = [*overrides, f"--job.config_file={argument}", f"--job.dump_folder={folder}"]
     options += [f"--{key}={value}" for key, value in FORCED.items()]

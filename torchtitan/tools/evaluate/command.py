@@ -11,7 +11,6 @@ import tyro
 
 from torchtitan.data.sources import Source as Dataset
 from torchtitan.data.sources import open_dataset
-from torchtitan.distributed import utils
 from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.generation.load import (
     LoadedModel,
@@ -21,6 +20,7 @@ from torchtitan.generation.load import (
     open_source,
     process_group,
 )
+from torchtitan.runtime.world import rank, world_size
 from torchtitan.tools.evaluate.lm_eval_adapter import TaskModel, require_lm_eval, run_tasks
 from torchtitan.tools.evaluate.perplexity import evaluate
 from torchtitan.tools.logging import init_logger
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             result = _evaluate_tasks(loaded, options, add_bos)
         else:
             result = _evaluate_dataset(loaded, dataset, options, add_bos)
-        if utils.rank() == 0 and options.json is not None:
+        if rank() == 0 and options.json is not None:
             result["checkpoint"] = str(source.folder)
             write_result(options.json, json.dumps(result, indent=1, default=str) + "\n", "--json")
     return 0
@@ -115,10 +115,10 @@ def _check(options: Options) -> Dataset | None:
         raise ConfigError("give either --dataset NAME or --tasks TASK [TASK ...]")
     if options.tasks:
         require_lm_eval()
-        if utils.world_size() != options.tensor_parallel_degree:
+        if world_size() != options.tensor_parallel_degree:
             raise ConfigError(
                 "--tasks shards the model over all processes: set --tensor-parallel-degree to "
-                f"their number, {utils.world_size()}"
+                f"their number, {world_size()}"
             )
         return None
     if options.dataset is None:
@@ -141,7 +141,7 @@ def _evaluate_dataset(
     seq_len = cast(int, options.seq_len)  # it has been set by now
     with begin_errors_with(f"--dataset {options.dataset}"):
         result = evaluate(loaded, dataset, seq_len, options.batch_size, options.max_tokens, add_bos)
-    if utils.rank() == 0:
+    if rank() == 0:
         bits = result.bits_per_byte
         sys.stdout.write(
             f"loss           {result.loss:.4f} nats a token\n"
@@ -159,7 +159,7 @@ def _evaluate_tasks(loaded: LoadedModel, options: Options, add_bos: bool) -> dic
     results = run_tasks(
         model, options.tasks, options.num_fewshot, options.limit, options.include_path
     )["results"]
-    if utils.rank() == 0:
+    if rank() == 0:
         for task, metrics in results.items():
             for name, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in name:

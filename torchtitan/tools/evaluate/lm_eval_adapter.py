@@ -12,12 +12,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from torchtitan.distributed import utils
 from torchtitan.errors import ConfigError
 from torchtitan.generation.generator import Generator
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.scoring import rolling_windows, score
 from torchtitan.generation.text import first_token
+from torchtitan.runtime.world import rank
 from torchtitan.tools.evaluate.task_options import TaskOptions
 
 logger = logging.getLogger("torchtitan")
@@ -140,7 +140,7 @@ class TaskModel:
     def _warn_of_cuts(self, excess: Sequence[int]) -> None:
         """Warn of cut contexts. Args: excess: tokens beyond the limit in each text, if above 0."""
         cut = [tokens for tokens in excess if tokens > 0]
-        if cut and utils.rank() == 0:
+        if cut and rank() == 0:
             logger.warning(
                 "%d of %d contexts lose their beginning, up to %d tokens of it: %s",
                 *(len(cut), len(excess), max(cut), self._told_length),

@@ -17,10 +17,10 @@ from torchtitan.components.loss import IGNORE_INDEX, count_labels
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.data.encode import encode_document
 from torchtitan.data.sources import Source, has_random_access
-from torchtitan.distributed import utils
 from torchtitan.errors import DataError
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.text import first_token
+from torchtitan.runtime import world
 
 logger = logging.getLogger("torchtitan")
 
@@ -151,7 +151,7 @@ def evaluate(
         if rank < len(turn):
             loss_sum += loss.double()
             seen += int(count_labels(labels))
-        if utils.rank() == 0 and time.monotonic() - told >= _SECONDS_OF_A_LINE:
+        if world.rank() == 0 and time.monotonic() - told >= _SECONDS_OF_A_LINE:
             told = time.monotonic()
             logger.info(
                 "%s tokens so far, loss %.4f", f"{seen * dims.dp:,}", loss_sum.item() / max(seen, 1)

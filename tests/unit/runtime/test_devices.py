@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from torchtitan.distributed import utils
 from torchtitan.errors import ConfigError
 from torchtitan.generation.load import process_group
+from torchtitan.runtime import device
+from torchtitan.runtime.device import check_devices, device_name
+from torchtitan.runtime.process_group import _require_same_device, init_distributed
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """One process on a host with a GPU; PyTorch is built for CUDA, but cannot use it."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(utils, "_gpu_files", lambda: [Path("/dev/nvidia0")])
+    monkeypatch.setattr(device, "_gpu_files", lambda: [Path("/dev/nvidia0")])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -37,7 +39,7 @@ def with_gpus(host: pytest.MonkeyPatch, count: int) -> None:
 def test_a_driver_that_is_too_old_does_not_train_on_the_cpu(host) -> None:
     why = r"has a GPU \(/dev/nvidia0\).*driver on your system is too old \(found version 12040\)\."
     with pytest.raises(ConfigError, match=why):
-        utils.init_distributed(60)
+        init_distributed(60)
     with pytest.raises(ConfigError, match=why), process_group():
         pass
 
@@ -47,11 +49,11 @@ def test_the_cpu_serves_where_it_is_wanted(host, wanted: str) -> None:
     if wanted == "hidden":
         host.setenv("CUDA_VISIBLE_DEVICES", "")
     elif wanted == "none there":
-        host.setattr(utils, "_gpu_files", lambda: [])
+        host.setattr(device, "_gpu_files", lambda: [])
     else:
         host.setattr(torch.version, "cuda", None)
-    utils.check_devices()
-    assert utils.device_name() == "CPU"
+    check_devices()
+    assert device_name() == "CPU"
 
 
 def test_more_processes_than_gpus(host) -> None:
@@ -59,24 +61,24 @@ def test_more_processes_than_gpus(host) -> None:
     host.setenv("LOCAL_WORLD_SIZE", "8")
     host.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     with pytest.raises(ConfigError, match=r"8 processes on .* 4 GPUs .*is '0,1,2,3'.*at most 4"):
-        utils.init_distributed(60)  # on each rank of the host, those with a GPU too
+        init_distributed(60)  # on each rank of the host, those with a GPU too
     host.setenv("LOCAL_WORLD_SIZE", "4")
-    utils.check_devices()
+    check_devices()
     host.setenv("LOCAL_RANK", "4")
     with pytest.raises(ConfigError, match="5 processes"):
-        utils.check_devices()
+        check_devices()
 
 
 def test_the_device_has_its_name(host) -> None:
     with_gpus(host, 4)
     host.setenv("LOCAL_RANK", "3")
     host.setattr(torch.cuda, "get_device_name", lambda device: f"H100 number {device.index}")
-    assert utils.device_name() == "H100 number 3"
+    assert device_name() == "H100 number 3"
 
 
 def test_hosts_with_and_without_a_gpu() -> None:
     store = dist.HashStore()
-    utils._require_same_device(store, 0, "cuda")
-    utils._require_same_device(store, 8, "cuda")
+    _require_same_device(store, 0, "cuda")
+    _require_same_device(store, 8, "cuda")
     with pytest.raises(ConfigError, match=r"rank 9 .* computes on cpu, but rank 0 on cuda"):
-        utils._require_same_device(store, 9, "cpu")
+        _require_same_device(store, 9, "cpu")

@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.launcher import api as launcher
 
-from torchtitan.distributed import torchrun
+from torchtitan.runtime import torchrun
 
 RANK = """
 import os, signal, sys, time
@@ -47,7 +47,7 @@ time.sleep(60)
 
 def start(folder: Path, mode: str, *first: str) -> subprocess.Popen:
     (folder / "rank.py").write_text(RANK)
-    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", *first]
+    words = [sys.executable, "-m", "torchtitan.runtime.torchrun", *first]
     words += ["--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d"]
     words += ["--rdzv-endpoint=localhost:0", str(folder / "rank.py"), str(folder), mode]
     return subprocess.Popen(
@@ -96,7 +96,7 @@ def test_a_host_that_is_told_to_stop_while_it_waits_for_others_is_preempted(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", "--preempted-code", "138"]
+    words = [sys.executable, "-m", "torchtitan.runtime.torchrun", "--preempted-code", "138"]
     words += ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
     words += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
     words += [f"--rdzv-conf=is_host={is_host},join_timeout=600", "rank.py"]
@@ -126,7 +126,7 @@ from torchtitan.cli import exit_on_user_error
 from torchtitan.errors import OutageError
 
 if "RANK" not in os.environ:
-    from torchtitan.distributed import torchrun
+    from torchtitan.runtime import torchrun
 
     torchrun._PAUSES = tuple(map(float, sys.argv.pop(1).split(",")))
     sys.exit(torchrun.main())
@@ -183,7 +183,7 @@ import os, sys
 from pathlib import Path
 from torch.distributed import HashStore
 from torchtitan.components.checkpoint.owner import Claim, TakenOverError
-from torchtitan.distributed.utils import job_store
+from torchtitan.runtime.process_group import job_store
 folder = Path(sys.argv[1])
 try:
     Claim(folder, job_store()).take()
@@ -197,7 +197,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 
 def test_a_restarted_run_does_not_take_back_a_folder_that_another_has(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(OWNER)
-    words = [sys.executable, "-m", "torchtitan.distributed.torchrun", "--max-restarts=1"]
+    words = [sys.executable, "-m", "torchtitan.runtime.torchrun", "--max-restarts=1"]
     words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     words += [str(tmp_path / "rank.py"), str(tmp_path / "checkpoint")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from torchtitan.distributed import rendezvous
+from torchtitan.runtime import rendezvous
 
 
 def wait(port: int, conf: str) -> None:

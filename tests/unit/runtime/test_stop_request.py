@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from torchtitan.tools.stop_request import StopRequest, stop_signals
+from torchtitan.runtime.stop_request import StopRequest, stop_signals
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from torchtitan.distributed.utils import init_distributed, rank, refuse_separate_tasks, world_size
 from torchtitan.errors import ConfigError
+from torchtitan.runtime.process_group import init_distributed
+from torchtitan.runtime.world import rank, refuse_separate_tasks, world_size
 from torchtitan.train import main
 
 

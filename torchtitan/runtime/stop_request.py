@@ -7,7 +7,7 @@ import signal
 import threading
 from types import FrameType
 
-from torchtitan.tools.terminal import leave_closed_terminal
+from torchtitan.runtime.terminal import leave_closed_terminal
 
 logger = logging.getLogger("torchtitan")
 

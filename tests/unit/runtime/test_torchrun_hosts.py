@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from torchtitan.components.checkpoint.manager import SAVE_TIMEOUT
-from torchtitan.distributed import torchrun
+from torchtitan.runtime import torchrun
 
 # torch's 30 s, after which ranks are killed, are one here.
 AGENT = """
 import sys
 from torch.distributed.elastic.multiprocessing.api import PContext
-from torchtitan.distributed.torchrun import main
+from torchtitan.runtime.torchrun import main
 
 close = PContext.close
 PContext.close = lambda self, death_sig=None, timeout=30: close(self, death_sig, min(timeout, 1))

@@ -1,4 +1,4 @@
-"""A torchrun for preemptible hosts: `python -m torchtitan.distributed.torchrun ...`.
+"""A torchrun for preemptible hosts: `python -m torchtitan.runtime.torchrun ...`.
 
 It takes torchrun's options, and differs from it as follows:
 
@@ -40,12 +40,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.run import main as torchrun
 
-from torchtitan.distributed.error_report import ONE_MESSAGE
-from torchtitan.distributed.rendezvous import wait_for_first_host
-from torchtitan.distributed.utils import JOB_STORE
-from torchtitan.tools.open_files import allow_open_files
-from torchtitan.tools.stop_request import PREEMPTED, stop_signals
-from torchtitan.tools.terminal import leave_closed_terminal
+from torchtitan.runtime.error_report import ONE_MESSAGE
+from torchtitan.runtime.open_files import allow_open_files
+from torchtitan.runtime.process_group import JOB_STORE
+from torchtitan.runtime.rendezvous import wait_for_first_host
+from torchtitan.runtime.stop_request import PREEMPTED, stop_signals
+from torchtitan.runtime.terminal import leave_closed_terminal
 
 _MISTAKE = 2
 _SAVE_SECONDS = 2 * 3600.0
