@@ -33,7 +33,6 @@ from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_non
 from torchtitan.components.loss import attach_loss, count_labels
 from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
-from torchtitan.components.model_fit import fitting_model
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
@@ -63,6 +62,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.distributed.unused_options import warn_of_unapplied
 from torchtitan.errors import TitanError, TrainingError
+from torchtitan.preflight.model_fit import fitting_model
 from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.collective_calls import on_rank_zero

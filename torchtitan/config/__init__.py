@@ -1,4 +1,4 @@
-"""The configuration: dataclasses (one file a section), TOML + command line loading, and rules."""
+"""The configuration: dataclasses (one file a section), TOML + command line loading."""
 
 from .job_config import JobConfig
 from .load import fail, load_config, origin

@@ -27,7 +27,6 @@ from torchtitan.components.checkpoint.safetensors_files import (
     is_hf_weights,
 )
 from torchtitan.components.checkpoint.storage import is_url, storage_path
-from torchtitan.components.model_fit import fits_vocabulary
 from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
@@ -39,6 +38,7 @@ from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import CONFIG, read_hf_config, train_spec_of_hf_folder
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint
+from torchtitan.preflight.model_fit import fits_vocabulary
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.protocols.model_converter import convert_to_load
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, model_flavors

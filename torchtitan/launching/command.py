@@ -99,10 +99,10 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     options, the model is built and parallelised on the meta device, so its own rules are checked
     too.
     """
-    from torchtitan.components.model_fit import valid_spec
-    from torchtitan.config.portable import without_machine
     from torchtitan.models.plugins import load_plugins
     from torchtitan.planning.trace import try_layout
+    from torchtitan.preflight.model_fit import valid_spec
+    from torchtitan.preflight.portable import without_machine
 
     load_plugins(job_config.job.custom_import)
     world_size = nodes * processes

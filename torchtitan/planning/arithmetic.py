@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
-from torchtitan.config.portable import without_machine
-from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import assign_modules, parameters_of, stages_of_rank
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.portable import without_machine
+from torchtitan.preflight.validate import validate
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.runtime.fake_world import fake_world

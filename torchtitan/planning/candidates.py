@@ -106,7 +106,7 @@ def _batches(
                 if pp * STAGES[schedule] > layers or batch // size < pp * STAGES[schedule]:
                     continue
                 if schedule == "ZBVZeroBubble" and ac == "selective":
-                    continue  # this schedule has two backward passes, see config/validate.py
+                    continue  # this schedule has two backward passes, see preflight/validate.py
                 yield Candidate(*degrees, ac, batch, size, schedule)
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.components.model_fit import valid_spec
 from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.portable import without_machine
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.preflight.model_fit import valid_spec
+from torchtitan.preflight.portable import without_machine
 from torchtitan.protocols.model import layers_of
 from torchtitan.runtime.fake_world import fake_world
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torchtitan.config import JobConfig, fail, origin
-from torchtitan.config.portable import without_machine
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.portable import without_machine
 from torchtitan.tools.text import three_digits
 
 from .arithmetic import Arithmetic

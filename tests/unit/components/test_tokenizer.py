@@ -7,7 +7,6 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from torchtitan.components.model_fit import fitting_model
 from torchtitan.components.tokenizer import (
     BytesTokenizer,
     HuggingFaceTokenizer,
@@ -16,6 +15,7 @@ from torchtitan.components.tokenizer import (
 )
 from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import BadDocumentError, ConfigError, DataError
+from torchtitan.preflight.model_fit import fitting_model
 
 OWN_PARTS = "--job.custom_import=own_parts_llama"
 VOCABULARY = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "<unk>": 9}  # ids have gaps

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.data import DataPhase, DataSource
-from torchtitan.config.validate import validate
 from torchtitan.data import DataLoader, build_dataloader
 from torchtitan.data.mixing import Blend, Mixture, Phase, Steps, integer_weights
 from torchtitan.errors import ConfigError, DataError
+from torchtitan.preflight.validate import validate
 
 weights = st.lists(st.integers(0, 50).map(lambda n: n / 10), min_size=2, max_size=6).filter(any)
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from torchtitan.config import JobConfig
-from torchtitan.config.validate import validate
 from torchtitan.distributed.pipeline_split import (
     SCHEDULE_KINDS,
     CsvSchedule,
@@ -28,6 +27,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.models.deepseek_v3 import MODEL_CONFIGS as DEEPSEEK
 from torchtitan.models.deepseek_v3 import DeepSeekV3Model
 from torchtitan.models.llama3 import MODEL_CONFIGS, Llama3Model
+from torchtitan.preflight.validate import validate
 
 FIRST, LAST = ("tok_embeddings",), ("norm", "output")
 

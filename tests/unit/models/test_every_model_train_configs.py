@@ -10,8 +10,8 @@ from model_cases import CASES
 from torchtitan import models
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import load_config
-from torchtitan.config.validate import validate
 from torchtitan.data.sources import DATASETS
+from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
 

@@ -13,12 +13,12 @@ import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
 from torchtitan.config import JobConfig
-from torchtitan.config.validate import validate
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.validate import validate
 from torchtitan.protocols.model import ModelProtocol
 from torchtitan.runtime.fake_world import fake_world
 

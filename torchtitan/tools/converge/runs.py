@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.validate import validate
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.preflight.validate import validate
 from torchtitan.tools.run_folder import CONFIG_FILE, METRICS_FILE, unique_names
 
 from .curves import read_tokens, read_world_size

@@ -7,8 +7,8 @@ import pytest
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.optimizer import ParamRule
-from torchtitan.config.validate import validate
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.validate import validate
 
 
 @pytest.fixture
@@ -443,7 +443,7 @@ def test_what_stragglers_cannot_be_measured_with(config):
 def test_what_replica_groups_need(config, monkeypatch):
     group = config.fault_tolerance
     group.enable = True
-    find_spec = "torchtitan.config.survival_rules.importlib.util.find_spec"
+    find_spec = "torchtitan.preflight.survival_rules.importlib.util.find_spec"
     monkeypatch.setattr(find_spec, lambda name: None)
     assert "fault_tolerance.enable = true: torchft is not installed: pip install" in error_of(
         config

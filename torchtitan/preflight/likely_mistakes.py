@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .job_config import JobConfig
-from .load import origin
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.load import origin
 
 _A_TRIAL = 50
 """Steps below which a run counts as a trial, which may well be all warm-up."""

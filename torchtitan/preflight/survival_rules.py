@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from .job_config import JobConfig
-from .load import fail
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.load import fail
+from torchtitan.runtime import device
 
 
 def check_survival(job_config: JobConfig) -> None:
@@ -34,14 +35,10 @@ def _check_guard(job_config: JobConfig) -> None:
         if getattr(training, name) == "rollback" and not job_config.checkpoint.enable:
             problem = "there is no checkpoint to roll back to, since checkpoint.enable is false"
             fail(job_config, f"training.{name}", problem)
-    if training.replay_freq and not job_config.debug.deterministic:
-        from torchtitan.runtime.device import device_type
-
-        if device_type() == "cuda":
-            problem = (
-                "CUDA kernels may give different bits each time. Set debug.deterministic = true"
-            )
-            fail(job_config, "training.replay_freq", problem)
+    may_differ = device.device_type() == "cuda" and not job_config.debug.deterministic
+    if training.replay_freq and may_differ:
+        problem = "CUDA kernels may give different bits each time. Set debug.deterministic = true"
+        fail(job_config, "training.replay_freq", problem)
 
 
 def _check_watch(job_config: JobConfig) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from torchtitan.config import JobConfig
-from torchtitan.config.portable import without_machine
-from torchtitan.config.validate import validate
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.portable import without_machine
+from torchtitan.preflight.validate import validate
 
 
 @pytest.fixture

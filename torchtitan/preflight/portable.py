@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 
-from .batch import resolve_batch
-from .job_config import JobConfig
-from .survival_rules import check_replica_groups
+from torchtitan.config.batch import resolve_batch
+from torchtitan.config.job_config import JobConfig
+from torchtitan.preflight.survival_rules import check_replica_groups
 
 
 def without_machine(job_config: JobConfig, world_size: int) -> JobConfig:

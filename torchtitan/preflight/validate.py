@@ -1,7 +1,6 @@
 """Check the rules between sections, before a mesh is built and weights are allocated.
 
 Each message begins with the origin of the value: the line of the TOML file, or the key.
-Functions import torch and the registries themselves, so that importing `torchtitan.config` is fast.
 """
 
 from __future__ import annotations
@@ -12,14 +11,20 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from torchtitan.errors import ConfigError, did_you_mean
+from torch._dynamo import list_backends
 
-from .batch import resolve_batch
-from .job_config import JobConfig
-from .layout_rules import check_layout
-from .load import fail
-from .survival_rules import check_survival
-from .upstream import value_instead
+from torchtitan.components.checkpoint.storage import RemotePath, storage_path
+from torchtitan.components.optimizer import OPTIMIZERS
+from torchtitan.config.batch import resolve_batch
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.load import fail
+from torchtitan.config.upstream import value_instead
+from torchtitan.data.sources import DATASETS
+from torchtitan.distributed.pipeline_split import splits_backward
+from torchtitan.errors import ConfigError, did_you_mean
+from torchtitan.preflight.layout_rules import check_layout
+from torchtitan.preflight.survival_rules import check_survival
+from torchtitan.runtime import device
 
 _DATASETS_WITH_PATH = {
     "text": "a file, a glob or a folder",
@@ -100,8 +105,6 @@ def _refuse_dataset_beside_sources(job_config: JobConfig) -> None:
 
 
 def _check_dataset(job_config: JobConfig, section: str, config: Any) -> None:
-    from torchtitan.data.sources import DATASETS
-
     if config.dataset not in DATASETS:
         key, name = f"{section}.dataset", config.dataset
         hint = value_instead(key, name, DATASETS) or did_you_mean(name, DATASETS)
@@ -112,8 +115,6 @@ def _check_dataset(job_config: JobConfig, section: str, config: Any) -> None:
 
 
 def _check_optimizer(job_config: JobConfig) -> None:
-    from torchtitan.components.optimizer import OPTIMIZERS
-
     name = job_config.optimizer.name
     if name not in OPTIMIZERS:
         problem = f"no such optimizer.{did_you_mean(name, OPTIMIZERS)} Register your own "
@@ -146,8 +147,6 @@ def _check_schedule(job_config: JobConfig) -> None:
 
 
 def _check_activation_checkpoint(job_config: JobConfig) -> None:
-    from torchtitan.distributed.pipeline_split import splits_backward
-
     config = job_config.activation_checkpoint
     option = config.selective_ac_option
     if option != "op" and not re.fullmatch("[1-9][0-9]{0,8}", option):
@@ -180,8 +179,6 @@ def _check_compile(job_config: JobConfig) -> None:
     config = job_config.compile
     if not config.enable or config.backend == "inductor":
         return
-    from torch._dynamo import list_backends
-
     known = list_backends(exclude_tags=())
     if config.backend not in known:
         fail(
@@ -190,8 +187,6 @@ def _check_compile(job_config: JobConfig) -> None:
 
 
 def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
-    from torchtitan.runtime.device import device_type
-
     config, key = job_config.compile, "compile.mode"
     if config.mode == "default":
         return
@@ -214,7 +209,7 @@ def _check_compile_mode(job_config: JobConfig, world_size: int) -> None:
             "(training.global_batch_size = training.local_batch_size)"
         )
         fail(job_config, key, problem)
-    if device_type() != "cuda":
+    if device.device_type() != "cuda":
         problem = "CUDA graphs need a GPU. Use 'default' or 'max-autotune-no-cudagraphs'"
         fail(job_config, key, problem)
 
@@ -254,8 +249,6 @@ def _check_storage(job_config: JobConfig) -> None:
     checkpoint = job_config.checkpoint
     for key in ("folder", "initial_load_path"):
         if "://" in getattr(checkpoint, key):
-            from torchtitan.components.checkpoint.storage import RemotePath, storage_path
-
             try:
                 path = storage_path(getattr(checkpoint, key))
             except ConfigError as error:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from itertools import count
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import torchtitan.models  # noqa: F401  (fills the registry)
+from torchtitan.config.batch import batch_shape, resolve_batch
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.load import fail
+from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
+from torchtitan.distributed.pipeline_split import (
+    SCHEDULE_KINDS,
+    CsvSchedule,
+    splits_backward,
+    stages_per_rank,
+)
 from torchtitan.errors import ConfigError, WorldSizeError
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.runtime import device
 from torchtitan.tools.multiples import divisors, nearest_multiples
-
-from .batch import batch_shape, resolve_batch
-from .job_config import JobConfig
-from .load import fail
-
-if TYPE_CHECKING:
-    from torchtitan.distributed.parallel_dims import ParallelDims
 
 
 def check_layout(job_config: JobConfig, world_size: int) -> None:
@@ -23,8 +29,6 @@ def check_layout(job_config: JobConfig, world_size: int) -> None:
     Raises:
         ConfigError: they do not fit; the message names the nearest values that do.
     """
-    from torchtitan.distributed.parallel_dims import CONFIG_KEYS, ParallelDims
-
     degrees = {key: getattr(job_config.parallelism, key) for key in CONFIG_KEYS.values()}
     try:
         dims = ParallelDims.from_config(job_config.parallelism, world_size)
@@ -58,9 +62,6 @@ def _sections(job_config: JobConfig) -> list[Literal["training", "validation"]]:
 
 
 def _number_of_experts(job_config: JobConfig) -> int:
-    import torchtitan.models  # noqa: F401  (fills the registry)
-    from torchtitan.protocols.train_spec import get_train_spec
-
     return get_train_spec(job_config.model.name, job_config.model.flavor).model_args.num_experts
 
 
@@ -90,8 +91,6 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: i
 def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     if not dims.cp_enabled or job_config.parallelism.context_parallel_method != "ring":
         return
-    from torchtitan.runtime.device import device_type
-
     key = "parallelism.context_parallel_method"
     if job_config.training.document_mask:
         problem = (
@@ -104,7 +103,7 @@ def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
             "'ulysses'"
         )
         fail(job_config, key, problem)
-    if device_type() == "cuda" and job_config.training.mixed_precision_param == "float32":
+    if device.device_type() == "cuda" and job_config.training.mixed_precision_param == "float32":
         fail(
             job_config,
             key,
@@ -116,12 +115,10 @@ def _check_context_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
 def _check_tensor_parallel(job_config: JobConfig, dims: ParallelDims) -> None:
     if not job_config.parallelism.enable_async_tensor_parallel:
         return
-    from torchtitan.runtime.device import device_type
-
     config, key = job_config.compile, "parallelism.enable_async_tensor_parallel"
     if not dims.tp_enabled:
         fail(job_config, key, "needs parallelism.tensor_parallel_degree of 2 or more")
-    if device_type() != "cuda":
+    if device.device_type() != "cuda":
         fail(job_config, key, "needs CUDA devices, which can read each other's memory")
     if not config.compiles("model") or config.backend != "inductor":
         problem = "needs the compiler: set compile.enable, 'model' in compile.components and "
@@ -155,8 +152,6 @@ def _check_experts(job_config: JobConfig, dims: ParallelDims, experts: int) -> N
 
 
 def _check_pipeline(job_config: JobConfig) -> None:
-    from torchtitan.distributed.pipeline_split import splits_backward
-
     if splits_backward(job_config):
         _check_split_backward(job_config)
     size = job_config.parallelism.pipeline_parallel_microbatch_size
@@ -200,8 +195,6 @@ def _check_split_backward(job_config: JobConfig) -> None:
 
 def _check_csv_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None:
     """Check the number of micro-batches of each section against the schedule file."""
-    from torchtitan.distributed.pipeline_split import CsvSchedule
-
     needed = CsvSchedule.read(job_config).microbatches
     size = job_config.parallelism.pipeline_parallel_microbatch_size
     for section, number in microbatches.items():
@@ -218,8 +211,6 @@ def _check_csv_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> 
 
 def _check_schedule(job_config: JobConfig, microbatches: dict[str, int]) -> None:
     """Check stages per rank, and the number of micro-batches of each section, for the schedule."""
-    from torchtitan.distributed.pipeline_split import SCHEDULE_KINDS, stages_per_rank
-
     parallelism = job_config.parallelism
     schedule, pp = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_degree
     per_rank = stages_per_rank(job_config)

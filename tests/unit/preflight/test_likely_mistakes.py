@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torchtitan.config import JobConfig
 from torchtitan.config.data import DataSource
-from torchtitan.config.likely_mistakes import unlikely
+from torchtitan.preflight.likely_mistakes import unlikely
 
 
 def test_the_defaults_are_likely() -> None:

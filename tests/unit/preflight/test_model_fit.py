@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchtitan.components.model_fit import check_builders, check_vocabulary
 from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.model_fit import check_builders, check_vocabulary
 from torchtitan.protocols.train_spec import get_train_spec
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.tokenizer import check_tokenizer
-from torchtitan.config.likely_mistakes import unlikely
 from torchtitan.config.load import fail
-from torchtitan.config.validate import validate
 from torchtitan.models.plugins import load_plugins
+from torchtitan.preflight.likely_mistakes import unlikely
+from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 from torchtitan.runtime.world import rank
 from torchtitan.tools.profiling import check_profiling
