@@ -26,8 +26,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import SequenceParallel
 
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.select_rows import inverse_permutation, select_rows
 from torchtitan.distributed.tensor_parallel import OwnTokens, Plan
-from torchtitan.tools.select_rows import inverse_permutation, select_rows
 
 if TYPE_CHECKING:
     from torchtitan.models.common.moe import MoE

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from torchtitan.tools.select_rows import inverse_permutation, select_rows
+from torchtitan.distributed.select_rows import inverse_permutation, select_rows
 
 from .feed_forward import FeedForward
 from .router import TopKRouter

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from torchtitan.distributed.select_rows import inverse_permutation, select_rows
 from torchtitan.models.common.moe import GroupedExperts, MoE, MoEArgs
-from torchtitan.tools.select_rows import inverse_permutation, select_rows
 
 ARGS = MoEArgs(num_experts=6, top_k=2, hidden_dim=24)
 DIM = 16
