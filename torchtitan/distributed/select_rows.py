@@ -1,4 +1,4 @@
-"""Reorders the rows of a matrix."""
+"""Reorder the rows of a matrix."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ModelOptions:
 
 
 @dataclass
-class Source:
+class CheckpointSource:
     """The contents of a checkpoint folder, as far as known without reading weights."""
 
     folder: Path
@@ -116,7 +116,7 @@ class Source:
 class LoadedModel:
     """A model with its weights."""
 
-    source: Source
+    source: CheckpointSource
     model: nn.Module
     parallel_dims: ParallelDims
 
@@ -126,7 +126,7 @@ class LoadedModel:
         return dims.world_mesh["tp"].get_group() if dims.tp_enabled else None
 
 
-def open_source(options: ModelOptions) -> Source:
+def open_source(options: ModelOptions) -> CheckpointSource:
     """Determine the folder's contents, and check that model, tokenizer and layout fit together.
 
     Raises:
@@ -161,7 +161,7 @@ def open_source(options: ModelOptions) -> Source:
     spec = replace(spec, model_args=spec.model_args.update_from_config(job_config))
     tokenizer = tokenizer_fn(job_config)
     of_run = saved_config is not None
-    source = Source(folder, name, spec, job_config, tokenizer, manifest, of_run)
+    source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
     _check_vocabulary(source)
     source.stop_tokens = _stop_tokens(source)
     source.max_seq_len = _max_seq_len(source)
@@ -186,7 +186,7 @@ def _model(options: ModelOptions, folder: Path, is_hf: bool) -> tuple[str, str, 
     return options.model, flavor, get_train_spec(options.model, flavor)
 
 
-def load_model(source: Source) -> LoadedModel:
+def load_model(source: CheckpointSource) -> LoadedModel:
     """Build the model, spread it over the ranks, and read its weights.
 
     With more than one rank, they must have joined a process group.
@@ -284,7 +284,7 @@ def _set_layout(config: JobConfig, options: ModelOptions, spec: TrainSpec) -> No
     config.loss.z_loss_weight = 0.0
 
 
-def _check_vocabulary(source: Source) -> None:
+def _check_vocabulary(source: CheckpointSource) -> None:
     size = getattr(source.spec.model_args, "vocab_size", None)
     if fits_vocabulary(source.tokenizer, size, source.job_config.model.tokenizer_path):
         return
@@ -296,7 +296,7 @@ def _check_vocabulary(source: Source) -> None:
     )
 
 
-def _stop_tokens(source: Source) -> frozenset[int]:
+def _stop_tokens(source: CheckpointSource) -> frozenset[int]:
     """Return the tokenizer's eos, the end tokens in its folder and in that of the weights, and the
     token that ended a turn in the run's conversations.
     """
@@ -332,7 +332,7 @@ def _told_ends(folder: Path) -> list[int]:
     return []
 
 
-def _max_seq_len(source: Source) -> int | None:
+def _max_seq_len(source: CheckpointSource) -> int | None:
     limit = getattr(source.spec.model_args, "max_seq_len", None)
     if limit is not None:
         return limit

@@ -14,9 +14,9 @@ import tyro
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.generation.generator import Completion, Generator
 from torchtitan.generation.load import (
+    CheckpointSource,
     LoadedModel,
     ModelOptions,
-    Source,
     load_model,
     open_source,
     process_group,
@@ -133,7 +133,9 @@ def read_prompts(options: Options) -> list[str]:
     return texts
 
 
-def limit_of_new_tokens(source: Source, prompts: list[list[int]], wanted: int | None) -> int:
+def limit_of_new_tokens(
+    source: CheckpointSource, prompts: list[list[int]], wanted: int | None
+) -> int:
     """Return the number of tokens to generate. Raises `ConfigError` if the model supports fewer."""
     limit, longest = source.max_seq_len, max(map(len, prompts))
     if limit is None:
@@ -194,7 +196,11 @@ class Printer:
     """Writes texts to stdout in order, the first unfinished one while it is generated."""
 
     def __init__(
-        self, source: Source, titles: list[str], texts: list[str], prompts: list[list[int]]
+        self,
+        source: CheckpointSource,
+        titles: list[str],
+        texts: list[str],
+        prompts: list[list[int]],
     ) -> None:
         self.generated = [""] * len(texts)
         self._unwritten = [title + text for title, text in zip(titles, texts, strict=True)]

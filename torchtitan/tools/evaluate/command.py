@@ -9,13 +9,12 @@ from typing import Any, cast
 
 import tyro
 
-from torchtitan.data.sources import Source as Dataset
-from torchtitan.data.sources import open_dataset
+from torchtitan.data.sources import Source, open_dataset
 from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.generation.load import (
+    CheckpointSource,
     LoadedModel,
     ModelOptions,
-    Source,
     load_model,
     open_source,
     process_group,
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _check(options: Options) -> Dataset | None:
+def _check(options: Options) -> Source | None:
     """Open the dataset, if one is given. Raises `ConfigError` or `DataError`."""
     require_at_least_one(options, "seq_len", "batch_size", "max_tokens", "limit")
     if options.add_bos and options.no_add_bos:
@@ -127,7 +126,7 @@ def _check(options: Options) -> Dataset | None:
         return open_dataset(options.dataset, options.dataset_path, options.text_key)
 
 
-def _add_bos(source: Source, options: Options) -> bool:
+def _add_bos(source: CheckpointSource, options: Options) -> bool:
     """Whether to add bos. Raises `ConfigError` if it is requested, but the tokenizer has none."""
     if options.add_bos and source.tokenizer.bos_id is None:
         path = source.job_config.model.tokenizer_path
@@ -136,7 +135,7 @@ def _add_bos(source: Source, options: Options) -> bool:
 
 
 def _evaluate_dataset(
-    loaded: LoadedModel, dataset: Dataset, options: Options, add_bos: bool
+    loaded: LoadedModel, dataset: Source, options: Options, add_bos: bool
 ) -> dict[str, Any]:
     seq_len = cast(int, options.seq_len)  # it has been set by now
     with begin_errors_with(f"--dataset {options.dataset}"):

@@ -38,7 +38,7 @@ class TaskModel:
         loaded: the model; several ranks share it, and each gets all requests.
         batch_size: texts in one forward pass.
         max_seq_len: tokens that the model may see at a time. None: its own limit, or 2048.
-        add_bos: begin every context with bos. None: use `Source.add_bos`.
+        add_bos: begin every context with bos. None: use `CheckpointSource.add_bos`.
     """
 
     def __init__(

@@ -131,7 +131,7 @@ def evaluate(
     Args:
         seq_len: tokens in a sequence; the model sees none from before it.
         batch_size: sequences in one forward pass.
-        add_bos: bos begins each document. None: use `Source.add_bos`.
+        add_bos: bos begins each document. None: use `CheckpointSource.add_bos`.
     """
     dims = loaded.parallel_dims
     rank = dims.world_mesh["dp"].get_local_rank() if dims.world_size > 1 else 0
