@@ -1,10 +1,16 @@
 """Each package can be the first that a process imports: none needs another to be there before."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import torchtitan
+
+PACKAGE = Path(torchtitan.__file__).parent
 
 
 @pytest.mark.parametrize("package", ["components", "data", "planning.trace"])
@@ -36,3 +42,25 @@ def test_the_allocator_is_left_as_it_was_set(given: dict[str, str], left: str) -
         [sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == left
+
+
+@pytest.mark.parametrize(("folder", "below"), [("config", {"tools"}), ("runtime", set())])
+def test_folders_that_others_build_on(folder: str, below: set[str]) -> None:
+    for path in (PACKAGE / folder).rglob("*.py"):
+        for module in imported(ast.parse(path.read_text()).body):
+            if module.startswith("torchtitan."):
+                assert module.split(".")[1] in {folder, "errors", *below}, f"{path}: {module}"
+
+
+def imported(statements: list[ast.stmt]) -> list[str]:
+    """The modules that the statements import, also in functions, but not for types alone."""
+    found = []
+    for statement in statements:
+        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found.append(node.module or "")
+            elif isinstance(node, ast.Import):
+                found += [name.name for name in node.names]
+    return found
