@@ -32,22 +32,15 @@ MUTANTS = sorted(
 )
 QUICK = {
     "adapter_exchanges_norms",
-    "adapter_permutes_queries",
-    "angles_given_to_layers",
-    "codes_sum_left_out",
     "config_of_another_model",
     "compile_ignored",
     "dead_parameter",
-    "diffusion_condition_dropped",
     "diffusion_noise_unseeded",
     "diffusion_without_data",
     "document_mask_ignored",
-    "documents_of_row_0",
-    "dropped_before_the_norm",
     "float64_leak",
     "flops_off_by_two",
     "fsdp_in_float32",
-    "fsdp_without_root",
     "init_not_recursive",
     "layer_number_from_place",
     "layers_in_a_list",
@@ -196,9 +189,8 @@ def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None
     assert "as measured (at 64 tokens and more)" in outcomes["cost.flops"].message
 
 
-@pytest.mark.parametrize(
-    "name", ["tuple_diffusion", pytest.param("tiny_codes", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tuple_diffusion", "tiny_codes"])
 def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path) -> None:
     """Its layouts and what can be asked of any batch; what is of texts says so."""
     subject = Subject(name, "debugmodel", tmp_path, "tiny_own_batches")
@@ -225,6 +217,7 @@ def test_context_parallelism_does_not_apply_to_inputs_that_it_cannot_divide(tmp_
     assert "other inputs must be [batch], but build_dataloader_fn of weighted_t" in outcome.message
 
 
+@pytest.mark.long
 def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) -> None:
     subject = Subject("two_halves", "debugmodel", tmp_path, "two_halves")
     only = ["learning.one_batch", "semantics.lengths", "layouts.fsdp2"]
@@ -233,6 +226,7 @@ def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) 
     assert "its own loader may give only one length" in outcomes["semantics.lengths"].message
 
 
+@pytest.mark.long
 def test_a_right_model_that_refuses_long_sequences_passes(tmp_path: Path) -> None:
     subject = Subject("short_contexts", "debugmodel", tmp_path, "short_contexts")
     only = ["contract.args", "numerics.bf16", "numerics.bf16_positions", "numerics.finite"]
@@ -303,6 +297,7 @@ def test_gradients_may_be_meant_to_be_no_slopes(tmp_path: Path) -> None:
             CHECKS["learning.slope"].run(Subject(name, "debugmodel", tmp_path, "ternary"))
 
 
+@pytest.mark.long
 def test_a_right_model_whose_layers_share_a_module_passes(tmp_path: Path) -> None:
     subject = Subject("shared_projection", "debugmodel", tmp_path, "shared_projection")
     only = ["contract.recursive", "cost.nparams", "layouts.fsdp2", "checkpoints.resume_fsdp2"]

@@ -48,6 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return train(folder, *OPTIONS, *BATCH, f"--training.steps={STEPS}")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_without_a_host_that_died(
     whole: list[dict], tmp_path: Path, figures: dict[str, object]
 ) -> None:

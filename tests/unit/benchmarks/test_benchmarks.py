@@ -96,6 +96,7 @@ def test_a_loop_that_does_other_work_is_refused(tiny: Path, monkeypatch: pytest.
         trainer.compare(tiny, rounds=1, steps_per_turn=1)
 
 
+@pytest.mark.long
 def test_peers_take_turns_and_get_the_same_losses(tiny: Path):
     _, (ours, theirs) = peers.compare(tiny, "tiny-untied", rounds=2, steps_per_turn=1)
     assert len(ours.wall) == len(theirs.wall) == 2

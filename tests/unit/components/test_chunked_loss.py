@@ -135,7 +135,7 @@ def test_the_config_chooses_it() -> None:
     [
         ("aot_eager", 5, torch.float32),
         ("aot_eager", 48, torch.bfloat16),
-        ("inductor", 5, torch.bfloat16),
+        pytest.param("inductor", 5, torch.bfloat16, marks=pytest.mark.long),
     ],
 )
 def test_compiled_it_is_the_same_loss(backend: str, chunk_size: int, dtype: torch.dtype) -> None:

@@ -59,7 +59,13 @@ def start(folder: Path, mode: str, *first: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize(
     ("mode", "code", "starts"),
-    [("crash once", 0, 2), ("7", 1, 2), ("2", 2, 1), ("75", 75, 1), ("open files", 0, 1)],
+    [
+        ("crash once", 0, 2),
+        ("7", 1, 2),
+        ("2", 2, 1),
+        pytest.param("75", 75, 1, marks=pytest.mark.long),
+        ("open files", 0, 1),
+    ],
 )
 def test_crashes_are_started_again_and_leaving_is_not(
     mode: str, code: int, starts: int, tmp_path: Path
@@ -71,7 +77,9 @@ def test_crashes_are_started_again_and_leaving_is_not(
         assert "exitcode  : 7" in err
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", "SIGUSR1", pytest.param("SIGHUP", marks=pytest.mark.long)]
+)
 def test_a_signal_reaches_the_ranks(name: str, tmp_path: Path) -> None:
     process = start(tmp_path, name)
     deadline = time.monotonic() + 60
