@@ -35,10 +35,10 @@ def generate_all(folder: Path, degree: int) -> dict[str, list[list[int]]]:
         loaded = load_model(open_source(options))
         generator = Generator(loaded.model, group=loaded.tp_group)
         assert generator.uses_cache
-        completions = generator.generate(PROMPTS, 12, Sampling(temperature=0))
-        completions += generator.generate(PROMPTS[:2], 8, Sampling(top_p=0.8, seed=1))
+        completions = generator.generate(PROMPTS, 6, Sampling(temperature=0))
+        completions += generator.generate(PROMPTS[:2], 4, Sampling(top_p=0.8, seed=1))
         generator.uses_cache = False
-        completions += generator.generate(PROMPTS[:1], 5, Sampling(temperature=0))
+        completions += generator.generate(PROMPTS[:1], 3, Sampling(temperature=0))
         results[name] = [completion.tokens for completion in completions]
     return results
 
