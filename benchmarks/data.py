@@ -186,11 +186,9 @@ def _measure(name: str, folder: Path, out: Path) -> None:
 
     samples = Samples()
     if name == "prepare":
-        task = preparation.Task(
-            "jsonl", str(folder / "lines.jsonl"), "text", None, str(folder), "stop"
-        )
-        workers = os.cpu_count() or 1
-        samples.measure(lambda: preparation.prepare(task, out, workers))
+        lines, workers = str(folder / "lines.jsonl"), os.cpu_count() or 1
+        task = preparation.Prepare(out, "jsonl", lines, tokenizer_path=str(folder), workers=workers)
+        samples.measure(lambda: preparation.prepare(task))
     else:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         with (folder / "lines.jsonl").open() as file:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -17,12 +17,29 @@ from rich.table import Table
 
 from torchtitan.runtime.open_files import allow_open_files
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.options import positive
+from torchtitan.tools.options import parse_action, require_at_least_one, shown_as
 from torchtitan.tools.text import duration, human
 
-from .inspect import inspect
+from .inspect import Inspect, inspect
 from .kept_batch import show_batch
-from .prepare import Progress, Task, prepare
+from .prepare import Prepare, Progress, prepare
+
+DESCRIPTION = "Tokenize datasets, and inspect data."
+
+
+@dataclass
+class Batch:
+    """Show a bad batch that a run kept."""
+
+    folder: Annotated[tyro.conf.Positional[Path], shown_as("FOLDER")]
+    """DUMP_FOLDER/bad_batches/batch-N."""
+    tokenizer_path: Annotated[str | None, shown_as("PATH")] = None
+    """Default: the run's tokenizer"""
+    characters: Annotated[int, shown_as("N")] = 400
+    """The most to show of a row."""
+
+
+ACTIONS = {"prepare": Prepare, "inspect": Inspect, "batch": Batch}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,118 +48,33 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         TitanError: an option, the data or the tokenizer is wrong.
     """
-    options = vars(_parser().parse_args(argv))
+    options = parse_action(ACTIONS, argv, "torchtitan data", DESCRIPTION)
     init_logger()
     allow_open_files()  # the data may consist of thousands of memory-mapped files
-    command = options.pop("command")  # the other options are the arguments of its function
-    if command == "prepare":
-        return _prepare(**options)
-    if command == "inspect":
-        inspect(**options)
-    else:
-        show_batch(**options)
+    match options:
+        case Prepare():
+            return _prepare(options)
+        case Inspect():
+            inspect(options)
+        case Batch(folder, tokenizer_path, characters):
+            require_at_least_one(options, "characters")
+            show_batch(folder, tokenizer_path, characters)
     return 0
 
 
-def _prepare(out: Path, workers: int, shards: int | None, **task: Any) -> int:
+def _prepare(options: Prepare) -> int:
     try:
         with _Bar() as bar:
-            index = prepare(Task(**task), out, workers, shards, bar.show)
+            index = prepare(options, bar.show)
     except KeyboardInterrupt:
         sys.stderr.write("stopped; run the same command again to prepare the missing shards\n")
         return 128 + signal.SIGINT
     skipped = f", {index['skipped']:,} documents skipped" if index["skipped"] else ""
     sys.stdout.write(
-        f"{out}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
+        f"{options.out}: {index['documents']:,} documents, {index['tokens']:,} tokens, "
         f"{len(index['shards'])} shards{skipped}\n"
     )
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="torchtitan data", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    one = commands.add_parser("prepare", help="tokenize a dataset into memory-mapped shards")
-    one.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="for the shards and their index"
-    )
-    one.add_argument("--dataset", default="text", help="as in training.dataset (default: text)")
-    one.add_argument("--dataset-path", metavar="PATH", help="as in training.dataset_path")
-    _add_fields(one)
-    one.add_argument("--tokenizer-path", default="bytes", help="as in model.tokenizer_path")
-    one.add_argument("--add-bos", action="store_true", help="as in data.add_bos")
-    one.add_argument(
-        "--workers", type=positive, default=_cores(), help="processes (default: one per core)"
-    )
-    one.add_argument(
-        "--shards",
-        type=positive,
-        metavar="N",
-        help="number of shards (default: 64, up to 1024 for large data; a stream gets one shard "
-        "per file)",
-    )
-    one.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="on a malformed document, stop or skip it (default: stop)",
-    )
-    _add_import(one)
-
-    two = commands.add_parser("inspect", help="show statistics and decoded samples of data")
-    two.add_argument(
-        "path",
-        nargs="?",
-        default="",
-        metavar="PATH",
-        help="prepared tokens, or the path of --dataset",
-    )
-    two.add_argument("--dataset", default="tokens", help="as in training.dataset (default: tokens)")
-    _add_fields(two)
-    two.add_argument("--tokenizer-path", help="default: the one the tokens were prepared with")
-    two.add_argument(
-        "--samples", type=positive, default=3, metavar="N", help="documents to show (default: 3)"
-    )
-    two.add_argument(
-        "--characters", type=positive, default=400, metavar="N", help="per sample (default: 400)"
-    )
-    two.add_argument("--verify", action="store_true", help="check the content hashes first")
-    two.add_argument("--chat-template", metavar="FILE", help="as in data.chat_template")
-    _add_import(two)
-
-    three = commands.add_parser("batch", help="show a bad batch that a run kept")
-    three.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="DUMP_FOLDER/bad_batches/batch-N"
-    )
-    three.add_argument("--tokenizer-path", help="default: the run's tokenizer")
-    three.add_argument(
-        "--characters", type=positive, default=400, metavar="N", help="per row (default: 400)"
-    )
-    return parser
-
-
-def _add_fields(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--text-key", default="text", help="as in training.text_key (default: text)"
-    )
-    parser.add_argument("--split", help="as in training.split")
-
-
-def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--custom-import",
-        default="",
-        metavar="MODULE",
-        help="Python module to import first, so that it can register a dataset",
-    )
-
-
-def _cores() -> int:
-    """Count the cores that this process may use: a job often has a share of a large host."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _Bar:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Sized
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import numpy as np
+import tyro
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer, Tokenizer, open_tokenizer
 from torchtitan.errors import ConfigError, DataError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
+from torchtitan.tools.options import require_at_least_one, shown_as
 
 from .chat import load_template
 from .encode import Encoder, take
@@ -25,47 +29,55 @@ _MEASURED_TOKENS = 20_000_000
 """The statistics of a large dataset are taken from this many documents or tokens."""
 
 
-def inspect(
-    path: str,
-    *,
-    dataset: str,
-    text_key: str,
-    split: str | None,
-    tokenizer_path: str | None,
-    samples: int,
-    characters: int,
-    verify: bool,
-    chat_template: str | None,
-    custom_import: str,
-) -> None:
+@dataclass
+class Inspect:
+    """Show statistics and decoded samples of data."""
+
+    path: Annotated[tyro.conf.Positional[str], shown_as("[PATH]")] = ""
+    """Prepared tokens, or the path of --dataset."""
+    dataset: Annotated[str, shown_as("NAME")] = "tokens"
+    """As in training.dataset."""
+    text_key: Annotated[str, shown_as("KEY")] = "text"
+    """As in training.text_key."""
+    split: Annotated[str | None, shown_as("NAME")] = None
+    """As in training.split."""
+    tokenizer_path: Annotated[str | None, shown_as("PATH")] = None
+    """Default: the one the tokens were prepared with"""
+    samples: Annotated[int, shown_as("N")] = 3
+    """Documents to show."""
+    characters: Annotated[int, shown_as("N")] = 400
+    """The most to show of each document."""
+    verify: bool = False
+    """Check the content hashes first."""
+    chat_template: Annotated[str | None, shown_as("FILE")] = None
+    """As in data.chat_template."""
+    custom_import: Annotated[str, shown_as("MODULE")] = ""
+    """Python module to import first, so that it can register a dataset."""
+
+
+def inspect(options: Inspect) -> None:
     """Write statistics and decoded samples of a dataset to stdout.
 
     The documents are picked by a fixed pseudo-random permutation; of a dataset that can only be
     read in order, the first ones are taken.
 
-    Args:
-        path: `dataset_path`, or "" for none.
-        tokenizer_path: None for the tokenizer of the prepared tokens.
-        samples: documents to show.
-        characters: the most to show of each document.
-        verify: check the content hashes of prepared tokens.
-        chat_template: as `data.chat_template`.
-        custom_import: a module that registers a dataset.
-
     Raises:
-        TitanError: the data or the tokenizer is missing, damaged, or they do not fit.
+        TitanError: an option is wrong, or the data or the tokenizer is missing, damaged, or they do
+            not fit.
     """
-    if custom_import:
-        load_plugins(custom_import)
+    require_at_least_one(options, "samples", "characters")
+    if options.custom_import:
+        load_plugins(options.custom_import)
+    path, dataset = options.path, options.dataset
     with begin_errors_with(f"--dataset {dataset}"):
-        source = open_dataset(dataset, path or None, text_key, split)
-    tokenizer, tokenizer_path = _tokenizer(source, tokenizer_path)
-    if verify:
+        source = open_dataset(dataset, path or None, options.text_key, options.split)
+    tokenizer, tokenizer_path = _tokenizer(source, options.tokenizer_path)
+    if options.verify:
         if not isinstance(source, PreparedTokens):
             raise ConfigError("--verify: only prepared tokens have content hashes")
         source.verify()
     encoder = Encoder(
-        tokenizer, partial(load_template, chat_template, tokenizer_path), on_error="skip"
+        tokenizer, partial(load_template, options.chat_template, tokenizer_path), on_error="skip"
     )
     encoder.check(source)
 
@@ -84,7 +96,7 @@ def inspect(
                 f"{len(counts)}: the data is damaged; --verify finds out where"
             )
         counts += np.bincount(unmasked, minlength=len(counts))
-        if len(shown) < samples:
+        if len(shown) < options.samples:
             shown.append((name, ids))
         elif measured > _MEASURED_TOKENS:
             break
@@ -93,7 +105,8 @@ def inspect(
     lines = [*_facts(source, path), f"tokenizer      {tokenizer_path}"]
     lines += _statistics(np.array(lengths), counts, tokenizer, encoder)
     for name, ids in shown:
-        lines += ["", f"--- {name}: {len(ids):,} tokens ---", _text(ids, tokenizer, characters)]
+        text = _text(ids, tokenizer, options.characters)
+        lines += ["", f"--- {name}: {len(ids):,} tokens ---", text]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

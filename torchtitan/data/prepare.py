@@ -20,13 +20,16 @@ from typing import Any
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.tools.foreign_files import parse_json
+from torchtitan.tools.options import require_at_least_one
 
-from .prepare_work import Job, Task, length_of, write_shards
+from .prepare_work import Job, Prepare, length_of, write_shards
 from .prepared_tokens import FORMAT, INDEX, VERSION, read_index
 from .sources import Source
 from .whole_files import Lock, write_json, writing
 
 SETTINGS = "prepare.json"
+_NO_SETTINGS = ("out", "workers", "shards", "custom_import")
+"""Options that may change when a preparation goes on; but the number of shards may not."""
 _MOST_SHARDS = 1024
 """Each rank may map all of them, two files each, and a mapping keeps its file open: 2,048 open
 files, half of the 4,096 that many systems allow a process at most: see `mapped.most_shards`. With
@@ -48,32 +51,24 @@ class Progress:
 
 
 def prepare(
-    task: Task,
-    out: Path,
-    workers: int,
-    shards: int | None = None,
-    show: Callable[[Progress], None] = lambda progress: None,
+    task: Prepare, show: Callable[[Progress], None] = lambda progress: None
 ) -> dict[str, Any]:
-    """Write the missing parts of the folder `out`, or all of it. Return its index.
+    """Write the missing parts of the folder `task.out`, or all of it. Return its index.
 
-    Args:
-        task: what to prepare.
-        out: folder; created if it does not exist.
-        workers: processes.
-        shards: number of shards; None for a number that suits the dataset, `_MOST_SHARDS` at most.
-        show: called now and then.
+    `show` is called now and then.
 
     Raises:
-        ConfigError: `out` holds something else, or cannot be written; or the dataset is a stream,
-            whose files are the shards, and `shards` is not their number.
+        ConfigError: a number is below 1; or `out` holds something else, or cannot be written; or
+            the dataset is a stream, whose files are the shards, and `shards` is not their number.
         DataError: the dataset is missing, empty or malformed, or does not fit `add_bos`, or a
             process died.
     """
+    require_at_least_one(task, "workers", "shards")
     source, tokenizer = task.open()
-    total = length_of(source)
-    parts = _count_parts(source, total, shards)
+    out, total = task.out, length_of(source)
+    parts = _count_parts(source, total, task.shards)
     settings = {
-        **{key: value for key, value in asdict(task).items() if key != "custom_import"},
+        **{key: value for key, value in asdict(task).items() if key not in _NO_SETTINGS},
         "tokenizer": _tokenizer_record(task, tokenizer),
         "source": _fingerprint(getattr(source, "files", []), total),
         "shards": parts,
@@ -92,9 +87,9 @@ def prepare(
         done = [record for part in range(parts) if (record := _record(out, part))]
         documents = sum(record["documents"] for record in done)
         tokens = sum(record["tokens"] for record in done)
-        job = Job(task, out, dtype, parts, todo, os.getpid(), lock)
+        job = Job(task, dtype, parts, todo, os.getpid(), lock)
         before = len(done), documents, tokens
-        for counts in write_shards(job, max(1, min(workers, len(todo)))):
+        for counts in write_shards(job, max(1, min(task.workers, len(todo)))):
             now = [sum(pair) for pair in zip(before, counts, strict=True)]
             show(Progress(now[0], now[1], now[2], parts, total))
         return _write_index(out, settings, dtype, parts)
@@ -214,7 +209,7 @@ def _count_parts(source: Source, total: int | None, wanted: int | None) -> int:
 
 
 def _tokenizer_record(
-    task: Task, tokenizer: BytesTokenizer | HuggingFaceTokenizer
+    task: Prepare, tokenizer: BytesTokenizer | HuggingFaceTokenizer
 ) -> dict[str, Any]:
     return {
         "path": task.tokenizer_path,

@@ -9,15 +9,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer, open_tokenizer
 from torchtitan.errors import DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
+from torchtitan.tools.options import shown_as
 
 from .encode import Encoder, enclose, is_unicode, take
 from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
@@ -27,18 +28,39 @@ _BATCH_CHARACTERS = 2**20
 _BATCH_DOCUMENTS = 1024
 
 
-@dataclass(frozen=True)
-class Task:
-    """The dataset to prepare, and the settings."""
+def _cores() -> int:
+    """Count the cores that this process may use: a job often has a share of a large host."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    dataset: str
-    dataset_path: str | None
-    text_key: str
-    split: str | None
-    tokenizer_path: str
-    on_error: Literal["stop", "skip"]
-    custom_import: str = ""
+
+@dataclass(frozen=True)
+class Prepare:
+    """Tokenize a dataset into memory-mapped shards."""
+
+    out: Annotated[Path, shown_as("FOLDER")]
+    """For the shards and their index; created if it does not exist."""
+    dataset: Annotated[str, shown_as("NAME")] = "text"
+    """As in training.dataset."""
+    dataset_path: Annotated[str | None, shown_as("PATH")] = None
+    """As in training.dataset_path."""
+    text_key: Annotated[str, shown_as("KEY")] = "text"
+    """As in training.text_key."""
+    split: Annotated[str | None, shown_as("NAME")] = None
+    """As in training.split."""
+    tokenizer_path: Annotated[str, shown_as("PATH")] = "bytes"
+    """As in model.tokenizer_path."""
     add_bos: bool = False
+    """As in data.add_bos."""
+    workers: Annotated[int, shown_as("N")] = field(default_factory=_cores)
+    """Processes. If not set, one per core."""
+    shards: Annotated[int | None, shown_as("N")] = None
+    """Number of shards. Default: 64, up to 1024 for large data; for a stream, one per file"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """On a malformed document, stop or skip it."""
+    custom_import: Annotated[str, shown_as("MODULE")] = ""
+    """Python module to import first, so that it can register a dataset."""
 
     def encoder(self, tokenizer: BytesTokenizer | HuggingFaceTokenizer) -> Encoder:
         """Create the encoder. Raises `DataError`, which names the option."""
@@ -60,8 +82,7 @@ class Task:
 class Job:
     """The work that the processes divide among them."""
 
-    task: Task
-    out: Path
+    task: Prepare
     dtype: str
     parts: int
     todo: list[int]
@@ -144,7 +165,7 @@ def _how_it_died(code: int) -> str:
 
 def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters: Any) -> None:
     """Write tokens, then ends, then the record; each file is written atomically."""
-    skipped, out = encoder.skipped, job.out
+    skipped, out = encoder.skipped, job.task.out
     name = f"shard-{part:05d}"
     ends, tokens = [], 0
     with FileWriter(out / f"{name}.bin") as file:

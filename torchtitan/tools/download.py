@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
+
+import tyro
 
 from torchtitan.errors import ConfigError, DataError
+from torchtitan.tools.options import shown_as
 from torchtitan.tools.text import first_line, human_bytes
 
-PARTS = {
+DESCRIPTION = """\
+Download a model from the Hugging Face hub.
+
+If the model needs a token, set HF_TOKEN in the environment.
+
+After an interruption, the same command fetches the missing files."""
+
+Part = Literal["weights", "tokenizer", "config"]
+PARTS: dict[Part, tuple[str, ...]] = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "tokenizer": (
         "tokenizer*",
@@ -26,6 +37,20 @@ PARTS = {
 """Part of a model -> patterns of its files."""
 
 
+@dataclass
+class Options:
+    repo: Annotated[tyro.conf.Positional[str], shown_as("REPO")]
+    """Such as HuggingFaceTB/SmolLM2-135M."""
+    out: Annotated[Path | None, shown_as("DIR")] = None
+    """Default: assets/NAME"""
+    include: Annotated[tyro.conf.UseAppendAction[list[Part]], shown_as("PART")] = field(
+        default_factory=list
+    )
+    """Fetch only this part: weights, tokenizer or config. Default: all three"""
+    revision: Annotated[str | None, shown_as("R")] = None
+    """Branch, tag or commit. Default: main"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command with the arguments after `torchtitan download`; return the exit code.
 
@@ -33,16 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         ConfigError: the package `huggingface_hub` is missing, or `--out` is a file.
         DataError: the hub cannot be reached, or has no such model, revision or files for this user.
     """
-    args = _parser().parse_args(argv)
-    out = args.out or Path("assets", args.repo.rpartition("/")[2])
+    options = tyro.cli(Options, args=argv, prog="torchtitan download", description=DESCRIPTION)
+    out = options.out or Path("assets", options.repo.rpartition("/")[2])
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file, not a folder")
-    patterns = [p for part in args.include or PARTS for p in PARTS[part]]
-    _download(args.repo, args.revision, patterns, out)
+    patterns = [p for part in options.include or PARTS for p in PARTS[part]]
+    _download(options.repo, options.revision, patterns, out)
     files = [path for path in out.rglob("*") if path.is_file() and ".cache" not in path.parts]
     if not files:
-        parts = ", ".join(args.include or PARTS)
-        raise DataError(f"{args.repo} has no files for {parts} ({' '.join(patterns)})")
+        parts = ", ".join(options.include or PARTS)
+        raise DataError(f"{options.repo} has no files for {parts} ({' '.join(patterns)})")
     size = human_bytes(sum(path.stat().st_size for path in files))
     sys.stdout.write(f"{out}: {len(files)} files, {size}\n")
     return 0
@@ -121,22 +146,3 @@ def _endpoint() -> str:
 
 def _url(repo: str) -> str:
     return f"{_endpoint()}/{repo}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan download",
-        description="Download a model from the Hugging Face hub. If the model needs a token, set "
-        "HF_TOKEN in the environment. After an interruption, the same command fetches the missing "
-        "files.",
-    )
-    parser.add_argument("repo", metavar="REPO", help="such as HuggingFaceTB/SmolLM2-135M")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: assets/NAME")
-    parser.add_argument(
-        "--include",
-        action="append",
-        choices=PARTS,
-        help="fetch only this part; may be given several times (default: all three)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit (default: main)")
-    return parser

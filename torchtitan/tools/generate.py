@@ -83,7 +83,6 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError, CheckpointError, DataError: the user made a mistake.
     """
-    argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan generate", description=DESCRIPTION)
     init_logger()
     require_at_least_one(options, "max_new_tokens", "num_samples", "batch_size")

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.import_errors import BrokenModel
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
-from torchtitan.tools.options import positive
+from torchtitan.tools.options import require_at_least_one, shown_as
 from torchtitan.tools.tables import print_table
 from torchtitan.tools.text import human
 from torchtitan.tools.user_module import with_place
+
+
+@dataclass
+class Options:
+    name: Annotated[tyro.conf.Positional[str | None], shown_as("[NAME]")] = None
+    """List only this model."""
+    custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
+    """Python module to import first, so that it can register a model."""
+    seq_len: Annotated[int, shown_as("N")] = 4096
+    """Sequence length for the FLOP count."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +47,22 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an unknown model, or a custom import that fails.
     """
-    args = _parser().parse_args(argv)
-    load_plugins(args.custom_import)
-    if args.name is not None and args.name not in MODEL_REGISTRY:
-        raise ConfigError(f"no model {args.name!r}.{did_you_mean(args.name, MODEL_REGISTRY)}")
+    description = "List models, their flavors and sizes."
+    options = tyro.cli(Options, args=argv, prog="torchtitan models", description=description)
+    require_at_least_one(options, "seq_len")
+    load_plugins(options.custom_import)
+    if options.name is not None and options.name not in MODEL_REGISTRY:
+        raise ConfigError(f"no model {options.name!r}.{did_you_mean(options.name, MODEL_REGISTRY)}")
     sizes, problems = [], []
-    for name in [args.name] if args.name else sorted(MODEL_REGISTRY):
+    for name in [options.name] if options.name else sorted(MODEL_REGISTRY):
         try:
-            sizes += model_sizes(name, args.seq_len)
+            sizes += model_sizes(name, options.seq_len)
         except Exception as error:  # from the model author's code
-            if args.name:
+            if options.name:
                 raise
             problems.append(_problem(name, error))
 
-    header = ["model", "flavor", "parameters", "exactly", f"GFLOP/token at {args.seq_len:,}"]
+    header = ["model", "flavor", "parameters", "exactly", f"GFLOP/token at {options.seq_len:,}"]
     rows = [
         [s.model, s.flavor, human(s.nparams), f"{s.nparams:,}", f"{s.flops_per_token / 1e9:,.3f}"]
         for s in sizes
@@ -79,25 +93,3 @@ def _problem(name: str, error: Exception) -> str:
         return str(error)
     package = sys.modules[MODEL_REGISTRY[name].__module__]
     return f"{name}: {with_place(error, [str(Path(package.__file__ or '').parent)])}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan models", description="List models, their flavors and sizes."
-    )
-    parser.add_argument("name", nargs="?", help="list only this model")
-    parser.add_argument(
-        "--custom-import",
-        "--job.custom_import",
-        default="",
-        metavar="MODULE",
-        help="Python module to import first, so that it can register a model",
-    )
-    parser.add_argument(
-        "--seq-len",
-        type=positive,
-        default=4096,
-        metavar="N",
-        help="sequence length for the FLOP count (default: 4096)",
-    )
-    return parser

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from typing import Any
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, did_you_mean
 
 
 def shown_as(metavar: str, *aliases: str) -> Any:
-    """Return an annotation for tyro: the name of an option's value in the help, and its aliases."""
+    """Return an annotation for tyro: the name of an option's value in the help, and its aliases.
+
+    Aliases are written with dashes: tyro would not find them by underscores.
+    """
     import tyro
 
-    return tyro.conf.arg(metavar=metavar, aliases=aliases)
+    return tyro.conf.arg(metavar=metavar, aliases=aliases, help_behavior_hint=_default)
+
+
+def _default(value: str) -> str:
+    """Return the end of an option's help; that a default is empty says nothing."""
+    return {"": "(repeatable)", "''": "", "None": ""}.get(value, f"(default: {value})")
+
+
+def parse_action(
+    actions: dict[str, Any], argv: list[str] | None, prog: str, description: str
+) -> Any:
+    """Parse the arguments of a command with actions: name -> dataclass, its docstring is the help.
+
+    Raises:
+        ConfigError: there is no such action.
+        SystemExit: code 0 after printing help, 2 if an option is wrong.
+    """
+    import tyro
+
+    name, *options = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in actions:
+        return tyro.cli(actions[name], args=options, prog=f"{prog} {name}")
+    if name not in ("", "-h", "--help"):
+        raise ConfigError(f"{prog}: unknown action {name!r}.{did_you_mean(name, actions)}")
+    return tyro.extras.subcommand_cli_from_dict(
+        actions, args=[name] if name else [], prog=prog, description=description
+    )
 
 
 def flag(name: str) -> str:
@@ -34,11 +63,3 @@ def require_at_least_one(options: object, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{flag(name)} {value}: must be at least 1")
-
-
-def positive(text: str) -> int:
-    """Parse an argument of argparse as a positive integer."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
-    return number

@@ -268,8 +268,9 @@ def test_as_many_processes_as_cores_it_may_use(
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
     monkeypatch.setattr(
         "torchtitan.data.command.prepare",
-        lambda task, out, workers, *rest: (
-            seen.append(workers) or {"documents": 0, "tokens": 0} | {"shards": [], "skipped": 0}
+        lambda options, show: (
+            seen.append(options.workers)
+            or {"documents": 0, "tokens": 0} | {"shards": [], "skipped": 0}
         ),
     )
     main_of_data(["prepare", "--out", str(tmp_path / "out")])

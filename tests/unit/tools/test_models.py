@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
+from torchtitan import cli
 from torchtitan.errors import ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.protocols.model import BaseModelArgs
@@ -60,7 +61,7 @@ def test_seq_len_changes_the_flops(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("length", ["0", "-1", "many"])
 def test_seq_len_out_of_range_is_refused(length: str) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["toy", "--seq-len", length])
+        cli.main(["models", "toy", "--seq-len", length])
     assert caught.value.code == 2
 
 

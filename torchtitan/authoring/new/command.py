@@ -52,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an argument is wrong, or something of that name exists already.
     """
-    argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan new", description=DESCRIPTION)
     names = Names.of(options.name)
     models = sorted(path.parent.parent.name for path in MODELS.glob("*/model/model.py"))

@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.options import parse_action, require_at_least_one, shown_as
 
 from .diff import diff
 from .listing import prune, show, verify
+
+DESCRIPTION = "List, verify, prune and compare checkpoints. A PATH may be a URL."
+
+
+@dataclass
+class List:
+    """List a run's checkpoints: step, time, size, state."""
+
+    path: Annotated[tyro.conf.Positional[str], shown_as("PATH")]
+    """A run's folder, or that of its checkpoints."""
+
+
+@dataclass
+class Verify:
+    """Read all files and compare their checksums."""
+
+    paths: Annotated[tyro.conf.Positional[list[str]], shown_as("PATH [PATH ...]")]
+    """A checkpoint, or a folder of checkpoints."""
+
+
+@dataclass
+class Prune:
+    """Delete all resumable checkpoints but the newest K."""
+
+    path: Annotated[tyro.conf.Positional[str], shown_as("PATH")]
+    """A run's folder, or that of its checkpoints."""
+    keep: Annotated[int, shown_as("K")]
+    """Number to keep."""
+    keep_every: Annotated[int, shown_as("N")] = 0
+    """Also keep those of every N steps."""
+    dry_run: bool = False
+    """Only show what would be deleted."""
+
+
+@dataclass
+class Diff:
+    """Compare two checkpoints, or two Hugging Face folders."""
+
+    first: Annotated[tyro.conf.Positional[str], shown_as("A")]
+    """A step-N or a Hugging Face folder."""
+    second: Annotated[tyro.conf.Positional[str], shown_as("B")]
+    """The other."""
+
+
+ACTIONS = {"list": List, "verify": Verify, "prune": Prune, "diff": Diff}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,47 +66,21 @@ def main(argv: list[str] | None = None) -> int:
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be read or deleted.
-        ConfigError: an unknown kind of URL, or a wrong number.
+        ConfigError: an unknown action or kind of URL, or a wrong number.
     """
-    args = _parser().parse_args(argv)
-    if args.action == "list":
-        show(args.path)
-    elif args.action == "verify":
-        return verify(args.paths)
-    elif args.action == "prune":
-        if args.keep < 1:
-            raise ConfigError(f"--keep {args.keep}: must be 1 or more")
-        if args.keep_every < 0:
-            raise ConfigError(f"--keep-every {args.keep_every}: must be 0 or more")
-        prune(args.path, args.keep, args.keep_every, args.dry_run)
-    else:
-        return diff(args.first, args.second)
+    options = parse_action(ACTIONS, argv, "torchtitan checkpoint", DESCRIPTION)
+    match options:
+        case List(path):
+            show(path)
+        case Verify(paths):
+            if not paths:
+                raise ConfigError("give a checkpoint: torchtitan checkpoint verify PATH [PATH ...]")
+            return verify(paths)
+        case Prune(path, keep, keep_every, dry_run):
+            require_at_least_one(options, "keep")
+            if keep_every < 0:
+                raise ConfigError(f"--keep-every {keep_every}: must be 0 or more")
+            prune(path, keep, keep_every, dry_run)
+        case Diff(first, second):
+            return diff(first, second)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan checkpoint",
-        description="List, verify, prune and compare checkpoints. A PATH may be a URL.",
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="list a run's checkpoints: step, time, size, state")
-    listing.add_argument("path", metavar="PATH", help="a run's folder, or that of its checkpoints")
-
-    verify = actions.add_parser("verify", help="read all files and compare their checksums")
-    verify.add_argument(
-        "paths", nargs="+", metavar="PATH", help="a checkpoint, or a folder of checkpoints"
-    )
-
-    prune = actions.add_parser("prune", help="delete all resumable checkpoints but the newest K")
-    prune.add_argument("path", metavar="PATH", help="a run's folder, or that of its checkpoints")
-    prune.add_argument("--keep", type=int, required=True, metavar="K", help="number to keep")
-    prune.add_argument(
-        "--keep-every", type=int, default=0, metavar="N", help="also keep those of every N steps"
-    )
-    prune.add_argument("--dry-run", action="store_true", help="only show what would be deleted")
-
-    diff = actions.add_parser("diff", help="compare two checkpoints, or two HF folders")
-    diff.add_argument("first", metavar="A", help="a step-N or a Hugging Face folder")
-    diff.add_argument("second", metavar="B")
-    return parser

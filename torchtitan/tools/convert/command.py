@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.resume import saved_config
@@ -15,6 +17,7 @@ from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder, model_of_options
+from torchtitan.tools.options import parse_action, shown_as
 from torchtitan.tools.run_folder import CONFIG_FILE
 from torchtitan.tools.text import human_bytes, three_digits
 
@@ -23,7 +26,53 @@ from .inspect import show
 from .output import refuse_existing
 from .to_hf import convert_to_hf
 
-DTYPES = ("float32", "bfloat16", "float16")
+DESCRIPTION = "Convert checkpoints from and to Hugging Face folders, and inspect both."
+
+
+@dataclass
+class _Conversion:
+    source: Path
+    out: Annotated[tyro.conf.Positional[Path], shown_as("OUT")]
+    """Folder to make."""
+    custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
+    """Python module to import first, to register a model. Default for to-hf: the run's"""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, shown_as("DTYPE")] = None
+    """float32, bfloat16 or float16. Default: each tensor keeps its dtype"""
+    model: Annotated[str | None, shown_as("NAME")] = None
+    """Model name, if not recorded there."""
+    flavor: Annotated[str | None, shown_as("F")] = None
+    """Flavor of --model."""
+
+
+@dataclass
+class FromHf(_Conversion):
+    """Make a checkpoint from a Hugging Face folder."""
+
+    source: Annotated[tyro.conf.Positional[Path], shown_as("HF_DIR")]
+    """Folder with safetensors and config.json."""
+
+
+@dataclass
+class ToHf(_Conversion):
+    """Make a Hugging Face folder from a checkpoint (step-N)."""
+
+    source: Annotated[tyro.conf.Positional[Path], shown_as("CKPT")]
+    """Checkpoint (step-N)."""
+    tokenizer: Annotated[str | None, shown_as("bytes|FOLDER")] = None
+    """Tokenizer to include. Default: the run's"""
+
+
+@dataclass
+class Inspect:
+    """List the tensors of either kind."""
+
+    path: Annotated[tyro.conf.Positional[Path], shown_as("PATH")]
+    """Checkpoint or Hugging Face folder."""
+    custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
+    """Python module to import first, so that it can register a model."""
+
+
+ACTIONS = {"from-hf": FromHf, "to-hf": ToHf, "inspect": Inspect}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,27 +82,28 @@ def main(argv: list[str] | None = None) -> int:
         ConfigError: an unknown model, or a custom import that fails.
         CheckpointError: see `convert_from_hf`, `convert_to_hf` and `inspect`.
     """
-    args = _parser().parse_args(argv)
-    load_plugins(args.custom_import)
-    if args.action == "inspect":
-        show(args.path)
+    options = parse_action(ACTIONS, argv, "torchtitan convert", DESCRIPTION)
+    load_plugins(options.custom_import)
+    if isinstance(options, Inspect):
+        show(options.path)
         return 0
-    if not args.source.is_dir():
-        raise ConfigError(f"{args.source}: no such folder")
-    refuse_existing(args.out)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    told = model_of_options(args.model, args.flavor)
+    source, out = options.source, options.out
+    if not source.is_dir():
+        raise ConfigError(f"{source}: no such folder")
+    refuse_existing(out)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    told = model_of_options(options.model, options.flavor)
     start = time.perf_counter()
-    if args.action == "from-hf":
-        known = model_of_hf_folder(args.source, told)
-        written = convert_from_hf(args.source, args.out, known, dtype).nbytes
+    if isinstance(options, FromHf):
+        known = model_of_hf_folder(source, told)
+        written = convert_from_hf(source, out, known, dtype).nbytes
     else:
         if told is None:
-            _load_models_of_run(args.source)
-        known = model_of_checkpoint(args.source, told)
-        written = convert_to_hf(args.source, args.out, known, dtype, args.tokenizer)
+            _load_models_of_run(source)
+        known = model_of_checkpoint(source, told)
+        written = convert_to_hf(source, out, known, dtype, options.tokenizer)
     seconds = time.perf_counter() - start
-    sys.stdout.write(f"{args.out}: {known}, {human_bytes(written)} in {three_digits(seconds)} s\n")
+    sys.stdout.write(f"{out}: {known}, {human_bytes(written)} in {three_digits(seconds)} s\n")
     return 0
 
 
@@ -64,43 +114,3 @@ def _load_models_of_run(checkpoint: Path) -> None:
         job = saved_config(checkpoint, manifest).get("job", {})
         with begin_errors_with(f"{checkpoint / CONFIG_FILE}"):
             load_plugins(job.get("custom_import", ""))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan convert",
-        description="Convert checkpoints from and to Hugging Face folders, and inspect both.",
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    from_hf = actions.add_parser("from-hf", help="make a checkpoint from a Hugging Face folder")
-    from_hf.add_argument("source", type=Path, metavar="HF_DIR")
-    from_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-
-    to_hf = actions.add_parser(
-        "to-hf", help="make a Hugging Face folder from a checkpoint (step-N)"
-    )
-    to_hf.add_argument("source", type=Path, metavar="CKPT")
-    to_hf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    to_hf.add_argument(
-        "--tokenizer",
-        metavar="bytes|FOLDER",
-        help="tokenizer to include (default: the run's)",
-    )
-
-    inspect = actions.add_parser("inspect", help="list the tensors of either kind")
-    inspect.add_argument("path", type=Path, metavar="PATH")
-    for action in (from_hf, to_hf, inspect):
-        action.add_argument(
-            "--custom-import",
-            "--job.custom_import",
-            default="",
-            metavar="MODULE",
-            help="Python module to import first, so that it can register a model (default for "
-            "to-hf: the run's)",
-        )
-    for action in (from_hf, to_hf):
-        action.add_argument("--dtype", choices=DTYPES, help="default: each tensor keeps its dtype")
-        action.add_argument("--model", metavar="NAME", help="model name, if not recorded there")
-        action.add_argument("--flavor", metavar="F", help="flavor of --model")
-    return parser

@@ -78,7 +78,6 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError, CheckpointError, DataError: the user made a mistake.
     """
-    argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan eval", description=DESCRIPTION)
     init_logger()
     require_folder(options.json, "--json")

@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an argument is wrong, or a folder is not that of a run.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    options = tyro.cli(Options, args=arguments, prog="torchtitan report", description=DESCRIPTION)
+    options = tyro.cli(Options, args=argv, prog="torchtitan report", description=DESCRIPTION)
     if not options.runs:
         raise ConfigError("give the folder of a run: torchtitan report RUN [RUN ...]")
     require_folder(options.out, "--out")

@@ -191,7 +191,7 @@ def test_nan_is_equal_to_nan_alone():
         (["list", "nowhere"], "nowhere holds no checkpoint"),
         (["verify", "nowhere/step-2"], "is not a folder"),
         (["prune", "nowhere", "--keep", "1"], "holds no step-N folders"),
-        (["prune", "nowhere", "--keep", "0"], "--keep 0: must be 1 or more"),
+        (["prune", "nowhere", "--keep", "0"], "--keep 0: must be at least 1"),
         (
             ["prune", "nowhere", "--keep", "1", "--keep-every", "-1"],
             "--keep-every -1: must be 0 or more",

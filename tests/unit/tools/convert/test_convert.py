@@ -361,7 +361,6 @@ from torchtitan.tools.convert import command
 action, source, out = sys.argv[1:]
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-command._parser()
 import torch, torchtitan.models, rich.progress
 before = peak()
 command.main([action, source, out])

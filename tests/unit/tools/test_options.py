@@ -1,0 +1,82 @@
+"""What the command lines have in common: actions, aliases, numbers."""
+
+from dataclasses import dataclass
+
+import pytest
+import tyro
+
+from torchtitan import cli
+from torchtitan.errors import ConfigError
+from torchtitan.tools.options import parse_action
+
+HAVE_ACTIONS = {
+    "data": ["prepare", "inspect", "batch"],
+    "convert": ["from-hf", "to-hf", "inspect"],
+    "checkpoint": ["list", "verify", "prune", "diff"],
+}
+
+
+@dataclass
+class Keep:
+    """Keep some."""
+
+    path: tyro.conf.Positional[str]
+    keep_every: int = 1
+    """How often."""
+
+
+@dataclass
+class Drop:
+    """Drop all."""
+
+
+def parse(*argv: str) -> Keep | Drop:
+    return parse_action({"keep-some": Keep, "drop": Drop}, list(argv), "torchtitan it", "Does it.")
+
+
+@pytest.mark.parametrize("option", ["--keep-every", "--keep_every"])
+def test_an_action_gets_its_options(option: str) -> None:
+    assert parse("keep-some", option, "3", "here") == Keep("here", 3)
+    assert parse("drop") == Drop()
+
+
+def test_an_unknown_action_is_refused_with_the_nearest_name() -> None:
+    told = r"torchtitan it: unknown action 'keep'\. Did you mean 'keep-some'\? Allowed: drop, keep"
+    with pytest.raises(ConfigError, match=told):
+        parse("keep", "here")
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name(capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("keep-some", "here", "--keep-evry", "3")
+    told = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "--keep-every" in told and "torchtitan it keep-some --help" in told
+
+
+@pytest.mark.parametrize("command", HAVE_ACTIONS)
+def test_a_command_with_actions_lists_them(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and ", ".join(HAVE_ACTIONS[command]) in told
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert caught.value.code == 0 and max(map(len, lines)) <= 80
+    for action in HAVE_ACTIONS[command]:
+        assert any(f"• {action} " in line for line in lines)
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, action, "--help"])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: torchtitan {command} {action} [-h] ")
+
+
+@pytest.mark.parametrize("option", ["--job.custom_import", "--custom-import", "--custom_import"])
+@pytest.mark.parametrize("command", [["models"], ["convert", "to-hf", "a", "b"]], ids=" ".join)
+def test_a_module_to_import_is_named_as_in_a_job(command: list[str], option: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, option, "no.such"])
+    assert caught.value.code == 2
+    assert "job.custom_import = 'no.such': the import failed" in capsys.readouterr().err
