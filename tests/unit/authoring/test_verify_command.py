@@ -43,8 +43,9 @@ def test_an_unknown_flavor_is_refused():
         main(["llama3", "--flavor", "huge"])
 
 
-def test_a_module_that_does_not_import_is_a_failed_check(capsys):
-    assert main(["mine", "--custom-import", "no_such_module", "--only", "cost"]) == 1
+@pytest.mark.parametrize("option", ["--custom-import", "--job.custom_import"])
+def test_a_module_that_does_not_import_is_a_failed_check(capsys, option):
+    assert main(["mine", option, "no_such_module", "--only", "cost"]) == 1
     out = capsys.readouterr().out
     assert "fail  contract.import" in out and "no_such_module" in out
     assert "0 passed, 1 failed" in out

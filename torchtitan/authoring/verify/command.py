@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.options import shown_as
 from torchtitan.tools.result_file import make_folder
 
 DESCRIPTION = """\
@@ -32,7 +33,7 @@ class Options:
     """Name of the model, as in `model.name`."""
     flavor: str = ""
     """Flavor of the model. Default: debugmodel."""
-    custom_import: Annotated[str, tyro.conf.arg(aliases=["--job.custom_import"])] = ""
+    custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
     """Python module to import first, so that it can register the model."""
     hf: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Folder with a Hugging Face checkpoint of this flavor to compare with."""
@@ -54,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ConfigError: an argument is wrong, or there is no such model.
     """
-    argv = sys.argv[1:] if argv is None else argv
     options = tyro.cli(Options, args=argv, prog="torchtitan verify", description=DESCRIPTION)
     # These import PyTorch, which --help does not need.
     from .catalog import choose
