@@ -27,6 +27,10 @@ class WorldSizeError(ConfigError):
     """The configuration does not fit the number of processes, but may fit another number."""
 
 
+class ContextParallelError(ConfigError):
+    """Context parallelism cannot divide the sequences of this model or data loader."""
+
+
 class CheckpointError(TitanError):
     """A checkpoint is missing, damaged, of another model, or cannot be written."""
 

@@ -11,7 +11,7 @@ from torchtitan.components.data_loader import Batch, builder, some
 from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
 from torchtitan.distributed.context_parallel import shard_batch
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, ContextParallelError
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -156,6 +156,7 @@ class ModelInputs:
                 "context parallelism divides only tokens and labels [batch, seq], and other inputs"
                 f" must be [batch], but {who} has "
                 + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
+                ContextParallelError,
             )
 
     def _check_ids(self, who: str, tokens: torch.Tensor) -> None:

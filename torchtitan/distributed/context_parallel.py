@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config.load import fail
 from torchtitan.distributed.ring_attention import ring_attention
 from torchtitan.distributed.sequence_shards import SequenceShards
+from torchtitan.errors import ContextParallelError
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -132,6 +133,7 @@ def _shared_mask(
                 f"{job_config.model.name} attends to {seq_len // shards.size} tokens where a rank "
                 f"has a part of {most // shards.size}: tokens that it adds before or between "
                 "them, such as a prefix, would be in each rank's part. Set it to 1",
+                ContextParallelError,
             )
         if method == "ring":
             return None  # it supports only plain causal attention

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, ContextParallelError
 from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
@@ -270,10 +270,7 @@ def trains_like_one_device(name: str, subject: Subject) -> str:
     with CompiledGraphs(trainer.model_parts) as graphs:
         try:
             recording = train(trainer)
-        except ConfigError as error:
-            if not trainer.parallel_dims.cp_enabled:
-                raise
-            # Context parallelism cannot divide the model's batches.
+        except ContextParallelError as error:  # known only from the first batch
             raise NotApplicableError(str(error)) from error
     comparison = compare_runs(trainer, recording, reference)
     found: list[Comparison] = [comparison] * dist.get_world_size()
