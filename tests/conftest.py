@@ -36,13 +36,15 @@ def _flavors_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _logger_as_before() -> Iterator[None]:
-    """Commands that a test runs in this process set the log's level, which others read."""
-    logger = logging.getLogger("torchtitan")
-    level, handlers = logger.level, logger.handlers[:]
+def _logger_as_imported() -> Iterator[None]:
+    """Commands that run in this process set the log's level, which others read.
+
+    Also in a fixture of a module, which is set up before this one.
+    """
     yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
+    logger = logging.getLogger("torchtitan")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
 
 
 def _is_ours(factory: Callable[..., object]) -> bool:

@@ -417,7 +417,7 @@ def test_data_of_another_size_is_told(tmp_path, caplog):
         tmp_path, "a", "b", documents=(1, 2), exclude_from_loading=["dataloader"]
     )
     excluding.manager.load()
-    assert "changed since" not in caplog.text
+    assert "data has changed since" not in caplog.text
     of_sources(tmp_path, "a", "b", documents=(10, 2100)).manager.load()
     [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "step-2 was saved: b had 20 documents, now 2,100. The run" in warning
@@ -435,7 +435,7 @@ def test_a_checkpoint_that_says_nothing_of_the_data_is_resumed(tmp_path, caplog)
     run = of_sources(tmp_path, "a", "b")
     run.config.data.packing = "best_fit"
     assert run.manager.load() == 2
-    assert "changed since" not in caplog.text
+    assert "data has changed since" not in caplog.text
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path):
