@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from torchtitan.distributed.dtensor import local_offsets
+from torchtitan.distributed.dtensor import offsets_of_all
 
 
 class Part(NamedTuple):
@@ -57,7 +57,8 @@ class MatrixExchange:
         self._group = _group(mesh)
         self._rank = dist.get_rank(self._group)
         self._device = mesh.device_type
-        own = torch.tensor([_own_part(matrix) for matrix in matrices], device=self._device)
+        parts = map(_own_part, matrices, offsets_of_all(matrices))
+        own = torch.tensor(list(parts), device=self._device)
         of_rank = [torch.empty_like(own) for _ in range(self.ranks)]
         dist.all_gather(of_rank, own, group=self._group)
         of_matrix = torch.stack(of_rank, dim=1).tolist()
@@ -132,13 +133,13 @@ class MatrixExchange:
         return received.split([*sizes, *idle[1]])
 
 
-def _own_part(matrix: DTensor) -> Part:
+def _own_part(matrix: DTensor, offsets: tuple[int, ...]) -> Part:
     mesh = matrix.device_mesh
     replica = 0
     for dim, placement in enumerate(matrix.placements):
         if isinstance(placement, Replicate):
             replica = replica * mesh.size(dim) + mesh.get_local_rank(dim)
-    return Part(replica, *local_offsets(matrix), *matrix.to_local().shape)
+    return Part(replica, *offsets, *matrix.to_local().shape)
 
 
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup:

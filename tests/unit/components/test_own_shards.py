@@ -23,10 +23,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from torchtitan.components.checkpoint import own_shards
+from torchtitan.components.checkpoint import huggingface_save, own_shards
 from torchtitan.components.checkpoint.reader import ExactLoadPlanner
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
 from torchtitan.components.checkpoint.shard_table import ShardTable
+from torchtitan.components.matrix_exchange import MatrixExchange
+from torchtitan.distributed import dtensor
 from torchtitan.runtime.fake_world import fake_world
 
 SHAPES = {"a": (64, 3), "b": (64, 3), "c": (128,), "d": (128,)}
@@ -60,7 +62,8 @@ def looked_for(monkeypatch: pytest.MonkeyPatch) -> Counter[torch.Size]:
         counts[shape] += 1
         return compute_local_shape_and_global_offset(shape, *of)
 
-    monkeypatch.setattr(own_shards, "compute_local_shape_and_global_offset", counting)
+    for module in (own_shards, dtensor):
+        monkeypatch.setattr(module, "compute_local_shape_and_global_offset", counting)
     return counts
 
 
@@ -100,3 +103,15 @@ def test_to_load(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None
     assert looked_for == ONCE
     for item in planner.finish_plan(LoadPlan([])).items:
         assert item.storage_offsets == place_of(state[item.dest_index.fqn])[0]
+
+
+def test_to_export(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None:
+    parts = huggingface_save._local_parts(state)
+    assert looked_for == ONCE
+    for name, (box, _) in parts.items():
+        assert box == place_of(state[name])
+
+
+def test_to_exchange_matrices(state: dict[str, Any], looked_for: Counter[torch.Size]) -> None:
+    MatrixExchange([state["a"], state["b"]])
+    assert looked_for == {torch.Size((64, 3)): 1}

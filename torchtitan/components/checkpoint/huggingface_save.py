@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from torchtitan.distributed.dtensor import local_offsets, local_tensor
+from torchtitan.distributed.dtensor import local_tensor, offsets_of_all
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.runtime.collective_calls import on_rank_zero
@@ -104,7 +104,7 @@ def save_huggingface(
     adapter, buffers = adapter_of(model_parts[0], folder), buffer_names(model_parts)
     hf_state = adapter.to_hf(state)
     exact = adapter.to_hf({name: t for name, t in state.items() if name in buffers})
-    local = {name: _local_part(tensor) for name, tensor in hf_state.items()}
+    local = _local_parts(hf_state)
     specs = {
         name: TensorSpec(dtype_of_copy(t.dtype, dtype, name in exact), tuple(t.shape))
         for name, t in hf_state.items()
@@ -158,12 +158,15 @@ def _begin(folder: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _local_part(tensor: torch.Tensor) -> tuple[Box, torch.Tensor]:
-    """Return the box of this rank's part of a tensor, and the part; scalars become `[1]`."""
-    part, offsets = local_tensor(tensor), local_offsets(tensor)
-    if part.ndim == 0:
-        part, offsets = part.reshape(1), (0,)
-    return (offsets, tuple(part.shape)), part
+def _local_parts(state: dict[str, torch.Tensor]) -> dict[str, tuple[Box, torch.Tensor]]:
+    """Return the box of this rank's part of each tensor, and the part; scalars become `[1]`."""
+    parts = {}
+    for (name, tensor), offsets in zip(state.items(), offsets_of_all(state.values()), strict=True):
+        part = local_tensor(tensor)
+        if part.ndim == 0:
+            part, offsets = part.reshape(1), (0,)
+        parts[name] = (offsets, tuple(part.shape)), part
+    return parts
 
 
 def _agree_on_plan(
