@@ -60,7 +60,7 @@ from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.names import require_match
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
-from torchtitan.distributed.unused_options import warn_of_unapplied
+from torchtitan.distributed.unused_options import warn_of_unapplied, warn_of_unread
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.preflight.model_fit import fitting_model
 from torchtitan.protocols import BaseModelArgs, TrainSpec
@@ -157,7 +157,8 @@ class Trainer:
         if pattern := job_config.checkpoint.initial_load_exclude:
             require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
         self._describe(model)
-        self.loss_fn = spec.build_loss_fn(job_config)
+        with warn_of_unread("loss", "build_loss_fn", job_config):
+            self.loss_fn = spec.build_loss_fn(job_config)
         with loader_outages(job_config):
             self.dataloader = spec.build_dataloader_fn(job_config, self.tokenizer, *self.data_share)
         check_dataloader(self.dataloader, job_config)
@@ -201,7 +202,8 @@ class Trainer:
         attach_loss(self.loss_fn, self.model_parts)
         built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.optimizers = container_of(built, self.model_parts, job_config)
-        schedule = spec.build_lr_scheduler_fn(self.optimizers, job_config)
+        with warn_of_unread("lr_scheduler", "build_lr_scheduler_fn", job_config):
+            schedule = spec.build_lr_scheduler_fn(self.optimizers, job_config)
         self.lr_schedulers = lr_schedulers_of(schedule, job_config)
         self.state = TrainState()
         self.guard = Guard(job_config, self.parallel_dims, self.dp_rank, path_of(self.tokenizer))

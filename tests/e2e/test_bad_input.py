@@ -77,8 +77,11 @@ def test_a_loader_that_ends_before_the_run(tmp_path: Path) -> None:
 
 
 def test_a_loss_may_be_a_plain_function(tmp_path: Path) -> None:
-    done = refused(tmp_path / "run", OWN, "--model.name=own_loss", "--training.steps=1")
+    options = ["--model.name=own_loss", "--training.steps=1", "--loss.z_loss_weight=0.001"]
+    done = refused(tmp_path / "run", OWN, *options)
     assert set(done.exit_codes) == {0}, done.err
+    unread = "because the build_loss_fn of own_loss does not read it"
+    assert f"WARNING loss.z_loss_weight = 0.001: may have no effect, {unread}" in done.err
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,9 +1,11 @@
-"""Warn about options that a model's `parallelize_fn` ignores."""
+"""Warn about options that functions of a model's `TrainSpec` ignore."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +35,36 @@ def warn_of_unapplied(model_parts: list[nn.Module], job_config: JobConfig) -> No
             "torchtitan.distributed.%s(model, job_config) here",
             *(origin(job_config, key), job_config.model.name, function),
         )
+
+
+@contextmanager
+def warn_of_unread(section: str, builder: str, job_config: JobConfig) -> Iterator[None]:
+    """Warn on rank 0 about keys of a section that are set, but not read within the context.
+
+    Args:
+        section: `loss`, for example.
+        builder: the function that runs in the context, `build_loss_fn` for example.
+    """
+    config, read = getattr(job_config, section), set()
+    kind = type(config)
+
+    def record(recorded: Any, name: str) -> Any:
+        read.add(name)
+        return object.__getattribute__(recorded, name)
+
+    recorded = type(kind.__name__, (kind,), {"__getattribute__": record})(**vars(config))
+    setattr(job_config, section, recorded)
+    try:
+        yield
+    finally:
+        setattr(job_config, section, config)
+    changed = (f.name for f in fields(kind) if vars(config)[f.name] != vars(kind())[f.name])
+    for name in changed if rank() == 0 else ():
+        if name not in read:
+            logger.warning(
+                "%s: may have no effect, because the %s of %s does not read it",
+                *(origin(job_config, f"{section}.{name}"), builder, job_config.model.name),
+            )
 
 
 def _unapplied(

@@ -13,6 +13,7 @@ from torchtitan.components.checkpoint.resume import check_resume, tell_jump_of_l
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig, to_toml
 from torchtitan.errors import CheckpointError
+from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec
 
 
 def config_of(tmp_path, **checkpoint):
@@ -180,6 +181,18 @@ def test_a_jump_of_the_learning_rate_is_told():
     config.lr_scheduler.total_steps = 14
     assert tell_jump_of_lr(saved, config, 14) == ""
     assert tell_jump_of_lr({}, config, 14) == ""
+
+
+def test_no_jump_is_told_of_a_schedule_of_the_models_own(monkeypatch):
+    config = JobConfig()
+    config.training.steps, config.lr_scheduler.warmup_steps = 14, 4
+    saved = tomllib.loads(to_toml(config))
+    config.training.steps = 24
+    assert tell_jump_of_lr(saved, config, 14)
+    spec = get_train_spec(config.model.name, config.model.flavor)
+    own = dataclasses.replace(spec, build_lr_scheduler_fn=lambda *of: None)
+    monkeypatch.setitem(MODEL_REGISTRY, config.model.name, lambda flavor: own)
+    assert tell_jump_of_lr(saved, config, 14) == ""
 
 
 def test_it_is_told_of_the_step_that_is_resumed(saved, caplog):

@@ -11,10 +11,12 @@ import torch.nn as nn
 from tiny_models import tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from torchtitan.components.loss import build_loss
+from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.unused_options import warn_of_unapplied
+from torchtitan.distributed.unused_options import warn_of_unapplied, warn_of_unread
 
 AC = (
     "because the parallelize_fn of llama3 does not call "
@@ -127,3 +129,26 @@ def test_a_compiler_that_is_switched_off_is_no_fault_of_the_model(config, caplog
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     config.compile.enable = True
     assert warnings(caplog, config, torch.compile(model())) == []
+
+
+def test_a_key_of_a_section_that_the_models_builder_does_not_read(config, caplog):
+    config.lr_scheduler.total_steps = 5
+    config.lr_scheduler.warmup_steps = 7
+    section = config.lr_scheduler
+    with warn_of_unread("lr_scheduler", "build_lr_scheduler_fn", config):
+        assert config.lr_scheduler.warmup_steps == 7
+    assert config.lr_scheduler is section
+    assert [record.getMessage() for record in caplog.records] == [
+        "lr_scheduler.total_steps = 5: may have no effect, because the build_lr_scheduler_fn of "
+        "llama3 does not read it"
+    ]
+
+
+def test_ours_read_what_is_set(config, caplog):
+    config.lr_scheduler.total_steps, config.lr_scheduler.decay_type = 5, "sqrt"
+    with warn_of_unread("lr_scheduler", "build_lr_scheduler_fn", config):
+        build_lr_scheduler([], config)
+    config.loss.name, config.loss.chunk_size = "chunked_cross_entropy", 512
+    with warn_of_unread("loss", "build_loss_fn", config):
+        build_loss(config)
+    assert caplog.records == []

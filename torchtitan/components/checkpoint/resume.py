@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from torchtitan.components.lr_scheduler import schedule_of
+from torchtitan.components.lr_scheduler import build_lr_scheduler, schedule_of
 from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
+from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.run_folder import CONFIG_FILE, config_to_keep
 from torchtitan.tools.secrets import hide_secrets
@@ -222,11 +223,15 @@ def tell_changes(saved: dict[str, Any], job_config: JobConfig) -> str:
 def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> str:
     """Return a warning if the learning rate jumps after `step` because the schedule changed.
 
-    Changing `training.steps` changes the whole schedule, which is easily overlooked.
+    Changing `training.steps` changes the whole schedule, which is easily overlooked. Only for the
+    schedule of `[lr_scheduler]`: a model's own may be any function.
 
     Args:
         saved: `saved_config` of the checkpoint of `step`.
     """
+    spec = get_train_spec(job_config.model.name, job_config.model.flavor)
+    if spec.build_lr_scheduler_fn is not build_lr_scheduler:
+        return ""
     try:
         names = {field.name for field in fields(LRScheduler)}
         was = {key: value for key, value in saved["lr_scheduler"].items() if key in names}
