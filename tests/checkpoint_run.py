@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.checkpoint import CheckpointManager, RunState
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import JobConfig
@@ -114,7 +114,7 @@ class Run:
         self.schedule = build_lr_scheduler(self.optimizers, config)
         self.loader = CountingLoader(global_batch_size)
         self.state = TrainState()
-        self.manager = CheckpointManager(
+        run_state = RunState(
             config,
             model_parts=[self.model],
             optimizers=self.optimizers,
@@ -122,8 +122,8 @@ class Run:
             dataloader=self.loader,
             train_state=self.state,
             dp_mesh=parallel_dims.world_mesh["dp"],
-            tokenizer=tokenizer,
         )
+        self.manager = CheckpointManager(run_state, tokenizer)
 
     def train(self, until: int, last: bool = False) -> list[float]:
         """The losses of the steps up to `until`, saving on the way."""

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.cli import end_at_once, exit_on_user_error
-from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.checkpoint import CheckpointManager, RunState
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.checkpoint.resume import check_resume
@@ -210,7 +210,7 @@ class Trainer:
         self.replay = Replay(job_config, self.model_parts, self.parallel_dims)
         self.stragglers = Stragglers(job_config, self.model_parts, self.device)
         self.watch = HangWatch(job_config)
-        self.checkpointer = CheckpointManager(
+        run_state = RunState(
             job_config,
             model_parts=self.model_parts,
             optimizers=self.optimizers,
@@ -219,8 +219,8 @@ class Trainer:
             train_state=self.state,
             dp_mesh=world_mesh["dp"],
             guard=self.guard if self.guard.enabled else None,
-            tokenizer=self.tokenizer,
         )
+        self.checkpointer = CheckpointManager(run_state, self.tokenizer)
         self.stats = StepStats()
 
     def _describe(self, model: torch.nn.Module) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.checkpoint import CheckpointManager, RunState
 from torchtitan.components.checkpoint.writer import CheckpointWriter
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
@@ -165,7 +165,7 @@ class Run:
         self.optimizers = build_optimizer([self.model], config, parallel_dims)
         self.schedule = build_lr_scheduler(self.optimizers, config)
         self.loader, self.counter = Rows(self.dp_mesh), Counter()
-        self.manager = CheckpointManager(
+        run_state = RunState(
             config,
             model_parts=[self.model],
             optimizers=self.optimizers,
@@ -174,6 +174,7 @@ class Run:
             train_state=self.counter,
             dp_mesh=self.dp_mesh,
         )
+        self.manager = CheckpointManager(run_state)
 
     def train(self, until: int, last: bool = False) -> list[float]:
         """The losses over the global batch."""

@@ -2,5 +2,6 @@
 
 from .load import load_model_weights
 from .manager import CheckpointManager
+from .run_state import RunState
 
-__all__ = ["CheckpointManager", "load_model_weights"]
+__all__ = ["CheckpointManager", "RunState", "load_model_weights"]

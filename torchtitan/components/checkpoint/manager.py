@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn as nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
@@ -47,9 +44,7 @@ from .storage import StoragePath
 from .writer import CheckpointWriter, error_of_failed_save
 
 if TYPE_CHECKING:
-    from torchtitan.components.optimizer import OptimizersContainer
     from torchtitan.components.tokenizer import Tokenizer
-    from torchtitan.config import JobConfig
 
 logger = logging.getLogger("torchtitan")
 
@@ -65,53 +60,19 @@ class CheckpointManager:
     other degrees of parallelism. All ranks call each method together.
 
     Args:
-        job_config: sections `checkpoint`, `job`, `model` and `training`.
-        model_parts: this rank's parts of the model (one, without pipeline parallelism).
-        optimizers: an iterable of optimizers whose `state_dict()` is flat and keyed by parameter
-            name.
-        lr_schedulers: the schedule, in the state after the optimizer steps done.
-        dataloader: its `state_dict()` returns `{"rows": [rows of this rank, k] int64}`. The state
-            passed to `load_state_dict` also has the `seq_len` of the run that saved it (None if
-            unknown), and `described`, the result of its `describe` as far as known. `describe`
-            and `begin_at` are called if present, as in `DataLoader`. If `has_conversations` is
-            true, exports have a chat template.
-        train_state: the trainer's own counters.
-        dp_mesh: the data ranks, `world_mesh["dp"]`.
-        guard: state of the numerical guard, if there is one. Checkpoints may lack it.
+        state: what to save and to restore.
         tokenizer: tokenizer of the model, or None.
     """
 
-    def __init__(
-        self,
-        job_config: JobConfig,
-        *,
-        model_parts: list[nn.Module],
-        optimizers: OptimizersContainer,
-        lr_schedulers: Stateful,
-        dataloader: Any,
-        train_state: Stateful,
-        dp_mesh: DeviceMesh,
-        guard: Stateful | None = None,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
+    def __init__(self, state: RunState, tokenizer: Tokenizer | None = None) -> None:
+        job_config, model_parts, dataloader = state.job_config, state.model_parts, state.dataloader
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
-        self._job_config = job_config
         self._root = checkpoint_root(job_config)
         self._claim = Claim(self._root, job_store() if dist.get_rank() == 0 else None)
         self._times = SaveTimes(self._root)
         self._total_steps = job_config.training.steps
-        self._model_parts = model_parts
-        self._state = RunState(
-            job_config,
-            model_parts=model_parts,
-            optimizers=optimizers,
-            lr_schedulers=lr_schedulers,
-            dataloader=dataloader,
-            train_state=train_state,
-            dp_mesh=dp_mesh,
-            guard=guard,
-        )
+        self._state = state
         self._model_description = describe_model(
             job_config, getattr(model_parts[0], "args", None), tokenizer
         )
@@ -126,7 +87,7 @@ class CheckpointManager:
         self._final_export = FinalExport(
             job_config, model_parts, dataloader, tokenizer, self._root, self._claim, self._group
         )
-        self._background = BackgroundSaves(model_parts, optimizers, self._group)
+        self._background = BackgroundSaves(model_parts, state.optimizers, self._group)
         self._last_save = LastSave()
         self.last_saved: int | None = None
         """Step of the last checkpoint that this process saved and completed."""
@@ -175,7 +136,7 @@ class CheckpointManager:
             self._claim,
             self._times,
             self._last_save,
-            config=config_to_keep(self._job_config),
+            config=config_to_keep(self._state.job_config),
             keep_latest=self._config.keep_latest_k,
             keep_every=self._config.keep_every,
             damaged=frozenset(self._damaged),
@@ -288,7 +249,7 @@ class CheckpointManager:
             exclude = self._config.initial_load_exclude
             try:
                 load_weights_of_parts(
-                    self._model_parts, path, self._group, self._config.verify, exclude
+                    self._state.model_parts, path, self._group, self._config.verify, exclude
                 )
             except MisfitError as error:
                 raise CheckpointError(
@@ -389,9 +350,9 @@ class CheckpointManager:
         if anew:
             self._state.begin_data(0 if "train_state" in exclude else checkpoint.manifest.step)
         if dist.get_rank() == 0:
-            changes = tell_changes(saved, self._job_config)
+            changes = tell_changes(saved, self._state.job_config)
             logger.info("resumed from %s%s", checkpoint.folder, changes)
-            jump = tell_jump_of_lr(saved, self._job_config, checkpoint.manifest.step)
+            jump = tell_jump_of_lr(saved, self._state.job_config, checkpoint.manifest.step)
             if jump and "lr_scheduler" not in exclude:
                 logger.warning("%s", jump)
             if note:

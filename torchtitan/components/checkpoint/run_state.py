@@ -23,7 +23,20 @@ if TYPE_CHECKING:
 class RunState:
     """The parts of a run that a checkpoint holds: "model", "optimizer", "dataloader" and so on.
 
-    Args: see `CheckpointManager`.
+    Args:
+        job_config: sections `checkpoint`, `job`, `model` and `training`.
+        model_parts: this rank's parts of the model (one, without pipeline parallelism).
+        optimizers: an iterable of optimizers whose `state_dict()` is flat and keyed by parameter
+            name.
+        lr_schedulers: the schedule, in the state after the optimizer steps done.
+        dataloader: its `state_dict()` returns `{"rows": [rows of this rank, k] int64}`. The state
+            passed to `load_state_dict` also has the `seq_len` of the run that saved it (None if
+            unknown), and `described`, the result of its `describe` as far as known. `describe`
+            and `begin_at` are called if present, as in `DataLoader`. If `has_conversations` is
+            true, exports have a chat template.
+        train_state: the trainer's own counters.
+        dp_mesh: the data ranks, `world_mesh["dp"]`.
+        guard: state of the numerical guard, if there is one. Checkpoints may lack it.
     """
 
     def __init__(
@@ -36,11 +49,12 @@ class RunState:
         dataloader: Any,
         train_state: Stateful,
         dp_mesh: DeviceMesh,
-        guard: Stateful | None,
+        guard: Stateful | None = None,
     ) -> None:
-        self._job_config = job_config
-        self._model_parts = model_parts
-        self._dataloader = dataloader
+        self.job_config = job_config
+        self.model_parts = model_parts
+        self.optimizers = optimizers
+        self.dataloader = dataloader
         self._dp_mesh = dp_mesh
         self._stateful: dict[str, Stateful] = {
             "optimizer": optimizers,
@@ -56,11 +70,11 @@ class RunState:
         The tensors are not copied. `exclude`: parts to leave out.
         """
         state = {name: s.state_dict() for name, s in self._stateful.items() if name not in exclude}
-        state["model"] = model_state(self._model_parts)
+        state["model"] = model_state(self.model_parts)
         if "dataloader" not in exclude:
             # One tensor [global_batch_size, k] sharded over the data ranks, so that it can be
             # resharded to another number of ranks.
-            rows = self._dataloader.state_dict()["rows"]
+            rows = self.dataloader.state_dict()["rows"]
             state["dataloader"] = {"rows": DTensor.from_local(rows, self._dp_mesh, [Shard(0)])}
         return state
 
@@ -74,8 +88,8 @@ class RunState:
 
     def export(self) -> dict[str, Any]:
         """Return the model alone, in `checkpoint.export_dtype`; see `dtype_of_copy`."""
-        dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
-        model, buffers = model_state(self._model_parts), buffer_names(self._model_parts)
+        dtype = getattr(torch, self.job_config.checkpoint.export_dtype)
+        model, buffers = model_state(self.model_parts), buffer_names(self.model_parts)
         return {
             "model": {
                 k: t.to(dtype_of_copy(t.dtype, dtype, k in buffers)) for k, t in model.items()
@@ -104,23 +118,23 @@ class RunState:
             exclude = (*exclude, "guard")
         state = self.state_dict(exclude)
         if "dataloader" in state:
-            own_rows = self._dataloader.state_dict()["rows"]
+            own_rows = self.dataloader.state_dict()["rows"]
             dp_size = self._dp_mesh.size()
-            check_data(checkpoint, saved_config, self._job_config, own_rows, dp_size)
+            check_data(checkpoint, saved_config, self.job_config, own_rows, dp_size)
             warn_of_changed_data(checkpoint, self.describe_data())
-        checkpoint.read_into(state, self._model_parts[0], group)  # loads the model in place
+        checkpoint.read_into(state, self.model_parts[0], group)  # loads the model in place
         self.load_state_dict(state)
         if "dataloader" in state:
             rows = state["dataloader"]["rows"].to_local().cpu()
             seq_len, described = saved_seq_len(checkpoint), checkpoint.manifest.data
-            self._dataloader.load_state_dict(
+            self.dataloader.load_state_dict(
                 {"rows": rows, "seq_len": seq_len, "described": described}
             )
 
     def describe_data(self) -> dict[str, Any]:
         """Return the loader's description for `Manifest.data`; empty if it has none."""
-        tell = getattr(self._dataloader, "describe", None)
-        known = getattr(self._dataloader, "has_conversations", None)
+        tell = getattr(self.dataloader, "describe", None)
+        known = getattr(self.dataloader, "has_conversations", None)
         return (tell() if tell else {}) | ({} if known is None else {"has_conversations": known})
 
     def begin_data(self, step: int) -> None:
@@ -128,6 +142,6 @@ class RunState:
 
         Passes the number to a loader that needs it, by `begin_at`.
         """
-        tell = getattr(self._dataloader, "begin_at", None)
+        tell = getattr(self.dataloader, "begin_at", None)
         if tell:
             tell(step)
