@@ -1,5 +1,6 @@
 """Ranks return, and what is said of those that do not."""
 
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from harness import run_ranks
 from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.ranks import Ranks, RanksFailedError
 from torchtitan.runtime.world import rank
+from torchtitan.tools.logging import rank0
 
 
 def add_rank(tensor: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -30,6 +32,7 @@ def add_rank(tensor: torch.Tensor) -> tuple[torch.Tensor, dict]:
         "cuda_was_used": torch.cuda._is_in_bad_fork(),
         "cwd": os.getcwd(),
         "variable": os.environ.get("VARIABLE"),
+        "logs": rank0.filter(logging.makeLogRecord({})) is not False,
     }
 
 
@@ -47,6 +50,7 @@ def test_ranks_form_a_world_and_return_their_results_in_order(tmp_path, monkeypa
             "cuda_was_used": False,
             "cwd": str(tmp_path),
             "variable": "value",
+            "logs": i == 0,
         }
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
 from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -122,8 +123,8 @@ class Replicas:
         Otherwise the step is lost: it counts as not done, and its batch is not trained on.
         """
         self.lost_step = self._manager is not None and not self._manager.should_commit()
-        if self.lost_step and dist.get_rank() == 0:
-            logger.warning("a step is lost, because a replica group left during it")
+        if self.lost_step:
+            rank0.warning("a step is lost, because a replica group left during it")
         return not self.lost_step
 
     def present(self, tokens: int) -> int:

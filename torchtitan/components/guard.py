@@ -19,6 +19,7 @@ from torchtitan.components.data_loader import Batch
 from torchtitan.data.kept_batch import keep_batch
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import TrainingError
+from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import first_line
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Guard:
         if action == "error":
             raise TrainingError(f"{where}. {kept}")
         if action == "warn":
-            _warn(f"{where}. {kept}")
+            rank0.warning("%s. %s", where, kept)
             return True
         self._bad_in_a_row += 1
         if self._bad_in_a_row > self._limit:
@@ -128,9 +129,9 @@ class Guard:
             )
         self.rollback_due = action == "rollback"
         if self.rollback_due:
-            _warn(f"{where}. Rolling back. {kept}")
+            rank0.warning("%s. Rolling back. %s", where, kept)
         else:
-            _warn(f"{where}. The batch is skipped. {kept}")
+            rank0.warning("%s. The batch is skipped. %s", where, kept)
             self.counts.steps_skipped += 1
         return False
 
@@ -168,16 +169,18 @@ class Guard:
                 f"training.bad_step_limit is {self._limit}. Resume from an older one "
                 "(checkpoint.load_step), with another learning rate, or inspect the data"
             )
-        _warn(
-            f"rolled back to the checkpoint of step {step}. Step {step + 1} trains on batch "
-            f"{step + 1 + self.counts.batches_skipped} of the data"
+        rank0.warning(
+            "rolled back to the checkpoint of step %d. Step %d trains on batch %d of the data",
+            *(step, step + 1, step + 1 + self.counts.batches_skipped),
         )
 
     def cannot_roll_back(self, bad_step: int) -> None:
         """Record that the step is skipped instead, since there is no checkpoint yet."""
         self.rollback_due = False
         self.counts.steps_skipped += 1
-        _warn(f"step {bad_step}: there is no checkpoint to roll back to. The batch is skipped")
+        rank0.warning(
+            "step %d: there is no checkpoint to roll back to. The batch is skipped", bad_step
+        )
 
     def metrics(self) -> dict[str, int]:
         """Return `steps_skipped`, `rollbacks`, `batches_skipped`; empty if the guard is off."""
@@ -271,8 +274,3 @@ def refuse_nonfinite_weights(parameters: Iterable[torch.Tensor], step: int) -> N
             f"step {step}: weights are not finite, so the model is not saved. Resume from the "
             "newest checkpoint"
         )
-
-
-def _warn(message: str) -> None:
-    if dist.get_rank() == 0:
-        logger.warning("%s", message)

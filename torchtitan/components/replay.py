@@ -6,7 +6,6 @@ At scale some devices occasionally compute wrongly: Dixit et al., "Silent Data C
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,12 +19,11 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed.collective_observer import CollectiveObserver, can_be_observed
 from torchtitan.errors import TrainingError
 from torchtitan.runtime.device import device
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
-
-logger = logging.getLogger("torchtitan")
 
 
 _MOST_NAMED = 8
@@ -107,8 +105,7 @@ class Replay:
         found = torch.tensor(int(bool(different)))
         dist.all_reduce(found)
         if not found:
-            if dist.get_rank() == 0:
-                logger.info("step %d: computed twice, %d checksums agree", step, len(first))
+            rank0.info("step %d: computed twice, %d checksums agree", step, len(first))
             return
 
         own = None

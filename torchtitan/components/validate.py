@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torchtitan.components.validator import Evaluate
 from torchtitan.config.batch import batch_shape
 from torchtitan.data import DataLoader, build_validation_dataloader
 from torchtitan.errors import refuse_incomplete
-from torchtitan.runtime.world import rank
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
 
-
-logger = logging.getLogger("torchtitan")
 
 _MOST_KEPT = 2**28
 """Maximum size in bytes of the validation batches that a process keeps in memory."""
@@ -111,8 +108,8 @@ def check_validator(validator: Any, dataloader: Any, job_config: JobConfig) -> N
     maker = f"build_validator_fn of {job_config.model.name}"
     refuse_incomplete(validator, maker, missing, "; see torchtitan.components.Validator")
     usual = isinstance(validator, TextValidator)
-    if usual and not isinstance(dataloader, DataLoader) and rank() == 0:
-        logger.warning(
+    if usual and not isinstance(dataloader, DataLoader):
+        rank0.warning(
             "validation predicts the next tokens of texts (validation.dataset), but %s is trained "
             "on the batches of its own build_dataloader_fn. If that is another task, write a "
             "build_validator_fn",

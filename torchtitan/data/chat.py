@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from torchtitan.errors import BadDocumentError, DataError, TitanError, outage_or
-from torchtitan.runtime.world import rank
 from torchtitan.tools.foreign_files import read_json
-
-logger = logging.getLogger("torchtitan")
+from torchtitan.tools.logging import rank0
 
 CHATML = (
     "{% for message in messages %}"
@@ -118,17 +115,17 @@ def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> C
     config = read_fields(folder / "tokenizer_config.json")
     source, name = _source(path, folder, config)
     template = ChatTemplate(source, _special_tokens(folder, config), name)
-    if tell and rank() == 0:
+    if tell:
         if source is CHATML:
-            logger.warning(
+            rank0.warning(
                 "conversations are rendered as ChatML: data.chat_template is unset, and the "
                 "tokenizer %s has no chat template",
                 tokenizer_path,
             )
         else:
-            logger.info("conversations are rendered with %s", name)
+            rank0.info("conversations are rendered with %s", name)
         if "strftime_now" in source and not date_is_fixed():
-            logger.warning(
+            rank0.warning(
                 "%s renders the date on which a run starts, so a run that is resumed on another "
                 "day reads different conversations. To fix the date, set the environment variable "
                 "SOURCE_DATE_EPOCH (seconds since 1970)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
-from torchtitan.runtime.world import rank
+from torchtitan.tools.logging import rank0
 
 from .best_fit import BestFitRow
 from .chat import ChatTemplate
@@ -36,7 +35,6 @@ from .token_shards import TokenFiles
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
 
-logger = logging.getLogger("torchtitan")
 
 PREFETCHED_BATCHES = 4
 
@@ -354,8 +352,8 @@ def _only(source: Source) -> Blend:
 
 
 def _warn_of_unsaid_bos(part: PreparedTokens, encoder: Encoder) -> None:
-    if part.index.get("add_bos") and not encoder.add_bos and rank() == 0:
-        logger.warning(
+    if part.index.get("add_bos") and not encoder.add_bos:
+        rank0.warning(
             "%s was prepared with --add-bos: set data.add_bos = true, so that texts also begin "
             "with bos in validation, generate and eval",
             part.folder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -14,23 +13,19 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 from torchtitan.config.load import origin
 from torchtitan.distributed.activation_checkpoint import is_checkpointed
-from torchtitan.runtime.world import rank
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
-logger = logging.getLogger("torchtitan")
-
 
 def warn_of_unapplied(model_parts: list[nn.Module], job_config: JobConfig) -> None:
     """Warn on rank 0 about options without effect. No error, as the model trains without them."""
-    if rank() != 0:
-        return
     modules = [module for part in model_parts for module in part.modules()]
     # A pipeline stage may have none.
     has_layers = any(len(getattr(part, "layers", ())) for part in model_parts)
     for key, function in _unapplied(modules, has_layers, job_config):
-        logger.warning(
+        rank0.warning(
             "%s: has no effect, because the parallelize_fn of %s does not call "
             "torchtitan.distributed.%s(model, job_config) here",
             *(origin(job_config, key), job_config.model.name, function),
@@ -59,9 +54,9 @@ def warn_of_unread(section: str, builder: str, job_config: JobConfig) -> Iterato
     finally:
         setattr(job_config, section, config)
     changed = (f.name for f in fields(kind) if vars(config)[f.name] != vars(kind())[f.name])
-    for name in changed if rank() == 0 else ():
+    for name in changed:
         if name not in read:
-            logger.warning(
+            rank0.warning(
                 "%s: may have no effect, because the %s of %s does not read it",
                 *(origin(job_config, f"{section}.{name}"), builder, job_config.model.name),
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchtitan.components.checkpoint.huggingface import check_exchange
@@ -12,14 +11,12 @@ from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.likely_mistakes import unlikely
 from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
-from torchtitan.runtime.world import rank
+from torchtitan.tools.logging import rank0
 from torchtitan.tools.profiling import check_profiling
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.protocols.model import BaseModelArgs
-
-logger = logging.getLogger("torchtitan")
 
 
 class FittingModel(NamedTuple):
@@ -37,8 +34,8 @@ def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
     """
     load_plugins(job_config.job.custom_import)
     spec = valid_spec(job_config, world_size)
-    for doubt in unlikely(job_config) if rank() == 0 else []:
-        logger.warning("%s", doubt)
+    for doubt in unlikely(job_config):
+        rank0.warning("%s", doubt)
     check_profiling(job_config)
     model_args = spec.model_args.update_from_config(job_config)
     check_exchange(job_config, spec, model_args)
@@ -89,12 +86,11 @@ def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bo
     names = None if leave_out is None else leave_out(size)
     if names is None:
         return False
-    if rank() == 0:
-        logger.warning(
-            "the tokenizer %s has special tokens without embeddings in the model, whose "
-            "vocabulary is %d: %s. Text that contains one of them is refused",
-            *(tokenizer_path, size, ", ".join(names)),
-        )
+    rank0.warning(
+        "the tokenizer %s has special tokens without embeddings in the model, whose "
+        "vocabulary is %d: %s. Text that contains one of them is refused",
+        *(tokenizer_path, size, ", ".join(names)),
+    )
     return True
 
 

@@ -11,6 +11,10 @@ from typing import TextIO
 from .secrets import hide_secrets
 
 logger = logging.getLogger("torchtitan")
+rank0 = logging.getLogger("torchtitan.rank0")
+"""For messages that all ranks have: rank 0 alone logs them."""
+# Not `dist.get_rank()`: the first warnings are logged before the ranks connect.
+rank0.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
 
 # Warnings of PyTorch in ordinary runs that users cannot do anything about.
 _HARMLESS = (

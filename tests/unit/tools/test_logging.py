@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from torchtitan.tools.logging import init_logger
+from torchtitan.runtime.fake_world import fake_world
+from torchtitan.tools.logging import init_logger, rank0
 
 logger = logging.getLogger("torchtitan")
 
@@ -55,6 +56,31 @@ def test_rank_comes_from_torchrun(
     error = capsys.readouterr().err
     assert "[rank 2]" in error
     assert "news" not in error
+
+
+@pytest.mark.parametrize(("environment", "logs"), [(None, True), ("0", True), ("3", False)])
+def test_of_a_message_that_all_ranks_have_rank_0_logs_one(
+    environment: str | None,
+    logs: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without torchrun, a process is rank 0. `RANK` may be set after the import."""
+    monkeypatch.delenv("RANK", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("RANK", environment)
+    init_logger()
+    rank0.warning("trouble")
+    rank0.debug("detail")
+    shown = [line.partition("WARNING ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["trouble"] * logs
+
+
+def test_rank_0_of_a_fake_world_logs(caplog: pytest.LogCaptureFixture) -> None:
+    for rank in (0, 4321):
+        with fake_world(8192, rank):
+            rank0.warning("trouble on %d", rank)
+    assert [record.getMessage() for record in caplog.records] == ["trouble on 0"]
 
 
 def test_level_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from torchtitan.components.data_loader import builder, has_own_loader
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
     from .load import OpenCheckpoint
 
-logger = logging.getLogger("torchtitan")
 
 _WAY_OUT = 'checkpoint.exclude_from_loading = ["dataloader"] to restart the data from the beginning'
 _WAY_OUT += ", so that documents already seen are repeated"
@@ -115,8 +113,8 @@ def warn_of_changed_data(checkpoint: OpenCheckpoint, current: dict[str, Any]) ->
         for unit in ("documents", "shards")
         if unit in old and unit in new and old[unit] != new[unit]
     ]
-    if changes and dist.get_rank() == 0:
-        logger.warning(
+    if changes:
+        rank0.warning(
             "the data has changed since %s was saved: %s. The run resumes at the same document "
             "numbers, so documents may be repeated or left out. Restore the data, or set %s",
             checkpoint.folder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +12,7 @@ import torch.nn as nn
 
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
+from torchtitan.tools.logging import rank0
 
 from .folder import step_folder
 from .huggingface import ExportAssets
@@ -25,8 +25,6 @@ from .writer import error_of_failed_save
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
-
-logger = logging.getLogger("torchtitan")
 
 
 class FinalExport:
@@ -78,11 +76,8 @@ class FinalExport:
     def save_if_missing(self, step: int) -> None:
         """Save if a finished run has no export, because saving failed or was not enabled then."""
         if self.is_due(step) and not on_rank_zero(lambda: self._is_there(step), self._group):
-            if dist.get_rank() == 0:
-                folder = self._folder(step)
-                logger.info(
-                    "step %d is done, but %s is missing or older: saving it now", step, folder
-                )
+            folder = self._folder(step)
+            rank0.info("step %d is done, but %s is missing or older: saving it now", step, folder)
             self.save(step)
 
     def _is_there(self, step: int) -> bool:

@@ -24,6 +24,7 @@ from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.runtime.world import rank
 from torchtitan.tools.foreign_files import parse_json, read_json
+from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
@@ -163,8 +164,8 @@ def warn_without_bos(job_config: JobConfig, tokenizer: object) -> None:
     path = initial_load_path(job_config)
     if job_config.data.add_bos or path is None or not is_hf_weights(path):
         return
-    if getattr(tokenizer, "adds_bos", False) and rank() == 0:
-        logger.warning(
+    if getattr(tokenizer, "adds_bos", False):
+        rank0.warning(
             "data.add_bos is false, but the tokenizer of %s begins texts with bos, so the weights "
             "in %s were probably trained with it: set data.add_bos = true",
             job_config.model.tokenizer_path,

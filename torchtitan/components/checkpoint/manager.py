@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.process_group import job_store
+from torchtitan.tools.logging import rank0
 from torchtitan.tools.run_folder import config_to_keep
 from torchtitan.tools.text import first_line
 
@@ -151,7 +152,7 @@ class CheckpointManager:
             message, error = self._clean_up(step, failure)
             if last:
                 raise error_of_failed_save(message, error) from failure
-            _log_failure(message)
+            rank0.error("%s. Training continues", message)
         else:
             self._saved(step)
         if in_hf:
@@ -166,7 +167,7 @@ class CheckpointManager:
             self._background.finish()
         except CheckpointException as failure:
             message, _ = self._clean_up(step, failure)
-            _log_failure(message)
+            rank0.error("%s. Training continues", message)
         else:
             self._saved(step)
 
@@ -241,8 +242,8 @@ class CheckpointManager:
             step = self._resume_first_good(folders, exclude=None)
             if step is not None:
                 note = gone_on_since(self._lineage[-1], folders, load_step)
-                if note and dist.get_rank() == 0:
-                    logger.warning("%s", note)
+                if note:
+                    rank0.warning("%s", note)
                 return step
         path = self._initial_load_path
         if path is not None:
@@ -295,8 +296,8 @@ class CheckpointManager:
         """
         damaged: list[str] = []
         for folder in folders:
-            if damaged and dist.get_rank() == 0:
-                logger.warning("%s. This checkpoint is skipped", damaged[-1])
+            if damaged:
+                rank0.warning("%s. This checkpoint is skipped", damaged[-1])
             try:
                 checkpoint = OpenCheckpoint.open(folder, self._group, self._config.verify)
                 step = self._resume(checkpoint, exclude)
@@ -383,8 +384,3 @@ class CheckpointManager:
             f"{first_line(error)}. The newest checkpoint is {newest.name if newest else '(none)'}"
         )
         return message, error
-
-
-def _log_failure(message: str) -> None:
-    if dist.get_rank() == 0:
-        logger.error("%s. Training continues", message)

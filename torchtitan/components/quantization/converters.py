@@ -13,7 +13,7 @@ from torchtitan.config import fail
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.runtime.device import device_type
-from torchtitan.runtime.world import rank
+from torchtitan.tools.logging import rank0
 
 from .linear import QuantizedLinear
 from .products import quantized_grouped_linear
@@ -62,18 +62,17 @@ class _Converter:
     def tell(self, count: int, what: str) -> None:
         """Log the conversion and warn of slow settings."""
         logger.info("%s: %d %s", self.key, count, what)
-        if self.emulate and not self.options.emulate and rank() == 0:
+        if self.emulate and not self.options.emulate:
             text = (
                 "%s: emulated, as on every CPU: the numerics are those of a GPU, the speed is not"
             )
-            logger.warning(text, self.key)
+            rank0.warning(text, self.key)
         if not self.emulate and not self.job_config.compile.compiles("model"):
             text = (
                 "%s: without compile.enable, each step of rounding to 8 bits takes a pass over "
                 "memory, which may cost more time than the products save"
             )
-            if rank() == 0:
-                logger.warning(text, self.key)
+            rank0.warning(text, self.key)
 
     def post_optimizer_hook(self, model_parts: list[nn.Module]) -> None:
         """Do nothing: scales are computed anew in each product."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -17,10 +16,8 @@ from torchtitan.generation.generator import Generator
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.scoring import rolling_windows, score
 from torchtitan.generation.text import first_token
-from torchtitan.runtime.world import rank
 from torchtitan.tools.evaluate.task_options import TaskOptions
-
-logger = logging.getLogger("torchtitan")
+from torchtitan.tools.logging import rank0
 
 DEFAULT_WINDOW = 2048
 
@@ -140,8 +137,8 @@ class TaskModel:
     def _warn_of_cuts(self, excess: Sequence[int]) -> None:
         """Warn of cut contexts. Args: excess: tokens beyond the limit in each text, if above 0."""
         cut = [tokens for tokens in excess if tokens > 0]
-        if cut and rank() == 0:
-            logger.warning(
+        if cut:
+            rank0.warning(
                 "%d of %d contexts lose their beginning, up to %d tokens of it: %s",
                 *(len(cut), len(excess), max(cut), self._told_length),
             )

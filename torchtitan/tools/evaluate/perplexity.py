@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -20,9 +19,7 @@ from torchtitan.data.sources import Source, has_random_access
 from torchtitan.errors import DataError
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.text import first_token
-from torchtitan.runtime import world
-
-logger = logging.getLogger("torchtitan")
+from torchtitan.tools.logging import rank0
 
 _SECONDS_OF_A_LINE = 10.0
 """Interval of an evaluation's progress messages."""
@@ -151,9 +148,9 @@ def evaluate(
         if rank < len(turn):
             loss_sum += loss.double()
             seen += int(count_labels(labels))
-        if world.rank() == 0 and time.monotonic() - told >= _SECONDS_OF_A_LINE:
+        if time.monotonic() - told >= _SECONDS_OF_A_LINE:
             told = time.monotonic()
-            logger.info(
+            rank0.info(
                 "%s tokens so far, loss %.4f", f"{seen * dims.dp:,}", loss_sum.item() / max(seen, 1)
             )
     if dims.dp > 1:
