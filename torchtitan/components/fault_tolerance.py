@@ -98,7 +98,10 @@ class Replicas:
             self._manager.start_quorum()
 
     def sum(self, number: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a tensor over the groups, on the device used for communication."""
+        """Return the sum of a tensor of any shape over the groups, of the same shape.
+
+        It is on the device used for communication.
+        """
         if self._manager is None:
             return number
         total = number.to(device="cuda" if torch.cuda.is_available() else "cpu", copy=True)

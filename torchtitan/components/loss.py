@@ -175,7 +175,7 @@ class VocabShard:
     def local_labels(self, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return labels as indices into this rank's `size` logits, and a mask of those in range.
 
-        Labels of other ranks get index 0.
+        Labels of other ranks get index 0. Shapes: `[tokens]` int64 -> `[tokens]` int64 and bool.
         """
         index = labels - self.start
         mine = (index >= 0) & (index < size)  # never true for IGNORE_INDEX, which is negative

@@ -28,7 +28,7 @@ class Part(NamedTuple):
         return self.rows * self.columns
 
     def of(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return this part of the whole matrix, as a view."""
+        """Return this part, `[rows, columns]`, of the whole matrix, as a view."""
         rows = slice(self.row, self.row + self.rows)
         return matrix[rows, self.column : self.column + self.columns]
 

@@ -216,12 +216,12 @@ def own_inputs(batch: Batch) -> Batch:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a host tensor in pinned memory; a loader may already put tensors on the device."""
+    """Return a host tensor, of any shape, in pinned memory; loaders may use the device already."""
     return tensor.contiguous().pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def in_precision(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast a floating-point input of the model to `dtype`."""
+    """Cast a floating-point input of the model, of any shape, to `dtype`."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

@@ -127,6 +127,12 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """Approximate `U V^T` of the matrix `U S V^T` by Newton-Schulz iteration in bfloat16.
 
     The singular values of the result lie between about 0.5 and 1.5, which works as well as 1.
+
+    Args:
+        matrix: `[rows, columns]`.
+
+    Returns:
+        `[rows, columns]` bfloat16.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrix.bfloat16()

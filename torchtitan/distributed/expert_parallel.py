@@ -205,7 +205,14 @@ class RowExchange:
         return select_rows(rows, self._order, self._place)
 
     def send_back(self, rows: torch.Tensor) -> torch.Tensor:
-        """Reverse `send`, summing the results of the `etp` ranks for each row."""
+        """Reverse `send`, summing the results of the `etp` ranks for each row.
+
+        Args:
+            rows: `[sum of self.counts, dim]`, sorted by expert.
+
+        Returns:
+            `[sum of counts, dim]`.
+        """
         rows = select_rows(rows, self._place, self._order)
         if self._etp is not None:
             rows = all_to_all_single_autograd(rows, self._own_copies, self._shown, self._etp)

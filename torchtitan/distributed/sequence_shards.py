@@ -33,12 +33,18 @@ class SequenceShards:
         self._in_order = [held.index(number) for number in range(2 * self.size)]
 
     def shard(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return this rank's part of a tensor whose dimension `dim` is the sequence."""
+        """Return this rank's part of a tensor: `[..., seq, ...]` -> `[..., seq / cp, ...]`.
+
+        `dim`: the dimension of the sequence.
+        """
         chunks = tensor.chunk(2 * self.size, dim)
         return torch.cat([chunks[number] for number in self.chunks], dim)
 
     def gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return all ranks' parts in sequence order: all-gather; in backward, reduce-scatter."""
+        """Return all ranks' parts in sequence order: all-gather; in backward, reduce-scatter.
+
+        `[..., seq / cp, ...]` -> `[..., seq, ...]`, in dimension `dim`.
+        """
         shard = DTensor.from_local(tensor, self.mesh, [Shard(dim)], run_check=False)
         gathered = shard.redistribute(placements=[Replicate()])
         chunks = gathered.to_local(grad_placements=[Partial()]).chunk(2 * self.size, dim)
@@ -48,6 +54,7 @@ class SequenceShards:
         """All-to-all: rank `r` gets the `r`-th part along `split_dim` of each rank's tensor.
 
         The received parts are joined along `join_dim` in rank order. Differentiable.
+        `[..., split, ..., join, ...]` -> `[..., split / cp, ..., join * cp, ...]`.
         """
         parts = torch.stack(tensor.chunk(self.size, split_dim))
         one_each = [1] * self.size

@@ -353,8 +353,8 @@ def gather_for_parts(
 ) -> torch.Tensor:
     """Return the whole of `tensor`, on every rank, as a plain tensor.
 
-    A plain input is the part that `layouts` describe. The result is used differently on each rank,
-    so its gradient is a partial sum.
+    A plain input is the part that `layouts` describe, `[batch, seq / tp, dim]` for `Shard(1)`. The
+    result, `[batch, seq, dim]`, is used differently on each rank, so its gradient is a partial sum.
     """
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, layouts, run_check=False)

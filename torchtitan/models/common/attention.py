@@ -81,6 +81,15 @@ def sdpa(
     """PyTorch's scaled dot product attention, for the arguments of `ScaledDotProductAttention`.
 
     With neither `mask` nor `is_causal`, each query sees all keys.
+
+    Args:
+        q: `[batch, heads, queries, head_dim]`.
+        k: `[batch, kv_heads, keys, head_dim]`.
+        v: `[batch, kv_heads, keys, value_dim]`.
+        mask: True where a query sees a key, `[queries, keys]` bool or expandable to it.
+
+    Returns:
+        `[batch, heads, queries, value_dim]`.
     """
     grouped = q.shape[1] != k.shape[1]
     if grouped and not _knows_grouped_heads(q, mask):
@@ -109,7 +118,7 @@ def flash_of_last(
 ) -> torch.Tensor:
     """Attend causally by CUDA's flash kernel, with queries that are the last of the keys' tokens.
 
-    The kernel aligns its triangle with the last key, SDPA with the first.
+    The kernel aligns its triangle with the last key, SDPA with the first. Shapes: see `sdpa`.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     size = v.shape[-1]
