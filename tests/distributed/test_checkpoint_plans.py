@@ -11,15 +11,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from harness import on_ranks, run_ranks
 from test_checkpoint_layouts import Run, full, world_size_of
+from tiny_models import tiny_model
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from torchtitan.components.checkpoint import load as load_module
 from torchtitan.components.checkpoint import save_planner
 from torchtitan.components.checkpoint.reader import CheckpointReader, read_state
 from torchtitan.components.checkpoint.save_planner import LastSave, SharingSavePlanner
-from torchtitan.errors import CheckpointError
+from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.runtime.process_group import init_distributed
 
 PARAMETERS = 7
@@ -204,3 +207,19 @@ def load_different_names(folder: Path) -> None:
 
 def test_a_name_is_read_by_some_rank_or_refused_on_all(tmp_path: Path) -> None:
     on_ranks(2, load_different_names, tmp_path)
+
+
+def load_on_the_last_rank(folder: Path) -> None:
+    """As the last of two pipeline stages, with a sharded model that the first does not have."""
+    init_distributed(timeout_seconds=1)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+    if dist.get_rank() == 0:
+        return
+    model = tiny_model("llama3")
+    fully_shard(model, mesh=mesh["dp"])
+    with pytest.raises(ConfigError, match=r"all 2 ranks .* only 1 did within 0\.8 s"):
+        model.load_checkpoint(folder)
+
+
+def test_ranks_that_load_a_sharded_model_without_the_others_are_told(tmp_path: Path) -> None:
+    run_ranks(load_on_the_last_rank, 2, tmp_path)

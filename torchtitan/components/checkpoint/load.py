@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -65,13 +66,37 @@ def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
     Raises:
         CheckpointError: a file is missing or damaged, or keys or shapes do not fit the model.
         OutageError: a file cannot be read.
+        ConfigError: the model is sharded, and some ranks have not called this.
     """
     if any(param.is_meta for param in model.parameters()):
         from torchtitan.distributed.init import initialize_weights
 
         initialize_weights(model, seed=0, device=torch.device("cpu"))
     sharded = any(isinstance(param, DTensor) for param in model.parameters())
+    if sharded:
+        _wait_for_all_ranks()
     load_weights_of_parts([model], storage_path(path), dist.group.WORLD if sharded else None)
+
+
+def _wait_for_all_ranks() -> None:
+    """Raise `ConfigError` if some ranks do not come before the timeout of their collectives.
+
+    Such ranks would take part in ours by collectives of another kind.
+    """
+    store = dist.PrefixStore("torchtitan/load_checkpoint", distributed_c10d._get_default_store())
+    ranks, patience = dist.get_world_size(), distributed_c10d.default_pg_timeout * 0.8
+    before, called = divmod(store.add("calls", 1) - 1, ranks)
+    if called + 1 == ranks:
+        store.set(f"complete {before}", "")
+    try:
+        store.wait([f"complete {before}"], patience)
+    except dist.DistStoreError:
+        called = store.add("calls", 0) - before * ranks
+        raise ConfigError(
+            f"load_checkpoint: the model is sharded, so all {ranks} ranks must call it together, "
+            f"but only {called} did within {patience.total_seconds():g} s. It cannot read a "
+            "sharded model that only some stages of a pipeline have"
+        ) from None
 
 
 def load_weights_of_parts(
