@@ -51,7 +51,8 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
 
     Raises:
         ConfigError: the model's attention does not use these modules, or follows a rule that
-            `parallelism.context_parallel_method` does not support.
+            `parallelism.context_parallel_method` does not support; or the model has a convolution
+            over the sequence or a recurrent module of PyTorch. Those of its own are not recognized.
     """
     # Imported here because models import this module.
     from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
@@ -66,6 +67,15 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             f"{job_config.model.name} does not use CausalMask and ScaledDotProductAttention of "
             "torchtitan.models.common.attention, so its attention cannot be split over ranks. Set "
             "it to 1",
+        )
+    mixers = [name for name, m in model.named_modules() if _mixes_tokens(m)]
+    if mixers:
+        fail(
+            job_config,
+            "parallelism.context_parallel_degree",
+            f"{job_config.model.name} mixes tokens in {mixers[0]}, which would see only a "
+            "rank's part of each sequence. Set it to 1, and leave apply_cp out of the model's "
+            "parallelize_fn",
         )
     # The ring's kernels use the default scale and ignore everything that a subclass adds.
     plain = all(type(a) is ScaledDotProductAttention and a.scale is None for a in attentions)
@@ -90,6 +100,13 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     for attention in attentions:
         attention.forward = _METHODS[method](attention.forward, shards)
     cast(Any, model).applied_context_parallel = True
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    """Return whether a module of PyTorch mixes tokens. A subclass may exchange the parts itself."""
+    if type(module) is nn.Conv1d:
+        return module.kernel_size != (1,)
+    return type(module) in (nn.RNN, nn.LSTM, nn.GRU)
 
 
 def require_applied_cp(model_parts: list[nn.Module], job_config: JobConfig) -> None:

@@ -33,6 +33,17 @@ def test_a_model_with_attention_of_its_own_is_refused(part, config):
         apply_cp(model(part), MESH, config)
 
 
+@pytest.mark.parametrize("mixer", [nn.Conv1d(2, 2, 4, groups=2), nn.GRU(2, 2)])
+def test_a_model_that_mixes_tokens_by_other_means_is_refused(mixer, config):
+    hybrid = model(CausalMask(), ScaledDotProductAttention(), mixer)
+    with pytest.raises(ConfigError, match=r"_degree = 2: llama3 mixes tokens in layers\.2, which"):
+        apply_cp(hybrid, MESH, config)
+
+
+def test_a_convolution_of_single_tokens_is_fine(config):
+    apply_cp(model(CausalMask(), ScaledDotProductAttention(), nn.Conv1d(2, 2, 1)), MESH, config)
+
+
 def test_a_pipeline_stage_without_layers_is_fine(config):
     stage = model()
     stage.mask = CausalMask()
