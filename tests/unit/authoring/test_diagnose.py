@@ -44,3 +44,12 @@ def test_an_index_out_of_range_may_be_a_table_of_positions():
     trace = '  File "/home/me/model.py", line 7, in forward\n    self.places(positions)\n'
     failure = RankFailure(0, "IndexError: index out of range in self", trace, exit_code=1)
     assert "max_seq_len" in explain([failure])[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [(f"{STDLIB}/threading.py", "may be slow or busy"), ("distributed_c10d.py", "same order")],
+)
+def test_ranks_that_are_not_done_wait_for_others_or_are_slow(file, advice):
+    stacks = f'Current thread 0x1 (most recent call first):\n  File "{file}", line 7 in wait\n'
+    assert advice in explain([RankFailure(0, "not done after 240 s", stacks)])[1]

@@ -70,15 +70,21 @@ def _died(failure: RankFailure) -> bool:
 
 
 def _explain_hang(failures: list[RankFailure]) -> tuple[str, str]:
-    waiting = []
+    waiting, collectives = [], set()
     for failure in sorted(failures, key=lambda failure: failure.rank):
         collective, place = _collective(failure.traceback)
+        collectives.add(collective)
         waiting.append(f"rank {failure.rank} in {collective or 'no collective'} ({place})")
-    return (
-        f"{failures[0].reason}: {'; '.join(waiting)}",
+    hint = (
         "Every rank must call the same collectives in the same order: look for a branch that "
-        "depends on the rank, or on data that differs between ranks.",
+        "depends on the rank, or on data that differs between ranks."
     )
+    if collectives == {""}:
+        hint = (
+            "No rank waits for another. The machine may be slow or busy: repeat this check with "
+            "--only. Otherwise look for a loop that does not end."
+        )
+    return f"{failures[0].reason}: {'; '.join(waiting)}", hint
 
 
 def _collective(stacks: str) -> tuple[str, str]:
