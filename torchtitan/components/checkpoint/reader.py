@@ -361,4 +361,7 @@ def _way_out(keys: list[str]) -> str:
     part = keys[0].partition(".")[0]
     if part not in EXCLUDABLE_PARTS:
         return ""
-    return f'; checkpoint.exclude_from_loading = ["{part}"] would reset it'
+    cause = ""
+    if part == "optimizer":
+        cause = " (has the optimizer changed, or which parameters are frozen?)"
+    return f'{cause}; checkpoint.exclude_from_loading = ["{part}"] would reset it'
