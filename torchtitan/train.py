@@ -33,7 +33,11 @@ from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_non
 from torchtitan.components.loss import attach_loss, count_labels
 from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
-from torchtitan.components.model_inputs import ModelInputs
+from torchtitan.components.model_inputs import (
+    ModelInputs,
+    digest_of_names,
+    refuse_unequal_names,
+)
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
@@ -306,8 +310,9 @@ class Trainer:
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
         # On the host, so that reading the counts does not wait for the device.
-        counts = torch.tensor([tokens, int(stop.received)])
+        counts = torch.tensor([tokens, int(stop.received), *digest_of_names(batches)])
         self.sum_over_ranks(counts)
+        refuse_unequal_names(counts[2:].tolist(), batches, self.parallel_dims.world_size, config)
         # At least 1: a step of prompts alone has no labels, and its loss is 0.
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
         global_tokens = self.replicas.sum(own_tokens).clamp(min=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -207,6 +208,33 @@ def refuse_lone_positions(who: str, batch: Batch, job_config: JobConfig) -> None
             f"{who} has 'positions' without 'document_ids', but without training.document_mask "
             "the positions of a sequence are 0, 1, 2, ... Leave them out, give document_ids "
             "too and set training.document_mask, or choose another name, also in forward()"
+        )
+
+
+def digest_of_names(batches: list[Batch]) -> tuple[int, int]:
+    """Return a number below 2^16 for the names in the batches of a step, and its square."""
+    digest = zlib.crc32(repr([sorted(batch) for batch in batches]).encode()) & 0xFFFF
+    return digest, digest**2
+
+
+def refuse_unequal_names(
+    sums: list[int], batches: list[Batch], ranks: int, job_config: JobConfig
+) -> None:
+    """Raise `ConfigError` on all ranks if their batches of a step have different names.
+
+    `forward` would call other blocks on some ranks, which then wait for each other.
+
+    Args:
+        sums: of the `digest_of_names` of all ranks.
+        batches: those of this rank.
+    """
+    total, squares = sums
+    if ranks * squares != total**2:  # by Cauchy and Schwarz, equal only if all digests are
+        names = "; ".join(dict.fromkeys(some(batch) for batch in batches))
+        raise ConfigError(
+            f"{builder(job_config)}: the ranks' batches of a step have different names. Those of "
+            f"this rank have {names}. Give all batches the same names, such as zeros for a sample "
+            "without an image"
         )
 
 

@@ -9,7 +9,12 @@ import torch
 import torch.nn as nn
 
 from torchtitan.components.data_loader import check_dataloader, next_batch
-from torchtitan.components.model_inputs import ModelInputs, pinned
+from torchtitan.components.model_inputs import (
+    ModelInputs,
+    digest_of_names,
+    pinned,
+    refuse_unequal_names,
+)
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, DataError, OutageError
@@ -298,3 +303,16 @@ def test_only_what_is_on_the_host_is_pinned(monkeypatch):
     assert pinned(elsewhere) is elsewhere and not copies
     pinned(TOKENS.T)
     assert copies[0].is_contiguous()
+
+
+@pytest.mark.parametrize("different", [False, True])
+def test_ranks_with_batches_of_different_names_are_refused_in_the_same_step(different, config):
+    text = {"tokens": TOKENS, "labels": TOKENS}
+    image = text | {"pixel_values": TOKENS.float()}
+    ranks = [[image, text], [image, text], [image, image] if different else [image, text]]
+    sums = torch.tensor([digest_of_names(batches) for batches in ranks]).sum(0).tolist()
+    if different:
+        with pytest.raises(ConfigError, match="this rank have 'tokens', 'labels', 'pixel_values';"):
+            refuse_unequal_names(sums, ranks[0], len(ranks), config)
+    else:
+        refuse_unequal_names(sums, ranks[0], len(ranks), config)
