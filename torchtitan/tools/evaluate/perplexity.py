@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -75,6 +76,9 @@ class TokenStream:
         """
         pending = [] if self._add_bos else [first_token(self._tokenizer)]
         for text in self._texts():
+            if isinstance(text, list | np.ndarray):
+                kind = "a conversation" if isinstance(text, list) else "an array of token ids"
+                raise DataError(f"a document of the dataset is {kind}, but eval measures texts")
             tokens = encode_document(self._tokenizer, text, self._add_bos).tolist()
             if not tokens:
                 continue

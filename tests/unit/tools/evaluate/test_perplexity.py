@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import tiny_hf
 import torch
@@ -86,6 +87,14 @@ def test_a_malformed_row_keeps_its_message():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("document", "kind"), [(np.array([1, 2]), "an array of token ids"), ([{}], "a conversation")]
+)
+def test_what_training_reads_beside_texts_is_refused(document, kind):
+    with pytest.raises(DataError, match=f"is {kind}, but eval measures texts"):
+        list(TokenStream([document], BytesTokenizer(), None).sequences(8))
+
+
 def test_the_loss_is_that_of_every_token(loaded):
     """Against the log-likelihoods of one sequence after the other."""
     sequences = list(TokenStream(TEXTS, BytesTokenizer(), None).sequences(20))
