@@ -5,6 +5,7 @@ own_loss_tells      one that wraps ours, and tells of it
 own_loss_forgets    one that wraps ours, and does not hand attach on
 own_loader_steps    a loader whose state is a number, not rows
 own_loader_noise    a loader that gives more than the model gets
+own_loader_uneven   a loader that gives document ids on rank 1 alone
 own_loader_ends     a loader that ends after two batches
 own_validator       a validator whose tokens the model does not know
 own_tokenizer       a tokenizer that is neither bytes nor Hugging Face's
@@ -91,6 +92,17 @@ def get_own_loader_noise(flavor: str) -> TrainSpec:
         tiny_llama.get_train_spec(flavor),
         build_dataloader_fn=lambda config, *_: Loader(config, state, noise=torch.rand(4)),
     )
+
+
+def build_uneven(config, tokenizer, dp_rank, dp_world_size):
+    loader = Loader(config, {"rows": torch.tensor([[0]])})
+    if dp_rank:
+        loader.more = {"document_ids": torch.zeros(loader.shape, dtype=torch.int64)}
+    return loader
+
+
+def get_own_loader_uneven(flavor: str) -> TrainSpec:
+    return replace(tiny_llama.get_train_spec(flavor), build_dataloader_fn=build_uneven)
 
 
 class Ending(Loader):
@@ -222,4 +234,5 @@ register_train_spec("own_loss_forgets", get_own_loss_forgets)
 register_train_spec("own_validator", get_own_validator)
 register_train_spec("own_loader_steps", get_own_loader_steps)
 register_train_spec("own_loader_noise", get_own_loader_noise)
+register_train_spec("own_loader_uneven", get_own_loader_uneven)
 register_train_spec("own_loader_ends", get_own_loader_ends)

@@ -69,6 +69,12 @@ def test_what_a_loader_gives_in_vain_is_refused(tmp_path: Path) -> None:
     assert_one_message(done, "build_dataloader_fn of own_loader_noise", "has 'noise'")
 
 
+def test_ranks_whose_batches_have_different_names(tmp_path: Path) -> None:
+    done = refused(tmp_path / "run", OWN, "--model.name=own_loader_uneven", ranks=2)
+    assert done.err.count("own_loader_uneven: the ranks' batches of a step have different") == 2
+    assert done.exit_codes == [2, 2] and "Traceback" not in done.err, done.err
+
+
 def test_a_loader_that_ends_before_the_run(tmp_path: Path) -> None:
     options = ("--model.name=own_loader_ends", "--training.steps=9")
     done = refused(tmp_path / "run", OWN, *options)
