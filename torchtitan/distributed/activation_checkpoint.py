@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 import torchtitan.distributed.ring_attention  # noqa: F401  (registers an op of SAVED_OPS)
-from torchtitan.protocols.model import blocks_of
+from torchtitan.distributed.blocks import blocks_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

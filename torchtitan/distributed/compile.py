@@ -10,10 +10,10 @@ import torch
 import torch.nn as nn
 
 from torchtitan.distributed.activation_checkpoint import is_checkpointed
+from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.compiled_checkpoint import compile_inside
 from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.pipeline_split import splits_backward
-from torchtitan.protocols.model import blocks_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError
-from torchtitan.protocols.model import blocks_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

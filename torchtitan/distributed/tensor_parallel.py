@@ -35,10 +35,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from torchtitan.distributed.blocks import other_blocks_of
 from torchtitan.distributed.dtensor import local_offsets
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
-from torchtitan.protocols.model import layers_of, other_blocks_of
+from torchtitan.protocols.model import layers_of
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig

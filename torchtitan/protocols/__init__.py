@@ -1,6 +1,6 @@
 """The interfaces that a model author implements, without machinery."""
 
-from .model import BaseModelArgs, ModelProtocol, blocks_of, layers_of
+from .model import BaseModelArgs, ModelProtocol, layers_of
 from .model_converter import ModelConverter, register_model_converter
 from .state_dict_adapter import BaseStateDictAdapter
 from .train_spec import TrainSpec, register_train_spec
@@ -11,7 +11,6 @@ __all__ = [
     "ModelConverter",
     "ModelProtocol",
     "TrainSpec",
-    "blocks_of",
     "layers_of",
     "register_model_converter",
     "register_train_spec",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -13,9 +11,6 @@ import torch.nn as nn
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-
-
-_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 @dataclass
@@ -83,8 +78,8 @@ class ModelProtocol(nn.Module):
     other_blocks: ClassVar[tuple[str, ...]] = ()
     """Names of modules beside `layers` that are blocks, too: a single block (such as that of
     multi-token prediction) or a stack of them. Each block is gathered, recomputed and compiled on
-    its own (`blocks_of`), and `apply_tensor_parallel` applies the plan of blocks to it. A pipeline
-    stage without such a module has None in its place."""
+    its own (`torchtitan.distributed.blocks`), and `apply_tensor_parallel` applies the plan of
+    blocks to it. A pipeline stage without such a module has None in its place."""
 
     if not TYPE_CHECKING:  # hidden, so that type checkers accept `model_cls(args)`
 
@@ -115,72 +110,3 @@ class ModelProtocol(nn.Module):
 def layers_of(model: nn.Module) -> nn.ModuleDict:
     """Return the layers of a `ModelProtocol`, also of one that `torch.compile` has wrapped."""
     return cast(nn.ModuleDict, model.layers)
-
-
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that are gathered, recomputed and compiled one by one: name -> module.
-
-    These are the layers, then the members of other stacks, such as an encoder's or a vision
-    tower's, then the modules that the model's `other_blocks` names. A stack is a list, dict or
-    sequence of modules that all have a `forward` and submodules with parameters, at least two of
-    the same type. Except for layers, modules that share a parameter with another part of the model
-    are left out. Pipelines cut between layers only.
-    """
-    blocks: dict[str, nn.Module] = {f"layers.{n}": layer for n, layer in layers_of(model).items()}
-    uses = _uses(model)
-    others = other_blocks_of(model)
-    for name, block in (*_blocks_in(model, "", set(others.values())), *others.items()):
-        if all(uses[parameter] == count for parameter, count in _uses(block).items()):
-            blocks[name] = block
-    return blocks
-
-
-def other_blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks that the model's `other_blocks` names and that this stage has."""
-    blocks: dict[str, nn.Module] = {}
-    for name in getattr(model, "other_blocks", ()):
-        module: Any = model
-        for part in name.split("."):
-            module = getattr(module, part) if module is not None else None
-        if isinstance(module, _LISTS):
-            blocks |= {f"{name}.{n}": block for n, block in module.named_children()}
-        elif module is not None:
-            blocks[name] = module
-    return blocks
-
-
-def _uses(module: nn.Module) -> Counter[nn.Parameter]:
-    """Count the places in which each parameter is used."""
-    return Counter(param for _, param in module.named_parameters(remove_duplicate=False))
-
-
-def _blocks_in(
-    module: nn.Module, prefix: str, known: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the blocks of stacks, except layers and modules that are known already."""
-    for name, child in module.named_children():
-        if prefix + name == "layers" or child in known:
-            continue
-        if _is_stack(child):
-            yield from ((f"{prefix}{name}.{n}", block) for n, block in child.named_children())
-        else:
-            yield from _blocks_in(child, f"{prefix}{name}.", known)
-
-
-def _is_stack(module: nn.Module) -> bool:
-    members = list(module.children())
-    return (
-        isinstance(module, _LISTS)
-        and len({type(member) for member in members}) < len(members)
-        and all(_can_be_called(member) for member in members)
-        and all(any(True for _ in _inner_parameters(member)) for member in members)
-    )
-
-
-def _can_be_called(module: nn.Module) -> bool:
-    """Return whether the module has a forward, unlike a list of parts: FSDP gathers on a call."""
-    return type(module).forward is not nn.Module.forward
-
-
-def _inner_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    return (param for child in module.children() for param in child.parameters())

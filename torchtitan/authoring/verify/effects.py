@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
+from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.expert_parallel import moe_layers
-from torchtitan.protocols.model import blocks_of
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError

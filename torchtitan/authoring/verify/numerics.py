@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.module_tracker import ModuleTracker
 
 from torchtitan.components.model_inputs import in_precision
-from torchtitan.protocols.model import blocks_of
+from torchtitan.distributed.blocks import blocks_of
 from torchtitan.tools.text import few
 
 from .check import CheckFailedError, Checks, NotApplicableError

@@ -15,10 +15,10 @@ from torch.distributed.tensor.parallel import RowwiseParallel
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac, is_checkpointed
+from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
-from torchtitan.protocols import blocks_of
 from torchtitan.runtime.fake_world import fake_world
 
 
