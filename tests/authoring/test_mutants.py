@@ -217,6 +217,23 @@ def test_context_parallelism_does_not_apply_to_inputs_that_it_cannot_divide(tmp_
     assert "other inputs must be [batch], but build_dataloader_fn of weighted_t" in outcome.message
 
 
+@pytest.mark.parametrize(
+    "only",
+    [
+        ["layouts.tp2"],
+        pytest.param(
+            ["layouts.fsdp2", "layouts.tp2_whole_sequence", "layouts.pp2_tp2"],
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["tp2", "others"],
+)
+def test_a_right_model_of_images_and_texts_passes(only: list[str], tmp_path: Path) -> None:
+    """By the block of docs/adding_models.md that gathers hidden states around a module."""
+    outcomes = run_checks(choose(only), Subject("images", "debugmodel", tmp_path, "images"))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
 @pytest.mark.long
 def test_a_right_model_that_does_not_predict_next_tokens_passes(tmp_path: Path) -> None:
     subject = Subject("two_halves", "debugmodel", tmp_path, "two_halves")
