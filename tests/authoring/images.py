@@ -55,6 +55,8 @@ class VisionBlock(nn.Module):
 class Vision(nn.Module):
     """`[batch, patches, patch_dim]` -> `[batch, patches, dim]`."""
 
+    init_weights = base.Block.init_weights
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.patch = nn.Linear(PATCH_DIM, dim, bias=False)
@@ -96,11 +98,8 @@ class Model(base.Model):
 
     def init_weights(self) -> None:
         super().init_weights()
-        for module in self.vision.modules() if self.vision is not None else ():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.RMSNorm):
-                module.reset_parameters()
+        if self.vision is not None:
+            self.vision.init_weights()
 
 
 class WithImages:

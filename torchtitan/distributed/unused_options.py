@@ -53,9 +53,9 @@ def warn_of_unread(section: str, builder: str, job_config: JobConfig) -> Iterato
         yield
     finally:
         setattr(job_config, section, config)
-    changed = (f.name for f in fields(kind) if vars(config)[f.name] != vars(kind())[f.name])
-    for name in changed:
-        if name not in read:
+    default = kind()
+    for name in (field.name for field in fields(kind) if field.name not in read):
+        if getattr(config, name) != getattr(default, name):
             rank0.warning(
                 "%s: may have no effect, because the %s of %s does not read it",
                 *(origin(job_config, f"{section}.{name}"), builder, job_config.model.name),
