@@ -25,6 +25,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Spread, Table, verdict
+from torchtitan.commands.convert import command
+from torchtitan.commands.convert.from_hf import convert_from_hf
+from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint.huggingface import export_config
 from torchtitan.components.checkpoint.safetensors_files import (
     SafetensorsWriter,
@@ -34,9 +37,6 @@ from torchtitan.components.checkpoint.safetensors_files import (
 )
 from torchtitan.models.llama3 import MODEL_CONFIGS, Llama3Model, Llama3StateDictAdapter
 from torchtitan.models.which_model import model_of_hf_folder
-from torchtitan.tools.convert import command
-from torchtitan.tools.convert.from_hf import convert_from_hf
-from torchtitan.tools.convert.to_hf import convert_to_hf
 from torchtitan.tools.text import human_bytes
 
 TARGET = 0.5

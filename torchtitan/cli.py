@@ -25,27 +25,27 @@ COMMANDS = {
         "check that a model is correct, without a GPU",
     ),
     "converge": (
-        "torchtitan.tools.converge.command",
+        "torchtitan.commands.converge.command",
         "train with several layouts from one seed, and compare the curves",
     ),
     "report": (
-        "torchtitan.tools.report.command",
+        "torchtitan.commands.report.command",
         "show the logs of runs as a page: curves, config, environment, checkpoints",
     ),
-    "generate": ("torchtitan.tools.generate", "continue prompts with a trained model"),
+    "generate": ("torchtitan.commands.generate", "continue prompts with a trained model"),
     "eval": (
-        "torchtitan.tools.evaluate.command",
+        "torchtitan.commands.evaluate.command",
         "measure perplexity on a dataset, or run tasks of lm-evaluation-harness",
     ),
     "convert": (
-        "torchtitan.tools.convert.command",
+        "torchtitan.commands.convert.command",
         "convert checkpoints from and to Hugging Face folders, and inspect both",
     ),
     "checkpoint": (
-        "torchtitan.tools.checkpoint.command",
+        "torchtitan.commands.checkpoint.command",
         "list, verify, prune and compare checkpoints",
     ),
-    "download": ("torchtitan.tools.download", "fetch weights and tokenizer from the hub"),
+    "download": ("torchtitan.commands.download", "fetch weights and tokenizer from the hub"),
     "data": ("torchtitan.data.command", "prepare token shards, or inspect data"),
     "plan": (
         "torchtitan.planning.command",
@@ -55,7 +55,7 @@ COMMANDS = {
         "torchtitan.launching.command",
         "start a job on Slurm, Kubernetes, SkyPilot or ssh hosts, or show what it would submit",
     ),
-    "models": ("torchtitan.tools.models", "list the models, their flavors and sizes"),
+    "models": ("torchtitan.commands.models", "list the models, their flavors and sizes"),
 }
 """Name -> (module with `main(argv)`, one line of help)."""
 

@@ -42,6 +42,7 @@ from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
+from torchtitan.components.run_folder import make_dump_folder, write_description
 from torchtitan.components.step_stats import StepStats
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.tokenizer import path_of
@@ -79,7 +80,6 @@ from torchtitan.runtime.world import refuse_separate_tasks, world_size
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
 from torchtitan.tools.profiling import maybe_profile
-from torchtitan.tools.run_folder import make_dump_folder, write_description
 
 logger = logging.getLogger("torchtitan")
 

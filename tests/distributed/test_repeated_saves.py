@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from torchtitan.commands.checkpoint.listing import verify
 from torchtitan.components.checkpoint import folder as folders
 from torchtitan.components.checkpoint.save_planner import SharingSavePlanner
 from torchtitan.components.checkpoint.storage import CheckpointFiles
 from torchtitan.components.checkpoint.writer import CheckpointWriter
-from torchtitan.tools.checkpoint.listing import verify
 
 NOTHING, RESULTS, ALL = "nothing", "where it was written", "what it has and where it was written"
 

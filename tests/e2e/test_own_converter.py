@@ -11,8 +11,8 @@ from equality import newest_weights
 from harness import command, train
 from safetensors.torch import load_file
 
+from torchtitan.commands.convert.command import main as convert
 from torchtitan.generation.load import ModelOptions, load_model, open_source
-from torchtitan.tools.convert.command import main as convert
 
 ADAPTERS = [
     *tiny_llama.OPTIONS,

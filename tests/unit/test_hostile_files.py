@@ -23,11 +23,11 @@ from torchtitan import cli
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import read_metadata, read_safetensors_metadata
 from torchtitan.components.checkpoint.storage import FileRecord
+from torchtitan.components.run_folder import CONFIG_FILE, write_description
 from torchtitan.config import load_config, to_toml
 from torchtitan.data import build_dataloader
 from torchtitan.errors import CheckpointError, ConfigError, TitanError
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.run_folder import CONFIG_FILE, write_description
 from torchtitan.tools.secrets import hide_secrets
 
 SOURCES = sorted(Path(torchtitan.__file__).parent.rglob("*.py"))

@@ -44,7 +44,10 @@ def test_the_allocator_is_left_as_it_was_set(given: dict[str, str], left: str) -
     assert done.stdout.strip() == left
 
 
-@pytest.mark.parametrize(("folder", "below"), [("config", {"tools"}), ("runtime", set())])
+@pytest.mark.parametrize(
+    ("folder", "below"),
+    [("runtime", set()), ("tools", {"runtime"}), ("config", {"tools"})],
+)
 def test_folders_that_others_build_on(folder: str, below: set[str]) -> None:
     for path in (PACKAGE / folder).rglob("*.py"):
         for module in imported(ast.parse(path.read_text()).body):

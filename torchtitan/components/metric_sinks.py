@@ -19,8 +19,8 @@ from torchtitan.components.checkpoint.folder import (
     is_resumable,
     list_checkpoints,
 )
+from torchtitan.components.run_folder import METRICS_FILE, VALIDATION_FILE
 from torchtitan.errors import ConfigError, TitanError, outage_or
-from torchtitan.tools.run_folder import METRICS_FILE, VALIDATION_FILE
 from torchtitan.tools.secrets import hide_secrets
 
 if TYPE_CHECKING:

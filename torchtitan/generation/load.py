@@ -27,6 +27,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     is_hf_weights,
 )
 from torchtitan.components.checkpoint.storage import is_url, storage_path
+from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.parallelism import Parallelism
@@ -46,7 +47,6 @@ from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.world import world_size
 from torchtitan.tools.foreign_files import read_json
-from torchtitan.tools.run_folder import CONFIG_FILE
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 

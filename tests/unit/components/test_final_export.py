@@ -15,13 +15,13 @@ from harness import checkpoints_in
 from safetensors.torch import load_file
 from tiny_models import tiny_spec
 
+from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint import final_export, huggingface_save
 from torchtitan.components.checkpoint.huggingface import TOKENIZER_FILES, ExportAssets
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError, OutageError
 from torchtitan.models.which_model import model_of_checkpoint
-from torchtitan.tools.convert.to_hf import convert_to_hf
 
 
 def run_of(tmp_path, **checkpoint):

@@ -7,10 +7,10 @@ import tiny_hf
 import torch
 from safetensors.torch import load_file, save_file
 
+from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.errors import CheckpointError
 from torchtitan.models.from_hf import train_spec_of_hf_folder
 from torchtitan.models.which_model import model_of_hf_folder
-from torchtitan.tools.convert.from_hf import convert_from_hf
 
 
 def load(folder):

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tiny_models import TINY, tiny_spec
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from torchtitan.commands.convert.from_hf import convert_from_hf
+from torchtitan.commands.convert.to_hf import convert_to_hf
 from torchtitan.components.checkpoint import safetensors_files
 from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.huggingface import (
@@ -37,8 +39,6 @@ from torchtitan.models.common.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs
 from torchtitan.models.which_model import model_of_hf_folder
 from torchtitan.protocols.train_spec import model_flavors
-from torchtitan.tools.convert.from_hf import convert_from_hf
-from torchtitan.tools.convert.to_hf import convert_to_hf
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

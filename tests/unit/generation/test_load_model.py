@@ -14,13 +14,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
+from torchtitan.commands.convert.command import main as convert
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, TitanError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.llama3.model import Llama3Model
-from torchtitan.tools.convert.command import main as convert
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import pytest
 
 import torchtitan
 from torchtitan.authoring.verify.subject import require_model
+from torchtitan.commands.models import main as list_models
 from torchtitan.errors import CheckpointError, ConfigError
 from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.from_hf import train_spec_of_hf_folder
 from torchtitan.models.import_errors import BrokenModel, import_each
 from torchtitan.protocols.train_spec import get_train_spec
-from torchtitan.tools.models import main as list_models
 
 
 def write_models(folder: Path, **init: str) -> None:

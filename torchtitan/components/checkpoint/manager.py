@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from torchtitan.components.run_folder import config_to_keep
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.runtime.process_group import job_store
 from torchtitan.tools.logging import rank0
-from torchtitan.tools.run_folder import config_to_keep
 from torchtitan.tools.text import first_line
 
 from .background import BackgroundSaves

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from torchtitan.components.lr_scheduler import build_lr_scheduler, schedule_of
+from torchtitan.components.run_folder import CONFIG_FILE, config_to_keep
 from torchtitan.config.lr_scheduler import LRScheduler
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.runtime.collective_calls import on_rank_zero
-from torchtitan.tools.run_folder import CONFIG_FILE, config_to_keep
 from torchtitan.tools.secrets import hide_secrets
 
 from .folder import (

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
+from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import (
     CheckpointError,
     OutageError,
@@ -21,7 +22,6 @@ from torchtitan.errors import (
     disk_is_full,
     outage_or,
 )
-from torchtitan.tools.run_folder import CONFIG_FILE
 
 from . import folder as folders
 from .manifest import Manifest

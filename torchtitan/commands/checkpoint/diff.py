@@ -1,0 +1,193 @@
+"""Compares two checkpoints: configuration, and names, shapes, dtypes and values of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import tomllib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
+from torchtitan.components.checkpoint.reader import (
+    CheckpointReader,
+    files_of,
+    read_metadata,
+    read_safetensors_metadata,
+)
+from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile, is_hf_weights
+from torchtitan.components.checkpoint.saved_tensors import SavedTensor
+from torchtitan.components.checkpoint.storage import StoragePath, storage_path
+from torchtitan.components.run_folder import CONFIG_FILE
+from torchtitan.errors import CheckpointError
+from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.tables import print_table
+from torchtitan.tools.text import first_line, natural_order
+
+PIECE = 1 << 22
+"""Elements of a tensor that are compared at once."""
+
+Read = Callable[[int, torch.Tensor], None]
+"""Fills a flat tensor with the elements from a given index on."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """The difference between the values of two tensors."""
+
+    max_difference: float
+    """Largest absolute difference; infinity if only one of two numbers is NaN."""
+    max_value: float
+    """Largest absolute value in the first tensor."""
+
+    @property
+    def relative(self) -> float:
+        if not self.max_difference:
+            return 0.0
+        return self.max_difference / self.max_value if self.max_value else math.inf
+
+
+class Side:
+    """A checkpoint of ours or a Hugging Face folder, whose tensors are read in pieces."""
+
+    def __init__(self, location: str) -> None:
+        self.folder = storage_path(location)
+        self.is_hf = is_hf_weights(self.folder)
+        self.fields: dict[str, Any] = {}
+        if self.is_hf:
+            assert isinstance(self.folder, Path)
+            self.metadata: Metadata = read_safetensors_metadata(self.folder)
+            if (self.folder / "config.json").is_file():
+                config = read_json(self.folder / "config.json", CheckpointError)
+                self.fields = {"config": config}
+            return
+        manifest = Manifest.read_whole(self.folder)
+        manifest.check_contents(self.folder, manifest.files.keys() & {".metadata", CONFIG_FILE})
+        self.metadata = read_metadata(self.folder)
+        of_manifest = dataclasses.asdict(manifest)
+        self.fields = {name: of_manifest[name] for name in ("step", "model_only", "model")}
+        if CONFIG_FILE in manifest.files:
+            self.fields["config"] = _read(self.folder / CONFIG_FILE, tomllib.loads)
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return self.metadata.state_dict_metadata
+
+    def reader(self, key: str, open_files: ExitStack) -> Read:
+        """Return a reader.
+
+        It uses no memory, except for a tensor whose parts are no element ranges: the whole tensor.
+        """
+        if isinstance(self.folder, Path) and self.is_hf:
+            path = self.folder / files_of(self.metadata)[key]
+            file = open_files.enter_context(SafetensorsFile(path))
+            return lambda start, out: file.read_elements(key, start, out)
+        saved = SavedTensor.find(self.folder, self.metadata, key)
+        if saved is not None:
+            return saved.read
+        whole = CheckpointReader(self.folder, self.metadata).read_tensor(key).reshape(-1)
+
+        def read(start: int, out: torch.Tensor) -> None:
+            out.copy_(whole[start : start + len(out)])
+
+        return read
+
+    def plain_value(self, key: str) -> Any:
+        return CheckpointReader(self.folder, self.metadata).read_plain(key)
+
+
+def diff(first: str, second: str) -> int:
+    """Print the differences of two checkpoints. Return 0 if there are none, else 1.
+
+    Raises:
+        CheckpointError: one is no checkpoint or is damaged, or their formats differ.
+    """
+    a, b = Side(first), Side(second)
+    if a.is_hf != b.is_hf:
+        ours, hf = (b, a) if a.is_hf else (a, b)
+        raise CheckpointError(
+            f"{hf.folder} is a Hugging Face folder, whose tensor names differ from those of "
+            f"{ours.folder}. First convert it: torchtitan convert from-hf {hf.folder} OUT"
+        )
+    fields = list(nested_differences(a.fields, b.fields))
+    if fields:
+        rows = [[name, _text(was), _text(now)] for name, was, now in fields]
+        print_table(["field", str(a.folder), str(b.folder)], rows, left=3)
+    rows, equal = [], 0
+    for key in sorted(a.entries.keys() | b.entries.keys(), key=natural_order):
+        row = _compare(key, a, b)
+        if row is None:
+            equal += 1
+        else:
+            rows.append([key, *row])
+    if rows:
+        header = ["tensor", "difference", "largest absolute", "relative to the largest value"]
+        print_table(header, rows, left=2)
+    sys.stdout.write(
+        f"{equal} entries are equal, {len(rows)} differ; fields: {len(fields)} differ\n"
+    )
+    return 1 if rows or fields else 0
+
+
+def _compare(key: str, a: Side, b: Side) -> list[str] | None:
+    """Return the cells of a row after the name; None if there is no difference."""
+    for side, other in ((a, b), (b, a)):
+        if key not in side.entries:
+            return [f"only in {other.folder}", "", ""]
+    x, y = a.entries[key], b.entries[key]
+    tensors = [isinstance(entry, TensorStorageMetadata) for entry in (x, y)]
+    if not any(tensors):
+        was, now = a.plain_value(key), b.plain_value(key)
+        return None if was == now else [f"{_text(was)} and {_text(now)}", "", ""]
+    if not all(tensors):
+        return ["a tensor and a plain value", "", ""]
+    if x.size != y.size:
+        return [f"shapes {list(x.size)} and {list(y.size)}", "", ""]
+    dtypes = x.properties.dtype, y.properties.dtype
+    with ExitStack() as files:
+        readers = a.reader(key, files), b.reader(key, files)
+        values = compare_values(*readers, x.size.numel(), dtypes)
+    other_dtype = dtypes[0] != dtypes[1]
+    if not values.max_difference and not other_dtype:
+        return None
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    what = f"dtypes {names[0]} and {names[1]}" if other_dtype else "values"
+    return [what, f"{values.max_difference:.3g}", f"{values.relative:.3g}"]
+
+
+def compare_values(
+    read_a: Read, read_b: Read, count: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> Values:
+    """Compare `count` elements, `PIECE` at a time. NaN equals NaN."""
+    difference = value = 0.0
+    for start in range(0, count, PIECE):
+        size = min(PIECE, count - start)
+        x, y = (torch.empty(size, dtype=dtype) for dtype in dtypes)
+        read_a(start, x)
+        read_b(start, y)
+        x, y = x.double(), y.double()
+        gap = (x - y).abs()
+        gap[(x == y) | (x.isnan() & y.isnan())] = 0.0  # also for infinities
+        difference = max(difference, gap.nan_to_num(math.inf, posinf=math.inf).max().item())
+        value = max(value, x.abs().nan_to_num(0.0, posinf=math.inf).max().item())
+    return Values(difference, value)
+
+
+def _read(path: StoragePath, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return parse(path.read_bytes().decode())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def _text(value: Any) -> str:
+    text = "(none)" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

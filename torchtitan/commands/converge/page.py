@@ -1,0 +1,93 @@
+"""Writes the result as a self-contained page, and the figure as a PNG."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from torchtitan.components.environment import environment
+from torchtitan.tools.figures import png
+from torchtitan.tools.html import Html, badge, table
+from torchtitan.tools.html import page as html_page
+
+from .match import may_differ
+from .report import (
+    DETAIL_HEADER,
+    HEADER,
+    STATES,
+    Result,
+    detail_rows,
+    failure_line,
+    rows,
+    verdict_line,
+)
+
+
+def write_page(result: Result, out: Path, plots: bool) -> None:
+    """Write `report.html` and, with `plots`, `curves.png`; remove an earlier comparison's."""
+    picture = out / "curves.png"
+    picture.unlink(missing_ok=True)
+    figure = "<p>No plots: matplotlib is not installed.</p>"
+    if plots:
+        from .plots import draw, svg
+
+        drawn = draw(result)
+        picture.write_bytes(png(drawn))
+        figure = svg(drawn)
+    (out / "report.html").write_text(page(result, figure), encoding="utf-8")
+
+
+def page(result: Result, figure: str) -> str:
+    """Return the whole page; `figure` is HTML."""
+    control = result.control.run.name
+    title = f"{'Equal to' if result.equal else 'Not equal to'} {control}"
+    sections = [
+        f"<h1>{escape(title)}</h1><p>{_scope(result)}</p>",
+        table(HEADER, [[*cells, _verdict_badge(state)] for *cells, state in rows(result)]),
+        _verdicts(result),
+        f'<h2>Curves</h2><div class="drawn-on-white">{figure}</div>',
+        f"<h2>Relative differences from {escape(control)}</h2>",
+        "<p>|test &minus; control| / |control|. "
+        "A test is equal if no step is beyond the tolerance.</p>",
+        table(DETAIL_HEADER, detail_rows(result), left=2),
+        f"<h2>Differences between the configs</h2>{_config_table(result)}",
+        "<h2>Environment of the comparison</h2>",
+        table(["", ""], [list(fact) for fact in environment().items()], left=2),
+        f"<h2>Command</h2><pre>{escape(result.command)}</pre>",
+    ]
+    return html_page(title, "\n".join(sections), style="svg { width: 100%; }")
+
+
+def _scope(result: Result) -> str:
+    """Describe the settings that all runs share."""
+    run = result.control.run
+    training = run.config.training
+    what = (
+        f"{run.config.model.name} {run.config.model.flavor}, {training.steps} steps of "
+        f"{run.global_batch_size} sequences of {training.seq_len} tokens from "
+        f"{training.dataset}, seed {run.config.debug.seed}"
+    )
+    return escape(what)
+
+
+def _verdicts(result: Result) -> str:
+    control = result.control
+    texts = [verdict_line(verdict, control.run.name) for verdict in result.verdicts]
+    if control.problems():
+        texts.insert(0, failure_line(control))
+    return "".join(f"<pre>{escape(text)}</pre>" for text in texts)
+
+
+def _config_table(result: Result) -> str:
+    names = [outcome.run.name for outcome in result.outcomes]
+    lines = [
+        [key, *values, "" if may_differ(key) else "allowed to differ by the user"]
+        for key, values in result.config_differences.items()
+    ]
+    header = ["key", *names, ""]
+    return table(header, lines, left=len(header)) if lines else "<p>None.</p>"
+
+
+def _verdict_badge(state: str) -> Html:
+    kinds = {"green": "good", "red": "bad"}
+    return badge(state, kinds.get(STATES[state], ""))

@@ -1,0 +1,157 @@
+"""Converts a checkpoint of ours to a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.components.checkpoint.chat_files import chat_template_of
+from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config, write_assets
+from torchtitan.components.checkpoint.load import (
+    OpenCheckpoint,
+    buffer_names,
+    dtype_of_copy,
+    model_state,
+)
+from torchtitan.components.checkpoint.reader import (
+    CheckpointReader,
+    check_keys_and_shapes,
+    check_no_more,
+)
+from torchtitan.components.checkpoint.resume import saved_config
+from torchtitan.components.checkpoint.safetensors_files import (
+    SafetensorsWriter,
+    TensorSpec,
+    plan_files,
+    write_index,
+)
+from torchtitan.components.checkpoint.saved_tensors import SavedTensor
+from torchtitan.components.checkpoint.tied import tied_embeddings
+from torchtitan.components.run_folder import CONFIG_FILE
+from torchtitan.config import load_config
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.plugins import load_plugins
+from torchtitan.models.which_model import KnownModel
+from torchtitan.protocols.model_converter import convert_to_load
+
+from .output import new_folder, refuse_existing, with_progress
+from .parts import Buffer, contiguous_parts, copy_bytes
+
+PREFIX = "model."
+
+
+def convert_to_hf(
+    folder: Path,
+    out: Path,
+    known: KnownModel,
+    dtype: torch.dtype | None,
+    tokenizer: str | None = None,
+) -> int:
+    """Write the model in the checkpoint `folder` into the Hugging Face folder `out`.
+
+    Args:
+        dtype: of floating-point tensors, with the exceptions of `dtype_of_copy`; None: as saved.
+        tokenizer: `bytes` or a folder; None: the run's tokenizer, if the model uses one.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, Hugging
+            Face cannot express it, `out` exists or cannot be written.
+    """
+    refuse_existing(out)
+    checkpoint = OpenCheckpoint.open(folder, None)
+    metadata = checkpoint.metadata
+    adapter = known.adapter(folder)
+    export_config(known.args)
+    model = known.build()
+    if saved_config(folder, checkpoint.manifest).get("model", {}).get("converters"):
+        config = load_config(["--job.config_file", str(folder / CONFIG_FILE)])
+        load_plugins(config.job.custom_import)
+        convert_to_load(model, config, ParallelDims(world_size=1))
+    state, tied = model_state([model]), tied_embeddings([model])
+    saved = {PREFIX + name: tensor for name, tensor in state.items()}
+    check_keys_and_shapes(folder, metadata, saved)
+    check_no_more(folder, metadata, saved, lambda key: key.startswith(PREFIX))
+
+    names = [name for name in state if name not in tied]
+    entries: dict[str, Any] = metadata.state_dict_metadata
+    specs, buffers = {}, buffer_names([model])
+    for name in names:
+        own = entries[PREFIX + name].properties.dtype
+        target = dtype_of_copy(own, dtype, name in buffers)
+        for key, tensor in adapter.to_hf({name: state[name]}).items():
+            specs[key] = TensorSpec(target, tuple(tensor.shape))
+    files = plan_files(specs)
+    file_of = {key: file for file, of_file in files.items() for key in of_file}
+    assets = _assets(checkpoint, known, tokenizer)
+    reader, buffer = CheckpointReader(folder, metadata), Buffer()
+    with new_folder(out) as partial:
+        writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
+        for name in with_progress(names, len(names)):
+            parts = contiguous_parts(adapter, name, tuple(state[name].shape))
+            saved_tensor = SavedTensor.find(folder, metadata, PREFIX + name)
+            if parts is not None and saved_tensor is not None:
+                for key, first in parts.items():
+                    _stream(saved_tensor, first, key, writers[file_of[key]], buffer)
+                continue
+            whole = tensor = reader.read_tensor(PREFIX + name)
+            for key, tensor in adapter.to_hf({name: whole}).items():
+                writers[file_of[key]].write(key, tensor.to(specs[key].dtype))
+            del whole, tensor
+        for writer in writers.values():
+            writer.close()
+        write_index(partial, files)
+        floating = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
+        write_assets(partial, known.args, dtype or floating[0], assets)
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None) -> ExportAssets:
+    """Return the other inputs of the folder. Args: tokenizer: as in `convert_to_hf`."""
+    described = checkpoint.manifest.model
+    reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
+    tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
+    like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
+    own = described.get("own_tokenizer", {}) if not tokenizer else {}
+    assets = ExportAssets(
+        tokenizer if reads_texts else "",
+        described.get("seq_len", 0),
+        like,
+        bos_id=own.get("bos_id"),
+        eos_id=own.get("eos_id"),
+    )
+    data = saved_config(checkpoint.folder, checkpoint.manifest).get("data")
+    if data is None:  # not from a run, so no more is known
+        return assets
+    file = data.get("chat_template")
+    # Old checkpoints do not record it. A run with a template is assumed to have had conversations.
+    conversations = checkpoint.manifest.data.get("has_conversations", bool(file))
+    return replace(
+        assets,
+        chat_template=chat_template_of(file, tokenizer) if conversations else "",
+        conversations=conversations,
+        add_bos=bool(data.get("add_bos", False)),
+    )
+
+
+def _stream(
+    source: SavedTensor, first: int, key: str, writer: SafetensorsWriter, buffer: Buffer
+) -> None:
+    """Write the tensor `key`, whose elements are those of `source` from index `first` on."""
+    spec = writer.specs[key]
+    count = math.prod(spec.shape)
+    if spec.dtype == source.dtype:
+        target, begin = writer.place_of(key)
+        for path, position, length, at in source.places(first, first + count):
+            with open(path, "rb", buffering=0) as file:
+                copy_bytes(file, position, target, begin + at, length)
+        return
+    for start, piece in buffer.pieces(count, source.dtype):
+        source.read(first + start, piece)
+        writer.write_elements(key, piece.to(spec.dtype), start)

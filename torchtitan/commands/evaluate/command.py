@@ -1,0 +1,165 @@
+"""`torchtitan eval`: perplexity on a dataset, or tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import tyro
+
+from torchtitan.commands.evaluate.lm_eval_adapter import TaskModel, require_lm_eval, run_tasks
+from torchtitan.commands.evaluate.perplexity import evaluate
+from torchtitan.data.sources import Source, open_dataset
+from torchtitan.errors import ConfigError, begin_errors_with
+from torchtitan.generation.load import (
+    CheckpointSource,
+    LoadedModel,
+    ModelOptions,
+    load_model,
+    open_source,
+    process_group,
+)
+from torchtitan.runtime.world import rank, world_size
+from torchtitan.tools.logging import init_logger
+from torchtitan.tools.options import require_at_least_one
+from torchtitan.tools.result_file import require_folder, write_result
+
+DESCRIPTION = """\
+Evaluate a trained model, from a torchtitan checkpoint or a Hugging Face folder: its perplexity on
+a dataset, or tasks of lm-evaluation-harness (pip install lm_eval). See docs/generating.md.
+
+  torchtitan eval --checkpoint outputs --dataset stdlib_validation --max-tokens 100000
+  torchtitan eval --checkpoint Qwen3-0.6B --dataset text --dataset-path notes.txt --json loss.json
+  torchrun --nproc-per-node 8 -m torchtitan eval --checkpoint Llama-3.1-8B --dataset c4_validation
+  torchtitan eval --checkpoint Qwen3-0.6B --tasks hellaswag arc_easy --limit 100
+
+Exit code: 0, or 2 for a mistake in the command, the checkpoint or the data."""
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass
+class Options(ModelOptions):
+    dataset: str | None = None
+    """Dataset name, as in training.dataset."""
+    dataset_path: str | None = None
+    """File, glob or folder of the dataset, as in training.dataset_path."""
+    text_key: str = "text"
+    """Field that holds the text, in formats with fields."""
+    seq_len: int | None = None
+    """Tokens per sequence. Default: the model's longest sequence, with a dataset at most 2048; 2048
+    if the model's limit is unknown"""
+    batch_size: int = 4
+    """Sequences per forward pass of a data rank."""
+    max_tokens: int | None = None
+    """Stop after predicting this many tokens, even within a document. Default: all documents"""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, instead of a dataset."""
+    num_fewshot: int | None = None
+    """Number of examples in a task's context. Default: as the task defines"""
+    limit: int | None = None
+    """Number of documents per task. Default: all"""
+    include_path: str | None = None
+    """Folder with your own task definitions."""
+    add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Prepend bos to documents and to the contexts of tasks. Default: as in the run, or as the
+    tokenizer of a Hugging Face folder specifies"""
+    no_add_bos: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Do not prepend bos."""
+    json: str | None = None
+    """Write the result to this file as JSON."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the arguments after `torchtitan eval`; return the exit code.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: the user made a mistake.
+    """
+    options = tyro.cli(Options, args=argv, prog="torchtitan eval", description=DESCRIPTION)
+    init_logger()
+    require_folder(options.json, "--json")
+    dataset = _check(options)
+    source = open_source(options)
+    if options.seq_len is None:
+        if dataset is not None:
+            options.seq_len = min(DEFAULT_SEQ_LEN, source.max_seq_len or DEFAULT_SEQ_LEN)
+    elif source.max_seq_len is not None and options.seq_len > source.max_seq_len:
+        raise ConfigError(
+            f"--seq-len {options.seq_len}: {source.model_name} of {source.folder} supports "
+            f"sequences of at most {source.max_seq_len} tokens"
+        )
+    add_bos = _add_bos(source, options)
+    with process_group():
+        loaded = load_model(source)
+        if dataset is None:
+            result = _evaluate_tasks(loaded, options, add_bos)
+        else:
+            result = _evaluate_dataset(loaded, dataset, options, add_bos)
+        if rank() == 0 and options.json is not None:
+            result["checkpoint"] = str(source.folder)
+            write_result(options.json, json.dumps(result, indent=1, default=str) + "\n", "--json")
+    return 0
+
+
+def _check(options: Options) -> Source | None:
+    """Open the dataset, if one is given. Raises `ConfigError` or `DataError`."""
+    require_at_least_one(options, "seq_len", "batch_size", "max_tokens", "limit")
+    if options.add_bos and options.no_add_bos:
+        raise ConfigError("give either --add-bos or --no-add-bos")
+    if bool(options.tasks) == (options.dataset is not None):
+        raise ConfigError("give either --dataset NAME or --tasks TASK [TASK ...]")
+    if options.tasks:
+        require_lm_eval()
+        if world_size() != options.tensor_parallel_degree:
+            raise ConfigError(
+                "--tasks shards the model over all processes: set --tensor-parallel-degree to "
+                f"their number, {world_size()}"
+            )
+        return None
+    if options.dataset is None:
+        return None
+    with begin_errors_with(f"--dataset {options.dataset}"):
+        return open_dataset(options.dataset, options.dataset_path, options.text_key)
+
+
+def _add_bos(source: CheckpointSource, options: Options) -> bool:
+    """Whether to add bos. Raises `ConfigError` if it is requested, but the tokenizer has none."""
+    if options.add_bos and source.tokenizer.bos_id is None:
+        path = source.job_config.model.tokenizer_path
+        raise ConfigError(f"--add-bos: the tokenizer {path} has no bos token")
+    return options.add_bos or (source.add_bos and not options.no_add_bos)
+
+
+def _evaluate_dataset(
+    loaded: LoadedModel, dataset: Source, options: Options, add_bos: bool
+) -> dict[str, Any]:
+    seq_len = cast(int, options.seq_len)  # it has been set by now
+    with begin_errors_with(f"--dataset {options.dataset}"):
+        result = evaluate(loaded, dataset, seq_len, options.batch_size, options.max_tokens, add_bos)
+    if rank() == 0:
+        bits = result.bits_per_byte
+        sys.stdout.write(
+            f"loss           {result.loss:.4f} nats a token\n"
+            f"perplexity     {result.perplexity:.3f}\n"
+            f"bits per byte  {'-' if bits is None else f'{bits:.4f}'}\n"
+            f"tokens         {result.tokens:,} ({result.documents:,} documents, "
+            f"{result.bytes:,} bytes)\n"
+        )
+    told = {"dataset": options.dataset, "seq_len": options.seq_len, "add_bos": add_bos}
+    return asdict(result) | told
+
+
+def _evaluate_tasks(loaded: LoadedModel, options: Options, add_bos: bool) -> dict[str, Any]:
+    model = TaskModel(loaded, options.batch_size, options.seq_len, add_bos)
+    results = run_tasks(
+        model, options.tasks, options.num_fewshot, options.limit, options.include_path
+    )["results"]
+    if rank() == 0:
+        for task, metrics in results.items():
+            for name, value in metrics.items():
+                if isinstance(value, float) and "stderr" not in name:
+                    sys.stdout.write(f"{task}  {name.partition(',')[0]}  {value:.4f}\n")
+    return {"results": results, "seq_len": model.max_seq_len, "add_bos": add_bos}
