@@ -35,7 +35,9 @@ from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import (
     ModelInputs,
+    digest_of_contents,
     digest_of_names,
+    refuse_unequal_batches,
     refuse_unequal_names,
 )
 from torchtitan.components.moe_balance import ExpertBalance
@@ -313,6 +315,10 @@ class Trainer:
         counts = torch.tensor([tokens, int(stop.received), *digest_of_names(batches)])
         self.sum_over_ranks(counts)
         refuse_unequal_names(counts[2:].tolist(), batches, self.parallel_dims.world_size, config)
+        if self.first_step:
+            contents = digest_of_contents(batches, self.dp_rank, self.parallel_dims.dp)
+            self.sum_over_ranks(contents)
+            refuse_unequal_batches(contents, self.parallel_dims.non_data_parallel_size, config)
         # At least 1: a step of prompts alone has no labels, and its loss is 0.
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
         global_tokens = self.replicas.sum(own_tokens).clamp(min=1)

@@ -10,10 +10,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks
 
 from torchtitan import train
 from torchtitan.config import load_config
+from torchtitan.errors import ConfigError
 from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
@@ -52,6 +54,18 @@ def draws(folder: str, options: list[str]) -> tuple[list[float], list[float]]:
             assert not any(name.endswith("tally") and t.any() for name, t in model.named_buffers())
             trainer._validate()
     assert trainer.stats.data_wait >= len(STEPS) * WAIT
+    if trainer.parallel_dims.tp_enabled:
+
+        def own_batch(*args: Any) -> Any:
+            batch = next_batch(*args)
+            return batch | {"tokens": batch["tokens"].roll(dist.get_rank(), dims=1)}
+
+        trainer.first_step = True  # as after a restart
+        with (
+            patch.object(train, "next_batch", own_batch),
+            pytest.raises(ConfigError, match="ranks of one data rank were given different batches"),
+        ):
+            trainer.train_step(stop)
     stop.close()
     trainer.close()
     return in_steps, in_validations

@@ -13,6 +13,7 @@ from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
 from torchtitan.distributed.context_parallel import shard_batch
 from torchtitan.errors import ConfigError, ContextParallelError
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -235,6 +236,48 @@ def refuse_unequal_names(
             f"{builder(job_config)}: the ranks' batches of a step have different names. Those of "
             f"this rank have {names}. Give all batches the same names, such as zeros for a sample "
             "without an image"
+        )
+
+
+def digest_of_contents(batches: list[Batch], dp_rank: int, dp: int) -> torch.Tensor:
+    """Return zeros `[dp, 2]` int64, but in row `dp_rank` a number below 2^24 for the contents of
+    the batches of a step, and its square.
+    """
+    digest = 0
+    for name, tensor in (item for batch in batches for item in sorted(batch.items())):
+        content = f"{name} of {dp_rank}".encode()  # on a GPU, bits may differ by rounding
+        if tensor.device.type == "cpu":
+            content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest = zlib.crc32(content, digest)
+    digest &= 0xFFFFFF
+    rows = torch.zeros(dp, 2, dtype=torch.int64)
+    rows[dp_rank] = torch.tensor([digest, digest**2])
+    return rows
+
+
+def refuse_unequal_batches(sums: torch.Tensor, ranks: int, job_config: JobConfig) -> None:
+    """Raise `ConfigError` on all ranks if ranks that share a batch were given different ones.
+
+    A pipeline, for example, takes tokens from the loader of its first stage and labels from that
+    of its last. Warn if all data ranks were given the same.
+
+    Args:
+        sums: of the `digest_of_contents` of all ranks.
+        ranks: number of ranks that share a batch.
+    """
+    total, squares = sums.unbind(1)
+    if not torch.equal(ranks * squares, total**2):  # see `refuse_unequal_names`
+        raise ConfigError(
+            f"{builder(job_config)}: ranks of one data rank were given different batches. Tensor, "
+            "context and pipeline parallelism divide one batch, so let it depend on the step and "
+            "on dp_rank alone: draw random numbers by a torch.Generator that is seeded by the step "
+            "and the row"
+        )
+    if len(total) > 1 and (total == total[0]).all():
+        rank0.warning(
+            "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must read "
+            "its own share",
+            builder(job_config),
         )
 
 

@@ -11,8 +11,10 @@ import torch.nn as nn
 from torchtitan.components.data_loader import check_dataloader, next_batch
 from torchtitan.components.model_inputs import (
     ModelInputs,
+    digest_of_contents,
     digest_of_names,
     pinned,
+    refuse_unequal_batches,
     refuse_unequal_names,
 )
 from torchtitan.config import JobConfig
@@ -316,3 +318,19 @@ def test_ranks_with_batches_of_different_names_are_refused_in_the_same_step(diff
             refuse_unequal_names(sums, ranks[0], len(ranks), config)
     else:
         refuse_unequal_names(sums, ranks[0], len(ranks), config)
+
+
+def test_ranks_that_share_a_batch_are_given_the_same(config, caplog):
+    """Or else a pipeline would compare outputs for one batch with the labels of another."""
+
+    def give(*numbers: float) -> None:
+        batches = [{"tokens": TOKENS, "labels": torch.full((2, 4, 1), n)} for n in numbers]
+        rows = (digest_of_contents([b], rank // 2, 2) for rank, b in enumerate(batches))
+        refuse_unequal_batches(sum(rows), 2, config)
+
+    give(0.1, 0.1, 0.2, 0.2)
+    assert not caplog.records
+    with pytest.raises(ConfigError, match="ranks of one data rank were given different batches"):
+        give(0.1, 0.1, 0.2, 0.3)
+    give(0.1, 0.1, 0.1, 0.1)
+    assert "all data ranks were given the same batch" in caplog.text
