@@ -210,6 +210,13 @@ def test_a_right_model_whose_rows_have_weights_passes(tmp_path: Path) -> None:
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
 
 
+def test_a_right_model_whose_steps_are_not_equally_hard_passes(tmp_path: Path) -> None:
+    """By the loss of one batch before and after; and its first modules may need each other."""
+    only = choose(["learning.training", "contract.recursive"])
+    outcomes = run_checks(only, Subject("uneven_noise", "tiny", tmp_path, "uneven_noise"))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
 def test_context_parallelism_does_not_apply_to_inputs_that_it_cannot_divide(tmp_path: Path) -> None:
     subject = Subject("weighted_tokens", "debugmodel", tmp_path, "weighted_rows")
     *_, outcome = run_checks(choose(["layouts.cp2"]), subject)

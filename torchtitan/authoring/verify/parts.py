@@ -34,7 +34,7 @@ def init_is_recursive(subject: Subject) -> str:
     for part, description in parts_of(subject):
         try:
             initialize_weights(part, subject.seed, torch.device("cpu"))
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise CheckFailedError(
                 f"init_weights() fails for {description}: {type(error).__name__}: {error}",
                 "Iterate over the modules that exist (self.layers.values()), and guard "
@@ -87,10 +87,11 @@ def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
                 del layers_of(part)[name]
         yield part, f"the model with layers.{kept} alone"
     first, last = absent_modules(subject)
-    for name in [*first, *last]:
+    for names in [first, *([name] for name in last)]:  # the first modules stay together
         part = copy.deepcopy(model)
-        setattr(part, name, None)
-        yield part, f"the model without {name}"
+        _remove(part, names, [])
+        if names:
+            yield part, f"the model without {', '.join(names)}"
 
 
 def absent_modules(subject: Subject) -> tuple[list[str], list[str]]:
