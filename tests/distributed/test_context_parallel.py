@@ -22,6 +22,7 @@ RANKS, BATCH, SEQ, HEADS, HEAD_DIM = 4, 2, 64, 8, 16
 CPU = torch.device("cpu")
 
 MASKS = {"plain": {}, "documents": {}, "window": {"window": 20}, "chunk": {"chunk": 24}}
+MASKS["none"] = {"causal": False}
 RUN = ("eager", "checkpoint", "compile")
 CASES = [
     *itertools.product((2, 4), ("allgather", "ulysses"), (8, 2), MASKS, ("eager",)),
@@ -35,10 +36,10 @@ CASES = [
 class Model(nn.Module):
     """The attention of a model, with nothing around it."""
 
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, causal: bool = True, **limits: int) -> None:
         super().__init__()
         self.mask = CausalMask(**limits)
-        self.layers = nn.ModuleDict({"0": ScaledDotProductAttention()})
+        self.layers = nn.ModuleDict({"0": ScaledDotProductAttention(causal=causal)})
 
     def forward(
         self, batch: dict[str, torch.Tensor], document_mask: bool, run: str

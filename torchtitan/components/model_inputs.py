@@ -151,12 +151,12 @@ class ModelInputs:
                 )
         self._check_ids(who, batch["tokens"])
         whole = all(tensor.ndim == 1 for tensor in own_inputs(batch).values())
-        if self._cp > 1 and not (whole and list(batch["tokens"].shape) == shape == sizes):
+        if self._cp > 1 and not (whole and list(batch["tokens"].shape[:2]) == sizes):
             fail(
                 self._config,
                 "parallelism.context_parallel_degree",
-                "context parallelism divides only tokens and labels [batch, seq], and other inputs"
-                f" must be [batch], but {who} has "
+                "context parallelism divides only tokens and labels [batch, seq, ...], and other "
+                f"inputs must be [batch], but {who} has "
                 + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
                 ContextParallelError,
             )

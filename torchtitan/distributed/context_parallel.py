@@ -21,7 +21,11 @@ from torchtitan.errors import ContextParallelError
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-    from torchtitan.models.common.attention import AttentionMask, CausalMask
+    from torchtitan.models.common.attention import (
+        AttentionMask,
+        CausalMask,
+        ScaledDotProductAttention,
+    )
 
 Attend = Callable[..., torch.Tensor]
 """(q, k, v, mask) -> output, as `ScaledDotProductAttention`."""
@@ -50,8 +54,8 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     it before activation checkpointing and compilation.
 
     Raises:
-        ConfigError: the model's attention does not use these modules, or follows a rule that
-            `parallelism.context_parallel_method` does not support; or the model has a convolution
+        ConfigError: the model's attention does not use these modules, or follows a rule that they
+            or `parallelism.context_parallel_method` do not support; or the model has a convolution
             over the sequence or a recurrent module of PyTorch. Those of its own are not recognized.
     """
     # Imported here because models import this module.
@@ -60,13 +64,25 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     method = job_config.parallelism.context_parallel_method
     masks = [m for m in model.modules() if isinstance(m, CausalMask)]
     attentions = [m for m in model.modules() if isinstance(m, ScaledDotProductAttention)]
-    if not masks or (not attentions and model.layers):
+    causal = any(a.causal for a in attentions)
+    if model.layers and (not attentions or (causal and not masks)):
         fail(
             job_config,
             "parallelism.context_parallel_degree",
             f"{job_config.model.name} does not use CausalMask and ScaledDotProductAttention of "
             "torchtitan.models.common.attention, so its attention cannot be split over ranks. Set "
             "it to 1",
+        )
+    # Without a mask, ranks leave out the keys that a causal query does not see.
+    own_masks = any(type(mask) is not CausalMask for mask in masks)
+    all_causal = not own_masks and all(a.causal for a in attentions)
+    if attentions and all_causal and getattr(model, "sees_later_tokens", False):
+        fail(
+            job_config,
+            "parallelism.context_parallel_degree",
+            f"{job_config.model.name} sets sees_later_tokens, but its ScaledDotProductAttention is "
+            "causal. Where queries see all keys, use ScaledDotProductAttention(causal=False) "
+            "without a mask",
         )
     mixers = [name for name, m in model.named_modules() if _mixes_tokens(m)]
     if mixers:
@@ -87,18 +103,19 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             f"{job_config.model.name} has layers with a custom scale or extra terms. Use "
             "'allgather' or 'ulysses'",
         )
-    if method == "ring" and any(mask.window or mask.chunk for mask in masks):
+    if method == "ring" and (not all_causal or any(mask.window or mask.chunk for mask in masks)):
         fail(
             job_config,
             "parallelism.context_parallel_method",
             f"ring attention supports only plain causal attention, but {job_config.model.name} "
-            "has layers that attend in windows or chunks. Use 'allgather' or 'ulysses'",
+            "has layers that attend in windows, in chunks, to later tokens, or by a mask of its "
+            "own. Use 'allgather' or 'ulysses'",
         )
     shards = sequence_shards(cp_mesh, job_config)
     for mask in masks:
         mask.forward = _shared_mask(mask, shards, job_config)
     for attention in attentions:
-        attention.forward = _METHODS[method](attention.forward, shards)
+        attention.forward = _METHODS[method](attention, shards)
     cast(Any, model).applied_context_parallel = True
 
 
@@ -164,14 +181,15 @@ def _shared_mask(
     return forward
 
 
-def _all_gather(attend: Attend, shards: SequenceShards) -> Attend:
+def _all_gather(attention: ScaledDotProductAttention, shards: SequenceShards) -> Attend:
     """Gather the keys and values of all ranks (Llama 3, arXiv:2407.21783, section 3.3.2)."""
+    attend = attention.forward
 
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
     ) -> torch.Tensor:
         k, v = shards.gather(k, 2), shards.gather(v, 2)  # [batch, kv_heads, seq, head_dim]
-        if mask is not None:
+        if mask is not None or not attention.causal:
             return attend(q, k, v, mask)
         # Plain causal: each chunk of queries sees the keys up to its own end.
         length = q.shape[2] // 2
@@ -182,8 +200,9 @@ def _all_gather(attend: Attend, shards: SequenceShards) -> Attend:
     return forward
 
 
-def _ulysses(attend: Attend, shards: SequenceShards) -> Attend:
+def _ulysses(attention: ScaledDotProductAttention, shards: SequenceShards) -> Attend:
     """Exchange a part of the sequence for a part of the heads (arXiv:2309.14509)."""
+    attend = attention.forward
 
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
@@ -199,19 +218,24 @@ def _ulysses(attend: Attend, shards: SequenceShards) -> Attend:
     return forward
 
 
-def _ring(attend: Attend, shards: SequenceShards) -> Attend:
-    """Pass keys and values around, using a kernel with mergeable results instead of `attend`."""
+def _ring(attention: ScaledDotProductAttention, shards: SequenceShards) -> Attend:
+    """Pass keys and values around, using a kernel with mergeable results."""
     group_name = shards.mesh.get_group().group_name  # here, as the compiler cannot trace it
 
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
     ) -> torch.Tensor:
+        if mask is not None:  # not from a `CausalMask`, which gives none here
+            raise ContextParallelError(
+                "parallelism.context_parallel_method = 'ring': ring attention supports only plain "
+                "causal attention, but a layer has a mask of its own. Use 'allgather' or 'ulysses'"
+            )
         return ring_attention(q, k, v, shards, group_name)
 
     return forward
 
 
-_METHODS: dict[str, Callable[[Attend, SequenceShards], Attend]] = {
+_METHODS: dict[str, Callable[[ScaledDotProductAttention, SequenceShards], Attend]] = {
     "allgather": _all_gather,
     "ulysses": _ulysses,
     "ring": _ring,

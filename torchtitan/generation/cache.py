@@ -66,7 +66,7 @@ class KVCache:
         for module in self._model.modules():
             if isinstance(module, CausalMask):
                 cached = self._cached_mask(module)
-            elif isinstance(module, ScaledDotProductAttention):
+            elif isinstance(module, ScaledDotProductAttention) and module.causal:
                 cached = self._cached_attention(module.forward)
             else:
                 continue

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.context_parallel import apply_cp, require_applied_cp
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, ContextParallelError
 from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
 
 MESH = SimpleNamespace(get_local_rank=lambda: 1, size=lambda: 2)
@@ -57,6 +57,45 @@ def test_a_ring_refuses_layers_that_are_not_plain_causal(limit, config):
     limited = model(CausalMask(**{limit: 8}), ScaledDotProductAttention())
     with pytest.raises(ConfigError, match=r"_method = \"ring\": .*Use 'allgather' or 'ulysses'"):
         apply_cp(limited, MESH, config)
+
+
+def test_a_ring_refuses_a_mask_by_another_rule(config):
+    """The ring would attend causally, whatever the mask says."""
+
+    class WholeMask(CausalMask):
+        pass
+
+    whole = model(WholeMask(), ScaledDotProductAttention())
+    whole.sees_later_tokens = True
+    apply_cp(whole, MESH, config)
+    config.parallelism.context_parallel_method = "ring"
+    with pytest.raises(ConfigError, match=r"or by a mask of its own\. Use 'allgather'"):
+        apply_cp(model(WholeMask(), ScaledDotProductAttention()), MESH, config)
+
+
+def test_a_ring_refuses_a_mask_that_a_layer_is_given(config, monkeypatch):
+    monkeypatch.setattr(MESH, "get_group", lambda: SimpleNamespace(group_name=""), raising=False)
+    config.parallelism.context_parallel_method = "ring"
+    attention, ones = ScaledDotProductAttention(), torch.ones(1, 1, 4, 4)
+    apply_cp(model(CausalMask(), attention), MESH, config)
+    with pytest.raises(ContextParallelError, match=r"'ring': .* a layer has a mask of its own"):
+        attention(ones, ones, ones, ones.bool())
+
+
+def test_attention_to_all_keys_needs_no_mask_and_no_ring(config):
+    attention = ScaledDotProductAttention(causal=False)
+    apply_cp(model(attention), MESH, config)
+    config.parallelism.context_parallel_method = "ring"
+    with pytest.raises(ConfigError, match=r"has layers that attend in .* to later tokens"):
+        apply_cp(model(attention), MESH, config)
+
+
+def test_a_model_that_sees_later_tokens_by_a_subclass_is_refused(config):
+    """Ranks would leave out the keys that a causal query does not see."""
+    encoder = model(CausalMask(), OtherAttention())
+    encoder.sees_later_tokens = True
+    with pytest.raises(ConfigError, match=r"use ScaledDotProductAttention\(causal=F"):
+        apply_cp(encoder, MESH, config)
 
 
 class OtherAttention(ScaledDotProductAttention):

@@ -35,11 +35,13 @@ class ScaledDotProductAttention(nn.Module):
 
     Args:
         scale: None: 1 / sqrt(head_dim).
+        causal: what no mask means; False: each query sees all keys.
     """
 
-    def __init__(self, scale: float | None = None) -> None:
+    def __init__(self, scale: float | None = None, causal: bool = True) -> None:
         super().__init__()
         self.scale = scale
+        self.causal = causal
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
@@ -50,16 +52,17 @@ class ScaledDotProductAttention(nn.Module):
             q: `[batch, heads, seq, head_dim]`.
             k: `[batch, kv_heads, seq, head_dim]`; each serves `heads / kv_heads` query heads.
             v: like `k`.
-            mask: from `CausalMask`. None: causal; if there are more keys, queries are the last.
+            mask: from `CausalMask`. None: causal, and if there are more keys, queries are the last;
+                or all keys, see `causal`.
 
         Returns:
             `[batch, heads, seq, head_dim]`.
         """
         scale = self.scale
+        if mask is None and (q.shape[2] == 1 or not self.causal):  # the last token sees all keys
+            return sdpa(q, k, v, scale=scale)
         if mask is None and q.shape[2] == k.shape[2]:
             return sdpa(q, k, v, is_causal=True, scale=scale)
-        if mask is None and q.shape[2] == 1:  # the last token, which sees all keys
-            return sdpa(q, k, v, scale=scale)
         if mask is None:
             if _has_flash_kernel(q, v):
                 return flash_of_last(q, k, v, scale)
