@@ -19,7 +19,7 @@ from torchtitan.components.model_inputs import (
 )
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError, DataError, OutageError
+from torchtitan.errors import ConfigError, ContextParallelError, DataError, OutageError
 
 TOKENS = torch.zeros(2, 4, dtype=torch.int64)
 LONGER = torch.zeros(3, 6, dtype=torch.int64)
@@ -272,6 +272,17 @@ def test_a_layout_needs_sizes_of_a_validator(config):
         ConfigError, match=r"sequences of length 6\. .* multiple of 4, .* \(2\) cuts them into"
     ):
         getattr(context, VALIDATED)(batch)
+
+
+def test_context_parallelism_divides_patches_and_targets_with_weights(config):
+    context = inputs(config, Causal(), cp=2)
+    patches, weighted = TOKENS.float()[..., None], torch.stack([TOKENS, TOKENS], -1)
+    for batch in ({"tokens": patches, "labels": TOKENS}, {"tokens": TOKENS, "labels": weighted}):
+        assert context.checked(batch) is batch
+    with pytest.raises(
+        ContextParallelError, match=r"\[batch, seq, \.\.\.\], .* tokens \[2, 1, 4\]"
+    ):
+        context.checked({"tokens": TOKENS[:, None].float(), "labels": TOKENS})
 
 
 def test_a_batch_that_is_kept_can_be_given_again(config):
