@@ -49,6 +49,7 @@ class ModelInputs:
         self._usual = usual_inputs(model, parallel_dims, job_config)
         self._cp, self._pp = parallel_dims.cp, parallel_dims.pp_enabled
         self._dtype = getattr(torch, job_config.training.mixed_precision_param)
+        self._rounded: set[str] = set()
         parameters = list(inspect.signature(model.forward).parameters.values())
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         own = [p for p in parameters[1:] if p.name not in USUAL_KEYS]
@@ -77,6 +78,7 @@ class ModelInputs:
                 "predictions per sample, from which tokens and FLOPs are counted"
             )
         self._check_shapes(who, batch, f"training.local_batch_size ({sizes[0]})")
+        self._warn_of_rounding(who, batch)
         return batch
 
     def checked_for_validation(self, batch: Batch) -> Batch:
@@ -159,6 +161,20 @@ class ModelInputs:
                 f"inputs must be [batch], but {who} has "
                 + ", ".join(f"{name} {list(t.shape)}" for name, t in batch.items()),
                 ContextParallelError,
+            )
+
+    def _warn_of_rounding(self, who: str, batch: Batch) -> None:
+        """Warn once of a time step or weight of each sample that `in_precision` changes."""
+        for name, tensor in own_inputs(batch).items():
+            known = name in self._rounded or tensor.device.type != "cpu"
+            if known or tensor.ndim != 1 or torch.equal(in_precision(tensor, self._dtype), tensor):
+                continue
+            self._rounded.add(name)
+            rank0.warning(
+                "%s has %r of %s, which forward() gets rounded to training.mixed_precision_param = "
+                "'%s'. Pass a time step as an integer, and what only the loss needs in labels, "
+                "which are not rounded",
+                *(who, name, tensor.dtype, self._config.training.mixed_precision_param),
             )
 
     def _check_ids(self, who: str, tokens: torch.Tensor) -> None:

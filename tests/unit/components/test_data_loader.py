@@ -309,6 +309,18 @@ def test_what_the_model_is_called_with(config):
     assert more.keys() == {"times"} and more["times"] is times
 
 
+def test_a_number_of_each_sample_that_is_rounded_is_told_once(config, caplog):
+    config.training.mixed_precision_param = "bfloat16"
+    batch = {"tokens": TOKENS, "labels": TOKENS, "times": torch.tensor([0.5, 0.25])}
+    model_inputs = inputs(config)
+    model_inputs.checked(batch)
+    assert not caplog.records
+    for _ in range(2):
+        model_inputs.checked(batch | {"times": torch.tensor([0.5, 0.999])})
+    (record,) = caplog.records
+    assert "has 'times' of torch.float32, which forward() gets rounded" in record.getMessage()
+
+
 def test_only_what_is_on_the_host_is_pinned(monkeypatch):
     copies = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copies.append(tensor) or tensor)
