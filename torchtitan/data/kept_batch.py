@@ -68,7 +68,7 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
 def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int = 400) -> None:
     """Write each row of a kept batch to stdout: its text, and how much of it is trained on.
 
-    If a row is no text, write the shape and the range of its values.
+    Of other inputs, and if a row is no text, write the shape and the range of the values.
 
     Args:
         tokenizer_path: None for the tokenizer of the run.
@@ -87,9 +87,11 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
         raise DataError(f"{folder / _FACTS} is damaged: it has no tokenizer entry")
     lines = [f"{name:10} {value}" for name, value in facts.items()]
     decode: Any = None
-    for number, (tokens, labels) in enumerate(_rows(folder)):
+    for number, (tokens, labels, others) in enumerate(_rows(folder)):
+        told = ", ".join(f"{name} {_summary(values)}" for name, values in others.items())
         if tokens.ndim != 1 or labels.ndim != 1 or tokens.dtype != np.int32:  # no text
-            lines += [f"row {number}: tokens {_summary(tokens)}, labels {_summary(labels)}"]
+            shown = f"tokens {_summary(tokens)}, labels {_summary(labels)}"
+            lines += [f"row {number}: {shown}{', ' * bool(told)}{told}"]
             continue
         decode = decode or _decoder(tokenizer_path or facts["tokenizer"])
         trained = int((labels != IGNORE_INDEX).sum())
@@ -99,11 +101,14 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
             f"--- row {number}: {len(tokens):,} tokens, {trained:,} trained on, "
             f"{len(np.unique(tokens)):,} distinct ---",
             text,
+            *filter(None, [told]),
         ]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _summary(values: np.ndarray) -> str:
+    if not values.ndim:
+        return str(values)
     finite = values[np.isfinite(values)]
     text = f"{values.dtype} {list(values.shape)}"
     if finite.size:
@@ -112,14 +117,21 @@ def _summary(values: np.ndarray) -> str:
     return f"{text}, {bad:,} NaN or infinite" if bad else text
 
 
-def _rows(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield tokens and labels of each row (`[seq]` for texts), in the order of the global batch."""
+def _rows(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+    """Yield tokens and labels of each row (`[seq]` for texts), in the order of the global batch.
+
+    Last, yield the row's other inputs by name, except those written for each micro-batch.
+    """
     numbers = {path: path.stem.rpartition("-")[2] for path in folder.glob("data-rank-*.npz")}
     files = [path for path, number in numbers.items() if number.isdecimal()]
     for file in sorted(files, key=lambda path: int(numbers[path])):
         try:
             arrays = np.load(file)
-            yield from zip(_of(arrays, "tokens"), _of(arrays, "labels"), strict=True)
+            whole = [name for name in arrays.files if not name.partition(".")[0].isdecimal()]
+            others = {name: arrays[name] for name in whole if name not in ("tokens", "labels")}
+            pairs = zip(_of(arrays, "tokens"), _of(arrays, "labels"), strict=True)
+            for row, pair in enumerate(pairs):
+                yield *pair, {name: values[row] for name, values in others.items()}
         except Exception as error:  # zipfile, its codecs and NumPy raise many types
             raise DataError(f"{file} is damaged: {first_line(error)}") from error
 

@@ -1,6 +1,7 @@
 """A bad batch is kept as it was, of whatever kind it is, and shown."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def test_latents_are_kept_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "row 0: tokens float32 [2] from 0.25 to 0.25, 1 NaN or infinite, labels" in shown
     assert "row 3: tokens float32 [2] from -1.5 to 3, labels float32 [3, 2] from" in shown
+    assert shown.endswith(", times 1099511627776\n")
 
 
 def test_rows_of_ids_are_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +39,14 @@ def test_rows_of_ids_are_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFix
     assert set(np.load(tmp_path / "data-rank-0.npz")) == {"tokens", "labels"}
     show_batch(tmp_path)
     assert "5 tokens, 5 trained on, 5 distinct ---\nwords" in capsys.readouterr().out
+
+
+def test_other_inputs_are_shown_below_a_text(tmp_path: Path, capsys: Any) -> None:
+    tokens = torch.tensor([list(b"words")])
+    batch = {"tokens": tokens, "labels": tokens, "weights": torch.tensor([0.5])}
+    keep_batch(tmp_path, 0, [batch], FACTS)
+    show_batch(tmp_path)
+    assert capsys.readouterr().out.endswith("\nwords\nweights 0.5\n")
 
 
 def test_micro_batches_of_other_lengths_are_kept_each_by_itself(
