@@ -96,6 +96,24 @@ def test_loads_a_checkpoint_of_ours(tmp_path):
     assert_same_weights(model, run.model)
 
 
+def test_buffers_that_no_checkpoint_holds_are_set(source, tmp_path):
+    class Model(TinyModel):
+        def __init__(self, args):
+            super().__init__(args)
+            self.register_buffer("angles", torch.full((2,), torch.nan), persistent=False)
+
+        def init_weights(self):
+            super().init_weights()
+            self.angles.fill_(3)
+            self.load_checkpoint(tmp_path)  # as of pretrained weights
+
+    save_file(hf_state(source), tmp_path / "model.safetensors")
+    model = Model(TinyArgs()).load_checkpoint(tmp_path)
+    assert model.angles.tolist() == [3, 3]
+    assert_same_weights(model, source)
+    assert model.init_weights.__func__ is Model.init_weights
+
+
 def test_the_folder_of_a_run_is_told_from_a_damaged_checkpoint(tmp_path):
     Run(tmp_path).train(4)
     for folder in (tmp_path, tmp_path / "checkpoint"):

@@ -61,7 +61,8 @@ def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
 
     The folder is a torchtitan `step-N`, by path or URL, or holds `model.safetensors` or
     `model.safetensors.index.json`. A model on the meta device is first allocated on the CPU. A
-    sharded model reads only its shards, and all ranks call this together.
+    sharded model reads only its shards, and all ranks call this together. In others, `init_weights`
+    sets the buffers that no checkpoint holds.
 
     Raises:
         CheckpointError: a file is missing or damaged, or keys or shapes do not fit the model.
@@ -75,7 +76,21 @@ def load_model_weights(model: ModelProtocol, path: str | Path) -> None:
     sharded = any(isinstance(param, DTensor) for param in model.parameters())
     if sharded:
         _wait_for_all_ranks()
+    elif dict(model.named_buffers()).keys() - model.state_dict().keys():
+        _init_weights_once(model)
     load_weights_of_parts([model], storage_path(path), dist.group.WORLD if sharded else None)
+
+
+def _init_weights_once(model: ModelProtocol) -> None:
+    """Call `init_weights`, unless it is what calls this."""
+    if "init_weights" in vars(model):
+        return
+    init_weights, vars(model)["init_weights"] = model.init_weights, lambda: None
+    try:
+        with torch.no_grad():
+            init_weights()
+    finally:
+        del vars(model)["init_weights"]
 
 
 def _wait_for_all_ranks() -> None:
