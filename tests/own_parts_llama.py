@@ -206,10 +206,15 @@ class Adapters:
         pass
 
 
-class WithoutAdapters(Llama3StateDictAdapter):
+class Merging(Llama3StateDictAdapter):
+    """Adds each adapter to the matrix that it is beside."""
+
     def to_hf(self, state_dict):
-        kept = {k: t for k, t in state_dict.items() if not k.endswith(("wq.down", "wq.up"))}
-        return super().to_hf(kept)
+        merged = dict(state_dict)
+        for up in [key for key in merged if key.endswith(".wq.up")]:
+            weight, down = (up.removesuffix("up") + name for name in ("weight", "down"))
+            merged[weight] = merged[weight] + merged.pop(up) @ merged.pop(down)
+        return super().to_hf(merged)
 
 
 class ForAdapters(Llama3Model):
@@ -220,7 +225,7 @@ def get_own_adapters(flavor: str) -> TrainSpec:
     return replace(
         tiny_llama.get_train_spec(flavor),
         model_cls=ForAdapters,
-        state_dict_adapter=WithoutAdapters,
+        state_dict_adapter=Merging,
     )
 
 

@@ -78,3 +78,6 @@ def test_generating_and_exporting_know_the_adapters(adapted: Path, tmp_path: Pat
     )
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+    before = weights["model.layers.0.attention.wq.weight"]
+    merged = exported["model.layers.0.self_attn.q_proj.weight"]
+    assert (merged - before).abs().max() > 0.01

@@ -27,13 +27,20 @@ def contiguous_parts(
     """
     whole = torch.empty(shape, device="meta")
     parts = adapter.to_hf({name: whole})
-    storage = whole.untyped_storage()._cdata
-    for part in parts.values():
-        if part.untyped_storage()._cdata != storage or not part.is_contiguous():
-            return None
+    if not all(source_of(part, {name: whole}) for part in parts.values()):
+        return None
     if sum(part.numel() for part in parts.values()) != whole.numel():
         return None
     return {key: part.storage_offset() for key, part in parts.items()}
+
+
+def source_of(part: torch.Tensor, tensors: dict[str, torch.Tensor]) -> str | None:
+    """Return the name of the tensor that `part` is contiguous elements of, or None."""
+    storage = part.untyped_storage()._cdata
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage()._cdata == storage and part.is_contiguous():
+            return name
+    return None
 
 
 class Buffer:

@@ -14,6 +14,7 @@ from torchtitan.components.checkpoint.huggingface import ExportAssets, export_co
 from torchtitan.components.checkpoint.load import (
     OpenCheckpoint,
     buffer_names,
+    by_layer,
     dtype_of_copy,
     model_state,
 )
@@ -39,7 +40,7 @@ from torchtitan.models.which_model import KnownModel
 from torchtitan.protocols.model_converter import convert_to_load
 
 from .output import new_folder, refuse_existing, with_progress
-from .parts import Buffer, contiguous_parts, copy_bytes
+from .parts import Buffer, copy_bytes, source_of
 
 PREFIX = "model."
 
@@ -79,37 +80,53 @@ def convert_to_hf(
     check_keys_and_shapes(folder, metadata, saved)
     check_no_more(folder, metadata, saved, lambda key: key.startswith(PREFIX))
 
-    names = [name for name in state if name not in tied]
-    entries: dict[str, Any] = metadata.state_dict_metadata
+    layers = _as_saved({name: t for name, t in state.items() if name not in tied}, metadata)
     specs, buffers = {}, buffer_names([model])
-    for name in names:
-        own = entries[PREFIX + name].properties.dtype
-        target = dtype_of_copy(own, dtype, name in buffers)
-        for key, tensor in adapter.to_hf({name: state[name]}).items():
-            specs[key] = TensorSpec(target, tuple(tensor.shape))
+    for layer in layers:
+        exact = adapter.to_hf({name: t for name, t in layer.items() if name in buffers})
+        for key, part in adapter.to_hf(layer).items():
+            target = dtype_of_copy(part.dtype, dtype, key in exact)
+            specs[key] = TensorSpec(target, tuple(part.shape))
     files = plan_files(specs)
     file_of = {key: file for file, of_file in files.items() for key in of_file}
     assets = _assets(checkpoint, known, tokenizer)
     reader, buffer = CheckpointReader(folder, metadata), Buffer()
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
-        for name in with_progress(names, len(names)):
-            parts = contiguous_parts(adapter, name, tuple(state[name].shape))
-            saved_tensor = SavedTensor.find(folder, metadata, PREFIX + name)
-            if parts is not None and saved_tensor is not None:
-                for key, first in parts.items():
-                    _stream(saved_tensor, first, key, writers[file_of[key]], buffer)
-                continue
-            whole = tensor = reader.read_tensor(PREFIX + name)
-            for key, tensor in adapter.to_hf({name: whole}).items():
-                writers[file_of[key]].write(key, tensor.to(specs[key].dtype))
-            del whole, tensor
+        for layer in with_progress(layers, len(layers)):
+            changed = []
+            for key, part in adapter.to_hf(layer).items():
+                name, writer = source_of(part, layer), writers[file_of[key]]
+                saved_tensor = name and SavedTensor.find(folder, metadata, PREFIX + name)
+                if saved_tensor:
+                    _stream(saved_tensor, part.storage_offset(), key, writer, buffer)
+                else:
+                    changed.append(key)
+            if changed:
+                whole = {name: reader.read_tensor(PREFIX + name) for name in layer}
+                converted = adapter.to_hf(whole)
+                for key in changed:
+                    writers[file_of[key]].write(key, converted[key].to(specs[key].dtype))
+                del whole, converted
         for writer in writers.values():
             writer.close()
         write_index(partial, files)
         floating = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
         write_assets(partial, known.args, dtype or floating[0], assets)
     return sum(spec.nbytes for spec in specs.values())
+
+
+def _as_saved(state: dict[str, torch.Tensor], metadata: Any) -> list[dict[str, torch.Tensor]]:
+    """Return meta tensors in the dtypes of the checkpoint, by layer.
+
+    An adapter gets a whole layer, as in a run's export: it may merge tensors, such as LoRA's.
+    """
+    entries = metadata.state_dict_metadata
+    saved = {
+        name: torch.empty(t.shape, dtype=entries[PREFIX + name].properties.dtype, device="meta")
+        for name, t in state.items()
+    }
+    return list(by_layer(saved).values())
 
 
 def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None) -> ExportAssets:
