@@ -26,6 +26,7 @@ from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.checkpoint import CheckpointManager, RunState
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.huggingface_save import check_export
+from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
@@ -288,8 +289,8 @@ class Trainer:
         config = self.job_config
         self.watch.start()
         if self.checkpointer.load() == 0:
-            warn_of_bytes(config, self.tokenizer)
-            warn_without_bos(config, self.tokenizer)
+            for warn in (warn_of_bytes, warn_without_bos, warn_of_other_tokenizer):
+                warn(config, self.tokenizer)
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
         self.metrics.start(self.state.step)

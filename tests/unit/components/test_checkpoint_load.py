@@ -3,7 +3,7 @@
 import json
 import re
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +11,12 @@ from checkpoint_run import Run, TinyArgs, TinyModel, world_of_one  # noqa: F401
 from safetensors.torch import save_file
 from tiny_models import TINY, tiny_model
 
+from torchtitan.components.checkpoint.bytes_tokenizer_files import write_bytes_tokenizer
 from torchtitan.components.checkpoint.load import adapter_of, load_model_weights
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import JobConfig
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols import BaseStateDictAdapter, TrainSpec, register_train_spec
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
@@ -112,6 +116,31 @@ def test_buffers_that_no_checkpoint_holds_are_set(source, tmp_path):
     assert model.angles.tolist() == [3, 3]
     assert_same_weights(model, source)
     assert model.init_weights.__func__ is Model.init_weights
+
+
+@dataclass
+class WiderArgs(TinyArgs):
+    window: int = 8
+
+
+def test_weights_of_another_model_of_the_same_shapes_are_not_loaded_in_silence(tmp_path, caplog):
+    Run(tmp_path).train(2)
+    folder = tmp_path / "checkpoint" / "step-2"
+    TinyModel(TinyArgs()).load_checkpoint(folder)
+    assert "another model" not in caplog.text
+    TinyModel(WiderArgs()).load_checkpoint(folder)
+    assert "step-2 was saved from another model: window = None (now 8)" in caplog.text
+
+
+def test_the_initial_weights_of_another_tokenizer_are_named(tmp_path, caplog):
+    Run(tmp_path).train(2)
+    write_bytes_tokenizer(tmp_path)
+    config = JobConfig()
+    config.checkpoint.initial_load_path = str(tmp_path / "checkpoint" / "step-2")
+    warn_of_other_tokenizer(config, None)
+    assert "trained with" not in caplog.text
+    warn_of_other_tokenizer(config, HuggingFaceTokenizer(tmp_path))
+    assert f"and this run uses {tmp_path}" in caplog.text
 
 
 def test_the_folder_of_a_run_is_told_from_a_damaged_checkpoint(tmp_path):

@@ -332,3 +332,7 @@ def test_weights_with_a_tokenizer_do_not_read_bytes_in_silence(tmp_path, caplog,
     assert len(caplog.messages) == 1
     start = f'model.tokenizer_path = "bytes": the weights in {folder} were probably trained with'
     assert caplog.messages[0].startswith(start)
+    convert_from_hf(folder, tmp_path / "ours", model_of_hf_folder(folder), None)
+    config.checkpoint.initial_load_path = str(tmp_path / "ours")
+    warn_of_bytes(config, tokenizer)
+    assert caplog.messages[-1] == caplog.messages[0]

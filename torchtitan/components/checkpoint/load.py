@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +25,7 @@ from torchtitan.errors import (
 )
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, model_flavors
 from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
+from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
 from .folder import list_checkpoints
@@ -150,6 +151,10 @@ def load_weights_of_parts(
             group,
             lambda name: name.endswith(_BALANCE_ALONE) or is_unneeded(name),
         )
+        from .huggingface import TRAINING_ONLY
+
+        if others := checkpoint.differences_from(model_parts[0], TRAINING_ONLY):
+            rank0.warning("%s was saved from another model: %s", path, few(others))
 
 
 def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
@@ -242,16 +247,23 @@ class OpenCheckpoint:
         except DamagedCheckpointError:
             raise
         except CheckpointError as error:
-            raise type(error)(f"{error}{self._difference_from(model)}") from error
+            others = self.differences_from(model)
+            note = f". It was saved from another model: {few(others)}" if others else ""
+            raise type(error)(f"{error}{note}") from error
 
-    def _difference_from(self, model: nn.Module) -> str:
+    def differences_from(
+        self, model: nn.Module, ignored: Collection[str] = frozenset()
+    ) -> list[str]:
+        """Return the hyperparameters, not `ignored`, in which `model` differs from the saved one.
+
+        Models without `args` are not compared.
+        """
         saved, current = self.manifest.model.get("args", {}), model_args(model)
-        differences = [
-            f"{name} = {a} (now {b})" for name, a, b in nested_differences(saved, current)
+        return [
+            f"{name} = {a} (now {b})"
+            for name, a, b in nested_differences(saved, current)
+            if saved and current and name.rpartition(".")[2] not in ignored
         ]
-        if not differences:
-            return ""
-        return f". It was saved from another model: {few(differences)}"
 
 
 def _share(manifest: Manifest, rank: int, ranks: int) -> list[str]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.components.tokenizer import path_of
+from torchtitan.config.load import origin
+from torchtitan.runtime.world import rank
 
-from .huggingface import TOKENIZER_FILES, TRAINING_ONLY
-from .manifest import nested_differences, plain_args
+from .huggingface import TOKENIZER_FILES, TRAINING_ONLY, initial_load_path
+from .manifest import Manifest, nested_differences, plain_args
+from .safetensors_files import is_hf_weights
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+
+logger = logging.getLogger("torchtitan")
 
 _WITH_BUFFERS = ("aux_loss_weight", "use_bias")
 
@@ -59,6 +65,24 @@ def model_differences(
         field = name.rpartition(".")[2]
         if field not in TRAINING_ONLY or (field in _WITH_BUFFERS and bool(a) != bool(b)):
             yield name, a, b
+
+
+def warn_of_other_tokenizer(job_config: JobConfig, tokenizer: Any) -> None:
+    """Warn if the initial weights are of a run with another tokenizer."""
+    path = None if rank() else initial_load_path(job_config)
+    if path is None or is_hf_weights(path):
+        return
+    manifest = Manifest.read(path)
+    if manifest.is_converted:  # see `warn_of_bytes`
+        return
+    for name, was, now in model_differences(
+        manifest.model, describe_model(job_config, None, tokenizer)
+    ):
+        if name == "model.tokenizer_path":
+            logger.warning(
+                "%s: the weights in %s were trained with the tokenizer %s, and this run uses %s",
+                *(origin(job_config, name), path, was, now),
+            )
 
 
 def _absolute(tokenizer: str) -> str:
