@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -184,18 +185,25 @@ def build_optimizer(
     Rules are not checked here, since a rank may lack the layers they match: see `check_rules`.
 
     Raises:
-        ConfigError: all parameters of a part are frozen.
+        ConfigError: on all ranks: all parameters of a part are frozen.
     """
     config = job_config.optimizer
-    built = []
+    trained_of = []
     for model in model_parts:
         freeze(model, job_config)
         # A model may also freeze parameters itself.
-        trained = [p for p in _named_parameters(model, config) if p.param.requires_grad]
-        if not trained:
-            raise ConfigError(_nothing_to_train(job_config))
-        built.append((model, OPTIMIZERS[config.name](trained, config)))
-    return OptimizersContainer(built)
+        trained_of.append([p for p in _named_parameters(model, config) if p.param.requires_grad])
+    nothing = torch.tensor(not all(trained_of), dtype=torch.int64)
+    if job_config.parallelism.pipeline_parallel_degree > 1:
+        dist.all_reduce(nothing)  # otherwise the other stages would wait for this one
+    if nothing:
+        raise ConfigError(_nothing_to_train(job_config))
+    return OptimizersContainer(
+        [
+            (model, OPTIMIZERS[config.name](trained, config))
+            for model, trained in zip(model_parts, trained_of, strict=True)
+        ]
+    )
 
 
 def freeze(model: nn.Module, job_config: JobConfig) -> None:

@@ -30,6 +30,7 @@ from torchtitan.components.checkpoint.huggingface_save import (
     save_huggingface,
     share_out,
 )
+from torchtitan.components.checkpoint.load import load_weights_of_parts
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights
@@ -287,6 +288,18 @@ def test_a_folder_of_another_model_is_refused_whatever_the_shapes(tmp_path, capl
     assert "other rotary positions: rope_theta = 500000.0 (now 1000000.0)" in caplog.text
     with pytest.raises(CheckpointError, match=r"out: config\.json: model_type is 'llama'"):
         build("qwen3").load_checkpoint(tmp_path / "out")
+
+
+def test_a_vocabulary_may_be_replaced(tmp_path):
+    source = build("llama3")
+    save(source, tmp_path / "out")
+    spec = tiny_spec("llama3")
+    args = dataclasses.replace(spec.model_args, vocab_size=spec.model_args.vocab_size + 8)
+    model = spec.model_cls(args)
+    with pytest.raises(CheckpointError, match=r"different shapes for lm_head"):
+        model.load_checkpoint(tmp_path / "out")
+    load_weights_of_parts([model], tmp_path / "out", None, exclude=r"^(tok_embeddings|output)\.")
+    assert torch.equal(model.norm.weight, source.norm.weight)
 
 
 def test_weights_that_know_bos_are_not_trained_without_it_in_silence(tmp_path, caplog, monkeypatch):

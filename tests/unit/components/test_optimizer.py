@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -192,6 +193,15 @@ def test_a_rule_that_matches_nothing_is_an_error() -> None:
 def test_a_model_that_is_frozen_whole_is_an_error() -> None:
     with pytest.raises(ConfigError, match="freezes every parameter of the model"):
         build(Model(), rules=[ParamRule(".", lr_scale=0.0)])
+
+
+def test_a_stage_that_is_frozen_whole_is_an_error_in_all_stages(monkeypatch) -> None:
+    """The other stages would wait for it, and end with a traceback and another exit code."""
+    config = JobConfig()
+    config.parallelism.pipeline_parallel_degree = 2
+    monkeypatch.setattr(dist, "all_reduce", lambda frozen: frozen.add_(1))  # in the other stage
+    with pytest.raises(ConfigError, match="freezes every parameter of a pipeline stage"):
+        build_optimizer([Model()], config, None)
 
 
 def test_a_part_of_a_model_need_not_have_what_a_rule_is_for() -> None:

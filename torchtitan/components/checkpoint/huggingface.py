@@ -180,7 +180,8 @@ def _hf_source(job_config: JobConfig) -> Path | None:
 def check_same_model(folder: Path, args: BaseModelArgs) -> None:
     """Refuse a folder whose `config.json` describes another model than `args`.
 
-    Different rotary positions only cause a warning: the run may be meant to extend the context.
+    Different rotary positions only cause a warning: the run may be meant to extend the context. The
+    vocabulary is left to the shapes, so that `checkpoint.initial_load_exclude` can replace it.
 
     Raises:
         CheckpointError: the folder is of another model, or has unknown fields.
@@ -188,7 +189,7 @@ def check_same_model(folder: Path, args: BaseModelArgs) -> None:
     saved = _read_args(folder, args)
     if saved is None:
         return
-    found = list(differences(saved, args, _IGNORED))
+    found = list(differences(saved, args, _IGNORED | {"vocab_size"}))
     rotary = [text for name, text in found if name.startswith(_ROTARY)]
     others = [text for name, text in found if not name.startswith(_ROTARY)]
     if others:
