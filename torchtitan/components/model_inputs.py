@@ -29,6 +29,13 @@ _OF_A_PIPELINE = ("target", "losses", "return_outputs")
 """Arguments of a pipeline's `step`, which also takes inputs of the model by name."""
 
 
+def needed_inputs(parameters: list[inspect.Parameter]) -> list[str]:
+    """Return which of `forward`'s inputs, beside the usual ones, it cannot be called without."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    own = [p for p in parameters if p.name not in USUAL_KEYS]
+    return [p.name for p in own if p.kind in named and p.default is p.empty]
+
+
 class ModelInputs:
     """Checks batches and turns them into the arguments of the model's `forward`.
 
@@ -54,8 +61,7 @@ class ModelInputs:
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         own = [p for p in parameters[1:] if p.name not in USUAL_KEYS]
         self._taken = {p.name for p in own}
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        self._needed = [p.name for p in own if p.kind in named and p.default is p.empty]
+        self._needed = needed_inputs(own)
         if job_config.training.document_mask:  # else `on_device` creates the positions
             self._needed += self._usual
 

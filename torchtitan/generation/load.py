@@ -6,6 +6,7 @@ Two kinds of folders identify their model: a checkpoint of ours by its manifest 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     is_hf_weights,
 )
 from torchtitan.components.checkpoint.storage import is_url, storage_path
+from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import Tokenizer, path_of
 from torchtitan.config import JobConfig, load_config
@@ -47,6 +49,7 @@ from torchtitan.runtime.device import check_devices, device, device_type
 from torchtitan.runtime.process_group import init_distributed
 from torchtitan.runtime.world import world_size
 from torchtitan.tools.foreign_files import read_json
+from torchtitan.tools.text import few
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -154,6 +157,12 @@ def open_source(options: ModelOptions) -> CheckpointSource:
         raise ConfigError(
             f"{name} is not a causal model ({spec.model_cls.__name__}.sees_later_tokens): generate "
             "and eval need logits of the next token"
+        )
+    parameters = inspect.signature(spec.model_cls.forward).parameters.values()
+    if needed := needed_inputs(list(parameters)[2:]):
+        raise ConfigError(
+            f"{name}: {spec.model_cls.__name__}.forward needs {few(needed)}, which generate and "
+            "eval do not have: they need a default value"
         )
     if spec.build_tokenizer_fn is None:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")

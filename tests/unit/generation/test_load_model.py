@@ -224,6 +224,13 @@ def test_a_model_whose_tokens_see_later_ones(hf_folder, monkeypatch):
         open_source(ModelOptions(str(hf_folder), tokenizer="bytes"))
 
 
+def test_a_model_that_needs_more_than_tokens(hf_folder, monkeypatch):
+    model_cls = open_source(ModelOptions(str(hf_folder), tokenizer="bytes")).spec.model_cls
+    monkeypatch.setattr(model_cls, "forward", lambda self, tokens, positions, *, text, more=0: None)
+    with pytest.raises(ConfigError, match=r"llama3: Llama3Model\.forward needs text, which gen"):
+        open_source(ModelOptions(str(hf_folder), tokenizer="bytes"))
+
+
 def test_tokenizers_that_do_not_fit(hf_folder, tmp_path):
     fails(ConfigError, "no tokenizer.json", "--tokenizer bytes", checkpoint=str(hf_folder))
     fails(ConfigError, "tokenizer.json", checkpoint=str(hf_folder), tokenizer=str(tmp_path / "no"))
