@@ -9,7 +9,7 @@ import own_parts_llama
 import pytest
 from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 
-from torchtitan.components.checkpoint.resume import check_resume, tell_jump_of_lr
+from torchtitan.components.checkpoint.resume import check_resume, tell_jump_of_lr, tell_other_start
 from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig, to_toml
 from torchtitan.errors import CheckpointError
@@ -181,6 +181,17 @@ def test_a_jump_of_the_learning_rate_is_told():
     config.lr_scheduler.total_steps = 14
     assert tell_jump_of_lr(saved, config, 14) == ""
     assert tell_jump_of_lr({}, config, 14) == ""
+
+
+def test_initial_weights_that_a_resumed_run_ignores_are_told():
+    config = JobConfig()
+    config.checkpoint.initial_load_path = "base/checkpoint/step-8"
+    saved = {"checkpoint": {"initial_load_path": "base/checkpoint/step-8"}}
+    assert tell_other_start({}, config) == tell_other_start(saved, config) == ""
+    saved["checkpoint"]["initial_load_path"] = ""
+    assert tell_other_start(saved, config).startswith(
+        'checkpoint.initial_load_path = "base/checkpoint/step-8" has no effect, since'
+    )
 
 
 def test_no_jump_is_told_of_a_schedule_of_the_models_own(monkeypatch):

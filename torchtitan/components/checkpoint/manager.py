@@ -38,6 +38,7 @@ from .resume import (
     steps_to_resume,
     tell_changes,
     tell_jump_of_lr,
+    tell_other_start,
 )
 from .run_state import RunState
 from .save_planner import LastSave, SharingSavePlanner
@@ -356,6 +357,8 @@ class CheckpointManager:
             jump = tell_jump_of_lr(saved, self._state.job_config, checkpoint.manifest.step)
             if jump and "lr_scheduler" not in exclude:
                 logger.warning("%s", jump)
+            if other := tell_other_start(saved, self._state.job_config):
+                logger.warning("%s", other)
             if note:
                 logger.info("%s", note)
         return checkpoint.manifest.step

@@ -249,5 +249,22 @@ def tell_jump_of_lr(saved: dict[str, Any], job_config: JobConfig, step: int) -> 
     )
 
 
+def tell_other_start(saved: dict[str, Any], job_config: JobConfig) -> str:
+    """Return a warning if the job names initial weights that the resumed run did not start from.
+
+    Args:
+        saved: `saved_config` of the checkpoint.
+    """
+    was = saved.get("checkpoint", {})
+    for key in ("initial_load_path", "initial_load_in_hf"):
+        value = getattr(job_config.checkpoint, key)
+        if value and was.get(key, value) not in (value, hide_secrets(str(value))):
+            return (
+                f"checkpoint.{key} = {_shown(value)} has no effect, since the run resumes from a "
+                "checkpoint of its own. To start from these weights, choose another job.dump_folder"
+            )
+    return ""
+
+
 def _shown(value: Any) -> str:
     return "unset" if value is None else json.dumps(value, ensure_ascii=False)
