@@ -17,6 +17,7 @@ import numpy as np
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.errors import BadDocumentError, DataError
+from torchtitan.tools.text import printable
 
 from .sources import has_random_access
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("torchtitan")
 _REPORTED = 10
 _MOST_IN_A_ROW = 10_000
+_SHOWN = 120
+"""Characters of a document that let a user find it."""
 
 
 def encode_document(tokenizer: Tokenizer, text: object, add_bos: bool = False) -> np.ndarray:
@@ -154,7 +157,10 @@ class Encoder:
             self._in_a_row = 0
             return ids
         except BadDocumentError as error:
-            return self.skip(error)
+            if error is document:  # which names its file and line
+                return self.skip(error)
+            start = printable(str(document)[:_SHOWN])
+            return self.skip(BadDocumentError(f"{error}. The document begins {start}"))
 
     def skip(self, error: BadDocumentError) -> np.ndarray:
         """Skip a document: return an empty one in its place. Raises the error under `stop`."""

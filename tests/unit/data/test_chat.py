@@ -80,6 +80,14 @@ def test_a_malformed_conversation_is_refused(case: str) -> None:
         template().segments(messages)
 
 
+def test_a_conversation_that_cannot_be_rendered_can_be_found_in_its_file() -> None:
+    encoder = Encoder(BytesTokenizer(), template)
+    with pytest.raises(BadDocumentError, match=r"'assistant'\. The document begins \[\{'role'"):
+        encoder(CHAT[:2])
+    with pytest.raises(BadDocumentError, match=r"^file:3: no object$"):
+        encoder(BadDocumentError("file:3: no object"))
+
+
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
