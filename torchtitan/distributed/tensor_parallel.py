@@ -74,7 +74,8 @@ def apply_tensor_parallel(
             differ, a function from a block to its plan.
 
     Raises:
-        ConfigError: `tok_embeddings` is no `nn.Embedding`, or `output` no `nn.Linear`.
+        ConfigError: `tok_embeddings` is no `nn.Embedding`, `output` no `nn.Linear`, or another
+            module that the plan divides neither.
     """
     model_plan: Plan = {
         "tok_embeddings": EmbeddingParallel(output_layouts=Shard(1)),
@@ -95,6 +96,8 @@ def apply_tensor_parallel(
             plan = adapt(plan_of(block))
             new = {name: style for name, style in plan.items() if parts.get(name) not in done}
             if new:
+                for name, style in new.items():
+                    _refuse_other_layers(block, name, parts.get(name), style)
                 parallelize_module(block, tp_mesh, new)
             done.update(block.modules())
 
@@ -110,6 +113,16 @@ def _has(model: nn.Module, name: str) -> bool:
             "there. Give it another name, and parallelize it in the model's parallelize_fn"
         )
     return module is not None
+
+
+def _refuse_other_layers(block: nn.Module, name: str, part: Any, style: ParallelStyle) -> None:
+    of_matrices = type(style) in (ColwiseParallel, RowwiseParallel)
+    if of_matrices and not isinstance(part, nn.Linear | nn.Embedding | None):
+        raise ConfigError(
+            f"parallelism.tensor_parallel_degree: {type(block).__name__}.{name} is "
+            f"{type(part).__name__}, which {type(style).__name__} cannot split. Derive it from "
+            "nn.Linear, or give its own layers styles in the model's parallelize_fn"
+        )
 
 
 def attention_plan(name: str = "attention") -> Plan:

@@ -122,6 +122,17 @@ def test_what_cannot_be_split_is_named(name: str):
         apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
 
 
+def test_a_module_around_a_matrix_is_named():
+    model = Unnamed()
+    model.layers["0"] = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    with (
+        fake_world(2, rank=1),
+        pytest.raises(ConfigError, match=r"0 is Sequential, which ColwiseParallel cannot split"),
+    ):
+        mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
+        apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
+
+
 class PostNorm(torch.nn.Module):
     """Adds the output of a norm to the residual stream."""
 
