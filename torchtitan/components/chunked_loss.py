@@ -43,11 +43,13 @@ class ChunkedCrossEntropy:
             output = getattr(part, "output", part)
             if output is None:
                 continue
-            if not isinstance(output, nn.Linear) or output.bias is not None:
+            fits = isinstance(output, nn.Linear) and type(output).forward is nn.Linear.forward
+            if not fits or output.bias is not None:
                 raise ConfigError(
                     "loss.name = 'chunked_cross_entropy' needs a model whose logits are "
-                    "`self.output(hidden)`, where `output` is an `nn.Linear` without bias; "
-                    f"{type(part).__name__} has none. Use loss.name = 'cross_entropy'"
+                    "`self.output(hidden)`, where `output` is an `nn.Linear` without bias, or a "
+                    f"subclass that keeps its forward; {type(part).__name__} has none. Use "
+                    "loss.name = 'cross_entropy'"
                 )
             output.forward = _identity
             if isinstance(output, FSDPModule):

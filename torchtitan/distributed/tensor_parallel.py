@@ -40,6 +40,7 @@ from torchtitan.distributed.dtensor import local_offsets
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
+from torchtitan.tools.text import few
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -304,6 +305,17 @@ class EmbeddingParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
             raise NotImplementedError(f"{module} is not an nn.Embedding without max_norm")
+        if type(module).forward is not nn.Embedding.forward:  # a look-up alone would replace it
+            if others := [name for name, _ in module.named_parameters() if name != "weight"]:
+                raise ConfigError(
+                    f"parallelism.tensor_parallel_degree: {type(module).__name__} has "
+                    f"{few(others)} beside its weight, which EmbeddingParallel cannot split. Put "
+                    "it in a module with another name, which the model's parallelize_fn splits"
+                )
+            by_rows = RowwiseParallel(
+                input_layouts=Replicate(), output_layouts=self.output_layouts[0]
+            )
+            return by_rows._apply(module, device_mesh)
         weight = distribute_tensor(module.weight, device_mesh, [Shard(0)])
         start, _ = local_offsets(weight)
         module.register_parameter("weight", nn.Parameter(weight))

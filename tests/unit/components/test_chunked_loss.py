@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torchtitan.components.chunked_loss import ChunkedCrossEntropy, chunked_linear_cross_entropy
 from torchtitan.components.loss import IGNORE_INDEX, build_loss, cross_entropy
 from torchtitan.config import JobConfig
+from torchtitan.errors import ConfigError
 
 DIM, VOCAB, BATCH, SEQ = 8, 19, 2, 24
 
@@ -128,6 +129,19 @@ def test_the_config_chooses_it() -> None:
     config = JobConfig()
     config.loss.name = "chunked_cross_entropy"
     assert isinstance(build_loss(config), ChunkedCrossEntropy)
+
+
+def test_an_output_layer_with_a_forward_of_its_own_is_refused() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(hidden)
+
+    config = JobConfig()
+    config.loss.name = "chunked_cross_entropy"
+    model = Model()
+    model.output = Doubled(model.output.in_features, model.output.out_features, bias=False)
+    with pytest.raises(ConfigError, match="or a subclass that keeps its forward; Model has"):
+        build_loss(config).attach([model])
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,33 @@ def test_a_module_around_a_matrix_is_named():
         apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
 
 
+class Scaled(torch.nn.Embedding):
+    """Multiplies, as Gemma does."""
+
+    def forward(self, tokens):
+        return super().forward(tokens) * 3
+
+
+def test_an_embedding_keeps_its_own_forward():
+    model = Unnamed()
+    model.tok_embeddings = Scaled(4, 4)
+    with fake_world(2, rank=0):
+        mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
+        apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
+        ours = model.tok_embeddings(torch.zeros(1, 2, dtype=torch.int64))
+        first = model.tok_embeddings.weight.to_local()[0]
+        torch.testing.assert_close(ours[0, 0], 3 * first)
+
+
+def test_an_embedding_with_more_parameters_is_named():
+    model = Unnamed()
+    model.tok_embeddings = Scaled(4, 4)
+    model.tok_embeddings.scale = torch.nn.Parameter(torch.ones(4))
+    with fake_world(2, rank=0), pytest.raises(ConfigError, match="Scaled has scale beside its w"):
+        mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
+        apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
+
+
 class PostNorm(torch.nn.Module):
     """Adds the output of a norm to the residual stream."""
 
