@@ -251,13 +251,8 @@ class OpenCheckpoint:
             note = f". It was saved from another model: {few(others)}" if others else ""
             raise type(error)(f"{error}{note}") from error
 
-    def differences_from(
-        self, model: nn.Module, ignored: Collection[str] = frozenset()
-    ) -> list[str]:
-        """Return the hyperparameters, not `ignored`, in which `model` differs from the saved one.
-
-        Models without `args` are not compared.
-        """
+    def differences_from(self, model: nn.Module, ignored: Collection[str] = ()) -> list[str]:
+        """Return the hyperparameters in which `model`, if it has `args`, differs from the saved."""
         saved, current = self.manifest.model.get("args", {}), model_args(model)
         return [
             f"{name} = {a} (now {b})"
