@@ -54,6 +54,7 @@ from torchtitan.components.validate import build_validator, check_validator, eva
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import print_config
+from torchtitan.distributed.block_calls import BlockCalls
 from torchtitan.distributed.compile import begin_forward_pass
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
@@ -202,6 +203,7 @@ class Trainer:
             params_device = torch.device("cpu") if offload else self.device
             initialize_weights(part, job_config.debug.seed, params_device, self.device)
             part.train()
+        self.block_calls = BlockCalls(self.model_parts, self.parallel_dims)
         self.fsdp_modules = [module for part in self.model_parts for module in fsdp_modules(part)]
         self.autocast = mixed_precision(bool(self.fsdp_modules), job_config, self.device)
 
@@ -313,9 +315,11 @@ class Trainer:
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
         # On the host, so that reading the counts does not wait for the device.
-        counts = torch.tensor([tokens, int(stop.received), *digest_of_names(batches)])
+        digests = *digest_of_names(batches), *self.block_calls.take_digests()
+        counts = torch.tensor([tokens, int(stop.received), *digests])
         self.sum_over_ranks(counts)
-        refuse_unequal_names(counts[2:].tolist(), batches, self.parallel_dims.world_size, config)
+        refuse_unequal_names(counts[2:4].tolist(), batches, self.parallel_dims.world_size, config)
+        self.block_calls.refuse_unequal(counts[4:].tolist(), step - 1)
         if self.first_step:
             contents = digest_of_contents(batches, self.dp_rank, self.parallel_dims.dp)
             self.sum_over_ranks(contents)

@@ -15,7 +15,7 @@ from harness import run_ranks
 
 from torchtitan import train
 from torchtitan.config import load_config
-from torchtitan.errors import ConfigError
+from torchtitan.errors import ConfigError, TrainingError
 from torchtitan.runtime.stop_request import StopRequest
 from torchtitan.train import Trainer
 
@@ -87,3 +87,28 @@ def test_a_step_draws_its_own_numbers_on_each_rank_that_has_other_tokens(
     assert len(set(one[:3])) == 3 and one[3] == one[1]
     assert one == two if alike else not set(one) & set(two)
     assert len(validation) == 4 and len(set(validation)) == 1
+
+
+def told_of_another_order(folder: str, options: list[str]) -> str:
+    """What the second step says if the last rank calls its layers the other way round."""
+    config = load_config([*CONFIG, *options, f"--job.dump_folder={folder}"])
+    trainer: Any = Trainer(config)
+    for part in trainer.model_parts:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            part.layers = torch.nn.ModuleDict(reversed(part.layers.items()))
+    stop = StopRequest()
+    try:
+        for trainer.state.step in (1, 2):
+            trainer.train_step(stop)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        stop.close()
+        trainer.close()
+    return ""
+
+
+def test_ranks_that_call_their_blocks_in_another_order_are_told(tmp_path: Path) -> None:
+    """All gathers have the same sizes, so without this the losses are silently wrong."""
+    for message in run_ranks(told_of_another_order, 2, str(tmp_path), ["--model.flavor=tiny"]):
+        assert message.startswith("in step 1, forward() called different modules, or in another")

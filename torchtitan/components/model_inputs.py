@@ -13,6 +13,7 @@ from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
 from torchtitan.distributed.context_parallel import shard_batch
 from torchtitan.errors import ConfigError, ContextParallelError
+from torchtitan.runtime.host_sum import all_alike
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -251,8 +252,7 @@ def refuse_unequal_names(
         sums: of the `digest_of_names` of all ranks.
         batches: those of this rank.
     """
-    total, squares = sums
-    if ranks * squares != total**2:  # by Cauchy and Schwarz, equal only if all digests are
+    if not all_alike(sums, ranks):
         names = "; ".join(dict.fromkeys(some(batch) for batch in batches))
         raise ConfigError(
             f"{builder(job_config)}: the ranks' batches of a step have different names. Those of "

@@ -53,3 +53,9 @@ def rows_of(ranks: int) -> list[range]:
     """Return the ranks of each row: one row of few ranks, else about as many rows as columns."""
     rows = math.isqrt(ranks) if ranks > _FEW else 1
     return [range(row * ranks // rows, (row + 1) * ranks // rows) for row in range(rows)]
+
+
+def all_alike(sums: list[int], ranks: int) -> bool:
+    """Return whether a number and its square, each summed over `ranks`, are equal on all ranks."""
+    total, squares = sums
+    return ranks * squares == total**2  # by Cauchy and Schwarz, only if all numbers are equal

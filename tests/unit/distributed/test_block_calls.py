@@ -1,0 +1,46 @@
+"""Ranks of one stage must call the same modules in training; those of other stages need not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.nn as nn
+
+from torchtitan.distributed.block_calls import BlockCalls
+from torchtitan.errors import TrainingError
+
+BLOCK = nn.Linear(1, 1)
+
+
+def calls(pp_rank: int, names: str) -> BlockCalls:
+    """Of one of two ranks in each of two stages."""
+    mesh = {"pp": SimpleNamespace(get_local_rank=lambda: pp_rank)}
+    dims: Any = SimpleNamespace(pp=2, pp_enabled=True, world_size=4, world_mesh=mesh)
+    made = BlockCalls([], dims)
+    for name in names:
+        made._record(name.encode(), BLOCK.train(), ())
+    return made
+
+
+def sums(ranks: list[BlockCalls]) -> list[int]:
+    return [sum(numbers) for numbers in zip(*(rank.take_digests() for rank in ranks), strict=True)]
+
+
+def test_stages_may_differ_and_evaluation_does_not_count() -> None:
+    ranks = [calls(0, "ab"), calls(0, "ab"), calls(1, "cd"), calls(1, "cd")]
+    ranks[0]._record(b"a", BLOCK.eval(), ())
+    for _ in range(2):
+        total = sums(ranks)
+        for rank in ranks:
+            rank.refuse_unequal(total, 1)
+
+
+def test_ranks_of_a_stage_may_not() -> None:
+    ranks = [calls(0, "ab"), calls(0, "ab"), calls(1, "cd"), calls(1, "dc")]
+    total = sums(ranks)
+    ranks[0].refuse_unequal(total, 1)
+    for rank in ranks[2:]:
+        with pytest.raises(TrainingError, match="in step 1, forward"):
+            rank.refuse_unequal(total, 1)

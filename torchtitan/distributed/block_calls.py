@@ -1,0 +1,66 @@
+"""Find ranks that call other modules than the rest, whose parameters were gathered wrongly."""
+
+from __future__ import annotations
+
+import zlib
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import TrainingError
+from torchtitan.runtime.host_sum import all_alike
+
+
+class BlockCalls:
+    """Keeps a digest of the order in which this rank calls its FSDP modules in training.
+
+    All ranks of a pipeline stage gather a module together. If one skips a block, the parts that it
+    receives are those of other blocks, often of the same size, so that nothing fails.
+
+    Args:
+        model_parts: the parallelized stages of this rank.
+    """
+
+    def __init__(self, model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
+        self._digest = 0
+        self._slots = 2 * parallel_dims.pp
+        pp_rank = parallel_dims.world_mesh["pp"].get_local_rank() if parallel_dims.pp_enabled else 0
+        self._own = slice(2 * pp_rank, 2 * pp_rank + 2)
+        self._ranks = parallel_dims.world_size // parallel_dims.pp
+        disable = torch.compiler.disable  # FSDP's own hooks end the compiler's graphs as well
+        for number, part in enumerate(model_parts):
+            for name, module in part.named_modules():
+                if isinstance(module, FSDPModule):
+                    record = partial(self._record, f"{number} {name}".encode())
+                    cast(nn.Module, module).register_forward_pre_hook(disable(record))
+
+    def _record(self, name: bytes, module: nn.Module, args: Any) -> None:
+        if module.training:
+            self._digest = zlib.crc32(name, self._digest)
+
+    def take_digests(self) -> list[int]:
+        """Return numbers to be summed over all ranks, of the calls since the last time."""
+        digest, self._digest = self._digest & 0xFFFF, 0
+        numbers = [0] * self._slots
+        numbers[self._own] = digest, digest**2
+        return numbers
+
+    def refuse_unequal(self, sums: list[int], step: int) -> None:
+        """Raise `TrainingError` on all ranks of a stage if their calls were different.
+
+        Args:
+            sums: over all ranks, of `take_digests`.
+            step: the one in which they were called.
+        """
+        if not all_alike(sums[self._own], self._ranks):
+            raise TrainingError(
+                f"in step {step}, forward() called different modules, or in another order, on some "
+                "ranks. Data parallelism gathers a block from all ranks together, so they computed "
+                "with parts of other blocks. Call every block on every rank, and multiply by zero "
+                "what is not wanted; or choose by something that all ranks have, such as a "
+                "number from the data loader, not by tokens or by torch.rand()"
+            )
