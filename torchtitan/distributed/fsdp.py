@@ -49,7 +49,8 @@ def apply_fsdp(
             experts, see `apply_expert_parallel`.
 
     Raises:
-        ConfigError: blocks share a parameter, but not the module that holds it.
+        ConfigError: a parameter has no dimension to shard along, or blocks share one, but not the
+            module that holds it.
     """
     # torch.compile's wrapper delegates to the model.
     inner: Any = getattr(model, "_orig_mod", model)
@@ -71,6 +72,12 @@ def apply_fsdp(
     # With one rank to shard over, freeing gathered parameters would save nothing.
     reshard = policy != "never" and mesh.size(-1) > 1
 
+    for name, param in inner.named_parameters():
+        if param.ndim == 0:
+            raise ConfigError(
+                f"{canonical_name(name)} has no dimensions, and data parallelism shards parameters "
+                "along the first. Give it the shape [1]: nn.Parameter(torch.empty(1))"
+            )
     own_meshes = own_meshes or {}
     blocks = blocks_of(inner)
     shared = _modules_of_several_blocks(blocks)

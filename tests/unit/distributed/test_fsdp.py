@@ -123,3 +123,11 @@ def test_a_weight_of_one_of_several_heads_that_is_an_embedding_is_the_root_s() -
     model.output.weight = model.tok_embeddings.books[0].weight
     sharded(model)
     assert not isinstance(model.tok_embeddings, FSDPModule)
+
+
+def test_a_parameter_without_dimensions_is_refused_with_its_name() -> None:
+    with torch.device("meta"):
+        model = Model()
+        model.layers["1"].scale = nn.Parameter(torch.empty(()))
+    with pytest.raises(ConfigError, match=r"layers\.1\.scale has no dimensions"):
+        sharded(model)

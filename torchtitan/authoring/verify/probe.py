@@ -118,8 +118,8 @@ def cut_layers(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor) -
         cuts[-1].output = hidden_states((output,), {})
 
     with ExitStack() as stack:
-        for name, layer in layers_of(model).items():
-            hook = partial(before, f"layers.{name}")
+        for name, layer in named_layers(model):
+            hook = partial(before, name)
             handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(hooked(named_layers(model), after))
@@ -144,7 +144,8 @@ def cut_by_tokens(model: nn.Module, tokens: torch.Tensor, **inputs: torch.Tensor
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(f"layers.{name}", layer) for name, layer in layers_of(model).items()]
+    """Return the layers with their names, once each, even if they are in several places."""
+    return [(f"layers.{name}", layer) for name, layer in layers_of(model).named_children()]
 
 
 @contextmanager
