@@ -1,8 +1,10 @@
-"""Find ranks that call other modules than the rest, whose parameters were gathered wrongly."""
+"""Find calls of blocks that a layout cannot follow: by rank, or in a loop over stages."""
 
 from __future__ import annotations
 
+import logging
 import zlib
+from collections import Counter
 from functools import partial
 from typing import Any, cast
 
@@ -12,7 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
+from torchtitan.protocols.model import layers_of
 from torchtitan.runtime.host_sum import all_alike
+from torchtitan.tools.text import few
+
+logger = logging.getLogger("torchtitan")
 
 
 class BlockCalls:
@@ -64,3 +70,31 @@ class BlockCalls:
                 "what is not wanted; or choose by something that all ranks have, such as a "
                 "number from the data loader, not by tokens or by torch.rand()"
             )
+
+
+def warn_of_repeated_layers(stage: int, part: nn.Module) -> None:
+    """Warn after the first forward pass of a pipeline stage if it called layers several times.
+
+    That is right for a loop within a stage. But a loop over all layers becomes one in each stage.
+    """
+    layers = layers_of(part)
+    expected = Counter(id(layer) for layer in layers.values())  # one layer may be in two places
+    calls: Counter[str] = Counter()
+
+    def tell(*call: Any) -> None:
+        for handle in handles:
+            handle.remove()
+        repeated = [n for n, layer in layers.named_children() if calls[n] > expected[id(layer)]]
+        if repeated:
+            logger.warning(
+                "forward() of pipeline stage %d calls %s several times. If that is a loop over "
+                "layers of several stages, the numbers are wrong, since stages run once, one after "
+                "the other: set pipeline_fn=None in the TrainSpec. `torchtitan verify --only "
+                "stages` compares with the whole model",
+                *(stage, few([f"layers.{name}" for name in repeated], 5)),
+            )
+
+    handles = [part.register_forward_hook(tell)]
+    for name, layer in layers.named_children():
+        count = partial(lambda name, *call: calls.update([name]), name)
+        handles.append(layer.register_forward_pre_hook(count))

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail, origin
+from torchtitan.distributed.block_calls import warn_of_repeated_layers
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.expert_parallel import without_exchange
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
@@ -121,6 +122,7 @@ class Pipeline:
         self._is_last = self._num_stages - 1 in stages
         self._divisor: torch.Tensor | float = 1.0
         for number, part in zip(stages, model_parts, strict=True):
+            warn_of_repeated_layers(number, part)
             # Neither hidden states nor gradients may be views when they are sent.
             if number > 0:
                 part.register_forward_pre_hook(_contiguous_gradients)

@@ -286,9 +286,9 @@ def _refuse_shared_parameters(
                     fail(
                         job_config,
                         "parallelism.pipeline_parallel_degree",
-                        f"{other_name} and {name} share a weight (tied embeddings) but are "
-                        f"in stages {other} and {stage}. Use a flavor without tied weights, or "
-                        "data and tensor parallelism",
+                        f"{other_name} and {name} share a weight, but are "
+                        f"in stages {other} and {stage}. Use a flavor without tied or shared "
+                        "weights, or data and tensor parallelism",
                     )
 
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.nn as nn
 
-from torchtitan.distributed.block_calls import BlockCalls
+from torchtitan.distributed.block_calls import BlockCalls, warn_of_repeated_layers
 from torchtitan.errors import TrainingError
 
 BLOCK = nn.Linear(1, 1)
@@ -44,3 +45,29 @@ def test_ranks_of_a_stage_may_not() -> None:
     for rank in ranks[2:]:
         with pytest.raises(TrainingError, match="in step 1, forward"):
             rank.refuse_unequal(total, 1)
+
+
+class Looped(nn.Module):
+    def __init__(self, loops: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"0": nn.Linear(1, 1), "1": nn.Linear(1, 1)})
+        self.layers["2"] = self.layers["0"]  # in two places, so two calls are right
+        self.loops = loops
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.loops):
+            for layer in self.layers.values():
+                x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("loops", [1, 2])
+def test_a_loop_over_the_layers_of_a_stage_is_told_once(loops: int, caplog: Any) -> None:
+    part = Looped(loops)
+    warn_of_repeated_layers(3, part)
+    for _ in range(2):
+        part(torch.ones(1, 1))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == loops - 1
+    for message in told:
+        assert message.startswith("forward() of pipeline stage 3 calls layers.0, layers.1 several")

@@ -99,10 +99,11 @@ def _require_whole_model(
         )
     raise CheckFailedError(
         f"split in {split}, with {rows}, {difference}",
-        "A stage has some of the layers, under their original names. Code that depends on a layer "
-        "must use its own number, never its place in self.layers or their count; only embedding, "
-        "norm and output may be None; and every stage must use the positions and document_ids "
-        "that forward() is given, and pass on what later stages need.",
+        "A stage has some of the layers, under their original names, and runs once: a loop over "
+        "all layers needs pipeline_fn=None. Code that depends on a layer must use its own number, "
+        "never its place in self.layers or their count; only embedding, norm and output may be "
+        "None; and every stage must use the positions and document_ids that forward() is given, "
+        "and pass on what later stages need.",
     )
 
 

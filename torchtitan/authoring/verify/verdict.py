@@ -191,9 +191,9 @@ _HINTS = {
         "part of the sequence: such a model must leave apply_cp out"
     ),
     ("outputs", "pp"): (
-        "a stage has some of the layers, under their original names: code that depends on a layer "
-        "must use its own number, not its place in self.layers; and forward() must use `positions` "
-        "and `document_ids`"
+        "a stage has some of the layers, under their original names, and runs once: a loop over "
+        "all layers needs pipeline_fn=None, code that depends on a layer must use its own number, "
+        "not its place in self.layers, and forward() must use `positions` and `document_ids`"
     ),
     (
         "outputs",
