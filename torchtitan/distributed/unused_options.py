@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.tensor import DTensor
 
 from torchtitan.config.load import origin
 from torchtitan.distributed.activation_checkpoint import is_checkpointed
@@ -27,7 +28,7 @@ def warn_of_unapplied(model_parts: list[nn.Module], job_config: JobConfig) -> No
     for key, function in _unapplied(modules, has_layers, job_config):
         rank0.warning(
             "%s: has no effect, because the parallelize_fn of %s does not call "
-            "torchtitan.distributed.%s(model, job_config) here",
+            "torchtitan.distributed.%s here",
             *(origin(job_config, key), job_config.model.name, function),
         )
 
@@ -65,17 +66,23 @@ def warn_of_unread(section: str, builder: str, job_config: JobConfig) -> Iterato
 def _unapplied(
     modules: list[nn.Module], has_layers: bool, job_config: JobConfig
 ) -> Iterator[tuple[str, str]]:
-    """Yield keys of options, and the function in `torchtitan.distributed` that applies them."""
+    """Yield keys of options, and the call in `torchtitan.distributed` that applies them."""
+    if job_config.parallelism.tensor_parallel_degree > 1 and has_layers:
+        params = (param for module in modules for param in module.parameters(recurse=False))
+        meshes = {param.device_mesh for param in params if isinstance(param, DTensor)}
+        if not any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes):
+            call = "tensor_parallel.apply_tensor_parallel(model, tp_mesh, job_config, block_plan)"
+            yield "parallelism.tensor_parallel_degree", call
     config = job_config.activation_checkpoint
     if config.mode == "memory_budget":
         applied = torch._functorch.config.activation_memory_budget == config.memory_budget
     else:
         applied = config.mode == "none" or not has_layers or any(map(_recomputes, modules))
     if not applied:
-        yield "activation_checkpoint.mode", "activation_checkpoint.apply_ac"
+        yield "activation_checkpoint.mode", "activation_checkpoint.apply_ac(model, job_config)"
     wanted = job_config.compile.compiles("model")
     if wanted and has_layers and not any(map(_is_compiled, modules)) and _compiler_is_on():
-        yield "compile.enable", "compile.apply_compile"
+        yield "compile.enable", "compile.apply_compile(model, job_config)"
 
 
 def _recomputes(module: nn.Module) -> bool:

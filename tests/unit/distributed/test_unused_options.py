@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 from tiny_models import tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from torchtitan.components.loss import build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
@@ -17,6 +19,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.unused_options import warn_of_unapplied, warn_of_unread
+from torchtitan.planning.trace import fake_world
 
 AC = (
     "because the parallelize_fn of llama3 does not call "
@@ -50,6 +53,18 @@ def test_a_mode_that_is_not_applied(mode, config, caplog):
     (warning,) = warnings(caplog, config, part)
     assert warning == f'activation_checkpoint.mode = "{mode}": has no effect, {AC}'
     apply_ac(part, config)
+    assert warnings(caplog, config, part) == []
+
+
+def test_tensor_parallelism_that_is_not_applied(config, caplog):
+    config.parallelism.tensor_parallel_degree = 2
+    part = model()
+    (warning,) = warnings(caplog, config, part)
+    assert warning.startswith("parallelism.tensor_parallel_degree = 2: has no effect, because the")
+    with fake_world(2, 0):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        norm = part.norm.weight.detach()
+        part.norm.weight = nn.Parameter(distribute_tensor(norm, mesh, [Replicate()]))
     assert warnings(caplog, config, part) == []
 
 
