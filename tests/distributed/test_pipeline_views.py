@@ -16,7 +16,9 @@ from torchtitan.runtime.process_group import init_distributed
 
 
 class Halves(nn.Module):
-    """Hands on two halves of the sequence; the gradient of what it receives is transposed.
+    """Hands on two halves of the sequence, views of which one is contiguous.
+
+    The gradient of what it receives is transposed.
 
     The last returns the whole, and in training a second one.
     """
@@ -31,7 +33,7 @@ class Halves(nn.Module):
         h = h if other is None else torch.cat([other, h], dim=1)
         h = self.layer(h.transpose(1, 2)).transpose(1, 2)
         if not self.last:
-            return h[:, 2:], h[:, :2]
+            return h[:, 2:], h[:, :2].contiguous().view_as(h[:, :2])
         return (h, 2 * h) if self.training else h
 
 

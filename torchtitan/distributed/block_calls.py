@@ -14,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
-from torchtitan.protocols.model import layers_of
 from torchtitan.runtime.host_sum import all_alike
 from torchtitan.tools.text import few
 
@@ -77,7 +76,7 @@ def warn_of_repeated_layers(stage: int, part: nn.Module) -> None:
 
     That is right for a loop within a stage. But a loop over all layers becomes one in each stage.
     """
-    layers = layers_of(part)
+    layers = getattr(part, "layers", nn.ModuleDict())
     expected = Counter(id(layer) for layer in layers.values())  # one layer may be in two places
     calls: Counter[str] = Counter()
 

@@ -260,7 +260,13 @@ def _contiguous_gradients(part: nn.Module, inputs: Any) -> None:
 
 
 def _contiguous_outputs(part: nn.Module, args: Any, outputs: Any) -> Any:
-    return tree_map_only(torch.Tensor, torch.Tensor.contiguous, outputs)
+    return tree_map_only(torch.Tensor, _contiguous, outputs)
+
+
+def _contiguous(output: torch.Tensor) -> torch.Tensor:
+    """Return a stage's output, of any shape, as no view: split backward passes detach it."""
+    copied = output._is_view()  # also one that is contiguous
+    return output.clone(memory_format=torch.contiguous_format) if copied else output.contiguous()
 
 
 class _SameNumberOfOutputs:
