@@ -368,6 +368,9 @@ class Trainer:
             for number, batch in enumerate(batches, start=1):
                 set_last_micro_batch(self.fsdp_modules, number == len(batches))
                 loss_sum += self.forward_backward(batch, global_tokens)
+        for param in self._parameters():
+            if param.requires_grad and param.grad is None:  # no token used it; FSDP gives zeros too
+                param.grad = torch.zeros_like(param)
         return loss_sum
 
     def forward_backward(self, batch: Batch, global_tokens: torch.Tensor) -> torch.Tensor:

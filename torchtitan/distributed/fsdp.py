@@ -215,6 +215,10 @@ def sum_gradients(model: nn.Module) -> None:
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        # If a rank's tokens do not use a parameter, its zeros are needed: gradients are packed, and
+        # another parameter's would be added in their place. Since PyTorch 2.13.
+        if hasattr(module, "set_reduce_scatter_unused_params"):
+            module.set_reduce_scatter_unused_params(True, recurse=False)
 
 
 def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
