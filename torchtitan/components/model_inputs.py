@@ -288,7 +288,7 @@ def refuse_unequal_batches(sums: torch.Tensor, ranks: int, job_config: JobConfig
         ranks: number of ranks that share a batch.
     """
     total, squares = sums.unbind(1)
-    if not torch.equal(ranks * squares, total**2):  # see `refuse_unequal_names`
+    if not torch.equal(ranks * squares, total**2):  # see `all_alike`
         raise ConfigError(
             f"{builder(job_config)}: ranks of one data rank were given different batches. Tensor, "
             "context and pipeline parallelism divide one batch, so let it depend on the step and "
