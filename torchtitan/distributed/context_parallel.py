@@ -14,10 +14,13 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.config.load import fail
+from torchtitan.config.load import fail, origin
 from torchtitan.distributed.ring_attention import ring_attention
 from torchtitan.distributed.sequence_shards import SequenceShards
 from torchtitan.errors import ContextParallelError
+from torchtitan.protocols.model import layers_of
+from torchtitan.tools.logging import rank0
+from torchtitan.tools.text import few
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -56,7 +59,8 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     Raises:
         ConfigError: the model's attention does not use these modules, or follows a rule that they
             or `parallelism.context_parallel_method` do not support; or the model has a convolution
-            over the sequence or a recurrent module of PyTorch. Those of its own are not recognized.
+            over the sequence or a recurrent module of PyTorch. Those of its own are not recognized:
+            layers without attention get a warning.
     """
     # Imported here because models import this module.
     from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
@@ -93,6 +97,15 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             "rank's part of each sequence. Set it to 1, and leave apply_cp out of the model's "
             "parallelize_fn",
         )
+    layers = layers_of(model)
+    if without := [f"layers.{name}" for name in layers if not _attends(layers[name])]:
+        rank0.warning(
+            "%s: %s has no ScaledDotProductAttention in %s. If they mix tokens by other means, as "
+            "a recurrence does, each sees only a rank's part of a sequence, and the numbers are "
+            "wrong: `torchtitan verify %s --only layouts.cp2` compares with one process",
+            origin(job_config, "parallelism.context_parallel_degree"),
+            *(job_config.model.name, few(without), job_config.model.name),
+        )
     # The ring's kernels use the default scale and ignore everything that a subclass adds.
     plain = all(type(a) is ScaledDotProductAttention and a.scale is None for a in attentions)
     if method == "ring" and not plain:
@@ -117,6 +130,12 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     for attention in attentions:
         attention.forward = _METHODS[method](attention, shards)
     cast(Any, model).applied_context_parallel = True
+
+
+def _attends(layer: nn.Module) -> bool:
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+
+    return any(isinstance(module, ScaledDotProductAttention) for module in layer.modules())
 
 
 def _mixes_tokens(module: nn.Module) -> bool:

@@ -40,6 +40,15 @@ def test_a_model_that_mixes_tokens_by_other_means_is_refused(mixer, config):
         apply_cp(hybrid, MESH, config)
 
 
+def test_layers_without_attention_may_mix_tokens_by_means_of_their_own(config, caplog):
+    mask, attention = CausalMask(), ScaledDotProductAttention()
+    apply_cp(model(nn.Sequential(mask, attention)), MESH, config)
+    assert not caplog.records
+    apply_cp(model(nn.Sequential(mask, attention), nn.Linear(2, 2)), MESH, config)
+    [record] = caplog.records
+    assert "has no ScaledDotProductAttention in layers.1. If they mix tokens" in record.message
+
+
 def test_a_convolution_of_single_tokens_is_fine(config):
     apply_cp(model(CausalMask(), ScaledDotProductAttention(), nn.Conv1d(2, 2, 1)), MESH, config)
 
