@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Iterable
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""All control characters except tabs and line ends."""
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters except tabs and line ends, and lone surrogates, which have no UTF-8."""
 
 
 def human(number: float, space: str = " ") -> str:
@@ -77,8 +77,8 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, which a terminal would obey."""
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    """Escape control characters, which a terminal would obey, and what it cannot show."""
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:

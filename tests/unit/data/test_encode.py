@@ -37,12 +37,13 @@ def test_ids_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     "document", [5, [{"role": "user"}], "a \ud800", BadDocumentError("line 7")]
 )
-def test_what_is_malformed_stops_or_is_counted(document: object) -> None:
+def test_what_is_malformed_stops_or_is_counted(document: object, caplog) -> None:
     with pytest.raises(BadDocumentError):
         Encoder(BytesTokenizer())(document)
     encoder = Encoder(BytesTokenizer(), on_error="skip")
     assert encoder(document).size == 0 and encoder("a").size == 2
     assert encoder.skipped == 1
+    assert caplog.text.encode()  # a lone surrogate would have no UTF-8
 
 
 def test_the_first_skipped_documents_are_in_the_log(caplog) -> None:
