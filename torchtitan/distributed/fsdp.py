@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -216,9 +217,20 @@ def sum_gradients(model: nn.Module) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         # If a rank's tokens do not use a parameter, its zeros are needed: gradients are packed, and
-        # another parameter's would be added in their place. Since PyTorch 2.13.
-        if hasattr(module, "set_reduce_scatter_unused_params"):
+        # another parameter's would be added in their place.
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # since PyTorch 2.13
             module.set_reduce_scatter_unused_params(True, recurse=False)
+        elif (group := cast(Any, module)._get_fsdp_state()._fsdp_param_group) is not None:
+            group.post_backward = partial(_reduce_with_zeros, group, group.post_backward)
+
+
+def _reduce_with_zeros(group: Any, post_backward: Callable[..., None], *args: Any) -> None:
+    """Reduce the gradients of `group`, with zeros for those that are missing."""
+    for own in group.fsdp_params if group.reduce_grads else ():
+        param = getattr(own, "_unsharded_param", None)  # None: not gathered yet
+        if param is not None and param.requires_grad and own.unsharded_accumulated_grad is None:
+            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+    post_backward(*args)
 
 
 def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
