@@ -43,6 +43,7 @@ from torchtitan.components.model_inputs import (
 )
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
+from torchtitan.components.optimizer_state import check_optimizer_state
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
@@ -336,7 +337,6 @@ class Trainer:
         self.expert_balance.add_up(self.replicas.sum)
         if self.first_step:
             warn_of_unequal_gradients(self.model_parts, self.parallel_dims)
-            self.first_step = False
 
         self.watch.enter("optimizer", step)
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
@@ -345,11 +345,14 @@ class Trainer:
             return bool(counts[1])
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
+            if self.first_step and config.checkpoint.enable:
+                check_optimizer_state(self.optimizers, self.model_parts)
             self.model_converters.post_optimizer_hook(self.model_parts)
             self.expert_balance.step()
             self.stats.add(step, loss_sum, grad_norm)
         else:
             self.expert_balance.discard()
+        self.first_step = False
         self.stats.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])

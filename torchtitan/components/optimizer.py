@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.components.muon import Muon
 from torchtitan.distributed.names import canonical_name, require_match
@@ -132,16 +133,33 @@ class OptimizersContainer:
         merged: dict[str, Any] = {}
         for model, optimizers in self._parts:
             merged |= get_optimizer_state_dict(model, optimizers, options=_FLAT)
-        return merged
+        return {name: _summed(value) for name, value in merged.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load moments and step counts. The settings of the groups stay those of the config."""
         settings = [[_settings(group) for group in o.param_groups] for o in self]
+        dtypes = [{param: _dtypes(o.state[param]) for param in o.state} for o in self]
         for model, optimizers in self._parts:
             set_optimizer_state_dict(model, optimizers, state_dict, options=_FLAT)
         for optimizer, of_groups in zip(self, settings, strict=True):
             for group, own in zip(optimizer.param_groups, of_groups, strict=True):
                 group.update(own)
+        for optimizer, of_params in zip(self, dtypes, strict=True):
+            for param, own_dtypes in of_params.items():  # PyTorch gives all the parameter's
+                state = optimizer.state[param]
+                state.update({name: state[name].to(dtype) for name, dtype in own_dtypes.items()})
+
+
+def _summed(value: Any) -> Any:
+    """Return a tensor of which ranks hold terms, such as a mean over a sharded dimension, whole."""
+    if not isinstance(value, DTensor) or not any(place.is_partial() for place in value.placements):
+        return value
+    whole = [Replicate() if place.is_partial() else place for place in value.placements]
+    return value.redistribute(placements=whole)
+
+
+def _dtypes(state: dict[str, Any]) -> dict[str, torch.dtype]:
+    return {name: value.dtype for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def container_of(
@@ -153,13 +171,29 @@ def container_of(
         ConfigError: the trainer cannot use it.
     """
     if isinstance(built, torch.optim.Optimizer) and len(model_parts) == 1:
-        return OptimizersContainer([(model_parts[0], [built])])
+        built = OptimizersContainer([(model_parts[0], [built])])
     wanted = ("__iter__", "step", "zero_grad", "state_dict", "load_state_dict")
     missing = [name for name in wanted if not hasattr(built, name)]
     needed = ". Return torchtitan.components.OptimizersContainer("
     needed += "[(part, [optimizer of its parameters]) for part in model_parts])"
     refuse_incomplete(built, f"build_optimizer_fn of {job_config.model.name}", missing, needed)
+    for optimizer in built:
+        _require_optional_closure(optimizer)
     return built
+
+
+def _require_optional_closure(optimizer: torch.optim.Optimizer) -> None:
+    signature = inspect.signature(optimizer.step)
+    try:
+        signature.bind()
+        signature.bind(closure=None)
+    except TypeError:
+        raise ConfigError(
+            f"{type(optimizer).__name__}.step{signature} must be step(self, closure=None). The "
+            "trainer calls it without arguments, once the gradients are there, so optimizers that "
+            "compute them by a closure, as LBFGS does, are not supported. PyTorch calls "
+            "step(closure=None) before it loads a checkpoint"
+        ) from None
 
 
 _SETTINGS = frozenset(

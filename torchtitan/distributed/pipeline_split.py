@@ -234,7 +234,7 @@ def _unused_by_a_token(model: nn.Module, name: str) -> float:
     """Count the parameters of the experts that the router does not choose."""
     unit, unused = _unit(model, name), 0.0
     for moe in [] if isinstance(unit, nn.Parameter) else moe_layers(unit):
-        share = moe.router.args.top_k / moe.router.args.num_experts
+        share = moe.args.top_k / moe.args.num_experts
         unused += (1 - share) * sum(p.numel() for p in moe.experts.parameters())
     return unused
 

@@ -18,6 +18,7 @@ from torchtitan.components.optimizer import (
     param_groups,
     register_optimizer,
 )
+from torchtitan.components.optimizer_state import check_optimizer_state
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
@@ -264,3 +265,42 @@ def test_a_group_has_the_parameters_of_one_mesh() -> None:
         groups = [group["params"] for optimizer in build(model) for group in optimizer.param_groups]
     meshes = [{getattr(param, "device_mesh", None) for param in params} for params in groups]
     assert all(len(of_group) == 1 for of_group in meshes) and len(set.union(*meshes)) == 3
+
+
+class Own(torch.optim.Optimizer):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {"lr": 0.1})
+
+
+class NeedsAClosure(Own):
+    def step(self, closure):  # type: ignore[override]
+        closure()
+
+
+class TakesNone(Own):
+    def step(self):  # type: ignore[override]
+        pass
+
+
+@pytest.mark.parametrize("cls", [NeedsAClosure, TakesNone])
+def test_an_optimizer_is_called_with_and_without_a_closure_of_none(cls: type[Own]) -> None:
+    model = Model()
+    with pytest.raises(ConfigError, match=rf"^{cls.__name__}.step\(.* must be step\(self, closure"):
+        container_of(cls(model), [model], JobConfig())
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"slow": [torch.zeros(2)]}, "'slow' of norm.weight as list, but checkpoints hold"),
+        ({"old": {"mean": None}}, "'old.mean' of norm.weight as NoneType"),
+        ({"parts": {0: torch.zeros(2)}}, "'parts' of norm.weight as dict, .* strings as keys"),
+        (None, r"state\['step'\], which is of no parameter"),
+    ],
+)
+def test_state_that_a_checkpoint_cannot_hold_is_refused(state: dict | None, message: str) -> None:
+    model = Model()
+    own = Own(model)
+    own.state["step" if state is None else model.norm.weight] = state or {}  # type: ignore[index]
+    with pytest.raises(ConfigError, match=f"^Own keeps {message}"):
+        check_optimizer_state([own], [model])

@@ -91,6 +91,15 @@ def test_experts_cost_what_a_token_uses_of_them() -> None:
     assert [len(part.layers) for part in parts] == [7, 8, 8, 8, 8, 8, 8, 6]
 
 
+def test_experts_may_have_a_router_of_their_own() -> None:
+    with torch.device("meta"):
+        model = DeepSeekV3Model(DEEPSEEK["671B"])
+    for layer in list(model.layers.values())[3:]:
+        layer.moe.router = nn.Linear(4, 4)
+    parts = split(job(pp=8), list(range(8)), model)
+    assert [len(part.layers) for part in parts] == [7, 8, 8, 8, 8, 8, 8, 6]
+
+
 def test_stages_are_cut_where_the_user_says() -> None:
     config = job(split_points=["layers.1"])
     assert [list(p.layers) for p in split(config, [0, 1])] == [["0"], ["1", "2", "3"]]

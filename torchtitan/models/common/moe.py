@@ -108,7 +108,7 @@ class MoE(nn.Module):
         float32_gate: bool = False,
     ) -> None:
         super().__init__()
-        self.weight_inputs = args.weight_inputs
+        self.args = args
         self.router = TopKRouter(dim, args, float32_gate)
         self.experts: Any = experts or GroupedExperts(args.num_experts, dim, args.hidden_dim)
         self.shared_experts = None
@@ -124,12 +124,12 @@ class MoE(nn.Module):
         place = inverse_permutation(order)
         top_k = experts.size(-1)
         rows = select_rows(tokens, order, place, copies=top_k)  # [tokens * top_k, dim]
-        if self.weight_inputs:
+        if self.args.weight_inputs:
             rows = rows * select_rows(weights.view(-1, 1), order, place).to(rows.dtype)
         rows = self.experts(rows, counts)
         outputs = select_rows(rows, place, order)  # by token again
         outputs = outputs.view(len(tokens), top_k, x.size(-1))
-        if self.weight_inputs:
+        if self.args.weight_inputs:
             out = outputs.sum(dim=1).view_as(x)
         else:
             out = torch.bmm(weights[:, None].to(outputs.dtype), outputs).view_as(x)

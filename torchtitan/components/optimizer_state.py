@@ -1,0 +1,100 @@
+"""Find optimizer state that a checkpoint would not hold, after the first step."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from torchtitan.components.replay import checksum
+from torchtitan.distributed.names import canonical_name
+from torchtitan.errors import ConfigError
+from torchtitan.tools.text import few
+
+logger = logging.getLogger("torchtitan")
+
+
+@torch.no_grad()
+def check_optimizer_state(
+    optimizers: Iterable[torch.optim.Optimizer], model_parts: list[nn.Module]
+) -> None:
+    """Refuse state that checkpoints cannot hold, and warn of state that each rank has for itself.
+
+    All ranks call this after an optimizer step.
+
+    Raises:
+        ConfigError: a state belongs to no parameter, or is neither a tensor nor a number.
+    """
+    names: dict[Any, str] = {
+        param: canonical_name(name)
+        for part in model_parts
+        for name, param in part.named_parameters()
+    }
+    of_mesh: dict[DeviceMesh, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+    for optimizer in optimizers:
+        _refuse_unsavable(optimizer, names)
+        for param in (param for group in optimizer.param_groups for param in group["params"]):
+            if isinstance(param, DTensor):  # also without state, as the ranks must agree on these
+                digest = _digest(optimizer.state.get(param, {}), param.to_local().device)
+                of_mesh[param.device_mesh].append((names[param], digest))
+    unequal = [name for mesh, found in of_mesh.items() for name in _unequal(mesh, found)]
+    if unequal:
+        logger.warning(
+            "the optimizer's state of %s differs between ranks that share the parameter. A "
+            "checkpoint keeps that of one rank, so a resumed run would go on with wrong numbers. "
+            "Derive the state from the parameter or its gradient, as torch.zeros_like(param) does, "
+            "not from their to_local(): it is then a DTensor, and saved whole",
+            few(unequal, 5),
+        )
+
+
+def _refuse_unsavable(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> None:
+    cls = type(optimizer).__name__
+    for param, state in optimizer.state.items():
+        if param not in names:
+            raise ConfigError(
+                f"{cls} keeps state[{param!r}], which is of no parameter, and checkpoints would "
+                "lack. Keep it in state[param] of each parameter, or in param_groups"
+            )
+        for name, value in _leaves(state):
+            if not isinstance(value, torch.Tensor | int | float):
+                raise ConfigError(
+                    f"{cls} keeps {name!r} of {names[param]} as {type(value).__name__}, but "
+                    "checkpoints hold tensors, numbers, and dicts of them with strings as keys"
+                )
+
+
+def _leaves(state: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _digest(state: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """Return a checksum of the values that are no DTensors, an int64 scalar on `device`."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for name, value in _leaves(state):
+        if not isinstance(value, DTensor):
+            tensor = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
+            total += zlib.crc32(name.encode()) * checksum(tensor).to(device)
+    return total
+
+
+def _unequal(mesh: DeviceMesh, found: list[tuple[str, torch.Tensor]]) -> list[str]:
+    """Return the names whose digests differ between the ranks of `mesh`; all of these call this."""
+    own = torch.stack([digest for _, digest in found]).to(mesh.device_type)
+    largest = torch.stack([own, ~own])
+    for dim in range(mesh.ndim):
+        dist.all_reduce(largest, dist.ReduceOp.MAX, mesh.get_group(dim))
+    equal = (largest[0] == ~largest[1]).tolist()
+    return [name for (name, _), same in zip(found, equal, strict=True) if not same]
