@@ -91,10 +91,12 @@ def _digest(state: dict[str, Any], device: torch.device) -> torch.Tensor:
 
 
 def _unequal(mesh: DeviceMesh, found: list[tuple[str, torch.Tensor]]) -> list[str]:
-    """Return the names whose digests differ between the ranks of `mesh`; all of these call this."""
+    """Return, on the first rank, names whose digests differ. All ranks of `mesh` call this."""
     own = torch.stack([digest for _, digest in found]).to(mesh.device_type)
     largest = torch.stack([own, ~own])
     for dim in range(mesh.ndim):
         dist.all_reduce(largest, dist.ReduceOp.MAX, mesh.get_group(dim))
+    if any(mesh.get_coordinate() or ()):
+        return []
     equal = (largest[0] == ~largest[1]).tolist()
     return [name for (name, _), same in zip(found, equal, strict=True) if not same]

@@ -363,5 +363,6 @@ def _way_out(keys: list[str]) -> str:
         return ""
     cause = ""
     if part == "optimizer":
-        cause = " (has the optimizer changed, or which parameters are frozen?)"
+        cause = " (has the optimizer changed, or which parameters are frozen? Does its first step "
+        cause += "create all of its state?)"
     return f'{cause}; checkpoint.exclude_from_loading = ["{part}"] would reset it'
