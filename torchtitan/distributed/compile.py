@@ -36,7 +36,7 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
     sharded apart from their block, or in float32, the graph is split into one before and one after
     them. If the backward pass is split in two, the graph is likewise split around the router. If
     such a block is checkpointed, the recomputed function is compiled, with either scope. Blocks of
-    other stacks may be several graphs.
+    other stacks may be several graphs, and so may layers with a `torch.compiler.disable`d module.
     """
     config = job_config.compile
     if not config.compiles("model"):
@@ -60,9 +60,14 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
         if experts and split and is_checkpointed(layer):
             _compile_checkpointed(layer, job_config, options)
         elif config.scope == "block":
-            fullgraph = name.startswith("layers.") and not experts
+            fullgraph = name.startswith("layers.") and not experts and not _leaves_out(layer)
             layer.forward = torch.compile(layer.forward, fullgraph=fullgraph, **options)
     return cast(M, torch.compile(model, **options)) if config.scope == "model" else model
+
+
+def _leaves_out(layer: nn.Module) -> bool:
+    """Return whether a module of `layer` has a forward with `torch.compiler.disable`."""
+    return any(getattr(part.forward, "_torchdynamo_disable", False) for part in layer.modules())
 
 
 def _as_many_graphs_as(blocks: int) -> dict[str, int]:

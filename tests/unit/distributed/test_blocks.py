@@ -180,3 +180,16 @@ def test_a_layer_must_be_one_graph_but_no_other_block() -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported):
         model.layers["0"](torch.ones(1, 4))
     model.encoder[0](torch.ones(1, 4))
+
+
+class LeftOut(Broken):
+    forward = torch.compiler.disable(Broken.forward)
+
+
+def test_a_layer_may_leave_out_a_module_that_cannot_be_compiled() -> None:
+    model = Model()
+    model.layers = nn.ModuleDict({"0": nn.Sequential(LeftOut())})
+    config = JobConfig()
+    config.compile.enable, config.compile.backend = True, "eager"
+    apply_compile(model, config)
+    model.layers["0"](torch.ones(1, 4))
