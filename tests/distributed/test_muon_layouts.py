@@ -117,6 +117,9 @@ class Run:
     def step(self, number: int, skip: str | None = None) -> None:
         self.optimizers.zero_grad()
         self.model(number, self.share, skip).backward()
+        for param in self.model.parameters():
+            if param.grad is None:  # as the trainer does, and FSDP
+                param.grad = torch.zeros_like(param)
         self.optimizers.step()
 
     def state(self) -> dict[str, Any]:
