@@ -207,18 +207,19 @@ class ModelInputs:
         are cast to `training.mixed_precision_param` on every layout, as FSDP would cast them;
         labels keep their dtype.
         """
-        if not self._config.training.document_mask and "positions" in self._usual:
+        if not self._config.training.document_mask:
             # Without the mask, the sequence is one document to the model.
-            labels = batch["labels"]
             # Do not change the batch itself: a validator may keep it and pass it again.
-            positions = torch.arange(labels.shape[1]).expand(labels.shape[:2])
-            batch = batch | {"positions": positions}
+            batch = own_inputs(batch) | {name: batch[name] for name in USUAL_KEYS[:2]}
+            if "positions" in self._usual and (shape := sequence_shape(batch)):
+                batch["positions"] = torch.arange(shape[1]).expand(shape)
         if cp_mesh is not None:
             batch = shard_batch(batch, cp_mesh, self._config)
         if device.type == "cuda":  # a copy from pageable memory waits for earlier queued work
             batch = {name: pinned(tensor) for name, tensor in batch.items()}
         batch = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        inputs = {name: batch[name] for name in self._usual} | own_inputs(batch)
+        usual = {name: batch[name] for name in self._usual if name in batch}
+        inputs = usual | own_inputs(batch)
         inputs = {name: in_precision(tensor, self._dtype) for name, tensor in inputs.items()}
         return in_precision(batch["tokens"], self._dtype), batch["labels"], inputs
 
@@ -306,6 +307,16 @@ def refuse_unequal_batches(sums: torch.Tensor, ranks: int, job_config: JobConfig
 def own_inputs(batch: Batch) -> Batch:
     """Return the inputs that `forward` gets under the author's own names."""
     return {name: tensor for name, tensor in batch.items() if name not in USUAL_KEYS}
+
+
+def sequence_shape(batch: Batch) -> torch.Size | None:
+    """Return `[batch, seq]`; None if tokens are no sequences, such as images or pairs of texts.
+
+    A text may have fewer labels than tokens, such as one in all.
+    """
+    tokens, labels = batch["tokens"], batch["labels"]
+    is_text = tokens.ndim == 2 and not tokens.is_floating_point()
+    return tokens.shape[:2] if is_text or tokens.shape[:2] == labels.shape[:2] else None
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:

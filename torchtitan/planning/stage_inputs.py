@@ -8,7 +8,12 @@ import torch
 import torch.nn as nn
 
 from torchtitan.components.data_loader import Batch
-from torchtitan.components.model_inputs import in_precision, own_inputs, usual_inputs
+from torchtitan.components.model_inputs import (
+    in_precision,
+    own_inputs,
+    sequence_shape,
+    usual_inputs,
+)
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
 
@@ -41,10 +46,10 @@ def step_inputs(
     part: nn.Module, dims: ParallelDims, job_config: JobConfig, batch: Batch
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of `forward` besides tokens."""
-    places = torch.zeros(batch["labels"].shape[:2], dtype=torch.int64)
     names = usual_inputs(part, dims, job_config)
-    # The model's own loader may give some of another shape.
-    return {name: batch.get(name, places).clone() for name in names} | own_inputs(batch)
+    if shape := sequence_shape(batch):  # the model's own loader may give some of another shape
+        batch = dict.fromkeys(names, torch.zeros(shape, dtype=torch.int64)) | batch
+    return {name: batch[name].clone() for name in names if name in batch} | own_inputs(batch)
 
 
 def tensors_of(out: Any) -> tuple[torch.Tensor, ...]:

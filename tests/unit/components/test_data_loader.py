@@ -321,6 +321,21 @@ def test_a_number_of_each_sample_that_is_rounded_is_told_once(config, caplog):
     assert "has 'times' of torch.float32, which forward() gets rounded" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "positions"),
+    [
+        (TOKENS, [[0, 1, 2, 3]] * 2),
+        (torch.zeros(2, 1, 3), [[0]] * 2),
+        (torch.zeros(2, 4, 3), None),  # of images
+        (torch.zeros(2, 2, 4, dtype=torch.int64), None),  # pairs of texts
+    ],
+)
+def test_positions_are_those_of_tokens_also_if_a_sample_has_one_label(config, tokens, positions):
+    batch = {"tokens": tokens, "labels": TOKENS[:, :1]}
+    more = inputs(config, Causal(), pp=2).on_device(batch, torch.device("cpu"), None)[2]
+    assert (more["positions"].tolist() if more else None) == positions
+
+
 def test_only_what_is_on_the_host_is_pinned(monkeypatch):
     copies = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copies.append(tensor) or tensor)
