@@ -73,9 +73,9 @@ def _check_sequence_length(job_config: JobConfig, dims: ParallelDims, experts: i
     sequence_parallel = not job_config.parallelism.disable_sequence_parallel
     if dims.tp_enabled and (sequence_parallel or experts):
         unit = math.lcm(unit, dims.cp * dims.tp)
-        what = (
-            "shards the sequence too" if sequence_parallel else "routes shards of it to the experts"
-        )
+        what = "routes shards of it to the experts"
+        if sequence_parallel:
+            what = "shards the sequence too, unless parallelism.disable_sequence_parallel is set"
         reasons += [f"parallelism.tensor_parallel_degree ({dims.tp}) {what}"]
     for section in _sections(job_config):
         seq_len = batch_shape(job_config, section)[1]

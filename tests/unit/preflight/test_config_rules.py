@@ -93,7 +93,8 @@ def test_sequence_that_tensor_parallel_ranks_cannot_share(config):
     config.training.seq_len = 100
     assert error_of(config, world_size=8) == (
         "training.seq_len = 100: must be a multiple of 8, since "
-        "parallelism.tensor_parallel_degree (8) shards the sequence too. Nearest: 96 or 104"
+        "parallelism.tensor_parallel_degree (8) shards the sequence too, unless "
+        "parallelism.disable_sequence_parallel is set. Nearest: 96 or 104"
     )
     config.training.seq_len = 104
     config.validation.enable = True
@@ -125,7 +126,8 @@ def test_sequence_that_context_parallel_ranks_cannot_share(config):
     assert error_of(config, world_size=12) == (
         "training.seq_len = 102: must be a multiple of 12, since "
         "parallelism.context_parallel_degree (3) cuts it into 6 chunks and "
-        "parallelism.tensor_parallel_degree (4) shards the sequence too. Nearest: 96 or 108"
+        "parallelism.tensor_parallel_degree (4) shards the sequence too, unless "
+        "parallelism.disable_sequence_parallel is set. Nearest: 96 or 108"
     )
     config.parallelism.context_parallel_degree = 2
     config.training.seq_len = 12
