@@ -28,6 +28,7 @@ from torchtitan.components.loss import attach_loss
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.optimizer import check_rules, container_of, freeze
 from torchtitan.config import origin
+from torchtitan.config.load import fail
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.expert_parallel import moe_layers
@@ -38,6 +39,7 @@ from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
+from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.runtime.fake_world import fake_world
@@ -254,9 +256,14 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
     """Return the model on the meta device, with the job's frozen parameters frozen.
 
     With `dims`, it is converted by `model.converters` as on a device with 8-bit products.
+
+    Raises:
+        ConfigError: it has no layers, from which plans are extrapolated.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     model = spec.meta_model(spec.model_args.update_from_config(job_config))
+    if not layers_of(model):
+        fail(job_config, "model.name", "`layers` is empty: a plan needs a stack of blocks there")
     if dims is not None:
         converters = build_model_converters(job_config, dims)
         for converter in converters.converters:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch.nn as nn
+
+from torchtitan.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -108,5 +110,16 @@ class ModelProtocol(nn.Module):
 
 
 def layers_of(model: nn.Module) -> nn.ModuleDict:
-    """Return the layers of a `ModelProtocol`, also of one that `torch.compile` has wrapped."""
-    return cast(nn.ModuleDict, model.layers)
+    """Return the layers of a `ModelProtocol`, also of one that `torch.compile` has wrapped.
+
+    Raises:
+        ConfigError: they are not an `nn.ModuleDict`.
+    """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleDict):
+        raise ConfigError(
+            f"{type(model).__name__}.layers is {type(layers).__name__}, not nn.ModuleDict: a model "
+            "keeps its blocks there, by their number. Of several stacks of blocks, such as two "
+            "towers, all but one may have other names"
+        )
+    return layers

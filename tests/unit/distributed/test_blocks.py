@@ -19,6 +19,7 @@ from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
+from torchtitan.errors import ConfigError
 from torchtitan.runtime.fake_world import fake_world
 
 
@@ -193,3 +194,12 @@ def test_a_layer_may_leave_out_a_module_that_cannot_be_compiled() -> None:
     config.compile.enable, config.compile.backend = True, "eager"
     apply_compile(model, config)
     model.layers["0"](torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("layers", [None, nn.ModuleList([Block()])])
+def test_a_model_without_a_dict_of_layers_is_a_mistake_that_is_named(layers):
+    model = nn.Module()
+    if layers is not None:
+        model.layers = layers
+    with pytest.raises(ConfigError, match=rf"Module\.layers is {type(layers).__name__}, not"):
+        apply_ac(model, JobConfig())

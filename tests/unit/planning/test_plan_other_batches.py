@@ -176,3 +176,11 @@ def test_a_model_without_args_has_them_for_its_checkpoints() -> None:
     spec = own.codes()
     assert spec.meta_model().args == spec.model_args
     assert all(parameter.is_meta for parameter in spec.meta_model().parameters())
+
+
+def test_a_model_without_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = own.codes()
+    bare = replace(spec, model_args=replace(spec.model_args, n_layers=0))
+    monkeypatch.setitem(MODEL_REGISTRY, "tiny_codes", lambda flavor: bare)
+    with pytest.raises(ConfigError, match=r"tiny_codes.*`layers` is empty"):
+        plan_run(job("tiny_codes"), 2, DEVICES["h100"])
