@@ -77,6 +77,10 @@ class ModelProtocol(nn.Module):
     estimators, `detach()` within a formula, and scaled gradients. If so, `verify` does not measure
     the slope."""
 
+    compares_samples: ClassVar[bool] = False
+    """Whether the loss compares the samples of a micro-batch, as a contrastive loss does. If so,
+    `verify` does not ask for a sum over samples."""
+
     other_blocks: ClassVar[tuple[str, ...]] = ()
     """Names of modules beside `layers` that are blocks, too: a single block (such as that of
     multi-token prediction) or a stack of them. Each block is gathered, recomputed and compiled on

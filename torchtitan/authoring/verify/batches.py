@@ -120,12 +120,12 @@ class OwnBatches:
             self.error = why_no_batch(error)
 
     def _length(self) -> int:
-        """Return the length of the first batch's labels; the job's length if tokens are ids."""
+        """Return the length of the first batch's labels; the job's length if it is a text."""
         self._open()
         batch = next(self._loader)
         found = [batch.get(name) for name in USUAL_KEYS[:2]] if isinstance(batch, dict) else []
         tensors = [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
-        if len(tensors) == 2 and tensors[1].ndim > 1 and not _are_ids(tensors[0]):
+        if len(tensors) == 2 and tensors[1].ndim > 1 and not _is_text(*tensors):
             length = int(tensors[1].shape[1])
             if length != self.seq_len:
                 return length
@@ -175,9 +175,7 @@ class OwnBatches:
     def is_text(self) -> bool:
         """Whether a batch is only token ids and labels `[batch, seq]`."""
         batch = self.batch(1)
-        alone = set(batch) <= set(USUAL_KEYS)
-        tokens, labels = batch["tokens"], batch["labels"]
-        return alone and _are_ids(tokens) and _are_ids(labels) and tokens.shape == labels.shape
+        return set(batch) <= set(USUAL_KEYS) and _is_text(batch["tokens"], batch["labels"])
 
     @property
     def keys(self) -> list[str]:
@@ -195,6 +193,11 @@ class OwnBatches:
         tokens, labels = batch["tokens"], batch["labels"]
         whole = Example(tokens, labels, own_inputs(batch), self._loss.mean, self._loss.prepare)
         return whole.rows(slice(rows))
+
+
+def _is_text(tokens: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Whether each token id has a label, so that the job chooses the length."""
+    return _are_ids(tokens) and _are_ids(labels) and tokens.shape == labels.shape
 
 
 def _are_ids(tokens: torch.Tensor) -> bool:

@@ -19,19 +19,22 @@ from .subject import Subject
 
 CHECKS = Checks("contract.forward")
 
-_SUM = (
+SUM = (
     "build_loss_fn: return a function (pred, labels) whose result is the sum, not the mean, over "
     "the tokens whose label is not IGNORE_INDEX, a float32 scalar. The trainer divides by the "
-    "tokens of the whole step."
+    "tokens of the whole step. A loss that compares samples gets those of a micro-batch alone: "
+    "docs/adding_models.md, A loss of samples."
 )
 _TOLERANCE = 1e-3
 
 
 @CHECKS.of("contract.loss", "the loss is a sum over tokens")
 def loss_is_a_sum(subject: Subject) -> str:
+    if subject.spec.model_cls.compares_samples:
+        raise NotApplicableError(f"{subject.spec.model_cls.__name__}.compares_samples is True")
     loss_fn = subject.spec.build_loss_fn(subject.config())
     if not callable(loss_fn):
-        raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, not a function", _SUM)
+        raise CheckFailedError(f"build_loss_fn returns {loss_fn!r}, not a function", SUM)
     if not subject.reads_text:
         return _own_loss_is_a_sum(loss_fn, subject)
     model, tokens = subject.build().train(), subject.tokens(2)
@@ -52,7 +55,7 @@ def loss_is_a_sum(subject: Subject) -> str:
         raise CheckFailedError(
             f"the loss of two sequences is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} with "
             "the labels of only one of them",
-            _SUM,
+            SUM,
         )
     if subject.own_batches is None and not subject.spec.model_cls.sees_later_tokens:
         _require_gradients_where_labels_are(loss_fn, model, tokens, subject.vocab_size)
@@ -86,7 +89,7 @@ def _require_gradients_where_labels_are(
     if (learned & ~counts).any():
         row, place = (learned & ~counts).nonzero()[0].tolist()
         raise CheckFailedError(
-            f"token {place} of row {row} has the label IGNORE_INDEX, but gets a gradient", _SUM
+            f"token {place} of row {row} has the label IGNORE_INDEX, but gets a gradient", SUM
         )
     never = [int(label) for label in spread.unique() if not learned[labels == label].any()]
     others = counts & ~torch.isin(labels, torch.tensor(never, dtype=torch.int64))
@@ -115,7 +118,7 @@ def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
     if not abs(both - sum(parts)) <= _TOLERANCE * abs(both):
         raise CheckFailedError(
             f"the loss of two rows is {both:.6g}, but {parts[0]:.6g} and {parts[1]:.6g} alone",
-            _SUM,
+            SUM,
         )
     if not example.labels.is_floating_point():
         ignored = loss_fn(
@@ -123,7 +126,7 @@ def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
         )
         if _number(ignored) != 0:
             raise CheckFailedError(
-                f"with IGNORE_INDEX for all labels the loss is {ignored.item():.6g}, not 0", _SUM
+                f"with IGNORE_INDEX for all labels the loss is {ignored.item():.6g}, not 0", SUM
             )
     return "a sum over rows"
 
@@ -131,7 +134,7 @@ def _own_loss_is_a_sum(loss_fn: Any, subject: Subject) -> str:
 def _number(loss: Any) -> float:
     if not isinstance(loss, torch.Tensor) or loss.shape or loss.dtype != torch.float32:
         kind = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
-        raise CheckFailedError(f"the loss is {kind}, not a float32 scalar", _SUM)
+        raise CheckFailedError(f"the loss is {kind}, not a float32 scalar", SUM)
     return loss.item()
 
 

@@ -278,7 +278,9 @@ def long_contexts_are_finite(subject: Subject) -> str:
                 with cast(model):
                     logits = example.cast(torch.bfloat16).run(model)
         loss = example.loss(logits)
-        bad = [name for name, out in outputs.items() if not out.isfinite().all()]
+        # A module may return a mask of 0 and -inf.
+        good = {name: out.isfinite() | (out == -math.inf) for name, out in outputs.items()}
+        bad = [name for name, places in good.items() if not places.all()]
         results = [t for t in tree_leaves(logits) if isinstance(t, torch.Tensor) and _broken(t)]
         if bad or results:
             first = outputs[bad[0]] if bad else results[0]

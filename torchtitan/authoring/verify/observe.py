@@ -13,6 +13,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.names import canonical_name
 
 if TYPE_CHECKING:
@@ -32,14 +33,13 @@ class ModuleOutputs:
         self.outputs: Outputs = defaultdict(list)
         self.recomputed: Outputs = defaultdict(list)
         """Outputs in the backward pass, where activation checkpointing reruns modules."""
-        compiles = job_config.compile.compiles("model")
         self._hooks = []
         for part in model_parts:
+            traced = _inside_compiled(part, job_config)
             for name, module in part.named_modules():
-                if compiles and _is_compiled(name, job_config.compile.scope):
-                    continue
-                hook = partial(self._record, canonical_name(name))
-                self._hooks.append(module.register_forward_hook(hook))
+                if module not in traced:
+                    hook = partial(self._record, canonical_name(name))
+                    self._hooks.append(module.register_forward_hook(hook))
 
     def _record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         # Pipelines run a forward pass in evaluation mode to infer shapes.
@@ -81,10 +81,12 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone()
 
 
-def _is_compiled(name: str, scope: str) -> bool:
-    if scope == "model":
-        return name != ""
-    return canonical_name(name).startswith("layers.") and canonical_name(name).count(".") > 1
+def _inside_compiled(part: nn.Module, job_config: JobConfig) -> set[nn.Module]:
+    config = job_config.compile
+    if not config.compiles("model"):
+        return set()
+    compiled = [part] if config.scope == "model" else list(blocks_of(part).values())
+    return {inner for module in compiled for inner in module.modules() if inner is not module}
 
 
 def _first_tensor(output: Any) -> torch.Tensor | None:

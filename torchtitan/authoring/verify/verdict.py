@@ -14,6 +14,7 @@ from torchtitan.tools.text import few
 
 from .check import CheckFailedError
 from .compare import Difference, RankPart, compare_outputs, compare_tensors
+from .loss_and_loader import SUM
 from .reference import LEARNING_RATE, STEPS, Recording
 
 if TYPE_CHECKING:
@@ -129,9 +130,7 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
     if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are very similar
         raise CheckFailedError(
             f"outputs agree, but the loss of step 1 is off by {first_loss:.2g}{summary}",
-            "build_loss_fn: the loss must be the sum, not the mean, over the valid tokens of a "
-            "micro-batch, those whose label is not IGNORE_INDEX: the trainer divides by the "
-            "tokens of the whole step.",
+            SUM,
         )
     _refuse("gradients", found, job_config, summary)
     _refuse("weights", found, job_config, summary)
