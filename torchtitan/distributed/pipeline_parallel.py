@@ -329,9 +329,22 @@ class _Stage(PipelineStage):
         ops = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 
+    _sent: list[torch.Size] | None = None
+    """Shapes for which the next stage has buffers."""
+
     # The last stage sends nothing, and may return more in training than when it was asked.
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return [] if self.is_last else super().get_fwd_send_ops(fwd_chunk_id)
+        if self.is_last:
+            return []
+        shapes = [tensor.shape for tensor in self.fwd_cache[fwd_chunk_id][0]]
+        self._sent = self._sent or shapes
+        if shapes != self._sent:  # torch 2.13 would send them: into a part of the buffers, or never
+            raise ConfigError(
+                f"a pipeline stage hands on tensors of {[list(s) for s in shapes]}, but of "
+                f"{[list(s) for s in self._sent]} in the first pass. Give batches that have equal "
+                "shapes in all steps, or other stages that do not hand these on"
+            )
+        return super().get_fwd_send_ops(fwd_chunk_id)
 
     def _validate_fwd_outputs(self, outputs: Any) -> None:  # of torch 2.11; 2.13 does as this does
         if not self.is_last:
