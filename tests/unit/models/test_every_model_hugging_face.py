@@ -60,8 +60,8 @@ def test_gradients(models):
         hf_grads.pop(name, None)
     assert ours_grads.keys() == hf_grads.keys()
     for name, expected in hf_grads.items():
-        difference = (ours_grads[name] - expected).norm() / expected.norm()
-        assert difference < 1e-4, name
+        # An expert without tokens has zeros.
+        assert (ours_grads[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 def test_to_hf_restores_every_tensor(models):
