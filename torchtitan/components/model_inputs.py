@@ -288,15 +288,14 @@ def refuse_unequal_batches(sums: torch.Tensor, ranks: int, job_config: JobConfig
         sums: of the `digest_of_contents` of all ranks.
         ranks: number of ranks that share a batch.
     """
-    total, squares = sums.unbind(1)
-    if not torch.equal(ranks * squares, total**2):  # see `all_alike`
+    if not all(all_alike(row, ranks) for row in sums.tolist()):
         raise ConfigError(
             f"{builder(job_config)}: ranks of one data rank were given different batches. Tensor, "
             "context and pipeline parallelism divide one batch, so let it depend on the step and "
             "on dp_rank alone: draw random numbers by a torch.Generator that is seeded by the step "
             "and the row"
         )
-    if len(total) > 1 and (total == total[0]).all():
+    if len(sums) > 1 and (sums == sums[0]).all():
         rank0.warning(
             "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must read "
             "its own share",

@@ -97,8 +97,9 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             "rank's part of each sequence. Set it to 1, and leave apply_cp out of the model's "
             "parallelize_fn",
         )
-    layers = layers_of(model)
-    if without := [f"layers.{name}" for name in layers if not _attends(layers[name])]:
+    attending = set(attentions)
+    layers = layers_of(model).items()
+    if without := [f"layers.{n}" for n, layer in layers if attending.isdisjoint(layer.modules())]:
         rank0.warning(
             "%s: %s has no ScaledDotProductAttention in %s. If they mix tokens by other means, as "
             "a recurrence does, each sees only a rank's part of a sequence, and the numbers are "
@@ -130,12 +131,6 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     for attention in attentions:
         attention.forward = _METHODS[method](attention, shards)
     cast(Any, model).applied_context_parallel = True
-
-
-def _attends(layer: nn.Module) -> bool:
-    from torchtitan.models.common.attention import ScaledDotProductAttention
-
-    return any(isinstance(module, ScaledDotProductAttention) for module in layer.modules())
 
 
 def _mixes_tokens(module: nn.Module) -> bool:
