@@ -31,7 +31,7 @@ from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
-from torchtitan.components.loss import attach_loss, count_labels
+from torchtitan.components.loss import attach_loss, count_labels, warn_of_divided_samples
 from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import (
@@ -166,6 +166,7 @@ class Trainer:
         if pattern := job_config.checkpoint.initial_load_exclude:
             require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
         self._describe(model)
+        warn_of_divided_samples(model, job_config, self.accumulation_steps)
         with warn_of_unread("loss", "build_loss_fn", job_config):
             self.loss_fn = spec.build_loss_fn(job_config)
         with loader_outages(job_config):
@@ -234,11 +235,15 @@ class Trainer:
         self.stats = StepStats()
 
     def _describe(self, model: torch.nn.Module) -> None:
+        params = list(model.parameters())
+        trained = sum(param.numel() for param in params if param.requires_grad)
+        frozen = any(not param.requires_grad for param in params)
         logger.info(
-            "%s %s: %s parameters on %d ranks (%s), %s",
+            "%s %s: %s parameters%s on %d ranks (%s), %s",
             self.job_config.model.name,
             self.job_config.model.flavor,
-            f"{sum(p.numel() for p in model.parameters()):,}",
+            f"{sum(param.numel() for param in params):,}",
+            f", of which {trained:,} are trained," if frozen else "",
             self.parallel_dims.world_size,
             self.parallel_dims,
             device_name(),
@@ -417,6 +422,8 @@ class Trainer:
         if logging_due or saving_due:
             for read_step in self.stats.read(self.parallel_dims):
                 refuse_nonfinite_step(*read_step, self.checkpointer.newest)
+        if ending or saving_due:  # the sum of the next step would be too late
+            self.block_calls.compare(self.sum_over_ranks, step)
         if logging_due:
             self.metrics.log(
                 step,

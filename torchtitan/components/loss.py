@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from torchtitan.tools.logging import rank0
+
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
@@ -50,6 +52,25 @@ def count_labels(labels: torch.Tensor) -> torch.Tensor:
     if labels.is_floating_point():
         return torch.tensor(labels.numel(), device=labels.device)
     return (labels != IGNORE_INDEX).sum()
+
+
+def warn_of_divided_samples(model: nn.Module, job_config: JobConfig, accumulated: int) -> None:
+    """Warn on rank 0 if the loss compares samples, but those of a step are passed in parts.
+
+    Args:
+        accumulated: the number of batches of a rank in a step.
+    """
+    parallelism, samples = job_config.parallelism, job_config.training.local_batch_size
+    micro = samples
+    if parallelism.pipeline_parallel_degree > 1:
+        micro = parallelism.pipeline_parallel_microbatch_size
+    if getattr(model, "compares_samples", False) and micro < samples * accumulated:
+        rank0.warning(
+            "%s.compares_samples is True: the loss compares the %d samples of a micro-batch, not "
+            "the %d that a rank has in a step, so losses differ from those of a step without "
+            "gradient accumulation and pipeline",
+            *(type(model).__name__, micro, samples * accumulated),
+        )
 
 
 def attach_loss(loss_fn: Any, model_parts: list[nn.Module]) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import TrainingError
-from torchtitan.runtime.host_sum import all_alike
+from torchtitan.runtime.host_sum import HostSum, all_alike
 from torchtitan.tools.text import few
 
 logger = logging.getLogger("torchtitan")
@@ -53,6 +53,12 @@ class BlockCalls:
         numbers = [0] * self._slots
         numbers[self._own] = digest, digest**2
         return numbers
+
+    def compare(self, sum_over_ranks: HostSum, step: int) -> None:
+        """Do so at once, for a step whose result is kept. Raises as `refuse_unequal` does."""
+        digests = torch.tensor(self.take_digests())
+        sum_over_ranks(digests)
+        self.refuse_unequal(digests.tolist(), step)
 
     def refuse_unequal(self, sums: list[int], step: int) -> None:
         """Raise `TrainingError` on all ranks of a stage if their calls were different.

@@ -9,7 +9,13 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.components.chunked_loss import ChunkedCrossEntropy, chunked_linear_cross_entropy
-from torchtitan.components.loss import IGNORE_INDEX, VocabShard, build_loss, cross_entropy
+from torchtitan.components.loss import (
+    IGNORE_INDEX,
+    VocabShard,
+    build_loss,
+    cross_entropy,
+    warn_of_divided_samples,
+)
 from torchtitan.config import JobConfig
 from torchtitan.errors import ConfigError
 from torchtitan.runtime.fake_world import fake_world
@@ -128,3 +134,20 @@ def test_chunked_loss_needs_an_output_layer_that_it_can_fuse() -> None:
     model.output = nn.Linear(4, 4, bias=True)
     with pytest.raises(ConfigError, match=r"loss\.name = 'chunked_cross_entropy'"):
         ChunkedCrossEntropy(8, 0.0).attach([model])
+
+
+def test_a_loss_that_compares_samples_warns_if_a_step_has_several_micro_batches(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, config = nn.Linear(1, 1), JobConfig()
+    config.training.local_batch_size = 4
+    warn_of_divided_samples(model, config, 2)
+    model.compares_samples = True  # type: ignore[assignment]
+    warn_of_divided_samples(model, config, 1)
+    assert not caplog.messages
+    warn_of_divided_samples(model, config, 2)
+    config.parallelism.pipeline_parallel_degree = 2
+    warn_of_divided_samples(model, config, 1)
+    assert "Linear.compares_samples" in caplog.messages[0]
+    assert "the 4 samples of a micro-batch, not the 8 " in caplog.messages[0]
+    assert "the 1 samples of a micro-batch, not the 4 " in caplog.messages[1]
