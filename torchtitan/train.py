@@ -28,7 +28,13 @@ from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_wit
 from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
 from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
+from torchtitan.components.data_loader import (
+    Batch,
+    builder,
+    check_dataloader,
+    loader_outages,
+    next_batch,
+)
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, count_labels, warn_of_divided_samples
@@ -40,6 +46,7 @@ from torchtitan.components.model_inputs import (
     digest_of_names,
     refuse_unequal_batches,
     refuse_unequal_names,
+    warn_of_same_batches,
 )
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
@@ -110,7 +117,7 @@ class Trainer:
                 "with its train() or close(), your own with dist.destroy_process_group()"
             )
         self._closed = self.may_hang = False
-        self.first_step = True
+        self.first_step = self.first_evaluation = True
         with self._closing_on_failure():
             self._set_up(job_config)
 
@@ -327,9 +334,7 @@ class Trainer:
         refuse_unequal_names(counts[2:4].tolist(), batches, self.parallel_dims.world_size, config)
         self.block_calls.refuse_unequal(counts[4:].tolist(), step - 1)
         if self.first_step:
-            contents = digest_of_contents(batches, self.dp_rank, self.parallel_dims.dp)
-            self.sum_over_ranks(contents)
-            refuse_unequal_batches(contents, self.parallel_dims.non_data_parallel_size, config)
+            warn_of_same_batches(self._compared(batches, builder(config)), config)
         # At least 1: a step of prompts alone has no labels, and its loss is 0.
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
         global_tokens = self.replicas.sum(own_tokens).clamp(min=1)
@@ -361,6 +366,13 @@ class Trainer:
         self.stats.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
+
+    def _compared(self, batches: list[Batch], who: str) -> torch.Tensor:
+        """Refuse different batches on ranks that share them. Return the sums of the digests."""
+        contents = digest_of_contents(batches, self.dp_rank, self.parallel_dims.dp)
+        self.sum_over_ranks(contents)
+        refuse_unequal_batches(contents, self.parallel_dims.non_data_parallel_size, who)
+        return contents
 
     def _start_step(self) -> None:
         seed_step(self.job_config.debug.seed, self.state.step, self.token_rank)
@@ -398,7 +410,11 @@ class Trainer:
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """Return the summed loss of a batch, without gradients; 0 unless on the last stage."""
         self.watch.enter("after the step", self.state.step)
-        tokens, labels, inputs = self._to_device(self.model_inputs.checked_for_validation(batch))
+        batch = self.model_inputs.checked_for_validation(batch)
+        if self.first_evaluation:
+            self._compared([batch], f"build_validator_fn of {self.job_config.model.name}")
+            self.first_evaluation = False
+        tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
         with self.autocast:
             if self.pipeline:

@@ -66,6 +66,10 @@ def draws(folder: str, options: list[str]) -> tuple[list[float], list[float]]:
             pytest.raises(ConfigError, match="ranks of one data rank were given different batches"),
         ):
             trainer.train_step(stop)
+        trainer.evaluate(next_batch(trainer.dataloader, trainer.job_config, 0))
+        trainer.first_evaluation = True
+        with pytest.raises(ConfigError, match="build_validator_fn of poisoned_llama: ranks of one"):
+            trainer.evaluate(own_batch(trainer.dataloader, trainer.job_config, 0))
     stop.close()
     trainer.close()
     return in_steps, in_validations

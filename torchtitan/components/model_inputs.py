@@ -278,23 +278,28 @@ def digest_of_contents(batches: list[Batch], dp_rank: int, dp: int) -> torch.Ten
     return rows
 
 
-def refuse_unequal_batches(sums: torch.Tensor, ranks: int, job_config: JobConfig) -> None:
+def refuse_unequal_batches(sums: torch.Tensor, ranks: int, who: str) -> None:
     """Raise `ConfigError` on all ranks if ranks that share a batch were given different ones.
 
     A pipeline, for example, takes tokens from the loader of its first stage and labels from that
-    of its last. Warn if all data ranks were given the same.
+    of its last.
 
     Args:
         sums: of the `digest_of_contents` of all ranks.
         ranks: number of ranks that share a batch.
+        who: gave the batches.
     """
     if not all(all_alike(row, ranks) for row in sums.tolist()):
         raise ConfigError(
-            f"{builder(job_config)}: ranks of one data rank were given different batches. Tensor, "
+            f"{who}: ranks of one data rank were given different batches. Tensor, "
             "context and pipeline parallelism divide one batch, so let it depend on the step and "
             "on dp_rank alone: draw random numbers by a torch.Generator that is seeded by the step "
             "and the row"
         )
+
+
+def warn_of_same_batches(sums: torch.Tensor, job_config: JobConfig) -> None:
+    """Warn if all data ranks were given the same batches; `sums` as `refuse_unequal_batches`."""
     if len(sums) > 1 and (sums == sums[0]).all():
         rank0.warning(
             "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must read "

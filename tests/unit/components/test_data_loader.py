@@ -16,6 +16,7 @@ from torchtitan.components.model_inputs import (
     pinned,
     refuse_unequal_batches,
     refuse_unequal_names,
+    warn_of_same_batches,
 )
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -364,7 +365,9 @@ def test_ranks_that_share_a_batch_are_given_the_same(config, caplog):
     def give(*numbers: float) -> None:
         batches = [{"tokens": TOKENS, "labels": torch.full((2, 4, 1), n)} for n in numbers]
         rows = (digest_of_contents([b], rank // 2, 2) for rank, b in enumerate(batches))
-        refuse_unequal_batches(sum(rows), 2, config)
+        sums = sum(rows)
+        refuse_unequal_batches(sums, 2, "build_dataloader_fn")
+        warn_of_same_batches(sums, config)
 
     give(0.1, 0.1, 0.2, 0.2)
     assert not caplog.records
