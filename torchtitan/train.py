@@ -23,31 +23,19 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.cli import end_at_once, exit_on_user_error
+from torchtitan.components.batch_agreement import BatchAgreement, digest_of_names
 from torchtitan.components.checkpoint import CheckpointManager, RunState
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
 from torchtitan.components.checkpoint.resume import check_resume
-from torchtitan.components.data_loader import (
-    Batch,
-    builder,
-    check_dataloader,
-    loader_outages,
-    next_batch,
-)
+from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
 from torchtitan.components.guard import Guard, refuse_nonfinite_step, refuse_nonfinite_weights
 from torchtitan.components.loss import attach_loss, count_labels, warn_of_divided_samples
 from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
-from torchtitan.components.model_inputs import (
-    ModelInputs,
-    digest_of_contents,
-    digest_of_names,
-    refuse_unequal_batches,
-    refuse_unequal_names,
-    warn_of_same_batches,
-)
+from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
 from torchtitan.components.optimizer_state import check_optimizer_state
@@ -117,7 +105,7 @@ class Trainer:
                 "with its train() or close(), your own with dist.destroy_process_group()"
             )
         self._closed = self.may_hang = False
-        self.first_step = self.first_evaluation = True
+        self.first_step = True
         with self._closing_on_failure():
             self._set_up(job_config)
 
@@ -152,6 +140,9 @@ class Trainer:
         self.dp_rank = world_mesh["dp"].get_local_rank()
         self.data_share = self.replicas.data_share(self.dp_rank, self.parallel_dims.dp)
         batch_size, self.accumulation_steps = resolve_batch(job_config, self.data_share[1])
+        self.agreement = BatchAgreement(
+            self.sum_over_ranks, self.parallel_dims, self.dp_rank, job_config
+        )
         self.tokens_per_step = batch_size * job_config.training.seq_len
         # Ranks with different tokens must not draw the same random numbers.
         tokens_mesh = world_mesh["dp_cp"]
@@ -331,10 +322,9 @@ class Trainer:
         digests = *digest_of_names(batches), *self.block_calls.take_digests()
         counts = torch.tensor([tokens, int(stop.received), *digests])
         self.sum_over_ranks(counts)
-        refuse_unequal_names(counts[2:4].tolist(), batches, self.parallel_dims.world_size, config)
+        self.agreement.refuse_other_names(counts[2:4].tolist(), batches)
         self.block_calls.refuse_unequal(counts[4:].tolist(), step - 1)
-        if self.first_step:
-            warn_of_same_batches(self._compared(batches, builder(config)), config)
+        self.agreement.check_first_step(batches)
         # At least 1: a step of prompts alone has no labels, and its loss is 0.
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
         global_tokens = self.replicas.sum(own_tokens).clamp(min=1)
@@ -366,13 +356,6 @@ class Trainer:
         self.stats.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()
         return bool(counts[1])
-
-    def _compared(self, batches: list[Batch], who: str) -> torch.Tensor:
-        """Refuse different batches on ranks that share them. Return the sums of the digests."""
-        contents = digest_of_contents(batches, self.dp_rank, self.parallel_dims.dp)
-        self.sum_over_ranks(contents)
-        refuse_unequal_batches(contents, self.parallel_dims.non_data_parallel_size, who)
-        return contents
 
     def _start_step(self) -> None:
         seed_step(self.job_config.debug.seed, self.state.step, self.token_rank)
@@ -411,9 +394,7 @@ class Trainer:
         """Return the summed loss of a batch, without gradients; 0 unless on the last stage."""
         self.watch.enter("after the step", self.state.step)
         batch = self.model_inputs.checked_for_validation(batch)
-        if self.first_evaluation:
-            self._compared([batch], f"build_validator_fn of {self.job_config.model.name}")
-            self.first_evaluation = False
+        self.agreement.check_first_validation(batch)
         tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
         with self.autocast:

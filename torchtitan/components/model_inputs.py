@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import zlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,6 @@ from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
 from torchtitan.distributed.context_parallel import shard_batch
 from torchtitan.errors import ConfigError, ContextParallelError
-from torchtitan.runtime.host_sum import all_alike
 from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
@@ -233,78 +231,6 @@ def refuse_lone_positions(who: str, batch: Batch, job_config: JobConfig) -> None
             f"{who} has 'positions' without 'document_ids', but without training.document_mask "
             "the positions of a sequence are 0, 1, 2, ... Leave them out, give document_ids "
             "too and set training.document_mask, or choose another name, also in forward()"
-        )
-
-
-def digest_of_names(batches: list[Batch]) -> tuple[int, int]:
-    """Return a number below 2^16 for the names in the batches of a step, and its square."""
-    digest = zlib.crc32(repr([sorted(batch) for batch in batches]).encode()) & 0xFFFF
-    return digest, digest**2
-
-
-def refuse_unequal_names(
-    sums: list[int], batches: list[Batch], ranks: int, job_config: JobConfig
-) -> None:
-    """Raise `ConfigError` on all ranks if their batches of a step have different names.
-
-    `forward` would call other blocks on some ranks, which then wait for each other.
-
-    Args:
-        sums: of the `digest_of_names` of all ranks.
-        batches: those of this rank.
-    """
-    if not all_alike(sums, ranks):
-        names = "; ".join(dict.fromkeys(some(batch) for batch in batches))
-        raise ConfigError(
-            f"{builder(job_config)}: the ranks' batches of a step have different names. Those of "
-            f"this rank have {names}. Give all batches the same names, such as zeros for a sample "
-            "without an image"
-        )
-
-
-def digest_of_contents(batches: list[Batch], dp_rank: int, dp: int) -> torch.Tensor:
-    """Return zeros `[dp, 2]` int64, but in row `dp_rank` a number below 2^24 for the contents of
-    the batches of a step, and its square.
-    """
-    digest = 0
-    for name, tensor in (item for batch in batches for item in sorted(batch.items())):
-        content = f"{name} of {dp_rank}".encode()  # on a GPU, bits may differ by rounding
-        if tensor.device.type == "cpu":
-            content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        digest = zlib.crc32(content, digest)
-    digest &= 0xFFFFFF
-    rows = torch.zeros(dp, 2, dtype=torch.int64)
-    rows[dp_rank] = torch.tensor([digest, digest**2])
-    return rows
-
-
-def refuse_unequal_batches(sums: torch.Tensor, ranks: int, who: str) -> None:
-    """Raise `ConfigError` on all ranks if ranks that share a batch were given different ones.
-
-    A pipeline, for example, takes tokens from the loader of its first stage and labels from that
-    of its last.
-
-    Args:
-        sums: of the `digest_of_contents` of all ranks.
-        ranks: number of ranks that share a batch.
-        who: gave the batches.
-    """
-    if not all(all_alike(row, ranks) for row in sums.tolist()):
-        raise ConfigError(
-            f"{who}: ranks of one data rank were given different batches. Tensor, "
-            "context and pipeline parallelism divide one batch, so let it depend on the step and "
-            "on dp_rank alone: draw random numbers by a torch.Generator that is seeded by the step "
-            "and the row"
-        )
-
-
-def warn_of_same_batches(sums: torch.Tensor, job_config: JobConfig) -> None:
-    """Warn if all data ranks were given the same batches; `sums` as `refuse_unequal_batches`."""
-    if len(sums) > 1 and (sums == sums[0]).all():
-        rank0.warning(
-            "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must read "
-            "its own share",
-            builder(job_config),
         )
 
 

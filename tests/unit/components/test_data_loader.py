@@ -9,15 +9,7 @@ import torch
 import torch.nn as nn
 
 from torchtitan.components.data_loader import check_dataloader, next_batch
-from torchtitan.components.model_inputs import (
-    ModelInputs,
-    digest_of_contents,
-    digest_of_names,
-    pinned,
-    refuse_unequal_batches,
-    refuse_unequal_names,
-    warn_of_same_batches,
-)
+from torchtitan.components.model_inputs import ModelInputs, pinned
 from torchtitan.config import JobConfig
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, ContextParallelError, DataError, OutageError
@@ -344,34 +336,3 @@ def test_only_what_is_on_the_host_is_pinned(monkeypatch):
     assert pinned(elsewhere) is elsewhere and not copies
     pinned(TOKENS.T)
     assert copies[0].is_contiguous()
-
-
-@pytest.mark.parametrize("different", [False, True])
-def test_ranks_with_batches_of_different_names_are_refused_in_the_same_step(different, config):
-    text = {"tokens": TOKENS, "labels": TOKENS}
-    image = text | {"pixel_values": TOKENS.float()}
-    ranks = [[image, text], [image, text], [image, image] if different else [image, text]]
-    sums = torch.tensor([digest_of_names(batches) for batches in ranks]).sum(0).tolist()
-    if different:
-        with pytest.raises(ConfigError, match="this rank have 'tokens', 'labels', 'pixel_values';"):
-            refuse_unequal_names(sums, ranks[0], len(ranks), config)
-    else:
-        refuse_unequal_names(sums, ranks[0], len(ranks), config)
-
-
-def test_ranks_that_share_a_batch_are_given_the_same(config, caplog):
-    """Or else a pipeline would compare outputs for one batch with the labels of another."""
-
-    def give(*numbers: float) -> None:
-        batches = [{"tokens": TOKENS, "labels": torch.full((2, 4, 1), n)} for n in numbers]
-        rows = (digest_of_contents([b], rank // 2, 2) for rank, b in enumerate(batches))
-        sums = sum(rows)
-        refuse_unequal_batches(sums, 2, "build_dataloader_fn")
-        warn_of_same_batches(sums, config)
-
-    give(0.1, 0.1, 0.2, 0.2)
-    assert not caplog.records
-    with pytest.raises(ConfigError, match="ranks of one data rank were given different batches"):
-        give(0.1, 0.1, 0.2, 0.3)
-    give(0.1, 0.1, 0.1, 0.1)
-    assert "all data ranks were given the same batch" in caplog.text

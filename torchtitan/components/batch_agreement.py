@@ -1,0 +1,116 @@
+"""Compare the batches of ranks: in names always, in contents where ranks share a batch."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchtitan.components.data_loader import Batch, builder, some
+from torchtitan.errors import ConfigError
+from torchtitan.runtime.host_sum import HostSum, all_alike
+from torchtitan.tools.logging import rank0
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
+
+class BatchAgreement:
+    """Refuses batches that do not go together, from a loader or a validator of an author's own.
+
+    Args:
+        dp_rank: of this rank; ranks with the same number share a batch.
+    """
+
+    def __init__(
+        self,
+        sum_over_ranks: HostSum,
+        parallel_dims: ParallelDims,
+        dp_rank: int,
+        job_config: JobConfig,
+    ) -> None:
+        self._sum_over_ranks = sum_over_ranks
+        self._parallel_dims = parallel_dims
+        self._dp_rank = dp_rank
+        self._config = job_config
+        self._compared: set[str] = set()
+
+    def refuse_other_names(self, sums: list[int], batches: list[Batch]) -> None:
+        """Raise `ConfigError` on all ranks if their batches of a step have different names.
+
+        `forward` would call other blocks on some ranks, which then wait for each other.
+
+        Args:
+            sums: of the `digest_of_names` of all ranks.
+            batches: those of this rank.
+        """
+        if not all_alike(sums, self._parallel_dims.world_size):
+            names = "; ".join(dict.fromkeys(some(batch) for batch in batches))
+            raise ConfigError(
+                f"{builder(self._config)}: the ranks' batches of a step have different names. "
+                f"Those of this rank have {names}. Give all batches the same names, such as zeros "
+                "for a sample without an image"
+            )
+
+    def check_first_step(self, batches: list[Batch]) -> None:
+        """Compare the batches of the first step. Warn if all data ranks have the same.
+
+        Raises:
+            ConfigError: on all ranks, if ranks that share batches were given different ones.
+        """
+        sums = self._contents(builder(self._config), batches)
+        if len(sums) > 1 and all(row == sums[0] for row in sums):
+            rank0.warning(
+                "%s: all data ranks were given the same batch. Rank dp_rank of dp_world_size must "
+                "read its own share",
+                builder(self._config),
+            )
+
+    def check_first_validation(self, batch: Batch) -> None:
+        """Compare the first batch that a validator evaluates. Raises as `check_first_step`."""
+        self._contents(f"build_validator_fn of {self._config.model.name}", [batch])
+
+    def _contents(self, who: str, batches: list[Batch]) -> list[list[int]]:
+        """Refuse different batches on ranks that share them; do nothing the second time.
+
+        A pipeline, for example, takes tokens from the loader of its first stage and labels from
+        that of its last.
+        """
+        if who in self._compared:
+            return []
+        self._compared.add(who)
+        rows = digest_of_contents(batches, self._dp_rank, self._parallel_dims.dp)
+        self._sum_over_ranks(rows)
+        sums: list[list[int]] = rows.tolist()
+        if not all(all_alike(row, self._parallel_dims.non_data_parallel_size) for row in sums):
+            raise ConfigError(
+                f"{who}: ranks of one data rank were given different batches. Tensor, context and "
+                "pipeline parallelism divide one batch, so let it depend on the step and on "
+                "dp_rank alone: draw random numbers by a torch.Generator that is seeded by the "
+                "step and the row"
+            )
+        return sums
+
+
+def digest_of_names(batches: list[Batch]) -> tuple[int, int]:
+    """Return a number below 2^16 for the names in the batches of a step, and its square."""
+    digest = zlib.crc32(repr([sorted(batch) for batch in batches]).encode()) & 0xFFFF
+    return digest, digest**2
+
+
+def digest_of_contents(batches: list[Batch], dp_rank: int, dp: int) -> torch.Tensor:
+    """Return zeros `[dp, 2]` int64, but in row `dp_rank` a number below 2^24 for the contents of
+    the batches of a step, and its square.
+    """
+    digest = 0
+    for name, tensor in (item for batch in batches for item in sorted(batch.items())):
+        content = f"{name} of {dp_rank}".encode()  # on a GPU, bits may differ by rounding
+        if tensor.device.type == "cpu":
+            content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest = zlib.crc32(content, digest)
+    digest &= 0xFFFFFF
+    rows = torch.zeros(dp, 2, dtype=torch.int64)
+    rows[dp_rank] = torch.tensor([digest, digest**2])
+    return rows
