@@ -5,6 +5,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from model_cases.case import ModelCase, adding_up_experts
 from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.yarn import YarnScaling
 from torchtitan.models.qwen3 import Qwen3ModelArgs
 
 PUBLISHED_SIZES = {  # of the checkpoints, each tensor counted once
@@ -31,6 +32,12 @@ VARIANTS = {
     ),
     "experts": Qwen3ModelArgs(
         n_kv_heads=2, ffn_dim=96, moe=MoEArgs(num_experts=8, top_k=3, hidden_dim=40), **SIZES
+    ),
+    "dense, stretched": Qwen3ModelArgs(
+        n_kv_heads=2,
+        ffn_dim=96,
+        rope_scaling=YarnScaling(factor=4.0, original_max_seq_len=32),
+        **SIZES,
     ),
     "experts, weights as they are": Qwen3ModelArgs(
         n_kv_heads=2,
@@ -59,6 +66,12 @@ def hf_model(args: Qwen3ModelArgs) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
         "initializer_range": 0.1,  # far from zero, so that a difference would show
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
     }
+    if args.rope_scaling is not None:
+        options["rope_parameters"] |= {
+            "rope_type": "yarn",
+            "factor": args.rope_scaling.factor,
+            "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
+        }
     if args.moe is None:
         return Qwen3ForCausalLM(Qwen3Config(**options)).eval()
     options |= {

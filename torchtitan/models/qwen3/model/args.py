@@ -11,8 +11,9 @@ from torchtitan.models.common.divisibility import (
     require_heads_divisible_by_cp,
     require_splittable_experts,
 )
-from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields, unsupported
+from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.moe import MoEArgs
+from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf, yarn_to_hf
 from torchtitan.protocols.model import BaseModelArgs
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Qwen3ModelArgs(BaseModelArgs):
     vocab_size: int = 151936
     norm_eps: float = 1e-6
     rope_theta: float = 1000000.0
+    rope_scaling: YarnScaling | None = None
+    """Stretches rotations for contexts beyond the 32,768 tokens of the published weights."""
     tie_word_embeddings: bool = False
     """The output layer shares the embedding's weight."""
     attention: AttentionKernel = "auto"
@@ -80,7 +83,7 @@ class Qwen3ModelArgs(BaseModelArgs):
             "intermediate_size": self.ffn_dim,
             "hidden_act": "silu",
             "attention_bias": False,
-            "rope_scaling": None,
+            "rope_scaling": None if self.rope_scaling is None else yarn_to_hf(self.rope_scaling),
             "use_sliding_window": False,
         }
         if self.moe:
@@ -128,8 +131,6 @@ class Qwen3ModelArgs(BaseModelArgs):
             hf.ignore("sliding_window", "max_window_layers")
             hf.require("layer_types", ["full_attention"] * decoder["n_layers"])
             rope_theta, rope_scaling = hf.take_rope()
-            if rope_scaling is not None:
-                raise unsupported("rope_scaling", rope_scaling)
             return cls(
                 **decoder,
                 n_kv_heads=hf.take("num_key_value_heads", kind=int),
@@ -137,6 +138,7 @@ class Qwen3ModelArgs(BaseModelArgs):
                 ffn_dim=hf.take("intermediate_size", kind=int),
                 moe=_moe_from_hf(hf) if hf.model_type == "qwen3_moe" else None,
                 rope_theta=rope_theta,
+                rope_scaling=None if rope_scaling is None else yarn_from_hf(rope_scaling),
             )
 
 

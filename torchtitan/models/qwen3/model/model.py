@@ -6,7 +6,8 @@ A decoder-only transformer like Llama 3 (`models/llama3/model/model.py`). Differ
 * the size of a head is a separate choice: heads times their size need not be `dim`;
 * in the models with an A in their name, every feed-forward layer is a mixture of experts, without
   shared experts; expert weights are a softmax over all experts, normalised over the chosen ones;
-* rotary base 1,000,000; in the small models, the output layer shares the embedding's weight.
+* rotary base 1,000,000, for long contexts with YaRN (arXiv:2309.00071); in the small models, the
+  output layer shares the embedding's weight.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.norm import RMSNorm
-from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.rope import Rotation, rotation
+from torchtitan.models.common.yarn import yarn_frequencies
 
 from .args import Qwen3ModelArgs
 
@@ -95,3 +97,10 @@ class Qwen3Model(Decoder):
 
     def __init__(self, args: Qwen3ModelArgs) -> None:
         super().__init__(args, TransformerBlock)
+
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        args, scaling = self.args, self.args.rope_scaling
+        if scaling is None:
+            return super().rotation(positions)
+        frequencies = yarn_frequencies(args.head_dim, args.rope_theta, scaling, positions.device)
+        return rotation(positions, frequencies, factor=scaling.rotation_factor)
