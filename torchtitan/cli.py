@@ -43,7 +43,7 @@ COMMANDS = {
     ),
     "checkpoint": (
         "torchtitan.commands.checkpoint.command",
-        "list, verify, prune and compare checkpoints",
+        "list, verify, prune, compare and average checkpoints",
     ),
     "download": ("torchtitan.commands.download", "fetch weights and tokenizer from the hub"),
     "data": ("torchtitan.data.command", "prepare token shards, or inspect data"),

@@ -18,7 +18,7 @@ def test_the_commands_run_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = tmp_path / "outputs" / "checkpoint"
     section = re.search(r"## Look after them\n+```bash\n(.*?)```", PAGE, re.S)[1]
     lines = [line.split() for line in section.splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 7
     out = ""
     for program, *words in lines:
         assert program == "torchtitan"
@@ -29,6 +29,8 @@ def test_the_commands_run_on_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         out += done.out
     assert out.count("good, by sizes") == 3 and out.count(" good\n") == 4
     assert f"would delete {folder}/step-2" in out and f"deleted {folder}/step-2" in out
+    hugging_face = command("convert", "to-hf", str(tmp_path / "outputs/mean"), str(tmp_path / "hf"))
+    assert hugging_face.exit_code == 0, hugging_face.err
     assert checkpoints_in(folder) == ["step-4", "step-6"]  # step-4 stays by --keep-every 4
 
 

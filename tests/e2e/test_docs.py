@@ -169,7 +169,7 @@ SETTINGS: dict[str, Setting] = {
         },
     ),
     "docs/checkpoints.md": Setting(
-        _for_checkpoints, instead={"step-1000": "step-2", "step-4": "step-2"}
+        _for_checkpoints, instead={"step-1000": "step-2", "step-4": "step-2", "step-6": "step-2"}
     ),
     "docs/converging.md": Setting(_job("one.toml")),
     "docs/data.md": Setting(afterwards=_data),

@@ -1,19 +1,23 @@
-"""`torchtitan checkpoint`: list, verify, prune and compare checkpoints."""
+"""`torchtitan checkpoint`: list, verify, prune, compare and average checkpoints."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from torchtitan.errors import ConfigError
 from torchtitan.tools.options import parse_action, require_at_least_one, shown_as
+from torchtitan.tools.text import human_bytes
 
+from .average import average
 from .diff import diff
 from .listing import prune, show, verify
 
-DESCRIPTION = "List, verify, prune and compare checkpoints. A PATH may be a URL."
+DESCRIPTION = "List, verify, prune, compare and average checkpoints. A PATH may be a URL."
 
 
 @dataclass
@@ -56,7 +60,17 @@ class Diff:
     """The other."""
 
 
-ACTIONS = {"list": List, "verify": Verify, "prune": Prune, "diff": Diff}
+@dataclass
+class Average:
+    """Make a checkpoint of the mean of weights."""
+
+    paths: Annotated[tyro.conf.Positional[list[str]], shown_as("PATH PATH [PATH ...]")]
+    """Checkpoints of one model."""
+    out: Annotated[Path, shown_as("OUT")]
+    """Folder to make."""
+
+
+ACTIONS = {"list": List, "verify": Verify, "prune": Prune, "diff": Diff, "average": Average}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,4 +97,9 @@ def main(argv: list[str] | None = None) -> int:
             prune(path, keep, keep_every, dry_run)
         case Diff(first, second):
             return diff(first, second)
+        case Average(paths, out):
+            if len(paths) < 2:
+                raise ConfigError("give two checkpoints or more, whose weights are averaged")
+            size = human_bytes(average(paths, out).nbytes)
+            sys.stdout.write(f"{out}: the mean of {len(paths)} checkpoints, {size}\n")
     return 0

@@ -69,7 +69,7 @@ class Side:
                 config = read_json(self.folder / "config.json", CheckpointError)
                 self.fields = {"config": config}
             return
-        manifest = Manifest.read_whole(self.folder)
+        self.manifest = manifest = Manifest.read_whole(self.folder)
         manifest.check_contents(self.folder, manifest.files.keys() & {".metadata", CONFIG_FILE})
         self.metadata = read_metadata(self.folder)
         of_manifest = dataclasses.asdict(manifest)

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from torchtitan.components.checkpoint.failures import first_failure
 from torchtitan.components.checkpoint.load import (
     buffer_names,
     dtype_of_copy,
@@ -27,7 +17,7 @@ from torchtitan.components.checkpoint.load import (
     model_state,
     wanted_keys,
 )
-from torchtitan.components.checkpoint.manifest import Manifest, records_of
+from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
@@ -37,16 +27,14 @@ from torchtitan.components.checkpoint.reader import (
 from torchtitan.components.checkpoint.safetensors_files import SafetensorsFile
 from torchtitan.components.checkpoint.saved_tensors import save_hole
 from torchtitan.components.checkpoint.tied import check_copies, first_names, tied_names
-from torchtitan.components.checkpoint.writer import cause_of_failed_write
 from torchtitan.errors import begin_errors_with
 from torchtitan.models.from_hf import read_hf_config
 from torchtitan.models.which_model import KnownModel
 from torchtitan.protocols import BaseStateDictAdapter
 
-from .output import new_folder, with_progress
+from .one_file import save_one_by_one
+from .output import new_folder
 from .parts import Buffer, contiguous_parts, copy_bytes
-
-FILE = "__0_0.distcp"
 
 
 def convert_from_hf(
@@ -105,8 +93,10 @@ def convert_from_hf(
         }
         copier = _Copier(adapter, entries, {key: files[name] for key, name in places.items()})
         with new_folder(out) as partial:
-            writer = _Writer(partial, manifest, lambda name, to: copier.write(planned[name], to))
-            _save({name: tensor.target for name, tensor in planned.items()}, writer)
+            targets = {name: tensor.target for name, tensor in planned.items()}
+            save_one_by_one(
+                partial, manifest, targets, lambda name, to: copier.write(planned[name], to)
+            )
     return manifest
 
 
@@ -165,53 +155,3 @@ def _max_seq_len(folder: Path) -> int:
     if not (folder / "config.json").is_file():
         return 0
     return read_hf_config(folder).get("max_position_embeddings") or 0
-
-
-def _save(planned: dict[str, torch.Tensor], writer: _Writer) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.save({"model": planned}, storage_writer=writer, no_dist=True)
-        except CheckpointException as failure:
-            raise first_failure(failure) from failure
-
-
-class _Writer(FileSystemWriter):
-    """Writes tensors into one file, and keeps none of them.
-
-    PyTorch's own writers keep all tensors of a file until it is complete.
-    """
-
-    path: Path
-
-    def __init__(
-        self, folder: Path, manifest: Manifest, write: Callable[[str, BinaryIO], None]
-    ) -> None:
-        super().__init__(folder)
-        self._manifest = manifest
-        self._write = write
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = []
-        with open(self.path / FILE, "w+b") as file:
-            for item in with_progress(plan.items, len(plan.items)):
-                start = file.tell()
-                try:
-                    self._write(item.index.fqn.removeprefix("model."), file)
-                except Exception as error:
-                    raise cause_of_failed_write(error) from None
-                length = file.tell() - start
-                results.append(WriteResult(item.index, length, _StorageInfo(FILE, start, length)))
-            file.flush()
-            os.fsync(file.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)  # omits the folder, which is renamed later
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        super().finish(metadata, results)
-        self._manifest.files = records_of(self.path)
-        self._manifest.write(self.path)

@@ -1,4 +1,4 @@
-"""Creates the output folder of a conversion, completely or not at all."""
+"""Creates the output folder of a conversion or an average, completely or not at all."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def refuse_existing(out: Path) -> None:
     _refuse(out)
     if partial_folder(out).exists():
         raise CheckpointError(
-            f"{partial_folder(out)} exists, perhaps left by an interrupted conversion. Delete it "
-            "first"
+            f"{partial_folder(out)} exists, perhaps left by a command that was interrupted. Delete "
+            "it first"
         )
 
 
 def _refuse(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise CheckpointError(f"{out} exists: conversions never overwrite")
+        raise CheckpointError(f"{out} exists, and nothing is overwritten")
 
 
 def with_progress(items: Iterable[T], total: int) -> Iterable[T]:
     """Return the items, with a progress bar on stderr if that is a terminal."""
     console = Console(stderr=True)
-    return track(items, "converting", total=total, console=console, disable=not console.is_terminal)
+    return track(items, "writing", total=total, console=console, disable=not console.is_terminal)

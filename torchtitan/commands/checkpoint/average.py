@@ -1,0 +1,109 @@
+"""Averages the weights of several checkpoints of one model."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from torchtitan.commands.convert.one_file import save_one_by_one
+from torchtitan.commands.convert.output import new_folder, refuse_existing
+from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
+from torchtitan.components.checkpoint.saved_tensors import save_hole
+from torchtitan.components.run_folder import CONFIG_FILE
+from torchtitan.errors import CheckpointError
+
+from .diff import PIECE, Side
+
+_PREFIX = "model."
+
+
+def average(locations: list[str], out: Path) -> Manifest:
+    """Write the mean of the weights in checkpoints as the checkpoint `out`, of the model alone.
+
+    Integers, such as counts, are those of the checkpoint with the most steps. So is everything that
+    describes the model (arXiv:1803.05407 and 2203.05482).
+
+    Args:
+        locations: checkpoints of ours, by path or URL; one that is given twice weighs twice.
+
+    Raises:
+        CheckpointError: one is no checkpoint or is damaged, they hold other models, or `out` exists
+            or cannot be written.
+    """
+    refuse_existing(out)
+    sides = [Side(location) for location in locations]
+    for side in sides:
+        if side.is_hf:
+            raise CheckpointError(
+                f"{side.folder} is a Hugging Face folder. First convert it: torchtitan convert "
+                f"from-hf {side.folder} OUT"
+            )
+    last = max(sides, key=lambda side: side.manifest.step)
+    for side in sides:
+        _refuse_another_model(side, last)
+    for folder, manifest in {str(s.folder): (s.folder, s.manifest) for s in sides}.values():
+        manifest.check_contents(folder, manifest.files)
+    data = {key: value for key, value in last.manifest.data.items() if key != "sources"}
+    manifest = Manifest(last.manifest.step, True, last.manifest.model, data)
+    planned = {name: _on_meta(entry) for name, entry in _weights(last).items()}
+    with new_folder(out) as partial:
+        if CONFIG_FILE in last.manifest.files:
+            (partial / CONFIG_FILE).write_bytes((last.folder / CONFIG_FILE).read_bytes())
+
+        def write(name: str, file: BinaryIO) -> None:
+            counts = not (planned[name].is_floating_point() or planned[name].is_complex())
+            _write_mean(_PREFIX + name, [last] if counts else sides, planned[name], file)
+
+        save_one_by_one(partial, manifest, planned, write)
+    return manifest
+
+
+def _weights(side: Side) -> dict[str, TensorStorageMetadata]:
+    return {
+        key.removeprefix(_PREFIX): entry
+        for key, entry in side.entries.items()
+        if key.startswith(_PREFIX)
+    }
+
+
+def _on_meta(entry: TensorStorageMetadata) -> torch.Tensor:
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+
+
+def _refuse_another_model(side: Side, last: Side) -> None:
+    was, now = ({key: s.manifest.model.get(key) for key in ("name", "args")} for s in (side, last))
+    own, theirs = ({n: _on_meta(e) for n, e in _weights(s).items()} for s in (side, last))
+    others = [f"{name} = {a} and {b}" for name, a, b in nested_differences(was, now)]
+    others += [f"{name} in only one of them" for name in own.keys() ^ theirs.keys()]
+    for name in own.keys() & theirs.keys():
+        if own[name].shape != theirs[name].shape or own[name].dtype != theirs[name].dtype:
+            others.append(f"{name} of other shapes or dtypes")
+    if others:
+        raise CheckpointError(
+            f"{side.folder} and {last.folder} hold different models, whose mean is none: "
+            f"{others[0]}"
+        )
+
+
+def _write_mean(key: str, sides: list[Side], planned: torch.Tensor, file: BinaryIO) -> None:
+    """Append the mean of a tensor to `file`, a piece at a time."""
+    position = save_hole(file, planned.shape, planned.dtype)
+    wide = torch.complex128 if planned.is_complex() else torch.float64
+    with ExitStack() as open_files:
+        readers = [side.reader(key, open_files) for side in sides]
+        for start in range(0, planned.numel(), PIECE):
+            piece = torch.empty(min(PIECE, planned.numel() - start), dtype=planned.dtype)
+            total = torch.zeros(len(piece), dtype=wide)
+            for read in readers:
+                read(start, piece)
+                total += piece
+            if len(readers) > 1:
+                piece.copy_(total / len(readers))
+            file.seek(position + start * planned.itemsize)
+            file.write(piece.view(torch.uint8).numpy().data)
+    file.seek(0, os.SEEK_END)
