@@ -83,3 +83,14 @@ def test_generating_and_exporting_know_the_adapters(adapted: Path, tmp_path: Pat
     before = weights["model.layers.0.attention.wq.weight"]
     merged = exported["model.layers.0.self_attn.q_proj.weight"]
     assert (merged - before).abs().max() > 0.01
+
+
+def test_a_resumed_run_without_its_converter_is_told_what_changed(
+    base: Path, tmp_path: Path
+) -> None:
+    start = f"--checkpoint.initial_load_path={base}/checkpoint/step-2"
+    train(tmp_path, *ADAPTERS, start, APART, "--training.steps=1")
+    options = [option for option in ADAPTERS if not option.startswith("--model.converters")]
+    done = command("train", *options, "--training.steps=2", f"--job.dump_folder={tmp_path}")
+    assert done.exit_code == 2
+    assert '\n  model.converters = [] (was ["adapters"])' in done.err

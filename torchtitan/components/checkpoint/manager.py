@@ -345,10 +345,13 @@ class CheckpointManager:
         try:
             self._state.read(checkpoint, saved, exclude, self._group)
         except CheckpointError as error:
-            if not note or isinstance(error, DamagedCheckpointError):
-                raise
             # The error may advise a setting that is already set but no longer applies.
-            raise CheckpointError(f"{error}. {note}") from error
+            more = f". {note}" if note and not isinstance(error, DamagedCheckpointError) else ""
+            if isinstance(error, MisfitError) and saved:  # as without model.converters
+                more += tell_changes(saved, self._state.job_config)
+            if not more:
+                raise
+            raise CheckpointError(f"{error}{more}") from error
         if anew:
             self._state.begin_data(0 if "train_state" in exclude else checkpoint.manifest.step)
         if dist.get_rank() == 0:
