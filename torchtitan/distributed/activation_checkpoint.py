@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -69,7 +70,7 @@ def apply_ac(model: nn.Module, job_config: JobConfig) -> None:
             every = int(config.selective_ac_option)
     for number, layer in enumerate(blocks_of(model).values()):
         if number % every == 0:
-            layer.forward = checkpointed(layer.forward, context_fn)
+            layer.forward = checkpointed(layer, layer.forward, context_fn)
 
 
 def _selective_contexts() -> Any:
@@ -110,8 +111,10 @@ class _OnlyKeptOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | None) -> Any:
-    """Return `forward` with its activations recomputed in the backward pass.
+def checkpointed(
+    layer: nn.Module, forward: Callable[..., Any], context_fn: Callable[[], Any] | None
+) -> Any:
+    """Return `forward`, that of `layer`, with its activations recomputed in the backward pass.
 
     Args:
         context_fn: returns the contexts of the forward pass and of the recomputation.
@@ -123,11 +126,52 @@ def checkpointed(forward: Callable[..., Any], context_fn: Callable[[], Any] | No
     # Without the attributes of `forward`: if it is compiled, the compiler would recognize them.
     @wraps(forward, updated=())
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, **options, **kwargs)
+        # The compiler recomputes operations, and repeats none that change a buffer.
+        keeps = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        function = _BufferKeeper(layer, forward) if keeps else forward
+        return checkpoint(function, *args, **options, **kwargs)
 
     made: Any = checkpointed_forward
     made.checkpoint_of, made.context_fn = forward, context_fn
     return checkpointed_forward
+
+
+class _BufferKeeper:
+    """One forward pass. Its recomputation begins with the same buffers, and changes none.
+
+    Otherwise running statistics, such as those of BatchNorm, would count each batch twice.
+    """
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
+        self._layer = layer
+        self._forward = forward
+        self._changed: list[tuple[nn.Module, str, torch.Tensor]] | None = None
+        """Buffers that the forward pass changes, with their values before it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._changed is None:
+            before = [
+                (module, name, buffer.detach().clone(), buffer, buffer._version)
+                for module in self._layer.modules()
+                for name, buffer in module.named_buffers(recurse=False)
+            ]
+            out = self._forward(*args, **kwargs)
+            self._changed = [
+                (module, name, value)
+                for module, name, value, buffer, version in before
+                if isinstance(module, _NormBase)  # PyTorch counts no version of these
+                or module._buffers[name] is not buffer
+                or buffer._version != version
+            ]
+            return out
+        current = [module._buffers[name] for module, name, _ in self._changed]
+        for module, name, value in self._changed:
+            module._buffers[name] = value.clone()
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            for (module, name, _), buffer in zip(self._changed, current, strict=True):
+                module._buffers[name] = buffer
 
 
 def is_checkpointed(layer: nn.Module) -> bool:

@@ -44,7 +44,7 @@ def compile_inside(
         for module in eager:
             module.forward = parts.in_contexts(module.forward)
         context_fn = parts.contexts_of_block
-    forward = checkpointed(compiler(made.checkpoint_of), context_fn)
+    forward = checkpointed(layer, compiler(made.checkpoint_of), context_fn)
     layer.forward = torch.compiler.disable(forward)  # the model around it may be traced
 
 
