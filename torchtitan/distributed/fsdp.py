@@ -50,8 +50,8 @@ def apply_fsdp(
             experts, see `apply_expert_parallel`.
 
     Raises:
-        ConfigError: a parameter has no dimension to shard along, or blocks share one, but not the
-            module that holds it.
+        ConfigError: a parameter has no dimension to shard along or no elements, parameters have
+            different dtypes, or blocks share one, but not the module that holds it.
     """
     # torch.compile's wrapper delegates to the model.
     inner: Any = getattr(model, "_orig_mod", model)
@@ -73,12 +73,7 @@ def apply_fsdp(
     # With one rank to shard over, freeing gathered parameters would save nothing.
     reshard = policy != "never" and mesh.size(-1) > 1
 
-    for name, param in inner.named_parameters():
-        if param.ndim == 0:
-            raise ConfigError(
-                f"{canonical_name(name)} has no dimensions, and data parallelism shards parameters "
-                "along the first. Give it the shape [1]: nn.Parameter(torch.empty(1))"
-            )
+    _refuse_unshardable(inner)
     own_meshes = own_meshes or {}
     blocks = blocks_of(inner)
     shared = _modules_of_several_blocks(blocks)
@@ -118,6 +113,27 @@ def apply_fsdp(
     if own_meshes:
         units = [[block, *(m for m in block.modules() if m in own_meshes)] for block in layers]
         _prefetch_whole_blocks([*units, head[:1]] if head and not tied else units)
+
+
+def _refuse_unshardable(model: nn.Module) -> None:
+    of_dtype: dict[torch.dtype, str] = {}
+    for name, param in model.named_parameters():
+        name = canonical_name(name)
+        if param.ndim == 0:
+            raise ConfigError(
+                f"{name} has no dimensions, and data parallelism shards parameters "
+                "along the first. Give it the shape [1]: nn.Parameter(torch.empty(1))"
+            )
+        if param.numel() == 0:
+            raise ConfigError(f"{name} has no elements, which data parallelism cannot shard")
+        if param.requires_grad:
+            of_dtype.setdefault(param.dtype, name)
+    if len(of_dtype) > 1:
+        found = ", ".join(f"{name} is {dtype}" for dtype, name in of_dtype.items())
+        raise ConfigError(
+            f"{found.replace('torch.', '')}, but data parallelism gathers parameters of one dtype. "
+            "Make all float32: training.mixed_precision_param is the dtype of the computation"
+        )
 
 
 def _prefetch_whole_blocks(units: list[list[Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
+from torch.nn.parameter import is_lazy
 
 from torchtitan.config.upstream import value_instead
 from torchtitan.distributed.names import canonical_name
@@ -55,10 +56,17 @@ class TrainSpec:
     build_metrics_processor_fn: Callable[..., Any] | None = None
 
     def meta_model(self, args: BaseModelArgs | None = None) -> ModelProtocol:
-        """Return the whole model on the meta device, built from `args` or else `model_args`."""
+        """Return the whole model on the meta device, built from `args` or else `model_args`.
+
+        Raises:
+            ConfigError: it has a parameter that cannot be trained.
+        """
         args = self.model_args if args is None else args
         with torch.device("meta"):
             model = self.model_cls(args)
+        for name, param in model.named_parameters():
+            if problem := _problem_with(param):
+                raise ConfigError(f"{type(model).__name__}: the parameter {name} {problem}")
         if getattr(model, "args", None) is None:
             cast(Any, model).args = args  # compared with the checkpoint's on resuming
         return model
@@ -80,6 +88,24 @@ class TrainSpec:
     def tokenizer(self, job_config: Any) -> Any:
         """Return the job's tokenizer; None if the model reads no text."""
         return self.build_tokenizer_fn(job_config) if self.build_tokenizer_fn else None
+
+
+def _problem_with(param: nn.Parameter) -> str:
+    """Return why a parameter of a new model cannot be trained; "" if it can."""
+    if is_lazy(param):
+        return "has no size yet. In place of lazy modules, use those that are given all sizes"
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        kind = str(param.dtype).removeprefix("torch.")
+        return (
+            f"is {kind}, but parameters are float32, bfloat16 or float16. Make complex ones of a "
+            "real one, [..., 2], by torch.view_as_complex in forward; keep integers in buffers"
+        )
+    if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+        return (
+            "has a hook, which would be lost, since the model is built without memory and its "
+            "parameters are replaced. Hooks of modules stay"
+        )
+    return ""
 
 
 def register_train_spec(name: str, factory: TrainSpecFactory) -> None:

@@ -131,3 +131,19 @@ def test_a_parameter_without_dimensions_is_refused_with_its_name() -> None:
         model.layers["1"].scale = nn.Parameter(torch.empty(()))
     with pytest.raises(ConfigError, match=r"layers\.1\.scale has no dimensions"):
         sharded(model)
+
+
+def test_a_parameter_without_elements_is_refused_with_its_name() -> None:
+    with torch.device("meta"):
+        model = Model()
+        model.layers["1"].rows = nn.Parameter(torch.empty(0, 4))
+    with pytest.raises(ConfigError, match=r"layers\.1\.rows has no elements"):
+        sharded(model)
+
+
+def test_trained_parameters_of_two_dtypes_are_refused_with_a_name_of_each() -> None:
+    with torch.device("meta"):
+        model = Model()
+        model.layers["1"].scale = nn.Parameter(torch.empty(4, dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match=r"is float32, layers\.1\.scale is bfloat16, but data"):
+        sharded(model)

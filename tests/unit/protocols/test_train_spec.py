@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import own_parts_llama
+import pytest
+import torch
+import torch.nn as nn
 
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import ConfigError
 from torchtitan.planning.trace import trace_step
 from torchtitan.runtime.fake_world import fake_world
 
@@ -31,3 +37,29 @@ def test_a_plan_gives_what_is_frozen_no_gradients_under_tensor_parallelism() -> 
         gradients = trace_step(config).stages[0].gradients
     trained = [p.numel() for p in FROZEN.meta_model().parameters() if p.requires_grad]
     assert gradients == sum(trained) * 4 / 2  # each is split over the two ranks
+
+
+def hooked(register: str) -> nn.Linear:
+    linear = nn.Linear(2, 2, bias=False)
+    getattr(linear.weight, register)(lambda tensor: None)
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda: nn.LazyLinear(2), r"the parameter extra\.weight has no size yet"),
+        (lambda: hooked("register_hook"), "extra.weight has a hook, which would be lost"),
+        (lambda: hooked("register_post_accumulate_grad_hook"), "extra.weight has a hook"),
+        (lambda: nn.Linear(2, 2, dtype=torch.complex64), "weight is complex64, but parameters are"),
+        (lambda: nn.Linear(2, 2, dtype=torch.float64), "weight is float64"),
+    ],
+)
+def test_a_parameter_that_cannot_be_trained_is_refused_with_its_name(part, message) -> None:
+    class WithPart(FROZEN.model_cls):
+        def __init__(self, args):
+            super().__init__(args)
+            self.extra = part()
+
+    with pytest.raises(ConfigError, match=message):
+        replace(FROZEN, model_cls=WithPart).meta_model()
