@@ -38,7 +38,7 @@ from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
-from torchtitan.components.optimizer_state import check_optimizer_state
+from torchtitan.components.optimizer_state import check_optimizer_state, warn_of_unequal_buffers
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
@@ -352,6 +352,8 @@ class Trainer:
             self.stats.add(step, loss_sum, grad_norm)
         else:
             self.expert_balance.discard()
+        if self.first_step:
+            warn_of_unequal_buffers(self.model_parts, self.parallel_dims)
         self.first_step = False
         self.stats.lr = self.lr_schedulers.last_lr
         self.lr_schedulers.step()

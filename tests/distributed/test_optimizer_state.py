@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.components.optimizer_state import check_optimizer_state
+from torchtitan.components.optimizer_state import check_optimizer_state, warn_of_unequal_buffers
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.runtime.process_group import init_distributed
 
 Update = Callable[[dict[str, Any], Any], None]
@@ -47,13 +48,18 @@ def local_norm(state: dict[str, Any], grad: Any) -> None:
     state["norm"] = grad.to_local().norm().item()
 
 
-def save_and_load(update: Update) -> tuple[list[str], list[float]]:
-    """The warnings after a step on each rank, and the mean as a checkpoint gives it back."""
-    init_distributed(timeout_seconds=60)
+def warnings() -> list[str]:
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("torchtitan").addHandler(handler)
+    return told
+
+
+def save_and_load(update: Update) -> tuple[list[str], list[float]]:
+    """The warnings after a step on each rank, and the mean as a checkpoint gives it back."""
+    init_distributed(timeout_seconds=60)
+    told = warnings()
     model = nn.Linear(2, 4, bias=False)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = Own(model, update)
@@ -91,3 +97,21 @@ def test_state_keeps_its_type(dtype: torch.dtype) -> None:
     container.step()
     container.load_state_dict(container.state_dict())
     assert own.state[model.weight]["mean"].dtype == dtype and own.state[model.weight]["count"] == 1
+
+
+def warnings_of_buffers() -> list[str]:
+    init_distributed(timeout_seconds=60)
+    told = warnings()
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, momentum=0.0))
+    model.register_buffer("tally", torch.zeros(2), persistent=False)
+    model(torch.randn(4, 2, generator=torch.Generator().manual_seed(dist.get_rank())))
+    model.tally += dist.get_rank()
+    warn_of_unequal_buffers([model], ParallelDims(world_size=2))
+    dist.destroy_process_group()
+    return told
+
+
+def test_buffers_that_each_rank_changes_by_its_own_tokens_are_told_of() -> None:
+    (told, *_), other = run_ranks(warnings_of_buffers, 2)
+    assert told.startswith("the buffers 0.running_mean, 0.running_var differ between ranks")
+    assert other == []

@@ -1,4 +1,4 @@
-"""Find optimizer state that a checkpoint would not hold, after the first step."""
+"""Find state that a checkpoint would not hold, after the first step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from torchtitan.components.checkpoint.load import buffer_names, model_state
 from torchtitan.components.replay import checksum
 from torchtitan.distributed.names import canonical_name
+from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.tools.text import few
 
@@ -52,6 +54,24 @@ def check_optimizer_state(
             "checkpoint keeps that of one rank, so a resumed run would go on with wrong numbers. "
             "Derive the state from the parameter or its gradient, as torch.zeros_like(param) does, "
             "not from their to_local(): it is then a DTensor, and saved whole",
+            few(unequal, 5),
+        )
+
+
+@torch.no_grad()
+def warn_of_unequal_buffers(model_parts: list[nn.Module], parallel_dims: ParallelDims) -> None:
+    """Warn about buffers that each rank has changed by its own tokens. All ranks call this."""
+    mesh = parallel_dims.world_mesh
+    mesh = mesh[tuple(dim for dim in mesh.mesh_dim_names or () if dim != "pp")]
+    state = model_state(model_parts)
+    buffers = [(n, state[n]) for n in sorted(buffer_names(model_parts) & state.keys())]
+    found = [(n, checksum(b)) for n, b in buffers if not isinstance(b, DTensor)]
+    if found and (unequal := _unequal(mesh, found)):
+        logger.warning(
+            "the buffers %s differ between ranks after the first step. Each rank then computes "
+            "with its own, and a checkpoint keeps only those of one: let forward only add to a "
+            "buffer with persistent=False, and change the others by its sum over all ranks, once "
+            "a step (docs/adding_models.md, State that is not trained)",
             few(unequal, 5),
         )
 
