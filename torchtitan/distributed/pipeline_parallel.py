@@ -315,9 +315,9 @@ class _Stage(PipelineStage):
     """A stage that is in eval mode while PyTorch infers the shapes of its outputs.
 
     The inference is a forward pass with the first micro-batch, after the first stage with zeros
-    (torch 2.11) or uninitialised memory (2.13, which adds a backward pass). It must not count as
-    training, for example in the load statistics of experts, and it sends no rows to experts.
-    The backward pass needs the same mode: activation checkpointing runs the forward pass again.
+    (torch 2.13 adds a backward pass). It must not count as training, for example in the load
+    statistics of experts, and it sends no rows to experts. The backward pass needs the same mode:
+    activation checkpointing runs the forward pass again.
     """
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
@@ -349,6 +349,12 @@ class _Stage(PipelineStage):
     def _validate_fwd_outputs(self, outputs: Any) -> None:  # of torch 2.11; 2.13 does as this does
         if not self.is_last:
             cast(Any, super())._validate_fwd_outputs(outputs)
+
+    def _to_tensor(self, arg: Any) -> torch.Tensor:
+        """Return an input of the inference; `arg` is a tensor, or describes what is handed on."""
+        tensor = cast(Any, super())._to_tensor(arg)
+        with torch.no_grad():  # torch 2.13 would take memory as it is, as ids beyond any table
+            return tensor if isinstance(arg, torch.Tensor) else tensor.zero_()
 
     def _forward_metadata_inference(self, *args: Any, **kwargs: Any) -> Any:
         with _asked_for_shapes(self.submod):
