@@ -144,11 +144,8 @@ class Trainer:
             self.sum_over_ranks, self.parallel_dims, self.dp_rank, job_config
         )
         self.tokens_per_step = batch_size * job_config.training.seq_len
-        # Ranks with different tokens must not draw the same random numbers.
-        tokens_mesh = world_mesh["dp_cp"]
-        self.token_rank, _ = self.replicas.data_share(
-            tokens_mesh.get_local_rank(), tokens_mesh.size()
-        )
+        drawing = self.parallel_dims.random_rank, dist.get_world_size() // self.parallel_dims.tp
+        self.random_rank, _ = self.replicas.data_share(*drawing)
         self.cp_mesh = world_mesh["cp"] if self.parallel_dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if self.parallel_dims.pp_enabled else None
 
@@ -360,7 +357,7 @@ class Trainer:
         return bool(counts[1])
 
     def _start_step(self) -> None:
-        seed_step(self.job_config.debug.seed, self.state.step, self.token_rank)
+        seed_step(self.job_config.debug.seed, self.state.step, self.random_rank)
         self.optimizers.zero_grad()
 
     def _gradients(self, batches: list[Batch], global_tokens: torch.Tensor) -> torch.Tensor:
@@ -455,7 +452,7 @@ class Trainer:
     def _validate(self) -> None:
         if not self.validator:
             return
-        seed_step(self.job_config.debug.seed, 0, self.token_rank)  # the same noise each time
+        seed_step(self.job_config.debug.seed, 0, self.random_rank)  # the same noise each time
         with evaluating(self.model_parts, self.fsdp_modules):
             loss = self.validator.validate(self.model_parts, self.evaluate)
         self.metrics.log_validation(self.state.step, loss)

@@ -22,10 +22,9 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def seed_step(seed: int, step: int, token_rank: int) -> None:
+def seed_step(seed: int, step: int, random_rank: int) -> None:
     """Seed dropout and the like for one step, so that a resumed run draws the same numbers.
 
-    Ranks that work on the same tokens (tensor parallel) draw alike. `token_rank` is a rank's number
-    among the ranks that have different tokens (data and context parallel).
+    `random_rank` is `ParallelDims.random_rank`, beyond those of other replicas.
     """
-    torch.manual_seed(derive_seed(seed, "step", step, token_rank))
+    torch.manual_seed(derive_seed(seed, "step", step, random_rank))

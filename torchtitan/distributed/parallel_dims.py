@@ -154,6 +154,17 @@ class ParallelDims:
         """Number of ranks that compute the same loss; in a pipeline, only the last stage does."""
         return self.tp
 
+    @property
+    def random_rank(self) -> int:
+        """Number of this rank among those that draw different random numbers.
+
+        They have other tokens (data, context) or layers (pipeline). Ranks of tensor parallelism,
+        the last dimension of the mesh, draw alike. Needs an initialised process group.
+        """
+        from torch.distributed import get_rank
+
+        return get_rank() // self.tp
+
     def __str__(self) -> str:
         """Return `dp_shard 4, tp 2`: the degrees above 1, and always dp_shard."""
         shown = {name: getattr(self, name) for name in CONFIG_KEYS}
