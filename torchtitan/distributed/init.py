@@ -33,9 +33,18 @@ def set_weights(model: ModelProtocol) -> None:
     """
     for module in model.modules():
         reset = getattr(module, "reset_parameters", None)
-        if reset is not None:
+        if reset is not None and not _computes_from_buffers(module):
             reset()
     model.init_weights()
+
+
+def _computes_from_buffers(module: nn.Module) -> bool:
+    """Return whether parameters are computed from buffers, which are not set yet (spectral_norm).
+
+    PyTorch's `reset_parameters` would compute them, and set only the result, which is not kept.
+    """
+    parametrizations = getattr(module, "parametrizations", None)
+    return parametrizations is not None and any(m._buffers for m in parametrizations.modules())
 
 
 def initialize_weights(

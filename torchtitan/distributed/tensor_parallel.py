@@ -118,7 +118,10 @@ def _has(model: nn.Module, name: str) -> bool:
 
 def _refuse_other_layers(block: nn.Module, name: str, part: Any, style: ParallelStyle) -> None:
     of_matrices = type(style) in (ColwiseParallel, RowwiseParallel)
-    if of_matrices and not isinstance(part, nn.Linear | nn.Embedding | None):
+    splits = isinstance(part, nn.Linear | nn.Embedding | None) and not hasattr(
+        part, "parametrizations"
+    )
+    if of_matrices and not splits:
         raise ConfigError(
             f"parallelism.tensor_parallel_degree: {type(block).__name__}.{name} is "
             f"{type(part).__name__}, which {type(style).__name__} cannot split. Derive it from "

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.init import SeededInit, initialize_weights
@@ -215,3 +216,24 @@ def test_tied_weights_stay_tied() -> None:
         model.to_empty(device="cpu")
     assert model["b"].weight is model["a"].weight
     assert model["b"].bias is not model["a"].bias
+
+
+class Spectral(ModelProtocol):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = spectral_norm(nn.Linear(4, 4, bias=False))
+
+    def init_weights(self) -> None:
+        part = self.linear.parametrizations.weight
+        for tensor in (part.original, part[0]._u, part[0]._v):
+            nn.init.normal_(tensor)
+
+
+def test_a_weight_that_is_computed_from_buffers_is_set_as_they_are() -> None:
+    """`reset_parameters` of nn.Linear would compute the weight, of a sharded and a plain tensor."""
+    with fake_world(2, rank=0):
+        with torch.device("meta"):
+            model = Spectral()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        initialize_weights(model, 0, torch.device("cpu"))
+        assert model.linear.parametrizations.weight.original.to_local().shape == (2, 4)

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     SequenceParallel,
 )
+from torch.nn.utils.parametrizations import weight_norm
 
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -122,13 +125,13 @@ def test_what_cannot_be_split_is_named(name: str):
         apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
 
 
-def test_a_module_around_a_matrix_is_named():
+@pytest.mark.parametrize("around", [torch.nn.Sequential, weight_norm])
+def test_a_module_around_a_matrix_is_named(around: Callable[[torch.nn.Module], torch.nn.Module]):
     model = Unnamed()
-    model.layers["0"] = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 4)))
-    with (
-        fake_world(2, rank=1),
-        pytest.raises(ConfigError, match=r"0 is Sequential, which ColwiseParallel cannot split"),
-    ):
+    part = around(torch.nn.Linear(4, 4))
+    model.layers["0"] = torch.nn.Sequential(part)
+    message = rf"0 is {type(part).__name__}, which ColwiseParallel cannot split"
+    with fake_world(2, rank=1), pytest.raises(ConfigError, match=message):
         mesh = ParallelDims.from_config(TP2.parallelism, 2).world_mesh["tp"]
         apply_tensor_parallel(model, mesh, TP2, {"0": ColwiseParallel()})
 
