@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import (
@@ -310,7 +310,7 @@ def _load_huggingface(
     layers = []
     for part in by_layer(state).values():
         adapter = adapter_of(model_parts[0], path)
-        layers.append((part, adapter, adapter.to_hf(part)))
+        layers.append((part, adapter, convert_sharded(adapter.to_hf, part)))
 
     wanted = wanted_keys(names, metadata, is_left_out)
     hf_state = {key: tensor for *_, hf_part in layers for key, tensor in hf_part.items()}
@@ -319,11 +319,48 @@ def _load_huggingface(
     buffers = buffer_names(model_parts)
     while layers:
         part, adapter, hf_part = layers.pop()
-        converted = adapter.from_hf(hf_part)
+        converted = convert_sharded(adapter.from_hf, hf_part)
         for name, tensor in part.items():
-            if name in converted or name not in buffers:  # files lack buffers used only in training
+            require_converted(name, converted, buffers)
+            if name in converted:
                 tensor.copy_(converted[name])
         del converted, hf_part
+
+
+def convert_sharded(
+    convert: Callable[[dict[str, Any]], dict[str, Any]], layer: dict[str, Any]
+) -> dict[str, Any]:
+    """Call `to_hf` or `from_hf` of an adapter, for the tensors of one layer.
+
+    PyTorch cannot compute some operations on shards, such as `unflatten` of 3 heads on 2 ranks. All
+    ranks of a mesh then gather the layer, and keep a part of each result.
+    """
+    try:
+        return convert(layer)
+    except RuntimeError:
+        if not any(isinstance(tensor, DTensor) for tensor in layer.values()):
+            raise
+    converted = convert({name: _redistribute(t, Replicate()) for name, t in layer.items()})
+    return {name: _redistribute(t, Shard(0)) for name, t in converted.items()}
+
+
+def _redistribute(tensor: Any, placement: Placement) -> Any:
+    if not isinstance(tensor, DTensor) or not tensor.ndim:
+        return tensor
+    return tensor.redistribute(placements=[placement] * tensor.device_mesh.ndim)
+
+
+def require_converted(name: str, converted: dict[str, Any], buffers: set[str]) -> None:
+    """Require a parameter among an adapter's tensors. Files may lack buffers of training.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if name not in converted and name not in buffers:
+        raise CheckpointError(
+            f"the model's state_dict_adapter gives no {name}: its from_hf(to_hf(...)) must have "
+            "every parameter"
+        )
 
 
 def by_layer(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
