@@ -94,7 +94,7 @@ def test_a_users_model_supports_what_ours_of_the_architecture_does_not(tmp_path,
     tiny_hf.saved("gemma3", tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"final_logit_softcapping": 5.0}))
-    with pytest.raises(CheckpointError, match="final_logit_softcapping = 5.0 is not supported"):
+    with pytest.raises(CheckpointError, match="final_logit_softcapping = 5"):
         train_spec_of_hf_folder(tmp_path)
 
     monkeypatch.setitem(MODEL_REGISTRY, "capped", get_train_spec)
