@@ -74,7 +74,7 @@ def convert_from_hf(
         read = {key: _meta(entries[key].size, entries[key].properties.dtype) for key in hf_layer}
         converted = adapter.from_hf(read)
         for name, tensor in layer.items():
-            require_converted(name, converted, buffers)
+            require_converted(name, tensor, converted, buffers)
             own = converted.get(name, tensor).dtype
             target = _meta(tensor.shape, dtype_of_copy(own, dtype, name in buffers))
             parts = contiguous_parts(name, hf_layer, layer)

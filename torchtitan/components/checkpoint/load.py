@@ -321,7 +321,7 @@ def _load_huggingface(
         part, adapter, hf_part = layers.pop()
         converted = convert_sharded(adapter.from_hf, hf_part)
         for name, tensor in part.items():
-            require_converted(name, converted, buffers)
+            require_converted(name, tensor, converted, buffers)
             if name in converted:
                 tensor.copy_(converted[name])
         del converted, hf_part
@@ -350,16 +350,21 @@ def _redistribute(tensor: Any, placement: Placement) -> Any:
     return tensor.redistribute(placements=[placement] * tensor.device_mesh.ndim)
 
 
-def require_converted(name: str, converted: dict[str, Any], buffers: set[str]) -> None:
-    """Require a parameter among an adapter's tensors. Files may lack buffers of training.
+def require_converted(
+    name: str, tensor: torch.Tensor, converted: dict[str, Any], buffers: set[str]
+) -> None:
+    """Require what an adapter makes of a file for `tensor`. Files may lack buffers of training.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it makes nothing, or another shape.
     """
-    if name not in converted and name not in buffers:
+    if name not in converted and name in buffers:
+        return
+    shape = list(converted[name].shape) if name in converted else "nothing"
+    if shape != list(tensor.shape):
         raise CheckpointError(
-            f"the model's state_dict_adapter gives no {name}: its from_hf(to_hf(...)) must have "
-            "every parameter"
+            f"the model's state_dict_adapter gives {shape} for {name}, not {list(tensor.shape)}: "
+            "from_hf(to_hf(...)) must have every parameter, in its shape"
         )
 
 

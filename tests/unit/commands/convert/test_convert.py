@@ -134,10 +134,19 @@ class Forgetful(fused_qkv.FusedAdapter):
         return super().from_hf({k: t for k, t in state_dict.items() if "down_proj" not in k})
 
 
-def test_an_adapter_that_forgets_a_parameter(tmp_path, monkeypatch):
+class Transposing(fused_qkv.FusedAdapter):
+    def from_hf(self, state_dict):
+        converted = super().from_hf(state_dict)
+        return {k: t.mT if "w2" in k else t for k, t in converted.items()}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "given"), [(Forgetful, "nothing"), (Transposing, r"\[32, 24\]")]
+)
+def test_an_adapter_that_gives_other_parameters(adapter, given, tmp_path, monkeypatch):
     known, model, _ = fused_folder(tmp_path / "hf")
-    spec = replace(known.spec, state_dict_adapter=Forgetful)
-    message = r"state_dict_adapter gives no layers\.[01]\.feed_forward\.w2\.weight"
+    spec = replace(known.spec, state_dict_adapter=adapter)
+    message = rf"adapter gives {given} for layers\.[01]\.feed_forward\.w2\.weight, not \[24, 32\]"
     with pytest.raises(CheckpointError, match=message):
         convert_from_hf(tmp_path / "hf", tmp_path / "ours", replace(known, spec=spec), None)
     monkeypatch.setitem(MODEL_REGISTRY, "fused", lambda flavor: spec)
