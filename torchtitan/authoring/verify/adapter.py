@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from torchtitan.components.checkpoint.load import by_layer, convert_sharded
+from torchtitan.components.checkpoint.converted import by_layer, convert_sharded
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors

@@ -10,14 +10,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from torchtitan.components.checkpoint.converted import by_layer, require_converted, wanted_keys
 from torchtitan.components.checkpoint.load import (
     buffer_names,
-    by_layer,
     dtype_of_copy,
     model_args,
     model_state,
-    require_converted,
-    wanted_keys,
 )
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import (

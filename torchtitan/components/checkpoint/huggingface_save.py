@@ -33,12 +33,11 @@ from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.text import first_line
 
 from . import folder as folders
+from .converted import by_layer, convert_sharded
 from .huggingface import ExportAssets, write_assets
 from .load import (
     adapter_of,
     buffer_names,
-    by_layer,
-    convert_sharded,
     dtype_of_copy,
     model_state,
 )
