@@ -9,11 +9,13 @@ import math
 import re
 from pathlib import Path
 
+import fused_qkv
 import pytest
 import tiny_llama
 import torch
 import torch.distributed as dist
 from harness import checkpoints_in, on_ranks, train
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +25,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3 import Llama3Model, Llama3ModelArgs, parallelize_llama
+from torchtitan.protocols.train_spec import register_train_spec
 
 EXPORT = (
     "--optimizer.lr=1e-30",
@@ -192,3 +195,33 @@ def peak_memory(reset: bool = False) -> int:
 def test_no_rank_holds_a_full_copy(tmp_path):
     on_ranks(4, save_and_load_big, tmp_path)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 5
+
+
+def save_and_load_fused(folder: Path) -> None:
+    register_train_spec("fused", fused_qkv.get_train_spec)
+    dims, config = ParallelDims(dp_shard=2, world_size=2), JobConfig()
+    config.training.mixed_precision_param = "float32"
+    with torch.device("meta"):
+        model = fused_qkv.FusedModel(fused_qkv.ARGS)
+    model = parallelize_llama(model, dims.world_mesh, dims, config)
+    initialize_weights(model, 0, torch.device("cpu"))
+    huggingface_save.save_huggingface(
+        [model], folder / "out", torch.float32, ExportAssets("bytes", 128), dist.group.WORLD
+    )
+    expected = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+    of_files = fused_qkv.FusedAdapter(fused_qkv.ARGS).to_hf(expected)
+    [file] = (folder / "out").glob("*.safetensors")
+    saved = load_file(file)
+    assert saved.keys() == of_files.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in of_files.items())
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.load_checkpoint(folder / "out")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.full_tensor(), expected[name]), name
+
+
+@pytest.mark.long
+def test_an_adapter_that_cannot_compute_on_shards(tmp_path):
+    """Of three heads, two ranks do not hold whole ones: PyTorch refuses to unflatten them."""
+    on_ranks(2, save_and_load_fused, tmp_path)

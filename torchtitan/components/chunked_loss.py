@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -32,6 +33,10 @@ class ChunkedCrossEntropy:
         self._z_loss_weight = z_loss_weight
         self._backend = backend
         self._output: nn.Linear | None = None
+        self._name = ""
+        self._hidden: torch.Tensor | None = None
+        """The input of the output layer, in the first pass until the loss is called."""
+        self._is_first_pass = True
 
     def attach(self, model_parts: list[nn.Module]) -> None:
         """Take over `model.output` in place. A pipeline stage without one is left unchanged.
@@ -51,16 +56,40 @@ class ChunkedCrossEntropy:
                     f"subclass that keeps its forward; {type(part).__name__} has none. Use "
                     "loss.name = 'cross_entropy'"
                 )
-            output.forward = _identity
+            output.forward = self._pass_on
             if isinstance(output, FSDPModule):
                 # The loss needs the gathered weight after the layer's forward.
                 output.set_reshard_after_forward(False, recurse=False)
-            self._output = output
+            self._output, self._name = output, type(part).__name__
+
+    def _pass_on(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._is_first_pass and not torch.compiler.is_compiling():
+            self._hidden = hidden
+        return hidden
+
+    def _refuse_other_logits(self, pred: torch.Tensor) -> None:
+        """Refuse a model that changes the logits, since it has changed hidden states instead."""
+        hidden, self._hidden, self._is_first_pass = self._hidden, None, False
+        if hidden is None or pred is hidden or pred.shape != hidden.shape:
+            return
+        if isinstance(pred, FakeTensor):  # planning a run
+            return
+        if not torch.allclose(pred.to(hidden.dtype), hidden, rtol=0, atol=0, equal_nan=True):
+            raise ConfigError(
+                "loss.name = 'chunked_cross_entropy' applies the output layer itself, but "
+                f"{self._name} changes what that layer returns, as a soft cap of the logits does. "
+                "Use loss.name = 'cross_entropy'"
+            )
 
     def __call__(self, pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss. Raises `ConfigError` if the last model part is not attached."""
+        """Return the summed loss.
+
+        Raises:
+            ConfigError: the last model part is not attached, or changes the logits.
+        """
         if self._output is None:
             raise ConfigError(LOSS_NOT_ATTACHED)
+        self._refuse_other_logits(pred)
         return chunked_linear_cross_entropy(
             pred.flatten(end_dim=-2),
             self._output.weight,
@@ -69,10 +98,6 @@ class ChunkedCrossEntropy:
             of_training(self._z_loss_weight),
             self._backend,
         )
-
-
-def _identity(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
 
 
 def chunked_linear_cross_entropy(

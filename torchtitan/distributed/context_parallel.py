@@ -60,7 +60,8 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
         ConfigError: the model's attention does not use these modules, or follows a rule that they
             or `parallelism.context_parallel_method` do not support; or the model has a convolution
             over the sequence or a recurrent module of PyTorch. Those of its own are not recognized:
-            layers without attention get a warning.
+            layers without attention get a warning, unless a module has `sequence_shards` for an
+            exchange of its own.
     """
     # Imported here because models import this module.
     from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
@@ -69,7 +70,9 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     masks = [m for m in model.modules() if isinstance(m, CausalMask)]
     attentions = [m for m in model.modules() if isinstance(m, ScaledDotProductAttention)]
     causal = any(a.causal for a in attentions)
-    if model.layers and (not attentions or (causal and not masks)):
+    layers = layers_of(model).items()
+    without = [f"layers.{name}" for name, layer in layers if not _sees_other_ranks(layer)]
+    if (layers and len(without) == len(layers)) or (causal and not masks):
         fail(
             job_config,
             "parallelism.context_parallel_degree",
@@ -97,9 +100,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
             "rank's part of each sequence. Set it to 1, and leave apply_cp out of the model's "
             "parallelize_fn",
         )
-    attending = set(attentions)
-    layers = layers_of(model).items()
-    if without := [f"layers.{n}" for n, layer in layers if attending.isdisjoint(layer.modules())]:
+    if without:
         rank0.warning(
             "%s: %s has no ScaledDotProductAttention in %s. If they mix tokens by other means, as "
             "a recurrence does, each sees only a rank's part of a sequence, and the numbers are "
@@ -138,6 +139,17 @@ def _mixes_tokens(module: nn.Module) -> bool:
     if type(module) is nn.Conv1d:
         return module.kernel_size != (1,)
     return type(module) in (nn.RNN, nn.LSTM, nn.GRU)
+
+
+def _sees_other_ranks(layer: nn.Module) -> bool:
+    """Return whether a layer has attention, or `SequenceShards` for an exchange of its own."""
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+
+    return any(
+        isinstance(part, ScaledDotProductAttention | SequenceShards)
+        for module in layer.modules()
+        for part in (module, *vars(module).values())
+    )
 
 
 def require_applied_cp(model_parts: list[nn.Module], job_config: JobConfig) -> None:

@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchtitan.distributed.blocks import other_blocks_of
-from torchtitan.distributed.dtensor import local_offsets
+from torchtitan.distributed.dtensor import local_offsets, local_tensor
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
@@ -275,7 +275,8 @@ class OwnTokens(ParallelStyle):
 class HeadwiseParallel(ParallelStyle):
     """For a module with parameters `[heads, ...]` and an input `[batch, seq, heads, _]`.
 
-    Shards both over the heads. Input and output are plain tensors, each rank's heads.
+    Shards both over the heads. Input and output are plain tensors, each rank's heads. Other
+    arguments stay as they are.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -286,10 +287,10 @@ class HeadwiseParallel(ParallelStyle):
 
         # distribute_module() is annotated as if these functions returned nothing.
         def from_heads(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False)
+            return DTensor.from_local(inputs[0], mesh, [Shard(2)], run_check=False), *inputs[1:]
 
-        def to_heads(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Any:
-            return output.to_local()
+        def to_heads(module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> Any:
+            return local_tensor(output)
 
         return distribute_module(module, device_mesh, shard_parameters, from_heads, to_heads)
 

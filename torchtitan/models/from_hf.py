@@ -19,7 +19,8 @@ CONFIG = "config.json"
 def train_spec_of_hf_folder(folder: Path) -> tuple[str, TrainSpec]:
     """Return the name of the model that reads `config.json`, and its `TrainSpec` with those args.
 
-    Asks every registered model whose args have `from_hf_config`.
+    Asks every registered model whose args have `from_hf_config`: one of the user's may support what
+    ours of the same architecture does not.
 
     Raises:
         CheckpointError: the file is missing or damaged, no model reads it, or the model that does
@@ -37,6 +38,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
     known: list[str] = []
+    refused: list[CheckpointError] = []
     for name, factory in MODEL_REGISTRY.items():
         for flavor in model_flavors(name)[:1]:
             spec = factory(flavor)
@@ -47,6 +49,10 @@ def _train_spec(config: dict[str, Any]) -> tuple[str, TrainSpec]:
                 return name, replace(spec, model_args=from_hf_config(config))
             except OtherArchitectureError as error:
                 known += error.model_types
+            except CheckpointError as error:
+                refused.append(error)
+    if refused:
+        raise refused[-1]
     model_type = config.get("model_type")
     broken = [f.problem for f in MODEL_REGISTRY.values() if isinstance(f, BrokenModel)]
     raise CheckpointError(

@@ -144,6 +144,29 @@ def test_an_output_layer_with_a_forward_of_its_own_is_refused() -> None:
         build_loss(config).attach([model])
 
 
+def test_a_model_that_changes_its_logits_is_refused() -> None:
+    """It trained on changed hidden states, without a word."""
+
+    class Capped(Model):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return 5 * (super().forward(tokens) / 5).tanh()
+
+    tokens, labels = batch()
+    model = Capped()
+    with pytest.raises(ConfigError, match="but Capped changes what that layer returns"):
+        chunked(model)(model(tokens), labels)
+
+
+def test_a_model_may_cast_its_logits() -> None:
+    class Cast(Model):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens).float()
+
+    tokens, labels = batch()
+    model = Cast().bfloat16()
+    assert chunked(model)(model(tokens), labels).isfinite()
+
+
 @pytest.mark.parametrize(
     ("backend", "chunk_size", "dtype"),
     [

@@ -1,6 +1,8 @@
 """Folders of Hugging Face's format that say two things are refused."""
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import tiny_hf
@@ -9,8 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from torchtitan.commands.convert.from_hf import convert_from_hf
 from torchtitan.errors import CheckpointError
+from torchtitan.models import gemma3
 from torchtitan.models.from_hf import train_spec_of_hf_folder
+from torchtitan.models.gemma3 import Gemma3ModelArgs
 from torchtitan.models.which_model import model_of_hf_folder
+from torchtitan.protocols.train_spec import MODEL_REGISTRY, TrainSpec
 
 
 def load(folder):
@@ -70,3 +75,27 @@ def test_what_layers_share_must_be_the_same_in_each_layer_of_a_file(tmp_path):
     model.load_checkpoint(tmp_path)
     weight = model.layers["1"].feed_forward.w1.weight
     assert torch.equal(weight, state["model.layers.0.mlp.gate_proj.weight"])
+
+
+class CappedArgs(Gemma3ModelArgs):
+    @classmethod
+    def from_hf_config(cls, config):
+        return super().from_hf_config(config | {"final_logit_softcapping": None})
+
+
+MODEL_CONFIGS = {"debugmodel": CappedArgs()}
+
+
+def get_train_spec(flavor: str) -> TrainSpec:
+    return replace(gemma3.get_train_spec(flavor), model_args=MODEL_CONFIGS[flavor])
+
+
+def test_a_users_model_supports_what_ours_of_the_architecture_does_not(tmp_path, monkeypatch):
+    tiny_hf.saved("gemma3", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"final_logit_softcapping": 5.0}))
+    with pytest.raises(CheckpointError, match="final_logit_softcapping = 5"):
+        train_spec_of_hf_folder(tmp_path)
+
+    monkeypatch.setitem(MODEL_REGISTRY, "capped", get_train_spec)
+    assert train_spec_of_hf_folder(tmp_path)[0] == "capped"

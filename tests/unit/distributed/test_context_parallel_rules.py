@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.context_parallel import apply_cp, require_applied_cp
+from torchtitan.distributed.context_parallel import apply_cp, require_applied_cp, sequence_shards
 from torchtitan.errors import ConfigError, ContextParallelError
 from torchtitan.models.common.attention import CausalMask, ScaledDotProductAttention
 
@@ -47,6 +47,19 @@ def test_layers_without_attention_may_mix_tokens_by_means_of_their_own(config, c
     apply_cp(model(nn.Sequential(mask, attention), nn.Linear(2, 2)), MESH, config)
     [record] = caplog.records
     assert "has no ScaledDotProductAttention in layers.1. If they mix tokens" in record.message
+
+
+@pytest.mark.parametrize("attention", [[CausalMask(), ScaledDotProductAttention()], []])
+def test_a_layer_may_exchange_by_itself(attention, config, caplog):
+    """Also where no layer has attention, as in a stage of a pipeline."""
+    mixer = nn.Linear(2, 2)
+    mixer.shards = sequence_shards(MESH, config)
+    hybrid = model(*([nn.Sequential(*attention)] if attention else []), mixer)
+    apply_cp(hybrid, MESH, config)
+    assert not caplog.records
+    del mixer.shards
+    with pytest.raises(ConfigError, match="does not use CausalMask"):
+        apply_cp(model(mixer), MESH, config)
 
 
 def test_a_convolution_of_single_tokens_is_fine(config):

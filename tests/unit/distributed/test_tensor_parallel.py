@@ -3,6 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -10,13 +11,16 @@ from torch.distributed.tensor.parallel import (
     PrepareModuleInputOutput,
     RowwiseParallel,
     SequenceParallel,
+    parallelize_module,
 )
 from torch.nn.utils.parametrizations import weight_norm
 
 from torchtitan.config import load_config
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import (
     DeferredOutputParallel,
+    HeadwiseParallel,
     _with_whole_sequence,
     apply_tensor_parallel,
     embed_own,
@@ -192,3 +196,23 @@ def test_a_norm_after_a_matrix_gives_a_local_output_to_the_residual_stream(local
         else:
             with pytest.raises(RuntimeError, match=r"got mixed torch\.Tensor and DTensor"):
                 model.layers["0"](torch.ones(1, 2, 4))
+
+
+class Decay(torch.nn.Module):
+    """By head, in plain tensors, from the first token of a document on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        return local_tensor(x) * local_tensor(self.rate) * (place > 0)[..., None, None]
+
+
+def test_a_module_by_heads_may_have_other_inputs_and_plain_tensors():
+    with fake_world(2, rank=0):
+        mesh = init_device_mesh("cpu", (2,))
+        decay = parallelize_module(Decay(), mesh, HeadwiseParallel())
+        out = decay(torch.ones(1, 3, 2, 5), torch.arange(3)[None])
+    assert type(out) is torch.Tensor
+    assert out[0, :, 0, 0].tolist() == [0, 1, 1]

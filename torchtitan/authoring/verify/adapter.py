@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from torchtitan.components.checkpoint.load import by_layer
+from torchtitan.components.checkpoint.converted import by_layer, convert_sharded
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
@@ -228,14 +229,18 @@ def works_on_dtensors(subject: Subject) -> str:
             for name, tensor in state.items()
         }
         what = f"of tensors sharded over dimension {dim}, from_hf(to_hf(state))"
-        hf = _convert(adapter.to_hf, dict(sharded), f"with DTensors of Shard({dim}), to_hf")
+        hf: State = {}
+        for layer in by_layer(sharded).values():  # as runs do
+            to_hf = partial(convert_sharded, adapter.to_hf)
+            hf |= _convert(to_hf, layer, f"with DTensors of Shard({dim}), to_hf")
         held, given = _local_bytes(hf), _local_bytes(sharded)
         if held > 1.25 * given:
             raise CheckFailedError(
                 f"to_hf() of DTensors gives {held:,} bytes on a rank that holds {given:,}",
                 f"{_HINT}no full_tensor(): sharded models are saved without a full copy.",
             )
-        back = _convert(adapter.from_hf, hf, f"with DTensors of Shard({dim}), from_hf")
+        from_hf = partial(convert_sharded, adapter.from_hf)
+        back = _convert(from_hf, hf, f"with DTensors of Shard({dim}), from_hf")
         plain = [
             name
             for name, tensor in back.items()

@@ -166,8 +166,8 @@ def documents_are_apart(subject: Subject) -> str:
                 f"{int((seen > 0).sum())} tokens of the first",
                 "The mask must hold (document_ids[:, :, None] == document_ids[:, None, :]) "
                 "besides the causal rule; see CausalMask in "
-                "torchtitan/models/common/attention.py. Models without such a mask must not take "
-                "document_ids.",
+                "torchtitan/models/common/attention.py. A recurrence must begin anew, and a "
+                "convolution see zeros before a document. Other models must not take document_ids.",
             )
         later = cut.gradient((slice(None), start))[0, start + 1 :]
         if (later > 0).any() and not subject.spec.model_cls.sees_later_tokens:

@@ -182,7 +182,8 @@ _HINTS = {
     ("outputs", "tp"): "the tensor-parallel plan in parallelize.py. Usual mistakes: "
     "RowwiseParallel left out for a matrix that reads split features (its result is a part of a "
     "sum); a norm that is not SequenceParallel; view() with the number of all heads instead of -1; "
-    "a bias that each rank adds",
+    "a matrix of queries, keys and values whose rows are not ordered by head; a bias that each "
+    "rank adds",
     ("outputs", "cp"): (
         "RoPE must turn by the `positions` that forward() is given, not by arange(seq); attention "
         "and its mask must be ScaledDotProductAttention and CausalMask. Code that mixes tokens by "

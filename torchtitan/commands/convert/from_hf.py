@@ -10,12 +10,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from torchtitan.components.checkpoint.converted import by_layer, require_converted, wanted_keys
 from torchtitan.components.checkpoint.load import (
     buffer_names,
     dtype_of_copy,
     model_args,
     model_state,
-    wanted_keys,
 )
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.reader import (
@@ -66,14 +66,19 @@ def convert_from_hf(
     check_keys_and_shapes(folder, metadata, hf_state)
     check_no_more(folder, metadata, hf_state, wanted.__contains__)
 
-    planned, first_name, buffers = {}, first_names(model), buffer_names([model])
-    for name, tensor in state.items():
-        own_name = first_name.get(name, name)
-        keys = list(adapter.to_hf({own_name: tensor}))
-        own = entries[keys[0]].properties.dtype if keys else tensor.dtype
-        to = dtype_of_copy(own, dtype, name in buffers)
-        target = torch.empty(tensor.shape, dtype=to, device="meta")
-        planned[name] = _Planned(target, own_name, keys)
+    planned, buffers = {}, buffer_names([model])
+    for layer in by_layer({n: t for n, t in state.items() if n not in tied}).values():
+        hf_layer = adapter.to_hf(layer)
+        read = {key: _meta(entries[key].size, entries[key].properties.dtype) for key in hf_layer}
+        converted = adapter.from_hf(read)
+        for name, tensor in layer.items():
+            require_converted(name, tensor, converted, buffers)
+            own = converted.get(name, tensor).dtype
+            target = _meta(tensor.shape, dtype_of_copy(own, dtype, name in buffers))
+            parts = contiguous_parts(name, hf_layer, layer)
+            planned[name] = _Planned(target, name, list(read) if name in converted else [], parts)
+    first_name = first_names(model)
+    planned = {name: planned[first_name.get(name, name)] for name in state}
     manifest = Manifest(
         step=0,
         model_only=True,
@@ -100,6 +105,10 @@ def convert_from_hf(
     return manifest
 
 
+def _meta(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 class _Planned(NamedTuple):
     """A tensor of the checkpoint to write."""
 
@@ -108,7 +117,9 @@ class _Planned(NamedTuple):
     own_name: str
     """The first of its names in the model, which is the name that the adapter knows."""
     keys: list[str]
-    """Keys of its source tensors in the files; none: it begins at 0."""
+    """Keys of its layer's tensors in the files; none: it begins at 0."""
+    parts: dict[str, int] | None
+    """See `contiguous_parts`."""
 
 
 @dataclass
@@ -120,18 +131,23 @@ class _Copier:
     files: dict[str, SafetensorsFile]
     """Key -> the open file that contains it."""
     buffer: Buffer = field(default_factory=Buffer)
+    layer: tuple[list[str], dict[str, torch.Tensor]] = ([], {})
+    """Keys of the layer that was converted last, and its tensors."""
 
     def write(self, planned: _Planned, file: BinaryIO) -> None:
         """Append a tensor to `file`."""
-        shape = tuple(planned.target.shape)
         if not planned.keys:
             torch.save(torch.zeros_like(planned.target, device="cpu"), file)
-        elif parts := contiguous_parts(self.adapter, planned.own_name, shape):
-            self._write_parts(planned.target, parts, file)
+        elif planned.parts:
+            self._write_parts(planned.target, planned.parts, file)
         else:
-            read = {key: self.files[key].read(key) for key in planned.keys}
-            whole = self.adapter.from_hf(read)[planned.own_name]
-            torch.save(whole.to(planned.target.dtype).contiguous(), file)
+            if self.layer[0] != planned.keys:
+                self.layer = [], {}
+                read = {key: self.files[key].read(key) for key in planned.keys}
+                self.layer = planned.keys, self.adapter.from_hf(read)
+            whole = self.layer[1][planned.own_name].to(planned.target.dtype)
+            whole = whole.clone(memory_format=torch.contiguous_format)  # of a view: only its part
+            torch.save(whole, file)
 
     def _write_parts(self, target: torch.Tensor, parts: dict[str, int], file: BinaryIO) -> None:
         """Append a tensor in pieces. Args: parts: key of each part -> index of first element."""

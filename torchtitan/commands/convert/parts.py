@@ -5,31 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
 from torchtitan.components.checkpoint.saved_tensors import read_all
 from torchtitan.errors import CheckpointError
-from torchtitan.protocols import BaseStateDictAdapter
 
 PIECE_BYTES = 4 * 2**20
 """Small enough to stay in the processor's cache between reading and writing."""
 
 
 def contiguous_parts(
-    adapter: BaseStateDictAdapter, name: str, shape: tuple[int, ...]
+    name: str, converted: dict[str, Any], layer: dict[str, torch.Tensor]
 ) -> dict[str, int] | None:
     """Return the Hugging Face tensors that make up `name` in order: key -> index of first element.
 
-    None: the adapter does more than renaming and splitting along the first dimension, so the tensor
+    None: the adapter does more than renaming and splitting along the first dimension, so the layer
     must be converted as a whole.
+
+    Args:
+        converted: what the adapter's `to_hf` makes of `layer`.
     """
-    whole = torch.empty(shape, device="meta")
-    parts = adapter.to_hf({name: whole})
-    if not all(source_of(part, {name: whole}) for part in parts.values()):
-        return None
-    if sum(part.numel() for part in parts.values()) != whole.numel():
+    parts = {k: part for k, part in converted.items() if source_of(part, layer) == name}
+    if sum(part.numel() for part in parts.values()) != layer[name].numel():
         return None
     return {key: part.storage_offset() for key, part in parts.items()}
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from torchtitan.components.checkpoint.chat_files import chat_template_of
+from torchtitan.components.checkpoint.converted import by_layer
 from torchtitan.components.checkpoint.huggingface import ExportAssets, export_config, write_assets
 from torchtitan.components.checkpoint.load import (
     OpenCheckpoint,
     buffer_names,
-    by_layer,
     dtype_of_copy,
     model_state,
 )

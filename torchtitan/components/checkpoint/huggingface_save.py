@@ -33,8 +33,14 @@ from torchtitan.runtime.collective_calls import on_rank_zero
 from torchtitan.tools.text import first_line
 
 from . import folder as folders
+from .converted import by_layer, convert_sharded
 from .huggingface import ExportAssets, write_assets
-from .load import adapter_of, buffer_names, dtype_of_copy, model_state
+from .load import (
+    adapter_of,
+    buffer_names,
+    dtype_of_copy,
+    model_state,
+)
 from .safetensors_files import (
     MAX_FILE_BYTES,
     PIECE_BYTES,
@@ -102,7 +108,9 @@ def save_huggingface(
     args = cast(BaseModelArgs, model_parts[0].args)
     state = _exported_state(model_parts)
     adapter, buffers = adapter_of(model_parts[0], folder), buffer_names(model_parts)
-    hf_state = adapter.to_hf(state)
+    hf_state: dict[str, torch.Tensor] = {}
+    for layer in by_layer(state).values():
+        hf_state |= convert_sharded(adapter.to_hf, layer)
     exact = adapter.to_hf({name: t for name, t in state.items() if name in buffers})
     local = _local_parts(hf_state)
     specs = {

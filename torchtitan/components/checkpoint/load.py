@@ -28,6 +28,7 @@ from torchtitan.runtime.collective_calls import on_all_ranks, on_rank_zero
 from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
+from .converted import by_layer, convert_sharded, require_converted, wanted_keys
 from .folder import list_checkpoints
 from .manifest import MANIFEST, Manifest, nested_differences, plain_args
 from .reader import (
@@ -310,7 +311,7 @@ def _load_huggingface(
     layers = []
     for part in by_layer(state).values():
         adapter = adapter_of(model_parts[0], path)
-        layers.append((part, adapter, adapter.to_hf(part)))
+        layers.append((part, adapter, convert_sharded(adapter.to_hf, part)))
 
     wanted = wanted_keys(names, metadata, is_left_out)
     hf_state = {key: tensor for *_, hf_part in layers for key, tensor in hf_part.items()}
@@ -319,41 +320,12 @@ def _load_huggingface(
     buffers = buffer_names(model_parts)
     while layers:
         part, adapter, hf_part = layers.pop()
-        converted = adapter.from_hf(hf_part)
+        converted = convert_sharded(adapter.from_hf, hf_part)
         for name, tensor in part.items():
-            if name in converted or name not in buffers:  # files lack buffers used only in training
+            require_converted(name, tensor, converted, buffers)
+            if name in converted:
                 tensor.copy_(converted[name])
         del converted, hf_part
-
-
-def by_layer(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Group tensors by layer, and the others by top-level module."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, tensor in state.items():
-        words = name.split(".")
-        group = ".".join(words[:2]) if words[0] == "layers" else words[0]
-        groups.setdefault(group, {})[name] = tensor
-    return groups
-
-
-def wanted_keys(
-    adapter: BaseStateDictAdapter, metadata: Metadata, is_left_out: Callable[[str], bool]
-) -> set[str]:
-    """Return the tensors of a Hugging Face folder that the model must have.
-
-    Adapters skip optional tensors: rotary frequencies and copies of tied weights.
-    """
-    wanted = set()
-    entries: dict[str, Any] = metadata.state_dict_metadata
-    for key, entry in entries.items():
-        try:
-            converted = adapter.from_hf({key: torch.empty(entry.size, device="meta")})
-        except (CheckpointError, KeyError):
-            wanted.add(key)
-            continue
-        if not all(map(is_left_out, converted)):
-            wanted.add(key)
-    return wanted
 
 
 def check_hf_config(path: Path, model: nn.Module) -> None:

@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import fused_qkv
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +28,8 @@ from torchtitan.components.checkpoint.safetensors_files import (
 )
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.errors import CheckpointError
-from torchtitan.models.which_model import model_of_checkpoint, model_of_hf_folder
+from torchtitan.models.which_model import KnownModel, model_of_checkpoint, model_of_hf_folder
+from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
 
 def build(name: str):
@@ -97,6 +100,58 @@ def test_the_result_opens_in_transformers(tmp_path):
     ids = AutoTokenizer.from_pretrained(tmp_path / "back")("to", return_tensors="pt").input_ids
     expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def fused_folder(folder: Path) -> tuple[KnownModel, torch.nn.Module, dict[str, torch.Tensor]]:
+    """Write the weights of a model whose adapter joins three matrices of a layer to one."""
+    spec = fused_qkv.get_train_spec("")
+    model = spec.model_cls(spec.model_args)
+    initialize_weights(model, 0, torch.device("cpu"))
+    state = spec.state_dict_adapter(spec.model_args).to_hf(model.state_dict())
+    folder.mkdir()
+    save_file({key: tensor.clone() for key, tensor in state.items()}, folder / "model.safetensors")
+    return KnownModel("fused", "", spec, spec.model_args), model, state
+
+
+def test_an_adapter_that_joins_tensors_of_a_layer(tmp_path):
+    known, model, state = fused_folder(tmp_path / "hf")
+    convert_from_hf(tmp_path / "hf", tmp_path / "ours", known, None)
+    ours = known.spec.model_cls(known.args).load_checkpoint(tmp_path / "ours").state_dict()
+    assert all(torch.equal(ours[key], expected) for key, expected in model.state_dict().items())
+    convert_to_hf(tmp_path / "ours", tmp_path / "back", known, None, tokenizer="bytes")
+    back = tensors(tmp_path / "back")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
+class Forgetful(fused_qkv.FusedAdapter):
+    """Forgets a matrix, in both directions."""
+
+    def to_hf(self, state_dict):
+        return super().to_hf({k: t for k, t in state_dict.items() if "w2" not in k})
+
+    def from_hf(self, state_dict):
+        return super().from_hf({k: t for k, t in state_dict.items() if "down_proj" not in k})
+
+
+class Transposing(fused_qkv.FusedAdapter):
+    def from_hf(self, state_dict):
+        converted = super().from_hf(state_dict)
+        return {k: t.mT if "w2" in k else t for k, t in converted.items()}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "given"), [(Forgetful, "nothing"), (Transposing, r"\[32, 24\]")]
+)
+def test_an_adapter_that_gives_other_parameters(adapter, given, tmp_path, monkeypatch):
+    known, model, _ = fused_folder(tmp_path / "hf")
+    spec = replace(known.spec, state_dict_adapter=adapter)
+    message = rf"adapter gives {given} for layers\.[01]\.feed_forward\.w2\.weight, not \[24, 32\]"
+    with pytest.raises(CheckpointError, match=message):
+        convert_from_hf(tmp_path / "hf", tmp_path / "ours", replace(known, spec=spec), None)
+    monkeypatch.setitem(MODEL_REGISTRY, "fused", lambda flavor: spec)
+    with pytest.raises(CheckpointError, match=message):
+        model.load_checkpoint(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("action", ["from-hf", "to-hf"])
