@@ -236,7 +236,7 @@ def test_context_parallelism_does_not_apply_to_inputs_that_it_cannot_divide(tmp_
     ids=["tp2", "others"],
 )
 def test_a_right_model_of_images_and_texts_passes(only: list[str], tmp_path: Path) -> None:
-    """By the block of docs/adding_models.md that gathers hidden states around a module."""
+    """By the block of docs/own_parts.md that gathers hidden states around a module."""
     outcomes = run_checks(choose(only), Subject("images", "debugmodel", tmp_path, "images"))
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
 

@@ -1,4 +1,4 @@
-"""`Codebook` of docs/adding_models.md is the same on every number of ranks and micro-batches."""
+"""`Codebook` of docs/own_parts.md is the same on every number of ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.runtime.process_group import init_distributed
 
-_PAGE = Path(__file__).parents[2] / "docs" / "adding_models.md"
+_PAGE = Path(__file__).parents[2] / "docs" / "own_parts.md"
 
 
 def trained_and_expected() -> tuple[list[list[float]], list[list[float]]]:

@@ -49,6 +49,8 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("CONTRIBUTING.md", "", SETUP),
     ("benchmarks/README.md", "", SLOW),
     ("docs/adding_models.md", "", ELSEWHERE),
+    ("docs/own_parts.md", "", ELSEWHERE),
+    ("docs/verifying.md", "", ELSEWHERE),
     ("docs/checkpoints.md", "pip install", SETUP),
     ("docs/checkpoints.md", "torchtitan download", NETWORK),
     ("docs/checkpoints.md", "torchtitan train", NETWORK),

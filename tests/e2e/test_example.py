@@ -1,4 +1,4 @@
-"""The example of docs/adding_models.md is right, and each planted mistake is found as it says.
+"""The example of docs/verifying.md is right, and each planted mistake is found as it says.
 
     pytest -m "long or not long" tests/e2e/test_example.py --write-docs
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from harness import shell
 
-GUIDE = Path(__file__).parents[2] / "docs" / "adding_models.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "verifying.md"
 _MISTAKE = re.compile(r"### (.+?)\n.*?```diff\n# (\S+)\n(.*?)```\n\n```text\n(.*?)```", re.S)
 QUICK = ("cost.nparams", "contract.init_weights")
 """The first check of mistakes that CI plants; others take several processes."""

@@ -1,6 +1,6 @@
 """The guide works word for word: its code blocks, put together, make a model that trains.
 
-`docs/adding_models.md` is the source of the blocks, so that what the docs state is what runs. A
+`docs/adding_models.md` and `own_parts.md` are the source of the blocks, so that what the docs state is what runs. A
 block `# FILE, above` goes before the block `# FILE`, and so on.
 """
 
@@ -26,13 +26,14 @@ from torchtitan.components.checkpoint.reader import read_metadata
 from torchtitan.config import load_config
 from torchtitan.protocols.train_spec import MODEL_REGISTRY
 
-GUIDE = Path(__file__).parents[2] / "docs" / "adding_models.md"
+DOCS = Path(__file__).parents[2] / "docs"
+GUIDE = DOCS / "adding_models.md"
 
 
 def code_blocks() -> dict[str, str]:
     """First line of each fenced block that names a file (`# model/args.py`) -> the block."""
     named = r"```(?:python|toml)\n *# (\S+\.(?:py|toml)(?:, [a-z ]+)?)\n(.*?)```"
-    return dict(re.findall(named, GUIDE.read_text(), re.S))
+    return dict(re.findall(named, GUIDE.read_text() + (DOCS / "own_parts.md").read_text(), re.S))
 
 
 def write_model(folder: Path, *, whole: bool = True) -> None:

@@ -23,7 +23,7 @@ SUM = (
     "build_loss_fn: return a function (pred, labels) whose result is the sum, not the mean, over "
     "the tokens whose label is not IGNORE_INDEX, a float32 scalar. The trainer divides by the "
     "tokens of the whole step. A loss that compares samples gets those of a micro-batch alone: "
-    "docs/adding_models.md, A loss of samples."
+    "docs/own_parts.md, A loss of samples."
 )
 _TOLERANCE = 1e-3
 
@@ -178,7 +178,7 @@ def dataloader_resumes(subject: Subject) -> str:
             _require_shares(_next(loader(0, 2), inputs), _next(loader(1, 2), inputs))
     except ConfigError as error:
         raise CheckFailedError(
-            str(error), "docs/adding_models.md, A data loader of your own"
+            str(error), "docs/own_parts.md, A data loader of your own"
         ) from error
     finally:
         for made in loaders:
