@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import tiny_hf
@@ -123,6 +124,16 @@ def test_the_command(folder, tmp_path, capsys):
     assert f"{result['loss']:.4f}" in capsys.readouterr().out
 
 
+def test_a_split(folder, tmp_path):
+    texts = {"train": ["one"], "test": ["one", "two"]}
+    parts = {name: datasets.Dataset.from_dict({"text": of}) for name, of in texts.items()}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "texts")
+    command = ["eval", "--checkpoint", str(folder), "--tokenizer", "bytes", "--dataset", "arrow"]
+    command += ["--dataset-path", str(tmp_path / "texts"), "--json", str(tmp_path / "out.json")]
+    assert main([*command, "--split", "test"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["documents"] == 2
+
+
 def test_a_text_that_is_cut_within_its_first_character(folder, tmp_path, capsys):
     texts, out = tmp_path / "texts.txt", tmp_path / "out.json"
     texts.write_text("日本")
@@ -182,6 +193,10 @@ MISTAKES = {
     "batch": (["--dataset", "stdlib", "--batch-size", "0"], "--batch-size 0"),
     "bos": (["--dataset", "stdlib", "--add-bos", "--no-add-bos"], "either --add-bos or"),
     "json": (["--dataset", "stdlib", "--json", "/no/such/file"], "--json /no/such/file"),
+    "folder": (["--dataset", "stdlib", "--json", "/"], "--json /: a folder. Give a file"),
+    "split": (["--dataset", "stdlib", "--split", "test"], "split = 'test' has no effect"),
+    "limit": (["--dataset", "stdlib", "--limit", "1"], "--limit has no effect without --tasks"),
+    "tokens": (["--tasks", "x", "--max-tokens", "1"], "has no effect without --dataset; remove"),
 }
 
 
