@@ -87,6 +87,21 @@ def test_it_is_an_export_that_knows_its_run(steps: list[Path], tmp_path: Path) -
     torch.testing.assert_close(twice, (one + 2 * two) / 3)
 
 
+def test_what_a_run_may_change_has_a_mean(steps: list[Path], tmp_path: Path) -> None:
+    """The dtype of its export, and the kernel of its attention."""
+    model = CountingModel(TinyArgs())
+    export = {"last_save_model_only": True, "export_dtype": "bfloat16"}
+    Run(tmp_path, model=model, seed=1, steps=2, **export).train(2, last=True)
+    short = tmp_path / "checkpoint" / "step-2"
+    manifest = Manifest.read(short)
+    manifest.model["args"]["attention"] = "sdpa"
+    manifest.write(short)
+    average([str(steps[1]), str(short)], tmp_path / "mean")
+    mean, *sources = (weights(folder) for folder in (tmp_path / "mean", steps[1], short))
+    expected = torch.stack([source["output.weight"] for source in sources]).mean(0)
+    torch.testing.assert_close(mean["output.weight"], expected, rtol=1e-6, atol=1e-7)
+
+
 def test_what_has_no_mean_is_refused(
     steps: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
