@@ -27,7 +27,7 @@ from torchtitan.components.checkpoint.safetensors_files import (
     SAFETENSORS_INDEX,
     is_hf_weights,
 )
-from torchtitan.components.checkpoint.storage import is_url, storage_path
+from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import Tokenizer, path_of
@@ -219,11 +219,7 @@ def load_model(source: CheckpointSource) -> LoadedModel:
 
 def _checkpoint_folder(location: str) -> Path:
     """Return the checkpoint at a location: the folder itself, or the newest one of a run."""
-    if is_url(location) and not location.startswith("file://"):
-        raise CheckpointError(
-            f"--checkpoint {location}: URLs are not supported here. Copy the folder to a local disk"
-        )
-    path = cast(Path, storage_path(location))
+    path = local_path(location)
     if not path.is_dir():
         raise CheckpointError(f"--checkpoint {path}: there is no such folder")
     if (path / MANIFEST).is_file() or is_hf_weights(path):

@@ -169,7 +169,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_url_is_told_not_to_be_read():
-    fails(CheckpointError, "--checkpoint s3://bucket/run: URLs", checkpoint="s3://bucket/run")
+    fails(ConfigError, "s3://bucket/run: URLs are not", checkpoint="s3://bucket/run")
 
 
 def test_unknown_models(run_folder, hf_folder):

@@ -77,7 +77,8 @@ def test_each_weight_is_the_mean_and_counts_are_those_of_the_last(
 
 
 def test_it_is_an_export_that_knows_its_run(steps: list[Path], tmp_path: Path) -> None:
-    average([str(steps[0]), str(steps[1]), str(steps[1])], tmp_path / "mean")
+    steps_3 = (steps[0], steps[1], steps[1])
+    cli.main(["checkpoint", "average", *map(str, steps_3), "--out", f"file://{tmp_path}/mean"])
     manifest, last = (Manifest.read_whole(folder) for folder in (tmp_path / "mean", steps[1]))
     assert (manifest.step, manifest.model_only, manifest.model) == (4, True, last.model)
     assert not manifest.damaged_files(tmp_path / "mean")
@@ -115,6 +116,7 @@ def test_what_has_no_mean_is_refused(
     other = tmp_path / "other" / "checkpoint" / "step-2"
     assert "in only one of them" in told(capsys, other, steps[1], *out)
     assert "give two checkpoints or more" in told(capsys, steps[0], *out)
+    assert "s3://b/mean: URLs are not" in told(capsys, *steps[:2], "--out", "s3://b/mean")
     damaged = wide / "__0_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     assert "is damaged: CRC-32" in told(capsys, wide, wide, *out)
