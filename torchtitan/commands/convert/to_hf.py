@@ -33,10 +33,13 @@ from torchtitan.components.checkpoint.safetensors_files import (
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.tied import tied_embeddings
 from torchtitan.components.run_folder import CONFIG_FILE
+from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import KnownModel
+from torchtitan.preflight.model_fit import fits_vocabulary
 from torchtitan.protocols.model_converter import convert_to_load
 
 from .output import new_folder, refuse_existing, with_progress
@@ -64,12 +67,15 @@ def convert_to_hf(
     Raises:
         CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, Hugging
             Face cannot express it, `out` exists or cannot be written.
+        ConfigError: `tokenizer` has more tokens than the model.
     """
     refuse_existing(out)
     checkpoint = OpenCheckpoint.open(folder, None)
     metadata = checkpoint.metadata
     adapter = known.adapter(folder)
     export_config(known.args)
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, known)
     model = known.build()
     if saved_config(folder, checkpoint.manifest).get("model", {}).get("converters"):
         config = load_config(["--job.config_file", str(folder / CONFIG_FILE)])
@@ -114,6 +120,15 @@ def convert_to_hf(
         floating = [spec.dtype for spec in specs.values() if spec.dtype.is_floating_point]
         write_assets(partial, known.args, dtype or floating[0], assets)
     return sum(spec.nbytes for spec in specs.values())
+
+
+def _check_vocabulary(path: str, known: KnownModel) -> None:
+    tokenizer, size = open_tokenizer(path), getattr(known.args, "vocab_size", None)
+    if not fits_vocabulary(tokenizer, size, path):
+        raise ConfigError(
+            f"--tokenizer {path}: it has {tokenizer.vocab_size} tokens, but the vocabulary of the "
+            f"model {known} has only {size}"
+        )
 
 
 def _as_saved(state: dict[str, torch.Tensor], metadata: Any) -> list[dict[str, torch.Tensor]]:
