@@ -18,6 +18,7 @@ from torchtitan.components.checkpoint.load import (
     dtype_of_copy,
     model_state,
 )
+from torchtitan.components.checkpoint.model_identity import warn_of_change
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     check_keys_and_shapes,
@@ -74,8 +75,6 @@ def convert_to_hf(
     metadata = checkpoint.metadata
     adapter = known.adapter(folder)
     export_config(known.args)
-    if tokenizer is not None:
-        _check_vocabulary(tokenizer, known)
     model = known.build()
     if saved_config(folder, checkpoint.manifest).get("model", {}).get("converters"):
         config = load_config(["--job.config_file", str(folder / CONFIG_FILE)])
@@ -122,15 +121,6 @@ def convert_to_hf(
     return sum(spec.nbytes for spec in specs.values())
 
 
-def _check_vocabulary(path: str, known: KnownModel) -> None:
-    tokenizer, size = open_tokenizer(path), getattr(known.args, "vocab_size", None)
-    if not fits_vocabulary(tokenizer, size, path):
-        raise ConfigError(
-            f"--tokenizer {path}: it has {tokenizer.vocab_size} tokens, but the vocabulary of the "
-            f"model {known} has only {size}"
-        )
-
-
 def _as_saved(state: dict[str, torch.Tensor], metadata: Any) -> list[dict[str, torch.Tensor]]:
     """Return meta tensors in the dtypes of the checkpoint, by layer.
 
@@ -147,9 +137,12 @@ def _as_saved(state: dict[str, torch.Tensor], metadata: Any) -> list[dict[str, t
 def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None) -> ExportAssets:
     """Return the other inputs of the folder. Args: tokenizer: as in `convert_to_hf`."""
     described = checkpoint.manifest.model
-    reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
+    told = tokenizer is not None
+    reads_texts = told or known.spec.build_tokenizer_fn is not None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
+    if told or any((folder / "tokenizer.json").is_file() for folder in like):
+        _check_tokenizer(checkpoint, known, tokenizer)
     own = described.get("own_tokenizer", {}) if not tokenizer else {}
     assets = ExportAssets(
         tokenizer if reads_texts else "",
@@ -170,6 +163,16 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
         conversations=conversations,
         add_bos=bool(data.get("add_bos", False)),
     )
+
+
+def _check_tokenizer(checkpoint: OpenCheckpoint, known: KnownModel, path: str) -> None:
+    tokenizer, size = open_tokenizer(path), getattr(known.args, "vocab_size", None)
+    if not fits_vocabulary(tokenizer, size, path):
+        raise ConfigError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, but the vocabulary of the "
+            f"model {known} has only {size}. Give its own: --tokenizer"
+        )
+    warn_of_change(checkpoint.folder, checkpoint.manifest.model, tokenizer)
 
 
 def _stream(

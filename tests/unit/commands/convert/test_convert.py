@@ -393,7 +393,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capsys
     Tokenizer(WordLevel(ids, "0")).save(str(large / "tokenizer.json"))
     (large / "tokenizer_config.json").write_text('{"eos_token": "1"}')
     arguments = ("to-hf", tmp_path / "ours", tmp_path / "out", "--tokenizer", large)
-    assert f"--tokenizer {large}: it has 300 tokens" in refused(capsys, *arguments)
+    assert f"the tokenizer {large} has 300 tokens" in refused(capsys, *arguments)
     assert not (tmp_path / "out").exists()
 
 
