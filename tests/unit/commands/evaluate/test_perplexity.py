@@ -15,7 +15,7 @@ from torchtitan.cli import main
 from torchtitan.commands.evaluate.perplexity import TokenStream, evaluate, pad_batch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.errors import BadDocumentError, DataError
+from torchtitan.errors import BadDocumentError, CheckpointError, DataError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 
 TEXTS = ["first document", "", "the second, with é and 東京", "x" * 40]
@@ -111,6 +111,13 @@ def test_the_loss_is_that_of_every_token(loaded):
         assert result.loss == pytest.approx(total / tokens, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
         assert result.bits_per_byte == pytest.approx(total / math.log(2) / NBYTES, rel=1e-5)
+
+
+def test_weights_that_are_no_numbers_have_no_loss(folder):
+    loaded = load_model(open_source(ModelOptions(str(folder), tokenizer="bytes")))
+    next(loaded.model.parameters()).data.fill_(math.nan)
+    with pytest.raises(CheckpointError, match="logits are NaN or infinite"):
+        evaluate(loaded, TEXTS, 16, 2)
 
 
 def test_the_command(folder, tmp_path, capsys):
