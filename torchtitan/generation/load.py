@@ -22,12 +22,13 @@ from torchtitan.components.checkpoint.chat_files import end_of_turn
 from torchtitan.components.checkpoint.folder import list_checkpoints
 from torchtitan.components.checkpoint.load import load_model_weights
 from torchtitan.components.checkpoint.manifest import MANIFEST, Manifest
+from torchtitan.components.checkpoint.model_identity import warn_of_change
 from torchtitan.components.checkpoint.safetensors_files import (
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX,
     is_hf_weights,
 )
-from torchtitan.components.checkpoint.storage import is_url, storage_path
+from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import Tokenizer, path_of
@@ -149,9 +150,14 @@ def open_source(options: ModelOptions) -> CheckpointSource:
         job_config.model.tokenizer_path = options.tokenizer
     elif is_hf:
         job_config.model.tokenizer_path = _own_tokenizer(folder)
-    elif manifest and saved_config is None:  # from `torchtitan convert`: no run, but it is recorded
-        known_path = manifest.model.get("tokenizer")
-        job_config.model.tokenizer_path = known_path or _own_tokenizer(folder)
+    elif manifest:
+        known = manifest.model.get(
+            "tokenizer"
+        )  # absolute, while that of a run's config need not be
+        if saved_config is None:  # from `torchtitan convert`
+            job_config.model.tokenizer_path = known or _own_tokenizer(folder)
+        elif known and (Path(known) / "tokenizer.json").is_file():
+            job_config.model.tokenizer_path = known
     _set_layout(job_config, options, spec)
     if spec.model_cls.sees_later_tokens:
         raise ConfigError(
@@ -168,9 +174,10 @@ def open_source(options: ModelOptions) -> CheckpointSource:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
     tokenizer_fn = spec.build_tokenizer_fn
     spec = replace(spec, model_args=spec.model_args.update_from_config(job_config))
-    tokenizer = tokenizer_fn(job_config)
-    of_run = saved_config is not None
+    tokenizer, of_run = tokenizer_fn(job_config), saved_config is not None
     source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
+    if manifest:
+        warn_of_change(folder, manifest.model, tokenizer)
     _check_vocabulary(source)
     source.stop_tokens = _stop_tokens(source)
     source.max_seq_len = _max_seq_len(source)
@@ -219,11 +226,7 @@ def load_model(source: CheckpointSource) -> LoadedModel:
 
 def _checkpoint_folder(location: str) -> Path:
     """Return the checkpoint at a location: the folder itself, or the newest one of a run."""
-    if is_url(location) and not location.startswith("file://"):
-        raise CheckpointError(
-            f"--checkpoint {location}: URLs are not supported here. Copy the folder to a local disk"
-        )
-    path = cast(Path, storage_path(location))
+    path = local_path(location)
     if not path.is_dir():
         raise CheckpointError(f"--checkpoint {path}: there is no such folder")
     if (path / MANIFEST).is_file() or is_hf_weights(path):

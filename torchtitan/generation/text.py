@@ -55,7 +55,9 @@ class TextStream:
         incomplete = text.endswith("\N{REPLACEMENT CHARACTER}")
         if incomplete and len(self._tokens) - self._shown < _LONGEST_CHARACTER:
             return ""
-        self._begin, self._shown = self._shown, len(self._tokens)
+        if text:  # a special token has none, and what follows would be decoded as a beginning
+            self._begin = self._shown
+        self._shown = len(self._tokens)
         return text
 
     def end(self) -> str:

@@ -11,10 +11,14 @@ def require_folder(path: str | None, option: str) -> None:
     """Check, before the work is done, that its result can be written.
 
     Raises:
-        ConfigError: the folder of `path` does not exist.
+        ConfigError: the folder of `path` does not exist, or `path` is a folder.
     """
-    if path is not None and not Path(path).expanduser().parent.is_dir():
+    if path is None:
+        return
+    if not Path(path).expanduser().parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no such folder")
+    if Path(path).expanduser().is_dir():
+        raise ConfigError(f"{option} {path}: a folder. Give a file")
 
 
 def make_folder(path: str, option: str) -> None:

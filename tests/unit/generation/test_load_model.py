@@ -16,6 +16,8 @@ from tokenizers.processors import TemplateProcessing
 
 from torchtitan.commands.convert.command import main as convert
 from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.model_identity import describe_tokenizer
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.errors import BadDocumentError, CheckpointError, ConfigError, TitanError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 from torchtitan.generation.text import encode_prompt
@@ -153,6 +155,27 @@ def test_a_run_ends_texts_as_the_folder_of_its_tokenizer_says(run_folder, tmp_pa
     fails(CheckpointError, "generation_config.json: eos_token_id = ['1']", checkpoint=str(folder))
 
 
+def test_the_tokenizer_of_a_run_is_found_from_anywhere_and_named_if_it_changed(
+    run_folder, tmp_path, monkeypatch, caplog
+):
+    for name in ("own", "elsewhere/own"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tokenizer(tmp_path / name, 258, eos="w1" if name == "own" else "w9")
+    folder = tmp_path / "moved"
+    shutil.copytree(run_folder / "checkpoint" / "step-6", folder)
+    file = folder / "config.resolved.toml"
+    file.write_text(file.read_text().replace('"bytes"', '"own"'))
+    manifest = Manifest.read(folder)
+    manifest.model |= describe_tokenizer(HuggingFaceTokenizer(tmp_path / "own"))
+    manifest.write(folder)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert open_source(ModelOptions(str(folder))).tokenizer.eos_id == 1
+    assert "trained with" not in caplog.text
+    write_tokenizer(tmp_path / "own", 258, eos="w5")
+    open_source(ModelOptions(str(folder)))
+    assert f"and this is {tmp_path / 'own'} with other files" in caplog.text
+
+
 def fails(error: type[TitanError], *words: str, **options: str) -> None:
     with pytest.raises(error) as caught:
         open_source(ModelOptions(**options))
@@ -169,7 +192,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_url_is_told_not_to_be_read():
-    fails(CheckpointError, "--checkpoint s3://bucket/run: URLs", checkpoint="s3://bucket/run")
+    fails(ConfigError, "s3://bucket/run: URLs are not", checkpoint="s3://bucket/run")
 
 
 def test_unknown_models(run_folder, hf_folder):

@@ -15,7 +15,7 @@ class Words:
         return [int(word) for word in text.split()]
 
     def decode(self, ids):
-        return " ".join(map(str, ids))
+        return " ".join(str(i) for i in ids if i != self.eos_id)
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve 東京 🏖️!", "\N{REPLACEMENT CHARACTER}x"])
@@ -36,6 +36,11 @@ def test_bytes_that_are_no_text_are_not_waited_for():
 def test_a_space_that_depends_on_what_comes_before():
     stream = TextStream(Words(), [1, 2])
     assert [stream.add(3), stream.add(4), stream.end()] == [" 3", " 4", ""]
+
+
+def test_a_space_after_a_special_token_within_the_text():
+    stream = TextStream(Words(), [1, 2])
+    assert [stream.add(3), stream.add(99), stream.add(4)] == [" 3", "", " 4"]
 
 
 def test_an_empty_prompt_is_what_comes_before_a_document():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchtitan.commands.convert.one_file import save_one_by_one
 from torchtitan.commands.convert.output import new_folder, refuse_existing
+from torchtitan.components.checkpoint.huggingface import TRAINING_ONLY
 from torchtitan.components.checkpoint.manifest import Manifest, nested_differences
 from torchtitan.components.checkpoint.saved_tensors import save_hole
 from torchtitan.components.run_folder import CONFIG_FILE
@@ -50,7 +52,7 @@ def average(locations: list[str], out: Path) -> Manifest:
         manifest.check_contents(folder, manifest.files)
     data = {key: value for key, value in last.manifest.data.items() if key != "sources"}
     manifest = Manifest(last.manifest.step, True, last.manifest.model, data)
-    planned = {name: _on_meta(entry) for name, entry in _weights(last).items()}
+    planned = {name: _mean_on_meta(_PREFIX + name, sides) for name in _weights(last)}
     with new_folder(out) as partial:
         if CONFIG_FILE in last.manifest.files:
             (partial / CONFIG_FILE).write_bytes((last.folder / CONFIG_FILE).read_bytes())
@@ -71,18 +73,25 @@ def _weights(side: Side) -> dict[str, TensorStorageMetadata]:
     }
 
 
-def _on_meta(entry: TensorStorageMetadata) -> torch.Tensor:
-    return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+def _mean_on_meta(key: str, sides: list[Side]) -> torch.Tensor:
+    """Return the mean on the meta device, in a dtype that holds the values of all."""
+    entries = [side.entries[key] for side in sides]
+    dtype = reduce(torch.promote_types, [entry.properties.dtype for entry in entries])
+    return torch.empty(entries[0].size, dtype=dtype, device="meta")
 
 
 def _refuse_another_model(side: Side, last: Side) -> None:
     was, now = ({key: s.manifest.model.get(key) for key in ("name", "args")} for s in (side, last))
-    own, theirs = ({n: _on_meta(e) for n, e in _weights(s).items()} for s in (side, last))
-    others = [f"{name} = {a} and {b}" for name, a, b in nested_differences(was, now)]
-    others += [f"{name} in only one of them" for name in own.keys() ^ theirs.keys()]
-    for name in own.keys() & theirs.keys():
-        if own[name].shape != theirs[name].shape or own[name].dtype != theirs[name].dtype:
-            others.append(f"{name} of other shapes or dtypes")
+    own, theirs = ({n: list(e.size) for n, e in _weights(s).items()} for s in (side, last))
+    others = [
+        f"{name} = {a} and {b}"
+        for name, a, b in nested_differences(was, now)
+        if name.rpartition(".")[2] not in TRAINING_ONLY
+    ]
+    others += [
+        f"{name} in only one of them" if None in (a, b) else f"{name} of shapes {a} and {b}"
+        for name, a, b in nested_differences(own, theirs)
+    ]
     if others:
         raise CheckpointError(
             f"{side.folder} and {last.folder} hold different models, whose mean is none: "
@@ -97,13 +106,13 @@ def _write_mean(key: str, sides: list[Side], planned: torch.Tensor, file: Binary
     with ExitStack() as open_files:
         readers = [side.reader(key, open_files) for side in sides]
         for start in range(0, planned.numel(), PIECE):
-            piece = torch.empty(min(PIECE, planned.numel() - start), dtype=planned.dtype)
-            total = torch.zeros(len(piece), dtype=wide)
-            for read in readers:
+            size = min(PIECE, planned.numel() - start)
+            total = torch.zeros(size, dtype=wide)
+            for side, read in zip(sides, readers, strict=True):
+                piece = torch.empty(size, dtype=side.entries[key].properties.dtype)
                 read(start, piece)
-                total += piece
-            if len(readers) > 1:
-                piece.copy_(total / len(readers))
+                total += piece.to(wide)
+            mean = (total / len(sides) if len(sides) > 1 else piece).to(planned.dtype)
             file.seek(position + start * planned.itemsize)
-            file.write(piece.view(torch.uint8).numpy().data)
+            file.write(mean.view(torch.uint8).numpy().data)
     file.seek(0, os.SEEK_END)

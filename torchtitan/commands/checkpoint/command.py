@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.errors import ConfigError
 from torchtitan.tools.options import parse_action, require_at_least_one, shown_as
 from torchtitan.tools.text import human_bytes
@@ -66,7 +66,7 @@ class Average:
 
     paths: Annotated[tyro.conf.Positional[list[str]], shown_as("PATH PATH [PATH ...]")]
     """Checkpoints of one model."""
-    out: Annotated[Path, shown_as("OUT")]
+    out: Annotated[str, shown_as("OUT")]
     """Folder to make."""
 
 
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         case Average(paths, out):
             if len(paths) < 2:
                 raise ConfigError("give two checkpoints or more, whose weights are averaged")
-            size = human_bytes(average(paths, out).nbytes)
-            sys.stdout.write(f"{out}: the mean of {len(paths)} checkpoints, {size}\n")
+            folder = local_path(out)
+            size = human_bytes(average(paths, folder).nbytes)
+            sys.stdout.write(f"{folder}: the mean of {len(paths)} checkpoints, {size}\n")
     return 0

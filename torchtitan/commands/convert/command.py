@@ -13,6 +13,7 @@ import tyro
 
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.resume import saved_config
+from torchtitan.components.checkpoint.storage import local_path
 from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.errors import ConfigError, begin_errors_with
 from torchtitan.models import MODEL_REGISTRY
@@ -31,8 +32,8 @@ DESCRIPTION = "Convert checkpoints from and to Hugging Face folders, and inspect
 
 @dataclass
 class _Conversion:
-    source: Path
-    out: Annotated[tyro.conf.Positional[Path], shown_as("OUT")]
+    source: str
+    out: Annotated[tyro.conf.Positional[str], shown_as("OUT")]
     """Folder to make."""
     custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
     """Python module to import first, to register a model. Default for to-hf: the run's"""
@@ -48,7 +49,7 @@ class _Conversion:
 class FromHf(_Conversion):
     """Make a checkpoint from a Hugging Face folder."""
 
-    source: Annotated[tyro.conf.Positional[Path], shown_as("HF_DIR")]
+    source: Annotated[tyro.conf.Positional[str], shown_as("HF_DIR")]
     """Folder with safetensors and config.json."""
 
 
@@ -56,7 +57,7 @@ class FromHf(_Conversion):
 class ToHf(_Conversion):
     """Make a Hugging Face folder from a checkpoint (step-N)."""
 
-    source: Annotated[tyro.conf.Positional[Path], shown_as("CKPT")]
+    source: Annotated[tyro.conf.Positional[str], shown_as("CKPT")]
     """Checkpoint (step-N)."""
     tokenizer: Annotated[str | None, shown_as("bytes|FOLDER")] = None
     """Tokenizer to include. Default: the run's"""
@@ -66,7 +67,7 @@ class ToHf(_Conversion):
 class Inspect:
     """List the tensors of either kind."""
 
-    path: Annotated[tyro.conf.Positional[Path], shown_as("PATH")]
+    path: Annotated[tyro.conf.Positional[str], shown_as("PATH")]
     """Checkpoint or Hugging Face folder."""
     custom_import: Annotated[str, shown_as("MODULE", "--job.custom-import")] = ""
     """Python module to import first, so that it can register a model."""
@@ -85,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_action(ACTIONS, argv, "torchtitan convert", DESCRIPTION)
     load_plugins(options.custom_import)
     if isinstance(options, Inspect):
-        show(options.path)
+        show(local_path(options.path))
         return 0
-    source, out = options.source, options.out
+    source, out = local_path(options.source), local_path(options.out)
     if not source.is_dir():
         raise ConfigError(f"{source}: no such folder")
     refuse_existing(out)

@@ -18,6 +18,7 @@ from torchtitan.components.checkpoint.load import (
     dtype_of_copy,
     model_state,
 )
+from torchtitan.components.checkpoint.model_identity import warn_of_change
 from torchtitan.components.checkpoint.reader import (
     CheckpointReader,
     check_keys_and_shapes,
@@ -33,10 +34,13 @@ from torchtitan.components.checkpoint.safetensors_files import (
 from torchtitan.components.checkpoint.saved_tensors import SavedTensor
 from torchtitan.components.checkpoint.tied import tied_embeddings
 from torchtitan.components.run_folder import CONFIG_FILE
+from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import KnownModel
+from torchtitan.preflight.model_fit import fits_vocabulary
 from torchtitan.protocols.model_converter import convert_to_load
 
 from .output import new_folder, refuse_existing, with_progress
@@ -64,6 +68,7 @@ def convert_to_hf(
     Raises:
         CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, Hugging
             Face cannot express it, `out` exists or cannot be written.
+        ConfigError: `tokenizer` has more tokens than the model.
     """
     refuse_existing(out)
     checkpoint = OpenCheckpoint.open(folder, None)
@@ -132,9 +137,12 @@ def _as_saved(state: dict[str, torch.Tensor], metadata: Any) -> list[dict[str, t
 def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None) -> ExportAssets:
     """Return the other inputs of the folder. Args: tokenizer: as in `convert_to_hf`."""
     described = checkpoint.manifest.model
-    reads_texts = tokenizer is not None or known.spec.build_tokenizer_fn is not None
+    told = tokenizer is not None
+    reads_texts = told or known.spec.build_tokenizer_fn is not None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
+    if told or any((folder / "tokenizer.json").is_file() for folder in like):
+        _check_tokenizer(checkpoint, known, tokenizer)
     own = described.get("own_tokenizer", {}) if not tokenizer else {}
     assets = ExportAssets(
         tokenizer if reads_texts else "",
@@ -155,6 +163,16 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
         conversations=conversations,
         add_bos=bool(data.get("add_bos", False)),
     )
+
+
+def _check_tokenizer(checkpoint: OpenCheckpoint, known: KnownModel, path: str) -> None:
+    tokenizer, size = open_tokenizer(path), getattr(known.args, "vocab_size", None)
+    if not fits_vocabulary(tokenizer, size, path):
+        raise ConfigError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, but the vocabulary of the "
+            f"model {known} has only {size}. Give its own: --tokenizer"
+        )
+    warn_of_change(checkpoint.folder, checkpoint.manifest.model, tokenizer)
 
 
 def _stream(

@@ -23,7 +23,7 @@ from torchtitan.generation.load import (
 )
 from torchtitan.runtime.world import rank, world_size
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.options import require_at_least_one
+from torchtitan.tools.options import flag, require_at_least_one
 from torchtitan.tools.result_file import require_folder, write_result
 
 DESCRIPTION = """\
@@ -38,6 +38,11 @@ a dataset, or tasks of lm-evaluation-harness (pip install lm_eval). See docs/gen
 Exit code: 0, or 2 for a mistake in the command, the checkpoint or the data."""
 
 DEFAULT_SEQ_LEN = 2048
+ONLY_WITH = {
+    "--tasks": ("num_fewshot", "limit", "include_path"),
+    "--dataset": ("dataset_path", "split", "max_tokens"),
+}
+"""Option -> those that have an effect only beside it."""
 
 
 @dataclass
@@ -48,6 +53,8 @@ class Options(ModelOptions):
     """File, glob or folder of the dataset, as in training.dataset_path."""
     text_key: str = "text"
     """Field that holds the text, in formats with fields."""
+    split: str | None = None
+    """Part of a dataset that has several, as in training.split. Default: as in training"""
     seq_len: int | None = None
     """Tokens per sequence. Default: the model's longest sequence, with a dataset at most 2048; 2048
     if the model's limit is unknown"""
@@ -111,6 +118,10 @@ def _check(options: Options) -> Source | None:
         raise ConfigError("give either --add-bos or --no-add-bos")
     if bool(options.tasks) == (options.dataset is not None):
         raise ConfigError("give either --dataset NAME or --tasks TASK [TASK ...]")
+    missing = "--dataset" if options.tasks else "--tasks"
+    for name in ONLY_WITH[missing]:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"{flag(name)} has no effect without {missing}; remove it")
     if options.tasks:
         require_lm_eval()
         if world_size() != options.tensor_parallel_degree:
@@ -122,7 +133,7 @@ def _check(options: Options) -> Source | None:
     if options.dataset is None:
         return None
     with begin_errors_with(f"--dataset {options.dataset}"):
-        return open_dataset(options.dataset, options.dataset_path, options.text_key)
+        return open_dataset(options.dataset, options.dataset_path, options.text_key, options.split)
 
 
 def _add_bos(source: CheckpointSource, options: Options) -> bool:

@@ -17,8 +17,9 @@ from torchtitan.components.loss import IGNORE_INDEX, count_labels
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.data.encode import encode_document
 from torchtitan.data.sources import Source, has_random_access
-from torchtitan.errors import DataError
+from torchtitan.errors import CheckpointError, DataError
 from torchtitan.generation.load import LoadedModel
+from torchtitan.generation.sampling import NO_NUMBERS
 from torchtitan.generation.text import first_token
 from torchtitan.tools.logging import rank0
 
@@ -133,6 +134,10 @@ def evaluate(
         seq_len: tokens in a sequence; the model sees none from before it.
         batch_size: sequences in one forward pass.
         add_bos: bos begins each document. None: use `CheckpointSource.add_bos`.
+
+    Raises:
+        CheckpointError: the loss is not finite.
+        DataError: see `TokenStream.sequences`.
     """
     dims = loaded.parallel_dims
     rank = dims.world_mesh["dp"].get_local_rank() if dims.world_size > 1 else 0
@@ -160,6 +165,8 @@ def evaluate(
     if dims.dp > 1:
         dist.all_reduce(loss_sum, group=dims.world_mesh["dp"].get_group())
     total = loss_sum.item()
+    if not math.isfinite(total):
+        raise CheckpointError(NO_NUMBERS)
     loss = total / stream.tokens
     return Perplexity(
         loss=loss,

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torchtitan.components.tokenizer import path_of
 from torchtitan.config.load import origin
 from torchtitan.runtime.world import rank
+from torchtitan.tools.logging import rank0
 
 from .huggingface import TOKENIZER_FILES, TRAINING_ONLY, initial_load_path
 from .manifest import Manifest, nested_differences, plain_args
 from .safetensors_files import is_hf_weights
+from .storage import StoragePath
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -25,18 +27,22 @@ _WITH_BUFFERS = ("aux_loss_weight", "use_bias")
 
 
 def describe_model(job_config: JobConfig, args: Any, tokenizer: Any) -> dict[str, Any]:
-    """Return the manifest's description of the model, as JSON would load it.
-
-    A custom tokenizer is described under `own_tokenizer`.
-    """
-    path = path_of(tokenizer)
-    described = {
+    """Return the manifest's description of the model, as JSON would load it."""
+    return {
         "name": job_config.model.name,
         "flavor": job_config.model.flavor,
         "args": plain_args(args),
+        **describe_tokenizer(tokenizer),
+        "seq_len": job_config.training.seq_len,
+    }
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Return that part of the description; a custom one is described under `own_tokenizer`."""
+    path = path_of(tokenizer)
+    described: dict[str, Any] = {
         "tokenizer": _absolute(path),
         "tokenizer_sha256": _tokenizer_digest(path),
-        "seq_len": job_config.training.seq_len,
     }
     if tokenizer is not None and not path:
         fields = ("vocab_size", "bos_id", "eos_id", "fingerprint")
@@ -57,14 +63,33 @@ def model_differences(
     for name in ("name", "flavor"):
         if saved.get(name) != current[name]:
             yield f"model.{name}", saved.get(name), current[name]
-    if any(saved.get(key) != current.get(key) for key in ("tokenizer_sha256", "own_tokenizer")):
-        was, now = (of.get("own_tokenizer") or of.get("tokenizer") for of in (saved, current))
-        yield "model.tokenizer_path", was, now if now != was else f"{now} with other files"
+    if other := _tokenizer_difference(saved, current):
+        yield "model.tokenizer_path", *other
     was, now = saved.get("args", {}), current["args"]
     for name, a, b in nested_differences(was, now):
         field = name.rpartition(".")[2]
         if field not in TRAINING_ONLY or (field in _WITH_BUFFERS and bool(a) != bool(b)):
             yield name, a, b
+
+
+def warn_of_change(folder: StoragePath, saved: dict[str, Any], tokenizer: Any) -> None:
+    """Warn if a tokenizer is not the one that a checkpoint was trained with.
+
+    Args:
+        saved: description of the model in its manifest; without a tokenizer's, nothing is known.
+    """
+    if "tokenizer_sha256" not in saved:
+        return
+    if other := _tokenizer_difference(saved, describe_tokenizer(tokenizer)):
+        rank0.warning("%s was trained with the tokenizer %s, and this is %s", folder, *other)
+
+
+def _tokenizer_difference(saved: dict[str, Any], current: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Return the tokenizers of two descriptions if they differ."""
+    if all(saved.get(key) == current.get(key) for key in ("tokenizer_sha256", "own_tokenizer")):
+        return None
+    was, now = (of.get("own_tokenizer") or of.get("tokenizer") for of in (saved, current))
+    return was, now if now != was else f"{now} with other files"
 
 
 def warn_of_other_tokenizer(job_config: JobConfig, tokenizer: Any) -> None:
@@ -75,14 +100,11 @@ def warn_of_other_tokenizer(job_config: JobConfig, tokenizer: Any) -> None:
     manifest = Manifest.read(path)
     if manifest.is_converted:  # see `warn_of_bytes`
         return
-    for name, was, now in model_differences(
-        manifest.model, describe_model(job_config, None, tokenizer)
-    ):
-        if name == "model.tokenizer_path":
-            logger.warning(
-                "%s: the weights in %s were trained with the tokenizer %s, and this run uses %s",
-                *(origin(job_config, name), path, was, now),
-            )
+    if other := _tokenizer_difference(manifest.model, describe_tokenizer(tokenizer)):
+        logger.warning(
+            "%s: the weights in %s were trained with the tokenizer %s, and this run uses %s",
+            *(origin(job_config, "model.tokenizer_path"), path, *other),
+        )
 
 
 def _absolute(tokenizer: str) -> str:

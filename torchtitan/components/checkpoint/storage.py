@@ -208,6 +208,15 @@ def storage_path(location: str | os.PathLike[str]) -> StoragePath:
     return RemotePath(text)
 
 
+def local_path(location: str) -> Path:
+    """Return the path of a local folder (also for `file://`). Raises `ConfigError` for a URL."""
+    if is_url(location) and not location.startswith("file://"):
+        raise ConfigError(
+            f"{location}: URLs are not supported here. Use a local folder, and copy it"
+        )
+    return cast(Path, storage_path(location))
+
+
 def is_url(location: str) -> bool:
     return "://" in location
 

@@ -77,7 +77,8 @@ def test_each_weight_is_the_mean_and_counts_are_those_of_the_last(
 
 
 def test_it_is_an_export_that_knows_its_run(steps: list[Path], tmp_path: Path) -> None:
-    average([str(steps[0]), str(steps[1]), str(steps[1])], tmp_path / "mean")
+    steps_3 = (steps[0], steps[1], steps[1])
+    cli.main(["checkpoint", "average", *map(str, steps_3), "--out", f"file://{tmp_path}/mean"])
     manifest, last = (Manifest.read_whole(folder) for folder in (tmp_path / "mean", steps[1]))
     assert (manifest.step, manifest.model_only, manifest.model) == (4, True, last.model)
     assert not manifest.damaged_files(tmp_path / "mean")
@@ -85,6 +86,21 @@ def test_it_is_an_export_that_knows_its_run(steps: list[Path], tmp_path: Path) -
     one, two = (weights(step)["output.weight"] for step in steps[:2])
     twice = weights(tmp_path / "mean")["output.weight"]  # the second weighs twice
     torch.testing.assert_close(twice, (one + 2 * two) / 3)
+
+
+def test_what_a_run_may_change_has_a_mean(steps: list[Path], tmp_path: Path) -> None:
+    """The dtype of its export, and the kernel of its attention."""
+    model = CountingModel(TinyArgs())
+    export = {"last_save_model_only": True, "export_dtype": "bfloat16"}
+    Run(tmp_path, model=model, seed=1, steps=2, **export).train(2, last=True)
+    short = tmp_path / "checkpoint" / "step-2"
+    manifest = Manifest.read(short)
+    manifest.model["args"]["attention"] = "sdpa"
+    manifest.write(short)
+    average([str(steps[1]), str(short)], tmp_path / "mean")
+    mean, *sources = (weights(folder) for folder in (tmp_path / "mean", steps[1], short))
+    expected = torch.stack([source["output.weight"] for source in sources]).mean(0)
+    torch.testing.assert_close(mean["output.weight"], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_what_has_no_mean_is_refused(
@@ -100,6 +116,7 @@ def test_what_has_no_mean_is_refused(
     other = tmp_path / "other" / "checkpoint" / "step-2"
     assert "in only one of them" in told(capsys, other, steps[1], *out)
     assert "give two checkpoints or more" in told(capsys, steps[0], *out)
+    assert "s3://b/mean: URLs are not" in told(capsys, *steps[:2], "--out", "s3://b/mean")
     damaged = wide / "__0_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     assert "is damaged: CRC-32" in told(capsys, wide, wide, *out)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, tiny_spec
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchtitan import cli
@@ -383,12 +385,25 @@ def test_a_bad_checkpoint_is_refused_and_nothing_written(mistake, tmp_path, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capsys):
+    convert("from-hf", hf_folder(tmp_path / "hf"), tmp_path / "ours")
+    large = tmp_path / "large"
+    large.mkdir()
+    ids = {str(number): number for number in range(300)}
+    Tokenizer(WordLevel(ids, "0")).save(str(large / "tokenizer.json"))
+    (large / "tokenizer_config.json").write_text('{"eos_token": "1"}')
+    arguments = ("to-hf", tmp_path / "ours", tmp_path / "out", "--tokenizer", large)
+    assert f"the tokenizer {large} has 300 tokens" in refused(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_such_folder(tmp_path, capsys):
     for action in ("from-hf", "to-hf"):
         message = refused(capsys, action, tmp_path / "nowhere", tmp_path / "out")
         assert f"{tmp_path / 'nowhere'}: no such folder" in message
     assert "is not a folder" in refused(capsys, "inspect", tmp_path / "nowhere")
     assert "is not a checkpoint" in refused(capsys, "inspect", tmp_path)
+    assert "s3://b/run: URLs are not" in refused(capsys, "to-hf", "s3://b/run", tmp_path / "out")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):

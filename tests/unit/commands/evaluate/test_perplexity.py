@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import tiny_hf
@@ -14,7 +15,7 @@ from torchtitan.cli import main
 from torchtitan.commands.evaluate.perplexity import TokenStream, evaluate, pad_batch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.errors import BadDocumentError, DataError
+from torchtitan.errors import BadDocumentError, CheckpointError, DataError
 from torchtitan.generation.load import ModelOptions, load_model, open_source
 
 TEXTS = ["first document", "", "the second, with é and 東京", "x" * 40]
@@ -112,6 +113,13 @@ def test_the_loss_is_that_of_every_token(loaded):
         assert result.bits_per_byte == pytest.approx(total / math.log(2) / NBYTES, rel=1e-5)
 
 
+def test_weights_that_are_no_numbers_have_no_loss(folder):
+    loaded = load_model(open_source(ModelOptions(str(folder), tokenizer="bytes")))
+    next(loaded.model.parameters()).data.fill_(math.nan)
+    with pytest.raises(CheckpointError, match="logits are NaN or infinite"):
+        evaluate(loaded, TEXTS, 16, 2)
+
+
 def test_the_command(folder, tmp_path, capsys):
     texts, out = tmp_path / "texts.txt", tmp_path / "out.json"
     texts.write_text("some text to evaluate")
@@ -121,6 +129,16 @@ def test_the_command(folder, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert result["tokens"] == 22 and result["bytes"] == 21 and result["seq_len"] == 512
     assert f"{result['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_split(folder, tmp_path):
+    texts = {"train": ["one"], "test": ["one", "two"]}
+    parts = {name: datasets.Dataset.from_dict({"text": of}) for name, of in texts.items()}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "texts")
+    command = ["eval", "--checkpoint", str(folder), "--tokenizer", "bytes", "--dataset", "arrow"]
+    command += ["--dataset-path", str(tmp_path / "texts"), "--json", str(tmp_path / "out.json")]
+    assert main([*command, "--split", "test"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["documents"] == 2
 
 
 def test_a_text_that_is_cut_within_its_first_character(folder, tmp_path, capsys):
@@ -182,6 +200,10 @@ MISTAKES = {
     "batch": (["--dataset", "stdlib", "--batch-size", "0"], "--batch-size 0"),
     "bos": (["--dataset", "stdlib", "--add-bos", "--no-add-bos"], "either --add-bos or"),
     "json": (["--dataset", "stdlib", "--json", "/no/such/file"], "--json /no/such/file"),
+    "folder": (["--dataset", "stdlib", "--json", "/"], "--json /: a folder. Give a file"),
+    "split": (["--dataset", "stdlib", "--split", "test"], "split = 'test' has no effect"),
+    "limit": (["--dataset", "stdlib", "--limit", "1"], "--limit has no effect without --tasks"),
+    "tokens": (["--tasks", "x", "--max-tokens", "1"], "has no effect without --dataset; remove"),
 }
 
 
