@@ -1,4 +1,4 @@
-"""Rows of a checkpoint that are not as many as the loader's: what a message can know of them."""
+"""Rows or data of a checkpoint that are not those of the loader: what a message knows of them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -49,3 +49,19 @@ def test_of_the_librarys_loader_the_keys_are_named(monkeypatch):
 
 def test_rows_that_are_as_many_fit(monkeypatch):
     check(monkeypatch, lambda *args: None, [2, 1], [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"documents": 4, "sample": 1}, None),
+        ({"documents": 5, "sample": 2}, "training.dataset had 4 documents, now 5"),
+        ({"documents": 4, "sample": 2}, "training.dataset has as many documents as before, but"),
+        ({"documents": 4}, None),
+    ],
+)
+def test_other_documents_are_told_also_if_they_are_as_many(caplog, now, said):
+    was = {"sources": [{"name": "", "documents": 4, "sample": 1}]}
+    checkpoint: Any = SimpleNamespace(folder="step-2", manifest=SimpleNamespace(data=was))
+    data_fit.warn_of_changed_data(checkpoint, {"sources": [{"name": "", **now}]})
+    assert (said in caplog.text) if said else not caplog.records

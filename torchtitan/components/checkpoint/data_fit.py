@@ -101,18 +101,20 @@ def source_names(config: dict[str, Any]) -> list[str]:
 
 
 def warn_of_changed_data(checkpoint: OpenCheckpoint, current: dict[str, Any]) -> None:
-    """Warn on rank 0 if the size of a source has changed since the checkpoint was saved.
+    """Warn on rank 0 if a source has changed its size or content since the checkpoint was saved.
 
     Args:
         current: `RunState.describe_data()`.
     """
     was, now = (data.get("sources", []) for data in (checkpoint.manifest.data, current))
-    changes = [
-        f"{new['name'] or 'training.dataset'} had {old[unit]:,} {unit}, now {new[unit]:,}"
-        for old, new in zip(was, now, strict=False)
-        for unit in ("documents", "shards")
-        if unit in old and unit in new and old[unit] != new[unit]
-    ]
+    changes = []
+    for old, new in zip(was, now, strict=False):
+        name = new["name"] or "training.dataset"
+        differing = {unit for unit in old.keys() & new.keys() if old[unit] != new[unit]}
+        if unit := next(iter(differing & {"documents", "shards"}), None):
+            changes.append(f"{name} had {old[unit]:,} {unit}, now {new[unit]:,}")
+        elif "sample" in differing:
+            changes.append(f"{name} has as many documents as before, but others")
     if changes:
         rank0.warning(
             "the data has changed since %s was saved: %s. The run resumes at the same document "
