@@ -68,6 +68,7 @@ from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.distributed.unused_options import warn_of_unapplied, warn_of_unread
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.preflight.model_fit import fitting_model
+from torchtitan.preflight.same_on_ranks import refuse_other_data, refuse_other_options
 from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.collective_calls import on_rank_zero
@@ -132,6 +133,7 @@ class Trainer:
         if job_config.debug.deterministic:
             use_deterministic_kernels()
         init_distributed(job_config.comm.timeout_seconds)
+        refuse_other_options(job_config, dist.group.WORLD)
         self.sum_over_ranks = HostSum()
         check_resume(job_config, model_args, dist.group.WORLD, self.tokenizer)
         self.device = device()
@@ -167,6 +169,7 @@ class Trainer:
         with loader_outages(job_config):
             self.dataloader = spec.build_dataloader_fn(job_config, self.tokenizer, *self.data_share)
         check_dataloader(self.dataloader, job_config)
+        refuse_other_data(self.dataloader, dist.group.WORLD)
         self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
