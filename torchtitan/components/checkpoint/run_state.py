@@ -12,7 +12,16 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from .data_fit import check_data, saved_seq_len, warn_of_changed_data
+from torchtitan.data.refit import refit
+
+from .data_fit import (
+    align_sources,
+    check_data,
+    saved_rows,
+    saved_seq_len,
+    sources_before_and_now,
+    warn_of_changed_data,
+)
 from .load import OpenCheckpoint, buffer_names, dtype_of_copy, model_state
 
 if TYPE_CHECKING:
@@ -119,14 +128,27 @@ class RunState:
         state = self.state_dict(exclude)
         if "dataloader" in state:
             own_rows = self.dataloader.state_dict()["rows"]
-            dp_size = self._dp_mesh.size()
-            check_data(checkpoint, saved_config, self.job_config, own_rows, dp_size)
-            warn_of_changed_data(checkpoint, self.describe_data())
+            rank, ranks = self._dp_mesh.get_local_rank(), self._dp_mesh.size()
+            current = self.describe_data()
+            check_data(checkpoint, saved_config, self.job_config, own_rows, ranks, current)
+            names = sources_before_and_now(saved_config, self.job_config)
+            described = align_sources(checkpoint.manifest.data, current, *names)
+            warn_of_changed_data(checkpoint.folder, described, current, *names)
+            batch, size = len(own_rows) * ranks, saved_rows(checkpoint)
+            refits = False
+            if size is not None and (size[0] != batch or names[0] != names[1]):
+                refits = True  # each rank reads the rows of all
+                state["dataloader"]["rows"] = torch.zeros(*size, dtype=torch.int64)
         checkpoint.read_into(state, self.model_parts[0], group)  # loads the model in place
         self.load_state_dict(state)
         if "dataloader" in state:
-            rows = state["dataloader"]["rows"].to_local().cpu()
-            seq_len, described = saved_seq_len(checkpoint), checkpoint.manifest.data
+            rows = state["dataloader"]["rows"]
+            if refits:
+                step = checkpoint.manifest.step
+                rows = torch.from_numpy(refit(rows.numpy(), *names, batch, step)).chunk(ranks)[rank]
+            else:
+                rows = rows.to_local().cpu()
+            seq_len = saved_seq_len(checkpoint)
             self.dataloader.load_state_dict(
                 {"rows": rows, "seq_len": seq_len, "described": described}
             )

@@ -1,0 +1,53 @@
+"""Converts a position in the data to other sources, or to a larger global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .mixing import Mixture
+from .order import Place
+
+
+def refit(
+    rows: np.ndarray, was: Sequence[str], now: Sequence[str], global_batch_size: int, step: int
+) -> np.ndarray:
+    """Return the position from which a changed run reads each remaining document once.
+
+    Row `b` of a batch of `B` has documents `b`, `b + B`, `b + 2 B`, ... In a batch of `m B` rows,
+    `m` rows share those that it has not begun: the one at which it is goes to row `document % m B`.
+
+    Args:
+        rows: `[B, k]` int64 of all ranks, in order: see `DataLoader.state_dict`.
+        was: names of the sources of this state.
+        now: names of the sources. One that is not in `was` begins at its first document.
+        global_batch_size: a multiple of `B`. If it is not `B`, packing must be contiguous and the
+            sources must have random access.
+        step: steps done.
+
+    Returns:
+        `[global_batch_size, k]` int64, with `k` for the sources `now`.
+    """
+    batch, all_rows = len(rows), np.arange(global_batch_size)
+    schedule, places = np.split(rows, [Mixture.state_size(len(was))], axis=1)
+    parts = dict(zip(was, np.split(places, len(was), axis=1), strict=True))
+    size = places.shape[1] // len(was)
+    found = []
+    for name in now:
+        if name in parts:
+            part = np.zeros((global_batch_size, size), np.int64)
+            part[:batch] = parts[name]
+            part[:, 0] = np.resize(parts[name][:, 0], len(part)) + all_rows // batch * batch
+            found.append(part[np.argsort(part[:, 0] % global_batch_size)])
+        else:
+            found.append(np.array([Place(row)[:size] for row in all_rows.tolist()]))
+    state = schedule[0].tolist()
+    if len(now) > 1 and list(was) != list(now):
+        drawn = dict(zip(was, Mixture.drawn(state, len(was)) or [step * batch], strict=True))
+        steps = state[0] if state else step
+        # No weights have the key 0, so that a new phase begins.
+        state = [steps, 0, *[0] * len(now), *(drawn.get(name, 0) for name in now)]
+    elif len(now) == 1:
+        state = []
+    return np.hstack([np.tile(np.array(state, np.int64), (global_batch_size, 1)), *found])
