@@ -28,6 +28,7 @@ from torchtitan.components.checkpoint import CheckpointManager, RunState
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
+from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
@@ -192,7 +193,8 @@ class Trainer:
         if self.parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
         warn_of_unapplied(self.model_parts, job_config)
-        on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
+        for prepare in (make_dump_folder, claim_dump_folder):
+            on_rank_zero(partial(prepare, job_config), dist.group.WORLD)
 
     def _allocate(self, spec: TrainSpec) -> None:
         """Allocate the weights, the optimizer and everything else that the steps need."""
