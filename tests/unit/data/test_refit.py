@@ -9,7 +9,7 @@ import torch
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
 from torchtitan.data.mixing import Blend, Phase
-from torchtitan.data.refit import refit
+from torchtitan.data.refit import read_again, refit
 
 SEQ_LEN = 16
 
@@ -57,6 +57,24 @@ def test_a_larger_batch_shares_the_documents_not_read_yet(sources: list[str], fa
     assert remaining(after) == expected
     assert after.metrics() == pytest.approx(told, rel=0.2)  # epochs count begun documents alike
     assert len(torch.cat(read(after, 2))) == 8 * factor
+    after.close()
+
+
+def test_a_smaller_batch_leaves_no_document_out() -> None:
+    before = loader(12, "a", "b")
+    read(before, 9)
+    was, rows = remaining(before), before.state_dict()["rows"].numpy()
+    after = go_on(before, ["a", "b"], loader(4, "a", "b"), ["a", "b"])
+    again = 0
+    for left, now in zip(was, remaining(after), strict=True):
+        whole, cut = set(now), {document for document, offset in left if offset}
+        assert {document for document, _ in left} <= {document for document, _ in now}
+        assert all(entry in left for entry in whole if entry[1])
+        again += len({document for document, _ in now} - {document for document, _ in left})
+        again += len([document for document, offset in now if not offset and document in cut])
+    assert again == read_again(rows, ["a", "b"], 4) > 0
+    assert read_again(rows, ["a", "b"], 12) == read_again(rows, ["a", "b"], 24) == 0
+    assert len(torch.cat(read(after, 2))) == 8
     after.close()
 
 

@@ -59,16 +59,17 @@ def check_data(
     best_fit = job_config.data.packing == "best_fit"
     replicas = job_config.fault_tolerance.enable
     was, now = sources_before_and_now(saved_config, job_config)
-    may_grow = not best_fit and not replicas
-    may_grow &= all("documents" in source for source in described.get("sources", []))
+    divides = saved % current == 0 or current % saved == 0
+    may_change = not best_fit and not replicas
+    may_change &= all("documents" in source for source in described.get("sources", []))
     # -1 follows the number of ranks, so that another batch may be a mistake.
-    grows = may_grow and current % saved == 0 and job_config.training.global_batch_size != -1
-    if saved != current and not grows:
-        multiple = f", or to a multiple of {saved}, to go on with the documents not read yet"
+    chosen = job_config.training.global_batch_size != -1
+    if saved != current and not (may_change and divides and chosen):
+        others = f", or to a multiple or a divisor of {saved}, to go on with documents not read yet"
         raise CheckpointError(
             f"{folder} was saved with a global batch of {saved} sequences, but "
             f"training.global_batch_size is {current} now. Set it to {saved}, which works on any "
-            f"number of data ranks that divides it{multiple * may_grow}, or set {_WAY_OUT}"
+            f"number of data ranks that divides it{others * may_change}, or set {_WAY_OUT}"
         )
     if replicas and was != now:
         raise CheckpointError(

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from torchtitan.data.refit import refit
+from torchtitan.data.refit import read_again, refit
+from torchtitan.tools.logging import rank0
 
 from .data_fit import (
     align_sources,
@@ -144,8 +145,14 @@ class RunState:
         if "dataloader" in state:
             rows = state["dataloader"]["rows"]
             if refits:
-                step = checkpoint.manifest.step
-                rows = torch.from_numpy(refit(rows.numpy(), *names, batch, step)).chunk(ranks)[rank]
+                table, step = rows.numpy(), checkpoint.manifest.step
+                if again := read_again(table, names[0], batch):
+                    rank0.warning(
+                        "%s of the documents that were read come again, since the rows of the "
+                        "smaller global batch join rows that were not equally far",
+                        f"{again:,}",
+                    )
+                rows = torch.from_numpy(refit(table, *names, batch, step)).chunk(ranks)[rank]
             else:
                 rows = rows.to_local().cpu()
             seq_len = saved_seq_len(checkpoint)
