@@ -1,4 +1,4 @@
-"""Check that a checkpoint's position in the data fits this run's data."""
+"""Fit a checkpoint's position in the data to this run's data, or refuse it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from torchtitan.components.data_loader import builder, has_own_loader
 from torchtitan.data.mixing import Mixture
+from torchtitan.data.refit import read_again, refit
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import rank0
@@ -22,6 +24,56 @@ if TYPE_CHECKING:
 
 _WAY_OUT = 'checkpoint.exclude_from_loading = ["dataloader"] to restart the data from the beginning'
 _WAY_OUT += ", so that documents already seen are repeated"
+
+
+class SavedPosition:
+    """A checkpoint's position in the data, as the loaders of this run need it.
+
+    Args:
+        checkpoint, saved_config, own_rows, dp_size, described: see `check_data`.
+        job_config: the configuration of this run.
+
+    Raises:
+        CheckpointError: this run cannot continue from it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: OpenCheckpoint,
+        saved_config: dict[str, Any],
+        job_config: JobConfig,
+        own_rows: torch.Tensor,
+        dp_size: int,
+        described: dict[str, Any],
+    ) -> None:
+        check_data(checkpoint, saved_config, job_config, own_rows, dp_size, described)
+        self._names = was, now = sources_before_and_now(saved_config, job_config)
+        self._dp_size, self._batch = dp_size, len(own_rows) * dp_size
+        self._step = checkpoint.manifest.step
+        self._size = saved_rows(checkpoint) or torch.Size((self._batch,))
+        self._refits = self._size[0] != self._batch or was != now
+        data = align_sources(checkpoint.manifest.data, described, was, now)
+        warn_of_changed_data(checkpoint.folder, data, described, was, now)
+        self.description = {"seq_len": saved_seq_len(checkpoint), "described": data}
+        """The rest of a loader's state."""
+
+    def target(self, rows: DTensor) -> torch.Tensor:
+        """Return the tensor to read into: `rows`, or one that each rank reads whole, to refit."""
+        return torch.zeros(*self._size, dtype=torch.int64) if self._refits else rows
+
+    def rows_of_rank(self, read: torch.Tensor, dp_rank: int) -> torch.Tensor:
+        """Return the rows of a data rank, `[rows of this rank, k]`, from the read `target`."""
+        if isinstance(read, DTensor):
+            return read.to_local().cpu()
+        table, (was, now) = read.numpy(), self._names
+        if again := read_again(table, was, self._batch):
+            rank0.warning(
+                "%s of the documents that were read come again, since the rows of the smaller "
+                "global batch join rows that were not equally far",
+                f"{again:,}",
+            )
+        rows = torch.from_numpy(refit(table, was, now, self._batch, self._step))
+        return rows.chunk(self._dp_size)[dp_rank]
 
 
 def check_data(

@@ -12,17 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from torchtitan.data.refit import read_again, refit
-from torchtitan.tools.logging import rank0
-
-from .data_fit import (
-    align_sources,
-    check_data,
-    saved_rows,
-    saved_seq_len,
-    sources_before_and_now,
-    warn_of_changed_data,
-)
+from .data_fit import SavedPosition
 from .load import OpenCheckpoint, buffer_names, dtype_of_copy, model_state
 
 if TYPE_CHECKING:
@@ -128,37 +118,15 @@ class RunState:
             exclude = (*exclude, "guard")
         state = self.state_dict(exclude)
         if "dataloader" in state:
-            own_rows = self.dataloader.state_dict()["rows"]
-            rank, ranks = self._dp_mesh.get_local_rank(), self._dp_mesh.size()
-            current = self.describe_data()
-            check_data(checkpoint, saved_config, self.job_config, own_rows, ranks, current)
-            names = sources_before_and_now(saved_config, self.job_config)
-            described = align_sources(checkpoint.manifest.data, current, *names)
-            warn_of_changed_data(checkpoint.folder, described, current, *names)
-            batch, size = len(own_rows) * ranks, saved_rows(checkpoint)
-            refits = False
-            if size is not None and (size[0] != batch or names[0] != names[1]):
-                refits = True  # each rank reads the rows of all
-                state["dataloader"]["rows"] = torch.zeros(*size, dtype=torch.int64)
+            own = self.dataloader.state_dict()["rows"], self._dp_mesh.size(), self.describe_data()
+            position = SavedPosition(checkpoint, saved_config, self.job_config, *own)
+            state["dataloader"]["rows"] = position.target(state["dataloader"]["rows"])
         checkpoint.read_into(state, self.model_parts[0], group)  # loads the model in place
         self.load_state_dict(state)
         if "dataloader" in state:
-            rows = state["dataloader"]["rows"]
-            if refits:
-                table, step = rows.numpy(), checkpoint.manifest.step
-                if again := read_again(table, names[0], batch):
-                    rank0.warning(
-                        "%s of the documents that were read come again, since the rows of the "
-                        "smaller global batch join rows that were not equally far",
-                        f"{again:,}",
-                    )
-                rows = torch.from_numpy(refit(table, *names, batch, step)).chunk(ranks)[rank]
-            else:
-                rows = rows.to_local().cpu()
-            seq_len = saved_seq_len(checkpoint)
-            self.dataloader.load_state_dict(
-                {"rows": rows, "seq_len": seq_len, "described": described}
-            )
+            rank = self._dp_mesh.get_local_rank()
+            rows = position.rows_of_rank(state["dataloader"]["rows"], rank)
+            self.dataloader.load_state_dict({"rows": rows, **position.description})
 
     def describe_data(self) -> dict[str, Any]:
         """Return the loader's description for `Manifest.data`; empty if it has none."""
