@@ -28,6 +28,7 @@ from torchtitan.components.checkpoint import CheckpointManager, RunState
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.huggingface_save import check_export
 from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
+from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
 from torchtitan.components.fault_tolerance import Replicas, with_own_folder
@@ -68,6 +69,7 @@ from torchtitan.distributed.unequal_gradients import warn_of_unequal_gradients
 from torchtitan.distributed.unused_options import warn_of_unapplied, warn_of_unread
 from torchtitan.errors import TitanError, TrainingError
 from torchtitan.preflight.model_fit import fitting_model
+from torchtitan.preflight.same_on_ranks import refuse_other_data, refuse_other_options
 from torchtitan.protocols import BaseModelArgs, TrainSpec
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.collective_calls import on_rank_zero
@@ -132,6 +134,7 @@ class Trainer:
         if job_config.debug.deterministic:
             use_deterministic_kernels()
         init_distributed(job_config.comm.timeout_seconds)
+        refuse_other_options(job_config, dist.group.WORLD)
         self.sum_over_ranks = HostSum()
         check_resume(job_config, model_args, dist.group.WORLD, self.tokenizer)
         self.device = device()
@@ -167,6 +170,7 @@ class Trainer:
         with loader_outages(job_config):
             self.dataloader = spec.build_dataloader_fn(job_config, self.tokenizer, *self.data_share)
         check_dataloader(self.dataloader, job_config)
+        refuse_other_data(self.dataloader, dist.group.WORLD)
         self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
@@ -189,7 +193,8 @@ class Trainer:
         if self.parallel_dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
         warn_of_unapplied(self.model_parts, job_config)
-        on_rank_zero(partial(make_dump_folder, job_config), dist.group.WORLD)
+        for prepare in (make_dump_folder, claim_dump_folder):
+            on_rank_zero(partial(prepare, job_config), dist.group.WORLD)
 
     def _allocate(self, spec: TrainSpec) -> None:
         """Allocate the weights, the optimizer and everything else that the steps need."""

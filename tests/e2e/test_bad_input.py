@@ -186,8 +186,9 @@ def test_a_checkpoint_of_another_model_or_step(two_checkpoints: Path, tmp_path: 
     assert_one_message(done, f"{folder}/checkpoint/step-4 is of another model")
     assert "\n  model.name = tiny_llama (now llama3)\n" in done.err
     assert "\n  dim = 64 (now 256)\n" in done.err
-    done = refused(folder, *SAVING, "--training.global_batch_size=16", ranks=2)
-    assert_one_message(done, "training.global_batch_size is 16 now")
+    other = ["--training.global_batch_size=12", "--training.local_batch_size=2"]
+    done = refused(folder, *SAVING, *other, ranks=2)
+    assert_one_message(done, "training.global_batch_size is 12 now")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

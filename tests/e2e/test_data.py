@@ -94,7 +94,7 @@ def test_a_mixture_is_resumed_on_other_ranks_with_its_counts(mixture: str, tmp_p
         *("train", *OPTIONS, mixture, *SAVING, "--data.packing=contiguous"),
         *("--training.steps=7", "--job.dump_folder", str(other)),
     )
-    assert_one_message(done, "another number of data.sources or another data.packing")
+    assert_one_message(done, "was saved with another data.packing")
 
 
 def refused(folder: Path, *options: str, ranks: int = 1) -> Finished:
@@ -192,3 +192,29 @@ def test_what_a_run_says_of_its_data(tmp_path: Path) -> None:
     train(tmp_path, *OPTIONS, "--training.steps=2")
     line = read_lines(tmp_path / "metrics.jsonl")[-1]
     assert line["data_epoch"] >= 0 and "data_padding_share" not in line
+
+
+def test_a_run_goes_on_with_another_source_and_a_larger_batch(tmp_path: Path) -> None:
+    """On one and on two ranks alike: each reads its rows of the position that both have."""
+    table = ""
+    for name in ("a", "b", "c"):
+        lines = [json.dumps({"text": f"{name}{i} " * (i % 7 + 1)}) for i in range(200)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        table += f'[[data.sources]]\nname = "{name}"\ndataset = "jsonl"\n'
+        table += f'dataset_path = "{tmp_path}/{name}.jsonl"\n'
+        (tmp_path / f"{name}.toml").write_text(table)
+    train(tmp_path / "one", *OPTIONS, f"{tmp_path}/b.toml", *SAVING, "--training.steps=3")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    changed = f"{tmp_path}/c.toml", "--training.steps=5", "--training.global_batch_size=16"
+    one, two = (
+        train(tmp_path / name, *OPTIONS, *SAVING, *changed, ranks=ranks)
+        for name, ranks in (("one", 1), ("two", 2))
+    )
+    for line, other in zip(one, two, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert {key: line[key] for key in line if key.startswith("data_tokens/")} == pytest.approx(
+            {key: other[key] for key in other if key.startswith("data_tokens/")}
+        )
+    before, after = one[2], one[4]
+    read = [after[f"data_tokens/{name}"] - before.get(f"data_tokens/{name}", 0) for name in "abc"]
+    assert sum(read) == 2 * 16 * 32 and max(read) - min(read) <= 32

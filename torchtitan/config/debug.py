@@ -12,6 +12,6 @@ class Debug:
 
     seed: Annotated[int, Range(ge=0, lt=2**63)] = 42
     """Seed of the weights, the order of the training data and dropout. The same seed gives the same
-    run on every layout."""
+    run on every layout. On resume, the data keeps its order whatever the seed is."""
     deterministic: bool = False
     """Use only deterministic kernels (slower); makes runs bitwise reproducible on CUDA."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from torchtitan.tools.logging import rank0
 from .best_fit import BestFitRow
 from .chat import ChatTemplate
 from .collect import Batch, Counts, Sequence, collect, naming, read_rows
-from .encode import Encoder, first_document
+from .encode import Encoder, first_document, sample_of
 from .mixing import Blend, Mixture, Phase, Steps
 from .order import (
     Place,
@@ -216,16 +217,24 @@ class DataLoader:
         return self._encoder.has_conversations
 
     def describe(self) -> dict[str, Any]:
-        """Return `{"sources": [{"name", "documents" or "shards"}]}`: their sizes, where known.
+        """Return `{"seed", "sources": [{"name", "documents" or "shards", ...}]}`.
 
-        A checkpoint keeps this, since a state is a place in data of this size. A source with shards
-        also has `lanes`, see `order.count_lanes`.
+        A checkpoint keeps this, since a state is a place in data of this size and order. A source
+        with documents also has a `sample` of them, see `sample_of`; one with shards has `lanes`,
+        see `order.count_lanes`.
         """
-        sources = [{"name": name, **size_of(part)} for name, part in self._blend.sources.items()]
+        sources = [{"name": name, **part} for name, part in self._sizes.items()]
         for source, lanes in zip(sources, self._lanes, strict=True):
             if "shards" in source:
                 source["lanes"] = lanes
-        return {"sources": sources}
+        return {"seed": self._seed, "sources": sources}
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, dict[str, int]]:
+        with begin_errors_with(self._name):
+            return {
+                name: size_of(part) | sample_of(part) for name, part in self._blend.sources.items()
+            }
 
     def _count_lanes(self, rule: Callable[[int, int], int]) -> list[int]:
         """Apply `rule(shards, rows of the batch)` to each source."""
@@ -247,8 +256,9 @@ class DataLoader:
         """Go on from a state of `state_dict`; the number of ranks may differ.
 
         Under contiguous packing `seq_len` may differ too: if the state contains the saved run's
-        `seq_len`, the token counts go on from that run's. If the state has `described`, sources
-        keep their number of lanes; states older than the `lanes` entry get `count_equal_lanes`.
+        `seq_len`, the token counts go on from that run's. If the state has `described`, the data
+        keeps the order of that run's seed, and sources keep their number of lanes; states older
+        than the `lanes` entry get `count_equal_lanes`.
 
         Raises:
             CheckpointError: the state is of another global batch size, mixture or packing.
@@ -277,6 +287,7 @@ class DataLoader:
         self.close()
         self._places = places.copy()
         if "described" in state_dict:
+            self._seed = state_dict["described"].get("seed", self._seed)
             old = self._count_lanes(count_equal_lanes)
             sources = state_dict["described"].get("sources") or [{}] * len(old)
             told = zip(sources, old, strict=True)

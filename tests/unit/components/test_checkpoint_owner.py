@@ -1,6 +1,7 @@
 """Two runs never save into one folder."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from checkpoint_run import Run, TinyArgs, world_of_one  # noqa: F401
 from harness import checkpoints_in
 
 from torchtitan.components.checkpoint.folder import checkpoint_root
-from torchtitan.components.checkpoint.owner import OWNER, Claim, Owner, TakenOverError, _process
+from torchtitan.components.checkpoint.owner import (
+    OWNER,
+    Claim,
+    Owner,
+    TakenOverError,
+    _process,
+    claim_dump_folder,
+)
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.checkpoint.storage import sizes_in, storage_path
 from torchtitan.components.checkpoint.writer import CheckpointWriter
@@ -157,6 +165,25 @@ def test_a_folder_that_cannot_be_written_is_named_at_the_start(tmp_path):
 def test_a_disabled_manager_takes_no_folder(tmp_path):
     Run(tmp_path, enable=False).manager.load()
     assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")
+def test_runs_without_checkpoints_do_not_mix_their_metrics(tmp_path):
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    claim_dump_folder(config)
+    claim_dump_folder(config)  # this process's own
+    with subprocess.Popen(["sleep", "60"]) as other:
+        owner = replace(Owner.new(tmp_path), pid=other.pid, process=_process(other.pid))
+        (tmp_path / OWNER).write_text(json.dumps(asdict(owner)))
+        with pytest.raises(CheckpointError, match=r"another run writes its metrics there \(proc"):
+            claim_dump_folder(config)
+        config.checkpoint.enable = True
+        claim_dump_folder(config)  # its folder of checkpoints has a claim of its own
+        config.checkpoint.enable = False
+        other.kill()
+    claim_dump_folder(config)
+    assert Owner.of(tmp_path).pid == os.getpid()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are known from /proc")

@@ -1,13 +1,14 @@
-"""Rows of a checkpoint that are not as many as the loader's: what a message can know of them."""
+"""Rows or data of a checkpoint that are not those of the loader: what a message knows of them."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from torchtitan.components.checkpoint import data_fit
 from torchtitan.config import JobConfig
+from torchtitan.config.data import DataSource
 from torchtitan.data import build_dataloader
 from torchtitan.errors import CheckpointError
 
@@ -24,7 +25,7 @@ def check(monkeypatch: pytest.MonkeyPatch, build: Any, saved: list[int], rows: l
         metadata=SimpleNamespace(state_dict_metadata={"dataloader.rows": entry}),
         manifest=SimpleNamespace(model={}),
     )
-    data_fit.check_data(checkpoint, {}, config, torch.zeros(rows, dtype=torch.int64), 1)
+    data_fit.check_data(checkpoint, {}, config, torch.zeros(rows, dtype=torch.int64), 1, {})
 
 
 @pytest.mark.parametrize("rows", [[1, 1], [2, 3]])
@@ -43,9 +44,54 @@ def test_of_the_librarys_loader_the_keys_are_named(monkeypatch):
         CheckpointError, match=r"training\.global_batch_size is 1 now\. Set it to 2"
     ):
         check(monkeypatch, build_dataloader, [2, 1], [1, 1])
-    with pytest.raises(CheckpointError, match=r"another number of data\.sources"):
+    with pytest.raises(CheckpointError, match=r"another data\.packing"):
         check(monkeypatch, build_dataloader, [2, 1], [2, 3])
 
 
 def test_rows_that_are_as_many_fit(monkeypatch):
     check(monkeypatch, lambda *args: None, [2, 1], [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"documents": 4, "sample": 1}, None),
+        ({"documents": 5, "sample": 2}, "training.dataset had 4 documents, now 5"),
+        ({"documents": 4, "sample": 2}, "training.dataset has as many documents as before, but"),
+        ({"documents": 4}, None),
+    ],
+)
+def test_other_documents_are_told_also_if_they_are_as_many(caplog, now, said):
+    was = {"sources": [{"name": "", "documents": 4, "sample": 1}]}
+    current = {"sources": [{"name": "", **now}]}
+    data_fit.warn_of_changed_data(cast(Any, "step-2"), was, current, ["text"], ["text"])
+    assert (said in caplog.text) if said else not caplog.records
+
+
+def test_sources_that_come_and_go_are_told(caplog):
+    known = {name: {"name": name, "documents": n} for n, name in enumerate("abc")}
+    was, now = ["a", "b"], ["c", "b"]
+    saved, current = ({"sources": [known[name] for name in names]} for names in (was, now))
+    described = data_fit.align_sources(saved, current, was, now)
+    assert described == current
+    assert data_fit.align_sources({}, current, was, now) == {}
+    data_fit.warn_of_changed_data(cast(Any, "step-2"), described, current, was, now)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert 'New, from their first document: ["c"]. Gone, with their position: ["a"]' in warning
+
+
+@pytest.mark.parametrize(
+    ("saved", "sources", "names"),
+    [
+        ({"training": {"dataset": "text"}}, [], (["jsonl"], ["jsonl"])),
+        ({"training": {"dataset": "text"}}, ["a", "text"], (["text"], ["a", "text"])),
+        ({"data": {"sources": [{"dataset": "a"}]}}, ["b"], (["a"], ["b"])),
+        ({"data": {"sources": [{"dataset": "a"}]}}, [], (["a"], ["jsonl"])),
+        ({}, ["b"], (["b"], ["b"])),
+    ],
+)
+def test_the_names_of_sources(saved, sources, names):
+    config = JobConfig()
+    config.training.dataset = "jsonl"
+    config.data.sources = [DataSource(dataset=name) for name in sources]
+    assert data_fit.sources_before_and_now(saved, config) == names

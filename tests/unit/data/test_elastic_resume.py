@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data import DataLoader
+from torchtitan.data.encode import sample_of
 from torchtitan.data.mixing import Blend, Phase
 from torchtitan.data.token_shards import Shard, TokenFiles
 from torchtitan.errors import BadDocumentError, CheckpointError
@@ -177,3 +178,32 @@ def test_a_place_far_in_the_data_is_found_at_once() -> None:
     assert bytes(batch["tokens"][0, :9].tolist()).startswith(b"ument ")
     assert one.metrics()["data_epoch"] == pytest.approx(ROWS * 1e9 / 1e12, rel=1e-6)
     one.close()
+
+
+@pytest.mark.parametrize("kind", ["texts", "blend"])
+def test_a_resumed_run_keeps_the_order_of_its_first_seed(kind: str) -> None:
+    """With the permutation of another seed, documents would be left out or come twice."""
+    (before,) = open_ranks(kind, 1, 1, 1)
+    step([before])
+    (again,) = open_ranks(kind, 1, 1, 1, seed=12)
+    again.load_state_dict(before.state_dict())
+    for _ in range(8):
+        assert all(map(torch.equal, step([again]), step([before])))
+    (third,) = open_ranks(kind, 1, 1, 1, seed=13)
+    third.load_state_dict(again.state_dict())
+    assert all(map(torch.equal, step([third]), step([before])))
+    close([before, again, third])
+
+
+def test_a_source_is_known_by_a_sample_of_its_documents() -> None:
+    class Malformed(list):
+        def __getitem__(self, index: int) -> object:  # type: ignore[override]
+            raise BadDocumentError(f"{super().__getitem__(index)}:{index}")
+
+    texts = [f"text {number}" for number in range(30)]
+    ids = [np.arange(number) for number in range(30)]
+    assert sample_of(texts) == sample_of([*texts])
+    assert sample_of(ids) == sample_of([array.astype(np.uint16) for array in ids])
+    assert sample_of(Malformed("a" * 9)) == sample_of(Malformed("b" * 9))
+    assert len({str(sample_of(kind)) for kind in (texts, texts[::-1], ids)}) == 3
+    assert sample_of(iter(texts)) == {}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -170,12 +171,12 @@ def test_a_loader_tells_how_large_its_sources_are() -> None:
     sources = {"texts": ["a", "b"], "files": Files(), "stream": Stream()}
     loader = DataLoader(Blend(sources, (Phase(1, (1.0,) * 3),)), BytesTokenizer(), 8, 4, 4)
     assert loader.describe()["sources"] == [
-        {"name": "texts", "documents": 2},
+        {"name": "texts", "documents": 2, "sample": zlib.crc32(repr([*"aaaabbbb"]).encode())},
         {"name": "files", "shards": 3, "lanes": 1},
         {"name": "stream"},
     ]
     one = DataLoader(["a", "b"], BytesTokenizer(), 8, 4, 4)
-    assert one.describe()["sources"] == [{"name": "", "documents": 2}]
+    assert [source["documents"] for source in one.describe()["sources"]] == [2]
 
 
 def test_data_begun_anew_in_a_run_keeps_to_its_phases() -> None:

@@ -1,4 +1,4 @@
-"""Check that a checkpoint's position in the data fits this run's data."""
+"""Fit a checkpoint's position in the data to this run's data, or refuse it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from torchtitan.components.data_loader import builder, has_own_loader
+from torchtitan.data.mixing import Mixture
+from torchtitan.data.refit import read_again, refit
 from torchtitan.errors import CheckpointError
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import rank0
@@ -16,10 +19,61 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
     from .load import OpenCheckpoint
+    from .storage import StoragePath
 
 
 _WAY_OUT = 'checkpoint.exclude_from_loading = ["dataloader"] to restart the data from the beginning'
 _WAY_OUT += ", so that documents already seen are repeated"
+
+
+class SavedPosition:
+    """A checkpoint's position in the data, as the loaders of this run need it.
+
+    Args:
+        checkpoint, saved_config, own_rows, dp_size, described: see `check_data`.
+        job_config: the configuration of this run.
+
+    Raises:
+        CheckpointError: this run cannot continue from it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: OpenCheckpoint,
+        saved_config: dict[str, Any],
+        job_config: JobConfig,
+        own_rows: torch.Tensor,
+        dp_size: int,
+        described: dict[str, Any],
+    ) -> None:
+        check_data(checkpoint, saved_config, job_config, own_rows, dp_size, described)
+        self._names = was, now = sources_before_and_now(saved_config, job_config)
+        self._dp_size, self._batch = dp_size, len(own_rows) * dp_size
+        self._step = checkpoint.manifest.step
+        self._size = saved_rows(checkpoint) or torch.Size((self._batch,))
+        self._refits = self._size[0] != self._batch or was != now
+        data = align_sources(checkpoint.manifest.data, described, was, now)
+        warn_of_changed_data(checkpoint.folder, data, described, was, now)
+        self.description = {"seq_len": saved_seq_len(checkpoint), "described": data}
+        """The rest of a loader's state."""
+
+    def target(self, rows: DTensor) -> torch.Tensor:
+        """Return the tensor to read into: `rows`, or one that each rank reads whole, to refit."""
+        return torch.zeros(*self._size, dtype=torch.int64) if self._refits else rows
+
+    def rows_of_rank(self, read: torch.Tensor, dp_rank: int) -> torch.Tensor:
+        """Return the rows of a data rank, `[rows of this rank, k]`, from the read `target`."""
+        if isinstance(read, DTensor):
+            return read.to_local().cpu()
+        table, (was, now) = read.numpy(), self._names
+        if again := read_again(table, was, self._batch):
+            rank0.warning(
+                "%s of the documents that were read come again, since the rows of the smaller "
+                "global batch join rows that were not equally far",
+                f"{again:,}",
+            )
+        rows = torch.from_numpy(refit(table, was, now, self._batch, self._step))
+        return rows.chunk(self._dp_size)[dp_rank]
 
 
 def check_data(
@@ -28,6 +82,7 @@ def check_data(
     job_config: JobConfig,
     own_rows: torch.Tensor,
     dp_size: int,
+    described: dict[str, Any],
 ) -> None:
     """Raise `CheckpointError` if the loader cannot continue from a checkpoint's position.
 
@@ -35,49 +90,59 @@ def check_data(
         saved_config: configuration of the run that saved the checkpoint; empty: unknown.
         own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
         dp_size: number of data ranks of this replica group, which share a global batch.
+        described: `RunState.describe_data()`.
     """
     folder = checkpoint.folder
-    rows: Any = checkpoint.metadata.state_dict_metadata.get("dataloader.rows")
-    if rows is None:
+    size = saved_rows(checkpoint)
+    if size is None:
         return
-    saved, current = rows.size[0], len(own_rows) * dp_size
-    if rows.size != torch.Size((current, own_rows.shape[1])) and _has_own_loader(job_config):
+    saved, current = size[0], len(own_rows) * dp_size
+    if _has_own_loader(job_config):
+        if size == torch.Size((current, own_rows.shape[1])):
+            return
         raise CheckpointError(
-            f"{folder} has loader states with rows of shape {list(rows.size)} over all data "
+            f"{folder} has loader states with rows of shape {list(size)} over all data "
             f"ranks, but the loaders of {builder(job_config)} now have "
             f"{[current, own_rows.shape[1]]}. If each row belongs to a sequence of the global "
             "batch, their number does not depend on the number of data ranks. Restore the "
             "settings that determine the rows, such as training.global_batch_size or the number "
             f"of data ranks, or set {_WAY_OUT}"
         )
-    if saved != current:
+    best_fit = job_config.data.packing == "best_fit"
+    replicas = job_config.fault_tolerance.enable
+    was, now = sources_before_and_now(saved_config, job_config)
+    divides = saved % current == 0 or current % saved == 0
+    may_change = not best_fit and not replicas
+    may_change &= all("documents" in source for source in described.get("sources", []))
+    # -1 follows the number of ranks, so that another batch may be a mistake.
+    chosen = job_config.training.global_batch_size != -1
+    if saved != current and not (may_change and divides and chosen):
+        others = f", or to a multiple or a divisor of {saved}, to go on with documents not read yet"
         raise CheckpointError(
             f"{folder} was saved with a global batch of {saved} sequences, but "
             f"training.global_batch_size is {current} now. Set it to {saved}, which works on any "
-            f"number of data ranks that divides it, or set {_WAY_OUT}"
+            f"number of data ranks that divides it{others * may_change}, or set {_WAY_OUT}"
         )
-    if rows.size[1] != own_rows.shape[1]:
+    if replicas and was != now:
         raise CheckpointError(
-            f"{folder} was saved with another number of data.sources or another data.packing. "
-            f"Restore them, or set {_WAY_OUT}"
+            f"{folder} was saved with the data.sources {json.dumps(was)}, but they are "
+            f"{json.dumps(now)} now. With fault_tolerance.enable they must stay the same. Restore "
+            f"their names and order, or set {_WAY_OUT}"
         )
-    names = [source.name or source.dataset for source in job_config.data.sources]
-    saved_names = source_names(saved_config)
-    if len(names) == len(saved_names) and names != saved_names:
+    of_place = (own_rows.shape[1] - Mixture.state_size(len(now))) // len(now)
+    if size[1] != Mixture.state_size(len(was)) + of_place * len(was):
         raise CheckpointError(
-            f"{folder} was saved with the data.sources {json.dumps(saved_names)}, but they are "
-            f"{json.dumps(names)} now, and each would resume at the position of the source that "
-            f"had its index. Restore their names and order, or set {_WAY_OUT}"
+            f"{folder} was saved with another data.packing. Restore it, or set {_WAY_OUT}"
         )
-    seq_len, now = saved_seq_len(checkpoint), job_config.training.seq_len
-    if job_config.data.packing == "best_fit" and seq_len not in (None, now):
+    seq_len, new_len = saved_seq_len(checkpoint), job_config.training.seq_len
+    if best_fit and seq_len not in (None, new_len):
         raise CheckpointError(
-            f"{folder} was saved with training.seq_len = {seq_len}, but it is {now} now, and "
+            f"{folder} was saved with training.seq_len = {seq_len}, but it is {new_len} now, and "
             f'data.packing = "best_fit" packs documents for a fixed length. Set it to {seq_len}, '
             f"or set {_WAY_OUT}"
         )
     add_bos, now_bos = saved_config.get("data", {}).get("add_bos", False), job_config.data.add_bos
-    if job_config.data.packing == "best_fit" and saved_config and add_bos != now_bos:
+    if best_fit and saved_config and add_bos != now_bos:
         raise CheckpointError(
             f"{folder} was saved with data.add_bos = {json.dumps(add_bos)}, and data.packing = "
             f'"best_fit" packed the documents that way. Restore it, or set {_WAY_OUT}'
@@ -89,35 +154,88 @@ def _has_own_loader(job_config: JobConfig) -> bool:
     return has_own_loader(spec.build_dataloader_fn)
 
 
+def saved_rows(checkpoint: OpenCheckpoint) -> torch.Size | None:
+    """Return the shape of the position in the data: `[global batch, k]`; None if there is none."""
+    rows: Any = checkpoint.metadata.state_dict_metadata.get("dataloader.rows")
+    return rows and rows.size
+
+
 def saved_seq_len(checkpoint: OpenCheckpoint) -> int | None:
     """Return `training.seq_len` of the run that saved the checkpoint; None if not recorded."""
     return checkpoint.manifest.model.get("seq_len")
 
 
-def source_names(config: dict[str, Any]) -> list[str]:
-    """Return the names of `data.sources` in a configuration that was written as TOML."""
-    sources = config.get("data", {}).get("sources", [])
-    return [source.get("name") or source.get("dataset", "") for source in sources]
+def sources_before_and_now(
+    saved_config: dict[str, Any], job_config: JobConfig
+) -> tuple[list[str], list[str]]:
+    """Return the names of the sources of a checkpoint and of this run.
 
-
-def warn_of_changed_data(checkpoint: OpenCheckpoint, current: dict[str, Any]) -> None:
-    """Warn on rank 0 if the size of a source has changed since the checkpoint was saved.
+    A source continues where the one of its name was. One dataset without `data.sources` has the
+    name of the dataset, and continues where another one was.
 
     Args:
-        current: `RunState.describe_data()`.
+        saved_config: see `check_data`.
     """
-    was, now = (data.get("sources", []) for data in (checkpoint.manifest.data, current))
-    changes = [
-        f"{new['name'] or 'training.dataset'} had {old[unit]:,} {unit}, now {new[unit]:,}"
-        for old, new in zip(was, now, strict=False)
-        for unit in ("documents", "shards")
-        if unit in old and unit in new and old[unit] != new[unit]
-    ]
+    now = [source.name or source.dataset for source in job_config.data.sources]
+    saved = saved_config.get("data", {}).get("sources", [])
+    was = [source.get("name") or source.get("dataset", "") for source in saved]
+    if not (was or now) or not saved_config or _has_own_loader(job_config):
+        was = now = now or [job_config.training.dataset]
+    dataset = saved_config.get("training", {}).get("dataset", "")
+    return was or [dataset], now or [job_config.training.dataset]
+
+
+def align_sources(
+    saved: dict[str, Any], current: dict[str, Any], was: list[str], now: list[str]
+) -> dict[str, Any]:
+    """Return a checkpoint's description of its data, with the sources of this run in their order.
+
+    Args:
+        saved: `Manifest.data`.
+        current: `RunState.describe_data()`; describes sources that the checkpoint lacks.
+        was, now: see `sources_before_and_now`.
+    """
+    if len(saved.get("sources", [])) != len(was) or len(current.get("sources", [])) != len(now):
+        return saved
+    known = dict(zip(now, current["sources"], strict=True)) | dict(
+        zip(was, saved["sources"], strict=True)
+    )
+    return saved | {"sources": [known[name] for name in now]}
+
+
+def warn_of_changed_data(
+    folder: StoragePath,
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    was: list[str],
+    now: list[str],
+) -> None:
+    """Warn on rank 0 if sources have come or gone, or have changed their size or content.
+
+    Args:
+        folder: the checkpoint.
+        saved: the result of `align_sources`.
+        current, was, now: see `align_sources`.
+    """
+    if set(was) != set(now):
+        come, gone = (json.dumps(sorted(set(a) - set(b))) for a, b in ((now, was), (was, now)))
+        rank0.warning(
+            "data.sources have changed since %s was saved. New, from their first document: %s. "
+            "Gone, with their position: %s. The others continue where they were",
+            *(folder, come, gone),
+        )
+    changes = []
+    sources = (data.get("sources", []) for data in (saved, current))
+    for old, new in zip(*sources, strict=False):
+        name = new["name"] or "training.dataset"
+        differing = {unit for unit in old.keys() & new.keys() if old[unit] != new[unit]}
+        if unit := next(iter(differing & {"documents", "shards"}), None):
+            changes.append(f"{name} had {old[unit]:,} {unit}, now {new[unit]:,}")
+        elif "sample" in differing:
+            changes.append(f"{name} has as many documents as before, but others")
     if changes:
         rank0.warning(
             "the data has changed since %s was saved: %s. The run resumes at the same document "
             "numbers, so documents may be repeated or left out. Restore the data, or set %s",
-            checkpoint.folder,
-            "; ".join(changes),
-            _WAY_OUT,
+            *(folder, "; ".join(changes), _WAY_OUT),
         )

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import torch.distributed as dist
@@ -28,6 +29,9 @@ from torchtitan.tools.text import first_line
 
 from .retry import read_again
 from .storage import StoragePath, make_folder, write_durably
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 OWNER = ".owner.json"
 SEEN_AFTER = (0.5, 2.0, 5.0, 15.0, 40.0)
@@ -198,14 +202,29 @@ def _finds(folder: Path, owner: Owner) -> bool:
     return False
 
 
-def refuse_live_owner(folder: StoragePath) -> None:
-    """Raise `CheckpointError` if another run on this machine saves into `folder`."""
+def refuse_live_owner(folder: StoragePath, what: str = "saves its checkpoints") -> None:
+    """Raise `CheckpointError` if another run on this machine does `what` in `folder`."""
     owner = Owner.of(folder)
     if owner is not None and owner.works_in(folder):
         raise CheckpointError(
-            f"{folder}: another run saves its checkpoints there ({owner}). Stop it, or choose "
-            "another job.dump_folder, and another checkpoint.folder if that is a URL"
+            f"{folder}: another run {what} there ({owner}). Stop it, or choose another "
+            "job.dump_folder, and another checkpoint.folder if that is a URL"
         )
+
+
+def claim_dump_folder(job_config: JobConfig) -> None:
+    """Refuse a run without checkpoints if another one on this machine writes to its dump folder.
+
+    Their metrics would be mixed in one file. Runs with checkpoints claim the folder of those.
+
+    Raises:
+        CheckpointError: there is such a run.
+    """
+    if not job_config.checkpoint.enable:
+        folder = Path(job_config.job.dump_folder)
+        refuse_live_owner(folder, "writes its metrics")
+        with suppress(OSError):  # a full disk does not end a run
+            _write(folder, Owner.new(folder))
 
 
 def _write(folder: StoragePath, owner: Owner) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from .data_fit import check_data, saved_seq_len, warn_of_changed_data
+from .data_fit import SavedPosition
 from .load import OpenCheckpoint, buffer_names, dtype_of_copy, model_state
 
 if TYPE_CHECKING:
@@ -118,18 +118,15 @@ class RunState:
             exclude = (*exclude, "guard")
         state = self.state_dict(exclude)
         if "dataloader" in state:
-            own_rows = self.dataloader.state_dict()["rows"]
-            dp_size = self._dp_mesh.size()
-            check_data(checkpoint, saved_config, self.job_config, own_rows, dp_size)
-            warn_of_changed_data(checkpoint, self.describe_data())
+            own = self.dataloader.state_dict()["rows"], self._dp_mesh.size(), self.describe_data()
+            position = SavedPosition(checkpoint, saved_config, self.job_config, *own)
+            state["dataloader"]["rows"] = position.target(state["dataloader"]["rows"])
         checkpoint.read_into(state, self.model_parts[0], group)  # loads the model in place
         self.load_state_dict(state)
         if "dataloader" in state:
-            rows = state["dataloader"]["rows"].to_local().cpu()
-            seq_len, described = saved_seq_len(checkpoint), checkpoint.manifest.data
-            self.dataloader.load_state_dict(
-                {"rows": rows, "seq_len": seq_len, "described": described}
-            )
+            rank = self._dp_mesh.get_local_rank()
+            rows = position.rows_of_rank(state["dataloader"]["rows"], rank)
+            self.dataloader.load_state_dict({"rows": rows, **position.description})
 
     def describe_data(self) -> dict[str, Any]:
         """Return the loader's description for `Manifest.data`; empty if it has none."""
