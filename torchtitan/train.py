@@ -39,7 +39,6 @@ from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of
-from torchtitan.components.optimizer_state import check_optimizer_state, warn_of_unequal_buffers
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
@@ -47,6 +46,7 @@ from torchtitan.components.step_stats import StepStats
 from torchtitan.components.stragglers import Stragglers
 from torchtitan.components.tokenizer import path_of
 from torchtitan.components.train_state import TrainState
+from torchtitan.components.unsaved_state import check_optimizer_state, warn_of_unequal_buffers
 from torchtitan.components.validate import build_validator, check_validator, evaluating
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch

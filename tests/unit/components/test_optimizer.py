@@ -18,7 +18,7 @@ from torchtitan.components.optimizer import (
     param_groups,
     register_optimizer,
 )
-from torchtitan.components.optimizer_state import check_optimizer_state
+from torchtitan.components.unsaved_state import check_optimizer_state
 from torchtitan.config import JobConfig
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.components.optimizer_state import check_optimizer_state, warn_of_unequal_buffers
+from torchtitan.components.unsaved_state import check_optimizer_state, warn_of_unequal_buffers
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.runtime.process_group import init_distributed
 
