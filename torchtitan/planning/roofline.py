@@ -86,7 +86,7 @@ class Roofline:
         matrix = other = 0.0
         for operation, calls in trace.operations.items():
             if operation.flops:
-                flops = device.flops
+                flops = device.float32_flops if operation.float32 else device.flops
                 if operation.name in FLOAT8_PRODUCTS:
                     flops = device.float8_flops
                 efficiency = device.matmul_efficiency
