@@ -172,8 +172,7 @@ def expected_bytes(layout: Layout) -> Sent:
         # Keys and values are gathered, and their gradients scattered.
         kv = 2 * SEQ * args.n_kv_heads * args.head_dim / layout.tp * compute
         for kind in ("all_gather", "reduce_scatter"):
-            moved = args.n_layers * kv * (layout.cp - 1) / layout.cp
-            expected["cp", kind] = moved
+            expected["cp", kind] = args.n_layers * kv * (layout.cp - 1) / layout.cp
     if layout.ep > 1:
         # Each token goes to its experts and back, forward and backward; the load is even.
         rows = SEQ * args.moe.top_k * args.dim * compute

@@ -72,7 +72,7 @@ def test_products_in_float32_take_the_time_of_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_recorded_with_their_dtype(dtype: torch.dtype) -> None:
-    """The dtype of the factors decides: a sum in float32 of a product in bfloat16 is in bfloat16."""
+    """The dtype of the factors decides, not that of the sum to which their product is added."""
     a, b, total = torch.zeros(8, 8, dtype=dtype), torch.zeros(8, 8, dtype=dtype), torch.zeros(8, 8)
     with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
         total.addmm_(a, b)
