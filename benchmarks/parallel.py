@@ -159,7 +159,7 @@ def expected_bytes(layout: Layout) -> Sent:
         expected[group, "reduce_scatter"] = moved * FLOAT
 
     if shards > 1:
-        gather_and_scatter("fsdp" if layout.shard > 1 else "cp", held, shards)  # the same ranks
+        gather_and_scatter("fsdp", held, shards)
     if layout.rep > 1:
         once = held / shards * FLOAT
         expected["dp_replicate", "all_reduce"] = 2 * (layout.rep - 1) / layout.rep * once
@@ -172,13 +172,11 @@ def expected_bytes(layout: Layout) -> Sent:
         # Keys and values are gathered, and their gradients scattered.
         kv = 2 * SEQ * args.n_kv_heads * args.head_dim / layout.tp * compute
         for kind in ("all_gather", "reduce_scatter"):
-            moved = args.n_layers * kv * (layout.cp - 1) / layout.cp
-            expected["cp", kind] = expected.get(("cp", kind), 0.0) + moved
+            expected["cp", kind] = args.n_layers * kv * (layout.cp - 1) / layout.cp
     if layout.ep > 1:
         # Each token goes to its experts and back, forward and backward; the load is even.
         rows = SEQ * args.moe.top_k * args.dim * compute
-        group = "ep" if layout.ep < layout.shard else "fsdp"  # the same ranks
-        expected[group, "all_to_all"] = 4 * args.n_layers * rows * (layout.ep - 1) / layout.ep
+        expected["ep", "all_to_all"] = 4 * args.n_layers * rows * (layout.ep - 1) / layout.ep
         if layout.shard > layout.ep:
             copies = layout.shard // layout.ep
             gather_and_scatter("expert_dp", parameters.experts / layout.ep, copies)

@@ -151,6 +151,7 @@ def check(options: Options) -> None:
     _check_choice(options)
     _check_numbers(options)
     _check_texts(options)
+    _check_paths(options)
     _check_backend(options)
 
 
@@ -176,9 +177,10 @@ def _check_numbers(options: Options) -> None:
     if not 1 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port}: must be 1 to 65535")
     if options.processes < 1:
+        given = options.processes_per_node
         raise ConfigError(
             f"--gpus-per-node {options.gpus_per_node}, --processes-per-node "
-            f"{options.processes_per_node or 'not given'}: a host needs at least one process"
+            f"{'not given' if given is None else given}: a host needs at least one process"
         )
 
 
@@ -204,6 +206,18 @@ def _check_texts(options: Options) -> None:
     for name, value in vars(options).items():
         if any("\n" in str(text) for text in (value if isinstance(value, list) else [value])):
             raise ConfigError(f"{flag(name)}: must be one line; --setup may be given several times")
+
+
+def _check_paths(options: Options) -> None:
+    if not options.python.strip():
+        raise ConfigError("--python: is empty")
+    if options.workdir and options.workdir.startswith("~"):
+        raise ConfigError(
+            f"--workdir {options.workdir}: `~` is not expanded on the hosts. Write the path out"
+        )
+    paths = [mount.rsplit(":/", 1)[1] for mount in options.mount]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise ConfigError(f"--mount: two sources have the path /{twice}")
 
 
 def option_key(option: str) -> str:

@@ -64,6 +64,11 @@ _KINDS = {
     "_c10d_functional::isend": "send",
 }
 
+_KINDS_OF_DATA_PARALLEL = ("all_gather", "reduce_scatter", "all_reduce")
+
+DATA_PARALLEL = ("fsdp", "expert_dp", "dp_replicate", "expert_dp_replicate")
+"""Groups of FSDP and DDP."""
+
 
 @sees_rings
 class CollectiveRecorder(Recorder):
@@ -72,15 +77,16 @@ class CollectiveRecorder(Recorder):
     Code compiled by inductor is not seen.
 
     Args:
-        groups: name -> group, as returned by `ParallelDims.groups()`; the first of equals wins.
+        groups: name -> group, as returned by `ParallelDims.groups()`. Of equal groups, FSDP and DDP
+            have those of `DATA_PARALLEL`, and all else the first of the others.
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup]) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
-        self._names: dict[str, str] = {}
+        self._names: dict[str, list[str]] = defaultdict(list)
         for name, group in groups.items():
-            self._names.setdefault(group.group_name, name)
+            self._names[group.group_name].append(name)
 
     def record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         kind = _KINDS.get(func._schema.name)
@@ -89,7 +95,10 @@ class CollectiveRecorder(Recorder):
         if kind == "all_to_all" and _has_one_receiver(args):
             kind = "send"  # one step around a ring
         group = _group_of(args)
-        name = self._names.get(group.group_name, group.group_name)
+        names = self._names.get(group.group_name, [group.group_name])
+        # Only FSDP and DDP call these directly; others use functional collectives.
+        of_data = func.namespace == "c10d" and kind in _KINDS_OF_DATA_PARALLEL
+        name = next((n for n in names if (n in DATA_PARALLEL) == of_data), names[0])
         sizes = [
             sum(t.numel() * t.element_size() for t in tree_leaves(side) if _is_tensor(t))
             for side in (args[:1], args[1:2], result)

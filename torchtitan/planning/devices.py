@@ -18,6 +18,8 @@ class Device:
     """FLOP/s of matrix products in bfloat16."""
     float8_flops: float
     """FLOP/s in float8 and MXFP8; 0 if the device has none."""
+    float32_flops: float
+    """FLOP/s in float32, without TF32, which PyTorch does not use by default."""
     bandwidth: float
     """Bytes/s of the device's memory."""
     link: float
@@ -48,11 +50,11 @@ GIB = 2**30
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100", 79.2 * GIB, 312e12, 0.0, 2.04e12, 300e9, 25e9),
-        Device("h100", 79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9, 50e9),
-        Device("h200", 139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9, 50e9),
-        Device("b200", 178.0 * GIB, 2250e12, 4500e12, 8.0e12, 900e9, 50e9),
-        Device("mi300x", 191.5 * GIB, 1307e12, 2615e12, 5.3e12, 448e9, 50e9),
+        Device("a100", 79.2 * GIB, 312e12, 0.0, 19.5e12, 2.04e12, 300e9, 25e9),
+        Device("h100", 79.1 * GIB, 989e12, 1979e12, 67e12, 3.35e12, 450e9, 50e9),
+        Device("h200", 139.8 * GIB, 989e12, 1979e12, 67e12, 4.8e12, 450e9, 50e9),
+        Device("b200", 178.0 * GIB, 2250e12, 4500e12, 75e12, 8.0e12, 900e9, 50e9),
+        Device("mi300x", 191.5 * GIB, 1307e12, 2615e12, 163e12, 5.3e12, 448e9, 50e9),
     )
 }
 

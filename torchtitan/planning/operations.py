@@ -25,6 +25,8 @@ class Operation:
     """FLOPs of a matrix product; 0 for other operations."""
     moved: int
     """Bytes read and written."""
+    float32: bool = False
+    """Whether it is a matrix product of numbers in float32."""
 
 
 @sees_rings
@@ -45,7 +47,10 @@ class OperationRecorder(Recorder):
         results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         moved = sum(map(_bytes, (*operands, *results)))
         flops = _flops(func, args, kwargs, result)
-        self.operations[Operation(func.overloadpacket._qualified_op_name, flops, moved)] += 1
+        dtypes = {t.dtype for t in operands if t.is_floating_point()}
+        float32 = flops > 0 and dtypes == {torch.float32}
+        name = func.overloadpacket._qualified_op_name
+        self.operations[Operation(name, flops, moved, float32)] += 1
 
 
 _FREE = (

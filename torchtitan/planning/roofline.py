@@ -11,14 +11,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .collectives import Collective
+from .collectives import DATA_PARALLEL, Collective
 from .devices import Device
 from .operations import ATTENTION
 from .records import PassTrace, StageTrace
 from .schedule import StageCost
 
-OVERLAPPED = ("fsdp", "expert_dp", "dp_replicate", "expert_dp_replicate")
-"""Groups whose collectives overlap with computing; the device waits for all others."""
 FLOAT8_PRODUCTS = ("aten::_scaled_mm", "aten::_scaled_grouped_mm")
 ATTENTION_KERNELS = tuple(f"aten::{name}" for name in ATTENTION)
 FUSED = 0.7
@@ -88,7 +86,7 @@ class Roofline:
         matrix = other = 0.0
         for operation, calls in trace.operations.items():
             if operation.flops:
-                flops = device.flops
+                flops = device.float32_flops if operation.float32 else device.flops
                 if operation.name in FLOAT8_PRODUCTS:
                     flops = device.float8_flops
                 efficiency = device.matmul_efficiency
@@ -112,7 +110,7 @@ class Roofline:
         for collective, calls in collectives.items():
             ranks = groups.get(collective.group, [0])
             seconds = calls * self._transfer(collective.kind, collective.sent, ranks)
-            if collective.group in OVERLAPPED:
+            if collective.group in DATA_PARALLEL:
                 overlapped += seconds
             else:
                 waited += seconds

@@ -47,6 +47,7 @@ from torchtitan.tools.text import first_line
 
 from .collectives import CollectiveRecorder
 from .cuda_attention import attention_of_cuda
+from .cuda_experts import experts_of_cuda
 from .cuda_loss import loss_of_cuda
 from .cuda_norm import norm_of_cuda
 from .inputs import TOKEN_IDS, Inputs
@@ -112,6 +113,7 @@ def trace_step(
         _refusing_values(job_config),
         fake,
         attention_of_cuda(),
+        experts_of_cuda(),
         loss_of_cuda(),
         norm_of_cuda(),
         warnings.catch_warnings(),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchtitan.errors import ConfigError
 from torchtitan.planning.collectives import Collective
 from torchtitan.planning.devices import DEVICES, Device, get_device
-from torchtitan.planning.operations import Operation
+from torchtitan.planning.operations import Operation, OperationRecorder
 from torchtitan.planning.records import PassTrace
 from torchtitan.planning.roofline import FUSED, FUSED_QUANTIZED, Roofline
 
@@ -18,6 +20,7 @@ DEVICE = Device(
     memory=1e9,
     flops=1e12,
     float8_flops=2e12,
+    float32_flops=1e11,
     bandwidth=1e9,
     link=100e6,
     network=10e6,
@@ -60,6 +63,21 @@ def test_attention_has_a_rate_of_its_own(suffix: str) -> None:
 def test_products_of_8_bits_have_a_rate_of_their_own(name: str) -> None:
     product = Operation(name, flops=10**12, moved=10**6)
     assert roofline().compute(PassTrace(Counter({product: 3})))[0] == pytest.approx(1.5)
+
+
+def test_products_in_float32_take_the_time_of_float32() -> None:
+    in_float32 = Operation("mm", flops=10**12, moved=10**6, float32=True)
+    assert roofline().compute(PassTrace(Counter({in_float32: 3})))[0] == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_recorded_with_their_dtype(dtype: torch.dtype) -> None:
+    """The dtype of the factors decides, not that of the sum to which their product is added."""
+    a, b, total = torch.zeros(8, 8, dtype=dtype), torch.zeros(8, 8, dtype=dtype), torch.zeros(8, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationRecorder() as recorder:
+        total.addmm_(a, b)
+    (operation,) = (o for o in recorder.operations if o.flops)
+    assert operation.float32 == (dtype == torch.float32)
 
 
 def test_a_thin_matrix_product_is_bound_by_memory() -> None:

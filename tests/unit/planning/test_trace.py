@@ -100,6 +100,33 @@ def test_checkpointing_per_op_sends_no_rows_to_experts_again(mode: str, again: i
     assert sent["ep", "all_to_all"][0] == layers * (5 + again)
 
 
+def test_parallelisms_that_share_their_ranks_are_told_apart() -> None:
+    """Only FSDP overlaps with computation. Its group here has the ranks of `ep`, and of `cp`."""
+    options = ["--model.name=qwen3", "--training.seq_len=64"]
+    options += ["--parallelism.expert_parallel_degree=8"]
+    of_experts = sent_by_group(trace(8, 0, "debugmodel_moe", *options).collectives)
+    assert {("ep", "all_to_all"), ("fsdp", "all_gather")} <= of_experts.keys()
+    assert ("fsdp", "all_to_all") not in of_experts
+    sent = sent_by_group(trace(8, 0, "debugmodel", "--training.seq_len=64", cp=8).collectives)
+    for kind in ("all_gather", "reduce_scatter"):
+        assert {("fsdp", kind), ("cp", kind)} <= sent.keys()
+
+
+def test_experts_in_float32_are_twice_the_bytes_and_as_many_flops() -> None:
+    def products(dtype: str) -> tuple[int, ...]:
+        options = ["--model.name=qwen3", "--training.seq_len=64"]
+        options += [f"--training.mixed_precision_param={dtype}"]
+        (stage,) = trace(1, 0, "debugmodel_moe", *options).stages
+        counted = {**stage.forward.operations, **stage.backward.operations}
+        experts = {o: n for o, n in counted.items() if o.name == "aten::_grouped_mm"}
+        assert experts
+        return tuple(sum(n * getattr(o, f) for o, n in experts.items()) for f in ("flops", "moved"))
+
+    (flops, moved), (flops_of_bfloat16, moved_of_bfloat16) = map(products, ("float32", "bfloat16"))
+    assert flops == flops_of_bfloat16
+    assert moved == pytest.approx(2 * moved_of_bfloat16, rel=0.01)
+
+
 def test_a_ring_sends_keys_and_values_to_one_rank_at_a_time() -> None:
     options = ["--training.seq_len=64", "--training.mixed_precision_param=float32"]
     options += ["--parallelism.context_parallel_method=ring"]
