@@ -249,7 +249,7 @@ DEEP = "[" * 50_000
         (["runs/good/metrics.jsonl"], "a file. Give the folder of a run"),
         (["runs/good", "--out", "nowhere/x.html"], "--out nowhere/x.html: there is no such folder"),
         (["runs/good", "--png", "nowhere/x.png"], "--png nowhere/x.png: there is no such folder"),
-        (["runs/good", "--out", "runs"], "--out runs: cannot write there"),
+        (["runs/good", "--out", "runs"], "--out runs: a folder. Give a file"),
     ],
 )
 def test_a_mistake_is_a_config_error(
