@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -229,6 +228,7 @@ def sum_gradients(model: nn.Module) -> None:
     The trainer divides the loss by the number of tokens of all ranks, so the sum is the gradient of
     the mean over tokens, even when ranks hold different numbers of tokens.
     """
+    with_zeros: dict[Any, _WithZeros] = {}
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -237,16 +237,36 @@ def sum_gradients(model: nn.Module) -> None:
         if hasattr(module, "set_reduce_scatter_unused_params"):  # since PyTorch 2.13
             module.set_reduce_scatter_unused_params(True, recurse=False)
         elif (group := cast(Any, module)._get_fsdp_state()._fsdp_param_group) is not None:
-            group.post_backward = partial(_reduce_with_zeros, group, group.post_backward)
+            if group not in with_zeros:
+                group.post_backward = with_zeros[group] = _WithZeros(group)
+            begin = torch.compiler.disable(with_zeros[group].begin)
+            cast(nn.Module, module).register_forward_pre_hook(begin)
 
 
-def _reduce_with_zeros(group: Any, post_backward: Callable[..., None], *args: Any) -> None:
-    """Reduce the gradients of `group`, with zeros for those that are missing."""
-    for own in group.fsdp_params if group.reduce_grads else ():
-        param = getattr(own, "_unsharded_param", None)  # None: not gathered yet
-        if param is not None and param.requires_grad and own.unsharded_accumulated_grad is None:
-            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-    post_backward(*args)
+class _WithZeros:
+    """The `post_backward` of a group of parameters, with zeros for gradients that are missing.
+
+    After the backward pass, PyTorch calls it again for a group of several modules. Then there must
+    be nothing to reduce.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._post_backward: Callable[..., None] = group.post_backward
+        self._has_reduced = False
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        self._has_reduced = False
+
+    def __call__(self, *args: Any) -> None:
+        again = self._has_reduced and self._group._training_state.name != "PRE_BACKWARD"
+        reduces = self._group.reduce_grads and not again
+        for own in self._group.fsdp_params if reduces else ():
+            param = getattr(own, "_unsharded_param", None)  # None: not gathered yet
+            if param is not None and param.requires_grad and own.unsharded_accumulated_grad is None:
+                param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+        self._post_backward(*args)
+        self._has_reduced |= reduces
 
 
 def set_last_micro_batch(modules: list[FSDPModule], last: bool) -> None:
