@@ -25,7 +25,7 @@ def check(monkeypatch: pytest.MonkeyPatch, build: Any, saved: list[int], rows: l
         metadata=SimpleNamespace(state_dict_metadata={"dataloader.rows": entry}),
         manifest=SimpleNamespace(model={}),
     )
-    data_fit.check_data(checkpoint, {}, config, torch.zeros(rows, dtype=torch.int64), 1, {})
+    data_fit.check_data(checkpoint, {}, config, torch.Size(rows), {})
 
 
 @pytest.mark.parametrize("rows", [[1, 1], [2, 3]])

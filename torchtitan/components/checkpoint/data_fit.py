@@ -30,8 +30,10 @@ class SavedPosition:
     """A checkpoint's position in the data, as the loaders of this run need it.
 
     Args:
-        checkpoint, saved_config, own_rows, dp_size, described: see `check_data`.
+        checkpoint, saved_config, described: see `check_data`.
         job_config: the configuration of this run.
+        own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
+        dp_size: number of data ranks of this replica group, which share a global batch.
 
     Raises:
         CheckpointError: this run cannot continue from it.
@@ -46,9 +48,9 @@ class SavedPosition:
         dp_size: int,
         described: dict[str, Any],
     ) -> None:
-        check_data(checkpoint, saved_config, job_config, own_rows, dp_size, described)
-        self._names = was, now = sources_before_and_now(saved_config, job_config)
-        self._dp_size, self._batch = dp_size, len(own_rows) * dp_size
+        shape = torch.Size((len(own_rows) * dp_size, own_rows.shape[1]))
+        was, now = check_data(checkpoint, saved_config, job_config, shape, described)
+        self._names, self._dp_size, self._batch = (was, now), dp_size, shape[0]
         self._step = checkpoint.manifest.step
         self._size = saved_rows(checkpoint) or torch.Size((self._batch,))
         self._refits = self._size[0] != self._batch or was != now
@@ -80,37 +82,41 @@ def check_data(
     checkpoint: OpenCheckpoint,
     saved_config: dict[str, Any],
     job_config: JobConfig,
-    own_rows: torch.Tensor,
-    dp_size: int,
+    shape: torch.Size,
     described: dict[str, Any],
-) -> None:
-    """Raise `CheckpointError` if the loader cannot continue from a checkpoint's position.
+) -> tuple[list[str], list[str]]:
+    """Check that the loader can continue from a checkpoint's position.
 
     Args:
         saved_config: configuration of the run that saved the checkpoint; empty: unknown.
-        own_rows: the loader's `state_dict()["rows"]`, `[rows of this rank, k]`.
-        dp_size: number of data ranks of this replica group, which share a global batch.
+        shape: `[global batch, k]`, of the rows of all data ranks of this replica group.
         described: `RunState.describe_data()`.
+
+    Returns:
+        See `sources_before_and_now`.
+
+    Raises:
+        CheckpointError: it cannot.
     """
+    was, now = names = sources_before_and_now(saved_config, job_config)
     folder = checkpoint.folder
     size = saved_rows(checkpoint)
     if size is None:
-        return
-    saved, current = size[0], len(own_rows) * dp_size
+        return names
+    saved, current = size[0], shape[0]
     if _has_own_loader(job_config):
-        if size == torch.Size((current, own_rows.shape[1])):
-            return
+        if size == shape:
+            return names
         raise CheckpointError(
             f"{folder} has loader states with rows of shape {list(size)} over all data "
             f"ranks, but the loaders of {builder(job_config)} now have "
-            f"{[current, own_rows.shape[1]]}. If each row belongs to a sequence of the global "
+            f"{list(shape)}. If each row belongs to a sequence of the global "
             "batch, their number does not depend on the number of data ranks. Restore the "
             "settings that determine the rows, such as training.global_batch_size or the number "
             f"of data ranks, or set {_WAY_OUT}"
         )
     best_fit = job_config.data.packing == "best_fit"
     replicas = job_config.fault_tolerance.enable
-    was, now = sources_before_and_now(saved_config, job_config)
     divides = saved % current == 0 or current % saved == 0
     may_change = not best_fit and not replicas
     may_change &= all("documents" in source for source in described.get("sources", []))
@@ -129,7 +135,7 @@ def check_data(
             f"{json.dumps(now)} now. With fault_tolerance.enable they must stay the same. Restore "
             f"their names and order, or set {_WAY_OUT}"
         )
-    of_place = (own_rows.shape[1] - Mixture.state_size(len(now))) // len(now)
+    of_place = (shape[1] - Mixture.state_size(len(now))) // len(now)
     if size[1] != Mixture.state_size(len(was)) + of_place * len(was):
         raise CheckpointError(
             f"{folder} was saved with another data.packing. Restore it, or set {_WAY_OUT}"
@@ -147,6 +153,7 @@ def check_data(
             f"{folder} was saved with data.add_bos = {json.dumps(add_bos)}, and data.packing = "
             f'"best_fit" packed the documents that way. Restore it, or set {_WAY_OUT}'
         )
+    return names
 
 
 def _has_own_loader(job_config: JobConfig) -> bool:
