@@ -147,8 +147,8 @@ class Trainer:
             self.sum_over_ranks, self.parallel_dims, self.dp_rank, job_config
         )
         self.tokens_per_step = batch_size * job_config.training.seq_len
-        drawing = self.parallel_dims.random_rank, dist.get_world_size() // self.parallel_dims.tp
-        self.random_rank, _ = self.replicas.data_share(*drawing)
+        dims = self.parallel_dims
+        self.random_rank, _ = self.replicas.data_share(dims.random_rank, dims.world_size // dims.tp)
         self.cp_mesh = world_mesh["cp"] if self.parallel_dims.cp_enabled else None
         self.pp_mesh = world_mesh["pp"] if self.parallel_dims.pp_enabled else None
 

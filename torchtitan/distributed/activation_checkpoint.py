@@ -123,12 +123,18 @@ def checkpointed(
     if context_fn is not None:
         options["context_fn"] = context_fn
 
+    buffers = [
+        (module, name)
+        for module in layer.modules()
+        for name, _ in module.named_buffers(recurse=False)
+    ]
+
     # Without the attributes of `forward`: if it is compiled, the compiler would recognize them.
     @wraps(forward, updated=())
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         # The compiler recomputes operations, and repeats none that change a buffer.
-        keeps = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        function = _BufferKeeper(layer, forward) if keeps else forward
+        keeps = buffers and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        function = _BufferKeeper(buffers, forward) if keeps else forward
         return checkpoint(function, *args, **options, **kwargs)
 
     made: Any = checkpointed_forward
@@ -142,18 +148,19 @@ class _BufferKeeper:
     Otherwise running statistics, such as those of BatchNorm, would count each batch twice.
     """
 
-    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
-        self._layer = layer
+    def __init__(self, buffers: list[tuple[nn.Module, str]], forward: Callable[..., Any]) -> None:
+        self._buffers = buffers
         self._forward = forward
         self._changed: list[tuple[nn.Module, str, torch.Tensor]] | None = None
         """Buffers that the forward pass changes, with their values before it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._changed is None:
+            present = ((module, name, module._buffers[name]) for module, name in self._buffers)
             before = [
                 (module, name, buffer.detach().clone(), buffer, buffer._version)
-                for module in self._layer.modules()
-                for name, buffer in module.named_buffers(recurse=False)
+                for module, name, buffer in present
+                if buffer is not None
             ]
             out = self._forward(*args, **kwargs)
             self._changed = [

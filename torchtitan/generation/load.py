@@ -151,9 +151,8 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     elif is_hf:
         job_config.model.tokenizer_path = _own_tokenizer(folder)
     elif manifest:
-        known = manifest.model.get(
-            "tokenizer"
-        )  # absolute, while that of a run's config need not be
+        # An absolute path, while that of a run's config need not be.
+        known = manifest.model.get("tokenizer")
         if saved_config is None:  # from `torchtitan convert`
             job_config.model.tokenizer_path = known or _own_tokenizer(folder)
         elif known and (Path(known) / "tokenizer.json").is_file():
