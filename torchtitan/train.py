@@ -272,9 +272,10 @@ class Trainer:
                             self.state.step -= 1
                             continue
                         tokens = self.replicas.present(self.tokens_per_step)
-                        self.stats.tokens += tokens
-                        if not self.guard.troubled:
-                            self.state.tokens_seen += tokens
+                        if not self.guard.leaves_out:
+                            self.stats.tokens += tokens
+                            if not self.guard.troubled:
+                                self.state.tokens_seen += tokens
                         if not (self.guard.rollback_due and self._roll_back()):
                             self._after_step(stopping)
                         with self.metrics.pause():
@@ -307,13 +308,13 @@ class Trainer:
 
     def train_step(self, stop: StopRequest) -> bool:
         """Run one optimizer step. Return whether any rank was asked to stop, equal on all ranks."""
-        config, step = self.job_config, self.state.step
+        step = self.state.step
         self._start_step()
 
         self.watch.enter("data", step)
         start = time.perf_counter()
         passes = range(self.accumulation_steps)
-        given = (next_batch(self.dataloader, config, step) for _ in passes)
+        given = (next_batch(self.dataloader, self.job_config, step) for _ in passes)
         batches = [self.model_inputs.checked(batch) for batch in given]
         self.stats.data_wait += time.perf_counter() - start
 
@@ -327,8 +328,27 @@ class Trainer:
         self.agreement.refuse_other_names(counts[2:4].tolist(), batches)
         self.block_calls.refuse_unequal(counts[4:].tolist(), step - 1)
         self.agreement.check_first_step(batches)
-        # At least 1: a step of prompts alone has no labels, and its loss is 0.
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
+        if self.guard.begin_step(step):
+            done = self._train_on(batches, own_tokens)
+        else:
+            done = self.replicas.commit()
+        if done:
+            self.stats.lr = self.lr_schedulers.last_lr
+            self.lr_schedulers.step()
+        return bool(counts[1])
+
+    def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
+        """Compute the gradients of a step and update the weights, if the guard allows it.
+
+        Args:
+            own_tokens: trained tokens of this replica group's batch, a number.
+
+        Returns:
+            False if the step is lost, because a replica group left.
+        """
+        config, step = self.job_config, self.state.step
+        # At least 1: a step of prompts alone has no labels, and its loss is 0.
         global_tokens = self.replicas.sum(own_tokens).clamp(min=1)
 
         self.watch.enter("forward_backward", step)
@@ -344,7 +364,7 @@ class Trainer:
         grad_norm = clip_grad_norm(self._parameters(), config.training.max_norm, self.pp_mesh)
         if not self.replicas.commit():
             self.expert_balance.discard()
-            return bool(counts[1])
+            return False
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
             if self.first_step and config.checkpoint.enable:
@@ -357,9 +377,7 @@ class Trainer:
         if self.first_step:
             warn_of_unequal_buffers(self.model_parts, self.parallel_dims)
         self.first_step = False
-        self.stats.lr = self.lr_schedulers.last_lr
-        self.lr_schedulers.step()
-        return bool(counts[1])
+        return True
 
     def _start_step(self) -> None:
         seed_step(self.job_config.debug.seed, self.state.step, self.random_rank)

@@ -119,6 +119,17 @@ def test_a_run_resumed_after_a_rollback_goes_on_as_if_not_stopped(tmp_path: Path
     assert lines[-1]["data_epoch"] == whole[-1]["data_epoch"]
 
 
+def test_batches_left_out_by_hand_are_skipped(skipped: list[dict], tmp_path: Path) -> None:
+    """Also after a resume, whose steps go on where the batches do."""
+    options = ["--training.skip_batches", "3", "5", "--checkpoint.enable"]
+    lines_of(tmp_path, *options, "--training.steps=3", "--lr_scheduler.decay_ratio=0", ranks=2)
+    lines = lines_of(tmp_path, *options, ranks=2)
+    assert [line["step"] for line in lines if line["loss"] is None] == [3, 5]
+    for key in "loss", "grad_norm", "lr", "tokens_seen", "steps_skipped":
+        for line, expected in zip(lines, skipped, strict=True):
+            assert line[key] == (expected[key] and pytest.approx(expected[key], rel=1e-4)), key
+
+
 def test_what_is_said_of_a_bad_step(tmp_path: Path) -> None:
     done = run(tmp_path, SKIP, "--training.on_spike=warn", *SPIKES, ranks=2, POISON="3:inf 6:1e5")
     assert done.exit_code == 0, done.err

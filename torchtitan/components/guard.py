@@ -1,4 +1,5 @@
-"""Guard the run against steps with a non-finite or far too high loss or gradient norm."""
+"""Guard the run against steps with a non-finite or far too high loss or gradient norm, and leave
+out the batches that `training.skip_batches` names."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.components.data_loader import Batch
+from torchtitan.config.batch import batches_to_skip
 from torchtitan.data.kept_batch import keep_batch
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import TrainingError
@@ -53,7 +55,8 @@ class Guard:
     (arXiv:2501.00656). Spikes are detected once half of the window is filled.
 
     All ranks decide alike, since they use values from one all-reduce over the world. The all-reduce
-    and reading its result block the host once per step; a disabled guard does neither.
+    and reading its result block the host once per step; without `on_nonfinite` and `on_spike`, the
+    guard does neither.
 
     Args:
         dp_rank: index of this data rank, whose rows of a bad batch are kept for inspection.
@@ -72,7 +75,11 @@ class Guard:
             "nonfinite": training.on_nonfinite,
             "spike": training.on_spike,
         }
-        self.enabled = (training.on_nonfinite, training.on_spike) != ("error", "ignore")
+        self._checks = (training.on_nonfinite, training.on_spike) != ("error", "ignore")
+        self._left_out = batches_to_skip(job_config)
+        self.enabled = self._checks or bool(self._left_out)
+        self.leaves_out = False
+        """Whether `training.skip_batches` names the batch of the last step."""
         self.counts = Counts()
         self.rollback_due = False
         self._sigmas = training.spike_sigmas
@@ -88,6 +95,15 @@ class Guard:
         self._dp_rank, self._tokenizer = dp_rank, tokenizer
         self._kept = 0
 
+    def begin_step(self, step: int) -> bool:
+        """Return whether step `step` trains on its batch, or `training.skip_batches` names it."""
+        batch = step + self.counts.batches_skipped
+        self.leaves_out = any(batch in batches for batches in self._left_out)
+        if self.leaves_out:
+            self.counts.steps_skipped += 1
+            rank0.info("step %d: batch %d is left out (training.skip_batches)", step, batch)
+        return not self.leaves_out
+
     def allows(
         self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]
     ) -> bool:
@@ -102,7 +118,7 @@ class Guard:
             TrainingError: the config demands it, or there were too many bad steps in a row.
         """
         self.rollback_due = False
-        if not self.enabled:
+        if not self._checks:
             return True
         loss, norm = self._over_ranks(local_loss, grad_norm)
         trouble, what = self._judge(loss, norm)

@@ -64,7 +64,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "Skipped steps",
             "steps",
             "steps since step 0 whose batch was not trained on",
-            "`training.on_nonfinite`, `on_spike`",
+            "`training.on_nonfinite`, `on_spike`, `skip_batches`",
         ),
         MetricKey(
             "rollbacks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from torchtitan.errors import WorldSizeError
@@ -47,6 +48,23 @@ def resolve_batch(job_config: JobConfig, dp_world_size: int) -> tuple[int, int]:
             WorldSizeError,
         )
     return training.global_batch_size, training.global_batch_size // one_pass
+
+
+def batches_to_skip(job_config: JobConfig) -> list[range]:
+    """Return the ranges of batches that `training.skip_batches` names; the first batch is 1.
+
+    Raises:
+        ConfigError: an item is neither a number nor a range of them.
+    """
+    ranges = []
+    for item in job_config.training.skip_batches:
+        found = re.fullmatch(r"([1-9]\d{0,17})(?:-([1-9]\d{0,17}))?", item, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            problem = f"{item!r} is no batch such as '1300' and no range such as '1001-1250'"
+            fail(job_config, "training.skip_batches", problem)
+        ranges.append(range(first, last + 1))
+    return ranges
 
 
 def _fitting_data_ranks(global_batch_size: int, local_batch_size: int) -> str:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from .base import NonNegative, Positive, Range
@@ -55,6 +55,9 @@ class Training:
     bad_step_limit: Annotated[int, Positive] = 5
     """The run ends after more than this many bad steps in a row, or rollbacks to the same
     checkpoint."""
+    skip_batches: list[str] = field(default_factory=list)
+    """Batches that are read but not trained on, such as `["1001-1250", "1300"]`. Step N trains on
+    batch N, unless rollbacks left batches out (`batches_skipped` of the metrics)."""
     replay_freq: Annotated[int, NonNegative] = 0
     """Every this many steps, compute the gradients twice and compare them bitwise, to detect
     hardware that computes wrongly; 0: never. On CUDA this needs debug.deterministic."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from torchtitan.config.batch import batches_to_skip
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.runtime import device
@@ -35,6 +36,7 @@ def _check_guard(job_config: JobConfig) -> None:
         if getattr(training, name) == "rollback" and not job_config.checkpoint.enable:
             problem = "there is no checkpoint to roll back to, since checkpoint.enable is false"
             fail(job_config, f"training.{name}", problem)
+    batches_to_skip(job_config)
     may_differ = device.device_type() == "cuda" and not job_config.debug.deterministic
     if training.replay_freq and may_differ:
         problem = "CUDA kernels may give different bits each time. Set debug.deterministic = true"

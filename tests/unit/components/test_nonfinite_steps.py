@@ -56,6 +56,18 @@ def test_a_batch_that_cannot_be_kept_does_not_end_the_run(
     assert "The batch is skipped. The batch could not be kept" in caplog.text
 
 
+def test_a_batch_to_skip_is_found_where_rollbacks_moved_it(tmp_path: Path) -> None:
+    config = JobConfig()
+    config.job.dump_folder = str(tmp_path)
+    config.training.skip_batches = ["3-4", "9"]
+    guard = Guard(config, ParallelDims(world_size=1), 0, "bytes")
+    assert [step for step in range(1, 12) if not guard.begin_step(step)] == [3, 4, 9]
+    assert guard.metrics()["steps_skipped"] == 3
+    guard.counts.batches_skipped = 6
+    assert [step for step in range(1, 12) if not guard.begin_step(step)] == [3]
+    assert allows(guard, 3, NAN)  # nothing else is asked of it
+
+
 def test_the_saved_history_has_one_length_whatever_its_numbers() -> None:
     """So that where other values of a checkpoint are does not change from save to save."""
     guard = Guard(JobConfig(), ParallelDims(world_size=1), 0, "bytes")

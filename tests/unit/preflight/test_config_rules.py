@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.batch import resolve_batch
+from torchtitan.config.batch import batches_to_skip, resolve_batch
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
 from torchtitan.preflight.validate import validate
@@ -407,6 +407,15 @@ def test_a_rollback_needs_checkpoints(config):
     assert error_of(config).replace('"', "'").startswith(message)
     config.checkpoint.enable = True
     validate(config, 1)
+
+
+@pytest.mark.parametrize("item", ["0", "9-7", "1-", "-3", "1,2", "two", "", "9" * 5000, "\u0663"])
+def test_batches_to_skip_are_numbers_or_ranges(item, config):
+    config.training.skip_batches = ["1", "2-2", "3-70", item]
+    assert "training.skip_batches" in error_of(config) and "'1001-1250'" in error_of(config)
+    del config.training.skip_batches[-1]
+    validate(config, 1)
+    assert batches_to_skip(config) == [range(1, 2), range(2, 3), range(3, 71)]
 
 
 def test_a_replay_on_cuda_needs_deterministic_kernels(config, monkeypatch):
