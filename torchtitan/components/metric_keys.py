@@ -40,10 +40,10 @@ SECTIONS: dict[str, list[MetricKey]] = {
         MetricKey(
             "loss",
             "Loss",
-            "nats per token",
+            "per token",
             "mean over the steps since the last logged one; the loss of a step is the mean over "
-            "its tokens on all ranks; includes the z-loss, if any, but no auxiliary loss that "
-            "balances experts",
+            "its tokens on all ranks, in nats if it is the cross entropy; includes the z-loss, if "
+            "any, but no auxiliary loss that balances experts",
         ),
         MetricKey(
             "grad_norm",
@@ -216,7 +216,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
         MetricKey(
             "max_loss",
             "Largest loss",
-            "nats per token",
+            "per token",
             "largest loss of a step since the last logged one",
         ),
         MetricKey(
@@ -254,7 +254,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
 VALIDATION = MetricKey(
     "loss",
     "Validation loss",
-    "nats per token",
+    "per token",
     "mean over all tokens of all ranks on held-out data, excluding the z-loss",
 )
 """The only key of `validation.jsonl`."""

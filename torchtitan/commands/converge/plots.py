@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .report import Result
 
-_LABELS = {"loss": "loss (nats per token)", "grad_norm": "gradient norm, before clipping"}
+_LABELS = {"loss": "loss per token", "grad_norm": "gradient norm, before clipping"}
 
 _LIMIT = "#B00020"
 _ZERO = 1e-9

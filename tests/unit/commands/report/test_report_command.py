@@ -222,8 +222,8 @@ def test_a_picture_draws_from_zero_and_says_all_names(tmp_path: Path) -> None:
         box = panel.get_window_extent()
         assert box.height > 150, title
     assert axes["Throughput (tokens/s)"].get_ylim()[0] == 0
-    assert axes["Loss (nats per token)"].get_ylim()[0] > 1
-    marks = [line for line in axes["Loss (nats per token)"].lines if line.get_marker() == "^"]
+    assert axes["Loss (per token)"].get_ylim()[0] > 1
+    marks = [line for line in axes["Loss (per token)"].lines if line.get_marker() == "^"]
     assert [list(line.get_xdata()) for line in marks] == [[2]] * 15
 
 
