@@ -49,6 +49,7 @@ NOT_RUN: list[tuple[str, str, str]] = [
     ("CONTRIBUTING.md", "", SETUP),
     ("benchmarks/README.md", "", SLOW),
     ("docs/adding_models.md", "", ELSEWHERE),
+    ("docs/model_code.md", "", ELSEWHERE),
     ("docs/own_parts.md", "", ELSEWHERE),
     ("docs/verifying.md", "", ELSEWHERE),
     ("docs/checkpoints.md", "pip install", SETUP),
