@@ -128,8 +128,9 @@ def test_a_run_goes_on_without_a_host_that_is_cut_off(
         hosts[2].cut_off()
         seconds = wait_until(lambda: "parameters on 2 ranks" in jobs[0].output, START, output)
         assert [job.wait(timeout=START) for job in jobs[:2]] == [0, 0], output()
-        # Its ranks have failed as well. Its torchrun looks for the others as long as it is told to.
-        assert not jobs[2].ranks(), output()
+        # Its ranks fail as well, some late: the store takes a minute to give up. Its torchrun looks
+        # for the others as long as it is told to.
+        wait_until(lambda: not jobs[2].ranks(), START, output)
     assert "resumed from" in jobs[0].output
     assert_equal_curves(read_lines(tmp_path / "run" / "metrics.jsonl"), whole)
     figures["elastic, a host cut off: the others go on after"] = f"{seconds:.1f} s"
