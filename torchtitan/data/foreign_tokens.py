@@ -88,7 +88,7 @@ class NanoGPTTokens(TokenFiles):
     neither, such as nanoGPT's characters, is cut into blocks of 65,536 tokens.
 
     Raises:
-        DataError: a file is empty, has an odd number of bytes, or has an unknown header.
+        DataError: a file is empty, has an odd number of bytes, an unknown header, or larger ids.
     """
 
     def __init__(self, files: list[str]) -> None:
@@ -185,6 +185,12 @@ def _nanogpt_layout(path: Path) -> tuple[int, str]:
         raise DataError(
             f"{path} begins with a header of an unknown kind ({magic}). Known: those of llm.c, "
             f"{' and '.join(map(str, _HEADERS))}; files of `torchtitan data prepare` have none"
+        )
+    if len(head) == _HEADER_WORDS and head.max() < 2**18 and head.min() >= 0:
+        # Ids of 2 bytes would all be below 4 at odd places.
+        raise DataError(
+            f"{path} holds ids of 4 or 8 bytes. Without an .idx beside it, as Megatron-LM writes, "
+            "ids are of 2 bytes (uint16)"
         )
     return 0, "<u2"
 

@@ -41,7 +41,7 @@ def open_token_files(path: str | None) -> TokenFiles:
         raise DataError(
             f"{folder} is unfinished: run the same `torchtitan data prepare` again to finish it"
         )
-    files = [file for file in find_files(path, (".bin",)) if not file.endswith(".idx")]
+    files = [f for f in find_files(path, (".bin",)) if not f.endswith(".idx") or f == path]
     for file in files:
         if not file.endswith(".bin"):
             raise DataError(

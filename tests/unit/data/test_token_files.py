@@ -166,6 +166,20 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path, head: bytes, mess
         open_dataset("tokens", str(tmp_path / "a.bin"))
 
 
+@pytest.mark.parametrize("dtype", ["<i4", "<i8"])
+def test_ids_of_four_or_eight_bytes_are_not_read_as_two(tmp_path: Path, dtype: str) -> None:
+    """As in a copy of a `.bin` of Megatron-LM without its `.idx`."""
+    (np.arange(1000) * 100).astype(dtype).tofile(tmp_path / "a.bin")
+    with pytest.raises(DataError, match=r"a\.bin holds ids of 4 or 8 bytes.* \.idx"):
+        open_dataset("tokens", str(tmp_path / "a.bin"))
+
+
+def test_an_index_alone_is_no_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a.idx").write_bytes(b"MMIDIDX")
+    with pytest.raises(DataError, match=r"a\.idx holds no tokens: token files end in \.bin"):
+        open_dataset("tokens", str(tmp_path / "a.idx"))
+
+
 def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch) -> None:
     def refuse(*args: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
