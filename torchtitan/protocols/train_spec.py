@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -112,8 +113,15 @@ def register_train_spec(name: str, factory: TrainSpecFactory) -> None:
     """Make a model known as `model.name = name`. Repeating the same call is harmless.
 
     Raises:
+        TypeError: `factory` is no function of a flavor.
         ValueError: the name is taken by another factory.
     """
+    try:
+        inspect.signature(factory).bind("flavor")
+    except TypeError as error:
+        raise TypeError(
+            f"register_train_spec({name!r}, ...) takes a function (flavor) -> TrainSpec"
+        ) from error
     known = MODEL_REGISTRY.setdefault(name, factory)
     if known is not factory:
         raise ValueError(
@@ -138,4 +146,8 @@ def get_train_spec(name: str, flavor: str) -> TrainSpec:
     if flavors and flavor not in flavors:
         hint = value_instead("model.flavor", flavor, flavors) or did_you_mean(flavor, flavors)
         raise ConfigError(f"model.flavor = {flavor!r}: {name} has no such flavor.{hint}")
-    return MODEL_REGISTRY[name](flavor)
+    spec = MODEL_REGISTRY[name](flavor)
+    if not isinstance(spec.model_args, BaseModelArgs):
+        kind = type(spec.model_args).__name__
+        raise ConfigError(f"{name}: model_args of its TrainSpec is {kind}, not one flavor's args")
+    return spec

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError
-from torchtitan.preflight.model_fit import check_builders, check_vocabulary
+from torchtitan.models.llama3 import Llama3ModelArgs
+from torchtitan.preflight.model_fit import check_builders, check_vocabulary, fitting_model
 from torchtitan.protocols.train_spec import get_train_spec
 
 
@@ -33,6 +34,12 @@ def test_validation_needs_a_tokenizer_or_a_validator(config):
     with pytest.raises(ConfigError, match=r"validation.enable.*neither build_tokenizer_fn"):
         check_builders(spec, config)
     check_builders(replace(spec, build_validator_fn=lambda *_: None), config)
+
+
+def test_args_that_are_updated_in_place_are_refused(monkeypatch):
+    monkeypatch.setattr(Llama3ModelArgs, "update_from_config", lambda self, job_config: None)
+    with pytest.raises(ConfigError, match=r"Llama3ModelArgs\.update_from_config returns None"):
+        fitting_model(load_config([]), 1)
 
 
 def test_special_tokens_alone_may_be_beyond_the_vocabulary(config, caplog):

@@ -13,6 +13,7 @@ from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError
 from torchtitan.planning.trace import trace_step
+from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec, register_train_spec
 from torchtitan.runtime.fake_world import fake_world
 
 FROZEN = own_parts_llama.get_own_frozen("tiny")
@@ -63,3 +64,18 @@ def test_a_parameter_that_cannot_be_trained_is_refused_with_its_name(part, messa
 
     with pytest.raises(ConfigError, match=message):
         replace(FROZEN, model_cls=WithPart).meta_model()
+
+
+@pytest.mark.parametrize("factory", [FROZEN, lambda: FROZEN])
+def test_what_upstream_registers_is_refused(factory) -> None:
+    """A `TrainSpec`, or a function of no flavor."""
+    with pytest.raises(TypeError, match=r"takes a function \(flavor\) -> TrainSpec"):
+        register_train_spec("old", factory)
+    assert "old" not in MODEL_REGISTRY
+
+
+def test_model_args_of_all_flavors_are_refused(monkeypatch) -> None:
+    old = replace(FROZEN, model_args={"8B": FROZEN.model_args})
+    monkeypatch.setitem(MODEL_REGISTRY, "old", lambda flavor: old)
+    with pytest.raises(ConfigError, match="old: model_args of its TrainSpec is dict, not one"):
+        get_train_spec("old", "8B")
