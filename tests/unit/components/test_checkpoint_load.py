@@ -285,7 +285,10 @@ def test_a_model_without_an_adapter_says_so(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_one_is(tmp_path):
-    with pytest.raises(CheckpointError, match=r"neither manifest\.json.*nor model\.safetensors"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"neither manifest\.json.*upstream's see docs/.*nor model\.safetensors",
+    ):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"nowhere is not a folder"):
         TinyModel(TinyArgs()).load_checkpoint(tmp_path / "nowhere")

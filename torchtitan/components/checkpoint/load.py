@@ -283,8 +283,9 @@ def is_huggingface(path: StoragePath) -> bool:
     steps = list_checkpoints(path)
     hint = f". Did you mean {steps[-1]}?" if steps else ""
     raise CheckpointError(
-        f"{path} is not a checkpoint: it has neither {MANIFEST} (complete torchtitan checkpoint) "
-        f"nor {SAFETENSORS_FILE} or {SAFETENSORS_INDEX} (Hugging Face){hint}"
+        f"{path} is not a checkpoint: it has neither {MANIFEST} (complete torchtitan checkpoint; "
+        f"for upstream's see docs/migrating.md) nor {SAFETENSORS_FILE} or {SAFETENSORS_INDEX} "
+        f"(Hugging Face){hint}"
     )
 
 

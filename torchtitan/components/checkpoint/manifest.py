@@ -84,7 +84,8 @@ class Manifest:
                 ) from error
             reason = error.strerror or "No such file or directory"
             raise DamagedCheckpointError(
-                f"{path} cannot be read ({reason}): the checkpoint is incomplete or damaged"
+                f"{path} cannot be read ({reason}): the checkpoint is incomplete, damaged, or from "
+                "upstream torchtitan (docs/migrating.md)"
             ) from error
         try:
             fields = parse_json(text)
