@@ -7,6 +7,7 @@ What is in `NOT_RUN` is parsed by the program itself, so that no option in the p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 import tomllib
@@ -28,6 +29,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from torchtitan.config import JobConfig
+from torchtitan.config.toml_file import format_value
 from torchtitan.config.upstream import INSTEAD, VALUES
 from torchtitan.errors import TitanError
 
@@ -317,6 +319,19 @@ def test_what_messages_say_of_upstreams_keys_is_what_the_page_says() -> None:
         for value, text in values.items():
             (right,) = re.findall(rf'^\| .*"{value}".* \| (.*) \|$', table, re.M)
             assert set(re.split("[`, ]+", text)) <= set(re.split('[`,; ="]+', right)), value
+
+
+def test_the_defaults_to_migrate_to_are_ours() -> None:
+    """Those of both programs are in brackets, ours last: `optimizer.lr` (5e-5; 8e-4)."""
+    config, page = JobConfig(), PAGES["docs/migrating.md"].read_text()
+    found = re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)` \([^;()]+; ([^()]+)\)", page)
+    assert len(found) > 10
+    for key, written in found:
+        value = functools.reduce(getattr, key.split("."), config)
+        values = value if isinstance(value, list) else [value]
+        shown = ["as in training" if v is None else format_value(v).strip('"') for v in values]
+        for one, ours in zip(written.replace("`", "").split(" and "), shown, strict=True):
+            assert one == ours or float(one) == float(ours), key
 
 
 @pytest.mark.parametrize("page", PAGES)

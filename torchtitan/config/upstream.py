@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 
 _ONE_STEP = "none: always one step, after two warm-up steps"
+_WORKERS = "data.workers (threads); batches always go through pinned memory"
 _STACKS = "comm.hang_seconds: writes stacks and NCCL's flight record to DUMP_FOLDER/hang"
 
 INSTEAD = {
@@ -19,7 +20,8 @@ INSTEAD = {
     "job.save_config_file": "always saved, to config.resolved.toml",
     "training.dtype": "none: master weights are float32",
     "training.gc_debug": "none",
-    "training.dataloader": "data.workers (threads); batches always go through pinned memory",
+    "training.dataloader": _WORKERS,
+    "validation.dataloader": _WORKERS,
     "optimizer.early_step_in_backward": "none",
     "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "none",
     "activation_checkpoint.debug": "none",
