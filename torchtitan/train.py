@@ -525,7 +525,7 @@ class Trainer:
             if "checkpointer" in made:
                 closing.callback(self._close_checkpointer, save_timeout)
             for name in ("validator", "dataloader", "replicas", "watch"):
-                if made.get(name) is not None:
+                if hasattr(made.get(name), "close"):  # one that was refused may lack it
                     closing.callback(made[name].close)
 
     def _close_checkpointer(self, save_timeout: float | None) -> None:

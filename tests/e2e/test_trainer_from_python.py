@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from harness import run_ranks
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import CheckpointError, ConfigError
+from torchtitan.protocols.train_spec import register_train_spec
 from torchtitan.train import Trainer
 
 
@@ -29,6 +31,12 @@ def fail_and_train(folder: Path) -> None:
     config.optimizer.rules = [ParamRule("nothing", lr_scale=0.5)]
     with pytest.raises(ConfigError, match="matches no parameter"):
         Trainer(config)
+
+    # With a part that is refused because it cannot be closed.
+    spec = replace(tiny_llama.get_train_spec("tiny"), build_dataloader_fn=lambda *_: iter([]))
+    register_train_spec("unclosed", lambda flavor: spec)
+    with pytest.raises(ConfigError, match=r"build_dataloader_fn of unclosed .* has no close"):
+        Trainer(config_of(folder / "unclosed", "--model.name=unclosed"))
 
     # Before the first step.
     config = config_of(folder / "load", "--checkpoint.enable", "--checkpoint.load_step=7")
