@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,6 +15,7 @@ from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.protocols.model_converter import register_model_converter
 from torchtitan.runtime.device import device_type
 from torchtitan.tools.logging import rank0
+from torchtitan.tools.text import few
 
 from .linear import QuantizedLinear
 from .products import quantized_grouped_linear
@@ -87,26 +89,36 @@ class _LinearConverter(_Converter):
 
     def convert(self, model: nn.Module) -> None:
         self._check_filter(model)
-        linears = {
-            name: module
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear
-            and not any(part in name for part in self.options.filter_fqns)
-        }
+        places: dict[nn.Linear, list[str]] = defaultdict(list)  # a shared layer has several names
+        for name, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, nn.Linear):
+                places[module].append(name)
+        left_out, linears = [], {}
+        for linear, names in places.items():
+            if any(part in name for name in names for part in self.options.filter_fqns):
+                continue
+            if type(linear) is nn.Linear:
+                linears[linear] = names
+            else:
+                left_out += names
         if not linears:
             self.fail("filter_fqns", "no linear layer is left to convert")
+        if left_out:
+            text = "%s: left in high precision, as they are of a subclass of nn.Linear: %s"
+            rank0.warning(text, self.key, few(left_out, 5))
         self._check_tokens()
-        for name, linear in linears.items():
-            self._check_sizes(name, linear)
+        for linear, names in linears.items():
+            self._check_sizes(names[0], linear)
             quantized = QuantizedLinear(
                 linear, self.grouping, self.quantize_weight_grad, self.emulate
             )
-            model.set_submodule(name, quantized)
+            for name in names:
+                model.set_submodule(name, quantized)
         self.tell(len(linears), "linear layers")
 
     def _check_filter(self, model: nn.Module) -> None:
         """Refuse a name that matches nothing: misspelled, or several names parsed as one."""
-        names = [name for name, _ in model.named_modules()]
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
         usual = type(self.options)().filter_fqns  # some of these only match mixtures of experts
         for part in self.options.filter_fqns:
             if part in usual or any(part in name for name in names):

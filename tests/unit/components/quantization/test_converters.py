@@ -67,6 +67,38 @@ def test_tied_weights_stay_tied():
     assert model.output.weight is model.tok_embeddings.weight
 
 
+def with_a_shared_layer() -> nn.Module:
+    model = build()
+    for layer in model.layers.values():
+        layer.attention.wo = model.layers["0"].attention.wo
+    return model
+
+
+def test_a_layer_that_blocks_share_is_converted_in_all_of_them():
+    model = converted(with_a_shared_layer(), FLOAT8)
+    shared = {layer.attention.wo for layer in model.layers.values()}
+    assert [type(layer) for layer in shared] == [QuantizedLinear]
+    options = (f"--{FLOAT8}.filter_fqns", "output", "layers.1.attention.wo")
+    model = converted(with_a_shared_layer(), FLOAT8, options=options)
+    shared = {layer.attention.wo for layer in model.layers.values()}
+    assert [type(layer) for layer in shared] == [nn.Linear]
+
+
+def test_subclasses_stay_with_a_warning(caplog):
+    class Scaled(nn.Linear):
+        pass
+
+    model = build()
+    model.layers["1"].feed_forward.w2 = Scaled(64, 64, device="meta")
+    with caplog.at_level(logging.WARNING, "torchtitan"):
+        converted(model, FLOAT8)
+    message = "float8: left in high precision, as they are of a subclass of nn.Linear: layers.1.fee"
+    assert message in caplog.text
+    caplog.clear()
+    converted(build("deepseek_v3"), FLOAT8)  # its router is filtered
+    assert "subclass" not in caplog.text
+
+
 def test_filtered_layers_stay():
     model = build()
     options = (f"--{FLOAT8}.filter_fqns", "output", "feed_forward", "layers.0")
