@@ -9,7 +9,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .scaling import E4M3, E5M2, Grouping, Scaled, quantize, scaled_grouped_mm, scaled_mm
+from torchtitan.errors import ConfigError
+
+from .scaling import (
+    E4M3,
+    E5M2,
+    MX_BLOCK,
+    Grouping,
+    Scaled,
+    quantize,
+    scaled_grouped_mm,
+    scaled_mm,
+)
 
 
 def quantized_linear(
@@ -76,12 +87,23 @@ class _QuantizedLinear(torch.autograd.Function):
                 matrix = quantize(weight.T, E4M3, grouping, weight_scale, strips=True)
                 x_grad = scaled_mm(rows, matrix, x.dtype, emulate)
             if ctx.needs_input_grad[1] and ctx.quantize_weight_grad:
+                _require_multiple(len(grad), grouping, weight)
                 columns = quantize(grad.T, grad_dtype, grouping, grad_scale, strips=True)
                 matrix = quantize(x.T, E4M3, grouping, x_scale, strips=True)
                 weight_grad = scaled_mm(columns, matrix, x.dtype, emulate)
             elif ctx.needs_input_grad[1]:
                 weight_grad = grad.T @ x
         return x_grad, weight_grad, None, None, None
+
+
+def _require_multiple(tokens: int, grouping: Grouping, weight: torch.Tensor) -> None:
+    unit = MX_BLOCK if grouping == "block" else 16
+    if tokens % unit:
+        raise ConfigError(
+            f"a linear layer with a weight of {list(weight.shape)} gets {tokens} tokens, but "
+            f"{unit} must divide their number, as the gradient of its weight is a sum over them in "
+            "8 bits. Change the number, or name the layer in filter_fqns of its converter"
+        )
 
 
 def quantized_grouped_linear(

@@ -13,6 +13,7 @@ from torchtitan.components.quantization.products import (
     quantized_linear,
 )
 from torchtitan.components.quantization.scaling import E4M3, E5M2, quantize
+from torchtitan.errors import ConfigError
 
 TOKENS, IN, OUT = 256, 192, 128
 
@@ -83,6 +84,18 @@ def test_the_gradient_of_the_weight_may_be_exact():
     out = quantized_linear(x, weight, "row", quantize_weight_grad=False, emulate=True)
     (weight_grad,) = torch.autograd.grad(out, weight, grad)
     torch.testing.assert_close(weight_grad, grad.T @ x)
+
+
+@pytest.mark.parametrize(("grouping", "unit"), [("tensor", 16), ("row", 16), ("block", 32)])
+def test_tokens_that_tensor_cores_cannot_sum_over_are_refused(grouping, unit):
+    x = normal(unit + 8, IN, seed=0)
+    weight = normal(OUT, IN, seed=1)
+    assert quantized_linear(x, weight, grouping, emulate=True).shape == (unit + 8, OUT)
+    quantized_linear(x.requires_grad_(), weight, grouping, emulate=True).sum().backward()
+    out = quantized_linear(x, weight.requires_grad_(), grouping, emulate=True)
+    message = rf"weight of \[128, 192\] gets {unit + 8} tokens, but {unit} must divide"
+    with pytest.raises(ConfigError, match=message):
+        out.sum().backward()
 
 
 def test_leading_dimensions_are_tokens():
