@@ -64,10 +64,25 @@ class ModelConvertersContainer:
         self.converters = [MODEL_CONVERTERS[name](job_config, parallel_dims) for name in names]
 
     def convert(self, model: nn.Module) -> None:
-        """Apply all converters. Raise `ConfigError` if one changes parameters undeclared."""
-        for converter in self.converters:
-            before = _parameters_of(model)
+        """Apply all converters.
+
+        Raises:
+            ConfigError: one changes parameters undeclared, or removes modules of an earlier one.
+        """
+        made: dict[nn.Module, tuple[str, str]] = {}  # module -> its name, and its converter's
+        for converter_name, converter in zip(
+            self._job_config.model.converters, self.converters, strict=True
+        ):
+            before, modules = _parameters_of(model), set(model.modules())
             converter.convert(model)
+            here = {module: name for name, module in model.named_modules()}
+            if undone := [names for module, names in made.items() if module not in here]:
+                problem = (
+                    f"{converter_name!r} replaces {few([name for name, _ in undone], 5)}, which "
+                    f"{undone[0][1]!r} has converted. List {converter_name!r} before it"
+                )
+                fail(self._job_config, "model.converters", problem)
+            made |= {m: (name, converter_name) for m, name in here.items() if m not in modules}
             changed = before ^ _parameters_of(model)
             if changed and not _changes_parameters(converter):
                 name, params = type(converter).__name__, sorted({name for name, _ in changed})

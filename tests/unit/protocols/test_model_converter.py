@@ -103,3 +103,17 @@ def test_a_converter_that_adds_parameters_must_say_so():
     build_model_converters(config("adding"), DIMS).convert(nn.Linear(1, 1))
     convert_to_load(model, config("recorder", "adding"), DIMS)
     assert hasattr(model, "more")
+
+
+class Replacing(Recorder):
+    def convert(self, model: nn.Module) -> None:
+        model[0] = type("Own", (nn.Linear,), {})(1, 1)
+
+
+def test_a_module_of_an_earlier_converter_is_not_replaced():
+    register_model_converter(Replacing, "replacing")
+    register_model_converter(type("Again", (Replacing,), {}), "again")
+    with pytest.raises(ConfigError, match="'again' replaces 0, which 'replacing' has converted"):
+        build_model_converters(config("replacing", "recorder", "again"), DIMS).convert(
+            nn.Sequential(nn.Linear(1, 1))
+        )
