@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.load import origin
@@ -73,6 +74,7 @@ def _unapplied(
         if not any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes):
             call = "tensor_parallel.apply_tensor_parallel(model, tp_mesh, job_config, block_plan)"
             yield "parallelism.tensor_parallel_degree", call
+    yield from _other_dtypes(modules, job_config)
     config = job_config.activation_checkpoint
     if config.mode == "memory_budget":
         applied = torch._functorch.config.activation_memory_budget == config.memory_budget
@@ -83,6 +85,20 @@ def _unapplied(
     wanted = job_config.compile.compiles("model")
     if wanted and has_layers and not any(map(_is_compiled, modules)) and _compiler_is_on():
         yield "compile.enable", "compile.apply_compile(model, job_config)"
+
+
+def _other_dtypes(modules: list[nn.Module], job_config: JobConfig) -> Iterator[tuple[str, str]]:
+    """Yield the keys of dtypes that the model's own calls of `fully_shard` do not use."""
+    sharded: list[Any] = [module for module in modules if isinstance(module, FSDPModule)]
+    policies = [module._get_fsdp_state()._mp_policy for module in sharded]
+    found = {
+        "param": {policy.param_dtype or torch.float32 for policy in policies},
+        "reduce": {p.reduce_dtype or p.param_dtype or torch.float32 for p in policies},
+    }
+    for kind, dtypes in found.items():
+        key = f"mixed_precision_{kind}"
+        if dtypes and getattr(torch, getattr(job_config.training, key)) not in dtypes:
+            yield f"training.{key}", "fsdp.apply_fsdp(model, dp_mesh, job_config)"
 
 
 def _recomputes(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import torch.nn as nn
 from tiny_models import tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from torchtitan.components.loss import build_loss
@@ -66,6 +67,22 @@ def test_tensor_parallelism_that_is_not_applied(config, caplog):
         norm = part.norm.weight.detach()
         part.norm.weight = nn.Parameter(distribute_tensor(norm, mesh, [Replicate()]))
     assert warnings(caplog, config, part) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "unused"),
+    [
+        (MixedPrecisionPolicy(), ["param"]),
+        (MixedPrecisionPolicy(param_dtype=torch.bfloat16), ["reduce"]),
+        (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32), []),
+    ],
+)
+def test_dtypes_that_the_models_own_sharding_does_not_use(policy, unused, config, caplog):
+    part = model()
+    with fake_world(2, 0):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+        found = [warning.split(" = ")[0] for warning in warnings(caplog, config, part)]
+    assert found == [f"training.mixed_precision_{kind}" for kind in unused]
 
 
 def test_the_guides_model_without_checkpointing_is_quiet(config, caplog):
