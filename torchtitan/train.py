@@ -52,7 +52,7 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.config.load import print_config
 from torchtitan.distributed.block_calls import BlockCalls
-from torchtitan.distributed.compile import begin_forward_pass
+from torchtitan.distributed.compile import begin_forward_pass, explained_compiler_errors
 from torchtitan.distributed.context_parallel import require_applied_cp
 from torchtitan.distributed.determinism import seed_step, use_deterministic_kernels
 from torchtitan.distributed.fsdp import (
@@ -402,7 +402,7 @@ class Trainer:
         """Add the gradients of one micro-batch. Return its share of the step's loss."""
         tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
-        with self.autocast:
+        with explained_compiler_errors(self.job_config), self.autocast:
             if self.pipeline:
                 return self.pipeline.forward_backward(tokens, labels, inputs, global_tokens)
             pred = self.model_parts[0](tokens, **inputs)
@@ -419,7 +419,7 @@ class Trainer:
         self.agreement.check_first_validation(batch)
         tokens, labels, inputs = self._to_device(batch)
         begin_forward_pass(self.job_config)
-        with self.autocast:
+        with explained_compiler_errors(self.job_config), self.autocast:
             if self.pipeline:
                 return self.pipeline.evaluate(tokens, labels, inputs)
             return self.loss_fn(self.model_parts[0](tokens, **inputs), labels)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn as nn
 
+from torchtitan.config import fail
 from torchtitan.distributed.activation_checkpoint import is_checkpointed
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.compiled_checkpoint import compile_inside
@@ -113,3 +116,24 @@ def begin_forward_pass(job_config: JobConfig) -> None:
     config = job_config.compile
     if config.enable and config.mode in ("reduce-overhead", "max-autotune"):
         torch.compiler.cudagraph_mark_step_begin()
+
+
+@contextmanager
+def explained_compiler_errors(job_config: JobConfig) -> Iterator[None]:
+    """Raise a `ConfigError` where the compiler rejects the model's code within the context."""
+    try:
+        yield
+    except Exception as error:
+        if not job_config.compile.enable:
+            raise
+        rejected = torch._dynamo.exc
+        kinds = rejected.Unsupported, rejected.UserError, rejected.FailOnRecompileLimitHit
+        if not isinstance(error, kinds):
+            raise
+        problem = (
+            "a layer must be one graph, and not another one in each step. Decorate the forward of "
+            "a module whose work depends on values with @torch.compiler.disable, which leaves it "
+            "out, change buffers only in place, and keep numbers that change in buffers "
+            f"(TORCH_LOGS=recompiles shows them). The compiler: {error}"
+        )
+        fail(job_config, "compile.enable", problem)

@@ -1,4 +1,4 @@
-"""Blocks that share no graph are compiled one by one."""
+"""Blocks that share no graph are compiled one by one, and what cannot be a graph is explained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
-from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.compile import apply_compile, explained_compiler_errors
+from torchtitan.errors import ConfigError
 
 BLOCKS = 10  # more graphs than the compiler allows one function
 
@@ -57,3 +58,34 @@ def test_numbers_may_differ_by_layer(monkeypatch, limits, torch_has_the_option):
     assert torch.equal(apply_compile(model, job_config)(x), expected)
     has_option = "recompile_limit" in compile.__kwdefaults__ and torch_has_the_option
     assert (limits.recompile_limit == 8) == has_option
+
+
+class Counting(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.number += 1
+        return super().forward(x)
+
+
+class Choosing(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("block", [Counting, Choosing])
+def test_a_layer_that_is_not_one_graph_is_explained(limits, block):
+    job_config = JobConfig()
+    job_config.compile.enable, job_config.compile.backend = True, "eager"
+    model = Model()
+    model.layers = nn.ModuleDict({"0": block(0)})
+    apply_compile(model, job_config)
+    message = r"compile.enable = true: a layer must be one graph.*@torch.compiler.disable"
+    with pytest.raises(ConfigError, match=message), explained_compiler_errors(job_config):
+        for _ in range(9):
+            model(torch.ones(2, 4))
+
+
+def test_other_errors_stay_as_they_are():
+    job_config = JobConfig()
+    job_config.compile.enable = True
+    with pytest.raises(ZeroDivisionError), explained_compiler_errors(job_config):
+        _ = 1 / 0
