@@ -1,4 +1,7 @@
-"""`Codebook` of docs/own_parts.md is the same on every number of ranks and micro-batches."""
+"""`Codebook` of docs/own_parts.md is the same on every number of ranks and micro-batches.
+
+It can also be compiled in a checkpointed layer.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,22 @@ import torch.nn as nn
 from harness import run_ranks
 
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.distributed.activation_checkpoint import checkpointed
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.runtime.process_group import init_distributed
 
 _PAGE = Path(__file__).parents[2] / "docs" / "own_parts.md"
 
 
-def trained_and_expected() -> tuple[list[list[float]], list[list[float]]]:
-    """The sums after a step of two micro-batches on two ranks, and of one batch on one."""
+def documented() -> dict[str, Any]:
     shown: dict[str, Any] = {}
     exec(_PAGE.read_text().partition("# codebook.py\n")[2].partition("```")[0], shown)
+    return shown
+
+
+def trained_and_expected() -> tuple[list[list[float]], list[list[float]]]:
+    """The sums after a step of two micro-batches on two ranks, and of one batch on one."""
+    shown = documented()
     init_distributed(timeout_seconds=60)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 2), shown["Codebook"](4, 2))
@@ -45,3 +54,14 @@ def trained_and_expected() -> tuple[list[list[float]], list[list[float]]]:
 def test_two_ranks_have_the_codebook_of_one() -> None:
     for sums, expected in run_ranks(trained_and_expected, 2):
         torch.testing.assert_close(torch.tensor(sums), torch.tensor(expected))
+
+
+def test_a_checkpointed_layer_with_a_codebook_is_one_graph() -> None:
+    book = documented()["Codebook"](4, 2)
+    book.reset_parameters()
+    batch = torch.randn(4, 3, 2, requires_grad=True)
+    expected = book(batch), book.tally.clone()
+    book.tally.zero_()
+    layer = checkpointed(book, book.forward, None)
+    out = torch.compile(layer, backend="eager", fullgraph=True)(batch)
+    torch.testing.assert_close((out, book.tally), expected)

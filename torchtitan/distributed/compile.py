@@ -133,7 +133,7 @@ def explained_compiler_errors(job_config: JobConfig) -> Iterator[None]:
         problem = (
             "a layer must be one graph, and not another one in each step. Decorate the forward of "
             "a module whose work depends on values with @torch.compiler.disable, which leaves it "
-            "out, change buffers only in place, and keep numbers that change in buffers "
+            "out; change buffers only by methods such as add_; keep numbers that change in buffers "
             f"(TORCH_LOGS=recompiles shows them). The compiler: {error}"
         )
         fail(job_config, "compile.enable", problem)
