@@ -93,19 +93,17 @@ class _LinearConverter(_Converter):
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, nn.Linear):
                 places[module].append(name)
-        left_out, linears = [], {}
-        for linear, names in places.items():
-            if any(part in name for name in names for part in self.options.filter_fqns):
-                continue
-            if type(linear) is nn.Linear:
-                linears[linear] = names
-            else:
-                left_out += names
+        chosen = {
+            linear: names
+            for linear, names in places.items()
+            if not any(part in name for name in names for part in self.options.filter_fqns)
+        }
+        linears = {linear: names for linear, names in chosen.items() if type(linear) is nn.Linear}
         if not linears:
             self.fail("filter_fqns", "no linear layer is left to convert")
-        if left_out:
+        if others := [names[0] for linear, names in chosen.items() if linear not in linears]:
             text = "%s: left in high precision, as they are of a subclass of nn.Linear: %s"
-            rank0.warning(text, self.key, few(left_out, 5))
+            rank0.warning(text, self.key, few(others, 5))
         self._check_tokens()
         for linear, names in linears.items():
             self._check_sizes(names[0], linear)
@@ -114,7 +112,7 @@ class _LinearConverter(_Converter):
             )
             for name in names:
                 model.set_submodule(name, quantized)
-        self.tell(len(linears), "linear layers")
+        self.tell(len(linears), f"of {len(places)} linear layers")
 
     def _check_filter(self, model: nn.Module) -> None:
         """Refuse a name that matches nothing: misspelled, or several names parsed as one."""

@@ -95,6 +95,9 @@ def test_subclasses_stay_with_a_warning(caplog):
     message = "float8: left in high precision, as they are of a subclass of nn.Linear: layers.1.fee"
     assert message in caplog.text
     caplog.clear()
+    with caplog.at_level(logging.INFO, "torchtitan"):
+        converted(build("llama3"), FLOAT8)
+    assert "float8: 28 of 29 linear layers" in caplog.text
     converted(build("deepseek_v3"), FLOAT8)  # its router is filtered
     assert "subclass" not in caplog.text
 
