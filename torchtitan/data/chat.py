@@ -51,18 +51,24 @@ class ChatTemplate:
 
         Trained pieces are the text that the assistant has to write: from the end of its generation
         prompt to the end of its message. So a piece begins where generation would, and its tokens
-        are those that the model will have to generate.
+        are those that the model will have to generate. A message of weight 0 is not trained.
 
         Raises:
-            BadDocumentError: a message lacks its role or content, the assistant says nothing, or
-                the template refuses the conversation or renders earlier messages differently when
-                later ones follow.
+            BadDocumentError: a message lacks its role or content, or has another weight than 0 and
+                1; the assistant says nothing; or the template refuses the conversation, leaves tool
+                calls out, or renders earlier messages differently when later ones follow.
         """
         for number, message in enumerate(messages):
-            lacking = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
+            needed = ("role",) if message.get("tool_calls") else ("role", "content")
+            lacking = [key for key in needed if not isinstance(message.get(key), str)]
             if lacking:
                 raise BadDocumentError(
                     f"message {number} (counted from 0) has no text {lacking[0]!r}"
+                )
+            if message.get("weight") not in (None, 0, 1):
+                raise BadDocumentError(
+                    f"message {number} (counted from 0) has the weight {message['weight']!r}. "
+                    "Allowed: 0 (not learned) and 1"
                 )
         # As `transformers` does. In a table, a field that this message does not have is null.
         messages = [{k: v for k, v in one.items() if v is not None} for one in messages]
@@ -77,10 +83,21 @@ class ChatTemplate:
                     f"{self._name} does not render a conversation from left to right, so the "
                     f"assistant's text in message {number} (counted from 0) cannot be located"
                 )
-            pieces += [(prompt[len(done) :], False), (spoken[len(prompt) :], True)]
+            if message.get("tool_calls"):
+                without = {key: message[key] for key in message if key != "tool_calls"}
+                if spoken == self._render([*messages[:number], without], prompt=False):
+                    raise BadDocumentError(
+                        f"{self._name} leaves out the tool_calls of message {number} (counted from "
+                        "0). Set data.chat_template to a template that renders them"
+                    )
+            learned = message.get("weight") != 0
+            pieces += [(prompt[len(done) :], False), (spoken[len(prompt) :], learned)]
             done = spoken
-        if not pieces:
-            raise BadDocumentError("the conversation has no message with the role 'assistant'")
+        if not any(learned for _, learned in pieces):
+            weighted = " and another weight than 0" if pieces else ""
+            raise BadDocumentError(
+                f"the conversation has no message with the role 'assistant'{weighted}"
+            )
         return [(text, trained) for text, trained in pieces if text]
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:

@@ -65,11 +65,26 @@ def test_tokens_of_others_are_complements() -> None:
     assert ids == [*expected, ~BytesTokenizer.eos_id]
 
 
+def test_messages_of_weight_0_are_not_trained_on() -> None:
+    weighted = [CHAT[0], CHAT[1], CHAT[2] | {"weight": 0}, CHAT[3], CHAT[4] | {"weight": 1.0}]
+    hello = ("Hello<|im_end|>\n", False)
+    assert template().segments(weighted) == [CHATML_PIECES[0], hello, *CHATML_PIECES[2:]]
+
+
+def test_a_message_of_tool_calls_needs_no_content() -> None:
+    source = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    calls = [CHAT[1], {"role": "assistant", "content": None, "tool_calls": ["f"]}]
+    assert template(source).segments(calls) == [("Hi", False), ("['f']", True)]
+
+
 BAD_CHATS = {
     "role": ([{"content": "Hi"}], "message 0 .* has no text 'role'"),
     "content": ([CHAT[1], {"role": "assistant", "content": None}], "message 1 .*'content'"),
     "assistant": (CHAT[:2], "no message with the role 'assistant'"),
     "empty": ([], "no message with the role 'assistant'"),
+    "weight": ([CHAT[1], CHAT[2] | {"weight": 0.5}], r"message 1 .* weight 0\.5\. Allowed: 0"),
+    "unlearned": ([CHAT[1], CHAT[2] | {"weight": 0}], "'assistant' and another weight than 0"),
+    "tool calls": ([CHAT[1], {"role": "assistant", "tool_calls": ["f"]}], "leaves out the tool_"),
 }
 
 
