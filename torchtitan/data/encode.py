@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +23,8 @@ from torchtitan.tools.text import printable
 from .sources import has_random_access
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from torchtitan.components.tokenizer import Tokenizer
 
     from .chat import ChatTemplate
@@ -44,7 +46,10 @@ def encode_document(tokenizer: Tokenizer, text: object, add_bos: bool = False) -
     if isinstance(text, BadDocumentError):
         raise text
     if not isinstance(text, str):
-        raise BadDocumentError(f"a document of the dataset is a {type(text).__name__}, not text")
+        raise BadDocumentError(
+            f"a document of the dataset is a {type(text).__name__}, not text, a list of messages, "
+            "or a NumPy array of token ids"
+        )
     if not text:
         return np.empty(0, dtype=np.int32)
     return enclose(tokenizer, _encode(tokenizer, text), add_bos)
@@ -60,6 +65,21 @@ def enclose(tokenizer: Tokenizer, ids: np.ndarray, add_bos: bool) -> np.ndarray:
     if bos_id is not None and (len(ids) == 1 or ids[0] != bos_id):
         ids = np.insert(ids, 0, bos_id)
     return ids
+
+
+def _token_ids(ids: np.ndarray) -> np.ndarray:
+    """Return a document of ids unchanged. Raises `BadDocumentError` if it is none."""
+    if not ids.size:  # an array of nothing is float64
+        return ids
+    whole = ids.ndim == 1 and ids.dtype.kind in "iu"
+    if not whole or (ids.dtype.itemsize > 2 and (ids.astype(np.int32) != ids).any()):
+        kind = f"{ids.dtype} {list(ids.shape)}"
+        raise BadDocumentError(f"a document of the dataset is an array of {kind}, not of token ids")
+    return ids
+
+
+def _is_conversation(document: object) -> TypeIs[list]:
+    return isinstance(document, list) and all(isinstance(one, dict) for one in document)
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -145,12 +165,12 @@ class Encoder:
         Raises:
             BadDocumentError: the document is malformed, or is this error itself.
         """
-        if isinstance(document, np.ndarray):
-            return document
         try:
             if isinstance(document, BadDocumentError):
                 raise document
-            if isinstance(document, list) and self._chat is not None:
+            if isinstance(document, np.ndarray):
+                ids = _token_ids(document)
+            elif self._chat is not None and _is_conversation(document):
                 ids = self._encode_chat(self._chat(), document)
                 self.has_conversations = True
             else:
@@ -178,7 +198,16 @@ class Encoder:
         return np.empty(0, dtype=np.int32)
 
     def check(self, source: object) -> None:
-        """Check that the ids of a source fit the tokenizer. Raises `DataError` if they do not."""
+        """Check that the ids of a source fit the tokenizer, and that it can be read repeatedly.
+
+        Raises:
+            DataError: they do not, or it is an iterator.
+        """
+        if isinstance(source, Iterator):
+            raise DataError(
+                "the dataset is an iterator, such as a generator, and can be read only once. Give "
+                "an object whose __iter__ starts from the beginning each time"
+            )
         use_tokenizer = getattr(source, "use_tokenizer", None)
         if use_tokenizer is not None:
             use_tokenizer(self.tokenizer)
@@ -206,7 +235,7 @@ def first_document(source: Source, encoder: Encoder) -> object | None:
     """Return the first document that is neither empty nor skipped, or None. Counts nothing.
 
     Raises:
-        DataError: a document before it cannot be read.
+        DataError: a document before it cannot be read, or documents are rows of fields.
     """
     documents: Iterable[object]
     if has_random_access(source):
@@ -217,6 +246,8 @@ def first_document(source: Source, encoder: Encoder) -> object | None:
         if isinstance(document, BadDocumentError):
             if not encoder.skips:
                 raise document
+        elif isinstance(document, dict):
+            raise DataError("a document is a row of fields (dict). Give the text of each row")
         elif not hasattr(document, "__len__") or len(document):
             return document
     return None

@@ -126,11 +126,6 @@ class DataLoader:
         self._rows = np.arange(dp_rank * rows, (dp_rank + 1) * rows)
 
         for key, part in self._blend.sources.items():
-            if isinstance(part, Iterator):
-                raise TypeError(
-                    "source is an iterator; give an iterable that starts from the beginning each "
-                    "time"
-                )
             with begin_errors_with(name), naming(key):
                 self._encoder.check(part)
                 first = first_document(part, self._encoder)

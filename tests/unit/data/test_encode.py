@@ -35,6 +35,32 @@ def test_ids_are_taken_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([1.0, 3.7]),
+        np.array([[1, 2], [3, 4]]),
+        np.array([5, 2**32 + 5]),
+        np.array([2**31], np.uint32),
+        np.array(["a", "b"]),
+    ],
+)
+def test_an_array_of_other_numbers_holds_no_token_ids(ids: np.ndarray) -> None:
+    with pytest.raises(BadDocumentError, match=rf"array of {ids.dtype} .*not of token ids"):
+        Encoder(BytesTokenizer())(ids)
+
+
+def test_a_list_of_numbers_is_no_conversation() -> None:
+    with pytest.raises(BadDocumentError, match="a list, not text, a list of messages, or a NumPy"):
+        Encoder(BytesTokenizer(), chat=lambda: None)([1, 2, 3])
+
+
+def test_rows_of_fields_are_refused_at_once() -> None:
+    encoder = Encoder(BytesTokenizer(), on_error="skip")
+    with pytest.raises(DataError, match="row of fields"):
+        first_document([{"text": "a"}], encoder)
+
+
+@pytest.mark.parametrize(
     "document", [5, [{"role": "user"}], "a \ud800", BadDocumentError("line 7")]
 )
 def test_what_is_malformed_stops_or_is_counted(document: object, caplog) -> None:
@@ -63,12 +89,13 @@ def test_a_dataset_of_malformed_documents_does_not_run_for_ever() -> None:
             encoder(BadDocumentError("line 1"))
 
 
-def test_a_good_document_ends_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("good", ["good", np.array([5, 6])], ids=type)
+def test_a_good_document_ends_the_row(good: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "_MOST_IN_A_ROW", 2)
     encoder = Encoder(BytesTokenizer(), on_error="skip")
     for _ in range(5):
         encoder(BadDocumentError("bad"))
-        encoder("good")
+        encoder(good)
     assert encoder.skipped == 5
 
 

@@ -237,7 +237,7 @@ def test_reset_goes_back_to_the_first_batch() -> None:
 
 
 def test_an_iterator_is_no_source() -> None:
-    with pytest.raises(TypeError, match="starts from the beginning"):
+    with pytest.raises(DataError, match=r"iterator.* starts from the beginning"):
         loader(source=iter(TEXTS))
 
 
