@@ -223,7 +223,7 @@ class Encoder:
             if len(ids)
         ]
         last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
-        if last[-1] != eos_id:  # many templates end the assistant's message with eos
+        if last[-1] not in (eos_id, ~eos_id):  # many templates end the assistant's message with eos
             parts.append(np.array([~eos_id]))
         bos_id = self.tokenizer.bos_id if self.add_bos else None
         if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):

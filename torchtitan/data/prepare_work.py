@@ -181,7 +181,14 @@ def _write_shard(job: Job, part: int, source: Source, encoder: Encoder, counters
             lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
             ends.append(tokens + np.cumsum(lengths))
             tokens += int(lengths.sum())
-            file.write(np.concatenate(encoded).astype(job.dtype))
+            ids = np.concatenate(encoded)
+            written = ids.astype(job.dtype)
+            if (written != ids).any():
+                raise DataError(
+                    f"a document of the dataset has token ids from {ids.min()} to {ids.max()}. "
+                    f"Prepared tokens are from 0 to {np.iinfo(job.dtype).max}"
+                )
+            file.write(written)
             with counters.get_lock():
                 counters[1] += len(encoded)
                 counters[2] += int(lengths.sum())

@@ -66,6 +66,17 @@ def prepare(out: Path, *options: str) -> None:
     assert main(["data", "prepare", "--out", str(out), *options]) == 0
 
 
+@pytest.mark.parametrize("extra", [70_000, ~5])
+def test_ids_that_its_files_cannot_hold_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int
+) -> None:
+    own = {"own": lambda path, text_key: [np.array([1, extra, 2])]}
+    monkeypatch.setattr(sources, "DATASETS", sources.DATASETS | own)
+    options = ["--dataset", "own", "--tokenizer-path", "bytes", "--workers", "1"]
+    with pytest.raises(DataError, match="Prepared tokens are from 0 to 65535"):
+        main_of_data(["prepare", "--out", str(tmp_path / "out"), *options])
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_the_documents_are_those_of_the_source(
