@@ -33,7 +33,9 @@ def find_files(path: str | None, suffixes: tuple[str, ...] = ("",)) -> list[str]
     """Find the files of a path, a glob (`**` crosses folders), a folder with all its subfolders, or
     the same behind a URL. Returns them sorted.
 
-    In a folder, hidden files and those that end in none of `suffixes` are left out.
+    In a folder, hidden files and those that end in none of `suffixes` are left out. A local file
+    that links lead to twice, as in a folder with a link to itself, is returned once, by its
+    shortest path.
 
     Raises:
         ConfigError: no path is given, or the URL's protocol is unknown or not installed.
@@ -62,7 +64,8 @@ def _find_local(path: str, suffixes: tuple[str, ...]) -> list[str]:
         found = [root]
     else:
         found = glob.glob(root, recursive=True)
-    return sorted(file for file in found if os.path.isfile(file))
+    found = sorted(filter(os.path.isfile, found), key=lambda file: (len(file), file), reverse=True)
+    return sorted({os.path.realpath(file): file for file in found}.values())
 
 
 def _find_remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -98,6 +101,8 @@ def unpacked(path: str) -> Iterator[BinaryIO]:
     """Open a file or URL, decompressed if necessary. Raises as `unreadable` says."""
     import fsspec
 
+    if path.endswith(".zst") and "zstd" not in fsspec.available_compressions():
+        raise ConfigError(f"{path}: .zst files need the package zstandard: pip install zstandard")
     try:
         with fsspec.open(path, "rb", compression="infer") as file:
             yield file

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torchtitan.errors import (
     BadDocumentError,
@@ -21,7 +22,7 @@ from torchtitan.errors import (
     outage_or,
 )
 
-from .files import open_file, unpacked
+from .files import is_url, open_file, unpacked
 from .json_lines import check_first_line
 from .rows import check_key, document_of, read_line
 
@@ -128,8 +129,9 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     import datasets
 
     try:
-        columns = _columns(files, text_key) if kind == "parquet" else {}
-        dataset = datasets.load_dataset(kind, data_files=files, split="train", **columns)
+        options = _parquet_options(files, text_key) if kind == "parquet" else {}
+        exact = [file if is_url(file) else glob.escape(file) for file in files]
+        dataset = datasets.load_dataset(kind, data_files=exact, split="train", **options)
     except TitanError:
         raise
     except Exception as error:  # the readers behind `datasets` raise their own types
@@ -206,13 +208,14 @@ def _versions(files: list[str]) -> list[tuple[int, int]]:
     return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
 
 
-def _columns(files: list[str], text_key: str) -> dict[str, list[str]]:
-    """Return the option that copies only one column. Raises `DataError` if it does not exist."""
+def _parquet_options(files: list[str], text_key: str) -> dict[str, Any]:
+    """Return options that copy only one column. Raises `DataError` if it does not exist."""
     from pyarrow import parquet
 
     with open_file(files[0]) as file:
         check_key(text_key, parquet.read_schema(file).names)
-    return {"columns": [text_key]}
+    # The default batch size is the number of rows of a file's first group, which may be 0.
+    return {"columns": [text_key], "batch_size": 1000}
 
 
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:

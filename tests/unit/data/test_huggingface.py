@@ -67,6 +67,25 @@ def test_parquet_is_a_table_and_the_key_of_the_text_can_be_chosen(folder: Path) 
     assert [source[i] for i in range(len(source))] == ["a", "b"]
 
 
+def test_a_part_of_parquet_may_be_empty(folder: Path) -> None:
+    for number, content in enumerate(([], ["a", "b"], [])):
+        table = pa.table({"text": pa.array(content, pa.string())})
+        pq.write_table(table, folder / f"{number}.parquet")
+    source = open_dataset("parquet", str(folder))
+    assert [source[i] for i in range(len(source))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_name_with_glob_characters_is_no_glob(folder: Path, kind: str) -> None:
+    for name in ("a1", "a[1]"):
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": [name]}), folder / f"{name}.parquet")
+        else:
+            (folder / f"{name}.jsonl").write_text(json.dumps([{"text": name}]))
+    source = open_dataset(kind, str(folder / f"a[1].{kind}"))
+    assert [source[i] for i in range(len(source))] == ["a[1]"]
+
+
 def test_of_parquet_only_the_column_of_the_text_is_copied(folder: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     for number in range(2):

@@ -53,6 +53,21 @@ def test_a_folder_with_glob_characters_in_its_name_is_a_folder(tmp_path: Path) -
     assert names(find_files(str(tmp_path / "[x]")), tmp_path) == ["[x]/a"]
 
 
+def test_a_file_that_links_lead_to_again_is_found_once(tree: Path) -> None:
+    expected = names(find_files(str(tree)), tree)
+    (tree / "loop").symlink_to(tree)
+    (tree / "sub" / "z.txt").symlink_to("c.txt")
+    assert names(find_files(str(tree)), tree) == expected
+    assert names(find_files(f"{tree}/**/*.txt"), tree) == expected[1:]
+
+
+def test_zst_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsspec.available_compressions", lambda: [None, "gzip"])
+    (tmp_path / "a.jsonl.zst").write_text("")
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst: \.zst files need .*pip install zstand"):
+        open_dataset("jsonl", str(tmp_path))
+
+
 def test_the_home_folder_is_expanded(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tree))
     assert names(find_files("~/sub/c.txt"), tree) == ["sub/c.txt"]
