@@ -93,6 +93,8 @@ def load_config(argv: list[str]) -> JobConfig:
         raise ConfigError(f"--{'.'.join(map(str, error.path))}: {error.problem}") from error
     config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
     config.checkpoint.folder = os.path.expanduser(config.checkpoint.folder)
+    if template := config.data.chat_template:  # generate and convert read it in other folders
+        config.data.chat_template = os.path.abspath(os.path.expanduser(template))
     if early.print_config:
         print_config(config)
         raise SystemExit(0)

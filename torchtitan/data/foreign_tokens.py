@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from torchtitan.errors import DataError
+from torchtitan.tools.logging import rank0
 
 from .files import ends_of, reading
 from .mapped import map_file, read_ahead
@@ -112,6 +113,12 @@ class NanoGPTTokens(TokenFiles):
                 places = ends_of(shard.path, bos_id, dtype, start) - 1
                 begins = places[(places > 0) & (shard.tokens[places] == bos_id)]
                 ends = np.append(begins, len(shard.tokens))
+            if len(ends) < 2 and len(shard.tokens) > _BLOCK_TOKENS:
+                rank0.warning(
+                    "%s has neither the tokenizer's eos (%s) nor bos (%s), which separate "
+                    "documents: it is cut into documents of %s tokens",
+                    *(shard.path, tokenizer.eos_id, bos_id, f"{_BLOCK_TOKENS:,}"),
+                )
             shard.ends = ends if len(ends) > 1 else _blocks(len(shard.tokens))
         self._count()
 
@@ -186,8 +193,8 @@ def _nanogpt_layout(path: Path) -> tuple[int, str]:
             f"{path} begins with a header of an unknown kind ({magic}). Known: those of llm.c, "
             f"{' and '.join(map(str, _HEADERS))}; files of `torchtitan data prepare` have none"
         )
-    if len(head) == _HEADER_WORDS and head.max() < 2**18 and head.min() >= 0:
-        # Ids of 2 bytes would all be below 4 at odd places.
+    halves = head.view("<u2").reshape(-1, 2)  # of ids of 4 bytes, the upper halves are small
+    if len(head) == _HEADER_WORDS and halves[:, 1].max() < 4 <= halves[:, 0].max():
         raise DataError(
             f"{path} holds ids of 4 or 8 bytes. Without an .idx beside it, as Megatron-LM writes, "
             "ids are of 2 bytes (uint16)"

@@ -89,7 +89,9 @@ class ShuffledDocuments:
             index = self._planned.pop(number)
         tokens = self._open.get(index)
         if tokens is None:
-            self._open[index] = tokens = self._encode(take(self._source, index))
+            tokens = self._encode(take(self._source, index))
+            if len(tokens):  # a skipped document is counted each time
+                self._open[index] = tokens
         return tokens, Origin()
 
     def _plan(self, number: int) -> None:

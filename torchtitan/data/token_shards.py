@@ -131,9 +131,10 @@ class TokenFiles:
 
 
 def _check_ids(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    largest = int(tokens.max())
-    if largest >= vocab_size or tokens.min() < 0:
+    least, largest = int(tokens.min()), int(tokens.max())
+    if largest >= vocab_size or least < 0:
+        token = least if least < 0 else largest
         raise DataError(
-            f"{where}: token {largest} is outside the tokenizer's vocabulary of {vocab_size}. The "
+            f"{where}: token {token} is outside the tokenizer's vocabulary of {vocab_size}. The "
             "file was made with a different tokenizer than model.tokenizer_path"
         )

@@ -208,6 +208,12 @@ def test_what_ends_a_turn_by_other_templates(template, expected, tmp_path):
     assert end_of_turn(folder) == expected
 
 
+def test_a_template_that_is_gone_is_told(tmp_path, caplog):
+    folder = with_special_tokens(tmp_path / "in", "<b>")
+    assert end_of_turn(folder, str(tmp_path / "gone.jinja")) is None
+    assert "ends a turn is unknown: data.chat_template: " in caplog.text
+
+
 @pytest.mark.parametrize("document", ["Hi there.", CHAT])
 def test_a_loader_knows_of_conversations_before_it_reads_a_batch(document, tmp_path):
     (tmp_path / "data.jsonl").write_text(f"{json.dumps({'text': document})}\n")

@@ -79,6 +79,12 @@ def test_a_tilde_is_the_home_folder(write, monkeypatch):
     assert config.checkpoint.folder == "/home/me/checkpoints"
 
 
+def test_a_chat_template_is_found_from_other_folders(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["--data.chat_template", "own.jinja"])
+    assert config.data.chat_template == str(tmp_path / "own.jinja")
+
+
 def test_command_line_wins_over_file_over_defaults(write):
     argv = write("[training]\nsteps = 20\nseq_len = 64\n")
     config = load_config([*argv, "--training.steps", "30"])

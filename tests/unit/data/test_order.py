@@ -19,7 +19,7 @@ from torchtitan.data.order import (
     num_shards,
     permute,
 )
-from torchtitan.errors import DataError
+from torchtitan.errors import BadDocumentError, DataError
 
 TEXTS = [f"{i}" for i in range(1, 12)]
 
@@ -209,3 +209,20 @@ def test_empty_shards_are_passed_over() -> None:
 def test_a_source_without_text_is_empty(source) -> None:
     with pytest.raises(DataError, match="empty"):
         stream(source, range(1), 1).open(0)
+
+
+def test_a_malformed_document_is_counted_each_time_it_comes() -> None:
+    class Table:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> str:
+            if index:
+                raise BadDocumentError("no text")
+            return "text"
+
+    encoder = Encoder(BytesTokenizer(), on_error="skip")
+    documents = ShuffledDocuments(Table(), encoder, seed=0)
+    for number in range(40):
+        documents.open(number)
+    assert encoder.skipped == 30

@@ -201,6 +201,26 @@ def test_nanogpt_files_without_ends_are_cut_into_blocks(tmp_path: Path, tokens: 
     assert np.array_equal(np.concatenate(documents), ids)
 
 
+def test_a_small_vocabulary_is_one_of_uint16(tmp_path: Path) -> None:
+    np.tile(np.array([1, 3, 2], "<u2"), 1000).tofile(tmp_path / "a.bin")  # such as A, C, G and T
+    assert open_dataset("tokens", str(tmp_path)).num_tokens == 3000
+
+
+def test_a_file_of_another_tokenizer_has_no_ends(tmp_path: Path, caplog) -> None:
+    np.full(70_000, 5, "<u2").tofile(tmp_path / "a.bin")
+    source = open_dataset("tokens", str(tmp_path))
+    source.use_tokenizer(BytesTokenizer())
+    assert "a.bin has neither the tokenizer's eos (257) nor bos (256)" in caplog.text
+
+
+def test_a_negative_id_is_told(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "a.bin", [[[1, -2, 3]]], "int32")
+    source = open_dataset("tokens", str(tmp_path))
+    source.use_tokenizer(BytesTokenizer())
+    with pytest.raises(DataError, match="token -2 is outside"):
+        source[0]
+
+
 def test_text_is_no_tokens(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "a line of text"}\n')

@@ -51,7 +51,10 @@ def end_of_turn(folder: Path, template: str | None = None) -> int | None:
         return None
     try:
         pieces = load_template(template, str(folder), tell=False).segments(_EXAMPLE)
-    except (DataError, BadDocumentError):
+    except BadDocumentError:
+        return None
+    except DataError as error:
+        logger.warning("the token that ends a turn is unknown: %s", error)
         return None
     text = "".join(text for text, is_trained in pieces if is_trained)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
