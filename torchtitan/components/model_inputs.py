@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchtitan.components.data_loader import Batch, builder, some
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
 from torchtitan.distributed.context_parallel import shard_batch
@@ -156,7 +157,7 @@ class ModelInputs:
                     f"{who} has {name!r} of {tensor.dtype}, which must be torch.int64, or "
                     "floating point if they are not ids"
                 )
-        self._check_ids(who, batch["tokens"])
+        self._check_ids(who, batch["tokens"], batch["labels"])
         whole = all(tensor.ndim == 1 for tensor in own_inputs(batch).values())
         if self._cp > 1 and not (whole and list(batch["tokens"].shape[:2]) == sizes):
             fail(
@@ -182,8 +183,11 @@ class ModelInputs:
                 *(who, name, tensor.dtype, self._config.training.mixed_precision_param),
             )
 
-    def _check_ids(self, who: str, tokens: torch.Tensor) -> None:
-        """Refuse ids outside the embedding, which would be obscure index errors on the device."""
+    def _check_ids(self, who: str, tokens: torch.Tensor, labels: torch.Tensor) -> None:
+        """Refuse ids outside the embedding, which would be obscure index errors on the device.
+
+        Refuse negative labels of tokens too: some losses take them for tokens of other ranks.
+        """
         size = self._vocab_size
         ids = tokens.dtype == torch.int64 and tokens.ndim == 2 and tokens.numel() > 0
         if size is None or not ids or tokens.device.type != "cpu":  # reading a GPU blocks the host
@@ -194,6 +198,12 @@ class ModelInputs:
             raise ConfigError(
                 f"{who} has the token {wrong}, but the vocab_size of {self._config.model.name} "
                 f"{self._config.model.flavor} is {size}: tokens must be from 0 to {size - 1}"
+            )
+        valid = (labels >= 0) | (labels == IGNORE_INDEX)
+        if labels.shape == tokens.shape and labels.dtype == torch.int64 and not valid.all():
+            raise ConfigError(
+                f"{who} has the label {labels[~valid][0]}. Labels are token ids, or IGNORE_INDEX "
+                f"({IGNORE_INDEX}) where nothing is to be predicted"
             )
 
     def on_device(

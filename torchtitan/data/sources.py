@@ -147,7 +147,7 @@ class TextFiles:
             file.seek(start)
             content = file.read(end - start)
         try:
-            return content.decode()
+            return content.decode("utf-8" if start else "utf-8-sig")
         except UnicodeDecodeError as error:
             line = line_number(path, start + error.start)
             raise BadDocumentError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error

@@ -236,6 +236,15 @@ def test_a_token_is_in_the_vocabulary(config, check, who, token):
     assert check({"tokens": TOKENS + 99, "labels": TOKENS})
 
 
+@pytest.mark.parametrize("check", ["checked", VALIDATED])
+def test_a_label_of_a_token_is_an_id_or_ignored(config, check):
+    check = getattr(inputs(config), check)
+    with pytest.raises(ConfigError, match=r"has the label -1\. Labels are .*IGNORE_INDEX \(-100\)"):
+        check({"tokens": TOKENS, "labels": TOKENS - 1})
+    assert check({"tokens": TOKENS, "labels": TOKENS - 100})
+    assert check({"tokens": TOKENS, "labels": (TOKENS - 1)[..., None]})  # other things than tokens
+
+
 def test_a_validator_may_have_other_sizes(config):
     checked = getattr(inputs(config), VALIDATED)
     batch = {"tokens": LONGER, "labels": LONGER, "times": LONGER[:, 0]}

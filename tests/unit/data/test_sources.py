@@ -108,6 +108,11 @@ def test_each_text_file_is_a_document(tree: Path) -> None:
     assert list(source) == ["a.md", "b.txt", "sub/c.txt", "sub/deep/d.txt"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
+    assert open_dataset("text", str(tmp_path))[0] == "text"
+
+
 def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "latin1.txt"
     path.write_bytes("eins\nzwei\ndr\xfci\n".encode("latin-1"))
