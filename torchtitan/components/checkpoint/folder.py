@@ -90,10 +90,8 @@ def list_checkpoints(root: P) -> list[P]:
 
 
 def _order(folder: StoragePath) -> tuple[bool, str, int]:
-    try:
-        return False, Manifest.read(folder).saved_at, step_of(folder)
-    except DamagedCheckpointError:
-        return True, "", step_of(folder)
+    saved_at = _saved_at(folder)
+    return not saved_at, saved_at, step_of(folder)
 
 
 class SaveTimes:
