@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from torchtitan.components.checkpoint.manifest import nested_differences, plain_args
 from torchtitan.components.checkpoint.reader import read_safetensors_metadata
 from torchtitan.components.checkpoint.tied import first_names
 from torchtitan.errors import CheckpointError, TitanError
@@ -71,11 +71,8 @@ def config_matches(subject: Subject) -> str:
                 f"{type(ours).__name__}.from_hf_config rejects it: {error}",
                 "It has another architecture, or an option that the model does not support.",
             ) from error
-        differences = [
-            f"{name} = {a!r} (config.json: {b!r})"
-            for name, a, b in _fields(ours, theirs)
-            if a != b and name.rpartition(".")[2] not in _NOT_IN_CONFIG
-        ]
+        found = nested_differences(plain_args(ours), plain_args(theirs), _NOT_IN_CONFIG)
+        differences = [f"{name} = {a!r} (config.json: {b!r})" for name, a, b in found]
     else:
         differences = [
             f"{name} = {getattr(ours, name)!r} (config.json: {key} = {config[key]!r})"
@@ -90,18 +87,6 @@ def config_matches(subject: Subject) -> str:
             "--flavor.",
         )
     return f"model_type {config.get('model_type')}"
-
-
-def _fields(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return name and both values of each field, including fields of nested dataclasses."""
-    rows = []
-    for field in dataclasses.fields(ours):
-        a, b, name = getattr(ours, field.name), getattr(theirs, field.name), prefix + field.name
-        if dataclasses.is_dataclass(a) and type(a) is type(b):
-            rows += _fields(a, b, f"{name}.")
-        else:
-            rows.append((name, a, b))
-    return rows
 
 
 @CHECKS.of("adapter.hf_names", "the adapter's names and shapes are the files'")

@@ -83,11 +83,8 @@ def _mean_on_meta(key: str, sides: list[Side]) -> torch.Tensor:
 def _refuse_another_model(side: Side, last: Side) -> None:
     was, now = ({key: s.manifest.model.get(key) for key in ("name", "args")} for s in (side, last))
     own, theirs = ({n: list(e.size) for n, e in _weights(s).items()} for s in (side, last))
-    others = [
-        f"{name} = {a} and {b}"
-        for name, a, b in nested_differences(was, now)
-        if name.rpartition(".")[2] not in TRAINING_ONLY
-    ]
+    found = nested_differences(was, now, TRAINING_ONLY)
+    others = [f"{name} = {a} and {b}" for name, a, b in found]
     others += [
         f"{name} in only one of them" if None in (a, b) else f"{name} of shapes {a} and {b}"
         for name, a, b in nested_differences(own, theirs)

@@ -357,6 +357,5 @@ def _read_args(folder: Path, args: BaseModelArgs) -> BaseModelArgs | None:
 
 def differences(saved: Any, current: Any, ignored: frozenset[str]) -> Iterator[tuple[str, str]]:
     """Yield the name of each field in which two dataclasses differ, and a text with both values."""
-    for name, a, b in nested_differences(plain_args(saved), plain_args(current)):
-        if name.rpartition(".")[2] not in ignored:
-            yield name, f"{name} = {a} (now {b})"
+    for name, a, b in nested_differences(plain_args(saved), plain_args(current), ignored):
+        yield name, f"{name} = {a} (now {b})"

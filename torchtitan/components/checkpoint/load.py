@@ -255,11 +255,10 @@ class OpenCheckpoint:
     def differences_from(self, model: nn.Module, ignored: Collection[str] = ()) -> list[str]:
         """Return the hyperparameters in which `model`, if it has `args`, differs from the saved."""
         saved, current = self.manifest.model.get("args", {}), model_args(model)
-        return [
-            f"{name} = {a} (now {b})"
-            for name, a, b in nested_differences(saved, current)
-            if saved and current and name.rpartition(".")[2] not in ignored
-        ]
+        if not (saved and current):
+            return []
+        found = nested_differences(saved, current, ignored)
+        return [f"{name} = {a} (now {b})" for name, a, b in found]
 
 
 def _share(manifest: Manifest, rank: int, ranks: int) -> list[str]:
@@ -295,8 +294,11 @@ def _load_huggingface(
     group: dist.ProcessGroup | None,
     is_unneeded: Callable[[str], bool],
 ) -> None:
+    from .huggingface import check_same_model
+
     names = adapter_of(model_parts[0], path)
-    on_rank_zero(lambda: check_hf_config(path, model_parts[0]), group)
+    if (args := getattr(model_parts[0], "args", None)) is not None:
+        on_rank_zero(lambda: check_same_model(path, args), group)
     metadata = on_rank_zero(lambda: read_safetensors_metadata(path), group)
     with begin_errors_with(str(path)):
         names.check_names(metadata.state_dict_metadata)
@@ -327,15 +329,6 @@ def _load_huggingface(
             if name in converted:
                 tensor.copy_(converted[name])
         del converted, hf_part
-
-
-def check_hf_config(path: Path, model: nn.Module) -> None:
-    """Raise `CheckpointError` if the `config.json` in `path` describes another model."""
-    from .huggingface import check_same_model
-
-    args = getattr(model, "args", None)
-    if args is not None:
-        check_same_model(path, args)
 
 
 def adapter_of(model: nn.Module, path: Path) -> BaseStateDictAdapter:

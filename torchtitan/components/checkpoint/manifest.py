@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -195,12 +195,15 @@ def plain_args(args: Any) -> dict[str, Any]:
 
 
 def nested_differences(
-    saved: dict[str, Any], current: dict[str, Any], prefix: str = ""
+    saved: dict[str, Any], current: dict[str, Any], ignored: Collection[str] = (), prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the dotted name of each value that differs, and both values; None: absent."""
+    """Yield the dotted name of each value that differs, and both values; None: absent.
+
+    `ignored`: last parts of names to pass over.
+    """
     for name in dict.fromkeys([*saved, *current]):
         a, b = saved.get(name), current.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from nested_differences(a, b, f"{prefix}{name}.")
-        elif a != b:
+            yield from nested_differences(a, b, ignored, f"{prefix}{name}.")
+        elif a != b and name not in ignored:
             yield f"{prefix}{name}", a, b
