@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 from torchtitan.errors import CheckpointError, DamagedCheckpointError
 from torchtitan.runtime.collective_calls import on_rank_zero
@@ -19,20 +18,19 @@ from .huggingface import ExportAssets
 from .huggingface_save import save_huggingface
 from .manifest import Manifest
 from .owner import Claim
+from .run_state import RunState
 from .storage import StoragePath
 from .writer import error_of_failed_save
 
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
-    from torchtitan.config import JobConfig
 
 
 class FinalExport:
     """Saves `step-N-hf` after the last step. All ranks call each method together.
 
     Args:
-        model_parts: this rank's parts of the model.
-        dataloader: reports whether it has had conversations.
+        state: its model is saved, and its loader tells whether it has had conversations.
         tokenizer: tokenizer of the model, or None.
         root: the folder of checkpoints, in which the export is created.
         claim: claim on that folder.
@@ -41,21 +39,18 @@ class FinalExport:
 
     def __init__(
         self,
-        job_config: JobConfig,
-        model_parts: list[nn.Module],
-        dataloader: Any,
+        state: RunState,
         tokenizer: Tokenizer | None,
         root: StoragePath,
         claim: Claim,
         group: dist.ProcessGroup,
     ) -> None:
-        self._job_config = job_config
-        self._model_parts = model_parts
-        self._dataloader = dataloader
+        self._state = state
+        self._job_config = state.job_config
         self._root = root
         self._claim = claim
         self._group = group
-        self._assets = ExportAssets.of_job(job_config, tokenizer)
+        self._assets = ExportAssets.of_job(state.job_config, tokenizer)
 
     def is_due(self, step: int) -> bool:
         """Return whether a run that ends after `step` steps should save an export."""
@@ -67,9 +62,9 @@ class FinalExport:
         on_rank_zero(self._claim.check, self._group)
         dtype = getattr(torch, self._job_config.checkpoint.export_dtype)
         folder = self._folder(step)
-        assets = self._assets.after_training_on(self._dataloader)
+        assets = self._assets.after_training_on(self._state.dataloader)
         try:
-            save_huggingface(self._model_parts, folder, dtype, assets, self._group)
+            save_huggingface(self._state.model_parts, folder, dtype, assets, self._group)
         except CheckpointError as error:
             raise error_of_failed_save(str(error), error) from error
 

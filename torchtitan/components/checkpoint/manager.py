@@ -67,7 +67,7 @@ class CheckpointManager:
     """
 
     def __init__(self, state: RunState, tokenizer: Tokenizer | None = None) -> None:
-        job_config, model_parts, dataloader = state.job_config, state.model_parts, state.dataloader
+        job_config, model_parts = state.job_config, state.model_parts
         self._config = job_config.checkpoint
         self._initial_load_path = initial_load_path(job_config)
         self._root = checkpoint_root(job_config)
@@ -86,9 +86,7 @@ class CheckpointManager:
         dist.all_reduce(torch.zeros(1))
         # A separate group, so that background saves do not mix with the collectives of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
-        self._final_export = FinalExport(
-            job_config, model_parts, dataloader, tokenizer, self._root, self._claim, self._group
-        )
+        self._final_export = FinalExport(state, tokenizer, self._root, self._claim, self._group)
         self._background = BackgroundSaves(model_parts, state.optimizers, self._group)
         self._last_save = LastSave()
         self.last_saved: int | None = None
