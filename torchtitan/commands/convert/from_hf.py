@@ -11,13 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from torchtitan.components.checkpoint.converted import by_layer, require_converted, wanted_keys
-from torchtitan.components.checkpoint.load import (
-    buffer_names,
-    dtype_of_copy,
-    model_args,
-    model_state,
-)
-from torchtitan.components.checkpoint.manifest import Manifest
+from torchtitan.components.checkpoint.load import buffer_names, dtype_of_copy, model_state
+from torchtitan.components.checkpoint.manifest import Manifest, plain_args
 from torchtitan.components.checkpoint.reader import (
     check_keys_and_shapes,
     check_no_more,
@@ -85,7 +80,7 @@ def convert_from_hf(
         model={
             "name": known.name,
             "flavor": known.flavor,
-            "args": model_args(model),
+            "args": plain_args(known.args),
             "tokenizer": str(folder.absolute()),
             "seq_len": _max_seq_len(folder),
         },

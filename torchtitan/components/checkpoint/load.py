@@ -163,11 +163,6 @@ def model_state(model_parts: list[nn.Module]) -> dict[str, Any]:
     return {k: v for part in model_parts for k, v in get_model_state_dict(part).items()}
 
 
-def model_args(model: nn.Module) -> dict[str, Any]:
-    """Return the model's hyperparameters as JSON would load them; empty without `args`."""
-    return plain_args(getattr(model, "args", None))
-
-
 @dataclass
 class OpenCheckpoint:
     """A complete torchtitan checkpoint, all of whose files exist."""
@@ -254,7 +249,8 @@ class OpenCheckpoint:
 
     def differences_from(self, model: nn.Module, ignored: Collection[str] = ()) -> list[str]:
         """Return the hyperparameters in which `model`, if it has `args`, differs from the saved."""
-        saved, current = self.manifest.model.get("args", {}), model_args(model)
+        saved = self.manifest.model.get("args", {})
+        current = plain_args(getattr(model, "args", None))
         if not (saved and current):
             return []
         found = nested_differences(saved, current, ignored)
