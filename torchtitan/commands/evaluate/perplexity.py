@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
 from torchtitan.components.loss import IGNORE_INDEX, count_labels
 from torchtitan.components.tokenizer import Tokenizer
@@ -184,11 +185,8 @@ def pad_batch(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     Padding at the end of a sequence predicts nothing, and no token before sees it. A complement is
     not predicted.
     """
-    longest = max(map(len, sequences))
-    missing = [longest - len(s) for s in sequences]
-    padded = zip(sequences, missing, strict=True)
-    tokens = torch.tensor([s[:-1] + [0] * n for s, n in padded])
-    labels = torch.tensor([s[1:] + [-1] * n for s, n in zip(sequences, missing, strict=True)])
+    tokens = pad_sequence([torch.tensor(s[:-1]) for s in sequences], batch_first=True)
+    labels = pad_sequence([torch.tensor(s[1:]) for s in sequences], True, padding_value=-1)
     return torch.where(tokens < 0, ~tokens, tokens), labels.where(labels >= 0, IGNORE_INDEX)
 
 
