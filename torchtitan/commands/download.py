@@ -96,8 +96,8 @@ def _download(repo: str, revision: str | None, patterns: list[str], out: Path) -
         raise DataError(f"{repo} has no revision {revision!r}") from error
     except errors.GatedRepoError as error:
         raise DataError(
-            f"{repo} is open only to users who accepted its terms: accept them at {_url(repo)}, "
-            f"and {_token_hint()}"
+            f"{repo} is open only to users who accepted its terms: accept them at "
+            f"{_endpoint()}/{repo}, and {_token_hint()}"
         ) from error
     except errors.RepositoryNotFoundError as error:  # 404, and 401 for private ones
         raise DataError(
@@ -142,7 +142,3 @@ def _token_hint() -> str:
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-
-def _url(repo: str) -> str:
-    return f"{_endpoint()}/{repo}"

@@ -382,13 +382,13 @@ class _NoRandomDraws(TorchDispatchMode):
 
 
 @contextmanager
-def process_group(timeout_seconds: int = 600) -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join torchrun's ranks in a process group, within the context; no-op for a single process."""
     if world_size() == 1:
         check_devices()
         yield
         return
-    init_distributed(timeout_seconds)
+    init_distributed(timeout_seconds=600)
     try:
         yield
     except BaseException:
