@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from torchtitan.distributed.context_parallel import sequence_shards
 from torchtitan.distributed.dtensor import local_tensor
@@ -159,7 +158,11 @@ def compare_tensors(
             problem = f"its shape is {list(tensor.shape)}, not {list(whole.shape)}"
             differences.append(Difference(name, math.inf, problem=problem, rank=rank))
             continue
-        local, expected = local_part(tensor, whole)
+        local, expected = tensor, whole
+        if isinstance(tensor, DTensor):
+            local, layout = tensor.to_local(), (tensor.device_mesh, tensor.placements)
+            # Cut without communication.
+            expected = distribute_tensor(whole.clone(), *layout, src_data_rank=None).to_local()
         norm = float(whole.double().norm()) if whole.is_floating_point() else 0.0
         norm = max(norm, floor * whole.numel() ** 0.5)
         relative = _relative(local, expected, norm)
@@ -168,18 +171,6 @@ def compare_tensors(
             placed = "" if not isinstance(tensor, DTensor) else _placed(tensor)
             differences.append(Difference(name, relative, placed, rank=rank))
     return differences, largest
-
-
-def local_part(tensor: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return this rank's part of `tensor`, and the same part of `whole`."""
-    if not isinstance(tensor, DTensor):
-        return tensor, whole
-    return tensor.to_local(), place(whole, tensor.device_mesh, tensor.placements)
-
-
-def place(whole: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> torch.Tensor:
-    """Return this rank's part, cut without communication."""
-    return distribute_tensor(whole.clone(), mesh, placements, src_data_rank=None).to_local()
 
 
 def _relative(local: torch.Tensor, expected: torch.Tensor, norm: float) -> float:

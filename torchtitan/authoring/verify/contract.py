@@ -197,9 +197,10 @@ def args_are_not_modified(subject: Subject) -> str:
         )
     again = get_train_spec(subject.name, subject.flavor).model_args
     for now in (args, again):
-        changed = sorted(k for k in before.keys() | vars(now).keys() if _differs(k, before, now))
+        after = vars(now)
+        changed = sorted(k for k in before | after if before.get(k) != after.get(k))
         if changed:
-            values = [f"{k} = {before.get(k)!r} became {getattr(now, k, None)!r}" for k in changed]
+            values = [f"{k} = {before.get(k)!r} became {after.get(k)!r}" for k in changed]
             raise CheckFailedError(
                 f"{type(args).__name__}.update_from_config changes the flavor in place: "
                 f"{few(values, 5)}",
@@ -241,10 +242,6 @@ def _require_way_back(args: BaseModelArgs) -> None:
                 f"checkpoint as {now!r}",
                 hint,
             )
-
-
-def _differs(key: str, before: dict[str, Any], now: BaseModelArgs) -> bool:
-    return before.get(key) != getattr(now, key, None)
 
 
 @CHECKS.of("contract.layers", "the layers are an nn.ModuleDict keyed by their number")

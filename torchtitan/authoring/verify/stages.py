@@ -108,10 +108,14 @@ def _require_whole_model(
 
 
 def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
-    """Call each model with the result of the one before; return the tensors of the last result."""
+    """Call each model with the result of the one before, a tensor or a tuple, and the inputs that
+    it takes; return the tensors of the last result.
+    """
     torch.manual_seed(0)  # the stages, one after the other, draw what the whole model draws
     for model in models:
-        x = _run_stage(model, x, inputs)
+        accepted = inspect.signature(model.forward).parameters
+        entry = x if isinstance(x, tuple) else (x,)
+        x = model(*entry, **{name: value for name, value in inputs.items() if name in accepted})
     return tree_leaves(x)
 
 
@@ -138,13 +142,6 @@ def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch
     if accepts(subject.spec.model_cls, "document_ids"):
         inputs["packed documents"] = {"positions": places, "document_ids": document_ids}
     return inputs
-
-
-def _run_stage(model: nn.Module, x: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    """Call a stage with the previous output, a tensor or a tuple, and the inputs that it takes."""
-    accepted = inspect.signature(model.forward).parameters
-    entry = x if isinstance(x, tuple) else (x,)
-    return model(*entry, **{name: value for name, value in inputs.items() if name in accepted})
 
 
 def _require_same_names(whole: nn.Module, stages: list[nn.Module], split: str) -> None:
