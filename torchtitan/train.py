@@ -109,14 +109,11 @@ class Trainer:
         self._closed = self.may_hang = False
         self.first_step = True
         with self._closing_on_failure():
-            self._set_up(job_config)
-
-    def _set_up(self, job_config: JobConfig) -> None:
-        self.job_config = with_own_folder(job_config)
-        spec, model_args = self._check_job()
-        self._join_ranks(model_args)
-        self._build_on_meta(spec, model_args)
-        self._allocate(spec)
+            self.job_config = with_own_folder(job_config)
+            spec, model_args = self._check_job()
+            self._join_ranks(model_args)
+            self._build_on_meta(spec, model_args)
+            self._allocate(spec)
 
     def _check_job(self) -> tuple[TrainSpec, BaseModelArgs]:
         """Refuse mistakes before memory is allocated and, where possible, before ranks connect."""
@@ -139,26 +136,23 @@ class Trainer:
         check_resume(job_config, model_args, dist.group.WORLD, self.tokenizer)
         self.device = device()
         self.replicas = Replicas(job_config)
-        world_mesh = self.parallel_dims.world_mesh
+        dims, world_mesh = self.parallel_dims, self.parallel_dims.world_mesh
         self.dp_rank = world_mesh["dp"].get_local_rank()
-        self.data_share = self.replicas.data_share(self.dp_rank, self.parallel_dims.dp)
+        self.data_share = self.replicas.data_share(self.dp_rank, dims.dp)
         batch_size, self.accumulation_steps = resolve_batch(job_config, self.data_share[1])
-        self.agreement = BatchAgreement(
-            self.sum_over_ranks, self.parallel_dims, self.dp_rank, job_config
-        )
+        self.agreement = BatchAgreement(self.sum_over_ranks, dims, self.dp_rank, job_config)
         self.tokens_per_step = batch_size * job_config.training.seq_len
-        dims = self.parallel_dims
         self.random_rank, _ = self.replicas.data_share(dims.random_rank, dims.world_size // dims.tp)
-        self.cp_mesh = world_mesh["cp"] if self.parallel_dims.cp_enabled else None
-        self.pp_mesh = world_mesh["pp"] if self.parallel_dims.pp_enabled else None
+        self.cp_mesh = world_mesh["cp"] if dims.cp_enabled else None
+        self.pp_mesh = world_mesh["pp"] if dims.pp_enabled else None
 
     def _build_on_meta(self, spec: TrainSpec, model_args: BaseModelArgs) -> None:
         """Build the parallelized model parts, still without memory, and the loss and the data."""
-        job_config, world_mesh = self.job_config, self.parallel_dims.world_mesh
+        job_config, dims = self.job_config, self.parallel_dims
         model = spec.meta_model(model_args)
         self.model_converters.convert(model)
         vocab_size = getattr(model_args, "vocab_size", None)
-        self.model_inputs = ModelInputs(model, self.parallel_dims, job_config, vocab_size)
+        self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_rules(model, job_config)
         check_export(model, job_config)
         if pattern := job_config.checkpoint.initial_load_exclude:
@@ -174,23 +168,18 @@ class Trainer:
         self.validator: Any = None
         if job_config.validation.enable:
             self.validator = (spec.build_validator_fn or build_validator)(
-                job_config,
-                self.tokenizer,
-                self.loss_fn,
-                self.parallel_dims,
-                self.dp_rank,
-                self.parallel_dims.dp,
+                job_config, self.tokenizer, self.loss_fn, dims, self.dp_rank, dims.dp
             )
             check_validator(self.validator, self.dataloader, job_config)
-        layout = world_mesh, self.parallel_dims, job_config
+        layout = dims.world_mesh, dims, job_config
         self.pipeline = None
-        if self.parallel_dims.pp_enabled:
+        if dims.pp_enabled:
             assert spec.pipeline_fn is not None  # otherwise the config was refused
             self.pipeline = spec.pipeline_fn(model, *layout, spec.parallelize, self.loss_fn)
             self.model_parts = self.pipeline.model_parts
         else:
             self.model_parts = [spec.parallelize(model, *layout)]
-        if self.parallel_dims.cp_enabled:
+        if dims.cp_enabled:
             require_applied_cp(self.model_parts, job_config)
         warn_of_unapplied(self.model_parts, job_config)
         for prepare in (make_dump_folder, claim_dump_folder):
