@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.collective_observer import CollectiveObserver, can_be_observed
+from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.errors import TrainingError
 from torchtitan.runtime.device import device
 from torchtitan.tools.logging import rank0
@@ -137,8 +137,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
     It does not depend on the order of summation, and any change of a single element changes it.
     """
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to_local()
+    tensor = local_tensor(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.is_floating_point():

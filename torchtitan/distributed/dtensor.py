@@ -1,4 +1,4 @@
-"""This rank's part of a DTensor."""
+"""The whole of a DTensor, and this rank's part of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a DTensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor gathered on all ranks of its mesh; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_offsets(tensor: torch.Tensor) -> tuple[int, ...]:

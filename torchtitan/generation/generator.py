@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
+from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import DataError
 from torchtitan.generation.cache import KVCache, can_cache
 from torchtitan.generation.sampling import Sampler, Sampling
@@ -126,7 +126,7 @@ class Generator:
         def next_logits(sequences: list[list[int]]) -> torch.Tensor:
             new = [[0] * (longest - len(s)) + s for s in sequences]
             new = [s[-1:] for s in new] if cache.length else new
-            return _whole(cache.forward(torch.tensor(new, device=self.device))[:, -1])
+            return whole_tensor(cache.forward(torch.tensor(new, device=self.device))[:, -1])
 
         with cache.attached(), _last_token_only(self.model):
             yield next_logits
@@ -139,7 +139,7 @@ class Generator:
         # Padding is at the end, where a causal model does not see it.
         longest = max(map(len, sequences))
         tokens = [s + [0] * (longest - len(s)) for s in sequences]
-        logits = _whole(self.model(torch.tensor(tokens, device=self.device)))
+        logits = whole_tensor(self.model(torch.tensor(tokens, device=self.device)))
         last = torch.tensor([len(s) - 1 for s in sequences], device=self.device)
         return logits[torch.arange(len(sequences), device=self.device), last]
 
@@ -151,17 +151,17 @@ class Generator:
         """
         tokens = _trial_tokens(self.model, self.device, max_seq_len)
         try:
-            whole = _whole(self.model(tokens))
+            whole = whole_tensor(self.model(tokens))
         except (AssertionError, IndexError, RuntimeError, ValueError):  # too many tokens
             tokens = tokens[:, :_LEAST_TRIED]
-            whole = _whole(self.model(tokens))
+            whole = whole_tensor(self.model(tokens))
         prompt = tokens.shape[1] - min(_TRIED_ALONE, tokens.shape[1] // 2)
         cache = KVCache(self.model, tokens.shape[1], torch.zeros_like(tokens[:, 0]))
         try:
             with cache.attached():
-                first = _whole(cache.forward(tokens[:, :prompt]))
+                first = whole_tensor(cache.forward(tokens[:, :prompt]))
                 others = tokens[:, prompt:].split(1, dim=1)
-                rest = torch.cat([_whole(cache.forward(token)) for token in others], dim=1)
+                rest = torch.cat([whole_tensor(cache.forward(token)) for token in others], dim=1)
         except (RuntimeError, TypeError, ValueError) as error:
             differences, reason = [float("inf")], f": {error}"
         else:
@@ -206,10 +206,6 @@ def _sizes_of_tables(model: nn.Module, embedding: nn.Module | None) -> Iterator[
 
 def _is_ours(model: nn.Module) -> bool:
     return type(model).__module__.startswith("torchtitan.models.")
-
-
-def _whole(logits: torch.Tensor) -> torch.Tensor:
-    return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
 
 @contextmanager

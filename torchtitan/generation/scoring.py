@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
+from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import CheckpointError
 from torchtitan.generation.sampling import NO_NUMBERS
 
@@ -57,8 +57,7 @@ def score(
         longest = max(len(texts[i]) for i in numbers) - 1
         # Padding is at the end, where a causal model does not see it.
         tokens = [[*texts[i][:-1], *[0] * (longest + 1 - len(texts[i]))] for i in numbers]
-        logits = model(torch.tensor(tokens, device=device))
-        logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+        logits = whole_tensor(model(torch.tensor(tokens, device=device)))
         for number, row in zip(numbers, logits, strict=True):
             scores[number] = _score(row, texts[number], len(pairs[number][1]))
     return [scores[i] for i in range(len(pairs))]

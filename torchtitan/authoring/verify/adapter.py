@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torchtitan.components.checkpoint.converted import by_layer, convert_sharded
-from torchtitan.distributed.dtensor import local_tensor
+from torchtitan.distributed.dtensor import local_tensor, whole_tensor
 from torchtitan.protocols import BaseStateDictAdapter
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 from torchtitan.tools.text import few
@@ -251,7 +251,7 @@ def works_on_dtensors(subject: Subject) -> str:
                 f"{what} has {few(plain, 5)} as plain tensors",
                 f"{_HINT}use operations that DTensors support, not .data, .numpy() or to_local().",
             )
-        full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in back.items()}
+        full = {name: whole_tensor(tensor) for name, tensor in back.items()}
         _compare(full, state, _buffers(model), what)
     return "2 ranks, Shard(0) and Shard(1)"
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.components.checkpoint.load import model_state
+from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import ConfigError
 from torchtitan.train import Trainer
 
@@ -25,7 +26,6 @@ from .reference import (
     tensors_of,
     train,
     trainer_or_skip,
-    whole,
 )
 from .subject import Subject
 from .verdict import LOSS_TOLERANCE, WEIGHT_TOLERANCE, max_error
@@ -186,7 +186,7 @@ def _optimizer_state(trainer: Trainer) -> Tensors:
 
 
 def _whole(tensors: Tensors) -> Tensors:
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    return {name: whole_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def _require_equal(tensors: Tensors, expected: Tensors, kind: str) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
+from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import ConfigError, ContextParallelError
 from torchtitan.tools.text import few
 from torchtitan.train import Trainer
@@ -30,7 +31,6 @@ from .reference import (
     build_trainer,
     train,
     trainer_or_skip,
-    whole,
     without_dropout,
 )
 from .subject import Subject
@@ -138,7 +138,7 @@ def _train_for_reference(trainer: Trainer) -> Recording:
     """Train and record whole tensors."""
     recording = train(trainer)
     for tensors in (recording.initial, recording.gradients, recording.weights):
-        tensors.update({name: whole(tensor) for name, tensor in tensors.items()})
+        tensors.update({name: whole_tensor(tensor) for name, tensor in tensors.items()})
     return recording
 
 
@@ -183,7 +183,7 @@ def _outputs(trainer: Trainer, subject: Subject, seed: int) -> list[torch.Tensor
     torch.manual_seed(seed)
     with torch.no_grad():
         output = trainer.model_parts[0](example.tokens, **example.inputs)
-    return [whole(t) for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
+    return [whole_tensor(t) for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
 
 
 def _unequal(

@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
 from torchtitan.components.checkpoint.load import model_state
 from torchtitan.components.loss import IGNORE_INDEX
@@ -263,7 +262,3 @@ def gradients_of(trainer: Trainer) -> Tensors:
 
 def copies(tensors: Tensors) -> Tensors:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
