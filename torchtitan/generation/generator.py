@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.utils.rnn import pad_sequence
 
 from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import DataError
@@ -137,9 +138,8 @@ class Generator:
 
     def _logits_of_last(self, sequences: list[list[int]]) -> torch.Tensor:
         # Padding is at the end, where a causal model does not see it.
-        longest = max(map(len, sequences))
-        tokens = [s + [0] * (longest - len(s)) for s in sequences]
-        logits = whole_tensor(self.model(torch.tensor(tokens, device=self.device)))
+        tokens = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+        logits = whole_tensor(self.model(tokens.to(self.device)))
         last = torch.tensor([len(s) - 1 for s in sequences], device=self.device)
         return logits[torch.arange(len(sequences), device=self.device), last]
 

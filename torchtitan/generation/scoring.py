@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from torchtitan.distributed.dtensor import whole_tensor
 from torchtitan.errors import CheckpointError
@@ -54,10 +55,9 @@ def score(
     scores: dict[int, Score] = {}
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
-        longest = max(len(texts[i]) for i in numbers) - 1
         # Padding is at the end, where a causal model does not see it.
-        tokens = [[*texts[i][:-1], *[0] * (longest + 1 - len(texts[i]))] for i in numbers]
-        logits = whole_tensor(model(torch.tensor(tokens, device=device)))
+        tokens = pad_sequence([torch.tensor(texts[i][:-1]) for i in numbers], batch_first=True)
+        logits = whole_tensor(model(tokens.to(device)))
         for number, row in zip(numbers, logits, strict=True):
             scores[number] = _score(row, texts[number], len(pairs[number][1]))
     return [scores[i] for i in range(len(pairs))]
