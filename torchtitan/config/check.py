@@ -18,6 +18,7 @@ from typing import (
 )
 
 from torchtitan.errors import did_you_mean
+from torchtitan.tools.text import is_unicode
 
 from .base import Range
 from .upstream import value_instead
@@ -146,20 +147,11 @@ def _scalar(value: Any, kind: Any, path: Path) -> Any:
         raise BadValueError(path, "must fit in 64 bits")
     if kind is float and math.isnan(value):
         raise BadValueError(path, "must be a number, not nan")
-    if kind is str and ("\0" in value or not _is_utf8(value)):
+    if kind is str and ("\0" in value or not is_unicode(value)):
         raise BadValueError(
             path, f"must be valid UTF-8 text without NUL characters, not {show(value)}"
         )
     return value
-
-
-def _is_utf8(text: str) -> bool:
-    """Return False for command-line bytes that are not UTF-8 (lone surrogates in Python)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def show(value: Any) -> str:

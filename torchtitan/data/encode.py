@@ -18,7 +18,7 @@ import numpy as np
 
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.errors import BadDocumentError, DataError
-from torchtitan.tools.text import printable
+from torchtitan.tools.text import is_unicode, printable
 
 from .sources import has_random_access
 
@@ -99,17 +99,6 @@ def _encode_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarra
     if encode_pieces is None or not is_unicode("".join(texts)):  # `_encode` reports bad Unicode
         return [_encode(tokenizer, text).astype(np.int32) for text in texts]
     return [np.array(ids, np.int32) for ids in encode_pieces(texts)]
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class Encoder:

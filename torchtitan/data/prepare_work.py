@@ -19,8 +19,9 @@ from torchtitan.components.tokenizer import BytesTokenizer, HuggingFaceTokenizer
 from torchtitan.errors import DataError, TitanError, begin_errors_with
 from torchtitan.models.plugins import load_plugins
 from torchtitan.tools.options import shown_as
+from torchtitan.tools.text import is_unicode
 
-from .encode import Encoder, enclose, is_unicode, take
+from .encode import Encoder, enclose, take
 from .sources import RandomAccess, Sequential, Sharded, Source, has_random_access, open_dataset
 from .whole_files import FileWriter, Lock, write_json
 

@@ -76,6 +76,17 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8, unlike command-line bytes that are none."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(text: str) -> str:
     """Escape control characters, which a terminal would obey, and what it cannot show."""
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
