@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 _rms_norm_of_cpu = F.rms_norm
 
@@ -24,9 +24,12 @@ def _rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    alike = weight is not None and weight.dtype == x.dtype
-    if torch.compiler.is_compiling() or isinstance(x, DTensor) or not alike:
+    if torch.compiler.is_compiling() or weight is None or weight.dtype != x.dtype:
         return _rms_norm_of_cpu(x, normalized_shape, weight, eps)
+    if isinstance(x, DTensor) and isinstance(weight, DTensor):
+        sums = [Partial() if isinstance(p, Shard) else p for p in x.placements]  # of its gradient
+        local = _Norm.apply(x.to_local(), weight.to_local(grad_placements=sums))
+        return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False)
     result: torch.Tensor = _Norm.apply(x, weight)
     return result
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from torchtitan.planning.cuda_norm import norm_of_cuda
 from torchtitan.planning.memory import PeakMemory
 from torchtitan.planning.operations import OperationRecorder
+from torchtitan.runtime.fake_world import fake_world
 
 ROWS, DIM = 64, 128
 
@@ -45,3 +48,19 @@ def test_a_weight_of_another_dtype_has_no_kernel() -> None:
     expected = F.rms_norm(x, (DIM,), weight, 1e-5)
     with norm_of_cuda():
         assert torch.equal(F.rms_norm(x, (DIM,), weight, 1e-5), expected)
+
+
+@pytest.mark.parametrize("placement", [Shard(1), Replicate()])
+def test_so_it_does_under_tensor_parallelism(placement: Placement) -> None:
+    """The gradient of the weight is a sum over the ranks if they have different tokens."""
+    with fake_world(2, rank=0), norm_of_cuda(), PeakMemory() as memory:
+        mesh = init_device_mesh("cpu", (2,))
+        x = DTensor.from_local(torch.randn(1, ROWS, DIM), mesh, [placement]).requires_grad_()
+        weight = DTensor.from_local(torch.ones(DIM), mesh, [Replicate()]).requires_grad_()
+        held = memory.current
+        out = F.rms_norm(x, (DIM,), weight, 1e-5)
+        assert memory.current - held == (ROWS * DIM + ROWS) * 4
+        out.backward(torch.ones_like(out))
+    assert isinstance(weight.grad, DTensor) and isinstance(out, DTensor)
+    assert weight.grad.placements[0].is_partial() == placement.is_shard()
+    assert out.placements == (placement,)
