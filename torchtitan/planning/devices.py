@@ -42,6 +42,9 @@ class Device:
     """Share of `link` and `network` that collectives of many megabytes reach."""
     latency: float = 2e-5
     """Seconds that a collective takes before bytes flow."""
+    hop: float = 2e-6
+    """Seconds that each rank on another host adds to a ring (not measured; NCCL's table of
+    latencies gives 1.9e-6 by NVLink and 4e-6 by the network for its protocol LL128)."""
     launch: float = 4e-6
     """Seconds that the host takes to launch a kernel."""
 

@@ -298,8 +298,9 @@ class _Step:
         self.global_batch, self.accumulation = resolve_batch(config, dims.dp)
         self._micro_batches = 1  # in one run through the pipeline
         self.timeline: Timeline | None = None
-        costs = self._costs()
-        if dims.pp > 1:
+        self._pipeline = dims.pp > 1
+        self._costs = costs = self._costs_of_stages()
+        if self._pipeline:
             size = config.parallelism.pipeline_parallel_microbatch_size
             self._micro_batches = config.training.local_batch_size // size
             schedule = config.parallelism.pipeline_parallel_schedule
@@ -312,12 +313,12 @@ class _Step:
             roofline.seconds(t.optimizer, groups, eager=True) for t, groups in traces
         )
 
-    def _costs(self) -> list[StageCost]:
+    def _costs_of_stages(self) -> list[StageCost]:
         """Return the costs of all stages, in their order."""
         costs = {}
         for numbers, (trace, groups) in zip(self._stages, self._traces, strict=True):
             for number, stage in zip(numbers, trace.stages, strict=True):
-                costs[number] = self._roofline.cost(stage, groups)
+                costs[number] = self._roofline.cost(stage, groups, self._pipeline)
         return [costs[number] for number in sorted(costs)]
 
     def rank_plan(self, rank: int) -> RankPlan:
@@ -325,20 +326,20 @@ class _Step:
         each = self._micro_batches * self.accumulation
         matrix = other = waiting = 0.0
         collectives: Counter[Collective] = Counter()
-        passes = [(trace.optimizer, 1)]
-        for stage in trace.stages:
-            passes += [(part, each) for part in (stage.forward, stage.backward)]
-            runs = self.accumulation if self.timeline else 1
-            passes += [(part, runs) for part in (stage.start, stage.finish)]
+        of_optimizer = self._roofline.seconds(trace.optimizer, groups, eager=True)
+        passes = [(trace.optimizer, 1, of_optimizer)]
+        for number, stage in zip(self._stages[rank], trace.stages, strict=True):
+            cost, runs = self._costs[number], self.accumulation if self.timeline else 1
+            passes += [(stage.forward, each, cost.forward), (stage.backward, each, cost.backward)]
+            passes += [(stage.start, runs, cost.start), (stage.finish, runs, cost.finish)]
             for size in (stage.hidden_out, stage.hidden_in) if self.timeline else ():
                 if size:
                     collectives[Collective("send", "pp", 2, int(size))] += each
-        for part, times in passes:
-            eager = part is trace.optimizer
-            seconds = self._roofline.compute(part, eager)
+        for part, times, length in passes:
+            seconds = self._roofline.compute(part, eager=part is trace.optimizer)
             matrix += times * seconds[0]
             other += times * seconds[1]
-            waiting += times * (self._roofline.seconds(part, groups, eager) - sum(seconds))
+            waiting += times * (length - sum(seconds))
             for collective, calls in part.collectives.items():
                 collectives[collective] += times * calls
         return RankPlan(

@@ -55,19 +55,26 @@ class Roofline:
         self._compiled = compiled
         self._fused = FUSED_QUANTIZED if quantized else FUSED
 
-    def cost(self, stage: StageTrace, groups: Groups) -> StageCost:
-        forward = self.seconds(stage.forward, groups)
-        first = stage.forward.collectives + stage.start.collectives
+    def cost(self, stage: StageTrace, groups: Groups, pipeline: bool = True) -> StageCost:
+        """Args: pipeline: whether the reduction of gradients waits for the last backward pass."""
+        finish = stage.finish
         return StageCost(
-            forward=forward,
+            forward=self.seconds(stage.forward, groups),
             backward=self.seconds(stage.backward, groups),
             send=self._transfer("send", stage.hidden_out, groups.get("pp", [0]))
             if stage.hidden_out
             else 0,
             activations=stage.activations,
-            start=self.seconds(PassTrace(stage.forward.operations, first), groups) - forward,
-            finish=self.seconds(stage.finish, groups),
+            start=self._more(stage.forward, stage.start, groups),
+            finish=self.seconds(finish, groups)
+            if pipeline
+            else self._more(stage.backward, finish, groups),
         )
+
+    def _more(self, trace: PassTrace, more: PassTrace, groups: Groups) -> float:
+        """Return the seconds that a pass takes longer with the collectives of another."""
+        both = PassTrace(trace.operations, trace.collectives + more.collectives)
+        return self.seconds(both, groups) - self.seconds(trace, groups)
 
     def seconds(self, trace: PassTrace, groups: Groups, eager: bool = False) -> float:
         """Return the time of a pass; overlapped communication counts if longer than computing."""
@@ -119,9 +126,9 @@ class Roofline:
     def _transfer(self, kind: str, sent: float, ranks: list[int]) -> float:
         """Return the seconds until a rank has sent this many bytes to its group.
 
-        In a ring, few ranks of a host send to another host, so they share its network cards. In an
-        all-to-all, each rank sends to all others: at the same time within the host, and by its own
-        share of the network.
+        In a ring, few ranks of a host send to another host, so they share its network cards. A
+        single rank that sends to another has only its own share. In an all-to-all, each rank sends
+        to all others: at the same time within the host, and by its own share of the network.
         """
         device = self._device
         hosts: dict[int, int] = defaultdict(int)
@@ -133,9 +140,12 @@ class Roofline:
         elif kind == "all_to_all":
             near = sent * (mates - 1) / (len(ranks) - 1)
             seconds = max(near / device.link, (sent - near) / device.network)
+        elif kind == "send":
+            seconds = sent / device.network
         else:
             seconds = sent / min(device.link, mates * device.network)
-        return device.latency + seconds / device.link_efficiency
+        hops = len(ranks) - mates if kind in ("all_gather", "reduce_scatter") else 0
+        return device.latency + hops * device.hop + seconds / device.link_efficiency
 
     def link(self, ranks: list[int]) -> str:
         return "host" if len({rank // self._host_size for rank in ranks}) <= 1 else "network"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torchtitan.errors import ConfigError
 from torchtitan.planning.collectives import Collective
 from torchtitan.planning.devices import DEVICES, Device, get_device
 from torchtitan.planning.operations import Operation, OperationRecorder
-from torchtitan.planning.records import PassTrace
+from torchtitan.planning.records import PassTrace, StageTrace
 from torchtitan.planning.roofline import FUSED, FUSED_QUANTIZED, Roofline
 
 DEVICE = Device(
@@ -28,6 +29,7 @@ DEVICE = Device(
     bandwidth_efficiency=1.0,
     link_efficiency=1.0,
     latency=0.0,
+    hop=0.0,
     launch=0.0,
 )
 MATMUL = Operation("mm", flops=10**12, moved=10**6)  # 1 s
@@ -101,6 +103,18 @@ def test_overlapped_communication_shows_where_it_is_longer() -> None:
     assert roofline().seconds(trace, {"fsdp": [0, 1]}) == pytest.approx(8.0)
 
 
+@pytest.mark.parametrize(("pipeline", "seconds"), [(False, 1.0), (True, 4.0)])
+def test_gradients_postponed_to_the_last_micro_batch_overlap_with_it(
+    pipeline: bool, seconds: float
+) -> None:
+    """4 s of sending beside a backward pass of 3 s; a pipeline reduces them after it."""
+    sent = Collective("all_reduce", "dp_replicate", 2, payload=400_000_000)
+    stage = StageTrace(backward=PassTrace(Counter({MATMUL: 3})))
+    stage.finish = PassTrace(Counter(), Counter({sent: 1}))
+    cost = roofline().cost(stage, {"dp_replicate": [0, 1]}, pipeline)
+    assert (cost.backward, cost.finish) == pytest.approx((3.0, seconds))
+
+
 LINKS = {
     "within a host": ([0, 1, 2, 3], "host", 1.0),
     "one rank a host": ([0, 8, 16, 24], "network", 10.0),
@@ -113,9 +127,26 @@ LINKS = {
 @pytest.mark.parametrize("name", LINKS)
 def test_the_link_of_a_group(name: str) -> None:
     ranks, link, seconds = LINKS[name]
-    sent = Collective("send", "g", len(ranks), payload=100_000_000)
+    share = len(ranks) / (len(ranks) - 1)
+    sent = Collective("all_gather", "g", len(ranks), payload=round(share * 100_000_000))
     (traffic,) = roofline().traffic({sent: 1}, {"g": ranks})
     assert (traffic.link, traffic.seconds) == (link, pytest.approx(seconds))
+
+
+def test_one_rank_sends_to_another_by_its_own_network_card() -> None:
+    sent = Collective("send", "g", 16, payload=100_000_000)
+    for ranks, seconds in ((list(range(16)), 10.0), (list(range(8)), 1.0)):
+        (traffic,) = roofline().traffic({sent: 1}, {"g": ranks})
+        assert traffic.seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("kind", "hops"), [("all_gather", 1016), ("all_reduce", 0), ("send", 0)])
+def test_a_ring_over_hosts_is_as_slow_as_it_is_long(kind: str, hops: int) -> None:
+    far = Roofline(replace(DEVICE, hop=1.0), 8, compiled=False)
+    empty = Collective(kind, "g", 1024, payload=0)
+    for ranks, seconds in ((list(range(1024)), hops), (list(range(8)), 0)):
+        (traffic,) = far.traffic({empty: 1}, {"g": ranks})
+        assert traffic.seconds == seconds
 
 
 ALL_TO_ALL = {
