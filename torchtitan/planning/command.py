@@ -49,7 +49,7 @@ class Options:
     """Number of devices. Default: the product of the parallelism degrees, or at least one full host
     if the shard degree is -1."""
     device: Annotated[str, shown_as("NAME")] = "h100"
-    """a100, h100, h200, b200 or mi300x."""
+    """a100, a100-40gb, l40s, h100-pcie, h100, h200, b200, gb200 or mi300x."""
     nodes_of: Annotated[int, shown_as("N")] = 8
     """Devices per host."""
     tokens: Annotated[float | None, shown_as("N")] = None

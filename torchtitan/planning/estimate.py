@@ -9,6 +9,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch.distributed as dist
 import torch.nn as nn
@@ -19,6 +20,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.preflight.model_fit import valid_spec
 from torchtitan.preflight.portable import without_machine
 from torchtitan.protocols.model import layers_of
+from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.runtime.fake_world import fake_world
 
 from .collectives import Collective
@@ -159,9 +161,9 @@ def plan_run(
     inputs = inputs or Inputs.of(config)
     given, config = config, without_machine(config, world_size)
     spec = valid_spec(config, world_size)
-    _refuse_unplannable(config, device)
     model_args = spec.model_args.update_from_config(config)
     dims = ParallelDims.from_config(config.parallelism, world_size)
+    _refuse_unplannable(config, device, dims)
     traces = _trace_pipeline(config, world_size, dims, {} if known is None else known, inputs)
     roofline = Roofline(device, host_size, config.compile.enable, quantizes(config))
     step = _Step(config, dims, roofline, traces)
@@ -180,9 +182,11 @@ def plan_run(
     )
 
 
-def _refuse_unplannable(config: JobConfig, device: Device) -> None:
-    if device.float8_flops == 0 and quantizes(config):
-        fail(config, "model.converters", f"{device.name} does not support 8-bit products")
+def _refuse_unplannable(config: JobConfig, device: Device, dims: ParallelDims) -> None:
+    converters: list[Any] = build_model_converters(config, dims).converters
+    for converter in converters:
+        if hasattr(converter, "require_capability") and not converter.options.emulate:
+            converter.require_capability(device.capability, device.name)
     if config.training.enable_cpu_offload:
         fail(
             config,

@@ -257,7 +257,7 @@ def _refusing_values(job_config: JobConfig) -> Iterator[None]:
 def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Module:
     """Return the model on the meta device, with the job's frozen parameters frozen.
 
-    With `dims`, it is converted by `model.converters` as on a device with 8-bit products.
+    With `dims`, it is converted by `model.converters` as on a device, not as on a CPU.
 
     Raises:
         ConfigError: it has no layers, from which plans are extrapolated.
@@ -268,9 +268,10 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
         fail(job_config, "model.name", "`layers` is empty: a plan needs a stack of blocks there")
     if dims is not None:
         converters = build_model_converters(job_config, dims)
-        for converter in converters.converters:
-            if hasattr(converter, "emulate"):
-                converter.emulate = False
+        each: list[Any] = converters.converters
+        for converter in each:
+            if hasattr(converter, "require_capability"):
+                converter.emulate = converter.options.emulate
         converters.convert(model)
     freeze(model, job_config)
     return model

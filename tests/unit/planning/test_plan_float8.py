@@ -73,6 +73,14 @@ def test_tensor_parallel_ranks_send_what_they_send_without() -> None:
     }
 
 
-def test_a_device_without_float8_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a100 does not support 8-bit products"):
-        plan_run(config(*FLOAT8), 8, DEVICES["a100"])
+@pytest.mark.parametrize(
+    ("converter", "device", "needs"),
+    [("linear.float8", "a100", "8.9.*a100 has 8.0"), ("linear.mx", "h100", "10.0.*h100 has 9.0")],
+)
+def test_a_device_without_the_products_is_refused(converter: str, device: str, needs: str) -> None:
+    """As by the trainer, unless they are emulated."""
+    options = ["--model.flavor=debugmodel", "--model.converters", f"quantize.{converter}"]
+    with pytest.raises(ConfigError, match=rf"quantize.{converter}.emulate.* capability {needs}"):
+        plan_run(config(*options), 8, DEVICES[device])
+    emulated = config(*options, f"--quantize.{converter}.emulate=true")
+    assert "aten::_scaled_mm" not in products(emulated)

@@ -25,6 +25,7 @@ DEVICE = Device(
     bandwidth=1e9,
     link=100e6,
     network=10e6,
+    capability=(9, 0),
     matmul_efficiency=1.0,
     bandwidth_efficiency=1.0,
     link_efficiency=1.0,

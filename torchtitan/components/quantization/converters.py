@@ -52,14 +52,17 @@ class _Converter:
         """Return True on a CPU, for trials; refuse other devices that lack these products."""
         if device_type() == "cpu":
             return True
+        self.require_capability(torch.cuda.get_device_capability(), "this one")
+        return False
+
+    def require_capability(self, found: tuple[int, int], device: str) -> None:
+        """Raise `ConfigError` if a device of this compute capability lacks these products."""
         if self.needed is None:
             self.fail("emulate", "there is no kernel for these products yet. Set it to true")
-        found = torch.cuda.get_device_capability()
         if found < self.needed:
             least, has = (".".join(map(str, version)) for version in (self.needed, found))
-            problem = f"needs a device of compute capability {least}, and this one has {has}. "
+            problem = f"needs a device of compute capability {least}, and {device} has {has}. "
             self.fail("emulate", problem + "Set it to true to emulate the numerics")
-        return False
 
     def tell(self, count: int, what: str) -> None:
         """Log the conversion and warn of slow settings."""
