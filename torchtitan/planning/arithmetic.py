@@ -22,7 +22,7 @@ from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
 from .inputs import TOKEN_IDS, Inputs
 from .roofline import Roofline
-from .trace import meta_model, quantizes, repetition_of, trace_step
+from .trace import fuses, meta_model, quantizes, repetition_of, trace_step
 
 _BUBBLE = {"": 0.0, "1F1B": 1.0, "Interleaved1F1B": 0.5, "ZBVZeroBubble": 0.3}
 """Remaining share of 1F1B's bubble."""
@@ -77,7 +77,7 @@ class Arithmetic:
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
         self._around_layers = modules_around_layers(spec.pipeline_fn)
         self._dim = getattr(args, "dim", 0)
-        self._model = meta_model(single_layout(config))
+        self._model = _model_of(single_layout(config))
         self._trained = _sizes(list(self._model.parameters()))[1]
         layers = list(layers_of(self._model).values())
         self._layers = len(layers)
@@ -90,9 +90,9 @@ class Arithmetic:
         job = single_layout(without_machine(self._config, 1), ac)
         job.training.global_batch_size = -1
         validate(job, 2)
-        compiled, job.compile.enable = job.compile.enable, False
-        roofline = Roofline(self._device, self._host_size, compiled, quantizes(job))
-        repetition = repetition_of(meta_model(job), job, self._inputs)
+        roofline = Roofline(self._device, self._host_size, fuses(job), quantizes(job))
+        job.compile.enable = False
+        repetition = repetition_of(_model_of(job), job, self._inputs)
         with fake_world(2, rank=0):
             dims = ParallelDims.from_config(job.parallelism, 2)
             stages = [
@@ -226,6 +226,10 @@ class Arithmetic:
         """Return the number of micro-batches of a rank in a step."""
         data = candidate.replicate * candidate.shard
         return self._config.training.global_batch_size // data // candidate.micro_batch
+
+
+def _model_of(single: JobConfig) -> nn.Module:
+    return meta_model(single, ParallelDims.from_config(single.parallelism, 2))
 
 
 def _sizes(params: Sequence[nn.Parameter]) -> tuple[int, int]:

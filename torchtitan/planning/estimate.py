@@ -33,6 +33,7 @@ from .repetition import Repetition, layer_signatures
 from .roofline import Groups, Roofline, Traffic
 from .schedule import StageCost, Timeline, actions_of, play
 from .trace import (
+    fuses,
     meta_model,
     meta_parts,
     quantizes,
@@ -165,7 +166,7 @@ def plan_run(
     dims = ParallelDims.from_config(config.parallelism, world_size)
     _refuse_unplannable(config, device, dims)
     traces = _trace_pipeline(config, world_size, dims, {} if known is None else known, inputs)
-    roofline = Roofline(device, host_size, config.compile.enable, quantizes(config))
+    roofline = Roofline(device, host_size, fuses(config), quantizes(config))
     step = _Step(config, dims, roofline, traces)
     nparams, flops = model_args.get_nparams_and_flops(config.training.seq_len)
     return Plan(
@@ -217,7 +218,7 @@ def _trace_pipeline(
 
     Stages that are alike share a trace, whatever the schedule and the number of micro-batches.
     """
-    model = meta_model(config)
+    model = meta_model(config, dims)
     signatures = layer_signatures(model, config.training.seq_len, inputs)
     layers = dict(zip(layers_of(model), signatures, strict=True))
     job = _schedule_free(config)

@@ -158,9 +158,8 @@ def _compiler_decides(job_config: JobConfig, part: nn.Module) -> bool:
     Full checkpointing leaves it no choice. Some activations of experts are outside of its control,
     and would be missed.
     """
-    config = job_config.compile
-    compiles = config.compiles("model") and config.backend == "inductor"
-    return compiles and job_config.activation_checkpoint.mode != "full" and not moe_layers(part)
+    full = job_config.activation_checkpoint.mode == "full"
+    return fuses(job_config) and not full and not moe_layers(part)
 
 
 def _keep_as_compiled(trace: StageTrace, tracer: StageTracer) -> None:
@@ -289,6 +288,11 @@ def _first_stage(job_config: JobConfig) -> nn.Module:
     """Return the first stage, not parallelised, on the meta device."""
     (part,) = meta_parts(meta_model(job_config), job_config, [0])
     return part
+
+
+def fuses(config: JobConfig) -> bool:
+    """Whether inductor compiles the model's element-wise operations together."""
+    return config.compile.compiles("model") and config.compile.backend == "inductor"
 
 
 def quantizes(config: JobConfig) -> bool:

@@ -26,6 +26,14 @@ def activations(found: Plan) -> float:
     return max(rank.memory.activations for rank in found.ranks)
 
 
+@pytest.mark.parametrize("option", ["components=loss", "backend=aot_eager"])
+def test_a_model_that_is_not_fused_is_planned_as_eager(option: str) -> None:
+    eager, compiled = (
+        plan("llama3", flag, f"--compile.{option}").busiest for flag in (False, True)
+    )
+    assert compiled.other_seconds == pytest.approx(eager.other_seconds)
+
+
 LAYOUTS = {
     "one": (1, []),
     "fsdp": (4, ["--parallelism.data_parallel_shard_degree=4"]),
