@@ -196,13 +196,16 @@ class StageTracer:
         ]
 
     def _parameters_share(self) -> float:
-        """Return the parameters' share of FSDP's whole tensors; gradients may differ in dtype."""
+        """Return the parameters' share of FSDP's whole tensors: frozen ones have no gradients."""
         training = self._config.training
         bits = [
             torch.finfo(getattr(torch, dtype)).bits
             for dtype in (training.mixed_precision_param, training.mixed_precision_reduce)
         ]
-        return bits[0] / sum(bits)
+        params = list(self._part.parameters())
+        weights = bits[0] * sum(param.numel() for param in params)
+        gradients = bits[1] * sum(param.numel() for param in params if param.requires_grad)
+        return weights / (weights + gradients)
 
     def _reduce_gradients(self) -> None:
         group = self._dims.world_mesh["pp"].get_group()

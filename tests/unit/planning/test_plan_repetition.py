@@ -14,6 +14,7 @@ from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import plan_run
 from torchtitan.planning.repetition import Repetition, keep_layers
 from torchtitan.planning.roofline import Roofline
+from torchtitan.protocols.model_converter import MODEL_CONVERTERS
 from torchtitan.protocols.train_spec import get_train_spec
 
 
@@ -93,3 +94,39 @@ def test_counts_below_zero_add_up() -> None:
     counts: Mapping[Collective, float] = {few: -3.0, more: 4.0}
     (traffic,) = Roofline(DEVICES["h100"], 8, False).traffic(counts, {"g": [0, 1]})
     assert traffic.sent == 300 and traffic.calls == 1
+
+
+class FreezesTwoLayers:
+    """A converter."""
+
+    def __init__(self, *args: object) -> None: ...
+
+    def convert(self, model: torch.nn.Module) -> None:
+        for layer in list(model.layers.values())[:2]:
+            layer.requires_grad_(False)
+
+    def post_optimizer_hook(self, model_parts: object) -> None: ...
+
+
+def test_layers_are_equal_if_they_are_after_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODEL_CONVERTERS, "freezes", FreezesTwoLayers)
+    options = ["--activation_checkpoint.mode=none", "--training.local_batch_size=1"]
+    options += ["--training.seq_len=64", "--model.converters=freezes", "--model.flavor=8B"]
+    (rank,) = plan_run(load_config(options), 8, DEVICES["h100"]).ranks
+    layers = [sum(p.numel() for p in x.parameters()) for x in model("llama3", "8B").layers.values()]
+    whole = get_train_spec("llama3", "8B").model_args.get_nparams_and_flops(1)[0]
+    assert rank.memory.parameters == pytest.approx(4 * whole / 8, rel=1e-3)
+    trained = whole - sum(layers[:2])
+    assert rank.memory.optimizer_state == pytest.approx(8 * trained / 8, rel=1e-3)
+
+
+def test_frozen_layers_of_a_pipeline_have_no_whole_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(MODEL_CONVERTERS, "freezes", FreezesTwoLayers)
+    options = ["--model.converters=freezes", "--training.seq_len=64"]
+    options += ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=2"]
+    first, last = plan_run(load_config(options), 4, DEVICES["h100"]).ranks
+    # Twice as many bytes each. Of the first rank, the embedding is trained.
+    assert last.memory.whole_gradients == pytest.approx(2 * last.memory.whole_parameters, rel=0.01)
+    assert first.memory.whole_gradients < first.memory.whole_parameters
