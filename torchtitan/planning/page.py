@@ -9,7 +9,7 @@ from torchtitan.tools.html import table
 
 from .devices import GIB
 from .estimate import Plan
-from .report import CATEGORIES, Budget, headline, memory_rows, summary, traffic_rows
+from .report import CATEGORIES, Budget, headline, memory_rows, summary, traffic_rows, traffic_title
 from .schedule import BACKWARD, FORWARD, INPUT, REDUCE, WEIGHT, Timeline
 
 COLORS = {
@@ -51,7 +51,7 @@ def page(plan: Plan, budget: Budget | None = None) -> str:
         f"<h1>{escape(headline(plan))}</h1>{lines}"
         f"<h2>Memory of a rank at its peak</h2>{_key(labels)}{_memory(plan)}"
         f"{table(*memory_rows(plan))}{timeline}"
-        f"<h2>Communication in a step</h2>{table(*traffic_rows(plan))}"
+        f"<h2>Communication: {traffic_title(plan)}</h2>{table(*traffic_rows(plan))}"
     )
     return html_page(f"Plan of {plan.config.model.name}", body, style=_STYLE)
 

@@ -56,7 +56,7 @@ def show(plan: Plan, budget: Budget | None = None) -> None:
     out.print(headline(plan), soft_wrap=True)
     title = "memory of a rank at its peak, GiB"
     out.print(rich_table(*memory_rows(plan), (), title=title, style=_style_of_fit))
-    out.print(rich_table(*traffic_rows(plan), range(4), title="what a rank sends in a step"))
+    out.print(rich_table(*traffic_rows(plan), range(4), title=traffic_title(plan)))
     for line in summary(plan, budget):
         out.print(line, soft_wrap=True)
 
@@ -101,10 +101,20 @@ def memory_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def traffic_title(plan: Plan) -> str:
+    place = f" (pipeline rank {_loudest(plan).pp_rank})" * (len(plan.ranks) > 1)
+    return f"what a rank sends in a step{place}"
+
+
+def _loudest(plan: Plan) -> RankPlan:
+    """Return the rank that sends for the longest time."""
+    return max(plan.ranks, key=lambda r: sum(t.seconds for t in r.traffic))
+
+
 def traffic_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
     """Return as a table the communication of the pipeline rank that sends for the longest time."""
     header = ["collective", "group", "ranks", "link", "calls", "GB", "seconds"]
-    rank = max(plan.ranks, key=lambda r: sum(t.seconds for t in r.traffic))
+    rank = _loudest(plan)
     rows = [
         [
             t.kind,
@@ -152,7 +162,7 @@ def summary(plan: Plan, budget: Budget | None) -> list[str]:
     lines = [
         f"step: {three_digits(plan.step_seconds)} s for {plan.tokens_per_step:,} tokens"
         + " of a group" * (plan.replica_groups > 1)
-        + ": "
+        + (f"; pipeline rank {rank.pp_rank}: " if plan.timeline else ": ")
         + ", ".join(f"{name} {three_digits(seconds)} s" for name, seconds in parts.items())
     ]
     if plan.timeline:

@@ -63,6 +63,7 @@ def test_a_plan_on_the_terminal_as_json_and_as_a_page(
     for words in ("on 16 h100", "pp 2, dp_shard 8", "pipeline rank", "all_gather", "network"):
         assert words in out
     assert "it fits" in out and "pipeline bubble:" in out and "at that price" in out
+    assert "sends in a step (pipeline rank" in out and "tokens; pipeline rank" in out
 
     plan = json.loads(Path(files[0]).read_text())
     assert plan["fits"] and len(plan["ranks"]) == 2
