@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from torchtitan.config import JobConfig
+from torchtitan.distributed.expert_parallel import moe_layers
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import assign_modules, parameters_of, stages_of_rank
@@ -40,6 +41,9 @@ class _LayerCost:
     """Cost of one layer on one sequence, and of the parts before and after the layers."""
 
     seconds: float
+    fixed: float
+    """Seconds whatever the number of sequences. Counted for experts, whose weights are large beside
+    their tokens."""
     activations: float
     other_seconds: float
     other_bytes: float
@@ -79,6 +83,8 @@ class Arithmetic:
         self._dim = getattr(args, "dim", 0)
         self._model = _model_of(single_layout(config))
         self._trained = _sizes(list(self._model.parameters()))[1]
+        experts = [p for layer in moe_layers(self._model) for p in layer.experts.parameters()]
+        self._experts = _sizes(experts)[0]
         layers = list(layers_of(self._model).values())
         self._layers = len(layers)
         self._layer_params = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
@@ -98,24 +104,35 @@ class Arithmetic:
             stages = [
                 trace_step(job, shallow, dims, inputs=self._inputs).stages[0] for shallow in (0, 1)
             ]
+            job.training.local_batch_size = 2
+            on_two = [
+                trace_step(job, shallow, dims, inputs=self._inputs).stages[0]
+                for shallow in (0, 1)
+                if self._experts
+            ]
         depths = [
             repetition.depth(repeats) if repetition.worth_extrapolating else self._layers
             for repeats in repetition.traced
         ]
-        seconds = [
-            sum(roofline.compute(stage.forward)) + sum(roofline.compute(stage.backward))
-            for stage in stages
-        ]
+        seconds, seconds_on_two = (
+            [
+                sum(roofline.compute(stage.forward)) + sum(roofline.compute(stage.backward))
+                for stage in traced
+            ]
+            for traced in (stages, on_two)
+        )
         optimizer = stages[1].optimizer_state / max(stages[1].gradients, 1)
         if depths[0] == depths[1]:  # too shallow to separate the layers from the rest
             share = stages[0].activations / depths[0]
-            return _LayerCost(seconds[0] / depths[0], share, 0.0, 0.0, optimizer)
+            return _LayerCost(seconds[0] / depths[0], 0.0, share, 0.0, 0.0, optimizer)
         step = depths[1] - depths[0]
         layer = (seconds[1] - seconds[0]) / step
+        fixed = 2 * layer - (seconds_on_two[1] - seconds_on_two[0]) / step if on_two else 0.0
         kept = (stages[1].activations - stages[0].activations) / step
         working = max(moment.activations + moment.temporary for moment in stages[0].moments)
         other = max(0.0, working - depths[0] * kept)
-        return _LayerCost(layer, kept, seconds[0] - depths[0] * layer, other, optimizer)
+        after = seconds[0] - depths[0] * layer
+        return _LayerCost(layer - fixed, fixed, kept, after, other, optimizer)
 
     def memory(self, candidate: Candidate) -> float:
         """Return the bytes of the fullest rank."""
@@ -170,10 +187,11 @@ class Arithmetic:
         """Return the time of a step."""
         c, cost = candidate, self._costs[candidate.ac]
         passes, share = self._passes(c), self._sequences(c)
-        layer = share * cost.seconds + self._tensor_parallel_seconds(c)
+        layer = share * cost.seconds + cost.fixed / c.tp / c.ep + self._tensor_parallel_seconds(c)
         other = share * cost.other_seconds
         # FSDP moves 4 bytes each: twice a parameter in bfloat16, once a gradient in float32.
-        moved = _FLOAT32 / c.tp * (1 - 1 / (c.shard * c.cp)) / self._fsdp_rate(c)
+        own = 1 - self._experts / self._nparams * (1 - 1 / c.ep)  # not of other ranks' experts
+        moved = own * _FLOAT32 / c.tp * (1 - 1 / (c.shard * c.cp)) / self._fsdp_rate(c)
         if c.pp == 1:
             compute = passes * (self._layers * layer + other)
             return max(compute, passes * moved * (self._nparams + self._trained))

@@ -12,6 +12,7 @@ import pytest
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
+from torchtitan.models import qwen3
 from torchtitan.planning.arithmetic import Arithmetic
 from torchtitan.planning.candidates import Candidate, candidates
 from torchtitan.planning.command import main
@@ -64,6 +65,19 @@ def test_arithmetic_is_near_to_traces() -> None:
         plan = plan_run(candidate.config(config), 32, device)
         assert 0.75 < arithmetic.seconds(candidate) / plan.step_seconds < _TIME_MARGIN, candidate
         assert 0.75 < arithmetic.memory(candidate) / plan.peak < _MEMORY_MARGIN, candidate
+
+
+def test_experts_of_many_tokens_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their weights are read and gathered once for all sequences of a micro-batch."""
+    deep = replace(qwen3.MODEL_CONFIGS["debugmodel_moe"], n_layers=12)
+    monkeypatch.setitem(qwen3.MODEL_CONFIGS, "deep", deep)
+    monkeypatch.setattr("torchtitan.planning.arithmetic.AC_MODES", ("none",))
+    config = job("deep", 16, 256, "--model.name=qwen3")
+    layout = {"replicate": 1, "shard": 2, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "ac": "none"}
+    candidate = Candidate(**layout, local_batch=8, micro_batch=8, schedule="")
+    plan = plan_run(candidate.config(config), 2, DEVICES["h100"])
+    arithmetic = Arithmetic(config, DEVICES["h100"], 8)
+    assert arithmetic.seconds(candidate) < _TIME_MARGIN * plan.step_seconds
 
 
 def test_the_best_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
