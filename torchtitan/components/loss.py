@@ -152,13 +152,17 @@ class VocabShard:
     """One-dimensional mesh of the ranks that share the vocabulary."""
     start: int = 0
     """First token of this rank's part."""
+    first: bool = True
+    last: bool = True
+    """Whether no other rank has tokens before this part, or after it."""
 
     @classmethod
     def of_dim(cls, tensor: DTensor, dim: int) -> VocabShard:
         """Return this rank's part of a tensor whose dimension `dim` is the vocabulary."""
         mesh = tensor.device_mesh
         part = -(-tensor.size(dim) // mesh.size())  # as `Shard` divides: the last part is smaller
-        return cls(mesh, part * mesh.get_local_rank())
+        rank = mesh.get_local_rank()
+        return cls(mesh, part * rank, first=rank == 0, last=rank == mesh.size() - 1)
 
     def log_partition_and_target(
         self, logits: torch.Tensor, labels: torch.Tensor
@@ -194,12 +198,18 @@ class VocabShard:
         return self._reduce(logits.gather(-1, index[:, None]).squeeze(-1).where(mine, 0))
 
     def local_labels(self, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return labels as indices into this rank's `size` logits, and a mask of those in range.
+        """Return labels as indices into this rank's `size` logits, and a mask of this rank's.
 
-        Labels of other ranks get index 0. Shapes: `[tokens]` int64 -> `[tokens]` int64 and bool.
+        Other labels get index 0, but those outside of the vocabulary one that is out of range, so
+        that they are an error, as in PyTorch's cross entropy. Shapes: `[tokens]` int64 ->
+        `[tokens]` int64 and bool.
         """
         index = labels - self.start
-        mine = (index >= 0) & (index < size)  # never true for IGNORE_INDEX, which is negative
+        mine = labels != IGNORE_INDEX
+        if not self.first:
+            mine = mine & (index >= 0)
+        if not self.last:
+            mine = mine & (index < size)
         return index.where(mine, 0), mine
 
     def _reduce(self, values: torch.Tensor, op: str = "sum") -> torch.Tensor:

@@ -113,6 +113,33 @@ def test_tensor_parallelism_need_not_divide_the_vocabulary(rank: int) -> None:
         assert VocabShard.of_dim(weight, 0).start == start
 
 
+@pytest.mark.parametrize("label", [-1, 37])
+@pytest.mark.parametrize("backend", ["none", "eager", "inductor"])
+def test_a_label_outside_the_vocabulary_is_an_error(label: int, backend: str) -> None:
+    hidden, weight, labels = example()
+    labels[3] = label
+    loss = {
+        "none": lambda: cross_entropy(hidden @ weight.T, labels, 0.01),
+        "eager": lambda: chunked_linear_cross_entropy(hidden, weight, labels, 13),
+        "inductor": lambda: chunked_linear_cross_entropy(hidden, weight, labels, 13, 0.0, backend),
+    }
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        loss[backend]()
+
+
+def test_each_label_is_of_one_rank_and_others_are_out_of_range() -> None:
+    labels = torch.tensor([-1, 10, IGNORE_INDEX, *range(10)])
+    shards = [VocabShard(None, start, start == 0, start == 8) for start in (0, 4, 8)]
+    sizes = [4, 4, 2]
+    rows = [s.local_labels(labels, size) for s, size in zip(shards, sizes, strict=True)]
+    counts = torch.stack([mine for _, mine in rows]).sum(0)
+    assert counts.tolist() == [1, 1, 0, *[1] * 10]
+    assert rows[0][0][0] == -1 and rows[2][0][1] == 2  # the ends, where reading fails
+    for (index, mine), shard, size in zip(rows, shards, sizes, strict=True):
+        assert ((index >= 0) & (index < size))[2:].all()
+        assert torch.equal((index + shard.start)[3:][mine[3:]], labels[3:][mine[3:]])
+
+
 def test_chunked_loss_under_autocast_computes_products_in_bfloat16() -> None:
     hidden, weight, labels = example()
     with torch.autocast("cpu", dtype=torch.bfloat16):
