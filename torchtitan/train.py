@@ -38,7 +38,7 @@ from torchtitan.components.lr_scheduler import lr_schedulers_of
 from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
-from torchtitan.components.optimizer import check_rules, container_of
+from torchtitan.components.optimizer import check_rules, container_of, warn_of_low_precision
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
@@ -154,6 +154,7 @@ class Trainer:
         vocab_size = getattr(model_args, "vocab_size", None)
         self.model_inputs = ModelInputs(model, dims, job_config, vocab_size)
         check_rules(model, job_config)
+        warn_of_low_precision(model)
         check_export(model, job_config)
         if pattern := job_config.checkpoint.initial_load_exclude:
             require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")

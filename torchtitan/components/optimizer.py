@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.components.muon import Muon
 from torchtitan.distributed.names import canonical_name, require_match
 from torchtitan.errors import ConfigError, refuse_incomplete
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -265,6 +266,17 @@ def check_rules(model: nn.Module, job_config: JobConfig) -> None:
     """
     for i, rule in enumerate(job_config.optimizer.rules):
         require_match(rule.pattern, model, job_config, f"optimizer.rules.{i}")
+
+
+def warn_of_low_precision(model: nn.Module) -> None:
+    """Warn of trained weights that the model itself makes in another dtype than float32."""
+    dtypes = {str(param.dtype) for param in model.parameters() if param.requires_grad}
+    if low := sorted(dtypes - {"torch.float32"}):
+        rank0.warning(
+            "the model has weights of %s, and so their optimizer state is: small updates may round "
+            "to nothing. Make them float32, which training.mixed_precision_param casts",
+            ", ".join(low),
+        )
 
 
 def _named_parameters(model: nn.Module, config: OptimizerConfig) -> list[NamedParameter]:

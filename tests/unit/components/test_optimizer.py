@@ -17,6 +17,7 @@ from torchtitan.components.optimizer import (
     container_of,
     param_groups,
     register_optimizer,
+    warn_of_low_precision,
 )
 from torchtitan.components.unsaved_state import check_optimizer_state
 from torchtitan.config import JobConfig
@@ -304,3 +305,13 @@ def test_state_that_a_checkpoint_cannot_hold_is_refused(state: dict | None, mess
     own.state["step" if state is None else model.norm.weight] = state or {}  # type: ignore[index]
     with pytest.raises(ConfigError, match=f"^Own keeps {message}"):
         check_optimizer_state([own], [model])
+
+
+def test_weights_of_low_precision_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    model.hidden.bfloat16().requires_grad_(False)  # as of a frozen teacher
+    warn_of_low_precision(model)
+    assert not caplog.text
+    model.norm.bfloat16()
+    warn_of_low_precision(model)
+    assert "weights of torch.bfloat16, and so their optimizer state" in caplog.text
