@@ -378,8 +378,8 @@ class _Step:
         kept = sum((replace(s.moments[0], temporary=0) for s in stages), state)
         working = Memory(activations=self.timeline.held[rank])
         for stage in stages:
-            moments.append(kept + working + Memory(temporary=stage.moments[0].temporary))
-            for reducing in stage.moments[1:]:
+            moments += [kept + working + Memory(temporary=m.temporary) for m in stage.moments]
+            for reducing in stage.reducing:
                 more = Memory(gradients=reducing.gradients, temporary=reducing.temporary)
                 moments.append(kept + more)
         return moments

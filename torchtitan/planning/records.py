@@ -35,8 +35,10 @@ class StageTrace:
     moments: list[Memory] = field(default_factory=list)
     """The fullest moment of each part of a step, without parameters and optimizer state. Without a
     pipeline: of the forward pass before, in and after the last layer, and of the backward pass
-    before the last layer and in each layer. In a pipeline: of one micro-batch, and of the reduction
-    of gradients, without activations and buffers, which the schedule decides."""
+    before the last layer and in each layer. In a pipeline: of a backward pass alone, without
+    activations and buffers, which the schedule decides."""
+    reducing: list[Memory] = field(default_factory=list)
+    """In a pipeline with FSDP, the fullest moment of the reduction of gradients, alike."""
     forward: PassTrace = field(default_factory=PassTrace)
     """The forward pass of one micro-batch; `backward` likewise."""
     backward: PassTrace = field(default_factory=PassTrace)

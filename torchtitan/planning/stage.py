@@ -158,10 +158,16 @@ class StageTracer:
         trace, memory = self._trace, self._memory
         base = memory.current
         first = PassTrace()
+        peaks: list[int] = []
+
+        def end_of_phase() -> None:
+            peaks.append(memory.peak)
+            memory.reset_peak()
+
         with self._autocast:  # the casts of weights serve all micro-batches
             outs = [self._forward(first)]
             start = memory.current
-            outs.append(self._forward(trace.forward))
+            outs.append(self._forward(trace.forward, end_of_phase))
             trace.activations = memory.current - start
             trace.start.collectives = first.collectives - trace.forward.collectives
             for module in self._fsdp:
@@ -172,22 +178,28 @@ class StageTracer:
             self._backward(outs.pop(0), PassTrace())
             start = memory.current
             memory.reset_peak()
+            peaks.clear()
             self._backward(outs.pop(0), trace.backward)
-            temporary, held = memory.peak - start, memory.current
+            end_of_phase()
+            held = memory.current
+        temporaries = [max(0, peak - start) for peak in peaks]
         whole = memory.current - base
         casts = held - memory.current  # casts of weights, which were freed with autocast
         memory.reset_peak()
         with recording(self._recorder, trace.finish):
             self._reduce_gradients()
         if not self._fsdp:
-            trace.moments = [Memory(whole_parameters=casts, gradients=whole, temporary=temporary)]
+            trace.moments = [
+                Memory(whole_parameters=casts, gradients=whole, temporary=temporary)
+                for temporary in temporaries
+            ]
             return
         gradients = memory.current - base
         reducing = memory.peak - base - whole
         parameters = whole * self._parameters_share()
         unsharded = {"whole_parameters": parameters, "whole_gradients": whole - parameters}
-        trace.moments = [
-            Memory(**unsharded, temporary=temporary),
+        trace.moments = [Memory(**unsharded, temporary=temporary) for temporary in temporaries]
+        trace.reducing = [
             Memory(
                 **unsharded,
                 gradients=min(gradients, reducing),
