@@ -172,7 +172,7 @@ def open_source(options: ModelOptions) -> CheckpointSource:
     if spec.build_tokenizer_fn is None:
         raise ConfigError(f"{name} has no tokenizer (build_tokenizer_fn) in its TrainSpec")
     tokenizer_fn = spec.build_tokenizer_fn
-    spec = replace(spec, model_args=spec.model_args.update_from_config(job_config))
+    spec = replace(spec, model_args=spec.updated_args(job_config))
     tokenizer, of_run = tokenizer_fn(job_config), saved_config is not None
     source = CheckpointSource(folder, name, spec, job_config, tokenizer, manifest, of_run)
     if manifest:

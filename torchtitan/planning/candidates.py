@@ -73,7 +73,7 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
     Tensor parallel stays within a host, and context parallel leaves a rank at least 2048 tokens.
     """
     spec = get_train_spec(config.model.name, config.model.flavor)
-    args = spec.model_args.update_from_config(config)
+    args = spec.updated_args(config)
     layers = len(layers_of(meta_model(single_layout(config))))
     batch, seq = config.training.global_batch_size, config.training.seq_len
     for tp in divisors(math.gcd(host_size, world_size)):

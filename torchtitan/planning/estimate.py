@@ -162,7 +162,7 @@ def plan_run(
     inputs = inputs or Inputs.of(config)
     given, config = config, without_machine(config, world_size)
     spec = valid_spec(config, world_size)
-    model_args = spec.model_args.update_from_config(config)
+    model_args = spec.updated_args(config)
     dims = ParallelDims.from_config(config.parallelism, world_size)
     _refuse_unplannable(config, device, dims)
     traces = _trace_pipeline(config, world_size, dims, {} if known is None else known, inputs)

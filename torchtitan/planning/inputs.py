@@ -58,7 +58,7 @@ class Inputs:
             if not job_config.training.document_mask:  # the model does not get these keys
                 batch = {name: row for name, row in batch.items() if name not in USUAL_KEYS[2:]}
             return cls(None if _is_text(batch, job_config) else batch, own=True)
-        if getattr(spec.model_args.update_from_config(job_config), "vocab_size", None) is None:
+        if getattr(spec.updated_args(job_config), "vocab_size", None) is None:
             raise ConfigError(
                 f"{origin(job_config, 'model.name')}: a plan needs the shapes of a batch of the "
                 f"data loader of {job_config.model.name}, which gives none here: {unknown}. Give "

@@ -262,7 +262,7 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
         ConfigError: it has no layers, from which plans are extrapolated.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    model = spec.meta_model(spec.model_args.update_from_config(job_config))
+    model = spec.meta_model(spec.updated_args(job_config))
     if not layers_of(model):
         fail(job_config, "model.name", "`layers` is empty: a plan needs a stack of blocks there")
     if dims is not None:

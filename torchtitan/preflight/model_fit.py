@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torchtitan.components.checkpoint.huggingface import check_exchange
 from torchtitan.components.tokenizer import check_tokenizer
 from torchtitan.config.load import fail
-from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.preflight.likely_mistakes import unlikely
 from torchtitan.preflight.validate import validate
@@ -38,10 +37,7 @@ def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
     for doubt in unlikely(job_config):
         rank0.warning("%s", doubt)
     check_profiling(job_config)
-    model_args = spec.model_args.update_from_config(job_config)
-    if model_args is None:
-        name = type(spec.model_args).__name__
-        raise ConfigError(f"{name}.update_from_config returns None, not the args")
+    model_args = spec.updated_args(job_config)
     check_exchange(job_config, spec, model_args)
     tokenizer = spec.tokenizer(job_config)
     check_tokenizer(tokenizer, job_config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -16,6 +16,9 @@ from torchtitan.distributed.names import canonical_name
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
 
 TrainSpecFactory = Callable[[str], "TrainSpec"]
 
@@ -55,6 +58,18 @@ class TrainSpec:
     state_dict_adapter: type[BaseStateDictAdapter] | None = None
     build_validator_fn: Callable[..., Any] | None = None
     build_metrics_processor_fn: Callable[..., Any] | None = None
+
+    def updated_args(self, job_config: JobConfig) -> BaseModelArgs:
+        """Return the flavor's args as `update_from_config` completes them.
+
+        Raises:
+            ConfigError: it returns None, as upstream's does, which updates in place.
+        """
+        args = self.model_args.update_from_config(job_config)
+        if args is None:
+            name = type(self.model_args).__name__
+            raise ConfigError(f"{name}.update_from_config returns None, not the args")
+        return args
 
     def meta_model(self, args: BaseModelArgs | None = None) -> ModelProtocol:
         """Return the whole model on the meta device, built from `args` or else `model_args`.
