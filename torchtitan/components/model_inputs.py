@@ -199,8 +199,10 @@ class ModelInputs:
                 f"{who} has the token {wrong}, but the vocab_size of {self._config.model.name} "
                 f"{self._config.model.flavor} is {size}: tokens must be from 0 to {size - 1}"
             )
+        if labels.shape != tokens.shape or labels.dtype != torch.int64:
+            return
         valid = (labels >= 0) | (labels == IGNORE_INDEX)
-        if labels.shape == tokens.shape and labels.dtype == torch.int64 and not valid.all():
+        if not valid.all():
             raise ConfigError(
                 f"{who} has the label {labels[~valid][0]}. Labels are token ids, or IGNORE_INDEX "
                 f"({IGNORE_INDEX}) where nothing is to be predicted"

@@ -22,6 +22,7 @@ from torchtitan.runtime.fake_world import fake_world
 from .candidates import AC_MODES, STAGES, Candidate, single_layout
 from .devices import Device
 from .inputs import TOKEN_IDS, Inputs
+from .records import StageTrace
 from .roofline import Roofline
 from .trace import fuses, meta_model, quantizes, repetition_of, trace_step
 
@@ -77,7 +78,7 @@ class Arithmetic:
         self._inputs = inputs
         self._config, self._device, self._host_size = config, device, host_size
         spec = get_train_spec(config.model.name, config.model.flavor)
-        args = spec.model_args.update_from_config(config)
+        args = spec.updated_args(config)
         self._nparams, _ = args.get_nparams_and_flops(config.training.seq_len)
         self._around_layers = modules_around_layers(spec.pipeline_fn)
         self._dim = getattr(args, "dim", 0)
@@ -99,35 +100,32 @@ class Arithmetic:
         roofline = Roofline(self._device, self._host_size, fuses(job), quantizes(job))
         job.compile.enable = False
         repetition = repetition_of(_model_of(job), job, self._inputs)
-        with fake_world(2, rank=0):
-            dims = ParallelDims.from_config(job.parallelism, 2)
-            stages = [
-                trace_step(job, shallow, dims, inputs=self._inputs).stages[0] for shallow in (0, 1)
+
+        def traced() -> tuple[list[StageTrace], list[float]]:
+            """Return the traces of both depths, and their seconds."""
+            with fake_world(2, rank=0):
+                dims = ParallelDims.from_config(job.parallelism, 2)
+                stages = [trace_step(job, n, dims, inputs=self._inputs).stages[0] for n in (0, 1)]
+            return stages, [
+                sum(roofline.compute(s.forward)) + sum(roofline.compute(s.backward)) for s in stages
             ]
-            job.training.local_batch_size = 2
-            on_two = [
-                trace_step(job, shallow, dims, inputs=self._inputs).stages[0]
-                for shallow in (0, 1)
-                if self._experts
-            ]
+
+        stages, seconds = traced()
         depths = [
             repetition.depth(repeats) if repetition.worth_extrapolating else self._layers
             for repeats in repetition.traced
         ]
-        seconds, seconds_on_two = (
-            [
-                sum(roofline.compute(stage.forward)) + sum(roofline.compute(stage.backward))
-                for stage in traced
-            ]
-            for traced in (stages, on_two)
-        )
         optimizer = stages[1].optimizer_state / max(stages[1].gradients, 1)
         if depths[0] == depths[1]:  # too shallow to separate the layers from the rest
             share = stages[0].activations / depths[0]
             return _LayerCost(seconds[0] / depths[0], 0.0, share, 0.0, 0.0, optimizer)
         step = depths[1] - depths[0]
         layer = (seconds[1] - seconds[0]) / step
-        fixed = 2 * layer - (seconds_on_two[1] - seconds_on_two[0]) / step if on_two else 0.0
+        fixed = 0.0
+        if self._experts:
+            job.training.local_batch_size = 2
+            _, on_two = traced()
+            fixed = 2 * layer - (on_two[1] - on_two[0]) / step
         kept = (stages[1].activations - stages[0].activations) / step
         working = max(moment.activations + moment.temporary for moment in stages[0].moments)
         other = max(0.0, working - depths[0] * kept)
