@@ -125,6 +125,8 @@ class CheckpointWriter(FileSystemWriter):
         self._manifest.saved_at = self._times.now()
         self._manifest.write(self.path)
         folders.commit(self._folder, self._damaged)
+        is_export = self._manifest.model_only
+        self._times.known[self._folder.name] = "" if is_export else self._manifest.saved_at
         logger.info("saved %s", self._folder)
         self._prune()
 
@@ -139,7 +141,7 @@ class CheckpointWriter(FileSystemWriter):
                 self._folder.parent,
                 self._keep_latest,
                 self._damaged,
-                self._times.whole,
+                self._times.known,
                 self._keep_every,
             )
         except Exception as error:
