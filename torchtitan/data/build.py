@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 _VALIDATION_SEED = 42
 """Not `debug.seed`, so that runs with different seeds are compared on the same documents."""
+_TIMEOUT = timedelta(hours=2)
+"""Timeout while ranks open the data. A host that was replaced looks for the lines of large files,
+or copies tables to its cache, which the other hosts did long ago; some have no hashes to verify."""
 
 
 def build_dataloader(
@@ -105,9 +109,11 @@ def _build(
         return source
 
     local_batch_size, seq_len = batch_shape(job_config, section)
-    group = dist.group.WORLD if dist.is_initialized() else None
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
     with begin_errors_with(name):
         source = on_all_ranks(open_checked, group)  # each checks its share of the token files
+    if group is not None:
+        dist.destroy_process_group(group)
     chat_of = (data.chat_template, job_config.model.tokenizer_path)
     load_chat = functools.cache(partial(load_template, *chat_of))
     if data.chat_template:
