@@ -84,6 +84,7 @@ class CheckpointWriter(FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self._claim.check()
+        self._times.known.pop(self._folder.name, None)  # of an older one, in whose place this comes
         folders.begin(self._folder, self._damaged)
         return super().prepare_global_plan(plans)
 
