@@ -45,7 +45,7 @@ class Options:
     grace: Annotated[int, shown_as("SECONDS")] = 180
     """How long before its end the job is signalled, so that it can save a checkpoint."""
     python: Annotated[str, shown_as("PATH")] = "python"
-    """Python on the hosts that has torchtitan installed, as written in a shell: $HOME/bin/python."""
+    """Python on the hosts that has torchtitan installed, as written in a shell."""
     workdir: Annotated[str | None, shown_as("FOLDER")] = None
     """Working directory on the hosts; the job's relative paths start there."""
     setup: Annotated[_Repeated, shown_as("COMMAND")] = field(default_factory=list)

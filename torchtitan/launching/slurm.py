@@ -27,8 +27,8 @@ def render(job: LaunchJob) -> str:
     directives |= {"account": options.account, "qos": options.qos}
     if options.time and seconds_of(options.time) <= options.grace + _EARLY:
         raise ConfigError(
-            f"--time {options.time}: must be longer than --grace {options.grace} and {_EARLY} s, or "
-            "Slurm may signal the job to stop as soon as it starts, each time"
+            f"--time {options.time}: must be longer than --grace {options.grace} and {_EARLY} s, "
+            "or Slurm may signal the job to stop as soon as it starts, each time"
         )
     lines = [f"{name}={value}" for name, value in directives.items() if value]
     if options.gpus_per_node:
