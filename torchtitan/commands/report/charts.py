@@ -22,10 +22,12 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 26
 _CHARACTER = 7.6
 """Width of a digit in a label."""
 
+MANY = 6
+"""A page about more runs has no bands, which would hide each other, and a table row for each."""
 _MOST_POINTS = 500
 """Points of a line; more are indistinguishable on a screen."""
 _POINTS_OF_PAGE = 20_000
-"""Points of all lines: about 1.5 megabytes."""
+"""Points of all lines, with bands: about 1.5 megabytes."""
 _MOST_MARKS = 100
 _HUGE = 1e300
 """Limit of an axis, as its length must be finite; an axis shorter than 1e-300 has no length."""
@@ -41,10 +43,11 @@ class Line:
     steps: list[int]
     mean: list[float]
     low: list[float] = field(default_factory=list)
-    """Lowest value of the steps that a point represents; empty if each represents one."""
+    """Lowest value of the steps that a point represents; empty if each represents one, or without a
+    band."""
     high: list[float] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
-    """The first few steps whose value was not finite."""
+    """Steps whose value was not finite, or some of many, all along the line."""
 
 
 @dataclass
@@ -70,14 +73,15 @@ def build_charts(runs: list[Run]) -> list[Chart]:
     if validated:
         wanted.insert(1, (next(iter(SECTIONS)), VALIDATION, VALIDATION.label, validated))
     number = max(sum(len(curves) for *_, curves in wanted), 1)
-    points = min(_MOST_POINTS, max(_POINTS_OF_PAGE // number, 20))
+    bands = len(runs) <= MANY
+    points = min(_MOST_POINTS, max(_POINTS_OF_PAGE * (1 if bands else 2) // number, 20))
     return [
         Chart(
             section,
             title,
             metric.unit if metric.shown_unit is None else metric.shown_unit,
             metric.from_zero,
-            [_line(run, curve, metric.scale, points) for run, curve in curves],
+            [_line(run, curve, metric.scale, points, bands) for run, curve in curves],
         )
         for section, metric, title, curves in wanted
     ]
@@ -98,9 +102,11 @@ def _in_order(runs: list[Run]) -> list[str]:
     return sorted({key for run in runs for key in run.curves} - {STARTED_AT.key}, key=place)
 
 
-def _line(run: int, curve: Curve, scale: float, points: int) -> Line:
+def _line(run: int, curve: Curve, scale: float, points: int, band: bool) -> Line:
     marks = [s for s, v in zip(curve.steps, curve.values, strict=True) if not math.isfinite(v)]
-    marks = marks[:_MOST_MARKS]
+    if len(marks) > _MOST_MARKS:  # one for each part of the line that has any
+        first, length = curve.steps[0], curve.steps[-1] - curve.steps[0] + 1
+        marks = list({(step - first) * _MOST_MARKS // length: step for step in marks}.values())
     values = [value * scale for value in curve.values]
     if len(values) <= points:
         return Line(run, curve.steps, values, marks=marks)
@@ -110,8 +116,9 @@ def _line(run: int, curve: Curve, scale: float, points: int) -> Line:
         finite = [value for value in values[begin:end] if math.isfinite(value)]
         line.steps.append(curve.steps[end - 1])
         line.mean.append(sum(finite) / len(finite) if finite else math.nan)
-        line.low.append(min(finite, default=math.nan))
-        line.high.append(max(finite, default=math.nan))
+        if band:
+            line.low.append(min(finite, default=math.nan))
+            line.high.append(max(finite, default=math.nan))
     return line
 
 

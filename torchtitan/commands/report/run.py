@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
+from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +23,6 @@ from torchtitan.components.run_folder import (
     flatten,
     guard_skipped,
     read_rows,
-    unique_names,
 )
 from torchtitan.errors import ConfigError
 from torchtitan.tools.foreign_files import read_json, read_text
@@ -38,7 +39,7 @@ class Curve:
     """The values of one key; NaN if a value was not finite."""
 
     steps: list[int]
-    values: list[float]
+    values: Sequence[float]
 
     @property
     def last(self) -> float:
@@ -129,8 +130,21 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     """
     return [
         _read_run(name, Path(argument))
-        for name, argument in zip(unique_names(arguments), arguments, strict=True)
+        for name, argument in zip(_names(arguments), arguments, strict=True)
     ]
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    """Return the ends of the folders' paths that tell them apart; one given again gets `-2`."""
+    paths = [Path(argument).resolve().parts for argument in arguments]
+    names = []
+    for i, path in enumerate(paths):
+        same = paths.count(path)
+        ends = (path[-length:] for length in range(1, len(path) + 1))
+        end = next(end for end in ends if sum(p[-len(end) :] == end for p in paths) == same)
+        earlier = paths[:i].count(path)
+        names.append(str(Path(*end)) + (f"-{earlier + 1}" if earlier else ""))
+    return names
 
 
 def _read_run(name: str, folder: Path) -> Run:
@@ -176,18 +190,15 @@ def _check(folder: Path) -> None:
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
-    curves: dict[str, Curve] = {}
+    steps: defaultdict[str, list[int]] = defaultdict(list)
+    values: defaultdict[str, array[float]] = defaultdict(lambda: array("d"))  # a third of a list
     for row in rows:
-        step = int(row["step"])
+        step = int(row.pop("step"))
         for key, value in row.items():
-            if value is None:
-                value = math.nan  # the run writes null for a value that is not finite
-            if key not in curves:
-                curves[key] = Curve([], [])
-            curves[key].steps.append(step)
-            curves[key].values.append(float(value))
-    curves.pop("step", None)
-    return curves
+            steps[key].append(step)
+            # A run writes null for a value that is not finite.
+            values[key].append(math.nan if value is None else value)
+    return {key: Curve(steps[key], values[key]) for key in steps}
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:

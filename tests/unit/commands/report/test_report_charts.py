@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,16 @@ def test_a_line_is_broken_where_a_value_is_not_finite(tmp_path: Path) -> None:
     assert path.count("M") == 2 and "nan" not in drawn
     assert drawn.count('class="mark"') == 1
     assert to_json(runs, charts)["charts"][0]["lines"][0]["mean"][1] is None
+
+
+def test_marks_of_a_long_run_are_where_it_was_not_finite(tmp_path: Path) -> None:
+    losses = [None if i % 10 == 0 or 2000 < i < 2300 else 2.0 for i in range(1, 5001)]
+    losses[3000:4000] = [2.0] * 1000
+    [chart, *_] = build_charts(read_runs([str(write_run(tmp_path / "run", losses))]))
+    [line] = chart.lines
+    assert all(losses[step - 1] is None for step in line.marks) and len(line.marks) <= 100
+    gaps = [b - a for a, b in pairwise([0, *line.marks])]
+    assert max(gaps) < 1100 and sum(gap > 100 for gap in gaps) == 1 and line.marks[-1] == 5000
 
 
 @pytest.mark.parametrize(

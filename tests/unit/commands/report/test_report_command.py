@@ -12,6 +12,7 @@ import pytest
 from report_folder import write_run
 
 from torchtitan.commands.report.command import main
+from torchtitan.commands.report.run import read_runs
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.storage import FileRecord
 from torchtitan.errors import ConfigError
@@ -94,6 +95,29 @@ def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "training.steps 3 9" in differences
     assert "seq_len" not in differences
     assert "b unfinished last step at" in text
+
+
+def test_many_runs_are_rows_without_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(7):
+        write_run(tmp_path / f"run{i}", [2.0, 1.0] * 400, f"--optimizer.lr={i + 1}e-3")
+    runs = [f"run{i}" for i in range(7)]
+    page = tmp_path / "report.html"
+    assert main(runs) == 0
+    text = text_of(page)
+    assert text.startswith(" 7 runs run0, run1,")
+    assert "run optimizer.lr run0 0.001 run1 0.002" in text
+    assert "default 0.0008" in text and "by their mean" in text
+    assert 'class="band c0"' not in page.read_text()
+    assert main(runs[:6]) == 0
+    assert 'class="band c0"' in page.read_text()
+    assert "optimizer.lr 0.001 0.002 0.003 0.004 0.005 0.006" in text_of(page)
+
+
+def test_runs_of_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, LOSSES) for name in ("a/outputs", "b/outputs", "c")]
+    runs = read_runs([*map(str, folders), str(folders[0])])
+    assert [run.name for run in runs] == ["a/outputs", "b/outputs", "c", "a/outputs-2"]
 
 
 def test_keys_that_nobody_knows_are_plotted(tmp_path: Path) -> None:
@@ -205,7 +229,6 @@ def test_a_picture_draws_from_zero_and_says_all_names(tmp_path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from torchtitan.commands.report.figure import draw
-    from torchtitan.commands.report.run import read_runs
 
     names = [f"llama3_1b_fineweb_lr3e-4_wd0.1_seed{i}" for i in range(14)] + ["x" * 200]
     folders = [write_run(tmp_path / name, [3.0, None, 2.0]) for name in names]
