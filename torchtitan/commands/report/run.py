@@ -66,8 +66,8 @@ class Run:
     environment: dict[str, str]
     checkpoints: list[Path]
     """The one saved last is at the end."""
-    written: datetime
-    """Local time at which a step was last logged."""
+    written: datetime | None
+    """Local time at which a step was last logged; None if none was."""
 
     @property
     def step(self) -> int:
@@ -159,7 +159,8 @@ def _read_run(name: str, folder: Path) -> Run:
     try:
         curves = _curves(read_rows(folder / METRICS_FILE))
         validation = _curves(read_rows(folder / VALIDATION_FILE)).get("loss", Curve([], []))
-        written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime)
+        seconds = (folder / METRICS_FILE).stat().st_mtime if curves else None
+        written = None if seconds is None else datetime.fromtimestamp(seconds)
         # Checkpoints behind a URL are not listed: a report needs no network.
         checkpoints = [] if is_url(saved_in) else list_checkpoints(folder / saved_in)
     except (OSError, ValueError) as error:  # ValueError for a path with a NUL
@@ -180,7 +181,7 @@ def _read_run(name: str, folder: Path) -> Run:
 def _check(folder: Path) -> None:
     if not folder.exists():
         raise ConfigError(f"{folder}: no such folder")
-    if (folder / METRICS_FILE).is_file():
+    if any((folder / file).is_file() for file in (METRICS_FILE, CONFIG_FILE)):
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder}: a file. Give the folder of a run (job.dump_folder)")

@@ -119,6 +119,8 @@ def checkpoint_rows(runs: list[Run]) -> list[list[str]]:
 def _state(run: Run) -> str:
     if run.total_steps is not None and run.step >= run.total_steps:
         return badge("finished", "good")
+    if run.written is None:
+        return badge("unfinished")
     at = f"{run.written:%Y-%m-%d %H:%M}"
     return Html(f'{badge("unfinished")} <span class="soft">last step at {at}</span>')
 

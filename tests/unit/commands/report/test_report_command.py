@@ -140,10 +140,14 @@ def test_a_run_that_goes_on_is_read_up_to_its_last_whole_line(tmp_path: Path, en
     assert "3 of 100 2.2500" in text
 
 
-def test_a_run_without_a_step_yet_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_without_a_step_yet_is_no_error(tmp_path: Path, begun: bool) -> None:
     run = write_run(tmp_path / "run", [])
+    if not begun:  # it loads its weights
+        (run / "metrics.jsonl").unlink()
     main([str(run)])
-    assert "run has not logged a step yet." in text_of(run / "report.html")
+    text = text_of(run / "report.html")
+    assert "run has not logged a step yet." in text and "last step at" not in text
 
 
 def test_a_run_without_config_and_environment_has_its_curves(tmp_path: Path) -> None:
