@@ -278,7 +278,7 @@ def number(value: float, step: float = 0.0) -> str:
     With the `step` of an axis, add the digits that distinguish its ticks: `100.02K`.
     """
     size = abs(value)
-    if size and size < 1e-3:
+    if size and not 1e-3 <= size < 1e16:
         mantissa, _, exponent = f"{value:.{_digits(value, step, 3) - 1}e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     digits = _digits(value, step, 4)

@@ -22,8 +22,8 @@
 
   function number(value, step = 0) {
     const size = Math.abs(value);
-    if (size && size < 1e-3)
-      return value.toExponential(digits(value, step, 3) - 1).replace(/\.?0*e/, "e");
+    if (size && !(size >= 1e-3 && size < 1e16))
+      return value.toExponential(digits(value, step, 3) - 1).replace(/\.?0*e\+?/, "e");
     const precision = digits(value, step, 4);
     for (const [unit, of] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]])
       if (size >= of * (unit === "K" ? 10 : 1)) return +(value / of).toPrecision(precision) + unit;

@@ -25,6 +25,8 @@ from torchtitan.commands.report.run import read_runs
         (12_500.0, "12.5K"),
         (1.5e6, "1.5M"),
         (2e9, "2B"),
+        (5e15, "5000T"),
+        (-2.5e30, "-2.5e30"),
     ],
 )
 def test_numbers_are_short(value: float, text: str) -> None:

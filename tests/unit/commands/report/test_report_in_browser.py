@@ -155,6 +155,17 @@ def test_neighbours_on_an_axis_have_different_labels(tmp_path: Path, javascript:
         assert len({point.partition(",")[2] for point in path.split()}) > 55  # no staircase
 
 
+@pytest.mark.parametrize("javascript", [True, False])
+def test_huge_values_have_short_labels(tmp_path: Path, javascript: bool) -> None:
+    run = write_run(tmp_path / "run", [1e30, 2e30])
+    main([str(run)])
+    with Page(run / "report.html", javascript=javascript) as browser:
+        labels = browser.run(
+            "[...document.querySelectorAll('.chart text')].map((e) => e.innerHTML)"
+        )
+        assert {"1e30", "2e30"} <= set(labels)
+
+
 def pixels(png: bytes):
     from matplotlib.image import imread
 
