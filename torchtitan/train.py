@@ -468,7 +468,8 @@ class Trainer:
         seed_step(self.job_config.debug.seed, 0, self.random_rank)  # the same noise each time
         with evaluating(self.model_parts, self.fsdp_modules):
             loss = self.validator.validate(self.model_parts, self.evaluate)
-        self.metrics.log_validation(self.state.step, loss)
+        tell = getattr(self.validator, "metrics", dict)
+        self.metrics.log_validation(self.state.step, loss, extra=tell())
 
     def _roll_back(self) -> bool:
         """Return to the newest checkpoint, but continue with the data after this step.

@@ -52,6 +52,13 @@ enable = true
 steps = 1
 seq_len = 64
 local_batch_size = 2
+[[validation.sources]]
+dataset = "stdlib_validation"
+[[validation.sources]]
+name = "lines"
+dataset = "jsonl"
+dataset_path = "{folder}/lines.jsonl"
+weight = 3.0
 [metrics]
 log_freq = 1
 """
@@ -93,7 +100,9 @@ def test_runs_have_the_keys_of_the_page_and_no_others(runs: list[Path]) -> None:
     assert families - documented == set(), "name them in torchtitan/components/metric_keys.py"
     assert documented - families == GPU | REPLICAS
     [row] = read_lines(runs[0] / "validation.jsonl")
-    assert set(row) == {"step", VALIDATION.key}
+    losses = [row[f"{VALIDATION.key}/{name}"] for name in ("stdlib_validation", "lines")]
+    assert len(row) == 2 + len(losses)
+    assert row[VALIDATION.key] == pytest.approx((losses[0] + 3 * losses[1]) / 4)
 
 
 def test_a_run_leaves_its_environment(runs: list[Path]) -> None:

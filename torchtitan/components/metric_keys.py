@@ -257,7 +257,7 @@ VALIDATION = MetricKey(
     "per token",
     "mean over all tokens of all ranks on held-out data, excluding the z-loss",
 )
-"""The only key of `validation.jsonl`."""
+"""The key of `validation.jsonl` that each run has; `loss/NAME` is that of a source."""
 
 
 def find(key: str) -> tuple[str, MetricKey]:

@@ -56,9 +56,13 @@ class Chart:
     lines: list[Line]
 
 
+_Wanted = tuple[str, MetricKey, str, list[tuple[int, Curve]]]
+"""Section, description, title, and the curves with the numbers of their runs."""
+
+
 def build_charts(runs: list[Run]) -> list[Chart]:
     """Build a chart for each key that a run logged: known ones in their order, then the others."""
-    wanted: list[tuple[str, MetricKey, str, list[tuple[int, Curve]]]] = []
+    wanted: list[_Wanted] = []
     for key in _in_order(runs):
         section, metric = find(key)
         title = metric.label
@@ -66,9 +70,7 @@ def build_charts(runs: list[Run]) -> list[Chart]:
             title = f"{metric.label}: {key.partition('/')[2]}"
         curves = [(i, run.curves[key]) for i, run in enumerate(runs) if key in run.curves]
         wanted.append((section, metric, title, curves))
-    validated = [(i, run.validation) for i, run in enumerate(runs) if run.validation.steps]
-    if validated:
-        wanted.insert(1, (next(iter(SECTIONS)), VALIDATION, VALIDATION.label, validated))
+    wanted[1:1] = _validations(runs)
     number = max(sum(len(curves) for *_, curves in wanted), 1)
     points = min(_MOST_POINTS, max(_POINTS_OF_PAGE // number, 20))
     return [
@@ -81,6 +83,19 @@ def build_charts(runs: list[Run]) -> list[Chart]:
         )
         for section, metric, title, curves in wanted
     ]
+
+
+def _validations(runs: list[Run]) -> list[_Wanted]:
+    wanted = []
+    for key in dict.fromkeys(key for run in runs for key in run.validation):
+        family, _, source = key.partition("/")
+        metric = MetricKey(key, f"Validation: {key}", "", "")  # a value of the author's validator
+        title = metric.label
+        if family == VALIDATION.key:
+            metric, title = VALIDATION, VALIDATION.label + (f": {source}" if source else "")
+        curves = [(i, run.validation[key]) for i, run in enumerate(runs) if key in run.validation]
+        wanted.append((next(iter(SECTIONS)), metric, title, curves))
+    return wanted
 
 
 def _in_order(runs: list[Run]) -> list[str]:

@@ -13,7 +13,7 @@ from statistics import median_high
 from typing import Any
 
 from torchtitan.components.environment import ENVIRONMENT_FILE
-from torchtitan.components.metric_keys import STARTED_AT
+from torchtitan.components.metric_keys import STARTED_AT, VALIDATION
 from torchtitan.components.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -58,7 +58,8 @@ class Run:
     folder: Path
     curves: dict[str, Curve]
     """Key of `metrics.jsonl` -> its values."""
-    validation: Curve
+    validation: dict[str, Curve]
+    """Key of `validation.jsonl` -> its values."""
     config: dict[str, Any]
     """`training.steps` -> value; empty if the folder has no config."""
     config_text: str
@@ -80,6 +81,11 @@ class Run:
     def last(self, key: str) -> float | None:
         """The last value of a key; None if it was never logged."""
         curve = self.curves.get(key)
+        return curve.last if curve else None
+
+    @property
+    def validation_loss(self) -> float | None:
+        curve = self.validation.get(VALIDATION.key)
         return curve.last if curve else None
 
     def greatest(self, key: str) -> float | None:
@@ -144,7 +150,7 @@ def _read_run(name: str, folder: Path) -> Run:
     saved_in = config.get("checkpoint.folder", "checkpoint")
     try:
         curves = _curves(read_rows(folder / METRICS_FILE))
-        validation = _curves(read_rows(folder / VALIDATION_FILE)).get("loss", Curve([], []))
+        validation = _curves(read_rows(folder / VALIDATION_FILE))
         written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime)
         # Checkpoints behind a URL are not listed: a report needs no network.
         checkpoints = [] if is_url(saved_in) else list_checkpoints(folder / saved_in)
