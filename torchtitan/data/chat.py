@@ -83,13 +83,11 @@ class ChatTemplate:
                     f"{self._name} does not render a conversation from left to right, so the "
                     f"assistant's text in message {number} (counted from 0) cannot be located"
                 )
-            if message.get("tool_calls"):
-                without = {key: message[key] for key in message if key != "tool_calls"}
-                if spoken == self._render([*messages[:number], without], prompt=False):
-                    raise BadDocumentError(
-                        f"{self._name} leaves out the tool_calls of message {number} (counted from "
-                        "0). Set data.chat_template to a template that renders them"
-                    )
+            if message.get("tool_calls") and self._leaves_out_calls(messages[:number], message):
+                raise BadDocumentError(
+                    f"{self._name} leaves out the tool_calls of message {number} (counted from 0). "
+                    "Set data.chat_template to a template that renders them"
+                )
             learned = message.get("weight") != 0
             pieces += [(prompt[len(done) :], False), (spoken[len(prompt) :], learned)]
             done = spoken
@@ -99,6 +97,14 @@ class ChatTemplate:
                 f"the conversation has no message with the role 'assistant'{weighted}"
             )
         return [(text, trained) for text, trained in pieces if text]
+
+    def _leaves_out_calls(self, before: list[dict[str, Any]], message: dict[str, Any]) -> bool:
+        without = {key: value for key, value in message.items() if key != "tool_calls"}
+        try:
+            rendered = self._render([*before, without], prompt=False)
+        except BadDocumentError:  # the template needs calls, or text in their place
+            return False
+        return rendered == self._render([*before, message], prompt=False)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         import jinja2
