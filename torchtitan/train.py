@@ -320,9 +320,9 @@ class Trainer:
         self.agreement.check_first_step(batches)
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
         if self.guard.begin_step(step):
-            done = self._train_on(batches, own_tokens)
-        else:
             done = self.replicas.commit()
+        else:
+            done = self._train_on(batches, own_tokens)
         if done:
             self.stats.lr = self.lr_schedulers.last_lr
             self.lr_schedulers.step()
