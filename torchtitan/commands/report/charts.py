@@ -66,9 +66,9 @@ def build_charts(runs: list[Run]) -> list[Chart]:
     for key in _in_order(runs):
         section, metric = find(key)
         title = metric.label
-        if "/" in metric.key:
+        if "/" in metric.key and not metric.spread:
             title = f"{metric.label}: {key.partition('/')[2]}"
-        curves = [(i, run.curves[key]) for i, run in enumerate(runs) if key in run.curves]
+        curves = [(i, curve) for i, run in enumerate(runs) if (curve := _curve(run, key))]
         wanted.append((section, metric, title, curves))
     wanted[1:1] = _validations(runs)
     number = max(sum(len(curves) for *_, curves in wanted), 1)
@@ -98,6 +98,17 @@ def _validations(runs: list[Run]) -> list[_Wanted]:
     return wanted
 
 
+def _curve(run: Run, key: str) -> Curve | None:
+    """Return the values of a key, or of all blocks of a family, one step after the other."""
+    metric = find(key)[1]
+    if not metric.spread:
+        return run.curves.get(key)
+    curves = [curve for other, curve in run.curves.items() if find(other)[1] is metric]
+    points = [point for c in curves for point in zip(c.steps, c.values, strict=True)]
+    points.sort(key=lambda point: point[0])
+    return Curve([step for step, _ in points], [value for _, value in points]) if points else None
+
+
 def _in_order(runs: list[Run]) -> list[str]:
     known = [entry.key for entries in SECTIONS.values() for entry in entries]
     sections = list(SECTIONS)
@@ -110,13 +121,16 @@ def _in_order(runs: list[Run]) -> list[str]:
             key,
         )
 
-    return sorted({key for run in runs for key in run.curves} - {STARTED_AT.key}, key=place)
+    keys = {key for run in runs for key in run.curves} - {STARTED_AT.key}
+    families = {key: metric.key for key in keys if (metric := find(key)[1]).spread}
+    return sorted({families.get(key, key) for key in keys}, key=place)
 
 
 def _line(run: int, curve: Curve, scale: float, points: int) -> Line:
     marks = [s for s, v in zip(curve.steps, curve.values, strict=True) if not math.isfinite(v)]
     marks = marks[:_MOST_MARKS]
     values = [value * scale for value in curve.values]
+    points = min(points, len(set(curve.steps)))
     if len(values) <= points:
         return Line(run, curve.steps, values, marks=marks)
     line = Line(run, [], [], marks=marks)
