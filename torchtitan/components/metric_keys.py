@@ -26,7 +26,7 @@ class MetricKey:
     from_zero: bool = False
     """Whether plots begin at 0, for keys where the relative size of a change matters."""
     spread: bool = False
-    """Whether one plot shows the keys of all names, by their median, least and greatest values."""
+    """Whether one plot shows the keys of all names, by their mean, least and greatest values."""
 
 
 STARTED_AT = MetricKey(
