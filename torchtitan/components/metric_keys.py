@@ -25,6 +25,8 @@ class MetricKey:
     scale: float = 1.0
     from_zero: bool = False
     """Whether plots begin at 0, for keys where the relative size of a change matters."""
+    spread: bool = False
+    """Whether one plot shows the keys of all names, by their mean, least and greatest values."""
 
 
 STARTED_AT = MetricKey(
@@ -56,6 +58,23 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "Learning rate",
             "",
             "learning rate of this step, in the parameter group where it is highest",
+        ),
+        MetricKey(
+            "grad_norm/NAME",
+            "Gradient norms of the blocks",
+            "",
+            "2-norm of the gradients of this block, before clipping; the sum of all squares is the "
+            "square of `grad_norm`",
+            "`metrics.block_norm_freq`",
+            spread=True,
+        ),
+        MetricKey(
+            "weight_norm/NAME",
+            "Weight norms of the blocks",
+            "",
+            "2-norm of the weights of this block, before the step",
+            "`metrics.block_norm_freq`",
+            spread=True,
         ),
     ],
     "Guard": [
@@ -257,7 +276,7 @@ VALIDATION = MetricKey(
     "per token",
     "mean over all tokens of all ranks on held-out data, excluding the z-loss",
 )
-"""The only key of `validation.jsonl`."""
+"""The key of `validation.jsonl` that each run has; `loss/NAME` is that of a source."""
 
 
 def find(key: str) -> tuple[str, MetricKey]:

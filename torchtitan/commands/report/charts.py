@@ -59,19 +59,21 @@ class Chart:
     lines: list[Line]
 
 
+_Wanted = tuple[str, MetricKey, str, list[tuple[int, Curve]]]
+"""Section, description, title, and the curves with the numbers of their runs."""
+
+
 def build_charts(runs: list[Run]) -> list[Chart]:
     """Build a chart for each key that a run logged: known ones in their order, then the others."""
-    wanted: list[tuple[str, MetricKey, str, list[tuple[int, Curve]]]] = []
+    wanted: list[_Wanted] = []
     for key in _in_order(runs):
         section, metric = find(key)
         title = metric.label
-        if "/" in metric.key:
+        if "/" in metric.key and not metric.spread:
             title = f"{metric.label}: {key.partition('/')[2]}"
-        curves = [(i, run.curves[key]) for i, run in enumerate(runs) if key in run.curves]
+        curves = [(i, curve) for i, run in enumerate(runs) if (curve := _curve(run, key))]
         wanted.append((section, metric, title, curves))
-    validated = [(i, run.validation) for i, run in enumerate(runs) if run.validation.steps]
-    if validated:
-        wanted.insert(1, (next(iter(SECTIONS)), VALIDATION, VALIDATION.label, validated))
+    wanted[1:1] = _validations(runs)
     number = max(sum(len(curves) for *_, curves in wanted), 1)
     bands = len(runs) <= MANY
     points = min(_MOST_POINTS, max(_POINTS_OF_PAGE * (1 if bands else 2) // number, 20))
@@ -87,6 +89,30 @@ def build_charts(runs: list[Run]) -> list[Chart]:
     ]
 
 
+def _validations(runs: list[Run]) -> list[_Wanted]:
+    wanted = []
+    for key in dict.fromkeys(key for run in runs for key in run.validation):
+        family, _, source = key.partition("/")
+        metric = MetricKey(key, f"Validation: {key}", "", "")  # a value of the author's validator
+        title = metric.label
+        if family == VALIDATION.key:
+            metric, title = VALIDATION, VALIDATION.label + (f": {source}" if source else "")
+        curves = [(i, run.validation[key]) for i, run in enumerate(runs) if key in run.validation]
+        wanted.append((next(iter(SECTIONS)), metric, title, curves))
+    return wanted
+
+
+def _curve(run: Run, key: str) -> Curve | None:
+    """Return the values of a key, or of all blocks of a family, one step after the other."""
+    metric = find(key)[1]
+    if not metric.spread:
+        return run.curves.get(key)
+    curves = [curve for other, curve in run.curves.items() if find(other)[1] is metric]
+    points = [point for c in curves for point in zip(c.steps, c.values, strict=True)]
+    points.sort(key=lambda point: point[0])
+    return Curve([step for step, _ in points], [value for _, value in points]) if points else None
+
+
 def _in_order(runs: list[Run]) -> list[str]:
     known = [entry.key for entries in SECTIONS.values() for entry in entries]
     sections = list(SECTIONS)
@@ -99,7 +125,9 @@ def _in_order(runs: list[Run]) -> list[str]:
             key,
         )
 
-    return sorted({key for run in runs for key in run.curves} - {STARTED_AT.key}, key=place)
+    keys = {key for run in runs for key in run.curves} - {STARTED_AT.key}
+    families = {key: metric.key for key in keys if (metric := find(key)[1]).spread}
+    return sorted({families.get(key, key) for key in keys}, key=place)
 
 
 def _line(run: int, curve: Curve, scale: float, points: int, band: bool) -> Line:
@@ -108,6 +136,7 @@ def _line(run: int, curve: Curve, scale: float, points: int, band: bool) -> Line
         first, length = curve.steps[0], curve.steps[-1] - curve.steps[0] + 1
         marks = list({(step - first) * _MOST_MARKS // length: step for step in marks}.values())
     values = [value * scale for value in curve.values]
+    points = min(points, len(set(curve.steps)))
     if len(values) <= points:
         return Line(run, curve.steps, values, marks=marks)
     line = Line(run, [], [], marks=marks)

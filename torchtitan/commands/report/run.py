@@ -15,7 +15,7 @@ from statistics import median_high
 from typing import Any
 
 from torchtitan.components.environment import ENVIRONMENT_FILE
-from torchtitan.components.metric_keys import STARTED_AT
+from torchtitan.components.metric_keys import STARTED_AT, VALIDATION
 from torchtitan.components.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -59,7 +59,8 @@ class Run:
     folder: Path
     curves: dict[str, Curve]
     """Key of `metrics.jsonl` -> its values."""
-    validation: Curve
+    validation: dict[str, Curve]
+    """Key of `validation.jsonl` -> its values."""
     config: dict[str, Any]
     """`training.steps` -> value; empty if the folder has no config."""
     config_text: str
@@ -81,6 +82,11 @@ class Run:
     def last(self, key: str) -> float | None:
         """The last value of a key; None if it was never logged."""
         curve = self.curves.get(key)
+        return curve.last if curve else None
+
+    @property
+    def validation_loss(self) -> float | None:
+        curve = self.validation.get(VALIDATION.key)
         return curve.last if curve else None
 
     def greatest(self, key: str) -> float | None:
@@ -158,7 +164,7 @@ def _read_run(name: str, folder: Path) -> Run:
     saved_in = config.get("checkpoint.folder", "checkpoint")
     try:
         curves = _curves(read_rows(folder / METRICS_FILE))
-        validation = _curves(read_rows(folder / VALIDATION_FILE)).get("loss", Curve([], []))
+        validation = _curves(read_rows(folder / VALIDATION_FILE))
         seconds = (folder / METRICS_FILE).stat().st_mtime if curves else None
         written = None if seconds is None else datetime.fromtimestamp(seconds)
         # Checkpoints behind a URL are not listed: a report needs no network.

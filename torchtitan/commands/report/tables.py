@@ -42,7 +42,7 @@ def run_rows(runs: list[Run]) -> list[list[str]]:
             _state(run),
             f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""),
             _number(run.last("loss")),
-            _number(run.validation.last if run.validation.steps else None),
+            _number(run.validation_loss),
             _shown(run.median("tokens_per_second"), human),
             _shown(run.median("mfu"), "{:.1%}".format),
             _shown(run.greatest("peak_memory_bytes"), lambda size: f"{size / 2**30:.2f} GiB"),

@@ -72,6 +72,17 @@ def test_points_stand_for_all_steps(tmp_path: Path) -> None:
     assert line.low == [0.0] * 500 and line.high == [9.0] * 500
 
 
+def test_blocks_share_a_chart(tmp_path: Path) -> None:
+    norms = {"grad_norm/layers.0": 1.0, "grad_norm/layers.1": 2.0, "grad_norm/output": 6.0}
+    runs = [write_run(tmp_path / "a", [1.0] * 3, **norms), write_run(tmp_path / "b", [1.0] * 3)]
+    charts = build_charts(read_runs([str(run) for run in runs]))
+    [chart] = [chart for chart in charts if chart.title == "Gradient norms of the blocks"]
+    [line] = chart.lines
+    assert (line.run, line.steps, line.mean) == (0, [1, 2, 3], [3.0] * 3)
+    assert (line.low, line.high) == ([1.0] * 3, [6.0] * 3)
+    assert not any("layers" in chart.title for chart in charts)
+
+
 def test_a_line_is_broken_where_a_value_is_not_finite(tmp_path: Path) -> None:
     runs = read_runs([str(write_run(tmp_path / "run", [3.0, None, 1.0, 2.0]))])
     charts = build_charts(runs)

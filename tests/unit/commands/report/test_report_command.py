@@ -29,7 +29,8 @@ def text_of(page: Path) -> str:
 
 def test_a_page_says_all_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "mine", LOSSES, "--optimizer.lr=2e-3", "--job.description=A try")
-    (run / "validation.jsonl").write_text('{"step": 3, "loss": 2.75}\n')
+    values = '"loss": 2.75, "loss/code": 1.5, "accuracy": 0.5'
+    (run / "validation.jsonl").write_text(f'{{"step": 3, {values}}}\n')
     step = run / "checkpoint" / "step-3"
     step.mkdir(parents=True)
     Manifest(3, False, {}, files={"weights": FileRecord(2_000_000, "0" * 8)}).write(step)
@@ -49,6 +50,8 @@ def test_a_page_says_all_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert titles == [
         "Loss",
         "Validation loss",
+        "Validation loss: code",
+        "Validation: accuracy",
         "Gradient norm",
         "Learning rate",
         "Throughput",
