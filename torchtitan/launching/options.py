@@ -142,6 +142,8 @@ _FORMS = {
 """Repeatable option -> a pattern of its values, and its description."""
 _WORDS = ("partition", "account", "qos", "namespace", "gpu_type", "infra", "image")
 """Options whose value is one word."""
+_OF_SBATCH = ("nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "job-name", "time")
+"""Options of sbatch that the script or another option sets."""
 _LEAST = {"nodes": 1, "gpus_per_node": 0, "max_restarts": 0, "grace": 1}
 _SECRET = re.compile("TOKEN(?!IZER)|SECRET|PASSW(OR)?D|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
@@ -234,7 +236,7 @@ def _check_backend(options: Options) -> None:
         key = option_key(option)
         if option[:1] == "-" != option[1:2]:
             raise ConfigError(f"--sbatch {option}: must be the long form, such as constraint=h100")
-        if key in ("nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "job-name"):
+        if key in _OF_SBATCH:
             raise ConfigError(f"--sbatch {option}: {key} is set by another option of the command")
     if options.ssh:
         hosts = (options.hosts or "").split(",")

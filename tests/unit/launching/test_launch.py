@@ -204,6 +204,19 @@ def test_a_file_that_no_script_can_hold_is_refused(character: str, job: str) -> 
         main([job, "--slurm", "--dry-run"])
 
 
+def test_a_file_that_is_too_long_for_a_command_line_is_refused(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(job).write_text(JOB + f"# {'x' * 100}\n" * 1100)
+    script, _ = script_of("slurm", render(capsys, job, "--slurm", "--dry-run"))
+    words = ["bash", "-c", script.replace("node 0 head 1234", "exit 7")]
+    assert subprocess.run(words).returncode == 7
+    Path(job).write_text(JOB + f"# {'x' * 100}\n" * 1300)
+    with pytest.raises(ConfigError, match=r"job.toml: has 13\d,\d+ bytes; must be at most 120,000"):
+        main([job, "--slurm", "--dry-run"])
+    assert "x" * 100 in render(capsys, job, "--ssh", "--hosts=a", "--dry-run")
+
+
 def test_slurm_has_what_its_users_set(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--nodes=4", "--partition=gpu", "--account=me", "--qos=high", "--time=1-12"]
     options += ["--sbatch=constraint=h100", "--image=a/b:1", "--mount=/data:/data", "--grace=60"]
@@ -680,6 +693,7 @@ MISTAKES = {
     "time": (["--slurm", "--time=soon"], ["--time soon", "HOURS:MINUTES:SECONDS"]),
     "name": (["--slurm", "--name=My_Job"], ["--name My_Job", "lowercase letters"]),
     "sbatch": (["--slurm", "--sbatch=--nodes=9"], ["--sbatch --nodes=9"]),
+    "time of sbatch": (["--slurm", "--sbatch=time=1"], ["--sbatch time=1", "another option"]),
     "injection": (["--slurm", "--partition=a\n#SBATCH -b"], ["one word"]),
     "world": (
         ["--slurm", "--nodes=3", "--", "--parallelism.tensor_parallel_degree=16"],
