@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -66,7 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         sys.stdout.write(text)
         return 0
+    _check_secrets(options)
     return backend.submit(job, text)
+
+
+def _check_secrets(options: Options) -> None:
+    """Require the secrets now: the job itself would miss them only after its time in the queue."""
+    for name in options.secret:
+        if not options.kubernetes and not os.environ.get(name):
+            raise ConfigError(
+                f"--secret {name}: is not in your environment, from which the job takes it"
+            )
 
 
 def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:

@@ -775,6 +775,20 @@ def test_a_rule_for_no_parameter_is_refused(tmp_path: Path) -> None:
         main([str(path), "--slurm", "--dry-run"])
 
 
+def test_a_missing_secret_is_told_before_the_job_waits_in_the_queue(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("torchtitan.launching.slurm.submit", lambda *_: 0)
+    monkeypatch.setattr("torchtitan.launching.kubernetes.submit", lambda *_: 0)
+    with pytest.raises(ConfigError, match="--secret HF_TOKEN: is not in your environment"):
+        main([job, "--slurm", "--secret=HF_TOKEN"])
+    assert main([job, *KINDS["job"], "--secret=HF_TOKEN"]) == 0  # the cluster has it
+    assert "HF_TOKEN:?" in render(capsys, job, "--slurm", "--secret=HF_TOKEN", "--dry-run")
+    monkeypatch.setenv("HF_TOKEN", "x")
+    assert main([job, "--slurm", "--secret=HF_TOKEN"]) == 0
+
+
 def test_a_missing_tool_is_one_message(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(ConfigError, match=r"the command 'sbatch' is missing.*--dry-run"):
