@@ -76,7 +76,7 @@ def build_charts(runs: list[Run]) -> list[Chart]:
     wanted[1:1] = _validations(runs)
     number = max(sum(len(curves) for *_, curves in wanted), 1)
     bands = len(runs) <= MANY
-    points = min(_MOST_POINTS, max(_POINTS_OF_PAGE * (1 if bands else 2) // number, 20))
+    points = min(_MOST_POINTS, max(_POINTS_OF_PAGE * (1 if bands else 2) // number, _FEW + 1))
     return [
         Chart(
             section,

@@ -125,6 +125,12 @@ def test_any_values_can_be_drawn(tmp_path: Path, losses: list[float | None]) -> 
         assert "nan" not in drawn and "inf" not in drawn
 
 
+def test_points_that_stand_for_several_steps_are_no_dots(tmp_path: Path) -> None:
+    runs = read_runs([str(write_run(tmp_path / "run", [2.0, 1.0] * 50))]) * 200
+    chart = build_charts(runs)[0]
+    assert len(chart.lines[0].steps) < 100 and 'class="dots' not in svg(chart, runs)
+
+
 def test_seven_runs_can_be_told_apart(tmp_path: Path) -> None:
     runs = read_runs([str(write_run(tmp_path / str(i), [2.0, 1.0])) for i in range(7)])
     drawn = svg(build_charts(runs)[0], runs)

@@ -257,6 +257,20 @@ def test_a_picture_draws_from_zero_and_says_all_names(tmp_path: Path) -> None:
     assert [list(line.get_xdata()) for line in marks] == [[2]] * 15
 
 
+@pytest.mark.parametrize("length", [15, 18, 23, 30, 66])
+def test_the_legend_of_a_picture_is_whole(tmp_path: Path, length: int) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from torchtitan.commands.report.figure import draw
+
+    names = [f"run{i}_{'wide_lr3e-4m' * 6}"[:length] for i in range(10, 17)]
+    figure = draw(read_runs([str(write_run(tmp_path / name, [3.0, 2.0])) for name in names]))
+    FigureCanvasAgg(figure).draw()
+    [legend] = figure.legends
+    assert 0.4 < legend.get_window_extent().width / figure.bbox.width < 1
+
+
 def test_a_picture_without_matplotlib_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
