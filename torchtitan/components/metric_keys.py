@@ -27,6 +27,8 @@ class MetricKey:
     """Whether plots begin at 0, for keys where the relative size of a change matters."""
     spread: bool = False
     """Whether one plot shows the keys of all names, by their mean, least and greatest values."""
+    count: bool = False
+    """Whether it only grows: a point of a plot is the last value of its steps, not the mean."""
 
 
 STARTED_AT = MetricKey(
@@ -84,6 +86,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "steps",
             "steps since step 0 whose batch was not trained on",
             "`training.on_nonfinite`, `on_spike`, `skip_batches`",
+            count=True,
         ),
         MetricKey(
             "rollbacks",
@@ -91,6 +94,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "",
             "rollbacks to a checkpoint since step 0",
             "`training.on_nonfinite`, `on_spike`",
+            count=True,
         ),
         MetricKey(
             "batches_skipped",
@@ -98,6 +102,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "batches",
             "batches left out by rollbacks: step N trains on batch N + this number",
             "`training.on_nonfinite`, `on_spike`",
+            count=True,
         ),
     ],
     "Speed and memory": [
@@ -204,6 +209,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "documents",
             "malformed documents skipped since this process began",
             '`data.on_error = "skip"`',
+            count=True,
         ),
         MetricKey(
             "data_tokens/NAME",
@@ -211,6 +217,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "tokens",
             "tokens read from this source",
             "`[[data.sources]]`",
+            count=True,
         ),
         MetricKey(
             "data_epoch/NAME",
@@ -218,6 +225,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "",
             "number of passes over this source",
             "`[[data.sources]]`",
+            count=True,
         ),
     ],
     "Replicas": [
@@ -252,12 +260,20 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "FLOP/s of the model according to its `get_nparams_and_flops`, excluding recomputation",
             from_zero=True,
         ),
-        MetricKey("data_epoch", "Epochs", "", "number of passes over the dataset", "one dataset"),
+        MetricKey(
+            "data_epoch",
+            "Epochs",
+            "",
+            "number of passes over the dataset",
+            "one dataset",
+            count=True,
+        ),
         MetricKey(
             "tokens_seen",
             "Tokens seen",
             "tokens",
             "tokens trained on since step 0 by all ranks, excluding skipped steps",
+            count=True,
         ),
         MetricKey(
             "elapsed_seconds",

@@ -42,6 +42,7 @@ class Line:
     run: int
     steps: list[int]
     mean: list[float]
+    """Mean of the steps that a point represents; of a count, the last value."""
     low: list[float] = field(default_factory=list)
     """Lowest value of the steps that a point represents; empty if each represents one, or without a
     band."""
@@ -83,7 +84,7 @@ def build_charts(runs: list[Run]) -> list[Chart]:
             title,
             metric.unit if metric.shown_unit is None else metric.shown_unit,
             metric.from_zero,
-            [_line(run, curve, metric.scale, points, bands) for run, curve in curves],
+            [_line(run, curve, metric, points, bands) for run, curve in curves],
         )
         for section, metric, title, curves in wanted
     ]
@@ -130,12 +131,12 @@ def _in_order(runs: list[Run]) -> list[str]:
     return sorted({families.get(key, key) for key in keys}, key=place)
 
 
-def _line(run: int, curve: Curve, scale: float, points: int, band: bool) -> Line:
+def _line(run: int, curve: Curve, metric: MetricKey, points: int, band: bool) -> Line:
     marks = [s for s, v in zip(curve.steps, curve.values, strict=True) if not math.isfinite(v)]
     if len(marks) > _MOST_MARKS:  # one for each part of the line that has any
         first, length = curve.steps[0], curve.steps[-1] - curve.steps[0] + 1
         marks = list({(step - first) * _MOST_MARKS // length: step for step in marks}.values())
-    values = [value * scale for value in curve.values]
+    values = [value * metric.scale for value in curve.values]
     points = min(points, len(set(curve.steps)))
     if len(values) <= points:
         return Line(run, curve.steps, values, marks=marks)
@@ -144,7 +145,8 @@ def _line(run: int, curve: Curve, scale: float, points: int, band: bool) -> Line
         begin, end = (len(values) * j // points for j in (i, i + 1))
         finite = [value for value in values[begin:end] if math.isfinite(value)]
         line.steps.append(curve.steps[end - 1])
-        line.mean.append(sum(finite) / len(finite) if finite else math.nan)
+        mean = sum(finite) / len(finite) if finite else math.nan
+        line.mean.append(values[end - 1] if metric.count else mean)
         if band:
             line.low.append(min(finite, default=math.nan))
             line.high.append(max(finite, default=math.nan))

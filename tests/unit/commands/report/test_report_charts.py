@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from itertools import pairwise
@@ -81,6 +82,19 @@ def test_blocks_share_a_chart(tmp_path: Path) -> None:
     assert (line.run, line.steps, line.mean) == (0, [1, 2, 3], [3.0] * 3)
     assert (line.low, line.high) == ([1.0] * 3, [6.0] * 3)
     assert not any("layers" in chart.title for chart in charts)
+
+
+def test_a_count_is_never_a_mean(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [2.0] * 1500)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row |= {"rollbacks": row["step"] // 500, "tokens_seen": row["step"] * 64}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    charts = {chart.title: chart.lines[0] for chart in build_charts(read_runs([str(run)]))}
+    assert len(charts["Rollbacks"].mean) == 500
+    assert set(charts["Rollbacks"].mean) == {0, 1, 2, 3} and charts["Rollbacks"].mean[-1] == 3
+    assert charts["Tokens seen"].mean == [64 * step for step in charts["Tokens seen"].steps]
 
 
 def test_a_line_is_broken_where_a_value_is_not_finite(tmp_path: Path) -> None:
