@@ -137,9 +137,9 @@ def _for_checkpoints(folder: Path) -> None:
 
 def _for_long_contexts(folder: Path) -> None:
     _hugging_face(folder)
-    (folder / "books").mkdir()
-    for path in ("books/1.txt", "heldout.txt"):
-        (folder / path).write_text("a long text, and more of it. " * 500)
+    text = "a long text, and more of it. " * 500
+    (folder / "books.jsonl").write_text(json.dumps({"text": text}))
+    (folder / "heldout.txt").write_text(text)
 
 
 def _extended(folder: Path, out: str) -> None:
