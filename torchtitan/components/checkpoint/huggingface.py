@@ -24,6 +24,7 @@ from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.runtime.world import rank
 from torchtitan.tools.foreign_files import parse_json, read_json
+from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
@@ -196,7 +197,7 @@ def check_same_model(folder: Path, args: BaseModelArgs) -> None:
     if others:
         raise CheckpointError(f"{folder / 'config.json'} is of another model: {few(others)}")
     if rotary:
-        logger.warning("%s has other rotary positions: %s", folder / "config.json", few(rotary))
+        rank0.warning("%s has other rotary positions: %s", folder / "config.json", few(rotary))
 
 
 def export_config(args: BaseModelArgs) -> dict[str, Any] | None:

@@ -3,8 +3,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from torchtitan.components.checkpoint.manifest import plain_args
 from torchtitan.errors import CheckpointError
 from torchtitan.models.common.scaled_rope import scaled_rotation, scaling_from_hf, scaling_to_hf
+from torchtitan.models.llama3 import Llama3ModelArgs
+from torchtitan.models.which_model import dataclass_of
 
 THETA, HEAD_DIM = 500000.0, 128
 KINDS = {
@@ -39,6 +42,12 @@ def test_it_is_written_as_it_was_read(kind):
     written = scaling_to_hf(scaling_from_hf(KINDS[kind]))
     assert written is None if KINDS[kind] is None else KINDS[kind].items() <= written.items()
     assert scaling_from_hf(written) == scaling_from_hf(KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_keeps_its_kind(kind):
+    args = Llama3ModelArgs(rope_scaling=scaling_from_hf(KINDS[kind]))
+    assert dataclass_of(Llama3ModelArgs, plain_args(args)) == args
 
 
 @pytest.mark.parametrize(
