@@ -108,7 +108,7 @@ class Trainer:
                 "with its train() or close(), your own with dist.destroy_process_group()"
             )
         self._closed = self.may_hang = False
-        self.first_step = True
+        self.first_step = self.untrained = True
         with self._closing_on_failure():
             self.job_config = with_own_folder(job_config)
             spec, model_args = self._check_job()
@@ -289,7 +289,8 @@ class Trainer:
         """Load the checkpoint or the initial weights that the run starts from."""
         config = self.job_config
         self.watch.start()
-        if self.checkpointer.load() == 0:
+        self.untrained = self.checkpointer.load() == 0
+        if self.untrained:
             for warn in (warn_of_bytes, warn_without_bos, warn_of_other_tokenizer):
                 warn(config, self.tokenizer)
         describe = partial(write_description, config, dist.get_world_size())
@@ -361,6 +362,7 @@ class Trainer:
         self.block_norms.measure(step, self.model_parts, grad_norm)
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
+            self.untrained = False
             if self.first_step and config.checkpoint.enable:
                 check_optimizer_state(self.optimizers, self.model_parts)
             self.model_converters.post_optimizer_hook(self.model_parts)
@@ -429,7 +431,9 @@ class Trainer:
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
         # Validation may take longer than the time that a stopping run has left.
         validation_due = last or (step % config.validation.freq == 0 and not stopping)
-        saving_due = self.checkpointer.is_due(step, ending) and self.guard.may_save(ending)
+        # To save an optimizer that has no state yet, PyTorch makes it step.
+        may_save = self.guard.may_save(ending) and not self.untrained
+        saving_due = may_save and self.checkpointer.is_due(step, ending)
 
         # A checkpoint of a model that holds NaN is worse than none, so check before saving.
         if logging_due or saving_due:
@@ -461,7 +465,7 @@ class Trainer:
                 self._validate()
             if saving_due and self.guard.troubled:
                 refuse_nonfinite_weights(self._parameters(), step)
-            if self.guard.may_save(ending):
+            if may_save:
                 self.checkpointer.save(step, last=ending)
             if validation_due and stopping:
                 self._validate()
