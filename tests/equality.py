@@ -39,8 +39,11 @@ def assert_equal_curves(
     """
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for line, reference in zip(lines, expected, strict=True):
-        for key in {"loss", "grad_norm"} & reference.keys():
-            tolerance = norm_tolerance if key == "grad_norm" else loss_tolerance
+        for key in reference:
+            kind = key.partition("/")[0]  # grad_norm/layers.0 too
+            if kind not in ("loss", "grad_norm", "weight_norm"):
+                continue
+            tolerance = loss_tolerance if kind == "loss" else norm_tolerance
             close = math.isclose(line[key], reference[key], rel_tol=tolerance)
             assert close, (key, line, reference)
 

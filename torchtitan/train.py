@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.batch_agreement import BatchAgreement, digest_of_names
+from torchtitan.components.block_norms import BlockNorms
 from torchtitan.components.checkpoint import CheckpointManager, RunState
 from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.huggingface_save import check_export
@@ -158,6 +159,7 @@ class Trainer:
         check_export(model, job_config)
         if pattern := job_config.checkpoint.initial_load_exclude:
             require_match(pattern, model, job_config, "checkpoint.initial_load_exclude")
+        self.block_norms = BlockNorms(job_config, model, dims)
         self._describe(model)
         warn_of_divided_samples(model, job_config, self.accumulation_steps)
         with warn_of_unread("loss", "build_loss_fn", job_config):
@@ -325,9 +327,9 @@ class Trainer:
         self.agreement.check_first_step(batches)
         own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
         if self.guard.begin_step(step):
-            done = self._train_on(batches, own_tokens)
-        else:
             done = self.replicas.commit()
+        else:
+            done = self._train_on(batches, own_tokens)
         if done:
             self.stats.lr = self.lr_schedulers.last_lr
             self.lr_schedulers.step()
@@ -360,6 +362,7 @@ class Trainer:
         if not self.replicas.commit():
             self.expert_balance.discard()
             return False
+        self.block_norms.measure(step, self.model_parts, grad_norm)
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
             if self.first_step and config.checkpoint.enable:
@@ -448,7 +451,8 @@ class Trainer:
                 ntokens_since_last=self.stats.tokens,
                 tokens_seen=self.state.tokens_seen,
                 data_wait_seconds=self.stats.data_wait,
-                extra=self.expert_balance.metrics()
+                extra=self.block_norms.metrics()
+                | self.expert_balance.metrics()
                 | loader_metrics(self.dataloader, self.sum_over_ranks)
                 | loss_metrics(self.loss_fn, self.sum_over_ranks)
                 | self.guard.metrics()
@@ -473,7 +477,8 @@ class Trainer:
         seed_step(self.job_config.debug.seed, 0, self.random_rank)  # the same noise each time
         with evaluating(self.model_parts, self.fsdp_modules):
             loss = self.validator.validate(self.model_parts, self.evaluate)
-        self.metrics.log_validation(self.state.step, loss)
+        tell = getattr(self.validator, "metrics", dict)
+        self.metrics.log_validation(self.state.step, loss, extra=tell())
 
     def _roll_back(self) -> bool:
         """Return to the newest checkpoint, but continue with the data after this step.

@@ -77,7 +77,7 @@ def attend_shared(case: tuple[Any, ...], mesh: DeviceMesh) -> list[torch.Tensor]
     """The same by the ranks of `mesh`, put together again."""
     _, method, kv_heads, mask, run = case
     config = JobConfig()
-    config.parallelism.context_parallel_method = method
+    config.training.seq_len, config.parallelism.context_parallel_method = SEQ, method
     model = Model(**MASKS[mask])
     apply_cp(model, mesh, config)
     results = attend(

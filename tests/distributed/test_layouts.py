@@ -27,6 +27,7 @@ steps = 12
 mixed_precision_param = "float32"
 [metrics]
 log_freq = 1
+block_norm_freq = 3
 [activation_checkpoint]
 mode = "none"
 """

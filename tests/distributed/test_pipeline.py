@@ -16,6 +16,7 @@ SMALL = (
     "--training.global_batch_size=8",
     "--training.mixed_precision_param=float32",
     "--metrics.log_freq=1",
+    "--metrics.block_norm_freq=2",
     "--optimizer.lr=5e-4",  # at a higher rate rounding grows tenfold in a step
     "--activation_checkpoint.mode=none",
 )

@@ -36,7 +36,7 @@ def least(measure: Callable[[], int]) -> int:
 def attend(mode: str) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("cp",))
     config = JobConfig()
-    config.parallelism.context_parallel_method = "ring"
+    config.training.seq_len, config.parallelism.context_parallel_method = SEQ, "ring"
     config.activation_checkpoint.mode = mode
     model = Model()
     apply_cp(model, mesh, config)

@@ -38,7 +38,7 @@ def draws(folder: str, options: list[str]) -> tuple[list[float], list[float]]:
     trainer.validator = SimpleNamespace(
         validate=lambda *_: torch.rand(()).item(), close=lambda: None
     )
-    trainer.metrics.log_validation = lambda step, loss: in_validations.append(loss)
+    trainer.metrics.log_validation = lambda step, loss, extra: in_validations.append(loss)
     next_batch = train.next_batch
 
     def late_batch(*args: Any) -> Any:

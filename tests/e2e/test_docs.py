@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import shutil
 import tomllib
@@ -105,9 +106,8 @@ def _notes(folder: Path) -> None:
     (folder / "notes.txt").write_text("some notes of mine\n" * 40)
 
 
-def _run_and_hugging_face(folder: Path) -> None:
-    """`outputs`, a run with a checkpoint, and `Qwen3-0.6B`, a tiny model with a tokenizer."""
-    train(folder / "outputs", *tiny_llama.OPTIONS, "--checkpoint.enable")
+def _hugging_face(folder: Path) -> None:
+    """`Qwen3-0.6B`, a tiny model with a tokenizer, and texts."""
     model = folder / "Qwen3-0.6B"
     tiny_hf.hf_model("qwen3", vocab_size=300).save_pretrained(model)
     tokenizer = Tokenizer(BPE())
@@ -121,12 +121,31 @@ def _run_and_hugging_face(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
 
 
+def _run_and_hugging_face(folder: Path) -> None:
+    """Also `outputs`, a run with a checkpoint."""
+    train(folder / "outputs", *tiny_llama.OPTIONS, "--checkpoint.enable")
+    _hugging_face(folder)
+
+
 def _for_checkpoints(folder: Path) -> None:
     tiny_hf.hf_model("qwen3").save_pretrained(folder / "assets" / "Qwen3-0.6B")
     options = ["--model.name=llama3", "--model.flavor=debugmodel", "--checkpoint.last_save_in_hf"]
     train(
         folder / "outputs", *SMALL, *options, "--checkpoint.enable", "--model.tokenizer_path=bytes"
     )
+
+
+def _for_long_contexts(folder: Path) -> None:
+    _hugging_face(folder)
+    text = "a long text, and more of it. " * 500
+    (folder / "books.jsonl").write_text(json.dumps({"text": text}))
+    (folder / "heldout.txt").write_text(text)
+
+
+def _extended(folder: Path, out: str) -> None:
+    config = json.loads((folder / "outputs/checkpoint/step-2-hf/config.json").read_text())
+    assert config["max_position_embeddings"] == 4 * 512
+    assert config["rope_scaling"]["rope_type"] == "yarn" and "perplexity" in out
 
 
 def _job(name: str) -> Callable[[Path], None]:
@@ -185,6 +204,18 @@ SETTINGS: dict[str, Setting] = {
     ),
     "docs/generating.md": Setting(_run_and_hugging_face, afterwards=_generated),
     "docs/launching.md": Setting(_job_of_32_ranks),
+    "docs/long_context.md": Setting(
+        _for_long_contexts,
+        ["--training.steps=2", "--training.seq_len=256", "--training.global_batch_size=2"],
+        instead={
+            "_degree = 8": "_degree = 2",
+            "node 8": "node 2",
+            "original_max_seq_len=32768": "original_max_seq_len=512",
+            "step-1000": "step-2",
+            "--seq-len 131072": "--seq-len 2048",
+        },
+        afterwards=_extended,
+    ),
     "docs/metrics.md": Setting(_two_runs, SMALL),
     "docs/planning.md": Setting(_job("model.toml"), instead={"--world-size 512": "--world-size 8"}),
 }

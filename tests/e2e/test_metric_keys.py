@@ -8,6 +8,7 @@ writes the table from `torchtitan.components.metric_keys`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -23,7 +24,10 @@ _KEYS = re.compile(r"(<!-- keys: .*? -->\n).*?(<!-- end of keys -->\n)", re.S)
 GPU = {"mfu", "peak_memory_reserved_percent"}
 """Keys that no CPU has; tests/unit/components/test_metrics.py makes them."""
 
-FAULTS = ("--training.on_spike=warn", "--metrics.straggler_freq=1")
+FAULTS = (
+    *("--training.on_spike=warn", "--metrics.straggler_freq=1"),
+    *("--metrics.block_norm_freq=2", "--training.max_norm=0.1"),
+)
 
 REPLICAS = {"replica_groups"}
 """Of tests/faults/test_replica_groups.py, which needs torchft."""
@@ -52,6 +56,13 @@ enable = true
 steps = 1
 seq_len = 64
 local_batch_size = 2
+[[validation.sources]]
+dataset = "stdlib_validation"
+[[validation.sources]]
+name = "lines"
+dataset = "jsonl"
+dataset_path = "{folder}/lines.jsonl"
+weight = 3.0
 [metrics]
 log_freq = 1
 """
@@ -93,7 +104,21 @@ def test_runs_have_the_keys_of_the_page_and_no_others(runs: list[Path]) -> None:
     assert families - documented == set(), "name them in torchtitan/components/metric_keys.py"
     assert documented - families == GPU | REPLICAS
     [row] = read_lines(runs[0] / "validation.jsonl")
-    assert set(row) == {"step", VALIDATION.key}
+    losses = [row[f"{VALIDATION.key}/{name}"] for name in ("stdlib_validation", "lines")]
+    assert len(row) == 2 + len(losses)
+    assert row[VALIDATION.key] == pytest.approx((losses[0] + 3 * losses[1]) / 4)
+
+
+def test_the_norms_of_the_blocks_make_up_the_norm_before_clipping(runs: list[Path]) -> None:
+    measured = []
+    for row in read_lines(runs[1] / "metrics.jsonl"):
+        norms = [value for key, value in row.items() if key.startswith("grad_norm/")]
+        if norms:
+            measured.append(row["step"])
+            assert row["grad_norm"] > 0.1  # which the run clips to
+            assert math.hypot(*norms) == pytest.approx(row["grad_norm"], rel=1e-5)
+            assert row["grad_norm/layers.1"] > 0 and row["weight_norm/output"] > 0
+    assert measured and not any(step % 2 for step in measured)
 
 
 def test_a_run_leaves_its_environment(runs: list[Path]) -> None:

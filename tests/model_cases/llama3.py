@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_cases.case import ModelCase
 from torchtitan.models.common.rope import RopeScaling
+from torchtitan.models.common.yarn import YarnScaling
 from torchtitan.models.llama3 import Llama3ModelArgs
 
 PUBLISHED_SIZES = {
@@ -44,13 +45,29 @@ VARIANTS = {
         ),
         tie_word_embeddings=True,
     ),
+    "stretched by YaRN": Llama3ModelArgs(
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        ffn_dim=96,
+        vocab_size=96,
+        rope_theta=10000.0,
+        rope_scaling=YarnScaling(factor=4.0, original_max_seq_len=32),
+    ),
 }
 
 
 def rope_parameters(args: Any) -> dict[str, Any]:
     """Of a `config.json`, from args with `rope_theta` and `rope_scaling`."""
     rope = {"rope_type": "default", "rope_theta": args.rope_theta}
-    if args.rope_scaling is not None:
+    if isinstance(args.rope_scaling, YarnScaling):
+        rope |= {
+            "rope_type": "yarn",
+            "factor": args.rope_scaling.factor,
+            "original_max_position_embeddings": args.rope_scaling.original_max_seq_len,
+        }
+    elif args.rope_scaling is not None:
         rope |= {
             "rope_type": "llama3",
             "factor": args.rope_scaling.factor,

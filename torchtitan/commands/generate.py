@@ -7,11 +7,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from torchtitan.errors import ConfigError, DataError
+from torchtitan.components.checkpoint.chat_files import end_of_turn
+from torchtitan.data.chat import load_template
+from torchtitan.data.rows import document_of
+from torchtitan.errors import ConfigError, DataError, begin_errors_with
 from torchtitan.generation.generator import Completion, Generator
 from torchtitan.generation.load import (
     CheckpointSource,
@@ -52,7 +55,10 @@ class Options(ModelOptions):
     )
     """Text to continue; may be given several times."""
     prompt_file: str | None = None
-    """File whose text is the prompt; a .jsonl file has one prompt per line: {"prompt": "..."}"""
+    """File whose text is the prompt; a .jsonl file has one prompt per line: {"prompt": "..."}, or
+    with --chat {"messages": [...]}"""
+    chat: bool = False
+    """Each prompt is a user's message, rendered by the chat template of the run or tokenizer."""
     max_new_tokens: int | None = None
     """Tokens to generate. Default: 256, or fewer if the model's longest sequence leaves fewer"""
     temperature: float = 1.0
@@ -96,16 +102,46 @@ def main(argv: list[str] | None = None) -> int:
     texts = read_prompts(options)
     source = open_source(options)
     special, add_bos = options.add_special_tokens, False
-    if special is None:
-        special, add_bos = not source.of_run, source.add_bos
+    if special is None:  # a chat template writes bos itself where it is needed
+        special, add_bos = not source.of_run and not options.chat, source.add_bos
+    if options.chat:
+        texts = render_chats(source, texts)
+        add_bos &= source.of_run
     prompts = [encode_prompt(source.tokenizer, text, special, add_bos) for text in texts]
     max_new_tokens = limit_of_new_tokens(source, prompts, options.max_new_tokens)
     with process_group():
         return _generate(options, load_model(source), texts, prompts, max_new_tokens, sampling)
 
 
-def read_prompts(options: Options) -> list[str]:
-    """Read the texts of `--prompt` and `--prompt-file`. Raises `ConfigError` or `DataError`."""
+def render_chats(source: CheckpointSource, prompts: list[Any]) -> list[str]:
+    """Render conversations up to the assistant's answer, and note the token that ends it.
+
+    Args:
+        prompts: a user's message each, or lists of messages.
+
+    Raises:
+        DataError: the template cannot be read, or refuses a conversation.
+    """
+    config = source.job_config
+    path = config.data.chat_template, config.model.tokenizer_path
+    template = load_template(*path)
+    turn = end_of_turn(Path(path[1]).expanduser(), path[0])
+    source.stop_tokens |= set() if turn is None else {turn}
+    texts = []
+    for number, prompt in enumerate(prompts, start=1):
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        with begin_errors_with(f"prompt {number}"):
+            texts.append(template.prompt(prompt))
+    return texts
+
+
+def read_prompts(options: Options) -> list[Any]:
+    """Read the texts, or lists of messages, of `--prompt` and `--prompt-file`.
+
+    Raises:
+        ConfigError, DataError: there are none, or one cannot be read.
+    """
     texts = list(options.prompt)
     if options.prompt_file is not None:
         path = Path(options.prompt_file)
@@ -120,16 +156,26 @@ def read_prompts(options: Options) -> list[str]:
         for number, line in enumerate(content.split("\n"), start=1):
             if not line.strip():
                 continue
-            try:
-                prompt = parse_json(line)["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f'{path}:{number}: not {{"prompt": "..."}}') from error
-            if not isinstance(prompt, str):
-                raise DataError(f"{path}:{number}: prompt is not a string")
-            texts.append(prompt)
+            texts.append(_prompt_of(line, options.chat, f"{path}:{number}"))
     if not texts:
         raise ConfigError("no prompt: give --prompt TEXT or --prompt-file FILE")
     return texts
+
+
+def _prompt_of(line: str, chat: bool, where: str) -> Any:
+    try:
+        row = parse_json(line)
+        if chat and "messages" in row:
+            return document_of(row, "messages")
+        prompt = row["prompt"]
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        allowed = '{"prompt": "..."}' + (' or {"messages": [...]}' if chat else "")
+        raise DataError(f"{where}: not {allowed}") from error
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: prompt is not a string")
+    return prompt
 
 
 def limit_of_new_tokens(

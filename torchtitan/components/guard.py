@@ -96,13 +96,13 @@ class Guard:
         self._kept = 0
 
     def begin_step(self, step: int) -> bool:
-        """Return whether step `step` trains on its batch, or `training.skip_batches` names it."""
+        """Return whether `training.skip_batches` names the batch of this step: `leaves_out`."""
         batch = step + self.counts.batches_skipped
         self.leaves_out = any(batch in batches for batches in self._left_out)
         if self.leaves_out:
             self.counts.steps_skipped += 1
             rank0.info("step %d: batch %d is left out (training.skip_batches)", step, batch)
-        return not self.leaves_out
+        return self.leaves_out
 
     def allows(
         self, step: int, local_loss: torch.Tensor, grad_norm: torch.Tensor, batches: list[Batch]

@@ -58,14 +58,13 @@ class MatrixExchange:
         self._rank = dist.get_rank(self._group)
         self._device = mesh.device_type
         parts = map(_own_part, matrices, offsets_of_all(matrices))
-        own = torch.tensor(list(parts), device=self._device)
-        of_rank = [torch.empty_like(own) for _ in range(self.ranks)]
-        dist.all_gather(of_rank, own, group=self._group)
-        of_matrix = torch.stack(of_rank, dim=1).tolist()
-        self._parts = {
-            id(matrix): [Part(*numbers) for numbers in of_ranks]
-            for matrix, of_ranks in zip(matrices, of_matrix, strict=True)
-        }
+        own = torch.tensor(list(parts), dtype=torch.int32, device=self._device)
+        table = own.new_empty(self.ranks, *own.shape)
+        dist.all_gather(list(table), own, group=self._group)
+        # Not `Part`s: of hundreds of matrices on thousands of ranks, they would take a gigabyte.
+        self._table = table.cpu()
+        """The numbers of each `Part`: `[rank, matrix, 5]`."""
+        self._index = {id(matrix): number for number, matrix in enumerate(matrices)}
 
     def apply(
         self,
@@ -81,39 +80,47 @@ class MatrixExchange:
                 used.
             local: this rank's part of each matrix's values, `[rows, columns]`, all of one dtype.
         """
-        parts = [self._parts[id(matrix)] for matrix in matrices]
+        numbers = [self._index[id(matrix)] for matrix in matrices]
+        own = _parts(self._table[self._rank, numbers])
         local = [values.to(self._device) for values in local]  # from the host, if offloaded
-        whole = self._gather(matrices, parts, local)
+        whole = self._gather(numbers, matrices, own, local)
         send = [local[0].new_empty(0)]  # for a rank without a matrix to process
         if whole is not None:
             whole = function(whole)
-            send = [part.of(whole) for part in parts[self._rank]]
-        results = self._all_to_all(send, [of_ranks[self._rank].size for of_ranks in parts])
+            send = [part.of(whole) for part in self._parts_of(numbers)]
+        results = self._all_to_all(send, [part.size for part in own])
         # Ranks without a matrix send empty results, which `zip` drops.
         return [values.view_as(old) for values, old in zip(results, local, strict=False)]
 
+    def _parts_of(self, numbers: list[int]) -> list[Part]:
+        """Return each rank's part of the matrix that this rank processes; empty if it has none."""
+        return _parts(self._table[:, numbers[self._rank]]) if self._rank < len(numbers) else []
+
     def _gather(
         self,
+        numbers: list[int],
         matrices: Sequence[DTensor],
-        parts: Sequence[Sequence[Part]],
+        own: list[Part],
         local: Sequence[torch.Tensor],
     ) -> torch.Tensor | None:
         """Return this rank's matrix, from the ranks of the same replica; None if it has none.
 
         Args:
-            parts: for each matrix, the part of each rank.
+            numbers: of the matrices in the table.
+            own: this rank's part of each.
         """
-        me, nothing = self._rank, local[0].new_empty(0)
+        nothing = local[0].new_empty(0)
+        of_owners = _parts(self._table[range(len(numbers)), numbers])
         send = [
-            values if of_ranks[me].replica == of_ranks[owner].replica else nothing
-            for owner, (of_ranks, values) in enumerate(zip(parts, local, strict=True))
+            values if part.replica == of_owner.replica else nothing
+            for part, of_owner, values in zip(own, of_owners, local, strict=True)
         ]
-        mine = parts[me] if me < len(parts) else []
-        sizes = [part.size if part.replica == mine[me].replica else 0 for part in mine]
+        mine = self._parts_of(numbers)
+        sizes = [part.size if part.replica == mine[self._rank].replica else 0 for part in mine]
         received = self._all_to_all(send, sizes)
         if not mine:
             return None
-        whole = nothing.new_empty(matrices[me].shape)
+        whole = nothing.new_empty(matrices[self._rank].shape)
         for part, values in zip(mine, received, strict=True):
             if len(values):
                 part.of(whole).copy_(values.view(part.rows, part.columns))
@@ -131,6 +138,10 @@ class MatrixExchange:
             received, values, [*sizes, *idle[1]], [*sent, *idle[0]], group=self._group
         )
         return received.split([*sizes, *idle[1]])
+
+
+def _parts(table: torch.Tensor) -> list[Part]:
+    return [Part(*numbers) for numbers in table.tolist()]
 
 
 def _own_part(matrix: DTensor, offsets: tuple[int, ...]) -> Part:

@@ -25,6 +25,10 @@ class MetricKey:
     scale: float = 1.0
     from_zero: bool = False
     """Whether plots begin at 0, for keys where the relative size of a change matters."""
+    spread: bool = False
+    """Whether one plot shows the keys of all names, by their mean, least and greatest values."""
+    count: bool = False
+    """Whether it only grows: a point of a plot is the last value of its steps, not the mean."""
 
 
 STARTED_AT = MetricKey(
@@ -57,6 +61,23 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "",
             "learning rate of this step, in the parameter group where it is highest",
         ),
+        MetricKey(
+            "grad_norm/NAME",
+            "Gradient norms of the blocks",
+            "",
+            "2-norm of the gradients of this block, before clipping; the sum of all squares is the "
+            "square of `grad_norm`",
+            "`metrics.block_norm_freq`",
+            spread=True,
+        ),
+        MetricKey(
+            "weight_norm/NAME",
+            "Weight norms of the blocks",
+            "",
+            "2-norm of the weights of this block, before the step",
+            "`metrics.block_norm_freq`",
+            spread=True,
+        ),
     ],
     "Guard": [
         MetricKey(
@@ -65,6 +86,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "steps",
             "steps since step 0 whose batch was not trained on",
             "`training.on_nonfinite`, `on_spike`, `skip_batches`",
+            count=True,
         ),
         MetricKey(
             "rollbacks",
@@ -72,6 +94,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "",
             "rollbacks to a checkpoint since step 0",
             "`training.on_nonfinite`, `on_spike`",
+            count=True,
         ),
         MetricKey(
             "batches_skipped",
@@ -79,6 +102,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "batches",
             "batches left out by rollbacks: step N trains on batch N + this number",
             "`training.on_nonfinite`, `on_spike`",
+            count=True,
         ),
     ],
     "Speed and memory": [
@@ -185,6 +209,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "documents",
             "malformed documents skipped since this process began",
             '`data.on_error = "skip"`',
+            count=True,
         ),
         MetricKey(
             "data_tokens/NAME",
@@ -192,6 +217,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "tokens",
             "tokens read from this source",
             "`[[data.sources]]`",
+            count=True,
         ),
         MetricKey(
             "data_epoch/NAME",
@@ -199,6 +225,7 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "",
             "number of passes over this source",
             "`[[data.sources]]`",
+            count=True,
         ),
     ],
     "Replicas": [
@@ -233,12 +260,20 @@ SECTIONS: dict[str, list[MetricKey]] = {
             "FLOP/s of the model according to its `get_nparams_and_flops`, excluding recomputation",
             from_zero=True,
         ),
-        MetricKey("data_epoch", "Epochs", "", "number of passes over the dataset", "one dataset"),
+        MetricKey(
+            "data_epoch",
+            "Epochs",
+            "",
+            "number of passes over the dataset",
+            "one dataset",
+            count=True,
+        ),
         MetricKey(
             "tokens_seen",
             "Tokens seen",
             "tokens",
             "tokens trained on since step 0 by all ranks, excluding skipped steps",
+            count=True,
         ),
         MetricKey(
             "elapsed_seconds",
@@ -257,7 +292,7 @@ VALIDATION = MetricKey(
     "per token",
     "mean over all tokens of all ranks on held-out data, excluding the z-loss",
 )
-"""The only key of `validation.jsonl`."""
+"""The key of `validation.jsonl` that each run has; `loss/NAME` is that of a source."""
 
 
 def find(key: str) -> tuple[str, MetricKey]:

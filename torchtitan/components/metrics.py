@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
@@ -175,13 +175,21 @@ class MetricsProcessor:
         self._logged = perf_counter()
         self._paused_seconds = 0.0
 
-    def log_validation(self, step: int, loss: float) -> None:
-        """Log the loss on held-out data after `step`, the mean over all tokens of all ranks."""
+    def log_validation(
+        self, step: int, loss: float, extra: Mapping[str, float] | None = None
+    ) -> None:
+        """Log the loss on held-out data after `step`, the mean over all tokens of all ranks.
+
+        Args:
+            extra: further values, by their names in `validation.jsonl`.
+        """
         if self._progress is None:
             return
         self._progress.validation(loss)
-        logger.info("validation after step %d: loss %.4f", step, loss)
-        self._write(step, {"loss": loss}, "validation")
+        values = {"loss": loss} | {name: float(value) for name, value in (extra or {}).items()}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        logger.info("validation after step %d: %s", step, shown)
+        self._write(step, values, "validation")
 
     def show_checkpoint(self, step: int | None) -> None:
         """Show the step of the last complete checkpoint; None: there is none yet."""

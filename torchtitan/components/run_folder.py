@@ -111,20 +111,6 @@ def guard_skipped(counts: Iterable[float]) -> Iterator[bool]:
     return (count > before for before, count in pairwise([0, *counts]))
 
 
-def unique_names(arguments: Sequence[str]) -> list[str]:
-    """Return files' names without `.toml`, and folders' names; a second equal name gets `-2`."""
-    names: list[str] = []
-    for argument in arguments:
-        path = Path(argument).resolve()
-        name = base = path.name.removesuffix(".toml")
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{base}-{number}"
-        names.append(name)
-    return names
-
-
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Convert `{"a": {"b": 1}}` to `{"a.b": 1}`, to any depth."""
     flat: dict[str, Any] = {}

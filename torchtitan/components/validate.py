@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 
+from torchtitan.components.data_loader import Batch
 from torchtitan.components.loss import count_labels
 from torchtitan.components.validator import Evaluate
 from torchtitan.config.batch import batch_shape
@@ -35,7 +37,7 @@ _BYTES_OF_A_TOKEN = 16
 class TextValidator:
     """Evaluates the same sequences each time and on every layout.
 
-    They are `validation.steps` batches, which the data ranks share.
+    They are `validation.steps` batches of each dataset, which the data ranks share.
     """
 
     def __init__(
@@ -47,31 +49,61 @@ class TextValidator:
         dp_world_size: int,
     ) -> None:
         self._parallel_dims = parallel_dims
-        self._dataloader = build_validation_dataloader(
-            job_config, tokenizer, dp_rank, dp_world_size
-        )
-        batches = self._dataloader.gradient_accumulation_steps
+        self._sources = job_config.validation.sources
+        build = partial(build_validation_dataloader, job_config, tokenizer, dp_rank, dp_world_size)
+        loaders = [build(source) for source in self._sources] or [build()]
+        batches = sum(loader.gradient_accumulation_steps for loader in loaders)
         size = batches * math.prod(batch_shape(job_config, "validation")) * _BYTES_OF_A_TOKEN
         # Best-fit packing reads a pool of documents for each row and uses one sequence of it, so
         # its batches are kept rather than read again.
-        self._keeps = job_config.data.packing == "best_fit" and size <= _MOST_KEPT
-        self._kept: list[dict[str, torch.Tensor]] | None = None
+        keeps = job_config.data.packing == "best_fit" and size <= _MOST_KEPT
+        self._held_out = [_HeldOut(loader, keeps) for loader in loaders]
+        self._losses: list[float] = []
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss, see `Validator`."""
-        total: Any = None
-        for batch in self._batches():
-            loss = evaluate(batch)
-            tokens = count_labels(batch["labels"]).to(loss.device)
-            sums = torch.stack([loss.double(), tokens.double()])
-            total = sums if total is None else total + sums
-        dist.all_reduce(total)
-        loss_sum = total[0] / self._parallel_dims.loss_copies
-        token_count = total[1] / self._parallel_dims.non_data_parallel_size
-        return (loss_sum / token_count).item()
+        sums = torch.stack([_summed(held_out.batches(), evaluate) for held_out in self._held_out])
+        dist.all_reduce(sums)
+        loss_sums = sums[:, 0] / self._parallel_dims.loss_copies
+        token_counts = sums[:, 1] / self._parallel_dims.non_data_parallel_size
+        self._losses = (loss_sums / token_counts).tolist()
+        weights = [source.weight for source in self._sources] or [1.0]
+        weighted = zip(weights, self._losses, strict=True)
+        return sum(weight * loss for weight, loss in weighted if weight) / sum(weights)
 
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the batches of one validation, always the same."""
+    def metrics(self) -> dict[str, float]:
+        """Return the loss of each of `validation.sources`."""
+        names = [f"loss/{source.name or source.dataset}" for source in self._sources]
+        return dict(zip(names, self._losses, strict=False))
+
+    def close(self) -> None:
+        for held_out in self._held_out:
+            held_out.close()
+
+
+def _summed(batches: Iterator[Batch], evaluate: Evaluate) -> torch.Tensor:
+    """Return this rank's summed loss and number of labels that count, float64 `[2]`."""
+    total: Any = 0.0
+    for batch in batches:
+        loss = evaluate(batch)
+        tokens = count_labels(batch["labels"]).to(loss.device)
+        total += torch.stack([loss.double(), tokens.double()])
+    return total
+
+
+class _HeldOut:
+    """The batches of a dataset, always the same.
+
+    Args:
+        keeps: whether to keep them in memory.
+    """
+
+    def __init__(self, dataloader: DataLoader, keeps: bool) -> None:
+        self._dataloader, self._keeps = dataloader, keeps
+        self._kept: list[Batch] | None = None
+        self.close = dataloader.close
+
+    def batches(self) -> Iterator[Batch]:
         if self._kept is not None:
             for batch in self._kept:
                 yield {name: tensor.long() for name, tensor in batch.items()}
@@ -86,9 +118,6 @@ class TextValidator:
         self._dataloader.close()  # stop reading ahead until the next validation
         if self._keeps:
             self._kept = kept
-
-    def close(self) -> None:
-        self._dataloader.close()
 
 
 def build_validator(

@@ -15,7 +15,11 @@ Evaluate = Callable[[Batch], torch.Tensor]
 
 
 class Validator(Protocol):
-    """Interface that `build_validator_fn` returns."""
+    """Interface that `build_validator_fn` returns.
+
+    It may also have `metrics() -> dict[str, float]`: more values of the last validation, alike on
+    every rank, for `validation.jsonl`.
+    """
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss over labels that count, alike on every rank. All ranks call this.

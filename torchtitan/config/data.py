@@ -8,7 +8,7 @@ from .base import NonNegative, Positive
 
 @dataclass
 class DataSource:
-    """One `[[data.sources]]` table: a dataset of a mixture."""
+    """A table of `[[data.sources]]`, a dataset of a mixture, or of `[[validation.sources]]`."""
 
     name: str = ""
     """Name of the source in the metrics; unset: name of the dataset."""
@@ -21,7 +21,8 @@ class DataSource:
     split: str | None = None
     """As `training.split`."""
     weight: Annotated[float, NonNegative] = 1.0
-    """Share of the tokens, relative to the other sources' weights."""
+    """Share of the tokens, or of the mean validation loss, relative to the other sources'
+    weights."""
 
 
 @dataclass

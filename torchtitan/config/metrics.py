@@ -20,6 +20,8 @@ class Metrics:
     """Folder of the events, inside `job.dump_folder`."""
     enable_wandb: bool = False
     """Log to Weights & Biases (needs `pip install wandb`)."""
+    block_norm_freq: Annotated[int, NonNegative] = 0
+    """Every this many steps, log the norms of each block's gradients and weights; 0: never."""
     straggler_freq: Annotated[int, NonNegative] = 0
     """Every this many steps, time how long each rank works without waiting for others, and log the
     slowest; 0: never. Timed steps do not overlap communication and computation."""

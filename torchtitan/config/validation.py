@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from .base import Positive
+from .data import DataSource
 
 
 @dataclass
@@ -15,9 +16,10 @@ class Validation:
     freq: Annotated[int, Positive] = 100
     """Training steps between validations."""
     steps: Annotated[int, Positive] = 10
-    """Batches of `local_batch_size` sequences (unset: 8) in one validation. They are always the
-    same, whatever `debug.seed` is; `data.packing` and `training.document_mask` apply to them too.
-    The data ranks share them, so that the loss does not depend on the number of ranks."""
+    """Batches of `local_batch_size` sequences (unset: 8) in one validation, of each source if there
+    are `sources`. They are always the same, whatever `debug.seed` is; `data.packing` and
+    `training.document_mask` apply to them too. The data ranks share them, so that the loss does not
+    depend on the number of ranks."""
     dataset: str = "stdlib_validation"
     """Dataset name, as `training.dataset`."""
     dataset_path: str | None = None
@@ -26,6 +28,9 @@ class Validation:
     """As `training.text_key`; unset: `training.text_key` itself, also with `data.sources`."""
     split: str | None = None
     """As `training.split`."""
+    sources: list[DataSource] = field(default_factory=list)
+    """Datasets with a loss of their own each, in place of `dataset` (`[[validation.sources]]`).
+    The validation loss is then the mean of theirs by `weight`."""
     local_batch_size: Annotated[int, Positive] | None = None
     """Sequences in one forward pass of one data rank; unset: `training.local_batch_size`."""
     seq_len: Annotated[int, Positive] | None = None

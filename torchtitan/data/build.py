@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,10 +23,13 @@ from .sources import Source, open_dataset
 if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
     from torchtitan.config import JobConfig
-    from torchtitan.config.data import Data
+    from torchtitan.config.data import Data, DataSource
 
 _VALIDATION_SEED = 42
 """Not `debug.seed`, so that runs with different seeds are compared on the same documents."""
+_TIMEOUT = timedelta(hours=2)
+"""Timeout while ranks open the data. A host that was replaced looks for the lines of large files,
+or copies tables to its cache, which the other hosts did long ago; some have no hashes to verify."""
 
 
 def build_dataloader(
@@ -38,10 +42,16 @@ def build_dataloader(
         DataError: the data is missing, empty or malformed.
     """
     global_batch_size, _ = resolve_batch(job_config, dp_world_size)
+    data, training = job_config.data, job_config.training
+    name, open_source = f"training.dataset = {training.dataset!r}", opener(training)
+    if data.sources:
+        name, open_source = "data.sources", partial(open_blend, data)
     return _build(
         "training",
         job_config,
         tokenizer,
+        name,
+        open_source,
         seed=job_config.debug.seed,
         global_batch_size=global_batch_size,
         dp_rank=dp_rank,
@@ -50,9 +60,15 @@ def build_dataloader(
 
 
 def build_validation_dataloader(
-    job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
+    job_config: JobConfig,
+    tokenizer: Tokenizer,
+    dp_rank: int,
+    dp_world_size: int,
+    source: DataSource | None = None,
 ) -> DataLoader:
     """Build the validation data loader of one data rank: one validation is one global batch.
+
+    It reads `validation.dataset`, or one of `validation.sources`.
 
     A validation calls `reset()` and takes `gradient_accumulation_steps` batches. All ranks together
     evaluate the first sequence of each of `validation.steps * validation.local_batch_size` rows:
@@ -66,10 +82,17 @@ def build_validation_dataloader(
     """
     validation = job_config.validation
     size = validation.local_batch_size or UNSET_VALIDATION_BATCH
+    if source is None:
+        name = f"validation.dataset = {validation.dataset!r}"
+        open_source = opener(validation, validation.text_key or job_config.training.text_key)
+    else:
+        name, open_source = f"validation.sources: {source.name or source.dataset!r}", opener(source)
     return _build(
         "validation",
         job_config,
         tokenizer,
+        name,
+        open_source,
         seed=_VALIDATION_SEED,
         global_batch_size=validation.steps * size,
         dp_rank=dp_rank,
@@ -78,25 +101,26 @@ def build_validation_dataloader(
     )
 
 
+def opener(config: Any, text_key: str | None = None) -> Callable[[], Source | Blend]:
+    """Return a function that opens the dataset of a config section or table.
+
+    Args:
+        text_key: replaces the config's own.
+    """
+    text_key = config.text_key if text_key is None else text_key
+    return partial(open_dataset, config.dataset, config.dataset_path, text_key, config.split)
+
+
 def _build(
     section: Literal["training", "validation"],
     job_config: JobConfig,
     tokenizer: Tokenizer,
+    name: str,
+    open_source: Callable[[], Source | Blend],
     **batch: Any,
 ) -> DataLoader:
-    """Build the loader for a config section; errors begin with the config key."""
-    config, data = getattr(job_config, section), job_config.data
-    if section == "training" and data.sources:
-        name = "data.sources"
-        open_source: Callable[[], Source | Blend] = partial(open_blend, data)
-    else:
-        name = f"{section}.dataset = {config.dataset!r}"
-        text_key = config.text_key
-        if text_key is None:
-            text_key = job_config.training.text_key
-        open_source = partial(
-            open_dataset, config.dataset, config.dataset_path, text_key, config.split
-        )
+    """Build the loader for a config section; errors begin with `name`."""
+    data = job_config.data
 
     def open_checked(rank: int, ranks: int) -> Source | Blend:
         source = open_source()
@@ -105,9 +129,11 @@ def _build(
         return source
 
     local_batch_size, seq_len = batch_shape(job_config, section)
-    group = dist.group.WORLD if dist.is_initialized() else None
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
     with begin_errors_with(name):
         source = on_all_ranks(open_checked, group)  # each checks its share of the token files
+    if group is not None:
+        dist.destroy_process_group(group)
     chat_of = (data.chat_template, job_config.model.tokenizer_path)
     load_chat = functools.cache(partial(load_template, *chat_of))
     if data.chat_template:

@@ -58,20 +58,7 @@ class ChatTemplate:
                 1; the assistant says nothing; or the template refuses the conversation, leaves tool
                 calls out, or renders earlier messages differently when later ones follow.
         """
-        for number, message in enumerate(messages):
-            needed = ("role",) if message.get("tool_calls") else ("role", "content")
-            lacking = [key for key in needed if not isinstance(message.get(key), str)]
-            if lacking:
-                raise BadDocumentError(
-                    f"message {number} (counted from 0) has no text {lacking[0]!r}"
-                )
-            if message.get("weight") not in (None, 0, 1):
-                raise BadDocumentError(
-                    f"message {number} (counted from 0) has the weight {message['weight']!r}. "
-                    "Allowed: 0 (not learned) and 1"
-                )
-        # As `transformers` does. In a table, a field that this message does not have is null.
-        messages = [{k: v for k, v in one.items() if v is not None} for one in messages]
+        messages = _checked(messages)
         pieces, done = [], ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -83,13 +70,11 @@ class ChatTemplate:
                     f"{self._name} does not render a conversation from left to right, so the "
                     f"assistant's text in message {number} (counted from 0) cannot be located"
                 )
-            if message.get("tool_calls"):
-                without = {key: message[key] for key in message if key != "tool_calls"}
-                if spoken == self._render([*messages[:number], without], prompt=False):
-                    raise BadDocumentError(
-                        f"{self._name} leaves out the tool_calls of message {number} (counted from "
-                        "0). Set data.chat_template to a template that renders them"
-                    )
+            if message.get("tool_calls") and self._leaves_out_calls(messages[:number], message):
+                raise BadDocumentError(
+                    f"{self._name} leaves out the tool_calls of message {number} (counted from 0). "
+                    "Set data.chat_template to a template that renders them"
+                )
             learned = message.get("weight") != 0
             pieces += [(prompt[len(done) :], False), (spoken[len(prompt) :], learned)]
             done = spoken
@@ -99,6 +84,18 @@ class ChatTemplate:
                 f"the conversation has no message with the role 'assistant'{weighted}"
             )
         return [(text, trained) for text, trained in pieces if text]
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        """Return the text before the assistant's next message. Raises `BadDocumentError`."""
+        return self._render(_checked(messages), prompt=True)
+
+    def _leaves_out_calls(self, before: list[dict[str, Any]], message: dict[str, Any]) -> bool:
+        without = {key: value for key, value in message.items() if key != "tool_calls"}
+        try:
+            rendered = self._render([*before, without], prompt=False)
+        except BadDocumentError:  # the template needs calls, or text in their place
+            return False
+        return rendered == self._render([*before, message], prompt=False)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         import jinja2
@@ -112,6 +109,22 @@ class ChatTemplate:
             *(LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
         ) as error:
             raise BadDocumentError(f"{self._name} rejects the conversation: {error}") from error
+
+
+def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages without fields that are null. Raises `BadDocumentError`."""
+    for number, message in enumerate(messages):
+        needed = ("role",) if message.get("tool_calls") else ("role", "content")
+        lacking = [key for key in needed if not isinstance(message.get(key), str)]
+        if lacking:
+            raise BadDocumentError(f"message {number} (counted from 0) has no text {lacking[0]!r}")
+        if message.get("weight") not in (None, 0, 1):
+            raise BadDocumentError(
+                f"message {number} (counted from 0) has the weight {message['weight']!r}. "
+                "Allowed: 0 (not learned) and 1"
+            )
+    # As `transformers` does. In a table, a field that this message does not have is null.
+    return [{key: value for key, value in one.items() if value is not None} for one in messages]
 
 
 def load_template(path: str | None, tokenizer_path: str, tell: bool = True) -> ChatTemplate:

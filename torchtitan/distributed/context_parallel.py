@@ -130,7 +130,8 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, job_config: JobConfig) -> No
     for mask in masks:
         mask.forward = _shared_mask(mask, shards, job_config)
     for attention in attentions:
-        attention.forward = _METHODS[method](attention, shards)
+        attend = _METHODS[method](attention, shards)
+        attention.forward = _of_whole_parts(attention, attend, shards, job_config)
     cast(Any, model).applied_context_parallel = True
 
 
@@ -180,21 +181,12 @@ def _shared_mask(
 ) -> Callable[..., AttentionMask]:
     """Return the forward of a mask with all keys and the queries that this rank attends for."""
     whole, method = mask.forward, job_config.parallelism.context_parallel_method
-    most = job_config.training.seq_len
 
     def forward(
         seq_len: int, document_ids: torch.Tensor | None, device: torch.device
     ) -> AttentionMask:
+        _require_part(mask, seq_len, shards, job_config)
         seq_len = seq_len * shards.size
-        if mask.training and seq_len > most:  # a validator may have longer sequences
-            fail(
-                job_config,
-                "parallelism.context_parallel_degree",
-                f"{job_config.model.name} attends to {seq_len // shards.size} tokens where a rank "
-                f"has a part of {most // shards.size}: tokens that it adds before or between "
-                "them, such as a prefix, would be in each rank's part. Set it to 1",
-                ContextParallelError,
-            )
         if method == "ring":
             return None  # it supports only plain causal attention
         if document_ids is not None:
@@ -205,6 +197,42 @@ def _shared_mask(
         return whole(seq_len, document_ids, device, queries)
 
     return forward
+
+
+def _of_whole_parts(
+    attention: ScaledDotProductAttention,
+    attend: Attend,
+    shards: SequenceShards,
+    job_config: JobConfig,
+) -> Attend:
+    """Return `attend`, which refuses queries or keys that are no part of a sequence."""
+
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask = None
+    ) -> torch.Tensor:
+        _require_part(attention, q.shape[2], shards, job_config)
+        if attention.causal:  # other keys may be of no sequence
+            _require_part(attention, k.shape[2], shards, job_config)
+        return attend(q, k, v, mask)
+
+    return forward
+
+
+def _require_part(
+    module: nn.Module, tokens: int, shards: SequenceShards, job_config: JobConfig
+) -> None:
+    """Refuse a model that attends to other tokens than a rank's part of a sequence."""
+    part = job_config.training.seq_len // shards.size
+    if not module.training or tokens == part:  # a validator may have sequences of another length
+        return
+    fail(
+        job_config,
+        "parallelism.context_parallel_degree",
+        f"{job_config.model.name} attends to {tokens} tokens where a rank has a part of {part}. "
+        "What it adds to them, such as a prefix, and patches or blocks into which it divides them "
+        "would be those of each rank's part. Set it to 1",
+        ContextParallelError,
+    )
 
 
 def _all_gather(attention: ScaledDotProductAttention, shards: SequenceShards) -> Attend:

@@ -45,13 +45,13 @@ def clip_grad_norm(
     for grad in grads:
         layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
         if layout not in meshes_of:
-            meshes_of[layout] = _sharding_meshes(grad)
+            meshes_of[layout] = sharding_meshes(grad)
         groups[meshes_of[layout]].append(local_tensor(grad))
 
     device = local_tensor(grads[0]).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for meshes, tensors in groups.items():
-        squared = _sum_of_squares(tensors)
+        squared = sum_of_squares(tensors)
         for mesh in meshes:
             # A gradient offloaded to the host is reduced on the mesh's device.
             squared = squared.to(mesh.device_type)
@@ -63,12 +63,16 @@ def clip_grad_norm(
         total = total.to(device)
     norm = total.sqrt().float()
 
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_([local_tensor(grad) for grad in grads], scale)
+    torch._foreach_mul_([local_tensor(grad) for grad in grads], clip_factor(norm, max_norm))
     return norm
 
 
-def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """Return the scalar by which gradients of this norm are multiplied."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return the sum over all elements as a float64 scalar, exact to about 1e-7 for any size."""
     if tensors[0].device.type == "cpu":
         # Over a whole tensor, the CPU kernel adds up float32 in a few long chains: of 64 million
@@ -80,13 +84,13 @@ def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(norm_of_each).double().square().sum()
 
 
-def _sharding_meshes(grad: torch.Tensor) -> tuple[DeviceMesh, ...]:
-    """Return the one-dimensional meshes that `grad` is sharded over."""
-    if not isinstance(grad, DTensor):
+def sharding_meshes(tensor: torch.Tensor) -> tuple[DeviceMesh, ...]:
+    """Return the one-dimensional meshes that `tensor` is sharded over."""
+    if not isinstance(tensor, DTensor):
         return ()
-    mesh = grad.device_mesh
+    mesh = tensor.device_mesh
     return tuple(
         mesh[name]
-        for name, placement in zip(mesh.mesh_dim_names or (), grad.placements, strict=True)
+        for name, placement in zip(mesh.mesh_dim_names or (), tensor.placements, strict=True)
         if not isinstance(placement, Replicate)
     )

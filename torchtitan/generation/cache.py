@@ -24,6 +24,9 @@ from torchtitan.models.common.attention import (
     dense_mask,
 )
 
+PIECE = 8192
+"""Tokens in a pass over a long text: the memory of masks, logits and activations is limited so."""
+
 
 def can_cache(model: nn.Module) -> bool:
     """Whether the model's tokens can attend through a cache.
@@ -79,6 +82,10 @@ class KVCache:
                 del module.forward
                 if forward is not None:  # it had been replaced before
                     module.forward = forward
+
+    def in_pieces(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the logits of at most `PIECE` tokens at a time, see `forward`."""
+        yield from map(self.forward, tokens.split(PIECE, dim=1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run the model, with the cache attached, on the next tokens of each sequence.

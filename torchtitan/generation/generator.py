@@ -127,7 +127,9 @@ class Generator:
         def next_logits(sequences: list[list[int]]) -> torch.Tensor:
             new = [[0] * (longest - len(s)) + s for s in sequences]
             new = [s[-1:] for s in new] if cache.length else new
-            return whole_tensor(cache.forward(torch.tensor(new, device=self.device))[:, -1])
+            for logits in cache.in_pieces(torch.tensor(new, device=self.device)):
+                last = logits[:, -1]
+            return whole_tensor(last)
 
         with cache.attached(), _last_token_only(self.model):
             yield next_logits

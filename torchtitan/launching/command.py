@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -12,7 +13,7 @@ import tyro
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.toml_file import TomlFile
-from torchtitan.errors import WorldSizeError
+from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.tools.options import split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
 
@@ -40,6 +41,9 @@ Exit code: that of the submitting tool; 2 for a mistake in the command or the co
 BACKENDS = {"slurm": slurm, "kubernetes": kubernetes, "skypilot": skypilot, "ssh": ssh}
 """Each has `render(job)` and `submit(job, text)`."""
 
+_LONGEST = 120_000
+"""Linux allows 128 KiB for an argument, which has the rest of the host's script, too."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command with the arguments after `torchtitan launch`; return the exit code.
@@ -63,7 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         sys.stdout.write(text)
         return 0
+    _check_secrets(options)
     return backend.submit(job, text)
+
+
+def _check_secrets(options: Options) -> None:
+    """Require the secrets now: the job itself would miss them only after its time in the queue."""
+    for name in options.secret:
+        if not options.kubernetes and not os.environ.get(name):
+            raise ConfigError(
+                f"--secret {name}: is not in your environment, from which the job takes it"
+            )
 
 
 def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
@@ -75,6 +89,12 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
     environment = {"NCCL_DEBUG": "WARN", "PYTHONUNBUFFERED": "1"}
     environment |= dict(variable.split("=", 1) for variable in options.env)
     text = TomlFile.read(options.config).text
+    size = len(text.encode())
+    if size > _LONGEST and (options.slurm or options.kubernetes):
+        raise ConfigError(
+            f"{options.config}: has {size:,} bytes; must be at most {_LONGEST:,}, because the "
+            "hosts get it on a command line"
+        )
     for number, line in enumerate(text.split("\n"), 1):
         require_plain(line, f"{options.config}:{number}")
     for word in argv:

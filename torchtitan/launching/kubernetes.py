@@ -19,7 +19,7 @@ _JOIN_SECONDS = 24 * 3600
 
 
 def render(job: LaunchJob) -> str:
-    """Return the manifests for `kubectl apply`."""
+    """Return the manifests for kubectl."""
     options = job.options
     kind = options.kind or "job"
     head = {
@@ -53,7 +53,11 @@ def render(job: LaunchJob) -> str:
 
 def submit(job: LaunchJob, text: str) -> int:
     require("kubectl", "Install it")
-    return run(["kubectl", "apply", "-f", "-"], text)
+    service, _, workload = text.rpartition("\n---\n")
+    if service and (code := run(["kubectl", "apply", "-f", "-"], service)):
+        return code
+    # `apply` would succeed and start nothing if a job of this name exists, even one that is over.
+    return run(["kubectl", "create", "-f", "-"], workload)
 
 
 def _pod(job: LaunchJob, head: str, index: str, restart_policy: str, subdomain: str = "") -> str:
@@ -71,7 +75,8 @@ def _pod(job: LaunchJob, head: str, index: str, restart_policy: str, subdomain: 
         toleration = "{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}"
         pod_options.append(f"tolerations: [{toleration}]")
     variables: list[dict[str, Any]] = [
-        {"name": name, "value": value} for name, value in job.environment.items()
+        {"name": name, "value": _without_expansion(value)}
+        for name, value in job.environment.items()
     ]
     for secret in options.secret:
         name, _, where = secret.partition("=")
@@ -98,6 +103,6 @@ def _pod(job: LaunchJob, head: str, index: str, restart_policy: str, subdomain: 
     )
 
 
-def _without_expansion(script: str) -> str:
+def _without_expansion(text: str) -> str:
     """Escape `$(NAME)`, which Kubernetes replaces by a container's variables; `$$` is its `$`."""
-    return re.sub(r"\$(?=\$|\(\w+\))", "$$", script)
+    return re.sub(r"\$(?=\$|\(\w+\))", "$$", text)

@@ -21,7 +21,7 @@ class Options:
     slurm: bool = False
     """Submit a batch script with sbatch."""
     kubernetes: bool = False
-    """Submit manifests with kubectl apply."""
+    """Submit manifests with kubectl."""
     skypilot: bool = False
     """Submit a task with sky launch or, with --spot, with sky jobs launch, which recovers it."""
     ssh: bool = False
@@ -45,7 +45,7 @@ class Options:
     grace: Annotated[int, shown_as("SECONDS")] = 180
     """How long before its end the job is signalled, so that it can save a checkpoint."""
     python: Annotated[str, shown_as("PATH")] = "python"
-    """Python on the hosts that has torchtitan installed."""
+    """Python on the hosts that has torchtitan installed, as written in a shell."""
     workdir: Annotated[str | None, shown_as("FOLDER")] = None
     """Working directory on the hosts; the job's relative paths start there."""
     setup: Annotated[_Repeated, shown_as("COMMAND")] = field(default_factory=list)
@@ -142,8 +142,10 @@ _FORMS = {
 """Repeatable option -> a pattern of its values, and its description."""
 _WORDS = ("partition", "account", "qos", "namespace", "gpu_type", "infra", "image")
 """Options whose value is one word."""
+_OF_SBATCH = ("nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "job-name", "time")
+"""Options of sbatch that the script or another option sets."""
 _LEAST = {"nodes": 1, "gpus_per_node": 0, "max_restarts": 0, "grace": 1}
-_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
+_SECRET = re.compile("TOKEN(?!IZER)|SECRET|PASSW(OR)?D|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 
 
 def check(options: Options) -> None:
@@ -195,7 +197,7 @@ def _check_texts(options: Options) -> None:
                 raise ConfigError(f"{flag(name)} {value}: must be {form}")
     for variable in options.env:
         name = variable.partition("=")[0]
-        if any(word in name.upper() for word in _SECRET_WORDS):
+        if _SECRET.search(name):
             raise ConfigError(
                 f"--env {name}=...: the output would contain the secret. Use --secret {name}, "
                 "which reads it from your environment or the cluster's secrets"
@@ -232,7 +234,9 @@ def _check_backend(options: Options) -> None:
         raise ConfigError("--mount: Slurm mounts into containers only; give --image too")
     for option in options.sbatch:
         key = option_key(option)
-        if key in ("nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "job-name"):
+        if option[:1] == "-" != option[1:2]:
+            raise ConfigError(f"--sbatch {option}: must be the long form, such as constraint=h100")
+        if key in _OF_SBATCH:
             raise ConfigError(f"--sbatch {option}: {key} is set by another option of the command")
     if options.ssh:
         hosts = (options.hosts or "").split(",")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import PurePosixPath
+
+from torchtitan.errors import ConfigError
 
 from .job import LaunchJob, required_secrets, seconds_of
 from .options import option_key
@@ -11,14 +14,22 @@ from .storage import checkpoint_folder, mount_with
 from .submit import require, run
 from .template import fill
 
+_OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
+"""Variables that tell sbatch where to submit."""
+_EARLY = 60
+"""Seconds by which Slurm may send the signal before its time."""
+
 
 def render(job: LaunchJob) -> str:
     """Return the script for sbatch."""
     options = job.options
     directives = {"time": options.time, "partition": options.partition}
     directives |= {"account": options.account, "qos": options.qos}
-    if options.time:
-        seconds_of(options.time)
+    if options.time and seconds_of(options.time) <= options.grace + _EARLY:
+        raise ConfigError(
+            f"--time {options.time}: must be longer than --grace {options.grace} and {_EARLY} s, "
+            "or Slurm may signal the job to stop as soon as it starts, each time"
+        )
     lines = [f"{name}={value}" for name, value in directives.items() if value]
     if options.gpus_per_node:
         lines.insert(0, f"gpus-per-node={options.gpus_per_node}")
@@ -39,7 +50,7 @@ def render(job: LaunchJob) -> str:
         grace=options.grace,
         secrets=required_secrets(job),
         # A job without checkpoints would reach its time limit again and again.
-        preempted='again="preempted, the checkpoint is saved"' if job.saves else ":",
+        preempted='again="stopped by a signal"' if job.saves else ":",
         checkpoints=shlex.quote(_checkpoints(job)),
         node=job.node(),
         srun="".join(f" {shlex.quote(option)}" for option in srun),
@@ -79,4 +90,15 @@ def _checkpoints(job: LaunchJob) -> str:
 
 def submit(job: LaunchJob, text: str) -> int:
     require("sbatch", "Run this on the cluster's login node")
-    return run(["sbatch"], text)
+    return run(["sbatch"], text, _without_another_job(dict(os.environ)))
+
+
+def _without_another_job(environment: dict[str, str]) -> dict[str, str]:
+    """Leave out the variables of the interactive job in which this process runs, if any.
+
+    sbatch passes them on. srun then fails, if the two jobs ask for memory in different ways, or has
+    as many CPUs as the interactive job.
+    """
+    if "SLURM_JOB_ID" not in environment:
+        return environment
+    return {k: v for k, v in environment.items() if not k.startswith("SLURM_") or k in _OF_CLUSTER}

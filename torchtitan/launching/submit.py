@@ -19,9 +19,13 @@ def require(tool: str, install: str) -> None:
         )
 
 
-def run(words: list[str], text: str) -> int:
-    """Run a command that reads `text` from stdin. Return its exit code."""
-    return subprocess.run(words, input=text, text=True).returncode
+def run(words: list[str], text: str, environment: dict[str, str] | None = None) -> int:
+    """Run a command that reads `text` from stdin. Return its exit code.
+
+    Args:
+        environment: its variables; None: those of this process.
+    """
+    return subprocess.run(words, input=text, text=True, env=environment).returncode
 
 
 def run_on_file(words: list[str], text: str, name: str) -> int:

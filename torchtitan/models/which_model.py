@@ -138,7 +138,7 @@ def _value_of(hint: Any, value: Any) -> Any:
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         possible = [one for one in inner if _may_be(one, value)]
-        return _value_of(max(possible, key=partial(_knows, value)), value) if possible else value
+        return _value_of(max(possible, key=partial(_fit, value)), value) if possible else value
     if not _may_be(hint, value):
         return value
     if dataclasses.is_dataclass(kind):
@@ -161,10 +161,12 @@ def _may_be(hint: Any, value: Any) -> bool:
     return isinstance(value, list) and kind in (list, tuple, Sequence)
 
 
-def _knows(fields: Any, hint: Any) -> bool:
-    """Return whether `hint` is a dataclass that has all these fields."""
-    known = [f.name for f in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
-    return set(fields) <= set(known) if isinstance(fields, dict) else False
+def _fit(fields: Any, hint: Any) -> tuple[bool, int]:
+    """Return what is larger the better the fields fit: a dataclass has all, and few others."""
+    known = {f.name for f in dataclasses.fields(hint)} if dataclasses.is_dataclass(hint) else set()
+    if not isinstance(fields, dict):
+        return False, 0
+    return fields.keys() <= known, -len(known - fields.keys())
 
 
 def _flavor_of(name: str, args: BaseModelArgs, ignored: frozenset[str]) -> str:

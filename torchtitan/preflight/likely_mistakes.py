@@ -37,7 +37,8 @@ def _validation_of_other_data(job_config: JobConfig) -> list[str]:
     validation, sources = job_config.validation, job_config.data.sources
     trained = [source.dataset for source in sources] or [job_config.training.dataset]
     default = type(validation)().dataset
-    if not validation.enable or validation.dataset != default or "stdlib" in trained:
+    other = validation.sources or validation.dataset != default
+    if not validation.enable or other or "stdlib" in trained:
         return []
     what = "data.sources" if sources else f"training.dataset = {trained[0]!r}"
     return [
@@ -48,12 +49,18 @@ def _validation_of_other_data(job_config: JobConfig) -> list[str]:
 
 def _validation_of_the_data_of_training(job_config: JobConfig) -> list[str]:
     validation = job_config.validation
-    training: list[Any] = [*job_config.data.sources] or [job_config.training]
-    if not validation.enable or _data_of(validation) not in map(_data_of, training):
+    if not validation.enable:
         return []
+    training: list[Any] = [*job_config.data.sources] or [job_config.training]
+    trained = [_data_of(config) for config in training]
+    held_out: dict[str, Any] = {
+        f"validation.sources.{i}.dataset": source for i, source in enumerate(validation.sources)
+    }
     return [
-        f"validation.dataset = {validation.dataset!r}: validation reads the training data (same "
-        "dataset, path and split), so its loss is not measured on held-out data"
+        f"{key} = {config.dataset!r}: validation reads the training data (same dataset, path and "
+        "split), so its loss is not measured on held-out data"
+        for key, config in (held_out or {"validation.dataset": validation}).items()
+        if _data_of(config) in trained
     ]
 
 

@@ -16,6 +16,7 @@ from torch._dynamo import list_backends
 from torchtitan.components.checkpoint.storage import RemotePath, storage_path
 from torchtitan.components.optimizer import OPTIMIZERS
 from torchtitan.config.batch import resolve_batch
+from torchtitan.config.data import DataSource
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.config.upstream import value_instead
@@ -46,7 +47,7 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     """
     check_layout(job_config, world_size)
     _check_datasets(job_config)
-    _check_mixture(job_config)
+    _check_phases(job_config)
     _check_optimizer(job_config)
     _check_schedule(job_config)
     _check_activation_checkpoint(job_config)
@@ -57,18 +58,32 @@ def validate(job_config: JobConfig, world_size: int) -> None:
 
 
 def _check_datasets(job_config: JobConfig) -> None:
-    for i, source in enumerate(job_config.data.sources):
-        _check_dataset(job_config, f"data.sources.{i}", source)
-    if job_config.data.sources:
-        _refuse_dataset_beside_sources(job_config)
-    else:
-        _check_dataset(job_config, "training", job_config.training)
+    sections: list[tuple[str, Any, str]] = [("training", job_config.training, "data")]
     if job_config.validation.enable:
-        _check_dataset(job_config, "validation", job_config.validation)
+        sections.append(("validation", job_config.validation, "validation"))
+    for section, config, holder in sections:
+        key = f"{holder}.sources"
+        sources = getattr(job_config, holder).sources
+        if not sources:
+            _check_dataset(job_config, section, config)
+            continue
+        for i, source in enumerate(sources):
+            _check_dataset(job_config, f"{key}.{i}", source)
+        _check_sources(job_config, key, sources)
+        _refuse_dataset_beside_sources(job_config, section, config, key)
 
 
-def _check_mixture(job_config: JobConfig) -> None:
-    """Check the names of the sources, their weights, and the weights of each phase."""
+def _check_sources(job_config: JobConfig, key: str, sources: list[DataSource]) -> None:
+    names = [source.name or source.dataset for source in sources]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            problem = f"{name!r} is also the name of another source. Give each source its own name"
+            fail(job_config, f"{key}.{i}.name", problem)
+    if not any(source.weight for source in sources):
+        fail(job_config, key, "all weights are 0")
+
+
+def _check_phases(job_config: JobConfig) -> None:
     data = job_config.data
     if data.phases and not data.sources:
         fail(
@@ -76,13 +91,6 @@ def _check_mixture(job_config: JobConfig) -> None:
             "data.phases",
             "needs data.sources, whose weights the phases change",
         )
-    names = [source.name or source.dataset for source in data.sources]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            problem = f"{name!r} is also the name of another source. Give each source its own name"
-            fail(job_config, f"data.sources.{i}.name", problem)
-    if data.sources and not any(source.weight for source in data.sources):
-        fail(job_config, "data.sources", "all weights are 0")
     for i, phase in enumerate(data.phases):
         if len(phase.weights) != len(data.sources):
             problem = f"must have one weight per source in data.sources ({len(data.sources)})"
@@ -94,14 +102,15 @@ def _check_mixture(job_config: JobConfig) -> None:
             fail(job_config, f"data.phases.{i}.from_step", problem)
 
 
-def _refuse_dataset_beside_sources(job_config: JobConfig) -> None:
-    """Refuse `training.dataset` beside sources; `text_key` may be set, since validation uses it."""
-    training = job_config.training
-    for field in fields(training):
+def _refuse_dataset_beside_sources(
+    job_config: JobConfig, section: str, config: Any, key: str
+) -> None:
+    """Refuse a dataset beside sources; `text_key` may be set, since validation uses training's."""
+    for field in fields(config):
         named = field.name in ("dataset", "dataset_path", "split")
-        if named and getattr(training, field.name) != field.default:
-            problem = "has no effect, since data.sources defines the data. Remove one of the two"
-            fail(job_config, f"training.{field.name}", problem)
+        if named and getattr(config, field.name) != field.default:
+            problem = f"has no effect, since {key} defines the data. Remove one of the two"
+            fail(job_config, f"{section}.{field.name}", problem)
 
 
 def _check_dataset(job_config: JobConfig, section: str, config: Any) -> None:

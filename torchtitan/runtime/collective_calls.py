@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -23,9 +24,10 @@ def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None) -> 
         except Exception as caught:
             error = caught
     if group is not None:
-        outcome: list[Any] = [result, error]
+        outcome: list[Any] = [result, sendable(error)]
         dist.broadcast_object_list(outcome, src=0, group=group)
-        result, error = outcome
+        if dist.get_rank() != 0:
+            result, error = outcome
     if error is not None:
         raise error
     return cast(T, result)
@@ -46,11 +48,23 @@ def on_all_ranks(function: Callable[[int, int], T], group: dist.ProcessGroup | N
         result = function(rank, ranks)
     except Exception as caught:
         error = caught
-    errors = [error]
+    errors: list[Exception | None] = [None] * ranks
     if group is not None:
-        errors = [None] * ranks
-        dist.all_gather_object(errors, error, group=group)
+        dist.all_gather_object(errors, sendable(error), group=group)
+    errors[rank] = error  # its own has the traceback
     for raised in errors:
         if raised is not None:
             raise raised
     return cast(T, result)
+
+
+def sendable(error: Exception | None) -> Exception | None:
+    """Return `error`, or one with its type and text if other ranks could not unpickle it.
+
+    Otherwise a rank would leave the others waiting, or all would raise what pickle says of it.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -4,9 +4,16 @@ import json
 
 import pytest
 import tiny_hf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from torchtitan.cli import main
-from torchtitan.commands.generate import Options, read_prompts
+from torchtitan.commands.generate import Options, read_prompts, render_chats
+from torchtitan.generation.load import ModelOptions, open_source
+from torchtitan.generation.text import encode_prompt
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,43 @@ def test_a_whole_file_is_a_prompt(generate, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("two\nlines")
 
 
+def test_a_chat_is_rendered_up_to_the_answer(generate, tmp_path):
+    out, prompts = tmp_path / "out.jsonl", tmp_path / "prompts.jsonl"
+    turns = [("user", "1"), ("assistant", "2"), ("user", "3")]
+    messages = [{"role": role, "content": text, "name": None} for role, text in turns]
+    prompts.write_text(json.dumps({"messages": messages[:1]}) + '\n{"prompt": "x"}\n')
+    options = ["--chat", "--max-new-tokens", "1", "--json", str(out)]
+    assert generate("--prompt", "Hi", "--prompt-file", str(prompts), *options) == 0
+    rendered = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert rendered == [
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in ("Hi", "1", "x")
+    ]
+
+
+def test_a_chat_has_one_bos_and_ends_with_the_turn(generate, folder, tmp_path, capsys):
+    own, out = tmp_path / "tokenizer", tmp_path / "out.jsonl"
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    words.add_special_tokens(["w2", "w3", "w4"])
+    hf = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w2", eos_token="w4")
+    hf.chat_template = (
+        "{{ bos_token }} {% for m in messages %}{{ 'w9 ' if m.role == 'assistant' }}"
+        "{{ m.content }} w3 {% endfor %}"
+        "{% if add_generation_prompt %}w9 {% endif %}"
+    )
+    hf.save_pretrained(own)
+    expected = hf.apply_chat_template([{"role": "user", "content": "w7 w8"}], tokenize=False)
+    assert expected == "w2 w7 w8 w3 "
+    options = ["--chat", "--prompt", "w7 w8", "--max-new-tokens", "1", "--json", str(out)]
+    assert generate(*options, "--tokenizer", str(own)) == 0
+    assert json.loads(out.read_text())["prompt"] == "w2 w7 w8 w3 w9 "
+    source = open_source(ModelOptions(str(folder), tokenizer=str(own)))
+    [text] = render_chats(source, ["w7 w8"])
+    assert encode_prompt(source.tokenizer, text, False) == [2, 7, 8, 3, 9]
+    assert source.stop_tokens >= {3, 4}
+
+
 def test_new_tokens_end_where_the_model_does(generate, tmp_path):
     out = tmp_path / "out.jsonl"
     assert generate("--prompt", "x" * 60, "--temperature", "0", "--json", str(out)) == 0
@@ -107,6 +151,22 @@ def test_a_prompt_may_have_any_character_and_blank_lines_are_none(tmp_path):
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
     file.write_text("\n" + "\r\n \n".join(lines) + "\n\n", encoding="utf-8")
     assert read_prompts(Options("folder", prompt_file=str(file))) == prompts
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"messages": [{"role": "user"}]}', "prompt 1: message 0 (counted from 0) has no text"),
+        ('{"messages": ["Hi"]}', "prompts.jsonl:1: the field 'messages' is a list, but not of"),
+        ('{"text": "Hi"}', 'prompts.jsonl:1: not {"prompt": "..."} or {"messages": [...]}'),
+    ],
+)
+def test_a_mistake_in_messages(generate, tmp_path, capsys, line, problem):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(line)
+    with pytest.raises(SystemExit):
+        generate("--chat", "--prompt-file", str(prompts))
+    assert problem in capsys.readouterr().err
 
 
 def test_a_damaged_line_of_prompts(generate, tmp_path, capsys):

@@ -189,9 +189,12 @@ def test_a_remote_file_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
 
 
 def test_a_failed_read_while_it_saves_does_not_end_the_run(tmp_path, monkeypatch, caplog):
-    """To know which old checkpoints may go, rank 0 reads all manifests."""
+    """To know which old checkpoints may go, rank 0 reads the manifests that it does not know."""
+    Run(tmp_path).train(4)
+    (tmp_path / "checkpoint" / "step-2" / ".metadata").write_bytes(b"short")
     run = Run(tmp_path, keep_latest_k=1)
-    run.train(2)
+    assert run.manager.load() == 4
+    run.train(6)
     read = Manifest.read
 
     def refuse(folder):
@@ -201,10 +204,10 @@ def test_a_failed_read_while_it_saves_does_not_end_the_run(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Manifest, "read", refuse)
-        run.train(4)
-    assert run.manager.last_saved == 4
+        run.train(8)
+    assert run.manager.last_saved == 8
     assert "old checkpoints cannot be listed for deletion: step-2 cannot be read" in caplog.text
-    assert Run(tmp_path).manager.load() == 4
+    assert Run(tmp_path).manager.load() == 8
 
 
 def test_tools_and_weights_tell_it_too(tmp_path, monkeypatch):

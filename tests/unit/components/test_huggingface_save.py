@@ -233,6 +233,11 @@ def test_fields_of_the_folder_that_the_run_started_from_are_kept(tmp_path):
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "next" / name).read_bytes() == (first / name).read_bytes()
 
+    longer = dataclasses.replace(assets, max_seq_len=4096)
+    save_huggingface([model], tmp_path / "longer", torch.float16, longer, dist.group.WORLD)
+    extended = json.loads((tmp_path / "longer" / "config.json").read_text())
+    assert extended == config | {"max_position_embeddings": 4096}
+
     other = build("llama3")  # whose config.json would be wrong
     save_huggingface([other], tmp_path / "other", torch.float16, assets, dist.group.WORLD)
     config = json.loads((tmp_path / "other" / "config.json").read_text())

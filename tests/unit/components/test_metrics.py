@@ -265,7 +265,9 @@ def test_validation_has_a_file_of_its_own(config: JobConfig) -> None:
     log(processor, 5)
     processor.log_validation(5, 2.25)
     assert [row["step"] for row in rows(config)] == [5]
-    assert rows(config, "validation.jsonl") == [{"step": 5, "loss": 2.25}]
+    processor.log_validation(6, 2.5, extra={"loss/code": 2.0})
+    lines = [{"step": 5, "loss": 2.25}, {"step": 6, "loss": 2.5, "loss/code": 2.0}]
+    assert rows(config, "validation.jsonl") == lines
 
 
 def test_only_rank_0_writes(

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
+from torchtitan.components.matrix_exchange import MatrixExchange
 from torchtitan.components.muon import Muon, orthogonalize
+from torchtitan.runtime.fake_world import fake_world
 
 SHAPES = [(8, 8), (24, 8), (8, 24), (1, 5), (5, 1)]
 
@@ -63,3 +69,18 @@ def test_a_matrix_without_gradient_stays() -> None:
 def test_only_matrices_are_accepted(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="matrices"):
         Muon([nn.Parameter(torch.zeros(shape))])
+
+
+def test_many_matrices_on_thousands_of_ranks_take_little_memory() -> None:
+    with fake_world(4096, 5):
+        mesh = init_device_mesh("cpu", (4096,))
+        made = [DTensor.from_local(torch.zeros(1, 8), mesh, [Shard(0)]) for _ in range(50)]
+        tracemalloc.start()
+        try:
+            exchange = MatrixExchange(made)
+            local = [matrix.to_local() for matrix in made]
+            exchange.apply(torch.clone, made, local)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 5e6  # of Python objects: one for each part would be 20 MB

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torchtitan.components.validate import (
     evaluating,
 )
 from torchtitan.config import JobConfig
+from torchtitan.config.data import DataSource
 from torchtitan.data import best_fit, build_validation_dataloader
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.errors import ConfigError, DataError
@@ -69,6 +71,32 @@ def test_it_is_the_mean_loss_per_token_of_the_validation_batches(config: JobConf
     tokens, labels = (torch.cat([batch[key] for batch in batches]) for key in ("tokens", "labels"))
     expected = nn.functional.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()).item()
     assert validator(config).validate([model], evaluate_with(model)) == pytest.approx(expected)
+
+
+def test_each_source_has_a_loss_of_its_own(config: JobConfig, tmp_path: Path) -> None:
+    other = tmp_path.with_name("other.jsonl")
+    other.write_text("\n".join(json.dumps({"code": f"{i}" * 30}) for i in range(9)))
+    alone = []
+    for name, path, key in [("text", tmp_path, "text"), ("jsonl", other, "code")]:
+        config.validation.dataset, config.validation.dataset_path = name, str(path)
+        config.validation.text_key = key
+        one, model = validator(config), Bigram()
+        alone.append(one.validate([model], evaluate_with(model)))
+        assert one.metrics() == {}
+    config.validation.sources = [
+        DataSource("", "text", str(tmp_path)),
+        DataSource("digits", "jsonl", str(other), text_key="code", weight=3.0),
+    ]
+    both = validator(config)
+    mean = both.validate([model], evaluate_with(model))
+    assert both.metrics() == {"loss/text": alone[0], "loss/digits": alone[1]}
+    assert abs(alone[0] - alone[1]) > 0.01
+    assert mean == pytest.approx((alone[0] + 3 * alone[1]) / 4)
+    both.close()
+
+    other.write_text("{")
+    with pytest.raises(DataError, match=r"^validation\.sources: 'digits': .*other\.jsonl"):
+        validator(config)
 
 
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit"])

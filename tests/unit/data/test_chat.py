@@ -71,6 +71,15 @@ def test_messages_of_weight_0_are_not_trained_on() -> None:
     assert template().segments(weighted) == [CHATML_PIECES[0], hello, *CHATML_PIECES[2:]]
 
 
+def test_a_template_may_demand_tool_calls_or_content() -> None:
+    source = (
+        "{% for m in messages %}{% if not (m.content or m.tool_calls) %}"
+        "{{ raise_exception('empty') }}{% endif %}{{ m.content or m.tool_calls }}{% endfor %}"
+    )
+    calls = [CHAT[1], {"role": "assistant", "tool_calls": ["f"]}]
+    assert ChatTemplate(source, {}, "t").segments(calls)[-1] == ("['f']", True)
+
+
 def test_a_message_of_tool_calls_needs_no_content() -> None:
     source = "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
     calls = [CHAT[1], {"role": "assistant", "content": None, "tool_calls": ["f"]}]

@@ -97,7 +97,7 @@ def test_a_ring_refuses_a_mask_by_another_rule(config):
 
 def test_a_ring_refuses_a_mask_that_a_layer_is_given(config, monkeypatch):
     monkeypatch.setattr(MESH, "get_group", lambda: SimpleNamespace(group_name=""), raising=False)
-    config.parallelism.context_parallel_method = "ring"
+    config.training.seq_len, config.parallelism.context_parallel_method = 8, "ring"
     attention, ones = ScaledDotProductAttention(), torch.ones(1, 1, 4, 4)
     apply_cp(model(CausalMask(), attention), MESH, config)
     with pytest.raises(ContextParallelError, match=r"'ring': .* a layer has a mask of its own"):
@@ -141,12 +141,19 @@ def test_a_model_whose_attention_was_not_shared_is_refused(config):
     require_applied_cp(parts, config)
 
 
-def test_a_model_that_adds_tokens_to_each_part_is_refused_in_training(config):
+@pytest.mark.parametrize("tokens", [10, 4], ids=["a prefix", "blocks"])
+def test_a_model_that_attends_to_other_tokens_than_its_part_is_refused_in_training(tokens, config):
     config.training.seq_len = 16
-    mask = CausalMask()
-    apply_cp(model(mask, ScaledDotProductAttention()), MESH, config)
-    cpu = torch.device("cpu")
+    mask, attend = CausalMask(), ScaledDotProductAttention()
+    apply_cp(model(mask, attend), MESH, config)
+    message = f"llama3 attends to {tokens} tokens where a rank has a part of 8"
+    cpu, part, other = torch.device("cpu"), torch.ones(1, 1, 8, 2), torch.ones(1, 1, tokens, 2)
     mask(8, None, cpu)
-    with pytest.raises(ConfigError, match="llama3 attends to 10 tokens where a rank has a part of"):
-        mask(10, None, cpu)
-    mask.eval()(10, None, cpu)  # of a longer sequence
+    for attended in (
+        lambda: mask(tokens, None, cpu),
+        lambda: attend(other, other, other),
+        lambda: attend(part, other, other),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            attended()
+    mask.eval()(tokens, None, cpu)  # of sequences of another length

@@ -52,6 +52,16 @@ def test_without_a_cache_the_tokens_are_the_same(models):
     assert generator.generate(random_prompts(), NEW_TOKENS, GREEDY) == cached
 
 
+def test_a_long_prompt_is_read_in_pieces(models, monkeypatch):
+    generator, lengths = Generator(models[1]), set()
+    whole = generator.generate(random_prompts(), NEW_TOKENS, GREEDY)
+    monkeypatch.setattr("torchtitan.generation.cache.PIECE", 7)
+    hook = models[1].register_forward_pre_hook(lambda _, args: lengths.add(args[0].shape[1]))
+    assert generator.generate(random_prompts(), NEW_TOKENS, GREEDY) == whole
+    hook.remove()
+    assert max(lengths) == 7
+
+
 @torch.no_grad()
 def test_cached_logits_equal_those_of_the_whole_sequence(models):
     _, ours = models

@@ -85,13 +85,15 @@ def test_a_host_runs_the_job_as_it_is_written(
     python = tmp_path / "python"
     python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nenv | grep ^GREETING\ncat "${@: -2:1}"\n')
     python.chmod(0o755)
-    options = ["--nodes=2", f"--python={python}", "--env=GREETING=it's $HOME 😀", "--dry-run"]
+    options = ["--nodes=2", f"--python={python}", "--dry-run"]
+    greeting = "it's $HOME $$ $(NCCL_DEBUG) 😀"
+    options += [f"--env=GREETING={greeting}"]
     text = render(capsys, job, *KINDS[kind], *options, "--", "--training.steps=7")
     script, environment = script_of(kind, text)
     bash = ["bash", "-c", script]
     env = os.environ | {"TMPDIR": str(tmp_path)} | environment
     out = subprocess.run(bash, env=env, capture_output=True, text=True, check=True).stdout
-    assert "GREETING=it's $HOME 😀\n" in out
+    assert f"GREETING={greeting}\n" in out
     assert out.endswith(JOB)
     words = out.splitlines()
     for name, value in {
@@ -148,13 +150,19 @@ def script_of(kind: str, text: str) -> tuple[str, dict[str, str]]:
     else:
         template = document["spec"]["template"]
     container = template["spec"]["containers"][0]
-    variables = {item["name"]: item["value"] for item in container["env"]}
-    # What Kubernetes does to arguments.
-    script = re.sub(
-        r"\$\$|\$\((\w+)\)",
-        lambda found: "$" if found[1] is None else variables.get(found[1], found[0]),
-        container["args"][0],
-    )
+    variables: dict[str, str] = {}
+
+    def expand(text: str) -> str:
+        """What Kubernetes does to arguments, and to variables with those before them."""
+        return re.sub(
+            r"\$\$|\$\((\w+)\)",
+            lambda found: "$" if found[1] is None else variables.get(found[1], found[0]),
+            text,
+        )
+
+    for item in container["env"]:
+        variables[item["name"]] = expand(item["value"])
+    script = expand(container["args"][0])
     return script.rpartition("node ")[0] + "node 0 head 1234", variables
 
 
@@ -196,9 +204,23 @@ def test_a_file_that_no_script_can_hold_is_refused(character: str, job: str) -> 
         main([job, "--slurm", "--dry-run"])
 
 
+def test_a_file_that_is_too_long_for_a_command_line_is_refused(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(job).write_text(JOB + f"# {'x' * 100}\n" * 1100)
+    script, _ = script_of("slurm", render(capsys, job, "--slurm", "--dry-run"))
+    words = ["bash", "-c", script.replace("node 0 head 1234", "exit 7")]
+    assert subprocess.run(words).returncode == 7
+    Path(job).write_text(JOB + f"# {'x' * 100}\n" * 1300)
+    with pytest.raises(ConfigError, match=r"job.toml: has 13\d,\d+ bytes; must be at most 120,000"):
+        main([job, "--slurm", "--dry-run"])
+    assert "x" * 100 in render(capsys, job, "--ssh", "--hosts=a", "--dry-run")
+
+
 def test_slurm_has_what_its_users_set(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--nodes=4", "--partition=gpu", "--account=me", "--qos=high", "--time=1-12"]
     options += ["--sbatch=constraint=h100", "--image=a/b:1", "--mount=/data:/data", "--grace=60"]
+    options += ["--env=TOKENIZERS_PARALLELISM=false"]
     text = render(capsys, "--slurm", job, *options, "--dry-run")
     for line in (
         "job-name=my-job",
@@ -216,6 +238,7 @@ def test_slurm_has_what_its_users_set(job: str, capsys: pytest.CaptureFixture[st
         assert f"#SBATCH --{line}\n" in text
     assert "--container-image=a/b:1 --container-mounts=/data:/data" in text
     assert 'scontrol requeue "$SLURM_JOB_ID"' in text
+    assert "export TOKENIZERS_PARALLELISM=false" in text
 
 
 @pytest.mark.parametrize(
@@ -302,7 +325,7 @@ def test_slurm_says_that_a_run_which_was_told_to_end_is_not_requeued(
     monkeypatch.setenv("CANCELS", "kill -TERM")
     done = batch(job, tmp_path, capsys, [f"--workdir={tmp_path}/my runs"], 75, [])
     assert not (tmp_path / "requeued").exists()
-    assert "not requeued" in done.stdout and "--grace" in done.stdout
+    assert "requeued only if it was preempted" in done.stdout and "--grace" in done.stdout
 
 
 @pytest.mark.parametrize("where", ["the folder of submission", "a container"])
@@ -459,23 +482,20 @@ def test_a_jobset_starts_no_mistake_again(job: str, capsys: pytest.CaptureFixtur
     pods = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
     assert pods[0]["action"] == "FailJob" and pods[0]["onExitCodes"]["values"] == [2, 75]
 
-    def action(code: int) -> str:
+    def action(code: int, reason: str = "PodFailurePolicy") -> str:
         """What JobSet does by the first rule that fits what Kubernetes says of the job."""
         message = (
             f"Container pytorch for pod default/my-job-node-0-2-x failed with exit code {code}"
         )
         message += " matching FailJob rule at index 0"
-        rules = spec["failurePolicy"]["rules"]
+        rules = [r for r in spec["failurePolicy"]["rules"] if r["onJobFailureReasons"] == [reason]]
         patterns = [rule.get("onJobFailureMessagePatterns", [""]) for rule in rules]
         fits = (any(re.search(each, message) for each in of_rule) for of_rule in patterns)
         return next(rule["action"] for rule, fit in zip(rules, fits, strict=True) if fit)
 
-    assert all(
-        rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-        for rule in spec["failurePolicy"]["rules"]
-    )
     assert action(2) == "FailJobSet"
     assert action(75) == "RestartJobSetAndIgnoreMaxRestarts"
+    assert action(0, "DeadlineExceeded") == "FailJobSet"  # without a rule, JobSet would restart it
 
 
 @pytest.mark.parametrize("kind", ["job", "jobset", "pytorchjob"])
@@ -561,7 +581,7 @@ def test_ssh_tells_the_hosts_when_the_terminal_is_closed(
 
 SUBMITTED = {
     "slurm": ("sbatch", [], "#SBATCH"),
-    "job": ("kubectl", ["apply", "-f", "-"], "batch/v1"),
+    "jobset": ("kubectl", ["create", "-f", "-"], "kind: JobSet"),
     "skypilot": ("sky", ["launch", "--cluster", "my-job", "--yes", "FILE"], "num_nodes"),
 }
 
@@ -583,6 +603,46 @@ def test_without_dry_run_the_tool_gets_it(
     assert inside in text
     for word in words:
         assert word == "FILE" or f"{word}\n" in text
+
+
+def test_a_kubernetes_job_that_exists_is_not_taken_for_submitted(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Service may exist; `kubectl apply` of an equal job, even an ended one, does nothing."""
+    text = JOB + '# ---\n[job]\ndescription = """\n---\n"""\n'
+    Path(job).write_text(text)
+    write = 'test "$*" = "$1 -f -" && cat >"$(dirname "$0")/$1"; [ "$1" != "$FAILS" ]'
+    (tmp_path / "kubectl").write_text(f"#!/bin/bash\n{write}\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for fails, code in {"nothing": 0, "create": 1}.items():
+        monkeypatch.setenv("FAILS", fails)
+        assert main([job, *KINDS["job"]]) == code
+    assert yaml.safe_load((tmp_path / "apply").read_text())["kind"] == "Service"
+    manifest = (tmp_path / "create").read_text()
+    assert yaml.safe_load(manifest)["kind"] == "Job" and script_of("job", manifest)
+    (tmp_path / "create").unlink()
+    monkeypatch.setenv("FAILS", "apply")
+    assert main([job, *KINDS["job"]]) == 1 and not (tmp_path / "create").exists()
+
+
+def test_slurm_does_not_pass_on_an_interactive_job(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm 22.05 gives a job the variables of the one that submitted it, and srun reads them."""
+    (tmp_path / "sbatch").write_text('#!/bin/bash\nenv | grep ^S >"${0%/*}/env"; cat >/dev/null\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "me"}
+    stale = {"SLURM_CPUS_PER_TASK": "1", "SLURM_MEM_PER_CPU": "100", "SLURM_JOB_ID": "3"}
+    for name, value in (kept | stale).items():
+        monkeypatch.setenv(name, value)
+    assert main([job, "--slurm"]) == 0
+    seen = (tmp_path / "env").read_text().splitlines()
+    assert sorted(line for line in seen if line.startswith(("SLURM", "SBATCH"))) == [
+        "SBATCH_ACCOUNT=me",
+        "SLURM_CONF=/etc/slurm.conf",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -615,6 +675,7 @@ MISTAKES = {
     "home folder": (["--slurm", "--workdir=~/runs"], ["--workdir ~/runs", "not expanded"]),
     "mounts": (["--skypilot", "--mount=s3://a:/x", "--mount=s3://b:/x"], ["two sources", "/x"]),
     "secret shown": (["--slurm", "--env=HF_TOKEN=x"], ["--secret HF_TOKEN"]),
+    "password": (["--slurm", "--env=PGPASSWD=x"], ["--secret PGPASSWD"]),
     "env": (["--slurm", "--env=A"], ["--env A", "NAME=VALUE"]),
     "secret": (["--slurm", "--secret=A=b/c"], ["--secret A=b/c", "Kubernetes"]),
     "mount": (["--skypilot", "--mount=/data"], ["--mount /data", "SOURCE:/PATH"]),
@@ -624,9 +685,15 @@ MISTAKES = {
         ["--mount s3://b/runs:/out", "/out/mine/checkpoint", "copies to the hosts but not back"]
         + ["-- --checkpoint.folder s3://b/runs/my-job"],
     ),
+    "time that ends at once": (
+        ["--slurm", "--time=4"],
+        ["--time 4", "longer than --grace 180 and 60 s"],
+    ),
+    "short option": (["--slurm", "--sbatch=-C h100"], ["--sbatch -C h100", "the long form"]),
     "time": (["--slurm", "--time=soon"], ["--time soon", "HOURS:MINUTES:SECONDS"]),
     "name": (["--slurm", "--name=My_Job"], ["--name My_Job", "lowercase letters"]),
     "sbatch": (["--slurm", "--sbatch=--nodes=9"], ["--sbatch --nodes=9"]),
+    "time of sbatch": (["--slurm", "--sbatch=time=1"], ["--sbatch time=1", "another option"]),
     "injection": (["--slurm", "--partition=a\n#SBATCH -b"], ["one word"]),
     "world": (
         ["--slurm", "--nodes=3", "--", "--parallelism.tensor_parallel_degree=16"],
@@ -706,6 +773,20 @@ def test_a_rule_for_no_parameter_is_refused(tmp_path: Path) -> None:
     path.write_text(JOB + '[[optimizer.rules]]\npattern = "layer.1"\n')
     with pytest.raises(ConfigError, match=r"pattern 'layer\.1' matches no parameter"):
         main([str(path), "--slurm", "--dry-run"])
+
+
+def test_a_missing_secret_is_told_before_the_job_waits_in_the_queue(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("torchtitan.launching.slurm.submit", lambda *_: 0)
+    monkeypatch.setattr("torchtitan.launching.kubernetes.submit", lambda *_: 0)
+    with pytest.raises(ConfigError, match="--secret HF_TOKEN: is not in your environment"):
+        main([job, "--slurm", "--secret=HF_TOKEN"])
+    assert main([job, *KINDS["job"], "--secret=HF_TOKEN"]) == 0  # the cluster has it
+    assert "HF_TOKEN:?" in render(capsys, job, "--slurm", "--secret=HF_TOKEN", "--dry-run")
+    monkeypatch.setenv("HF_TOKEN", "x")
+    assert main([job, "--slurm", "--secret=HF_TOKEN"]) == 0
 
 
 def test_a_missing_tool_is_one_message(job: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,14 @@ class Mixer:
     width: int = 4
 
 
+@dataclass(frozen=True)
+class GatedMixer:
+    """Has all fields of `Mixer`."""
+
+    width: int = 4
+    gate: bool = True
+
+
 @dataclass
 class Args:
     kinds: tuple[str, ...] = ("recurrence", "attention")
@@ -40,7 +48,7 @@ class Args:
     some: Sequence[Layer] = field(default_factory=lambda: [Layer("recurrence")])
     maybe: tuple[Layer, ...] | None = (Layer(),)
     old: Optional[tuple[Layer, ...]] = None  # noqa: UP045
-    either: Union[Layer, Mixer] = Mixer(2)  # noqa: UP007
+    either: Union[Layer, GatedMixer, Mixer] = Mixer(2)  # noqa: UP007
     number: int | float | str = 3
     bare: tuple = (1, "a")
     plain: Any = None

@@ -6,6 +6,7 @@ import pytest
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import batches_to_skip, resolve_batch
+from torchtitan.config.data import DataSource
 from torchtitan.config.optimizer import ParamRule
 from torchtitan.errors import ConfigError
 from torchtitan.preflight.validate import validate
@@ -476,6 +477,28 @@ def test_what_replica_groups_need(config, monkeypatch):
     assert "cannot roll back together" in error_of(config)
     config.training.on_nonfinite, config.training.global_batch_size = "error", 8
     assert "data ranks (2)" in error_of(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("dataset", "c4"), ("dataset_path", "none.jsonl"), ("split", "test")]
+)
+def test_a_dataset_beside_validation_sources_would_be_ignored(config, key, value):
+    config.validation.enable = True
+    config.validation.sources = [DataSource(dataset="stdlib"), DataSource("two", "stdlib")]
+    validate(config, 1)
+    setattr(config.validation, key, value)
+    problem = "has no effect, since validation.sources defines the data"
+    assert f"validation.{key} = {value!r}: {problem}".replace("'", '"') in error_of(config)
+
+
+def test_sources_of_a_validation_can_be_told_apart(config):
+    config.validation.enable = True
+    config.validation.sources = [DataSource(dataset="stdlib"), DataSource(dataset="stdlib")]
+    assert "'stdlib' is also the name of another source" in error_of(config)
+    config.validation.sources = [DataSource(dataset="stdlib", weight=0.0)]
+    assert "validation.sources" in error_of(config)
+    config.validation.sources = [DataSource(dataset="jsonl")]
+    assert "needs validation.sources.0.dataset_path" in error_of(config)
 
 
 @pytest.mark.parametrize(

@@ -64,5 +64,11 @@ def test_held_out_data_are_not_those_of_training() -> None:
     config.data.sources.append(DataSource("own", "text", "notes.txt"))
     (doubt,) = unlikely(config)
     assert "reads the training data" in doubt
+    config.validation.sources = [DataSource("other", "text", "b.txt"), config.data.sources[1]]
+    (doubt,) = unlikely(config)
+    assert "validation.sources.1.dataset = 'text': validation reads the training" in doubt
+    config.validation.sources.pop()
+    assert unlikely(config) == []
+    config.validation.sources = []
     config.validation.enable = False
     assert unlikely(config) == []

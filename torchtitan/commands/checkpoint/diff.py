@@ -121,8 +121,12 @@ def diff(first: str, second: str) -> int:
     if fields:
         rows = [[name, _text(was), _text(now)] for name, was, now in fields]
         print_table(["field", str(a.folder), str(b.folder)], rows, left=3)
-    rows, equal = [], 0
-    for key in sorted(a.entries.keys() | b.entries.keys(), key=natural_order):
+    keys = sorted(a.entries.keys() | b.entries.keys(), key=natural_order)
+    in_both = _parts(a) & _parts(b)
+    rows, equal = _parts_of_one(a, b), 0
+    for key in keys:
+        if _part(key) not in in_both:
+            continue
         row = _compare(key, a, b)
         if row is None:
             equal += 1
@@ -132,9 +136,28 @@ def diff(first: str, second: str) -> int:
         header = ["tensor", "difference", "largest absolute", "relative to the largest value"]
         print_table(header, rows, left=2)
     sys.stdout.write(
-        f"{equal} entries are equal, {len(rows)} differ; fields: {len(fields)} differ\n"
+        f"{equal} entries are equal, {len(keys) - equal} differ; fields: {len(fields)} differ\n"
     )
     return 1 if rows or fields else 0
+
+
+def _part(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _parts(side: Side) -> set[str]:
+    return {_part(key) for key in side.entries}
+
+
+def _parts_of_one(a: Side, b: Side) -> list[list[str]]:
+    """Return a row for each part, such as the optimizer, that only one checkpoint has."""
+    rows = []
+    for side, other in ((a, b), (b, a)):
+        for part in sorted(_parts(side) - _parts(other)):
+            keys = [key for key in side.entries if _part(key) == part]
+            name = keys[0] if len(keys) == 1 else f"{part}.* ({len(keys)} entries)"
+            rows.append([name, f"only in {side.folder}", "", ""])
+    return rows
 
 
 def _compare(key: str, a: Side, b: Side) -> list[str] | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchtitan.components.run_folder import CONFIG_FILE, METRICS_FILE, unique_names
+from torchtitan.components.run_folder import CONFIG_FILE, METRICS_FILE
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -94,6 +94,20 @@ def plan_runs(
             f"{overrides[0]}: options after -- need a run to start, but all runs are finished"
         )
     return runs
+
+
+def unique_names(arguments: Sequence[str]) -> list[str]:
+    """Return files' names without `.toml`, and folders' names; a second equal name gets `-2`."""
+    names: list[str] = []
+    for argument in arguments:
+        path = Path(argument).resolve()
+        name = base = path.name.removesuffix(".toml")
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
 
 
 def open_run(name: str, argument: str) -> Run:

@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from torchtitan.components import Loss, build_loss
 from torchtitan.components.loss import IGNORE_INDEX, count_labels
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.data.encode import encode_document
 from torchtitan.data.sources import Source, has_random_access
 from torchtitan.errors import CheckpointError, DataError
+from torchtitan.generation import cache
+from torchtitan.generation.generator import Generator
 from torchtitan.generation.load import LoadedModel
 from torchtitan.generation.sampling import NO_NUMBERS
 from torchtitan.generation.text import first_token
@@ -146,6 +151,9 @@ def evaluate(
     spec, config = loaded.source.spec, loaded.source.job_config
     loss_fn = spec.build_loss_fn(config)
     add_bos = loaded.source.add_bos if add_bos is None else add_bos
+    # A loss of the user's may relate tokens of different pieces.
+    in_pieces = seq_len > cache.PIECE and spec.build_loss_fn is build_loss
+    in_pieces = in_pieces and Generator(loaded.model).uses_cache
     stream = TokenStream(source, loaded.source.tokenizer, max_tokens, add_bos)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     batches = _batched(stream.sequences(seq_len), batch_size)
@@ -154,9 +162,13 @@ def evaluate(
         # Ranks without a batch of their own run one too, since sharded weights are gathered by all.
         batch = turn[rank] if rank < len(turn) else turn[0]
         tokens, labels = (x.to(device) for x in pad_batch(batch))
-        loss = loss_fn(loaded.model(tokens), labels)
+        if in_pieces:
+            longest = max(len(sequence) for each in turn for sequence in each) - 1
+            loss_of_batch = _loss_in_pieces(loaded.model, loss_fn, tokens, labels, longest)
+        else:
+            loss_of_batch = loss_fn(loaded.model(tokens), labels)
         if rank < len(turn):
-            loss_sum += loss.double()
+            loss_sum += loss_of_batch.double()
             seen += int(count_labels(labels))
         if time.monotonic() - told >= _SECONDS_OF_A_LINE:
             told = time.monotonic()
@@ -177,6 +189,22 @@ def evaluate(
         bytes=stream.bytes,
         documents=stream.documents,
     )
+
+
+def _loss_in_pieces(
+    model: nn.Module, loss_fn: Loss, tokens: torch.Tensor, labels: torch.Tensor, length: int
+) -> torch.Tensor:
+    """Return `loss_fn(model(tokens), labels)`, without holding the logits of all tokens.
+
+    Args:
+        length: tokens of the longest batch of all data ranks: they make as many passes together.
+    """
+    padding = (0, length - tokens.shape[1])
+    tokens, labels = F.pad(tokens, padding), F.pad(labels, padding, value=IGNORE_INDEX)
+    keys = cache.KVCache(model, length, torch.zeros_like(tokens[:, 0]))
+    with keys.attached():
+        pairs = zip(keys.in_pieces(tokens), labels.split(cache.PIECE, dim=1), strict=True)
+        return torch.stack([loss_fn(logits, part) for logits, part in pairs]).sum()
 
 
 def pad_batch(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,10 +22,12 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 26
 _CHARACTER = 7.6
 """Width of a digit in a label."""
 
+MANY = 6
+"""A page about more runs has no bands, which would hide each other, and a table row for each."""
 _MOST_POINTS = 500
 """Points of a line; more are indistinguishable on a screen."""
 _POINTS_OF_PAGE = 20_000
-"""Points of all lines: about 1.5 megabytes."""
+"""Points of all lines, with bands: about 1.5 megabytes."""
 _MOST_MARKS = 100
 _HUGE = 1e300
 """Limit of an axis, as its length must be finite; an axis shorter than 1e-300 has no length."""
@@ -40,11 +42,13 @@ class Line:
     run: int
     steps: list[int]
     mean: list[float]
+    """Mean of the steps that a point represents; of a count, the last value."""
     low: list[float] = field(default_factory=list)
-    """Lowest value of the steps that a point represents; empty if each represents one."""
+    """Lowest value of the steps that a point represents; empty if each represents one, or without a
+    band."""
     high: list[float] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
-    """The first few steps whose value was not finite."""
+    """Steps whose value was not finite, or some of many, all along the line."""
 
 
 @dataclass
@@ -56,31 +60,58 @@ class Chart:
     lines: list[Line]
 
 
+_Wanted = tuple[str, MetricKey, str, list[tuple[int, Curve]]]
+"""Section, description, title, and the curves with the numbers of their runs."""
+
+
 def build_charts(runs: list[Run]) -> list[Chart]:
     """Build a chart for each key that a run logged: known ones in their order, then the others."""
-    wanted: list[tuple[str, MetricKey, str, list[tuple[int, Curve]]]] = []
+    wanted: list[_Wanted] = []
     for key in _in_order(runs):
         section, metric = find(key)
         title = metric.label
-        if "/" in metric.key:
+        if "/" in metric.key and not metric.spread:
             title = f"{metric.label}: {key.partition('/')[2]}"
-        curves = [(i, run.curves[key]) for i, run in enumerate(runs) if key in run.curves]
+        curves = [(i, curve) for i, run in enumerate(runs) if (curve := _curve(run, key))]
         wanted.append((section, metric, title, curves))
-    validated = [(i, run.validation) for i, run in enumerate(runs) if run.validation.steps]
-    if validated:
-        wanted.insert(1, (next(iter(SECTIONS)), VALIDATION, VALIDATION.label, validated))
+    wanted[1:1] = _validations(runs)
     number = max(sum(len(curves) for *_, curves in wanted), 1)
-    points = min(_MOST_POINTS, max(_POINTS_OF_PAGE // number, 20))
+    bands = len(runs) <= MANY
+    points = min(_MOST_POINTS, max(_POINTS_OF_PAGE * (1 if bands else 2) // number, _FEW + 1))
     return [
         Chart(
             section,
             title,
             metric.unit if metric.shown_unit is None else metric.shown_unit,
             metric.from_zero,
-            [_line(run, curve, metric.scale, points) for run, curve in curves],
+            [_line(run, curve, metric, points, bands) for run, curve in curves],
         )
         for section, metric, title, curves in wanted
     ]
+
+
+def _validations(runs: list[Run]) -> list[_Wanted]:
+    wanted = []
+    for key in dict.fromkeys(key for run in runs for key in run.validation):
+        family, _, source = key.partition("/")
+        metric = MetricKey(key, f"Validation: {key}", "", "")  # a value of the author's validator
+        title = metric.label
+        if family == VALIDATION.key:
+            metric, title = VALIDATION, VALIDATION.label + (f": {source}" if source else "")
+        curves = [(i, run.validation[key]) for i, run in enumerate(runs) if key in run.validation]
+        wanted.append((next(iter(SECTIONS)), metric, title, curves))
+    return wanted
+
+
+def _curve(run: Run, key: str) -> Curve | None:
+    """Return the values of a key, or of all blocks of a family, one step after the other."""
+    metric = find(key)[1]
+    if not metric.spread:
+        return run.curves.get(key)
+    curves = [curve for other, curve in run.curves.items() if find(other)[1] is metric]
+    points = [point for c in curves for point in zip(c.steps, c.values, strict=True)]
+    points.sort(key=lambda point: point[0])
+    return Curve([step for step, _ in points], [value for _, value in points]) if points else None
 
 
 def _in_order(runs: list[Run]) -> list[str]:
@@ -95,13 +126,18 @@ def _in_order(runs: list[Run]) -> list[str]:
             key,
         )
 
-    return sorted({key for run in runs for key in run.curves} - {STARTED_AT.key}, key=place)
+    keys = {key for run in runs for key in run.curves} - {STARTED_AT.key}
+    families = {key: metric.key for key in keys if (metric := find(key)[1]).spread}
+    return sorted({families.get(key, key) for key in keys}, key=place)
 
 
-def _line(run: int, curve: Curve, scale: float, points: int) -> Line:
+def _line(run: int, curve: Curve, metric: MetricKey, points: int, band: bool) -> Line:
     marks = [s for s, v in zip(curve.steps, curve.values, strict=True) if not math.isfinite(v)]
-    marks = marks[:_MOST_MARKS]
-    values = [value * scale for value in curve.values]
+    if len(marks) > _MOST_MARKS:  # one for each part of the line that has any
+        first, length = curve.steps[0], curve.steps[-1] - curve.steps[0] + 1
+        marks = list({(step - first) * _MOST_MARKS // length: step for step in marks}.values())
+    values = [value * metric.scale for value in curve.values]
+    points = min(points, len(set(curve.steps)))
     if len(values) <= points:
         return Line(run, curve.steps, values, marks=marks)
     line = Line(run, [], [], marks=marks)
@@ -109,9 +145,11 @@ def _line(run: int, curve: Curve, scale: float, points: int) -> Line:
         begin, end = (len(values) * j // points for j in (i, i + 1))
         finite = [value for value in values[begin:end] if math.isfinite(value)]
         line.steps.append(curve.steps[end - 1])
-        line.mean.append(sum(finite) / len(finite) if finite else math.nan)
-        line.low.append(min(finite, default=math.nan))
-        line.high.append(max(finite, default=math.nan))
+        mean = sum(finite) / len(finite) if finite else math.nan
+        line.mean.append(values[end - 1] if metric.count else mean)
+        if band:
+            line.low.append(min(finite, default=math.nan))
+            line.high.append(max(finite, default=math.nan))
     return line
 
 
@@ -271,7 +309,7 @@ def number(value: float, step: float = 0.0) -> str:
     With the `step` of an axis, add the digits that distinguish its ticks: `100.02K`.
     """
     size = abs(value)
-    if size and size < 1e-3:
+    if size and not 1e-3 <= size < 1e16:
         mantissa, _, exponent = f"{value:.{_digits(value, step, 3) - 1}e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     digits = _digits(value, step, 4)

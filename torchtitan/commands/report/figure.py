@@ -32,8 +32,8 @@ def draw(runs: list[Run]) -> Figure:
     rows = math.ceil(len(charts) / columns)
     with matplotlib.rc_context({"font.size": 9.5, "axes.spines.top": False}):
         names = [_short(run.name) for run in runs] if len(runs) > 1 else []
-        # About 150 characters fit below the panels, and a line's sample takes 7.
-        legend_columns = max(1, min(6, 150 // (7 + max(map(len, names), default=0))))
+        # About 150 characters fit below the panels; a line's sample and the gaps take 9.
+        legend_columns = max(1, min(6, 146 // (9 + max(map(len, names), default=0))))
         height = 0.8 + 2.7 * rows + 0.19 * math.ceil(len(names) / legend_columns)
         figure = Figure(figsize=(11, height), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flat
@@ -53,7 +53,7 @@ def draw(runs: list[Run]) -> Figure:
 
 def _short(name: str) -> str:
     """Return both ends of a long name, since runs often differ at the end."""
-    return name if len(name) <= 68 else f"{name[:32]}...{name[-33:]}"
+    return name if len(name) <= 64 else f"{name[:30]}...{name[-31:]}"
 
 
 def _draw(axes: Axes, chart: Chart) -> None:

@@ -11,7 +11,7 @@ from itertools import groupby
 from torchtitan.tools.html import page as html_page
 from torchtitan.tools.html import table
 
-from .charts import Chart, build_charts, look, svg, to_json
+from .charts import MANY, Chart, build_charts, look, svg, to_json
 from .run import Run
 from .tables import (
     CHECKPOINT_HEADER,
@@ -39,7 +39,7 @@ def report_page(runs: list[Run]) -> str:
         _charts(charts, runs),
         _config(runs),
         _section("Checkpoints", CHECKPOINT_HEADER, checkpoint_rows(runs), 4),
-        _section("Environment", _header("", runs), environment_rows(runs), 1 + len(runs)),
+        _environment(runs),
     ]
     data = json.dumps(to_json(runs, charts), separators=(",", ":")).replace("<", "\\u003c")
     sections.append(f'<script type="application/json" id="data">{data}</script>')
@@ -53,7 +53,9 @@ def report_page(runs: list[Run]) -> str:
 
 
 def title_of(runs: list[Run]) -> str:
-    """Return the description in a single run's config, or the names of several runs."""
+    """Return a single run's description, the names of several runs, or the number of many."""
+    if len(runs) > MANY:
+        return f"{len(runs)} runs"
     if len(runs) > 1:
         return ", ".join(run.name for run in runs)
     [run] = runs
@@ -100,6 +102,10 @@ def _charts(charts: list[Chart], runs: list[Run]) -> str:
             '<p class="soft">A point stands for several logged steps: the line is their mean, '
             "the band reaches from the lowest to the highest.</p>"
         )
+    elif len(runs) > MANY:
+        parts.append(
+            '<p class="soft">A point may stand for several logged steps, by their mean.</p>'
+        )
     return "".join(parts)
 
 
@@ -110,16 +116,14 @@ def _config(runs: list[Run]) -> str:
     if len(runs) > 1:
         differences = config_differences(runs)
         parts.append("<h2>Differences between the configs</h2>")
-        parts.append(table(_header("key", runs), differences, 1 + len(runs)))
+        parts.append(_compared(_header("key", runs), differences, runs))
         if not differences:
             parts[-1] = "<p>None.</p>"
     changes = config_changes(runs)
     header = ["key", "default", *(run.name for run in runs)]
     parts.append("<h2>Config</h2>")
     parts.append(
-        table(header, changes, len(header))
-        if changes
-        else "<p>All options have their defaults.</p>"
+        _compared(header, changes, runs) if changes else "<p>All options have their defaults.</p>"
     )
     for run in runs:
         if run.config_text:
@@ -128,6 +132,19 @@ def _config(runs: list[Run]) -> str:
                 f"<pre>{escape(run.config_text)}</pre></details>"
             )
     return "".join(parts)
+
+
+def _environment(runs: list[Run]) -> str:
+    rows = environment_rows(runs)
+    return f"<h2>Environment</h2>{_compared(_header('', runs), rows, runs)}" if rows else ""
+
+
+def _compared(header: list[str], rows: list[list[str]], runs: list[Run]) -> str:
+    """Return a table with a column for each run, or with a row for each of many."""
+    if len(runs) > MANY:
+        lines = zip(["run", *header[1:]], *rows, strict=True)
+        header, *rows = map(list, lines)
+    return table(header, rows, len(header))
 
 
 def _header(first: str, runs: list[Run]) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
+from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +15,7 @@ from statistics import median_high
 from typing import Any
 
 from torchtitan.components.environment import ENVIRONMENT_FILE
-from torchtitan.components.metric_keys import STARTED_AT
+from torchtitan.components.metric_keys import STARTED_AT, VALIDATION
 from torchtitan.components.run_folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -21,7 +23,6 @@ from torchtitan.components.run_folder import (
     flatten,
     guard_skipped,
     read_rows,
-    unique_names,
 )
 from torchtitan.errors import ConfigError
 from torchtitan.tools.foreign_files import read_json, read_text
@@ -38,7 +39,7 @@ class Curve:
     """The values of one key; NaN if a value was not finite."""
 
     steps: list[int]
-    values: list[float]
+    values: Sequence[float]
 
     @property
     def last(self) -> float:
@@ -58,15 +59,16 @@ class Run:
     folder: Path
     curves: dict[str, Curve]
     """Key of `metrics.jsonl` -> its values."""
-    validation: Curve
+    validation: dict[str, Curve]
+    """Key of `validation.jsonl` -> its values."""
     config: dict[str, Any]
     """`training.steps` -> value; empty if the folder has no config."""
     config_text: str
     environment: dict[str, str]
     checkpoints: list[Path]
     """The one saved last is at the end."""
-    written: datetime
-    """Local time at which a step was last logged."""
+    written: datetime | None
+    """Local time at which a step was last logged; None if none was."""
 
     @property
     def step(self) -> int:
@@ -80,6 +82,11 @@ class Run:
     def last(self, key: str) -> float | None:
         """The last value of a key; None if it was never logged."""
         curve = self.curves.get(key)
+        return curve.last if curve else None
+
+    @property
+    def validation_loss(self) -> float | None:
+        curve = self.validation.get(VALIDATION.key)
         return curve.last if curve else None
 
     def greatest(self, key: str) -> float | None:
@@ -129,8 +136,21 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     """
     return [
         _read_run(name, Path(argument))
-        for name, argument in zip(unique_names(arguments), arguments, strict=True)
+        for name, argument in zip(_names(arguments), arguments, strict=True)
     ]
+
+
+def _names(arguments: Sequence[str]) -> list[str]:
+    """Return the ends of the folders' paths that tell them apart; one given again gets `-2`."""
+    paths = [Path(argument).resolve().parts for argument in arguments]
+    names = []
+    for i, path in enumerate(paths):
+        same = paths.count(path)
+        ends = (path[-length:] for length in range(1, len(path) + 1))
+        end = next(end for end in ends if sum(p[-len(end) :] == end for p in paths) == same)
+        earlier = paths[:i].count(path)
+        names.append(str(Path(*end)) + (f"-{earlier + 1}" if earlier else ""))
+    return names
 
 
 def _read_run(name: str, folder: Path) -> Run:
@@ -144,8 +164,9 @@ def _read_run(name: str, folder: Path) -> Run:
     saved_in = config.get("checkpoint.folder", "checkpoint")
     try:
         curves = _curves(read_rows(folder / METRICS_FILE))
-        validation = _curves(read_rows(folder / VALIDATION_FILE)).get("loss", Curve([], []))
-        written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime)
+        validation = _curves(read_rows(folder / VALIDATION_FILE))
+        seconds = (folder / METRICS_FILE).stat().st_mtime if curves else None
+        written = None if seconds is None else datetime.fromtimestamp(seconds)
         # Checkpoints behind a URL are not listed: a report needs no network.
         checkpoints = [] if is_url(saved_in) else list_checkpoints(folder / saved_in)
     except (OSError, ValueError) as error:  # ValueError for a path with a NUL
@@ -166,7 +187,7 @@ def _read_run(name: str, folder: Path) -> Run:
 def _check(folder: Path) -> None:
     if not folder.exists():
         raise ConfigError(f"{folder}: no such folder")
-    if (folder / METRICS_FILE).is_file():
+    if any((folder / file).is_file() for file in (METRICS_FILE, CONFIG_FILE)):
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder}: a file. Give the folder of a run (job.dump_folder)")
@@ -176,18 +197,15 @@ def _check(folder: Path) -> None:
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
-    curves: dict[str, Curve] = {}
+    steps: defaultdict[str, list[int]] = defaultdict(list)
+    values: defaultdict[str, array[float]] = defaultdict(lambda: array("d"))  # a third of a list
     for row in rows:
-        step = int(row["step"])
+        step = int(row.pop("step"))
         for key, value in row.items():
-            if value is None:
-                value = math.nan  # the run writes null for a value that is not finite
-            if key not in curves:
-                curves[key] = Curve([], [])
-            curves[key].steps.append(step)
-            curves[key].values.append(float(value))
-    curves.pop("step", None)
-    return curves
+            steps[key].append(step)
+            # A run writes null for a value that is not finite.
+            values[key].append(math.nan if value is None else value)
+    return {key: Curve(steps[key], values[key]) for key in steps}
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:

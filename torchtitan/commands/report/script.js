@@ -10,6 +10,7 @@
   const places = []; // of each chart as drawn last: step -> x, value -> y
   const [LEFT, RIGHT, TOP, BOTTOM, HEIGHT, CHARACTER] = [52, 16, 10, 26, 220, 7.6];
   const FEW = 30;
+  const MOST_TOLD = 6; // runs under the pointer
   let smoothing = 0;
 
   // How many digits of a value tell it from another that is `step` away.
@@ -21,8 +22,8 @@
 
   function number(value, step = 0) {
     const size = Math.abs(value);
-    if (size && size < 1e-3)
-      return value.toExponential(digits(value, step, 3) - 1).replace(/\.?0*e/, "e");
+    if (size && !(size >= 1e-3 && size < 1e16))
+      return value.toExponential(digits(value, step, 3) - 1).replace(/\.?0*e\+?/, "e");
     const precision = digits(value, step, 4);
     for (const [unit, of] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]])
       if (size >= of * (unit === "K" ? 10 : 1)) return +(value / of).toPrecision(precision) + unit;
@@ -178,10 +179,9 @@
     return Math.abs(steps[low] - step) <= Math.abs(steps[high] - step) ? low : high;
   }
 
-  function point(index, clientX) {
-    const svg = figures[index].querySelector("svg");
-    const at = clientX - svg.getBoundingClientRect().left;
-    const step = places[index].step(at);
+  function point(index, event) {
+    const box = figures[index].querySelector("svg").getBoundingClientRect();
+    const step = places[index].step(event.clientX - box.left);
     figures.forEach((figure, i) => {
       const { x, y } = places[i];
       const found = data.charts[i].lines
@@ -200,8 +200,21 @@
                   `<circle class="dot c${line.run % 6}" cx="${x(s)}" cy="${y(v)}" r="4"/>`
               )
               .join("");
-      if (i === index) tell(figure, found, x(snapped ?? 0), places[i].apart);
+      const height = ([line, j]) => y(smooth(line.mean)[j] ?? NaN);
+      if (i === index)
+        tell(figure, near(found, height, event.clientY - box.top), x(snapped ?? 0), places[i].apart);
     });
+  }
+
+  // Those that are told: all, or of many the nearest ones, and the nearest first.
+  function near(found, height, pointer) {
+    if (found.length <= MOST_TOLD) return found;
+    return found
+      .map((point) => [point, Math.abs(height(point) - pointer)])
+      .filter(([, distance]) => Number.isFinite(distance))
+      .sort(([, a], [, b]) => a - b)
+      .slice(0, MOST_TOLD)
+      .map(([point]) => point);
   }
 
   function tell(figure, found, at, apart) {
@@ -253,7 +266,7 @@
     }
     const svg = figure.querySelector("svg");
     for (const event of ["pointermove", "pointerdown"])
-      svg.addEventListener(event, (e) => point(index, e.clientX));
+      svg.addEventListener(event, (e) => point(index, e));
     svg.addEventListener("pointerleave", leave);
   });
 

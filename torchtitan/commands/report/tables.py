@@ -42,7 +42,7 @@ def run_rows(runs: list[Run]) -> list[list[str]]:
             _state(run),
             f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""),
             _number(run.last("loss")),
-            _number(run.validation.last if run.validation.steps else None),
+            _number(run.validation_loss),
             _shown(run.median("tokens_per_second"), human),
             _shown(run.median("mfu"), "{:.1%}".format),
             _shown(run.greatest("peak_memory_bytes"), lambda size: f"{size / 2**30:.2f} GiB"),
@@ -119,6 +119,8 @@ def checkpoint_rows(runs: list[Run]) -> list[list[str]]:
 def _state(run: Run) -> str:
     if run.total_steps is not None and run.step >= run.total_steps:
         return badge("finished", "good")
+    if run.written is None:
+        return badge("unfinished")
     at = f"{run.written:%Y-%m-%d %H:%M}"
     return Html(f'{badge("unfinished")} <span class="soft">last step at {at}</span>')
 

@@ -85,8 +85,11 @@ def list_checkpoints(root: P) -> list[P]:
     checkpoints than those it left behind. Folders with a damaged manifest come last, so that they
     are not overlooked.
     """
-    folders = [path for path in folders_in(root) if re.fullmatch(r"step-\d+", path.name)]
-    return sorted((path for path in folders if not _is_partial(path)), key=_order)
+    return sorted((path for path in _step_folders(root) if not _is_partial(path)), key=_order)
+
+
+def _step_folders(root: P) -> list[P]:
+    return [path for path in folders_in(root) if re.fullmatch(r"step-\d+", path.name)]
 
 
 def _order(folder: StoragePath) -> tuple[bool, str, int]:
@@ -104,8 +107,9 @@ class SaveTimes:
     def __init__(self, root: StoragePath) -> None:
         self._root = root
         self._latest: str | None = None
-        self.whole: set[str] = set()
-        """Times of checkpoints that this run has written, or whose files it has found complete."""
+        self.known: dict[str, str] = {}
+        """Name -> `Manifest.saved_at`, or "" for an export, of the checkpoints that this run has
+        written, or whose files it has found complete."""
 
     def now(self) -> str:
         """Return `Manifest.saved_at` for a checkpoint that is complete now."""
@@ -113,7 +117,6 @@ class SaveTimes:
             newest_first = map(_saved_at, reversed(list_checkpoints(self._root)))
             self._latest = next(filter(None, newest_first), "")
         self._latest = time_after(self._latest)
-        self.whole.add(self._latest)
         return self._latest
 
 
@@ -134,19 +137,10 @@ def damage(folder: StoragePath) -> str:
     return ""
 
 
-def is_resumable(folder: StoragePath, whole: set[str] | None = None) -> bool:
-    """Return False for an export, and for a checkpoint whose file sizes show damage.
-
-    `whole`: see `SaveTimes`. File sizes of these checkpoints are not checked; those found to be
-    whole are added.
-    """
-    whole = set() if whole is None else whole
+def is_resumable(folder: StoragePath) -> bool:
+    """Return False for an export, and for a checkpoint whose file sizes show damage."""
     try:
-        manifest = Manifest.read(folder)
-        if manifest.saved_at not in whole:
-            manifest.check_sizes(folder)
-            whole.add(manifest.saved_at)
-        return not manifest.model_only
+        return not Manifest.read_whole(folder).model_only
     except DamagedCheckpointError:
         return False
 
@@ -291,7 +285,7 @@ def to_prune(
     root: StoragePath,
     keep: int,
     damaged: Collection[str] = (),
-    whole: set[str] | None = None,
+    known: dict[str, str] | None = None,
     keep_every: int = 0,
 ) -> list[StoragePath]:
     """Return the checkpoints to delete: resumable ones except the `keep` saved last.
@@ -299,15 +293,25 @@ def to_prune(
     None if `keep` is 0. Checkpoints of every `keep_every` steps are kept too, if that is not 0.
 
     Exports and damaged checkpoints are neither counted nor deleted, so that a good one is always
-    left. A checkpoint is damaged if it is named in `damaged` or, unless it is in `whole` (see
-    `is_resumable`), by its file sizes. Reading all files for their checksums after each save would
-    cost more than it is worth.
+    left. A checkpoint is damaged if it is named in `damaged` or, unless it is `known`, by its file
+    sizes. Reading all files for their checksums after each save would cost more than it is worth.
+
+    Args:
+        known: see `SaveTimes`; completed here. So a run does not read the manifests of all that it
+            keeps, of which there may be a thousand, after each save.
     """
     if not keep:
         return []
-    found = [path for path in list_checkpoints(root) if path.name not in damaged]
-    old = [path for path in found if is_resumable(path, whole)][:-keep]
-    return [path for path in old if not keep_every or step_of(path) % keep_every]
+    known = {} if known is None else known
+    found = [path for path in _step_folders(root) if path.name not in damaged]
+    for path in found:
+        if path.name not in known and not _is_partial(path):
+            with suppress(DamagedCheckpointError):
+                manifest = Manifest.read_whole(path)
+                known[path.name] = "" if manifest.model_only else manifest.saved_at
+    resumable = [path for path in found if known.get(path.name)]
+    resumable.sort(key=lambda path: (known[path.name], step_of(path)))
+    return [path for path in resumable[:-keep] if not keep_every or step_of(path) % keep_every]
 
 
 def _is_partial(folder: StoragePath) -> bool:

@@ -24,6 +24,7 @@ from torchtitan.data.chat import read_fields
 from torchtitan.errors import CheckpointError, DataError, begin_errors_with
 from torchtitan.runtime.world import rank
 from torchtitan.tools.foreign_files import parse_json, read_json
+from torchtitan.tools.logging import rank0
 from torchtitan.tools.text import few
 
 from .bytes_tokenizer_files import write_bytes_tokenizer
@@ -54,6 +55,7 @@ TRAINING_ONLY = frozenset({"attention", "aux_loss_weight", "bias_update_rate", "
 """Args that have no counterpart in `config.json`."""
 _IGNORED = TRAINING_ONLY | {"mtp_layers"}  # extra layers, which Hugging Face leaves out
 _ROTARY = ("rope_", "yarn", "window_rope_theta", "temperature_")
+_LONGEST = "max_position_embeddings"
 _OUTDATED = ("dtype", "transformers_version", "quantization_config", "_name_or_path")
 
 
@@ -195,7 +197,7 @@ def check_same_model(folder: Path, args: BaseModelArgs) -> None:
     if others:
         raise CheckpointError(f"{folder / 'config.json'} is of another model: {few(others)}")
     if rotary:
-        logger.warning("%s has other rotary positions: %s", folder / "config.json", few(rotary))
+        rank0.warning("%s has other rotary positions: %s", folder / "config.json", few(rotary))
 
 
 def export_config(args: BaseModelArgs) -> dict[str, Any] | None:
@@ -292,13 +294,15 @@ def _config(
             kept = read_json(path, CheckpointError)
             if "num_nextn_predict_layers" in kept:
                 kept["num_nextn_predict_layers"] = 0
+            if isinstance(kept.get(_LONGEST), int):  # the run may have extended the context
+                kept[_LONGEST] = max(kept[_LONGEST], assets.max_seq_len)
             _add_ends(kept, ends)
             return kept
     if ours is None:
         return None
     longest = _longest(ours, assets.max_seq_len)
     if longest:
-        ours["max_position_embeddings"] = longest
+        ours[_LONGEST] = longest
     if ends:
         ours |= {"bos_token_id": bos_id, "eos_token_id": ends if ends[1:] else ends[0]}
     return ours

@@ -89,8 +89,10 @@ class Manifest:
             ) from error
         try:
             fields = parse_json(text)
-            checksum = f"{zlib.crc32(_as_text(fields | _NO_CHECKSUM)):08x}"
-            if _as_text(fields) != text or fields.pop("crc32") != checksum:
+            own = fields.pop("crc32")
+            # Without encoding the fields anew, which takes 20 ms for the files of 4,096 ranks.
+            before, _, after = text.rpartition(own.encode())
+            if own != f"{zlib.crc32(before + b'00000000' + after):08x}":
                 raise DamagedCheckpointError(f"{path} is damaged: its checksum does not match")
             fields["files"] = {name: FileRecord(**of) for name, of in fields["files"].items()}
             manifest = cls(**fields)

@@ -2,15 +2,17 @@
 
 In `torch.distributed.checkpoint`, each rank sends rank 0 a plan of all that it could write. About
 13 values per parameter are the same on all of its ranks: the optimizer's options and step count. So
-ranks with the same names first divide those values among a few of them. And if no rank's plan has
-changed since the last save, no rank sends it again.
+ranks with the same names first divide those values among a few of them. Likewise, the replicas of a
+shard divide the tensors among them. And if no rank's plan has changed since the last save, no rank
+sends it again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -24,6 +26,8 @@ from torch.distributed.checkpoint.default_planner import create_default_global_s
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from .own_shards import finding_once
 
@@ -83,11 +87,18 @@ class SharingSavePlanner(DefaultSavePlanner):
         finally:  # the other ranks wait here for this one, even if it raises an error
             same = last.ended_well and plan == last.told
             last.ended_well = False
-            own, last.repeated = own_share(sorted(self.state_dict), same, self._group)
+            alike, last.repeated = ranks_alike(self.state_dict, same, self._group)
         if last.repeated:
             return SavePlan([], usable=False)
         last.told = plan
-        items = [item for item in plan.items if item.index.fqn in own or not _is_shared(item)]
+        rank = dist.get_rank() if self._group else 0
+        own = own_share(self.state_dict, alike, rank)
+        left = left_out(self.state_dict, alike, rank) if self._group else set()
+
+        def is_written(item: WriteItem) -> bool:
+            return item.index.fqn in own if _is_shared(item) else item.index.fqn not in left
+
+        items = filter(is_written, plan.items)
         self.plan = dataclasses.replace(
             plan,
             # By size, the order in which PyTorch writes from a GPU, so that background saves write
@@ -115,28 +126,57 @@ class SharingSavePlanner(DefaultSavePlanner):
         return super().finish_plan(self._last.plan)
 
 
-def own_share(
-    keys: list[str], same: bool, group: dist.ProcessGroup | None
-) -> tuple[set[str], bool]:
-    """Return this rank's share of the sorted `keys`, divided among ranks with the same keys.
-
-    All ranks of `group` call this together. Each key is in some rank's share, also if only some
-    ranks have it, such as those of a pipeline stage.
-
-    Returns:
-        The keys, and whether `same` is true on all ranks.
+def ranks_alike(
+    state: dict[str, Any], same: bool, group: dist.ProcessGroup | None
+) -> tuple[list[int], bool]:
+    """Return the ranks with the names and sharded tensors of this one, and whether `same` is true
+    on all ranks. All ranks of `group` call this together.
     """
-    if group is None or dist.get_world_size(group) == 1:
-        return set(keys), same
-    digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=8).digest()
+    if group is None:
+        return [0], same
+    names = (
+        f"{name} {value.shape} {value.placements}" if isinstance(value, DTensor) else name
+        for name, value in state.items()
+    )
+    digest = hashlib.blake2b("\n".join(sorted(names)).encode(), digest_size=8).digest()
     own = torch.tensor([[int.from_bytes(digest, "big", signed=True), same]])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     digests, all_same = torch.cat(gathered).unbind(1)
-    sharers = (digests == own[0, 0]).nonzero().flatten()[:_SHARERS].tolist()
-    rank = dist.get_rank(group)
-    share = set(keys[sharers.index(rank) :: len(sharers)]) if rank in sharers else set()
-    return share, bool(all_same.all())
+    return (digests == own[0, 0]).nonzero().flatten().tolist(), bool(all_same.all())
+
+
+def own_share(names: Iterable[str], alike: list[int], rank: int) -> set[str]:
+    """Return the share of `rank` in the names that the ranks `alike` have.
+
+    So each name is in some rank's share, also if only some ranks have it, such as those of a
+    pipeline stage.
+    """
+    sharers = alike[:_SHARERS]
+    return set(sorted(names)[sharers.index(rank) :: len(sharers)]) if rank in sharers else set()
+
+
+def left_out(state: dict[str, Any], alike: list[int], rank: int) -> set[str]:
+    """Return the sharded tensors of whose shard on `rank` another of the ranks `alike` has a copy,
+    which that rank writes. The ranks take turns by size, so that all write about equally much.
+    """
+    by_layout: dict[Any, list[str]] = defaultdict(list)
+    sharded = {name: value for name, value in state.items() if isinstance(value, DTensor)}
+    for name in sorted(sharded, key=lambda name: (sharded[name].numel(), name)):
+        by_layout[sharded[name].device_mesh, sharded[name].placements].append(name)
+    left: set[str] = set()
+    among = set(alike)
+    for layout, names in by_layout.items():
+        holders = [other for other in _holders(*layout) if other in among]
+        left |= set(names) - set(names[holders.index(rank) :: len(holders)])
+    return left
+
+
+def _holders(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[int]:
+    """Return the ranks with the same shard as this one of tensors that are laid out like this."""
+    places = zip(placements, mesh.get_coordinate() or (), strict=True)
+    index = tuple(slice(None) if isinstance(how, Replicate) else own for how, own in places)
+    return mesh.mesh[index].flatten().tolist()
 
 
 def _is_shared(item: WriteItem) -> bool:

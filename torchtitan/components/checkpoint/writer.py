@@ -84,6 +84,7 @@ class CheckpointWriter(FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self._claim.check()
+        self._times.known.pop(self._folder.name, None)  # of an older one, in whose place this comes
         folders.begin(self._folder, self._damaged)
         return super().prepare_global_plan(plans)
 
@@ -125,6 +126,8 @@ class CheckpointWriter(FileSystemWriter):
         self._manifest.saved_at = self._times.now()
         self._manifest.write(self.path)
         folders.commit(self._folder, self._damaged)
+        is_export = self._manifest.model_only
+        self._times.known[self._folder.name] = "" if is_export else self._manifest.saved_at
         logger.info("saved %s", self._folder)
         self._prune()
 
@@ -139,7 +142,7 @@ class CheckpointWriter(FileSystemWriter):
                 self._folder.parent,
                 self._keep_latest,
                 self._damaged,
-                self._times.whole,
+                self._times.known,
                 self._keep_every,
             )
         except Exception as error:

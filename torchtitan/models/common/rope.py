@@ -139,10 +139,11 @@ def rope_frequencies(
     frequencies = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
-    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    turns = scaling.original_max_seq_len / (2 * math.pi / frequencies)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+    # In this order, it is rounded as in transformers, which shows far from the beginning.
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 def rotation(

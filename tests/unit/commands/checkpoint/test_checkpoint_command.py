@@ -138,6 +138,18 @@ def test_diff_of_other_models_and_configs(run, tmp_path, capsys):
     assert re.search(rf"^model\.layers\.2\.bias +only in {steps[1]}$", out, re.M)
 
 
+def test_diff_has_a_line_for_the_optimizer_that_one_lacks(run, tmp_path, capsys):
+    step_2, weights = run / "checkpoint" / "step-2", tmp_path / "weights"
+    assert checkpoint(capsys, "average", step_2, step_2, "--out", weights)[0] == 0
+    code, out = checkpoint(capsys, "diff", step_2, weights)
+    assert code == 1
+    count = re.search(rf"^optimizer\.\* \((\d+) entries\) +only in {step_2}$", out, re.M)
+    assert int(count[1]) > 5 and "\noptimizer.state" not in out
+    entries = diff_module.Side(str(step_2)).entries
+    others = [key for key in entries if not key.startswith("model.")]
+    assert f"\n{len(entries) - len(others)} entries are equal, {len(others)} differ" in out
+
+
 def test_diff_reads_in_pieces_of_bounded_size(run, capsys, monkeypatch):
     """A tensor of any size is never in memory as a whole."""
     sizes = []

@@ -96,8 +96,10 @@ def test_what_training_reads_beside_texts_is_refused(document, kind):
         list(TokenStream([document], BytesTokenizer(), None).sequences(8))
 
 
-def test_the_loss_is_that_of_every_token(loaded):
-    """Against the log-likelihoods of one sequence after the other."""
+@pytest.mark.parametrize("piece", [8192, 7])
+def test_the_loss_is_that_of_every_token(piece, loaded, monkeypatch):
+    """Against the log-likelihoods of one sequence after the other, also if read in pieces."""
+    monkeypatch.setattr("torchtitan.generation.cache.PIECE", piece)
     sequences = list(TokenStream(TEXTS, BytesTokenizer(), None).sequences(20))
     total = 0.0
     for sequence in sequences:
@@ -105,12 +107,16 @@ def test_the_loss_is_that_of_every_token(loaded):
         targets = torch.tensor(sequence[1:])
         total -= logits.log_softmax(-1).gather(-1, targets[:, None]).sum().item()
     tokens = sum(len(sequence) - 1 for sequence in sequences)
+    lengths = set()
+    hook = loaded.model.register_forward_pre_hook(lambda _, args: lengths.add(args[0].shape[1]))
     for batch_size in (1, 3, 50):
         result = evaluate(loaded, TEXTS, 20, batch_size)
         assert result.tokens == tokens and result.bytes == NBYTES
         assert result.loss == pytest.approx(total / tokens, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
         assert result.bits_per_byte == pytest.approx(total / math.log(2) / NBYTES, rel=1e-5)
+    hook.remove()
+    assert max(lengths) == min(20, piece)
 
 
 def test_weights_that_are_no_numbers_have_no_loss(folder):

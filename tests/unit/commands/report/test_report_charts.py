@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ from torchtitan.commands.report.run import read_runs
         (12_500.0, "12.5K"),
         (1.5e6, "1.5M"),
         (2e9, "2B"),
+        (5e15, "5000T"),
+        (-2.5e30, "-2.5e30"),
     ],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
@@ -69,6 +73,30 @@ def test_points_stand_for_all_steps(tmp_path: Path) -> None:
     assert line.low == [0.0] * 500 and line.high == [9.0] * 500
 
 
+def test_blocks_share_a_chart(tmp_path: Path) -> None:
+    norms = {"grad_norm/layers.0": 1.0, "grad_norm/layers.1": 2.0, "grad_norm/output": 6.0}
+    runs = [write_run(tmp_path / "a", [1.0] * 3, **norms), write_run(tmp_path / "b", [1.0] * 3)]
+    charts = build_charts(read_runs([str(run) for run in runs]))
+    [chart] = [chart for chart in charts if chart.title == "Gradient norms of the blocks"]
+    [line] = chart.lines
+    assert (line.run, line.steps, line.mean) == (0, [1, 2, 3], [3.0] * 3)
+    assert (line.low, line.high) == ([1.0] * 3, [6.0] * 3)
+    assert not any("layers" in chart.title for chart in charts)
+
+
+def test_a_count_is_never_a_mean(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [2.0] * 1500)
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row |= {"rollbacks": row["step"] // 500, "tokens_seen": row["step"] * 64}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    charts = {chart.title: chart.lines[0] for chart in build_charts(read_runs([str(run)]))}
+    assert len(charts["Rollbacks"].mean) == 500
+    assert set(charts["Rollbacks"].mean) == {0, 1, 2, 3} and charts["Rollbacks"].mean[-1] == 3
+    assert charts["Tokens seen"].mean == [64 * step for step in charts["Tokens seen"].steps]
+
+
 def test_a_line_is_broken_where_a_value_is_not_finite(tmp_path: Path) -> None:
     runs = read_runs([str(write_run(tmp_path / "run", [3.0, None, 1.0, 2.0]))])
     charts = build_charts(runs)
@@ -79,6 +107,16 @@ def test_a_line_is_broken_where_a_value_is_not_finite(tmp_path: Path) -> None:
     assert path.count("M") == 2 and "nan" not in drawn
     assert drawn.count('class="mark"') == 1
     assert to_json(runs, charts)["charts"][0]["lines"][0]["mean"][1] is None
+
+
+def test_marks_of_a_long_run_are_where_it_was_not_finite(tmp_path: Path) -> None:
+    losses = [None if i % 10 == 0 or 2000 < i < 2300 else 2.0 for i in range(1, 5001)]
+    losses[3000:4000] = [2.0] * 1000
+    [chart, *_] = build_charts(read_runs([str(write_run(tmp_path / "run", losses))]))
+    [line] = chart.lines
+    assert all(losses[step - 1] is None for step in line.marks) and len(line.marks) <= 100
+    gaps = [b - a for a, b in pairwise([0, *line.marks])]
+    assert max(gaps) < 1100 and sum(gap > 100 for gap in gaps) == 1 and line.marks[-1] == 5000
 
 
 @pytest.mark.parametrize(
@@ -99,6 +137,12 @@ def test_any_values_can_be_drawn(tmp_path: Path, losses: list[float | None]) -> 
     for chart in build_charts(runs):
         drawn = svg(chart, runs)
         assert "nan" not in drawn and "inf" not in drawn
+
+
+def test_points_that_stand_for_several_steps_are_no_dots(tmp_path: Path) -> None:
+    runs = read_runs([str(write_run(tmp_path / "run", [2.0, 1.0] * 50))]) * 200
+    chart = build_charts(runs)[0]
+    assert len(chart.lines[0].steps) < 100 and 'class="dots' not in svg(chart, runs)
 
 
 def test_seven_runs_can_be_told_apart(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from report_folder import write_run
 
 from torchtitan.commands.report.command import main
+from torchtitan.commands.report.run import read_runs
 from torchtitan.components.checkpoint.manifest import Manifest
 from torchtitan.components.checkpoint.storage import FileRecord
 from torchtitan.errors import ConfigError
@@ -28,7 +29,8 @@ def text_of(page: Path) -> str:
 
 def test_a_page_says_all_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "mine", LOSSES, "--optimizer.lr=2e-3", "--job.description=A try")
-    (run / "validation.jsonl").write_text('{"step": 3, "loss": 2.75}\n')
+    values = '"loss": 2.75, "loss/code": 1.5, "accuracy": 0.5'
+    (run / "validation.jsonl").write_text(f'{{"step": 3, {values}}}\n')
     step = run / "checkpoint" / "step-3"
     step.mkdir(parents=True)
     Manifest(3, False, {}, files={"weights": FileRecord(2_000_000, "0" * 8)}).write(step)
@@ -48,6 +50,8 @@ def test_a_page_says_all_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert titles == [
         "Loss",
         "Validation loss",
+        "Validation loss: code",
+        "Validation: accuracy",
         "Gradient norm",
         "Learning rate",
         "Throughput",
@@ -96,6 +100,29 @@ def test_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "b unfinished last step at" in text
 
 
+def test_many_runs_are_rows_without_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(7):
+        write_run(tmp_path / f"run{i}", [2.0, 1.0] * 400, f"--optimizer.lr={i + 1}e-3")
+    runs = [f"run{i}" for i in range(7)]
+    page = tmp_path / "report.html"
+    assert main(runs) == 0
+    text = text_of(page)
+    assert text.startswith(" 7 runs run0, run1,")
+    assert "run optimizer.lr run0 0.001 run1 0.002" in text
+    assert "default 0.0008" in text and "by their mean" in text
+    assert 'class="band c0"' not in page.read_text()
+    assert main(runs[:6]) == 0
+    assert 'class="band c0"' in page.read_text()
+    assert "optimizer.lr 0.001 0.002 0.003 0.004 0.005 0.006" in text_of(page)
+
+
+def test_runs_of_equal_names_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, LOSSES) for name in ("a/outputs", "b/outputs", "c")]
+    runs = read_runs([*map(str, folders), str(folders[0])])
+    assert [run.name for run in runs] == ["a/outputs", "b/outputs", "c", "a/outputs-2"]
+
+
 def test_keys_that_nobody_knows_are_plotted(tmp_path: Path) -> None:
     more = {"zebra": 3, "data_tokens/web": 5.0, "name": "not a number", "flag": True}
     run = write_run(tmp_path / "run", LOSSES, **more)
@@ -116,10 +143,14 @@ def test_a_run_that_goes_on_is_read_up_to_its_last_whole_line(tmp_path: Path, en
     assert "3 of 100 2.2500" in text
 
 
-def test_a_run_without_a_step_yet_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_without_a_step_yet_is_no_error(tmp_path: Path, begun: bool) -> None:
     run = write_run(tmp_path / "run", [])
+    if not begun:  # it loads its weights
+        (run / "metrics.jsonl").unlink()
     main([str(run)])
-    assert "run has not logged a step yet." in text_of(run / "report.html")
+    text = text_of(run / "report.html")
+    assert "run has not logged a step yet." in text and "last step at" not in text
 
 
 def test_a_run_without_config_and_environment_has_its_curves(tmp_path: Path) -> None:
@@ -205,7 +236,6 @@ def test_a_picture_draws_from_zero_and_says_all_names(tmp_path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from torchtitan.commands.report.figure import draw
-    from torchtitan.commands.report.run import read_runs
 
     names = [f"llama3_1b_fineweb_lr3e-4_wd0.1_seed{i}" for i in range(14)] + ["x" * 200]
     folders = [write_run(tmp_path / name, [3.0, None, 2.0]) for name in names]
@@ -225,6 +255,20 @@ def test_a_picture_draws_from_zero_and_says_all_names(tmp_path: Path) -> None:
     assert axes["Loss (per token)"].get_ylim()[0] > 1
     marks = [line for line in axes["Loss (per token)"].lines if line.get_marker() == "^"]
     assert [list(line.get_xdata()) for line in marks] == [[2]] * 15
+
+
+@pytest.mark.parametrize("length", [15, 18, 23, 30, 66])
+def test_the_legend_of_a_picture_is_whole(tmp_path: Path, length: int) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from torchtitan.commands.report.figure import draw
+
+    names = [f"run{i}_{'wide_lr3e-4m' * 6}"[:length] for i in range(10, 17)]
+    figure = draw(read_runs([str(write_run(tmp_path / name, [3.0, 2.0])) for name in names]))
+    FigureCanvasAgg(figure).draw()
+    [legend] = figure.legends
+    assert 0.4 < legend.get_window_extent().width / figure.bbox.width < 1
 
 
 def test_a_picture_without_matplotlib_is_refused(

@@ -117,6 +117,23 @@ def test_the_legend_of_many_runs_leaves_room_and_has_their_dashes(tmp_path: Path
         assert browser.problems == []
 
 
+def test_the_pointer_tells_the_nearest_of_many_runs(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run{i}", [float(i + 1)] * 3) for i in range(20)]
+    runs.append(write_run(tmp_path / "nan", [None] * 3))
+    out = tmp_path / "out.html"
+    main([*map(str, runs), "--out", str(out)])
+    with Page(out) as browser:
+        browser.run("document.querySelector('.chart').scrollIntoView({block: 'end'})")
+        left, top, width = browser.run(
+            f"(() => {{ const b = {LINES}[16].getBoundingClientRect();"
+            " return [b.left, b.top, b.width]; })()"
+        )
+        browser.move_mouse(left + width - 5, top + 2)
+        tip = browser.run("document.querySelector('.tip').innerText").splitlines()
+        assert tip[0] == "run16 step 3: 17" and len(tip) == 6
+        assert {line.split()[0] for line in tip[1:]} >= {f"run{i}" for i in (14, 15, 17, 18)}
+
+
 @pytest.mark.parametrize("javascript", [True, False])
 def test_neighbours_on_an_axis_have_different_labels(tmp_path: Path, javascript: bool) -> None:
     losses: list[float | None] = [1.79994e-4 + i * 1e-10 for i in range(61)]
@@ -136,6 +153,17 @@ def test_neighbours_on_an_axis_have_different_labels(tmp_path: Path, javascript:
         assert outside == []
         path = browser.run(f"{LINES}[0].getAttribute('d')")
         assert len({point.partition(",")[2] for point in path.split()}) > 55  # no staircase
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_huge_values_have_short_labels(tmp_path: Path, javascript: bool) -> None:
+    run = write_run(tmp_path / "run", [1e30, 2e30])
+    main([str(run)])
+    with Page(run / "report.html", javascript=javascript) as browser:
+        labels = browser.run(
+            "[...document.querySelectorAll('.chart text')].map((e) => e.innerHTML)"
+        )
+        assert {"1e30", "2e30"} <= set(labels)
 
 
 def pixels(png: bytes):

@@ -19,9 +19,9 @@ import torch.nn as nn
 from torchtitan.models.common.attention import AttentionMask, CausalMask
 from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.moe import MoE
-from torchtitan.models.common.rope import Rotation, rotation
+from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.scaled_rope import scaled_rotation
 from torchtitan.models.common.sink_attention import SinkAttention, Sinks
-from torchtitan.models.common.yarn import yarn_frequencies
 
 from .args import GptOssModelArgs
 from .experts import GptOssExperts
@@ -97,10 +97,7 @@ class GptOssModel(Decoder):
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
         args = self.args
-        frequencies = yarn_frequencies(
-            args.head_dim, args.rope_theta, args.rope_scaling, positions.device
-        )
-        return rotation(positions, frequencies, factor=args.rope_scaling.rotation_factor)
+        return scaled_rotation(positions, args.head_dim, args.rope_theta, args.rope_scaling)
 
     def attention_inputs(
         self, positions: torch.Tensor, document_ids: torch.Tensor | None

@@ -11,7 +11,7 @@ from torchtitan.models.common.divisibility import (
     require_heads_divisible_by_cp,
 )
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
-from torchtitan.models.common.rope import RopeScaling, rope_scaling_from_hf, rope_scaling_to_hf
+from torchtitan.models.common.scaled_rope import AnyScaling, scaling_from_hf, scaling_to_hf
 from torchtitan.protocols.model import BaseModelArgs
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class Llama3ModelArgs(BaseModelArgs):
     vocab_size: int = 128256
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: RopeScaling | None = None
-    """For Llama 3.1 and later; None: no scaling."""
+    rope_scaling: AnyScaling | None = None
+    """For contexts longer than those trained on, as in Llama 3.1 and later; None: no scaling."""
     tie_word_embeddings: bool = False
     """The output layer shares the embedding's weight."""
     attention: AttentionKernel = "auto"
@@ -80,7 +80,7 @@ class Llama3ModelArgs(BaseModelArgs):
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            "rope_scaling": rope_scaling_to_hf(self.rope_scaling),
+            "rope_scaling": scaling_to_hf(self.rope_scaling),
         }
 
     def update_from_config(self, job_config: JobConfig) -> Self:
@@ -120,5 +120,5 @@ class Llama3ModelArgs(BaseModelArgs):
                 n_kv_heads=hf.take("num_key_value_heads", kind=int, default=decoder["n_heads"]),
                 ffn_dim=hf.take("intermediate_size", kind=int),
                 rope_theta=rope_theta,
-                rope_scaling=rope_scaling_from_hf(rope_scaling) if rope_scaling else None,
+                rope_scaling=scaling_from_hf(rope_scaling),
             )

@@ -17,7 +17,8 @@ import torch.nn as nn
 from torchtitan.models.common.attention import AttentionMask, ScaledDotProductAttention
 from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.feed_forward import FeedForward
-from torchtitan.models.common.rope import Rotation, rope_frequencies
+from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.scaled_rope import scaled_rotation
 
 from .args import Llama3ModelArgs
 
@@ -85,6 +86,6 @@ class Llama3Model(Decoder):
     def __init__(self, args: Llama3ModelArgs) -> None:
         super().__init__(args, TransformerBlock)
 
-    def rope_frequencies(self, device: torch.device) -> torch.Tensor:
+    def rotation(self, positions: torch.Tensor) -> Rotation:
         args = self.args
-        return rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, device)
+        return scaled_rotation(positions, args.head_dim, args.rope_theta, args.rope_scaling)

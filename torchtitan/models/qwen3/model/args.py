@@ -13,7 +13,7 @@ from torchtitan.models.common.divisibility import (
 )
 from torchtitan.models.common.hf_config import HuggingFaceConfig, hf_fields
 from torchtitan.models.common.moe import MoEArgs
-from torchtitan.models.common.yarn import YarnScaling, yarn_from_hf, yarn_to_hf
+from torchtitan.models.common.scaled_rope import AnyScaling, scaling_from_hf, scaling_to_hf
 from torchtitan.protocols.model import BaseModelArgs
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Qwen3ModelArgs(BaseModelArgs):
     vocab_size: int = 151936
     norm_eps: float = 1e-6
     rope_theta: float = 1000000.0
-    rope_scaling: YarnScaling | None = None
-    """Stretches rotations for contexts beyond the 32,768 tokens of the published weights."""
+    rope_scaling: AnyScaling | None = None
+    """For contexts longer than those trained on (32,768 tokens); None: no scaling."""
     tie_word_embeddings: bool = False
     """The output layer shares the embedding's weight."""
     attention: AttentionKernel = "auto"
@@ -83,7 +83,7 @@ class Qwen3ModelArgs(BaseModelArgs):
             "intermediate_size": self.ffn_dim,
             "hidden_act": "silu",
             "attention_bias": False,
-            "rope_scaling": None if self.rope_scaling is None else yarn_to_hf(self.rope_scaling),
+            "rope_scaling": scaling_to_hf(self.rope_scaling),
             "use_sliding_window": False,
         }
         if self.moe:
@@ -138,7 +138,7 @@ class Qwen3ModelArgs(BaseModelArgs):
                 ffn_dim=hf.take("intermediate_size", kind=int),
                 moe=_moe_from_hf(hf) if hf.model_type == "qwen3_moe" else None,
                 rope_theta=rope_theta,
-                rope_scaling=None if rope_scaling is None else yarn_from_hf(rope_scaling),
+                rope_scaling=scaling_from_hf(rope_scaling),
             )
 
 

@@ -22,8 +22,8 @@ from torchtitan.models.common.decoder import INIT_STD, Decoder, residual_std
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.norm import RMSNorm
-from torchtitan.models.common.rope import Rotation, rotation
-from torchtitan.models.common.yarn import yarn_frequencies
+from torchtitan.models.common.rope import Rotation
+from torchtitan.models.common.scaled_rope import scaled_rotation
 
 from .args import Qwen3ModelArgs
 
@@ -99,8 +99,5 @@ class Qwen3Model(Decoder):
         super().__init__(args, TransformerBlock)
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        args, scaling = self.args, self.args.rope_scaling
-        if scaling is None:
-            return super().rotation(positions)
-        frequencies = yarn_frequencies(args.head_dim, args.rope_theta, scaling, positions.device)
-        return rotation(positions, frequencies, factor=scaling.rotation_factor)
+        args = self.args
+        return scaled_rotation(positions, args.head_dim, args.rope_theta, args.rope_scaling)
