@@ -319,13 +319,14 @@ class Trainer:
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
         # On the host, so that reading the counts does not wait for the device.
-        digests = *digest_of_names(batches), *self.block_calls.take_digests()
-        counts = torch.tensor([tokens, int(stop.received), *digests])
+        names, calls = digest_of_names(batches), self.block_calls.take_digests()
+        counts = torch.tensor([tokens, int(stop.received), *names, *calls])
         self.sum_over_ranks(counts)
-        self.agreement.refuse_other_names(counts[2:4].tolist(), batches)
-        self.block_calls.refuse_unequal(counts[4:].tolist(), step - 1)
+        token_count, stops, name_sums, call_sums = counts.split([1, 1, len(names), len(calls)])
+        self.agreement.refuse_other_names(name_sums.tolist(), batches)
+        self.block_calls.refuse_unequal(call_sums.tolist(), step - 1)
         self.agreement.check_first_step(batches)
-        own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
+        own_tokens = token_count[0] // self.parallel_dims.non_data_parallel_size
         if self.guard.begin_step(step):
             done = self.replicas.commit()
         else:
@@ -333,7 +334,7 @@ class Trainer:
         if done:
             self.stats.lr = self.lr_schedulers.last_lr
             self.lr_schedulers.step()
-        return bool(counts[1])
+        return bool(stops)
 
     def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
         """Compute the gradients of a step and update the weights, if the guard allows it.
