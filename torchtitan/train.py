@@ -51,7 +51,7 @@ from torchtitan.components.unsaved_state import check_optimizer_state, warn_of_u
 from torchtitan.components.validate import build_validator, check_validator, evaluating
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.load import print_config
+from torchtitan.config.load import checked, print_config
 from torchtitan.distributed.block_calls import BlockCalls
 from torchtitan.distributed.compile import begin_forward_pass, explained_compiler_errors
 from torchtitan.distributed.context_parallel import require_applied_cp
@@ -110,7 +110,7 @@ class Trainer:
         self._closed = self.may_hang = False
         self.first_step = self.untrained = True
         with self._closing_on_failure():
-            self.job_config = with_own_folder(job_config)
+            self.job_config = with_own_folder(checked(job_config))
             spec, model_args = self._check_job()
             self._join_ranks(model_args)
             self._build_on_meta(spec, model_args)
@@ -246,7 +246,12 @@ class Trainer:
 
         Returns:
             Whether the last step is done.
+
+        Raises:
+            RuntimeError: the trainer is closed.
         """
+        if self._closed:
+            raise RuntimeError("this trainer is closed: a new Trainer(config) resumes or restarts")
         config = self.job_config
         with self._closing_on_failure():
             self._begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -120,12 +121,14 @@ def begin_forward_pass(job_config: JobConfig) -> None:
 
 @contextmanager
 def explained_compiler_errors(job_config: JobConfig) -> Iterator[None]:
-    """Raise a `ConfigError` where the compiler rejects the model's code within the context."""
+    """Raise a `ConfigError` where the compiler rejects the model's code, or cannot work at all."""
     try:
         yield
     except Exception as error:
         if not job_config.compile.enable:
             raise
+        if lack := _lack_of_cpp(error):
+            fail(job_config, "compile.enable", f"on a CPU, PyTorch's compiler {lack}")
         rejected = torch._dynamo.exc
         kinds = rejected.Unsupported, rejected.UserError, rejected.FailOnRecompileLimitHit
         if not isinstance(error, kinds):
@@ -137,3 +140,18 @@ def explained_compiler_errors(job_config: JobConfig) -> Iterator[None]:
             f"(TORCH_LOGS=recompiles shows them). The compiler: {error}"
         )
         fail(job_config, "compile.enable", problem)
+
+
+def _lack_of_cpp(error: Exception) -> str:
+    """Return what the compiler lacks to compile the C++ code that it makes for a CPU, else ""."""
+    from torch._inductor import exc  # takes a second, unless the compiler has imported it
+
+    cause = getattr(error, "inner_exception", None)
+    if isinstance(cause, exc.InvalidCxxCompiler):
+        return "needs a C++ compiler: install g++ or clang"
+    if isinstance(cause, exc.CppCompileError):
+        if "Python.h" in str(cause):
+            return "needs the header files of Python: install python3-dev, or what has them"
+        if " " in (folder := os.path.dirname(torch.__file__)):
+            return f"does not work from a folder with a space in its path: {folder}"
+    return ""

@@ -39,6 +39,7 @@ from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.model_fit import check_length
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
@@ -259,10 +260,13 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
     With `dims`, it is converted by `model.converters` as on a device, not as on a CPU.
 
     Raises:
-        ConfigError: it has no layers, from which plans are extrapolated.
+        ConfigError: it has no layers, from which plans are extrapolated, or the job's sequences
+            are too long for it.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    model = spec.meta_model(spec.updated_args(job_config))
+    model_args = spec.updated_args(job_config)
+    check_length(spec, model_args, job_config)
+    model = spec.meta_model(model_args)
     if not layers_of(model):
         fail(job_config, "model.name", "`layers` is empty: a plan needs a stack of blocks there")
     if dims is not None:
