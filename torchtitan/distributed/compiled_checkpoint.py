@@ -27,9 +27,7 @@ import torch.nn as nn
 from torchtitan.distributed.activation_checkpoint import checkpointed
 
 
-def compile_inside(
-    layer: nn.Module, compiler: Callable[..., Any], eager: list[nn.Module]
-) -> None:
+def compile_inside(layer: nn.Module, compiler: Callable[..., Any], eager: list[nn.Module]) -> None:
     """Compile the function that a block's checkpoint recomputes.
 
     Args:

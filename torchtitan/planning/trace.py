@@ -55,7 +55,7 @@ from .memory import PeakMemory
 from .records import StageTrace, StepTrace
 from .repetition import Repetition, keep_layers
 from .stage import StageTracer, recording
-from .stage_inputs import handed_on, hands_on_more
+from .stage_inputs import handed_on
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -103,9 +103,7 @@ def trace_step(
     if _compiler_decides(compiled, part):
         compiled = _with_compile(compiled, backend=PARTITIONED, mode="default")
         compiled_parts = _parallel_parts(compiled, dims, shallow, [stage], inputs)
-    first: list[nn.Module] = []
-    if stage and (inputs.own or hands_on_more(_first_stage(job_config), job_config, inputs)):
-        first = _parallel_parts(job_config, dims, 0, [0], inputs)
+    first = _parallel_parts(job_config, dims, 0, [0], inputs) if stage else []
 
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -122,7 +120,7 @@ def trace_step(
         for module in [part, *first, *compiled_parts]:
             with preserve_tying(module):
                 module.to_empty(device="cpu")
-        handed = handed_on(first[0], job_config, dims, inputs) if first else None
+        handed = handed_on(first[0], job_config, dims, inputs) if first else ()
         loss_fn = spec.build_loss_fn(job_config)
         attach_loss(loss_fn, [part])
         built = spec.build_optimizer_fn([part], job_config, dims)
@@ -282,12 +280,6 @@ def meta_parts(model: nn.Module, job_config: JobConfig, stages: list[int]) -> li
         return [model]
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     return split_model(model, job_config, stages, *modules_around_layers(spec.pipeline_fn))
-
-
-def _first_stage(job_config: JobConfig) -> nn.Module:
-    """Return the first stage, not parallelised, on the meta device."""
-    (part,) = meta_parts(meta_model(job_config), job_config, [0])
-    return part
 
 
 def fuses(config: JobConfig) -> bool:
