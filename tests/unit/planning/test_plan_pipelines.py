@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-import torchtitan.models  # noqa: F401
 from torchtitan.config import JobConfig, load_config
+from torchtitan.models import llama3
 from torchtitan.planning.devices import DEVICES
 from torchtitan.planning.estimate import Plan, plan_run
 from torchtitan.planning.records import PassTrace, StageTrace
@@ -99,13 +99,16 @@ def test_gradients_of_the_run_before_are_held_in_shards() -> None:
 
 def test_stages_that_are_gathered_again_move_more() -> None:
     """PyTorch keeps three of a rank's stages gathered."""
+    llama3.MODEL_CONFIGS["eight_layers"] = llama3.Llama3ModelArgs(
+        dim=DIM, n_layers=8, n_heads=8, ffn_dim=512, vocab_size=512
+    )
 
     def gathered(per_rank: int) -> float:
         plan = planned(
             "Interleaved1F1B",
             f"--parallelism.pipeline_parallel_stages_per_rank={per_rank}",
             "--training.local_batch_size=8",
-            "--model.flavor=8B",
+            "--model.flavor=eight_layers",
             world_size=4,
         )
         return sum(t.sent for t in plan.ranks[0].traffic if t.kind == "all_gather")
