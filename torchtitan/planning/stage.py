@@ -253,10 +253,9 @@ class StageTracer:
             handles = [
                 layer.register_forward_hook(_when_gradient_comes(end_of_phase)) for layer in layers
             ]
-            handles += [
-                layers[-1].register_forward_pre_hook(lambda *_: end_of_phase()),
-                layers[-1].register_forward_hook(lambda *_: end_of_phase()),
-            ]
+            for last in layers[-1:]:  # a stage may have none
+                handles.append(last.register_forward_pre_hook(lambda *_: end_of_phase()))
+                handles.append(last.register_forward_hook(lambda *_: end_of_phase()))
         autocast = nullcontext() if self._dims.pp_enabled else self._autocast
         with recording(self._recorder, record), autocast, self._refusing_inputs(entry):
             out = part(*entry, **self._inputs)

@@ -81,6 +81,12 @@ def test_hidden_states_have_the_dtype_of_the_run(shards: int, size: int) -> None
     assert buffers == [4 * bytes_of_states, 8 * bytes_of_states]
 
 
+def test_a_stage_may_have_no_layers() -> None:
+    points = ("--parallelism.pipeline_parallel_split_points", "norm")
+    first, last = planned("1F1B", *points).ranks
+    assert last.memory.parameters < first.memory.parameters
+
+
 def test_gpipe_is_fullest_before_there_are_gradients() -> None:
     """Its last stage is, when all micro-batches wait for the first backward pass."""
     long = "--training.seq_len=2048"
