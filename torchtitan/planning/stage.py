@@ -22,7 +22,7 @@ from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision, set_last_micro_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_split import splits_backward, stages_per_rank
+from torchtitan.distributed.pipeline_split import stages_per_rank
 from torchtitan.errors import ConfigError, TitanError
 from torchtitan.protocols.model import layers_of
 
@@ -47,6 +47,7 @@ class StageTracer:
     Args:
         inputs: form of a batch.
         handed: tensors like those from the stage before; none for the first.
+        split: whether backward passes are split, see `splits_backward`.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class StageTracer:
         recorder: CollectiveRecorder,
         inputs: Inputs,
         handed: tuple[torch.Tensor, ...],
+        split: bool = False,
     ) -> None:
         self._part, self._config, self._dims, self._loss_fn = part, job_config, dims, loss_fn
         self._memory, self._recorder = memory, recorder
         stages = dims.pp * (stages_per_rank(job_config) if dims.pp_enabled else 1)
         self._is_first, self._is_last = stage == 0, stage == stages - 1
-        self._handed, self._kinds = handed, inputs
+        self._handed, self._kinds, self._split = handed, inputs, split
         self._batch = micro_batch(job_config, dims, inputs)
         self._tokens, self._labels = self._batch["tokens"], self._batch["labels"]
         self._inputs = step_inputs(part, dims, job_config, self._batch)
@@ -159,7 +161,6 @@ class StageTracer:
         trace, memory = self._trace, self._memory
         base = memory.current
         first = PassTrace()
-        split = splits_backward(self._config)
         peaks: list[int] = []
 
         def end_of_phase() -> None:
@@ -188,7 +189,7 @@ class StageTracer:
                 module.set_requires_gradient_sync(False)
             with moments_of_pass(trace.moments_first):
                 self._backward(outs.pop(0), PassTrace())
-            if split and not self._is_first:
+            if self._split and not self._is_first:
                 outs.append(self._forward(PassTrace(), end_of_phase))
                 start = memory.current - trace.activations
                 with moments_of_pass(trace.moments_inputs):
@@ -202,7 +203,7 @@ class StageTracer:
             with moments_of_pass(trace.moments):
                 self._backward(outs.pop(0), trace.backward)
             held = memory.current
-        if split and self._is_first:  # PyTorch has nothing to do for its inputs
+        if self._split and self._is_first:  # PyTorch has nothing to do for its inputs
             trace.weights, trace.moments_weights = trace.backward, trace.moments
             trace.kept_for_weights = trace.activations
         whole = memory.current - base

@@ -36,7 +36,7 @@ from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
-from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
+from torchtitan.distributed.pipeline_split import split_model, splits_backward, stages_of_rank
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
 from torchtitan.protocols.model import layers_of
@@ -88,6 +88,7 @@ def trace_step(
         ConfigError: a rule of the optimizer matches nothing; the work of a step depends on the
             values of tensors; or a model with its own loader does not take the inputs.
     """
+    split = splits_backward(job_config)
     # Fake tensors are not compiled. The chunked loss has a stand-in: see `loss_of_cuda`.
     chunked = job_config.loss.name == "chunked_cross_entropy"
     components = [name for name in job_config.compile.components if name == "loss" and chunked]
@@ -113,7 +114,7 @@ def trace_step(
         attention_of_cuda(),
         experts_of_cuda(),
         loss_of_cuda(),
-        norm_of_cuda(),
+        norm_of_cuda(split),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -131,7 +132,7 @@ def trace_step(
         step = StepTrace(parameters=sum(local_tensor(param).numel() for param in params))
         with memory, recorder:
             trace = StageTracer(
-                part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed
+                part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed, split
             ).run()
             trace.gradients, trace.optimizer_state = gradients, state
             step.stages.append(trace)

@@ -59,10 +59,20 @@ def test_the_first_stage_has_no_gradients_of_inputs() -> None:
     assert found.kept_for_weights == found.activations
 
 
-def test_the_backward_pass_of_a_checkpointed_stage_is_not_split() -> None:
-    found = stage(1, "--activation_checkpoint.mode=full")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--activation_checkpoint.mode=full",),
+        ("--compile.enable", "--loss.name=chunked_cross_entropy"),  # which allows only one pass
+    ],
+    ids=["checkpointed", "compiled"],
+)
+def test_the_backward_pass_of_a_checkpointed_or_compiled_stage_is_not_split(
+    options: tuple[str, ...],
+) -> None:
+    found = stage(3, *options)
     assert not found.inputs.operations and not found.weights.operations
-    plan = planned("ZBVZeroBubble", "--activation_checkpoint.mode=full")
+    plan = planned("ZBVZeroBubble", *options)
     actions = [action for spans in plan.timeline.spans.values() for action, _, _ in spans]
     assert {action.kind for action in actions} == {"F", "B", "R"}
 
