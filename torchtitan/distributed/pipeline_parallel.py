@@ -8,7 +8,6 @@ stages; `Pipeline` runs a batch through the schedule.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -45,13 +44,12 @@ from torchtitan.distributed.pipeline_split import (
 )
 from torchtitan.errors import ConfigError
 from torchtitan.runtime.device import device
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
-
-logger = logging.getLogger("torchtitan")
 
 
 def build_pipeline(
@@ -127,8 +125,8 @@ class Pipeline:
         self._is_last = self._num_stages - 1 in stages
         self._divisor: torch.Tensor | float = 1.0
         self._weights = None if splits_backward(job_config) else _nothing_left
-        if self._weights and schedule_splits_backward(job_config) and pp_mesh.get_local_rank() == 0:
-            logger.warning(
+        if self._weights and schedule_splits_backward(job_config):
+            rank0.warning(
                 "the pipeline schedule fills less of its bubble: with activation checkpointing or "
                 "compilation, backward passes are not split into those for inputs and for weights"
             )

@@ -11,7 +11,7 @@ from .records import StageTrace
 from .schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Action
 
 _GATHERED = 3
-"""Stages of a rank whose parameters PyTorch's schedules keep gathered at a time."""
+"""Stages of a rank whose parameters PyTorch's schedules keep gathered by FSDP at a time."""
 
 
 def held_before(
@@ -45,10 +45,12 @@ def moments(
         stages: of the rank, by number.
         accumulates: whether gradients are there from the run before.
     """
-    whole = [stage.between.whole_parameters for stage in stages.values()]
-    parameters = Memory(whole_parameters=sum(nlargest(_GATHERED, whole)))
     gradients = {n: replace(stage.between, whole_parameters=0) for n, stage in stages.items()}
-    made = {n for n in stages if accumulates and not gradients[n].whole_gradients}
+    sharded = any(own.whole_gradients for own in gradients.values())
+    whole = [stage.between.whole_parameters for stage in stages.values()]
+    whole = nlargest(_GATHERED, whole) if sharded else whole  # else casts, which all stay
+    parameters = Memory(whole_parameters=sum(whole))
+    made = set(stages) if accumulates and not sharded else set()
     kept = {n: (stage.activations, stage.kept_for_weights) for n, stage in stages.items()}
     for action, held in held_before(actions, kept):
         stage = stages[action.stage]

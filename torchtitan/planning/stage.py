@@ -157,6 +157,7 @@ class StageTracer:
         """Trace F0 F1 B0 B1; `PipelineStage` postpones the reduction of gradients to the end.
 
         F1 is like every forward pass except the first, which may gather parameters; B1 likewise.
+        Where backward passes are split, F2 and both parts of its backward pass come before B1.
         """
         trace, memory = self._trace, self._memory
         base = memory.current
