@@ -104,10 +104,12 @@ def _check_phases(job_config: JobConfig) -> None:
 def _refuse_dataset_beside_sources(
     job_config: JobConfig, section: str, config: Any, key: str
 ) -> None:
-    """Refuse a dataset beside sources; `text_key` may be set, since validation uses training's."""
+    """Refuse a dataset beside sources."""
+    names = ["dataset", "dataset_path", "split"]
+    if section == "validation":  # which uses the text_key of training
+        names.append("text_key")
     for field in fields(config):
-        named = field.name in ("dataset", "dataset_path", "split")
-        if named and getattr(config, field.name) != field.default:
+        if field.name in names and getattr(config, field.name) != field.default:
             problem = f"has no effect, since {key} defines the data. Remove one of the two"
             fail(job_config, f"{section}.{field.name}", problem)
 
