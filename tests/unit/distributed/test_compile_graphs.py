@@ -96,8 +96,8 @@ def test_a_layer_that_is_not_one_graph_is_explained(limits, block):
 )
 def test_what_the_compiler_needs_on_a_cpu_is_explained(output, folder, message, monkeypatch):
     monkeypatch.setattr(torch, "__file__", f"{folder}/__init__.py")
-    cause = exc.CppCompileError(["g++"], output) if output else exc.InvalidCxxCompiler("g++")
-    error = exc.InductorError(cause, None)
+    missing = exc.InvalidCxxCompiler.__new__(exc.InvalidCxxCompiler)  # takes an argument since 2.12
+    error = exc.InductorError(exc.CppCompileError(["g++"], output) if output else missing, None)
     job_config = JobConfig()
     job_config.compile.enable = True
     expected = ConfigError if message else exc.InductorError
