@@ -9,9 +9,10 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType
+from functools import partial
+from types import ModuleType, TracebackType
 from typing import NoReturn
 
 import torchtitan
@@ -64,13 +65,36 @@ COMMANDS = {
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `TitanError` into one line on stderr and its exit code; let other errors pass.
 
-    Also works as a decorator: `@exit_on_user_error()`.
+    Ctrl-C passes too, since the signal has to end the process for a shell's loop to end; but if
+    nothing handles it, Python shows it in one line. Also works as a decorator.
     """
     try:
         yield
     except TitanError as error:
         _report(f"error: {error}")
         raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt:
+        sys.excepthook = partial(_show_interrupt, sys.excepthook)
+        raise
+
+
+def _show_interrupt(
+    otherwise: Callable[..., object],
+    kind: type[BaseException],
+    error: BaseException,
+    stack: TracebackType | None,
+) -> None:
+    """Show where the code of this package was interrupted; an `excepthook`."""
+    if not issubclass(kind, KeyboardInterrupt):
+        otherwise(kind, error, stack)
+        return
+    package = os.path.dirname(__file__)
+    frames = [f for f in traceback.extract_tb(stack) if f.filename.startswith(package + os.sep)]
+    where = ""
+    if frames:
+        file = os.path.relpath(frames[-1].filename, os.path.dirname(package))
+        where = f" at {file}:{frames[-1].lineno}, in {frames[-1].name}"
+    sys.stderr.write(f"interrupted{where}\n")
 
 
 def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
@@ -86,7 +110,7 @@ def end_at_once(error: Exception | KeyboardInterrupt) -> NoReturn:
     except SystemExit as end:
         code = int(end.code or 0)
     except (Exception, KeyboardInterrupt):
-        traceback.print_exc()
+        sys.excepthook(type(error), error, error.__traceback__)
     with suppress(OSError):  # nobody reads it
         sys.stdout.flush()
         sys.stderr.flush()
@@ -106,8 +130,9 @@ def exit_when_unread() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         stdout = select.poll()
-        stdout.register(sys.stdout, 0)
-        if not any(event & select.POLLERR for _, event in stdout.poll(0)):
+        stdout.register(sys.stdout, select.POLLOUT)  # macOS reports nothing on no events
+        unread = select.POLLERR | select.POLLHUP  # on Linux, and on macOS
+        if not any(event & unread for _, event in stdout.poll(0)):
             raise  # from a socket, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes on exit
         raise SystemExit(128 + signal.SIGPIPE) from None

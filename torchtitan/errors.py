@@ -81,9 +81,10 @@ _OF_USERS = frozenset({"OfflineModeIsEnabled", "AuthenticationError"})
 
 def outage_or(mistake: type[TitanError], message: str, error: BaseException) -> TitanError:
     """Return the error to raise for `error`: `OutageError` if that may pass, else `mistake`."""
-    if may_pass(error):
-        return OutageError(f"{message}. This may be temporary: start the run again")
-    return mistake(message)
+    if not may_pass(error):
+        return mistake(message)
+    advice = "Free some space, then" if disk_is_full(error) else "This may be temporary:"
+    return OutageError(f"{message}. {advice} start the run again")
 
 
 def may_pass(error: BaseException) -> bool:

@@ -51,7 +51,7 @@ from torchtitan.components.unsaved_state import check_optimizer_state, warn_of_u
 from torchtitan.components.validate import build_validator, check_validator, evaluating
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.batch import resolve_batch
-from torchtitan.config.load import print_config
+from torchtitan.config.load import checked, print_config
 from torchtitan.distributed.block_calls import BlockCalls
 from torchtitan.distributed.compile import begin_forward_pass, explained_compiler_errors
 from torchtitan.distributed.context_parallel import require_applied_cp
@@ -108,9 +108,9 @@ class Trainer:
                 "with its train() or close(), your own with dist.destroy_process_group()"
             )
         self._closed = self.may_hang = False
-        self.first_step = True
+        self.first_step = self.untrained = True
         with self._closing_on_failure():
-            self.job_config = with_own_folder(job_config)
+            self.job_config = with_own_folder(checked(job_config))
             spec, model_args = self._check_job()
             self._join_ranks(model_args)
             self._build_on_meta(spec, model_args)
@@ -246,7 +246,12 @@ class Trainer:
 
         Returns:
             Whether the last step is done.
+
+        Raises:
+            RuntimeError: the trainer is closed.
         """
+        if self._closed:
+            raise RuntimeError("this trainer is closed: a new Trainer(config) resumes or restarts")
         config = self.job_config
         with self._closing_on_failure():
             self._begin()
@@ -289,7 +294,8 @@ class Trainer:
         """Load the checkpoint or the initial weights that the run starts from."""
         config = self.job_config
         self.watch.start()
-        if self.checkpointer.load() == 0:
+        self.untrained = self.checkpointer.load() == 0
+        if self.untrained:
             for warn in (warn_of_bytes, warn_without_bos, warn_of_other_tokenizer):
                 warn(config, self.tokenizer)
         describe = partial(write_description, config, dist.get_world_size())
@@ -314,13 +320,14 @@ class Trainer:
         # The loss is divided by the tokens of the whole step, so that each token weighs the same.
         tokens = sum(int(count_labels(batch["labels"])) for batch in batches)
         # On the host, so that reading the counts does not wait for the device.
-        digests = *digest_of_names(batches), *self.block_calls.take_digests()
-        counts = torch.tensor([tokens, int(stop.received), *digests])
+        names, calls = digest_of_names(batches), self.block_calls.take_digests()
+        counts = torch.tensor([tokens, int(stop.received), *names, *calls])
         self.sum_over_ranks(counts)
-        self.agreement.refuse_other_names(counts[2:4].tolist(), batches)
-        self.block_calls.refuse_unequal(counts[4:].tolist(), step - 1)
+        token_count, stops, name_sums, call_sums = counts.split([1, 1, len(names), len(calls)])
+        self.agreement.refuse_other_names(name_sums.tolist(), batches)
+        self.block_calls.refuse_unequal(call_sums.tolist(), step - 1)
         self.agreement.check_first_step(batches)
-        own_tokens = counts[0] // self.parallel_dims.non_data_parallel_size
+        own_tokens = token_count[0] // self.parallel_dims.non_data_parallel_size
         if self.guard.begin_step(step):
             done = self.replicas.commit()
         else:
@@ -328,7 +335,7 @@ class Trainer:
         if done:
             self.stats.lr = self.lr_schedulers.last_lr
             self.lr_schedulers.step()
-        return bool(counts[1])
+        return bool(stops)
 
     def _train_on(self, batches: list[Batch], own_tokens: torch.Tensor) -> bool:
         """Compute the gradients of a step and update the weights, if the guard allows it.
@@ -360,6 +367,7 @@ class Trainer:
         self.block_norms.measure(step, self.model_parts, grad_norm)
         if self.guard.allows(step, loss_sum, grad_norm, batches):
             self.optimizers.step()
+            self.untrained = False
             if self.first_step and config.checkpoint.enable:
                 check_optimizer_state(self.optimizers, self.model_parts)
             self.model_converters.post_optimizer_hook(self.model_parts)
@@ -428,7 +436,9 @@ class Trainer:
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
         # Validation may take longer than the time that a stopping run has left.
         validation_due = last or (step % config.validation.freq == 0 and not stopping)
-        saving_due = self.checkpointer.is_due(step, ending) and self.guard.may_save(ending)
+        # To save an optimizer that has no state yet, PyTorch makes it step.
+        may_save = self.guard.may_save(ending) and not self.untrained
+        saving_due = may_save and self.checkpointer.is_due(step, ending)
 
         # A checkpoint of a model that holds NaN is worse than none, so check before saving.
         if logging_due or saving_due:
@@ -460,7 +470,7 @@ class Trainer:
                 self._validate()
             if saving_due and self.guard.troubled:
                 refuse_nonfinite_weights(self._parameters(), step)
-            if self.guard.may_save(ending):
+            if may_save:
                 self.checkpointer.save(step, last=ending)
             if validation_due and stopping:
                 self._validate()

@@ -68,6 +68,7 @@ def schedule(name: str) -> str:
     return f"--parallelism.pipeline_parallel_schedule={name}"
 
 
+FOUR_STAGES = "--parallelism.pipeline_parallel_stages_per_rank=4"
 RING = "--parallelism.context_parallel_method=ring"
 RUNS = {
     "one": Run(1),
@@ -83,9 +84,23 @@ RUNS = {
     "cp": Run(2, {"cp": 2}),
     "ring_selective": Run(2, {"cp": 2}, ac="selective", options=(RING,)),
     "pp_1f1b": Run(2, {"pp": 2}, batch=4, options=(schedule("1F1B"),)),
+    "pp_gpipe": Run(2, {"pp": 2}, batch=8, options=(schedule("GPipe"),)),
     "pp_gpipe_full": Run(2, {"pp": 2}, batch=8, ac="full", options=(schedule("GPipe"),)),
     "pp_interleaved": Run(2, {"pp": 2}, batch=4, options=(schedule("Interleaved1F1B"),)),
     "pp_zero_bubble": Run(2, {"pp": 2}, batch=4, options=(schedule("ZBVZeroBubble"),)),
+    "pp_zero_bubble_full": Run(
+        2, {"pp": 2}, batch=8, ac="full", options=(schedule("ZBVZeroBubble"),)
+    ),
+    "pp4_looped_zero_bubble": Run(
+        4, {"pp": 4}, batch=12, options=(schedule("InterleavedZeroBubble"),)
+    ),
+    "pp_dual_pipe_v": Run(2, {"pp": 2}, batch=8, options=(schedule("DualPipeV"),)),
+    "pp_fsdp_accumulation": Run(
+        4, {"pp": 2}, batch=4, options=("--training.global_batch_size=16",)
+    ),
+    "pp_fsdp_four_stages": Run(
+        4, {"pp": 2}, batch=8, options=(schedule("InterleavedZeroBubble"), FOUR_STAGES)
+    ),
     "pp_fsdp": Run(4, {"pp": 2}, batch=4),
     "pp_fsdp_interleaved": Run(4, {"pp": 2}, batch=4, options=(schedule("Interleaved1F1B"),)),
     "ep": Run(2, {"ep": 2}),
@@ -94,7 +109,7 @@ RUNS = {
     "frozen": Run(2, frozen=r"tok_embeddings|layers\.[0-5]\."),
     "pp_frozen": Run(2, {"pp": 2}, batch=4, frozen=r"layers\.[0-5]\."),
 }
-QUICK = ("fsdp_selective", "pp_1f1b", "frozen")
+QUICK = ("fsdp_selective", "pp_1f1b", "pp_zero_bubble_full", "frozen")
 
 
 def register() -> None:

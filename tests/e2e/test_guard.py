@@ -130,6 +130,16 @@ def test_batches_left_out_by_hand_are_skipped(skipped: list[dict], tmp_path: Pat
             assert line[key] == (expected[key] and pytest.approx(expected[key], rel=1e-4)), key
 
 
+def test_nothing_is_saved_before_a_batch_was_trained_on(tmp_path: Path) -> None:
+    """PyTorch makes an optimizer without state step before it is saved: Adam's bias correction."""
+    options = ["--training.skip_batches=1", "--training.steps=4", "--checkpoint.enable"]
+    often = lines_of(tmp_path / "often", *options, "--checkpoint.interval=1")
+    once = lines_of(tmp_path / "once", *options)
+    assert [line["loss"] for line in often] == [line["loss"] for line in once]
+    saved = {path.name for path in (tmp_path / "often" / "checkpoint").glob("step-*")}
+    assert saved == {"step-2", "step-3", "step-4"}
+
+
 def test_what_is_said_of_a_bad_step(tmp_path: Path) -> None:
     done = run(tmp_path, SKIP, "--training.on_spike=warn", *SPIKES, ranks=2, POISON="3:inf 6:1e5")
     assert done.exit_code == 0, done.err

@@ -26,6 +26,20 @@ def config_of(folder: Path, *options: str) -> JobConfig:
 def fail_and_train(folder: Path) -> None:
     before = threading.enumerate()
 
+    # With values that the command line would refuse.
+    config = config_of(folder / "values")
+    config.training.seq_len = "64"
+    with pytest.raises(ConfigError, match=r"^training.seq_len: must be an integer, not '64'"):
+        Trainer(config)
+    config = config_of(folder / "values")
+    config.optimizer.learning_rate = 1e-3
+    with pytest.raises(ConfigError, match=r"^optimizer.learning_rate: unknown key"):
+        Trainer(config)
+    config = config_of(folder / "values")
+    config.optimiser = config.optimizer
+    with pytest.raises(ConfigError, match=r"^optimiser: unknown section. Did you mean 'optimizer'"):
+        Trainer(config)
+
     # In the set-up, after the process has joined its group.
     config = config_of(folder / "set_up")
     config.optimizer.rules = [ParamRule("nothing", lr_scale=0.5)]
@@ -56,6 +70,8 @@ def fail_and_train(folder: Path) -> None:
     with pytest.raises(RuntimeError, match=r"another Trainer's with its train\(\) or close\(\)"):
         Trainer(config_of(folder / "second"))
     assert first.train() and threading.enumerate() == before
+    with pytest.raises(RuntimeError, match="this trainer is closed"):
+        first.train()
 
     # In another thread, to which Python gives no signals.
     finished = []

@@ -1,4 +1,6 @@
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +91,30 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(error, capsys):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), cli.exit_on_user_error():
         raise ZeroDivisionError
+
+
+def test_ctrl_c_is_shown_in_one_line_and_ends_the_process_by_its_signal():
+    program = """
+import signal, sys
+import torchtitan.cli as cli
+cli.COMMANDS = {"models": ("torchtitan.cli", "")}
+cli._import = lambda name: signal.raise_signal(signal.SIGINT)
+cli.main(["models"])
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert re.fullmatch(r"interrupted at torchtitan/cli\.py:\d+, in main\n", done.stderr)
+
+
+def test_other_errors_are_shown_as_before_once_ctrl_c_was_handled(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: shown.append(error))
+    with pytest.raises(KeyboardInterrupt), cli.exit_on_user_error():
+        raise KeyboardInterrupt
+    error = ValueError("another")
+    sys.excepthook(ValueError, error, None)
+    assert shown == [(ValueError, error, None)] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["models"], ["plan", "--help"]])

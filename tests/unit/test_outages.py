@@ -23,7 +23,14 @@ from torchtitan.data.files import file_size, reading, sha256
 from torchtitan.data.json_lines import JsonLines, JsonLineStream
 from torchtitan.data.mapped import map_file
 from torchtitan.data.sources import TextFiles
-from torchtitan.errors import DataError, OutageError, begin_errors_with, may_pass, outage_or
+from torchtitan.errors import (
+    ConfigError,
+    DataError,
+    OutageError,
+    begin_errors_with,
+    may_pass,
+    outage_or,
+)
 
 BROKEN_DISK = "/proc/self/mem"  # can be opened, and its first bytes cannot be read: EIO
 
@@ -135,6 +142,13 @@ def test_a_disk_that_is_full_is_no_outage_where_data_are_read(number: int) -> No
     with pytest.raises(DataError, match=r"^a\.txt cannot be read: ") as caught, reading("a.txt"):
         raise OSError(number, os.strerror(number))
     assert "start the run again" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_is_not_called_temporary(number: int) -> None:
+    error = outage_or(ConfigError, "x cannot be written", OSError(number, os.strerror(number)))
+    assert isinstance(error, OutageError)
+    assert str(error) == "x cannot be written. Free some space, then start the run again"
 
 
 def test_a_mapping_that_fails_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:

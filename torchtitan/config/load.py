@@ -86,11 +86,7 @@ def load_config(argv: list[str]) -> JobConfig:
     file = TomlFile.read(early.config_file) if early.config_file is not None else None
     config = _with_file(file, early.custom_config_module)
     _refuse_options_of_others(config, argv)
-    config = _parse(config, argv)
-    try:
-        config = fill(config, asdict(config))  # the types are right by now; check the ranges
-    except BadValueError as error:
-        raise ConfigError(f"--{'.'.join(map(str, error.path))}: {error.problem}") from error
+    config = checked(_parse(config, argv), "--")  # the parser does not know ranges
     config.job.dump_folder = os.path.expanduser(config.job.dump_folder)
     config.checkpoint.folder = os.path.expanduser(config.checkpoint.folder)
     if template := config.data.chat_template:  # generate and convert read it in other folders
@@ -99,6 +95,23 @@ def load_config(argv: list[str]) -> JobConfig:
         print_config(config)
         raise SystemExit(0)
     return config
+
+
+def checked(config: JobConfig, prefix: str = "") -> JobConfig:
+    """Return a copy of a config that the command line or a program has changed.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range, or its key does not exist. The
+            message begins with `prefix` and the key.
+    """
+    table = vars(config) | asdict(config)  # `vars` also has attributes that are no fields
+    for name, values in asdict(config).items():
+        if isinstance(values, dict):
+            table[name] = vars(getattr(config, name)) | values
+    try:
+        return fill(config, table)
+    except BadValueError as error:
+        raise ConfigError(f"{prefix}{'.'.join(map(str, error.path))}: {error.problem}") from error
 
 
 def print_config(config: JobConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,6 @@ from torchtitan.distributed.activation_checkpoint import is_checkpointed
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.compiled_checkpoint import compile_inside
 from torchtitan.distributed.expert_parallel import moe_layers
-from torchtitan.distributed.pipeline_split import splits_backward
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -37,18 +37,13 @@ def apply_compile(model: M, job_config: JobConfig) -> M:
 
     A layer must be one graph, unless it has experts. If these are dispatched to other ranks,
     sharded apart from their block, or in float32, the graph is split into one before and one after
-    them. If the backward pass is split in two, the graph is likewise split around the router. If
-    such a block is checkpointed, the recomputed function is compiled, with either scope. Blocks of
-    other stacks may be several graphs, and so may layers with a `torch.compiler.disable`d module.
+    them. If such a block is checkpointed, the recomputed function is compiled, with either scope.
+    Blocks of other stacks may be several graphs, and so may layers with a
+    `torch.compiler.disable`d module.
     """
     config = job_config.compile
     if not config.compiles("model"):
         return model
-    if splits_backward(job_config):
-        # The backward pass runs twice over one graph, so it must not overwrite its inputs.
-        torch._functorch.config.donated_buffer = False
-        for moe in moe_layers(model):  # a router's backward pass counts tokens, so it must run once
-            moe.router.forward = torch.compiler.disable(moe.router.forward)
     if job_config.training.mixed_precision_param == "float32":
         for moe in moe_layers(model):  # the compiler supports grouped_mm only in bfloat16
             moe.experts.forward = torch.compiler.disable(moe.experts.forward)
@@ -88,11 +83,11 @@ def _as_many_graphs_as(blocks: int) -> dict[str, int]:
 
 
 def _splits_blocks(job_config: JobConfig) -> bool:
-    """Return whether experts or their router are outside their block's graph."""
+    """Return whether experts are outside their block's graph."""
     config = job_config.parallelism
     dispatched_or_apart = max(config.expert_parallel_degree, config.tensor_parallel_degree) > 1
     in_float32 = job_config.training.mixed_precision_param == "float32"
-    return dispatched_or_apart or in_float32 or splits_backward(job_config)
+    return dispatched_or_apart or in_float32
 
 
 def _compile_checkpointed(layer: nn.Module, job_config: JobConfig, options: dict[str, Any]) -> None:
@@ -102,10 +97,7 @@ def _compile_checkpointed(layer: nn.Module, job_config: JobConfig, options: dict
     # Costly parts that have their own kernels, and gain little from compilation.
     eager: list[nn.Module] = [moe.experts for moe in moe_layers(layer)]
     eager += [m for m in layer.modules() if isinstance(m, ScaledDotProductAttention)]
-    # The kept tensors serve only one backward pass.
-    compile_inside(
-        layer, partial(torch.compile, **options), eager, keeps=not splits_backward(job_config)
-    )
+    compile_inside(layer, partial(torch.compile, **options), eager)
 
 
 def begin_forward_pass(job_config: JobConfig) -> None:
@@ -120,12 +112,14 @@ def begin_forward_pass(job_config: JobConfig) -> None:
 
 @contextmanager
 def explained_compiler_errors(job_config: JobConfig) -> Iterator[None]:
-    """Raise a `ConfigError` where the compiler rejects the model's code within the context."""
+    """Raise a `ConfigError` where the compiler rejects the model's code, or cannot work at all."""
     try:
         yield
     except Exception as error:
         if not job_config.compile.enable:
             raise
+        if lack := _lack_of_cpp(error):
+            fail(job_config, "compile.enable", f"on a CPU, PyTorch's compiler {lack}")
         rejected = torch._dynamo.exc
         kinds = rejected.Unsupported, rejected.UserError, rejected.FailOnRecompileLimitHit
         if not isinstance(error, kinds):
@@ -137,3 +131,18 @@ def explained_compiler_errors(job_config: JobConfig) -> Iterator[None]:
             f"(TORCH_LOGS=recompiles shows them). The compiler: {error}"
         )
         fail(job_config, "compile.enable", problem)
+
+
+def _lack_of_cpp(error: Exception) -> str:
+    """Return what the compiler lacks to compile the C++ code that it makes for a CPU, else ""."""
+    from torch._inductor import exc  # takes a second, unless the compiler has imported it
+
+    cause = getattr(error, "inner_exception", None)
+    if isinstance(cause, exc.InvalidCxxCompiler):
+        return "needs a C++ compiler: install g++ or clang"
+    if isinstance(cause, exc.CppCompileError):
+        if "Python.h" in str(cause):
+            return "needs the header files of Python: install python3-dev, or what has them"
+        if " " in (folder := os.path.dirname(torch.__file__)):
+            return f"does not work from a folder with a space in its path: {folder}"
+    return ""

@@ -27,19 +27,17 @@ import torch.nn as nn
 from torchtitan.distributed.activation_checkpoint import checkpointed
 
 
-def compile_inside(
-    layer: nn.Module, compiler: Callable[..., Any], eager: list[nn.Module], keeps: bool
-) -> None:
+def compile_inside(layer: nn.Module, compiler: Callable[..., Any], eager: list[nn.Module]) -> None:
     """Compile the function that a block's checkpoint recomputes.
 
     Args:
         layer: a block that `apply_ac` has checkpointed.
-        eager: its modules that run eagerly if selective checkpointing per op may keep something.
-        keeps: whether it may; if not, per op recomputes the whole block, like `full`.
+        eager: its modules that run eagerly under selective checkpointing per op, which may keep
+            some of their results.
     """
     made: Any = layer.forward
     context_fn = None
-    if keeps and made.context_fn is not None:
+    if made.context_fn is not None:
         parts = _Parts(made.context_fn)
         for module in eager:
             module.forward = parts.in_contexts(module.forward)

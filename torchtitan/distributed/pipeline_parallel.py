@@ -8,7 +8,6 @@ stages; `Pipeline` runs a batch through the schedule.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -37,16 +36,20 @@ from torchtitan.config.load import fail, origin
 from torchtitan.distributed.block_calls import warn_of_repeated_layers
 from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.expert_parallel import without_exchange
-from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
+from torchtitan.distributed.pipeline_split import (
+    schedule_splits_backward,
+    split_model,
+    splits_backward,
+    stages_of_rank,
+)
 from torchtitan.errors import ConfigError
 from torchtitan.runtime.device import device
+from torchtitan.tools.logging import rank0
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
     from torchtitan.config import JobConfig
     from torchtitan.distributed.parallel_dims import ParallelDims
-
-logger = logging.getLogger("torchtitan")
 
 
 def build_pipeline(
@@ -121,6 +124,12 @@ class Pipeline:
         self._is_first = 0 in stages
         self._is_last = self._num_stages - 1 in stages
         self._divisor: torch.Tensor | float = 1.0
+        self._weights = None if splits_backward(job_config) else _nothing_left
+        if self._weights and schedule_splits_backward(job_config):
+            rank0.warning(
+                "the pipeline schedule fills less of its bubble: with activation checkpointing or "
+                "compilation, backward passes are not split into those for inputs and for weights"
+            )
         for number, part in zip(stages, model_parts, strict=True):
             warn_of_repeated_layers(number, part)
             # Neither hidden states nor gradients may be views when they are sent.
@@ -202,9 +211,9 @@ class Pipeline:
         return self._loss_fn(pred, labels) / self._divisor
 
     def _build_schedule(self, local_batch_size: int) -> Any:
-        parallelism = self._config.parallelism
+        parallelism, group = self._config.parallelism, self._pp_mesh.get_group()
         stages = [
-            _Stage(part, number, self._num_stages, device(), group=self._pp_mesh.get_group())
+            _Stage(part, number, self._num_stages, device(), group=group, dw_builder=self._weights)
             for number, part in zip(self._stages, self.model_parts, strict=True)
         ]
         csv = parallelism.pipeline_parallel_schedule_csv
@@ -224,6 +233,11 @@ class Pipeline:
                 key = origin(self._config, "parallelism.pipeline_parallel_schedule_csv")
                 raise ConfigError(f"{key}: not a schedule for this run: {error}") from error
         return schedule
+
+
+def _nothing_left() -> Callable[..., None]:
+    """Return what to do for the gradients of weights, after a whole backward pass."""
+    return lambda: None
 
 
 @torch.no_grad()

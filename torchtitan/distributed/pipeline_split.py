@@ -86,13 +86,25 @@ class CsvSchedule:
 _ACTION = re.compile(r"\b(\d+)([FBIW])(\d+)\b")
 
 
-def splits_backward(job_config: JobConfig) -> bool:
+def schedule_splits_backward(job_config: JobConfig) -> bool:
+    """Whether the schedule has actions for the gradients of inputs, and later ones for weights."""
     parallelism = job_config.parallelism
     if parallelism.pipeline_parallel_degree == 1:
         return False
     if parallelism.pipeline_parallel_schedule_csv:
         return CsvSchedule.read(job_config).splits_backward
     return parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD_SCHEDULES
+
+
+def splits_backward(job_config: JobConfig) -> bool:
+    """Whether backward passes are split as in `schedule_splits_backward`.
+
+    Not those of compiled or checkpointed blocks. A compiled block has one backward function, which
+    both passes would run. A checkpointed block would be recomputed by the first pass, and again for
+    each of its matrices by the second. The first action then runs the whole backward pass.
+    """
+    whole = job_config.activation_checkpoint.mode != "none" or job_config.compile.compiles("model")
+    return not whole and schedule_splits_backward(job_config)
 
 
 def stages_per_rank(job_config: JobConfig) -> int:

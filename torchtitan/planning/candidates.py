@@ -76,6 +76,7 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
     args = spec.updated_args(config)
     layers = len(layers_of(meta_model(single_layout(config))))
     batch, seq = config.training.global_batch_size, config.training.seq_len
+    compiled = config.compile.compiles("model")
     for tp in divisors(math.gcd(host_size, world_size)):
         for cp in divisors(math.gcd(8, world_size // tp)):
             if cp > 1 and seq // cp < 2048:
@@ -89,11 +90,11 @@ def candidates(config: JobConfig, world_size: int, host_size: int) -> Iterator[C
                     shard = data // replicate
                     for ep in divisors(math.gcd(args.num_experts or 1, shard * cp * tp)):
                         degrees = (replicate, shard, cp, tp, pp, ep)
-                        yield from _batches(degrees, batch // data, layers)
+                        yield from _batches(degrees, batch // data, layers, compiled)
 
 
 def _batches(
-    degrees: tuple[int, int, int, int, int, int], batch: int, layers: int
+    degrees: tuple[int, int, int, int, int, int], batch: int, layers: int, compiled: bool
 ) -> Iterator[Candidate]:
     """Args: batch: sequences of a data rank in a step."""
     pp = degrees[4]
@@ -105,8 +106,8 @@ def _batches(
             for schedule in SCHEDULES:
                 if pp * STAGES[schedule] > layers or batch // size < pp * STAGES[schedule]:
                     continue
-                if schedule == "ZBVZeroBubble" and ac == "selective":
-                    continue  # this schedule has two backward passes, see preflight/validate.py
+                if schedule == "ZBVZeroBubble" and (ac != "none" or compiled):
+                    continue  # its bubble would be that of others, see `splits_backward`
                 yield Candidate(*degrees, ac, batch, size, schedule)
 
 

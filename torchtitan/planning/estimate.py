@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +17,7 @@ import torch.nn as nn
 from torchtitan.config import JobConfig, fail
 from torchtitan.config.batch import resolve_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_split import splits_backward
 from torchtitan.preflight.model_fit import valid_spec
 from torchtitan.preflight.portable import without_machine
 from torchtitan.protocols.model import layers_of
@@ -28,10 +29,21 @@ from .devices import Device
 from .extrapolate import extrapolate
 from .inputs import Inputs
 from .memory import Memory
+from .pipeline_memory import moments
 from .records import PassTrace, StepTrace
 from .repetition import Repetition, layer_signatures
 from .roofline import Groups, Roofline, Traffic
-from .schedule import StageCost, Timeline, actions_of, play
+from .schedule import (
+    BACKWARD,
+    FORWARD,
+    INPUT,
+    WEIGHT,
+    Action,
+    StageCost,
+    Timeline,
+    actions_of,
+    play,
+)
 from .trace import (
     fuses,
     meta_model,
@@ -240,8 +252,8 @@ def _trace_pipeline(
 def _schedule_free(config: JobConfig) -> str:
     """Return a key that is equal for jobs whose like stages cost the same."""
     if config.parallelism.pipeline_parallel_degree > 1:
-        config = copy.deepcopy(config)
-        config.parallelism.pipeline_parallel_schedule = "1F1B"
+        split, config = splits_backward(config), copy.deepcopy(config)
+        config.parallelism.pipeline_parallel_schedule = "ZBVZeroBubble" if split else "1F1B"
         config.parallelism.pipeline_parallel_stages_per_rank = -1
         config.training.local_batch_size = config.training.global_batch_size = -1
     return repr(config)
@@ -303,13 +315,17 @@ class _Step:
         self.global_batch, self.accumulation = resolve_batch(config, dims.dp)
         self._micro_batches = 1  # in one run through the pipeline
         self.timeline: Timeline | None = None
+        self._actions: dict[int, list[Action]] = {}
         self._pipeline = dims.pp > 1
         self._costs = costs = self._costs_of_stages()
         if self._pipeline:
             size = config.parallelism.pipeline_parallel_microbatch_size
             self._micro_batches = config.training.local_batch_size // size
             schedule = config.parallelism.pipeline_parallel_schedule
-            self.timeline = play(actions_of(schedule, self._stages, self._micro_batches), costs)
+            self._actions = actions_of(
+                schedule, self._stages, self._micro_batches, splits_backward(config)
+            )
+            self.timeline = play(self._actions, costs)
             seconds = self.accumulation * self.timeline.seconds
         else:
             (whole,) = costs
@@ -328,17 +344,29 @@ class _Step:
 
     def rank_plan(self, rank: int) -> RankPlan:
         trace, groups = self._traces[rank]
-        each = self._micro_batches * self.accumulation
         matrix = other = waiting = 0.0
         collectives: Counter[Collective] = Counter()
         of_optimizer = self._roofline.seconds(trace.optimizer, groups, eager=True)
         passes = [(trace.optimizer, 1, of_optimizer)]
         for number, stage in zip(self._stages[rank], trace.stages, strict=True):
-            cost, runs = self._costs[number], self.accumulation if self.timeline else 1
-            passes += [(stage.forward, each, cost.forward), (stage.backward, each, cost.backward)]
-            passes += [(stage.start, runs, cost.start), (stage.finish, runs, cost.finish)]
-            for size in (stage.hidden_out, stage.hidden_in) if self.timeline else ():
+            cost, runs = self._costs[number], self.accumulation
+            if not self.timeline:
+                passes += [(stage.forward, runs, cost.forward)]
+                passes += [(stage.backward, runs, cost.backward), (stage.finish, 1, cost.finish)]
+                continue
+            own = [action for action in self._actions[rank] if action.stage == number]
+            kinds = Counter(action.kind for action in own)
+            passes += [
+                (stage.forward, runs * kinds[FORWARD], cost.forward),
+                (stage.backward, runs * kinds[BACKWARD], cost.backward),
+                (stage.inputs, runs * kinds[INPUT], cost.inputs),
+                (stage.weights, runs * kinds[WEIGHT], cost.weights),
+                (stage.start, runs * sum(action.gathers for action in own), cost.start),
+                (stage.finish, runs, cost.finish),
+            ]
+            for size in (stage.hidden_out, stage.hidden_in):
                 if size:
+                    each = runs * kinds[FORWARD]
                     collectives[Collective("send", "pp", 2, int(size))] += each
         for part, times, length in passes:
             seconds = self._roofline.compute(part, eager=part is trace.optimizer)
@@ -373,13 +401,9 @@ class _Step:
         # Buffers for all micro-batches: inputs, gradients of inputs, and gradients of outputs.
         buffers = sum(2 * stage.hidden_in + stage.hidden_out for stage in stages)
         state += Memory(pipeline_buffers=self._micro_batches * buffers)
-        moments = [state + gradients + temporary]
-        # Stages hold whole parameters and gradients until the end; one stage computes at a time.
-        kept = sum((replace(s.moments[0], temporary=0) for s in stages), state)
-        working = Memory(activations=self.timeline.held[rank])
-        for stage in stages:
-            moments += [kept + working + Memory(temporary=m.temporary) for m in stage.moments]
-            for reducing in stage.reducing:
-                more = Memory(gradients=reducing.gradients, temporary=reducing.temporary)
-                moments.append(kept + more)
-        return moments
+        accumulates = self.accumulation > 1
+        sharded = any(stage.between.whole_gradients for stage in stages)
+        before = state + gradients if accumulates and sharded else state
+        of_rank = dict(zip(self._stages[rank], stages, strict=True))
+        in_passes = moments(self._actions[rank], of_rank, accumulates)
+        return [state + gradients + temporary, *(before + moment for moment in in_passes)]

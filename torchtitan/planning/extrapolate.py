@@ -40,6 +40,8 @@ def _stage(few: StageTrace, more: StageTrace, repetition: Repetition, steps: flo
         a, b = getattr(few, item.name), getattr(more, item.name)
         if isinstance(a, PassTrace):
             value: object = _pass(a, b, steps)
+        elif isinstance(a, Memory):
+            value = _memory(a, b, steps)
         elif isinstance(a, list):
             value = [_memory(x, y, steps) for x, y in _aligned(a, b, repetition)]
         else:

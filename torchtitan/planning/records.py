@@ -28,6 +28,8 @@ class StageTrace:
     optimizer_state: float = 0
     activations: float = 0
     """Kept by a forward pass for its backward pass, including the output, without the input."""
+    kept_for_weights: float = 0
+    """Kept between the two parts of a split backward pass; `inputs` and `weights` are these."""
     hidden_in: float = 0
     """Received from the stage before."""
     hidden_out: float = 0
@@ -35,15 +37,23 @@ class StageTrace:
     moments: list[Memory] = field(default_factory=list)
     """The fullest moment of each part of a step, without parameters and optimizer state. Without a
     pipeline: of the forward pass before, in and after the last layer, and of the backward pass
-    before the last layer and in each layer. In a pipeline: of a backward pass alone, without
-    activations and buffers, which the schedule decides."""
-    reducing: list[Memory] = field(default_factory=list)
-    """In a pipeline with FSDP, the fullest moment of the reduction of gradients, alike."""
+    before the last layer and in each layer. In a pipeline: the temporary memory of a backward
+    pass, as the schedule decides the rest; the next three likewise."""
+    moments_first: list[Memory] = field(default_factory=list)
+    """Of the first backward pass, which makes the gradients."""
+    moments_inputs: list[Memory] = field(default_factory=list)
+    moments_weights: list[Memory] = field(default_factory=list)
+    between: Memory = field(default_factory=Memory)
+    """In a pipeline, what passes leave in memory for the next ones, without activations."""
+    reducing: Memory = field(default_factory=Memory)
+    """Additional memory of the fullest moment of the reduction of gradients by FSDP."""
     forward: PassTrace = field(default_factory=PassTrace)
-    """The forward pass of one micro-batch; `backward` likewise."""
+    """The forward pass of one micro-batch; the three below likewise."""
     backward: PassTrace = field(default_factory=PassTrace)
+    inputs: PassTrace = field(default_factory=PassTrace)
+    weights: PassTrace = field(default_factory=PassTrace)
     start: PassTrace = field(default_factory=PassTrace)
-    """Additional work of a step's first forward pass: gathering parameters, in a pipeline."""
+    """Additional work of a pass that gathers parameters, in a pipeline."""
     finish: PassTrace = field(default_factory=PassTrace)
     """Additional work of a step's last backward pass: reducing gradients that were postponed."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from unittest.mock import patch
@@ -110,9 +111,11 @@ def _calls(model: nn.Module, batch: Batch) -> list[object]:
     """Return the arguments of each layer besides hidden states, such as masks or rotations.
 
     The same object gives the same value. A model may treat layers of the same kind differently,
-    such as with a window for some of them.
+    such as with a window for some of them. If it cannot do with fewer layers, each gets its own.
     """
     layers = list(layers_of(model).values())
+    if not layers:
+        return []
     calls: dict[nn.Module, object] = {}
     numbers: dict[int, int] = {}
     alive: list[object] = []  # keeps objects alive, so that no id is reused
@@ -128,16 +131,35 @@ def _calls(model: nn.Module, batch: Batch) -> list[object]:
         ]
         return hidden.float()  # these are tokens, if a stage begins with layers
 
+    def failure() -> type[Exception] | None:
+        # Code after the layers may fail, if it gets tokens instead of hidden states. A user's model
+        # may need other inputs as well; then all its layers count as different.
+        try:
+            model(batch["tokens"], **own_inputs(batch))
+        except Exception as error:
+            return type(error)
+        return None
+
     with torch.device("meta"), torch.no_grad(), ExitStack() as stack:
         for layer in layers:
             stack.enter_context(patch.object(layer, "forward", partial(stub, layer)))
-        # Code after the layers may fail, if it gets tokens instead of hidden states. A user's model
-        # may need other inputs as well; then all its layers count as different.
-        with suppress(Exception):
-            model(batch["tokens"], **own_inputs(batch))
-    if len(calls) < len(layers):
+        outcome, found = failure(), dict(calls)
+        with _without_last_layer(model):
+            alike = failure() is outcome
+    if len(found) < len(layers) or not alike:
         return list(range(len(layers)))
-    return [calls[layer] for layer in layers]
+    return [found[layer] for layer in layers]
+
+
+@contextmanager
+def _without_last_layer(model: nn.Module) -> Iterator[None]:
+    layers = layers_of(model)
+    name = list(layers)[-1]
+    layer = layers.pop(name)
+    try:
+        yield
+    finally:
+        layers[name] = layer
 
 
 def _settings(layer: nn.Module) -> dict[str, object]:

@@ -61,10 +61,11 @@ class Roofline:
         return StageCost(
             forward=self.seconds(stage.forward, groups),
             backward=self.seconds(stage.backward, groups),
+            inputs=self.seconds(stage.inputs, groups),
+            weights=self.seconds(stage.weights, groups),
             send=self._transfer("send", stage.hidden_out, groups.get("pp", [0]))
             if stage.hidden_out
             else 0,
-            activations=stage.activations,
             start=self._more(stage.forward, stage.start, groups),
             finish=self.seconds(finish, groups)
             if pipeline

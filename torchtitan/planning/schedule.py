@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from torchtitan.runtime.fake_world import fake_world
 
 FORWARD, BACKWARD, INPUT, WEIGHT, REDUCE = "F", "B", "I", "W", "R"
+_GATHER = "UNSHARD"
 
 
 @dataclass(frozen=True)
@@ -30,29 +31,36 @@ class Action:
     """`F`orward; `B`ackward, or its two parts for the `I`nput and the `W`eights; `R`eduction of
     the gradients among data ranks, after the last micro-batch."""
     micro_batch: int
+    gathers: bool = field(default=False, compare=False)
+    """Whether the stage's parameters must be gathered for it (FSDP)."""
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds and bytes of one micro-batch."""
+    """Seconds of one micro-batch."""
 
     forward: float
     backward: float
+    inputs: float = 0.0
+    """The part of a split backward pass that gives the gradients of inputs."""
+    weights: float = 0.0
+    """The part that gives those of weights."""
     send: float = 0.0
-    """Seconds until the next stage has the output, or the previous stage the gradient."""
-    activations: float = 0.0
-    """Bytes held from the forward pass until the backward pass."""
+    """Until the next stage has the output, or the previous stage the gradient."""
     start: float = 0.0
-    """Extra seconds of the first forward pass, which waits for parameters."""
+    """Extra seconds of a pass that waits for parameters."""
     finish: float = 0.0
-    """Seconds of the reduction of the gradients."""
+    """The reduction of the gradients."""
 
     def seconds(self, action: Action) -> float:
-        if action.kind == FORWARD:
-            return self.forward + (self.start if action.micro_batch == 0 else 0.0)
-        if action.kind == REDUCE:
-            return self.finish
-        return self.backward if action.kind == BACKWARD else self.backward / 2
+        seconds = {
+            FORWARD: self.forward,
+            BACKWARD: self.backward,
+            INPUT: self.inputs,
+            WEIGHT: self.weights,
+            REDUCE: self.finish,
+        }
+        return seconds[action.kind] + (self.start if action.gathers else 0.0)
 
 
 @dataclass
@@ -63,8 +71,6 @@ class Timeline:
     """From the first action to the last."""
     spans: dict[int, list[tuple[Action, float, float]]] = field(default_factory=dict)
     """Rank -> its actions, with start and end in seconds."""
-    held: dict[int, float] = field(default_factory=dict)
-    """Rank -> bytes of activations at their peak."""
 
     @property
     def bubble(self) -> float:
@@ -74,13 +80,14 @@ class Timeline:
 
 
 def actions_of(
-    schedule: str, stages_of_rank: Sequence[Sequence[int]], micro_batches: int
+    schedule: str, stages_of_rank: Sequence[Sequence[int]], micro_batches: int, split: bool = True
 ) -> dict[int, list[Action]]:
     """Return rank -> its actions in order.
 
     Args:
         schedule: `parallelism.pipeline_parallel_schedule`.
         stages_of_rank: numbers of the stages of each rank.
+        split: whether backward passes are split, if the schedule does so: see `splits_backward`.
     """
     schedule_class = get_schedule_class(schedule)
     if issubclass(schedule_class, PipelineScheduleSingle):
@@ -98,13 +105,14 @@ def actions_of(
         built = schedule_class(
             stages, n_microbatches=micro_batches, loss_fn=lambda *_: None, scale_grads=False
         )
-    return {rank: list(_flatten(order)) for rank, order in built.pipeline_order.items()}
+    orders = built.pipeline_order_with_comms
+    return {rank: list(_flatten(order, split)) for rank, order in orders.items()}
 
 
 def _one_stage(schedule: str, stage: int, stages: int, micro_batches: int) -> list[Action]:
     """Return the order of GPipe or 1F1B, which PyTorch has only as code (printed ones are off)."""
     ahead = micro_batches if schedule == "GPipe" else min(micro_batches, stages - stage)
-    actions = [Action(stage, FORWARD, number) for number in range(ahead)]
+    actions = [Action(stage, FORWARD, number, number == 0) for number in range(ahead)]
     for number in range(micro_batches):
         actions.append(Action(stage, BACKWARD, number))
         if ahead + number < micro_batches:
@@ -112,13 +120,19 @@ def _one_stage(schedule: str, stage: int, stages: int, micro_batches: int) -> li
     return actions
 
 
-def _flatten(actions: Sequence[Any]) -> Iterator[Action]:
-    """Drop communication, and serialize actions that run together."""
-    for action in filter(None, actions):
+def _flatten(actions: Sequence[Any], split: bool) -> Iterator[Action]:
+    """Drop communication but for gathers, and serialize actions that run together."""
+    gathered: set[int] = set()  # stages, since their last action
+    for action in actions:
         for part in action.sub_actions or [action]:
-            kind = part.computation_type.value
+            stage, kind = part.stage_index, part.computation_type.value
+            if kind == _GATHER:
+                gathered.add(stage)
+            if kind in (INPUT, WEIGHT) and not split:
+                kind = BACKWARD if kind == INPUT else ""
             if kind in (FORWARD, BACKWARD, INPUT, WEIGHT):
-                yield Action(part.stage_index, kind, part.microbatch_index)
+                yield Action(stage, kind, part.microbatch_index, stage in gathered)
+                gathered.discard(stage)
 
 
 def play(actions: Mapping[int, Sequence[Action]], costs: Sequence[StageCost]) -> Timeline:
@@ -159,7 +173,6 @@ def play(actions: Mapping[int, Sequence[Action]], costs: Sequence[StageCost]) ->
                 start, clock[rank] = clock[rank], clock[rank] + costs[stage].finish
                 timeline.spans[rank].append((Action(stage, REDUCE, -1), start, clock[rank]))
     timeline.seconds = max(clock.values(), default=0.0)
-    timeline.held = {rank: _most_held(todo, costs) for rank, todo in actions.items()}
     return timeline
 
 
@@ -188,14 +201,3 @@ def _ready(
         return None
     sender = min(stage, neighbour)
     return end + (0.0 if rank_of[neighbour] == rank_of[stage] else costs[sender].send)
-
-
-def _most_held(actions: Sequence[Action], costs: Sequence[StageCost]) -> float:
-    held = most = 0.0
-    for action in actions:
-        if action.kind == FORWARD:
-            held += costs[action.stage].activations
-        most = max(most, held)
-        if action.kind in (BACKWARD, WEIGHT):
-            held -= costs[action.stage].activations
-    return most

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from torchtitan.config import origin
 from torchtitan.config.batch import resolve_batch
@@ -45,7 +46,8 @@ class StageTracer:
 
     Args:
         inputs: form of a batch.
-        handed: tensors like those from the previous stage; None: hidden states.
+        handed: tensors like those from the stage before; none for the first.
+        split: whether backward passes are split, see `splits_backward`.
     """
 
     def __init__(
@@ -58,13 +60,14 @@ class StageTracer:
         memory: PeakMemory,
         recorder: CollectiveRecorder,
         inputs: Inputs,
-        handed: tuple[torch.Tensor, ...] | None,
+        handed: tuple[torch.Tensor, ...],
+        split: bool = False,
     ) -> None:
         self._part, self._config, self._dims, self._loss_fn = part, job_config, dims, loss_fn
         self._memory, self._recorder = memory, recorder
         stages = dims.pp * (stages_per_rank(job_config) if dims.pp_enabled else 1)
         self._is_first, self._is_last = stage == 0, stage == stages - 1
-        self._handed, self._kinds = handed, inputs
+        self._handed, self._kinds, self._split = handed, inputs, split
         self._batch = micro_batch(job_config, dims, inputs)
         self._tokens, self._labels = self._batch["tokens"], self._batch["labels"]
         self._inputs = step_inputs(part, dims, job_config, self._batch)
@@ -154,6 +157,7 @@ class StageTracer:
         """Trace F0 F1 B0 B1; `PipelineStage` postpones the reduction of gradients to the end.
 
         F1 is like every forward pass except the first, which may gather parameters; B1 likewise.
+        Where backward passes are split, F2 and both parts of its backward pass come before B1.
         """
         trace, memory = self._trace, self._memory
         base = memory.current
@@ -164,8 +168,17 @@ class StageTracer:
             peaks.append(memory.peak)
             memory.reset_peak()
 
+        @contextmanager
+        def moments_of_pass(moments: list[Memory]) -> Iterator[None]:
+            start = memory.current
+            memory.reset_peak()
+            peaks.clear()
+            yield
+            end_of_phase()
+            moments += [Memory(temporary=max(0, peak - start)) for peak in peaks]
+
         with self._autocast:  # the casts of weights serve all micro-batches
-            outs = [self._forward(first)]
+            outs = [self._forward(first, end_of_phase)]
             start = memory.current
             outs.append(self._forward(trace.forward, end_of_phase))
             trace.activations = memory.current - start
@@ -175,37 +188,40 @@ class StageTracer:
                 module.set_is_last_backward(False)
                 module.set_reshard_after_backward(False)
                 module.set_requires_gradient_sync(False)
-            self._backward(outs.pop(0), PassTrace())
-            start = memory.current
-            memory.reset_peak()
-            peaks.clear()
-            self._backward(outs.pop(0), trace.backward)
-            end_of_phase()
+            with moments_of_pass(trace.moments_first):
+                self._backward(outs.pop(0), PassTrace())
+            if self._split and not self._is_first:
+                outs.append(self._forward(PassTrace(), end_of_phase))
+                start = memory.current - trace.activations
+                with moments_of_pass(trace.moments_inputs):
+                    groups = self._backward_for_inputs(outs.pop())
+                trace.kept_for_weights = memory.current - start
+                with (
+                    moments_of_pass(trace.moments_weights),
+                    recording(self._recorder, trace.weights),
+                ):
+                    stage_backward_weight(self._part.parameters(), groups)
+            with moments_of_pass(trace.moments):
+                self._backward(outs.pop(0), trace.backward)
             held = memory.current
-        temporaries = [max(0, peak - start) for peak in peaks]
+        if self._split and self._is_first:  # PyTorch has nothing to do for its inputs
+            trace.weights, trace.moments_weights = trace.backward, trace.moments
+            trace.kept_for_weights = trace.activations
         whole = memory.current - base
         casts = held - memory.current  # casts of weights, which were freed with autocast
         memory.reset_peak()
         with recording(self._recorder, trace.finish):
             self._reduce_gradients()
         if not self._fsdp:
-            trace.moments = [
-                Memory(whole_parameters=casts, gradients=whole, temporary=temporary)
-                for temporary in temporaries
-            ]
+            trace.between = Memory(whole_parameters=casts, gradients=whole)
             return
         gradients = memory.current - base
         reducing = memory.peak - base - whole
         parameters = whole * self._parameters_share()
-        unsharded = {"whole_parameters": parameters, "whole_gradients": whole - parameters}
-        trace.moments = [Memory(**unsharded, temporary=temporary) for temporary in temporaries]
-        trace.reducing = [
-            Memory(
-                **unsharded,
-                gradients=min(gradients, reducing),
-                temporary=max(0, reducing - gradients),
-            ),
-        ]
+        trace.between = Memory(whole_parameters=parameters, whole_gradients=whole - parameters)
+        trace.reducing = Memory(
+            gradients=min(gradients, reducing), temporary=max(0, reducing - gradients)
+        )
 
     def _parameters_share(self) -> float:
         """Return the parameters' share of FSDP's whole tensors: frozen ones have no gradients."""
@@ -239,10 +255,9 @@ class StageTracer:
             handles = [
                 layer.register_forward_hook(_when_gradient_comes(end_of_phase)) for layer in layers
             ]
-            handles += [
-                layers[-1].register_forward_pre_hook(lambda *_: end_of_phase()),
-                layers[-1].register_forward_hook(lambda *_: end_of_phase()),
-            ]
+            for last in layers[-1:]:  # a stage may have none
+                handles.append(last.register_forward_pre_hook(lambda *_: end_of_phase()))
+                handles.append(last.register_forward_hook(lambda *_: end_of_phase()))
         autocast = nullcontext() if self._dims.pp_enabled else self._autocast
         with recording(self._recorder, record), autocast, self._refusing_inputs(entry):
             out = part(*entry, **self._inputs)
@@ -253,6 +268,18 @@ class StageTracer:
         if loss is not None and not self._dims.pp_enabled:
             out = None  # as in the trainer; a pipeline stage keeps it
         return _Pass(entry, out, loss)
+
+    def _backward_for_inputs(self, done: _Pass) -> list[dict[str, Any]]:
+        """Run the first part of a split backward pass; return what the second part needs."""
+        outs = [done.loss] if self._is_last else list(tensors_of(done.out))
+        gradients = None if self._is_last else [torch.zeros_like(out) for out in outs]
+        with recording(self._recorder, self._trace.inputs):
+            _, groups = stage_backward_input(
+                outs, gradients, list(done.entry), self._part.parameters()
+            )
+        for tensor in done.entry:
+            tensor.grad = None  # counted in the pipeline's buffers
+        return groups
 
     def _backward(self, done: _Pass, record: PassTrace) -> None:
         with recording(self._recorder, record):
@@ -265,16 +292,9 @@ class StageTracer:
             tensor.grad = None  # counted in the pipeline's buffers
 
     def _hidden_states(self) -> tuple[torch.Tensor, ...]:
-        if self._handed is not None:
-            return tuple(
-                torch.zeros(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
-                for t in self._handed
-            )
-        sequence_parallel = not self._config.parallelism.disable_sequence_parallel
-        seq = self._tokens.shape[1] // (self._dims.tp if sequence_parallel else 1)
-        dtype = getattr(torch, self._config.training.mixed_precision_param)
-        shape = self._tokens.shape[0], seq, cast(Any, self._part.args).dim
-        return (torch.zeros(shape, dtype=dtype, requires_grad=True),)
+        return tuple(
+            torch.zeros(t.shape, dtype=t.dtype, requires_grad=t.requires_grad) for t in self._handed
+        )
 
     @contextmanager
     def _refusing_inputs(self, entry: tuple[torch.Tensor, ...]) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Builds inputs of pipeline stages that are more than hidden states `[batch, seq, dim]`."""
+"""Builds the inputs of a forward pass: those of a batch, and those from the stage before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torchtitan.distributed.dtensor import local_tensor
 from torchtitan.distributed.fsdp import fsdp_modules, mixed_precision
 
 from .inputs import Inputs
-from .repetition import keep_layers
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -55,24 +54,6 @@ def step_inputs(
 def tensors_of(out: Any) -> tuple[torch.Tensor, ...]:
     """Return a tensor as a tuple, or the tensors of a tuple."""
     return tuple(out) if isinstance(out, tuple | list) else (out,)
-
-
-def hands_on_more(first: nn.Module, job_config: JobConfig, inputs: Inputs) -> bool:
-    """Whether the first stage returns something other than `[batch, seq, dim]`.
-
-    Args:
-        first: on the meta device; only one of its layers is needed, and the others are removed.
-    """
-    keep_layers(first, 1)
-    seq_len = job_config.training.seq_len
-    batch = inputs.batch(1, seq_len, "meta")
-    try:
-        with torch.device("meta"), torch.no_grad():
-            out = first(batch["tokens"], **own_inputs(batch))
-    except Exception:  # lack of values, or of something that only a parallelised model has
-        return inputs.rows is not None
-    shape = [1, seq_len, getattr(first.args, "dim", None)]
-    return not isinstance(out, torch.Tensor) or list(out.shape) != shape
 
 
 def handed_on(

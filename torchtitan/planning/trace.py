@@ -36,9 +36,10 @@ from torchtitan.distributed.fsdp import sum_gradients
 from torchtitan.distributed.grad_norm import clip_grad_norm
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
-from torchtitan.distributed.pipeline_split import split_model, stages_of_rank
+from torchtitan.distributed.pipeline_split import split_model, splits_backward, stages_of_rank
 from torchtitan.distributed.tying import preserve_tying
 from torchtitan.errors import ConfigError
+from torchtitan.preflight.model_fit import check_length
 from torchtitan.protocols.model import layers_of
 from torchtitan.protocols.model_converter import build_model_converters
 from torchtitan.protocols.train_spec import get_train_spec
@@ -55,7 +56,7 @@ from .memory import PeakMemory
 from .records import StageTrace, StepTrace
 from .repetition import Repetition, keep_layers
 from .stage import StageTracer, recording
-from .stage_inputs import handed_on, hands_on_more
+from .stage_inputs import handed_on
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -88,6 +89,7 @@ def trace_step(
         ConfigError: a rule of the optimizer matches nothing; the work of a step depends on the
             values of tensors; or a model with its own loader does not take the inputs.
     """
+    split = splits_backward(job_config)
     # Fake tensors are not compiled. The chunked loss has a stand-in: see `loss_of_cuda`.
     chunked = job_config.loss.name == "chunked_cross_entropy"
     components = [name for name in job_config.compile.components if name == "loss" and chunked]
@@ -103,9 +105,7 @@ def trace_step(
     if _compiler_decides(compiled, part):
         compiled = _with_compile(compiled, backend=PARTITIONED, mode="default")
         compiled_parts = _parallel_parts(compiled, dims, shallow, [stage], inputs)
-    first: list[nn.Module] = []
-    if stage and (inputs.own or hands_on_more(_first_stage(job_config), job_config, inputs)):
-        first = _parallel_parts(job_config, dims, 0, [0], inputs)
+    first = _parallel_parts(job_config, dims, 0, [0], inputs) if stage else []
 
     memory, recorder = PeakMemory(), CollectiveRecorder(dims.groups())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -115,14 +115,14 @@ def trace_step(
         attention_of_cuda(),
         experts_of_cuda(),
         loss_of_cuda(),
-        norm_of_cuda(),
+        norm_of_cuda(split),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
         for module in [part, *first, *compiled_parts]:
             with preserve_tying(module):
                 module.to_empty(device="cpu")
-        handed = handed_on(first[0], job_config, dims, inputs) if first else None
+        handed = handed_on(first[0], job_config, dims, inputs) if first else ()
         loss_fn = spec.build_loss_fn(job_config)
         attach_loss(loss_fn, [part])
         built = spec.build_optimizer_fn([part], job_config, dims)
@@ -133,7 +133,7 @@ def trace_step(
         step = StepTrace(parameters=sum(local_tensor(param).numel() for param in params))
         with memory, recorder:
             trace = StageTracer(
-                part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed
+                part, stage, job_config, dims, loss_fn, memory, recorder, inputs, handed, split
             ).run()
             trace.gradients, trace.optimizer_state = gradients, state
             step.stages.append(trace)
@@ -259,10 +259,13 @@ def meta_model(job_config: JobConfig, dims: ParallelDims | None = None) -> nn.Mo
     With `dims`, it is converted by `model.converters` as on a device, not as on a CPU.
 
     Raises:
-        ConfigError: it has no layers, from which plans are extrapolated.
+        ConfigError: it has no layers, from which plans are extrapolated, or the job's sequences
+            are too long for it.
     """
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
-    model = spec.meta_model(spec.updated_args(job_config))
+    model_args = spec.updated_args(job_config)
+    check_length(spec, model_args, job_config)
+    model = spec.meta_model(model_args)
     if not layers_of(model):
         fail(job_config, "model.name", "`layers` is empty: a plan needs a stack of blocks there")
     if dims is not None:
@@ -282,12 +285,6 @@ def meta_parts(model: nn.Module, job_config: JobConfig, stages: list[int]) -> li
         return [model]
     spec = get_train_spec(job_config.model.name, job_config.model.flavor)
     return split_model(model, job_config, stages, *modules_around_layers(spec.pipeline_fn))
-
-
-def _first_stage(job_config: JobConfig) -> nn.Module:
-    """Return the first stage, not parallelised, on the meta device."""
-    (part,) = meta_parts(meta_model(job_config), job_config, [0])
-    return part
 
 
 def fuses(config: JobConfig) -> bool:

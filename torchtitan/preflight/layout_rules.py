@@ -248,5 +248,5 @@ def _microbatch_problem(schedule: str, microbatches: int, pp: int, stages: int) 
         # These schedules run in equal rounds of about `pp` micro-batches.
         rounds = max(1, microbatches // pp)
         if microbatches % rounds:
-            return f"fewer than {2 * pp}, or a multiple of {pp}"
+            return f"fewer than {2 * pp}, or for example a multiple of {pp}"
     return ""

@@ -42,6 +42,7 @@ def fitting_model(job_config: JobConfig, world_size: int) -> FittingModel:
     tokenizer = spec.tokenizer(job_config)
     check_tokenizer(tokenizer, job_config)
     check_vocabulary(tokenizer, model_args, job_config)
+    check_length(spec, model_args, job_config)
     return FittingModel(spec, model_args, tokenizer)
 
 
@@ -92,6 +93,21 @@ def fits_vocabulary(tokenizer: Any, size: int | None, tokenizer_path: str) -> bo
         *(tokenizer_path, size, ", ".join(names)),
     )
     return True
+
+
+def check_length(spec: TrainSpec, model_args: Any, job_config: JobConfig) -> None:
+    """Refuse sequences longer than a text model's `max_seq_len`: an index error in its forward."""
+    longest = getattr(model_args, "max_seq_len", None)
+    if spec.build_tokenizer_fn is None or not isinstance(longest, int):
+        return
+    lengths = {"training.seq_len": job_config.training.seq_len}
+    if job_config.validation.enable and job_config.validation.seq_len is not None:
+        lengths["validation.seq_len"] = job_config.validation.seq_len
+    for key, length in lengths.items():
+        if length > longest:
+            name = f"{job_config.model.name} {job_config.model.flavor}"
+            problem = f"{name} supports sequences of at most {longest} tokens (max_seq_len)"
+            fail(job_config, key, problem)
 
 
 def check_builders(spec: TrainSpec, job_config: JobConfig) -> None:

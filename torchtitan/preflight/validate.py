@@ -21,7 +21,6 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.config.load import fail
 from torchtitan.config.upstream import value_instead
 from torchtitan.data.sources import DATASETS
-from torchtitan.distributed.pipeline_split import splits_backward
 from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.preflight.layout_rules import check_layout
 from torchtitan.preflight.survival_rules import check_survival
@@ -105,10 +104,12 @@ def _check_phases(job_config: JobConfig) -> None:
 def _refuse_dataset_beside_sources(
     job_config: JobConfig, section: str, config: Any, key: str
 ) -> None:
-    """Refuse a dataset beside sources; `text_key` may be set, since validation uses training's."""
+    """Refuse a dataset beside sources."""
+    names = ["dataset", "dataset_path", "split"]
+    if section == "validation":  # which uses the text_key of training
+        names.append("text_key")
     for field in fields(config):
-        named = field.name in ("dataset", "dataset_path", "split")
-        if named and getattr(config, field.name) != field.default:
+        if field.name in names and getattr(config, field.name) != field.default:
             problem = f"has no effect, since {key} defines the data. Remove one of the two"
             fail(job_config, f"{section}.{field.name}", problem)
 
@@ -162,15 +163,6 @@ def _check_activation_checkpoint(job_config: JobConfig) -> None:
         problem = "must be 'op', or a positive integer N for every N-th block"
         fail(job_config, "activation_checkpoint.selective_ac_option", problem)
     compiles_model = job_config.compile.compiles("model")
-    per_op = config.mode == "selective" and option == "op"
-    if per_op and splits_backward(job_config) and not compiles_model:
-        fail(
-            job_config,
-            "activation_checkpoint.selective_ac_option",
-            "keeps activations for one backward pass, but this pipeline schedule runs two, for "
-            "inputs and for weights. Use activation_checkpoint.mode 'full' or 'none', a number N, "
-            "or set compile.enable",
-        )
     parallelism = job_config.parallelism
     shared = max(parallelism.tensor_parallel_degree, parallelism.context_parallel_degree) > 1
     if config.mode == "memory_budget" and shared:

@@ -95,6 +95,11 @@ class TrainSpec:
         places = model.named_parameters(remove_duplicate=False)
         frozen = {canonical_name(name) for name, param in places if not param.requires_grad}
         model = self.parallelize_fn(model, *layout)
+        if not isinstance(model, nn.Module):
+            function = getattr(self.parallelize_fn, "__qualname__", self.parallelize_fn)
+            raise ConfigError(
+                f"{function}, a parallelize_fn, returned {model!r}: it must return the model"
+            )
         for name, param in model.named_parameters():
             # Before the first forward pass, in which FSDP reads `requires_grad`.
             if canonical_name(name) in frozen:

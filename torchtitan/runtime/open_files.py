@@ -5,6 +5,9 @@ from __future__ import annotations
 import resource
 from contextlib import suppress
 
+_MOST_ON_MACOS = 10_240
+"""`OPEN_MAX`, the limit to set where macOS refuses an infinite one: setrlimit(2)."""
+
 
 def allow_open_files() -> None:
     """Raise the limit of open files to this process's maximum.
@@ -14,6 +17,9 @@ def allow_open_files() -> None:
     files. Child processes inherit the raised limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(OSError, ValueError):  # macOS refuses an infinite limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if soft == hard:
+        return
+    for limit in (hard, _MOST_ON_MACOS):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return

@@ -56,6 +56,7 @@ class StopRequest:
         if not self.received:
             self.received = True
             name = signal.Signals(number).name
+            again = ". Ctrl-C again stops at once" if self._interrupted else ""
             logger.warning(
-                "%s: stopping after this step, with a checkpoint if they are enabled", name
+                "%s: stopping after this step, with a checkpoint if they are enabled%s", name, again
             )

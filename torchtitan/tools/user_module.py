@@ -31,11 +31,20 @@ def import_user_module(name: str, key: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        problem = with_place(error, places_of(name))
+        problem = with_place(error, places_of(name)) + _where_to_look(name, error)
         raise ConfigError(f"{key} = {name!r}: the import failed with {problem}") from error
     if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
         raise NoPackageError(f"{key} = {name!r}: {_without_init(name, Path(*module.__path__[:1]))}")
     return module
+
+
+def _where_to_look(name: str, error: Exception) -> str:
+    """Return a sentence for a name that is a file's, or that Python does not find; else ""."""
+    if os.sep in name or name.startswith(".") or name.endswith(".py"):
+        return ". Give the name of a module as in Python's import, not the path of a file"
+    if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+        return f". It is looked for in {os.getcwd()}, PYTHONPATH and the installed packages"
+    return ""
 
 
 def with_place(error: Exception, places: list[str]) -> str:

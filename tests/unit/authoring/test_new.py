@@ -135,6 +135,9 @@ def test_wrong_arguments_are_refused(here):
         main(["new_model", "--like", "lama3"])
     with pytest.raises(ConfigError, match="'qwen3' is taken"):
         main(["qwen3"])
+    for name in ("torch", "random"):
+        with pytest.raises(ConfigError, match=f"'{name}' is taken by the module .*{name}"):
+            main([name])
     with pytest.raises(ConfigError, match=r"--from-hf nowhere: .*config.json cannot be read"):
         main(["new_model", "--from-hf", "nowhere"])
     (here / "config.json").write_text("{")

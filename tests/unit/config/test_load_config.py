@@ -329,7 +329,8 @@ def test_message_for_an_unknown_section(write):
     [
         (
             "[model]\nname = \n",
-            "run.toml:2: not valid TOML: Invalid value (column 8)",
+            "run.toml:2: not valid TOML: Invalid value (column 8). Write text in quotes, and true "
+            "or false in lower case",
         ),
         ("[model]\nname = 'a", "run.toml:2: not valid TOML: "),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn as nn
+from torch._inductor import exc
 
 from torchtitan.config import JobConfig
 from torchtitan.distributed.compile import apply_compile, explained_compiler_errors
@@ -82,6 +83,26 @@ def test_a_layer_that_is_not_one_graph_is_explained(limits, block):
     with pytest.raises(ConfigError, match=message), explained_compiler_errors(job_config):
         for _ in range(9):
             model(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("output", "folder", "message"),
+    [
+        (None, "/venv/torch", "needs a C\\+\\+ compiler: install"),
+        ("fatal error: Python.h: No such file", "/venv/torch", "needs the header files of Python"),
+        ("ld: cannot find -ltorch", "/my venv/torch", "a space in its path: /my venv/torch"),
+        ("a bug", "/venv/torch", None),
+    ],
+)
+def test_what_the_compiler_needs_on_a_cpu_is_explained(output, folder, message, monkeypatch):
+    monkeypatch.setattr(torch, "__file__", f"{folder}/__init__.py")
+    missing = exc.InvalidCxxCompiler.__new__(exc.InvalidCxxCompiler)  # takes an argument since 2.12
+    error = exc.InductorError(exc.CppCompileError(["g++"], output) if output else missing, None)
+    job_config = JobConfig()
+    job_config.compile.enable = True
+    expected = ConfigError if message else exc.InductorError
+    with pytest.raises(expected, match=message), explained_compiler_errors(job_config):
+        raise error
 
 
 def test_other_errors_stay_as_they_are():

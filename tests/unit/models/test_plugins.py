@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,11 +67,27 @@ def test_custom_import_finds_modules_in_the_working_directory(
     assert "at_hand" in MODEL_REGISTRY
 
 
-@pytest.mark.parametrize("name", ["no_such_module", "torchtitan.no_such_module", ".relative", "."])
-def test_custom_import_of_no_module(name: str) -> None:
+AS_A_FILE = ". Give the name of a module as in Python's import, not the path of a file"
+LOOKED_FOR = f". It is looked for in {os.getcwd()}, PYTHONPATH and the installed packages"
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("no_such_module", LOOKED_FOR),
+        ("torchtitan.no_such_module", LOOKED_FOR),
+        (".relative", AS_A_FILE),
+        (".", AS_A_FILE),
+        ("my_model/", AS_A_FILE),
+        ("./my_model.py", AS_A_FILE),
+    ],
+)
+def test_custom_import_of_no_module(name: str, advice: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_plugins(name)
-    assert str(caught.value).startswith(f"job.custom_import = {name!r}: the import failed with ")
+    message = str(caught.value)
+    assert message.startswith(f"job.custom_import = {name!r}: the import failed with ")
+    assert message.endswith(advice)
 
 
 def test_custom_import_that_raises_names_error_and_line(outside: Path) -> None:

@@ -43,6 +43,26 @@ def test_a_period_is_a_multiple_of_what_is_asked() -> None:
     assert Repetition.of(model("llama3", "8B"), 8192, multiple=3) == Repetition(2, 3, 10)
 
 
+class Numbered(torch.nn.Module):
+    """Calls its layers by number, so it cannot do with fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleDict({str(i): torch.nn.Linear(4, 4) for i in range(12)})
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        h = tokens[..., None].expand(-1, -1, 4)
+        for i in range(12):
+            h = self.layers[str(i)](h)
+        return h
+
+
+def test_layers_that_cannot_be_left_out_do_not_repeat() -> None:
+    numbered = Numbered()
+    assert not Repetition.of(numbered, 16).worth_extrapolating
+    assert list(numbered.layers) == [str(i) for i in range(12)]
+
+
 def test_layers_are_kept_from_the_front() -> None:
     small = model("llama3", "debugmodel")
     keep_layers(small, 2)

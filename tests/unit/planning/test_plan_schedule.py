@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
+from torchtitan.planning.pipeline_memory import held_before
 from torchtitan.planning.schedule import Action, StageCost, actions_of, play
 
 PP, MICRO_BATCHES = 4, 8
 
 
 def equal_stages(count: int, **costs: float) -> list[StageCost]:
-    return [StageCost(forward=1.0, backward=2.0, **costs)] * count
+    return [StageCost(forward=1.0, backward=2.0, inputs=1.0, weights=1.0, **costs)] * count
 
 
 @pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
@@ -36,18 +39,52 @@ def test_interleaving_divides_the_bubble(per_rank: int) -> None:
 
 def test_zero_bubble_is_shorter_than_1f1b() -> None:
     v_shaped = [[rank, 2 * PP - 1 - rank] for rank in range(PP)]
-    costs = [StageCost(0.5, 1.0)] * (2 * PP)
+    costs = [StageCost(0.5, 1.0, inputs=0.5, weights=0.5)] * (2 * PP)
     zero = play(actions_of("ZBVZeroBubble", v_shaped, MICRO_BATCHES), costs)
     single = play(actions_of("1F1B", [[r] for r in range(PP)], MICRO_BATCHES), equal_stages(PP))
     assert zero.bubble < 0.5 * single.bubble
 
 
+def most_held(schedule: str, split: bool = True, between: float = 10.0) -> list[float]:
+    """Bytes on each rank, of stages that keep 10, or `between` the parts of a backward pass."""
+    stages = [[rank] for rank in range(PP)]
+    if schedule == "ZBVZeroBubble":
+        stages = [[rank, 2 * PP - 1 - rank] for rank in range(PP)]
+    kept = {number: (10.0, between) for own in stages for number in own}
+    actions = actions_of(schedule, stages, MICRO_BATCHES, split)
+    return [max(held for _, held in held_before(todo, kept)) for todo in actions.values()]
+
+
 def test_1f1b_holds_a_micro_batch_for_each_later_stage_and_gpipe_all() -> None:
-    stages, costs = [[rank] for rank in range(PP)], equal_stages(PP, activations=10.0)
-    one = play(actions_of("1F1B", stages, MICRO_BATCHES), costs)
-    assert one.held == {rank: 10.0 * (PP - rank) for rank in range(PP)}
-    every = play(actions_of("GPipe", stages, MICRO_BATCHES), costs)
-    assert set(every.held.values()) == {10.0 * MICRO_BATCHES}
+    assert most_held("1F1B") == [10.0 * (PP - rank) for rank in range(PP)]
+    assert most_held("GPipe") == [10.0 * MICRO_BATCHES] * PP
+
+
+def test_what_is_kept_for_weights_is_held_longer() -> None:
+    """Each rank ends the warm-up with as many micro-batches, 80 bytes; one is between the parts."""
+    assert most_held("ZBVZeroBubble", between=10.0) == [80.0] * PP
+    assert max(most_held("ZBVZeroBubble", between=16.0)) > 80.0
+
+
+def test_passes_that_are_not_split_are_whole_at_the_place_of_the_first() -> None:
+    stages = [[rank, 2 * PP - 1 - rank] for rank in range(PP)]
+    split, whole = (actions_of("ZBVZeroBubble", stages, MICRO_BATCHES, s) for s in (True, False))
+    for rank in range(PP):
+        kinds = [action.kind for action in split[rank] if action.kind != "W"]
+        assert [action.kind for action in whole[rank]] == ["FB"[k == "I"] for k in kinds]
+
+
+@pytest.mark.parametrize(("per_rank", "gathers"), [(3, {1}), (4, {1, 3, 5, 6})])
+def test_stages_are_gathered_again_if_a_rank_has_more_than_three(
+    per_rank: int, gathers: set[int]
+) -> None:
+    """PyTorch's schedules then free some of them, and gather them before their next action."""
+    stages = [[rank + i * PP for i in range(per_rank)] for rank in range(PP)]
+    (todo, *_) = actions_of("Interleaved1F1B", stages, 4 * PP).values()
+    counts = Counter(action.stage for action in todo if action.gathers)
+    assert set(counts.values()) == gathers
+    cost = StageCost(1.0, 2.0, start=0.25)
+    assert sum(map(cost.seconds, todo)) == 4 * PP * per_rank * 3 + 0.25 * counts.total()
 
 
 def test_sending_and_reducing_take_their_time() -> None:

@@ -480,7 +480,11 @@ def test_what_replica_groups_need(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("dataset", "c4"), ("dataset_path", "none.jsonl"), ("split", "test")]
+    ("key", "value"),
+    [
+        *(("dataset", "c4"), ("dataset_path", "none.jsonl")),
+        *(("split", "test"), ("text_key", "content")),
+    ],
 )
 def test_a_dataset_beside_validation_sources_would_be_ignored(config, key, value):
     config.validation.enable = True

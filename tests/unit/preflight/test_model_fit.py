@@ -1,14 +1,21 @@
 """What a config asks of a model is refused where the model's TrainSpec has no such part."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError
+from torchtitan.models import MODEL_REGISTRY
 from torchtitan.models.llama3 import Llama3ModelArgs
-from torchtitan.preflight.model_fit import check_builders, check_vocabulary, fitting_model
+from torchtitan.planning.trace import meta_model
+from torchtitan.preflight.model_fit import (
+    check_builders,
+    check_length,
+    check_vocabulary,
+    fitting_model,
+)
 from torchtitan.protocols.train_spec import get_train_spec
 
 
@@ -60,3 +67,30 @@ def test_special_tokens_alone_may_be_beyond_the_vocabulary(config, caplog):
     del tokenizer.leave_out
     with pytest.raises(ConfigError, match="the tokenizer has 10 tokens"):
         check_vocabulary(tokenizer, SimpleNamespace(vocab_size=9), config)
+
+
+def test_sequences_longer_than_the_table_of_positions_are_refused(config):
+    spec, args = get_train_spec("llama3", "debugmodel"), SimpleNamespace(max_seq_len=64)
+    config.training.seq_len = 64
+    check_length(spec, args, config)
+    config.validation.seq_len = 65  # of no effect
+    check_length(spec, args, config)
+    config.validation.enable = True
+    with pytest.raises(ConfigError, match=r"validation.seq_len = 65: llama3 debugmodel .* 64 tok"):
+        check_length(spec, args, config)
+    config.training.seq_len = 65
+    check_length(replace(spec, build_tokenizer_fn=None), args, config)  # of no text
+
+
+@dataclass
+class ShortArgs(Llama3ModelArgs):
+    max_seq_len: int = 64
+
+
+def test_neither_a_run_nor_a_plan_takes_such_sequences(monkeypatch):
+    spec = replace(get_train_spec("llama3", "debugmodel"), model_args=ShortArgs(dim=64, n_layers=2))
+    monkeypatch.setitem(MODEL_REGISTRY, "short", lambda flavor: spec)
+    config = load_config(["--model.name=short", "--training.seq_len=65"])
+    for refuse in (lambda: fitting_model(config, 1), lambda: meta_model(config)):
+        with pytest.raises(ConfigError, match=r"training.seq_len = 65: short debugmodel .* 64"):
+            refuse()

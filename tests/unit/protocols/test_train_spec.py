@@ -32,6 +32,14 @@ def test_parallelize_keeps_frozen_what_the_model_froze() -> None:
     assert len(set(expected.values())) == 2
 
 
+def test_a_parallelize_fn_that_returns_no_model_is_named() -> None:
+    def forgets(model: nn.Module, *layout: object) -> None:
+        pass
+
+    with pytest.raises(ConfigError, match="forgets, a parallelize_fn, returned None: it must ret"):
+        replace(FROZEN, parallelize_fn=forgets).parallelize(FROZEN.meta_model())
+
+
 def test_a_plan_gives_what_is_frozen_no_gradients_under_tensor_parallelism() -> None:
     config = load_config([*OPTIONS, TP2, "--training.seq_len=64"])
     with fake_world(2, rank=0):

@@ -32,6 +32,16 @@ def test_only_a_second_ctrl_c_interrupts():
         stop.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_says_that_a_second_one_interrupts(number, caplog):
+    stop = StopRequest()
+    try:
+        os.kill(os.getpid(), number)
+        assert ("Ctrl-C again" in caplog.text) == (number == signal.SIGINT)
+    finally:
+        stop.close()
+
+
 def test_the_handlers_are_as_before():
     before = [signal.getsignal(number) for number in HANDLED]
     StopRequest().close()

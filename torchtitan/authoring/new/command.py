@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class Package:
     """A separate package, with an entry point: `OUT/NAME/NAME/...`.
 
     Raises:
-        ConfigError: the folder exists already.
+        ConfigError: the folder exists already, or an installed module has this name.
     """
 
     def __init__(self, names: Names, out: Path) -> None:
@@ -91,6 +92,9 @@ class Package:
         self.configs = f"{names.model}/train_configs"
         self.test = f"tests/test_{names.model}.py"
         _refuse_existing(self.root)
+        module = importlib.util.find_spec(names.model)
+        if module is not None and module.origin is not None:  # it would be imported in its place
+            raise ConfigError(f"NAME {names.model!r} is taken by the module {module.origin}")
 
     def write(self, files: dict[str, str]) -> None:
         values = {"model": self.names.model, "title": self.names.title, "test": self.test}
