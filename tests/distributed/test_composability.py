@@ -166,10 +166,12 @@ def render(table: dict[tuple[str, str], str]) -> str:
     lines = [
         "# What composes with what",
         "",
-        "Written by `pytest -m long tests/distributed/test_composability.py --write-docs`. *yes*: "
-        f"{STEPS} steps in float32 over gloo give the loss and the gradient norm of one process to "
-        "1e-4 (in float8: loss 3e-4, norm 1e-2). *no*: the run is refused before it starts, with "
-        "the message in the note.",
+        f"Each pair of a layout and a feature was run. *yes*: {STEPS} steps in float32 over gloo "
+        "give the loss and the gradient norm of one process to 1e-4 (in float8: loss 3e-4, norm "
+        "1e-2). *no*: the run is refused before it starts, with the message in the note. The "
+        "numbers are degrees of [parallelism](parallelism.md), AC is activation checkpointing, and "
+        '"documents" is `training.document_mask`. '
+        "`pytest -m long tests/distributed/test_composability.py --write-docs` writes this page.",
         "",
         "| layout | " + " | ".join(FEATURES) + " |",
         "|---" * (len(FEATURES) + 1) + "|",

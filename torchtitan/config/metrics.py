@@ -19,7 +19,7 @@ class Metrics:
     save_tb_folder: str = "tb"
     """Folder of the events, inside `job.dump_folder`."""
     enable_wandb: bool = False
-    """Log to Weights & Biases (needs `pip install wandb`)."""
+    """Log to Weights & Biases (needs `pip install 'torchtitan[wandb]'`)."""
     block_norm_freq: Annotated[int, NonNegative] = 0
     """Every this many steps, log the norms of each block's gradients and weights; 0: never."""
     straggler_freq: Annotated[int, NonNegative] = 0

@@ -8,7 +8,8 @@ from .base import Positive, Range
 
 @dataclass
 class Parallelism:
-    """How the ranks share the work. The product of the degrees is the world size."""
+    """How the ranks share the work. The product of the degrees, but for the experts',
+    is the world size."""
 
     data_parallel_replicate_degree: Annotated[int, Positive] = 1
     """Replicas of the model (DDP, or HSDP together with sharding)."""

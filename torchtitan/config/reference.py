@@ -24,7 +24,7 @@ _INTRODUCTION = """\
 # Configuration
 
 Every option has a default. A TOML file changes some (`--job.config_file run.toml`, or `run.toml`
-alone), the command line wins over the file:
+alone), and the command line wins over the file:
 
 ```toml
 [training]
