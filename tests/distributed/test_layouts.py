@@ -68,7 +68,6 @@ OP_AC = "--activation_checkpoint.mode=selective"
 LAYOUTS = {
     "accumulation": (1, 2),
     "ddp2_accumulation": (2, 2, REPLICATE2, "--parallelism.data_parallel_shard_degree=1"),
-    "fsdp2": (2, 4),
     "fsdp4": (4, 2),
     "hsdp2x2": (4, 2, REPLICATE2),
     "tp2": (2, 8, TP2),
@@ -80,6 +79,7 @@ LAYOUTS = {
     "tp2_whole_sequence": (2, 8, TP2, WHOLE_SEQUENCE),
 }
 LONG_LAYOUTS = {
+    "fsdp2": (2, 4),
     "fsdp2xtp2_chunked_loss": (4, 4, TP2, "--loss.name=chunked_cross_entropy"),
     "op_ac_fsdp2xtp2": (4, 4, TP2, "--activation_checkpoint.mode=selective"),
     "ddp2": (2, 4, REPLICATE2, "--parallelism.data_parallel_shard_degree=1"),

@@ -26,7 +26,8 @@ JOBS = {
 @pytest.mark.parametrize(
     "name",
     [
-        *["1_process", "1_process_async", "4_processes_async"],
+        *["1_process", "4_processes_async"],
+        pytest.param("1_process_async", marks=pytest.mark.long),
         pytest.param("4_processes", marks=pytest.mark.long),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,7 +63,7 @@ class MatrixExchange:
         table = own.new_empty(self.ranks, *own.shape)
         dist.all_gather(list(table), own, group=self._group)
         # Not `Part`s: of hundreds of matrices on thousands of ranks, they would take a gigabyte.
-        self._table = table.cpu()
+        self._table = table.cpu().numpy()
         """The numbers of each `Part`: `[rank, matrix, 5]`."""
         self._index = {id(matrix): number for number, matrix in enumerate(matrices)}
 
@@ -140,7 +141,7 @@ class MatrixExchange:
         return received.split([*sizes, *idle[1]])
 
 
-def _parts(table: torch.Tensor) -> list[Part]:
+def _parts(table: np.ndarray) -> list[Part]:
     return [Part(*numbers) for numbers in table.tolist()]
 
 

@@ -116,7 +116,10 @@ def test_tensor_parallelism_need_not_divide_the_vocabulary(rank: int) -> None:
 @pytest.mark.parametrize(
     ("label", "backend"),
     # Inductor of torch 2.11 and 2.12 counts -1 from the end; ModelInputs refuses it before.
-    [(-1, "none"), (37, "none"), (-1, "eager"), (37, "eager"), (37, "inductor")],
+    [
+        *[(-1, "none"), (37, "none"), (-1, "eager"), (37, "eager")],
+        pytest.param(37, "inductor", marks=pytest.mark.long),
+    ],
 )
 def test_a_label_outside_the_vocabulary_is_an_error(label: int, backend: str) -> None:
     hidden, weight, labels = example()

@@ -105,6 +105,7 @@ def test_what_cannot_fit_is_not_the_best() -> None:
     assert found.hopeless and len(found.traced) == 1
 
 
+@pytest.mark.long
 def test_what_fits_against_the_arithmetic_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest is traced first, and says by how much the arithmetic is too high."""
     config = job("debugmodel", 4, 256)
