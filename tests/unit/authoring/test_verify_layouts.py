@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from torchtitan.authoring.verify import layouts
+from torchtitan.authoring.verify import layouts, reference
 from torchtitan.authoring.verify.check import NotApplicableError
+from torchtitan.authoring.verify.subject import Subject
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.config import load_config
 from torchtitan.errors import ConfigError
+from torchtitan.models import MODEL_REGISTRY
 
 
 class TakesPatches(torch.nn.Module):
@@ -44,3 +46,20 @@ def test_another_mistake_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with pytest.raises(ConfigError, match="no 'patches', which forward"):
         refused({"tokens": tokens, "labels": tokens}, monkeypatch)
+
+
+def test_checks_at_the_same_time_train_in_folders_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A trainer refuses a folder in which another process trains; checkpoints are shared."""
+    monkeypatch.setattr("torchtitan.train.Trainer", lambda config: config)
+    monkeypatch.setitem(MODEL_REGISTRY, "llama3", MODEL_REGISTRY["llama3"])  # the check replaces it
+    subject = Subject("llama3", "debugmodel", tmp_path)
+
+    def folder(port: str, *options: str) -> str:
+        monkeypatch.setenv("MASTER_PORT", port)
+        config: Any = reference.build_trainer(subject, *options)
+        return config.job.dump_folder
+
+    assert len({folder("1"), folder("2"), str(tmp_path)}) == 3
+    assert folder("1", "--checkpoint.enable") == folder("2", "--checkpoint.enable") == str(tmp_path)

@@ -7,6 +7,7 @@ on both. The recording of a run on one process is the reference that every layou
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -155,7 +156,10 @@ def build_trainer(subject: Subject, *options: str) -> Trainer:
     MODEL_REGISTRY[subject.name] = lambda flavor: replace(
         spec, build_dataloader_fn=build_dataloader, build_tokenizer_fn=None
     )
-    return Trainer(subject.config(*OPTIONS, *options))
+    folder = subject.folder
+    if "--checkpoint.enable" not in options:  # a folder has one run at a time, but checks do not
+        folder /= f"run-{os.environ['MASTER_PORT']}"
+    return Trainer(subject.config(*OPTIONS, f"--job.dump_folder={folder}", *options))
 
 
 def trainer_or_skip(subject: Subject, *options: str) -> Trainer:
