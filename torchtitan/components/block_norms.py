@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 
 from torchtitan.distributed.blocks import blocks_of
 from torchtitan.distributed.dtensor import local_tensor
-from torchtitan.distributed.grad_norm import clip_factor, sharding_meshes, sum_of_squares
+from torchtitan.distributed.grad_norm import clip_factor, sum_of_squares
 from torchtitan.distributed.names import canonical_name
 from torchtitan.runtime.device import device
 
@@ -32,10 +34,8 @@ class BlockNorms:
     def __init__(
         self, job_config: JobConfig, model: nn.Module, parallel_dims: ParallelDims
     ) -> None:
-        self._freq, self._max_norm = (
-            job_config.metrics.block_norm_freq,
-            job_config.training.max_norm,
-        )
+        self._freq = job_config.metrics.block_norm_freq
+        self._max_norm = job_config.training.max_norm
         self._ranks = parallel_dims.world_size // parallel_dims.pp  # that share a pipeline stage
         self._blocks = list(blocks_of(model))
         names = (self._block_of(name) for name, _ in model.named_parameters())
@@ -58,9 +58,7 @@ class BlockNorms:
         # (row, block, copies of a shard) -> the shards
         shards: dict[tuple[int, str, int], list[torch.Tensor]] = defaultdict(list)
         for name, param in (pair for part in model_parts for pair in part.named_parameters()):
-            copies = self._ranks
-            for mesh in sharding_meshes(param):
-                copies //= mesh.size()
+            copies = self._ranks // _number_of_shards(param)
             for row, tensor in enumerate((param.grad, param)):
                 if tensor is not None:
                     key = row, self._block_of(canonical_name(name)), copies
@@ -82,3 +80,10 @@ class BlockNorms:
             for kind, norms in zip(("grad_norm", "weight_norm"), rows, strict=True)
             for name, norm in zip(self._names, norms, strict=True)
         }
+
+
+def _number_of_shards(tensor: torch.Tensor) -> int:
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh, places = tensor.device_mesh, tensor.placements
+    return math.prod(mesh.size(i) for i, how in enumerate(places) if not how.is_replicate())

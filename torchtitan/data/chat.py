@@ -70,7 +70,7 @@ class ChatTemplate:
                     f"{self._name} does not render a conversation from left to right, so the "
                     f"assistant's text in message {number} (counted from 0) cannot be located"
                 )
-            if message.get("tool_calls") and self._leaves_out_calls(messages[:number], message):
+            if message.get("tool_calls") and self._without_calls(messages[: number + 1]) == spoken:
                 raise BadDocumentError(
                     f"{self._name} leaves out the tool_calls of message {number} (counted from 0). "
                     "Set data.chat_template to a template that renders them"
@@ -89,13 +89,14 @@ class ChatTemplate:
         """Return the text before the assistant's next message. Raises `BadDocumentError`."""
         return self._render(_checked(messages), prompt=True)
 
-    def _leaves_out_calls(self, before: list[dict[str, Any]], message: dict[str, Any]) -> bool:
+    def _without_calls(self, messages: list[dict[str, Any]]) -> str | None:
+        """Render the messages, the last one without its tool calls; None if this is refused."""
+        *before, message = messages
         without = {key: value for key, value in message.items() if key != "tool_calls"}
         try:
-            rendered = self._render([*before, without], prompt=False)
+            return self._render([*before, without], prompt=False)
         except BadDocumentError:  # the template needs calls, or text in their place
-            return False
-        return rendered == self._render([*before, message], prompt=False)
+            return None
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
         import jinja2

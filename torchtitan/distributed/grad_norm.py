@@ -45,7 +45,7 @@ def clip_grad_norm(
     for grad in grads:
         layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
         if layout not in meshes_of:
-            meshes_of[layout] = sharding_meshes(grad)
+            meshes_of[layout] = _sharding_meshes(grad)
         groups[meshes_of[layout]].append(local_tensor(grad))
 
     device = local_tensor(grads[0]).device
@@ -84,13 +84,13 @@ def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(norm_of_each).double().square().sum()
 
 
-def sharding_meshes(tensor: torch.Tensor) -> tuple[DeviceMesh, ...]:
-    """Return the one-dimensional meshes that `tensor` is sharded over."""
-    if not isinstance(tensor, DTensor):
+def _sharding_meshes(grad: torch.Tensor) -> tuple[DeviceMesh, ...]:
+    """Return the one-dimensional meshes that `grad` is sharded over."""
+    if not isinstance(grad, DTensor):
         return ()
-    mesh = tensor.device_mesh
+    mesh = grad.device_mesh
     return tuple(
         mesh[name]
-        for name, placement in zip(mesh.mesh_dim_names or (), tensor.placements, strict=True)
+        for name, placement in zip(mesh.mesh_dim_names or (), grad.placements, strict=True)
         if not isinstance(placement, Replicate)
     )
