@@ -40,6 +40,7 @@ from torchtitan.components.metrics import build_metrics_processor
 from torchtitan.components.model_inputs import ModelInputs
 from torchtitan.components.moe_balance import ExpertBalance
 from torchtitan.components.optimizer import check_rules, container_of, warn_of_low_precision
+from torchtitan.components.out_of_memory import add_memory_advice
 from torchtitan.components.rank_metrics import loader_metrics, loss_metrics
 from torchtitan.components.replay import Replay
 from torchtitan.components.run_folder import make_dump_folder, write_description
@@ -109,8 +110,8 @@ class Trainer:
             )
         self._closed = self.may_hang = False
         self.first_step = self.untrained = True
+        self.job_config = with_own_folder(checked(job_config))
         with self._closing_on_failure():
-            self.job_config = with_own_folder(checked(job_config))
             spec, model_args = self._check_job()
             self._join_ranks(model_args)
             self._build_on_meta(spec, model_args)
@@ -507,6 +508,7 @@ class Trainer:
         try:
             yield
         except BaseException as error:
+            add_memory_advice(error, self.job_config)
             patience = None if isinstance(error, TitanError) else _SECONDS_AFTER_A_FAILURE
             self.close(patience, failed=True)
             raise
