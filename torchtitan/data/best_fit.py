@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .order import mix, permute
-from .packing import begin_of, require_place, require_sequence
+from .packing import begin_of, require_sequence
 
 if TYPE_CHECKING:
-    from .order import ShuffledDocuments, StreamedDocuments
+    from .order import Place, ShuffledDocuments, StreamedDocuments
 
 POOL_SEQUENCES = 32
 """Sequences' worth of documents that are packed together."""
@@ -36,23 +36,16 @@ class BestFitRow:
     def __init__(
         self,
         documents: ShuffledDocuments | StreamedDocuments,
-        stride: int,
         seq_len: int,
-        document: int,
-        offset: int,
-        sequence: int,
+        place: Place,
     ) -> None:
         self._documents = documents
-        self._stride = stride
         self._seq_len = seq_len
-        self._document = document
-        self._next, self._next_origin = documents.open(document)
-        if offset == 0:
-            offset = begin_of(documents, stride, document, len(self._next))
-        require_place(document, offset, len(self._next))
-        self._offset = offset
+        self._document = place.document
+        self._next, self._next_origin = documents.open(place.document)
+        self._offset = begin_of(documents, place, len(self._next))
         self._expect_pool()
-        self._sequence = sequence
+        self._sequence = place.sequence
 
     @property
     def place(self) -> tuple[int, ...]:
@@ -64,7 +57,7 @@ class BestFitRow:
         """Documents of this row read since the place; a pool counts in proportion."""
         if not self._sequences:
             return self._begun
-        documents = (self._document - self._pool_place[0]) / self._stride
+        documents = (self._document - self._pool_place[0]) / self._documents.stride
         share = self._sequence / len(self._sequences)
         return self._begun + (documents - self._begun) * share
 
@@ -111,7 +104,7 @@ class BestFitRow:
             for piece in cut(self._next[self._offset :], self._seq_len):
                 pieces.append(piece)
                 tokens += len(piece)
-            self._document += self._stride
+            self._document += self._documents.stride
             self._offset = 0
             self._next, self._next_origin = self._documents.open(self._document)
         packed = best_fit([len(piece) for piece in pieces], self._seq_len + 1)

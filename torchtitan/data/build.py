@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -15,6 +14,7 @@ from torchtitan.errors import begin_errors_with
 from torchtitan.runtime.collective_calls import on_all_ranks
 
 from .chat import load_template
+from .encode import Encoder
 from .loader import DataLoader
 from .mixing import Blend, Phase
 from .prepared_tokens import PreparedTokens
@@ -134,22 +134,20 @@ def _build(
         source = on_all_ranks(open_checked, group)  # each checks its share of the token files
     if group is not None:
         dist.destroy_process_group(group)
-    chat_of = (data.chat_template, job_config.model.tokenizer_path)
-    load_chat = functools.cache(partial(load_template, *chat_of))
-    if data.chat_template:
-        load_chat()  # so that a bad template is found at once
+    load_chat = partial(load_template, data.chat_template, job_config.model.tokenizer_path)
+    with begin_errors_with("data.add_bos = true"):
+        encoder = Encoder(tokenizer, load_chat, data.on_error, data.add_bos)
+    if data.chat_template and encoder.chat:
+        encoder.chat()  # so that a bad template is found at once
     return DataLoader(
         source,
-        tokenizer,
+        encoder,
         seq_len=seq_len,
         local_batch_size=local_batch_size,
         document_mask=job_config.training.document_mask,
         name=name,
         packing=data.packing,
         workers=data.workers,
-        chat=load_chat,
-        on_error=data.on_error,
-        add_bos=data.add_bos,
         **batch,
     )
 

@@ -130,7 +130,7 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.add_bos = add_bos
-        self._chat = None if chat is None else functools.cache(chat)
+        self.chat = None if chat is None else functools.cache(chat)
         self.skips = on_error == "skip"
         self.skipped = 0
         """Malformed documents left out so far, counted each time they come."""
@@ -159,8 +159,8 @@ class Encoder:
                 raise document
             if isinstance(document, np.ndarray):
                 ids = _token_ids(document)
-            elif self._chat is not None and _is_conversation(document):
-                ids = self._encode_chat(self._chat(), document)
+            elif self.chat is not None and _is_conversation(document):
+                ids = self._encode_chat(self.chat(), document)
                 self.has_conversations = True
             else:
                 ids = encode_document(self.tokenizer, document, self.add_bos)

@@ -75,7 +75,7 @@ class ShuffledDocuments:
         self._source = source
         self._encode = encode
         self._seed = seed
-        self._stride = stride
+        self.stride = stride
         self.size = len(source)
         self._planned: dict[int, int] = {}  # document -> index, for the next ones of each row
         # In a small dataset, several rows have the same document open.
@@ -97,10 +97,10 @@ class ShuffledDocuments:
     def _plan(self, number: int) -> None:
         """Look up the documents of a row at once, from `number` on, at most to the epoch's end."""
         epoch, place = divmod(number, self.size)
-        places = range(place, self.size, self._stride)[:_PLANNED]
+        places = range(place, self.size, self.stride)[:_PLANNED]
         indices = permute(np.array(places), self.size, mix(self._seed, epoch)).tolist()
         for ahead, index in enumerate(indices):
-            self._planned[number + ahead * self._stride] = index
+            self._planned[number + ahead * self.stride] = index
 
 
 class StreamedDocuments:
@@ -133,7 +133,7 @@ class StreamedDocuments:
         first: Iterable[tuple[int, Origin]],
     ) -> None:
         self._encode = encode
-        self._stride = stride
+        self.stride = stride
         self._lock = threading.Lock()
         self._begins = [lane * stride // lanes for lane in range(lanes + 1)]
         """The first row of each lane, and the number of rows."""
@@ -155,7 +155,7 @@ class StreamedDocuments:
 
     def _in_lane(self, number: int) -> tuple[int, int]:
         """Return the lane of document `number`, and its number in the lane."""
-        turn, row = divmod(number, self._stride)
+        turn, row = divmod(number, self.stride)
         lane = bisect.bisect_right(self._begins, row) - 1
         return lane, turn * self._width(lane) + row - self._begins[lane]
 

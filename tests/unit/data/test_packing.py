@@ -9,7 +9,7 @@ import torch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.data.encode import encode_document
-from torchtitan.data.order import Origin, ShuffledDocuments
+from torchtitan.data.order import Origin, Place, ShuffledDocuments
 from torchtitan.data.packing import Row, to_batch
 from torchtitan.errors import DataError
 
@@ -21,8 +21,9 @@ class Documents:
 
     size = None
 
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(self, lengths: list[int], stride: int = 1) -> None:
         self._lengths = lengths
+        self.stride = stride
 
     def open(self, number: int) -> tuple[np.ndarray, Origin]:
         return 100 * number + np.arange(self._lengths[number]), Origin(number, 7)
@@ -58,7 +59,7 @@ def test_text_that_is_not_unicode_is_refused() -> None:
 
 
 def test_a_row_takes_every_stride_th_document() -> None:
-    row = Row(Documents([2, 9, 3, 9, 4]), stride=2, document=0, offset=0)
+    row = Row(Documents([2, 9, 3, 9, 4], stride=2), Place(0))
     tokens, positions, document_ids = sequence(row, 7)
     assert tokens == [0, 1, 200, 201, 202, 400, 401, 402]
     assert positions == [0, 1, 0, 1, 2, 0, 1, 2]
@@ -67,33 +68,33 @@ def test_a_row_takes_every_stride_th_document() -> None:
 
 
 def test_a_document_longer_than_a_sequence_goes_on_in_the_next_one() -> None:
-    row = Row(Documents([10]), stride=1, document=0, offset=0)
+    row = Row(Documents([10]), Place(0))
     assert sequence(row, 4) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0] * 5)
     assert sequence(row, 4) == ([4, 5, 6, 7, 8], [0, 1, 2, 3, 4], [0] * 5)
 
 
 def test_empty_documents_are_passed_over() -> None:
-    row = Row(Documents([0, 0, 2, 0, 2]), stride=1, document=0, offset=0)
+    row = Row(Documents([0, 0, 2, 0, 2]), Place(0))
     assert sequence(row, 3)[0] == [200, 201, 400, 401]
 
 
 def test_rows_that_share_a_document_begin_at_even_distances() -> None:
-    documents = ShuffledDocuments(["x"], lambda text: np.arange(100), seed=0)
-    rows = [Row(documents, stride=4, document=row, offset=0) for row in range(4)]
+    documents = ShuffledDocuments(["x"], lambda text: np.arange(100), seed=0, stride=4)
+    rows = [Row(documents, Place(row)) for row in range(4)]
     assert [row.place[1] for row in rows] == [0, 25, 50, 75]
-    resumed = Row(documents, stride=4, document=4, offset=0)  # where its second one begins
+    resumed = Row(documents, Place(4))  # where its second one begins
     assert resumed.place[1] == 0
 
 
 def test_a_place_beyond_the_document_is_refused() -> None:
-    Row(Documents([5]), stride=1, document=0, offset=4)
+    Row(Documents([5]), Place(0, 4))
     with pytest.raises(DataError, match=r"token 5 of document 0.*5 tokens.*has changed"):
-        Row(Documents([5]), stride=1, document=0, offset=5)
+        Row(Documents([5]), Place(0, 5))
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_a_batch_predicts_the_next_token_of_each_row(document_mask: bool) -> None:
-    rows = [Row(Documents([3, 9, 9]), stride=2, document=row, offset=0) for row in range(2)]
+    rows = [Row(Documents([3, 9, 9], stride=2), Place(row)) for row in range(2)]
     arrays = np.empty((3, len(rows), 4 + 1), dtype=np.int64)
     for row, *out in zip(rows, *arrays, strict=True):
         row.fill(*out)
