@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .order import mix, permute
-from .packing import begin_of, require_sequence
+from .packing import begin_of, no_such_place
 
 if TYPE_CHECKING:
-    from .order import Place, ShuffledDocuments, StreamedDocuments
+    from .order import Documents, Place
 
 POOL_SEQUENCES = 32
 """Sequences' worth of documents that are packed together."""
@@ -33,12 +33,7 @@ class BestFitRow:
         DataError: the place does not exist, because the dataset is not the one it was saved with.
     """
 
-    def __init__(
-        self,
-        documents: ShuffledDocuments | StreamedDocuments,
-        seq_len: int,
-        place: Place,
-    ) -> None:
+    def __init__(self, documents: Documents, seq_len: int, place: Place) -> None:
         self._documents = documents
         self._seq_len = seq_len
         self._document = place.document
@@ -70,7 +65,11 @@ class BestFitRow:
         """
         if not self._sequences:
             self._open_pool()
-            require_sequence(self._pool_place[0], self._sequence, len(self._sequences))
+            if self._sequence >= len(self._sequences):
+                raise no_such_place(
+                    f"sequence {self._sequence} of those packed from document "
+                    f"{self._pool_place[0]} on, but there are only {len(self._sequences)}"
+                )
         filled = 0
         pieces = self._sequences[self._sequence]
         for count, piece in enumerate(pieces):

@@ -226,12 +226,7 @@ def first_document(source: Source, encoder: Encoder) -> object | None:
     Raises:
         DataError: a document before it cannot be read, or documents are rows of fields.
     """
-    documents: Iterable[object]
-    if has_random_access(source):
-        documents = map(partial(take, source), range(len(source)))
-    else:
-        documents = source
-    for document in documents:
+    for document in documents_of(source):
         if isinstance(document, BadDocumentError):
             if not encoder.skips:
                 raise document
@@ -240,6 +235,13 @@ def first_document(source: Source, encoder: Encoder) -> object | None:
         elif not hasattr(document, "__len__") or len(document):
             return document
     return None
+
+
+def documents_of(source: Source) -> Iterable[object]:
+    """Return the documents in their order; a malformed one is a `BadDocumentError`."""
+    if has_random_access(source):
+        return map(partial(take, source), range(len(source)))
+    return source
 
 
 def take(source: RandomAccess, index: int) -> object:

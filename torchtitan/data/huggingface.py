@@ -21,8 +21,9 @@ from torchtitan.errors import (
     disk_is_full,
     outage_or,
 )
+from torchtitan.tools.text import is_url
 
-from .files import is_url, open_file, unpacked
+from .files import open_file, unpacked
 from .json_lines import check_first_line
 from .rows import check_key, document_of, read_line
 

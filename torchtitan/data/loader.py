@@ -18,6 +18,7 @@ from .collect import Batch, Counts, Sequence, collect, naming, read_rows
 from .encode import Encoder, first_document, sample_of
 from .mixing import Blend, Mixture, Phase, Steps
 from .order import (
+    Documents,
     Place,
     ShuffledDocuments,
     StreamedDocuments,
@@ -324,7 +325,7 @@ class DataLoader:
     ) -> list[Row | BestFitRow]:
         """Open the rows of this rank in one source."""
         stride = self.global_batch_size
-        documents: ShuffledDocuments | StreamedDocuments
+        documents: Documents
         if has_random_access(source):
             documents = ShuffledDocuments(source, self._encoder, self._seed, stride)
         else:

@@ -163,6 +163,9 @@ class StreamedDocuments:
         return self._begins[lane + 1] - self._begins[lane]
 
 
+Documents = ShuffledDocuments | StreamedDocuments
+
+
 def count_lanes(shards: int, rows: int) -> int:
     """Return the number of lanes into which a new run divides the rows of a batch."""
     most = min(shards // _SHARDS_PER_LANE, rows // _ROWS_PER_LANE)

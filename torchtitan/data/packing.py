@@ -11,7 +11,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.errors import DataError
 
 if TYPE_CHECKING:
-    from .order import Place, ShuffledDocuments, StreamedDocuments
+    from .order import Documents, Place
 
 
 class Row:
@@ -28,7 +28,7 @@ class Row:
         DataError: the place does not exist, because the dataset is not the one it was saved with.
     """
 
-    def __init__(self, documents: ShuffledDocuments | StreamedDocuments, place: Place) -> None:
+    def __init__(self, documents: Documents, place: Place) -> None:
         self._documents = documents
         self._document = place.document
         self._tokens, self._origin = documents.open(place.document)
@@ -69,16 +69,7 @@ class Row:
         return 0
 
 
-def require_sequence(document: int, sequence: int, sequences: int) -> None:
-    """Raise `DataError` if a saved pool of documents no longer has such a sequence."""
-    if sequence >= sequences:
-        raise _no_such_place(
-            f"sequence {sequence} of those packed from document {document} on, but there are only "
-            f"{sequences}"
-        )
-
-
-def _no_such_place(what: str) -> DataError:
+def no_such_place(what: str) -> DataError:
     return DataError(
         f"the checkpoint is at {what}: the dataset or the tokenizer has changed. Restore it, or "
         'set checkpoint.exclude_from_loading = ["dataloader"] to restart the data from the '
@@ -86,7 +77,7 @@ def _no_such_place(what: str) -> DataError:
     )
 
 
-def begin_of(documents: ShuffledDocuments | StreamedDocuments, place: Place, length: int) -> int:
+def begin_of(documents: Documents, place: Place, length: int) -> int:
     """Return the token at which a row goes on in the document of `place`: see `Row`.
 
     Raises:
@@ -96,7 +87,7 @@ def begin_of(documents: ShuffledDocuments | StreamedDocuments, place: Place, len
     if offset == 0 and documents.size is not None and document < documents.stride:
         return length * (document - document % documents.size) // documents.stride
     if offset > 0 and offset >= length:
-        raise _no_such_place(
+        raise no_such_place(
             f"token {offset} of document {document}, but the document has {length} tokens"
         )
     return offset

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 from torchtitan.data import huggingface
 from torchtitan.errors import BadDocumentError, ConfigError, DataError, did_you_mean
+from torchtitan.tools.text import is_url
 
-from .files import file_size, find_files, is_url, line_number, open_file, reading
+from .files import file_size, find_files, line_number, open_file, reading
 from .json_lines import JsonLines, JsonLineStream, is_array
 from .token_files import open_token_files
 

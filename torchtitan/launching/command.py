@@ -16,6 +16,7 @@ from torchtitan.config.toml_file import TomlFile
 from torchtitan.errors import ConfigError, WorldSizeError
 from torchtitan.tools.options import split_overrides
 from torchtitan.tools.result_file import require_folder, write_result
+from torchtitan.tools.text import is_url
 
 from . import kubernetes, skypilot, slurm, ssh
 from .job import LaunchJob, job_name
@@ -138,7 +139,6 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
 def _checkpoints(config: JobConfig) -> str | None:
     # These import torch, which help and wrong options do not need.
     from torchtitan.components.checkpoint.folder import checkpoint_root
-    from torchtitan.components.checkpoint.storage import is_url
     from torchtitan.components.fault_tolerance import with_own_folder
 
     if not config.checkpoint.enable or is_url(config.checkpoint.folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from torchtitan.errors import ConfigError
+from torchtitan.tools.text import is_url
 
 from .job import LaunchJob
 
@@ -51,7 +52,7 @@ def check_storage(job: LaunchJob) -> str:
     mount = mount_with(folder, job)
     if mount and options.skypilot:
         source, path = mount
-        bucket = source if "://" in source else "s3://BUCKET"
+        bucket = source if is_url(source) else "s3://BUCKET"
         raise ConfigError(
             f"--mount {source}:{path}: checkpoints would be saved under it, in {folder}, and "
             "never reach the bucket, because SkyPilot copies to the hosts but not back. Save them "

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchtitan.components import Loss, build_loss
 from torchtitan.components.loss import IGNORE_INDEX, count_labels
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.data.encode import encode_document
-from torchtitan.data.sources import Source, has_random_access
+from torchtitan.data.encode import documents_of, encode_document
+from torchtitan.data.sources import Source
 from torchtitan.errors import CheckpointError, DataError
 from torchtitan.generation import cache
 from torchtitan.generation.generator import Generator
@@ -82,7 +82,8 @@ class TokenStream:
             DataError: the dataset holds no text, or something other than text.
         """
         pending = [] if self._add_bos else [first_token(self._tokenizer)]
-        for text in self._texts():
+        text: Any
+        for text in documents_of(self._source):
             if isinstance(text, list | np.ndarray):
                 kind = "a conversation" if isinstance(text, list) else "an array of token ids"
                 raise DataError(f"a document of the dataset is {kind}, but eval measures texts")
@@ -114,12 +115,6 @@ class TokenStream:
         """Return the part of a text that its first tokens cover, without a cut character."""
         part = self._tokenizer.decode([token for token in tokens if token >= 0]).rstrip("\ufffd")
         return part if len(part) < len(text) else text
-
-    def _texts(self) -> Iterator[Any]:
-        source = self._source
-        if has_random_access(source):
-            return (source[i] for i in range(len(source)))
-        return iter(source)
 
 
 @torch.no_grad()
