@@ -83,12 +83,8 @@ class Options(ModelOptions):
     """Write one JSON object per text to this file: prompt, text, tokens, finish_reason."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan generate`; return the exit code.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: the user made a mistake.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan generate`; return the exit code."""
     options = tyro.cli(Options, args=argv, prog="torchtitan generate", description=DESCRIPTION)
     init_logger()
     require_at_least_one(options, "max_new_tokens", "num_samples", "batch_size")

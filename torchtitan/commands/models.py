@@ -41,12 +41,8 @@ class ModelSize:
     """Forward and backward pass in training."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan models`; return the exit code.
-
-    Raises:
-        ConfigError: an unknown model, or a custom import that fails.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan models`; return the exit code."""
     description = "List models, their flavors and sizes."
     options = tyro.cli(Options, args=argv, prog="torchtitan models", description=description)
     require_at_least_one(options, "seq_len")

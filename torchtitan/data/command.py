@@ -42,12 +42,8 @@ class Batch:
 ACTIONS = {"prepare": Prepare, "inspect": Inspect, "batch": Batch}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan data`; return the exit code.
-
-    Raises:
-        TitanError: an option, the data or the tokenizer is wrong.
-    """
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan data`; return the exit code."""
     options = parse_action(ACTIONS, argv, "torchtitan data", DESCRIPTION)
     init_logger()
     allow_open_files()  # the data may consist of thousands of memory-mapped files

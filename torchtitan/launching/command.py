@@ -46,14 +46,8 @@ _LONGEST = 120_000
 """Linux allows 128 KiB for an argument, which has the rest of the host's script, too."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan launch`; return the exit code.
-
-    Raises:
-        ConfigError: an argument or the config is wrong, the job cannot run on this many ranks, or
-            the tool that submits is not installed.
-    """
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan launch`; return the exit code."""
     own, overrides = split_overrides(argv)
     options = tyro.cli(Options, args=own, prog="torchtitan launch", description=DESCRIPTION)
     check(options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -71,13 +70,8 @@ class Options:
     """Folder for verdict.json, table.md, report.html, curves.png and the new runs."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the arguments after `torchtitan converge`; return the exit code.
-
-    Raises:
-        ConfigError: an argument or a config is wrong, or the runs cannot be compared.
-    """
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> int:
+    """Run the command with the arguments after `torchtitan converge`; return the exit code."""
     own, overrides = split_overrides(argv)
     options = tyro.cli(Options, args=own, prog="torchtitan converge", description=DESCRIPTION)
     if not options.tests:
