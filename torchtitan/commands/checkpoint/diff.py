@@ -121,50 +121,36 @@ def diff(first: str, second: str) -> int:
     if fields:
         rows = [[name, _text(was), _text(now)] for name, was, now in fields]
         print_table(["field", str(a.folder), str(b.folder)], rows, left=3)
-    keys = sorted(a.entries.keys() | b.entries.keys(), key=natural_order)
-    in_both = _parts(a) & _parts(b)
-    rows, equal = _parts_of_one(a, b), 0
-    for key in keys:
-        if _part(key) not in in_both:
-            continue
-        row = _compare(key, a, b)
-        if row is None:
-            equal += 1
-        else:
-            rows.append([key, *row])
+    rows = _only_in_one(a, b)
+    in_both = sorted(a.entries.keys() & b.entries.keys(), key=natural_order)
+    changed = [[key, *row] for key in in_both if (row := _compare(key, a, b))]
+    rows += changed
     if rows:
         header = ["tensor", "difference", "largest absolute", "relative to the largest value"]
         print_table(header, rows, left=2)
-    sys.stdout.write(
-        f"{equal} entries are equal, {len(keys) - equal} differ; fields: {len(fields)} differ\n"
-    )
+    equal = len(in_both) - len(changed)
+    differ = len(a.entries.keys() | b.entries.keys()) - equal
+    sys.stdout.write(f"{equal} entries are equal, {differ} differ; fields: {len(fields)} differ\n")
     return 1 if rows or fields else 0
 
 
-def _part(key: str) -> str:
-    return key.partition(".")[0]
-
-
-def _parts(side: Side) -> set[str]:
-    return {_part(key) for key in side.entries}
-
-
-def _parts_of_one(a: Side, b: Side) -> list[list[str]]:
-    """Return a row for each part, such as the optimizer, that only one checkpoint has."""
+def _only_in_one(a: Side, b: Side) -> list[list[str]]:
+    """Return a row for each entry, or whole part such as the optimizer, that one of them lacks."""
     rows = []
     for side, other in ((a, b), (b, a)):
-        for part in sorted(_parts(side) - _parts(other)):
-            keys = [key for key in side.entries if _part(key) == part]
-            name = keys[0] if len(keys) == 1 else f"{part}.* ({len(keys)} entries)"
+        parts = {key.partition(".")[0] for key in other.entries}
+        groups: dict[str, list[str]] = {}
+        for key in sorted(side.entries.keys() - other.entries.keys(), key=natural_order):
+            part = key.partition(".")[0]
+            groups.setdefault(key if part in parts else f"{part}.*", []).append(key)
+        for group, keys in groups.items():
+            name = keys[0] if len(keys) == 1 else f"{group} ({len(keys)} entries)"
             rows.append([name, f"only in {side.folder}", "", ""])
     return rows
 
 
 def _compare(key: str, a: Side, b: Side) -> list[str] | None:
     """Return the cells of a row after the name; None if there is no difference."""
-    for side, other in ((a, b), (b, a)):
-        if key not in side.entries:
-            return [f"only in {other.folder}", "", ""]
     x, y = a.entries[key], b.entries[key]
     tensors = [isinstance(entry, TensorStorageMetadata) for entry in (x, y)]
     if not any(tensors):
