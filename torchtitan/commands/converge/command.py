@@ -17,7 +17,7 @@ from torchtitan.tools.logging import init_logger
 from torchtitan.tools.options import flag, shown_as, split_overrides
 
 from .compare import Outcome, judge
-from .curves import no_curves, read_curves, read_skipped
+from .curves import METRICS, read_curves, read_skipped
 from .launch import launch
 from .match import check_match, warn_of_repeats
 from .page import write_page
@@ -124,7 +124,7 @@ def _run_all(runs: list[Run]) -> list[Outcome]:
         if run.finished:
             outcomes.append(_outcome(run))
         elif outcomes and outcomes[0].problems():
-            outcomes.append(Outcome(run, no_curves(), "not started"))
+            outcomes.append(Outcome(run, {name: {} for name in METRICS}, "not started"))
         else:
             outcomes.append(_outcome(run, launch(run)))
     return outcomes
