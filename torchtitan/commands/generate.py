@@ -114,9 +114,6 @@ def render_chats(source: CheckpointSource, prompts: list[Any]) -> list[str]:
 
     Args:
         prompts: a user's message each, or lists of messages.
-
-    Raises:
-        DataError: the template cannot be read, or refuses a conversation.
     """
     config = source.job_config
     path = config.data.chat_template, config.model.tokenizer_path
@@ -133,11 +130,7 @@ def render_chats(source: CheckpointSource, prompts: list[Any]) -> list[str]:
 
 
 def read_prompts(options: Options) -> list[Any]:
-    """Read the texts, or lists of messages, of `--prompt` and `--prompt-file`.
-
-    Raises:
-        ConfigError, DataError: there are none, or one cannot be read.
-    """
+    """Read the texts, or lists of messages, of `--prompt` and `--prompt-file`."""
     texts = list(options.prompt)
     if options.prompt_file is not None:
         path = Path(options.prompt_file)

@@ -57,11 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 def model_sizes(name: str, seq_len: int) -> dict[str, tuple[int, int]]:
-    """Return flavor -> parameters, and FLOPs to train on a token, as in `get_nparams_and_flops`.
-
-    Raises:
-        ConfigError: the model cannot be imported.
-    """
+    """Return flavor -> parameters, and FLOPs to train on a token, as in `get_nparams_and_flops`."""
     if isinstance(broken := MODEL_REGISTRY[name], BrokenModel):
         raise ConfigError(broken.problem)
     args = {flavor: get_train_spec(name, flavor).model_args for flavor in model_flavors(name)}

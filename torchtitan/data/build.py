@@ -35,12 +35,7 @@ or copies tables to its cache, which the other hosts did long ago; some have no 
 def build_dataloader(
     job_config: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int
 ) -> DataLoader:
-    """Build the training data loader of one data rank.
-
-    Raises:
-        ConfigError: the dataset is unknown, or the batch sizes do not fit the ranks.
-        DataError: the data is missing, empty or malformed.
-    """
+    """Build the training data loader of one data rank."""
     global_batch_size, _ = resolve_batch(job_config, dp_world_size)
     data, training = job_config.data, job_config.training
     name, open_source = f"training.dataset = {training.dataset!r}", opener(training)
@@ -75,10 +70,6 @@ def build_validation_dataloader(
     the same rows on every layout and for every `debug.seed`. If the number of rows is not divisible
     by the ranks' passes, the last rows have no labels, since all ranks must run the model equally
     often.
-
-    Raises:
-        ConfigError: the dataset is unknown.
-        DataError: the data is missing, empty or malformed.
     """
     validation = job_config.validation
     size = validation.local_batch_size or UNSET_VALIDATION_BATCH

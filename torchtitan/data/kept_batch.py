@@ -73,9 +73,6 @@ def show_batch(folder: Path, tokenizer_path: str | None = None, characters: int 
     Args:
         tokenizer_path: None for the tokenizer of the run.
         characters: the most to show of a row.
-
-    Raises:
-        TitanError: the folder holds no batch, or the tokenizer is missing.
     """
     from torchtitan.components.loss import IGNORE_INDEX
 

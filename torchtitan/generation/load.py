@@ -131,13 +131,7 @@ class LoadedModel:
 
 
 def open_source(options: ModelOptions) -> CheckpointSource:
-    """Determine the folder's contents, and check that model, tokenizer and layout fit together.
-
-    Raises:
-        CheckpointError: the folder is missing, no checkpoint, or of an unknown model.
-        ConfigError: an unknown model, or an option that does not fit.
-        DataError: the tokenizer cannot be loaded.
-    """
+    """Determine the folder's contents, and check that model, tokenizer and layout fit together."""
     load_plugins(options.custom_import)
     folder = _checkpoint_folder(options.checkpoint)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
@@ -205,9 +199,6 @@ def load_model(source: CheckpointSource) -> LoadedModel:
     """Build the model, spread it over the ranks, and read its weights.
 
     With more than one rank, they must have joined a process group.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or keys or shapes do not fit the model.
     """
     config, spec = source.job_config, source.spec
     dims = ParallelDims.from_config(config.parallelism, world_size())

@@ -24,11 +24,7 @@ from torchtitan.tools.multiples import divisors, nearest_multiples
 
 
 def check_layout(job_config: JobConfig, world_size: int) -> None:
-    """Check the degrees of parallelism against the processes, batch, sequence and model.
-
-    Raises:
-        ConfigError: they do not fit; the message names the nearest values that do.
-    """
+    """Check the degrees of parallelism against the processes, batch, sequence and model."""
     degrees = {key: getattr(job_config.parallelism, key) for key in CONFIG_KEYS.values()}
     try:
         dims = ParallelDims.from_config(job_config.parallelism, world_size)

@@ -41,9 +41,6 @@ def validate(job_config: JobConfig, world_size: int) -> None:
     """Check the rules between sections for a run of `world_size` processes.
 
     Do custom imports first, as they may register datasets.
-
-    Raises:
-        ConfigError: a rule is broken.
     """
     check_layout(job_config, world_size)
     _check_datasets(job_config)

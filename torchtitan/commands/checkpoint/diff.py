@@ -105,11 +105,7 @@ class Side:
 
 
 def diff(first: str, second: str) -> int:
-    """Print the differences of two checkpoints. Return 0 if there are none, else 1.
-
-    Raises:
-        CheckpointError: one is no checkpoint or is damaged, or their formats differ.
-    """
+    """Print the differences of two checkpoints. Return 0 if there are none, else 1."""
     a, b = Side(first), Side(second)
     if a.is_hf != b.is_hf:
         ours, hf = (b, a) if a.is_hf else (a, b)

@@ -20,11 +20,7 @@ def root_of(path: StoragePath) -> StoragePath | None:
 
 
 def checkpoints_of(location: str) -> list[StoragePath]:
-    """Return the checkpoint at a location (ours or a Hugging Face folder), or those of a run.
-
-    Raises:
-        CheckpointError: there is no checkpoint.
-    """
+    """Return the checkpoint at a location (ours or a Hugging Face folder), or those of a run."""
     path = storage_path(location)
     root = root_of(path)
     if root is not None:

@@ -107,9 +107,6 @@ def prune(location: str, keep: int, keep_every: int, dry_run: bool) -> None:
     Those of every `keep_every` steps stay, too, if that is not 0.
 
     The files of the checkpoints that stay are read: one with wrong checksums is not counted.
-
-    Raises:
-        CheckpointError: the location is no run, or a checkpoint cannot be deleted.
     """
     root = root_of(storage_path(location))
     if root is None:

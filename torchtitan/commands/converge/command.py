@@ -91,9 +91,6 @@ def converge(options: Options, overrides: list[str], command: str) -> Result:
     Args:
         overrides: options of `torchtitan train` for every job.
         command: the user's command line, for the report.
-
-    Raises:
-        ConfigError: as in `main`.
     """
     out = Path(options.out)
     arguments = [options.control, *options.tests]

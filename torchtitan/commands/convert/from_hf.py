@@ -43,10 +43,6 @@ def convert_from_hf(
     Args:
         dtype: of floating-point tensors, with the exceptions of `dtype_of_copy`; None: as in the
             files.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, `out`
-            exists or cannot be written.
     """
     adapter = known.adapter(folder)
     metadata = read_safetensors_metadata(folder)

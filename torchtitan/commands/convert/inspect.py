@@ -23,11 +23,7 @@ from torchtitan.tools.text import human_bytes, natural_order
 
 
 def show(folder: Path) -> None:
-    """Print the contents of a checkpoint of ours or a Hugging Face folder; no tensor is read.
-
-    Raises:
-        CheckpointError: the folder is neither, or a file is missing or damaged.
-    """
+    """Print the contents of a checkpoint of ours or a Hugging Face folder; no tensor is read."""
     kind, model, metadata = _contents(folder)
     files: dict[str, set[str]] = {}
     for index, at in metadata.storage_data.items():

@@ -64,11 +64,6 @@ def convert_to_hf(
 
     Returns:
         Bytes of all tensors.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, keys or shapes do not fit the model, Hugging
-            Face cannot express it, `out` exists or cannot be written.
-        ConfigError: `tokenizer` has more tokens than the model.
     """
     refuse_existing(out)
     checkpoint = OpenCheckpoint.open(folder, None)

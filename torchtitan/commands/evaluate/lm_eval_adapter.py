@@ -188,9 +188,6 @@ def run_tasks(
 
     Returns:
         The result of `lm_eval.simple_evaluate`: `results` has the metrics of each task.
-
-    Raises:
-        ConfigError: the package is missing, or there is no such task.
     """
     require_lm_eval()
     import lm_eval

@@ -135,10 +135,6 @@ def evaluate(
         seq_len: tokens in a sequence; the model sees none from before it.
         batch_size: sequences in one forward pass.
         add_bos: bos begins each document. None: use `CheckpointSource.add_bos`.
-
-    Raises:
-        CheckpointError: the loss is not finite.
-        DataError: see `TokenStream.sequences`.
     """
     dims = loaded.parallel_dims
     rank = dims.world_mesh["dp"].get_local_rank() if dims.world_size > 1 else 0

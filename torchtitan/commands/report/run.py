@@ -130,11 +130,7 @@ class Run:
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read run folders; a run may still be writing.
-
-    Raises:
-        ConfigError: one is not a run's folder, or a file in it is damaged.
-    """
+    """Read run folders; a run may still be writing."""
     return [
         _read_run(name, Path(argument))
         for name, argument in zip(_names(arguments), arguments, strict=True)
