@@ -75,18 +75,6 @@ class RanksFailedError(RuntimeError):
         super().__init__(f"{len(failures)} of {world_size} ranks failed\n\n{shown}")
 
 
-def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0
-) -> list[Any]:
-    """Run `function(*args)` on each of `world_size` new ranks, and return their results by rank.
-
-    Raises:
-        RanksFailedError: some ranks failed; raised after `timeout` seconds at the latest.
-    """
-    with Ranks(function, world_size, *args) as ranks:
-        return ranks.wait(timeout)
-
-
 class Ranks:
     """Processes that each call `function(*args)` as one rank of a world of their own.
 
