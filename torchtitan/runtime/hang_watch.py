@@ -267,14 +267,9 @@ def _enumerate(items: list[str]) -> str:
 
 def _flight_record() -> bytes | None:
     """Return PyTorch's record of the last collectives, a pickle; None if it keeps none."""
-    names = ["_dump_fr_trace"]
-    if torch.cuda.is_available():
-        names.insert(0, "_dump_nccl_trace")
-    for name in names:
-        dump = getattr(torch._C._distributed_c10d, name, None)
-        if dump is not None:
-            return dump()
-    return None
+    name = "_dump_nccl_trace" if torch.cuda.is_available() else "_dump_fr_trace"
+    dump = getattr(torch._C._distributed_c10d, name, None)
+    return None if dump is None else dump()
 
 
 def _log(message: str) -> None:

@@ -37,10 +37,9 @@ from torchtitan.components.run_folder import CONFIG_FILE
 from torchtitan.components.tokenizer import open_tokenizer
 from torchtitan.config import load_config
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.errors import ConfigError
 from torchtitan.models.plugins import load_plugins
 from torchtitan.models.which_model import KnownModel
-from torchtitan.preflight.model_fit import fits_vocabulary
+from torchtitan.preflight.model_fit import require_vocabulary
 from torchtitan.protocols.model_converter import convert_to_load
 
 from .output import new_folder, refuse_existing, with_progress
@@ -137,7 +136,9 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     tokenizer = described.get("tokenizer", "") if tokenizer is None else tokenizer
     like = () if tokenizer in ("", "bytes") else (Path(tokenizer).expanduser(),)
     if told or any((folder / "tokenizer.json").is_file() for folder in like):
-        _check_tokenizer(checkpoint, known, tokenizer)
+        opened = open_tokenizer(tokenizer)
+        require_vocabulary(opened, known.args, tokenizer, str(known))
+        warn_of_change(checkpoint.folder, described, opened)
     own = described.get("own_tokenizer", {}) if not tokenizer else {}
     assets = ExportAssets(
         tokenizer if reads_texts else "",
@@ -158,16 +159,6 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
         conversations=conversations,
         add_bos=bool(data.get("add_bos", False)),
     )
-
-
-def _check_tokenizer(checkpoint: OpenCheckpoint, known: KnownModel, path: str) -> None:
-    tokenizer, size = open_tokenizer(path), getattr(known.args, "vocab_size", None)
-    if not fits_vocabulary(tokenizer, size, path):
-        raise ConfigError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, but the vocabulary of the "
-            f"model {known} has only {size}. Give its own: --tokenizer"
-        )
-    warn_of_change(checkpoint.folder, checkpoint.manifest.model, tokenizer)
 
 
 def _stream(
