@@ -130,12 +130,7 @@ def cut(tokens: np.ndarray, seq_len: int) -> list[np.ndarray]:
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     """Assign items to bins: longest first, each into the fullest bin that has room.
 
-    Args:
-        lengths: of the items, none above `capacity`.
-        capacity: of a bin.
-
-    Returns:
-        The item numbers of each bin, ascending.
+    No item is longer than `capacity`. Returns the item numbers of each bin, ascending.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, bin), ascending

@@ -172,8 +172,6 @@ def ends_of(path: str, value: int, dtype: str = "uint8", start: int = 0) -> np.n
     memory-mapped, so that it costs neither time nor memory later.
 
     Args:
-        path: the file.
-        value: terminator of a piece.
         dtype: of the file's items.
         start: byte at which the items begin.
 

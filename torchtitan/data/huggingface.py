@@ -32,14 +32,7 @@ if TYPE_CHECKING:
 
 
 class Table:
-    """Random access to the text column of a memory-mapped `datasets.Dataset`.
-
-    Args:
-        dataset: the rows.
-        text_key: column that holds the text.
-        name: origin of the rows, for errors.
-        files: the same, as paths or URLs.
-    """
+    """Random access to the text column of a memory-mapped `datasets.Dataset`."""
 
     def __init__(
         self, dataset: datasets.Dataset, text_key: str, name: str, files: list[str]
@@ -67,9 +60,6 @@ class Stream:
     A row without text is yielded as a `BadDocumentError`, for the reader to raise or to skip.
 
     Args:
-        dataset: the rows.
-        text_key: field that holds the text.
-        name: of the dataset, for errors.
         find_files: returns the paths of a local copy's files.
     """
 
@@ -122,10 +112,6 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     Args:
         kind: `json` (arrays), `parquet` or `arrow`.
         files: paths or URLs; `json` files may be compressed.
-        text_key: field that holds the text.
-
-    Raises:
-        DataError: a file is malformed, or the text is not under `text_key`.
     """
     import datasets
 
@@ -220,11 +206,7 @@ def _parquet_options(files: list[str], text_key: str) -> dict[str, Any]:
 
 
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
-    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped.
-
-    Raises:
-        DataError: the folder is damaged, has no such split, or the text is not under `text_key`.
-    """
+    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
     import datasets
 
     try:
@@ -250,9 +232,7 @@ def open_stream(
     Args:
         repository: its name on the hub.
         config: its configuration (subset), None for the default one.
-        split: its split.
         path: a local folder, or another repository, to read instead.
-        text_key: field that holds the text.
 
     Raises:
         DataError: there is no such dataset, or `path` cannot be opened.

@@ -19,10 +19,6 @@ class JsonLines:
 
     A blank line is an empty document.
 
-    Args:
-        files: paths.
-        text_key: field that holds the text, or the messages of a conversation.
-
     Raises:
         DataError: a file cannot be read, all are empty, or the first object lacks `text_key`.
             Taking a document raises `BadDocumentError` if its line is not such an object.

@@ -56,12 +56,9 @@ class DataLoader:
     Args:
         source: documents, of either kind described in `sources`, or several sources to mix.
         encoder: encodes them; it counts what this loader reads.
-        seq_len: tokens in a sequence.
         local_batch_size: sequences in a micro-batch.
         global_batch_size: sequences in a step of all ranks; a multiple of `local_batch_size *
             dp_world_size`, unless `pad` is set.
-        dp_rank: number of this data rank.
-        dp_world_size: data ranks.
         seed: seed of the order of documents.
         document_mask: predict nothing across the end of a document.
         pad: round the rows of a step up to such a multiple, with rows whose labels are all

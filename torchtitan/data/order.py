@@ -65,8 +65,6 @@ class ShuffledDocuments:
     """Documents of a random-access source; document `n` belongs to epoch `n // len(source)`.
 
     Args:
-        source: the documents.
-        encode: document -> ids.
         seed: seed of the order; each epoch has its own permutation.
         stride: distance between successive documents of a row.
     """
@@ -115,8 +113,6 @@ class StreamedDocuments:
     memory; others are skipped before they are tokenized.
 
     Args:
-        source: the documents, in order.
-        encode: document -> ids.
         stride: number of rows of the global batch; row `b` takes documents `b`, `b + stride`, ...
         lanes: see `count_lanes`.
         first: for each row of this rank, the first document that it will request, and its origin.
@@ -258,9 +254,6 @@ def epochs(
     A sequential source, whose size is unknown, is counted in whole shards.
 
     Args:
-        source: the documents.
-        stride: rows.
-        lanes: number of lanes of a sequential source.
         place: of the row; it has taken a document in each turn before.
         read: documents that the row has read since `place`; mostly a part of the first one.
     """

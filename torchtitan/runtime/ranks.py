@@ -66,7 +66,6 @@ class RanksFailedError(RuntimeError):
 
     Args:
         failures: in the order in which they were noticed; ranks that had to be stopped come last.
-        world_size: number of all ranks.
     """
 
     def __init__(self, failures: list[RankFailure], world_size: int) -> None:
@@ -83,7 +82,6 @@ class Ranks:
 
     Args:
         function: of a module, so that it can be pickled; `args` and results must be picklable.
-        world_size: number of ranks.
         env: environment of the ranks to which torchrun's variables are added; default: the
             caller's.
         output_folder: receives `rank-N.out` and `rank-N.err`; by default a temporary one.

@@ -86,12 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def converge(options: Options, overrides: list[str], command: str) -> Result:
-    """Plan, run, compare and report.
-
-    Args:
-        overrides: options of `torchtitan train` for every job.
-        command: the user's command line, for the report.
-    """
+    """Plan, run, compare and report. `command` is the user's command line, for the report."""
     out = Path(options.out)
     arguments = [options.control, *options.tests]
     runs = plan_runs(arguments, out / "runs", options.nproc, overrides)

@@ -27,7 +27,6 @@ class TaskModel:
 
     Args:
         loaded: the model; several ranks share it, and each gets all requests.
-        batch_size: texts in one forward pass.
         max_seq_len: tokens that the model may see at a time. None: its own limit, or 2048.
         add_bos: begin every context with bos. None: use `CheckpointSource.add_bos`.
     """
@@ -170,17 +169,7 @@ def run_tasks(
     limit: int | None,
     include_path: str | None,
 ) -> dict[str, Any]:
-    """Evaluate on tasks of lm-evaluation-harness.
-
-    Args:
-        tasks: their names.
-        num_fewshot: examples in each context; None: the task's default.
-        limit: documents of each task; None: all.
-        include_path: folder with the user's own tasks.
-
-    Returns:
-        The result of `lm_eval.simple_evaluate`: `results` has the metrics of each task.
-    """
+    """Return the result of `lm_eval.simple_evaluate`: `results` has the metrics of each task."""
     import lm_eval
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager

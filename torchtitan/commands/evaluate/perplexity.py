@@ -133,7 +133,6 @@ def evaluate(
 
     Args:
         seq_len: tokens in a sequence; the model sees none from before it.
-        batch_size: sequences in one forward pass.
         add_bos: bos begins each document. None: use `CheckpointSource.add_bos`.
     """
     dims = loaded.parallel_dims
