@@ -37,36 +37,6 @@ _SHOWN = 120
 """Characters of a document that let a user find it."""
 
 
-def encode_document(tokenizer: Tokenizer, text: object, add_bos: bool = False) -> np.ndarray:
-    """Encode a text as `enclose` does, `[length]` int32; an empty text has no ids at all.
-
-    Raises:
-        BadDocumentError: the document is not Unicode text, or is this error itself.
-    """
-    if isinstance(text, BadDocumentError):
-        raise text
-    if not isinstance(text, str):
-        raise BadDocumentError(
-            f"a document of the dataset is a {type(text).__name__}, not text, a list of messages, "
-            "or a NumPy array of token ids"
-        )
-    if not text:
-        return np.empty(0, dtype=np.int32)
-    return enclose(tokenizer, _encode(tokenizer, text), add_bos)
-
-
-def enclose(tokenizer: Tokenizer, ids: np.ndarray, add_bos: bool) -> np.ndarray:
-    """Append eos to the ids of a text, `[length]` int32.
-
-    Under `add_bos`, also prepend bos, unless the text already begins with it.
-    """
-    ids = np.append(ids, np.int32(tokenizer.eos_id))
-    bos_id = tokenizer.bos_id if add_bos else None
-    if bos_id is not None and (len(ids) == 1 or ids[0] != bos_id):
-        ids = np.insert(ids, 0, bos_id)
-    return ids
-
-
 def _token_ids(ids: np.ndarray) -> np.ndarray:
     """Return a document of ids unchanged. Raises `BadDocumentError` if it is none."""
     if not ids.size:  # an array of nothing is float64
@@ -162,8 +132,15 @@ class Encoder:
             elif self.chat is not None and _is_conversation(document):
                 ids = self._encode_chat(self.chat(), document)
                 self.has_conversations = True
+            elif not isinstance(document, str):
+                raise BadDocumentError(
+                    f"a document of the dataset is a {type(document).__name__}, not text, a list "
+                    "of messages, or a NumPy array of token ids"
+                )
+            elif document:
+                ids = self.enclose(_encode(self.tokenizer, document))
             else:
-                ids = encode_document(self.tokenizer, document, self.add_bos)
+                ids = np.empty(0, dtype=np.int32)
             self._in_a_row = 0
             return ids
         except BadDocumentError as error:
@@ -171,6 +148,17 @@ class Encoder:
                 return self.skip(error)
             start = printable(str(document)[:_SHOWN])
             return self.skip(BadDocumentError(f"{error}. The document begins {start}"))
+
+    def enclose(self, ids: np.ndarray) -> np.ndarray:
+        """Append eos to the ids of a text, `[length]` int32.
+
+        Under `add_bos`, also prepend bos, unless the text already begins with it.
+        """
+        ids = np.append(ids, np.int32(self.tokenizer.eos_id))
+        bos_id = self.tokenizer.bos_id if self.add_bos else None
+        if bos_id is not None and (len(ids) == 1 or ids[0] != bos_id):
+            ids = np.insert(ids, 0, bos_id)
+        return ids
 
     def skip(self, error: BadDocumentError) -> np.ndarray:
         """Skip a document: return an empty one in its place. Raises the error under `stop`."""

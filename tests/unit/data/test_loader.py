@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +16,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.data import DataLoader, build_dataloader
-from torchtitan.data.encode import Encoder, encode_document
+from torchtitan.data.encode import Encoder
 from torchtitan.data.order import ShuffledDocuments
 from torchtitan.errors import CheckpointError, ConfigError, DataError
 
@@ -176,7 +175,7 @@ def test_rows_are_their_documents_and_go_on_after_a_resume(
     for loader in before + after:
         loader.close()
 
-    encode = partial(encode_document, BytesTokenizer())
+    encode = Encoder(BytesTokenizer())
     shuffled, numbered = ShuffledDocuments(texts, encode, seed=1), [text for text in texts if text]
 
     def document(number: int) -> list[int]:

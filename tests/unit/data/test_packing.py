@@ -8,7 +8,7 @@ import torch
 
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BytesTokenizer
-from torchtitan.data.encode import encode_document
+from torchtitan.data.encode import Encoder
 from torchtitan.data.order import Origin, Place, ShuffledDocuments
 from torchtitan.data.packing import Row, to_batch
 from torchtitan.errors import DataError
@@ -38,24 +38,24 @@ def sequence(row: Row, seq_len: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def test_eos_ends_every_document() -> None:
-    assert encode_document(BytesTokenizer(), "aé").tolist() == [*"aé".encode(), EOS]
+    assert Encoder(BytesTokenizer())("aé").tolist() == [*"aé".encode(), EOS]
     other = SimpleNamespace(encode=lambda text: [70_000] * len(text), eos_id=3)
-    assert encode_document(other, "ab").tolist() == [70_000, 70_000, 3]
+    assert Encoder(other)("ab").tolist() == [70_000, 70_000, 3]
 
 
 def test_an_empty_text_is_no_document() -> None:
-    assert encode_document(BytesTokenizer(), "").size == 0
+    assert Encoder(BytesTokenizer())("").size == 0
 
 
 @pytest.mark.parametrize("text", [5, None, {"text": "a"}, b"bytes"])
 def test_what_is_not_text_is_refused(text: object) -> None:
     with pytest.raises(DataError, match=f"a {type(text).__name__}, not text"):
-        encode_document(BytesTokenizer(), text)
+        Encoder(BytesTokenizer())(text)
 
 
 def test_text_that_is_not_unicode_is_refused() -> None:
     with pytest.raises(DataError, match="not Unicode"):
-        encode_document(BytesTokenizer(), "a \ud800")
+        Encoder(BytesTokenizer())("a \ud800")
 
 
 def test_a_row_takes_every_stride_th_document() -> None:

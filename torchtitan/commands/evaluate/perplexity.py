@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchtitan.components import Loss, build_loss
 from torchtitan.components.loss import IGNORE_INDEX, count_labels
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.data.encode import documents_of, encode_document
+from torchtitan.data.encode import Encoder, documents_of
 from torchtitan.data.sources import Source
 from torchtitan.errors import CheckpointError, DataError
 from torchtitan.generation import cache
@@ -69,6 +69,7 @@ class TokenStream:
     ) -> None:
         self._source, self._tokenizer, self._max_tokens = source, tokenizer, max_tokens
         self._add_bos = add_bos
+        self._encode = Encoder(tokenizer, add_bos=add_bos)
         self.tokens = self.bytes = self.documents = 0
         """Counts of the documents read so far."""
 
@@ -87,7 +88,7 @@ class TokenStream:
             if isinstance(text, list | np.ndarray):
                 kind = "a conversation" if isinstance(text, list) else "an array of token ids"
                 raise DataError(f"a document of the dataset is {kind}, but eval measures texts")
-            tokens = encode_document(self._tokenizer, text, self._add_bos).tolist()
+            tokens = self._encode(text).tolist()
             if not tokens:
                 continue
             if self._add_bos:
