@@ -100,6 +100,7 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.add_bos = add_bos
+        self._bos_id = tokenizer.bos_id if add_bos else None
         self.chat = None if chat is None else functools.cache(chat)
         self.skips = on_error == "skip"
         self.skipped = 0
@@ -111,7 +112,7 @@ class Encoder:
 
     def require_bos(self, ids: np.ndarray) -> None:
         """Raise `DataError` if `add_bos` is set, and a document of token ids lacks bos."""
-        bos_id = self.tokenizer.bos_id if self.add_bos else None
+        bos_id = self._bos_id
         if bos_id is not None and ids[0] not in (bos_id, ~bos_id):
             raise DataError(
                 "add_bos is set, but documents of token ids are used unchanged, and one begins "
@@ -155,9 +156,8 @@ class Encoder:
         Under `add_bos`, also prepend bos, unless the text already begins with it.
         """
         ids = np.append(ids, np.int32(self.tokenizer.eos_id))
-        bos_id = self.tokenizer.bos_id if self.add_bos else None
-        if bos_id is not None and (len(ids) == 1 or ids[0] != bos_id):
-            ids = np.insert(ids, 0, bos_id)
+        if self._bos_id is not None and (len(ids) == 1 or ids[0] != self._bos_id):
+            ids = np.insert(ids, 0, self._bos_id)
         return ids
 
     def skip(self, error: BadDocumentError) -> np.ndarray:
@@ -189,8 +189,8 @@ class Encoder:
         if use_tokenizer is not None:
             use_tokenizer(self.tokenizer)
         require_bos = getattr(source, "require_bos", None)
-        if self.add_bos and require_bos is not None:
-            require_bos(self.tokenizer.bos_id)
+        if self._bos_id is not None and require_bos is not None:
+            require_bos(self._bos_id)
 
     def _encode_chat(self, chat: ChatTemplate, messages: list) -> np.ndarray:
         texts, trained = zip(*chat.segments(messages), strict=True)
@@ -202,7 +202,7 @@ class Encoder:
         last, eos_id = parts[-1], np.int32(self.tokenizer.eos_id)
         if last[-1] not in (eos_id, ~eos_id):  # many templates end the assistant's message with eos
             parts.append(np.array([~eos_id]))
-        bos_id = self.tokenizer.bos_id if self.add_bos else None
+        bos_id = self._bos_id
         if bos_id is not None and parts[0][0] not in (bos_id, ~bos_id):
             parts.insert(0, np.array([~bos_id], np.int32))
         return np.concatenate(parts)

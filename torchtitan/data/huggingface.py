@@ -24,7 +24,7 @@ from torchtitan.errors import (
 from torchtitan.tools.text import is_url
 
 from .files import open_file, unpacked
-from .json_lines import check_first_line
+from .json_lines import check_first
 from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def open_lines(files: list[str], text_key: str) -> Lines:
     """
     import datasets
 
-    _check_first_line(files, text_key)
+    lines = ((f"{file}:{number}", line) for file in files for number, line in _lines(file))
+    check_first(lines, text_key, files)
     try:
         rows = datasets.Dataset.from_generator(
             _documents_as_json,
@@ -158,14 +159,6 @@ def open_lines(files: list[str], text_key: str) -> Lines:
     except Exception as error:
         raise _unreadable(_name_of(files), error) from error
     return Lines(cast("datasets.Dataset", rows), text_key, _name_of(files), files)
-
-
-def _check_first_line(files: list[str], text_key: str) -> None:
-    for file in files:
-        for number, line in _lines(file):
-            check_first_line(line, text_key, f"{file}:{number}")
-            return
-    raise DataError(f"{_name_of(files)}: empty")
 
 
 def _documents_as_json(
