@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -202,11 +201,10 @@ def _nanogpt_layout(path: Path) -> tuple[int, str]:
     return 0, "<u2"
 
 
-def _blocks(tokens: int) -> Sequence[int]:
+def _blocks(tokens: int) -> np.ndarray:
     """Return the ends of blocks of equal size; the last block also takes the rest."""
-    blocks = max(1, tokens // _BLOCK_TOKENS)
-    if tokens == 0:
-        return ()
-    if blocks * _BLOCK_TOKENS == tokens:
-        return range(_BLOCK_TOKENS, tokens + 1, _BLOCK_TOKENS)
-    return [*range(_BLOCK_TOKENS, blocks * _BLOCK_TOKENS, _BLOCK_TOKENS), tokens]
+    if tokens < _BLOCK_TOKENS:
+        return np.array([tokens] if tokens else [], np.int64)
+    ends = np.arange(_BLOCK_TOKENS, tokens + 1, _BLOCK_TOKENS)
+    ends[-1] = tokens
+    return ends
