@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import warnings
+from pathlib import PurePosixPath
 
 import tyro
 
@@ -101,7 +102,7 @@ def _job(options: Options, overrides: list[str], argv: list[str]) -> LaunchJob:
         overrides=overrides,
         title=f"{config.model.name} {config.model.flavor} on {options.nodes} x {options.processes}",
         command="Rendered by: " + _rendering(argv),
-        checkpoints=_checkpoints(config),
+        checkpoints=_checkpoints(config, options),
         saves=config.checkpoint.enable or config.fault_tolerance.enable,
         environment=environment,
     )
@@ -130,14 +131,14 @@ def check_job(job_config: JobConfig, nodes: int, processes: int) -> None:
     try_layout(config, world_size)
 
 
-def _checkpoints(config: JobConfig) -> str | None:
+def _checkpoints(config: JobConfig, options: Options) -> PurePosixPath | None:
     # These import torch, which help and wrong options do not need.
     from torchtitan.components.checkpoint.folder import checkpoint_root
     from torchtitan.components.fault_tolerance import with_own_folder
 
     if not config.checkpoint.enable or is_url(config.checkpoint.folder):
         return None
-    return str(checkpoint_root(with_own_folder(config)))
+    return PurePosixPath(options.workdir or "", str(checkpoint_root(with_own_folder(config))))
 
 
 def _rendering(argv: list[str]) -> str:

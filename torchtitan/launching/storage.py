@@ -16,13 +16,6 @@ def split_mount(mount: str) -> tuple[str, str]:
     return source, f"/{path}"
 
 
-def checkpoint_folder(job: LaunchJob) -> PurePosixPath | None:
-    """Return the folder as seen by the ranks; None if no checkpoints are saved, or behind a URL."""
-    if job.checkpoints is None:
-        return None
-    return PurePosixPath(job.options.workdir or "", job.checkpoints)
-
-
 def mount_with(folder: PurePosixPath, job: LaunchJob) -> tuple[str, str] | None:
     """Return SOURCE and /PATH of the `--mount` that contains a folder; None if there is none."""
     mounts = map(split_mount, job.options.mount)
@@ -45,7 +38,7 @@ def check_storage(job: LaunchJob) -> str:
     Raises:
         ConfigError: they would go into a mount of SkyPilot, which is a copy.
     """
-    folder, options = checkpoint_folder(job), job.options
+    folder, options = job.checkpoints, job.options
     in_container = options.slurm and options.image
     if folder is None or not (options.kubernetes or options.skypilot or in_container):
         return ""
