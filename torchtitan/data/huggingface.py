@@ -148,13 +148,14 @@ def open_lines(files: list[str], text_key: str) -> Lines:
     """
     import datasets
 
+    versions = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
     lines = ((f"{file}:{number}", line) for file in files for number, line in _lines(file))
     check_first(lines, text_key, files)
     try:
         rows = datasets.Dataset.from_generator(
             _documents_as_json,
             features=datasets.Features({text_key: datasets.Value("large_string")}),
-            gen_kwargs={"files": files, "text_key": text_key, "versions": _versions(files)},
+            gen_kwargs={"files": files, "text_key": text_key, "versions": versions},
         )
     except Exception as error:
         raise _unreadable(_name_of(files), error) from error
@@ -181,11 +182,6 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, line
-
-
-def _versions(files: list[str]) -> list[tuple[int, int]]:
-    """Return the size and modification time of each file."""
-    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
 
 
 def _parquet_options(files: list[str], text_key: str) -> dict[str, Any]:
