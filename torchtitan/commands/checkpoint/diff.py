@@ -9,7 +9,6 @@ import sys
 import tomllib
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +36,6 @@ PIECE = 1 << 22
 
 Read = Callable[[int, torch.Tensor], None]
 """Fills a flat tensor with the elements from a given index on."""
-
-
-@dataclass(frozen=True)
-class Values:
-    """The difference between the values of two tensors."""
-
-    max_difference: float
-    """Largest absolute difference; infinity if only one of two numbers is NaN."""
-    max_value: float
-    """Largest absolute value in the first tensor."""
-
-    @property
-    def relative(self) -> float:
-        if not self.max_difference:
-            return 0.0
-        return self.max_difference / self.max_value if self.max_value else math.inf
 
 
 class Side:
@@ -159,19 +142,25 @@ def _compare(key: str, a: Side, b: Side) -> list[str] | None:
     dtypes = x.properties.dtype, y.properties.dtype
     with ExitStack() as files:
         readers = a.reader(key, files), b.reader(key, files)
-        values = compare_values(*readers, x.size.numel(), dtypes)
+        difference, largest = compare_values(*readers, x.size.numel(), dtypes)
     other_dtype = dtypes[0] != dtypes[1]
-    if not values.max_difference and not other_dtype:
+    if not difference and not other_dtype:
         return None
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     what = f"dtypes {names[0]} and {names[1]}" if other_dtype else "values"
-    return [what, f"{values.max_difference:.3g}", f"{values.relative:.3g}"]
+    relative = difference and (difference / largest if largest else math.inf)
+    return [what, f"{difference:.3g}", f"{relative:.3g}"]
 
 
 def compare_values(
     read_a: Read, read_b: Read, count: int, dtypes: tuple[torch.dtype, torch.dtype]
-) -> Values:
-    """Compare `count` elements, `PIECE` at a time. NaN equals NaN."""
+) -> tuple[float, float]:
+    """Compare `count` elements, `PIECE` at a time. NaN equals NaN.
+
+    Returns:
+        The largest absolute difference, infinity if only one of two numbers is NaN, and the largest
+        absolute value in the first tensor.
+    """
     difference = value = 0.0
     for start in range(0, count, PIECE):
         size = min(PIECE, count - start)
@@ -183,7 +172,7 @@ def compare_values(
         gap[(x == y) | (x.isnan() & y.isnan())] = 0.0  # also for infinities
         difference = max(difference, gap.nan_to_num(math.inf, posinf=math.inf).max().item())
         value = max(value, x.abs().nan_to_num(0.0, posinf=math.inf).max().item())
-    return Values(difference, value)
+    return difference, value
 
 
 def _read(path: StoragePath, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:

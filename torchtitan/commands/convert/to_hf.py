@@ -43,7 +43,7 @@ from torchtitan.preflight.model_fit import require_vocabulary
 from torchtitan.protocols.model_converter import convert_to_load
 
 from .output import new_folder, refuse_existing, with_progress
-from .parts import Buffer, copy_bytes, source_of
+from .parts import copy_bytes, pieces, source_of
 
 PREFIX = "model."
 
@@ -89,7 +89,7 @@ def convert_to_hf(
     files = plan_files(specs)
     file_of = {key: file for file, of_file in files.items() for key in of_file}
     assets = _assets(checkpoint, known, tokenizer)
-    reader, buffer = CheckpointReader(folder, metadata), Buffer()
+    reader = CheckpointReader(folder, metadata)
     with new_folder(out) as partial:
         writers = {file: SafetensorsWriter(partial / file, files[file]) for file in files}
         for layer in with_progress(layers, len(layers)):
@@ -98,7 +98,7 @@ def convert_to_hf(
                 name, writer = source_of(part, layer), writers[file_of[key]]
                 saved_tensor = name and SavedTensor.find(folder, metadata, PREFIX + name)
                 if saved_tensor:
-                    _stream(saved_tensor, part.storage_offset(), key, writer, buffer)
+                    _stream(saved_tensor, part.storage_offset(), key, writer)
                 else:
                     changed.append(key)
             if changed:
@@ -161,9 +161,7 @@ def _assets(checkpoint: OpenCheckpoint, known: KnownModel, tokenizer: str | None
     )
 
 
-def _stream(
-    source: SavedTensor, first: int, key: str, writer: SafetensorsWriter, buffer: Buffer
-) -> None:
+def _stream(source: SavedTensor, first: int, key: str, writer: SafetensorsWriter) -> None:
     """Write the tensor `key`, whose elements are those of `source` from index `first` on."""
     spec = writer.specs[key]
     count = math.prod(spec.shape)
@@ -173,6 +171,6 @@ def _stream(
             with open(path, "rb", buffering=0) as file:
                 copy_bytes(file, position, target, begin + at, length)
         return
-    for start, piece in buffer.pieces(count, source.dtype):
+    for start, piece in pieces(count, source.dtype):
         source.read(first + start, piece)
         writer.write_elements(key, piece.to(spec.dtype), start)
