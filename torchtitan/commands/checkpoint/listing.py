@@ -1,4 +1,4 @@
-"""Finds the checkpoints that a path or URL refers to: lists, verifies and prunes them."""
+"""Lists, verifies and prunes the checkpoints that a path or URL refers to."""
 
 from __future__ import annotations
 
