@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torchtitan.components.tokenizer import Tokenizer
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, type of the ids, numbers of sequences and of bounds of documents."""
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _HEADER_WORDS = 256
 """Words of 4 bytes: a magic number, a version, how many tokens follow, and zeros."""
@@ -124,13 +127,10 @@ class NanoGPTTokens(TokenFiles):
 
 def _open_megatron(path: Path) -> MegatronShard:
     index = megatron_index(str(path))
+    start = _MEGATRON_HEADER.size
     with reading(index), index.open("rb") as file:
-        magic = file.read(len(_MEGATRON_MAGIC))
-        version = int.from_bytes(file.read(8), "little")
-        code = int.from_bytes(file.read(1), "little")
-        sequences = int.from_bytes(file.read(8), "little")
-        bounds = int.from_bytes(file.read(8), "little")
-        start = file.tell()
+        head = file.read(start).ljust(start, b"\x00")
+    magic, version, code, sequences, bounds = _MEGATRON_HEADER.unpack(head)
     if magic != _MEGATRON_MAGIC or version != 1:
         raise DataError(f"{index} is not an index of Megatron-LM's indexed datasets, version 1")
     if code not in _MEGATRON_TYPES:
