@@ -83,7 +83,7 @@ from torchtitan.runtime.stop_request import PREEMPTED, StopRequest
 from torchtitan.runtime.world import refuse_separate_tasks, world_size
 from torchtitan.tools.garbage_collection import GarbageCollection
 from torchtitan.tools.logging import init_logger
-from torchtitan.tools.profiling import maybe_profile
+from torchtitan.tools.profiling import Profiler
 
 logger = logging.getLogger("torchtitan")
 
@@ -259,7 +259,7 @@ class Trainer:
             stop = StopRequest()
             gc_control = GarbageCollection(config.training.gc_freq)
             try:
-                with maybe_profile(config, dist.get_rank(), self.state.step) as profiler:
+                with Profiler(config, dist.get_rank(), self.state.step) as profiler:
                     while self.state.step < config.training.steps:
                         self.replicas.begin_step()
                         self.state.step += 1
