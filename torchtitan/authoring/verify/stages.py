@@ -37,6 +37,16 @@ SPLITS = {
 """Name -> schedule, and the split point unless split by cost; `END` stands for the first module
 after the layers. All use two ranks."""
 
+_HINT = (
+    "A stage has some of the layers, under their original names, and runs once: a loop over all "
+    "layers needs pipeline_fn=None. Code that depends on a layer must use its own number, never "
+    "its place in self.layers or their count. Only embedding, norm and output may be None (`h = "
+    "self.norm(h) if self.norm is not None else h`), and between modules that may be absent "
+    "forward() does nothing else, such as scaling. Every stage must use the positions and "
+    "document_ids that forward() is given, and pass on what later stages need: a tensor, or a "
+    "tuple of tensors."
+)
+
 
 @CHECKS.of(
     "stages.numbers",
@@ -66,8 +76,9 @@ def numbers_are_kept(subject: Subject) -> str:
             for training in (False, True):
                 for part in (whole, *stages):
                     part.train(training)
-                mode = " in training" * training
-                _require_whole_model(whole, stages, example.tokens, given, split, f"{rows}{mode}")
+                if problem := _problem_with(stages, whole, example.tokens, given):
+                    mode = " in training" * training
+                    raise CheckFailedError(f"split in {split}, with {rows}{mode}, {problem}", _HINT)
         done.append(split)
     if not done:
         raise NotApplicableError(refused)
@@ -75,36 +86,30 @@ def numbers_are_kept(subject: Subject) -> str:
 
 
 @torch.no_grad()
-def _require_whole_model(
-    whole: nn.Module,
+def _problem_with(
     stages: list[nn.Module],
+    whole: nn.Module,
     tokens: torch.Tensor,
     inputs: dict[str, torch.Tensor],
-    split: str,
-    rows: str,
-) -> None:
+) -> str:
+    """Return how the stages differ from the whole model; "" if they do not."""
+    expected = _run([whole], tokens, inputs)
     try:
-        expected, actual = (_run(models, tokens, inputs) for models in ([whole], stages))
+        actual = _run(stages, tokens, inputs)
     except ConfigError as error:  # about the output of a stage
-        raise CheckFailedError(f"split in {split}, with {rows}: {error}", "forward()") from error
+        return str(error)
+    except Exception as error:
+        return f"forward() fails: {type(error).__name__}: {error}"
     if _kinds(actual) != _kinds(expected):
-        difference = f"they return {_kinds(actual)}, not {_kinds(expected)}"
-    elif not (by := _difference(actual, expected)):
-        return
-    else:
-        first = _first_part_that_differs(whole, stages, tokens, inputs)
-        difference = (
-            f"the logits differ by {by:.2g} of their norm; the first layer whose output differs is "
-            f"{first}"
-        )
-    raise CheckFailedError(
-        f"split in {split}, with {rows}, {difference}",
-        "A stage has some of the layers, under their original names, and runs once: a loop over "
-        "all layers needs pipeline_fn=None. Code that depends on a layer must use its own number, "
-        "never its place in self.layers or their count; only embedding, norm and output may be "
-        "None; and every stage must use the positions and document_ids that forward() is given, "
-        "and pass on what later stages need.",
-    )
+        return f"they return {_kinds(actual)}, not {_kinds(expected)}"
+    for a, b in zip(actual, expected, strict=True):
+        if isinstance(b, torch.Tensor) and not torch.equal(a, b):
+            return (
+                f"the logits differ by {float((a - b).norm() / b.norm()):.2g} of their norm; the "
+                "first layer whose output differs is "
+                f"{_first_part_that_differs(whole, stages, tokens, inputs)}"
+            )
+    return ""
 
 
 def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> list[Any]:
@@ -115,6 +120,9 @@ def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> li
     for model in models:
         accepted = inspect.signature(model.forward).parameters
         entry = x if isinstance(x, tuple) else (x,)
+        if not all(isinstance(part, torch.Tensor) for part in entry):
+            kinds = ", ".join(type(part).__name__ for part in entry)
+            raise ConfigError(f"a stage passes on {kinds}, not a tensor or a tuple of tensors")
         x = model(*entry, **{name: value for name, value in inputs.items() if name in accepted})
     return tree_leaves(x)
 
@@ -122,14 +130,6 @@ def _run(models: list[nn.Module], x: Any, inputs: dict[str, torch.Tensor]) -> li
 def _kinds(values: list[Any]) -> str:
     shapes = (list(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__ for v in values)
     return " and ".join(map(str, shapes)) or "nothing"
-
-
-def _difference(actual: list[Any], expected: list[Any]) -> float:
-    """Return the norm of the first difference, relative to the expected tensor's."""
-    for a, b in zip(actual, expected, strict=True):
-        if isinstance(b, torch.Tensor) and not torch.equal(a, b):
-            return float((a - b).norm() / b.norm())
-    return 0.0
 
 
 def _inputs(subject: Subject, tokens: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
