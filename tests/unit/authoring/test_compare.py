@@ -14,7 +14,7 @@ from torchtitan.authoring.verify.compare import (
     compare_outputs,
     compare_tensors,
 )
-from torchtitan.authoring.verify.reference import BATCH
+from torchtitan.authoring.verify.reference import BATCH, Recording
 from torchtitan.authoring.verify.verdict import LIMITS, Comparison, judge
 from torchtitan.config import load_config
 
@@ -72,19 +72,28 @@ def test_tensors_that_should_be_zero_are_held_against_the_floor() -> None:
     assert compare_tensors({"bias": torch.full((4,), float("nan"))}, reference, 0, 1e-3, 1e-3)[0]
 
 
+def test_a_tensor_of_zeros_and_one_of_another_shape_are_told() -> None:
+    reference = {"a": torch.ones(4), "b": torch.ones(4)}
+    found, largest = compare_tensors({"a": torch.zeros(4), "b": torch.ones(2)}, reference, 0, 1e-3)
+    assert [str(d) for d in found] == ["it is 0 (rank 0)", "its shape is [2], not [4] (rank 0)"]
+    assert largest == float("inf")
+
+
+NAMES = {"layers.0.w.weight", "layers.1.w.weight"}
+ORDER = ["layers.0.w", "layers.0", "layers.1.w", "layers.1", ""]
+REFERENCE = Recording(outputs={name: [] for name in ORDER}, weights=dict.fromkeys(NAMES))
+
+
 def comparison(**fields: object) -> Comparison:
-    names = {"layers.0.w.weight", "layers.1.w.weight"}
-    order = ["layers.0.w", "layers.0", "layers.1.w", "layers.1", ""]
     errors = dict.fromkeys(LIMITS, 0.0) | fields.pop("errors", {})
-    given = {"names": names, "expected_names": names, "order": order, "errors": errors}
-    return Comparison(**given | fields)
+    return Comparison(**{"names": NAMES, "errors": errors} | fields)
 
 
 def judged(*found: Comparison) -> CheckFailedError:
     config = load_config(["--activation_checkpoint.mode=full"])
     with pytest.raises(CheckFailedError) as error, pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.distributed.get_world_size", lambda: 2)
-        judge(list(found), config)
+        judge(list(found), REFERENCE, config)
     return error.value
 
 

@@ -157,6 +157,7 @@ def compare_tensors(
         if tensor.shape != whole.shape:
             problem = f"its shape is {list(tensor.shape)}, not {list(whole.shape)}"
             differences.append(Difference(name, math.inf, problem=problem, rank=rank))
+            largest = math.inf
             continue
         local, expected = tensor, whole
         if isinstance(tensor, DTensor):
@@ -169,7 +170,8 @@ def compare_tensors(
         largest = max(largest, relative) if not math.isnan(relative) else relative
         if not relative <= tolerance:
             placed = "" if not isinstance(tensor, DTensor) else _placed(tensor)
-            differences.append(Difference(name, relative, placed, rank=rank))
+            problem = "" if local.any() else "it is 0"
+            differences.append(Difference(name, relative, placed, problem, rank))
     return differences, largest
 
 

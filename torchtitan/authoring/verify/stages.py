@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections import ChainMap
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from torchtitan.protocols.model import ModelProtocol
 from torchtitan.runtime.fake_world import fake_world
 
 from .check import CheckFailedError, Checks, NotApplicableError
-from .probe import accepts, hooked, named_layers, packed_documents, vary_constants
+from .probe import accepts, named_layers, packed_documents, recorded_outputs, vary_constants
 from .subject import Subject
 
 CHECKS = Checks()
@@ -164,21 +164,16 @@ def _first_part_that_differs(
     tokens: torch.Tensor,
     inputs: dict[str, torch.Tensor],
 ) -> str:
-    expected: dict[str, torch.Tensor] = {}
-    found: dict[str, torch.Tensor] = {}
-    for models, outputs in (([whole], expected), (stages, found)):
-        with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(hooked(named_layers(model), partial(_keep, outputs)))
-            _run(models, tokens, inputs)
+    with recorded_outputs(whole) as expected:
+        _run([whole], tokens, inputs)
+    with ExitStack() as stack:
+        found = ChainMap(*(stack.enter_context(recorded_outputs(stage)) for stage in stages))
+        _run(stages, tokens, inputs)
+    layers = dict(named_layers(whole))
     for name, output in expected.items():
-        if name not in found or not torch.equal(found[name], output):
+        if name in layers and not (name in found and torch.equal(found[name], output)):
             return name
     return "after the layers (norm or output)"
-
-
-def _keep(outputs: dict[str, torch.Tensor], name: str, *call: Any) -> None:
-    outputs[name] = call[-1][0] if isinstance(call[-1], tuple) else call[-1]
 
 
 def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from torchtitan.distributed.parallel_dims import CONFIG_KEYS
@@ -49,9 +50,6 @@ class Comparison:
     """Error of the loss of the first step alone, which has the same weights."""
     names: set[str] = field(default_factory=set)
     """Names of this rank's parameters and buffers."""
-    order: list[str] = field(default_factory=list)
-    """Modules of the reference, in forward order."""
-    expected_names: set[str] = field(default_factory=set)
     initial: list[Difference] = field(default_factory=list)
     outputs: list[Difference] = field(default_factory=list)
     recomputed: list[Difference] = field(default_factory=list)
@@ -73,8 +71,6 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
         },
         first_loss_error=_largest_relative(run.losses[:1], reference.losses[:1]),
         names=set(run.weights),
-        expected_names=set(reference.weights),
-        order=list(reference.outputs),
         recomputes=bool(run.recomputed),
     )
     found.initial, _ = compare_tensors(run.initial, reference.initial, rank, INITIAL_TOLERANCE)
@@ -87,34 +83,43 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
     squares = sum(float(g.double().square().sum()) for g in reference.gradients.values())
     numbers = sum(g.numel() for g in reference.gradients.values())
     found.gradients, found.errors["gradient"] = compare_tensors(
-        run.gradients,
+        {name: torch.zeros_like(weight) for name, weight in run.weights.items()} | run.gradients,
         reference.gradients,
         rank,
         GRADIENT_TOLERANCE,
         floor=1e-2 * math.sqrt(squares / max(numbers, 1)),
     )
-    for name in reference.gradients:
-        if name in run.weights and name not in run.gradients:
-            problem = "it gets no gradient"
-            found.gradients.append(Difference(name, math.inf, problem=problem, rank=rank))
     found.weights, found.errors["weight"] = compare_tensors(
         run.weights, reference.weights, rank, WEIGHT_TOLERANCE, floor=LEARNING_RATE * STEPS
     )
     return found
 
 
-def judge(found: list[Comparison], job_config: JobConfig) -> str:
+def judge(found: list[Comparison], reference: Recording, job_config: JobConfig) -> str:
     """Judge the layout by the findings of all ranks, alike on each. Return the measurements.
 
     Raises:
         CheckFailedError: the layout trains differently; names where that begins.
     """
-    _refuse_other_names(found)
-    _refuse("initial", found, job_config)
+    _refuse_other_names(found, reference)
+
+    def refuse(kind: str, end: str = "") -> None:
+        """Raise if tensors of a kind differ, and name where that begins."""
+        differences = [d for comparison in found for d in getattr(comparison, kind)]
+        if differences:
+            # An error in gradients spreads backwards, so it begins at the last of them.
+            choose = max if kind == "gradients" else min
+            begin = choose(differences, key=_position(list(reference.outputs)))
+            others = len({d.name for d in differences}) - 1
+            also = f"; {others} more differ" if others else ""
+            place = _PLACES[kind].format(begin.name or "the model")
+            raise CheckFailedError(f"{place}: {begin}{also}{end}", _hint(kind, job_config))
+
+    refuse("initial")
     errors = {name: max_error(c.errors[name] for c in found) for name in LIMITS}
     wrong = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
     compared = sum(c.compared for c in found)
-    if not wrong and not any(c.gradients for c in found):
+    if not wrong:
         left_out = max(c.left_out for c in found)
         not_placed = f", {left_out} outputs not comparable" if left_out and compared else ""
         return (
@@ -123,17 +128,17 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
         )
 
     summary = ", ".join(f"{name} by {error:.2g}" for name, error in wrong.items())
-    summary = f". Off in all: {summary}" if summary else ""
-    _refuse("outputs", found, job_config, summary)
-    _refuse("recomputed", found, job_config, summary)
+    summary = f". Off in all: {summary}"
+    refuse("outputs", summary)
+    refuse("recomputed", summary)
     first_loss = max_error(c.first_loss_error for c in found)
     if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are very similar
         raise CheckFailedError(
             f"outputs agree, but the loss of step 1 is off by {first_loss:.2g}{summary}",
             SUM,
         )
-    _refuse("gradients", found, job_config, summary)
-    _refuse("weights", found, job_config, summary)
+    refuse("gradients", summary)
+    refuse("weights", summary)
     raise CheckFailedError(
         "outputs, gradients and weights agree, but not the metrics that the trainer "
         f"reports{summary}",
@@ -141,8 +146,8 @@ def judge(found: list[Comparison], job_config: JobConfig) -> str:
     )
 
 
-def _refuse_other_names(found: list[Comparison]) -> None:
-    expected, names = found[0].expected_names, set().union(*(c.names for c in found))
+def _refuse_other_names(found: list[Comparison], reference: Recording) -> None:
+    expected, names = reference.weights.keys(), set().union(*(c.names for c in found))
     missing, extra = sorted(expected - names), sorted(names - expected)
     if missing or extra:
         lacks = f"no rank has {few(missing)}" if missing else ""
@@ -153,19 +158,6 @@ def _refuse_other_names(found: list[Comparison]) -> None:
             "names (replace module.forward instead), and weights that are tied on one process "
             "must be tied in each stage, or the model must refuse pipelines.",
         )
-
-
-def _refuse(kind: str, found: list[Comparison], job_config: JobConfig, end: str = "") -> None:
-    """Raise `CheckFailedError` if tensors of a kind differ, and name where that begins."""
-    differences = [d for comparison in found for d in getattr(comparison, kind)]
-    if differences:
-        # An error in gradients spreads backwards, so it begins at the last of them.
-        choose = max if kind == "gradients" else min
-        begin = choose(differences, key=_position(found[0].order))
-        others = len({d.name for d in differences}) - 1
-        also = f"; {others} more differ" if others else ""
-        place = _PLACES[kind].format(begin.name or "the model")
-        raise CheckFailedError(f"{place}: {begin}{also}{end}", _hint(kind, job_config))
 
 
 _PLACES = {
