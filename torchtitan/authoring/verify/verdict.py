@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,7 +64,6 @@ class Comparison:
 
 def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comparison:
     """Compare this rank's recording with the reference."""
-    rank = dist.get_rank()
     found = Comparison(
         errors={
             "loss": _largest_relative(run.losses, reference.losses),
@@ -73,11 +73,11 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
         names=set(run.weights),
         recomputes=bool(run.recomputed),
     )
-    found.initial, _ = compare_tensors(run.initial, reference.initial, rank, INITIAL_TOLERANCE)
+    found.initial, _ = compare_tensors(run.initial, reference.initial, INITIAL_TOLERANCE)
     found.outputs, found.compared, found.left_out = compare_outputs(
-        run.outputs, reference.outputs, RankPart(trainer), rank, OUTPUT_TOLERANCE
+        run.outputs, reference.outputs, RankPart(trainer), OUTPUT_TOLERANCE
     )
-    found.recomputed = _compare_recomputed(run, rank)
+    found.recomputed = _compare_recomputed(run)
 
     # A gradient that should be 0 is rounding error: it is compared relative to the others' size.
     squares = sum(float(g.double().square().sum()) for g in reference.gradients.values())
@@ -85,12 +85,11 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
     found.gradients, found.errors["gradient"] = compare_tensors(
         {name: torch.zeros_like(weight) for name, weight in run.weights.items()} | run.gradients,
         reference.gradients,
-        rank,
         GRADIENT_TOLERANCE,
         floor=1e-2 * math.sqrt(squares / max(numbers, 1)),
     )
     found.weights, found.errors["weight"] = compare_tensors(
-        run.weights, reference.weights, rank, WEIGHT_TOLERANCE, floor=LEARNING_RATE * STEPS
+        run.weights, reference.weights, WEIGHT_TOLERANCE, floor=LEARNING_RATE * STEPS
     )
     return found
 
@@ -102,19 +101,7 @@ def judge(found: list[Comparison], reference: Recording, job_config: JobConfig) 
         CheckFailedError: the layout trains differently; names where that begins.
     """
     _refuse_other_names(found, reference)
-
-    def refuse(kind: str, end: str = "") -> None:
-        """Raise if tensors of a kind differ, and name where that begins."""
-        differences = [d for comparison in found for d in getattr(comparison, kind)]
-        if differences:
-            # An error in gradients spreads backwards, so it begins at the last of them.
-            choose = max if kind == "gradients" else min
-            begin = choose(differences, key=_position(list(reference.outputs)))
-            others = len({d.name for d in differences}) - 1
-            also = f"; {others} more differ" if others else ""
-            place = _PLACES[kind].format(begin.name or "the model")
-            raise CheckFailedError(f"{place}: {begin}{also}{end}", _hint(kind, job_config))
-
+    refuse = partial(_refuse, found, reference, job_config)
     refuse("initial")
     errors = {name: max_error(c.errors[name] for c in found) for name in LIMITS}
     wrong = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
@@ -158,6 +145,36 @@ def _refuse_other_names(found: list[Comparison], reference: Recording) -> None:
             "names (replace module.forward instead), and weights that are tied on one process "
             "must be tied in each stage, or the model must refuse pipelines.",
         )
+
+
+def _refuse(
+    found: list[Comparison],
+    reference: Recording,
+    job_config: JobConfig,
+    kind: str,
+    end: str = "",
+) -> None:
+    """Raise `CheckFailedError` if tensors of a kind differ, and name where that begins."""
+    differences = [(d, rank) for rank, c in enumerate(found) for d in getattr(c, kind)]
+    if not differences:
+        return
+    places = {name: place for place, name in enumerate(reference.outputs)}
+
+    def place_of(difference: tuple[Difference, int]) -> tuple[int, int]:
+        """Return where the tensor's module ends in the forward pass, and the rank."""
+        name, rank = difference[0].name, difference[1]
+        while name and name not in places:
+            name = name.rpartition(".")[0]
+        return places.get(name, len(places)), rank
+
+    # An error in gradients spreads backwards, so it begins at the last of them.
+    choose = max if kind == "gradients" else min
+    begin, rank = choose(differences, key=place_of)
+    others = len({d.name for d, _ in differences}) - 1
+    also = f"; {others} more differ" if others else ""
+    where = _PLACES[kind].format(begin.name or "the model")
+    hint = _hint(kind, job_config)
+    raise CheckFailedError(f"{where}: {begin} (rank {rank}){also}{end}", hint)
 
 
 _PLACES = {
@@ -241,27 +258,14 @@ def parallelisms(job_config: JobConfig) -> list[str]:
     return used
 
 
-def _position(order: list[str]) -> Callable[[Difference], tuple[int, int]]:
-    """Return a sort key of differences: their module's end in the forward pass, then the rank."""
-    places = {name: place for place, name in enumerate(order)}
-
-    def position(difference: Difference) -> tuple[int, int]:
-        name = difference.name
-        while name and name not in places:
-            name = name.rpartition(".")[0]
-        return places.get(name, len(places)), difference.rank
-
-    return position
-
-
-def _compare_recomputed(run: Recording, rank: int) -> list[Difference]:
+def _compare_recomputed(run: Recording) -> list[Difference]:
     """Find modules whose output in the backward pass differs from the forward pass."""
     differences = []
     for name, outputs in run.recomputed.items():
         before = run.outputs.get(name, [])
         if len(before) != 1 or len(outputs) != 1 or outputs[0].shape != before[0].shape:
             continue  # micro-batches return in another order
-        found, _ = compare_tensors({name: outputs[0]}, {name: before[0]}, rank, 1e-5)
+        found, _ = compare_tensors({name: outputs[0]}, {name: before[0]}, 1e-5)
         differences += found
     return differences
 
