@@ -12,6 +12,7 @@ from torchtitan.errors import ConfigError, did_you_mean
 from torchtitan.models.import_errors import BrokenModel
 from torchtitan.models.plugins import load_plugins
 from torchtitan.protocols.train_spec import MODEL_REGISTRY, get_train_spec, model_flavors
+from torchtitan.tools.user_module import NoPackageError
 
 from .check import NotApplicableError
 
@@ -218,6 +219,36 @@ class Subject:
             raise NotApplicableError(f"no batches, see contract.forward: {self.own_batches.error}")
 
 
+def subject_of(
+    name: str,
+    flavor: str,
+    folder: Path,
+    custom_import: str = "",
+    hf_path: str | Path | None = None,
+) -> Subject:
+    """Import a model, and return it in a flavor: by default `debugmodel`, or the only one.
+
+    A module that cannot be imported is left to the check `contract.import`.
+
+    Raises:
+        ConfigError: there is no such model, flavor or folder, or several flavors to choose from; or
+            the module is a folder with nothing to import.
+    """
+    hf_path = None if hf_path is None else Path(hf_path).resolve()
+    if hf_path is not None and not hf_path.is_dir():
+        raise ConfigError(f"--hf {hf_path}: no such folder")
+    try:
+        load_plugins(custom_import)
+    except NoPackageError:
+        raise
+    except ConfigError:
+        return Subject(name, flavor, folder, custom_import, hf_path)
+    require_model(name)
+    subject = Subject(name, flavor or _default_flavor(name), folder, custom_import, hf_path)
+    subject.spec  # noqa: B018 (raises if there is no such flavor)
+    return subject
+
+
 def require_model(name: str) -> None:
     """Raise `ConfigError` if no imported module has registered the model, or its import fails."""
     if name not in MODEL_REGISTRY:
@@ -229,7 +260,7 @@ def require_model(name: str) -> None:
         raise ConfigError(broken.problem)
 
 
-def default_flavor(name: str) -> str:
+def _default_flavor(name: str) -> str:
     """Return `debugmodel` if the model has it, else the only flavor.
 
     Raises:
