@@ -28,7 +28,7 @@ from .reference import (
     trainer_or_skip,
 )
 from .subject import Subject
-from .verdict import LOSS_TOLERANCE, WEIGHT_TOLERANCE, max_error
+from .verdict import LOSS_TOLERANCE, WEIGHT_TOLERANCE, largest_relative
 
 CHECKS = Checks()
 
@@ -139,9 +139,7 @@ def loads_on(layout: str, subject: Subject) -> str:
         )
     resumed = train(trainer, observe=False)
     reference = Recording.load(reference_path(subject))
-    expected = reference.losses[SAVED_STEP:]
-    pairs = zip(resumed.losses, expected, strict=True)
-    error = max_error(abs(a - b) / abs(b) for a, b in pairs)
+    error = largest_relative(resumed.losses, reference.losses[SAVED_STEP:])
     different, _ = compare_tensors(
         resumed.weights, reference.weights, WEIGHT_TOLERANCE, LEARNING_RATE * STEPS
     )

@@ -116,17 +116,12 @@ def _beyond_windows(subject: Subject, args: BaseModelArgs, config: Any) -> _Reac
         args: of our model of these files.
         config: the transformers config of the text part.
     """
-    theirs = [
-        value
-        for name, value in config.to_dict().items()
-        if ("window" in name or "chunk" in name) and "layers" not in name and type(value) is int
-    ]
     longest = [getattr(config, "max_position_embeddings", None), getattr(args, "max_seq_len", None)]
     most = min((n for n in longest if isinstance(n, int)), default=2**62)
     length, reached, left = subject.length, [], []
-    for window in sorted({*window_sizes(args), *theirs}):
+    for window in sorted({*window_sizes(vars(args)), *window_sizes(config.to_dict())}):
         wanted = window if window < length else window + 1 + _BEYOND
-        if window < 1 or window >= most:  # the window never ends
+        if window >= most:  # the window never ends
             continue
         wanted = min(wanted, most)
         if args.get_nparams_and_flops(wanted)[1] * wanted > _OPERATIONS:

@@ -48,11 +48,11 @@ class Layout:
     """A number of ranks, and how they divide the work."""
 
     ranks: int = 1
-    data_ranks: int = 1
+    parts: int = 1
+    """Equal parts of a batch, for data ranks and for the accumulation of gradients."""
     options: tuple[str, ...] = ()
     quick: bool = False
     timeout: float = 120.0
-    accumulation: int = 1
 
     @property
     def reference(self) -> str:
@@ -74,7 +74,7 @@ def _schedule(name: str) -> str:
 
 
 LAYOUTS = {
-    "accumulation": Layout(accumulation=4),
+    "accumulation": Layout(parts=4),
     "fsdp2": Layout(2, 2, quick=True),
     "ddp2": Layout(2, 2, (REPLICATE2, "--parallelism.data_parallel_shard_degree=1")),
     "hsdp2x2": Layout(4, 4, (REPLICATE2,)),
@@ -114,8 +114,7 @@ LAYOUTS = {
 
 
 def options_of(layout: Layout) -> list[str]:
-    local_batch_size = BATCH // layout.data_ranks // layout.accumulation
-    return [f"--training.local_batch_size={local_batch_size}", *layout.options]
+    return [f"--training.local_batch_size={BATCH // layout.parts}", *layout.options]
 
 
 @CHECKS.of(REFERENCE, "the model trains on one process, and a forward pass can be repeated")

@@ -66,10 +66,10 @@ def compare_runs(trainer: Trainer, run: Recording, reference: Recording) -> Comp
     """Compare this rank's recording with the reference."""
     found = Comparison(
         errors={
-            "loss": _largest_relative(run.losses, reference.losses),
-            "gradient norm": _largest_relative(run.grad_norms, reference.grad_norms),
+            "loss": largest_relative(run.losses, reference.losses),
+            "gradient norm": largest_relative(run.grad_norms, reference.grad_norms),
         },
-        first_loss_error=_largest_relative(run.losses[:1], reference.losses[:1]),
+        first_loss_error=largest_relative(run.losses[:1], reference.losses[:1]),
         names=set(run.weights),
         recomputes=bool(run.recomputed),
     )
@@ -103,7 +103,7 @@ def judge(found: list[Comparison], reference: Recording, job_config: JobConfig) 
     _refuse_other_names(found, reference)
     refuse = partial(_refuse, found, reference, job_config)
     refuse("initial")
-    errors = {name: max_error(c.errors[name] for c in found) for name in LIMITS}
+    errors = {name: _max_error(c.errors[name] for c in found) for name in LIMITS}
     wrong = {name: error for name, error in errors.items() if not error <= LIMITS[name]}
     compared = sum(c.compared for c in found)
     if not wrong:
@@ -118,7 +118,7 @@ def judge(found: list[Comparison], reference: Recording, job_config: JobConfig) 
     summary = f". Off in all: {summary}"
     refuse("outputs", summary)
     refuse("recomputed", summary)
-    first_loss = max_error(c.first_loss_error for c in found)
+    first_loss = _max_error(c.first_loss_error for c in found)
     if compared and not first_loss <= LOSS_TOLERANCE / 10:  # untrained, tokens are very similar
         raise CheckFailedError(
             f"outputs agree, but the loss of step 1 is off by {first_loss:.2g}{summary}",
@@ -270,10 +270,10 @@ def _compare_recomputed(run: Recording) -> list[Difference]:
     return differences
 
 
-def max_error(errors: Iterable[float]) -> float:
+def _max_error(errors: Iterable[float]) -> float:
     """Return the largest error; NaN is worse than any number."""
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
-def _largest_relative(values: list[float], reference: list[float]) -> float:
-    return max_error(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))
+def largest_relative(values: list[float], reference: list[float]) -> float:
+    return _max_error(abs(a - b) / abs(b) for a, b in zip(values, reference, strict=True))
