@@ -146,7 +146,7 @@ class OwnBatches:
         if self._loader is None:
             config = self.config
             self._loader = open_loader(self._spec, config)
-            model = self._spec.meta_model(self._spec.model_args.update_from_config(config))
+            model = self._spec.meta_model(self._spec.updated_args(config))
             dims = ParallelDims.from_config(config.parallelism, 1)
             self._expected = ModelInputs(model, dims, config)
 

@@ -89,17 +89,11 @@ def _lost(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[str]:
         back = read(dict(config))
     except Exception:  # reported elsewhere
         return
-    for name, value in _numbers(args):
-        other = getattr(back, name)
-        if other != value and (key := _key_of(name, other, config, read)):
-            yield f"{key} = {config[key]!r}, which is {name} = {other!r} and not {value!r}"
-
-
-def _numbers(args: BaseModelArgs) -> Iterator[tuple[str, Any]]:
-    """Yield names and values of fields that are numbers or booleans."""
     for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            yield name, value
+        if not isinstance(value, int | float) or (other := getattr(back, name)) == value:
+            continue
+        if key := _key_of(name, other, config, read):
+            yield f"{key} = {config[key]!r}, which is {name} = {other!r} and not {value!r}"
 
 
 def _key_of(name: str, value: Any, config: dict[str, Any], read: Any) -> str:

@@ -101,7 +101,7 @@ def names_match(subject: Subject) -> str:
     if missing := [name for name in ours if name not in files and name not in buffers]:
         raise CheckFailedError(
             f"to_hf() gives {few(missing, 5)}, which the files do not have; they have "
-            f"{few(_closest(missing, files), 5)}",
+            f"{few(get_close_matches(missing[0], files, cutoff=0.0))}",
             "state_dict_adapter.py: the names of model.safetensors.index.json.",
         )
     for name, shape in ours.items():
@@ -119,11 +119,6 @@ def names_match(subject: Subject) -> str:
             "tensor, from_hf() must drop it without an error.",
         )
     return f"{len(ours)} tensors"
-
-
-def _closest(names: list[str], files: dict[str, Any]) -> list[str]:
-    """Return the names in the files that are most similar to the first of `names`."""
-    return get_close_matches(names[0], files, n=3, cutoff=0.0)
 
 
 def _is_passed_over(adapter: Any, name: str) -> bool:

@@ -28,7 +28,7 @@ def init_is_recursive(subject: Subject) -> str:
         raise NotApplicableError(f"layers share {shared[0]}, and pipeline_fn is None: never parted")
     whole = dict(state_of(subject.build()))
     count = 0
-    for part, description in parts_of(subject):
+    for part, description in _parts_of(subject):
         try:
             initialize_weights(part, subject.seed, torch.device("cpu"))
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
@@ -69,7 +69,7 @@ def _shared_by_layers(subject: Subject) -> list[str]:
     return [name for found in names.values() if len(found) > 1 for name in found.values()]
 
 
-def parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
+def _parts_of(subject: Subject) -> Iterator[tuple[ModelProtocol, str]]:
     """Yield parts of the model such as pipeline stages, on the meta device, with descriptions.
 
     Layers can be deleted from every model; other modules only from models that can be split. Where

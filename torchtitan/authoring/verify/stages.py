@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections import ChainMap
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from torchtitan.config import JobConfig
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import modules_around_layers
 from torchtitan.distributed.pipeline_split import stages_of_rank, stages_per_rank
 from torchtitan.errors import ConfigError
 from torchtitan.preflight.validate import validate
-from torchtitan.protocols.model import ModelProtocol
 from torchtitan.runtime.fake_world import fake_world
 
 from .check import CheckFailedError, Checks, NotApplicableError
@@ -182,9 +179,10 @@ def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:
     Raises:
         ConfigError: the model cannot be split like this.
     """
+    pipeline_fn: Any = subject.spec.pipeline_fn
     degree, cuts = 2, []
     if cut:
-        _, last = modules_around_layers(subject.spec.pipeline_fn)
+        _, last = modules_around_layers(pipeline_fn)
         model = subject.spec.meta_model(subject.args)
         first = next((name for name in last if getattr(model, name, None) is not None), cut)
         cuts = [f"--parallelism.pipeline_parallel_split_points={first}"]
@@ -199,20 +197,13 @@ def _stages(subject: Subject, schedule: str, cut: str = "") -> list[nn.Module]:
     stages = {}
     for rank in range(degree):
         with fake_world(degree, rank):
-            parts = _parts_of_rank(subject, config, degree, loss_fn)
-            for number, part in zip(stages_of_rank(config, rank), parts, strict=True):
+            dims = ParallelDims.from_config(config.parallelism, degree)
+            model = subject.spec.meta_model(subject.spec.updated_args(config))
+            layout = dims.world_mesh, dims, config
+            pipeline = pipeline_fn(model, *layout, lambda part, *layout: part, loss_fn)
+            numbers = stages_of_rank(config, rank)
+            for number, part in zip(numbers, pipeline.model_parts, strict=True):
                 initialize_weights(part, subject.seed, torch.device("cpu"))
                 vary_constants(part, subject.seed)
                 stages[number] = part
     return [stages[number] for number in range(degree * stages_per_rank(config))]
-
-
-def _parts_of_rank(
-    subject: Subject, config: JobConfig, degree: int, loss_fn: object
-) -> list[ModelProtocol]:
-    dims = ParallelDims.from_config(config.parallelism, degree)
-    model = subject.spec.meta_model(subject.spec.model_args.update_from_config(config))
-    mesh = dims.world_mesh
-    pipeline_fn = cast(Callable[..., Any], subject.spec.pipeline_fn)
-    pipeline = pipeline_fn(model, mesh, dims, config, lambda part, *layout: part, loss_fn)
-    return pipeline.model_parts

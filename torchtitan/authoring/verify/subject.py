@@ -54,7 +54,7 @@ class Subject:
     @cached_property
     def args(self) -> BaseModelArgs:
         """The model's arguments, for one process."""
-        return self.spec.model_args.update_from_config(self.config())
+        return self.spec.updated_args(self.config())
 
     def at_most(self, wanted: int) -> int:
         """Return `wanted`, or the most tokens that `max_seq_len` and `update_from_config` allow."""
