@@ -27,7 +27,7 @@ from torchtitan.runtime.stop_request import StopRequest
 
 from .batches import BATCH
 from .check import CheckFailedError, NotApplicableError
-from .observe import ModuleOutputs, Outputs
+from .observe import Outputs, module_outputs
 from .probe import packed_documents
 
 if TYPE_CHECKING:
@@ -190,9 +190,9 @@ def train(
         while trainer.state.step < steps:
             trainer.state.step += 1
             if observe and trainer.state.step == 1:
-                with ModuleOutputs(trainer.model_parts, trainer.job_config) as seen:
+                with module_outputs(trainer.model_parts, trainer.job_config) as seen:
                     trainer.train_step(stop)
-                recording.outputs, recording.recomputed = seen.outputs, seen.recomputed
+                recording.outputs, recording.recomputed = seen
                 recording.gradients = copies(gradients_of(trainer))
             else:
                 trainer.train_step(stop)

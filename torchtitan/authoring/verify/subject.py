@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -62,11 +63,8 @@ class Subject:
         wanted = min(wanted, longest) if isinstance(longest, int) else wanted
         if wanted <= self.length or self._takes(wanted):
             return wanted
-        taken, refused = self.length, wanted
-        while refused - taken > 1:
-            middle = (taken + refused) // 2
-            taken, refused = (middle, refused) if self._takes(middle) else (taken, middle)
-        return taken
+        longer = range(self.length + 1, wanted)
+        return self.length + bisect_left(longer, True, key=lambda n: not self._takes(n))
 
     def _takes(self, seq_len: int) -> bool:
         args = copy.deepcopy(self.spec.model_args)  # a faulty update_from_config would change them
