@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .subject import Subject
 
 CHECKS = Checks()
 
-SIZES = {
+_SIZES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -36,6 +37,14 @@ SIZES = {
 """Usual fields of args -> keys of `config.json`, for args without `from_hf_config`."""
 _NOT_IN_CONFIG = {"attention", "aux_loss_weight"}
 """Fields of args, or of nested args, that only affect training."""
+
+
+def unlike_config(args: BaseModelArgs, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the usual fields of args with another value than in `config.json`, and their keys."""
+    for name, key in _SIZES.items():
+        ours, theirs = getattr(args, name, None), config.get(key)
+        if ours is not None and theirs is not None and ours != theirs:
+            yield name, key
 
 
 def folder_of(subject: Subject) -> Path:
@@ -76,8 +85,7 @@ def config_matches(subject: Subject) -> str:
     else:
         differences = [
             f"{name} = {getattr(ours, name)!r} (config.json: {key} = {config[key]!r})"
-            for name, key in SIZES.items()
-            if hasattr(ours, name) and config.get(key) not in (None, getattr(ours, name))
+            for name, key in unlike_config(ours, config)
         ]
     if differences:
         raise CheckFailedError(
