@@ -194,7 +194,7 @@ def test_a_right_model_of_convolutions_and_chunks_passes(tmp_path: Path) -> None
 def test_a_right_model_with_batches_of_its_own_passes(name: str, tmp_path: Path) -> None:
     """Its layouts and what can be asked of any batch; what is of texts says so."""
     subject = Subject(name, "debugmodel", tmp_path, "tiny_own_batches")
-    only = ["contract.forward", "contract.args", "contract.absent", "stages", "semantics.memory"]
+    only = ["contract.forward", "contract.args", "stages", "semantics.memory"]
     only += ["layouts.fsdp2", "layouts.tp2", "layouts.pp2", "checkpoints.resume", "numerics.bf16"]
     outcomes = {o.check.name: o for o in run_checks(choose(only), subject)}
     assert [f"{n}: {o.message}" for n, o in outcomes.items() if o.status == "fail"] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -269,14 +269,10 @@ def long_contexts_are_finite(subject: Subject) -> str:
     model, seq = subject.build().train(), subject.at_most(LONG_CONTEXT)
     example = subject.example(1, seq)
     seq = example.labels.shape[1]
-    for cast, dtype in ((None, "float32"), (_autocast, "bfloat16")):
+    for cast, dtype in ((nullcontext, "float32"), (_autocast, "bfloat16")):
         model.zero_grad()
-        with recorded_outputs(model) as outputs:
-            if cast is None:
-                logits = example.run(model)
-            else:
-                with cast(model):
-                    logits = example.cast(torch.bfloat16).run(model)
+        with recorded_outputs(model) as outputs, cast(model):
+            logits = example.cast(getattr(torch, dtype)).run(model)
         loss = example.loss(logits)
         # A module may return a mask of 0 and -inf.
         good = {name: out.isfinite() | (out == -math.inf) for name, out in outputs.items()}
