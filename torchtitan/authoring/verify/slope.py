@@ -1,10 +1,10 @@
 """Checks the backward pass against the forward pass: a gradient is the slope of the loss.
 
-The loss is measured slightly before and after the weights, along the gradient, in float64 even
-where the model asks for less: differences are then known to many digits. Harmless deviations from a
-derivative are detected or declared: rounding by its operations, jumps (such as tokens that change
-their expert) by estimates that disagree, a loss added in the backward pass by its gradient, and
-everything else by `ModelProtocol.estimates_gradients`.
+The loss is measured slightly before and after the weights, along the gradient and some noise, in
+float64 even where the model asks for less: differences are then known to many digits. Harmless
+deviations from a derivative are detected or declared: rounding by its operations, jumps (such as
+tokens that change their expert) by estimates that disagree, a loss added in the backward pass by
+its gradient, and everything else by `ModelProtocol.estimates_gradients`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ CHECKS = Checks("contract.forward", "learning.gradients")
 _STEPS = (1e-6, 1e-5, 1e-4, 1e-3)
 """Distances from the weights at which the loss is measured, as a share of their norm."""
 _TOLERANCE = 1e-4
-"""For the slope along one parameter's gradient, relative to the gradient. Correct ones are within
-1e-6."""
+"""For the slope along one parameter's change, relative to that by its gradient. Correct ones are
+within 1e-6."""
 _OF_SEVERAL = 1e-5
-"""The same along several parameters' gradients together, one of which may be wrong."""
+"""The same along several parameters' changes together, one of which may have a wrong gradient."""
 _AGREE = 0.02
 """Relative tolerance within which two steps' differences from the gradient agree."""
 _LEAST = 1e-3
@@ -80,7 +80,7 @@ def gradients_are_slopes(subject: Subject) -> str:
     raise CheckFailedError(
         f"{len(found)} of {len(loss.gradients)} parameters have gradients that are not the slope "
         f"of the loss: the last in the order of forward() is {last}, whose slope is other by "
-        f"{found[last]:.1%}; the largest difference is {found[largest]:.1%}, of {largest}",
+        f"{found[last]:.2%}; the largest difference is {found[largest]:.2%}, of {largest}",
         f"The backward pass of what follows {last.rpartition('.')[0]} is wrong: a "
         "torch.autograd.Function whose backward() is not the derivative of its forward(), or a "
         "detach() or no_grad() on the way, as in a norm's scale. If gradients are meant to be "
@@ -165,7 +165,7 @@ class _Loss:
         return found
 
     def _directions(self, names: list[str]) -> tuple[dict[str, torch.Tensor], float]:
-        """Return a change of each parameter along its gradient, with equal effects on the loss.
+        """Return a change of each parameter, mostly along its gradient, with similar effects.
 
         Returns:
             changes: at most as large as the parameter.
@@ -181,11 +181,14 @@ class _Loss:
             return {}, 0.0
         each = max(min(influence.values()), _LEAST * most)
         changes, slope = {}, 0.0
+        generator = torch.Generator().manual_seed(0)
         for name, value in influence.items():
-            share = min(each / value, 1.0)
             gradient, size = self.gradients[name], self._parameters[name].detach().norm()
-            changes[name] = share * size * gradient / gradient.norm()
-            slope += share * value
+            noise = torch.randn(gradient.shape, generator=generator)
+            # A part that the gradient lacks is orthogonal to the gradient, but not to the noise.
+            direction = (2 * gradient / gradient.norm() + noise / noise.norm()) / 3
+            changes[name] = min(each / value, 1.0) * size * direction
+            slope += (gradient * changes[name]).sum().item()
         return changes, slope
 
     def _at(self, changes: dict[str, torch.Tensor], step: float) -> float:
