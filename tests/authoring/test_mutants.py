@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from torchtitan.authoring.verify.catalog import all_checks, choose
-from torchtitan.authoring.verify.check import NotApplicableError, Outcome
+from torchtitan.authoring.verify.check import CheckFailedError, NotApplicableError, Outcome
 from torchtitan.authoring.verify.reference import Batches
 from torchtitan.authoring.verify.run import run_checks
 from torchtitan.authoring.verify.subject import Subject
@@ -217,6 +217,25 @@ def test_a_right_model_whose_steps_are_not_equally_hard_passes(tmp_path: Path) -
     only = choose(["learning.training", "contract.recursive"])
     outcomes = run_checks(only, Subject("uneven_noise", "tiny", tmp_path, "uneven_noise"))
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+def test_a_right_model_of_missing_values_passes(tmp_path: Path) -> None:
+    """In every layout each observed number weighs the same."""
+    only = choose(["contract.loss", "contract.dataloader", "layouts.fsdp2"])
+    outcomes = run_checks(only, Subject("missing_values", "tiny", tmp_path, "missing_values"))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gaps_as_zeros", r"with NaN for all labels the loss is [\d.]+, not 0"),
+        ("gaps_as_nan", "the loss is NaN: some labels are"),
+    ],
+)
+def test_a_loss_of_missing_values_is_refused(name: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailedError, match=says):
+        CHECKS["contract.loss"].run(Subject(name, "tiny", tmp_path, "missing_values"))
 
 
 def test_context_parallelism_does_not_apply_to_inputs_that_it_cannot_divide(tmp_path: Path) -> None:

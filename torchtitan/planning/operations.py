@@ -84,7 +84,8 @@ ATTENTION = (
 def _warn_of_unknown_flops(name: str) -> None:
     logger.warning(
         "%s has no formula of its FLOPs, so its time is planned by the bytes that it reads and "
-        "writes. If it has matrix products, give torch.utils.flop_counter.register_flop_formula one",
+        "writes. If it has matrix products, give it one by "
+        "torch.utils.flop_counter.register_flop_formula",
         name,
     )
 
