@@ -83,7 +83,9 @@ def write_hf_model(config: dict, folder: Path) -> Path:
     torch.manual_seed(0)
     hf_config = transformers.AutoConfig.from_pretrained(folder)
     hf_config.initializer_range = 0.1
-    transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
+    masked = config["model_type"] == "esm"
+    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    auto.from_config(hf_config).save_pretrained(folder)
     return folder
 
 
@@ -217,6 +219,15 @@ def test_a_right_model_whose_steps_are_not_equally_hard_passes(tmp_path: Path) -
     only = choose(["learning.training", "contract.recursive"])
     outcomes = run_checks(only, Subject("uneven_noise", "tiny", tmp_path, "uneven_noise"))
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
+def test_a_right_masked_model_is_compared_with_its_kind_of_transformers(tmp_path: Path) -> None:
+    config = importlib.import_module("proteins").HF_CONFIG
+    (tmp_path / "hf").mkdir()
+    hf_path = write_hf_model(config, tmp_path / "hf")
+    subject = Subject("proteins", "debugmodel", tmp_path, "proteins", hf_path)
+    *_, outcome = run_checks(choose(["adapter.hf_numbers"]), subject)
+    assert outcome.message.startswith("logits of 64 tokens equal to"), outcome
 
 
 def test_a_right_model_of_missing_values_passes(tmp_path: Path) -> None:

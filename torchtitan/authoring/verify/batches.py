@@ -178,6 +178,11 @@ class OwnBatches:
         return set(batch) <= set(USUAL_KEYS) and _is_text(batch["tokens"], batch["labels"])
 
     @property
+    def has_ids(self) -> bool:
+        """Whether tokens are ids `[batch, seq]`, whatever else a batch has."""
+        return _are_ids(self.batch(1)["tokens"])
+
+    @property
     def keys(self) -> list[str]:
         """Keys of a batch besides tokens and labels; none if there is no batch."""
         return [] if self.error else [n for n in self.batch(1) if n not in USUAL_KEYS[:2]]
