@@ -59,6 +59,7 @@ QUICK = {
     "uninitialised_buffer",
     "values_are_the_keys",
     "wrong_backward",
+    "wrong_backward_of_float32",
 }
 """Those that CI looks for, one or two of a kind; the others are `long`."""
 
@@ -351,6 +352,11 @@ def test_gradients_may_be_meant_to_be_no_slopes(tmp_path: Path) -> None:
     ):
         with pytest.raises(NotApplicableError, match=re.escape(reason)):
             CHECKS["learning.slope"].run(Subject(name, "debugmodel", tmp_path, "ternary"))
+
+
+def test_gradients_of_a_model_without_float64_are_measured_in_float32(tmp_path: Path) -> None:
+    said = CHECKS["learning.slope"].run(Subject("no_float64", "debugmodel", tmp_path, "no_float64"))
+    assert "in float32, since it does not run in float64: TypeError" in said
 
 
 @pytest.mark.long

@@ -29,7 +29,9 @@ def _check_checkpoints(job_config: JobConfig) -> None:
         )
         fail(job_config, "checkpoint.keep_every", problem)
     if (first := min(config.keep_steps, default=1)) < 1:
-        problem = f"has {first}, but the first step is 1. Initial weights depend on debug.seed alone"
+        problem = (
+            f"has {first}, but the first step is 1. Initial weights depend on debug.seed alone"
+        )
         fail(job_config, "checkpoint.keep_steps", problem)
 
 
