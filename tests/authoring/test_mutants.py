@@ -354,6 +354,22 @@ def test_gradients_may_be_meant_to_be_no_slopes(tmp_path: Path) -> None:
             CHECKS["learning.slope"].run(Subject(name, "debugmodel", tmp_path, "ternary"))
 
 
+@pytest.mark.parametrize(
+    "only",
+    [
+        ["learning.slope", "numerics.bf16_gradients", "layouts.tp2"],
+        pytest.param(
+            ["layouts.compile_inductor", "layouts.pp2_fsdp2_tp2", "layouts.ac_selective_op"],
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["tp2", "others"],
+)
+def test_a_right_model_with_a_kernel_of_its_own_passes(only: list[str], tmp_path: Path) -> None:
+    outcomes = run_checks(choose(only), Subject("own_kernel", "debugmodel", tmp_path, "own_kernel"))
+    assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
+
+
 def test_gradients_of_a_model_without_float64_are_measured_in_float32(tmp_path: Path) -> None:
     said = CHECKS["learning.slope"].run(Subject("no_float64", "debugmodel", tmp_path, "no_float64"))
     assert "in float32, since it does not run in float64: TypeError" in said
