@@ -370,6 +370,11 @@ def test_a_right_model_with_a_kernel_of_its_own_passes(only: list[str], tmp_path
     assert [f"{o.check.name}: {o.message}" for o in outcomes if o.status != "pass"] == []
 
 
+def test_bfloat16_may_change_a_sample_that_cancels_out(tmp_path: Path) -> None:
+    subject = Subject("cancelling_row", "tiny", tmp_path, "cancelling_row")
+    assert CHECKS["numerics.bf16"].run(subject).endswith("at 1 tokens")
+
+
 def test_gradients_of_a_model_without_float64_are_measured_in_float32(tmp_path: Path) -> None:
     said = CHECKS["learning.slope"].run(Subject("no_float64", "debugmodel", tmp_path, "no_float64"))
     assert "in float32, since it does not run in float64: TypeError" in said
