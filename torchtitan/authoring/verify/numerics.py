@@ -32,7 +32,7 @@ BF16_TOLERANCE = 0.05
 tokens is used, since rounded scores route some tokens to other experts."""
 
 BF16_GRADIENT_TOLERANCE = 0.25
-"""Norm of the error of a parameter's gradient in bfloat16, relative to that of the gradient. Correct
+"""Norm of the error of a parameter's gradient in bfloat16, relative to the gradient's norm. Correct
 ones are within 0.15, most within 0.03."""
 _OF_OUTPUT = 6.0
 """Error of all gradients together, relative to that of the outputs. Correct ones are within 4."""
