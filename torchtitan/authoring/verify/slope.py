@@ -97,7 +97,11 @@ def _compared(loss: _Loss) -> str:
     found = {name: loss.differs([name], tolerance) for name in names}
     found = {name: difference for name, difference in found.items() if difference}
     if not found:
-        return f"{len(loss.gradients)} parameters, each within {tolerance:.0e}"
+        left = (
+            f", {len(loss.unmeasured)} others change the loss too little" if loss.unmeasured else ""
+        )
+        measured = len(loss.gradients) - len(loss.unmeasured)
+        return f"{measured} parameters, each within {tolerance:.0e}{left}"
     last = max(found, key=lambda name: loss.order.get(name.rpartition(".")[0], -1))
     largest = max(found, key=lambda name: found[name])
     raise CheckFailedError(
@@ -136,6 +140,8 @@ class _Loss:
             raise NotApplicableError("the same tokens give another loss the second time in train()")
         self._rounded = list(mode.rounded)
         self._noise = precision.noise * abs(loss.item())
+        self.unmeasured: set[str] = set()
+        """Parameters whose gradients could not be compared."""
 
     def _gradients(self, loss: torch.Tensor, weight: float) -> dict[str, torch.Tensor]:
         """Return the gradients of `weight` times the loss, plus those the backward pass adds."""
@@ -194,6 +200,8 @@ class _Loss:
             found.append((up - down) / (2 * step) / expected - 1)
             if abs(found[-1]) <= enough:
                 break
+        if not found:
+            self.unmeasured.update(names)
         return found
 
     def _directions(self, names: list[str]) -> tuple[dict[str, torch.Tensor], float]:
