@@ -177,6 +177,11 @@ class OwnBatches:
         return set(batch) <= set(USUAL_KEYS) and _is_text(batch["tokens"], batch["labels"])
 
     @property
+    def has_ids(self) -> bool:
+        """Whether tokens are ids `[batch, seq]`, whatever else a batch has."""
+        return _are_ids(self.batch(1)["tokens"])
+
+    @property
     def keys(self) -> list[str]:
         """Keys of a batch besides tokens and labels; none if there is no batch."""
         return [] if self.error else [n for n in self.batch(1) if n not in USUAL_KEYS[:2]]
@@ -191,6 +196,13 @@ class OwnBatches:
         batch = self.batch(step)
         whole = Example(batch["tokens"], batch["labels"], own_inputs(batch), self._loss)
         return whole.rows(slice(rows))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of batches are equal; missing labels, which are NaN, are equal."""
+    if a.shape != b.shape or not (a.is_floating_point() and b.is_floating_point()):
+        return torch.equal(a, b)
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _is_text(tokens: torch.Tensor, labels: torch.Tensor) -> bool:

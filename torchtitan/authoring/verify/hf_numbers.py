@@ -8,6 +8,7 @@ norms of a new model are all 1, and could be exchanged without notice.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 from torchtitan.components.checkpoint.tied import first_names
+from torchtitan.components.model_inputs import needed_inputs
 from torchtitan.distributed.determinism import derive_seed
 from torchtitan.distributed.init import initialize_weights
 from torchtitan.models.from_hf import read_hf_config
@@ -48,7 +50,8 @@ def numbers_match(subject: Subject) -> str:
     ours = _load_ours(subject, folder)
     config = theirs.config.get_text_config()
     reached = _beyond_windows(subject, args_of(subject), config)
-    tokens = subject.tokens(2 if reached.length == subject.length else 1, reached.length)
+    _require_token_ids(subject, ours)
+    tokens = subject.random_tokens(2 if reached.length == subject.length else 1, reached.length)
     tokens = tokens % min(subject.vocab_size, config.vocab_size)
     our_layers, their_layers = [f"layers.{n}" for n in ours.layers], _layers_of(theirs)
     if len(our_layers) != len(their_layers):
@@ -96,6 +99,14 @@ def numbers_match(subject: Subject) -> str:
         f"logits of {reached.length} tokens equal to {difference:.0e}, layers to {worst:.0e}"
         f"{reached.note}"
     )
+
+
+def _require_token_ids(subject: Subject, ours: nn.Module) -> None:
+    """Raise `NotApplicableError` unless `ours(tokens)` is possible, as for a masked model, too."""
+    parameters = list(inspect.signature(ours.forward).parameters.values())
+    batches = subject.own_batches
+    if needed_inputs(parameters[1:]) or (batches and not batches.error and not batches.has_ids):
+        subject.require_text()
 
 
 @dataclass(frozen=True)
@@ -170,13 +181,16 @@ def _load_theirs(folder: Path) -> Any:
         raise NotApplicableError(
             "transformers is not installed: pip install transformers to compare numbers"
         ) from error
-    kind = read_hf_config(folder).get("model_type")
+    config = read_hf_config(folder)
+    kind = config.get("model_type")
     if kind is not None and kind not in transformers.CONFIG_MAPPING:
         raise NotApplicableError(
             f"transformers {transformers.__version__} has no model of model_type = {kind!r} to "
             "compare numbers with"
         )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    masked = str(config.get("architectures")).endswith("ForMaskedLM']")
+    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     return model.eval()
@@ -204,7 +218,11 @@ def _load_ours(subject: Subject, folder: Path) -> ModelProtocol:
 
 def _layers_of(theirs: nn.Module) -> list[str]:
     for name, module in theirs.named_modules():
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h"):
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in (
+            "layers",
+            "layer",
+            "h",
+        ):
             return [f"{name}.{number}" for number in range(len(module))]
     raise NotApplicableError(f"{type(theirs).__name__} has no list of layers")
 

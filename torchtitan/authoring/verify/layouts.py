@@ -21,7 +21,7 @@ from torchtitan.errors import ConfigError, ContextParallelError
 from torchtitan.tools.text import few
 from torchtitan.train import Trainer
 
-from .batches import BATCH
+from .batches import BATCH, same
 from .check import Check, CheckFailedError, Checks, NotApplicableError
 from .effects import compiled_graphs, require_effect
 from .reference import (
@@ -201,7 +201,7 @@ def _require_same_batches(subject: Subject) -> None:
     second = other.batch(1)
     other.close()
     for name, tensor in first.items():
-        if name not in second or not torch.equal(tensor, second[name]):
+        if name not in second or not same(tensor, second[name]):
             raise CheckFailedError(
                 f"two data loaders of the same job give a different {name!r} in the first batch",
                 "Random numbers of a loader, such as noise, must be a function of debug.seed and "

@@ -189,9 +189,13 @@ class Subject:
         Raises:
             NotApplicableError: the model reads something else.
         """
+        self.require_text()
+        return self.random_tokens(batch, seq, seed)
+
+    def random_tokens(self, batch: int, seq: int | None = None, seed: int = 0) -> torch.Tensor:
+        """Return what `tokens` returns, for any model that has a vocabulary."""
         import torch
 
-        self.require_text()
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + seed)
         return torch.randint(self.vocab_size, (batch, seq or self.length), generator=generator)
 

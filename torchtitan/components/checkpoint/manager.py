@@ -94,7 +94,8 @@ class CheckpointManager:
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Return whether `save` would save."""
-        return self._config.enable and (last or step % self._config.interval == 0)
+        config = self._config
+        return config.enable and (last or step % config.interval == 0 or step in config.keep_steps)
 
     def save(self, step: int, last: bool = False) -> None:
         """Save the state after `step` steps if it is due. Call this after every step.
@@ -139,6 +140,7 @@ class CheckpointManager:
             config=config_to_keep(self._state.job_config),
             keep_latest=self._config.keep_latest_k,
             keep_every=self._config.keep_every,
+            keep_steps=self._config.keep_steps,
             damaged=frozenset(self._damaged),
         )
         planner = SharingSavePlanner(self._group, self._last_save)

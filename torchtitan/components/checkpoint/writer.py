@@ -65,6 +65,7 @@ class CheckpointWriter(FileSystemWriter):
         config: str,
         keep_latest: int,
         keep_every: int,
+        keep_steps: Collection[int],
         damaged: Collection[str],
     ) -> None:
         super().__init__(str(folder), sync_files=False)  # `CheckpointFiles` syncs
@@ -73,7 +74,8 @@ class CheckpointWriter(FileSystemWriter):
         self._folder = folder
         self._manifest = manifest
         self._config = config
-        self._keep_latest, self._keep_every = keep_latest, keep_every
+        self._keep_latest = keep_latest
+        self._keep_every, self._keep_steps = keep_every, keep_steps
         self._damaged = damaged
         self._claim = claim
         self._times = times
@@ -144,6 +146,7 @@ class CheckpointWriter(FileSystemWriter):
                 self._damaged,
                 self._times.known,
                 self._keep_every,
+                self._keep_steps,
             )
         except Exception as error:
             logger.warning("old checkpoints cannot be listed for deletion: %s", error)
