@@ -20,6 +20,7 @@ from typing import IO, Any, cast, get_args
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -181,16 +182,14 @@ class ExactLoadPlanner(dcp.DefaultLoadPlanner):
         return self._own
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        # The base class would run any code in the pickle, so pass it a copy of the plain data.
+        # The base class would run any code in the pickle.
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError:
             key = read_item.storage_index.fqn
             raise ValueError(f"{key} is damaged or more than plain data") from None
-        copy = BytesIO()
-        torch.save(loaded, copy)
-        copy.seek(0)
-        super().load_bytes(read_item, copy)
+        place = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, place, loaded)
 
 
 def read_state(
