@@ -40,7 +40,6 @@ from torchtitan.tools.foreign_files import parse_json
 from torchtitan.tools.garbage_collection import without_collection
 from torchtitan.tools.text import few, first_line
 
-from .failures import first_failure
 from .own_shards import finding_once
 from .retry import NO_DAMAGE, parse_again, read_again
 from .safetensors_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, SafetensorsFile
@@ -223,6 +222,15 @@ def read_state(
         if isinstance(error, (CheckpointError, *NO_DAMAGE)) or not isinstance(error, Exception):
             raise error from None
         raise CheckpointError(f"{reader.path} cannot be read: {first_line(error)}") from error
+
+
+def first_failure(failure: CheckpointException) -> BaseException:
+    """Return the error of the lowest rank that failed to save or load.
+
+    torch.distributed.checkpoint collects errors from all ranks and raises them on all.
+    """
+    error, _ = failure.failures[min(failure.failures)]
+    return error
 
 
 def files_of(metadata: Metadata) -> dict[str, str]:
