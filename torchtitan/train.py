@@ -26,9 +26,8 @@ from torchtitan.cli import end_at_once, exit_on_user_error
 from torchtitan.components.batch_agreement import BatchAgreement, digest_of_names
 from torchtitan.components.block_norms import BlockNorms
 from torchtitan.components.checkpoint import CheckpointManager, RunState, TrainState
-from torchtitan.components.checkpoint.huggingface import warn_of_bytes, warn_without_bos
 from torchtitan.components.checkpoint.huggingface_save import check_export
-from torchtitan.components.checkpoint.model_identity import warn_of_other_tokenizer
+from torchtitan.components.checkpoint.initial_weights import warn_of_initial_weights
 from torchtitan.components.checkpoint.owner import claim_dump_folder
 from torchtitan.components.checkpoint.resume import check_resume
 from torchtitan.components.data_loader import Batch, check_dataloader, loader_outages, next_batch
@@ -296,8 +295,7 @@ class Trainer:
         self.watch.start()
         self.resumed = self.checkpointer.load() > 0
         if not self.resumed:
-            for warn in (warn_of_bytes, warn_without_bos, warn_of_other_tokenizer):
-                warn(config, self.tokenizer)
+            warn_of_initial_weights(config, self.tokenizer)
         describe = partial(write_description, config, dist.get_world_size())
         on_rank_zero(describe, dist.group.WORLD)
         self.metrics.start(self.state.step)
