@@ -74,8 +74,6 @@ class Manifest:
         path = folder / MANIFEST
         try:
             text = read_again(path, path.read_bytes)
-        except OutageError:
-            raise
         except OSError as error:
             inside = _checkpoints_below(folder)
             if inside:
