@@ -434,8 +434,9 @@ class Trainer:
         logging_due = step == 1 or step % config.metrics.log_freq == 0 or ending
         # Validation may take longer than the time that a stopping run has left.
         validation_due = last or (step % config.validation.freq == 0 and not stopping)
-        # To save an optimizer that has no state yet, PyTorch makes it step.
-        may_save = self.guard.may_save(ending) and (self.resumed or not self.first_step)
+        # To save an optimizer that has no state yet, PyTorch makes it step. After a bad step the
+        # weights may be bad, so only an ending run saves them.
+        may_save = (self.resumed or not self.first_step) and (ending or not self.guard.troubled)
         saving_due = may_save and self.checkpointer.is_due(step, ending)
 
         # A checkpoint of a model that holds NaN is worse than none, so check before saving.
