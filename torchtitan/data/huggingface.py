@@ -21,9 +21,10 @@ from torchtitan.errors import (
     disk_is_full,
     outage_or,
 )
+from torchtitan.tools.text import is_url
 
-from .files import is_url, open_file, unpacked
-from .json_lines import check_first_line
+from .files import open_file, unpacked
+from .json_lines import check_first
 from .rows import check_key, document_of, read_line
 
 if TYPE_CHECKING:
@@ -31,14 +32,7 @@ if TYPE_CHECKING:
 
 
 class Table:
-    """Random access to the text column of a memory-mapped `datasets.Dataset`.
-
-    Args:
-        dataset: the rows.
-        text_key: column that holds the text.
-        name: origin of the rows, for errors.
-        files: the same, as paths or URLs.
-    """
+    """Random access to the text column of a memory-mapped `datasets.Dataset`."""
 
     def __init__(
         self, dataset: datasets.Dataset, text_key: str, name: str, files: list[str]
@@ -66,9 +60,6 @@ class Stream:
     A row without text is yielded as a `BadDocumentError`, for the reader to raise or to skip.
 
     Args:
-        dataset: the rows.
-        text_key: field that holds the text.
-        name: of the dataset, for errors.
         find_files: returns the paths of a local copy's files.
     """
 
@@ -121,10 +112,6 @@ def open_files(kind: str, files: list[str], text_key: str) -> Table:
     Args:
         kind: `json` (arrays), `parquet` or `arrow`.
         files: paths or URLs; `json` files may be compressed.
-        text_key: field that holds the text.
-
-    Raises:
-        DataError: a file is malformed, or the text is not under `text_key`.
     """
     import datasets
 
@@ -161,24 +148,18 @@ def open_lines(files: list[str], text_key: str) -> Lines:
     """
     import datasets
 
-    _check_first_line(files, text_key)
+    versions = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
+    lines = ((f"{file}:{number}", line) for file in files for number, line in _lines(file))
+    check_first(lines, text_key, files)
     try:
         rows = datasets.Dataset.from_generator(
             _documents_as_json,
             features=datasets.Features({text_key: datasets.Value("large_string")}),
-            gen_kwargs={"files": files, "text_key": text_key, "versions": _versions(files)},
+            gen_kwargs={"files": files, "text_key": text_key, "versions": versions},
         )
     except Exception as error:
         raise _unreadable(_name_of(files), error) from error
     return Lines(cast("datasets.Dataset", rows), text_key, _name_of(files), files)
-
-
-def _check_first_line(files: list[str], text_key: str) -> None:
-    for file in files:
-        for number, line in _lines(file):
-            check_first_line(line, text_key, f"{file}:{number}")
-            return
-    raise DataError(f"{_name_of(files)}: empty")
 
 
 def _documents_as_json(
@@ -203,11 +184,6 @@ def _lines(file: str) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _versions(files: list[str]) -> list[tuple[int, int]]:
-    """Return the size and modification time of each file."""
-    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
-
-
 def _parquet_options(files: list[str], text_key: str) -> dict[str, Any]:
     """Return options that copy only one column. Raises `DataError` if it does not exist."""
     from pyarrow import parquet
@@ -219,11 +195,7 @@ def _parquet_options(files: list[str], text_key: str) -> dict[str, Any]:
 
 
 def open_saved(folder: str, text_key: str, split: str | None) -> Table:
-    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped.
-
-    Raises:
-        DataError: the folder is damaged, has no such split, or the text is not under `text_key`.
-    """
+    """Open a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, memory-mapped."""
     import datasets
 
     try:
@@ -249,9 +221,7 @@ def open_stream(
     Args:
         repository: its name on the hub.
         config: its configuration (subset), None for the default one.
-        split: its split.
         path: a local folder, or another repository, to read instead.
-        text_key: field that holds the text.
 
     Raises:
         DataError: there is no such dataset, or `path` cannot be opened.
