@@ -203,7 +203,9 @@ class Trainer:
 
         self.expert_balance = ExpertBalance(self.model_parts, self.parallel_dims)
         attach_loss(self.loss_fn, self.model_parts)
-        built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
+        builder = f"build_optimizer_fn ({job_config.optimizer.name})"
+        with warn_of_unread("optimizer", builder, job_config):
+            built = spec.build_optimizer_fn(self.model_parts, job_config, self.parallel_dims)
         self.optimizers = container_of(built, self.model_parts, job_config)
         with warn_of_unread("lr_scheduler", "build_lr_scheduler_fn", job_config):
             schedule = spec.build_lr_scheduler_fn(self.optimizers, job_config)

@@ -48,10 +48,9 @@ class Loss(Protocol):
 
 
 def count_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Return the number of labels that count, a scalar int64. All floating-point labels count."""
-    if labels.is_floating_point():
-        return torch.tensor(labels.numel(), device=labels.device)
-    return (labels != IGNORE_INDEX).sum()
+    """Return the number of labels that count, a scalar int64: not `IGNORE_INDEX`, nor NaN."""
+    missing = labels.isnan() if labels.is_floating_point() else labels == IGNORE_INDEX
+    return labels.numel() - missing.sum()
 
 
 def warn_of_divided_samples(model: nn.Module, job_config: JobConfig, accumulated: int) -> None:

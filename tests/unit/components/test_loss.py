@@ -13,6 +13,7 @@ from torchtitan.components.loss import (
     IGNORE_INDEX,
     VocabShard,
     build_loss,
+    count_labels,
     cross_entropy,
     warn_of_divided_samples,
 )
@@ -28,6 +29,11 @@ def example(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     labels = torch.randint(37, (50,), generator=generator)
     labels[::7] = IGNORE_INDEX
     return hidden, weight, labels
+
+
+def test_missing_labels_do_not_count() -> None:
+    assert count_labels(torch.tensor([[3, IGNORE_INDEX], [-1, 0]])) == 3
+    assert count_labels(torch.tensor([[0.5, torch.nan], [torch.inf, -100.0]])) == 3
 
 
 def test_cross_entropy_is_the_sum_over_valid_tokens() -> None:

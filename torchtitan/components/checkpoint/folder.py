@@ -280,10 +280,12 @@ def to_prune(
     damaged: Collection[str] = (),
     known: dict[str, str] | None = None,
     keep_every: int = 0,
+    keep_steps: Collection[int] = (),
 ) -> list[StoragePath]:
     """Return the checkpoints to delete: resumable ones except the `keep` saved last.
 
-    None if `keep` is 0. Checkpoints of every `keep_every` steps are kept too, if that is not 0.
+    None if `keep` is 0. Checkpoints of every `keep_every` steps are kept too, if that is not 0, and
+    those of `keep_steps`.
 
     Exports and damaged checkpoints are neither counted nor deleted, so that a good one is always
     left. A checkpoint is damaged if it is named in `damaged` or, unless it is `known`, by its file
@@ -304,7 +306,8 @@ def to_prune(
                 known[path.name] = "" if manifest.model_only else manifest.saved_at
     resumable = [path for path in found if known.get(path.name)]
     resumable.sort(key=lambda path: (known[path.name], step_of(path)))
-    return [path for path in resumable[:-keep] if not keep_every or step_of(path) % keep_every]
+    old = [path for path in resumable[:-keep] if step_of(path) not in keep_steps]
+    return [path for path in old if not keep_every or step_of(path) % keep_every]
 
 
 def _is_partial(folder: StoragePath) -> bool:

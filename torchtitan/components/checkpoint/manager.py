@@ -92,7 +92,8 @@ class CheckpointManager:
 
     def is_due(self, step: int, last: bool = False) -> bool:
         """Return whether `save` would save."""
-        return self._config.enable and (last or step % self._config.interval == 0)
+        config = self._config
+        return config.enable and (last or step % config.interval == 0 or step in config.keep_steps)
 
     def save(self, step: int, last: bool = False) -> None:
         """Save the state after `step` steps if it is due. Call this after every step.

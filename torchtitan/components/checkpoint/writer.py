@@ -137,10 +137,16 @@ class CheckpointWriter(FileSystemWriter):
         Meanwhile the other ranks wait in the group for saves, which has a long timeout. If rank 0
         pruned later, they would wait for it in a training step.
         """
-        config, root = self._job_config.checkpoint, self._folder.parent
-        keep, keep_every = config.keep_latest_k, config.keep_every
+        config = self._job_config.checkpoint
         try:
-            found = folders.to_prune(root, keep, self._damaged, self._times.known, keep_every)
+            found = folders.to_prune(
+                self._folder.parent,
+                config.keep_latest_k,
+                self._damaged,
+                self._times.known,
+                config.keep_every,
+                config.keep_steps,
+            )
         except Exception as error:
             logger.warning("old checkpoints cannot be listed for deletion: %s", error)
             return
