@@ -55,9 +55,16 @@ Build = Callable[[list[NamedParameter], "OptimizerConfig"], list[torch.optim.Opt
 
 def _adam(cls: type[torch.optim.Adam]) -> Build:
     def build(params: list[NamedParameter], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-        betas = (config.beta1, config.beta2)
-        groups = param_groups(params, config.lr)
-        return [cls(groups, lr=config.lr, betas=betas, eps=config.eps, **_kernel(config))]
+        return [
+            cls(
+                param_groups(params, config.lr),
+                lr=config.lr,
+                betas=(config.beta1, config.beta2),
+                eps=config.eps,
+                fused=config.implementation == "fused",
+                foreach=config.implementation == "foreach",
+            )
+        ]
 
     return build
 
@@ -324,8 +331,3 @@ def param_groups(params: list[NamedParameter], lr: float) -> list[dict[str, Any]
         {"params": members, "lr": group_lr, "weight_decay": weight_decay}
         for (group_lr, weight_decay, _), members in groups.items()
     ]
-
-
-def _kernel(config: OptimizerConfig) -> dict[str, bool]:
-    fused = config.implementation == "fused"
-    return {"fused": fused, "foreach": config.implementation == "foreach"}

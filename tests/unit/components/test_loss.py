@@ -141,7 +141,7 @@ def test_a_label_outside_the_vocabulary_is_an_error(label: int, backend: str) ->
 
 def test_each_label_is_of_one_rank_and_others_are_out_of_range() -> None:
     labels = torch.tensor([-1, 10, IGNORE_INDEX, *range(10)])
-    shards = [VocabShard(None, start, start == 0, start == 8) for start in (0, 4, 8)]
+    shards = [VocabShard(None, start, start == 8) for start in (0, 4, 8)]
     sizes = [4, 4, 2]
     rows = [s.local_labels(labels, size) for s, size in zip(shards, sizes, strict=True)]
     counts = torch.stack([mine for _, mine in rows]).sum(0)
