@@ -43,8 +43,10 @@ def test_memory_is_kept_for_the_next_copy_if_it_fits():
     assert second["w"].data_ptr() == place
     torch.testing.assert_close(second, state, rtol=0, atol=0)
     for other in (torch.randn(4), torch.randn(3).bfloat16()):
-        changed = state | {"other": other}
-        torch.testing.assert_close(stager.stage(changed).result(), changed, rtol=0, atol=0)
+        changed = {"first": torch.randn(len(other))} | state | {"other": other}
+        copied = stager.stage(changed).result()
+        torch.testing.assert_close(copied, changed, rtol=0, atol=0)
+        assert copied["w"].data_ptr() == place
     stager.close()
 
 

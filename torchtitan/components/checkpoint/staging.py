@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
@@ -28,6 +29,7 @@ class HostCopy(AsyncStager):
     def __init__(self) -> None:
         self._host: list[torch.Tensor] = []
         """Copies of the tensors of the last state, in its order."""
+        self._layouts: list[object] = []
         # New threads start with GPU 0, where a context of each rank of the host would take memory.
         on_gpu = torch.cuda.is_available()
         begin = partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None
@@ -57,21 +59,26 @@ class HostCopy(AsyncStager):
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._host.clear()
+        self._host, self._layouts = [], []
 
     def _make_room(self, tensors: list[torch.Tensor]) -> None:
-        """Provide memory for the tensors: that of the last save, unless the state has changed."""
-        layouts = [[(t.shape, t.dtype) for t in of] for of in (tensors, self._host)]
-        if layouts[0] == layouts[1]:
-            return
-        self._host = []
-        memory = _memory_like([local_tensor(tensor) for tensor in tensors])
-        for tensor, local in zip(tensors, memory, strict=True):
-            host: Any = local
-            if isinstance(tensor, DTensor):
-                host = torch.empty_like(tensor, device="cpu")  # untouched, so it takes no memory
-                host._local_tensor = local
-            self._host.append(host)
+        """Provide memory for the tensors, that of the last save where it fits.
+
+        The data loader's state may have other tensors each time, so any place will do.
+        """
+        free: defaultdict[object, list[torch.Tensor]] = defaultdict(list)
+        for layout, kept in zip(self._layouts, self._host, strict=True):
+            free[layout].append(kept)
+        self._layouts = [_layout(tensor) for tensor in tensors]
+        found = [free[layout].pop() if free[layout] else None for layout in self._layouts]
+        self._host, lacking = (
+            [],
+            [t for t, host in zip(tensors, found, strict=True) if host is None],
+        )
+        free.clear()
+        memory = iter(_memory_like([local_tensor(tensor) for tensor in lacking]))
+        for tensor, host in zip(tensors, found, strict=True):
+            self._host.append(_with_memory(tensor, next(memory)) if host is None else host)
 
     @torch.no_grad()
     def _copy(
@@ -83,6 +90,20 @@ class HostCopy(AsyncStager):
         if self._stream is not None:
             self._stream.synchronize()
         return staged
+
+
+def _layout(tensor: torch.Tensor) -> object:
+    spec = tensor._spec if isinstance(tensor, DTensor) else None
+    return tensor.shape, tensor.dtype, tensor.device, spec
+
+
+def _with_memory(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Return a tensor like `tensor`, whose values on this rank are in `local`."""
+    if not isinstance(tensor, DTensor):
+        return local
+    host: Any = torch.empty_like(tensor, device="cpu")  # untouched, so it takes no memory
+    host._local_tensor = local
+    return host
 
 
 def _memory_like(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
