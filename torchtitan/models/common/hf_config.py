@@ -62,9 +62,7 @@ class HuggingFaceConfig:
             that may have an effect was not asked for.
     """
 
-    def __init__(
-        self, fields: dict[str, Any], *model_types: str, key: str = "model_type"
-    ) -> None:
+    def __init__(self, fields: dict[str, Any], *model_types: str, key: str = "model_type") -> None:
         self._fields = dict(fields)
         self.model_type = self._fields.get(key)
         if self.model_type not in model_types:

@@ -14,7 +14,6 @@ noise e lies (1 - t) x + t e, and the model predicts the velocity e - x at a tim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -102,7 +101,9 @@ class FluxModel(ModelProtocol):
             rotation(places, rope_frequencies(dim, 10000.0, device=places.device), interleaved=True)
             for places, dim in axes
         ]
-        cos, sin = (torch.cat(t, dim=-1) for t in zip(*((p.cos, p.sin) for p in parts), strict=True))
+        cos, sin = (
+            torch.cat(t, dim=-1) for t in zip(*((p.cos, p.sin) for p in parts), strict=True)
+        )
         return Rotation(cos, sin, interleaved=True)
 
     def init_weights(self) -> None:
@@ -138,7 +139,9 @@ class Condition(nn.Module):
         h = self.time(waves(times.float() * (1000 / TIME_UNITS)).to(pooled.dtype))
         if self.guidance is not None:
             assert guidance is not None  # the loader gives it to such a model
-            h = h + self.guidance(waves(guidance.float() * (1000 / GUIDANCE_UNITS)).to(pooled.dtype))
+            h = h + self.guidance(
+                waves(guidance.float() * (1000 / GUIDANCE_UNITS)).to(pooled.dtype)
+            )
         return F.silu(h + self.pooled(pooled))
 
 
