@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 COLUMNS = ("latents", "t5", "clip")
-"""Of a table: the latent image `[channels / 4, height, width]`, shifted and scaled as the model sees
-it; the T5 states `[n, text_dim]` and the CLIP vector `[pooled_dim]` of its caption."""
+"""Of a table: the latent image `[channels / 4, height, width]`, shifted and scaled as the model
+sees it; the T5 states `[n, text_dim]` and the CLIP vector `[pooled_dim]` of its caption."""
 PATCH = 2
 
 

@@ -1,7 +1,8 @@
 """FLUX.1 (Black Forest Labs, 2024), a transformer that turns noise into images.
 
-Rectified flow ("Scaling Rectified Flow Transformers", arXiv:2403.03206): between an image x and
-noise e lies (1 - t) x + t e, and the model predicts the velocity e - x at a time t. What is unusual:
+Rectified flow ("Scaling Rectified Flow Transformers", arXiv:2403.03206): at a time t from 0 to 1,
+between an image x and noise e lies (1 - t) x + t e, and the model predicts the velocity e - x. What
+is unusual:
 
 * tokens are patches of a latent image after the states of its text; all of them see each other;
 * in the first blocks, text and image have weights of their own ("double"); in the others, attention
