@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,8 @@ class FluxValidator:
         samples = []
         for number in range(step * self._size, (step + 1) * self._size):
             random, share = generator_of(VALIDATION_SEED, number), SHARES[step % len(SHARES)]
-            samples.append(self._make(self._images[number % len(self._images)], random, share))
+            row: Any = self._images[number % len(self._images)]
+            samples.append(self._make(row, random, share))
         return stacked(samples)
 
     def metrics(self) -> dict[str, float]:

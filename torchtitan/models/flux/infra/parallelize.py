@@ -20,6 +20,7 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import Plan
+from torchtitan.protocols.model import layers_of
 
 from ..model.model import DoubleBlock
 
@@ -48,12 +49,11 @@ def apply_tp(model: nn.Module, tp_mesh: DeviceMesh) -> None:
 
     They are not sharded over the sequence, since a shard could have both text and patches.
     """
-    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
-    for block in layers.values():
+    for block in layers_of(model).values():
         parts = ("text.", "image.") if isinstance(block, DoubleBlock) else ("",)
         parallelize_module(block, tp_mesh, {k: v for part in parts for k, v in plan(part).items()})
-    if model.output is not None:
-        parallelize_module(model.output, tp_mesh, {"modulation": _gathered()})
+    if model.output is not None:  # else a later stage has it
+        parallelize_module(model, tp_mesh, {"output.modulation": _gathered()})
 
 
 def plan(prefix: str) -> Plan:
