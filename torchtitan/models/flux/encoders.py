@@ -39,16 +39,16 @@ class Encoders:
                 "pip install diffusers transformers pillow"
             ) from error
 
-        def load(kind: Any, part: str, **options: Any) -> Any:
+        def load(kind: Any, part: str) -> Any:
             try:
-                return kind.from_pretrained(folder / part, **options)
+                return kind.from_pretrained(folder / part)
             except Exception as error:  # from either library
                 raise DataError(f"{folder / part} cannot be read: {error}") from error
 
         self._device, self._dtype = device, dtype
         models = (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder"), (T5EncoderModel, PARTS[2])
         self._vae, self._clip, self._t5 = (
-            load(kind, part, torch_dtype=dtype).to(device).eval() for kind, part in models
+            load(kind, part).to(device, dtype).eval() for kind, part in models
         )
         self._clip_tokenizer = load(AutoTokenizer, "tokenizer")
         self._t5_tokenizer = load(AutoTokenizer, "tokenizer_2")

@@ -46,9 +46,9 @@ class Options:
     cfg: float = 1.0
     """Classifier-free guidance: above 1, each step goes further away from an image of no text. For
     models that were trained with text_dropout, not for the released ones."""
-    shift: bool | None = None
+    shift: Literal["auto", "yes", "no"] = "auto"
     """Spend more steps where there is much noise, the more the larger the image, as [dev] does.
-    Default: if the model has guidance."""
+    auto: if the model has guidance."""
     seed: int = 0
     """Seed of the noise."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         width, height = options.width // unit, options.height // unit
         random = torch.Generator().manual_seed(options.seed + number)
         noise = torch.randn(1, width * height, model.args.channels, generator=random)
-        shift = model.args.guidance if options.shift is None else options.shift
+        shift = {"auto": model.args.guidance, "yes": True, "no": False}[options.shift]
         times = schedule(options.steps, width * height if shift else None)
         inputs = {"guidance": options.guidance, "cfg": options.cfg}
         patches = denoise(model, noise.to(device), times, t5, clip, width, **inputs)
@@ -108,7 +108,7 @@ def schedule(steps: int, patches: int | None = None) -> list[float]:
     times = [1 - step / steps for step in range(steps)]
     if patches is not None:
         strength = math.exp(0.5 + (1.15 - 0.5) * (patches - 256) / (4096 - 256))
-        times = [strength / (strength + 1 / time - 1) for time in times]
+        times = [strength / (strength + (1 / time - 1)) for time in times]
     return [*times, 0.0]
 
 
