@@ -15,7 +15,7 @@ import torchtitan
 from torchtitan.errors import ConfigError, did_you_mean
 
 from . import templates
-from .source import DEBUG_FLAVOR, ModelSource, Names
+from .source import DEBUG_FLAVOR, DEBUG_TOML, ModelSource, Names
 
 if TYPE_CHECKING:
     from .hugging_face import Findings
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
         findings = find_out(options.from_hf, options.like)
     like = findings.like if findings else options.like or "llama3"
-    files = model_files(ModelSource(MODELS / like, names), place, options.from_hf, findings)
+    files = model_files(
+        ModelSource(MODELS / like, names, place.module), place, options.from_hf, findings
+    )
     place.write(files)
     sys.stdout.write(_summary(place, findings))
     return 0
@@ -89,6 +91,7 @@ class Package:
         self.folder = self.root / names.model
         self.custom_import = names.model
         """`job.custom_import` with which the model trains without being installed."""
+        self.module = names.model
         self.configs = f"{names.model}/train_configs"
         self.test = f"tests/test_{names.model}.py"
         _refuse_existing(self.root)
@@ -128,6 +131,7 @@ class InTree:
         self.root = MODELS.parent.parent
         self.folder = MODELS / names.model
         self.custom_import = ""
+        self.module = f"torchtitan.models.{names.model}"
         self.configs = f"torchtitan/models/{names.model}/train_configs"
         self.test = f"tests/unit/models/test_{names.model}.py"
         if not (self.root / "pyproject.toml").is_file():
@@ -192,7 +196,9 @@ def model_files(
         "README.md": templates.README.substitute(
             shared, like=like, configs=place.configs, notes=notes
         ),
-        "train_configs/debug_model.toml": templates.DEBUG_TOML.substitute(toml),
+        DEBUG_TOML: templates.DEBUG_TOML.substitute(toml)
+        if DEBUG_TOML not in files
+        else files[DEBUG_TOML].replace("[job]\n", f"[job]\n{custom_import}"),
     }
     if findings and hf:
         full = f"train_configs/{names.model}_{flavor.lower()}.toml"

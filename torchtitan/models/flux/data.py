@@ -128,7 +128,7 @@ def open_images(
     config = getattr(job_config, section)
     key, parts = f"{section}.dataset", "data" if section == "training" else "validation"
     if getattr(job_config, parts).sources:
-        fail(job_config, f"{parts}.sources", f"flux reads a single dataset, that of {key}")
+        fail(job_config, f"{parts}.sources", f"images are read from a single dataset, {key}")
     if config.dataset == type(config)().dataset:
         seq_len = batch_shape(job_config, section)[1]
         if math.isqrt(seq_len) ** 2 != seq_len:
@@ -137,9 +137,7 @@ def open_images(
         rank0.info("%s is unset: drawings of coloured shapes", key)
         return Shapes(args, seq_len, held_out=section == "validation")
     if config.dataset not in ("parquet", "arrow"):
-        fail(
-            job_config, key, "flux reads encoded images from 'parquet' or 'arrow', or none: shapes"
-        )
+        fail(job_config, key, "images are read from 'parquet' or 'arrow'; unset: drawings")
 
     def open_source(rank: int, ranks: int) -> RandomAccess:
         return open_columns(config.dataset, config.dataset_path, COLUMNS, config.split)

@@ -135,7 +135,7 @@ def test_what_is_no_table_of_encoded_images_is_refused(tmp_path):
         (
             ("--training.dataset=text",),
             ConfigError,
-            r"dataset = \"text\": flux reads encoded images",
+            r"dataset = \"text\": images are read from 'parquet'",
         ),
         (("--training.seq_len=20",), ConfigError, r"seq_len = 20: the drawn shapes are square"),
         (
@@ -148,7 +148,7 @@ def test_what_is_no_table_of_encoded_images_is_refused(tmp_path):
             build_dataloader(ARGS, job(*options), None, 0, 1)
     config = job()
     config.data.sources = [config.training]
-    with pytest.raises(ConfigError, match=r"data.sources: flux reads a single dataset"):
+    with pytest.raises(ConfigError, match=r"data.sources: images are read from a single"):
         build_dataloader(ARGS, config, None, 0, 1)
 
 

@@ -165,7 +165,7 @@ def test_blocks_compile_to_one_graph_a_kind():
     ("key", "degree", "message"),
     [
         ("tensor_parallel_degree", 2, r"n_heads = 3\). Degrees that do: 1, 3"),
-        ("context_parallel_degree", 2, r"context_parallel_degree = 2: flux has no context"),
+        ("context_parallel_degree", 2, r"context_parallel_degree = 2: the text"),
     ],
 )
 def test_a_layout_that_it_cannot_have_is_refused(key, degree, message):

@@ -82,8 +82,8 @@ class FluxModelArgs(BaseModelArgs):
         """
         require_divisible_by_tp(job_config, n_heads=self.n_heads)
         if job_config.parallelism.context_parallel_degree > 1:
-            problem = "flux has no context parallelism, since patches and text attend to each other"
-            fail(job_config, "parallelism.context_parallel_degree", f"{problem}. Set it to 1")
+            problem = "the text, which each patch attends to, is not divided. Set it to 1"
+            fail(job_config, "parallelism.context_parallel_degree", problem)
         return self
 
     def to_hf_config(self) -> dict[str, Any]:
