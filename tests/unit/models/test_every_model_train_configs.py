@@ -14,7 +14,6 @@ from torchtitan.data.sources import DATASETS
 from torchtitan.preflight.validate import validate
 from torchtitan.protocols.train_spec import get_train_spec, model_flavors
 
-
 MODELS = [*CASES, "flux"]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from diffusers import FluxTransformer2DModel
 from harness import read_lines, train
 
 from torchtitan.config import JobConfig, load_config
@@ -186,9 +188,14 @@ def test_the_debug_config_learns_and_validates_at_fixed_shares_of_noise(tmp_path
         "--training.local_batch_size=8",
         "--lr_scheduler.warmup_steps=3",
     )
-    lines = train(tmp_path, *options, *small, "--validation.steps=8", "--metrics.log_freq=1")
+    saves = "--checkpoint.enable", "--checkpoint.last_save_in_hf", "--validation.steps=8"
+    lines = train(tmp_path, *options, *small, *saves, "--metrics.log_freq=1")
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert lines[-1]["data_epoch"] == pytest.approx(30 * 8 / 1000)
     for line in read_lines(tmp_path / "validation.jsonl"):
         each = [line[f"loss/noise_{share}"] for share in SHARES]
         assert line["loss"] == pytest.approx(np.mean(each))
+    exported = tmp_path / "checkpoint" / "step-30-hf"
+    _, info = FluxTransformer2DModel.from_pretrained(exported, output_loading_info=True)
+    assert not any(info.values()), info
+    assert json.loads((exported / "config.json").read_text()) == ARGS.to_hf_config()

@@ -132,6 +132,14 @@ def test_a_config_of_another_architecture_is_refused(changes, message):
         FluxModelArgs.from_hf_config(PUBLISHED | changes)
 
 
+def test_another_model_of_diffusers_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "SanaTransformer2DModel"}')
+    with pytest.raises(
+        CheckpointError, match=r"_class_name = 'SanaTransformer2DModel' is not supp"
+    ):
+        train_spec_of_hf_folder(tmp_path)
+
+
 def test_an_unknown_tensor_is_named():
     adapter = get_train_spec("flux", "debugmodel").state_dict_adapter(tiny_flux.ARGS)
     with pytest.raises(
