@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from torchtitan.config.batch import batch_shape
 from torchtitan.config.load import fail
+from torchtitan.config.training import Training
 from torchtitan.data.build import open_on_all_ranks
 from torchtitan.data.samples import Sample, SampleLoader
 from torchtitan.data.sources import RandomAccess, open_columns
@@ -85,7 +86,7 @@ class NoisySample:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """Return patches, T5 states with padding, CLIP vector and width. Raises `DataError`."""
         args = self.args
-        latents, text, pooled = (torch.from_numpy(np.array(row[c], np.float32)) for c in COLUMNS)
+        latents, text, pooled = (_numbers(row, column) for column in COLUMNS)
         channels, *size = latents.shape if latents.ndim == 3 else (0,)
         if PATCH**2 * channels != args.channels or any(length % PATCH for length in size):
             raise DataError(
@@ -106,6 +107,13 @@ class NoisySample:
                 f"the CLIP vector of a row is {list(pooled.shape)}, not [{args.pooled_dim}]"
             )
         return image, F.pad(text, (0, 0, 0, args.text_len - len(text))), pooled, size[1] // PATCH
+
+
+def _numbers(row: Mapping[str, Any], column: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.array(row[column], np.float32))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{column} of a row is no array of numbers: {error}") from error
 
 
 def sample_maker(
@@ -130,6 +138,8 @@ def open_images(
     if getattr(job_config, parts).sources:
         fail(job_config, f"{parts}.sources", f"images are read from a single dataset, {key}")
     if config.dataset == type(config)().dataset:
+        if config.dataset_path is not None or job_config.training.dataset != Training().dataset:
+            fail(job_config, key, "is unset: set it to 'parquet' or 'arrow'")
         seq_len = batch_shape(job_config, section)[1]
         if math.isqrt(seq_len) ** 2 != seq_len:
             problem = "the drawn shapes are square: set it to a square such as 64 or 256"

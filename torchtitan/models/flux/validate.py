@@ -13,6 +13,8 @@ from torchtitan.components.validator import Evaluate
 from torchtitan.config.batch import batch_shape
 from torchtitan.data.build import VALIDATION_SEED
 from torchtitan.data.samples import Sample, generator_of, stacked
+from torchtitan.errors import begin_errors_with
+from torchtitan.runtime.device import device
 
 from .data import open_images, sample_maker
 from .model.args import FluxModelArgs
@@ -50,15 +52,14 @@ class FluxValidator:
 
     def validate(self, model_parts: list[nn.Module], evaluate: Evaluate) -> float:
         """Return the mean loss, see `Validator`."""
-        device = next(model_parts[0].parameters()).device
-        sums = torch.zeros(len(SHARES), 2, dtype=torch.float64, device=device)
+        sums = torch.zeros(len(SHARES), 2, dtype=torch.float64, device=device())
         for first in range(0, self._steps, self._ranks):
             step = first + self._rank
             batch = self._batch(step % self._steps)
             loss, count = evaluate(batch), count_labels(batch["labels"])
             if step < self._steps:  # all ranks evaluate equally often
-                found = torch.stack([loss.double().cpu(), count.double()])
-                sums[step % len(SHARES)] += found.to(device)
+                found = torch.stack([loss.double(), count.double().to(loss.device)])
+                sums[step % len(SHARES)] += found
         dist.all_reduce(sums)
         sums[:, 0] /= self._parallel_dims.loss_copies
         sums[:, 1] /= self._parallel_dims.non_data_parallel_size
@@ -71,8 +72,10 @@ class FluxValidator:
         samples = []
         for number in range(step * self._size, (step + 1) * self._size):
             random, share = generator_of(VALIDATION_SEED, number), SHARES[step % len(SHARES)]
-            row: Any = self._images[number % len(self._images)]
-            samples.append(self._make(row, random, share))
+            index = number % len(self._images)
+            with begin_errors_with(f"validation.dataset: row {index} (from 0)"):
+                row: Any = self._images[index]
+                samples.append(self._make(row, random, share))
         return stacked(samples)
 
     def metrics(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.errors import ConfigError, DataError
 from torchtitan.models.flux import MODEL_CONFIGS
 from torchtitan.models.flux.config import Flux
-from torchtitan.models.flux.data import NoisySample, build_dataloader, pack, unpack
+from torchtitan.models.flux.data import NoisySample, build_dataloader, open_images, pack, unpack
 from torchtitan.models.flux.shapes import COLORS, SHAPES, ShapeEncoders, Shapes
 from torchtitan.models.flux.validate import SHARES
 
@@ -139,6 +139,7 @@ def test_what_is_no_table_of_encoded_images_is_refused(tmp_path):
             ConfigError,
             r"dataset = \"text\": images are read from 'parquet'",
         ),
+        (("--training.dataset_path=data",), ConfigError, r"training.dataset = .* is unset: set it"),
         (("--training.seq_len=20",), ConfigError, r"seq_len = 20: the drawn shapes are square"),
         (
             ("--training.dataset=parquet", f"--training.dataset_path={tmp_path}"),
@@ -148,19 +149,26 @@ def test_what_is_no_table_of_encoded_images_is_refused(tmp_path):
     ]:
         with pytest.raises(kind, match=message):
             build_dataloader(ARGS, job(*options), None, 0, 1)
-    config = job()
+    config = job("--training.dataset=parquet", f"--training.dataset_path={tmp_path}")
+    with pytest.raises(ConfigError, match=r"validation.dataset = .* is unset: set it"):
+        open_images(ARGS, config, "validation")
     config.data.sources = [config.training]
     with pytest.raises(ConfigError, match=r"data.sources: images are read from a single"):
         build_dataloader(ARGS, config, None, 0, 1)
 
 
-def test_a_damaged_row_is_named(tmp_path):
-    Dataset.from_list([row(width=10)]).to_parquet(tmp_path / "rows.parquet")
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (row(width=10), "the latents of a row"),
+        (row() | {"t5": [[1.0], [2.0, 3.0]]}, "t5 of a row is"),
+    ],
+)
+def test_a_damaged_row_is_named(damaged, message, tmp_path):
+    Dataset.from_list([damaged]).to_parquet(tmp_path / "rows.parquet")
     options = "--training.dataset=parquet", f"--training.dataset_path={tmp_path}"
     loader = build_dataloader(ARGS, job(*options), None, 0, 1)
-    with pytest.raises(
-        DataError, match=r"^training.dataset: row 0 \(from 0\): the latents of a row"
-    ):
+    with pytest.raises(DataError, match=rf"^training.dataset: row 0 \(from 0\): {message}"):
         next(loader)
     loader.close()
 

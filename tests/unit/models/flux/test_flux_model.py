@@ -170,15 +170,16 @@ def test_blocks_compile_to_one_graph_a_kind():
 
 
 @pytest.mark.parametrize(
-    ("key", "degree", "message"),
+    ("key", "value", "message"),
     [
         ("tensor_parallel_degree", 2, r"n_heads = 3\). Degrees that do: 1, 3"),
         ("context_parallel_degree", 2, r"context_parallel_degree = 2: the text"),
+        ("enable_async_tensor_parallel", True, r"parallel = true: the sequence is not divided"),
     ],
 )
-def test_a_layout_that_it_cannot_have_is_refused(key, degree, message):
+def test_a_layout_that_it_cannot_have_is_refused(key, value, message):
     config = JobConfig()
     config.model.name = "flux"
-    setattr(config.parallelism, key, degree)
+    setattr(config.parallelism, key, value)
     with pytest.raises(ConfigError, match=message):
         DEV.update_from_config(config)

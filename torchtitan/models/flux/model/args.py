@@ -78,12 +78,15 @@ class FluxModelArgs(BaseModelArgs):
 
         Raises:
             ConfigError: the heads do not divide over the ranks that share them, or the job asks for
-                context parallelism.
+                context parallelism or async tensor parallelism.
         """
         require_divisible_by_tp(job_config, n_heads=self.n_heads)
         if job_config.parallelism.context_parallel_degree > 1:
             problem = "the text, which each patch attends to, is not divided. Set it to 1"
             fail(job_config, "parallelism.context_parallel_degree", problem)
+        if job_config.parallelism.enable_async_tensor_parallel:
+            problem = "the sequence is not divided between matrices, so nothing can overlap"
+            fail(job_config, "parallelism.enable_async_tensor_parallel", problem)
         return self
 
     def to_hf_config(self) -> dict[str, Any]:
